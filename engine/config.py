@@ -1,0 +1,61 @@
+"""How one engine is set up. Torch-free: the service builds it, the engine process reads it."""
+
+from __future__ import annotations
+
+import msgspec
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One base model and the resources it may use. `check` names every field that makes no sense."""
+
+    model: str  # a local directory, or a hub id
+    revision: str | None = None  # of a hub id: pin it
+    dtype: str = "auto"  # auto: bfloat16 where the checkpoint is 16-bit, else float32
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    kernels: str = "auto"
+    threads: int | None = None  # compute threads on the CPU; None: all cores the process may use
+    max_model_len: int | None = None  # tokens; None: what the model was made for
+    block_size: int = 16  # tokens
+    kv_cache_bytes: int | None = None  # None: kv_cache_fraction of what the device has left
+    kv_cache_fraction: float = 0.5  # of free device memory after loading (CUDA: use 0.9)
+    max_num_seqs: int = 256  # running at once
+    max_num_batched_tokens: int = 2048  # tokens computed in one step
+    enable_prefix_caching: bool = True
+    batch_invariant: bool = False  # a request's bits never depend on its neighbours; may cost speed in prefill
+    max_adapter_rank: int = 256
+    max_resident_adapters: int = 256  # slots on the device
+    adapter_device_bytes: int = 1 << 30
+    adapter_host_bytes: int = 4 << 30
+    adapter_loader_threads: int = 2
+
+    def check(self) -> None:
+        """Raise ValueError naming each field that is out of range."""
+        problems = []
+        if not self.model:
+            problems.append("model must name a directory or a hub id")
+        if self.dtype not in DTYPES:
+            problems.append(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.kernels not in BACKENDS:
+            problems.append(f"kernels {self.kernels!r} is not one of {', '.join(BACKENDS)}")
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            problems.append(f"block_size {self.block_size} must be a power of two")
+        if not 0.0 < self.kv_cache_fraction <= 1.0:
+            problems.append(f"kv_cache_fraction {self.kv_cache_fraction} must be in (0, 1]")
+        counts = {
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "max_adapter_rank": self.max_adapter_rank,
+            "max_resident_adapters": self.max_resident_adapters,
+            "adapter_device_bytes": self.adapter_device_bytes,
+            "adapter_host_bytes": self.adapter_host_bytes,
+            "adapter_loader_threads": self.adapter_loader_threads,
+        }
+        optional = {"threads": self.threads, "max_model_len": self.max_model_len, "kv_cache_bytes": self.kv_cache_bytes}
+        for name, value in (counts | {k: v for k, v in optional.items() if v is not None}).items():
+            if value < 1:
+                problems.append(f"{name} {value} must be at least 1")
+        if problems:
+            raise ValueError("engine config: " + "; ".join(problems))

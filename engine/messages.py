@@ -1,0 +1,181 @@
+"""What the service and an engine say to each other. Typed, versionless (both ends are one release), never pickled.
+
+Every message is one frame. `ToEngine` and `FromEngine` are the two closed sets; the decoder of each end accepts nothing else.
+"""
+
+import msgspec
+
+from adapters.key import AdapterKey
+from engine.sampling_params import FinishReason, SamplingParams
+
+
+class Message(msgspec.Struct, array_like=True, tag=True, frozen=True):
+    """Base of every frame: arrays on the wire, tagged with the class name."""
+
+
+# ---- service → engine ----------------------------------------------------------------------------------------------
+
+
+class AddRequest(Message, frozen=True):
+    """Start one sequence. Answered by `RequestOutput`s, the last of which carries a finish reason."""
+
+    request_id: int  # chosen by the service, never reused while the engine lives
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter: AdapterKey | None = None  # None: the base model
+    cache_salt: str = ""  # requests share cached prefixes only with the same salt
+    bypass_prefix_cache: bool = False
+    priority: int = 0  # lower runs first; equal: first come, first served
+
+
+class Abort(Message, frozen=True):
+    """Forget these requests now, in whatever state. Unknown ids are ignored; no output follows."""
+
+    request_ids: list[int]
+
+
+class LoadAdapter(Message, frozen=True):
+    """Read an adapter into host memory. Answered by `AdapterLoaded` or `AdapterFailed`; repeating it is harmless."""
+
+    key: AdapterKey
+    path: str  # directory, already resolved and allowed by the service
+
+
+class UnloadAdapter(Message, frozen=True):
+    """Drop an adapter once no request uses it. Requests already accepted keep it. Answered by `AdapterUnloaded`."""
+
+    key: AdapterKey
+
+
+class Ping(Message, frozen=True):
+    """Answered by `Pong` between two steps: proof that the step loop turns."""
+
+    nonce: int
+
+
+class Shutdown(Message, frozen=True):
+    """Leave the loop and exit with status 0. Running requests end without an answer: drain first."""
+
+
+ToEngine = AddRequest | Abort | LoadAdapter | UnloadAdapter | Ping | Shutdown
+
+
+# ---- engine → service ----------------------------------------------------------------------------------------------
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Natural-log probabilities at one position, of the model's distribution before temperature and truncation."""
+
+    token_id: int  # the token at this position
+    logprob: float
+    rank: int  # 1: the most likely
+    top_ids: list[int]  # the k most likely, best first
+    top_logprobs: list[float]
+
+
+class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
+    """What one step gave one request."""
+
+    request_id: int
+    token_ids: list[int]  # new tokens; a stop or EOS token that ended the output is included
+    finish_reason: FinishReason | None = None  # set on the last output only
+    stop_token_id: int | None = None  # the token that ended it, for STOP and EOS
+    logprobs: list[TokenLogprobs] | None = None  # one per new token
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # whole prompt, once, with the first token; [0] is None
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache (set with the first output)
+    queue_seconds: float = 0.0  # from arrival to first scheduling (set with the first output)
+    adapter_load_seconds: float = 0.0  # of that, waiting for the adapter
+    error: str = ""  # with finish_reason ERROR: what went wrong with this request alone
+
+
+class EngineStats(msgspec.Struct, array_like=True, frozen=True):
+    """The engine at the end of a step."""
+
+    num_running: int
+    num_waiting: int  # waiting for a turn, or for blocks
+    num_waiting_for_adapter: int
+    total_blocks: int
+    free_blocks: int  # never used or forgotten
+    cached_blocks: int  # not in use, kept for their prefix
+    block_size: int  # tokens
+    num_steps: int
+    num_preemptions: int
+    prefix_cache_queries: int  # prompt tokens looked up
+    prefix_cache_hits: int  # prompt tokens found
+    prompt_tokens: int  # computed, cumulative
+    generated_tokens: int  # cumulative
+    adapters: list[tuple[AdapterKey, int]]  # on the device, with the number of requests that use each
+
+
+class StepOutput(Message, frozen=True):
+    """Everything one step produced: one message per step, whatever the number of requests."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+class ModelLimits(msgspec.Struct, array_like=True, frozen=True):
+    """What the loaded model can take."""
+
+    architecture: str
+    dtype: str
+    quantization: str  # "" for none
+    vocab_size: int
+    max_model_len: int  # prompt and output together, tokens
+    max_adapter_rank: int
+    max_num_seqs: int
+    total_blocks: int
+    block_size: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    kernel_backend: str
+
+
+class EngineReady(Message, frozen=True):
+    """Sent once, after loading and profiling. Nothing is sent to an engine before it."""
+
+    limits: ModelLimits
+
+
+class EngineFailed(Message, frozen=True):
+    """Loading failed for a reason the operator can act on; the process exits after it."""
+
+    reason: str
+
+
+class LoadProgress(Message, frozen=True):
+    """While the model loads."""
+
+    bytes_loaded: int
+    bytes_total: int
+
+
+class AdapterLoaded(Message, frozen=True):
+    """The adapter is in host memory and bound to this model, tensor by tensor."""
+
+    key: AdapterKey
+    rank: int  # the largest
+    size_bytes: int
+    target_modules: list[str]  # short names, sorted: "q_proj", …
+    warnings: list[str]
+
+
+class AdapterFailed(Message, frozen=True):
+    """The adapter cannot serve on this model. `problems` names every tensor or field at fault."""
+
+    key: AdapterKey
+    problems: list[str]
+
+
+class AdapterUnloaded(Message, frozen=True):
+    key: AdapterKey
+
+
+class Pong(Message, frozen=True):
+    nonce: int
+    stats: EngineStats
+
+
+FromEngine = (
+    EngineReady | EngineFailed | LoadProgress | StepOutput | AdapterLoaded | AdapterFailed | AdapterUnloaded | Pong
+)

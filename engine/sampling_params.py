@@ -1,0 +1,52 @@
+"""What a request asks of the sampler, and how its output ends. Torch-free: the service imports it."""
+
+from enum import IntEnum
+
+import msgspec
+
+
+class FinishReason(IntEnum):
+    """Why an output ended. The values travel between processes: never renumber."""
+
+    STOP = 1  # a stop string or a stop token id of the request
+    EOS = 2  # an end-of-sequence token of the model
+    MAX_TOKENS = 3
+    CONTEXT_LIMIT = 4  # the model's context is full
+    TIME_LIMIT = 5  # the request's own soft limit: a partial answer, but an answer
+    CANCELLED = 6
+    ERROR = 7
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose the next token, and when to stop. Already validated: ranges are the service's business.
+
+    The order in which they act: penalties and logit_bias, then masks (allowed_token_ids, min_tokens), then greedy if
+    temperature is 0, else temperature, top_k, top_p, min_p, and one draw from (seed, position).
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and output (as in transformers)
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    seed: int  # always set; the service draws one where the user gives none, and reports it
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] | None = None
+    max_tokens: int
+    min_tokens: int = 0  # until then neither EOS nor stop ids can be sampled
+    stop_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()  # the model's; empty when the request ignores EOS
+    num_logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely
+    num_prompt_logprobs: int | None = None
+    time_limit_seconds: float | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

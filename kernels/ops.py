@@ -1,0 +1,202 @@
+"""The operations that a model step is made of: what each computes, with which shapes, and who computes it.
+
+A backend is one object with the methods of `Ops`. It is chosen once, by `select_ops`, and handed to whoever needs it: no
+module asks again which device it is on.
+
+Letters: T tokens in the step, S sequences, H query heads, K kv heads, D head dim, R rank, B blocks, P block size,
+N output features, C input features, G segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """How the columns of a fused query/key/value projection divide into heads: H·D query, K·D key, K·D value."""
+
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """RMS norm over each query and key head before rotation (Qwen3, Gemma 3)."""
+
+    q_weight: Tensor  # [D] float32
+    k_weight: Tensor  # [D] float32
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """The cached keys and values of one layer.
+
+    Each tensor holds B·K·P·D elements. How a block is laid out inside belongs to the backend that allocated it: only its
+    `rotary_store_kv` and `paged_attention` look inside.
+    """
+
+    k: Tensor
+    v: Tensor
+    num_blocks: int  # B
+    block_size: int  # P
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Who attends to what in this step. Built once, shared by all layers. All tensors on the device, contiguous."""
+
+    query_starts: Tensor  # int32 [S+1]: tokens [query_starts[s], query_starts[s+1]) belong to sequence s
+    seq_lens: Tensor  # int32 [S]: keys in the cache once this step's are stored; the last query sees them all
+    block_tables: Tensor  # int32 [S, max blocks]: physical blocks in order; entries past the sequence's end are 0
+    slot_mapping: Tensor  # int64 [T]: where each token's key and value go, block·P + offset
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSegments:
+    """Which rows of the step belong to which adapter. Built once, shared by all layers.
+
+    A row of the base model is in no segment. Segments are in ascending row order, do not overlap, and two segments may
+    name the same slot.
+    """
+
+    ranges: tuple[tuple[int, int, int], ...]  # (slot, first row, end row) on the host
+    slots: Tensor  # int32 [G] on the device
+    starts: Tensor  # int32 [G] on the device
+    ends: Tensor  # int32 [G] on the device
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSlice:
+    """One projection's part of an adapter at a (possibly fused) linear.
+
+    y[:, out_start : out_start + N] += (x Aᵀ)[:, rank_start : rank_start + R] Bᵀ
+    """
+
+    rank_start: int
+    out_start: int
+    b: Tensor  # [N, R], the adapter's scale folded in
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """One adapter at one linear. The A matrices of projections that share the input are stacked: x is read once."""
+
+    a: Tensor  # [sum of R, C]
+    slices: tuple[LoraSlice, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + sum(part.b.nbytes for part in self.slices)
+
+
+class LoraTable(Protocol):
+    """The adapters resident at one linear, by slot. Changed between steps only. Nothing is padded to a maximum rank."""
+
+    def put(self, slot: int, weights: LoraWeights) -> None: ...
+
+    def remove(self, slot: int) -> None:
+        """Forget what `slot` holds; an empty slot is not an error."""
+
+
+class PackedLinear(Protocol):
+    """A dense weight matrix in the layout that its backend multiplies fastest."""
+
+    in_features: int  # C
+    out_features: int  # N
+    nbytes: int
+
+
+class Ops(Protocol):
+    """What a backend offers. Every operation accumulates in float32; results have the dtype of their input.
+
+    A row's result does not depend on the other rows, except where a backend says so (see `batch_invariant`).
+    """
+
+    name: str  # "reference", "cpu", "triton"
+    device: torch.device
+    batch_invariant: bool  # every result bit is the same whatever else is in the batch
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Lay out weight [N, C] and bias [N] for `linear`. The result may share memory with `weight`."""
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """y[t, n] = Σ_c x[t, c] · weight[n, c] + bias[n].  x: [T, C] → [T, N]"""
+
+    def lora_table(self, in_features: int, out_features: int, num_slots: int) -> LoraTable:
+        """An empty table for adapters in slots 0 … num_slots-1 at a linear of that shape."""
+
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
+        """y[t] += (x[t] Aᵀ) Bᵀ for every row t of every segment, A and B those of the segment's slot; y in place.
+
+        y: [T, N], x: [T, C]. Ranks may differ between segments and between the projections of a fused linear; a slot that
+        the table does not hold adds nothing. Rows outside every segment are not touched.
+        Source: Punica (arXiv 2310.18547), S-LoRA (arXiv 2311.03285).
+        """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """y[t, c] = x[t, c] / sqrt(mean_c(x[t]²) + eps) · weight[c].  x: [T, C], weight: [C] float32 → [T, C]"""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual += x in place, then rms_norm(residual).  x, residual: [T, C] → [T, C]"""
+
+    def rotary_store_kv(
+        self,
+        qkv: Tensor,  # [T, (H + 2K)·D]
+        shape: HeadShape,
+        qk_norm: QKNorm | None,
+        positions: Tensor,  # int64 [T]
+        cos_sin: Tensor,  # float32 [max positions, 2, D/2]: cosines, then sines
+        cache: LayerKV,
+        slot_mapping: Tensor,  # int64 [T]
+    ) -> Tensor:
+        """Norm (if any) and rotate queries and keys, store keys and values in the cache, return the queries [T, H, D].
+
+        With x₁ = x[..., :D/2], x₂ = x[..., D/2:]: out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. Values are stored as they are.
+        `qkv` may be overwritten.  Source: RoFormer (arXiv 2104.09864), halves as in GPT-NeoX.
+        """
+
+    def paged_attention(
+        self,
+        q: Tensor,  # [T, H, D]
+        cache: LayerKV,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        """Causal attention of each sequence's new tokens over its cached keys and values → [T, H·D].
+
+        Query i of a sequence with n new tokens and length L sits at position p = L − n + i and sees keys
+        max(0, p − window + 1) … p.  score = scale · q·k, with soft cap c: c · tanh(score / c).  Query head h reads kv head
+        h // (H / K).  Source: PagedAttention (arXiv 2309.06180).
+        """
+
+    def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
+        """Zeroed key and value storage for one layer."""
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """silu(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        """gelu_tanh(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""
+
+
+def select_ops(device: torch.device, backend: str = "auto") -> Ops:
+    """The backend for a device: `auto` takes the fastest that works here and says in one log line which it took.
+
+    Raises ValueError for a backend that does not exist or cannot run on this device.
+    """
+    from kernels.reference import ReferenceOps
+
+    if backend in ("auto", "reference"):
+        return ReferenceOps(device)
+    raise ValueError(f"unknown kernel backend {backend!r} for device {device}: choose auto or reference")
