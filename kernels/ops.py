@@ -1,7 +1,7 @@
 """The operations that a model step is made of: what each computes, with which shapes, and who computes it.
 
-A backend is one object with the methods of `Ops`. It is chosen once, by `select_ops`, and handed to whoever needs it: no
-module asks again which device it is on.
+A backend is one object with the methods of `Ops`. It is chosen once, by `select_ops`, and handed to whoever needs it:
+no module asks again which device it is on.
 
 Letters: T tokens in the step, S sequences, H query heads, K kv heads, D head dim, R rank, B blocks, P block size,
 N output features, C input features, G segments.
@@ -38,8 +38,8 @@ class QKNorm:
 class LayerKV:
     """The cached keys and values of one layer.
 
-    Each tensor holds B·K·P·D elements. How a block is laid out inside belongs to the backend that allocated it: only its
-    `rotary_store_kv` and `paged_attention` look inside.
+    Each tensor holds B·K·P·D elements. How a block is laid out inside belongs to the backend that allocated it: only
+    its `rotary_store_kv` and `paged_attention` look inside.
     """
 
     k: Tensor
@@ -137,8 +137,8 @@ class Ops(Protocol):
     def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
         """y[t] += (x[t] Aᵀ) Bᵀ for every row t of every segment, A and B those of the segment's slot; y in place.
 
-        y: [T, N], x: [T, C]. Ranks may differ between segments and between the projections of a fused linear; a slot that
-        the table does not hold adds nothing. Rows outside every segment are not touched.
+        y: [T, N], x: [T, C]. Ranks may differ between segments and between the projections of a fused linear; a slot
+        that the table does not hold adds nothing. Rows outside every segment are not touched.
         Source: Punica (arXiv 2310.18547), S-LoRA (arXiv 2311.03285).
         """
 
@@ -160,8 +160,8 @@ class Ops(Protocol):
     ) -> Tensor:
         """Norm (if any) and rotate queries and keys, store keys and values in the cache, return the queries [T, H, D].
 
-        With x₁ = x[..., :D/2], x₂ = x[..., D/2:]: out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. Values are stored as they are.
-        `qkv` may be overwritten.  Source: RoFormer (arXiv 2104.09864), halves as in GPT-NeoX.
+        With x₁ = x[..., :D/2], x₂ = x[..., D/2:]: out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. Values are stored
+        as they are; `qkv` may be overwritten.  Source: RoFormer (arXiv 2104.09864), halves as in GPT-NeoX.
         """
 
     def paged_attention(
@@ -176,8 +176,8 @@ class Ops(Protocol):
         """Causal attention of each sequence's new tokens over its cached keys and values → [T, H·D].
 
         Query i of a sequence with n new tokens and length L sits at position p = L − n + i and sees keys
-        max(0, p − window + 1) … p.  score = scale · q·k, with soft cap c: c · tanh(score / c).  Query head h reads kv head
-        h // (H / K).  Source: PagedAttention (arXiv 2309.06180).
+        max(0, p − window + 1) … p.  score = scale · q·k, with soft cap c: c · tanh(score / c).  Query head h reads kv
+        head h // (H / K).  Source: PagedAttention (arXiv 2309.06180).
         """
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
