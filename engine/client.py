@@ -1,0 +1,295 @@
+"""One engine as the service sees it: requests go out, outputs come back as one stream per caller. Torch-free.
+
+The client owns no socket. It sends through a function and is fed through `deliver`, so that it works the same over
+ZeroMQ, in-process and with a fake engine. It lives as long as its engine process: a restarted engine gets a new client.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TypeVar
+
+from adapters.key import AdapterKey
+from engine.messages import (
+    Abort,
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterUnloaded,
+    AddRequest,
+    EngineStats,
+    LoadAdapter,
+    Ping,
+    Pong,
+    RequestOutput,
+    StepOutput,
+    ToEngine,
+    UnloadAdapter,
+)
+
+T = TypeVar("T")
+
+# Queues a message for the engine and returns at once. It never raises: whoever notices that the engine is gone calls
+# `EngineClient.fail`.
+Send = Callable[[ToEngine], None]
+
+# What an engine says once it runs. EngineReady, EngineFailed and LoadProgress come before, and belong to whoever
+# started it.
+Running = StepOutput | AdapterLoaded | AdapterFailed | AdapterUnloaded | Pong
+
+# A caller that lets this many tokens wait has stopped reading: at 100 tokens a second it is 80 seconds behind.
+MAX_PENDING_TOKENS = 8192
+
+
+class SlowConsumerError(Exception):
+    """The caller of `generate` fell too far behind. Its sequences are aborted."""
+
+    def __init__(self, pending_tokens: int) -> None:
+        super().__init__(f"{pending_tokens} tokens wait to be read")
+        self.pending_tokens = pending_tokens
+
+
+class AdapterRejectedError(Exception):
+    """The engine cannot serve this adapter on its model. `problems` names every tensor or field at fault."""
+
+    def __init__(self, key: AdapterKey, problems: list[str]) -> None:
+        super().__init__(f"adapter {key}: {'; '.join(problems)}")
+        self.key = key
+        self.problems = problems
+
+
+class EngineClient:
+    """Sends requests to one engine and hands each caller its own outputs. For one event loop; not thread-safe."""
+
+    def __init__(self, send: Send, *, max_pending_tokens: int = MAX_PENDING_TOKENS) -> None:
+        self.stats: EngineStats | None = None  # as of the last step or pong
+        self.error: Exception | None = None  # set once, by fail()
+        self.adapters: dict[AdapterKey, AdapterLoaded] = {}  # what the engine has been given and not told to drop
+        self._send = send
+        self._max_pending_tokens = max_pending_tokens
+        self._ids = itertools.count(1)
+        self._generations: dict[int, Generation] = {}  # by request id, until the engine finished it
+        self._loads: dict[AdapterKey, asyncio.Future[AdapterLoaded]] = {}
+        self._unloads: dict[AdapterKey, asyncio.Future[None]] = {}
+        self._pings: dict[int, asyncio.Future[Pong]] = {}
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def new_request_id(self) -> int:
+        """An id that no other request to this engine has."""
+        return next(self._ids)
+
+    @property
+    def num_requests(self) -> int:
+        """Sequences sent and not finished."""
+        return len(self._generations)
+
+    def generate(self, *requests: AddRequest) -> "Generation":
+        """Start these sequences and return their outputs, interleaved as they come. Use the result in a `with`.
+
+        Raises the error given to `fail` if the engine is gone.
+        """
+        self._check_alive()
+        generation = Generation(self, [request.request_id for request in requests], self._max_pending_tokens)
+        for request in requests:
+            assert request.request_id not in self._generations, "request ids come from new_request_id, each used once"
+            self._generations[request.request_id] = generation
+        for request in requests:
+            self._send(request)
+        return generation
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """Have the engine forget these requests. Those that finished already, or never were, are passed over.
+
+        A `Generation` does this by itself when it is closed; here nothing is said to whoever reads it.
+        """
+        running = [request_id for request_id in request_ids if self._generations.pop(request_id, None)]
+        if running and self.error is None:
+            self._send(Abort(running))
+
+    # ---- adapters and liveness ---------------------------------------------------------------------------------------
+
+    async def load_adapter(self, key: AdapterKey, path: str) -> AdapterLoaded:
+        """Have the engine read an adapter into host memory, and bind it to the model.
+
+        Callers that ask for the same adapter at the same time share one load; one that is cancelled does not disturb
+        it. Raises AdapterRejectedError, or the error given to `fail`.
+        """
+        self._check_alive()
+        if key not in self._loads:
+            self._loads[key] = _future()
+            self._send(LoadAdapter(key, path))
+        return await asyncio.shield(self._loads[key])
+
+    async def unload_adapter(self, key: AdapterKey) -> None:
+        """Have the engine drop an adapter, and wait until no request uses it any more."""
+        self._check_alive()
+        self.adapters.pop(key, None)
+        if key not in self._unloads:
+            self._unloads[key] = _future()
+            self._send(UnloadAdapter(key))
+        await asyncio.shield(self._unloads[key])
+
+    async def ping(self) -> Pong:
+        """Wait for a sign of life from between two steps. The caller sets the timeout."""
+        self._check_alive()
+        nonce = next(self._ids)
+        self._pings[nonce] = _future()
+        self._send(Ping(nonce))
+        try:
+            return await self._pings[nonce]
+        finally:
+            self._pings.pop(nonce, None)
+
+    # ---- what comes from the engine ----------------------------------------------------------------------------------
+
+    def deliver(self, message: Running) -> None:
+        """Take one message from the engine. Answers that nobody waits for any more are dropped."""
+        match message:
+            case StepOutput(outputs=outputs, stats=stats):
+                self.stats = stats
+                for output in outputs:
+                    self._deliver_output(output)
+            case Pong(nonce=nonce, stats=stats):
+                self.stats = stats
+                _resolve(self._pings.get(nonce), message)
+            case AdapterLoaded(key=key):
+                self.adapters[key] = message
+                _resolve(self._loads.pop(key, None), message)
+            case AdapterFailed(key=key, problems=problems):
+                _reject(self._loads.pop(key, None), AdapterRejectedError(key, problems))
+            case AdapterUnloaded(key=key):
+                _resolve(self._unloads.pop(key, None), None)
+
+    def fail(self, error: Exception) -> None:
+        """The engine is gone: every stream and every call that waits ends with this error, and so does every later one.
+
+        Only the first error counts.
+        """
+        if self.error is not None:
+            return
+        self.error = error
+        for generation in set(self._generations.values()):
+            generation.end(error)
+        self.adapters.clear()
+        for load in self._loads.values():
+            _reject(load, error)
+        for unload in self._unloads.values():
+            _reject(unload, error)
+        for ping in self._pings.values():
+            _reject(ping, error)
+
+    def _deliver_output(self, output: RequestOutput) -> None:
+        generation = self._generations.get(output.request_id)
+        if generation is None:  # aborted while the output was on its way
+            return
+        if output.finish_reason is not None:
+            del self._generations[output.request_id]
+        generation._push(output)
+
+    def _check_alive(self) -> None:
+        if self.error is not None:
+            raise self.error.with_traceback(None)
+
+
+class Generation:
+    """The outputs of sequences that run together, as they come, until each has finished.
+
+    An asynchronous iterator; waiting for the next output may be cancelled or timed out without losing any. While the
+    reader is busy, what comes for one sequence is merged into one output. Leaving the `with` aborts what still runs.
+    """
+
+    def __init__(self, client: EngineClient, request_ids: list[int], max_pending_tokens: int) -> None:
+        self._client = client
+        self._running = set(request_ids)
+        self._max_pending_tokens = max_pending_tokens
+        self._pending: dict[int, list[RequestOutput]] = {}  # in the order in which they are handed out
+        self._num_pending_tokens = 0
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+
+    def __enter__(self) -> "Generation":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output. Raises SlowConsumerError, or the error that ended the engine."""
+        while not self._pending:
+            if self._error is not None:
+                raise self._error.with_traceback(None)
+            if not self._running:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        request_id = next(iter(self._pending))
+        output = _merge(self._pending.pop(request_id))
+        self._num_pending_tokens -= len(output.token_ids)
+        return output
+
+    def abort(self, request_id: int) -> None:
+        """End one sequence, and forget what came of it and was not read. The others go on."""
+        self._running.discard(request_id)
+        for output in self._pending.pop(request_id, ()):
+            self._num_pending_tokens -= len(output.token_ids)
+        self._client.abort([request_id])
+
+    def close(self) -> None:
+        """End all sequences that still run. Closing twice is harmless."""
+        running, self._running = self._running, set()
+        self._pending.clear()
+        self._client.abort(running)
+        self._changed.set()
+
+    def end(self, error: Exception) -> None:
+        """End all sequences that still run, and have the reader get this error next."""
+        self._error = error
+        self.close()
+
+    def _push(self, output: RequestOutput) -> None:
+        if output.finish_reason is not None:
+            self._running.discard(output.request_id)
+        self._pending.setdefault(output.request_id, []).append(output)
+        self._num_pending_tokens += len(output.token_ids)
+        self._changed.set()
+        if self._num_pending_tokens > self._max_pending_tokens:
+            self.end(SlowConsumerError(self._num_pending_tokens))
+
+
+def _merge(outputs: list[RequestOutput]) -> RequestOutput:
+    """What one sequence gave in several steps, as one output."""
+    if len(outputs) == 1:
+        return outputs[0]
+    first, last = outputs[0], outputs[-1]
+    logprobs = [position for output in outputs for position in output.logprobs or ()]
+    return RequestOutput(
+        request_id=first.request_id,
+        token_ids=[token_id for output in outputs for token_id in output.token_ids],
+        finish_reason=last.finish_reason,
+        stop_token_id=last.stop_token_id,
+        logprobs=logprobs or None,
+        prompt_logprobs=next((output.prompt_logprobs for output in outputs if output.prompt_logprobs), None),
+        num_cached_tokens=first.num_cached_tokens,
+        queue_seconds=first.queue_seconds,
+        adapter_load_seconds=first.adapter_load_seconds,
+        error=last.error,
+    )
+
+
+def _future() -> asyncio.Future[T]:
+    return asyncio.get_running_loop().create_future()
+
+
+def _resolve(future: asyncio.Future[T] | None, result: T) -> None:
+    if future is not None and not future.done():
+        future.set_result(result)
+
+
+def _reject(future: asyncio.Future[T] | None, error: Exception) -> None:
+    if future is not None and not future.done():
+        future.set_exception(error)
+        future.exception()  # counts as seen: whoever waited may be gone, and that is no news for the log
