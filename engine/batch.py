@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from engine.step import ScheduledRequest, StepPlan
 from kernels.ops import AttentionMetadata, LoraSegments
 
 
@@ -17,4 +20,89 @@ class StepBatch:
     positions: Tensor  # int64 [T]
     attention: AttentionMetadata
     lora: LoraSegments | None  # None: no row of this step uses an adapter
-    logits_rows: Tensor  # int64 [L]: the rows whose logits are needed
+    logits_rows: Tensor  # int64 [L]: the rows whose logits are needed, those that are sampled from first
+
+    @classmethod
+    def from_plan(cls, plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
+        """Lay the plan's tokens side by side and say where each one sits in its sequence and in the cache."""
+        scheduled = plan.scheduled
+        counts = np.array([item.num_new_tokens for item in scheduled], dtype=np.int32)
+        computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
+        starts = np.zeros(len(scheduled) + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts[1:])
+        seq_lens = (computed + counts).astype(np.int32)
+
+        tables = _block_tables(scheduled, int(seq_lens.max()), block_size)
+        sequence_of = np.repeat(np.arange(len(scheduled)), counts)
+        positions = np.arange(starts[-1]) - starts[:-1][sequence_of] + computed[sequence_of]
+        slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
+
+        def to_device(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(device, non_blocking=True)
+
+        return cls(
+            token_ids=to_device(_token_ids(scheduled)),
+            positions=to_device(positions),
+            attention=AttentionMetadata(
+                query_starts=to_device(starts),
+                seq_lens=to_device(seq_lens),
+                block_tables=to_device(tables),
+                slot_mapping=to_device(slots),
+                max_query_len=int(counts.max()),
+                max_seq_len=int(seq_lens.max()),
+            ),
+            lora=_lora_segments(scheduled, starts, device),
+            logits_rows=to_device(_logits_rows(scheduled, starts)),
+        )
+
+
+def _token_ids(scheduled: tuple[ScheduledRequest, ...]) -> np.ndarray:
+    tokens: list[int] = []
+    for item in scheduled:
+        first = item.num_computed_tokens
+        if item.num_new_tokens == 1:
+            tokens.append(item.request.token_ids[first])
+        else:
+            tokens.extend(item.request.token_ids[first : first + item.num_new_tokens])
+    return np.array(tokens, dtype=np.int64)
+
+
+def _block_tables(scheduled: tuple[ScheduledRequest, ...], max_seq_len: int, block_size: int) -> np.ndarray:
+    tables = np.zeros((len(scheduled), -(-max_seq_len // block_size)), dtype=np.int32)
+    for row, item in enumerate(scheduled):
+        block_ids = item.request.block_ids
+        tables[row, : len(block_ids)] = block_ids
+    return tables
+
+
+def _lora_segments(
+    scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray, device: torch.device
+) -> LoraSegments | None:
+    ranges: list[tuple[int, int, int]] = []
+    for item, start, end in zip(scheduled, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        slot = item.request.adapter_slot
+        if slot is None:
+            continue
+        if ranges and ranges[-1][0] == slot and ranges[-1][2] == start:
+            ranges[-1] = (slot, ranges[-1][1], end)
+        else:
+            ranges.append((slot, start, end))
+    if not ranges:
+        return None
+    columns = torch.tensor(ranges, dtype=torch.int32).T.contiguous().to(device, non_blocking=True)
+    return LoraSegments(tuple(ranges), columns[0], columns[1], columns[2])
+
+
+def _logits_rows(scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray) -> np.ndarray:
+    """The last row of every request that samples, then every row that predicts a prompt token someone asked about."""
+    rows = [int(end) - 1 for item, end in zip(scheduled, starts[1:], strict=True) if item.samples]
+    for item, start in zip(scheduled, starts[:-1], strict=True):
+        rows.extend(range(int(start), int(start) + num_prompt_logprob_rows(item)))
+    return np.array(rows, dtype=np.int64)
+
+
+def num_prompt_logprob_rows(item: ScheduledRequest) -> int:
+    """How many of the item's rows predict a token of its prompt whose log-probability was asked for."""
+    if item.request.sampling.num_prompt_logprobs is None:
+        return 0
+    return max(0, min(item.num_new_tokens, item.request.num_prompt_tokens - 1 - item.num_computed_tokens))

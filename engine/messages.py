@@ -1,6 +1,6 @@
 """What the service and an engine say to each other. Typed, versionless (both ends are one release), never pickled.
 
-Every message is one frame. `ToEngine` and `FromEngine` are the two closed sets; each end's decoder accepts nothing else.
+Every message is one frame. `ToEngine` and `FromEngine` are the two closed sets: a decoder accepts nothing else.
 """
 
 import msgspec

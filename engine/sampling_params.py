@@ -21,7 +21,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next token, and when to stop. Already validated: ranges are the service's business.
 
     The order in which they act: penalties and logit_bias, then masks (allowed_token_ids, min_tokens), then greedy if
-    temperature is 0, else temperature, top_k, top_p, min_p, and one draw from (seed, position).
+    temperature is 0, else temperature, typical_p, top_k, top_p, min_p, and one draw from (seed, position).
     """
 
     temperature: float = 1.0  # 0 is greedy

@@ -1,0 +1,112 @@
+"""The arithmetic of a step: load the model, size the cache, execute plans."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.batch import StepBatch, num_prompt_logprob_rows
+from engine.config import EngineConfig
+from engine.kv_cache import block_bytes, create_kv_cache
+from engine.messages import TokenLogprobs
+from engine.models import LanguageModel, load_model
+from engine.sampler import Sampler, describe
+from engine.step import SampledToken, StepPlan, StepResult
+from kernels.ops import Ops, select_ops
+
+logger = logging.getLogger(__name__)
+
+PROMPT_LOGPROB_ROWS = 128  # rows of the vocabulary held at once: 128 x 128k floats are 64 MiB
+
+
+class ModelRunner:
+    """Owns the model and its cache on one device. Knows no policy: it executes the plan that it is given."""
+
+    def __init__(self, model: LanguageModel, ops: Ops, config: EngineConfig) -> None:
+        """Profile memory and allocate the cache. Raises ValueError if the budget holds not even one sequence."""
+        self.model = model
+        self.ops = ops
+        self.block_size = config.block_size
+        self.sampler = Sampler()
+        longest = model.config.max_position_embeddings
+        self.max_model_len = min(config.max_model_len or longest, longest)
+        self.num_blocks = self._num_blocks(config)
+        self.kv_cache = create_kv_cache(model.config, ops, self.num_blocks, config.block_size, model.dtype)
+
+    @classmethod
+    def load(cls, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:
+        device = select_device(config.device)
+        ops = select_ops(device, config.kernels)
+        return cls(load_model(config, path, ops, progress), ops, config)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.num_blocks * block_bytes(self.model.config, self.block_size, self.model.dtype)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute every token of the plan and draw the next one of each request that has caught up."""
+        batch = StepBatch.from_plan(plan, self.block_size, self.ops.device)
+        hidden = self.model.forward(batch, self.kv_cache)
+        sampling = [item.request for item in plan.scheduled if item.samples]
+        drawn = iter(self.sampler.sample(self.model.logits(hidden[: len(sampling)]), sampling) if sampling else ())
+        sampled: list[SampledToken | None] = [next(drawn) if item.samples else None for item in plan.scheduled]
+        return StepResult(tuple(sampled), self._prompt_logprobs(plan, hidden[len(sampling) :]))
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
+        """hidden: [rows that predict prompt tokens, in plan order]"""
+        found: dict[int, list[TokenLogprobs]] = {}
+        row = 0
+        for item in plan.scheduled:
+            request, end = item.request, row + num_prompt_logprob_rows(item)
+            if request.sampling.num_prompt_logprobs is None:
+                continue
+            details = found[request.request_id] = []
+            position = item.num_computed_tokens + 1  # of the token that the first row predicts
+            for first in range(row, end, PROMPT_LOGPROB_ROWS):
+                part = hidden[first : min(first + PROMPT_LOGPROB_ROWS, end)]
+                targets = request.token_ids[position : position + len(part)]
+                logprobs = torch.log_softmax(self.model.logits(part), dim=-1)
+                details.extend(describe(logprobs, targets, request.sampling.num_prompt_logprobs))
+                position += len(part)
+            row = end
+        return found
+
+    def _num_blocks(self, config: EngineConfig) -> int:
+        size = block_bytes(self.model.config, self.block_size, self.model.dtype)
+        per_sequence = -(-self.max_model_len // self.block_size)
+        budget = config.kv_cache_bytes
+        if budget is None:
+            budget = int(free_device_bytes(self.ops.device) * config.kv_cache_fraction)
+        useful = per_sequence * config.max_num_seqs  # more could never be in use
+        num_blocks = min(budget // size, useful)
+        if num_blocks < per_sequence:
+            raise ValueError(
+                f"kv cache of {budget} bytes holds {budget // size * self.block_size} tokens, fewer than "
+                f"max_model_len = {self.max_model_len}: raise kv_cache_bytes to {per_sequence * size} or lower max_model_len"
+            )
+        return int(num_blocks)
+
+
+def select_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} asked for, but torch sees no CUDA device: use device: cpu")
+    return device
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory that could be allocated now: the device's, or what the operating system calls available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,89 @@
+"""One sequence on its way through the engine."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from adapters.key import AdapterKey
+from engine.messages import AddRequest, TokenLogprobs
+from engine.sampling_params import FinishReason, SamplingParams
+
+
+class RequestState(Enum):
+    """Where a request is. Only the scheduler moves it."""
+
+    WAITING = auto()  # for a turn, or for blocks; also after a preemption
+    WAITING_FOR_ADAPTER = auto()
+    RUNNING = auto()  # holds blocks, gets tokens computed
+    FINISHED = auto()
+
+
+class Request:
+    """The tokens of a sequence, how many of them are computed, and what it holds meanwhile.
+
+    There is no prefill or decode state: a request always catches up `num_computed_tokens` with `len(token_ids)`, many
+    at a time or one.
+    """
+
+    __slots__ = (
+        "adapter",
+        "adapter_ready_time",
+        "adapter_slot",
+        "arrival_time",
+        "block_hashes",
+        "block_ids",
+        "bypass_prefix_cache",
+        "cache_salt",
+        "deadline",
+        "finish_reason",
+        "first_scheduled_time",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "order",
+        "prompt_logprobs",
+        "request_id",
+        "sampling",
+        "state",
+        "token_ids",
+    )
+
+    def __init__(self, message: AddRequest, arrival_number: int, now: float) -> None:
+        sampling = message.sampling
+        self.request_id = message.request_id
+        self.sampling: SamplingParams = sampling
+        self.adapter: AdapterKey | None = message.adapter
+        self.cache_salt = message.cache_salt
+        # Prompt log-probabilities need every position computed, so there is nothing to take from the cache.
+        self.bypass_prefix_cache = message.bypass_prefix_cache or sampling.num_prompt_logprobs is not None
+        self.order = (message.priority, arrival_number)  # who goes first
+        self.arrival_time = now
+        self.deadline = None if sampling.time_limit_seconds is None else now + sampling.time_limit_seconds
+
+        self.token_ids: list[int] = list(message.prompt_token_ids)  # prompt, then output
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0  # tokens whose keys and values are in the cache
+        self.state = RequestState.WAITING
+        self.finish_reason: FinishReason | None = None
+
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were asked for
+        self.adapter_slot: int | None = None
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first scheduling
+        self.first_scheduled_time: float | None = None
+        self.adapter_ready_time: float | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id}, {self.state.name}, computed {self.num_computed_tokens} of {self.num_tokens}, "
+            f"{len(self.block_ids)} blocks)"
+        )

@@ -1,0 +1,216 @@
+"""From logits to tokens, for all rows of a step at once.
+
+A row's token depends on that row alone: its logits, its history, its parameters, and one random number that is a
+function of (seed, position). So a sampled stream is the same whoever shares the batch, and after a preemption or a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.messages import TokenLogprobs
+from engine.request import Request
+from engine.step import SampledToken
+
+# Candidates looked at before a full sort. Truncated sampling keeps a handful of tokens in practice; a row that needs
+# more than these falls back to all of them, with the same result.
+NUM_CANDIDATES = 512
+
+
+class Sampler:
+    """Draws one token per row. Stateless: whatever it needs to know of the past is in the requests."""
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+        """Draw the next token of each request.
+
+        logits: float32 [S, V], row s belongs to requests[s]; may be overwritten.
+        """
+        logprobs_wanted = any(request.sampling.num_logprobs is not None for request in requests)
+        raw = torch.log_softmax(logits, dim=-1) if logprobs_wanted else None  # before anything is changed
+        adjust_logits(logits, requests)
+        token_ids = self._draw(logits, requests)
+        details = [None] * len(requests) if raw is None else _sampled_logprobs(raw, token_ids, requests)
+        return [SampledToken(token, detail) for token, detail in zip(token_ids, details, strict=True)]
+
+    def _draw(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
+        token_ids: list[int] = logits.argmax(dim=-1).tolist()
+        random_rows = [row for row, request in enumerate(requests) if not request.sampling.greedy]
+        if random_rows:
+            chosen = [requests[row] for row in random_rows]
+            drawn = draw(logits[random_rows], chosen)
+            for row, token in zip(random_rows, drawn, strict=True):
+                token_ids[row] = token
+        return token_ids
+
+
+# ---- what changes the distribution ---------------------------------------------------------------------------------
+
+
+def adjust_logits(logits: Tensor, requests: Sequence[Request]) -> None:
+    """Apply penalties, biases and masks in place, each only to the rows that ask for it. logits: float32 [S, V]."""
+    _apply_penalties(logits, requests)
+    rows: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
+    for row, request in enumerate(requests):
+        sampling = request.sampling
+        if sampling.logit_bias:
+            rows.extend([row] * len(sampling.logit_bias))
+            columns.extend(sampling.logit_bias.keys())
+            values.extend(sampling.logit_bias.values())
+    if rows:
+        device = logits.device
+        index = (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
+        logits.index_put_(index, torch.tensor(values, device=device), accumulate=True)
+    for row, request in enumerate(requests):
+        sampling = request.sampling
+        if sampling.allowed_token_ids is not None:
+            allowed = torch.tensor(sampling.allowed_token_ids, device=logits.device)
+            kept = logits[row, allowed]
+            logits[row].fill_(-torch.inf)
+            logits[row, allowed] = kept
+        if request.num_output_tokens < sampling.min_tokens:
+            endings = sampling.eos_token_ids + sampling.stop_token_ids
+            if endings:
+                logits[row, list(endings)] = -torch.inf
+
+
+def _apply_penalties(logits: Tensor, requests: Sequence[Request]) -> None:
+    """Repetition (prompt and output; CTRL, arXiv 1909.05858), presence and frequency (output) penalties, in place."""
+    for row, request in enumerate(requests):
+        sampling = request.sampling
+        if not sampling.needs_penalties:
+            continue
+        output = torch.tensor(request.token_ids[request.num_prompt_tokens :], dtype=torch.int64, device=logits.device)
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.tensor(request.token_ids, dtype=torch.int64, device=logits.device).unique()
+            values = logits[row, seen]
+            penalty = sampling.repetition_penalty
+            logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if output.numel() and (sampling.presence_penalty or sampling.frequency_penalty):
+            tokens, counts = output.unique(return_counts=True)
+            logits[row, tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------------
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on (seed, position) alone.
+
+    Two rounds of SplitMix64's finaliser. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators".
+    """
+    mask = (1 << 64) - 1
+    state = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & mask
+    for _ in range(2):
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return (state >> 11) / (1 << 53)
+
+
+def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """One token per row by temperature, top-k, top-p, min-p and typical-p. logits: float32 [S, V]."""
+    params = [request.sampling for request in requests]
+    numbers = [uniform(request.sampling.seed, request.num_tokens) for request in requests]
+    temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=logits.device)
+    logprobs = torch.log_softmax(logits / temperatures[:, None], dim=-1)
+
+    tokens = [-1] * len(params)
+    truncated = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0 or p.typical_p < 1]
+    few = [row for row in truncated if params[row].typical_p == 1 and params[row].top_k <= NUM_CANDIDATES]
+    if few:
+        k = min(NUM_CANDIDATES, logits.shape[-1])
+        values, ids = torch.topk(logprobs[few], k, dim=-1)
+        for row, row_values, row_ids in zip(few, values.double().cpu().numpy(), ids.cpu().numpy(), strict=True):
+            keep = _kept_of_sorted(row_values, params[row].top_k, params[row].top_p, params[row].min_p)
+            if keep < k or k == logits.shape[-1]:
+                tokens[row] = int(row_ids[_pick(np.exp(row_values[:keep]), numbers[row])])
+    for row in truncated:
+        if tokens[row] < 0:
+            tokens[row] = _draw_sorted(logprobs[row].double().cpu().numpy(), requests[row], numbers[row])
+    for row in range(len(params)):
+        if tokens[row] < 0:
+            tokens[row] = _pick(np.exp(logprobs[row].double().cpu().numpy()), numbers[row])
+    return tokens
+
+
+def _draw_sorted(logprobs: np.ndarray, request: Request, number: float) -> int:
+    """Draw from a whole row. logprobs: float64 [V]"""
+    sampling = request.sampling
+    if sampling.typical_p < 1:
+        logprobs = np.where(_typical(logprobs, sampling.typical_p), logprobs, -np.inf)
+        logprobs = logprobs - np.logaddexp.reduce(logprobs)
+    order = np.argsort(-logprobs, kind="stable")
+    keep = _kept_of_sorted(logprobs[order], sampling.top_k, sampling.top_p, sampling.min_p)
+    return int(order[_pick(np.exp(logprobs[order[:keep]]), number)])
+
+
+def _kept_of_sorted(logprobs: np.ndarray, top_k: int, top_p: float, min_p: float) -> int:
+    """How many of these descending log-probabilities survive: top_k, then top_p of what is left, then min_p.
+
+    At least one. top_p keeps the smallest set whose share reaches p, as transformers does after top_k has renormalised.
+    """
+    keep = min(top_k, len(logprobs)) if top_k > 0 else len(logprobs)
+    probs = np.exp(logprobs[:keep])
+    if top_p < 1:
+        total = probs.sum() if top_k > 0 else 1.0
+        keep = min(keep, int(np.searchsorted(np.cumsum(probs), top_p * total)) + 1)
+    if min_p > 0:
+        keep = min(keep, int(np.count_nonzero(probs[:keep] >= min_p * probs[0])))
+    return max(keep, 1)
+
+
+def _typical(logprobs: np.ndarray, mass: float) -> np.ndarray:
+    """The mask of locally typical tokens holding `mass`. Source: Meister et al., arXiv 2202.00666."""
+    probs = np.exp(logprobs)
+    entropy = -np.sum(np.where(probs > 0, probs * logprobs, 0.0))
+    order = np.argsort(np.abs(-logprobs - entropy), kind="stable")
+    keep = int(np.searchsorted(np.cumsum(probs[order]), mass)) + 1
+    mask = np.zeros(len(logprobs), dtype=bool)
+    mask[order[:keep]] = True
+    return mask
+
+
+def _pick(weights: np.ndarray, number: float) -> int:
+    """The index at which the running sum of the weights passes `number` of their total."""
+    sums = np.cumsum(weights)
+    return min(int(np.searchsorted(sums, number * sums[-1], side="right")), len(weights) - 1)
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------------------------
+
+
+def _sampled_logprobs(
+    logprobs: Tensor, token_ids: Sequence[int], requests: Sequence[Request]
+) -> list[TokenLogprobs | None]:
+    counts = [request.sampling.num_logprobs for request in requests]
+    rows = [row for row, count in enumerate(counts) if count is not None]
+    wanted = describe(
+        logprobs[rows], [token_ids[row] for row in rows], max(count for count in counts if count is not None)
+    )
+    details: list[TokenLogprobs | None] = [None] * len(requests)
+    for row, detail in zip(rows, wanted, strict=True):
+        count = counts[row]
+        details[row] = TokenLogprobs(
+            detail.token_id, detail.logprob, detail.rank, detail.top_ids[:count], detail.top_logprobs[:count]
+        )
+    return details
+
+
+def describe(logprobs: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """What the distribution of each row says of its token, and its `num_top` most likely ones. logprobs: [S, V]."""
+    chosen = torch.tensor(token_ids, device=logprobs.device)[:, None]
+    own = logprobs.gather(-1, chosen)
+    ranks = (logprobs > own).sum(dim=-1) + 1
+    top_values, top_ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]), dim=-1)
+    return [
+        TokenLogprobs(*row)
+        for row in zip(
+            token_ids, own[:, 0].tolist(), ranks.tolist(), top_ids.tolist(), top_values.tolist(), strict=True
+        )
+    ]

@@ -1,0 +1,339 @@
+"""Who runs next. The only home of that policy.
+
+Iteration-level (continuous) batching: every step takes whoever is ready, within a budget of tokens. Running requests go
+first, so that a stream once begun keeps flowing; a long prompt is computed in chunks that fill what is left.
+Source: Orca (OSDI 2022), Sarathi-Serve (arXiv 2403.02310), vLLM V1's unified schedule.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from adapters.errors import AdapterRejected
+from adapters.key import AdapterKey
+from engine.block_manager import BlockManager
+from engine.messages import RequestOutput, TokenLogprobs
+from engine.request import Request, RequestState
+from engine.sampling_params import FinishReason
+from engine.step import SampledToken, ScheduledRequest, StepPlan, StepResult
+
+
+class AdapterSlots(Protocol):
+    """What the scheduler needs of the adapters on the device."""
+
+    @property
+    def changes(self) -> int:
+        """Grows whenever an adapter that could not be acquired might be acquired now, or might be refused."""
+
+    def acquire(self, key: AdapterKey) -> int | None:
+        """The adapter's slot, held until `release`; None: not there yet, ask again. Raises AdapterRejected."""
+
+    def release(self, key: AdapterKey) -> None: ...
+
+
+class WaitingQueue:
+    """Requests by order of turn, O(log n). A removed request's entry stays in the heap until it comes up."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int]] = []
+        self._members: dict[tuple[int, int], Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def push(self, request: Request) -> None:
+        heapq.heappush(self._heap, request.order)
+        self._members[request.order] = request
+
+    def peek(self) -> Request | None:
+        while self._heap and self._heap[0] not in self._members:
+            heapq.heappop(self._heap)
+        return self._members[self._heap[0]] if self._heap else None
+
+    def remove(self, request: Request) -> None:
+        del self._members[request.order]
+
+
+class Scheduler:
+    """Decides who runs, keeps every request's state, and turns results into outputs. Knows no tensors."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        adapters: AdapterSlots,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.blocks = blocks
+        self.adapters = adapters
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.clock = clock
+
+        self.requests: dict[int, Request] = {}  # all that are not finished
+        self.running: list[Request] = []  # in order of turn
+        self.waiting = WaitingQueue()
+        self.waiting_for_adapter: dict[AdapterKey, dict[int, Request]] = {}
+        self.adapter_users: Counter[AdapterKey] = Counter()  # accepted requests by adapter version, wherever they are
+        self._deadlines: list[tuple[float, int]] = []
+        self._outputs: list[RequestOutput] = []  # endings that no step computed; `update` hands them out
+        self._adapter_changes_seen = -1
+        self.num_preemptions = 0
+        self.prompt_tokens = 0  # computed, cumulative
+        self.generated_tokens = 0
+
+    # ---- arrivals and departures -----------------------------------------------------------------------------------
+
+    def has_unfinished(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def num_waiting_for_adapter(self) -> int:
+        return sum(len(requests) for requests in self.waiting_for_adapter.values())
+
+    def add(self, request: Request) -> None:
+        assert request.request_id not in self.requests
+        self.requests[request.request_id] = request
+        if request.adapter is not None:
+            self.adapter_users[request.adapter] += 1
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+        self.waiting.push(request)
+
+    def abort(self, request_id: int) -> bool:
+        """Drop a request, in whatever state; its blocks and its adapter are free at once. False if there is none."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        self._finish(request, FinishReason.CANCELLED)
+        return True
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Choose who runs and how far, and reserve blocks for it. The plan may be empty."""
+        self._expire()
+        self._retry_adapters()
+        budget = self.max_num_batched_tokens
+        scheduled: list[ScheduledRequest] = []
+        preempted = False
+
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
+            while not self.blocks.grow(request, request.num_computed_tokens + num_new):
+                preempted = True
+                victim = self.running.pop()  # the last in order: it has the least claim
+                self._preempt(victim)
+                if victim is request:
+                    break
+            if request.state is not RequestState.RUNNING:
+                break  # it was the last one: nobody behind it is left
+            scheduled.append(self._scheduled(request, num_new))
+            budget -= num_new
+            index += 1
+
+        if not preempted:  # else blocks are short: whoever was preempted comes first
+            self._admit(scheduled, budget)
+        scheduled.sort(key=lambda item: -1 if item.request.adapter_slot is None else item.request.adapter_slot)
+        return StepPlan(tuple(scheduled))
+
+    def _admit(self, scheduled: list[ScheduledRequest], budget: int) -> None:
+        """Start waiting requests while budget, places and blocks last."""
+        while budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting.peek()
+            if request is None:
+                break
+            if not self._hold_adapter(request):
+                continue
+            self.blocks.start(request)
+            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
+            if not self.blocks.grow(request, request.num_computed_tokens + num_new):
+                self.blocks.release(request)
+                break  # in order: nobody overtakes a request that waits for blocks
+            self.waiting.remove(request)
+            request.state = RequestState.RUNNING
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = self.clock()
+                request.num_cached_tokens = request.num_computed_tokens
+            self._insert_running(request)
+            scheduled.append(self._scheduled(request, num_new))
+            budget -= num_new
+
+    def _scheduled(self, request: Request, num_new: int) -> ScheduledRequest:
+        self.blocks.publish(request, request.num_computed_tokens + num_new)
+        return ScheduledRequest(request, request.num_computed_tokens, num_new)
+
+    def _insert_running(self, request: Request) -> None:
+        index = len(self.running)
+        while index > 0 and self.running[index - 1].order > request.order:
+            index -= 1
+        self.running.insert(index, request)
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks. It keeps its adapter and recomputes, mostly from the prefix cache."""
+        self.blocks.release(request)
+        request.state = RequestState.WAITING
+        self.waiting.push(request)
+        self.num_preemptions += 1
+
+    # ---- adapters --------------------------------------------------------------------------------------------------
+
+    def _hold_adapter(self, request: Request) -> bool:
+        """Make sure that the request at the head holds its adapter, else move it aside so that others go on."""
+        key = request.adapter
+        if key is None or request.adapter_slot is not None:
+            return True
+        slot = None
+        if key not in self.waiting_for_adapter:  # those who already wait for it come first
+            try:
+                slot = self.adapters.acquire(key)
+            except AdapterRejected as rejected:
+                self.fail(request, str(rejected))
+                return False
+        if slot is None:
+            self.waiting.remove(request)
+            request.state = RequestState.WAITING_FOR_ADAPTER
+            self.waiting_for_adapter.setdefault(key, {})[request.request_id] = request
+            return False
+        self._got_adapter(request, slot)
+        return True
+
+    def _retry_adapters(self) -> None:
+        """Bring back the requests whose adapter has arrived; fail those whose adapter turned out broken."""
+        if self.adapters.changes == self._adapter_changes_seen:
+            return
+        self._adapter_changes_seen = self.adapters.changes
+        for key, requests in list(self.waiting_for_adapter.items()):
+            for request in list(requests.values()):
+                try:
+                    slot = self.adapters.acquire(key)
+                except AdapterRejected as rejected:
+                    self.fail(request, str(rejected))
+                    continue
+                if slot is None:
+                    break
+                del requests[request.request_id]
+                self._got_adapter(request, slot)
+                request.state = RequestState.WAITING
+                self.waiting.push(request)
+            if not requests:
+                self.waiting_for_adapter.pop(key, None)
+
+    def _got_adapter(self, request: Request, slot: int) -> None:
+        request.adapter_slot = slot
+        request.adapter_ready_time = self.clock()
+
+    # ---- results ---------------------------------------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        """Take in what a step computed: append tokens, finish requests, and say what each one got."""
+        outputs, self._outputs = self._outputs, []
+        for item, sampled in zip(plan.scheduled, result.sampled, strict=True):
+            request = item.request
+            num_prompt_left = request.num_prompt_tokens - item.num_computed_tokens
+            self.prompt_tokens += max(0, min(item.num_new_tokens, num_prompt_left))
+            request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
+            self._collect_prompt_logprobs(request, item, result.prompt_logprobs.get(request.request_id))
+            if sampled is not None:
+                outputs.append(self._take_token(request, sampled))
+        return outputs
+
+    def _take_token(self, request: Request, sampled: SampledToken) -> RequestOutput:
+        first = request.num_output_tokens == 0
+        request.token_ids.append(sampled.token_id)
+        self.generated_tokens += 1
+        reason = self._finish_reason(request, sampled.token_id)
+        stopped_by = sampled.token_id if reason in (FinishReason.STOP, FinishReason.EOS) else None
+        output = RequestOutput(
+            request_id=request.request_id,
+            token_ids=[sampled.token_id],
+            finish_reason=reason,
+            stop_token_id=stopped_by,
+            logprobs=None if sampled.logprobs is None else [sampled.logprobs],
+            prompt_logprobs=request.prompt_logprobs if first and request.prompt_logprobs else None,
+            num_cached_tokens=request.num_cached_tokens if first else 0,
+            queue_seconds=self._seconds_since_arrival(request, request.first_scheduled_time) if first else 0.0,
+            adapter_load_seconds=self._seconds_since_arrival(request, request.adapter_ready_time) if first else 0.0,
+        )
+        if reason is not None:
+            self._finish(request, reason)
+        return output
+
+    def _collect_prompt_logprobs(
+        self, request: Request, item: ScheduledRequest, logprobs: Sequence[TokenLogprobs] | None
+    ) -> None:
+        if logprobs is None:
+            return
+        if not request.prompt_logprobs:
+            request.prompt_logprobs.append(None)  # nothing predicts the first token
+        already_known = len(request.prompt_logprobs) - 1 - item.num_computed_tokens  # after a preemption
+        request.prompt_logprobs.extend(logprobs[max(0, already_known) :])
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        sampling = request.sampling
+        if request.num_output_tokens >= sampling.min_tokens:
+            if token_id in sampling.eos_token_ids:
+                return FinishReason.EOS
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+        if request.num_output_tokens >= sampling.max_tokens:
+            return FinishReason.MAX_TOKENS
+        if request.num_tokens >= self.max_model_len:
+            return FinishReason.CONTEXT_LIMIT
+        return None
+
+    def _expire(self) -> None:
+        """Finish the requests whose own time limit has passed, in whatever state, with what they have."""
+        now = self.clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            request = self.requests.get(request_id)
+            if request is not None:
+                self._finish(request, FinishReason.TIME_LIMIT)
+                self._outputs.append(RequestOutput(request_id, [], FinishReason.TIME_LIMIT))
+
+    def fail(self, request: Request, error: str) -> None:
+        """End one request with an error; the next `update` says so."""
+        self._finish(request, FinishReason.ERROR)
+        self._outputs.append(RequestOutput(request.request_id, [], FinishReason.ERROR, error=error))
+
+    def fail_step(self, plan: StepPlan, error: str) -> None:
+        """End every request of a step that could not be computed. The others have lost nothing."""
+        for item in plan.scheduled:
+            self.blocks.retract(item.request)
+        for item in plan.scheduled:
+            self.fail(item.request, error)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        match request.state:
+            case RequestState.RUNNING:
+                self.running.remove(request)
+            case RequestState.WAITING:
+                self.waiting.remove(request)
+            case RequestState.WAITING_FOR_ADAPTER:
+                assert request.adapter is not None
+                requests = self.waiting_for_adapter[request.adapter]
+                del requests[request.request_id]
+                if not requests:
+                    del self.waiting_for_adapter[request.adapter]
+        self.blocks.release(request)
+        if request.adapter is not None:
+            if request.adapter_slot is not None:
+                self.adapters.release(request.adapter)
+            self.adapter_users[request.adapter] -= 1
+            if self.adapter_users[request.adapter] == 0:
+                del self.adapter_users[request.adapter]
+        request.state = RequestState.FINISHED
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+
+    def _seconds_since_arrival(self, request: Request, moment: float | None) -> float:
+        return 0.0 if moment is None else moment - request.arrival_time
