@@ -1,0 +1,28 @@
+"""Text and tokens: reading tokenizers, streaming text out of token ids, stop strings, chat templates.
+
+`Tokenizer.load(path)` reads a Hugging Face model directory. For each output of a request, an `IncrementalDetokenizer`
+turns token ids into whole characters and `StopStrings` holds back what could begin a stop string. `TemplateRenderer`
+turns a `Conversation` into a prompt with the model's `ChatTemplate`, in a process that can be killed. Everything a user
+or an operator can get wrong is a `TextError`.
+"""
+
+from service.text.chat_template import ChatTemplate, Conversation, TemplateLimits, TemplateRenderer
+from service.text.detokenizer import IncrementalDetokenizer
+from service.text.errors import TemplateError, TextError, TokenizerError
+from service.text.stop_strings import StopResult, StopStrings
+from service.text.tokenizer import Encoding, Tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "Conversation",
+    "Encoding",
+    "IncrementalDetokenizer",
+    "StopResult",
+    "StopStrings",
+    "TemplateError",
+    "TemplateLimits",
+    "TemplateRenderer",
+    "TextError",
+    "Tokenizer",
+    "TokenizerError",
+]

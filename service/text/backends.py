@@ -1,0 +1,200 @@
+"""From the files of a model directory to one `tokenizers.Tokenizer`, whichever of the three forms they have."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from service.text.errors import TokenizerError
+from service.text.model_files import ModelFiles, read_file
+from service.text.sentencepiece_model import read_sentencepiece
+from service.text.token_decoders import METASPACE
+
+
+class Backend(NamedTuple):
+    """A vocabulary with its rules, and the tokens that it names itself where no configuration does."""
+
+    tokenizer: tokenizers.Tokenizer
+    bos_token: str | None = None
+    eos_token: str | None = None
+
+
+def load_backend(files: ModelFiles) -> Backend:
+    """The tokenizer of a directory: tokenizer.json, else vocab.json + merges.txt, else tokenizer.model.
+
+    With tokenizer.json, that file alone says whether a text gets BOS and EOS; with the others, `add_bos_token` and
+    `add_eos_token` of tokenizer_config.json do (as transformers 5). Raises TokenizerError.
+    """
+    directory = files.directory
+    if not directory.is_dir():
+        raise TokenizerError(f"{directory}: is no directory. Give the directory that holds the model's files.")
+    if (path := directory / "tokenizer.json").is_file():
+        backend = _read(path, _from_json)
+        _add_tokens(backend.tokenizer, files)
+    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        backend = _byte_level_bpe(files)
+        _add_tokens(backend.tokenizer, files)
+        _add_bos_and_eos(backend, files)
+    elif (path := directory / "tokenizer.model").is_file():
+        backend = _read(path, lambda data: Backend(*read_sentencepiece(data)))
+        _add_tokens(backend.tokenizer, files)
+        _add_bos_and_eos(backend, files)
+    else:
+        found = sorted(entry.name for entry in directory.iterdir() if "token" in entry.name or "vocab" in entry.name)
+        raise TokenizerError(
+            f"{directory}: holds no tokenizer (found: {', '.join(found) or 'none of its files'}). Put tokenizer.json "
+            "there, or vocab.json with merges.txt, or tokenizer.model."
+        )
+    _mark_special_tokens(backend.tokenizer, files)
+    _use_llama_spacing(backend.tokenizer, files)
+    backend.tokenizer.encode_special_tokens = bool(files.tokenizer_config.get("split_special_tokens", False))
+    return backend
+
+
+def _from_json(data: bytes) -> Backend:
+    tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    tokenizer.no_truncation()  # limits that training left in the file are none of serving's
+    tokenizer.no_padding()
+    return Backend(tokenizer)
+
+
+def _read(path: Path, read: Callable[[bytes], Backend]) -> Backend:
+    data = read_file(path)
+    try:
+        return read(data)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from error
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise TokenizerError(f"{path}: cannot be read as a tokenizer ({error}). Fetch the file again.") from error
+
+
+# ---- vocab.json + merges.txt ---------------------------------------------------------------------------------------
+
+# How Qwen2 cuts a text before its merges; the files do not say it, the class does.
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ENDOFTEXT = "<|endoftext|>"  # special to all these classes, named in no file
+_GPT2_CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "BloomTokenizer")
+_CLASS_OF_MODEL_TYPE = {
+    "gpt2": "GPT2Tokenizer",
+    "gptj": "GPT2Tokenizer",
+    "gpt_neo": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "codegen": "CodeGenTokenizer",
+    "bloom": "BloomTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen2_moe": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer",
+}
+
+
+def _byte_level_bpe(files: ModelFiles) -> Backend:
+    """Byte-level BPE in the form from before tokenizer.json. How text is cut first depends on the tokenizer class."""
+    name = files.tokenizer_class or _CLASS_OF_MODEL_TYPE.get(files.model_type or "")
+    if name not in (*_GPT2_CLASSES, "Qwen2Tokenizer"):
+        raise TokenizerError(
+            f"{files.directory}: vocab.json and merges.txt do not say how {name or 'an unnamed tokenizer class'} cuts "
+            f"text into words; known are {', '.join((*_GPT2_CLASSES, 'Qwen2Tokenizer'))}. Put tokenizer.json there: "
+            "AutoTokenizer.from_pretrained(directory).save_pretrained(directory) writes it."
+        )
+    vocab, merges = files.directory / "vocab.json", files.directory / "merges.txt"
+    for path in (vocab, merges):
+        read_file(path)  # for its message: the library's does not name the file
+    try:
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:
+        raise TokenizerError(f"{vocab}, {merges}: cannot be read as byte-level BPE ({error}).") from error
+    prefix_space = bool(files.tokenizer_config.get("add_prefix_space") or False)
+    is_qwen2 = name == "Qwen2Tokenizer"
+    if is_qwen2:
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_QWEN2_PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=False),
+            ]
+        )
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(_known(backend, [_ENDOFTEXT]))
+    return Backend(backend, bos_token=None if is_qwen2 else _ENDOFTEXT, eos_token=_ENDOFTEXT)
+
+
+# ---- what the other files add --------------------------------------------------------------------------------------
+
+
+def _known(backend: tokenizers.Tokenizer, tokens: list[str]) -> list[str]:
+    return [token for token in tokens if backend.token_to_id(token) is not None]
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, files: ModelFiles) -> None:
+    """Add the tokens that only the configuration lists. Each must get the id that it is given there."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token_id, token in files.added_tokens.items():
+        if token.content not in known:
+            backend.add_tokens([token])
+            actual = backend.token_to_id(token.content)
+            if actual != token_id:
+                raise TokenizerError(
+                    f"{files.directory}: the configuration gives the added token {token.content!r} the id {token_id}, "
+                    f"but the vocabulary leads to {actual}. The files belong to different tokenizers; fetch them again."
+                )
+
+
+def _mark_special_tokens(backend: tokenizers.Tokenizer, files: ModelFiles) -> None:
+    """Make the named special tokens special, where the vocabulary has them.
+
+    One that it does not have is left out: transformers would append it behind the model's own embeddings.
+    """
+    flags = {token.content: token for token in files.added_tokens.values()}
+    for content in _known(backend, [*files.named_special_tokens().values(), *files.other_special_tokens()]):
+        backend.add_special_tokens([flags.get(content) or AddedToken(content, special=True, normalized=False)])
+
+
+def _add_bos_and_eos(backend: Backend, files: ModelFiles) -> None:
+    """Put BOS before and EOS behind every text, as the configuration asks for."""
+    template, special = ["$A"], []
+    for flag, token, position in (
+        ("add_bos_token", files.special_token("bos_token", backend.bos_token), 0),
+        ("add_eos_token", files.special_token("eos_token", backend.eos_token), 2),
+    ):
+        if not files.tokenizer_config.get(flag) or token is None:
+            continue
+        token_id = backend.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise TokenizerError(f"{files.directory}: {flag} is set, but {token!r} is not in the vocabulary.")
+        template.insert(position, token)
+        special.append((token, token_id))
+    if special:
+        template_processing = processors.TemplateProcessing(single=template, pair=None, special_tokens=special)
+        backend.tokenizer.post_processor = template_processing
+
+
+_LEGACY_SPACING = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": METASPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": METASPACE},
+    ],
+}
+
+
+def _use_llama_spacing(backend: tokenizers.Tokenizer, files: ModelFiles) -> None:
+    """Llama tokenizers put ▁ before a text, in their first form ("legacy") also behind every special token.
+
+    The files keep the first form, and tokenizer_config.json says whether it still holds (absent: no). Only Llama's own
+    class has this switch; a model type that merely borrows the class (phi3, mistral) goes by its tokenizer.json.
+    """
+    if files.tokenizer_class != "LlamaTokenizer" or files.model_type not in (None, "llama"):
+        return
+    if files.tokenizer_config.get("legacy") or backend.normalizer is None or backend.pre_tokenizer is not None:
+        return
+    if json.loads(backend.normalizer.__getstate__()) == _LEGACY_SPACING:
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, prepend_scheme="first", split=False)

@@ -1,0 +1,123 @@
+"""Text to token ids and back, from the files of a model directory, without transformers and without torch."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from service.text.backends import Backend, load_backend
+from service.text.chat_template import ChatTemplate
+from service.text.detokenizer import IncrementalDetokenizer
+from service.text.errors import TextError, TokenizerError
+from service.text.model_files import ModelFiles
+from service.text.token_decoders import PieceTable, token_decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A text as tokens, and which part of it each token stands for."""
+
+    token_ids: list[int]
+    offsets: list[tuple[int, int]]  # [start, end) in characters (code points) of the text; (0, 0) for added BOS and EOS
+
+
+class Tokenizer:
+    """One model's vocabulary and rules. Immutable; may be shared by all requests and called from any thread."""
+
+    def __init__(self, backend: Backend, files: ModelFiles) -> None:
+        self._backend = backend.tokenizer
+        named = files.named_special_tokens()
+        bos = files.special_token("bos_token", backend.bos_token)
+        eos = files.special_token("eos_token", backend.eos_token)
+        bos_ids = self._ids(bos) if "bos_token" in files.tokenizer_config else files.token_ids("bos_token_id")
+        self.bos_token_id: int | None = next(iter(bos_ids or self._ids(bos)), None)
+        # Chat models name their turn's end in generation_config.json and the text's end in the tokenizer: both end it.
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*self._ids(eos), *files.token_ids("eos_token_id")]))
+        self.special_token_ids: frozenset[int] = frozenset(
+            token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special
+        ) | frozenset(
+            token_id for token in [*named.values(), *files.other_special_tokens()] for token_id in self._ids(token)
+        )
+        decoder_state = self._backend.decoder.__getstate__() if self._backend.decoder is not None else b"null"
+        try:
+            decoder = token_decoder(json.loads(decoder_state))
+        except TokenizerError as error:
+            raise TokenizerError(f"{files.directory}: {error}") from error
+        self._pieces = PieceTable(self.id_to_token, decoder)
+        self._pieces_without_special = PieceTable(self.id_to_token, decoder, skipped=self.special_token_ids)
+        special = {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token is not None} | named
+        self.chat_template: ChatTemplate | None = (
+            ChatTemplate(files.chat_templates, **special) if files.chat_templates else None
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read the tokenizer of a Hugging Face model directory. Takes up to seconds: call it off the event loop.
+
+        Raises TokenizerError, which names the file, what is wrong with it and what to do.
+        """
+        files = ModelFiles.read(path)
+        return cls(load_backend(files), files)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included. A model's output may be padded beyond it."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text; with BOS and EOS where the model's tokenizer puts them. Raises TextError."""
+        return self._encode(text, add_special_tokens).ids
+
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        """The ids of a text and where in it each comes from. Raises TextError."""
+        encoding = self._encode(text, add_special_tokens)
+        return Encoding(encoding.ids, encoding.offsets)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence: what an IncrementalDetokenizer without a prompt gives in total.
+
+        Equal to the `tokenizers` library, but for one case: where a run of byte tokens is partly no UTF-8, its valid
+        characters are kept (as the sentencepiece library does), not replaced together with the rest.
+        """
+        detokenizer = IncrementalDetokenizer(self, (), skip_special_tokens)
+        return detokenizer.push(token_ids) + detokenizer.flush()
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token in its written form (`Ġthe`, `▁the`, `<|im_end|>`)."""
+        return self._backend.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The written form of a token; None where the vocabulary has none. Raises TextError for what is no id."""
+        if not 0 <= token_id < 1 << 32:
+            raise TextError(f"token id {token_id}: must be between 0 and 2^32 - 1.")
+        return self._backend.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, in bytes: exact also for a token that holds a part of a character."""
+        piece = self._pieces[token_id]
+        return piece.encode() if isinstance(piece, str) else piece
+
+    def token_text(self, token_id: int) -> str:
+        """What a token adds to a text, for people (logprobs): parts of characters are U+FFFD. Special tokens show."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def pieces(self, skip_special_tokens: bool) -> PieceTable:
+        """The piece of text of every token, for detokenizers."""
+        return self._pieces_without_special if skip_special_tokens else self._pieces
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            position = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+            if position is None:
+                raise
+            raise TextError(
+                f"text: half a surrogate pair at character {position}, which is no Unicode text. Remove it."
+            ) from error
+
+    def _ids(self, token: str | None) -> list[int]:
+        token_id = None if token is None else self._backend.token_to_id(token)
+        return [] if token_id is None else [token_id]
