@@ -1,1 +1,72 @@
-"""What other services import to talk to Loraplex."""
+"""What other services import to talk to Loraplex.
+
+`AsyncClient` and `Client` generate text and tokenise, over the data port. `AsyncAdminClient` and `AdminClient` manage
+models, adapters and routes, over the admin port. Every method is one call of the contract, with keyword arguments for
+its fields; answers are the messages of `loraplex.v1`. A failed call raises a `LoraplexError`.
+
+    async with AsyncClient("localhost:50051") as client:
+        answer = await client.generate("demo", "Once upon a time", max_tokens=32, temperature=0)
+        print(answer.outputs[0].text)
+
+        stream = client.stream_generate("demo", [{"role": "user", "content": "Hello"}], max_tokens=32)
+        async for piece in stream.text():
+            print(piece, end="")
+
+Leaving the loop early, in whatever way, cancels the generation and frees what the server holds for it.
+"""
+
+from loraplex.awaiting import AsyncGenerateStream, AsyncStream
+from loraplex.blocking import GenerateStream, Stream
+from loraplex.client import AdminClient, AsyncAdminClient, AsyncClient, Client
+from loraplex.errors import (
+    Aborted,
+    AlreadyExists,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    IncompleteStream,
+    Internal,
+    InvalidArgument,
+    LoraplexError,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+    Violation,
+    from_status,
+    raise_for_error,
+)
+from loraplex.generation import GenerateOptions, generate_spec
+
+__all__ = [
+    "Aborted",
+    "AdminClient",
+    "AlreadyExists",
+    "AsyncAdminClient",
+    "AsyncClient",
+    "AsyncGenerateStream",
+    "AsyncStream",
+    "Cancelled",
+    "Client",
+    "DeadlineExceeded",
+    "FailedPrecondition",
+    "GenerateOptions",
+    "GenerateStream",
+    "IncompleteStream",
+    "Internal",
+    "InvalidArgument",
+    "LoraplexError",
+    "NotFound",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "Stream",
+    "Unauthenticated",
+    "Unavailable",
+    "Unsupported",
+    "Violation",
+    "from_status",
+    "generate_spec",
+    "raise_for_error",
+]

@@ -426,7 +426,9 @@ Global___PromptLogprobs: typing_extensions.TypeAlias = PromptLogprobs
 
 @typing.final
 class TokenLogprob(google.protobuf.message.Message):
-    """A token and how likely the model thought it, before temperature, penalties and truncation."""
+    """A token and how likely the model thought it: by its own distribution, before penalties, bias, temperature and
+    truncation.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

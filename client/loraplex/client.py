@@ -1,0 +1,84 @@
+"""The clients: what can be called on which port. How is in awaiting.py and blocking.py, what exactly in operations/."""
+
+from loraplex import awaiting, blocking
+from loraplex.operations import adapters, inference, models, routes
+
+
+class AsyncClient(awaiting.AsyncCaller):
+    """The data port, with asyncio: generates text, tokenises."""
+
+    generate = awaiting.runs(inference.generate)
+    stream_generate = awaiting.streams_generation(inference.stream_generate)
+    batch_generate = awaiting.streams(inference.batch_generate)
+    cancel_generation = awaiting.runs(inference.cancel_generation)
+    tokenize = awaiting.runs(inference.tokenize)
+    detokenize = awaiting.runs(inference.detokenize)
+
+
+class AsyncAdminClient(awaiting.AsyncCaller):
+    """The admin port, with asyncio: models, adapters and routes that come and go, and the server itself."""
+
+    get_model = awaiting.runs(models.get_model)
+    list_models = awaiting.lists(models.list_models)
+    load_model = awaiting.runs(models.load_model)
+    unload_model = awaiting.runs(models.unload_model)
+    watch_models = awaiting.streams(models.watch_models)
+
+    get_adapter = awaiting.runs(adapters.get_adapter)
+    list_adapters = awaiting.lists(adapters.list_adapters)
+    create_adapter = awaiting.runs(adapters.create_adapter)
+    upload_adapter = awaiting.uploads(adapters.upload_adapter)
+    update_adapter = awaiting.runs(adapters.update_adapter)
+    delete_adapter = awaiting.runs(adapters.delete_adapter)
+    load_adapter = awaiting.runs(adapters.load_adapter)
+    unload_adapter = awaiting.runs(adapters.unload_adapter)
+    watch_adapters = awaiting.streams(adapters.watch_adapters)
+
+    get_route = awaiting.runs(routes.get_route)
+    list_routes = awaiting.lists(routes.list_routes)
+    update_route = awaiting.runs(routes.update_route)
+    delete_route = awaiting.runs(routes.delete_route)
+    resolve_target = awaiting.runs(routes.resolve_target)
+
+    get_server_info = awaiting.runs(routes.get_server_info)
+    watch_load = awaiting.streams(routes.watch_load)
+
+
+class Client(blocking.Caller):
+    """The data port: generates text, tokenises. May be shared between threads."""
+
+    generate = blocking.runs(inference.generate)
+    stream_generate = blocking.streams_generation(inference.stream_generate)
+    batch_generate = blocking.streams(inference.batch_generate)
+    cancel_generation = blocking.runs(inference.cancel_generation)
+    tokenize = blocking.runs(inference.tokenize)
+    detokenize = blocking.runs(inference.detokenize)
+
+
+class AdminClient(blocking.Caller):
+    """The admin port: models, adapters and routes that come and go, and the server itself."""
+
+    get_model = blocking.runs(models.get_model)
+    list_models = blocking.lists(models.list_models)
+    load_model = blocking.runs(models.load_model)
+    unload_model = blocking.runs(models.unload_model)
+    watch_models = blocking.streams(models.watch_models)
+
+    get_adapter = blocking.runs(adapters.get_adapter)
+    list_adapters = blocking.lists(adapters.list_adapters)
+    create_adapter = blocking.runs(adapters.create_adapter)
+    upload_adapter = blocking.uploads(adapters.upload_adapter)
+    update_adapter = blocking.runs(adapters.update_adapter)
+    delete_adapter = blocking.runs(adapters.delete_adapter)
+    load_adapter = blocking.runs(adapters.load_adapter)
+    unload_adapter = blocking.runs(adapters.unload_adapter)
+    watch_adapters = blocking.streams(adapters.watch_adapters)
+
+    get_route = blocking.runs(routes.get_route)
+    list_routes = blocking.lists(routes.list_routes)
+    update_route = blocking.runs(routes.update_route)
+    delete_route = blocking.runs(routes.delete_route)
+    resolve_target = blocking.runs(routes.resolve_target)
+
+    get_server_info = blocking.runs(routes.get_server_info)
+    watch_load = blocking.streams(routes.watch_load)

@@ -1,0 +1,89 @@
+"""Prompts from what callers have at hand: text, token ids, or messages as most chat APIs write them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from loraplex.v1 import prompt_pb2
+
+Message: TypeAlias = prompt_pb2.ChatMessage | Mapping[str, Any]
+Tool: TypeAlias = prompt_pb2.Tool | Mapping[str, Any]
+PromptLike: TypeAlias = str | Sequence[int] | Sequence[Message] | prompt_pb2.Prompt
+
+_MESSAGE_KEYS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"}
+_FUNCTION_KEYS = {"name", "description", "parameters"}
+
+
+def build_prompt(prompt: PromptLike) -> prompt_pb2.Prompt:
+    """The Prompt that `prompt` means.
+
+    A string is text, integers are token ids, anything else in a sequence is a chat message: a ChatMessage or a mapping
+    such as {"role": "user", "content": "Hello"}.
+
+    Raises ValueError for an empty sequence, which could mean either, and for keys that no message has.
+    """
+    if isinstance(prompt, prompt_pb2.Prompt):
+        return prompt
+    if isinstance(prompt, str):
+        return prompt_pb2.Prompt(text=prompt)
+    items = list(prompt)
+    if not items:
+        raise ValueError("the prompt is an empty sequence: pass text, token ids, or at least one chat message")
+    ids = [item for item in items if isinstance(item, int)]
+    if len(ids) == len(items):
+        return prompt_pb2.Prompt(token_ids=prompt_pb2.TokenIds(ids=ids))
+    messages = [build_message(item) for item in items if not isinstance(item, int)]
+    if ids:
+        raise ValueError("the prompt mixes token ids and chat messages: pass one or the other")
+    return prompt_pb2.Prompt(chat=prompt_pb2.Chat(messages=messages))
+
+
+def build_message(message: Message) -> prompt_pb2.ChatMessage:
+    """A ChatMessage from a mapping with the keys role, content, name, reasoning_content, tool_calls, tool_call_id."""
+    if isinstance(message, prompt_pb2.ChatMessage):
+        return message
+    if not isinstance(message, Mapping):
+        raise TypeError(f"a chat message is a ChatMessage or a mapping, not {type(message).__name__}: {message!r}")
+    _refuse_unknown("chat message", message, _MESSAGE_KEYS)
+    if not isinstance(message.get("content"), str | None):
+        raise TypeError(f"the content of a chat message is text, not {type(message['content']).__name__}")
+    built = prompt_pb2.ChatMessage(
+        role=message["role"],
+        content=message.get("content"),
+        name=message.get("name"),
+        reasoning_content=message.get("reasoning_content"),
+        tool_call_id=message.get("tool_call_id"),
+    )
+    built.tool_calls.extend(_build_tool_call(call) for call in message.get("tool_calls") or ())
+    return built
+
+
+def build_tool(tool: Tool) -> prompt_pb2.Tool:
+    """A Tool from a mapping with the keys name, description, parameters; or {"type": "function", "function": it}."""
+    if isinstance(tool, prompt_pb2.Tool):
+        return tool
+    function = tool.get("function", tool)
+    _refuse_unknown("tool", function, _FUNCTION_KEYS)
+    return prompt_pb2.Tool(
+        name=function["name"],
+        description=function.get("description"),
+        parameters_json=_json_text(function.get("parameters")),
+    )
+
+
+def _build_tool_call(call: prompt_pb2.ToolCall | Mapping[str, Any]) -> prompt_pb2.ToolCall:
+    if isinstance(call, prompt_pb2.ToolCall):
+        return call
+    function = call.get("function", call)
+    return prompt_pb2.ToolCall(
+        id=call.get("id", ""), name=function["name"], arguments_json=_json_text(function.get("arguments")) or "{}"
+    )
+
+
+def _json_text(value: object) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _refuse_unknown(what: str, given: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"a {what} has no key {', '.join(unknown)}; it has {', '.join(sorted(known))}")
