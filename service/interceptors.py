@@ -1,0 +1,150 @@
+"""What every call passes through: who calls, the request's id, and the way of every error into a status."""
+
+from __future__ import annotations  # grpc's classes are generic to mypy, and not when they run
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from loraplex.v1.inference_pb2 import Usage
+from service.errors import EngineError, LoraplexError, SlowConsumer, Unauthenticated, to_status, trailing_metadata
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TENANT = "default"
+SHARED_TENANT = "shared"  # whose adapters all may use
+TENANT_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+@dataclass(slots=True)
+class Call:
+    """One call, from its arrival to its status."""
+
+    tenant: str
+    request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # never the caller's: that is a label
+    arrival: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    metadata: dict[str, str] = field(default_factory=dict)  # goes back to the caller, beside loraplex-request-id
+    usage: Callable[[], Usage] | None = None  # what a generation has consumed so far: an error carries it
+
+
+_CALL: ContextVar[Call] = ContextVar("call")
+
+
+def current_call() -> Call:
+    """The call that the running task serves. Raises LookupError outside of one."""
+    return _CALL.get()
+
+
+# From the metadata of a call to the tenant that it acts for. Raises Unauthenticated or PermissionDenied.
+Identify = Callable[[Mapping[str, str]], str]
+
+
+def tenant_from_metadata(metadata: Mapping[str, str]) -> str:
+    """Believes the metadata `loraplex-tenant`. For listeners that only trusted peers reach."""
+    tenant = metadata.get("loraplex-tenant", DEFAULT_TENANT)
+    if not TENANT_ID.fullmatch(tenant):
+        raise Unauthenticated(
+            f"metadata loraplex-tenant: {tenant[:80]!r} is no tenant id: 1 to 63 of a-z, 0-9, '.', '_', '-', beginning "
+            "with a letter or digit"
+        )
+    return tenant
+
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Behaviour = Callable[[Any, Context], Awaitable[Any] | AsyncGenerator[Any, None]]
+
+_HANDLERS: Mapping[tuple[bool, bool], tuple[str, Callable[..., grpc.RpcMethodHandler[Any, Any]]]] = {
+    # (request is a stream, response is a stream)
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Gives each call its `Call`, and each error its status.
+
+    A handler returns its response, or is an asynchronous generator of responses. Its caller's cancellation, deadline
+    or disappearance reaches it as CancelledError (a generator: or as GeneratorExit), which passes through here.
+    """
+
+    def __init__(self, identify: Identify = tenant_from_metadata, stall_seconds: float = 30.0) -> None:
+        self._identify = identify
+        self._stall_seconds = stall_seconds  # how long the caller of a stream may leave a message unread
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith("/grpc."):
+            return handler  # unknown, or health and reflection, which have rules of their own
+        attribute, make = _HANDLERS[handler.request_streaming, handler.response_streaming]
+        wrapped = self._wrap(getattr(handler, attribute), handler_call_details.method)
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+    def _wrap(self, behaviour: Behaviour, method: str) -> Behaviour:
+        async def serve(request: Any, context: Context) -> Any:
+            call = Call(tenant="")
+            token = _CALL.set(call)
+            try:
+                call.tenant = self._identify(_text_metadata(context))
+                result = behaviour(request, context)
+                if isinstance(result, AsyncGenerator):
+                    return await self._stream(result, call, context)
+                response = await result
+                context.set_trailing_metadata(_outgoing(call))
+                return response
+            except LoraplexError as error:
+                await _abort(error, call, context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception:
+                logger.exception("%s failed, request_id=%s", method, call.request_id)
+                message = f"the server failed; quote request id {call.request_id} to its operator"
+                await _abort(EngineError(message), call, context)
+            finally:
+                _CALL.reset(token)
+
+        return serve
+
+    async def _stream(self, responses: AsyncGenerator[Any, None], call: Call, context: Context) -> None:
+        started = False
+        async with aclosing(responses):
+            async for response in responses:
+                if not started:  # never before the first response: headers end the client's right to retry
+                    await context.send_initial_metadata(_outgoing(call))
+                    started = True
+                try:
+                    async with asyncio.timeout(self._stall_seconds):
+                        await context.write(response)
+                except TimeoutError:
+                    raise SlowConsumer(
+                        f"a message of the stream was not read for {self._stall_seconds:g} s; read faster, or ask for "
+                        "fewer and larger messages"
+                    ) from None
+        context.set_trailing_metadata(_outgoing(call))
+
+
+def _text_metadata(context: Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _outgoing(call: Call) -> tuple[tuple[str, str], ...]:
+    return (("loraplex-request-id", call.request_id), *call.metadata.items())
+
+
+async def _abort(error: LoraplexError, call: Call, context: Context) -> None:
+    status = to_status(error, call.request_id, call.usage() if call.usage is not None else None)
+    await context.abort(error.code, status.message, (*_outgoing(call), *trailing_metadata(error, status)))

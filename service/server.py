@@ -1,0 +1,136 @@
+"""The two ports: what hangs on them, what health says, and how they are shut without losing anything in flight."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from service.admission import Admission
+from service.errors import LoraplexError, Unavailable
+from service.interceptors import CallInterceptor
+
+logger = logging.getLogger(__name__)
+
+MAX_RECEIVE_BYTES = 32 << 20
+MAX_METADATA_BYTES = 8 << 10
+MAX_CONCURRENT_RPCS = 16384  # a backstop: past it calls end with a bare status. Admission comes far earlier.
+
+OPTIONS = (
+    ("grpc.so_reuseport", 0),  # else a second server takes half of the calls of the first, in silence
+    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
+    ("grpc.keepalive_time_ms", 60_000),  # finds callers that vanished without a word
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # callers may ping while they wait for a first token
+)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+FLUSH_SECONDS = 1.0  # for the last messages of calls that have ended, and for watchers, which never end by themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A servicer, and how to hang it on a server."""
+
+    name: str  # in full, such as "loraplex.v1.InferenceService"
+    servicer: Any
+    add: Callable[[Any, grpc.aio.Server], None]  # the generated add_…Servicer_to_server
+
+
+class Health:
+    """What grpc.health.v1 says. Names: "" and each service of the data port, each service of the admin port, models.
+
+    A model serves when it says so; the data port serves while any model does; the admin port until it is drained.
+    """
+
+    def __init__(self, data_services: Sequence[str], admin_services: Sequence[str] = ()) -> None:
+        self.servicer = health.aio.HealthServicer()
+        self._data = ("", *data_services)
+        self._admin = tuple(admin_services)
+        self._models: dict[str, bool] = {}
+
+    async def start(self) -> None:
+        """Say what is so before any model has loaded."""
+        for name in self._admin:
+            await self.servicer.set(name, SERVING)
+        await self._update_data()
+
+    async def set_model(self, name: str, serving: bool) -> None:
+        """`name`: the bare id."""
+        self._models[name] = serving
+        await self.servicer.set(f"models/{name}", SERVING if serving else NOT_SERVING)
+        await self._update_data()
+
+    async def drain(self) -> None:
+        """NOT_SERVING from now on, whatever is said afterwards."""
+        await self.servicer.enter_graceful_shutdown()
+
+    async def _update_data(self) -> None:
+        status = SERVING if any(self._models.values()) else NOT_SERVING
+        for name in self._data:
+            await self.servicer.set(name, status)
+
+
+def build_server(
+    services: Sequence[Service],
+    health: Health,
+    interceptor: CallInterceptor,
+    address: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> tuple[grpc.aio.Server, int]:
+    """One port with these services, health and reflection; not started. Returns the server and the port number.
+
+    `address`: "host:port"; port 0 takes a free one. `credentials`: None is plaintext. Raises RuntimeError if the
+    address is taken.
+    """
+    server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS)
+    for service in services:
+        service.add(service.servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    names = [service.name for service in services]
+    reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
+    if credentials is None:
+        return server, server.add_insecure_port(address)
+    return server, server.add_secure_port(address, credentials)
+
+
+class Endable(Protocol):
+    """Something with generations in flight."""
+
+    def end_all(self, error: LoraplexError) -> None:
+        """End them all with this error."""
+
+
+async def drain(
+    servers: Sequence[grpc.aio.Server],
+    health: Health,
+    admission: Admission,
+    running: Endable,
+    grace_seconds: float,
+    lame_duck_seconds: float = 0.0,
+) -> None:
+    """Shut down without losing anything in flight.
+
+    Say NOT_SERVING; keep taking requests for the lame-duck time, in which balancers notice; then refuse new ones
+    (DRAINING) and let running ones finish. Those that still run after the grace end with DRAINING too.
+    """
+    await health.drain()
+    await asyncio.sleep(lame_duck_seconds)
+    admission.close()
+    try:
+        async with asyncio.timeout(grace_seconds):
+            await admission.wait_idle()
+    except TimeoutError:
+        logger.warning("requests still run after the grace of %g s; they are ended", grace_seconds)
+        running.end_all(Unavailable("DRAINING", "the server is shutting down; try another replica"))
+    await asyncio.gather(*(server.stop(FLUSH_SECONDS) for server in servers))
