@@ -12,7 +12,7 @@ import torch
 from engine.batch import StepBatch, num_prompt_logprob_rows
 from engine.config import EngineConfig
 from engine.kv_cache import block_bytes, create_kv_cache
-from engine.messages import TokenLogprobs
+from engine.messages import ModelLimits, TokenLogprobs
 from engine.models import LanguageModel, load_model
 from engine.sampler import Sampler, describe
 from engine.step import SampledToken, StepPlan, StepResult
@@ -43,9 +43,23 @@ class ModelRunner:
         ops = select_ops(device, config.kernels)
         return cls(load_model(config, path, ops, progress), ops, config)
 
-    @property
-    def kv_cache_bytes(self) -> int:
-        return self.num_blocks * block_bytes(self.model.config, self.block_size, self.model.dtype)
+    def limits(self, config: EngineConfig) -> ModelLimits:
+        """What the loaded model can take, for those who send it requests."""
+        model = self.model
+        return ModelLimits(
+            architecture=model.config.architecture,
+            dtype=str(model.dtype).removeprefix("torch."),
+            quantization="",
+            vocab_size=model.config.vocab_size,
+            max_model_len=self.max_model_len,
+            max_adapter_rank=config.max_adapter_rank,
+            max_num_seqs=config.max_num_seqs,
+            total_blocks=self.num_blocks,
+            block_size=self.block_size,
+            weight_bytes=model.nbytes,
+            kv_cache_bytes=self.num_blocks * block_bytes(model.config, self.block_size, model.dtype),
+            kernel_backend=self.ops.name,
+        )
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -87,7 +101,8 @@ class ModelRunner:
         if num_blocks < per_sequence:
             raise ValueError(
                 f"kv cache of {budget} bytes holds {budget // size * self.block_size} tokens, fewer than "
-                f"max_model_len = {self.max_model_len}: raise kv_cache_bytes to {per_sequence * size} or lower max_model_len"
+                f"max_model_len = {self.max_model_len}: raise kv_cache_bytes to {per_sequence * size} or lower "
+                "max_model_len"
             )
         return int(num_blocks)
 

@@ -1,7 +1,7 @@
 """From logits to tokens, for all rows of a step at once.
 
 A row's token depends on that row alone: its logits, its history, its parameters, and one random number that is a
-function of (seed, position). So a sampled stream is the same whoever shares the batch, and after a preemption or a restart.
+function of (seed, position). So a sampled stream is the same whoever shares the batch, after a preemption too.
 """
 
 from __future__ import annotations

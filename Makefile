@@ -1,0 +1,41 @@
+# Two commands need nothing but Python 3.11+ and a C++ compiler: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check stubs format clean
+
+demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
+	$(BIN)/loraplex demo
+
+test: $(VENV)/.installed-dev  ## every CPU test
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The stamps depend on what decides the environment: a changed dependency or kernel source installs again.
+KERNEL_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml $(wildcard setup.py) $(KERNEL_SOURCES)
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-stubs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,111 @@
+"""Make the checkpoints that the serving benchmark runs on: random weights in Hugging Face and PEFT format.
+
+    python -m benchmarks.models --out DIR [--models llama-160m ...] [--adapters 32]
+
+Writes DIR/MODEL/base and DIR/MODEL/adapters/a00 … Nothing is downloaded. Needs transformers and peft.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from benchmarks.workload import VOCAB
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# qwen-0.5b has the body of Qwen2.5-0.5B and a smaller vocabulary, so that one workload suits all.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-160m": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2048,
+        "tie_word_embeddings": False,
+    },
+    "qwen-0.5b": {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Every id decodes: the bytes first, then made-up words. Speed is measured with it, not sense."""
+    words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"Ġword{index}" for index in range(VOCAB - len(words))]
+    tokenizer = Tokenizer(BPE(vocab={word: index for index, word in enumerate(words)}, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=4096
+    )
+
+
+def make_model(name: str, folder: Path, num_adapters: int, rank: int) -> None:
+    shape = SHAPES[name] | {"vocab_size": VOCAB, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2}
+    config, kind = (
+        (Qwen2Config(**shape), Qwen2ForCausalLM)
+        if name.startswith("qwen")
+        else (LlamaConfig(**shape), LlamaForCausalLM)
+    )
+    torch.manual_seed(7)
+    model = kind(config).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for index in range(num_adapters):
+        generator = torch.Generator().manual_seed(7000 + index)
+        with torch.no_grad():
+            for key, parameter in adapted.named_parameters():
+                if "lora_" in key:
+                    # B small enough that the model stays tame, large enough that the tokens change
+                    gain = 1.0 if "lora_A" in key else 0.05
+                    noise = torch.randn(parameter.shape, generator=generator) * gain / parameter.shape[1] ** 0.5
+                    parameter.copy_(noise.to(parameter.dtype))
+        adapted.peft_config["default"].base_model_name_or_path = name
+        adapted.save_pretrained(folder / "adapters" / f"a{index:02d}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    args = parser.parse_args()
+    for name in args.models:
+        make_model(name, args.out / name, args.adapters, args.rank)
+        print(args.out / name)
+
+
+if __name__ == "__main__":
+    main()

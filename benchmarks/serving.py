@@ -1,0 +1,188 @@
+"""Serve the same work with several systems in one run, and say how fast each was.
+
+    python -m benchmarks.serving --model DIR/llama-160m --systems grpc,hf --scenarios lora8 --concurrency 8 --out OUT
+
+Systems: `grpc` (loraplex serve), `inprocess` (EngineCore), `reference` (EngineCore on the torch kernels), and the
+others, each with the Python of its own environment: `hf=PYTHON`, `vllm=PYTHON`, `vllm-nolora=PYTHON`,
+`llamacpp=SERVER_BINARY`. `hf` alone means this environment.
+
+All systems are up during the whole run and take turns, repeat by repeat; a figure is the median of its repeats. A
+repeat in which other processes used more than a tenth of the machine is marked contended. Writes OUT.json, and OUT.md
+with OUT.png through `benchmarks.report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ContentionMeter, Record, machine, median_of, resident_bytes, summarise
+from benchmarks.report import write_report
+from benchmarks.workload import SCENARIOS, Scenario, make_work
+
+CONTENDED_SHARE = 0.10
+
+
+class System:
+    """One system under test, in its own process."""
+
+    def __init__(self, name: str, command: list[str], log: Path) -> None:
+        self.name = name
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+        self.about = self._answer()
+
+    def run(self, scenario: Scenario, concurrency: int, repeat: int) -> dict[str, Any]:
+        """One repeat: its figures, or the error that the system ended it with."""
+        work = make_work(scenario, concurrency, repeat)
+        assert self._process.stdin is not None
+        with ContentionMeter(os.getpid()) as meter:
+            print(
+                json.dumps({"work": [item.to_json() for item in work], "concurrency": concurrency}),
+                file=self._process.stdin,
+                flush=True,
+            )
+            answer = self._answer()
+        if "error" in answer:
+            return {"error": answer["error"]}
+        records = [
+            Record(**{**fields, "arrivals": [tuple(a) for a in fields["arrivals"]]}) for fields in answer["records"]
+        ]
+        return summarise(records) | {
+            "memory_bytes": resident_bytes(self._process.pid),
+            "foreign_share": meter.foreign_share,
+            "contended": meter.foreign_share > CONTENDED_SHARE,
+        }
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended: see its log")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def system_command(name: str, where: str | None, args: argparse.Namespace) -> list[str]:
+    """The command line of a system. Raises ValueError for one that is not known."""
+    common = ["--model", str(args.model), "--threads", str(args.threads)]
+    adapters = ["--adapters", str(args.adapters)]
+    python = where or sys.executable
+    modules = {
+        "grpc": (sys.executable, "loraplex_grpc", adapters),
+        "inprocess": (sys.executable, "loraplex_inprocess", adapters),
+        "reference": (sys.executable, "loraplex_inprocess", [*adapters, "--kernels", "reference"]),
+        "hf": (python, "hf_peft", adapters),
+        "vllm": (python, "vllm_python", adapters),
+        "vllm-nolora": (python, "vllm_python", ["--adapters", "0"]),
+        "llamacpp": (sys.executable, "llama_cpp", [*adapters, "--server", where or "llama-server"]),
+    }
+    if name not in modules:
+        raise ValueError(f"unknown system {name!r}: choose from {', '.join(modules)}")
+    interpreter, module, options = modules[name]
+    return [interpreter, "-m", f"benchmarks.systems.{module}", *common, *options]
+
+
+def can_run(name: str, scenario: Scenario) -> bool:
+    return not (name == "vllm-nolora" and scenario.num_adapters)
+
+
+def measure(systems: dict[str, System], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every cell of scenario × concurrency, the systems taking turns within each repeat."""
+    cells = []
+    for scenario in (SCENARIOS[name] for name in args.scenarios):
+        for concurrency in args.concurrency:
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in systems if can_run(name, scenario)}
+            for repeat in range(args.repeats):
+                for name in runs:
+                    result = systems[name].run(scenario, concurrency, repeat)
+                    runs[name].append(result)
+                    print_run(name, scenario, concurrency, result)
+            for name, results in runs.items():
+                good = [result for result in results if "error" not in result]
+                quiet = [result for result in good if not result["contended"]]
+                cells.append(
+                    {
+                        "system": name,
+                        "scenario": scenario.name,
+                        "adapters": scenario.num_adapters,
+                        "concurrency": concurrency,
+                        "median": median_of(quiet or good) if good else None,
+                        "uncontended_repeats": len(quiet),
+                        "repeats": results,
+                    }
+                )
+    return cells
+
+
+def print_run(name: str, scenario: Scenario, concurrency: int, result: dict[str, Any]) -> None:
+    head = f"{name:>12} {scenario.name:>13} c{concurrency:<3}"
+    if "error" in result:
+        print(head, result["error"], flush=True)
+        return
+    print(
+        f"{head} {result['output_tokens_per_second']:8.1f} tok/s  "
+        f"TTFT p50 {result['ttft_p50_seconds'] * 1e3:7.1f} ms  TPOT p50 {result['tpot_p50_seconds'] * 1e3:6.1f} ms"
+        f"{'  contended' if result['contended'] else ''}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
+    parser.add_argument("--systems", default="grpc,inprocess", help="comma-separated, NAME or NAME=WHERE")
+    parser.add_argument("--scenarios", type=lambda s: s.split(","), default=["base", "lora8"])
+    parser.add_argument("--concurrency", type=lambda s: [int(c) for c in s.split(",")], default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--adapters", type=int, default=32, help="adapters that each system holds")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True, help="without suffix")
+    args = parser.parse_args()
+    if unknown := [name for name in args.scenarios if name not in SCENARIOS]:
+        parser.error(f"unknown scenarios {', '.join(unknown)}: choose from {', '.join(SCENARIOS)}")
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    systems: dict[str, System] = {}
+    try:
+        for entry in args.systems.split(","):
+            name, _, where = entry.partition("=")
+            command = system_command(name, where or None, args)
+            systems[name] = System(name, command, args.out.with_name(f"{args.out.name}.{name}.log"))
+            print(f"{name}: {systems[name].about}", flush=True)
+        cells = measure(systems, args)
+    finally:
+        for system in systems.values():
+            system.stop()
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python -m benchmarks.serving", *sys.argv[1:]]),
+        "model": args.model.name,
+        "machine": machine(),
+        "systems": {name: system.about for name, system in systems.items()},
+        "cells": cells,
+    }
+    path = args.out.with_name(args.out.name + ".json")
+    path.write_text(json.dumps(report, indent=1))
+    write_report(report, args.out)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

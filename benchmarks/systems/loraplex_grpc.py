@@ -1,0 +1,146 @@
+"""A Loraplex server as its users meet it: `loraplex serve`, one gRPC stream per request, the generated stubs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import grpc
+
+from benchmarks.measure import Record, closed_loop
+from benchmarks.worker import serve, take_stdout
+from benchmarks.workload import Work
+from loraplex.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, prompt_pb2
+
+
+def write_config(folder: Path, args: argparse.Namespace, ports: tuple[int, int]) -> Path:
+    """A service configuration with one model and its adapters. JSON is YAML."""
+    model = {
+        "name": "bench",
+        "model": str((args.model / "base").resolve()),
+        "kernels": args.kernels,
+        "threads": args.threads,
+        "max_model_len": 1024,
+        "kv_cache_bytes": args.kv_cache_bytes,
+    }
+    adapters = [
+        {
+            "name": f"a{index:02d}",
+            "model": "bench",
+            "source": str((args.model / "adapters" / f"a{index:02d}").resolve()),
+        }
+        for index in range(args.adapters)
+    ]
+    config = {
+        "listen": f"127.0.0.1:{ports[0]}",
+        "admin_listen": f"127.0.0.1:{ports[1]}",
+        "adapter_roots": [str(root)],
+        "models": [model],
+        "adapters": adapters,
+    }
+    path = folder / "bench.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+class Client:
+    """One channel, many streams."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._stub: inference_pb2_grpc.InferenceServiceStub | None = None
+
+    async def generate(self, work: Work, on_tokens: Callable[[int], None]) -> list[int]:
+        if self._stub is None:  # on the loop that will use it
+            self._stub = inference_pb2_grpc.InferenceServiceStub(grpc.aio.insecure_channel(self._address))
+        spec = generation_pb2.GenerateSpec(
+            model="bench" if work.adapter is None else f"a{work.adapter:02d}",
+            prompt=prompt_pb2.Prompt(token_ids=prompt_pb2.TokenIds(ids=work.prompt)),
+            sampling=generation_pb2.Sampling(temperature=0.0),
+            stopping=generation_pb2.Stopping(max_tokens=work.output, ignore_eos=True),
+            output=generation_pb2.OutputOptions(text=True, token_ids=True),
+        )
+        tokens: list[int] = []
+        completed = False
+        async for event in self._stub.StreamGenerate(inference_pb2.StreamGenerateRequest(spec=spec)):
+            if event.HasField("delta"):
+                new = event.delta.token_ids
+                tokens.extend(new)
+                on_tokens(len(new))
+            completed = completed or event.HasField("completed")
+        if not completed:
+            raise RuntimeError("the stream ended without Completed")
+        return tokens
+
+    async def run(self, work: Sequence[Work], concurrency: int) -> tuple[list[Record], list[list[int]]]:
+        return await closed_loop(self.generate, work, concurrency)
+
+
+def free_ports(count: int) -> list[int]:
+    import socket
+
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+async def until_serving(address: str, process: subprocess.Popen[bytes], seconds: float) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    deadline = time.perf_counter() + seconds
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while time.perf_counter() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"loraplex serve exited with {process.returncode}")
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                answer = await stub.Check(health_pb2.HealthCheckRequest(service="models/bench"), timeout=1)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            await asyncio.sleep(0.05)
+    raise TimeoutError(f"loraplex serve was not ready after {seconds} seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
+    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
+    args = parser.parse_args()
+    answers = take_stdout()
+    started = time.perf_counter()
+    ports = free_ports(2)
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_config(Path(folder), args, (ports[0], ports[1]))
+        process = subprocess.Popen(
+            [os.path.join(os.path.dirname(sys.executable), "loraplex"), "serve", "--config", str(config)], stdout=2
+        )
+        try:
+            loop = asyncio.new_event_loop()
+            address = f"127.0.0.1:{ports[0]}"
+            loop.run_until_complete(until_serving(address, process, 120))
+            client = Client(address)
+            warm_up = [Work([300 + i] * 16, 2, i) for i in range(args.adapters)] or [Work([300] * 16, 2, None)]
+            loop.run_until_complete(client.run(warm_up, 8))
+            about = {"system": "Loraplex over gRPC", "load_seconds": time.perf_counter() - started}
+            serve(client.run, about, loop, answers)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Loraplex's EngineCore in this process: the engine without messages, tokenizer or gRPC."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from adapters.key import AdapterKey
+from benchmarks.measure import Record, closed_loop
+from benchmarks.worker import serve, take_stdout
+from benchmarks.workload import Work
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.messages import AddRequest, FromEngine, LoadAdapter, StepOutput
+from engine.sampling_params import SamplingParams
+
+
+class Driver:
+    """Steps the core as long as somebody waits for tokens."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self._next_id = 0
+        self._on_tokens: dict[int, Callable[[list[int], bool], None]] = {}
+
+    async def generate(self, work: Work, on_tokens: Callable[[int], None]) -> list[int]:
+        self._next_id += 1
+        request_id = self._next_id
+        tokens: list[int] = []
+        done = asyncio.get_running_loop().create_future()
+
+        def take(new: list[int], finished: bool) -> None:
+            tokens.extend(new)
+            on_tokens(len(new))
+            if finished:
+                done.set_result(None)
+
+        self._on_tokens[request_id] = take
+        adapter = None if work.adapter is None else adapter_key(work.adapter)
+        sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=work.output)
+        self.core.add(AddRequest(request_id, work.prompt, sampling, adapter))
+        await done
+        return tokens
+
+    async def step_until(self, done: asyncio.Future[None]) -> None:
+        while not done.done():
+            for message in self.core.step():
+                self._deliver(message)
+            await asyncio.sleep(0)  # let the clients whose requests ended send their next ones
+
+    def _deliver(self, message: FromEngine) -> None:
+        if isinstance(message, StepOutput):
+            for output in message.outputs:
+                if output.error:
+                    raise RuntimeError(output.error)
+                self._on_tokens[output.request_id](output.token_ids, output.finish_reason is not None)
+
+    async def run(self, work: Sequence[Work], concurrency: int) -> tuple[list[Record], list[list[int]]]:
+        clients = asyncio.ensure_future(closed_loop(self.generate, work, concurrency))
+        await asyncio.sleep(0)
+        await self.step_until(clients)  # type: ignore[arg-type]
+        return await clients
+
+
+def adapter_key(index: int) -> AdapterKey:
+    return AdapterKey(f"shared/a{index:02d}", f"{index:064x}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
+    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    answers = take_stdout()
+
+    config = EngineConfig(
+        model=str(args.model / "base"),
+        device=args.device,
+        kernels=args.kernels,
+        threads=args.threads,
+        max_model_len=1024,
+        kv_cache_bytes=args.kv_cache_bytes,
+        **({"max_num_batched_tokens": args.max_num_batched_tokens} if args.max_num_batched_tokens else {}),
+    )
+    started = time.perf_counter()
+    core = EngineCore.load(config)
+    for index in range(args.adapters):
+        core.load_adapter(LoadAdapter(adapter_key(index), str(args.model / "adapters" / f"a{index:02d}")))
+    while core.is_waiting():
+        core.step()
+    driver = Driver(core)
+    loop = asyncio.new_event_loop()
+    warm_up = [Work([300 + index] * 16, 2, index) for index in range(args.adapters)] or [Work([300] * 16, 2, None)]
+    loop.run_until_complete(driver.run(warm_up, 8))
+    about = {
+        "system": f"Loraplex in-process ({core.limits.kernel_backend})",
+        "load_seconds": time.perf_counter() - started,
+    }
+    serve(driver.run, about, loop, answers)
+
+
+if __name__ == "__main__":
+    main()

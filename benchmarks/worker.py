@@ -1,0 +1,46 @@
+"""How the driver talks to a system under test: one JSON line in, one JSON line out. Standard library only.
+
+A system runs in a process of its own, perhaps in an environment of its own, and stays up for the whole run, so that
+repeats of different systems can be interleaved. Its standard output belongs to the protocol; whatever its libraries
+print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from benchmarks.measure import Record
+from benchmarks.workload import Work
+
+# run(work, concurrency) -> (records, token ids of each request)
+Run = Callable[[Sequence[Work], int], Awaitable[tuple[list[Record], list[list[int]]]]]
+
+
+def serve(run: Run, about: dict[str, Any], loop: asyncio.AbstractEventLoop, answers: Any) -> None:
+    """Say that the system is up, then answer runs until standard input ends."""
+    _say(answers, about)
+    for line in sys.stdin:
+        request = json.loads(line)
+        work = [Work.from_json(item) for item in request["work"]]
+        try:
+            records, tokens = loop.run_until_complete(run(work, request["concurrency"]))
+        except Exception as error:
+            _say(answers, {"error": f"{type(error).__name__}: {error}"})
+            continue
+        _say(answers, {"records": [vars(record) for record in records], "tokens": tokens})
+
+
+def take_stdout() -> Any:
+    """Keep standard output for answers and send what anybody prints to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def _say(answers: Any, message: dict[str, Any]) -> None:
+    print(json.dumps(message), file=answers, flush=True)

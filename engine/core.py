@@ -1,0 +1,211 @@
+"""The engine without a process around it: add requests, take steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from adapters.key import AdapterKey
+from adapters.pool import AdapterPool
+from adapters.store import AdapterStore
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.messages import (
+    AdapterUnloaded,
+    AddRequest,
+    EngineStats,
+    FromEngine,
+    LoadAdapter,
+    RequestOutput,
+    StepOutput,
+    UnloadAdapter,
+)
+from engine.model_runner import ModelRunner
+from engine.request import Request
+from engine.sampling_params import FinishReason
+from engine.scheduler import Scheduler
+from engine.step import StepPlan, StepResult
+from engine.weights import resolve_model
+
+logger = logging.getLogger(__name__)
+
+NOTHING_PLANNED = StepPlan(())
+NOTHING_COMPUTED = StepResult((), {})
+
+
+class EngineCore:
+    """Turns waiting requests into tokens, one step at a time. Knows no process, no socket, no policy.
+
+    All methods are called from one thread. `step` never waits for a file: adapters are read by the store's own threads.
+    """
+
+    def __init__(self, runner: ModelRunner, store: AdapterStore, pool: AdapterPool, config: EngineConfig) -> None:
+        self.runner = runner
+        self.store = store
+        self.pool = pool
+        self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks,
+            pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=runner.max_model_len,
+            clock=time.monotonic,
+        )
+        self.limits = runner.limits(config)
+        self._num_steps = 0
+        self._num_arrivals = 0
+        self._rejected: list[RequestOutput] = []
+        self._unloading: set[AdapterKey] = set()
+
+    @classmethod
+    def load(
+        cls, config: EngineConfig, progress: Callable[[int, int], None] = lambda loaded, total: None
+    ) -> EngineCore:
+        """Load the model that `config` names. Raises ValueError or OSError with what the operator can do about it."""
+        config.check()
+        runner = ModelRunner.load(config, resolve_model(config.model, config.revision), progress)
+        model = runner.model
+        store = AdapterStore(
+            targets=model.lora_targets(),
+            dtype=model.dtype,
+            max_rank=config.max_adapter_rank,
+            budget_bytes=config.adapter_host_bytes,
+            num_threads=config.adapter_loader_threads,
+        )
+        pool = AdapterPool(
+            sites=model.lora_sites(),
+            store=store,
+            num_slots=config.max_resident_adapters,
+            budget_bytes=config.adapter_device_bytes,
+        )
+        return cls(runner, store, pool, config)
+
+    def close(self) -> None:
+        """Stop the loader threads."""
+        self.store.close()
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def add(self, message: AddRequest) -> None:
+        """Accept a request, or have the next step say what is wrong with it. A bad request never reaches the model."""
+        problem = self._problem_with(message)
+        if problem:
+            self._rejected.append(RequestOutput(message.request_id, [], FinishReason.ERROR, error=problem))
+            return
+        self._num_arrivals += 1
+        self.scheduler.add(Request(message, self._num_arrivals, time.monotonic()))
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """Forget requests in whatever state they are. Their blocks are free at once; unknown ids are ignored."""
+        for request_id in request_ids:
+            self.scheduler.abort(request_id)
+
+    def _problem_with(self, message: AddRequest) -> str:
+        """The service has checked all of this; it is checked again because one request must never end the engine."""
+        limits, sampling = self.limits, message.sampling
+        count = len(message.prompt_token_ids)
+        if message.request_id in self.scheduler.requests:
+            return f"request id {message.request_id} is in use"
+        if not 1 <= count < limits.max_model_len:
+            return f"prompt of {count} tokens: it must have 1 to {limits.max_model_len - 1}"
+        token_ids = (
+            *message.prompt_token_ids,
+            *sampling.logit_bias,
+            *(sampling.allowed_token_ids or ()),
+            *sampling.stop_token_ids,
+            *sampling.eos_token_ids,
+        )
+        if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
+            return f"token ids must lie in 0 to {limits.vocab_size - 1}"
+        if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
+            return "allowed_token_ids is empty: no token could be drawn"
+        if sampling.max_tokens < 1:
+            return f"max_tokens is {sampling.max_tokens}: it must be at least 1"
+        if message.adapter is not None and not self.store.is_registered(message.adapter):
+            return f"adapter {message.adapter} is not registered with this engine"
+        return ""
+
+    # ---- adapters --------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, message: LoadAdapter) -> None:
+        """Start reading an adapter; a later step says how it went."""
+        self._unloading.discard(message.key)
+        self.store.register(message.key, Path(message.path))
+
+    def unload_adapter(self, message: UnloadAdapter) -> None:
+        """Drop an adapter as soon as no accepted request uses it; a later step says so."""
+        self._unloading.add(message.key)
+
+    def _adapter_events(self) -> list[FromEngine]:
+        """What the loader threads finished since the last step, and which unloads have become possible."""
+        events: list[FromEngine] = list(self.store.poll())
+        for key in [key for key in self._unloading if key not in self.scheduler.adapter_users]:
+            self._unloading.remove(key)
+            self.pool.unload(key)
+            self.store.unregister(key)
+            events.append(AdapterUnloaded(key))
+        return events
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        """Whether a step could do something now. False while everybody waits for adapters that are still being read."""
+        scheduler = self.scheduler
+        return bool(scheduler.running or len(scheduler.waiting) or self._rejected)
+
+    def is_waiting(self) -> bool:
+        """Whether something will happen by itself: step again soon, though there is nothing to compute now."""
+        return self.scheduler.has_unfinished() or self.store.is_loading() or bool(self._unloading)
+
+    def step(self) -> list[FromEngine]:
+        """Run one step: whoever is ready gets computed, and everything that happened is returned."""
+        events = self._adapter_events()
+        plan = self.scheduler.schedule()
+        result = self._execute(plan)
+        outputs = self.scheduler.update(plan if result else NOTHING_PLANNED, result or NOTHING_COMPUTED)
+        outputs, self._rejected = self._rejected + outputs, []
+        if plan.scheduled or outputs:
+            self._num_steps += 1
+            events.append(StepOutput(outputs, self.stats()))
+        return events
+
+    def _execute(self, plan: StepPlan) -> StepResult | None:
+        """The plan's result, or None if it could not be computed: then its requests have failed, and only they.
+
+        An error of the device itself is raised: nothing on it can be trusted any more.
+        """
+        if not plan.scheduled:
+            return NOTHING_COMPUTED
+        try:
+            return self.runner.execute(plan)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            ids = [item.request.request_id for item in plan.scheduled]
+            logger.exception("step %d failed; its requests end with an error: %s", self._num_steps, ids)
+            self.scheduler.fail_step(plan, f"the engine could not compute this step: {error}")
+            return None
+
+    def stats(self) -> EngineStats:
+        scheduler, blocks = self.scheduler, self.blocks
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_for_adapter=scheduler.num_waiting_for_adapter,
+            total_blocks=blocks.num_blocks,
+            free_blocks=blocks.num_free,
+            cached_blocks=blocks.num_cached,
+            block_size=blocks.block_size,
+            num_steps=self._num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=blocks.prefix_queries,
+            prefix_cache_hits=blocks.prefix_hits,
+            prompt_tokens=scheduler.prompt_tokens,
+            generated_tokens=scheduler.generated_tokens,
+            adapters=self.pool.residents(),
+        )
