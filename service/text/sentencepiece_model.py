@@ -23,12 +23,13 @@ def read_sentencepiece(data: bytes) -> tuple[tokenizers.Tokenizer, str | None, s
     from sentencepiece import sentencepiece_model_pb2
 
     proto = cast(Any, sentencepiece_model_pb2).ModelProto()
+    not_one = "is no SentencePiece model. A tiktoken vocabulary must come with tokenizer.json."
     try:
         proto.ParseFromString(data)
     except Exception as error:
-        raise TokenizerError(
-            "is no SentencePiece model. A tiktoken vocabulary must come with tokenizer.json."
-        ) from error
+        raise TokenizerError(not_one) from error
+    if not proto.pieces:  # plain text, too, can pass for a message full of unknown fields
+        raise TokenizerError(not_one)
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     if trainer.treat_whitespace_as_suffix or not rules.escape_whitespaces:
         raise TokenizerError("writes spaces as suffixes or not at all, which is not supported. Provide tokenizer.json.")
@@ -88,7 +89,7 @@ def _normalizer(rules: Any) -> normalizers.Normalizer:
     if rules.precompiled_charsmap:
         stages.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        stages += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
+        stages += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if rules.add_dummy_prefix:
         stages.append(normalizers.Prepend(METASPACE))
     return normalizers.Sequence([*stages, normalizers.Replace(" ", METASPACE)])

@@ -15,8 +15,8 @@ from service.text import TextError, Tokenizer, TokenizerError
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY / ".." / "shared" / "data" / "tokenizers"
 DEMO = REPOSITORY / "demo" / "models"
-# The bare SentencePiece model has an oracle of its own (test_text_sentencepiece.py): without a configuration transformers
-# forgets the leading space and joins pieces in another order than SentencePiece itself.
+# The bare SentencePiece model has an oracle of its own (test_text_sentencepiece.py): without a configuration
+# transformers forgets the leading space and joins pieces in another order than SentencePiece itself.
 WITH_ORACLE = sorted(path for path in SHARED.glob("*") if path.name != "llama2_sentencepiece") + sorted(
     path.parent for path in DEMO.glob("*/tokenizer.json")
 )
