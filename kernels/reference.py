@@ -1,0 +1,243 @@
+"""Every operation in plain torch: the definition of what is right, and the backend that works everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.ops import (
+    AttentionMetadata,
+    HeadShape,
+    LayerKV,
+    LoraSegments,
+    LoraTable,
+    LoraWeights,
+    PackedLinear,
+    QKNorm,
+)
+
+# Bounds the float32 temporaries of attention: 2^24 elements are 64 MiB.
+MAX_ATTENTION_ELEMENTS = 1 << 24
+
+
+class ReferenceLinear:
+    """A weight matrix as it came. Shares memory with what it was made from."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight  # [N, C]
+        self.bias = bias  # [N]
+        self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """Float32 copies: both products accumulate in float32 and round once, and small float32 products are quickest."""
+
+    a_t: Tensor  # [C, sum of R]
+    slices: tuple[tuple[slice, slice, Tensor], ...]  # ranks, output columns, Bᵀ [R, N]
+
+
+class ReferenceLoraTable:
+    """The adapters resident at one linear, in float32: a 16-bit adapter takes twice its own bytes."""
+
+    def __init__(self, in_features: int, out_features: int, num_slots: int) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.adapters: list[_Adapter | None] = [None] * num_slots
+
+    def put(self, slot: int, weights: LoraWeights) -> None:
+        """Raises ValueError if the weights do not fit the linear."""
+        check_lora_weights(weights, self.in_features, self.out_features)
+        slices = tuple(
+            (
+                slice(part.rank_start, part.rank_start + part.b.shape[1]),
+                slice(part.out_start, part.out_start + part.b.shape[0]),
+                part.b.float().t(),
+            )
+            for part in weights.slices
+        )
+        self.adapters[slot] = _Adapter(weights.a.float().t(), slices)
+
+    def remove(self, slot: int) -> None:
+        self.adapters[slot] = None
+
+
+def check_lora_weights(weights: LoraWeights, in_features: int, out_features: int) -> None:
+    """Raise ValueError if `weights` reads or writes outside a linear of [out_features, in_features]."""
+    rank, width = weights.a.shape
+    if width != in_features:
+        raise ValueError(f"LoRA A is [{rank}, {width}] but the linear has {in_features} input features")
+    for part in weights.slices:
+        n, r = part.b.shape
+        if part.rank_start < 0 or part.rank_start + r > rank:
+            raise ValueError(f"LoRA B reads ranks {part.rank_start} to {part.rank_start + r}, A has {rank}")
+        if part.out_start < 0 or part.out_start + n > out_features:
+            raise ValueError(
+                f"LoRA B writes columns {part.out_start} to {part.out_start + n}, the linear has {out_features}"
+            )
+
+
+class ReferenceOps:
+    """`Ops` in plain torch, on any device."""
+
+    name = "reference"
+    batch_invariant = False  # the libraries behind torch choose their summation order by the number of rows
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
+        return ReferenceLinear(weight, bias)
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        assert isinstance(packed, ReferenceLinear)
+        return F.linear(x, packed.weight, packed.bias)
+
+    def lora_table(self, in_features: int, out_features: int, num_slots: int) -> ReferenceLoraTable:
+        return ReferenceLoraTable(in_features, out_features, num_slots)
+
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
+        assert isinstance(table, ReferenceLoraTable)
+        for slot, start, end in segments.ranges:
+            adapter = table.adapters[slot]
+            if adapter is None:
+                continue
+            shrunk = x[start:end].float() @ adapter.a_t
+            rows = y[start:end]
+            for ranks, columns, b_t in adapter.slices:
+                rows[:, columns] += shrunk[:, ranks] @ b_t
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual += x
+        return self.rms_norm(residual, weight, eps)
+
+    def rotary_store_kv(
+        self,
+        qkv: Tensor,  # [T, (H + 2K)·D]
+        shape: HeadShape,
+        qk_norm: QKNorm | None,
+        positions: Tensor,  # int64 [T]
+        cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+        cache: LayerKV,
+        slot_mapping: Tensor,  # int64 [T]
+    ) -> Tensor:
+        num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if qk_norm is not None:
+            q = self.rms_norm(q, qk_norm.q_weight, qk_norm.eps)
+            k = self.rms_norm(k, qk_norm.k_weight, qk_norm.eps)
+        cos, sin = cos_sin[positions].unsqueeze(2).unbind(1)  # [T, 1, D/2] each
+        slots = cache.num_blocks * cache.block_size
+        cache.k.view(slots, num_kv_heads, head_dim)[slot_mapping] = _rotate(k, cos, sin)
+        cache.v.view(slots, num_kv_heads, head_dim)[slot_mapping] = v
+        return _rotate(q, cos, sin)
+
+    def paged_attention(
+        self,
+        q: Tensor,  # [T, H, D]
+        cache: LayerKV,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        starts = metadata.query_starts.tolist()
+        out = torch.empty_like(q)
+        positions = metadata.seq_lens.tolist()
+        decoding = [s for s in range(len(positions)) if starts[s + 1] - starts[s] == 1]
+        for group in _similar_lengths(decoding, positions, cache.k[0, 0].numel()):
+            rows = torch.tensor([starts[s] for s in group], device=q.device)
+            chosen = torch.tensor(group, device=q.device)
+            longest = max(positions[s] for s in group)
+            last = metadata.seq_lens[chosen].long().unsqueeze(1) - 1  # [S, 1]
+            tables = metadata.block_tables[chosen]
+            out[rows] = _attend(q[rows].unsqueeze(1), cache, tables, last, longest, scale, window, soft_cap).squeeze(1)
+        for s, length in enumerate(positions):
+            start, end = starts[s], starts[s + 1]
+            if end - start < 2:
+                continue
+            tables = metadata.block_tables[s : s + 1]
+            at_once = max(1, MAX_ATTENTION_ELEMENTS // (length * q.shape[1]))
+            for first in range(start, end, at_once):
+                after = min(first + at_once, end)
+                seen = length - end + after  # keys up to the last query of these rows
+                at = torch.arange(length - end + first, seen, device=q.device).unsqueeze(0)  # [1, rows]
+                part = q[first:after].unsqueeze(0)
+                out[first:after] = _attend(part, cache, tables, at, seen, scale, window, soft_cap).squeeze(0)
+        return out.flatten(1)
+
+    def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
+        size = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+        k = torch.zeros(size, dtype=dtype, device=self.device)
+        return LayerKV(k, torch.zeros_like(k), num_blocks, block_size)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(x.dtype)
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [T, heads, D], cos and sin: float32 [T, 1, D/2] → as x"""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _similar_lengths(sequences: list[int], lengths: list[int], width: int) -> list[list[int]]:
+    """Sequences to gather side by side, padded to the longest, within the bound on temporaries.
+
+    width: elements of the keys of one token.
+    """
+    groups: list[list[int]] = []
+    for s in sorted(sequences, key=lambda s: lengths[s], reverse=True):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] * width <= MAX_ATTENTION_ELEMENTS:
+            groups[-1].append(s)
+        else:
+            groups.append([s])
+    return groups
+
+
+def _attend(
+    q: Tensor,  # [S, n, H, D]
+    cache: LayerKV,
+    tables: Tensor,  # int32 [S, blocks]
+    positions: Tensor,  # int64 [S, n]
+    num_keys: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """n queries of each of S sequences over the first `num_keys` cached positions, masked → [S, n, H, D]"""
+    sequences, n, num_heads, head_dim = q.shape
+    num_kv_heads = cache.k.shape[2]
+    tables = tables[:, : -(-num_keys // cache.block_size)]
+
+    def gather(stored: Tensor) -> Tensor:
+        """→ float32 [S, K, L, D]"""
+        found = stored[tables].flatten(1, 2)[:, :num_keys]
+        return found.float().transpose(1, 2)
+
+    # Query heads that share a kv head sit together: one product [n·H/K, D] x [D, L] for each of them.
+    grouped = q.float().view(sequences, n, num_kv_heads, -1, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    scores = (grouped @ gather(cache.k).transpose(2, 3)) * scale  # [S, K, n·H/K, L]
+    if soft_cap is not None:
+        scores = torch.tanh(scores / soft_cap) * soft_cap
+    keys = torch.arange(num_keys, device=q.device)
+    hidden = keys > positions.unsqueeze(-1)  # [S, n, L]
+    if window is not None:
+        hidden |= keys <= positions.unsqueeze(-1) - window
+    hidden = hidden.repeat_interleave(num_heads // num_kv_heads, dim=1).unsqueeze(1)
+    weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
+    attended = weights @ gather(cache.v)
+    return attended.view(sequences, num_kv_heads, n, -1, head_dim).transpose(1, 2).flatten(2, 3).to(q.dtype)
