@@ -154,13 +154,8 @@ class EngineCore:
     # ---- steps -----------------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
-        """Whether a step could do something now. False while everybody waits for adapters that are still being read."""
-        scheduler = self.scheduler
-        return bool(scheduler.running or len(scheduler.waiting) or self._rejected)
-
-    def is_waiting(self) -> bool:
-        """Whether something will happen by itself: step again soon, though there is nothing to compute now."""
-        return self.scheduler.has_unfinished() or self.store.is_loading() or bool(self._unloading)
+        """Whether `step` would do or report anything, now or once a loader thread has finished."""
+        return bool(self.scheduler.requests or self._rejected or self._unloading or self.store.is_loading())
 
     def step(self) -> list[FromEngine]:
         """Run one step: whoever is ready gets computed, and everything that happened is returned."""

@@ -43,7 +43,7 @@ def write_config(folder: Path, args: argparse.Namespace, ports: tuple[int, int])
     config = {
         "listen": f"127.0.0.1:{ports[0]}",
         "admin_listen": f"127.0.0.1:{ports[1]}",
-        "adapter_roots": [str(root)],
+        "adapter_roots": [str((args.model / "adapters").resolve())],
         "models": [model],
         "adapters": adapters,
     }

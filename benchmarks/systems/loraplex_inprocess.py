@@ -94,7 +94,7 @@ def main() -> None:
     core = EngineCore.load(config)
     for index in range(args.adapters):
         core.load_adapter(LoadAdapter(adapter_key(index), str(args.model / "adapters" / f"a{index:02d}")))
-    while core.is_waiting():
+    while core.has_work():
         core.step()
     driver = Driver(core)
     loop = asyncio.new_event_loop()

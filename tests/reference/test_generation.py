@@ -1,0 +1,253 @@
+"""The whole engine against transformers + PEFT: a mixed batch gives each request what it gets when it runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.key import AdapterKey
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.messages import AddRequest, LoadAdapter, RequestOutput, StepOutput
+from engine.sampling_params import FinishReason, SamplingParams
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 199
+ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "wide": {"r": 16, "lora_alpha": 16, "target_modules": ALL_LINEARS},
+    "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "rank-stabilised": {"r": 8, "lora_alpha": 4, "target_modules": ["o_proj", "down_proj"], "use_rslora": True},
+    "patterned": {
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["k_proj", "up_proj"],
+        "rank_pattern": {"layers.1.self_attn.k_proj": 5},
+        "alpha_pattern": {"up_proj": 7},
+    },
+    "one-layer": {"r": 1, "lora_alpha": 3, "target_modules": ALL_LINEARS, "layers_to_transform": [1]},
+}
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass
+class Oracle:
+    """transformers + PEFT, one request at a time."""
+
+    model: Any
+    folder: Path
+
+    def greedy(self, prompt: list[int], adapter: str | None, max_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": max_tokens, "min_new_tokens": max_tokens, "do_sample": False, "pad_token_id": 0}
+        with torch.inference_mode():
+            if adapter is None:
+                with self.model.disable_adapter():
+                    out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            else:
+                self.model.set_adapter(adapter)
+                out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        tokens: list[int] = out[0, len(prompt) :].tolist()
+        return tokens
+
+
+def make_base(family: str) -> Any:
+    torch.manual_seed(0)
+    if family == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, head_dim=16))
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True))
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make_base(request.param).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # transformers' initial weights are so small that every next token is nearly a tie
+    model.save_pretrained(folder / "base")
+    for index, (name, fields) in enumerate(ADAPTERS.items()):
+        config = peft.LoraConfig(**fields, task_type="CAUSAL_LM")
+        if index == 0:
+            model = peft.get_peft_model(model, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.peft_config[next(iter(ADAPTERS))].base_model_name_or_path = "base"
+    for name in ADAPTERS:
+        model.peft_config[name].base_model_name_or_path = "base"
+        model.save_pretrained(folder / "adapters", selected_adapters=[name])
+    return Oracle(model.eval(), folder)
+
+
+def adapter_key(name: str) -> AdapterKey:
+    return AdapterKey(f"shared/{name}", name.encode().hex())
+
+
+@pytest.fixture
+def make_core(oracle: Oracle) -> Iterator[Any]:
+    cores = []
+
+    def make(**fields: Any) -> EngineCore:
+        settings = {"dtype": "float32", "kv_cache_bytes": 4 << 20, "block_size": 4, "max_model_len": 128, "threads": 1}
+        core = EngineCore.load(EngineConfig(model=str(oracle.folder / "base"), **(settings | fields)))
+        for name in ADAPTERS:
+            core.load_adapter(LoadAdapter(adapter_key(name), str(oracle.folder / "adapters" / name)))
+        cores.append(core)
+        return core
+
+    yield make
+    for core in cores:
+        core.close()
+
+
+class Client:
+    """Feeds a core and collects what comes out."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self.outputs: dict[int, list[RequestOutput]] = {}
+
+    def add(self, request_id: int, prompt: list[int], adapter: str | None, **fields: Any) -> None:
+        sampling = SamplingParams(**({"seed": 0, "temperature": 0.0, "max_tokens": 8} | fields))
+        key = None if adapter is None else adapter_key(adapter)
+        self.core.add(AddRequest(request_id, prompt, sampling, key))
+
+    def step(self) -> None:
+        for message in self.core.step():
+            if isinstance(message, StepOutput):
+                for output in message.outputs:
+                    self.outputs.setdefault(output.request_id, []).append(output)
+
+    def finish(self) -> None:
+        while self.core.has_work():
+            self.step()
+
+    def tokens(self, request_id: int) -> list[int]:
+        return [token for output in self.outputs[request_id] for token in output.token_ids]
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_num_batched_tokens": 7},  # long prompts in chunks
+        {"kv_cache_bytes": 40 * 4 * 3 * 2 * 2 * 16 * 4},  # 40 blocks: preemptions
+        {"enable_prefix_caching": False},
+    ],
+    ids=["plain", "chunked", "preempted", "uncached"],
+)
+def test_mixed_batch_equals_each_request_alone(oracle, make_core, settings):
+    names = [None, *ADAPTERS]
+    lengths = [1, 3, 4, 5, 8, 13, 16, 17, 21, 30, 33, 40, 2, 9, 64, 27]
+    requests = [
+        (index, random_prompt(length, index), names[index % len(names)], 6 + index % 9)
+        for index, length in enumerate(lengths)
+    ]
+    core = make_core(**settings)
+    client = Client(core)
+    for index, prompt, adapter, max_tokens in requests:
+        client.add(index, prompt, adapter, max_tokens=max_tokens)
+        if index % 3:  # some arrive together, most while others run
+            client.step()
+    client.finish()
+    for index, prompt, adapter, max_tokens in requests:
+        expected = oracle.greedy(prompt, adapter, max_tokens)
+        assert client.tokens(index) == expected, (index, adapter, client.outputs[index][-1].error)
+        assert client.outputs[index][-1].finish_reason is FinishReason.MAX_TOKENS
+    if "kv_cache_bytes" in settings:
+        assert core.scheduler.num_preemptions > 0
+    stats = core.stats()
+    assert stats.free_blocks + stats.cached_blocks == stats.total_blocks
+
+
+def test_adapters_change_the_output(oracle):
+    prompt = random_prompt(12, 99)
+    outputs = {tuple(oracle.greedy(prompt, name, 8)) for name in [None, *ADAPTERS]}
+    assert len(outputs) == len(ADAPTERS) + 1
+
+
+def test_a_prefix_of_another_adapter_is_not_reused(oracle, make_core):
+    client = Client(make_core())
+    prompt = random_prompt(40, 5)
+    for index, adapter in enumerate([None, "wide", "attention", None, "wide"]):
+        client.add(index, prompt, adapter)
+        client.finish()
+        assert client.tokens(index) == oracle.greedy(prompt, adapter, 8)
+    cached = [client.outputs[index][0].num_cached_tokens for index in range(5)]
+    assert cached == [0, 0, 0, 36, 36]
+
+
+@pytest.mark.parametrize("neighbours", [1, 5, 11])
+def test_base_rows_are_bit_identical_beside_adapters(make_core, neighbours):
+    """The same batch twice: the other rows use adapters, or not. The base row's log-probabilities agree to the bit."""
+
+    def run(adapters: list[str | None]) -> list[Any]:
+        client = Client(make_core(enable_prefix_caching=False))
+        client.add(0, random_prompt(11, 0), None, num_logprobs=5)
+        for index, adapter in enumerate(adapters, start=1):
+            client.add(index, random_prompt(7 + index, index), adapter)
+        client.finish()
+        return [output.logprobs for output in client.outputs[0]]
+
+    names = list(ADAPTERS)
+    assert run([None] * neighbours) == run([names[i % len(names)] for i in range(neighbours)])
+
+
+def test_prompt_logprobs_equal_transformers(oracle, make_core):
+    prompt = random_prompt(30, 3)
+    client = Client(make_core(max_num_batched_tokens=8))
+    client.add(0, prompt, "wide", num_prompt_logprobs=2)
+    client.finish()
+    found = client.outputs[0][0].prompt_logprobs
+    oracle.model.set_adapter("wide")
+    with torch.inference_mode():
+        expected = torch.log_softmax(oracle.model(input_ids=torch.tensor([prompt])).logits[0], -1)
+    assert found is not None
+    assert found[0] is None
+    assert len(found) == len(prompt)
+    for position in range(1, len(prompt)):
+        details = found[position]
+        assert details.token_id == prompt[position]
+        assert abs(details.logprob - expected[position - 1, prompt[position]].item()) < 1e-4
+        assert details.top_ids == expected[position - 1].topk(2).indices.tolist()
+
+
+def test_seeded_sampling_does_not_depend_on_the_batch(make_core):
+    prompt = random_prompt(9, 1)
+
+    def run(num_neighbours: int) -> list[int]:
+        client = Client(make_core())
+        for index in range(1, num_neighbours + 1):
+            client.add(index, random_prompt(5, index), "wide", temperature=1.0, seed=index)
+        client.add(0, prompt, None, temperature=1.2, top_p=0.9, seed=7, max_tokens=12)
+        client.finish()
+        return client.tokens(0)
+
+    assert run(0) == run(6)
