@@ -1,0 +1,31 @@
+"""What can be wrong with an adapter, or with a call about one."""
+
+# AdapterError
+# ├── AdapterRejected      the files are not an adapter that can serve here: every problem is named
+# ├── AdapterNotFound      no such adapter or version
+# ├── SourceNotAllowed     the reference lies outside the roots that the operator allows
+# └── AdapterConflict      the call contradicts the adapter's state: another etag, the current version, too many pins
+
+
+class AdapterError(Exception):
+    """Base of all of them. The message says what is wrong, where, and what to do."""
+
+
+class AdapterRejected(AdapterError):  # noqa: N818 - it is a verdict, and reads as one where it is raised
+    """The adapter cannot serve. `problems` names every field, file or tensor at fault."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class AdapterNotFound(AdapterError):  # noqa: N818
+    """There is no adapter, or no version of it, with that name."""
+
+
+class SourceNotAllowed(AdapterError):  # noqa: N818
+    """The reference is malformed or leads out of the allowed roots."""
+
+
+class AdapterConflict(AdapterError):  # noqa: N818
+    """The adapter is not in a state in which this can be done."""

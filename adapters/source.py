@@ -1,0 +1,192 @@
+"""Where adapters come from: directories under allow-listed roots, checked before a single tensor is read.
+
+An adapter directory holds adapter_config.json and adapter_model.safetensors; nothing else in it is looked at. What
+arrives from outside is hostile until shown otherwise: every size is capped before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from adapters.config import MAX_CONFIG_BYTES, LoRAConfig, parse_config
+from adapters.errors import AdapterRejected, SourceNotAllowed
+from adapters.names import LoraTensorName, split_tensor_names
+from adapters.safetensors import TensorEntry, read_header
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_WEIGHT_BYTES = 16 << 30
+MAX_REFERENCE_LENGTH = 1024
+
+_COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_HASH_CHUNK = 1 << 20
+
+
+class AdapterSource:
+    """Turns a reference from a request into a directory, if the operator allows it."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        """Raises OSError for a root that does not exist."""
+        self._roots = tuple(root.resolve(strict=True) for root in roots)
+
+    def resolve(self, reference: str) -> Path:
+        """The adapter directory that `reference` names: a path relative to a root ("team/legal-v2"), first root first.
+
+        An absolute path or file:// URI is taken if it lies under a root. Symbolic links are followed, and must end
+        under a root too. Raises SourceNotAllowed; which files exist outside the roots cannot be told from it.
+        """
+        relative = reference.removeprefix("file://")
+        candidates = [self._under(root, relative) for root in self._roots]
+        for directory in candidates:
+            if directory is not None and directory.is_dir():
+                return directory
+        raise SourceNotAllowed(f"source {reference[:200]!r}: no such directory under the allowed roots")
+
+    def _under(self, root: Path, path: str) -> Path | None:
+        """`path` below `root` with links followed; None if it, or a file that would be read, leads elsewhere."""
+        if len(path) > MAX_REFERENCE_LENGTH:
+            raise SourceNotAllowed(f"source of {len(path)} characters: at most {MAX_REFERENCE_LENGTH} are allowed")
+        if path.startswith("/"):
+            if not path.startswith(f"{root}/"):
+                return None
+            path = path.removeprefix(f"{root}/")
+        components = path.rstrip("/").split("/")
+        for component in components:
+            if not _COMPONENT.fullmatch(component):
+                raise SourceNotAllowed(
+                    f"source {path!r}: {component!r} is not allowed in it; use letters, digits, '.', '_' and '-', "
+                    "beginning with a letter or digit"
+                )
+        try:
+            directory = root.joinpath(*components).resolve()
+            followed = [directory, *((directory / name).resolve() for name in (CONFIG_FILE, WEIGHTS_FILE))]
+        except (OSError, RuntimeError):  # links in a circle
+            return None
+        return directory if all(target.is_relative_to(root) for target in followed) else None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDescription:
+    """What can be said about an adapter without loading it."""
+
+    digest: str  # hex SHA-256 over config and weights
+    config: LoRAConfig
+    module_ranks: Mapping[str, int]  # by module path in the trained model
+    target_modules: tuple[str, ...]  # short names, sorted: "q_proj", …
+    size_bytes: int  # of the tensors in the file
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.module_ranks.values())
+
+
+def describe(directory: Path) -> AdapterDescription:
+    """Check an adapter's files as far as can be without its base model.
+
+    Reads every byte once (for the digest): not for a thread that must not wait. Raises AdapterRejected, OSError.
+    """
+    config_bytes = read_config_bytes(directory)
+    config = parse_config(config_bytes)
+    with open_weights(directory) as file:
+        header = read_header(file)
+        file.seek(0)
+        digest = _digest(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""))
+    ranks, problems = module_ranks(header.tensors)
+    if problems:
+        raise AdapterRejected(problems)
+    short = {module.rpartition(".")[2] for module in ranks}
+    return AdapterDescription(digest, config, ranks, tuple(sorted(short)), header.data_bytes)
+
+
+def digest(directory: Path) -> str:
+    """Hex SHA-256 over the content of an adapter: its config's bytes and its weights' bytes."""
+    with open_weights(directory) as file:
+        return _digest(read_config_bytes(directory), iter(lambda: file.read(_HASH_CHUNK), b""))
+
+
+def digest_of(config: bytes, weights: bytes | bytearray | memoryview) -> str:
+    """The same, of files that are in memory."""
+    return _digest(config, (weights,))
+
+
+def _digest(config: bytes, weights: Iterable[bytes | bytearray | memoryview]) -> str:
+    hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
+    hasher.update(config)
+    for chunk in weights:
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def module_ranks(tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, int], list[str]]:
+    """The rank of each adapted module by the shapes of its A, and what is wrong with the names or shapes."""
+    names, problems = split_tensor_names(tensors)
+    ranks = {name.module: _rank(name, tensors[name.key], problems) for name in names if name.part == "A"}
+    if not ranks and not problems:
+        problems.append(f"{WEIGHTS_FILE}: it holds no LoRA tensors")
+    return ranks, problems
+
+
+def _rank(name: LoraTensorName, entry: TensorEntry, problems: list[str]) -> int:
+    if len(entry.shape) != 2 or entry.shape[0] == 0:
+        problems.append(f"{name.key}: shape {list(entry.shape)}, expected [rank, inputs] with rank > 0")
+        return 0
+    return entry.shape[0]
+
+
+def read_config_bytes(directory: Path) -> bytes:
+    """The bytes of adapter_config.json. Raises AdapterRejected if there is none or it is too large."""
+    with _open(directory, CONFIG_FILE, MAX_CONFIG_BYTES) as file:
+        return file.read(MAX_CONFIG_BYTES + 1)
+
+
+def open_weights(directory: Path) -> BufferedReader:
+    """adapter_model.safetensors, open for reading. Raises AdapterRejected if there is none or it is no plain file."""
+    if not (directory / WEIGHTS_FILE).exists():
+        _explain_missing_weights(directory)
+    return _open(directory, WEIGHTS_FILE, MAX_WEIGHT_BYTES)
+
+
+def _explain_missing_weights(directory: Path) -> None:
+    try:
+        others = sorted(entry.name for entry in directory.iterdir())
+    except OSError as error:
+        raise AdapterRejected([f"{directory.name}: cannot be read: {error.strerror}"]) from error
+    pickled = [name for name in others if name.endswith(_PICKLED)]
+    if pickled:
+        raise AdapterRejected(
+            [f"{pickled[0]}: pickled weights can run code when they are read: safetensors only; convert it first"]
+        )
+    if any(name.endswith(".safetensors") or name.endswith(".safetensors.index.json") for name in others):
+        raise AdapterRejected([f"{WEIGHTS_FILE} is missing: weights under another name or in shards are not read"])
+
+
+def _open(directory: Path, name: str, max_bytes: int) -> BufferedReader:
+    """Open a plain file of the directory.
+
+    Opened without waiting and checked afterwards on the open file, so that a pipe cannot hang the reader and nothing
+    can be swapped in between.
+    """
+    try:
+        descriptor = os.open(directory / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise AdapterRejected([f"{name} is missing"]) from error
+    file = os.fdopen(descriptor, "rb")
+    status = os.fstat(descriptor)
+    problem = ""
+    if not stat.S_ISREG(status.st_mode):
+        problem = f"{name} is not a plain file"
+    elif status.st_size > max_bytes:
+        problem = f"{name}: {status.st_size} bytes, at most {max_bytes} are allowed"
+    if problem:
+        file.close()
+        raise AdapterRejected([problem])
+    return file

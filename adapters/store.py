@@ -1,0 +1,201 @@
+"""The host tier: adapters in host memory, read by threads of its own, least recently used first out."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from adapters.binding import LoraTarget
+from adapters.errors import AdapterRejected
+from adapters.key import AdapterKey
+from adapters.weights import LoadedAdapter, load_adapter
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLoad:
+    """How one load ended: `loaded`, or the problems that it has."""
+
+    key: AdapterKey
+    loaded: LoadedAdapter | None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Source:
+    """Where a registered adapter is read from, and how that went so far."""
+
+    path: Path
+    loading: bool = False
+    problems: list[str] = field(default_factory=list)  # of the last load, if it failed
+    num_failures: int = 0
+    retry_at: float = 0.0  # by the clock: until then the problems are the answer
+    nbytes: int = 0  # in host memory; 0 until it was loaded once
+
+
+class AdapterStore:
+    """Reads adapters into host memory and keeps as many as fit in a budget of bytes.
+
+    Called from one thread; only the reading happens in others, and `poll` takes in what they have finished. A broken
+    adapter costs its own requests an error and a retry after a growing pause; loads of others go on beside it.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, LoraTarget],
+        dtype: torch.dtype,
+        max_rank: int,
+        budget_bytes: int,
+        num_threads: int,
+        clock: Callable[[], float] = time.monotonic,
+        executor: Executor | None = None,  # None: threads of its own
+    ) -> None:
+        self._load = partial(load_adapter, targets=targets, dtype=dtype, max_rank=max_rank)
+        self._budget_bytes = budget_bytes
+        self._clock = clock
+        self._executor = executor or ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-loader")
+        self._finished: queue.SimpleQueue[tuple[_Source, FinishedLoad]] = queue.SimpleQueue()
+        self._sources: dict[AdapterKey, _Source] = {}
+        self._loaded: OrderedDict[AdapterKey, LoadedAdapter] = OrderedDict()  # least recently used first
+        self._used_bytes = 0
+        self.changes = 0  # grows whenever a load ends or an adapter is forgotten
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    def close(self) -> None:
+        """Stop the threads once they have finished what they are reading."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # ---- what exists -----------------------------------------------------------------------------------------------
+
+    def register(self, key: AdapterKey, path: Path) -> None:
+        """Make an adapter known and read it into memory. `poll` says how that went, each time anew."""
+        source = self._sources.setdefault(key, _Source(path))
+        source.path = path
+        if key in self._loaded:
+            self._finished.put((source, FinishedLoad(key, self._loaded[key])))
+        elif not source.loading:
+            self._start(key, source)
+
+    def unregister(self, key: AdapterKey) -> None:
+        """Forget an adapter; what is still being read of it will be dropped. An unknown key is not an error."""
+        if self._sources.pop(key, None) is not None:
+            self._drop(key)
+            self.changes += 1
+
+    def is_registered(self, key: AdapterKey) -> bool:
+        return key in self._sources
+
+    def residents(self) -> list[AdapterKey]:
+        """What is in memory, least recently used first."""
+        return list(self._loaded)
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def get(self, key: AdapterKey) -> LoadedAdapter | None:
+        """The adapter if it is in memory, which makes it the most recently used."""
+        loaded = self._loaded.get(key)
+        if loaded is not None:
+            self._loaded.move_to_end(key)
+        return loaded
+
+    def request(self, key: AdapterKey, may_evict: bool = True) -> None:
+        """See to it that an adapter gets into memory, if it is not there yet; returns at once.
+
+        With `may_evict` False an adapter that is known not to fit beside the others is left alone. Raises
+        AdapterRejected if it is not registered, or if it failed and the pause before the next try is not over.
+        """
+        source = self._sources.get(key)
+        if source is None:
+            raise AdapterRejected([f"adapter {key} is not registered with this engine"])
+        if key in self._loaded or source.loading:
+            return
+        if source.problems and self._clock() < source.retry_at:
+            raise AdapterRejected(source.problems)
+        if may_evict or self._used_bytes + source.nbytes <= self._budget_bytes:
+            self._start(key, source)
+
+    def is_loading(self) -> bool:
+        """Whether `poll` will have something to say."""
+        return not self._finished.empty() or any(source.loading for source in self._sources.values())
+
+    def poll(self) -> list[FinishedLoad]:
+        """What has ended since the last call; never waits."""
+        arrived: list[FinishedLoad] = []
+        while not self._finished.empty():
+            source, finished = self._finished.get()
+            if self._sources.get(finished.key) is not source:
+                continue  # forgotten in the meantime
+            arrived.append(self._take_in(source, finished))
+        if arrived:
+            self.changes += 1
+            self._evict(keep={finished.key for finished in arrived})
+        return arrived
+
+    def _start(self, key: AdapterKey, source: _Source) -> None:
+        source.loading = True
+        self._executor.submit(self._read, key, source)
+
+    def _read(self, key: AdapterKey, source: _Source) -> None:
+        """In a loader thread."""
+        started = time.perf_counter()
+        try:
+            finished = FinishedLoad(key, self._load(key, source.path))
+        except AdapterRejected as rejected:
+            finished = FinishedLoad(key, None, rejected.problems)
+        except OSError as error:
+            finished = FinishedLoad(key, None, [f"{source.path.name}: cannot be read: {error.strerror or error}"])
+        except Exception as error:  # whatever is in the files must not silence the request that waits for them
+            logger.exception("adapter %s: unexpected failure while loading", key)
+            finished = FinishedLoad(key, None, [f"unexpected failure while loading: {type(error).__name__}: {error}"])
+        logger.info("adapter %s: read in %.3f s", key, time.perf_counter() - started)
+        self._finished.put((source, finished))
+
+    def _take_in(self, source: _Source, finished: FinishedLoad) -> FinishedLoad:
+        key, loaded = finished.key, finished.loaded
+        source.loading = False
+        if loaded is not None and loaded.nbytes > self._budget_bytes:
+            problem = f"it needs {loaded.nbytes} bytes of host memory, all adapters together may use "
+            finished, loaded = FinishedLoad(key, None, [f"{problem}{self._budget_bytes}"]), None
+        if loaded is None:
+            pause = min(FIRST_BACKOFF_SECONDS * 2.0**source.num_failures, MAX_BACKOFF_SECONDS)
+            source.problems = finished.problems
+            source.num_failures += 1
+            source.retry_at = self._clock() + pause
+            return finished
+        source.problems, source.num_failures, source.nbytes = [], 0, loaded.nbytes
+        if key not in self._loaded:
+            self._loaded[key] = loaded
+            self._used_bytes += loaded.nbytes
+        return finished
+
+    # ---- room ------------------------------------------------------------------------------------------------------
+
+    def _evict(self, keep: set[AdapterKey]) -> None:
+        """Drop the least recently used until the budget holds. Those in `keep` have just come: whoever waits for them
+        gets to see them before they can be dropped, however small the budget."""
+        for key in list(self._loaded):
+            if self._used_bytes <= self._budget_bytes:
+                return
+            if key not in keep:
+                self._drop(key)
+
+    def _drop(self, key: AdapterKey) -> None:
+        loaded = self._loaded.pop(key, None)
+        if loaded is not None:
+            self._used_bytes -= loaded.nbytes

@@ -1,0 +1,86 @@
+"""The files of an adapter → its weights, bound to a model. Runs in the store's loader threads, never in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapters.binding import BoundAdapter, LoraTarget, bind
+from adapters.config import parse_config
+from adapters.errors import AdapterRejected
+from adapters.key import AdapterKey
+from adapters.safetensors import TensorEntry, read_header
+from adapters.source import digest_of, open_weights, read_config_bytes
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter in host memory, bound to the model, in the compute dtype."""
+
+    key: AdapterKey
+    bound: BoundAdapter
+    rank: int  # the largest
+    nbytes: int
+    target_modules: tuple[str, ...]  # short names, sorted: "q_proj", …
+    warnings: tuple[str, ...]
+
+
+def load_adapter(
+    key: AdapterKey, directory: Path, targets: Mapping[str, LoraTarget], dtype: torch.dtype, max_rank: int
+) -> LoadedAdapter:
+    """Read an adapter, check that it is the version that `key` names, and bind it.
+
+    The bytes that are checked are the bytes that are used: the file is read once. Raises AdapterRejected; OSError if
+    the disk fails.
+    """
+    config_bytes = read_config_bytes(directory)
+    config = parse_config(config_bytes)
+    with open_weights(directory) as file:
+        header = read_header(file)
+        unsupported = [
+            f"{name}: dtype {entry.dtype}, a float is expected"
+            for name, entry in header.tensors.items()
+            if entry.dtype not in _DTYPES
+        ]
+        if unsupported:
+            raise AdapterRejected(unsupported)
+        file.seek(0)
+        content = bytearray(header.data_start + header.data_bytes)
+        if file.readinto(content) != len(content):
+            raise AdapterRejected([f"{directory.name}: the weights became shorter while they were read"])
+    found = digest_of(config_bytes, content)
+    if found != key.digest:
+        raise AdapterRejected([f"the files have the digest {found[:12]}…, not {key.digest[:12]}…: they were changed"])
+    data = memoryview(content)[header.data_start :]
+    tensors = {name: _tensor(data, entry) for name, entry in header.tensors.items()}
+    bound = bind(tensors, config, targets, dtype, max_rank)
+    return LoadedAdapter(
+        key=key,
+        bound=bound,
+        rank=max(bound.ranks.values()),
+        nbytes=bound.nbytes,
+        target_modules=tuple(sorted({name.rpartition(".")[2] for name in bound.ranks})),
+        warnings=config.warnings,
+    )
+
+
+def _tensor(data: memoryview, entry: TensorEntry) -> Tensor:
+    """A copy of one tensor: aligned, whatever its offset in the file, and independent of the file's buffer."""
+    begin, end = entry.data_offsets
+    if begin == end:
+        return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+    raw = torch.frombuffer(data, dtype=torch.uint8, count=end - begin, offset=begin).clone()
+    return raw.view(_DTYPES[entry.dtype]).view(entry.shape)
