@@ -1,0 +1,26 @@
+"""Mistral: Llama's shape, every layer looking through a sliding window (the first version; null later)."""
+
+from __future__ import annotations
+
+from engine.model_config import LayerAttention, ModelConfig
+from engine.models.reading import ConfigFields, Family, decoder_config
+from engine.models.rope_reading import read_rope
+
+DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 131_072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+
+
+def read(architecture: str, fields: ConfigFields) -> ModelConfig:
+    fields = fields.with_defaults(DEFAULTS)
+    layers = (LayerAttention(read_rope(fields), fields.optional_integer("sliding_window")),) * fields.integer(
+        "num_hidden_layers"
+    )
+    return decoder_config(architecture, fields, layers)
+
+
+FAMILY = Family(("MistralForCausalLM",), ("mistral",), read)

@@ -1,0 +1,18 @@
+"""Qwen 3: Qwen 2's layers with norms on query and key heads in place of the biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.model_config import ModelConfig
+from engine.models.qwen2 import DEFAULTS, qwen_layers
+from engine.models.reading import ConfigFields, Family, decoder_config
+
+
+def read(architecture: str, fields: ConfigFields) -> ModelConfig:
+    fields = fields.with_defaults({**DEFAULTS, "head_dim": 128})
+    bias = fields.flag("attention_bias")
+    return replace(decoder_config(architecture, fields, qwen_layers(fields)), qkv_bias=bias, o_bias=bias, qk_norm=True)
+
+
+FAMILY = Family(("Qwen3ForCausalLM",), ("qwen3",), read)

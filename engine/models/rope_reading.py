@@ -1,0 +1,74 @@
+"""Read how a config.json spells its rotary embedding: `rope_parameters` (transformers 5), or `rope_theta` with
+`rope_scaling` (before)."""
+
+from __future__ import annotations
+
+import math
+
+from engine.model_config import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from engine.models.reading import ConfigFields
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def read_rope(fields: ConfigFields, default_theta: float = 10_000.0) -> Rope:
+    """The one rotary embedding of a model whose layers share it."""
+    section = fields.section("rope_scaling") or fields.section("rope_parameters")
+    theta = fields.number("rope_theta", default_theta)
+    return rope_from(section, fields, theta) if section else Rope(theta)
+
+
+def rope_from(section: ConfigFields, fields: ConfigFields, default_theta: float) -> Rope:
+    """Raises ModelError for kinds that are not known, and for embeddings of only a part of the head."""
+    if section.number("partial_rotary_factor", 1.0) != 1.0:
+        raise section.error("partial_rotary_factor", section.number("partial_rotary_factor"), "1")
+    theta = section.number("rope_theta", default_theta)
+    name = "rope_type" if section.has("rope_type") else "type"
+    kind = section.text(name, "default")
+    if kind == "linear":
+        return Rope(theta, LinearScaling(section.number("factor")))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            Llama3Scaling(
+                factor=section.number("factor"),
+                low_freq_factor=section.number("low_freq_factor"),
+                high_freq_factor=section.number("high_freq_factor"),
+                original_max_positions=_original_max_positions(section, fields),
+            ),
+        )
+    if kind == "yarn":
+        return Rope(theta, _yarn(section, fields))
+    # `dynamic` changes the angles only beyond max_position_embeddings, where no request gets.
+    if kind in ("default", "dynamic"):
+        return Rope(theta)
+    raise section.error(name, kind, f"one of {', '.join(KINDS)}")
+
+
+def _yarn(section: ConfigFields, fields: ConfigFields) -> YarnScaling:
+    original = _original_max_positions(section, fields)
+    factor = section.number("factor", fields.integer("max_position_embeddings") / original)
+    mscale, mscale_all_dim = section.optional_number("mscale"), section.optional_number("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+    else:
+        attention_factor = _yarn_mscale(factor, 1.0)
+    return YarnScaling(
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=section.number("attention_factor", attention_factor),
+        beta_fast=section.number("beta_fast", 32.0),
+        beta_slow=section.number("beta_slow", 1.0),
+        truncate=section.flag("truncate", True),
+    )
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def _original_max_positions(section: ConfigFields, fields: ConfigFields) -> int:
+    name = "original_max_position_embeddings"
+    if fields.has(name):
+        return fields.integer(name)
+    return section.integer(name, fields.integer("max_position_embeddings"))

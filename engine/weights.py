@@ -1,0 +1,235 @@
+"""From a model's files to its parameters: find the directory, open its safetensors, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.model_config import ModelError
+
+Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt")
+# Other layouts of the same weights, in some repositories: never what we read.
+HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+# Wrappers of the language model inside a checkpoint → its own names; the first that fits is taken.
+PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("embed_tokens.", "model.embed_tokens."),  # saved from the base model, without its head
+    ("layers.", "model.layers."),
+    ("norm.", "model.norm."),
+)
+# Buffers that some old checkpoints hold; they follow from config.json.
+BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias")
+
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_LISTED = 8  # tensors named in one error; the rest are counted
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; a model directory needs one") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The directory of a model: `model` itself if it is one, else a snapshot of that hub id (downloaded if need be).
+
+    Raises ModelError if it is neither, or cannot be fetched.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    if not HUB_ID.fullmatch(model):
+        raise ModelError(f"model {model!r}: no such directory, and not of the form of a hub id (owner/name)")
+    from huggingface_hub import snapshot_download  # only where it is needed: it takes a third of a second to import
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    at = f"model {model!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        found = snapshot_download(
+            model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_FILES_LEFT_OUT)
+        )
+    except GatedRepoError as error:
+        raise ModelError(f"{at}: access is gated: accept its licence on the hub and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{at}: the hub has the model, but not this revision") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{at}: no such directory, and no such model on the hub (or a private one: HF_TOKEN)"
+        ) from error
+    except OSError as error:  # no connection, offline mode, no space: all of the hub's and the system's errors
+        raise ModelError(
+            f"{at}: no such directory, not in the local hub cache, and it could not be downloaded: {error}. "
+            "Give the path of a local directory, or fetch it where there is a network and share HF_HOME"
+        ) from error
+    return Path(found)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies and what it is, before any of it is read."""
+
+    path: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: str  # the format's code
+    nbytes: int
+
+
+class Checkpoint:
+    """The tensors of a model directory by their names in the Hugging Face model. Files are mapped, not read ahead.
+
+    A context manager: the files are closed at its end.
+    """
+
+    def __init__(
+        self, directory: Path, unused_prefixes: tuple[str, ...] = (), progress: Progress | None = None
+    ) -> None:
+        """Raises ModelError if there are no safetensors, or one of them is damaged or missing."""
+        self.directory = directory
+        self._progress = progress
+        self._files: dict[Path, Any] = {}
+        self._tensors: dict[str, StoredTensor] = {}
+        self._loaded_bytes = 0
+        self._closing = ExitStack()
+        try:
+            for path in shard_paths(directory):
+                self._open(path, unused_prefixes)
+        except BaseException:
+            self._closing.close()
+            raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors that are used, as stored."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return STORED_DTYPES[self._tensors[name].dtype]
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ModelError unless the checkpoint holds exactly these tensors, in these shapes, as floats."""
+        stored = self._tensors
+        found = {
+            "missing": sorted(expected.keys() - stored.keys()),
+            "unexpected": sorted(stored.keys() - expected.keys()),
+            "of another shape": [
+                f"{name} is {list(stored[name].shape)}, config.json makes it {list(shape)}"
+                for name, shape in expected.items()
+                if name in stored and stored[name].shape != shape
+            ],
+            "not floating point": [
+                f"{name} is {stored[name].dtype}"
+                for name in expected
+                if name in stored and stored[name].dtype not in STORED_DTYPES
+            ],
+        }
+        problems = [f"{len(names)} tensors {what}: {_listed(names)}" for what, names in found.items() if names]
+        if problems:
+            raise ModelError(
+                f"{self.directory}: the weights do not fit config.json: {'; '.join(problems)}. "
+                "Check that both are of the same model, and that the download is complete"
+            )
+
+    def stacked(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The rows of several tensors one after another, converted on the way: [N₁ + N₂ + …, C]."""
+        parts = [self._tensors[name] for name in names]
+        rows = sum(part.shape[0] for part in parts)
+        result = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
+        start = 0
+        for part in parts:
+            result[start : start + part.shape[0]].copy_(self._files[part.path].get_tensor(part.name))
+            start += part.shape[0]
+            self._loaded_bytes += part.nbytes
+            if self._progress is not None:
+                self._progress(self._loaded_bytes, self.nbytes)
+        return result
+
+    def _open(self, path: Path, unused_prefixes: tuple[str, ...]) -> None:
+        try:
+            file = self._closing.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise ModelError(f"{path}: named by {INDEX_FILE}, but not there: complete the download") from None
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: not a valid safetensors file ({error}): fetch it again") from error
+        self._files[path] = file
+        for stored_name in file.keys():  # noqa: SIM118 (not a mapping)
+            if stored_name.startswith(unused_prefixes) or BUFFERS.fullmatch(stored_name):
+                continue
+            name = canonical_name(stored_name)
+            if name in self._tensors:
+                other = self._tensors[name]
+                raise ModelError(
+                    f"{self.directory}: {name} is there twice: as {other.name} in {other.path.name} "
+                    f"and as {stored_name} in {path.name}"
+                )
+            part = file.get_slice(stored_name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            size = STORED_DTYPES[dtype].itemsize if dtype in STORED_DTYPES else 0
+            self._tensors[name] = StoredTensor(path, stored_name, shape, dtype, size * torch.Size(shape).numel())
+
+
+def shard_paths(directory: Path) -> list[Path]:
+    """The safetensors files that make up the model in `directory`. Raises ModelError if there are none."""
+    if (directory / SINGLE_FILE).exists():
+        return [directory / SINGLE_FILE]
+    if not (directory / INDEX_FILE).exists():
+        others = sorted(
+            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in directory.glob(pattern)
+        )
+        hint = f"; it has {_listed(others)}, which may run code or hold another layout: convert it" if others else ""
+        raise ModelError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    names = [str(name) for name in weight_map.values()] if isinstance(weight_map, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise ModelError(f"{directory / INDEX_FILE}: weight_map must map each tensor to a file in the same directory")
+    return [directory / name for name in sorted(set(names))]
+
+
+def canonical_name(stored_name: str) -> str:
+    """A tensor's name in the plain language model: "model.layers.0.…", "lm_head.weight"."""
+    for prefix, replacement in PREFIXES:
+        if stored_name.startswith(prefix):
+            return replacement + stored_name.removeprefix(prefix)
+    return stored_name
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

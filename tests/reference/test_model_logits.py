@@ -1,0 +1,372 @@
+"""Every model family, in odd shapes, against transformers: the same logits from the same files, however the tokens are
+spread over steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.batch import StepBatch
+from engine.config import EngineConfig
+from engine.kv_cache import create_kv_cache
+from engine.models import LanguageModel, load_model
+from kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights, select_ops
+
+transformers = pytest.importorskip("transformers")
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 48
+LENGTHS = (23, 9, 14)  # tokens of the three sequences
+VOCAB = 101
+# Of the largest logit, float32 on both sides: both sum the same products in another order (1e-6 is usual here), and a
+# wrong scale, window or rotation is off by 1e-2 and more.
+TOLERANCE = 1e-4
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+GEMMA: dict[str, Any] = {**SMALL, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16, "pad_token_id": 0}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 300.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+}
+
+
+def llama(**changes: Any) -> Any:
+    config = transformers.LlamaConfig(**{**SMALL, **changes})
+    return transformers.LlamaForCausalLM(config)
+
+
+def mistral(**changes: Any) -> Any:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**{**SMALL, **changes}))
+
+
+def qwen2(**changes: Any) -> Any:
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**SMALL, **changes}))
+
+
+def qwen3(**changes: Any) -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**SMALL, "head_dim": 10, **changes}))
+
+
+def gemma2(**changes: Any) -> Any:
+    config = transformers.Gemma2Config(**{**GEMMA, "query_pre_attn_scalar": 24, "sliding_window": 6, **changes})
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def gemma3(**changes: Any) -> Any:
+    config = transformers.Gemma3TextConfig(**{**GEMMA, "query_pre_attn_scalar": 10, "sliding_window": 6, **changes})
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def gemma3_with_vision() -> Any:
+    text = {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 5, "sliding_window_pattern": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "llama_tied_mha": lambda: llama(tie_word_embeddings=True, num_key_value_heads=6),
+    "llama_head_dim": lambda: llama(head_dim=20, num_attention_heads=5, num_key_value_heads=1, hidden_size=45),
+    "llama_biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama_llama3_rope": lambda: llama(rope_parameters=LLAMA3_ROPE),
+    "llama_linear_rope": lambda: llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "llama_dynamic_rope": lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "llama_yarn_rope": lambda: llama(rope_parameters=YARN_ROPE),
+    "mistral_window": lambda: mistral(sliding_window=5),
+    "mistral_no_window": lambda: mistral(sliding_window=None, head_dim=12),
+    "qwen2": qwen2,
+    "qwen2_upper_layers_slide": lambda: qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen2_tied_yarn": lambda: qwen2(tie_word_embeddings=True, rope_parameters=YARN_ROPE),
+    "qwen3": qwen3,
+    "qwen3_biases_slide": lambda: qwen3(
+        attention_bias=True, use_sliding_window=True, sliding_window=7, max_window_layers=2
+    ),
+    "gemma2": gemma2,
+    "gemma2_no_caps": lambda: gemma2(attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True),
+    "gemma3": lambda: gemma3(layer_types=["sliding_attention", "full_attention"] * 2),
+    "gemma3_global_linear_rope": lambda: gemma3(
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 2e3, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+        },
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        final_logit_softcapping=20.0,
+    ),
+    "gemma3_with_vision": gemma3_with_vision,
+}
+
+
+@dataclass
+class Pair:
+    """The same files, loaded twice."""
+
+    ours: LanguageModel
+    theirs: Any
+    path: Path
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    path = tmp_path_factory.mktemp(request.param)
+    theirs = randomised(MODELS[request.param]())
+    theirs.save_pretrained(path)
+    return Pair(load(path), theirs, path)
+
+
+def randomised(model: Any) -> Any:
+    """Weights far from the usual small initial ones, so that each of them is felt in the logits."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter += 0.3 * noise
+            else:
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+    model.config._attn_implementation = "eager"
+    return model.eval()
+
+
+def load(path: Path, dtype: str = "float32") -> LanguageModel:
+    ops = select_ops(torch.device("cpu"), "reference")
+    return load_model(EngineConfig(model=str(path), dtype=dtype, max_resident_adapters=4), path, ops)
+
+
+def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def expected_logits(theirs: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    with torch.no_grad():
+        return [theirs(input_ids=torch.tensor([tokens])).logits[0].float() for tokens in sequences]
+
+
+class Stepper:
+    """Feeds chosen numbers of tokens of each sequence to a model, over a cache whose blocks are shuffled."""
+
+    def __init__(self, model: LanguageModel, sequences: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        self.sequences = sequences
+        self.done = [0] * len(sequences)
+        self.logits: list[list[Tensor]] = [[] for _ in sequences]
+        ops = select_ops(torch.device("cpu"), "reference")
+        self.kv = create_kv_cache(model.config, ops, NUM_BLOCKS, BLOCK_SIZE, model.dtype)
+        shuffled = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(5)).tolist()
+        per_sequence = NUM_BLOCKS // len(sequences)
+        self.blocks = [shuffled[i * per_sequence : (i + 1) * per_sequence] for i in range(len(sequences))]
+
+    @torch.inference_mode()
+    def step(self, *work: tuple[int, int], lora: Sequence[tuple[int, int]] = ()) -> None:
+        """work: (sequence, new tokens), in the order of the rows; lora: (sequence, slot)"""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        for sequence, count in work:
+            first = self.done[sequence]
+            for position in range(first, first + count):
+                token_ids.append(self.sequences[sequence][position])
+                positions.append(position)
+                block = self.blocks[sequence][position // BLOCK_SIZE]
+                slots.append(block * BLOCK_SIZE + position % BLOCK_SIZE)
+            self.done[sequence] = first + count
+            starts.append(len(token_ids))
+        ends = [self.done[sequence] for sequence, _ in work]
+        width = -(-max(ends) // BLOCK_SIZE)
+        tables = torch.zeros((len(work), width), dtype=torch.int32)
+        for row, (sequence, _) in enumerate(work):
+            used = -(-ends[row] // BLOCK_SIZE)
+            tables[row, :used] = torch.tensor(self.blocks[sequence][:used])
+        attention = AttentionMetadata(
+            query_starts=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(ends, dtype=torch.int32),
+            block_tables=tables,
+            slot_mapping=torch.tensor(slots),
+            max_query_len=max(count for _, count in work),
+            max_seq_len=max(ends),
+        )
+        rows = {sequence: (starts[i], starts[i + 1]) for i, (sequence, _) in enumerate(work)}
+        batch = StepBatch(
+            token_ids=torch.tensor(token_ids),
+            positions=torch.tensor(positions),
+            attention=attention,
+            lora=segments([(slot, *rows[sequence]) for sequence, slot in lora]),
+            logits_rows=torch.arange(len(token_ids)),
+        )
+        logits = self.model.logits(self.model.forward(batch, self.kv))
+        for sequence, (start, end) in rows.items():
+            self.logits[sequence].append(logits[start:end])
+
+    def results(self) -> list[Tensor]:
+        assert self.done == [len(tokens) for tokens in self.sequences]
+        return [torch.cat(parts) for parts in self.logits]
+
+
+def segments(ranges: list[tuple[int, int, int]]) -> LoraSegments | None:
+    if not ranges:
+        return None
+    columns = torch.tensor(ranges, dtype=torch.int32).T.contiguous()
+    return LoraSegments(tuple(ranges), columns[0], columns[1], columns[2])
+
+
+def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine.dtype == torch.float32
+        error = ((mine - yours).abs().max() / yours.abs().max()).item()
+        assert error < TOLERANCE, f"logits differ by {error:.2e} of the largest"
+
+
+def test_whole_prompts_in_one_step(pair: Pair) -> None:
+    stepper = Stepper(pair.ours, prompts())
+    stepper.step(*enumerate(LENGTHS))
+    assert_same(stepper.results(), expected_logits(pair.theirs, prompts()))
+
+
+def test_prompts_in_chunks_that_cross_blocks_and_windows(pair: Pair) -> None:
+    stepper = Stepper(pair.ours, prompts())
+    stepper.step((0, 3), (1, 9), (2, 6))
+    stepper.step((2, 7), (0, 11))
+    stepper.step((0, 9), (2, 1))
+    assert_same(stepper.results(), expected_logits(pair.theirs, prompts()))
+
+
+def test_decoding_beside_prefill(pair: Pair) -> None:
+    stepper = Stepper(pair.ours, prompts())
+    stepper.step((1, 4))
+    stepper.step((1, 1), (0, 13))
+    for _ in range(4):
+        stepper.step((0, 1), (2, 2), (1, 1))
+    for _ in range(6):
+        stepper.step((2, 1), (0, 1))
+    assert_same(stepper.results(), expected_logits(pair.theirs, prompts()))
+
+
+def test_bfloat16_is_as_close_to_float32_as_transformers(pair: Pair) -> None:
+    exact = torch.cat(expected_logits(pair.theirs, prompts()))
+    stepper = Stepper(load(pair.path, "bfloat16"), prompts())
+    stepper.step(*enumerate(LENGTHS))
+    ours = torch.cat(stepper.results())
+    model = type(pair.theirs).from_pretrained(pair.path, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    theirs = torch.cat(expected_logits(model, prompts()))
+    # Averages: single logits of either side are off by chance. We keep more in float32 and are usually nearer.
+    assert (ours - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean()
+
+
+def test_rows_that_need_no_logits_are_left_out(pair: Pair) -> None:
+    stepper = Stepper(pair.ours, prompts((6,)))
+    full = expected_logits(pair.theirs, prompts((6,)))[0]
+    attention = AttentionMetadata(
+        query_starts=torch.tensor([0, 6], dtype=torch.int32),
+        seq_lens=torch.tensor([6], dtype=torch.int32),
+        block_tables=torch.tensor([[5, 2]], dtype=torch.int32),
+        slot_mapping=torch.tensor([20, 21, 22, 23, 8, 9]),
+        max_query_len=6,
+        max_seq_len=6,
+    )
+    for rows in ([5, 1], []):
+        tokens = torch.tensor(stepper.sequences[0])
+        batch = StepBatch(tokens, torch.arange(6), attention, None, torch.tensor(rows, dtype=torch.int64))
+        with torch.inference_mode():
+            hidden = pair.ours.forward(batch, stepper.kv)
+            assert hidden.shape == (len(rows), pair.ours.config.hidden_size)
+            if rows:
+                assert_same([pair.ours.logits(hidden)], [full[rows]])
+
+
+def test_an_adapter_on_every_target_equals_merged_weights(pair: Pair, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(11)
+    ours, merged = load(pair.path), pair.theirs.from_pretrained(pair.path, attn_implementation="eager").eval()
+    modules = {name.replace("model.language_model.", "model."): module for name, module in merged.named_modules()}
+    sites = ours.lora_sites()
+    bound = {path: target for path, target in ours.lora_targets().items() if path in modules}
+    assert len(bound) == 7 * ours.config.num_layers
+    by_site: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+    for rank, (path, target) in enumerate(bound.items(), start=1):
+        a = torch.randn((rank % 5 + 1, target.in_features), generator=generator)
+        b = torch.randn((target.out_features, rank % 5 + 1), generator=generator) * 0.02
+        with torch.no_grad():
+            modules[path].weight += b @ a
+        by_site.setdefault(target.site, []).append((a, b, target.out_start))
+    for site, parts in by_site.items():
+        ranks = [len(a) for a, _, _ in parts]
+        slices = tuple(LoraSlice(sum(ranks[:i]), start, b) for i, (_, b, start) in enumerate(parts))
+        sites[site].table.put(2, LoraWeights(torch.cat([a for a, _, _ in parts]), slices))
+
+    base = Stepper(load(pair.path), prompts())
+    base.step(*enumerate(LENGTHS))
+    mixed = Stepper(ours, prompts())
+    mixed.step(*enumerate(LENGTHS), lora=[(1, 2)])
+    results = mixed.results()
+    assert_same([results[1]], [expected_logits(merged, prompts())[1]])
+    assert torch.equal(results[0], base.results()[0])
+    assert torch.equal(results[2], base.results()[2])
+
+
+@pytest.mark.parametrize("fused", ["self_attn.qkv_proj", "mlp.gate_up_proj"])
+def test_fused_targets_span_their_parts(pair: Pair, fused: str) -> None:
+    targets = pair.ours.lora_targets()
+    whole = targets[f"model.layers.1.{fused}"]
+    parts = [part for part in targets.values() if part.site == whole.site and part != whole]
+    assert whole.out_start == 0
+    assert (
+        whole.out_features
+        == sum(part.out_features for part in parts)
+        == pair.ours.lora_sites()[whole.site].out_features
+    )
+    ends = [part.out_start + part.out_features for part in parts]
+    assert [part.out_start for part in parts] == [0, *ends[:-1]]
+
+
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "models"
+
+
+def demo_models() -> list[Path]:
+    return sorted(path.parent for path in DEMO.glob("*/config.json"))
+
+
+@pytest.mark.skipif(not demo_models(), reason="no demo models: make demo trains them")
+@pytest.mark.parametrize("path", demo_models(), ids=lambda path: path.name)
+def test_demo_models(path: Path) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
+    tokens = torch.randint(0, vocab_size, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    stepper = Stepper(load(path), [tokens])
+    stepper.step((0, 37))
+    for _ in range(23):
+        stepper.step((0, 1))
+    assert_same(stepper.results(), expected_logits(theirs.eval(), [tokens]))
