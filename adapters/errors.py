@@ -3,6 +3,7 @@
 # AdapterError
 # ├── AdapterRejected      the files are not an adapter that can serve here: every problem is named
 # ├── AdapterNotFound      no such adapter or version
+# ├── AdapterNotReady      it is still being loaded: try again
 # ├── SourceNotAllowed     the reference lies outside the roots that the operator allows
 # └── AdapterConflict      the call contradicts the adapter's state: another etag, the current version, too many pins
 
@@ -21,6 +22,10 @@ class AdapterRejected(AdapterError):  # noqa: N818 - it is a verdict, and reads 
 
 class AdapterNotFound(AdapterError):  # noqa: N818
     """There is no adapter, or no version of it, with that name."""
+
+
+class AdapterNotReady(AdapterError):  # noqa: N818
+    """The adapter is being loaded for the first time."""
 
 
 class SourceNotAllowed(AdapterError):  # noqa: N818

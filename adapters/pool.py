@@ -165,12 +165,8 @@ class AdapterPool:
     def _check_fits(self, loaded: LoadedAdapter) -> None:
         pinned_bytes = sum(resident.nbytes for resident in self._residents.values() if resident.pinned)
         if loaded.nbytes > self._budget_bytes - pinned_bytes:
-            raise AdapterRejected(
-                [
-                    f"it needs {loaded.nbytes} bytes on the device; all adapters together may use {self._budget_bytes}, "
-                    f"of which {pinned_bytes} are pinned"
-                ]
-            )
+            limits = f"all adapters together may use {self._budget_bytes}, of which {pinned_bytes} are pinned"
+            raise AdapterRejected([f"it needs {loaded.nbytes} bytes on the device; {limits}"])
 
     def _victims_for(self, nbytes: int) -> list[AdapterKey] | None:
         """Who must leave so that a slot and `nbytes` are free; None: those who could leave are not enough."""
