@@ -109,17 +109,21 @@ class EngineClient:
 
     # ---- adapters and liveness ---------------------------------------------------------------------------------------
 
-    async def load_adapter(self, key: AdapterKey, path: str) -> AdapterLoaded:
-        """Have the engine read an adapter into host memory, and bind it to the model.
+    def start_loading(self, key: AdapterKey, path: str) -> "asyncio.Future[AdapterLoaded]":
+        """Have the engine read an adapter into host memory and bind it to the model, and do not wait.
 
-        Callers that ask for the same adapter at the same time share one load; one that is cancelled does not disturb
-        it. Raises AdapterRejectedError, or the error given to `fail`.
+        Callers that ask for the same adapter at the same time share the load, so do not cancel it. It ends with
+        AdapterRejectedError or the error given to `fail`, which need not be looked at.
         """
         self._check_alive()
         if key not in self._loads:
             self._loads[key] = _future()
             self._send(LoadAdapter(key, path))
-        return await asyncio.shield(self._loads[key])
+        return self._loads[key]
+
+    async def load_adapter(self, key: AdapterKey, path: str) -> AdapterLoaded:
+        """`start_loading`, and wait. Being cancelled does not disturb the load. Raises what it ends with."""
+        return await asyncio.shield(self.start_loading(key, path))
 
     async def unload_adapter(self, key: AdapterKey) -> None:
         """Have the engine drop an adapter, and wait until no request uses it any more."""

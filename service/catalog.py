@@ -118,8 +118,8 @@ class Catalog:
             return Target(self._models.serving(name)) if match["version"] is None else _not_found("ADAPTER", name)
         raise InvalidRequest.at(
             path,
-            f"{name[:200]!r} is no name: give models/{{model}}, tenants/{{tenant}}/adapters/{{adapter}}, with or without "
-            "@{version} (12 hex digits), or the id alone",
+            f"{name[:200]!r} is no name: give models/{{model}}, tenants/{{tenant}}/adapters/{{adapter}}, with "
+            "@{version} (12 hex digits) or without, or the id alone",
         )
 
     def _adapter(self, tenant: str, adapter_id: str, version: str | None) -> Target | None:

@@ -1,0 +1,156 @@
+"""One admitted request: its sequences in the engine, and the events that its caller sees."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass
+
+from google.protobuf.duration_pb2 import Duration
+
+from engine.client import EngineClient, Generation, SlowConsumerError
+from engine.messages import AddRequest, RequestOutput
+from engine.sampling_params import FinishReason
+from loraplex.v1.inference_pb2 import Completed, Delta, Finished, PromptLogprobs, Started, Timings, Usage
+from loraplex.v1.routes_pb2 import ResolvedTarget
+from service.errors import EngineError, SlowConsumer
+from service.outputs import OutputBuilder, prompt_logprobs
+from service.text import Tokenizer
+from service.validation import OutputForm
+
+Event = Started | PromptLogprobs | Delta | Finished | Completed
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that is decided before the engine sees the request. Times are the event loop's."""
+
+    request_id: str  # what the caller sees; the engine's ids are in `sequences`
+    target: ResolvedTarget
+    tokenizer: Tokenizer
+    form: OutputForm
+    sequences: Sequence[AddRequest]  # one for each output, all with the same prompt
+    arrival: float
+    adapter_load_seconds: float  # waited for already
+
+
+class Run:
+    """Turns what the engine gives a job into Started, PromptLogprobs*, (Delta | Finished)*, Completed."""
+
+    def __init__(self, job: Job, client: EngineClient) -> None:
+        """Hands the sequences to the engine. `close` must follow."""
+        self._job = job
+        self._prompt = job.sequences[0].prompt_token_ids
+        self._builders = {
+            sequence.request_id: OutputBuilder(index, job.form, job.tokenizer, self._prompt)
+            for index, sequence in enumerate(job.sequences)
+        }
+        self._open = dict(self._builders)  # those whose Finished has not been sent
+        self._awaits_prompt_logprobs = job.sequences[0].sampling.num_prompt_logprobs is not None
+        self._timings = Timings()
+        self._cached_tokens = 0
+        self._started = False
+        self._submitted = asyncio.get_running_loop().time()
+        self._generation: Generation = client.generate(*job.sequences)
+
+    def usage(self) -> Usage:
+        """What has been consumed so far."""
+        return Usage(
+            prompt_tokens=len(self._prompt),
+            cached_prompt_tokens=self._cached_tokens,
+            completion_tokens=sum(builder.num_tokens for builder in self._builders.values()),
+        )
+
+    def end(self, error: Exception) -> None:
+        """Stop the engine's work at once, and have `events` raise this error."""
+        self._generation.end(error)
+
+    def close(self) -> None:
+        """Stop the engine's work, if it has not ended."""
+        self._generation.close()
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Everything, in order. Raises EngineError, SlowConsumer, and what ended the engine or was given to `end`."""
+        loop = asyncio.get_running_loop()
+        flush_at: float | None = None  # when the first of the held tokens has been held long enough
+        while self._open:
+            try:
+                async with asyncio.timeout_at(flush_at):
+                    output = await anext(self._generation)
+            except TimeoutError:
+                flush_at = None
+                for event in self._take(everything=True):
+                    yield event
+                continue
+            except SlowConsumerError as error:
+                raise SlowConsumer(f"the stream is read too slowly: {error}. Read faster, or ask for fewer") from error
+            for event in self._push(output):
+                yield event
+            if not self._job.form.chunk_delay_seconds < float("inf") or not self._holds_tokens():
+                flush_at = None
+            elif flush_at is None:
+                flush_at = loop.time() + self._job.form.chunk_delay_seconds
+        yield self._completed()
+
+    def _push(self, output: RequestOutput) -> Iterator[Event]:
+        if output.finish_reason is FinishReason.ERROR:
+            raise EngineError(f"the engine could not go on with request {self._job.request_id}: {output.error}")
+        if not self._started:
+            yield self._start(output)
+        if output.prompt_logprobs is not None:
+            yield from prompt_logprobs(output.prompt_logprobs, self._prompt, self._job.tokenizer)
+            self._awaits_prompt_logprobs = False
+        builder = self._builders[output.request_id]
+        builder.push(output)
+        if builder.finished is not None and output.finish_reason is None:  # a stop string: the engine does not know
+            self._generation.abort(output.request_id)
+        yield from self._take(everything=False)
+
+    def _start(self, output: RequestOutput) -> Started:
+        now, job = asyncio.get_running_loop().time(), self._job
+        self._started = True
+        self._cached_tokens = output.num_cached_tokens
+        self._timings.queue_duration.CopyFrom(_duration(self._submitted - job.arrival + output.queue_seconds))
+        self._timings.time_to_first_token.CopyFrom(_duration(now - job.arrival))
+        load_seconds = job.adapter_load_seconds + output.adapter_load_seconds
+        if load_seconds > 0:
+            self._timings.adapter_load_duration.CopyFrom(_duration(load_seconds))
+        started = Started(
+            request_id=job.request_id,
+            target=job.target,
+            prompt_tokens=len(self._prompt),
+            cached_prompt_tokens=output.num_cached_tokens,
+            queue_duration=self._timings.queue_duration,
+        )
+        if load_seconds > 0:
+            started.adapter_load_duration.CopyFrom(self._timings.adapter_load_duration)
+        return started
+
+    def _take(self, everything: bool) -> Iterator[Event]:
+        """What is due: outputs that ended, or hold enough tokens. Nothing before the prompt's log-probabilities."""
+        if self._awaits_prompt_logprobs:
+            return
+        for request_id, builder in list(self._open.items()):
+            if not everything and builder.finished is None and builder.num_held_tokens < self._job.form.chunk_tokens:
+                continue
+            delta = builder.take()
+            if delta is not None:
+                yield delta
+            if builder.finished is not None:
+                del self._open[request_id]
+                yield builder.finished
+
+    def _holds_tokens(self) -> bool:
+        return any(builder.num_held_tokens for builder in self._open.values())
+
+    def _completed(self) -> Completed:
+        self._timings.total_duration.CopyFrom(_duration(asyncio.get_running_loop().time() - self._job.arrival))
+        completed = Completed(usage=self.usage(), timings=self._timings)
+        sampling = self._job.sequences[0].sampling
+        if not sampling.greedy:
+            completed.seed = sampling.seed
+        return completed
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromMicroseconds(round(seconds * 1e6))
+    return duration

@@ -1,0 +1,218 @@
+"""InferenceService: validate, resolve, tokenise, admit, run."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc.aio
+import msgspec
+
+from adapters.key import AdapterKey
+from engine.client import AdapterRejectedError
+from engine.messages import AddRequest
+from loraplex.v1 import inference_pb2_grpc
+from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPolicy, GenerateSpec
+from loraplex.v1.inference_pb2 import (
+    BatchGenerateRequest,
+    CancelGenerationRequest,
+    CancelGenerationResponse,
+    Completed,
+    Delta,
+    Finished,
+    GenerateOutput,
+    GenerateRequest,
+    GenerateResponse,
+    PromptLogprobs,
+    Started,
+    StreamGenerateRequest,
+    StreamGenerateResponse,
+)
+from service.admission import Admission
+from service.catalog import Catalog, Target
+from service.errors import Cancelled, FailedPrecondition, FeatureUnsupported, InvalidRequest, LoraplexError, Unavailable
+from service.generation import Event, Job, Run
+from service.interceptors import current_call
+from service.prompts import prompt_tokens
+from service.text import TemplateRenderer
+from service.validation import OutputForm, check_spec, derived_seed, duration_seconds, merged_sampling, sampling_params
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MAX_CANCELLED_IDS = 256
+
+_FIELD_OF_EVENT: dict[type[Event], str] = {
+    Started: "started",
+    PromptLogprobs: "prompt_logprobs",
+    Delta: "delta",
+    Finished: "finished",
+    Completed: "completed",
+}
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Generates text. Every accepted request ends with one Completed, or with one status."""
+
+    def __init__(
+        self, catalog: Catalog, admission: Admission, renderer: TemplateRenderer, max_load_wait_seconds: float = 60.0
+    ) -> None:
+        self._catalog = catalog
+        self._admission = admission
+        self._renderer = renderer
+        self._max_load_wait_seconds = max_load_wait_seconds
+        self._runs: dict[str, tuple[str, Run]] = {}  # by request id: the tenant, and what runs for it
+
+    async def Generate(self, request: GenerateRequest, context: Context) -> GenerateResponse:  # noqa: N802
+        response = GenerateResponse()
+        async with aclosing(self._events(request.spec, streaming=False)) as events:
+            async for event in events:
+                _add_to_response(response, event)
+        return response
+
+    async def StreamGenerate(  # noqa: N802
+        self, request: StreamGenerateRequest, context: Context
+    ) -> AsyncGenerator[StreamGenerateResponse, None]:
+        seq = 0
+        async with aclosing(self._events(request.spec, streaming=True)) as events:
+            async for event in events:
+                fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
+                yield StreamGenerateResponse(**fields)
+                seq += 1
+
+    async def BatchGenerate(self, request: BatchGenerateRequest, context: Context) -> NoReturn:  # noqa: N802
+        raise FeatureUnsupported("BatchGenerate", "is not supported by this server; call Generate for each spec")
+
+    async def CancelGeneration(  # noqa: N802
+        self, request: CancelGenerationRequest, context: Context
+    ) -> CancelGenerationResponse:
+        if not 1 <= len(request.request_ids) <= MAX_CANCELLED_IDS:
+            problem = f"has {len(request.request_ids)} entries; 1 to {MAX_CANCELLED_IDS} are allowed"
+            raise InvalidRequest.at("request_ids", problem)
+        response = CancelGenerationResponse()
+        for request_id in dict.fromkeys(request.request_ids):
+            tenant, run = self._runs.get(request_id, (None, None))
+            if run is not None and tenant == current_call().tenant:
+                run.end(Cancelled(f"request {request_id} was cancelled by CancelGeneration"))
+                response.cancelled_request_ids.append(request_id)
+        return response
+
+    def end_all(self, error: LoraplexError) -> None:
+        """End every generation in flight with this error."""
+        for _, run in self._runs.values():
+            run.end(error)
+
+    async def _events(self, spec: GenerateSpec, streaming: bool) -> AsyncGenerator[Event, None]:
+        """One request from its spec to its last event. Whatever ends it early, the engine forgets it at once."""
+        call = current_call()
+        check_spec(spec, "spec", streaming)
+        target = self._catalog.resolve(call.tenant, spec.model)
+        model = target.model
+        prompt = await prompt_tokens(spec.prompt, model, self._renderer, "spec.prompt")
+        sampling = merged_sampling(spec.sampling, model.default_sampling)
+        seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
+        params = sampling_params(spec, sampling, model.limits, model.tokenizer.eos_token_ids, len(prompt), seed, "spec")
+        n = sampling.n or 1
+        with self._admission.enter(model.name, model.limits, len(prompt), n, params.max_tokens):
+            loop = asyncio.get_running_loop()
+            before = loop.time()
+            adapter = await self._adapter(target, spec.adapter_policy)
+            resolved = target.resolved(fell_back_to_base=target.adapter is not None and adapter is None)
+            first = AddRequest(
+                request_id=model.client.new_request_id(),
+                prompt_token_ids=prompt,
+                sampling=params,
+                adapter=adapter,
+                cache_salt=f"{call.tenant}:{spec.cache.salt}",  # a tenant has no colon in its name
+                bypass_prefix_cache=spec.cache.bypass_prefix_cache,
+                priority=-spec.priority,  # the caller's higher is the engine's lower
+            )
+            others = [_another_output(first, model.client.new_request_id(), index) for index in range(1, n)]
+            job = Job(
+                request_id=call.request_id,
+                target=resolved,
+                tokenizer=model.tokenizer,
+                form=OutputForm.of(spec, streaming),
+                sequences=[first, *others],
+                arrival=call.arrival,
+                adapter_load_seconds=loop.time() - before if adapter is not None else 0.0,
+            )
+            if resolved.adapter_version:
+                call.metadata["loraplex-adapter-version"] = resolved.adapter_version
+            run = Run(job, model.client)
+            self._runs[call.request_id] = (call.tenant, run)
+            try:
+                async with aclosing(run.events()) as events:
+                    async for event in events:
+                        call.usage = run.usage
+                        yield event
+            finally:
+                del self._runs[call.request_id]
+                run.close()
+
+    async def _adapter(self, target: Target, policy: AdapterPolicy) -> AdapterKey | None:
+        """Have the engine hold the target's adapter, as the policy says. None: go without.
+
+        Raises Unavailable (ADAPTER_COLD) and FailedPrecondition (ADAPTER_INVALID).
+        """
+        client, adapter = target.model.client, target.adapter
+        if adapter is None:
+            return None
+        if adapter.key in client.adapters:
+            return adapter.key
+        loading = client.start_loading(adapter.key, adapter.path)
+        if policy.on_cold == ON_COLD_USE_BASE:
+            return None
+        wait_seconds = self._max_load_wait_seconds
+        if policy.on_cold == ON_COLD_FAIL:
+            wait_seconds = 0.0
+        elif policy.HasField("max_load_wait"):
+            wait_seconds = min(wait_seconds, duration_seconds(policy.max_load_wait))
+        try:
+            async with asyncio.timeout(wait_seconds):
+                await asyncio.shield(loading)
+        except TimeoutError:
+            raise Unavailable(
+                "ADAPTER_COLD",
+                f"adapter {adapter.version_name} is not loaded after {wait_seconds:g} s; it goes on loading, try again",
+            ) from None
+        except AdapterRejectedError as error:
+            raise FailedPrecondition(
+                "ADAPTER_INVALID", f"{adapter.version_name} cannot be served: {'; '.join(error.problems)}"
+            ) from error
+        return adapter.key
+
+
+def _another_output(first: AddRequest, request_id: int, index: int) -> AddRequest:
+    """The same request with draws of its own. The prompt's log-probabilities are the first one's business."""
+    sampling = msgspec.structs.replace(
+        first.sampling, seed=derived_seed(first.sampling.seed, index), num_prompt_logprobs=None
+    )
+    return msgspec.structs.replace(first, request_id=request_id, sampling=sampling)
+
+
+def _add_to_response(response: GenerateResponse, event: Event) -> None:
+    match event:
+        case Started():
+            response.request_id = event.request_id
+            response.target.CopyFrom(event.target)
+        case PromptLogprobs():
+            response.prompt_logprobs.extend(event.logprobs)
+        case Delta():
+            output = _output(response, event.output_index)
+            output.text += event.text
+            output.token_ids.extend(event.token_ids)
+            output.logprobs.extend(event.logprobs)
+        case Finished():
+            _output(response, event.output_index).finished.CopyFrom(event)
+        case Completed():
+            response.usage.CopyFrom(event.usage)
+            response.timings.CopyFrom(event.timings)
+            if event.HasField("seed"):
+                response.seed = event.seed
+
+
+def _output(response: GenerateResponse, index: int) -> GenerateOutput:
+    while len(response.outputs) <= index:
+        response.outputs.add()
+    return response.outputs[index]
