@@ -1,0 +1,78 @@
+"""`python -m engine --bus ADDRESS`: one engine process. The first line of its stdin is its EngineConfig, as JSON.
+
+It ends on Shutdown, on SIGTERM, and when its parent is gone: the end of its stdin says so. SIGINT is ignored: a Ctrl-C
+reaches the whole terminal, and the service decides what becomes of the requests.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import MutableMapping
+from typing import BinaryIO, Final
+
+import msgspec
+
+from engine.bus import EngineBus
+from engine.config import EngineConfig
+from engine.process import Core, Progress, run_engine
+
+PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m engine", description="One engine process. Its service starts it.")
+    parser.add_argument("--bus", required=True, metavar="ADDRESS", help="where the service listens: ipc://…")
+    parser.add_argument("--log-level", default="INFO")
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=arguments.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s engine[{os.getpid()}] %(name)s: %(message)s",
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    config_json = sys.stdin.buffer.readline()
+    threading.Thread(target=exit_at_end, args=(sys.stdin.buffer,), daemon=True, name="parent-watch").start()
+
+    def load(progress: Progress) -> Core:
+        return load_core(config_json, progress)
+
+    with EngineBus(arguments.bus) as bus:
+        status = run_engine(load, bus)
+    sys.exit(status)
+
+
+def load_core(config_json: bytes, progress: Progress) -> Core:
+    """Raises msgspec.MsgspecError or ValueError for a bad configuration, and whatever loading raises."""
+    config = msgspec.json.decode(config_json, type=EngineConfig)
+    config.check()
+    limit_threads(config.threads, os.environ)
+    from engine.core import EngineCore  # not earlier: torch reads those settings when it is imported
+
+    return EngineCore.load(config, progress)
+
+
+def limit_threads(threads: int | None, environment: MutableMapping[str, str]) -> None:
+    """Have OpenMP, and what is built on it, use this many threads. None leaves their own choice: all cores."""
+    if threads is not None:
+        environment.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process with its parent, even while it is stuck in native code. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def exit_at_end(stdin: BinaryIO) -> None:
+    """Wait until the other end of stdin is closed, then end the process without further ado."""
+    while stdin.read(4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Frames between the service and an engine: typed msgpack over one ZeroMQ pair socket per engine process. Torch-free.
+
+The address is an ipc:// path in a directory that only its owner may enter. A frame that does not decode into the closed
+set of its direction is logged, counted and dropped; nothing that arrives here can end the process.
+"""
+
+import asyncio
+import logging
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Generic, Self, TypeVar
+
+import msgspec
+import zmq
+
+from engine.messages import FromEngine, ToEngine
+
+logger = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES: Final = 256 << 20  # a prompt of 32 MiB and its tokens fit many times
+MAX_UNREAD_FRAMES: Final = 16384  # steps that an engine goes ahead of a service that does not read, then it waits
+
+T = TypeVar("T")
+
+
+class BadRequest(msgspec.Struct, frozen=True):
+    """Stands for an AddRequest frame that did not decode, but still said whose it was: so it can be answered."""
+
+    request_id: int
+    problem: str
+
+
+class FrameReader(Generic[T]):
+    """Decodes frames of one closed set of messages, and counts the others."""
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[T]) -> None:
+        self.num_bad_frames = 0
+        self._decoder = decoder
+
+    def read(self, frame: bytes) -> T | BadRequest | None:
+        """The message, or None for a frame that is none. Never raises."""
+        try:
+            return self._decoder.decode(frame)
+        # Whatever a hostile frame provokes (MsgspecError, RecursionError, UnicodeDecodeError, …) is its own fault.
+        except Exception as error:
+            self.num_bad_frames += 1
+            logger.warning(
+                "dropped frame of %d bytes that is no message (%s); %d so far", len(frame), error, self.num_bad_frames
+            )
+            return _bad_request(frame, str(error))
+
+
+def _bad_request(frame: bytes, problem: str) -> BadRequest | None:
+    try:
+        fields = msgspec.msgpack.decode(frame)
+    except Exception:  # as above; it is logged already
+        return None
+    match fields:
+        case ["AddRequest", int(request_id), *_]:
+            return BadRequest(request_id, problem)
+    return None
+
+
+def make_bus_directory() -> tempfile.TemporaryDirectory[str]:
+    """A new directory for bus addresses, mode 0700, removed with `cleanup()`. Short: a socket path has 107 bytes."""
+    return tempfile.TemporaryDirectory(prefix="loraplex-")
+
+
+def bus_address(directory: Path, name: str) -> str:
+    """The address of one engine process. Raises ValueError where the path is too long for a socket."""
+    path = str(directory / name)
+    if len(path.encode()) >= zmq.IPC_PATH_MAX_LEN:
+        raise ValueError(
+            f"socket path {path!r} is longer than {zmq.IPC_PATH_MAX_LEN - 1} bytes: set TMPDIR to a shorter one"
+        )
+    return f"ipc://{path}"
+
+
+class _Bus:
+    """What both ends share: a pair socket and an encoder."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def close(self, linger_seconds: float = 1.0) -> None:
+        """Send what is still queued, for at most this time, and close. Closing twice is harmless."""
+        if not self._socket.closed:
+            self._socket.close(linger=round(1000 * linger_seconds))
+            self._context.term()
+
+    def _has_input(self) -> bool:
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class EngineBus(_Bus):
+    """The engine's end: blocking, for the thread that takes the steps."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._reader = FrameReader[ToEngine](msgspec.msgpack.Decoder(ToEngine))
+        self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_FRAMES)
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # what the service admits, it has bounded itself
+        self._socket.connect(address)
+
+    @property
+    def num_bad_frames(self) -> int:
+        return self._reader.num_bad_frames
+
+    def receive(self, timeout_seconds: float | None) -> list[ToEngine | BadRequest]:
+        """All messages that are there. If there are none, wait for the first: None means for ever, 0 not at all."""
+        messages: list[ToEngine | BadRequest] = []
+        if timeout_seconds != 0 and not self._has_input():
+            self._socket.poll(None if timeout_seconds is None else round(1000 * timeout_seconds))
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            message = self._reader.read(frame)
+            if message is not None:
+                messages.append(message)
+
+    def send(self, message: FromEngine) -> None:
+        """Queue a message. Waits only when the service has left MAX_UNREAD_FRAMES unread."""
+        self._socket.send(self._encoder.encode(message))
+
+
+class ServiceBus(_Bus):
+    """The service's end, for one event loop. `send` never waits: an abort can be sent while a task is cancelled.
+
+    The socket's descriptor reports edges, not levels: it says once that something has happened, and each look at the
+    socket may swallow that. So after every receive and send whatever is readable is taken at once.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Binds the address. Needs a running event loop."""
+        super().__init__()
+        self._reader = FrameReader[FromEngine](msgspec.msgpack.Decoder(FromEngine))
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # admission bounds what is queued
+        self._socket.setsockopt(zmq.RCVHWM, MAX_UNREAD_FRAMES)
+        self._socket.bind(address)
+        self._frames: list[bytes] = []
+        self._readable = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = int(self._socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._descriptor, self._take_frames)
+
+    @property
+    def num_bad_frames(self) -> int:
+        return self._reader.num_bad_frames
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a message. Without an engine at the other end it is dropped: whoever waits for an answer learns of that
+        from the process's death. So send nothing before the engine has said that it is ready.
+        """
+        if self._socket.closed:
+            return
+        try:
+            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            logger.debug("dropped %s: no engine is connected", type(message).__name__)
+        self._take_frames()
+
+    async def receive(self) -> list[FromEngine]:
+        """At least one message, and all others that are there, in order."""
+        while True:
+            await self._readable.wait()
+            self._readable.clear()
+            frames, self._frames = self._frames, []
+            messages = [message for message in map(self._reader.read, frames) if message is not None]
+            if messages:
+                return [message for message in messages if not isinstance(message, BadRequest)]
+
+    def close(self, linger_seconds: float = 0.0) -> None:
+        if not self._socket.closed:
+            self._loop.remove_reader(self._descriptor)
+        super().close(linger_seconds)
+
+    def _take_frames(self) -> None:
+        while self._has_input():
+            self._frames.append(self._socket.recv(zmq.NOBLOCK))
+            self._readable.set()
