@@ -11,10 +11,12 @@ import torch
 
 from adapters.key import AdapterKey
 from adapters.pool import AdapterPool
-from adapters.store import AdapterStore
+from adapters.store import AdapterStore, FinishedLoad
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.messages import (
+    AdapterFailed,
+    AdapterLoaded,
     AdapterUnloaded,
     AddRequest,
     EngineStats,
@@ -143,7 +145,7 @@ class EngineCore:
 
     def _adapter_events(self) -> list[FromEngine]:
         """What the loader threads finished since the last step, and which unloads have become possible."""
-        events: list[FromEngine] = list(self.store.poll())
+        events: list[FromEngine] = [_load_event(finished) for finished in self.store.poll()]
         for key in [key for key in self._unloading if key not in self.scheduler.adapter_users]:
             self._unloading.remove(key)
             self.pool.unload(key)
@@ -204,3 +206,16 @@ class EngineCore:
             generated_tokens=scheduler.generated_tokens,
             adapters=self.pool.residents(),
         )
+
+
+def _load_event(finished: FinishedLoad) -> AdapterLoaded | AdapterFailed:
+    loaded = finished.loaded
+    if loaded is None:
+        return AdapterFailed(finished.key, finished.problems)
+    return AdapterLoaded(
+        finished.key,
+        rank=loaded.rank,
+        size_bytes=loaded.nbytes,
+        target_modules=list(loaded.target_modules),
+        warnings=list(loaded.warnings),
+    )

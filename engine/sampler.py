@@ -85,15 +85,15 @@ def _apply_penalties(logits: Tensor, requests: Sequence[Request]) -> None:
         sampling = request.sampling
         if not sampling.needs_penalties:
             continue
-        output = torch.tensor(request.token_ids[request.num_prompt_tokens :], dtype=torch.int64, device=logits.device)
         if sampling.repetition_penalty != 1.0:
-            seen = torch.tensor(request.token_ids, dtype=torch.int64, device=logits.device).unique()
+            seen = torch.from_numpy(np.unique(request.token_ids)).to(logits.device)
             values = logits[row, seen]
             penalty = sampling.repetition_penalty
             logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if output.numel() and (sampling.presence_penalty or sampling.frequency_penalty):
-            tokens, counts = output.unique(return_counts=True)
-            logits[row, tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        if request.num_output_tokens and (sampling.presence_penalty or sampling.frequency_penalty):
+            tokens, counts = np.unique(request.token_ids[request.num_prompt_tokens :], return_counts=True)
+            penalties = torch.from_numpy(sampling.presence_penalty + sampling.frequency_penalty * counts)
+            logits[row, torch.from_numpy(tokens).to(logits.device)] -= penalties.to(logits)
 
 
 # ---- drawing -------------------------------------------------------------------------------------------------------

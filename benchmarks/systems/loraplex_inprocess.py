@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adapters.key import AdapterKey
+from adapters.source import digest
 from benchmarks.measure import Record, closed_loop
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
@@ -21,8 +22,9 @@ from engine.sampling_params import SamplingParams
 class Driver:
     """Steps the core as long as somebody waits for tokens."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, keys: Sequence[AdapterKey]) -> None:
         self.core = core
+        self.keys = keys
         self._next_id = 0
         self._on_tokens: dict[int, Callable[[list[int], bool], None]] = {}
 
@@ -39,7 +41,7 @@ class Driver:
                 done.set_result(None)
 
         self._on_tokens[request_id] = take
-        adapter = None if work.adapter is None else adapter_key(work.adapter)
+        adapter = None if work.adapter is None else self.keys[work.adapter]
         sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=work.output)
         self.core.add(AddRequest(request_id, work.prompt, sampling, adapter))
         await done
@@ -65,10 +67,6 @@ class Driver:
         return await clients
 
 
-def adapter_key(index: int) -> AdapterKey:
-    return AdapterKey(f"shared/a{index:02d}", f"{index:064x}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
@@ -92,11 +90,13 @@ def main() -> None:
     )
     started = time.perf_counter()
     core = EngineCore.load(config)
-    for index in range(args.adapters):
-        core.load_adapter(LoadAdapter(adapter_key(index), str(args.model / "adapters" / f"a{index:02d}")))
+    paths = [args.model / "adapters" / f"a{index:02d}" for index in range(args.adapters)]
+    keys = [AdapterKey(f"shared/{path.name}", digest(path)) for path in paths]
+    for key, path in zip(keys, paths, strict=True):
+        core.load_adapter(LoadAdapter(key, str(path)))
     while core.has_work():
         core.step()
-    driver = Driver(core)
+    driver = Driver(core, keys)
     loop = asyncio.new_event_loop()
     warm_up = [Work([300 + index] * 16, 2, index) for index in range(args.adapters)] or [Work([300] * 16, 2, None)]
     loop.run_until_complete(driver.run(warm_up, 8))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adapters.key import AdapterKey
+from adapters.source import digest
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.messages import AddRequest, LoadAdapter, RequestOutput, StepOutput
@@ -53,6 +54,7 @@ class Oracle:
 
     model: Any
     folder: Path
+    keys: dict[str, AdapterKey]
 
     def greedy(self, prompt: list[int], adapter: str | None, max_tokens: int) -> list[int]:
         ids = torch.tensor([prompt])
@@ -98,11 +100,8 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for name in ADAPTERS:
         model.peft_config[name].base_model_name_or_path = "base"
         model.save_pretrained(folder / "adapters", selected_adapters=[name])
-    return Oracle(model.eval(), folder)
-
-
-def adapter_key(name: str) -> AdapterKey:
-    return AdapterKey(f"shared/{name}", name.encode().hex())
+    keys = {name: AdapterKey(f"shared/{name}", digest(folder / "adapters" / name)) for name in ADAPTERS}
+    return Oracle(model.eval(), folder, keys)
 
 
 @pytest.fixture
@@ -112,8 +111,10 @@ def make_core(oracle: Oracle) -> Iterator[Any]:
     def make(**fields: Any) -> EngineCore:
         settings = {"dtype": "float32", "kv_cache_bytes": 4 << 20, "block_size": 4, "max_model_len": 128, "threads": 1}
         core = EngineCore.load(EngineConfig(model=str(oracle.folder / "base"), **(settings | fields)))
-        for name in ADAPTERS:
-            core.load_adapter(LoadAdapter(adapter_key(name), str(oracle.folder / "adapters" / name)))
+        for name, key in oracle.keys.items():
+            core.load_adapter(LoadAdapter(key, str(oracle.folder / "adapters" / name)))
+        while core.has_work():
+            core.step()
         cores.append(core)
         return core
 
@@ -125,13 +126,14 @@ def make_core(oracle: Oracle) -> Iterator[Any]:
 class Client:
     """Feeds a core and collects what comes out."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, keys: dict[str, AdapterKey]) -> None:
         self.core = core
+        self.keys = keys
         self.outputs: dict[int, list[RequestOutput]] = {}
 
     def add(self, request_id: int, prompt: list[int], adapter: str | None, **fields: Any) -> None:
         sampling = SamplingParams(**({"seed": 0, "temperature": 0.0, "max_tokens": 8} | fields))
-        key = None if adapter is None else adapter_key(adapter)
+        key = None if adapter is None else self.keys[adapter]
         self.core.add(AddRequest(request_id, prompt, sampling, key))
 
     def step(self) -> None:
@@ -171,7 +173,7 @@ def test_mixed_batch_equals_each_request_alone(oracle, make_core, settings):
         for index, length in enumerate(lengths)
     ]
     core = make_core(**settings)
-    client = Client(core)
+    client = Client(core, oracle.keys)
     for index, prompt, adapter, max_tokens in requests:
         client.add(index, prompt, adapter, max_tokens=max_tokens)
         if index % 3:  # some arrive together, most while others run
@@ -194,7 +196,7 @@ def test_adapters_change_the_output(oracle):
 
 
 def test_a_prefix_of_another_adapter_is_not_reused(oracle, make_core):
-    client = Client(make_core())
+    client = Client(make_core(), oracle.keys)
     prompt = random_prompt(40, 5)
     for index, adapter in enumerate([None, "wide", "attention", None, "wide"]):
         client.add(index, prompt, adapter)
@@ -205,11 +207,11 @@ def test_a_prefix_of_another_adapter_is_not_reused(oracle, make_core):
 
 
 @pytest.mark.parametrize("neighbours", [1, 5, 11])
-def test_base_rows_are_bit_identical_beside_adapters(make_core, neighbours):
+def test_base_rows_are_bit_identical_beside_adapters(oracle, make_core, neighbours):
     """The same batch twice: the other rows use adapters, or not. The base row's log-probabilities agree to the bit."""
 
     def run(adapters: list[str | None]) -> list[Any]:
-        client = Client(make_core(enable_prefix_caching=False))
+        client = Client(make_core(enable_prefix_caching=False), oracle.keys)
         client.add(0, random_prompt(11, 0), None, num_logprobs=5)
         for index, adapter in enumerate(adapters, start=1):
             client.add(index, random_prompt(7 + index, index), adapter)
@@ -222,7 +224,7 @@ def test_base_rows_are_bit_identical_beside_adapters(make_core, neighbours):
 
 def test_prompt_logprobs_equal_transformers(oracle, make_core):
     prompt = random_prompt(30, 3)
-    client = Client(make_core(max_num_batched_tokens=8))
+    client = Client(make_core(max_num_batched_tokens=8), oracle.keys)
     client.add(0, prompt, "wide", num_prompt_logprobs=2)
     client.finish()
     found = client.outputs[0][0].prompt_logprobs
@@ -239,11 +241,11 @@ def test_prompt_logprobs_equal_transformers(oracle, make_core):
         assert details.top_ids == expected[position - 1].topk(2).indices.tolist()
 
 
-def test_seeded_sampling_does_not_depend_on_the_batch(make_core):
+def test_seeded_sampling_does_not_depend_on_the_batch(oracle, make_core):
     prompt = random_prompt(9, 1)
 
     def run(num_neighbours: int) -> list[int]:
-        client = Client(make_core())
+        client = Client(make_core(), oracle.keys)
         for index in range(1, num_neighbours + 1):
             client.add(index, random_prompt(5, index), "wide", temperature=1.0, seed=index)
         client.add(0, prompt, None, temperature=1.2, top_p=0.9, seed=7, max_tokens=12)
