@@ -1,0 +1,297 @@
+"""The configuration: a YAML file, then LORAPLEX_* of the environment over it. Read once, checked as a whole, frozen.
+
+Relative paths are relative to the directory of the file. Every scalar at the top level of the file can be overridden by
+the environment: LORAPLEX_LISTEN, LORAPLEX_LOG_LEVEL, LORAPLEX_DRAIN_GRACE_SECONDS and so on. Other variables that begin
+with LORAPLEX_ are passed over, because Kubernetes sets some for every service of that name.
+"""
+
+import difflib
+import logging
+import re
+from collections.abc import Hashable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import yaml
+from google.protobuf import json_format
+
+from engine.config import EngineConfig
+from loraplex.v1.generation_pb2 import Sampling
+from service.validation import check_message
+
+ENVIRONMENT_PREFIX = "LORAPLEX_"
+ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+LOOPBACK_HOSTS = frozenset(("127.0.0.1", "[::1]", "localhost"))
+_UNKNOWN_KEY = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<place>.*)`)?")
+
+
+class ConfigError(ValueError):
+    """What is wrong with the configuration, and where."""
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the parts of the file: a key that does not exist is an error."""
+
+
+class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One base model: its name in the API, how its engine is set up, and what its requests get by default."""
+
+    name: str  # "llama-8b": requests name it so, or models/llama-8b
+    load: bool = True  # at start; else by LoadModel
+    default_sampling: dict[str, Any] = {}  # fields of loraplex.v1.Sampling, for requests that leave them out
+    chat_template: str | None = None  # a Jinja file that replaces the model's own
+    labels: dict[str, str] = {}
+
+    def engine(self) -> EngineConfig:
+        """What the engine process is told."""
+        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})
+
+    def sampling(self) -> Sampling:
+        """`default_sampling` as the contract has it. Raises ValueError naming the field at fault."""
+        try:
+            sampling = json_format.ParseDict(self.default_sampling, Sampling())
+        except json_format.ParseError as error:
+            raise ValueError(f"default_sampling: {error}") from error
+        problems = [f"{violation.field}: {violation.problem}" for violation in check_message(sampling, "")]
+        if problems:
+            raise ValueError("; ".join(f"default_sampling{problem}" for problem in problems))
+        return sampling
+
+
+class AdapterConfig(_Section, frozen=True):
+    """One adapter that is registered at start."""
+
+    name: str  # "pirate" of the tenant shared, or "{tenant}/{adapter}"
+    model: str  # the name of the model that it adapts
+    source: str  # its directory, under one of the adapter roots
+    labels: dict[str, str] = {}
+
+    @property
+    def tenant(self) -> str:
+        return self.name.rpartition("/")[0] or "shared"
+
+    @property
+    def adapter_id(self) -> str:
+        return self.name.rpartition("/")[2]
+
+
+class TlsConfig(_Section, frozen=True):
+    """Files in PEM. With `client_ca`, callers must show a certificate that it signed."""
+
+    certificate: str
+    key: str
+    client_ca: str | None = None
+
+
+class LimitsConfig(_Section, frozen=True):
+    """What may be in flight for one model, and how long anybody waits."""
+
+    in_flight_sequences: float = 4.0  # times max_num_seqs; past it requests are refused as OVERLOADED
+    in_flight_cache_tokens: float = 4.0  # times the tokens that the key-value cache holds
+    expected_output_tokens: int = 512  # outputs count with at most this
+    unread_tokens: int = 8192  # of one stream; past it the caller reads too slowly, and is cut
+    unread_seconds: float = 30.0  # that a message of a stream may stay unread
+    adapter_load_wait_seconds: float = 60.0  # that a request waits for its adapter at most
+
+
+class SupervisionConfig(_Section, frozen=True):
+    """When an engine counts as stuck, and how it is started again."""
+
+    heartbeat_seconds: float = 2.0  # between two signs of life
+    heartbeat_timeout_seconds: float = 60.0  # longer than the longest step: the engine answers between steps
+    restart_delay_seconds: float = 0.5  # before the first restart; doubles with each that fails
+    restart_delay_max_seconds: float = 30.0
+    stable_seconds: float = 60.0  # an engine that ran so long starts again with the first delay
+    failed_starts: int = 5  # so many restarts in a row that do not even load: the model is FAILED
+    stop_seconds: float = 10.0  # that an engine may take to end before it is killed
+
+
+class ServiceConfig(_Section, frozen=True):
+    """The whole file."""
+
+    models: tuple[ModelConfig, ...]
+    adapters: tuple[AdapterConfig, ...] = ()
+    adapter_roots: tuple[str, ...] = ()  # adapters are read from under these directories alone
+    listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
+    admin_listen: str = "127.0.0.1:50052"
+    tls: TlsConfig | None = None
+    insecure: bool = False  # allow other addresses than loopback without TLS
+    drain_grace_seconds: float = 30.0  # for running requests, once told to stop
+    lame_duck_seconds: float = 0.0  # before that: still serving, but NOT_SERVING to balancers
+    log_level: str = "INFO"
+    limits: LimitsConfig = LimitsConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+
+    def with_free_ports(self) -> Self:
+        """The same on loopback ports that are free, whatever the file says."""
+        return msgspec.structs.replace(self, listen="127.0.0.1:0", admin_listen="127.0.0.1:0")
+
+
+def default_config_file() -> Path:
+    """The embedded models and adapters, small enough for any machine."""
+    return Path(str(resources.files("demo"))) / "loraplex.yaml"
+
+
+def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceConfig:
+    """Read a file (None: the embedded default) and the environment. Raises ConfigError naming everything at fault."""
+    file = (default_config_file() if file is None else file).absolute()
+    fields = _read_yaml(file)
+    overrides = _overrides(environment)
+    try:
+        config = msgspec.convert(fields | overrides, ServiceConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file}: {_explain(str(error))}") from error
+    config = _with_absolute_paths(config, file.parent.resolve())
+    problems = list(_problems(config))
+    if problems:
+        raise ConfigError(f"{file}: " + "; ".join(problems))
+    return config
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that appears twice is an error, and not a silent choice of the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} appears twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.load(file.read_text(), Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{file}: a mapping is expected, with at least `models:`")
+    return fields
+
+
+def _overrides(environment: Mapping[str, str]) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    for field in msgspec.structs.fields(ServiceConfig):
+        variable = ENVIRONMENT_PREFIX + field.name.upper()
+        if field.type not in (str, bool, int, float) or variable not in environment:
+            continue
+        try:
+            overrides[field.name] = msgspec.convert(environment[variable], field.type, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{variable}={environment[variable]!r} in the environment: {error}") from error
+    return overrides
+
+
+def _explain(error: str) -> str:
+    """msgspec's message, in the words of the file."""
+    found = _UNKNOWN_KEY.fullmatch(error)
+    if found is None:
+        return error.replace(" - at `$.", " - at `")
+    sections = (ServiceConfig, ModelConfig, AdapterConfig, TlsConfig, LimitsConfig, SupervisionConfig)
+    known = sorted({name for section in sections for name in section.__struct_fields__})
+    similar = difflib.get_close_matches(found["key"], known, n=1)
+    hint = f"; did you mean {similar[0]!r}?" if similar else ""
+    return f"unknown key {found['key']!r} in {found['place'] or 'the top level'}{hint}"
+
+
+# ---- checking --------------------------------------------------------------------------------------------------------
+
+
+def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
+    def absolute(path: str) -> str:
+        return str(base / Path(path).expanduser())
+
+    def model(item: ModelConfig) -> ModelConfig:
+        is_path = item.model.startswith((".", "/", "~")) or (base / item.model).is_dir()  # else an id of a hub
+        return msgspec.structs.replace(
+            item,
+            model=absolute(item.model) if is_path else item.model,
+            chat_template=None if item.chat_template is None else absolute(item.chat_template),
+        )
+
+    tls = config.tls
+    if tls is not None:
+        client_ca = None if tls.client_ca is None else absolute(tls.client_ca)
+        tls = TlsConfig(certificate=absolute(tls.certificate), key=absolute(tls.key), client_ca=client_ca)
+    return msgspec.structs.replace(
+        config,
+        models=tuple(model(item) for item in config.models),
+        adapters=tuple(msgspec.structs.replace(item, source=absolute(item.source)) for item in config.adapters),
+        adapter_roots=tuple(absolute(root) for root in config.adapter_roots),
+        tls=tls,
+    )
+
+
+def _problems(config: ServiceConfig) -> Iterator[str]:
+    if not config.models:
+        yield "models: there is none; name at least one"
+    yield from _repeated("models", [model.name for model in config.models])
+    yield from _repeated("adapters", [f"{adapter.tenant}/{adapter.adapter_id}" for adapter in config.adapters])
+    for index, model in enumerate(config.models):
+        yield from (f"models[{index}] {model.name!r}: {problem}" for problem in _model_problems(model))
+    names = {model.name for model in config.models}
+    for index, adapter in enumerate(config.adapters):
+        place = f"adapters[{index}] {adapter.name!r}"
+        if not (ID.fullmatch(adapter.tenant) and ID.fullmatch(adapter.adapter_id)):
+            yield f"{place}: the name must be an id, or two with a slash between, each {_ID_RULE}"
+        if adapter.model not in names:
+            yield f"{place}: model {adapter.model!r} is none of those configured: {', '.join(sorted(names))}"
+        if not config.adapter_roots:
+            yield f"{place}: adapter_roots is empty, so no adapter may be read; list the directory that it lies in"
+    for root in config.adapter_roots:
+        if not Path(root).is_dir():
+            yield f"adapter_roots: there is no directory {root}"
+    yield from _listener_problems(config)
+    if config.log_level.upper() not in logging.getLevelNamesMapping():
+        yield f"log_level {config.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR"
+    for section in (config, config.limits, config.supervision):
+        for name in section.__struct_fields__:
+            value = getattr(section, name)
+            if isinstance(value, int | float) and value < 0:
+                yield f"{name} {value} must not be negative"
+
+
+_ID_RULE = "1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
+
+
+def _repeated(key: str, names: list[str]) -> Iterator[str]:
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"{key}: {name!r} appears {names.count(name)} times; names must differ"
+
+
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    if not ID.fullmatch(model.name):
+        yield f"the name must be {_ID_RULE}"
+    if model.model.startswith("/") and not Path(model.model).is_dir():
+        yield f"model: there is no directory {model.model}"
+    if model.chat_template is not None and not Path(model.chat_template).is_file():
+        yield f"chat_template: there is no file {model.chat_template}"
+    for check in (model.check, model.sampling):
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)
+
+
+def _listener_problems(config: ServiceConfig) -> Iterator[str]:
+    for key in ("listen", "admin_listen"):
+        address: str = getattr(config, key)
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not port.isdecimal() or int(port) > 65535:
+            yield f"{key} {address!r}: host:port is expected, such as 127.0.0.1:50051; port 0 takes a free one"
+        elif host not in LOOPBACK_HOSTS and config.tls is None and not config.insecure:
+            yield (
+                f"{key} {address!r} can be reached from other machines, and anybody there could use it: set tls, or "
+                "insecure: true where the network is trusted"
+            )

@@ -1,0 +1,172 @@
+"""The configuration file: what it gives, and that every mistake in it is named with its place."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig
+from service.config import ConfigError, ServiceConfig, load_config
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A place with a model directory and an adapter directory, both empty."""
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "adapters" / "pirate").mkdir(parents=True)
+    return tmp_path.resolve()
+
+
+MODEL = """
+models:
+  - name: tiny
+    model: models/tiny
+"""
+
+
+def load(directory: Path, text: str, **environment: str) -> ServiceConfig:
+    file = directory / "loraplex.yaml"
+    file.write_text(text)
+    return load_config(file, environment)
+
+
+def error_of(directory: Path, text: str, **environment: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load(directory, text, **environment)
+    return str(raised.value)
+
+
+def test_a_file_with_one_model_has_defaults_for_all_else(directory: Path) -> None:
+    config = load(directory, MODEL)
+    assert config.models[0].name == "tiny"
+    assert (config.listen, config.admin_listen) == ("127.0.0.1:50051", "127.0.0.1:50052")
+    assert config.adapters == ()
+
+
+def test_relative_paths_are_relative_to_the_file(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    text = MODEL + "adapter_roots: [adapters]\nadapters: [{name: pirate, model: tiny, source: adapters/pirate}]"
+    config = load(directory, text)
+    assert config.models[0].model == str(directory / "models/tiny")
+    assert config.adapter_roots == (str(directory / "adapters"),)
+    assert config.adapters[0].source == str(directory / "adapters/pirate")
+
+
+def test_a_model_that_is_no_directory_is_the_id_of_a_hub(directory: Path) -> None:
+    config = load(directory, "models: [{name: qwen, model: Qwen/Qwen3-0.6B}]")
+    assert config.models[0].model == "Qwen/Qwen3-0.6B"
+
+
+def test_fields_of_the_engine_stand_beside_those_of_the_model(directory: Path) -> None:
+    config = load(directory, MODEL + "    threads: 2\n    max_num_seqs: 7\n    labels: {team: a}")
+    expected = EngineConfig(model=str(directory / "models/tiny"), threads=2, max_num_seqs=7)
+    assert config.models[0].engine() == expected
+
+
+def test_sampling_defaults_are_those_of_the_contract(directory: Path) -> None:
+    config = load(directory, MODEL + "    default_sampling: {temperature: 0.5, top_k: 0}")
+    sampling = config.models[0].sampling()
+    assert sampling.temperature == 0.5
+    assert sampling.HasField("top_k")
+    assert not sampling.HasField("top_p")
+
+
+@pytest.mark.parametrize(
+    ("name", "tenant", "adapter_id"), [("pirate", "shared", "pirate"), ("acme/pirate", "acme", "pirate")]
+)
+def test_an_adapter_may_name_its_tenant(directory: Path, name: str, tenant: str, adapter_id: str) -> None:
+    text = MODEL + f"adapter_roots: [adapters]\nadapters: [{{name: {name}, model: tiny, source: adapters/pirate}}]"
+    adapter = load(directory, text).adapters[0]
+    assert (adapter.tenant, adapter.adapter_id) == (tenant, adapter_id)
+
+
+def test_the_environment_comes_before_the_file(directory: Path) -> None:
+    config = load(
+        directory,
+        MODEL + "listen: 127.0.0.1:1\nadmin_listen: 127.0.0.1:2",
+        LORAPLEX_LISTEN="127.0.0.1:3",
+        LORAPLEX_DRAIN_GRACE_SECONDS="5",
+        LORAPLEX_INSECURE="true",
+    )
+    assert config.listen == "127.0.0.1:3"
+    assert config.admin_listen == "127.0.0.1:2"
+    assert config.drain_grace_seconds == 5.0
+    assert config.insecure is True
+
+
+def test_what_kubernetes_sets_for_a_service_of_that_name_is_passed_over(directory: Path) -> None:
+    config = load(directory, MODEL, LORAPLEX_PORT="tcp://10.0.0.1:50051", LORAPLEX_SERVICE_HOST="10.0.0.1")
+    assert config.listen == "127.0.0.1:50051"
+
+
+def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) -> None:
+    assert "LORAPLEX_DRAIN_GRACE_SECONDS='soon'" in error_of(directory, MODEL, LORAPLEX_DRAIN_GRACE_SECONDS="soon")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param(
+            MODEL + "    max_seqs: 3", "unknown key 'max_seqs' in models[0]; did you mean", id="key of a model"
+        ),
+        pytest.param(MODEL + "lisen: x", "unknown key 'lisen' in the top level; did you mean 'listen'?", id="top key"),
+        pytest.param(MODEL + "limits: {x: 1}", "unknown key 'x' in limits", id="key of a section"),
+        pytest.param(
+            MODEL + "    threads: many", "Expected `int | null`, got `str` - at `models[0].threads`", id="type"
+        ),
+        pytest.param(MODEL + "    block_size: 3", "models[0] 'tiny': engine config: block_size 3", id="engine value"),
+        pytest.param("models: []", "models: there is none", id="no model"),
+        pytest.param("listen: x", "missing required field `models`", id="no models key"),
+        pytest.param("[1, 2]", "a mapping is expected", id="no mapping"),
+        pytest.param("models: [", "not valid YAML", id="no YAML"),
+        pytest.param("listen: a:1\nlisten: b:1", "the key 'listen' appears twice", id="a key twice"),
+        pytest.param("models: [{name: A b, model: x/y}]", "the name must be 1 to 63 of a-z", id="name of a model"),
+        pytest.param("models: [{name: a, model: ./nowhere}]", "there is no directory", id="no such directory"),
+        pytest.param("models: [{name: a, model: x/y}, {name: a, model: x/z}]", "'a' appears 2 times", id="name twice"),
+        pytest.param(
+            MODEL + "    default_sampling: {temprature: 1}", 'has no field named "temprature"', id="sampling field"
+        ),
+        pytest.param(
+            MODEL + "    default_sampling: {top_p: 7}", "default_sampling.top_p: must be above 0", id="sampling value"
+        ),
+        pytest.param(MODEL + "    chat_template: none.jinja", "chat_template: there is no file", id="chat template"),
+        pytest.param(MODEL + "listen: 50051", "Expected `str`, got `int` - at `listen`", id="port alone"),
+        pytest.param(MODEL + "listen: localhost", "host:port is expected", id="host alone"),
+        pytest.param(MODEL + "listen: 0.0.0.0:1", "can be reached from other machines", id="open listener"),
+        pytest.param(MODEL + "log_level: LOUD", "log_level 'LOUD' is not one of", id="log level"),
+        pytest.param(MODEL + "adapter_roots: [gone]", "adapter_roots: there is no directory", id="adapter root"),
+        pytest.param(
+            MODEL + "adapters: [{name: p, model: tiny, source: adapters/pirate}]",
+            "adapter_roots is empty",
+            id="no roots",
+        ),
+        pytest.param(
+            MODEL + "adapter_roots: [adapters]\nadapters: [{name: p, model: big, source: adapters/pirate}]",
+            "model 'big' is none of those configured: tiny",
+            id="model of an adapter",
+        ),
+        pytest.param(
+            MODEL + "adapter_roots: [adapters]\nadapters: [{name: ../x, model: tiny, source: adapters/pirate}]",
+            "adapters[0] '../x': the name must be an id",
+            id="name of an adapter",
+        ),
+        pytest.param(MODEL + "drain_grace_seconds: -1", "drain_grace_seconds -1.0 must not be negative", id="negative"),
+    ],
+)
+def test_a_mistake_is_named_with_its_file_and_place(directory: Path, text: str, expected: str) -> None:
+    message = error_of(directory, text)
+    assert message.startswith(f"{directory}/loraplex.yaml: ")
+    assert expected in message
+
+
+def test_all_mistakes_are_named_at_once(directory: Path) -> None:
+    message = error_of(directory, MODEL + "    block_size: 3\nlisten: nonsense\nlog_level: LOUD")
+    assert all(part in message for part in ("block_size 3", "listen 'nonsense'", "log_level 'LOUD'"))
+
+
+def test_an_open_listener_is_allowed_when_asked_for(directory: Path) -> None:
+    assert load(directory, MODEL + "listen: 0.0.0.0:1\ninsecure: true").listen == "0.0.0.0:1"
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "gone.yaml", {})
