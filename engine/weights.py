@@ -81,7 +81,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         raise ModelError(
             f"{at}: no such directory, and no such model on the hub (or a private one: HF_TOKEN)"
         ) from error
-    except OSError as error:  # no connection, offline mode, no space: all of the hub's and the system's errors
+    except Exception as error:  # no connection, offline mode, no space: each of its versions raises others
         raise ModelError(
             f"{at}: no such directory, not in the local hub cache, and it could not be downloaded: {error}. "
             "Give the path of a local directory, or fetch it where there is a network and share HF_HOME"
@@ -122,6 +122,7 @@ class Checkpoint:
         except BaseException:
             self._closing.close()
             raise
+        self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())  # of those that are used, as stored
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -133,11 +134,6 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
-
-    @property
-    def nbytes(self) -> int:
-        """Of the tensors that are used, as stored."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def dtype(self, name: str) -> torch.dtype:
         return STORED_DTYPES[self._tensors[name].dtype]

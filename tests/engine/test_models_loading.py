@@ -1,0 +1,151 @@
+"""Loading a model directory: types, memory, tied heads, and what is refused before a byte of weights is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.kv_cache import block_bytes, create_kv_cache
+from engine.model_config import ModelError
+from engine.models import LanguageModel, load_model, parse_model_config, read_model_config
+from engine.models.layout import EMBEDDING, HEAD, tensor_shapes
+from kernels.ops import select_ops
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+}
+
+
+def checkpoint(directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    raw = {**CONFIG, **changes}
+    (directory / "config.json").write_text(json.dumps(raw))
+    shapes = tensor_shapes(parse_model_config(raw, "config.json"))
+    generator = torch.Generator().manual_seed(1)
+    save_file(
+        {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()},
+        directory / "model.safetensors",
+    )
+    return directory
+
+
+def change(directory: Path, **tensors: Tensor | None) -> None:
+    """Replace tensors of the checkpoint, or remove them."""
+    stored = load_file(directory / "model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if name not in tensors}
+    added = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept | added, directory / "model.safetensors")
+
+
+def load(directory: Path, **fields: Any) -> LanguageModel:
+    config = EngineConfig(model=str(directory), max_resident_adapters=2, **fields)
+    return load_model(config, directory, select_ops(torch.device("cpu"), "reference"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "requested", "computed"),
+    [
+        (torch.float32, "auto", torch.float32),
+        (torch.float16, "auto", torch.bfloat16),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.float64, "auto", torch.float32),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float32, "float16", torch.float16),
+    ],
+    ids=str,
+)
+def test_dtype_follows_the_request_or_the_tensors(
+    tmp_path: Path, stored: torch.dtype, requested: str, computed: torch.dtype
+) -> None:
+    assert load(checkpoint(tmp_path, stored), dtype=requested).dtype == computed
+
+
+def test_dtype_follows_the_config_where_it_states_one(tmp_path: Path) -> None:
+    assert load(checkpoint(tmp_path, torch.float32, torch_dtype="float16")).dtype == torch.bfloat16
+
+
+def test_progress_reaches_the_size_of_the_checkpoint(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    directory = checkpoint(tmp_path)
+    config = EngineConfig(model=str(directory))
+    load_model(config, directory, select_ops(torch.device("cpu"), "reference"), lambda *bytes_: seen.append(bytes_))
+    total = sum(tensor.nbytes for tensor in load_file(directory / "model.safetensors").values())
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_weights_that_do_not_fit_are_refused_before_any_is_read(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path)
+    change(directory, **{"model.norm.weight": None, "model.extra": torch.zeros(1)})
+    seen: list[int] = []
+    with pytest.raises(ModelError, match=r"missing: model\.norm\.weight; 1 tensors unexpected: model\.extra"):
+        load_model(
+            EngineConfig(model="x"), directory, select_ops(torch.device("cpu"), "reference"), lambda *_: seen.append(1)
+        )
+    assert not seen
+
+
+def test_a_tied_model_needs_no_head(tmp_path: Path) -> None:
+    model = load(checkpoint(tmp_path, tie_word_embeddings=True))
+    hidden = torch.randn(3, 16)
+    embedding = load_file(tmp_path / "model.safetensors")[EMBEDDING]
+    assert torch.equal(model.logits(hidden), hidden @ embedding.T)
+
+
+def test_a_tied_head_may_be_stored_once_more(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, tie_word_embeddings=True)
+    change(directory, **{HEAD: load_file(directory / "model.safetensors")[EMBEDDING]})
+    assert load(directory).config.tie_word_embeddings
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, tie_word_embeddings=True)
+    change(directory, **{HEAD: torch.zeros(11, 16)})
+    with pytest.raises(ModelError, match="set tie_word_embeddings to false"):
+        load(directory)
+
+
+def test_size_counts_every_parameter(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path)
+    stored = sum(tensor.nbytes for tensor in load_file(directory / "model.safetensors").values())
+    cos_sin = 32 * 4 * 4  # positions x head_dim x float32
+    assert load(directory).nbytes == stored + cos_sin
+
+
+def test_tables_reach_only_as_far_as_requests_may(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path)
+    assert load(directory).nbytes - load(directory, max_model_len=8).nbytes == (32 - 8) * 4 * 4
+
+
+def test_every_site_has_room_for_adapters(tmp_path: Path) -> None:
+    model = load(checkpoint(tmp_path))
+    sites, targets = model.lora_sites(), model.lora_targets()
+    assert set(sites) == {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("qkv", "o", "gate_up", "down")}
+    assert {target.site for target in targets.values()} == set(sites)
+    key = targets["model.layers.1.self_attn.k_proj"]
+    assert (key.site, key.in_features, key.out_start, key.out_features) == ("layers.1.qkv", 16, 16, 8)
+    for target in targets.values():
+        assert target.in_features == sites[target.site].in_features
+        assert target.out_start + target.out_features <= sites[target.site].out_features
+
+
+def test_a_block_takes_what_its_storage_takes(tmp_path: Path) -> None:
+    config = read_model_config(checkpoint(tmp_path))
+    ops = select_ops(torch.device("cpu"), "reference")
+    cache = create_kv_cache(config, ops, 5, 8, torch.bfloat16)
+    assert len(cache) == config.num_layers
+    assert sum(layer.k.nbytes + layer.v.nbytes for layer in cache) == 5 * block_bytes(config, 8, torch.bfloat16)
