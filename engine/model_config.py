@@ -96,13 +96,3 @@ class ModelConfig:
     @property
     def head_shape(self) -> HeadShape:
         return HeadShape(self.num_heads, self.num_kv_heads, self.head_dim)
-
-    def __post_init__(self) -> None:
-        """Raises ModelError for shapes that no decoder can have."""
-        problems = []
-        if self.num_kv_heads > self.num_heads or self.num_heads % self.num_kv_heads:
-            problems.append(f"{self.num_heads} query heads cannot be shared by {self.num_kv_heads} key/value heads")
-        if self.head_dim % 2:
-            problems.append(f"head_dim {self.head_dim} is odd: rotary embeddings need halves")
-        if problems:
-            raise ModelError(f"{self.architecture}: " + "; ".join(problems))

@@ -126,18 +126,26 @@ def text_fields(raw: Mapping[str, object], where: str) -> ConfigFields:
 
 
 def decoder_config(architecture: str, fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> ModelConfig:
-    """What all families spell alike. A family replaces the fields in which it differs."""
+    """What all families spell alike. A family replaces the fields in which it differs.
+
+    Raises ModelError for shapes that no decoder can have.
+    """
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if not fields.has("head_dim") and hidden_size % num_heads:
         raise fields.error("head_dim", None, f"given where {num_heads} heads do not divide hidden_size {hidden_size}")
     head_dim = fields.integer("head_dim", hidden_size // num_heads)
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+    if head_dim % 2:
+        raise fields.error("head_dim", head_dim, "even, as rotary embeddings turn its two halves")
+    if num_heads % num_kv_heads:
+        raise fields.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})")
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=_max_positions(fields, layers),
         rms_norm_eps=fields.number("rms_norm_eps"),
