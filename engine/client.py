@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TypeVar
 
+from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from engine.messages import (
     Abort,
@@ -47,15 +48,6 @@ class SlowConsumerError(Exception):
     def __init__(self, pending_tokens: int) -> None:
         super().__init__(f"{pending_tokens} tokens wait to be read")
         self.pending_tokens = pending_tokens
-
-
-class AdapterRejectedError(Exception):
-    """The engine cannot serve this adapter on its model. `problems` names every tensor or field at fault."""
-
-    def __init__(self, key: AdapterKey, problems: list[str]) -> None:
-        super().__init__(f"adapter {key}: {'; '.join(problems)}")
-        self.key = key
-        self.problems = problems
 
 
 class EngineClient:
@@ -113,7 +105,7 @@ class EngineClient:
         """Have the engine read an adapter into host memory and bind it to the model, and do not wait.
 
         Callers that ask for the same adapter at the same time share the load, so do not cancel it. It ends with
-        AdapterRejectedError or the error given to `fail`, which need not be looked at.
+        AdapterRejected or the error given to `fail`, which need not be looked at.
         """
         self._check_alive()
         if key not in self._loads:
@@ -161,7 +153,7 @@ class EngineClient:
                 self.adapters[key] = message
                 _resolve(self._loads.pop(key, None), message)
             case AdapterFailed(key=key, problems=problems):
-                _reject(self._loads.pop(key, None), AdapterRejectedError(key, problems))
+                _reject(self._loads.pop(key, None), AdapterRejected(problems))
             case AdapterUnloaded(key=key):
                 _resolve(self._unloads.pop(key, None), None)
 

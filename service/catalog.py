@@ -1,16 +1,18 @@
 """What a request's field `model` means, and everything that a request needs of the model that it names."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Protocol
 
-from adapters.key import AdapterKey
+from adapters.errors import AdapterNotFound, AdapterNotReady, AdapterRejected
+from adapters.registry import SHARED_TENANT, AdapterRegistry, AdapterVersion, resource_name
 from engine.client import EngineClient
 from engine.messages import ModelLimits
 from loraplex.v1.generation_pb2 import Sampling
 from loraplex.v1.routes_pb2 import ResolvedTarget
-from service.errors import InvalidRequest, NotFound, PermissionDenied
-from service.interceptors import SHARED_TENANT
+from service.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Unavailable
 from service.text import Tokenizer
 
 
@@ -38,36 +40,11 @@ class Models(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ServableAdapter:
-    """One version of an adapter that requests may use."""
-
-    key: AdapterKey
-    path: str  # the directory with its files
-    base_model: str  # bare id of the model that it adapts
-
-    @property
-    def version_name(self) -> str:
-        tenant, adapter_id = self.key.name.split("/")
-        return f"tenants/{tenant}/adapters/{adapter_id}@{self.key.digest[:12]}"
-
-
-class Adapters(Protocol):
-    """The adapters that are registered."""
-
-    def servable(self, tenant: str, adapter_id: str, version: str | None) -> ServableAdapter | None:
-        """The version with these first 12 digits of its digest; None: the current one. None if there is none.
-
-        Raises Unavailable (ADAPTER_COLD) while it is being read and checked, FailedPrecondition (ADAPTER_INVALID, …)
-        if it proved unusable.
-        """
-
-
-@dataclass(frozen=True, slots=True)
 class Target:
     """What a request runs on."""
 
     model: LoadedModel
-    adapter: ServableAdapter | None = None  # None: the base model alone
+    adapter: AdapterVersion | None = None  # None: the base model alone
 
     def resolved(self, fell_back_to_base: bool = False) -> ResolvedTarget:
         """What the caller is told. `fell_back_to_base`: the adapter was cold, and the request allowed to go without."""
@@ -82,49 +59,70 @@ class Target:
 
 
 _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-_VERSION = r"(?:@(?P<version>[0-9a-f]{12}))?"
-_MODEL_NAME = re.compile(rf"models/(?P<model>{_ID})")
-_ADAPTER_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/(?P<adapter>{_ID}){_VERSION}")
-_ROUTE_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/routes/(?P<route>{_ID})")
-_BARE_ID = re.compile(rf"(?P<id>{_ID}){_VERSION}")
+_MODEL_NAME = re.compile(rf"models/({_ID})")
+_ADAPTER_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/{_ID}(@[0-9a-f]+)?")
+_ROUTE_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/routes/{_ID}")
+_BARE_ID = re.compile(rf"{_ID}(?P<version>@[0-9a-f]+)?")
 
 
 class Catalog:
     """Finds the target of a request by its name, on behalf of a tenant."""
 
-    def __init__(self, models: Models, adapters: Adapters) -> None:
+    def __init__(self, models: Models, adapters: AdapterRegistry) -> None:
         self._models = models
         self._adapters = adapters
 
     def resolve(self, tenant: str, name: str, path: str = "spec.model") -> Target:
         """What `name` means to this tenant; bare ids are looked up with the tenant, then as shared, then as a model.
 
-        `path`: the field that holds the name. Raises InvalidRequest, NotFound, PermissionDenied, and what
-        `Models.serving` and `Adapters.servable` raise.
+        `path`: the field that holds the name. Raises InvalidRequest, NotFound, PermissionDenied (before looking),
+        Unavailable (ADAPTER_COLD) for a version that is still being read, FailedPrecondition (ADAPTER_INVALID) for one
+        that proved unusable, and what `Models.serving` raises.
         """
         if match := _MODEL_NAME.fullmatch(name):
-            return Target(self._models.serving(match["model"]))
-        if match := _ADAPTER_NAME.fullmatch(name):
-            _check_may_see(tenant, match["tenant"])
-            return self._adapter(match["tenant"], match["adapter"], match["version"]) or _not_found("ADAPTER", name)
+            return Target(self._models.serving(match[1]))
         if match := _ROUTE_NAME.fullmatch(name):
             _check_may_see(tenant, match["tenant"])
-            _not_found("ROUTE", name)
-        if match := _BARE_ID.fullmatch(name):
-            for owner in dict.fromkeys((tenant, SHARED_TENANT)):
-                target = self._adapter(owner, match["id"], match["version"])
-                if target is not None:
-                    return target
-            return Target(self._models.serving(name)) if match["version"] is None else _not_found("ADAPTER", name)
-        raise InvalidRequest.at(
-            path,
-            f"{name[:200]!r} is no name: give models/{{model}}, tenants/{{tenant}}/adapters/{{adapter}}, with "
-            "@{version} (12 hex digits) or without, or the id alone",
-        )
+            raise _not_found("ROUTE", name)
+        if match := _ADAPTER_NAME.fullmatch(name):
+            _check_may_see(tenant, match["tenant"])
+            adapter = self._adapter(tenant, name)
+        elif match := _BARE_ID.fullmatch(name):
+            adapter = self._adapter(tenant, name)
+            if adapter is None and match["version"] is None:
+                return Target(self._models.serving(name))
+        else:
+            raise InvalidRequest.at(
+                path,
+                f"{name[:200]!r} is no name: give models/{{model}}, tenants/{{tenant}}/adapters/{{adapter}}, with "
+                "@{version} (12 hex digits) or without, or the id alone",
+            )
+        if adapter is None:
+            raise _not_found("ADAPTER", name)
+        return Target(self._models.serving(adapter.spec.base_model), adapter)
 
-    def _adapter(self, tenant: str, adapter_id: str, version: str | None) -> Target | None:
-        adapter = self._adapters.servable(tenant, adapter_id, version)
-        return Target(self._models.serving(adapter.base_model), adapter) if adapter is not None else None
+    @contextmanager
+    def using(self, adapter: AdapterVersion | None) -> Iterator[None]:
+        """While a request runs, its version is counted as used: deleting it waits. None: the base model."""
+        if adapter is None:
+            yield
+            return
+        self._adapters.begin_request(adapter.key)
+        try:
+            yield
+        finally:
+            self._adapters.end_request(adapter.key)
+
+    def _adapter(self, tenant: str, name: str) -> AdapterVersion | None:
+        try:
+            key = self._adapters.resolve(tenant, name)
+        except AdapterNotFound:
+            return None
+        except AdapterNotReady as error:
+            raise Unavailable("ADAPTER_COLD", str(error)) from error
+        except AdapterRejected as error:
+            raise FailedPrecondition("ADAPTER_INVALID", f"adapter {name!r} cannot be served: {error}") from error
+        return self._adapters.get(f"{resource_name(key)}@{key.digest}")
 
 
 def _check_may_see(tenant: str, owner: str) -> None:
@@ -132,7 +130,7 @@ def _check_may_see(tenant: str, owner: str) -> None:
         raise PermissionDenied(f"tenant {tenant!r} may not use what belongs to tenant {owner!r}")
 
 
-def _not_found(kind: str, name: str) -> NoReturn:
-    raise NotFound(
+def _not_found(kind: str, name: str) -> NotFound:
+    return NotFound(
         f"{kind}_NOT_FOUND", name, f"there is no {kind.lower()} {name!r}; list those there are, or check its spelling"
     )

@@ -2,15 +2,16 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc.aio
 import msgspec
 
+from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
-from engine.client import AdapterRejectedError
+from adapters.registry import AdapterVersion
 from engine.messages import AddRequest
 from loraplex.v1 import inference_pb2_grpc
 from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPolicy, GenerateSpec
@@ -55,11 +56,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Generates text. Every accepted request ends with one Completed, or with one status."""
 
     def __init__(
-        self, catalog: Catalog, admission: Admission, renderer: TemplateRenderer, max_load_wait_seconds: float = 60.0
+        self,
+        catalog: Catalog,
+        admission: Admission,
+        renderer: TemplateRenderer,
+        adapter_path: Callable[[AdapterVersion], str],
+        max_load_wait_seconds: float = 60.0,
     ) -> None:
+        """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read."""
         self._catalog = catalog
         self._admission = admission
         self._renderer = renderer
+        self._adapter_path = adapter_path
         self._max_load_wait_seconds = max_load_wait_seconds
         self._runs: dict[str, tuple[str, Run]] = {}  # by request id: the tenant, and what runs for it
 
@@ -113,7 +121,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
         params = sampling_params(spec, sampling, model.limits, model.tokenizer.eos_token_ids, len(prompt), seed, "spec")
         n = sampling.n or 1
-        with self._admission.enter(model.name, model.limits, len(prompt), n, params.max_tokens):
+        with (
+            self._admission.enter(model.name, model.limits, len(prompt), n, params.max_tokens),
+            self._catalog.using(target.adapter),
+        ):
             loop = asyncio.get_running_loop()
             before = loop.time()
             adapter = await self._adapter(target, spec.adapter_policy)
@@ -160,7 +171,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             return None
         if adapter.key in client.adapters:
             return adapter.key
-        loading = client.start_loading(adapter.key, adapter.path)
+        loading = client.start_loading(adapter.key, self._adapter_path(adapter))
         if policy.on_cold == ON_COLD_USE_BASE:
             return None
         wait_seconds = self._max_load_wait_seconds
@@ -176,9 +187,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 "ADAPTER_COLD",
                 f"adapter {adapter.version_name} is not loaded after {wait_seconds:g} s; it goes on loading, try again",
             ) from None
-        except AdapterRejectedError as error:
+        except AdapterRejected as error:
             raise FailedPrecondition(
-                "ADAPTER_INVALID", f"{adapter.version_name} cannot be served: {'; '.join(error.problems)}"
+                "ADAPTER_INVALID", f"adapter {adapter.version_name} cannot be served: {error}"
             ) from error
         return adapter.key
 

@@ -21,7 +21,6 @@ from service.errors import EngineError, LoraplexError, SlowConsumer, Unauthentic
 logger = logging.getLogger(__name__)
 
 DEFAULT_TENANT = "default"
-SHARED_TENANT = "shared"  # whose adapters all may use
 TENANT_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 

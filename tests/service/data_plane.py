@@ -1,0 +1,157 @@
+"""The data plane as callers see it: the real gRPC server and stubs, in front of a fake engine."""
+
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc.aio
+import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from google.rpc.status_pb2 import Status
+
+from adapters.registry import AdapterInfo, AdapterRegistry, AdapterSpec, AdapterVersion
+from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
+from loraplex.v1.inference_pb2 import GenerateRequest, GenerateResponse, StreamGenerateRequest, StreamGenerateResponse
+from loraplex.v1.inference_pb2_grpc import InferenceServiceStub, add_InferenceServiceServicer_to_server
+from loraplex.v1.prompt_pb2 import Prompt
+from service.admission import Admission, AdmissionLimits
+from service.catalog import Catalog, LoadedModel
+from service.errors import LoraplexError, NotFound
+from service.inference import InferenceServicer
+from service.interceptors import CallInterceptor
+from service.server import Health, Service, build_server
+from service.text import TemplateRenderer, Tokenizer
+from tests.service.fake_engine import FakeEngine
+
+BOS, EOS = 256, 257
+
+DetailT = TypeVar("DetailT", bound=Message)
+
+
+class FakeModels:
+    """Hosts "demo"; `problems` says what else a name leads to."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.models = {"demo": model}
+        self.problems: dict[str, LoraplexError] = {}
+
+    def serving(self, name: str) -> LoadedModel:
+        if name in self.problems:
+            raise self.problems[name]
+        if name not in self.models:
+            raise NotFound("MODEL_NOT_FOUND", f"models/{name}", f"there is no model {name!r}")
+        return self.models[name]
+
+
+def make_spec(text: str = "abc", **fields: Any) -> GenerateSpec:
+    """A valid spec, but for what `fields` change; messages may be given as dicts."""
+    return GenerateSpec(**{"model": "demo", "prompt": Prompt(text=text), "stopping": {"max_tokens": 5}} | fields)
+
+
+def text_of(events: Sequence[StreamGenerateResponse], output_index: int = 0) -> str:
+    return "".join(event.delta.text for event in events if event.delta.output_index == output_index)
+
+
+@dataclass
+class Failure:
+    """A call's status, decoded."""
+
+    code: grpc.StatusCode
+    message: str
+    status: Status
+    metadata: dict[str, str | bytes]
+
+    @property
+    def reason(self) -> str:
+        """Of ErrorInfo, which every error has, with our domain."""
+        info = self.detail(error_details_pb2.ErrorInfo())
+        assert info.domain == "loraplex"
+        return str(info.reason)
+
+    def detail(self, kind: DetailT) -> DetailT:
+        """The detail of this kind, of which there must be one."""
+        [packed] = [detail for detail in self.status.details if detail.Is(kind.DESCRIPTOR)]
+        packed.Unpack(kind)
+        return kind
+
+    def has_detail(self, kind: type[Message]) -> bool:
+        return any(detail.Is(kind.DESCRIPTOR) for detail in self.status.details)
+
+    @property
+    def fields(self) -> list[str]:
+        """Paths of the fields at fault."""
+        return [violation.field for violation in self.detail(error_details_pb2.BadRequest()).field_violations]
+
+
+async def failure(call: Awaitable[Any]) -> Failure:
+    """The status with which a call fails, as it must."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    error = raised.value
+    metadata = dict(error.trailing_metadata() or ())
+    status = Status.FromString(metadata["grpc-status-details-bin"])
+    assert status.code == error.code().value[0]
+    return Failure(error.code(), error.details() or "", status, metadata)
+
+
+@dataclass
+class DataPlane:
+    """A running server, and what is behind it."""
+
+    engine: FakeEngine
+    models: FakeModels
+    registry: AdapterRegistry
+    admission: Admission
+    servicer: InferenceServicer
+    health: Health
+    server: grpc.aio.Server
+    address: str
+    channel: grpc.aio.Channel
+    stub: InferenceServiceStub
+
+    async def stream(self, spec: GenerateSpec, **call: Any) -> list[StreamGenerateResponse]:
+        request = StreamGenerateRequest(spec=spec)
+        return [response async for response in self.stub.StreamGenerate(request, **call)]
+
+    async def generate(self, spec: GenerateSpec, **call: Any) -> GenerateResponse:
+        return await self.stub.Generate(GenerateRequest(spec=spec), **call)
+
+    def add_adapter(self, name: str = "default/pirate", digest: str = "ab" * 32, active: bool = True) -> AdapterVersion:
+        tenant, adapter_id = name.split("/")
+        version = self.registry.register(tenant, adapter_id, digest, AdapterSpec("demo", f"/adapters/{name}"))
+        if active:
+            self.registry.activate(version.key, AdapterInfo(rank=8, size_bytes=1024, target_modules=("q_proj",)))
+        return version
+
+
+@asynccontextmanager
+async def data_plane(
+    tokenizer: Tokenizer,
+    admission_limits: AdmissionLimits | None = None,
+    stall_seconds: float = 30.0,
+    max_pending_tokens: int | None = None,
+) -> AsyncIterator[DataPlane]:
+    engine = FakeEngine()
+    if max_pending_tokens is not None:
+        engine.client._max_pending_tokens = max_pending_tokens
+    model = LoadedModel("demo", "r1", engine.limits, engine.client, tokenizer, Sampling())
+    hosted, registry, admission = FakeModels(model), AdapterRegistry(), Admission(admission_limits or AdmissionLimits())
+    async with TemplateRenderer() as renderer:
+        servicer = InferenceServicer(
+            Catalog(hosted, registry), admission, renderer, adapter_path=lambda version: version.spec.source
+        )
+        name = "loraplex.v1.InferenceService"
+        health = Health([name])
+        services = [Service(name, servicer, add_InferenceServiceServicer_to_server)]
+        server, port = build_server(services, health, CallInterceptor(stall_seconds=stall_seconds), "127.0.0.1:0")
+        await health.start()
+        await health.set_model("demo", True)
+        await server.start()
+        address = f"127.0.0.1:{port}"
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = InferenceServiceStub(channel)
+            yield DataPlane(engine, hosted, registry, admission, servicer, health, server, address, channel, stub)
+        await server.stop(None)
+    await engine.close()

@@ -1,0 +1,232 @@
+"""An engine whose output can be worked out by hand, behind the real client. Nothing is computed; nothing takes time.
+
+Each sequence says its prompt back, again and again, one token a step, until it has `max_tokens`. What else it shall say
+goes into `scripts`. Blocks are counted as a real engine would, so that a leak shows.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from adapters.key import AdapterKey
+from engine.client import EngineClient
+from engine.messages import (
+    Abort,
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterUnloaded,
+    AddRequest,
+    EngineStats,
+    LoadAdapter,
+    ModelLimits,
+    Ping,
+    Pong,
+    RequestOutput,
+    StepOutput,
+    ToEngine,
+    TokenLogprobs,
+    UnloadAdapter,
+)
+from engine.sampling_params import FinishReason
+
+LIMITS = ModelLimits(
+    architecture="FakeForCausalLM",
+    dtype="float32",
+    quantization="",
+    vocab_size=258,
+    max_model_len=128,
+    max_adapter_rank=64,
+    max_num_seqs=4,
+    total_blocks=64,
+    block_size=16,
+    weight_bytes=1,
+    kv_cache_bytes=1,
+    kernel_backend="none",
+)
+
+
+@dataclass
+class Accepted:
+    """A request that the engine has accepted."""
+
+    request: AddRequest
+    output: list[int] = field(default_factory=list)
+
+    @property
+    def num_blocks(self) -> int:
+        return math.ceil((len(self.request.prompt_token_ids) + len(self.output)) / LIMITS.block_size)
+
+
+class FakeEngine:
+    """Steps whenever it has work and `steps_allowed` is above zero; math.inf by default."""
+
+    def __init__(self, limits: ModelLimits = LIMITS) -> None:
+        self.limits = limits
+        self.client = EngineClient(self.receive)
+        self.received: list[ToEngine] = []
+        self.requests: list[AddRequest] = []
+        self.aborted: list[int] = []
+        self.sequences: dict[int, Accepted] = {}
+        self.scripts: list[Sequence[int]] = []  # what the next requests say instead of their prompt, in turn
+        self.errors: list[str] = []  # with what the next requests fail in their first step
+        self.tokens_per_step = 1
+        self.steps_allowed: float = math.inf
+        self.cached_tokens = 0
+        self.adapters: set[AdapterKey] = set()
+        self.rejected_adapters: dict[str, list[str]] = {}  # problems, by path
+        self.loads_allowed = True  # else loads wait until `allow_loads`
+        self._waiting_loads: list[LoadAdapter] = []
+        self._script_of: dict[int, Sequence[int]] = {}
+        self._error_of: dict[int, str] = {}
+        self._changed = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    # ---- what a test looks at and turns ------------------------------------------------------------------------------
+
+    @property
+    def used_blocks(self) -> int:
+        return sum(sequence.num_blocks for sequence in self.sequences.values())
+
+    def allow_steps(self, count: float) -> None:
+        self.steps_allowed += count
+        self._changed.set()
+
+    def allow_loads(self) -> None:
+        self.loads_allowed = True
+        for load in self._waiting_loads:
+            self._load(load)
+        self._waiting_loads.clear()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition on the engine holds, at most a few seconds."""
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110 - there is no one event for all conditions
+                await asyncio.sleep(0)
+
+    async def until_idle(self) -> None:
+        await self.until(lambda: not self.sequences)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    # ---- the engine --------------------------------------------------------------------------------------------------
+
+    def receive(self, message: ToEngine) -> None:
+        self.received.append(message)
+        match message:
+            case AddRequest():
+                self.requests.append(message)
+                self._script_of[message.request_id] = self.scripts.pop(0) if self.scripts else message.prompt_token_ids
+                if self.errors:
+                    self._error_of[message.request_id] = self.errors.pop(0)
+                self.sequences[message.request_id] = Accepted(message)
+            case Abort(request_ids=request_ids):
+                self.aborted += request_ids
+                for request_id in request_ids:
+                    self.sequences.pop(request_id, None)
+            case LoadAdapter():
+                if self.loads_allowed:
+                    self._load(message)
+                else:
+                    self._waiting_loads.append(message)
+            case UnloadAdapter(key=key):
+                self.adapters.discard(key)
+                self._deliver(AdapterUnloaded(key))
+            case Ping(nonce=nonce):
+                self._deliver(Pong(nonce, self._stats()))
+        self._changed.set()
+
+    def step(self) -> None:
+        """One step: every sequence gets its next tokens."""
+        outputs = [self._advance(sequence) for sequence in list(self.sequences.values())]
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self.sequences[output.request_id]
+        self.client.deliver(StepOutput(outputs, self._stats()))
+
+    async def _run(self) -> None:
+        while True:
+            if self.sequences and self.steps_allowed > 0:
+                self.steps_allowed -= 1
+                self.step()
+                await asyncio.sleep(0)
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+
+    def _advance(self, sequence: Accepted) -> RequestOutput:
+        request, sampling = sequence.request, sequence.request.sampling
+        first = not sequence.output
+        if request.request_id in self._error_of:
+            return RequestOutput(
+                request.request_id, [], FinishReason.ERROR, error=self._error_of.pop(request.request_id)
+            )
+        token_ids: list[int] = []
+        reason, stop_token_id = None, None
+        script = self._script_of[request.request_id]
+        while reason is None and len(token_ids) < self.tokens_per_step:
+            token_id = script[len(sequence.output) % len(script)]
+            token_ids.append(token_id)
+            sequence.output.append(token_id)
+            if len(sequence.output) < sampling.min_tokens:
+                continue
+            if token_id in sampling.eos_token_ids:
+                reason, stop_token_id = FinishReason.EOS, token_id
+            elif token_id in sampling.stop_token_ids:
+                reason, stop_token_id = FinishReason.STOP, token_id
+            elif len(sequence.output) >= sampling.max_tokens:
+                reason = FinishReason.MAX_TOKENS
+        return RequestOutput(
+            request_id=request.request_id,
+            token_ids=token_ids,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            logprobs=[_logprobs(token_id, sampling.num_logprobs) for token_id in token_ids]
+            if sampling.num_logprobs is not None
+            else None,
+            prompt_logprobs=_prompt_logprobs(request) if first and sampling.num_prompt_logprobs is not None else None,
+            num_cached_tokens=self.cached_tokens if first else 0,
+            queue_seconds=0.25 if first else 0.0,
+        )
+
+    def _load(self, message: LoadAdapter) -> None:
+        if message.path in self.rejected_adapters:
+            self._deliver(AdapterFailed(message.key, self.rejected_adapters[message.path]))
+        else:
+            self.adapters.add(message.key)
+            self._deliver(AdapterLoaded(message.key, 8, 1024, ["q_proj"], []))
+
+    def _deliver(self, message: AdapterLoaded | AdapterFailed | AdapterUnloaded | Pong) -> None:
+        """Like a real engine, not before the sender has gone on."""
+        asyncio.get_running_loop().call_soon(self.client.deliver, message)
+
+    def _stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.sequences),
+            num_waiting=0,
+            num_waiting_for_adapter=0,
+            total_blocks=self.limits.total_blocks,
+            free_blocks=self.limits.total_blocks - self.used_blocks,
+            cached_blocks=0,
+            block_size=self.limits.block_size,
+            num_steps=0,
+            num_preemptions=0,
+            prefix_cache_queries=0,
+            prefix_cache_hits=0,
+            prompt_tokens=0,
+            generated_tokens=0,
+            adapters=[(key, 0) for key in self.adapters],
+        )
+
+
+def _logprobs(token_id: int, count: int) -> TokenLogprobs:
+    """Token t has log-probability -t/256 and rank 1; the likeliest tokens are 0, 1, 2, …"""
+    top = list(range(count))
+    return TokenLogprobs(token_id, -token_id / 256, 1, top, [-other / 256 for other in top])
+
+
+def _prompt_logprobs(request: AddRequest) -> list[TokenLogprobs | None]:
+    count = request.sampling.num_prompt_logprobs or 0
+    return [None, *(_logprobs(token_id, count) for token_id in request.prompt_token_ids[1:])]
