@@ -75,7 +75,11 @@ case "${1:-}" in
     (cd proto && "../$venv/bin/buf" format --write)
     ;;
   breaking)
-    ref=${2:-$(git rev-parse --verify --quiet origin/main || git rev-parse --verify main)}
+    ref=$(git rev-parse --verify --quiet "${2:-origin/main}" || git rev-parse --verify "${2:-main}")
+    if ! git cat-file -e "$ref:proto/loraplex" 2>/dev/null; then
+      echo "At $ref there is no contract yet, so there is nothing to break."
+      exit
+    fi
     mkdir "$scratch/before"
     git archive "$ref" proto | tar -x -C "$scratch/before"
     image proto "$scratch/now.binpb"

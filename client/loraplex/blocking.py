@@ -35,7 +35,8 @@ class Stream(Generic[MessageT]):
     """The messages of a call, as they come. Cancels the call as soon as nobody can read them any more.
 
     That is: when a loop over it is left by break, return or an exception; at the end of its `with`; on cancel(), which
-    any thread may call; and when it is dropped. `next(stream)` reads one message and leaves the call running.
+    any thread may call; and when it is dropped, to which grpc's own call sees. `next(stream)` reads one message and
+    leaves the call running.
 
     Reading raises a LoraplexError if the call failed, and Cancelled after cancel().
     """
@@ -74,10 +75,6 @@ class Stream(Generic[MessageT]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.cancel()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_ended"):  # else it was never made
-            self.cancel()
 
     def _received(self, message: MessageT) -> None:
         """Take note of a message."""

@@ -57,13 +57,13 @@ class Connection:
 
     def open(self) -> grpc.Channel:
         if self.credentials is None:
-            return grpc.insecure_channel(self.address, options=self._channel_options())
-        return grpc.secure_channel(self.address, self.credentials, options=self._channel_options())
+            return grpc.insecure_channel(self.address, options=self.channel_options())
+        return grpc.secure_channel(self.address, self.credentials, options=self.channel_options())
 
     def open_async(self) -> grpc.aio.Channel:
         if self.credentials is None:
-            return grpc.aio.insecure_channel(self.address, options=self._channel_options())
-        return grpc.aio.secure_channel(self.address, self.credentials, options=self._channel_options())
+            return grpc.aio.insecure_channel(self.address, options=self.channel_options())
+        return grpc.aio.secure_channel(self.address, self.credentials, options=self.channel_options())
 
     def arguments(self, call: CallOptions) -> dict[str, Any]:
         """The keyword arguments of one gRPC call."""
@@ -80,7 +80,8 @@ class Connection:
             "wait_for_ready": call.get("wait_for_ready", False),
         }
 
-    def _channel_options(self) -> list[tuple[str, Any]]:
+    def channel_options(self) -> list[tuple[str, Any]]:
+        """gRPC's own settings of the channel."""
         defaults: dict[str, str | int] = {
             "grpc.service_config": json.dumps(SERVICE_CONFIG),
             "grpc.max_receive_message_length": MAX_RECEIVE_BYTES,
