@@ -34,7 +34,7 @@ class ModulePattern:
         if len(pattern) > MAX_PATTERN_LENGTH:
             raise ValueError(f"pattern of {len(pattern)} characters: at most {MAX_PATTERN_LENGTH} are allowed")
         try:
-            re.compile(f"({pattern})")
+            re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         self.pattern = pattern

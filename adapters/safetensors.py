@@ -45,7 +45,8 @@ class Header:
 
 def read_header(file: BinaryIO) -> Header:
     """Read and check the header of an open file. Raises AdapterRejected saying what is wrong with it."""
-    file_bytes = os.fstat(file.fileno()).st_size
+    file_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
     prefix = file.read(8)
     if prefix.startswith(b"version "):
         _reject("this is a Git LFS pointer, not the file: fetch it with `git lfs pull`")

@@ -179,7 +179,6 @@ def _open(directory: Path, name: str, max_bytes: int) -> BufferedReader:
         descriptor = os.open(directory / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise AdapterRejected([f"{name} is missing"]) from error
-    file = os.fdopen(descriptor, "rb")
     status = os.fstat(descriptor)
     problem = ""
     if not stat.S_ISREG(status.st_mode):
@@ -187,6 +186,6 @@ def _open(directory: Path, name: str, max_bytes: int) -> BufferedReader:
     elif status.st_size > max_bytes:
         problem = f"{name}: {status.st_size} bytes, at most {max_bytes} are allowed"
     if problem:
-        file.close()
+        os.close(descriptor)
         raise AdapterRejected([problem])
-    return file
+    return os.fdopen(descriptor, "rb")
