@@ -78,14 +78,12 @@ _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ENDOFTEXT = "<|endoftext|>"  # special to all these classes, named in no file
-_GPT2_CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "BloomTokenizer")
+_BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", "Qwen2Tokenizer")
 _CLASS_OF_MODEL_TYPE = {
     "gpt2": "GPT2Tokenizer",
     "gptj": "GPT2Tokenizer",
     "gpt_neo": "GPT2Tokenizer",
-    "gpt_neox": "GPTNeoXTokenizer",
     "codegen": "CodeGenTokenizer",
-    "bloom": "BloomTokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
@@ -96,10 +94,10 @@ _CLASS_OF_MODEL_TYPE = {
 def _byte_level_bpe(files: ModelFiles) -> Backend:
     """Byte-level BPE in the form from before tokenizer.json. How text is cut first depends on the tokenizer class."""
     name = files.tokenizer_class or _CLASS_OF_MODEL_TYPE.get(files.model_type or "")
-    if name not in (*_GPT2_CLASSES, "Qwen2Tokenizer"):
+    if name not in _BYTE_LEVEL_CLASSES:
         raise TokenizerError(
             f"{files.directory}: vocab.json and merges.txt do not say how {name or 'an unnamed tokenizer class'} cuts "
-            f"text into words; known are {', '.join((*_GPT2_CLASSES, 'Qwen2Tokenizer'))}. Put tokenizer.json there: "
+            f"text into words; known are {', '.join(_BYTE_LEVEL_CLASSES)}. Put tokenizer.json there: "
             "AutoTokenizer.from_pretrained(directory).save_pretrained(directory) writes it."
         )
     vocab, merges = files.directory / "vocab.json", files.directory / "merges.txt"
@@ -176,7 +174,7 @@ def _add_bos_and_eos(backend: Backend, files: ModelFiles) -> None:
         backend.tokenizer.post_processor = template_processing
 
 
-_LEGACY_SPACING = {
+_OLDEST_SPACING = {
     "type": "Sequence",
     "normalizers": [
         {"type": "Prepend", "prepend": METASPACE},
@@ -186,15 +184,17 @@ _LEGACY_SPACING = {
 
 
 def _use_llama_spacing(backend: tokenizers.Tokenizer, files: ModelFiles) -> None:
-    """Llama tokenizers put ▁ before a text, in their first form ("legacy") also behind every special token.
+    """Llama tokenizers put ▁ before a text that has none, in "legacy" form also behind every special token.
 
-    The files keep the first form, and tokenizer_config.json says whether it still holds (absent: no). Only Llama's own
-    class has this switch; a model type that merely borrows the class (phi3, mistral) goes by its tokenizer.json.
+    The files keep an older rule, and tokenizer_config.json says which of the two holds (absent: not legacy), as
+    transformers 5 reads it. Only Llama's own class has this switch; a model type that merely borrows the class (phi3,
+    mistral) goes by its tokenizer.json.
     """
     if files.tokenizer_class != "LlamaTokenizer" or files.model_type not in (None, "llama"):
         return
-    if files.tokenizer_config.get("legacy") or backend.normalizer is None or backend.pre_tokenizer is not None:
+    if backend.normalizer is None or backend.pre_tokenizer is not None:
         return
-    if json.loads(backend.normalizer.__getstate__()) == _LEGACY_SPACING:
+    if json.loads(backend.normalizer.__getstate__()) == _OLDEST_SPACING:
+        scheme = "always" if files.tokenizer_config.get("legacy") else "first"
         backend.normalizer = None
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, prepend_scheme="first", split=False)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, prepend_scheme=scheme, split=False)

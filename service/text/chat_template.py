@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +159,6 @@ class TemplateRenderer:
             *arguments,
             stdin=PIPE,
             stdout=PIPE,
-            stderr=DEVNULL,
             env=environment,
             limit=12 * limits.output_chars + 1024,  # a character is at most two \\uXXXX escapes in JSON
         )

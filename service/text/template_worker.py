@@ -96,13 +96,20 @@ def _answer(line: bytes, max_output_chars: int) -> dict[str, str]:
 
 def main() -> None:
     deadline_seconds, max_output_chars, max_memory_bytes = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+    _limit_memory(max_memory_bytes)
     _reply({"text": "ready"})
     for line in sys.stdin.buffer:
         # Twice the deadline: the parent kills at the deadline and says so; this is for when there is no parent.
         signal.setitimer(signal.ITIMER_REAL, 2 * deadline_seconds)
         _reply(_answer(line, max_output_chars))
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _limit_memory(max_bytes: int) -> None:
+    """Limit the address space, for good; never above a limit that is there already."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = max_bytes if hard == resource.RLIM_INFINITY else min(max_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _reply(answer: Mapping[str, str]) -> None:

@@ -59,14 +59,14 @@ words = st.lists(st.sampled_from([*" ".join(SENTENCES).split(), "<turn>", "", "\
 texts = st.one_of(words, st.text("abcdehiors tné東 ", max_size=30), st.text(max_size=15))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(text=texts)
 def test_ids_equal_sentencepiece(pair, text):
     ours, theirs = pair
     assert ours.encode(text) == theirs.encode(text)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(text=texts)
 def test_text_of_ids_equals_sentencepiece(pair, text):
     ours, theirs = pair
@@ -75,7 +75,7 @@ def test_text_of_ids_equals_sentencepiece(pair, text):
         assert ours.decode(token_ids) == theirs.decode(token_ids)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_text_of_any_tokens_equals_sentencepiece(pair, data):
     """Bytes that are no UTF-8 too. Models that remove extra spaces may begin no text with any: left out here."""

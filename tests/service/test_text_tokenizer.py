@@ -72,7 +72,7 @@ def test_ids_equal_transformers(pair, add_special_tokens):
         assert ours.encode(text, add_special_tokens) == theirs.encode(text, add_special_tokens=add_special_tokens), text
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=40))
 def test_ids_of_any_text_equal_transformers(pair, text):
     ours, theirs = pair
@@ -244,8 +244,15 @@ def test_what_is_no_id_is_refused(tmp_path, token_id):
 
 def test_half_a_surrogate_pair_is_refused(tmp_path):
     tokenizer = Tokenizer.load(write(tmp_path, tokenizer=word_level("?")))
-    with pytest.raises(TextError, match="character 2"):
-        tokenizer.encode("ab\ud83d")
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(TextError, match="character 2"):
+            encode("ab\ud83d")
+
+
+@pytest.mark.parametrize("text", ["a b", "a b " * 10_000])
+async def test_encoding_beside_the_event_loop_gives_the_same(tmp_path, text):
+    tokenizer = Tokenizer.load(write(tmp_path, tokenizer=word_level("?", "a", "b")))
+    assert await tokenizer.encode_async(text) == tokenizer.encode(text)
 
 
 # ---- files that cannot be read -------------------------------------------------------------------------------------
