@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, Unpack
@@ -155,6 +156,9 @@ class AsyncGenerateStream(AsyncStream[inference_pb2.StreamGenerateResponse]):
         self._events.check_complete()
 
 
+StreamT = TypeVar("StreamT", bound=AsyncStream[Any])
+
+
 class AsyncCaller:
     """Runs operations over one channel. To be made, used and closed in one running event loop."""
 
@@ -172,9 +176,13 @@ class AsyncCaller:
         self._loop = asyncio.get_running_loop()
         self._connection = Connection(address, credentials, token, tenant, timeout, options or {})
         self._channel = self._connection.open_async()
+        # grpc's close() finds only calls that a task is waiting for; a stream between two reads would go on.
+        self._streams: weakref.WeakSet[AsyncStream[Any]] = weakref.WeakSet()
 
     async def close(self) -> None:
         """Cancel every call that is still running, and close the channel."""
+        for stream in self._streams:
+            stream.cancel()
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -232,10 +240,14 @@ class AsyncCaller:
                 return items
 
     def stream(self, operation: Operation[MessageT]) -> AsyncStream[MessageT]:
-        return AsyncStream(self._start(operation), self._loop)
+        return self._keep(AsyncStream(self._start(operation), self._loop))
 
     def stream_generation(self, operation: Operation[inference_pb2.StreamGenerateResponse]) -> AsyncGenerateStream:
-        return AsyncGenerateStream(self._start(operation), self._loop)
+        return self._keep(AsyncGenerateStream(self._start(operation), self._loop))
+
+    def _keep(self, stream: StreamT) -> StreamT:
+        self._streams.add(stream)
+        return stream
 
     def _start(self, operation: Operation[MessageT]) -> _StreamCall[MessageT]:
         method = self._channel.unary_stream(

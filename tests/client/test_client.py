@@ -114,6 +114,19 @@ async def test_leaving_a_stream_cancels_it(server: "FakeServer", leave: Callable
     client.close()
 
 
+async def test_closing_the_client_cancels(server: "FakeServer") -> None:
+    def work() -> None:
+        client = Client(server.address, timeout=20)
+        stream = client.stream_generate("demo", "endless")
+        next(stream)
+        client.close()
+        with pytest.raises(loraplex.Cancelled):
+            stream.collect()
+
+    await in_thread(work)
+    await seen(server.inference.cancelled)
+
+
 async def test_reading_one_message_leaves_the_call_running(server: "FakeServer") -> None:
     def work() -> None:
         with Client(server.address, timeout=20) as client, client.stream_generate("demo", "endless") as stream:
