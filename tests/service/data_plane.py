@@ -1,11 +1,13 @@
 """The data plane as callers see it: the real gRPC server and stubs, in front of a fake engine."""
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import grpc.aio
+import msgspec
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
@@ -13,7 +15,14 @@ from google.rpc.status_pb2 import Status
 
 from adapters.registry import AdapterInfo, AdapterRegistry, AdapterSpec, AdapterVersion
 from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
-from loraplex.v1.inference_pb2 import GenerateRequest, GenerateResponse, StreamGenerateRequest, StreamGenerateResponse
+from loraplex.v1.inference_pb2 import (
+    GenerateRequest,
+    GenerateResponse,
+    PartialUsage,
+    StreamGenerateRequest,
+    StreamGenerateResponse,
+    Usage,
+)
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub, add_InferenceServiceServicer_to_server
 from loraplex.v1.prompt_pb2 import Prompt
 from service.admission import Admission, AdmissionLimits
@@ -80,6 +89,12 @@ class Failure:
         return any(detail.Is(kind.DESCRIPTOR) for detail in self.status.details)
 
     @property
+    def partial_usage(self) -> Usage:
+        partial = self.detail(PartialUsage())
+        assert partial.request_id == self.metadata["loraplex-request-id"]
+        return partial.usage
+
+    @property
     def fields(self) -> list[str]:
         """Paths of the fields at fault."""
         return [violation.field for violation in self.detail(error_details_pb2.BadRequest()).field_violations]
@@ -110,6 +125,12 @@ class DataPlane:
     address: str
     channel: grpc.aio.Channel
     stub: InferenceServiceStub
+    errors: "ErrorLog"
+
+    def endless(self) -> None:
+        """Make the model's context so long that no generation ends by itself."""
+        limits = msgspec.structs.replace(self.engine.limits, max_model_len=1 << 30, total_blocks=1 << 30)
+        self.models.models["demo"] = replace(self.models.models["demo"], limits=limits)
 
     async def stream(self, spec: GenerateSpec, **call: Any) -> list[StreamGenerateResponse]:
         request = StreamGenerateRequest(spec=spec)
@@ -124,6 +145,17 @@ class DataPlane:
         if active:
             self.registry.activate(version.key, AdapterInfo(rank=8, size_bytes=1024, target_modules=("q_proj",)))
         return version
+
+
+class ErrorLog(logging.Handler):
+    """What the server logs as an error: a test that provokes one says so by clearing it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 @asynccontextmanager
@@ -150,8 +182,16 @@ async def data_plane(
         await health.set_model("demo", True)
         await server.start()
         address = f"127.0.0.1:{port}"
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub = InferenceServiceStub(channel)
-            yield DataPlane(engine, hosted, registry, admission, servicer, health, server, address, channel, stub)
-        await server.stop(None)
-    await engine.close()
+        errors = ErrorLog()
+        logging.getLogger().addHandler(errors)
+        try:
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub = InferenceServiceStub(channel)
+                yield DataPlane(
+                    engine, hosted, registry, admission, servicer, health, server, address, channel, stub, errors
+                )
+        finally:
+            await server.stop(None)
+            await engine.close()
+            logging.getLogger().removeHandler(errors)
+        assert not errors.records, [record.getMessage() for record in errors.records]
