@@ -90,7 +90,7 @@ class GenerateSpec(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """What generates. Required. One of
+    """What generates. Required, at most 512 characters. One of
       models/{model}
       tenants/{tenant}/adapters/{adapter}                 the adapter's current version
       tenants/{tenant}/adapters/{adapter}@{version}       one version, for ever the same bytes

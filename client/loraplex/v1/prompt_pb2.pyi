@@ -31,7 +31,7 @@ class Prompt(google.protobuf.message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     TRUNCATE_TO_TOKENS_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """Plain text, tokenised by the server with the model's tokenizer. UTF-8."""
+    """Plain text, tokenised by the server with the model's tokenizer. At most 4,194,304 characters."""
     add_special_tokens: builtins.bool
     """Whether the tokenizer adds its special tokens (such as the beginning-of-sequence token).
     Absent: true for text, false for chat (templates write their own). Must be absent for token_ids.
@@ -150,7 +150,9 @@ class ChatMessage(google.protobuf.message.Message):
     TOOL_CALLS_FIELD_NUMBER: builtins.int
     TOOL_CALL_ID_FIELD_NUMBER: builtins.int
     role: builtins.str
-    """Who speaks: "system", "user", "assistant", "tool", or whatever else the model's template knows. Required."""
+    """Who speaks: "system", "user", "assistant", "tool", or whatever else the model's template knows. Required,
+    at most 64 characters.
+    """
     content: builtins.str
     """What is said. May be absent for an assistant message that only calls tools."""
     name: builtins.str
