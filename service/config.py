@@ -44,6 +44,11 @@ class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     chat_template: str | None = None  # a Jinja file that replaces the model's own
     labels: dict[str, str] = {}
 
+    @property
+    def is_local(self) -> bool:
+        """Whether `model` is a directory, absolute once the file is read, and not the id of a hub."""
+        return self.model.startswith("/")
+
     def engine(self) -> EngineConfig:
         """What the engine process is told."""
         return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})

@@ -1,0 +1,218 @@
+"""The base models that the operator configured: each with its engine, its tokenizer and its defaults."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from engine.client import EngineClient
+from loraplex.v1.generation_pb2 import Sampling
+from service.catalog import LoadedModel
+from service.config import ModelConfig
+from service.errors import FailedPrecondition, LoraplexError, NotFound, Unavailable
+from service.supervisor import EngineState, EngineSupervisor
+from service.text import ChatTemplate, TextError, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+IDLE_POLL_SECONDS = 0.05
+LOADING_RETRY_SECONDS = 5.0
+
+Supervise = Callable[[ModelConfig, Callable[[], None]], EngineSupervisor]  # the callback hears of every change
+
+
+class HostedModel:
+    """One model over all the lives of its engine. For one event loop."""
+
+    def __init__(self, config: ModelConfig, supervise: Supervise, changed: Callable[["HostedModel"], None]) -> None:
+        self.config = config
+        self.name = config.name
+        self.default_sampling: Sampling = config.sampling()
+        self.tokenizer: Tokenizer | None = None
+        self.revision = ""  # of the weights; known once loaded
+        self.supervisor = supervise(config, lambda: changed(self))
+        self._changed = changed
+        self._text_error = ""
+        self._loading: asyncio.Task[None] | None = None
+        self._unloading: asyncio.Task[None] | None = None
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> EngineState:
+        if self._loading is not None and self.supervisor.state is not EngineState.FAILED:
+            return EngineState.LOADING
+        return EngineState.FAILED if self._text_error else self.supervisor.state
+
+    @property
+    def error(self) -> str:
+        return self._text_error or self.supervisor.error
+
+    @property
+    def client(self) -> EngineClient | None:
+        """The way to the engine as long as it lives; a model that is being unloaded still has one."""
+        return self.supervisor.client
+
+    def serving(self) -> LoadedModel:
+        """What a new request needs. Raises FailedPrecondition (MODEL_UNLOADED) or Unavailable (MODEL_LOADING, …)."""
+        state, client, limits = self.state, self.client, self.supervisor.limits
+        if state is EngineState.ACTIVE and client is not None and limits is not None and self.tokenizer is not None:
+            return LoadedModel(self.name, self.revision, limits, client, self.tokenizer, self.default_sampling)
+        raise self._not_serving(state)
+
+    def _not_serving(self, state: EngineState) -> LoraplexError:
+        match state:
+            case EngineState.LOADING:
+                progress = self.supervisor.progress
+                done = f", {100 * progress.bytes_loaded // progress.bytes_total} % read" if progress.bytes_total else ""
+                message = f"model {self.name!r} is still loading{done}; try again soon"
+                return Unavailable("MODEL_LOADING", message, LOADING_RETRY_SECONDS)
+            case EngineState.RESTARTING | EngineState.ACTIVE:
+                message = f"the engine of model {self.name!r} is starting again; try again soon, or another replica"
+                return Unavailable("ENGINE_RESTARTING", message, LOADING_RETRY_SECONDS)
+            case EngineState.FAILED:
+                message = f"model {self.name!r} could not be loaded; its state says why (GetModel)"
+            case EngineState.UNLOADING:
+                message = f"model {self.name!r} is being unloaded"
+            case EngineState.UNLOADED:
+                message = f"model {self.name!r} is not loaded; load it first (LoadModel)"
+        return FailedPrecondition("MODEL_UNLOADED", message)
+
+    # ---- changes -----------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Begin to load, unless that has begun already. Raises FailedPrecondition while it is being unloaded."""
+        if self._unloading is not None:
+            message = f"model {self.name!r} is being unloaded; load it again once it is gone"
+            raise FailedPrecondition("MODEL_UNLOADED", message)
+        if self._loading is None and self.state in (EngineState.UNLOADED, EngineState.FAILED):
+            self._text_error = ""
+            self._loading = asyncio.create_task(self._load(), name=f"load {self.name}")
+
+    def unload(self, grace_seconds: float) -> None:
+        """Begin to unload: nothing new is taken, what runs may go on for the grace. Unloaded already: nothing."""
+        if self._unloading is None and self.state is not EngineState.UNLOADED:
+            self._unloading = asyncio.create_task(self._unload(grace_seconds), name=f"unload {self.name}")
+
+    async def wait_settled(self) -> None:
+        """Until what `load` or `unload` began has come to its end, well or not."""
+        for task in (self._loading, self._unloading):
+            if task is not None:
+                await asyncio.wait({task})
+
+    async def close(self, reason: LoraplexError) -> None:
+        """End the engine now, and what still runs on it with `reason`."""
+        if self._unloading is not None:
+            self._unloading.cancel()
+            await asyncio.wait({self._unloading})
+        await self._stop(reason)
+
+    async def _load(self) -> None:
+        try:
+            self.supervisor.start()
+            if not self.config.is_local:
+                await self.supervisor.wait_settled()  # the engine fetches it from the hub
+            if self.supervisor.state is not EngineState.FAILED:
+                self.tokenizer, self.revision = await asyncio.to_thread(_read_text_files, self.config)
+            await self.supervisor.wait_settled()
+        except (TextError, OSError) as error:
+            self._text_error = str(error)
+            logger.error("model %s cannot be served: %s", self.name, error)
+            await self.supervisor.stop(FailedPrecondition("MODEL_UNLOADED", f"model {self.name!r} cannot be served"))
+        finally:
+            self._loading = None
+            self._changed(self)
+
+    async def _unload(self, grace_seconds: float) -> None:
+        try:
+            self.supervisor.begin_unloading()
+            try:
+                async with asyncio.timeout(grace_seconds):
+                    while self.client is not None and self.client.num_requests:  # noqa: ASYNC110  (it has no event)
+                        await asyncio.sleep(IDLE_POLL_SECONDS)
+            except TimeoutError:
+                logger.warning("requests still run on model %s after the grace of %g s", self.name, grace_seconds)
+            await self._stop(FailedPrecondition("MODEL_UNLOADED", f"model {self.name!r} was unloaded"))
+        finally:
+            self._unloading = None
+            self._changed(self)
+
+    async def _stop(self, reason: LoraplexError) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait({self._loading})
+        self._text_error = ""
+        await self.supervisor.stop(reason)
+
+
+class ModelHost:
+    """All models. `Catalog` asks it which of them serve."""
+
+    def __init__(self, configs: Iterable[ModelConfig], supervise: Supervise) -> None:
+        self._subscribers: list[Callable[[HostedModel], None]] = []
+        self._models = {config.name: HostedModel(config, supervise, self._publish) for config in configs}
+
+    def subscribe(self, callback: Callable[[HostedModel], None]) -> None:
+        """Call `callback` after every change of a model's state; it must not block."""
+        self._subscribers.append(callback)
+
+    def all(self) -> list[HostedModel]:
+        """Ordered by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    def get(self, name: str) -> HostedModel:
+        """Raises NotFound (MODEL_NOT_FOUND). `name`: the bare id."""
+        if name not in self._models:
+            there_are = ", ".join(sorted(self._models))
+            message = f"there is no model {name!r}; there are: {there_are}"
+            raise NotFound("MODEL_NOT_FOUND", f"models/{name}", message)
+        return self._models[name]
+
+    def serving(self, name: str) -> LoadedModel:
+        """Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.serving` raises."""
+        return self.get(name).serving()
+
+    def start(self) -> None:
+        """Load those that are to be loaded at start."""
+        for model in self._models.values():
+            if model.config.load:
+                model.load()
+
+    async def close(self, reason: LoraplexError) -> None:
+        """End all engines; what still runs ends with `reason`."""
+        await asyncio.gather(*(model.close(reason) for model in self._models.values()))
+
+    def _publish(self, model: HostedModel) -> None:
+        for callback in self._subscribers:
+            callback(model)
+
+
+def _read_text_files(config: ModelConfig) -> tuple[Tokenizer, str]:
+    """The tokenizer and the revision. Raises TextError, OSError."""
+    directory = Path(config.model) if config.is_local else _fetched_directory(config)
+    tokenizer = Tokenizer.load(directory)
+    if config.chat_template is not None:
+        special = tokenizer.chat_template.special_tokens if tokenizer.chat_template is not None else {}
+        tokenizer.chat_template = ChatTemplate(Path(config.chat_template).read_text(encoding="utf-8"), **special)
+    return tokenizer, _revision(directory)
+
+
+def _fetched_directory(config: ModelConfig) -> Path:
+    """Where the engine has put a model from the hub."""
+    from huggingface_hub import snapshot_download  # only where it is needed: it takes a third of a second to import
+
+    return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+
+
+def _revision(directory: Path) -> str:
+    """The commit of a snapshot from the hub; of another directory a digest over its files' names, sizes and times.
+
+    Not over their content: that would read every byte of the weights once more.
+    """
+    if directory.parent.name == "snapshots":
+        return directory.name
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json"))
+    stats = [(path.name, path.stat()) for path in files]
+    listing = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+    return f"local-{hashlib.sha256(listing.encode()).hexdigest()[:12]}"

@@ -1,0 +1,272 @@
+"""Keeps one base model's engine process alive: starts it, listens for its heartbeat, starts it again when it dies."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from engine.bus import ServiceBus, bus_address
+from engine.client import MAX_PENDING_TOKENS, EngineClient
+from engine.config import EngineConfig
+from engine.messages import EngineFailed, EngineReady, LoadProgress, ModelLimits, Shutdown
+from service.config import SupervisionConfig
+from service.errors import LoraplexError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SLICES: Final = 10
+LAST_WORDS_SECONDS: Final = 0.1  # what an engine said before it ended may still be on its way, such as EngineFailed
+RESTART_SECONDS: Final = 5.0  # after which callers may try again
+
+
+class EngineState(Enum):
+    """Where an engine is in its life."""
+
+    UNLOADED = auto()  # not wanted
+    LOADING = auto()
+    ACTIVE = auto()
+    UNLOADING = auto()  # takes nothing new, ends when what runs has ended
+    RESTARTING = auto()  # died after it had been ACTIVE, and is on its way back
+    FAILED = auto()  # could not be loaded, or not be started again
+
+
+class EngineProcess(Protocol):
+    """What the supervisor needs of asyncio.subprocess.Process."""
+
+    @property
+    def pid(self) -> int: ...
+
+    async def wait(self) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+Launch = Callable[[str], Awaitable[EngineProcess]]  # from a bus address to a process that will connect to it
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far loading is, in bytes of weights."""
+
+    bytes_loaded: int = 0
+    bytes_total: int = 0
+
+
+class _EngineLost(Exception):  # noqa: N818  (what happened, for the log and for `error`)
+    """The process ended, was stuck, or said that it cannot load."""
+
+
+class EngineSupervisor:
+    """One engine, over all its lives. `start` and `stop` may be called again and again; for one event loop.
+
+    `changed` is called after every change of what can be seen here. Each life of the process has a client of its own,
+    and from the moment that it is ACTIVE until the next `changed` nobody else has sent anything through it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        launch: Launch,
+        bus_directory: Path,
+        config: SupervisionConfig,
+        changed: Callable[[], None],
+        unread_tokens: int = MAX_PENDING_TOKENS,
+    ) -> None:
+        self.name = name
+        self.state = EngineState.UNLOADED
+        self.client: EngineClient | None = None  # while ACTIVE or UNLOADING
+        self.limits: ModelLimits | None = None  # since it was first loaded
+        self.progress = Progress()
+        self.error = ""  # in FAILED and RESTARTING: why
+        self.pid: int | None = None  # of the present life
+        self.load_time: float | None = None  # seconds since the epoch
+        self._launch = launch
+        self._directory = bus_directory
+        self._config = config
+        self._changed = changed
+        self._unread_tokens = unread_tokens
+        self._num_lives = 0
+        self._run: asyncio.Task[None] | None = None
+        self._stop_reason: LoraplexError | None = None
+        self._news = asyncio.Event()
+
+    # ---- from outside ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to load, unless that has begun already. After a failure: try again."""
+        if self._run is None or self._run.done():
+            self._stop_reason = None
+            self.progress = Progress()
+            self._set(EngineState.LOADING)
+            self._run = asyncio.create_task(self._keep_alive(), name=f"engine {self.name}")
+
+    async def wait_settled(self) -> None:
+        """Until the engine is ACTIVE, FAILED or UNLOADED."""
+        while self.state not in (EngineState.ACTIVE, EngineState.FAILED, EngineState.UNLOADED):
+            self._news.clear()
+            await self._news.wait()
+
+    def begin_unloading(self) -> None:
+        """Whoever asks is told from now on that the model is being unloaded. What runs goes on until `stop`."""
+        if self.state is EngineState.ACTIVE:
+            self._set(EngineState.UNLOADING)
+
+    async def stop(self, reason: LoraplexError) -> None:
+        """End the process, in peace if it can. What still runs on it ends with `reason`."""
+        self._stop_reason = reason
+        if self._run is not None:
+            self._run.cancel()
+            await asyncio.wait({self._run})
+        self._set(EngineState.UNLOADED)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    async def _keep_alive(self) -> None:
+        """One life after another, until it is hopeless or not wanted any more."""
+        clock = asyncio.get_running_loop().time
+        delay = self._config.restart_delay_seconds
+        failed_starts = 0
+        while True:
+            began = clock()
+            was_ready = await self._live()
+            logger.error("the engine of model %s is lost: %s", self.name, self.error)
+            failed_starts = 0 if was_ready else failed_starts + 1
+            if self.state is EngineState.UNLOADING:
+                return
+            if self.state is EngineState.LOADING or failed_starts >= self._config.failed_starts:
+                self._set(EngineState.FAILED)
+                return
+            if was_ready and clock() - began >= self._config.stable_seconds:
+                delay = self._config.restart_delay_seconds
+            self._set(EngineState.RESTARTING)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, self._config.restart_delay_max_seconds)
+
+    async def _live(self) -> bool:
+        """One process, from its start to its death, of which `error` tells. Returns whether it became ready."""
+        self._num_lives += 1
+        address = bus_address(self._directory, f"{self.name}-{self._num_lives}")
+        with ServiceBus(address) as bus:
+            try:
+                process = await self._launch(address)
+            except OSError as error:
+                self.error = f"its process could not be started: {error}"
+                return False
+            self.pid = process.pid
+            ready = asyncio.Event()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._watch(process))
+                    tasks.create_task(self._listen(bus, ready))
+                    tasks.create_task(self._beat(ready))
+            except* _EngineLost as lost:
+                self.error = str(lost.exceptions[0])
+            finally:
+                await self._end(process, bus)
+            return ready.is_set()
+
+    async def _watch(self, process: EngineProcess) -> None:
+        status = await process.wait()
+        await asyncio.sleep(LAST_WORDS_SECONDS)
+        raise _EngineLost(f"its process (pid {process.pid}) ended with {_describe_status(status)}")
+
+    async def _listen(self, bus: ServiceBus, ready: asyncio.Event) -> None:
+        while True:
+            for message in await bus.receive():
+                match message:
+                    case LoadProgress(bytes_loaded=loaded, bytes_total=total):
+                        self.progress = Progress(loaded, total)
+                        self._changed()
+                    case EngineFailed(reason=reason):
+                        raise _EngineLost(reason)
+                    case EngineReady(limits=limits):
+                        self.client = EngineClient(bus.send, max_pending_tokens=self._unread_tokens)
+                        self.limits = limits
+                        self.load_time = time.time()
+                        self._set(EngineState.ACTIVE)
+                        ready.set()
+                    case _:
+                        assert self.client is not None, f"{type(message).__name__} before EngineReady"
+                        self.client.deliver(message)
+
+    async def _beat(self, ready: asyncio.Event) -> None:
+        """Ping, and give up when no answer comes. While it loads there is no step loop to answer."""
+        await ready.wait()
+        assert self.client is not None
+        while True:
+            await self._expect_answer(self.client)
+            await asyncio.sleep(self._config.heartbeat_seconds)
+
+    async def _expect_answer(self, client: EngineClient) -> None:
+        timeout = self._config.heartbeat_timeout_seconds
+        ping = asyncio.create_task(client.ping())
+        try:
+            # In slices: a service that was itself suspended loses one of them, and kills no healthy engine.
+            for _ in range(HEARTBEAT_SLICES):
+                done, _ = await asyncio.wait({ping}, timeout=timeout / HEARTBEAT_SLICES)
+                if done:
+                    return
+            raise _EngineLost(f"no sign of life for {timeout:g} s")
+        finally:
+            ping.cancel()
+
+    async def _end(self, process: EngineProcess, bus: ServiceBus) -> None:
+        """Tell everybody who waits for this life, and see that its process is gone."""
+        client, self.client = self.client, None
+        if client is not None:
+            restarting = f"the engine of model {self.name!r} ended and is starting again; try again, or another replica"
+            client.fail(self._stop_reason or Unavailable("ENGINE_RESTARTING", restarting, RESTART_SECONDS))
+            if self._stop_reason is not None:
+                bus.send(Shutdown())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._config.stop_seconds):
+                        await process.wait()
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        self.pid = None
+
+    def _set(self, state: EngineState) -> None:
+        if state is not self.state:
+            logger.info("model %s: %s", self.name, state.name)
+        self.state = state
+        if state not in (EngineState.FAILED, EngineState.RESTARTING):
+            self.error = ""
+        self._news.set()
+        self._changed()
+
+
+def _describe_status(status: int) -> str:
+    if status >= 0:
+        return f"status {status}; its log says why"
+    name = signal.Signals(-status).name
+    return f"{name}, perhaps because the machine ran out of memory" if name == "SIGKILL" else name
+
+
+def launcher(config: EngineConfig, log_level: str) -> Launch:
+    """Starts `python -m engine` with this interpreter, and with the import path of this process."""
+    import_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    # -P: the working directory must not come before it.
+    command = (sys.executable, "-P", "-m", "engine", "--log-level", log_level, "--bus")
+
+    async def launch(address: str) -> EngineProcess:
+        environment = os.environ | {"PYTHONPATH": import_path}
+        process = await asyncio.create_subprocess_exec(*command, address, stdin=PIPE, env=environment)
+        assert process.stdin is not None
+        with suppress(ConnectionError):  # it died at once: whoever waits for it sees that
+            process.stdin.write(msgspec.json.encode(config) + b"\n")
+            await process.stdin.drain()
+        return process
+
+    return launch
