@@ -32,8 +32,12 @@ class ModelRunner:
         self.ops = ops
         self.block_size = config.block_size
         self.sampler = Sampler()
-        longest = model.config.max_position_embeddings
-        self.max_model_len = min(config.max_model_len or longest, longest)
+        self.max_model_len = config.max_model_len or model.config.max_position_embeddings
+        if self.max_model_len > model.config.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len {self.max_model_len} is more than the {model.config.max_position_embeddings} positions "
+                "that the model was made for: lower it, or leave it out"
+            )
         self.num_blocks = self._num_blocks(config)
         self.kv_cache = create_kv_cache(model.config, ops, self.num_blocks, config.block_size, model.dtype)
 

@@ -1,0 +1,196 @@
+"""EngineCore between its rooms: what it refuses, what a failed step costs, when an adapter may go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.key import AdapterKey
+from adapters.store import FinishedLoad
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.messages import (
+    AdapterFailed,
+    AdapterUnloaded,
+    AddRequest,
+    LoadAdapter,
+    ModelLimits,
+    RequestOutput,
+    StepOutput,
+    UnloadAdapter,
+)
+from engine.sampling_params import FinishReason, SamplingParams
+from engine.step import SampledToken, StepPlan, StepResult
+
+KEY = AdapterKey("shared/pirate", "a" * 64)
+VOCAB = 100
+
+
+class FakeRunner:
+    """Every next token is 7; fails when told to."""
+
+    num_blocks = 32
+    max_model_len = 64
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def limits(self, config: EngineConfig) -> ModelLimits:
+        return ModelLimits("Fake", "float32", "", VOCAB, 64, 16, 8, 32, config.block_size, 0, 0, "fake")
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self.error is not None:
+            raise self.error
+        return StepResult(tuple(SampledToken(7, None) if item.samples else None for item in plan.scheduled), {})
+
+
+class FakeAdapters:
+    """Store and pool in one: what is registered is resident at once."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.known: set[AdapterKey] = set()
+        self.finished: list[FinishedLoad] = []
+        self.unloaded: list[AdapterKey] = []
+
+    def register(self, key: AdapterKey, path: Path) -> None:
+        self.known.add(key)
+
+    def unregister(self, key: AdapterKey) -> None:
+        self.known.discard(key)
+
+    def is_registered(self, key: AdapterKey) -> bool:
+        return key in self.known
+
+    def is_loading(self) -> bool:
+        return False
+
+    def poll(self) -> list[FinishedLoad]:
+        finished, self.finished = self.finished, []
+        return finished
+
+    def acquire(self, key: AdapterKey) -> int | None:
+        return 0
+
+    def release(self, key: AdapterKey) -> None:
+        pass
+
+    def unload(self, key: AdapterKey) -> None:
+        self.unloaded.append(key)
+
+    def residents(self) -> list[tuple[AdapterKey, int]]:
+        return []
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.runner = FakeRunner()
+        self.adapters = FakeAdapters()
+        parts: Any = (self.runner, self.adapters, self.adapters)
+        self.core = EngineCore(*parts, EngineConfig(model="fake", block_size=4, max_num_batched_tokens=16))
+
+    def add(
+        self, request_id: int = 1, prompt: list[int] | None = None, adapter: AdapterKey | None = None, **fields: Any
+    ):
+        sampling = SamplingParams(**({"seed": 0, "max_tokens": 3} | fields))
+        self.core.add(AddRequest(request_id, [1, 2, 3] if prompt is None else prompt, sampling, adapter))
+
+    def step(self) -> list[RequestOutput]:
+        return [o for message in self.core.step() if isinstance(message, StepOutput) for o in message.outputs]
+
+    def finish(self) -> list[RequestOutput]:
+        outputs = []
+        while self.core.has_work():
+            outputs += self.step()
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"prompt": []}, "prompt of 0 tokens"),
+        ({"prompt": [1] * 64}, "prompt of 64 tokens"),
+        ({"prompt": [1, VOCAB]}, "token ids must lie in 0 to 99"),
+        ({"prompt": [-1]}, "token ids must lie in"),
+        ({"logit_bias": {VOCAB: 1.0}}, "token ids must lie in"),
+        ({"stop_token_ids": (10**9,)}, "token ids must lie in"),
+        ({"allowed_token_ids": ()}, "allowed_token_ids is empty"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"adapter": KEY}, "not registered"),
+    ],
+)
+def test_a_bad_request_fails_alone(fields, problem):
+    bench = Bench()
+    bench.add(1, **fields)
+    bench.add(2)
+    outputs = bench.finish()
+    (bad,) = [output for output in outputs if output.request_id == 1]
+    assert bad.finish_reason is FinishReason.ERROR
+    assert problem in bad.error
+    assert [output.token_ids for output in outputs if output.request_id == 2] == [[7], [7], [7]]
+
+
+def test_an_id_in_use_is_refused_and_its_owner_goes_on():
+    bench = Bench()
+    bench.add(1)
+    bench.add(1)
+    outputs = bench.finish()
+    assert [output.finish_reason for output in outputs].count(FinishReason.ERROR) == 1
+    assert [output.token_ids for output in outputs if not output.error] == [[7], [7], [7]]
+
+
+def test_a_failed_step_ends_its_requests_and_nobody_else():
+    bench = Bench()
+    bench.add(1)
+    bench.runner.error = RuntimeError("boom")
+    (output,) = bench.step()
+    assert output.finish_reason is FinishReason.ERROR
+    assert "boom" in output.error
+    bench.runner.error = None
+    bench.add(2)
+    assert bench.finish()[-1].finish_reason is FinishReason.MAX_TOKENS
+    stats = bench.core.stats()
+    assert stats.free_blocks + stats.cached_blocks == stats.total_blocks
+
+
+def test_an_error_of_the_device_is_not_survived():
+    bench = Bench()
+    bench.add(1)
+    bench.runner.error = torch.AcceleratorError("the device is gone")
+    with pytest.raises(torch.AcceleratorError):
+        bench.step()
+
+
+def test_an_unloaded_adapter_goes_when_its_last_request_has_gone():
+    bench = Bench()
+    bench.core.load_adapter(LoadAdapter(KEY, "somewhere"))
+    bench.add(1, adapter=KEY)
+    bench.core.unload_adapter(UnloadAdapter(KEY))
+    events = bench.core.step()
+    assert AdapterUnloaded(KEY) not in events
+    bench.core.abort([1])
+    assert bench.core.step() == [AdapterUnloaded(KEY)]
+    assert bench.adapters.unloaded == [KEY]
+    assert not bench.core.has_work()
+    bench.add(2, adapter=KEY)
+    (output,) = bench.step()
+    assert "not registered" in output.error
+
+
+def test_a_load_after_an_unload_keeps_the_adapter():
+    bench = Bench()
+    bench.core.load_adapter(LoadAdapter(KEY, "somewhere"))
+    bench.add(1, adapter=KEY)
+    bench.core.unload_adapter(UnloadAdapter(KEY))
+    bench.core.load_adapter(LoadAdapter(KEY, "somewhere"))
+    bench.finish()
+    assert bench.adapters.unloaded == []
+
+
+def test_a_load_that_fails_is_reported():
+    bench = Bench()
+    bench.adapters.finished = [FinishedLoad(KEY, None, ["a tensor is missing"])]
+    assert bench.core.step() == [AdapterFailed(KEY, ["a tensor is missing"])]
