@@ -17,6 +17,12 @@ check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generat
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	proto/stubs.sh check
+	proto/stubs.sh lint
+	proto/stubs.sh breaking
+
+stubs:  ## generate client/loraplex/v1 from proto/
+	proto/stubs.sh generate
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
