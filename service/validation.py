@@ -159,7 +159,7 @@ def _check_spec(spec: GenerateSpec, path: str, streaming: bool) -> Iterator[Viol
         yield Violation(f"{path}.model", "is required: name a model, an adapter or a route")
     yield from check_prompt(spec.prompt, f"{path}.prompt")
     stopping, output = spec.stopping, spec.output
-    if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
+    if stopping.max_tokens > 0 and stopping.min_tokens > stopping.max_tokens:
         yield Violation(
             f"{path}.stopping.min_tokens", f"is {stopping.min_tokens}, more than max_tokens, {stopping.max_tokens}"
         )
@@ -170,12 +170,10 @@ def _check_spec(spec: GenerateSpec, path: str, streaming: bool) -> Iterator[Viol
 
 
 def check_prompt(prompt: Prompt, path: str) -> Iterator[Violation]:
-    """A prompt must be there, be one thing, and not be empty."""
+    """A prompt must be there, be one thing, and not be empty (text: the table says so)."""
     match prompt.WhichOneof("content"):
         case None:
             yield Violation(path, "is required: give text, token_ids or chat")
-        case "text" if not prompt.text:
-            yield Violation(f"{path}.text", "is empty")
         case "token_ids":
             if not prompt.token_ids.ids:
                 yield Violation(f"{path}.token_ids", "is empty")
