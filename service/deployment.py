@@ -133,15 +133,18 @@ class AdapterDeployer:
         if version.state is AdapterState.FAILED:
             logger.error("adapter %s of the configuration is not valid: %s", adapter.name, "; ".join(version.problems))
 
-    def load(self, version: AdapterVersion) -> None:
+    def load(self, version: AdapterVersion) -> "asyncio.Task[None]":
         """Begin to bring a version into the memory of its engine. Raises what `ModelHost.serving` raises."""
-        self._deploy(self._models.serving(version.spec.base_model).client, version)
+        return self._deploy(self._models.serving(version.spec.base_model).client, version)
 
-    def unload(self, version: AdapterVersion) -> None:
-        """Begin to free the memory of a version, once no running request uses it."""
+    def unload(self, version: AdapterVersion) -> "asyncio.Task[None] | None":
+        """Begin to free the memory of a version, once no running request uses it. None: it has no engine anyway."""
         client = self._models.get(version.spec.base_model).client
-        if client is not None:
-            self._spawn(_unload(client, version.key))
+        return None if client is None else self._spawn(_unload(client, version.key))
+
+    def reason(self, version: AdapterVersion) -> str:
+        """The reason, as in ErrorReason, for which a version has FAILED."""
+        return self._files[version.key].reason
 
     async def close(self) -> None:
         """Wait for nothing any more."""
@@ -159,10 +162,10 @@ class AdapterDeployer:
             return AdapterFiles(directory, digest(directory), None, tuple(error.problems))
         return AdapterFiles(directory, description.digest, description)
 
-    def _deploy(self, client: EngineClient, version: AdapterVersion) -> None:
+    def _deploy(self, client: EngineClient, version: AdapterVersion) -> "asyncio.Task[None]":
         """Say so to the engine now, so that whatever follows finds the adapter registered; take its answer later."""
         loading = client.start_loading(version.key, self.directory(version))
-        self._spawn(self._take_answer(version.key, loading))
+        return self._spawn(self._take_answer(version.key, loading))
 
     async def _take_answer(self, key: AdapterKey, loading: "asyncio.Future[AdapterLoaded]") -> None:
         with suppress(AdapterNotFound):  # it was deleted meanwhile
@@ -217,10 +220,11 @@ class AdapterDeployer:
     def _version(self, key: AdapterKey) -> AdapterVersion:
         return self._registry.get(f"{resource_name(key)}@{key.digest}")
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

@@ -31,7 +31,8 @@ class HostedModel:
         self.default_sampling: Sampling = config.sampling()
         self.tokenizer: Tokenizer | None = None
         self.revision = ""  # of the weights; known once loaded
-        self.supervisor = supervise(config, lambda: changed(self))
+        self.num_changes = 0  # of what can be seen here
+        self.supervisor = supervise(config, self._change)
         self._changed = changed
         self._text_error = ""
         self._loading: asyncio.Task[None] | None = None
@@ -122,7 +123,7 @@ class HostedModel:
             await self.supervisor.stop(FailedPrecondition("MODEL_UNLOADED", f"model {self.name!r} cannot be served"))
         finally:
             self._loading = None
-            self._changed(self)
+            self._change()
 
     async def _unload(self, grace_seconds: float) -> None:
         try:
@@ -136,7 +137,11 @@ class HostedModel:
             await self._stop(FailedPrecondition("MODEL_UNLOADED", f"model {self.name!r} was unloaded"))
         finally:
             self._unloading = None
-            self._changed(self)
+            self._change()
+
+    def _change(self) -> None:
+        self.num_changes += 1
+        self._changed(self)
 
     async def _stop(self, reason: LoraplexError) -> None:
         if self._loading is not None:
@@ -153,9 +158,10 @@ class ModelHost:
         self._subscribers: list[Callable[[HostedModel], None]] = []
         self._models = {config.name: HostedModel(config, supervise, self._publish) for config in configs}
 
-    def subscribe(self, callback: Callable[[HostedModel], None]) -> None:
-        """Call `callback` after every change of a model's state; it must not block."""
+    def subscribe(self, callback: Callable[[HostedModel], None]) -> Callable[[], None]:
+        """Call `callback` after every change of a model; it must not block. Returns how to stop that."""
         self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
 
     def all(self) -> list[HostedModel]:
         """Ordered by name."""
@@ -184,7 +190,7 @@ class ModelHost:
         await asyncio.gather(*(model.close(reason) for model in self._models.values()))
 
     def _publish(self, model: HostedModel) -> None:
-        for callback in self._subscribers:
+        for callback in list(self._subscribers):
             callback(model)
 
 

@@ -1,0 +1,372 @@
+"""AdapterService: adapters that come and go while the server runs."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any, NoReturn
+
+import grpc.aio
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from adapters.errors import AdapterConflict, AdapterNotFound
+from adapters.key import AdapterKey
+from adapters.registry import (
+    AdapterChange,
+    AdapterRegistry,
+    AdapterSpec,
+    AdapterState,
+    AdapterVersion,
+    ChangeKind,
+    resource_name,
+)
+from loraplex.v1 import adapters_pb2_grpc
+from loraplex.v1.adapters_pb2 import (
+    ADAPTER_RESIDENCY_DEVICE,
+    ADAPTER_RESIDENCY_DISK,
+    ADAPTER_RESIDENCY_HOST,
+    ADAPTER_RESIDENCY_UNSPECIFIED,
+    Adapter,
+    AdapterResidency,
+    CreateAdapterRequest,
+    DeleteAdapterRequest,
+    GetAdapterRequest,
+    ListAdaptersRequest,
+    ListAdaptersResponse,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    UpdateAdapterRequest,
+    WatchAdaptersRequest,
+    WatchAdaptersResponse,
+)
+from loraplex.v1.watch_pb2 import (
+    WATCH_EVENT_TYPE_CHANGED,
+    WATCH_EVENT_TYPE_DELETED,
+    WATCH_EVENT_TYPE_EXISTING,
+    WATCH_EVENT_TYPE_SNAPSHOT_END,
+)
+from service.control.models import timestamp
+from service.control.requests import (
+    ID,
+    Once,
+    adapter_name,
+    check_labels,
+    model_id,
+    page,
+    tenant_id,
+    wait_seconds,
+    wait_until,
+)
+from service.control.watching import Latest
+from service.deployment import AdapterDeployer, AdapterFiles, adapter_info
+from service.errors import (
+    Aborted,
+    FailedPrecondition,
+    FeatureUnsupported,
+    InvalidRequest,
+    NotFound,
+    Violation,
+    to_status,
+)
+from service.hosting import ModelHost
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+STATES = {
+    AdapterState.LOADING: Adapter.STATE_LOADING,
+    AdapterState.ACTIVE: Adapter.STATE_ACTIVE,
+    AdapterState.FAILED: Adapter.STATE_FAILED,
+    AdapterState.DELETING: Adapter.STATE_DELETING,
+}
+UPDATABLE = ("labels", "pinned", "version")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
+    """What the registry knows, as resources; changes go through the deployer."""
+
+    def __init__(self, registry: AdapterRegistry, deployer: AdapterDeployer, host: ModelHost) -> None:
+        self._registry = registry
+        self._deployer = deployer
+        self._host = host
+        self._once = Once()
+
+    # ---- looking -----------------------------------------------------------------------------------------------------
+
+    async def GetAdapter(self, request: GetAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        return self._message(self._get(request.name))
+
+    async def ListAdapters(self, request: ListAdaptersRequest, context: Context) -> ListAdaptersResponse:  # noqa: N802
+        tenant = tenant_id(request.parent, "parent", all_allowed=True)
+        versions = self._registry.list_versions(
+            None if tenant is None else {tenant},
+            model_id(request.base_model, "base_model") if request.HasField("base_model") else None,
+            request.include_versions,
+        )
+        shown, token = page(versions, lambda version: version.version_name, request)
+        return ListAdaptersResponse(adapters=[self._message(version) for version in shown], next_page_token=token)
+
+    async def WatchAdapters(  # noqa: N802
+        self, request: WatchAdaptersRequest, context: Context
+    ) -> AsyncGenerator[WatchAdaptersResponse, None]:
+        tenant = tenant_id(request.parent, "parent", all_allowed=True)
+        base_model = model_id(request.base_model, "base_model") if request.HasField("base_model") else None
+        changes = Latest[AdapterChange]()
+
+        def put(change: AdapterChange) -> None:
+            version = change.version
+            if tenant in (None, version.key.name.partition("/")[0]) and base_model in (None, version.spec.base_model):
+                changes.put(version.version_name, change)
+
+        unsubscribe = self._registry.subscribe(put)
+        try:
+            tenants = None if tenant is None else {tenant}
+            for version in self._registry.list_versions(tenants, base_model, include_versions=True):
+                yield WatchAdaptersResponse(type=WATCH_EVENT_TYPE_EXISTING, adapter=self._message(version))
+            yield WatchAdaptersResponse(type=WATCH_EVENT_TYPE_SNAPSHOT_END)
+            async for change in changes:
+                yield self._watch_message(change)
+        finally:
+            unsubscribe()
+
+    def _watch_message(self, change: AdapterChange) -> WatchAdaptersResponse:
+        version = change.version
+        if change.kind is ChangeKind.REMOVED:
+            gone = Adapter(name=version.name, version=version.version_name)
+            return WatchAdaptersResponse(type=WATCH_EVENT_TYPE_DELETED, adapter=gone)
+        return WatchAdaptersResponse(type=WATCH_EVENT_TYPE_CHANGED, adapter=self._message(version))
+
+    # ---- registering -------------------------------------------------------------------------------------------------
+
+    async def CreateAdapter(self, request: CreateAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        return await self._once.run("CreateAdapter", request.request_id, lambda: self._create(request))
+
+    async def UploadAdapter(self, request_iterator: Any, context: Context) -> NoReturn:  # noqa: N802
+        raise FeatureUnsupported(
+            "UploadAdapter",
+            "is not supported by this server; put the files under one of its adapter roots and create it",
+        )
+
+    async def _create(self, request: CreateAdapterRequest) -> Adapter:
+        violations = list(_check_create(request))
+        if violations:
+            raise InvalidRequest(*violations)
+        _refuse_residency(request.residency, ADAPTER_RESIDENCY_HOST, "residency")
+        _refuse_pin(request.adapter)
+        tenant = tenant_id(request.parent, "parent")
+        assert tenant is not None, "tenants/- is refused above"
+        spec = AdapterSpec(
+            base_model=model_id(request.adapter.base_model, "adapter.base_model"),
+            source=request.adapter.source,
+            labels=dict(request.adapter.labels),
+            make_current=request.make_current if request.HasField("make_current") else True,
+        )
+        seconds = wait_seconds(request)
+        files = await self._deployer.inspect(spec.source, spec.base_model)
+        if request.adapter.digest and request.adapter.digest != f"sha256:{files.digest}":
+            raise InvalidRequest.at("adapter.digest", f"the files have another one, sha256:{files.digest}")
+        if request.validate_only:
+            return await self._validated(tenant, request.adapter_id, spec, files)
+        version = self._deployer.create(tenant, request.adapter_id, spec, files)
+        return self._message(await self._wait_while(version, AdapterState.LOADING, seconds))
+
+    async def _validated(self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles) -> Adapter:
+        loaded = await self._deployer.validate(tenant, adapter_id, spec.base_model, files)
+        info = adapter_info(files, loaded)
+        name = f"tenants/{tenant}/adapters/{adapter_id}"
+        return Adapter(
+            name=name,
+            version=f"{name}@{files.digest[:12]}",
+            base_model=f"models/{spec.base_model}",
+            source=spec.source,
+            digest=f"sha256:{files.digest}",
+            rank=info.rank,
+            module_ranks=info.module_ranks,
+            alpha=info.alpha,
+            target_modules=info.target_modules,
+            warnings=info.warnings,
+            size_bytes=info.size_bytes,
+            labels=spec.labels,
+        )
+
+    # ---- changing ----------------------------------------------------------------------------------------------------
+
+    async def UpdateAdapter(self, request: UpdateAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        async def update() -> Adapter:
+            return self._message(self._update(request))
+
+        return await self._once.run("UpdateAdapter", request.request_id, update)
+
+    def _update(self, request: UpdateAdapterRequest) -> AdapterVersion:
+        wanted = request.adapter
+        fields = _fields_to_change(request.update_mask)
+        version = self._get(wanted.name, "adapter.name")
+        _check_etag(version, wanted.etag)
+        violations = list(check_labels(wanted.labels, "adapter.labels"))
+        if violations:
+            raise InvalidRequest(*violations)
+        if "pinned" in fields:
+            _refuse_pin(wanted)
+        if "version" in fields:
+            adapter_name(wanted.name, "adapter.name", version_allowed=False)
+            if not wanted.version.startswith(f"{wanted.name}@"):
+                raise InvalidRequest.at("adapter.version", f"{wanted.version[:200]!r} is no version of {wanted.name}")
+            self._get(wanted.version, "adapter.version")
+            try:
+                version = self._registry.set_current(wanted.version)
+            except AdapterConflict as error:
+                raise FailedPrecondition("ADAPTER_INVALID", str(error)) from error
+        if "labels" in fields:
+            version = self._registry.update(f"{version.name}@{version.key.digest}", labels=wanted.labels)
+        return version
+
+    async def DeleteAdapter(self, request: DeleteAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        return await self._once.run("DeleteAdapter", request.request_id, lambda: self._delete(request))
+
+    async def _delete(self, request: DeleteAdapterRequest) -> Adapter:
+        seconds = wait_seconds(request)
+        version = self._get(request.name)
+        _check_etag(version, request.etag)
+        try:
+            versions = self._registry.delete(request.name)
+        except AdapterConflict as error:
+            raise FailedPrecondition("ADAPTER_IS_CURRENT", str(error)) from error
+        keys = [other.key for other in versions]
+        await wait_until(lambda: not any(self._find(key) for key in keys), self._registry.subscribe, seconds)
+        return self._message(self._find(version.key) or next(other for other in versions if other.key == version.key))
+
+    async def LoadAdapter(self, request: LoadAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        async def load() -> Adapter:
+            _refuse_residency(request.residency, ADAPTER_RESIDENCY_HOST, "residency")
+            version = self._usable(request.name)
+            await asyncio.wait({self._deployer.load(version)}, timeout=wait_seconds(request))
+            return self._message(self._get(request.name))
+
+        return await self._once.run("LoadAdapter", request.request_id, load)
+
+    async def UnloadAdapter(self, request: UnloadAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        async def unload() -> Adapter:
+            _refuse_residency(request.residency, ADAPTER_RESIDENCY_DISK, "residency")
+            version = self._usable(request.name)
+            unloading = self._deployer.unload(version)
+            if unloading is not None:
+                await asyncio.wait({unloading}, timeout=wait_seconds(request))
+            return self._message(self._get(request.name))
+
+        return await self._once.run("UnloadAdapter", request.request_id, unload)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _get(self, name: str, field: str = "name") -> AdapterVersion:
+        """Raises InvalidRequest, NotFound."""
+        try:
+            return self._registry.get(adapter_name(name, field))
+        except AdapterNotFound as error:
+            raise NotFound(
+                "ADAPTER_NOT_FOUND", name, f"{error}; list those there are, or check its spelling"
+            ) from error
+
+    def _usable(self, name: str) -> AdapterVersion:
+        """Raises InvalidRequest, NotFound, and FailedPrecondition for a version that cannot be used."""
+        version = self._get(name)
+        if version.state is AdapterState.FAILED:
+            raise FailedPrecondition(self._deployer.reason(version), "; ".join(version.problems))
+        if version.state is AdapterState.DELETING:
+            raise NotFound("ADAPTER_NOT_FOUND", name, f"adapter {version.version_name} is being deleted")
+        return version
+
+    def _find(self, key: AdapterKey) -> AdapterVersion | None:
+        try:
+            return self._registry.get(f"{resource_name(key)}@{key.digest}")
+        except AdapterNotFound:
+            return None
+
+    async def _wait_while(self, version: AdapterVersion, state: AdapterState, seconds: float) -> AdapterVersion:
+        def is_over() -> bool:
+            now = self._find(version.key)
+            return now is None or now.state is not state
+
+        await wait_until(is_over, self._registry.subscribe, seconds)
+        return self._find(version.key) or version
+
+    def _message(self, version: AdapterVersion) -> Adapter:
+        message = Adapter(
+            name=version.name,
+            version=version.version_name,
+            base_model=f"models/{version.spec.base_model}",
+            source=version.spec.source,
+            digest=f"sha256:{version.key.digest}",
+            state=STATES[version.state],
+            residency=self._residency(version),
+            current=version.current,
+            pinned=version.spec.pinned,
+            running_requests=version.num_requests,
+            create_time=timestamp(version.create_time),
+            update_time=timestamp(version.update_time),
+            labels=version.spec.labels,
+            etag=version.etag,
+        )
+        if version.last_use_time is not None:
+            message.last_use_time.CopyFrom(timestamp(version.last_use_time))
+        if version.state is AdapterState.FAILED:
+            error = FailedPrecondition(self._deployer.reason(version), "; ".join(version.problems))
+            message.error.CopyFrom(to_status(error, ""))
+        info = version.info
+        if info is not None:
+            message.rank = info.rank
+            message.module_ranks.update(info.module_ranks)
+            message.alpha = info.alpha
+            message.target_modules.extend(info.target_modules)
+            message.warnings.extend(info.warnings)
+            message.size_bytes = info.size_bytes
+        return message
+
+    def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
+        client = self._host.get(version.spec.base_model).client
+        if client is None:
+            return ADAPTER_RESIDENCY_DISK
+        if client.stats is not None and any(key == version.key for key, _ in client.stats.adapters):
+            return ADAPTER_RESIDENCY_DEVICE
+        return ADAPTER_RESIDENCY_HOST if version.key in client.adapters else ADAPTER_RESIDENCY_DISK
+
+
+def _check_create(request: CreateAdapterRequest) -> Iterator[Violation]:
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: tenant_id(request.parent, "parent"),
+        lambda: model_id(request.adapter.base_model, "adapter.base_model"),
+    )
+    for check in checks:
+        try:
+            check()
+        except InvalidRequest as error:
+            yield from error.violations
+    if not re.fullmatch(ID, request.adapter_id):
+        yield Violation("adapter_id", "must be 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit")
+    if not request.adapter.source:
+        yield Violation("adapter.source", "is required: the directory of the adapter, under a root that is allowed")
+    if request.adapter.digest and not _DIGEST.fullmatch(request.adapter.digest):
+        yield Violation("adapter.digest", "must be sha256: and 64 hexadecimal digits")
+    yield from check_labels(request.adapter.labels, "adapter.labels")
+
+
+def _fields_to_change(mask: FieldMask) -> set[str]:
+    """Raises InvalidRequest."""
+    unknown = [path for path in mask.paths if path not in UPDATABLE]
+    if unknown:
+        raise InvalidRequest.at("update_mask", f"{unknown[0][:80]!r} cannot be changed; {', '.join(UPDATABLE)} can")
+    return set(mask.paths) or {"labels", "pinned"}
+
+
+def _check_etag(version: AdapterVersion, etag: str) -> None:
+    if etag and etag != version.etag:
+        raise Aborted(f"{version.version_name} has changed since it was read; its etag is {version.etag} now")
+
+
+def _refuse_pin(adapter: Adapter) -> None:
+    if adapter.pinned:
+        raise FeatureUnsupported("adapter.pinned")
+
+
+def _refuse_residency(wanted: AdapterResidency.ValueType, possible: AdapterResidency.ValueType, field: str) -> None:
+    if wanted not in (ADAPTER_RESIDENCY_UNSPECIFIED, possible):
+        only = AdapterResidency.Name(possible)
+        raise FeatureUnsupported(field, f"only {only} can be asked for; requests bring an adapter to the device")

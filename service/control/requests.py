@@ -1,0 +1,159 @@
+"""What the requests of all control services have in common: names, pages, waiting, and being sent twice."""
+
+import asyncio
+import base64
+import binascii
+import re
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast
+
+from google.protobuf.duration_pb2 import Duration
+
+from service.errors import InvalidRequest, Violation
+from service.validation import duration_seconds
+
+T = TypeVar("T")
+
+MAX_PAGE_SIZE = 1000
+DEFAULT_PAGE_SIZE = 100
+REMEMBERED_CALLS = 1024
+MAX_LABELS = 64
+
+ID = r"[a-z0-9][a-z0-9._-]{0,62}"
+_MODEL = re.compile(rf"models/({ID})")
+_TENANT = re.compile(rf"tenants/({ID}|-)")
+_ADAPTER = re.compile(rf"tenants/{ID}/adapters/{ID}(@[0-9a-f]{{12,64}})?")
+
+
+def model_id(name: str, field: str) -> str:
+    """The bare id in models/{model}. Raises InvalidRequest."""
+    match = _MODEL.fullmatch(name)
+    if match is None:
+        raise InvalidRequest.at(field, f"{name[:200]!r} is no name of a model; models/{{model}} is expected")
+    return match[1]
+
+
+def tenant_id(name: str, field: str, all_allowed: bool = False) -> str | None:
+    """The bare id in tenants/{tenant}; None for tenants/-, which means all. Raises InvalidRequest."""
+    match = _TENANT.fullmatch(name)
+    if match is None or (match[1] == "-" and not all_allowed):
+        expected = "tenants/{tenant}" + (", or tenants/- for all," if all_allowed else "")
+        raise InvalidRequest.at(field, f"{name[:200]!r} is no name of a tenant; {expected} is expected")
+    return None if match[1] == "-" else match[1]
+
+
+def adapter_name(name: str, field: str, version_allowed: bool = True) -> str:
+    """The name itself, once it is one. Raises InvalidRequest."""
+    match = _ADAPTER.fullmatch(name)
+    if match is None or (match[1] and not version_allowed):
+        expected = "tenants/{tenant}/adapters/{adapter}" + (", with @{version} or without," if version_allowed else "")
+        raise InvalidRequest.at(field, f"{name[:200]!r} does not name an adapter here; {expected} is expected")
+    return name
+
+
+def check_labels(labels: Mapping[str, str], field: str) -> Iterator[Violation]:
+    if len(labels) > MAX_LABELS:
+        yield Violation(field, f"has {len(labels)} entries; at most {MAX_LABELS} are allowed")
+    for key, value in labels.items():
+        if not 1 <= len(key) <= 63:
+            yield Violation(field, f"the key {key[:63]!r} has {len(key)} characters; 1 to 63 are allowed")
+        if len(value) > 256:
+            yield Violation(f"{field}[{key[:63]}]", f"has {len(value)} characters; at most 256 are allowed")
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+
+class PageRequest(Protocol):
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def page_token(self) -> str: ...
+
+
+def page(items: Sequence[T], name: Callable[[T], str], request: PageRequest) -> tuple[Sequence[T], str]:
+    """One page of items that are ordered by name, and the token of the next. Raises InvalidRequest.
+
+    The token says after which name to go on, so pages stay right while items come and go.
+    """
+    if not 0 <= request.page_size <= MAX_PAGE_SIZE:
+        raise InvalidRequest.at("page_size", f"must be from 0 to {MAX_PAGE_SIZE}, is {request.page_size}")
+    size = request.page_size or DEFAULT_PAGE_SIZE
+    try:
+        after = base64.urlsafe_b64decode(request.page_token.encode()).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        raise InvalidRequest.at("page_token", "is no token of an earlier response; leave it out to begin") from None
+    rest = [item for item in items if name(item) > after]
+    if len(rest) <= size:
+        return rest, ""
+    return rest[:size], base64.urlsafe_b64encode(name(rest[size - 1]).encode()).decode()
+
+
+# ---- waiting ---------------------------------------------------------------------------------------------------------
+
+
+class WaitRequest(Protocol):
+    @property
+    def wait(self) -> Duration: ...
+
+
+def wait_seconds(request: WaitRequest) -> float:
+    """How long the caller wants to wait; absent is not at all. Raises InvalidRequest."""
+    seconds = duration_seconds(request.wait)
+    if seconds < 0:
+        raise InvalidRequest.at("wait", f"must not be negative, is {seconds:g} s")
+    return seconds
+
+
+async def wait_until(
+    condition: Callable[[], bool], subscribe: Callable[[Callable[[object], None]], Callable[[], None]], seconds: float
+) -> None:
+    """Until the condition holds, looked at after every change that `subscribe` tells of, or the time is over."""
+    changed = asyncio.Event()
+    unsubscribe = subscribe(lambda _: changed.set())
+    try:
+        async with asyncio.timeout(seconds):
+            while not condition():
+                changed.clear()
+                await changed.wait()
+    except TimeoutError:
+        return
+    finally:
+        unsubscribe()
+
+
+# ---- twice -----------------------------------------------------------------------------------------------------------
+
+
+class Once:
+    """Makes calls that carry a request id happen once: the same id again gets the first result, or waits for it.
+
+    A caller that goes away does not stop what it began. Failures are not remembered. For one event loop.
+    """
+
+    def __init__(self, capacity: int = REMEMBERED_CALLS) -> None:
+        self._capacity = capacity
+        self._calls: OrderedDict[tuple[str, uuid.UUID], asyncio.Task[Any]] = OrderedDict()
+
+    async def run(self, method: str, request_id: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """`request_id`: "" for none. Raises InvalidRequest if it is no UUID, and what `work` raises."""
+        if not request_id:
+            return await work()
+        try:
+            key = (method, uuid.UUID(request_id))
+        except ValueError:
+            raise InvalidRequest.at("request_id", f"{request_id[:80]!r} is no UUID") from None
+        task = self._calls.get(key)
+        if task is None:
+            task = self._calls[key] = asyncio.create_task(work())
+            task.add_done_callback(lambda ended: self._ended(key, ended))
+            while len(self._calls) > self._capacity:
+                self._calls.popitem(last=False)
+        return cast(T, await asyncio.shield(task))
+
+    def _ended(self, key: tuple[str, uuid.UUID], task: "asyncio.Task[Any]") -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._calls.pop(key, None)

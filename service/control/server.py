@@ -1,0 +1,111 @@
+"""ServerService: about the server itself, and its load."""
+
+import asyncio
+import os
+import platform
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import grpc.aio
+
+from adapters.registry import VERSION_DIGITS, resource_name
+from engine.messages import EngineStats
+from loraplex.v1 import server_pb2_grpc
+from loraplex.v1.server_pb2 import (
+    Device,
+    GetServerInfoRequest,
+    ModelLoad,
+    ServerInfo,
+    WatchLoadRequest,
+    WatchLoadResponse,
+)
+from service.control.models import timestamp
+from service.errors import InvalidRequest
+from service.hosting import HostedModel, ModelHost
+from service.server import MAX_RECEIVE_BYTES
+from service.validation import UNSUPPORTED_FIELDS, duration_seconds
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# Beside the fields that validation refuses.
+UNSUPPORTED_METHODS = (
+    "InferenceService.BatchGenerate",
+    "AdapterService.UploadAdapter",
+    "RouteService.UpdateRoute",
+)
+UNSUPPORTED_CONTROL_FIELDS = (
+    "Adapter.pinned",
+    "CreateAdapterRequest.residency=DEVICE",
+    "LoadAdapterRequest.residency=DEVICE",
+    "UnloadAdapterRequest.residency=HOST",
+)
+
+
+class ServerServicer(server_pb2_grpc.ServerServiceServicer):
+    """Figures of the engines' last steps or heartbeats; nothing here waits for an engine."""
+
+    def __init__(self, host: ModelHost, is_draining: Callable[[], bool], version: str) -> None:
+        self._host = host
+        self._version = version
+        self._is_draining = is_draining
+        self._start_time = time.time()
+
+    async def GetServerInfo(self, request: GetServerInfoRequest, context: Context) -> ServerInfo:  # noqa: N802
+        return ServerInfo(
+            version=self._version,
+            start_time=timestamp(self._start_time),
+            draining=self._is_draining(),
+            devices=[_cpu()],
+            max_receive_bytes=MAX_RECEIVE_BYTES,
+            unsupported_features=[*UNSUPPORTED_FIELDS, *UNSUPPORTED_METHODS, *UNSUPPORTED_CONTROL_FIELDS],
+        )
+
+    async def WatchLoad(  # noqa: N802
+        self, request: WatchLoadRequest, context: Context
+    ) -> AsyncGenerator[WatchLoadResponse, None]:
+        interval = duration_seconds(request.interval) if request.HasField("interval") else 1.0
+        if not 0.1 <= interval <= 60:
+            raise InvalidRequest.at("interval", f"must be from 0.1 to 60 s, is {interval:g} s")
+        while True:
+            loads = [_load(model) for model in self._host.all()]
+            yield WatchLoadResponse(
+                time=timestamp(time.time()),
+                draining=self._is_draining(),
+                models=[load for load in loads if load is not None],
+            )
+            await asyncio.sleep(interval)
+
+
+def _load(model: HostedModel) -> ModelLoad | None:
+    """None for a model without an engine."""
+    if model.client is None:
+        return None
+    stats = model.client.stats
+    return ModelLoad(model=f"models/{model.name}") if stats is None else _stats_message(model, stats)
+
+
+def _stats_message(model: HostedModel, stats: EngineStats) -> ModelLoad:
+    used_blocks = stats.total_blocks - stats.free_blocks - stats.cached_blocks
+    return ModelLoad(
+        model=f"models/{model.name}",
+        running_requests=stats.num_running,
+        waiting_requests=stats.num_waiting + stats.num_waiting_for_adapter,
+        waiting_for_adapter_requests=stats.num_waiting_for_adapter,
+        cache_tokens_total=stats.total_blocks * stats.block_size,
+        cache_tokens_used=used_blocks * stats.block_size,
+        prefix_lookup_tokens=stats.prefix_cache_queries,
+        prefix_hit_tokens=stats.prefix_cache_hits,
+        prompt_tokens_total=stats.prompt_tokens,
+        completion_tokens_total=stats.generated_tokens,
+        adapter_bytes_total=model.config.adapter_device_bytes,
+        device_adapters=[f"{resource_name(key)}@{key.digest[:VERSION_DIGITS]}" for key, _ in stats.adapters],
+    )
+
+
+def _cpu() -> Device:
+    return Device(
+        name="cpu",
+        description=platform.processor() or platform.machine(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )

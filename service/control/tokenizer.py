@@ -1,0 +1,75 @@
+"""TokenizerService: text to the tokens that a model would see, and back."""
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+
+from loraplex.v1 import tokenizer_pb2_grpc
+from loraplex.v1.tokenizer_pb2 import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenOffset,
+)
+from service.catalog import Catalog, LoadedModel
+from service.errors import InvalidRequest, Violation
+from service.interceptors import current_call
+from service.prompts import prompt_text
+from service.text import TemplateRenderer, TextError
+from service.validation import check_message, check_prompt
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MAX_TOKENS = 1 << 20
+
+
+class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
+    """The tokenizers of the loaded models."""
+
+    def __init__(self, catalog: Catalog, renderer: TemplateRenderer) -> None:
+        self._catalog = catalog
+        self._renderer = renderer
+
+    async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:  # noqa: N802
+        prompt = request.prompt
+        violations = [*check_message(prompt, "prompt"), *check_prompt(prompt, "prompt")]
+        if prompt.HasField("token_ids"):
+            violations.append(Violation("prompt.token_ids", "are tokens already; give text or chat"))
+        if violations:
+            raise InvalidRequest(*violations)
+        model = self._model(request.model)
+        text = await prompt_text(prompt, model, self._renderer, "prompt")
+        special = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else prompt.HasField("text")
+        try:
+            encoding = await asyncio.to_thread(model.tokenizer.encode_with_offsets, text, special)
+        except TextError as error:
+            raise InvalidRequest.at("prompt", str(error)) from error
+        kept = slice(-prompt.truncate_to_tokens or None, None)
+        response = TokenizeResponse(token_ids=encoding.token_ids[kept], max_context_tokens=model.limits.max_model_len)
+        if request.include_offsets:
+            response.offsets.extend(TokenOffset(start=start, end=end) for start, end in encoding.offsets[kept])
+        if request.include_text:
+            response.text = text
+        return response
+
+    async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:  # noqa: N802
+        if len(request.token_ids) > MAX_TOKENS:
+            raise InvalidRequest.at(
+                "token_ids", f"has {len(request.token_ids)} entries; at most {MAX_TOKENS} are allowed"
+            )
+        model = self._model(request.model)
+        largest = max(request.token_ids, default=0)
+        if largest >= model.limits.vocab_size:
+            raise InvalidRequest.at(
+                "token_ids", f"holds {largest}, and the vocabulary has {model.limits.vocab_size} tokens"
+            )
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        text = await asyncio.to_thread(model.tokenizer.decode, list(request.token_ids), skip)
+        return DetokenizeResponse(text=text)
+
+    def _model(self, name: str) -> LoadedModel:
+        if not name:
+            raise InvalidRequest.at("model", "is required: name a model, an adapter or a route")
+        return self._catalog.resolve(current_call().tenant, name, "model").model
