@@ -84,6 +84,11 @@ class Admission:
         """Let nothing in any more. What is in flight stays."""
         self.draining = True
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight."""
+        return self._num_requests == 0
+
     async def wait_idle(self) -> None:
         """Until nothing is in flight."""
         await self._idle.wait()

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters.errors import AdapterNotFound, AdapterNotReady, AdapterRejected
-from adapters.registry import SHARED_TENANT, AdapterRegistry, AdapterVersion, resource_name
+from adapters.errors import AdapterNotFound
+from adapters.registry import SHARED_TENANT, AdapterRegistry, AdapterState, AdapterVersion
 from engine.client import EngineClient
 from engine.messages import ModelLimits
 from loraplex.v1.generation_pb2 import Sampling
 from loraplex.v1.routes_pb2 import ResolvedTarget
-from service.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Unavailable
+from service.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied
 from service.text import Tokenizer
 
 
@@ -72,12 +72,13 @@ class Catalog:
         self._models = models
         self._adapters = adapters
 
-    def resolve(self, tenant: str, name: str, path: str = "spec.model") -> Target:
+    def resolve(self, tenant: str, name: str, path: str) -> Target:
         """What `name` means to this tenant; bare ids are looked up with the tenant, then as shared, then as a model.
 
+        An adapter may still be LOADING: its engine is asked for it, and waits as it would for a cold one.
+
         `path`: the field that holds the name. Raises InvalidRequest, NotFound, PermissionDenied (before looking),
-        Unavailable (ADAPTER_COLD) for a version that is still being read, FailedPrecondition (ADAPTER_INVALID) for one
-        that proved unusable, and what `Models.serving` raises.
+        FailedPrecondition (ADAPTER_INVALID) for a version that proved unusable, and what `Models.serving` raises.
         """
         if match := _MODEL_NAME.fullmatch(name):
             return Target(self._models.serving(match[1]))
@@ -86,9 +87,10 @@ class Catalog:
             raise _not_found("ROUTE", name)
         if match := _ADAPTER_NAME.fullmatch(name):
             _check_may_see(tenant, match["tenant"])
-            adapter = self._adapter(tenant, name)
+            adapter = self._adapter(name)
         elif match := _BARE_ID.fullmatch(name):
-            adapter = self._adapter(tenant, name)
+            adapter = self._adapter(f"tenants/{tenant}/adapters/{name}")
+            adapter = adapter or self._adapter(f"tenants/{SHARED_TENANT}/adapters/{name}")
             if adapter is None and match["version"] is None:
                 return Target(self._models.serving(name))
         else:
@@ -113,16 +115,16 @@ class Catalog:
         finally:
             self._adapters.end_request(adapter.key)
 
-    def _adapter(self, tenant: str, name: str) -> AdapterVersion | None:
+    def _adapter(self, name: str) -> AdapterVersion | None:
+        """The version that a full name means, if requests may use it."""
         try:
-            key = self._adapters.resolve(tenant, name)
+            version = self._adapters.get(name)
         except AdapterNotFound:
             return None
-        except AdapterNotReady as error:
-            raise Unavailable("ADAPTER_COLD", str(error)) from error
-        except AdapterRejected as error:
-            raise FailedPrecondition("ADAPTER_INVALID", f"adapter {name!r} cannot be served: {error}") from error
-        return self._adapters.get(f"{resource_name(key)}@{key.digest}")
+        if version.state is AdapterState.FAILED:
+            problems = "; ".join(version.problems)
+            raise FailedPrecondition("ADAPTER_INVALID", f"adapter {version.version_name} cannot be served: {problems}")
+        return version if version.state is not AdapterState.DELETING else None
 
 
 def _check_may_see(tenant: str, owner: str) -> None:

@@ -12,7 +12,6 @@ import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RequestInfo, ResourceInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -257,7 +256,7 @@ def trailing_metadata(error: LoraplexError, status: Status) -> tuple[tuple[str, 
 
 
 def _pack(code: grpc.StatusCode, message: str, details: Iterable[Message]) -> Status:
-    status = Status(code=code_pb2.Code.Value(code.name), message=message)
+    status = Status(code=code.value[0], message=message)
     for detail in details:
         packed = Any()
         packed.Pack(detail)

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc.aio
 import msgspec
@@ -17,6 +17,7 @@ from loraplex.v1 import inference_pb2_grpc
 from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPolicy, GenerateSpec
 from loraplex.v1.inference_pb2 import (
     BatchGenerateRequest,
+    BatchGenerateResponse,
     CancelGenerationRequest,
     CancelGenerationResponse,
     Completed,
@@ -32,15 +33,17 @@ from loraplex.v1.inference_pb2 import (
 )
 from service.admission import Admission
 from service.catalog import Catalog, Target
-from service.errors import Cancelled, FailedPrecondition, FeatureUnsupported, InvalidRequest, LoraplexError, Unavailable
+from service.errors import Cancelled, FailedPrecondition, InvalidRequest, LoraplexError, Unavailable
 from service.generation import Event, Job, Run
-from service.interceptors import current_call
+from service.interceptors import Call, current_call, error_status, known_error
 from service.prompts import prompt_tokens
 from service.text import TemplateRenderer
 from service.validation import OutputForm, check_spec, derived_seed, duration_seconds, merged_sampling, sampling_params
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+MAX_BATCH = 256
+BATCH_CONCURRENCY = 16  # where the caller does not say: more would only wait, in a queue that others share
 MAX_CANCELLED_IDS = 256
 
 _FIELD_OF_EVENT: dict[type[Event], str] = {
@@ -72,24 +75,39 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._runs: dict[str, tuple[str, Run]] = {}  # by request id: the tenant, and what runs for it
 
     async def Generate(self, request: GenerateRequest, context: Context) -> GenerateResponse:  # noqa: N802
-        response = GenerateResponse()
-        async with aclosing(self._events(request.spec, streaming=False)) as events:
-            async for event in events:
-                _add_to_response(response, event)
-        return response
+        return await self._generate(current_call(), request.spec, "spec")
 
     async def StreamGenerate(  # noqa: N802
         self, request: StreamGenerateRequest, context: Context
     ) -> AsyncGenerator[StreamGenerateResponse, None]:
         seq = 0
-        async with aclosing(self._events(request.spec, streaming=True)) as events:
+        async with aclosing(self._events(current_call(), request.spec, "spec", streaming=True)) as events:
             async for event in events:
                 fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
                 yield StreamGenerateResponse(**fields)
                 seq += 1
 
-    async def BatchGenerate(self, request: BatchGenerateRequest, context: Context) -> NoReturn:  # noqa: N802
-        raise FeatureUnsupported("BatchGenerate", "is not supported by this server; call Generate for each spec")
+    async def BatchGenerate(  # noqa: N802
+        self, request: BatchGenerateRequest, context: Context
+    ) -> AsyncGenerator[BatchGenerateResponse, None]:
+        if not 1 <= len(request.specs) <= MAX_BATCH:
+            raise InvalidRequest.at("specs", f"has {len(request.specs)} entries; 1 to {MAX_BATCH} are allowed")
+        at_once = request.max_concurrency if request.HasField("max_concurrency") else BATCH_CONCURRENCY
+        if at_once < 1:
+            raise InvalidRequest.at("max_concurrency", f"must be at least 1, is {at_once}")
+        slots = asyncio.Semaphore(at_once)
+        tenant = current_call().tenant
+        tasks = [
+            asyncio.create_task(self._batch_item(index, spec, tenant, slots))
+            for index, spec in enumerate(request.specs)
+        ]
+        try:
+            for item in asyncio.as_completed(tasks):
+                yield await item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def CancelGeneration(  # noqa: N802
         self, request: CancelGenerationRequest, context: Context
@@ -110,16 +128,34 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         for _, run in self._runs.values():
             run.end(error)
 
-    async def _events(self, spec: GenerateSpec, streaming: bool) -> AsyncGenerator[Event, None]:
+    async def _batch_item(
+        self, index: int, spec: GenerateSpec, tenant: str, slots: asyncio.Semaphore
+    ) -> BatchGenerateResponse:
+        """One item of a batch, a request with an id of its own. If it fails, it fails alone."""
+        async with slots:
+            call = Call(tenant)
+            try:
+                return BatchGenerateResponse(index=index, response=await self._generate(call, spec, f"specs[{index}]"))
+            except Exception as error:
+                known = known_error(error, call, f"item {index} of a batch")
+                return BatchGenerateResponse(index=index, error=error_status(known, call))
+
+    async def _generate(self, call: Call, spec: GenerateSpec, path: str) -> GenerateResponse:
+        response = GenerateResponse()
+        async with aclosing(self._events(call, spec, path, streaming=False)) as events:
+            async for event in events:
+                _add_to_response(response, event)
+        return response
+
+    async def _events(self, call: Call, spec: GenerateSpec, path: str, streaming: bool) -> AsyncGenerator[Event, None]:
         """One request from its spec to its last event. Whatever ends it early, the engine forgets it at once."""
-        call = current_call()
-        check_spec(spec, "spec", streaming)
-        target = self._catalog.resolve(call.tenant, spec.model)
+        check_spec(spec, path, streaming)
+        target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model")
         model = target.model
-        prompt = await prompt_tokens(spec.prompt, model, self._renderer, "spec.prompt")
+        prompt = await prompt_tokens(spec.prompt, model, self._renderer, f"{path}.prompt")
         sampling = merged_sampling(spec.sampling, model.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
-        params = sampling_params(spec, sampling, model.limits, model.tokenizer.eos_token_ids, len(prompt), seed, "spec")
+        params = sampling_params(spec, sampling, model.limits, model.tokenizer.eos_token_ids, len(prompt), seed, path)
         n = sampling.n or 1
         with (
             self._admission.enter(model.name, model.limits, len(prompt), n, params.max_tokens),
@@ -151,11 +187,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             if resolved.adapter_version:
                 call.metadata["loraplex-adapter-version"] = resolved.adapter_version
             run = Run(job, model.client)
+            call.usage = run.usage
             self._runs[call.request_id] = (call.tenant, run)
             try:
                 async with aclosing(run.events()) as events:
                     async for event in events:
-                        call.usage = run.usage
                         yield event
             finally:
                 del self._runs[call.request_id]

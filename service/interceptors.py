@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.rpc.status_pb2 import Status
 
 from loraplex.v1.inference_pb2 import Usage
 from service.errors import EngineError, LoraplexError, SlowConsumer, Unauthenticated, to_status, trailing_metadata
@@ -56,6 +57,19 @@ def tenant_from_metadata(metadata: Mapping[str, str]) -> str:
             "with a letter or digit"
         )
     return tenant
+
+
+def known_error(error: Exception, call: Call, what: str) -> LoraplexError:
+    """The error itself if it is for the caller; else EngineError, and what happened goes to the log alone."""
+    if isinstance(error, LoraplexError):
+        return error
+    logger.error("%s failed, request_id=%s", what, call.request_id, exc_info=error)
+    return EngineError(f"the server failed; quote request id {call.request_id} to its operator")
+
+
+def error_status(error: LoraplexError, call: Call) -> Status:
+    """With what the call had consumed."""
+    return to_status(error, call.request_id, call.usage() if call.usage is not None else None)
 
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -105,14 +119,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 response = await result
                 context.set_trailing_metadata(_outgoing(call))
                 return response
-            except LoraplexError as error:
-                await _abort(error, call, context)
             except grpc.aio.AbortError:
                 raise
-            except Exception:
-                logger.exception("%s failed, request_id=%s", method, call.request_id)
-                message = f"the server failed; quote request id {call.request_id} to its operator"
-                await _abort(EngineError(message), call, context)
+            except Exception as error:
+                await _abort(known_error(error, call, method), call, context)
             finally:
                 _CALL.reset(token)
 
@@ -145,5 +155,5 @@ def _outgoing(call: Call) -> tuple[tuple[str, str], ...]:
 
 
 async def _abort(error: LoraplexError, call: Call, context: Context) -> None:
-    status = to_status(error, call.request_id, call.usage() if call.usage is not None else None)
+    status = error_status(error, call)
     await context.abort(error.code, status.message, (*_outgoing(call), *trailing_metadata(error, status)))

@@ -30,6 +30,13 @@ async def prompt_text(prompt: Prompt, model: LoadedModel, renderer: TemplateRend
         raise InvalidRequest.at(f"{path}.chat", str(error)) from error
 
 
+def adds_special_tokens(prompt: Prompt) -> bool:
+    """Whether the tokenizer adds its special tokens. Templates write their own; plain text gets them."""
+    if prompt.HasField("add_special_tokens"):
+        return prompt.add_special_tokens
+    return prompt.WhichOneof("content") == "text"
+
+
 async def prompt_tokens(prompt: Prompt, model: LoadedModel, renderer: TemplateRenderer, path: str) -> list[int]:
     """The tokens of a prompt, cut to the last `truncate_to_tokens`. At least one. Raises InvalidRequest."""
     kind = prompt.WhichOneof("content")
@@ -37,8 +44,7 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, renderer: TemplateRe
         token_ids = list(prompt.token_ids.ids)
     else:
         text = await prompt_text(prompt, model, renderer, path)
-        # Templates write their own special tokens; plain text gets those that the tokenizer adds.
-        special = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else kind == "text"
+        special = adds_special_tokens(prompt)
         try:
             if len(text) <= _INLINE_CHARS:
                 token_ids = model.tokenizer.encode(text, special)

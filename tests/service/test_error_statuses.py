@@ -10,7 +10,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RequestInfo, ResourceInfo, R
 
 from loraplex.v1.errors_pb2 import ErrorReason
 from loraplex.v1.generation_pb2 import GenerateSpec
-from loraplex.v1.inference_pb2 import BatchGenerateRequest, PartialUsage, StreamGenerateRequest
+from loraplex.v1.inference_pb2 import PartialUsage, StreamGenerateRequest
 from service.admission import AdmissionLimits
 from service.errors import (
     MAX_STATUS_BYTES,
@@ -198,15 +198,6 @@ async def test_numbers_that_are_no_json_in_template_variables_do_no_harm(plane: 
     assert (await plane.generate(make_spec(prompt={"chat": chat}))).usage.completion_tokens == 5
 
 
-async def test_batch_generate_is_unimplemented(plane: DataPlane) -> None:
-    async def read() -> None:
-        async for _ in plane.stub.BatchGenerate(BatchGenerateRequest(specs=[make_spec()])):
-            pass
-
-    failed = await failure(read())
-    assert (failed.code, failed.reason) == (Code.UNIMPLEMENTED, "FEATURE_UNSUPPORTED")
-
-
 # ---- who, and what ---------------------------------------------------------------------------------------------------
 
 
@@ -265,10 +256,42 @@ async def test_an_adapter_is_loaded_and_used(plane: DataPlane) -> None:
     assert dict(await call.trailing_metadata())["loraplex-adapter-version"] == version.version_name
 
 
-async def test_a_registered_adapter_that_is_still_read_is_cold(plane: DataPlane) -> None:
-    plane.add_adapter(active=False)
-    failed = await both_ways(plane, make_spec(model="pirate"))
-    assert (failed.code, failed.reason) == (Code.UNAVAILABLE, "ADAPTER_COLD")
+async def test_an_adapter_that_is_still_being_read_is_waited_for(plane: DataPlane) -> None:
+    version = plane.add_adapter(active=False)
+    plane.engine.loads_allowed = False
+    spec = make_spec(model="pirate", adapter_policy={"on_cold": "ON_COLD_FAIL"})
+    assert (await both_ways(plane, spec)).reason == "ADAPTER_COLD"
+    waiting = asyncio.ensure_future(plane.generate(make_spec(model="pirate")))
+    await plane.engine.until(lambda: not plane.admission.idle)
+    plane.engine.allow_loads()
+    assert (await waiting).target.adapter_version == version.version_name
+
+
+async def test_an_adapter_that_is_being_deleted_is_not_found(plane: DataPlane) -> None:
+    version = plane.add_adapter()
+    plane.registry.delete(version.name)
+    failed = await both_ways(plane, make_spec(model=version.name))
+    assert (failed.code, failed.reason) == (Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
+
+
+async def test_the_callers_own_adapter_comes_before_the_shared_one_and_that_before_a_model(plane: DataPlane) -> None:
+    shared = plane.add_adapter("shared/demo", "cd" * 32)
+    assert (await plane.generate(make_spec(model="demo"))).target.adapter_version == shared.version_name
+    own = plane.add_adapter("default/demo", "ef" * 32)
+    assert (await plane.generate(make_spec(model="demo"))).target.adapter_version == own.version_name
+    assert (await plane.generate(make_spec(model="models/demo"))).target.adapter_version == ""
+
+
+async def test_a_version_is_named_by_the_first_digits_of_its_digest(plane: DataPlane) -> None:
+    old = plane.add_adapter("shared/pirate", "ab" * 32)
+    new = plane.add_adapter("shared/pirate", "cd" * 32)
+    for name, version in {
+        "pirate": new,
+        "pirate@abababababab": old,
+        "tenants/shared/adapters/pirate": new,
+        "tenants/shared/adapters/pirate@abababababab": old,
+    }.items():
+        assert (await plane.generate(make_spec(model=name))).target.adapter_version == version.version_name
 
 
 async def test_an_adapter_that_failed_says_why(plane: DataPlane) -> None:
