@@ -8,7 +8,7 @@ or an operator can get wrong is a `TextError`.
 
 from service.text.chat_template import ChatTemplate, Conversation, TemplateLimits, TemplateRenderer
 from service.text.detokenizer import IncrementalDetokenizer
-from service.text.errors import TemplateError, TextError, TokenizerError
+from service.text.errors import RendererError, TemplateError, TextError, TokenizerError
 from service.text.stop_strings import StopResult, StopStrings
 from service.text.tokenizer import Encoding, Tokenizer
 
@@ -17,6 +17,7 @@ __all__ = [
     "Conversation",
     "Encoding",
     "IncrementalDetokenizer",
+    "RendererError",
     "StopResult",
     "StopStrings",
     "TemplateError",

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.text.errors import TemplateError
+from service.text.errors import RendererError, TemplateError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # one thing, under the names that clients use
+_WORKER_DIED = (OSError, asyncio.IncompleteReadError)
 _START_SECONDS = 60.0  # to start an interpreter on a machine that is busy loading models
 
 
@@ -80,6 +81,7 @@ class TemplateRenderer:
         self._lock = asyncio.Lock()
         self._worker: Process | None = None
         self._running: set[asyncio.Task[str]] = set()
+        self._closed = False
 
     async def __aenter__(self) -> "TemplateRenderer":
         return self
@@ -88,7 +90,10 @@ class TemplateRenderer:
         await self.close()
 
     async def render(self, template: ChatTemplate | None, conversation: Conversation) -> str:
-        """The prompt. Raises TemplateError with the template's own message where it raised one."""
+        """The prompt.
+
+        Raises TemplateError, with the template's own message where it raised one, and RendererError.
+        """
         if template is None:
             raise TemplateError("the model has no chat template. Send the prompt as text or as token ids.")
         source = template.select(conversation.template, bool(conversation.tools))
@@ -103,7 +108,11 @@ class TemplateRenderer:
         return _cut_at_marker(await self._render(source, variables), final, marker)
 
     async def close(self) -> None:
-        """End the worker. A rendering under way ends with TemplateError."""
+        """End the worker. Renderings under way or waiting end with RendererError."""
+        self._closed = True
+        if self._worker is not None and self._worker.returncode is None:
+            self._worker.kill()
+        await asyncio.gather(*self._running, return_exceptions=True)
         if self._worker is not None:
             await self._kill(self._worker)
 
@@ -125,27 +134,39 @@ class TemplateRenderer:
 
     async def _exchange(self, line: bytes) -> str:
         async with self._lock:
-            worker = await self._started()
             try:
-                async with asyncio.timeout(self._limits.seconds):
-                    answer = await _ask(worker, line)
-            except TimeoutError:
-                await self._kill(worker)
-                raise TemplateError(
-                    f"the chat template was still rendering after {self._limits.seconds:g} s and was stopped. Shorten "
-                    "the conversation, or correct the template."
-                ) from None
-            except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-                await self._kill(worker)
-                raise TemplateError("the chat template ended its process, and was given up.") from error
-            except BaseException:
-                await self._kill(worker)
-                raise
+                answer = await self._ask(line)
+            except _WORKER_DIED:  # maybe while it was idle, and not of this template: one more try tells
+                try:
+                    answer = await self._ask(line)
+                except _WORKER_DIED as error:
+                    raise TemplateError("the chat template ended the process that renders it.") from error
         if "error" in answer:
             raise TemplateError(f"chat template: {answer['error']}")
         return answer["text"]
 
+    async def _ask(self, line: bytes) -> dict[str, str]:
+        """Send one request to the worker and wait for its answer. Whatever goes wrong, the worker is not used again."""
+        worker = await self._started()
+        assert worker.stdin is not None
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                worker.stdin.write(line)
+                await worker.stdin.drain()
+                return await _read_answer(worker)
+        except TimeoutError:
+            await self._kill(worker)
+            raise TemplateError(
+                f"the chat template was still rendering after {self._limits.seconds:g} s and was stopped. Shorten the "
+                "conversation, or correct the template."
+            ) from None
+        except BaseException:
+            await self._kill(worker)
+            raise
+
     async def _started(self) -> Process:
+        if self._closed:
+            raise RendererError("chat templates are no longer rendered: the service is shutting down.")
         if self._worker is not None and self._worker.returncode is None:
             return self._worker
         limits = self._limits
@@ -167,7 +188,7 @@ class TemplateRenderer:
                 await _read_answer(self._worker)
         except (TimeoutError, asyncio.IncompleteReadError) as error:
             await self._kill(self._worker)
-            raise TemplateError(
+            raise RendererError(
                 f"the process that renders chat templates does not start ({sys.executable} with jinja2)."
             ) from error
         return self._worker
@@ -178,13 +199,6 @@ class TemplateRenderer:
         if worker.returncode is None:
             worker.kill()
         await worker.communicate()
-
-
-async def _ask(worker: Process, line: bytes) -> dict[str, str]:
-    assert worker.stdin is not None
-    worker.stdin.write(line)
-    await worker.stdin.drain()
-    return await _read_answer(worker)
 
 
 async def _read_answer(worker: Process) -> dict[str, str]:

@@ -22,6 +22,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+MAX_ERROR_CHARS = 1000  # a template writes its own messages, and they travel in gRPC headers
+
 
 class GenerationTag(jinja2.ext.Extension):
     """{% generation %} … {% endgeneration %}: marks what the assistant said, for training. Here it is only a scope."""
@@ -85,13 +87,14 @@ def _answer(line: bytes, max_output_chars: int) -> dict[str, str]:
         request = json.loads(line)
         return {"text": render(request["source"], request["variables"], max_output_chars)}
     except jinja2.TemplateSyntaxError as error:
-        return {"error": f"syntax error in line {error.lineno}: {error.message}"}
+        message = f"syntax error in line {error.lineno}: {error.message}"
     except jinja2.TemplateError as error:
-        return {"error": error.message or type(error).__name__}
+        message = error.message or type(error).__name__
     except MemoryError:
-        return {"error": "the template needs more memory than it may have"}
+        message = "the template needs more memory than it may have"
     except Exception as error:  # a template is a program: it can raise anything, and only its own request fails
-        return {"error": f"{type(error).__name__}: {error}"}
+        message = f"{type(error).__name__}: {error}"
+    return {"error": message[:MAX_ERROR_CHARS]}
 
 
 def main() -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from service.text import ChatTemplate, Conversation, TemplateError, TemplateLimits, TemplateRenderer
+from service.text import (
+    ChatTemplate,
+    Conversation,
+    RendererError,
+    TemplateError,
+    TemplateLimits,
+    TemplateRenderer,
+    chat_template,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY / ".." / "shared" / "data"
@@ -182,6 +190,7 @@ async def test_continued_message_may_have_been_trimmed(renderer):
     ("source", "fields", "message"),
     [
         ("{{ raise_exception('only user and assistant') }}", {}, "chat template: only user and assistant"),
+        ("{{ raise_exception('x' * 100000) }}", {}, "x{900,1000}$"),
         ("{% if %}", {}, "syntax error in line 1"),
         ("{{ missing.field }}", {}, "'missing' is undefined"),
         ("{{ 1 + 'a' }}", {}, "TypeError"),
@@ -294,6 +303,38 @@ async def test_worker_sees_no_secret_of_the_service(renderer, monkeypatch):
 
 def environment_of(pid):
     return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+async def test_worker_that_was_killed_is_replaced(renderer):
+    await render(renderer, "start")
+    os.kill(renderer._worker.pid, signal.SIGKILL)
+    assert await render(renderer, "fine") == "fine"
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "message"),
+    [
+        ("print('{}', flush=True); input()", TemplateError, "ended the process that renders it"),
+        ("raise SystemExit", RendererError, "does not start"),
+    ],
+)
+async def test_worker_that_always_ends_is_given_up(tmp_path, monkeypatch, script, error, message):
+    (tmp_path / "worker.py").write_text(script)
+    monkeypatch.setattr(chat_template, "_WORKER", tmp_path / "worker.py")
+    async with TemplateRenderer() as renderer:
+        with pytest.raises(error, match=message):
+            await render(renderer, "x")
+
+
+async def test_closing_ends_what_is_under_way_and_what_waits():
+    renderer = TemplateRenderer(TemplateLimits(seconds=30.0))
+    await render(renderer, "start")
+    rendering = [asyncio.create_task(render(renderer, HANG)) for _ in range(2)]
+    await asyncio.sleep(0)  # they ask
+    await asyncio.sleep(0)  # the first is with the worker
+    await renderer.close()
+    ends = await asyncio.gather(*rendering, return_exceptions=True)
+    assert [type(end) for end in ends] == [RendererError] * 2
 
 
 async def test_closed_renderer_leaves_no_process():
