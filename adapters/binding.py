@@ -169,11 +169,12 @@ def _stack(
 
 def _converted(key: str, tensor: Tensor, scale: float, dtype: torch.dtype, problems: list[str]) -> Tensor:
     """tensor · scale in `dtype`, multiplied in float32, contiguous; values that do not survive go to `problems`."""
-    exact = tensor.to(torch.float32)
-    if not torch.isfinite(exact).all():
-        problems.append(f"{key}: it holds NaN or infinite values")
-        return exact
-    result = (exact * scale if scale != 1.0 else exact).to(dtype).contiguous()
+    scaled = tensor.to(torch.float32) * scale if scale != 1.0 else tensor
+    result = scaled.to(dtype).contiguous()
     if not torch.isfinite(result).all():
-        problems.append(f"{key}: its values times the scale {scale:g} overflow {dtype}")
+        survived = torch.isfinite(tensor.to(torch.float64)).all()
+        problem = (
+            f"its values times the scale {scale:g} overflow {dtype}" if survived else "it holds NaN or infinite values"
+        )
+        problems.append(f"{key}: {problem}")
     return result

@@ -113,12 +113,12 @@ def digest(directory: Path) -> str:
         return _digest(read_config_bytes(directory), iter(lambda: file.read(_HASH_CHUNK), b""))
 
 
-def digest_of(config: bytes, weights: bytes | bytearray | memoryview) -> str:
+def digest_of(config: bytes, weights: bytes | memoryview) -> str:
     """The same, of files that are in memory."""
     return _digest(config, (weights,))
 
 
-def _digest(config: bytes, weights: Iterable[bytes | bytearray | memoryview]) -> str:
+def _digest(config: bytes, weights: Iterable[bytes | memoryview]) -> str:
     hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
     hasher.update(config)
     for chunk in weights:

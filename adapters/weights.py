@@ -58,13 +58,15 @@ def load_adapter(
         if unsupported:
             raise AdapterRejected(unsupported)
         file.seek(0)
-        content = bytearray(header.data_start + header.data_bytes)
-        if file.readinto(content) != len(content):
+        # Not a bytearray: Python would fill it with zeros first, and hold up all other threads meanwhile.
+        content = torch.empty(header.data_start + header.data_bytes, dtype=torch.uint8)
+        view = content.numpy().data
+        if file.readinto(view) != len(content):
             raise AdapterRejected([f"{directory.name}: the weights became shorter while they were read"])
-    found = digest_of(config_bytes, content)
+    found = digest_of(config_bytes, view)
     if found != key.digest:
         raise AdapterRejected([f"the files have the digest {found[:12]}…, not {key.digest[:12]}…: they were changed"])
-    data = memoryview(content)[header.data_start :]
+    data = content[header.data_start :]
     tensors = {name: _tensor(data, entry) for name, entry in header.tensors.items()}
     bound = bind(tensors, config, targets, dtype, max_rank)
     return LoadedAdapter(
@@ -77,10 +79,7 @@ def load_adapter(
     )
 
 
-def _tensor(data: memoryview, entry: TensorEntry) -> Tensor:
+def _tensor(data: Tensor, entry: TensorEntry) -> Tensor:
     """A copy of one tensor: aligned, whatever its offset in the file, and independent of the file's buffer."""
     begin, end = entry.data_offsets
-    if begin == end:
-        return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
-    raw = torch.frombuffer(data, dtype=torch.uint8, count=end - begin, offset=begin).clone()
-    return raw.view(_DTYPES[entry.dtype]).view(entry.shape)
+    return data[begin:end].clone().view(_DTYPES[entry.dtype]).view(entry.shape)

@@ -258,7 +258,8 @@ def test_a_stacked_adapter_adds_what_its_projections_add(ranks: dict[str, int], 
         targets[name] = LoraTarget("qkv", 5, start, width)
         start += width
     generator = torch.Generator().manual_seed(seed)
-    tensors, expected = {}, torch.zeros(3, start)
+    tensors: dict[str, torch.Tensor] = {}
+    expected = torch.zeros(3, start)
     x = torch.randn(3, 5, generator=generator)
     for name, rank in ranks.items():
         a, b = (

@@ -1,3 +1,4 @@
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -10,7 +11,7 @@ import torch
 from adapters.binding import LoraTarget
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
-from adapters.store import AdapterStore
+from adapters.store import AdapterStore, compute_alone
 
 AdapterMaker = Callable[..., Path]
 KeyOf = Callable[[Path], AdapterKey]
@@ -310,8 +311,28 @@ def test_threads_of_its_own_read_in_the_background(
     directories = [make_adapter(str(i), seed=i) for i in range(8)]
     for directory in directories:
         store.register(key_of(directory), directory)
-    found = set()
+    found: set[AdapterKey] = set()
     while store.is_loading():
         found.update(finished.key for finished in store.poll() if finished.loaded)
     assert found == {key_of(directory) for directory in directories}
     store.close()
+
+
+def test_a_loader_thread_computes_alone_and_leaves_others_as_they_were() -> None:
+    def in_thread(call: Callable[[], object]) -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    default, seen = torch.get_num_threads(), []
+
+    def loader() -> None:
+        compute_alone(3)
+        torch.ones(1 << 16).sum()
+        seen.append(torch.get_num_threads())
+
+    in_thread(loader)
+    in_thread(lambda: seen.append(torch.get_num_threads()))
+    in_thread(lambda: torch.set_num_threads(default))
+    assert seen == [1, 3]
+    assert torch.get_num_threads() == default
