@@ -105,10 +105,15 @@ class Catalog:
 
     @contextmanager
     def using(self, adapter: AdapterVersion | None) -> Iterator[None]:
-        """While a request runs, its version is counted as used: deleting it waits. None: the base model."""
+        """While a request runs, its version is counted as used: deleting it waits. None: the base model.
+
+        Raises NotFound if it has been deleted since it was resolved.
+        """
         if adapter is None:
             yield
             return
+        if self._adapter(adapter.version_name) is None:
+            raise _not_found("ADAPTER", adapter.version_name)
         self._adapters.begin_request(adapter.key)
         try:
             yield

@@ -12,7 +12,9 @@ import msgspec
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from adapters.registry import AdapterVersion
+from engine.client import EngineClient
 from engine.messages import AddRequest
+from engine.sampling_params import SamplingParams
 from loraplex.v1 import inference_pb2_grpc
 from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPolicy, GenerateSpec
 from loraplex.v1.inference_pb2 import (
@@ -156,36 +158,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         sampling = merged_sampling(spec.sampling, model.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
         params = sampling_params(spec, sampling, model.limits, model.tokenizer.eos_token_ids, len(prompt), seed, path)
-        n = sampling.n or 1
+        outputs = sampling.n or 1
         with (
-            self._admission.enter(model.name, model.limits, len(prompt), n, params.max_tokens),
+            self._admission.enter(model.name, model.limits, len(prompt), outputs, params.max_tokens),
             self._catalog.using(target.adapter),
         ):
-            loop = asyncio.get_running_loop()
-            before = loop.time()
-            adapter = await self._adapter(target, spec.adapter_policy)
+            adapter, load_seconds = await self._adapter(target, spec.adapter_policy)
             resolved = target.resolved(fell_back_to_base=target.adapter is not None and adapter is None)
-            first = AddRequest(
-                request_id=model.client.new_request_id(),
-                prompt_token_ids=prompt,
-                sampling=params,
-                adapter=adapter,
-                cache_salt=f"{call.tenant}:{spec.cache.salt}",  # a tenant has no colon in its name
-                bypass_prefix_cache=spec.cache.bypass_prefix_cache,
-                priority=-spec.priority,  # the caller's higher is the engine's lower
-            )
-            others = [_another_output(first, model.client.new_request_id(), index) for index in range(1, n)]
+            if resolved.adapter_version:
+                call.metadata["loraplex-adapter-version"] = resolved.adapter_version
             job = Job(
                 request_id=call.request_id,
                 target=resolved,
                 tokenizer=model.tokenizer,
                 form=OutputForm.of(spec, streaming),
-                sequences=[first, *others],
+                sequences=_sequences(call.tenant, spec, model.client, prompt, params, adapter, outputs),
                 arrival=call.arrival,
-                adapter_load_seconds=loop.time() - before if adapter is not None else 0.0,
+                adapter_load_seconds=load_seconds,
             )
-            if resolved.adapter_version:
-                call.metadata["loraplex-adapter-version"] = resolved.adapter_version
             run = Run(job, model.client)
             call.usage = run.usage
             self._runs[call.request_id] = (call.tenant, run)
@@ -197,45 +187,67 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 del self._runs[call.request_id]
                 run.close()
 
-    async def _adapter(self, target: Target, policy: AdapterPolicy) -> AdapterKey | None:
-        """Have the engine hold the target's adapter, as the policy says. None: go without.
+    async def _adapter(self, target: Target, policy: AdapterPolicy) -> tuple[AdapterKey | None, float]:
+        """Have the engine hold the target's adapter, as the policy says: which one (None: go without), seconds waited.
 
         Raises Unavailable (ADAPTER_COLD) and FailedPrecondition (ADAPTER_INVALID).
         """
         client, adapter = target.model.client, target.adapter
         if adapter is None:
-            return None
+            return None, 0.0
         if adapter.key in client.adapters:
-            return adapter.key
-        loading = client.start_loading(adapter.key, self._adapter_path(adapter))
+            return adapter.key, 0.0
+        path = self._adapter_path(adapter)
         if policy.on_cold == ON_COLD_USE_BASE:
-            return None
+            client.start_loading(adapter.key, path)
+            return None, 0.0
         wait_seconds = self._max_load_wait_seconds
         if policy.on_cold == ON_COLD_FAIL:
             wait_seconds = 0.0
         elif policy.HasField("max_load_wait"):
             wait_seconds = min(wait_seconds, duration_seconds(policy.max_load_wait))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             async with asyncio.timeout(wait_seconds):
-                await asyncio.shield(loading)
+                while adapter.key not in client.adapters:  # it may be unloaded again before this task has its turn
+                    await client.load_adapter(adapter.key, path)
         except TimeoutError:
             raise Unavailable(
                 "ADAPTER_COLD",
                 f"adapter {adapter.version_name} is not loaded after {wait_seconds:g} s; it goes on loading, try again",
             ) from None
         except AdapterRejected as error:
-            raise FailedPrecondition(
-                "ADAPTER_INVALID", f"adapter {adapter.version_name} cannot be served: {error}"
-            ) from error
-        return adapter.key
+            message = f"adapter {adapter.version_name} cannot be served: {error}"
+            raise FailedPrecondition("ADAPTER_INVALID", message) from error
+        return adapter.key, loop.time() - began
 
 
-def _another_output(first: AddRequest, request_id: int, index: int) -> AddRequest:
-    """The same request with draws of its own. The prompt's log-probabilities are the first one's business."""
-    sampling = msgspec.structs.replace(
-        first.sampling, seed=derived_seed(first.sampling.seed, index), num_prompt_logprobs=None
+def _sequences(
+    tenant: str,
+    spec: GenerateSpec,
+    client: EngineClient,
+    prompt: list[int],
+    params: SamplingParams,
+    adapter: AdapterKey | None,
+    outputs: int,
+) -> list[AddRequest]:
+    """One request to the engine for each output. The prompt's log-probabilities are the first one's business."""
+    first = AddRequest(
+        request_id=client.new_request_id(),
+        prompt_token_ids=prompt,
+        sampling=params,
+        adapter=adapter,
+        cache_salt=f"{tenant}:{spec.cache.salt}",  # a tenant has no colon in its name
+        bypass_prefix_cache=spec.cache.bypass_prefix_cache,
+        priority=-spec.priority,  # the caller's higher is the engine's lower
     )
-    return msgspec.structs.replace(first, request_id=request_id, sampling=sampling)
+    sequences = [first]
+    for index in range(1, outputs):
+        seed = derived_seed(params.seed, index)
+        sampling = msgspec.structs.replace(params, seed=seed, num_prompt_logprobs=None)
+        sequences.append(msgspec.structs.replace(first, request_id=client.new_request_id(), sampling=sampling))
+    return sequences
 
 
 def _add_to_response(response: GenerateResponse, event: Event) -> None:

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RequestInfo, ResourceInfo, RetryInfo
 
+from engine.messages import LoadAdapter
 from loraplex.v1.errors_pb2 import ErrorReason
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import PartialUsage, StreamGenerateRequest
@@ -292,6 +293,46 @@ async def test_a_version_is_named_by_the_first_digits_of_its_digest(plane: DataP
         "tenants/shared/adapters/pirate@abababababab": old,
     }.items():
         assert (await plane.generate(make_spec(model=name))).target.adapter_version == version.version_name
+
+
+async def test_an_adapter_deleted_while_the_prompt_was_rendered_is_not_found(
+    plane: DataPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = plane.add_adapter()
+
+    async def render_and_delete(*_: object) -> list[int]:
+        plane.registry.delete(version.name)
+        return [1]
+
+    monkeypatch.setattr("service.inference.prompt_tokens", render_and_delete)
+    failed = await failure(plane.generate(make_spec(model="pirate")))
+    assert (failed.code, failed.reason) == (Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
+
+
+async def test_an_adapter_unloaded_in_the_same_moment_is_loaded_again(plane: DataPlane) -> None:
+    version = plane.add_adapter()
+    plane.engine.loads_allowed = False
+    waiting = asyncio.ensure_future(plane.generate(make_spec(model="pirate")))
+    await plane.engine.until(lambda: bool(plane.engine.received))
+    unloading: list[asyncio.Task[None]] = []
+
+    def unload(_: object) -> None:
+        unloading.append(asyncio.ensure_future(plane.engine.client.unload_adapter(version.key)))
+        plane.engine.client.adapters.clear()
+
+    plane.engine.client.start_loading(version.key, "").add_done_callback(unload)
+    plane.engine.allow_loads()
+    assert (await waiting).target.adapter_version == version.version_name
+    await unloading[0]
+    loads = [message for message in plane.engine.received if isinstance(message, LoadAdapter)]
+    assert len(loads) == 2
+
+
+async def test_an_adapter_that_is_there_is_not_waited_for(plane: DataPlane) -> None:
+    plane.add_adapter()
+    await plane.generate(make_spec(model="pirate"))
+    response = await plane.generate(make_spec(model="pirate"))
+    assert not response.timings.HasField("adapter_load_duration")
 
 
 async def test_an_adapter_that_failed_says_why(plane: DataPlane) -> None:
