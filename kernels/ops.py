@@ -9,11 +9,14 @@ N output features, C input features, G segments.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +193,33 @@ class Ops(Protocol):
         """gelu_tanh(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""
 
 
-def select_ops(device: torch.device, backend: str = "auto") -> Ops:
+def select_ops(
+    device: torch.device, backend: str = "auto", *, threads: int | None = None, isa: str | None = None
+) -> Ops:
     """The backend for a device: `auto` takes the fastest that works here and says in one log line which it took.
 
-    Raises ValueError for a backend that does not exist or cannot run on this device.
+    threads: how many the CPU kernels compute with; None: one for each core that the process may use.
+    isa: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "avx512bf16"); None: the best that the
+    processor has. Raises ValueError for a backend that does not exist or cannot run on this device.
     """
+    from kernels.cpu.library import LibraryUnavailableError
+    from kernels.cpu.ops import CpuOps
     from kernels.reference import ReferenceOps
 
-    if backend in ("auto", "reference"):
+    if backend == "reference":
         return ReferenceOps(device)
-    raise ValueError(f"unknown kernel backend {backend!r} for device {device}: choose auto or reference")
+    if backend not in ("auto", "cpu"):
+        raise ValueError(f"unknown kernel backend {backend!r} for device {device}: choose auto, cpu or reference")
+    if device.type != "cpu":
+        if backend == "auto":
+            return ReferenceOps(device)
+        raise ValueError(f"kernel backend 'cpu' cannot run on device {device}: choose auto or reference")
+    try:
+        ops = CpuOps(device, threads, isa)
+    except LibraryUnavailableError as error:
+        if backend == "cpu":
+            raise ValueError(f"kernel backend 'cpu' cannot be used: {error}") from error
+        logger.warning("kernels: reference (plain torch, several times slower): %s", error)
+        return ReferenceOps(device)
+    logger.info("kernels: cpu, %s, %d threads", ops.library.isa, ops.library.threads)
+    return ops

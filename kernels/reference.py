@@ -132,13 +132,13 @@ class ReferenceOps:
         heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if qk_norm is not None:
-            q = self.rms_norm(q, qk_norm.q_weight, qk_norm.eps)
-            k = self.rms_norm(k, qk_norm.k_weight, qk_norm.eps)
+            q = self.rms_norm(q.float(), qk_norm.q_weight, qk_norm.eps)  # rounds once, after the rotation
+            k = self.rms_norm(k.float(), qk_norm.k_weight, qk_norm.eps)
         cos, sin = cos_sin[positions].unsqueeze(2).unbind(1)  # [T, 1, D/2] each
         slots = cache.num_blocks * cache.block_size
-        cache.k.view(slots, num_kv_heads, head_dim)[slot_mapping] = _rotate(k, cos, sin)
+        cache.k.view(slots, num_kv_heads, head_dim)[slot_mapping] = _rotate(k, cos, sin).to(qkv.dtype)
         cache.v.view(slots, num_kv_heads, head_dim)[slot_mapping] = v
-        return _rotate(q, cos, sin)
+        return _rotate(q, cos, sin).to(qkv.dtype)
 
     def paged_attention(
         self,
@@ -189,9 +189,9 @@ class ReferenceOps:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, heads, D], cos and sin: float32 [T, 1, D/2] → as x"""
+    """x: [T, heads, D], cos and sin: float32 [T, 1, D/2] → float32 as x"""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def _similar_lengths(sequences: list[int], lengths: list[int], width: int) -> list[list[int]]:

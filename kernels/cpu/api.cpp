@@ -1,0 +1,215 @@
+// The plain C face of the library: what kernels/cpu/library.py declares to ctypes.
+//
+// Pointers are to host memory, arrays are contiguous, dtypes are 0 float32, 1 bfloat16, 2 float16. Functions that can
+// run out of memory return null or a status other than 0; nothing throws across this border.
+
+#include <new>
+
+#include "attention.h"
+#include "linear.h"
+#include "lora.h"
+#include "rows.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace loraplex;
+
+namespace {
+
+template <class T>
+struct Of {
+    using Type = T;
+};
+
+// f(Of<T>) for the T that a dtype stands for.
+template <class F>
+auto with_type(int dtype, F f) {
+    switch (dtype) {
+        case 0: return f(Of<float>{});
+        case 1: return f(Of<bf16>{});
+        default: return f(Of<f16>{});
+    }
+}
+
+template <class F>
+int guarded(F f) noexcept {
+    try {
+        f();
+        return 0;
+    } catch (const std::exception&) {
+        return 1;
+    }
+}
+
+template <class F>
+auto created(F f) noexcept -> decltype(f()) {
+    try {
+        return f();
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
+// A linear or a table of any dtype behind one handle.
+struct AnyLinear {
+    virtual ~AnyLinear() = default;
+    virtual void apply(Context& context, const void* x, void* y, int64_t rows) const = 0;
+    virtual int64_t bytes() const = 0;
+};
+
+template <class T>
+struct TypedLinear final : AnyLinear {
+    TypedLinear(Context& context, int64_t n, int64_t c, const void* weight, const void* bias)
+        : linear(context, n, c, static_cast<const T*>(weight), static_cast<const T*>(bias)) {}
+    void apply(Context& context, const void* x, void* y, int64_t rows) const override {
+        linear.apply(context, static_cast<const T*>(x), static_cast<T*>(y), rows);
+    }
+    int64_t bytes() const override { return linear.bytes(); }
+
+    Linear<T> linear;
+};
+
+struct AnyLoraTable {
+    virtual ~AnyLoraTable() = default;
+    virtual void put(Context& context, int64_t slot, const void* a, int64_t rank, const std::vector<LoraPart>& parts,
+                     const void* const* b) = 0;
+    virtual void remove(int64_t slot) = 0;
+    virtual void apply(Context& context, const void* x, void* y, int64_t rows, int64_t segments, const int32_t* slots,
+                       const int32_t* starts, const int32_t* ends) const = 0;
+};
+
+template <class T>
+struct TypedLoraTable final : AnyLoraTable {
+    TypedLoraTable(int64_t in_features, int64_t out_features, int64_t slots) : table(in_features, out_features, slots) {}
+    void put(Context& context, int64_t slot, const void* a, int64_t rank, const std::vector<LoraPart>& parts,
+             const void* const* b) override {
+        table.put(context, slot, static_cast<const T*>(a), rank, parts, reinterpret_cast<const T* const*>(b));
+    }
+    void remove(int64_t slot) override { table.remove(slot); }
+    void apply(Context& context, const void* x, void* y, int64_t rows, int64_t segments, const int32_t* slots,
+               const int32_t* starts, const int32_t* ends) const override {
+        table.apply(context, static_cast<const T*>(x), static_cast<T*>(y), rows, segments, slots, starts, ends);
+    }
+
+    LoraTable<T> table;
+};
+
+}  // namespace
+
+EXPORT Context* loraplex_context_create(int threads) {
+    return created([&] { return new Context(threads); });
+}
+
+EXPORT void loraplex_context_destroy(Context* context) { delete context; }
+
+EXPORT void loraplex_advise_huge_pages(void* begin, int64_t bytes) { advise_huge_pages(begin, size_t(bytes)); }
+
+EXPORT AnyLinear* loraplex_linear_create(Context* context, int dtype, int64_t n, int64_t c, const void* weight,
+                                         const void* bias) {
+    return created([&] {
+        return with_type(dtype, [&](auto of) -> AnyLinear* {
+            return new TypedLinear<typename decltype(of)::Type>(*context, n, c, weight, bias);
+        });
+    });
+}
+
+EXPORT void loraplex_linear_destroy(AnyLinear* linear) { delete linear; }
+
+EXPORT int64_t loraplex_linear_bytes(const AnyLinear* linear) { return linear->bytes(); }
+
+EXPORT int loraplex_linear(Context* context, const AnyLinear* linear, const void* x, void* y, int64_t rows) {
+    return guarded([&] { linear->apply(*context, x, y, rows); });
+}
+
+EXPORT AnyLoraTable* loraplex_lora_create(int dtype, int64_t in_features, int64_t out_features, int64_t slots) {
+    return created([&] {
+        return with_type(dtype, [&](auto of) -> AnyLoraTable* {
+            return new TypedLoraTable<typename decltype(of)::Type>(in_features, out_features, slots);
+        });
+    });
+}
+
+EXPORT void loraplex_lora_destroy(AnyLoraTable* table) { delete table; }
+
+// parts: [count, 4] of rank_start, rank, out_start, n
+EXPORT int loraplex_lora_put(Context* context, AnyLoraTable* table, int64_t slot, const void* a, int64_t rank,
+                             int64_t count, const int64_t* parts, const void* const* b) {
+    return guarded([&] {
+        std::vector<LoraPart> list;
+        for (int64_t i = 0; i < count; ++i, parts += 4) list.push_back({parts[0], parts[1], parts[2], parts[3]});
+        table->put(*context, slot, a, rank, list, b);
+    });
+}
+
+EXPORT void loraplex_lora_remove(AnyLoraTable* table, int64_t slot) { table->remove(slot); }
+
+EXPORT int loraplex_lora(Context* context, const AnyLoraTable* table, const void* x, void* y, int64_t rows,
+                         int64_t segments, const int32_t* slots, const int32_t* starts, const int32_t* ends) {
+    return guarded([&] { table->apply(*context, x, y, rows, segments, slots, starts, ends); });
+}
+
+EXPORT int loraplex_rms_norm(Context* context, int dtype, const void* x, const float* weight, void* out, int64_t rows,
+                             int64_t c, float eps) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            rms_norm(*context, static_cast<const T*>(x), weight, static_cast<T*>(out), rows, c, eps);
+        });
+    });
+}
+
+EXPORT int loraplex_add_rms_norm(Context* context, int dtype, const void* x, void* residual, const float* weight,
+                                 void* out, int64_t rows, int64_t c, float eps) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            add_rms_norm(*context, static_cast<const T*>(x), static_cast<T*>(residual), weight, static_cast<T*>(out),
+                         rows, c, eps);
+        });
+    });
+}
+
+EXPORT int loraplex_gate(Context* context, int dtype, int activation, const void* x, void* out, int64_t rows,
+                         int64_t f) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            gate(*context, Activation(activation), static_cast<const T*>(x), static_cast<T*>(out), rows, f);
+        });
+    });
+}
+
+// Elements of the keys, and of the values, of one layer.
+EXPORT int64_t loraplex_cache_elements(int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim) {
+    return blocks * kv_heads * Cache<float>{nullptr, nullptr, block_size, kv_heads, head_dim}.head_size() + CACHE_SLACK;
+}
+
+EXPORT int loraplex_rotary_store_kv(Context* context, int dtype, const void* qkv, void* q, int64_t rows, int64_t heads,
+                                    int64_t kv_heads, int64_t head_dim, const float* q_norm, const float* k_norm,
+                                    float eps, const int64_t* positions, const float* cos_sin, void* k, void* v,
+                                    int64_t block_size, const int64_t* slots) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            const Cache<T> cache{static_cast<T*>(k), static_cast<T*>(v), block_size, kv_heads, head_dim};
+            rotary_store_kv(*context, static_cast<const T*>(qkv), static_cast<T*>(q), rows, heads,
+                            QKNorm{q_norm, k_norm, eps}, positions, cos_sin, cache, slots);
+        });
+    });
+}
+
+EXPORT int loraplex_paged_attention(Context* context, int dtype, const void* q, void* out, int64_t heads,
+                                    int64_t kv_heads, int64_t head_dim, void* k, void* v, int64_t block_size,
+                                    int64_t sequences, const int32_t* query_starts, const int32_t* lengths,
+                                    const int32_t* block_tables, int64_t blocks_per_table, float scale, float soft_cap,
+                                    int64_t window) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            const Cache<T> cache{static_cast<T*>(k), static_cast<T*>(v), block_size, kv_heads, head_dim};
+            paged_attention(*context, static_cast<const T*>(q), static_cast<T*>(out), heads, cache,
+                            Sequences{sequences, query_starts, lengths, block_tables, blocks_per_table},
+                            Scoring{scale, soft_cap, window});
+        });
+    });
+}

@@ -1,0 +1,62 @@
+// Keys and values in blocks, and attention over them.
+//
+// A block of P tokens of one kv head holds its keys in tiles of KEYS = min(P, 16) tokens, each laid out like a panel of
+// weights: [tiles, D / pair, KEYS, pair], so that a query multiplies 16 keys at once, each in its own lane. Values
+// stay one row a token: [P, D]. D is rounded up to 16. Blocks are [B, kv heads, ...].
+#pragma once
+
+#include "context.h"
+#include "multiply.h"
+
+namespace loraplex {
+
+constexpr int LANES = 16;  // keys that are multiplied at once; with smaller blocks some lanes are ignored
+
+// The cache of one layer, as the operations get it.
+template <class T>
+struct Cache {
+    T* k;
+    T* v;
+    int64_t block_size, kv_heads, head_dim;
+
+    static constexpr int PAIR = Operand<T>::pair;
+
+    int64_t width() const { return round_up(head_dim, 16); }
+    int64_t tile_keys() const { return block_size < LANES ? block_size : LANES; }
+    int64_t head_size() const { return block_size * width(); }
+
+    // Element d = 0 of a key; element d is at d / PAIR * tile_keys() * PAIR + d % PAIR from there.
+    T* key(int64_t slot, int64_t head) const {
+        const int64_t offset = slot % block_size, keys = tile_keys();
+        return k + (slot / block_size * kv_heads + head) * head_size() + offset / keys * keys * width() +
+               offset % keys * PAIR;
+    }
+    T* value(int64_t slot, int64_t head) const {
+        return v + (slot / block_size * kv_heads + head) * head_size() + slot % block_size * width();
+    }
+};
+
+// Elements to allocate beyond the blocks: a tile of few keys is read LANES keys wide.
+constexpr int64_t CACHE_SLACK = LANES * 2;
+
+// What attends to what. Arrays as in kernels.ops.AttentionMetadata.
+struct Sequences {
+    int64_t count;
+    const int32_t* query_starts;
+    const int32_t* lengths;
+    const int32_t* block_tables;
+    int64_t blocks_per_table;
+};
+
+struct Scoring {
+    float scale;
+    float soft_cap;  // 0: none
+    int64_t window;  // 0: none
+};
+
+// q: [T, heads, D] → out: [T, heads · D]
+template <class T>
+void paged_attention(Context& context, const T* q, T* out, int64_t heads, const Cache<T>& cache,
+                     const Sequences& sequences, const Scoring& scoring);
+
+}  // namespace loraplex

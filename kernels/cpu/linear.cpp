@@ -1,0 +1,81 @@
+#include "linear.h"
+
+#include <algorithm>
+
+namespace loraplex {
+
+namespace {
+
+constexpr int64_t X_BLOCK_BYTES = 384 << 10;  // rows of x that stay in a core's second cache beside a panel
+constexpr int64_t CHUNK_BYTES = 64 << 10;     // weights worth a trip to the chunk counter
+
+}  // namespace
+
+template <class T>
+Linear<T>::Linear(Context& context, int64_t n, int64_t c, const T* weight, const T* bias)
+    : n_(n), c_(c), steps_(ceil_div(c, PAIR)) {
+    const int64_t panels = ceil_div(n, PANEL);
+    weights_ = Array<T>(context.arena, panels * steps_ * PANEL * PAIR);
+    context.pool.run(panels, [&](int64_t p) {
+        T* to = weights_.data() + p * steps_ * PANEL * PAIR;
+        const int64_t columns = std::min<int64_t>(PANEL, n - p * PANEL);
+        const T* from = weight + p * PANEL * c;
+        constexpr int64_t BLOCK = 16;  // steps: the block read and the block written both stay in the first cache
+        for (int64_t first = 0; first < steps_; first += BLOCK) {
+            const int64_t last = std::min(steps_, first + BLOCK);
+            for (int64_t j = 0; j < PANEL; ++j)
+                for (int64_t s = first; s < last; ++s)
+                    for (int64_t i = 0; i < PAIR; ++i) {
+                        const int64_t k = s * PAIR + i;
+                        to[(s * PANEL + j) * PAIR + i] = j < columns && k < c ? from[j * c + k] : T{};
+                    }
+        }
+    });
+    if (!bias) return;
+    bias_ = Array<float>(context.arena, panels * PANEL);
+    for (int64_t j = 0; j < panels * PANEL; ++j) bias_.data()[j] = j < n ? widen(bias[j]) : 0.0f;
+}
+
+template <class T>
+void Linear<T>::panel(const Rows<X>& x, T* y, int64_t first, int64_t rows, int64_t panel) const {
+    const T* weights = weights_.data() + panel * steps_ * PANEL * PAIR;
+    const int64_t column = panel * PANEL;
+    const int64_t columns = std::min<int64_t>(PANEL, n_ - column);
+    for_row_blocks(rows, [&](int64_t begin, int count) {
+        alignas(64) float sums[ROWS_AT_ONCE * PANEL];
+        multiply<PANEL>(count, x.data + (first + begin) * x.stride, x.stride, weights, PANEL * PAIR, steps_, sums,
+                        PANEL, false);
+        for (int r = 0; r < count; ++r) {
+            T* out = y + (first + begin + r) * n_ + column;
+            if (bias_.size()) {
+                const float* bias = bias_.data() + column;
+                map(sums + r * PANEL, out, columns, [&](Vec a, int64_t j) { return a + load(bias + j); });
+            } else {
+                map(sums + r * PANEL, out, columns, [](Vec a, int64_t) { return a; });
+            }
+        }
+    });
+}
+
+template <class T>
+void Linear<T>::apply(Context& context, const T* x, T* y, int64_t rows) const {
+    const Rows<X> input = prepare(context, x, rows, c_, steps_ * PAIR);
+    const int64_t panels = ceil_div(n_, PANEL);
+    const int64_t panel_bytes = steps_ * PANEL * PAIR * int64_t(sizeof(T));
+    const int64_t block = std::max<int64_t>(4 * ROWS_AT_ONCE, X_BLOCK_BYTES / (input.stride * int64_t(sizeof(X))));
+    const int64_t blocks = ceil_div(rows, block);
+    const int64_t group = std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
+    const int64_t groups = ceil_div(panels, group);
+    context.pool.run(blocks * groups, [&](int64_t chunk) {
+        const int64_t first = chunk / groups * block;
+        const int64_t begin = chunk % groups * group;
+        for (int64_t p = begin; p < std::min(panels, begin + group); ++p)
+            panel(input, y, first, std::min(block, rows - first), p);
+    });
+}
+
+template class Linear<float>;
+template class Linear<bf16>;
+template class Linear<f16>;
+
+}  // namespace loraplex

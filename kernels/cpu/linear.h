@@ -1,0 +1,55 @@
+// Dense linear layers: weights packed once into panels of 32 outputs, each a contiguous stream.
+#pragma once
+
+#include "context.h"
+#include "multiply.h"
+
+namespace loraplex {
+
+constexpr int PANEL = 32;  // outputs whose weights lie together
+
+template <class T>
+class Linear {
+  public:
+    // weight: [n, c], bias: [n] or null. Copies both.
+    Linear(Context& context, int64_t n, int64_t c, const T* weight, const T* bias);
+
+    // x: [rows, c] → y: [rows, n]
+    void apply(Context& context, const T* x, T* y, int64_t rows) const;
+
+    int64_t bytes() const { return int64_t(weights_.bytes() + bias_.bytes()); }
+
+  private:
+    using X = typename Operand<T>::Type;
+    static constexpr int PAIR = Operand<T>::pair;
+
+    void panel(const Rows<X>& x, T* y, int64_t first, int64_t rows, int64_t panel) const;
+
+    int64_t n_, c_, steps_;
+    Array<T> weights_;    // [panels, steps, PANEL, PAIR]
+    Array<float> bias_;  // [panels, PANEL]
+};
+
+// x as the inner loop wants it: itself where it already is, else a copy, padded with zeros to `width`.
+template <class T>
+Rows<typename Operand<T>::Type> prepare(Context& context, const T* x, int64_t rows, int64_t c, int64_t width) {
+    using X = typename Operand<T>::Type;
+    if constexpr (std::is_same_v<T, X>) {
+        if (c == width) return {x, c};
+    }
+    X* copy = context.inputs.get<X>(rows * width);
+    const int64_t rows_per_chunk = std::max<int64_t>(1, 32768 / width);
+    context.pool.run(ceil_div(rows, rows_per_chunk), [&](int64_t chunk) {
+        const int64_t end = std::min(rows, (chunk + 1) * rows_per_chunk);
+        for (int64_t r = chunk * rows_per_chunk; r < end; ++r) {
+            if constexpr (std::is_same_v<T, X>)
+                std::memcpy(copy + r * width, x + r * c, c * sizeof(T));
+            else
+                map(x + r * c, copy + r * width, c, [](Vec a, int64_t) { return a; });
+            std::memset(static_cast<void*>(copy + r * width + c), 0, (width - c) * sizeof(X));
+        }
+    });
+    return {copy, width};
+}
+
+}  // namespace loraplex

@@ -1,0 +1,273 @@
+"""`Ops` on the CPU, computed by the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import Library, owned
+from kernels.ops import (
+    AttentionMetadata,
+    HeadShape,
+    LayerKV,
+    LoraSegments,
+    LoraTable,
+    LoraWeights,
+    PackedLinear,
+    QKNorm,
+)
+from kernels.reference import check_lora_weights
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SILU, GELU_TANH = 0, 1
+ALIGNMENT = 64  # bytes: a cache line
+
+
+class CpuLinear:
+    """A weight matrix in panels of 32 outputs. Shares no memory with what it was made from."""
+
+    def __init__(self, library: Library, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        weight = weight.contiguous()
+        bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self.handle = owned(
+            self,
+            library.linear_create(
+                library.context,
+                dtype_code(weight.dtype),
+                self.out_features,
+                self.in_features,
+                weight.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+            ),
+            library.linear_destroy,
+            library,
+        )
+        self.nbytes: int = library.linear_bytes(self.handle)
+
+
+class CpuLoraTable:
+    """The adapters resident at one linear. Takes the dtype of the first that is put into it."""
+
+    def __init__(self, library: Library, in_features: int, out_features: int, num_slots: int) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.num_slots = num_slots
+        self.dtype: torch.dtype | None = None
+        self.handle = 0
+        self._library = library
+
+    def put(self, slot: int, weights: LoraWeights) -> None:
+        """Raises ValueError if the weights do not fit the linear or the adapters beside them."""
+        check_lora_weights(weights, self.in_features, self.out_features)
+        self._check_slot(slot)
+        library, dtype = self._library, weights.a.dtype
+        if not self.handle:
+            create = library.lora_create(dtype_code(dtype), self.in_features, self.out_features, self.num_slots)
+            self.handle, self.dtype = owned(self, create, library.lora_destroy, library), dtype
+        matrices = [weights.a.contiguous(), *(part.b.contiguous() for part in weights.slices)]
+        if any(matrix.dtype != self.dtype for matrix in matrices):
+            raise ValueError(f"LoRA weights of {dtype} beside adapters of {self.dtype}: convert them first")
+        parts = [
+            number
+            for part in weights.slices
+            for number in (part.rank_start, part.b.shape[1], part.out_start, part.b.shape[0])
+        ]
+        count, rank = len(weights.slices), weights.a.shape[0]
+        a, *b = (matrix.data_ptr() for matrix in matrices)
+        numbers, pointers = (ctypes.c_int64 * len(parts))(*parts), (ctypes.c_void_p * count)(*b)
+        succeed(library.lora_put(library.context, self.handle, slot, a, rank, count, numbers, pointers))
+
+    def remove(self, slot: int) -> None:
+        self._check_slot(slot)
+        if self.handle:
+            self._library.lora_remove(self.handle, slot)
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.num_slots:
+            raise ValueError(f"slot {slot} is not in a table of {self.num_slots}")
+
+
+class CpuOps:
+    """`Ops` in C++. A row's result is the same bit for bit whatever else is in the step."""
+
+    name = "cpu"
+    batch_invariant = True
+
+    def __init__(self, device: torch.device, threads: int | None = None, isa: str | None = None) -> None:
+        """threads None: one for each core that the process may use. isa None: the best that works here.
+
+        Raises LibraryUnavailableError if the kernels are not compiled, or not for this processor.
+        """
+        self.device = device
+        self.library = Library(threads, isa)
+        self._context = self.library.context
+        self._segments: LoraSegments | None = None
+        self._segment_pointers = (0, 0, 0)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
+        return CpuLinear(self.library, weight, bias)
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        assert isinstance(packed, CpuLinear)
+        assert (x.dtype, x.shape[1]) == (packed.dtype, packed.in_features)
+        x = x.contiguous()
+        rows = x.shape[0]
+        y = x.new_empty((rows, packed.out_features))
+        succeed(self.library.linear(self._context, packed.handle, x.data_ptr(), y.data_ptr(), rows))
+        return y
+
+    def lora_table(self, in_features: int, out_features: int, num_slots: int) -> CpuLoraTable:
+        return CpuLoraTable(self.library, in_features, out_features, num_slots)
+
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
+        assert isinstance(table, CpuLoraTable)
+        if not table.handle:
+            return
+        assert x.dtype == y.dtype == table.dtype
+        assert y.is_contiguous()
+        if segments is not self._segments:  # the same for all linears of a step
+            self._segments = segments
+            self._segment_pointers = segments.slots.data_ptr(), segments.starts.data_ptr(), segments.ends.data_ptr()
+        x = x.contiguous()
+        call = self._context, table.handle, x.data_ptr(), y.data_ptr(), x.shape[0], len(segments.ranges)
+        succeed(self.library.lora(*call, *self._segment_pointers))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        rows, width = x.shape
+        out = torch.empty_like(x)
+        call = self._context, DTYPE_CODES[x.dtype], x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps
+        succeed(self.library.rms_norm(*call))
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        assert residual.is_contiguous()
+        x = x.contiguous()
+        rows, width = x.shape
+        out = torch.empty_like(x)
+        call = self._context, DTYPE_CODES[x.dtype], x.data_ptr(), residual.data_ptr(), weight.data_ptr()
+        succeed(self.library.add_rms_norm(*call, out.data_ptr(), rows, width, eps))
+        return out
+
+    def rotary_store_kv(
+        self,
+        qkv: Tensor,  # [T, (H + 2K)·D]
+        shape: HeadShape,
+        qk_norm: QKNorm | None,
+        positions: Tensor,  # int64 [T]
+        cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+        cache: LayerKV,
+        slot_mapping: Tensor,  # int64 [T]
+    ) -> Tensor:
+        assert qkv.is_contiguous()
+        assert cos_sin.is_contiguous()
+        rows = qkv.shape[0]
+        q = qkv.new_empty((rows, shape.num_heads, shape.head_dim))
+        norm: tuple[int | None, int | None, float] = (None, None, 0.0)
+        if qk_norm is not None:
+            norm = qk_norm.q_weight.data_ptr(), qk_norm.k_weight.data_ptr(), qk_norm.eps
+        status = self.library.rotary_store_kv(
+            self._context,
+            DTYPE_CODES[qkv.dtype],
+            qkv.data_ptr(),
+            q.data_ptr(),
+            rows,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            *norm,
+            positions.data_ptr(),
+            cos_sin.data_ptr(),
+            cache.k.data_ptr(),
+            cache.v.data_ptr(),
+            cache.block_size,
+            slot_mapping.data_ptr(),
+        )
+        succeed(status)
+        return q
+
+    def paged_attention(
+        self,
+        q: Tensor,  # [T, H, D]
+        cache: LayerKV,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        q = q.contiguous()
+        rows, heads, head_dim = q.shape
+        out = q.new_empty((rows, heads * head_dim))
+        tables = metadata.block_tables
+        status = self.library.paged_attention(
+            self._context,
+            DTYPE_CODES[q.dtype],
+            q.data_ptr(),
+            out.data_ptr(),
+            heads,
+            cache.k.shape[1],
+            head_dim,
+            cache.k.data_ptr(),
+            cache.v.data_ptr(),
+            cache.block_size,
+            tables.shape[0],
+            metadata.query_starts.data_ptr(),
+            metadata.seq_lens.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1],
+            scale,
+            soft_cap or 0.0,
+            window or 0,
+        )
+        succeed(status)
+        return out
+
+    def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
+        """Tensors of [B, K, P, D], D rounded up to 16; inside a block keys lie as kernels/cpu/attention.h says."""
+        dtype_code(dtype)
+        elements = self.library.cache_elements(num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+        size = (num_blocks, shape.num_kv_heads, block_size, -(-shape.head_dim // 16) * 16)
+        k, v = (self._zeros(elements, dtype)[: math.prod(size)].view(size) for _ in range(2))
+        return LayerKV(k, v, num_blocks, block_size)
+
+    def _zeros(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Aligned memory that takes room only once it is written to."""
+        num_bytes = elements * dtype.itemsize
+        raw = np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8)
+        skip = -raw.ctypes.data % ALIGNMENT
+        self.library.advise_huge_pages(raw.ctypes.data, raw.nbytes)
+        return torch.from_numpy(raw[skip : skip + num_bytes]).view(dtype)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        return self._gate(SILU, x)
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        return self._gate(GELU_TANH, x)
+
+    def _gate(self, activation: int, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        rows, width = x.shape
+        out = x.new_empty((rows, width // 2))
+        call = self._context, DTYPE_CODES[x.dtype], activation, x.data_ptr(), out.data_ptr(), rows, width // 2
+        succeed(self.library.gate(*call))
+        return out
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """Raises ValueError for a dtype that the kernels do not compute in."""
+    if dtype not in DTYPE_CODES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPE_CODES)
+        raise ValueError(f"the CPU kernels compute in {names}, not in {str(dtype).removeprefix('torch.')}")
+    return DTYPE_CODES[dtype]
+
+
+def succeed(status: int) -> None:
+    """What the compiled functions return: 0, or memory ran out."""
+    if status:
+        raise MemoryError("the CPU kernels could not allocate memory for intermediate results")

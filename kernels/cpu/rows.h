@@ -1,0 +1,36 @@
+// Operations on each row by itself: norms, rotation, gated activations.
+#pragma once
+
+#include "attention.h"
+
+namespace loraplex {
+
+// out = x / sqrt(mean(x²) + eps) · weight.  x, out: [rows, c]
+template <class T>
+void rms_norm(Context& context, const T* x, const float* weight, T* out, int64_t rows, int64_t c, float eps);
+
+// residual += x, then rms_norm(residual).
+template <class T>
+void add_rms_norm(Context& context, const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t c,
+                  float eps);
+
+// Weights of the norms over query and key heads; null: none.
+struct QKNorm {
+    const float* q;
+    const float* k;
+    float eps;
+};
+
+// qkv: [rows, (heads + 2 kv heads) · D] → q: [rows, heads, D], keys and values to the cache.
+// cos_sin: [positions, 2, D / 2]
+template <class T>
+void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t heads, const QKNorm& norm,
+                     const int64_t* positions, const float* cos_sin, const Cache<T>& cache, const int64_t* slots);
+
+enum class Activation { silu, gelu_tanh };
+
+// out = activation(x[:, :f]) · x[:, f:].  x: [rows, 2 f]
+template <class T>
+void gate(Context& context, Activation activation, const T* x, T* out, int64_t rows, int64_t f);
+
+}  // namespace loraplex

@@ -1,0 +1,64 @@
+"""Compiles the CPU kernels, one shared library per instruction set; everything else is in pyproject.toml.
+
+The libraries have a plain C interface and link against neither Python nor torch. Each is optional: without a compiler,
+or with one that does not know an instruction set, the installation succeeds and the kernels run on what there is.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("kernels/cpu")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+INSTRUCTION_SETS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",  # a row's bits must not depend on which instantiation the compiler found fusable
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-uninitialized",  # GCC's own AVX512 headers
+    "-Wno-maybe-uninitialized",
+]
+
+
+class BuildLibraries(build_ext):
+    """Names the results as the loader looks for them: lib<name>.so, with no Python version in it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        package, _, name = fullname.rpartition(".")
+        return str(Path(*package.split("."), f"{name}.so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        # Each instruction set compiles the same sources: keep their objects apart.
+        shared, self.build_temp = self.build_temp, str(Path(self.build_temp, ext.name))
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = shared
+
+
+setup(
+    cmdclass={"build_ext": BuildLibraries},
+    ext_modules=[
+        Extension(
+            f"kernels.cpu.libloraplex_{name}",
+            sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
+            depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+            extra_compile_args=FLAGS + flags,
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ],
+)
