@@ -1,6 +1,8 @@
 """LoRA adapters: read them, check them, keep them, hand them out.
 
-An adapter is a PEFT directory. It is read and checked here (`config`, `weights`, `binding`), kept in host memory
+An adapter is a PEFT directory. Its files are found and described without torch (`source`, `safetensors`, `config`,
+`pattern`, `names`), and what exists is written down (`registry`); that much the service imports. In the engine, loader
+threads read an adapter (`weights`) and bind it to the model tensor by tensor (`binding`); it is kept in host memory
 (`store`), given a slot on the device (`pool`) and applied beside a linear layer (`layer`). Its identity everywhere is
-an `AdapterKey`: a name and the digest of its content. `key`, `config`, `source` and `registry` need no torch.
+an `AdapterKey` (`key`): a name and the digest of its content. What can be wrong with it is in `errors`.
 """

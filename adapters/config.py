@@ -136,6 +136,7 @@ def _load_json(raw: bytes) -> dict[str, object]:
         _reject("this is a Git LFS pointer, not the file: fetch it with `git lfs pull`")
     try:
         fields = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is no text that could be sent on
     except (ValueError, RecursionError) as error:
         raise AdapterRejected([f"adapter_config.json: not valid JSON: {error}"]) from error
     if not isinstance(fields, dict):

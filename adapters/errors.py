@@ -7,6 +7,8 @@
 # ├── SourceNotAllowed     the reference lies outside the roots that the operator allows
 # └── AdapterConflict      the call contradicts the adapter's state: another etag, the current version, too many pins
 
+MAX_PROBLEMS = 1000  # a file can hold tens of thousands of tensors that are all wrong
+
 
 class AdapterError(Exception):
     """Base of all of them. The message says what is wrong, where, and what to do."""
@@ -16,6 +18,8 @@ class AdapterRejected(AdapterError):  # noqa: N818 - it is a verdict, and reads 
     """The adapter cannot serve. `problems` names every field, file or tensor at fault."""
 
     def __init__(self, problems: list[str]) -> None:
+        if len(problems) > MAX_PROBLEMS:
+            problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more"]
         super().__init__("; ".join(problems))
         self.problems = problems
 

@@ -75,10 +75,11 @@ class AdapterStore:
         max_rank: int,
         budget_bytes: int,
         num_threads: int,
+        pin_memory: bool = False,  # page-locked, for a CUDA device
         clock: Callable[[], float] = time.monotonic,
         executor: Executor | None = None,  # None: threads of its own
     ) -> None:
-        self._load = partial(load_adapter, targets=targets, dtype=dtype, max_rank=max_rank)
+        self._load = partial(load_adapter, targets=targets, dtype=dtype, max_rank=max_rank, pin_memory=pin_memory)
         self._budget_bytes = budget_bytes
         self._clock = clock
         self._executor = executor or ThreadPoolExecutor(
@@ -88,6 +89,7 @@ class AdapterStore:
         self._sources: dict[AdapterKey, _Source] = {}
         self._loaded: OrderedDict[AdapterKey, LoadedAdapter] = OrderedDict()  # least recently used first
         self._used_bytes = 0
+        self._num_in_flight = 0  # loads that `poll` has not taken in yet
         self.changes = 0  # grows whenever a load ends or an adapter is forgotten
 
     @property
@@ -105,6 +107,7 @@ class AdapterStore:
         source = self._sources.setdefault(key, _Source(path))
         source.path = path
         if key in self._loaded:
+            self._num_in_flight += 1
             self._finished.put((source, FinishedLoad(key, self._loaded[key])))
         elif not source.loading:
             self._start(key, source)
@@ -148,14 +151,15 @@ class AdapterStore:
             self._start(key, source)
 
     def is_loading(self) -> bool:
-        """Whether `poll` will have something to say."""
-        return not self._finished.empty() or any(source.loading for source in self._sources.values())
+        """Whether `poll` will have something to take in."""
+        return self._num_in_flight > 0
 
     def poll(self) -> list[FinishedLoad]:
         """What has ended since the last call; never waits."""
         arrived: list[FinishedLoad] = []
         while not self._finished.empty():
             source, finished = self._finished.get()
+            self._num_in_flight -= 1
             if self._sources.get(finished.key) is not source:
                 continue  # forgotten in the meantime
             arrived.append(self._take_in(source, finished))
@@ -166,6 +170,7 @@ class AdapterStore:
 
     def _start(self, key: AdapterKey, source: _Source) -> None:
         source.loading = True
+        self._num_in_flight += 1
         self._executor.submit(self._read, key, source)
 
     def _read(self, key: AdapterKey, source: _Source) -> None:

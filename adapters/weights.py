@@ -39,9 +39,14 @@ class LoadedAdapter:
 
 
 def load_adapter(
-    key: AdapterKey, directory: Path, targets: Mapping[str, LoraTarget], dtype: torch.dtype, max_rank: int
+    key: AdapterKey,
+    directory: Path,
+    targets: Mapping[str, LoraTarget],
+    dtype: torch.dtype,
+    max_rank: int,
+    pin_memory: bool = False,
 ) -> LoadedAdapter:
-    """Read an adapter, check that it is the version that `key` names, and bind it.
+    """Read an adapter, check that it is the version that `key` names, and bind it; for CUDA, in page-locked memory.
 
     The bytes that are checked are the bytes that are used: the file is read once. Raises AdapterRejected; OSError if
     the disk fails.
@@ -69,6 +74,8 @@ def load_adapter(
     data = content[header.data_start :]
     tensors = {name: _tensor(data, entry) for name, entry in header.tensors.items()}
     bound = bind(tensors, config, targets, dtype, max_rank)
+    if pin_memory:
+        bound = bound.pinned()
     return LoadedAdapter(
         key=key,
         bound=bound,

@@ -138,6 +138,12 @@ def test_every_tensor_that_binds_to_nothing_is_listed(lora_tensors: TensorMaker,
     assert {problem.partition(": ")[0] for problem in problems} == set(stray)
 
 
+def test_a_flood_of_problems_is_cut_and_counted(lora_tensors: TensorMaker, targets: Targets) -> None:
+    problems = problems_with({f"stray.{i}": torch.ones(1) for i in range(1234)}, targets)
+    assert len(problems) == 1001
+    assert problems[-1] == "and 234 more"
+
+
 @pytest.mark.parametrize(("missing", "part"), [(A, "lora_A"), (B, "lora_B")])
 def test_an_a_without_b_or_b_without_a_is_refused(
     lora_tensors: TensorMaker, targets: Targets, missing: str, part: str
@@ -205,6 +211,11 @@ def test_a_double_that_overflows_single_precision_is_refused(lora_tensors: Tenso
     tensors[A][0, 0] = 1e300
     (problem,) = problems_with(tensors, targets)
     assert A in problem
+
+
+def test_a_scale_beyond_all_numbers_is_refused(lora_tensors: TensorMaker, targets: Targets) -> None:
+    (problem,) = problems_with(lora_tensors([Q]), targets, lora_alpha=1e300)
+    assert "overflow" in problem
 
 
 def test_integers_are_refused(lora_tensors: TensorMaker, targets: Targets) -> None:

@@ -3,6 +3,8 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adapters.config import MAX_CONFIG_BYTES, LoRAConfig, parse_config
 from adapters.errors import AdapterRejected
@@ -155,6 +157,7 @@ def test_every_problem_is_named_at_once() -> None:
         (b'{"peft_type": "IA3"}', "only LORA"),
         (b'{"peft_type": ["LORA"]}', "only LORA"),
         (b"\xff\xfe\xfa", "not valid JSON"),
+        (b'{"peft_type": "LORA", "base_model_name_or_path": "\\ud800"}', "surrogates"),
     ],
 )
 def test_a_file_that_is_no_lora_config_is_refused(raw: bytes, message: str) -> None:
@@ -169,6 +172,27 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read() -> None:
 def test_a_task_other_than_generation_is_a_warning() -> None:
     (warning,) = parse(task_type="SEQ_CLS").warnings
     assert "SEQ_CLS" in warning
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = [
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "target_modules",
+    "base_model_name_or_path", "task_type", "modules_to_save", "use_dora", "peft_type", "lora_dropout", "new_field",
+]  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON))
+def test_whatever_the_values_a_config_is_read_or_refused(fields: dict[str, object]) -> None:
+    try:
+        config = parse_config(json.dumps({"peft_type": "LORA"} | fields).encode())
+    except AdapterRejected as rejected:
+        str(rejected).encode()
+        return
+    assert math.isfinite(config.scale_of("model.layers.0.self_attn.q_proj"))
 
 
 # What is refused of the real configs that are LoRA, and the field that is why.

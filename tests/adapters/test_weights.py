@@ -68,3 +68,13 @@ def test_an_empty_tensor_is_refused_and_not_a_crash(
     directory = make_adapter(tensors={"x.lora_A.weight": torch.ones(0, 8)})
     with pytest.raises(AdapterRejected, match="binds to no projection"):
         load(key_of(directory), directory, targets)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_for_cuda_the_weights_are_page_locked(make_adapter: AdapterMaker, key_of: KeyOf, targets: Targets) -> None:
+    directory = make_adapter()
+    loaded = load_adapter(key_of(directory), directory, targets, torch.bfloat16, max_rank=64, pin_memory=True)
+    for weights in loaded.bound.weights.values():
+        assert weights.a.is_pinned()
+        assert all(part.b.is_pinned() for part in weights.slices)
