@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import MutableMapping
-from typing import BinaryIO, Final
+from typing import Final
 
 import msgspec
 
@@ -35,7 +35,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     config_json = sys.stdin.buffer.readline()
-    threading.Thread(target=exit_at_end, args=(sys.stdin.buffer,), daemon=True, name="parent-watch").start()
+    threading.Thread(target=exit_at_end, args=(sys.stdin.fileno(),), daemon=True, name="parent-watch").start()
 
     def load(progress: Progress) -> Core:
         return load_core(config_json, progress)
@@ -67,9 +67,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def exit_at_end(stdin: BinaryIO) -> None:
+def exit_at_end(stdin: int) -> None:
     """Wait until the other end of stdin is closed, then end the process without further ado."""
-    while stdin.read(4096):
+    # Not through sys.stdin: its lock, held while waiting here, would make the interpreter abort at an ordinary end.
+    while os.read(stdin, 4096):
         pass
     os._exit(1)
 

@@ -16,7 +16,7 @@ from loraplex.v1.tokenizer_pb2 import (
 from service.catalog import Catalog, LoadedModel
 from service.errors import InvalidRequest, Violation
 from service.interceptors import current_call
-from service.prompts import prompt_text
+from service.prompts import adds_special_tokens, prompt_text
 from service.text import TemplateRenderer, TextError
 from service.validation import check_message, check_prompt
 
@@ -41,7 +41,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             raise InvalidRequest(*violations)
         model = self._model(request.model)
         text = await prompt_text(prompt, model, self._renderer, "prompt")
-        special = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else prompt.HasField("text")
+        special = adds_special_tokens(prompt)
         try:
             encoding = await asyncio.to_thread(model.tokenizer.encode_with_offsets, text, special)
         except TextError as error:

@@ -1,0 +1,180 @@
+"""Puts the service together from its configuration, and takes it apart again without losing anything in flight."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from adapters.registry import AdapterRegistry
+from adapters.source import AdapterSource
+from engine.bus import make_bus_directory
+from loraplex.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
+from loraplex.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from loraplex.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
+from loraplex.v1.routes_pb2_grpc import add_RouteServiceServicer_to_server
+from loraplex.v1.server_pb2_grpc import add_ServerServiceServicer_to_server
+from loraplex.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
+from service.admission import Admission, AdmissionLimits
+from service.catalog import Catalog
+from service.config import ModelConfig, ServiceConfig, TlsConfig
+from service.control.adapters import AdapterServicer
+from service.control.models import ModelServicer
+from service.control.routes import RouteServicer
+from service.control.server import ServerServicer
+from service.control.tokenizer import TokenizerServicer
+from service.control.watching import Latest
+from service.deployment import AdapterDeployer
+from service.errors import Unavailable
+from service.hosting import HostedModel, ModelHost
+from service.inference import InferenceServicer
+from service.interceptors import CallInterceptor
+from service.server import Health, Service, build_server, drain
+from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
+from service.text import TemplateRenderer
+
+LaunchFor = Callable[[ModelConfig], Launch]  # how the engine of a model is started
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the two ports are, with the ports that were taken where the configuration says 0."""
+
+    data: str
+    admin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """The parts of a service. `running` starts and ends it."""
+
+    config: ServiceConfig
+    host: ModelHost
+    registry: AdapterRegistry
+    deployer: AdapterDeployer
+    admission: Admission
+    inference: InferenceServicer
+    health: Health
+    data: tuple[Service, ...]
+    admin: tuple[Service, ...]
+
+    async def register_configured(self) -> None:
+        """The adapters of the configuration file, all at once."""
+        await asyncio.gather(*(self.deployer.create_configured(adapter) for adapter in self.config.adapters))
+
+    async def keep_health(self) -> None:
+        """Say of each model whether it serves, whenever that changes. Never returns."""
+        changes = Latest[HostedModel]()
+        self.host.subscribe(lambda model: changes.put(model.name, model))
+        said: dict[str, bool] = {}
+        for model in self.host.all():
+            changes.put(model.name, model)
+        async for model in changes:
+            serving = model.state is EngineState.ACTIVE
+            if said.get(model.name) is not serving:
+                said[model.name] = serving
+                await self.health.set_model(model.name, serving)
+
+
+def engine_processes(config: ServiceConfig) -> LaunchFor:
+    """Each engine is a process of its own."""
+    return lambda model: launcher(model.engine(), config.log_level)
+
+
+def assemble(
+    config: ServiceConfig, bus_directory: Path, renderer: TemplateRenderer, launch_for: LaunchFor
+) -> Application:
+    """All parts, connected; nothing runs yet. Raises OSError for an adapter root that is not there."""
+
+    def supervise(model: ModelConfig, changed: Callable[[], None]) -> EngineSupervisor:
+        return EngineSupervisor(
+            model.name, launch_for(model), bus_directory, config.supervision, changed, config.limits.unread_tokens
+        )
+
+    limits = config.limits
+    host = ModelHost(config.models, supervise)
+    registry = AdapterRegistry()
+    deployer = AdapterDeployer(registry, AdapterSource([Path(root) for root in config.adapter_roots]), host)
+    catalog = Catalog(host, registry)
+    admission = Admission(
+        AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens)
+    )
+    inference = InferenceServicer(catalog, admission, renderer, deployer.directory, limits.adapter_load_wait_seconds)
+    tokenizer = TokenizerServicer(catalog, renderer)
+    server = ServerServicer(host, lambda: admission.draining, version("loraplex"))
+    data = (
+        Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
+        Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
+    )
+    adapters = AdapterServicer(registry, deployer, host)
+    models = ModelServicer(host, config.drain_grace_seconds)
+    admin = (
+        Service("loraplex.v1.ModelService", models, add_ModelServiceServicer_to_server),
+        Service("loraplex.v1.AdapterService", adapters, add_AdapterServiceServicer_to_server),
+        Service("loraplex.v1.RouteService", RouteServicer(catalog), add_RouteServiceServicer_to_server),
+        Service("loraplex.v1.ServerService", server, add_ServerServiceServicer_to_server),
+    )
+    health = Health([service.name for service in data], [service.name for service in admin])
+    return Application(config, host, registry, deployer, admission, inference, health, data, admin)
+
+
+@asynccontextmanager
+async def running(
+    config: ServiceConfig, launch_for: LaunchFor | None = None
+) -> AsyncIterator[tuple[Application, Addresses]]:
+    """A service that listens, while its models may still be loading. At the end of the block it is drained.
+
+    `launch_for`: how engines are started; None: as processes. Raises RuntimeError for an address that cannot be had,
+    OSError for files that are not there.
+    """
+    async with AsyncExitStack() as stack:
+        bus_directory = Path(stack.enter_context(make_bus_directory()))
+        renderer = await stack.enter_async_context(TemplateRenderer())
+        app = assemble(config, bus_directory, renderer, launch_for or engine_processes(config))
+        data, admin, addresses = _listeners(app)
+        shutting_down = Unavailable("DRAINING", "the server is shutting down; try another replica")
+        stack.push_async_callback(app.host.close, shutting_down)
+        stack.push_async_callback(app.deployer.close)
+        health_task = asyncio.create_task(app.keep_health(), name="health")
+        stack.push_async_callback(_end, health_task)
+        await app.health.start()
+        app.host.start()
+        await app.register_configured()
+        await data.start()
+        await admin.start()
+        stack.push_async_callback(
+            drain,
+            (data, admin),
+            app.health,
+            app.admission,
+            app.inference,
+            config.drain_grace_seconds,
+            config.lame_duck_seconds,
+        )
+        yield app, addresses
+
+
+def _listeners(app: Application) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
+    config = app.config
+    credentials = None if config.tls is None else _credentials(config.tls)
+    interceptor = CallInterceptor(stall_seconds=config.limits.unread_seconds)
+    data, data_port = build_server(app.data, app.health, interceptor, config.listen, credentials)
+    admin, admin_port = build_server(app.admin, app.health, interceptor, config.admin_listen, credentials)
+    hosts = [address.rpartition(":")[0] for address in (config.listen, config.admin_listen)]
+    return data, admin, Addresses(f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}")
+
+
+def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    """Raises OSError for a file that cannot be read."""
+    pair = (Path(tls.key).read_bytes(), Path(tls.certificate).read_bytes())
+    client_ca = None if tls.client_ca is None else Path(tls.client_ca).read_bytes()
+    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
