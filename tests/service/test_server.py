@@ -13,7 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
-from service.server import MAX_RECEIVE_BYTES, build_server, drain
+from service.interceptors import CallInterceptor
+from service.server import MAX_METADATA_BYTES, MAX_RECEIVE_BYTES, build_server, drain
 from tests.service.data_plane import DataPlane, failure, make_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,9 +73,26 @@ async def test_a_prompt_of_many_megabytes_is_received_and_refused_in_peace(plane
     assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_two_servers_never_share_a_port(plane: DataPlane) -> None:
-    from service.interceptors import CallInterceptor
+@pytest.mark.parametrize(
+    ("size", "metadata"), [(MAX_RECEIVE_BYTES + 1, []), (1, [("x-flood", "x" * 3 * MAX_METADATA_BYTES)])]
+)
+async def test_floods_are_refused_before_they_are_looked_at(
+    plane: DataPlane, size: int, metadata: list[tuple[str, str]]
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await plane.generate(make_spec("x" * size), metadata=metadata)
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await plane.generate(make_spec())).outputs[0].text == "abcab"
 
+
+async def test_unknown_method_is_unimplemented(plane: DataPlane) -> None:
+    call = plane.channel.unary_unary("/loraplex.v1.InferenceService/Nothing")
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call(b"")
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_two_servers_never_share_a_port(plane: DataPlane) -> None:
     with pytest.raises(RuntimeError):
         build_server([], plane.health, CallInterceptor(), plane.address)
 
