@@ -44,7 +44,7 @@ class ModelRunner:
     @classmethod
     def load(cls, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:
         device = select_device(config.device)
-        ops = select_ops(device, config.kernels)
+        ops = select_ops(device, config.kernels, threads=config.threads)
         return cls(load_model(config, path, ops, progress), ops, config)
 
     def limits(self, config: EngineConfig) -> ModelLimits:
