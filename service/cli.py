@@ -1,5 +1,4 @@
 """The command line: `loraplex serve` and `loraplex demo` run a server, everything else is a client of one."""
-# ruff: noqa: E402  (gRPC reads its environment when it is imported)
 
 import os
 

@@ -143,6 +143,7 @@ class EngineSupervisor:
             logger.error("the engine of model %s is lost: %s", self.name, self.error)
             failed_starts = 0 if was_ready else failed_starts + 1
             if self.state is EngineState.UNLOADING:
+                self._set(EngineState.UNLOADED)
                 return
             if self.state is EngineState.LOADING or failed_starts >= self._config.failed_starts:
                 self._set(EngineState.FAILED)

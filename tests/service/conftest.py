@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -18,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def byte_tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One token for each byte of UTF-8: the id is the byte. 256 begins a text, 257 ends it."""
     directory = tmp_path_factory.mktemp("tokenizer")
     backend = tokenizers.Tokenizer(models.BPE({char: byte for char, byte in BYTE_ALPHABET.items()}, []))
@@ -28,7 +29,12 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     backend.save(str(directory / "tokenizer.json"))
     config = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokenizer.load(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(byte_tokenizer_directory: Path) -> Tokenizer:
+    return Tokenizer.load(byte_tokenizer_directory)
 
 
 @pytest.fixture

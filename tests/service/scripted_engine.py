@@ -1,0 +1,235 @@
+"""An engine whose model is a script: the true bus and the true loop, around a core that computes nothing.
+
+It runs as a thread of the test, or as a process of its own (`python scripted_engine.py --bus ADDRESS …`) that can be
+killed, stopped and starved like a real one. Every request gets its prompt back, again and again, a token a step.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+import threading
+import time
+from asyncio.subprocess import PIPE
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from adapters.key import AdapterKey
+from engine.bus import BadRequest, EngineBus
+from engine.messages import (
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterUnloaded,
+    AddRequest,
+    EngineStats,
+    FromEngine,
+    LoadAdapter,
+    ModelLimits,
+    RequestOutput,
+    StepOutput,
+    ToEngine,
+    UnloadAdapter,
+)
+from engine.process import Progress, run_engine
+from engine.sampling_params import FinishReason
+from service.supervisor import EngineProcess, Launch
+
+LIMITS = ModelLimits(
+    architecture="ScriptedForCausalLM",
+    dtype="float32",
+    quantization="",
+    vocab_size=258,
+    max_model_len=1 << 20,
+    max_adapter_rank=8,
+    max_num_seqs=4,
+    total_blocks=1 << 16,
+    block_size=16,
+    weight_bytes=1000,
+    kv_cache_bytes=2000,
+    kernel_backend="none",
+)
+STEP_SECONDS = 0.001  # so that an endless request does not take the processor from everybody else
+REJECTED = "rejected"  # an adapter in a directory of this name does not fit the model
+
+
+class ScriptedCore:
+    """What `run_engine` needs of a core."""
+
+    def __init__(self) -> None:
+        self.limits = LIMITS
+        self.requests: dict[int, AddRequest] = {}
+        self.given: Counter[int] = Counter()
+        self.adapters: set[AdapterKey] = set()
+        self.loaded: list[AdapterKey] = []  # every LoadAdapter, in order
+        self.loads_allowed = threading.Event()
+        self.loads_allowed.set()
+        self._loading: list[LoadAdapter] = []
+        self._unloading: set[AdapterKey] = set()
+
+    def add(self, message: AddRequest) -> None:
+        self.requests[message.request_id] = message
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        for request_id in request_ids:
+            self.requests.pop(request_id, None)
+
+    def load_adapter(self, message: LoadAdapter) -> None:
+        self.loaded.append(message.key)
+        self._loading.append(message)
+
+    def unload_adapter(self, message: UnloadAdapter) -> None:
+        self._unloading.add(message.key)
+
+    def has_work(self) -> bool:
+        return bool(self.requests or self._loading or self._unloading)
+
+    def step(self) -> list[FromEngine]:
+        outputs = [self._next(request) for request in list(self.requests.values())]
+        events = self._adapter_events()
+        if outputs:
+            time.sleep(STEP_SECONDS)
+            events.append(StepOutput(outputs, self.stats()))
+        return events
+
+    def stats(self) -> EngineStats:
+        used = len(self.requests)
+        on_device = [(key, 1) for key in self._in_use()]
+        return EngineStats(
+            used, 0, 0, LIMITS.total_blocks, LIMITS.total_blocks - used, 0, 16, 0, 0, 0, 0, 0, 0, on_device
+        )
+
+    def close(self) -> None:
+        pass
+
+    def _in_use(self) -> set[AdapterKey]:
+        return {request.adapter for request in self.requests.values() if request.adapter is not None}
+
+    def _next(self, request: AddRequest) -> RequestOutput:
+        number = self.given[request.request_id]
+        self.given[request.request_id] += 1
+        token_id = request.prompt_token_ids[number % len(request.prompt_token_ids)]
+        finished = number + 1 == request.sampling.max_tokens
+        if finished:
+            del self.requests[request.request_id]
+        return RequestOutput(request.request_id, [token_id], FinishReason.MAX_TOKENS if finished else None)
+
+    def _adapter_events(self) -> list[FromEngine]:
+        events: list[FromEngine] = []
+        if self.loads_allowed.is_set():
+            for load in self._loading:
+                if Path(load.path).name == REJECTED:
+                    events.append(AdapterFailed(load.key, ["q_proj: shape [8, 3], this model needs [rank, 64]"]))
+                else:
+                    self.adapters.add(load.key)
+                    events.append(AdapterLoaded(load.key, 4, 1024, ["q_proj"], ["a warning"]))
+            self._loading.clear()
+        for key in self._unloading - self._in_use():
+            self._unloading.discard(key)
+            self.adapters.discard(key)
+            events.append(AdapterUnloaded(key))
+        return events
+
+
+# ---- as a thread -----------------------------------------------------------------------------------------------------
+
+
+class _KillableBus(EngineBus):
+    """Looks up from its wait, so that a thread can be ended as a process is killed."""
+
+    def __init__(self, address: str, killed: threading.Event) -> None:
+        super().__init__(address)
+        self._killed = killed
+
+    def receive(self, timeout_seconds: float | None) -> list[ToEngine | BadRequest]:
+        while not self._killed.is_set():
+            messages = super().receive(0.005 if timeout_seconds is None else timeout_seconds)
+            if messages or timeout_seconds is not None:
+                return messages
+        raise SystemExit("killed")
+
+
+class ThreadedEngine:
+    """What the supervisor sees as a process."""
+
+    pid = -1
+
+    def __init__(self, core: ScriptedCore, address: str) -> None:
+        self.core = core
+        self._killed = threading.Event()
+        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._run, args=(address,), daemon=True).start()
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self._ended)
+
+    def kill(self) -> None:
+        self._killed.set()
+
+    def _run(self, address: str) -> None:
+        status = -9
+        try:
+            with _KillableBus(address, self._killed) as bus:
+                status = run_engine(lambda progress: self.core, bus)
+        except SystemExit:
+            pass
+        self._loop.call_soon_threadsafe(self._ended.set_result, status)
+
+
+class ThreadedEngines:
+    """Starts engines for a supervisor, and keeps them for the test to look at."""
+
+    def __init__(self) -> None:
+        self.started: list[ThreadedEngine] = []
+        self.prepare: Callable[[ScriptedCore], None] = lambda core: None
+
+    async def launch(self, address: str) -> EngineProcess:
+        core = ScriptedCore()
+        self.prepare(core)
+        self.started.append(ThreadedEngine(core, address))
+        return self.started[-1]
+
+    @property
+    def core(self) -> ScriptedCore:
+        """Of the engine that was started last."""
+        return self.started[-1].core
+
+
+# ---- as a process ----------------------------------------------------------------------------------------------------
+
+
+def process_launcher(*arguments: str) -> Launch:
+    """Starts this file as a process. `arguments`: see `main`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    async def launch(address: str) -> EngineProcess:
+        return await asyncio.create_subprocess_exec(
+            sys.executable, __file__, "--bus", address, *arguments, stdin=PIPE, env=environment
+        )
+
+    return launch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bus", required=True)
+    parser.add_argument("--fail", help="say with this reason that the model cannot be loaded")
+    parser.add_argument("--die", action="store_true", help="end without a word while loading")
+    parser.add_argument("--die-if-exists", type=Path, help="the same, if there is such a file")
+    arguments = parser.parse_args()
+
+    def load(progress: Progress) -> ScriptedCore:
+        progress(50, 100)
+        if arguments.fail:
+            raise ValueError(arguments.fail)
+        if arguments.die or (arguments.die_if_exists and arguments.die_if_exists.exists()):
+            os._exit(3)
+        return ScriptedCore()
+
+    with EngineBus(arguments.bus) as bus:
+        return run_engine(load, bus)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
