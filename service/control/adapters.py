@@ -322,11 +322,10 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
         client = self._host.get(version.spec.base_model).client
-        if client is None:
+        if client is None or version.key not in client.adapters:
             return ADAPTER_RESIDENCY_DISK
-        if client.stats is not None and any(key == version.key for key, _ in client.stats.adapters):
-            return ADAPTER_RESIDENCY_DEVICE
-        return ADAPTER_RESIDENCY_HOST if version.key in client.adapters else ADAPTER_RESIDENCY_DISK
+        on_device = client.stats is not None and any(key == version.key for key, _ in client.stats.adapters)
+        return ADAPTER_RESIDENCY_DEVICE if on_device else ADAPTER_RESIDENCY_HOST
 
 
 def _check_create(request: CreateAdapterRequest) -> Iterator[Violation]:

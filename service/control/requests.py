@@ -83,7 +83,7 @@ def page(items: Sequence[T], name: Callable[[T], str], request: PageRequest) -> 
         raise InvalidRequest.at("page_size", f"must be from 0 to {MAX_PAGE_SIZE}, is {request.page_size}")
     size = request.page_size or DEFAULT_PAGE_SIZE
     try:
-        after = base64.urlsafe_b64decode(request.page_token.encode()).decode()
+        after = base64.b64decode(request.page_token.encode(), b"-_", validate=True).decode()
     except (binascii.Error, UnicodeDecodeError):
         raise InvalidRequest.at("page_token", "is no token of an earlier response; leave it out to begin") from None
     rest = [item for item in items if name(item) > after]

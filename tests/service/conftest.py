@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from service.text import Tokenizer
 from service.text.token_decoders import BYTE_ALPHABET
+from tests.service.control_plane import ControlPlane, control_plane
 from tests.service.data_plane import DataPlane, data_plane
 
 CHAT_TEMPLATE = (
@@ -41,3 +42,10 @@ def byte_tokenizer(byte_tokenizer_directory: Path) -> Tokenizer:
 async def plane(byte_tokenizer: Tokenizer) -> AsyncIterator[DataPlane]:
     async with data_plane(byte_tokenizer) as plane:
         yield plane
+
+
+@pytest.fixture
+async def control(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    """A service with the model "tiny" loaded and "other" not; adapters may lie in tmp_path."""
+    async with control_plane(byte_tokenizer_directory, tmp_path) as control:
+        yield control

@@ -1,0 +1,151 @@
+"""Names, pages and calls sent twice."""
+
+import asyncio
+import uuid
+from itertools import pairwise
+
+import pytest
+
+from loraplex.v1.models_pb2 import ListModelsRequest
+from service.control.requests import Once, adapter_name, check_labels, model_id, page, tenant_id
+from service.errors import InvalidRequest
+
+ITEMS = [f"item-{number:02d}" for number in range(25)]
+
+
+def pages(items: list[str], size: int) -> list[list[str]]:
+    found, token = [], ""
+    while True:
+        shown, token = page(items, str, ListModelsRequest(page_size=size, page_token=token))
+        found.append(list(shown))
+        if not token:
+            return found
+
+
+@pytest.mark.parametrize("size", [1, 7, 25, 1000])
+def test_pages_together_are_all_items_once(size: int) -> None:
+    found = pages(ITEMS, size)
+    assert [item for shown in found for item in shown] == ITEMS
+    assert all(len(shown) == size for shown, _ in pairwise(found))
+
+
+def test_a_page_goes_on_after_an_item_that_is_gone() -> None:
+    _, token = page(ITEMS, str, ListModelsRequest(page_size=5))
+    rest = [item for item in ITEMS if item != "item-04"]
+    shown, _ = page(rest, str, ListModelsRequest(page_size=2, page_token=token))
+    assert shown == ["item-05", "item-06"]
+
+
+@pytest.mark.parametrize("request_", [ListModelsRequest(page_size=-1), ListModelsRequest(page_size=1001)])
+def test_page_sizes_have_limits(request_: ListModelsRequest) -> None:
+    with pytest.raises(InvalidRequest, match="page_size"):
+        page(ITEMS, str, request_)
+
+
+@pytest.mark.parametrize("token", ["x", "//8=", "é"])
+def test_a_token_of_ones_own_making_is_refused(token: str) -> None:
+    with pytest.raises(InvalidRequest, match="page_token"):
+        page(ITEMS, str, ListModelsRequest(page_token=token))
+
+
+def test_names_give_their_ids() -> None:
+    assert model_id("models/llama-3.1-8b", "name") == "llama-3.1-8b"
+    assert tenant_id("tenants/acme", "parent") == "acme"
+    assert tenant_id("tenants/-", "parent", all_allowed=True) is None
+    assert adapter_name("tenants/a/adapters/b@0123456789ab", "name") == "tenants/a/adapters/b@0123456789ab"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "models", "models/", "models/a/b", "models/A", "models/a\n", "models/" + "a" * 64]
+)
+def test_what_is_no_name_of_a_model_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="name"):
+        model_id(name, "name")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pirate", "tenants/a/adapters/b@", "tenants/a/adapters/b@xyz", "tenants/-/adapters/b", "tenants/a/adapters/.."],
+)
+def test_what_is_no_name_of_an_adapter_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="does not name an adapter here"):
+        adapter_name(name, "name")
+
+
+def test_a_tenant_of_all_is_refused_where_one_is_needed() -> None:
+    with pytest.raises(InvalidRequest, match=r"tenants/\{tenant\} is expected"):
+        tenant_id("tenants/-", "parent")
+
+
+def test_labels_have_limits() -> None:
+    labels = {f"key-{number}": "" for number in range(63)} | {"k" * 64: "", "long": "v" * 257}
+    problems = [violation.problem for violation in check_labels(labels, "labels")]
+    assert len(problems) == 3
+
+
+async def test_calls_with_the_same_id_happen_once() -> None:
+    once, calls, gate = Once(), [], asyncio.Event()
+
+    async def work() -> int:
+        calls.append(1)
+        await gate.wait()
+        return len(calls)
+
+    request_id = str(uuid.uuid4())
+    both = [asyncio.create_task(once.run("Do", request_id, work)) for _ in range(2)]
+    await asyncio.sleep(0)
+    gate.set()
+    assert await asyncio.gather(*both) == [1, 1]
+    assert await once.run("Do", request_id, work) == 1
+    assert await once.run("DoOther", request_id, work) == 2
+
+
+async def test_calls_without_an_id_happen_each_time() -> None:
+    once, calls = Once(), []
+
+    async def work() -> int:
+        calls.append(1)
+        return len(calls)
+
+    assert [await once.run("Do", "", work) for _ in range(2)] == [1, 2]
+
+
+async def test_a_failure_is_not_remembered() -> None:
+    once, outcomes = Once(), iter([ValueError("not now"), None])
+
+    async def work() -> str:
+        error = next(outcomes)
+        if error is not None:
+            raise error
+        return "done"
+
+    request_id = str(uuid.uuid4())
+    with pytest.raises(ValueError, match="not now"):
+        await once.run("Do", request_id, work)
+    assert await once.run("Do", request_id, work) == "done"
+
+
+async def test_a_caller_that_goes_away_does_not_stop_what_it_began() -> None:
+    once, gate, done = Once(), asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        await gate.wait()
+        done.set()
+
+    caller = asyncio.create_task(once.run("Do", str(uuid.uuid4()), work))
+    await asyncio.sleep(0)
+    caller.cancel()
+    gate.set()
+    await done.wait()
+    assert caller.cancelled() or caller.cancelling()
+
+
+async def test_only_the_latest_calls_are_remembered() -> None:
+    once, calls = Once(capacity=1), []
+
+    async def work() -> int:
+        calls.append(1)
+        return len(calls)
+
+    first, second = str(uuid.uuid4()), str(uuid.uuid4())
+    assert [await once.run("Do", request_id, work) for request_id in (first, second, first)] == [1, 2, 3]
