@@ -208,8 +208,12 @@ def select_ops(
 
     if backend == "reference":
         return ReferenceOps(device)
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        return _triton_ops(device, required=backend == "triton")
     if backend not in ("auto", "cpu"):
-        raise ValueError(f"unknown kernel backend {backend!r} for device {device}: choose auto, cpu or reference")
+        raise ValueError(
+            f"unknown kernel backend {backend!r} for device {device}: choose auto, cpu, triton or reference"
+        )
     if device.type != "cpu":
         if backend == "auto":
             return ReferenceOps(device)
@@ -222,4 +226,19 @@ def select_ops(
         logger.warning("kernels: reference (plain torch, several times slower): %s", error)
         return ReferenceOps(device)
     logger.info("kernels: cpu, %s, %d threads", ops.library.isa, ops.library.threads)
+    return ops
+
+
+def _triton_ops(device: torch.device, required: bool) -> Ops:
+    try:
+        from kernels.triton import TritonOps
+    except ImportError as error:
+        if required:
+            raise ValueError(f"kernel backend 'triton' cannot be used: {error}; install triton") from error
+        from kernels.reference import ReferenceOps
+
+        logger.warning("kernels: reference (plain torch, several times slower): %s", error)
+        return ReferenceOps(device)
+    ops = TritonOps(device)
+    logger.info("kernels: triton on %s", device)
     return ops

@@ -1,0 +1,103 @@
+"""The CUDA backend, in Triton: attention, segmented LoRA and the small operations between the matrix products, which
+are cuBLAS's.
+
+The same kernels run on the CPU under Triton's interpreter (TRITON_INTERPRET=1), for tests. Nothing here reads back from
+the device: sizes come from shapes and from the host's fields of the metadata.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraTable, PackedLinear, QKNorm
+from kernels.reference import ReferenceLinear
+from kernels.triton.activation import activate_and_mul
+from kernels.triton.attention import Scoring, paged_attention
+from kernels.triton.lora import Growth, TritonLoraTable, segmented_lora
+from kernels.triton.norm import rms_norm
+from kernels.triton.rotary import rotary_store_kv
+
+INTERPRETED_MULTIPROCESSORS = 8
+
+
+class TritonOps:
+    """`Ops` on a CUDA device.
+
+    A cache block is laid out [K, P, D]: the keys that a program reads at a time lie together.
+    """
+
+    name = "triton"
+    batch_invariant = False  # cuBLAS and the splitting of sums follow the number of rows
+
+    def __init__(self, device: torch.device) -> None:
+        """Raises ValueError for a device that Triton does not compile for."""
+        if device.type == "cuda":
+            self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        elif triton.knobs.runtime.interpret:
+            self._num_multiprocessors = INTERPRETED_MULTIPROCESSORS
+        else:
+            raise ValueError(f"the triton kernels run on CUDA devices, not on {device}: choose another backend")
+        self.device = device
+        self._lora_growth = Growth()
+
+    @property
+    def lora_growth(self) -> int:
+        """Changes when an adapter has made a table wider than before: graphs captured with adapters are then stale."""
+        return self._lora_growth.count
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
+        return ReferenceLinear(weight, bias)
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        assert isinstance(packed, ReferenceLinear)
+        return F.linear(x, packed.weight, packed.bias)
+
+    def lora_table(self, in_features: int, out_features: int, num_slots: int) -> TritonLoraTable:
+        return TritonLoraTable(in_features, out_features, num_slots, self.device, self._lora_growth)
+
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
+        assert isinstance(table, TritonLoraTable)
+        segmented_lora(y, x, segments, table, self._num_multiprocessors)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, None, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, residual, weight, eps)
+
+    def rotary_store_kv(
+        self,
+        qkv: Tensor,  # [T, (H + 2K)·D]
+        shape: HeadShape,
+        qk_norm: QKNorm | None,
+        positions: Tensor,  # int64 [T]
+        cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+        cache: LayerKV,
+        slot_mapping: Tensor,  # int64 [T]; a negative slot stores nothing
+    ) -> Tensor:
+        return rotary_store_kv(qkv, shape, qk_norm, positions, cos_sin, cache, slot_mapping)
+
+    def paged_attention(
+        self,
+        q: Tensor,  # [T, H, D]
+        cache: LayerKV,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        return paged_attention(q, cache, metadata, Scoring(scale, window, soft_cap), self._num_multiprocessors)
+
+    def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
+        size = (num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
+        k = torch.zeros(size, dtype=dtype, device=self.device)
+        return LayerKV(k, torch.zeros_like(k), num_blocks, block_size)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        return activate_and_mul(x, gelu=False)
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        return activate_and_mul(x, gelu=True)
