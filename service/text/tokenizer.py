@@ -1,8 +1,7 @@
 """Text to token ids and back, from the files of a model directory, without transformers and without torch."""
 
-import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from service.text.errors import TextError, TokenizerError
 from service.text.model_files import ModelFiles
 from service.text.token_decoders import PieceTable, token_decoder
 
-_INLINE_CHARS = 4096  # takes milliseconds at most; a thread costs a tenth of one
-
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
@@ -26,15 +23,17 @@ class Encoding:
 
 
 class Tokenizer:
-    """One model's vocabulary and rules. Immutable; may be shared by all requests and called from any thread."""
+    """One model's vocabulary and rules. Shared by all its requests; may be called from any thread."""
 
     def __init__(self, backend: Backend, files: ModelFiles) -> None:
         self._backend = backend.tokenizer
         named = files.named_special_tokens()
         bos = files.special_token("bos_token", backend.bos_token)
         eos = files.special_token("eos_token", backend.eos_token)
-        bos_ids = self._ids(bos) if "bos_token" in files.tokenizer_config else files.token_ids("bos_token_id")
-        self.bos_token_id: int | None = next(iter(bos_ids or self._ids(bos)), None)
+        # Null in tokenizer_config.json says that there is none, whatever config.json says.
+        declared = "bos_token" in files.tokenizer_config
+        bos_ids = self._ids(bos) or (() if declared else files.token_ids("bos_token_id"))
+        self.bos_token_id: int | None = next(iter(bos_ids), None)
         # Chat models name their turn's end in generation_config.json and the text's end in the tokenizer: both end it.
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*self._ids(eos), *files.token_ids("eos_token_id")]))
         self.special_token_ids: frozenset[int] = frozenset(
@@ -49,9 +48,10 @@ class Tokenizer:
             raise TokenizerError(f"{files.directory}: {error}") from error
         self._pieces = PieceTable(self.id_to_token, decoder)
         self._pieces_without_special = PieceTable(self.id_to_token, decoder, skipped=self.special_token_ids)
-        special = {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token is not None} | named
+        known = {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token is not None}
+        self.special_tokens: Mapping[str, str] = known | named  # by name (bos_token …), as chat templates want them
         self.chat_template: ChatTemplate | None = (
-            ChatTemplate(files.chat_templates, **special) if files.chat_templates else None
+            ChatTemplate(files.chat_templates, **self.special_tokens) if files.chat_templates else None
         )
 
     @classmethod
@@ -69,15 +69,13 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text; with BOS and EOS where the model's tokenizer puts them. Raises TextError."""
+        """The ids of a text; with BOS and EOS where the model's tokenizer puts them. Raises TextError.
+
+        Takes about a second per million characters and leaves the interpreter to other threads meanwhile: call it in a
+        thread of its own for long texts.
+        """
         token_ids: list[int] = self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
         return token_ids
-
-    async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """`encode`, with long texts (a second per million characters) in a thread, so that the event loop goes on."""
-        if len(text) <= _INLINE_CHARS:
-            return self.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens)
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """The ids of a text and where in it each comes from. Raises TextError."""

@@ -164,6 +164,14 @@ async def test_environment_is_that_of_transformers(renderer, source, expected):
     assert render_with_transformers(source, {"bos_token": "<s>"}, conversation) == expected
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+async def test_reasoning_is_found_under_the_names_that_templates_read(renderer, name):
+    source = "{{ messages[0].thinking }} {{ messages[0].reasoning_content }}"
+    message = {"role": "assistant", "content": "Yes.", name: "hm"}
+    assert await render(renderer, source, message) == "hm hm"
+    assert render_with_transformers(source, {}, {"messages": [message]}) == "hm hm"
+
+
 async def test_any_text_comes_through_unchanged(renderer):
     text = "".join(map(chr, range(0x20))) + '\x7f"\\\u2028\U0001f600\ud800'
     assert await render(renderer, "{{ messages[0].content }}", {"role": "user", "content": text}) == text
@@ -278,14 +286,17 @@ async def test_template_source_is_limited():
 # ---- the worker ----------------------------------------------------------------------------------------------------
 
 
-async def test_caller_that_goes_away_leaves_no_answer_behind(renderer):
-    await render(renderer, "warm")
-    gone = asyncio.create_task(render(renderer, "{{ messages[0].content }}"))
-    await asyncio.sleep(0)
+async def test_caller_that_goes_away_leaves_no_answer_behind_and_costs_no_worker(renderer):
+    await render(renderer, "start")
+    worker = renderer._worker
+    gone = asyncio.create_task(render(renderer, "{% for i in range(9999) %}x{% endfor %}"))
+    for _ in range(5):  # until it waits for its answer
+        await asyncio.sleep(0)
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gone
     assert await render(renderer, "mine") == "mine"
+    assert renderer._worker is worker
 
 
 async def test_many_at_once_each_get_their_own(renderer):

@@ -31,7 +31,7 @@ LLAMA_DECODER = {
 }
 GEMMA_DECODER = {"type": "Sequence", "decoders": LLAMA_DECODER["decoders"][:3]}
 SENTENCEPIECE_TOKENS = [*BYTE_TOKENS, "▁", "▁▁", "a", "▁a", "é", "▁東", "\ufffd", " "]
-BYTE_LEVEL_TOKENS = [*BYTE_ALPHABET, "ĠâĤ¬", "ðŁĺ", "ĢðŁ", "ï¿½", "aa"]
+BYTE_LEVEL_TOKENS = [*BYTE_ALPHABET, "ĠâĤ¬", "ðŁĺ", "ĢðŁ", "ï¿½", "aa", ""]
 # Every kind of decoder, over a vocabulary with many ways to break a character.
 SYNTHETIC = {
     "byte level": ({"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}, BYTE_LEVEL_TOKENS),
@@ -201,6 +201,7 @@ def test_character_begun_by_the_prompt_belongs_to_the_output(tmp_path):
 def test_character_begun_by_the_prompt_and_dropped_there_is_not_repeated(tmp_path):
     tokenizer = llama(tmp_path)
     assert streamed(tokenizer, [SENTENCEPIECE_TOKENS.index("a")], prompt=["東".encode()[0]]) == "a"
+    assert streamed(tokenizer, list("é".encode()), prompt=["東".encode()[0]]) == "é"
     assert streamed(tokenizer, [], prompt=["東".encode()[0]]) == ""
 
 

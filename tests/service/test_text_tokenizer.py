@@ -155,6 +155,14 @@ def test_tokens_that_only_the_configuration_lists_are_added_under_their_ids(tmp_
     assert tokenizer.decode([1, 3, 2]) == "a <y>"
 
 
+def test_older_files_count_only_where_the_configuration_lists_no_added_tokens(tmp_path):
+    older = {"special_tokens_map": {"eos_token": "b"}, "tokenizer": word_level("?", "a", "b")}
+    config = {"eos_token": "a"}
+    assert Tokenizer.load(write(tmp_path / "old", **older, tokenizer_config=config)).eos_token_ids == (2,)
+    config["added_tokens_decoder"] = {}
+    assert Tokenizer.load(write(tmp_path / "new", **older, tokenizer_config=config)).eos_token_ids == (1,)
+
+
 def test_special_token_outside_the_vocabulary_gets_no_id(tmp_path):
     config = {"pad_token": "<pad>", "eos_token": "<eos>"}
     tokenizer = Tokenizer.load(write(tmp_path, tokenizer=word_level("?", "a"), tokenizer_config=config))
@@ -211,8 +219,17 @@ def test_named_templates_and_special_tokens_reach_the_chat_template(tmp_path):
     assert template.special_tokens == {"bos_token": "<s>", "image_token": "<image>"}
 
 
-def test_model_without_a_template_has_none(tmp_path):
-    assert Tokenizer.load(write(tmp_path, tokenizer=word_level("?"))).chat_template is None
+def test_model_without_a_template_has_none_and_knows_its_special_tokens(tmp_path):
+    config = {"bos_token": "<s>", "eos_token": None}
+    tokenizer = Tokenizer.load(write(tmp_path, tokenizer=word_level("?"), tokenizer_config=config))
+    assert tokenizer.chat_template is None
+    assert tokenizer.special_tokens == {"bos_token": "<s>"}
+
+
+def test_null_says_that_there_is_no_bos(tmp_path):
+    files = {"tokenizer": word_level("?"), "config": {"bos_token_id": 0}}
+    assert Tokenizer.load(write(tmp_path / "absent", **files)).bos_token_id == 0
+    assert Tokenizer.load(write(tmp_path / "null", **files, tokenizer_config={"bos_token": None})).bos_token_id is None
 
 
 # ---- single tokens -------------------------------------------------------------------------------------------------
@@ -247,12 +264,6 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
     for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
         with pytest.raises(TextError, match="character 2"):
             encode("ab\ud83d")
-
-
-@pytest.mark.parametrize("text", ["a b", "a b " * 10_000])
-async def test_encoding_beside_the_event_loop_gives_the_same(tmp_path, text):
-    tokenizer = Tokenizer.load(write(tmp_path, tokenizer=word_level("?", "a", "b")))
-    assert await tokenizer.encode_async(text) == tokenizer.encode(text)
 
 
 # ---- files that cannot be read -------------------------------------------------------------------------------------
