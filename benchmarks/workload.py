@@ -17,7 +17,7 @@ FIRST_TOKEN_ID = 300  # below are the tokenizer's special and byte tokens
 
 @dataclass(frozen=True)
 class Scenario:
-    """One kind of load. Lengths in tokens; request i uses adapter i mod num_adapters, or the base model if that is 0."""
+    """One kind of load. Lengths in tokens; request i uses adapter i mod num_adapters, the base model if that is 0."""
 
     name: str
     num_adapters: int

@@ -95,7 +95,7 @@ class Scheduler:
 
     @property
     def num_waiting_for_adapter(self) -> int:
-        return sum(len(requests) for requests in self.waiting_for_adapter.values())
+        return len(self.requests) - len(self.running) - len(self.waiting)
 
     def add(self, request: Request) -> None:
         assert request.request_id not in self.requests

@@ -289,8 +289,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(held) == blocks.num_used
         holders = Counter(r.adapter for r in scheduler.requests.values() if r.adapter_slot is not None)
         assert holders == +self.bench.slots.references
-        places = len(scheduler.running) + len(scheduler.waiting) + scheduler.num_waiting_for_adapter
-        assert places == len(scheduler.requests)
+        aside = sum(len(requests) for requests in scheduler.waiting_for_adapter.values())
+        assert scheduler.num_waiting_for_adapter == aside
         assert scheduler.running == sorted(scheduler.running, key=lambda request: request.order)
 
     def teardown(self) -> None:
