@@ -3,7 +3,8 @@
     python -m benchmarks.scheduler [--out RESULT.json]
 
 A batch decodes while others wait: because it is full, for one adapter that never arrives, and for as many adapters as
-there are requests (the batch has room, and each step looks whether somebody can join). Times `schedule` plus `update` alone: no model, no messages.
+there are requests (the batch has room, and each step looks whether somebody can join). Times `schedule` plus `update`
+alone: no model, no messages.
 """
 
 from __future__ import annotations
