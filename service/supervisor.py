@@ -225,6 +225,8 @@ class EngineSupervisor:
     async def _end(self, process: EngineProcess, bus: ServiceBus) -> None:
         """Tell everybody who waits for this life, and see that its process is gone."""
         client, self.client = self.client, None
+        if self.state is EngineState.ACTIVE and self._stop_reason is None:
+            self._set(EngineState.RESTARTING)  # before anybody is told, and looks
         if client is not None:
             restarting = f"the engine of model {self.name!r} ended and is starting again; try again, or another replica"
             client.fail(self._stop_reason or Unavailable("ENGINE_RESTARTING", restarting, RESTART_SECONDS))

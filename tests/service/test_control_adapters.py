@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,11 +29,11 @@ from service.config import AdapterConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 
-async def create(control: ControlPlane, adapter_id: str = "pirate", seed: int = 0, **options: object) -> Adapter:
+async def create(control: ControlPlane, adapter_id: str = "pirate", seed: int = 0, **options: Any) -> Adapter:
     """Register an adapter with content of its own, and wait until it is there."""
     source = write_adapter(control.roots / f"{adapter_id}-{seed}", seed=seed).name
-    arguments: dict[str, object] = {"base_model": "tiny", "source": source, "wait": 20.0}
-    return await control.admin.create_adapter(adapter_id, **(arguments | options))  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"base_model": "tiny", "source": source, "wait": 20.0}
+    return await control.admin.create_adapter(adapter_id, **(arguments | options))
 
 
 async def running_stream(control: ControlPlane, model: str) -> AsyncGenerateStream:
@@ -156,7 +157,7 @@ async def test_every_field_at_fault_is_named(control: ControlPlane) -> None:
 
 
 @pytest.mark.parametrize("option", [{"pinned": True}, {"residency": "device"}])
-async def test_what_is_not_supported_is_refused(control: ControlPlane, option: dict[str, object]) -> None:
+async def test_what_is_not_supported_is_refused(control: ControlPlane, option: dict[str, Any]) -> None:
     with pytest.raises(Unsupported):
         await create(control, **option)
 
@@ -200,7 +201,7 @@ async def test_adapters_are_listed_by_tenant_and_model(control: ControlPlane) ->
     await create(control, "two", tenant="acme")
     await create(control, "three", base_model="other", wait=None)
 
-    async def listed(**options: str) -> list[str]:
+    async def listed(**options: Any) -> list[str]:
         return [adapter.name for adapter in await control.admin.list_adapters(**options)]
 
     assert len(await listed()) == 3

@@ -1,0 +1,126 @@
+"""The true server: `loraplex serve` as a process, with real engines, on the demo's models and real gRPC ports."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loraplex import AsyncAdminClient, AsyncClient
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+LORAPLEX = Path(sys.executable).with_name("loraplex")
+MODELS = {"storyteller": ("pirate", "shouting", "formal", "poet"), "quizzer": ("json",)}
+START_SECONDS = 120.0  # two engines on a busy machine
+END_SECONDS = 60.0
+
+
+@dataclass
+class Server:
+    """A running `loraplex serve`."""
+
+    process: "subprocess.Popen[str]"
+    data: str
+    admin: str
+    roots: Path  # where the test may put adapters
+    log: Path
+
+    def engine_pids(self) -> set[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return {int(pid) for pid in children if b"engine" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")}
+
+    def terminate(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(END_SECONDS)
+
+
+def write_config(directory: Path, **settings: object) -> Path:
+    """The demo in float32, where a request's greedy tokens do not depend on its neighbours."""
+    roots = directory / "adapters"
+    roots.mkdir()
+    config = {
+        "listen": "127.0.0.1:0",
+        "admin_listen": "127.0.0.1:0",
+        "adapter_roots": [str(DEMO / "adapters"), str(roots)],
+        "models": [
+            {
+                "name": name,
+                "model": str(DEMO / "models" / name),
+                "dtype": "float32",
+                "threads": 1,
+                "kv_cache_bytes": 64 << 20,
+            }
+            for name in MODELS
+        ],
+        "adapters": [
+            {"name": adapter, "model": model, "source": str(DEMO / "adapters" / adapter)}
+            for model, adapters in MODELS.items()
+            for adapter in adapters
+        ],
+        "supervision": {"heartbeat_seconds": 0.2, "restart_delay_seconds": 0.1},
+    }
+    file = directory / "loraplex.yaml"
+    file.write_text(yaml.safe_dump(config | settings))
+    return file
+
+
+@contextmanager
+def running_server(directory: Path, **settings: object) -> Iterator[Server]:
+    """Started, and ended whatever happens. It chooses its ports and says which on its first line."""
+    config = write_config(directory, **settings)
+    log = directory / "server.log"
+    with log.open("w") as log_file:
+        process = subprocess.Popen(
+            [LORAPLEX, "serve", "--config", config], stdout=subprocess.PIPE, stderr=log_file, text=True, env=os.environ
+        )
+    watchdog = threading.Timer(START_SECONDS, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("listening "), f"the server did not start: {log.read_text()}"
+        ports = dict(word.split("=") for word in line.split()[1:])
+        yield Server(process, ports["data"], ports["admin"], directory / "adapters", log)
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that leave it as they found it."""
+    with running_server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[AsyncClient]:
+    """Of the shared server, with all of its models loaded."""
+    async with AsyncClient(server.data, timeout=END_SECONDS) as client:
+        for name in MODELS:
+            await client.wait_until_serving(f"models/{name}", timeout=START_SECONDS)
+        yield client
+
+
+@pytest.fixture
+async def admin(server: Server) -> AsyncIterator[AsyncAdminClient]:
+    async with AsyncAdminClient(server.admin, timeout=END_SECONDS) as admin:
+        yield admin
+
+
+@pytest.fixture
+def own_adapter(server: Server) -> Iterator[Path]:
+    """A directory under a root of the server, for an adapter that a test writes."""
+    directory = server.roots / "own"
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
