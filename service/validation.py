@@ -307,9 +307,7 @@ def room_for_output(spec: GenerateSpec, limits: ModelLimits, prompt_tokens: int,
 
 
 def derived_seed(seed: int, output_index: int) -> int:
-    """The seed of one of n outputs: the first has the request's own, so that n changes nothing for it."""
-    if output_index == 0:
-        return seed
+    """The seed of an output after the first, which has the request's own: n changes nothing for it."""
     digest = hashlib.blake2b(seed.to_bytes(8) + output_index.to_bytes(4), digest_size=8)
     return int.from_bytes(digest.digest())
 

@@ -55,6 +55,13 @@ def test_models_do_not_take_each_others_room() -> None:
         assert refusal(policy, "other", 1) == ""
 
 
+def test_tokens_are_given_back() -> None:
+    policy = admission(cache_tokens=1.0)
+    with policy.enter("m", SMALL, 1, 1, 1):
+        for _ in range(3):
+            assert refusal(policy, "m", 50) == ""
+
+
 def test_room_is_given_back_however_a_request_ends() -> None:
     policy = admission(sequences=0.5)
     with pytest.raises(KeyError), policy.enter("m", SMALL, 1, 1, 1):

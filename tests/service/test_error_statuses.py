@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo, RequestInfo, ResourceInfo, RetryInfo
 
 from engine.messages import LoadAdapter
@@ -482,3 +483,13 @@ def test_a_status_is_small_and_has_error_info_whatever_it_quotes(error: Loraplex
     assert status.details[0].Unpack(info)
     assert f"ERROR_REASON_{info.reason}" in ErrorReason.keys()  # noqa: SIM118 - an enum wrapper has no `in`
     assert len(status.details) >= len(error.details())
+
+
+def test_details_that_are_too_much_are_left_out_and_error_info_stays() -> None:
+    class TalkativeError(LoraplexError):
+        def details(self) -> list[Message]:
+            return [ResourceInfo(description="x" * MAX_STATUS_BYTES)]
+
+    status = to_status(TalkativeError("ENGINE_ERROR", "what happened"), "id")
+    assert status.message == "what happened"
+    assert [detail.Is(ErrorInfo.DESCRIPTOR) for detail in status.details] == [True]
