@@ -71,7 +71,7 @@ class Request:
         self.adapter_slot: int | None = None
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first scheduling
         self.first_scheduled_time: float | None = None
-        self.adapter_ready_time: float | None = None
+        self.adapter_ready_time: float | None = None  # set if it had to wait for it
         self.prompt_logprobs: list[TokenLogprobs | None] = []
 
     @property

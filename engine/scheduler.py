@@ -203,7 +203,7 @@ class Scheduler:
             request.state = RequestState.WAITING_FOR_ADAPTER
             self.waiting_for_adapter.setdefault(key, {})[request.request_id] = request
             return False
-        self._got_adapter(request, slot)
+        request.adapter_slot = slot
         return True
 
     def _retry_adapters(self) -> None:
@@ -221,15 +221,12 @@ class Scheduler:
                 if slot is None:
                     break
                 del requests[request.request_id]
-                self._got_adapter(request, slot)
+                request.adapter_slot = slot
+                request.adapter_ready_time = self.clock()
                 request.state = RequestState.WAITING
                 self.waiting.push(request)
             if not requests:
                 self.waiting_for_adapter.pop(key, None)
-
-    def _got_adapter(self, request: Request, slot: int) -> None:
-        request.adapter_slot = slot
-        request.adapter_ready_time = self.clock()
 
     # ---- results ---------------------------------------------------------------------------------------------------
 
