@@ -199,8 +199,8 @@ def _read_text_files(config: ModelConfig) -> tuple[Tokenizer, str]:
     directory = Path(config.model) if config.is_local else _fetched_directory(config)
     tokenizer = Tokenizer.load(directory)
     if config.chat_template is not None:
-        special = tokenizer.chat_template.special_tokens if tokenizer.chat_template is not None else {}
-        tokenizer.chat_template = ChatTemplate(Path(config.chat_template).read_text(encoding="utf-8"), **special)
+        source = Path(config.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = ChatTemplate(source, **tokenizer.special_tokens)
     return tokenizer, _revision(directory)
 
 

@@ -9,8 +9,8 @@ from google.protobuf.struct_pb2 import Value
 
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, ToolCall
 from service.catalog import LoadedModel
-from service.errors import InvalidRequest
-from service.text import Conversation, TemplateRenderer, TextError
+from service.errors import InvalidRequest, Unavailable
+from service.text import Conversation, RendererError, TemplateRenderer, TextError
 
 # Shorter texts take less time to tokenise than to hand to another thread.
 _INLINE_CHARS = 8192
@@ -19,7 +19,7 @@ _INLINE_CHARS = 8192
 async def prompt_text(prompt: Prompt, model: LoadedModel, renderer: TemplateRenderer, path: str) -> str:
     """The text of a prompt that is text or chat; for chat what the model's template makes of it.
 
-    `path`: where the prompt is in the request. Raises InvalidRequest.
+    `path`: where the prompt is in the request. Raises InvalidRequest, Unavailable.
     """
     if prompt.WhichOneof("content") == "text":
         return prompt.text
@@ -28,6 +28,8 @@ async def prompt_text(prompt: Prompt, model: LoadedModel, renderer: TemplateRend
         return await renderer.render(model.tokenizer.chat_template, conversation)
     except TextError as error:
         raise InvalidRequest.at(f"{path}.chat", str(error)) from error
+    except RendererError as error:
+        raise Unavailable("OVERLOADED", f"chat templates cannot be rendered now: {error}") from error
 
 
 def adds_special_tokens(prompt: Prompt) -> bool:
