@@ -98,9 +98,11 @@ def running_server(directory: Path, **settings: object) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests that leave it as they found it."""
+    """One server for all tests that leave it as they found it. Whatever they did, it was prepared for it."""
     with running_server(tmp_path_factory.mktemp("server")) as server:
         yield server
+        assert server.terminate() == 0
+        assert "Traceback" not in server.log.read_text()
 
 
 @pytest.fixture

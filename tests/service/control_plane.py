@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from loraplex import AsyncAdminClient, AsyncClient
-from service.app import Application, running
+from service.app import Addresses, Application, running
 from service.config import AdapterConfig, ModelConfig, ServiceConfig, SupervisionConfig
 from tests.service.scripted_engine import ScriptedCore, ThreadedEngines
 
@@ -40,6 +40,7 @@ class ControlPlane:
     client: AsyncClient
     admin: AsyncAdminClient
     roots: Path  # where adapters may lie
+    addresses: Addresses
 
     def core(self, model: str = "tiny") -> ScriptedCore:
         return self.engines[model].core
@@ -70,4 +71,4 @@ async def control_plane(
     async with running(config, lambda model: engines[model.name].launch) as (app, addresses):
         await app.host.get("tiny").wait_settled()
         async with AsyncClient(addresses.data) as client, AsyncAdminClient(addresses.admin) as admin:
-            yield ControlPlane(app, engines, client, admin, roots)
+            yield ControlPlane(app, engines, client, admin, roots, addresses)
