@@ -174,9 +174,10 @@ def test_a_task_other_than_generation_is_a_warning() -> None:
     assert "SEQ_CLS" in warning
 
 
+TEXT = st.text("aq_.*+?|()[]{}\\^$1é\n", max_size=5)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=5,
 )
 FIELDS = [
