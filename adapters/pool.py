@@ -88,21 +88,18 @@ class AdapterPool:
             self._drop(key)
         self._changes += 1
 
-    def make_room(self) -> None:
+    def make_room(self, key: AdapterKey) -> None:
         """For an adapter that has waited too long: let the resident with the fewest requests drain and leave.
 
-        It takes no new requests until it is gone. While one drains, no other begins to.
+        It takes no new requests until it is gone. While one drains, no other begins to; nothing happens as long as room
+        is not what the adapter waits for.
         """
-        residents = self._residents
-        candidates = [key for key, resident in residents.items() if not resident.pinned]
-        if not candidates or any(resident.draining for resident in residents.values()):
+        loaded = self._store.get(key)
+        if loaded is None or self._victims_for(loaded.nbytes) is not None:
             return
-        key = min(candidates, key=lambda key: residents[key].num_requests)
-        if residents[key].num_requests == 0:
-            self._drop(key)
-            self._changes += 1
-        else:
-            residents[key].draining = True
+        candidates = [resident for resident in self._residents.values() if not resident.pinned]
+        if candidates and not any(resident.draining for resident in self._residents.values()):
+            min(candidates, key=lambda resident: resident.num_requests).draining = True
 
     # ---- for the operator ------------------------------------------------------------------------------------------
 

@@ -37,6 +37,9 @@ class NoAdapters:
     def acquire(self, key: AdapterKey) -> int | None:
         return None
 
+    def make_room(self, key: AdapterKey) -> None:
+        """There is none to make."""
+
     def release(self, key: AdapterKey) -> None:
         raise AssertionError("nothing was acquired")
 

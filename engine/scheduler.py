@@ -20,6 +20,9 @@ from engine.request import Request, RequestState
 from engine.sampling_params import FinishReason
 from engine.step import SampledToken, ScheduledRequest, StepPlan, StepResult
 
+# A request that has waited so long for room on the device gets some, at the cost of an adapter that is in use.
+ADAPTER_PATIENCE_SECONDS = 2.0
+
 
 class AdapterSlots(Protocol):
     """What the scheduler needs of the adapters on the device."""
@@ -32,6 +35,9 @@ class AdapterSlots(Protocol):
         """The adapter's slot, held until `release`; None: not there yet, ask again. Raises AdapterRejected."""
 
     def release(self, key: AdapterKey) -> None: ...
+
+    def make_room(self, key: AdapterKey) -> None:
+        """See to it that the adapter gets room before long, if that is what it waits for."""
 
 
 class WaitingQueue:
@@ -208,6 +214,7 @@ class Scheduler:
 
     def _retry_adapters(self) -> None:
         """Bring back the requests whose adapter has arrived; fail those whose adapter turned out broken."""
+        self._relieve_the_oldest()
         if self.adapters.changes == self._adapter_changes_seen:
             return
         self._adapter_changes_seen = self.adapters.changes
@@ -227,6 +234,15 @@ class Scheduler:
                 self.waiting.push(request)
             if not requests:
                 self.waiting_for_adapter.pop(key, None)
+
+    def _relieve_the_oldest(self) -> None:
+        """Whoever waits longest must not starve behind adapters that are always in use."""
+        key = next(iter(self.waiting_for_adapter), None)
+        if key is None:
+            return
+        oldest = next(iter(self.waiting_for_adapter[key].values()))
+        if self.clock() - oldest.arrival_time > ADAPTER_PATIENCE_SECONDS:
+            self.adapters.make_room(key)
 
     # ---- results ---------------------------------------------------------------------------------------------------
 

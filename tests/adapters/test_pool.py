@@ -288,8 +288,8 @@ def test_making_room_lets_the_adapter_with_the_fewest_requests_drain(pool: Adapt
         store.finish(key(name))
     for name in "aab":
         pool.acquire(key(name))
-    pool.make_room()
-    pool.make_room()
+    pool.make_room(key("c"))
+    pool.make_room(key("c"))
     assert pool.acquire(key("a")) == 0
     assert pool.acquire(key("b")) is None  # its steady stream of requests is cut, so that it can leave
     pool.release(key("b"))
@@ -297,15 +297,18 @@ def test_making_room_lets_the_adapter_with_the_fewest_requests_drain(pool: Adapt
     assert pool.acquire(key("b")) is None  # now it waits like any other
 
 
-def test_making_room_drops_an_idle_adapter_at_once_and_spares_pins(pool: AdapterPool, store: FakeStore) -> None:
-    for name in "ab":
+def test_nobody_drains_for_an_adapter_that_could_have_room_or_is_not_read_yet(
+    pool: AdapterPool, store: FakeStore
+) -> None:
+    for name in "abc":
         store.finish(key(name))
-        pool.acquire(key(name))
-        pool.release(key(name))
-    pool.pin(key("a"))
-    pool.make_room()
-    pool.make_room()
-    assert pool.residents() == [(key("a"), 0)]
+    pool.acquire(key("a"))
+    pool.acquire(key("b"))
+    pool.make_room(key("d"))  # still on its way
+    pool.release(key("b"))
+    pool.make_room(key("c"))  # b is idle: it leaves without being asked
+    assert pool.acquire(key("a")) == 0
+    assert pool.acquire(key("c")) == 1
 
 
 # ---- whatever the order ----------------------------------------------------------------------------------------------
@@ -358,9 +361,9 @@ class PoolMachine(RuleBasedStateMachine):
     def unpin(self, name: str) -> None:
         self.pool.unpin(key(name))
 
-    @rule()
-    def make_room(self) -> None:
-        self.pool.make_room()
+    @rule(name=names)
+    def make_room(self, name: str) -> None:
+        self.pool.make_room(key(name))
 
     @invariant()
     def references_are_those_of_requests(self) -> None:

@@ -129,9 +129,9 @@ class Tiers(RuleBasedStateMachine):
             self.pool.unload(self.keys[name])
             self.store.unregister(self.keys[name])
 
-    @rule()
-    def make_room(self) -> None:
-        self.pool.make_room()
+    @rule(name=names)
+    def make_room(self, name: str) -> None:
+        self.pool.make_room(self.keys[name])
 
     @rule(names=st.lists(names, min_size=1, max_size=3))
     def every_request_is_served_in_the_end(self, names: list[str]) -> None:

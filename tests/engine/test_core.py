@@ -78,6 +78,9 @@ class FakeAdapters:
     def release(self, key: AdapterKey) -> None:
         pass
 
+    def make_room(self, key: AdapterKey) -> None:
+        pass
+
     def unload(self, key: AdapterKey) -> None:
         self.unloaded.append(key)
 

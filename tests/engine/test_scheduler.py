@@ -28,6 +28,10 @@ class FakeSlots:
         self.resident: dict[AdapterKey, int] = {}
         self.broken: set[AdapterKey] = set()
         self.references: Counter[AdapterKey] = Counter()
+        self.wanted: list[AdapterKey] = []
+
+    def make_room(self, key: AdapterKey) -> None:
+        self.wanted.append(key)
 
     def arrive(self, key: AdapterKey) -> None:
         self.resident[key] = len(self.resident)
@@ -163,6 +167,17 @@ def test_waiting_for_an_adapter_holds_up_nobody_else():
     assert 1 in [item.request.request_id for item in bench.step().scheduled]
     bench.finish()
     assert bench.slots.references[KEY] == 0
+
+
+def test_room_is_made_for_whoever_waits_too_long():
+    bench = Bench()
+    bench.add(1, [5], adapter=KEY)
+    bench.step()
+    bench.step()
+    assert bench.slots.wanted == []
+    bench.clock.now = 2.1
+    bench.step()
+    assert bench.slots.wanted == [KEY]
 
 
 def test_a_broken_adapter_fails_its_requests_alone():
