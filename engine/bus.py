@@ -172,14 +172,12 @@ class ServiceBus(_Bus):
         self._take_frames()
 
     async def receive(self) -> list[FromEngine]:
-        """At least one message, and all others that are there, in order."""
-        while True:
-            await self._readable.wait()
-            self._readable.clear()
-            frames, self._frames = self._frames, []
-            messages = [message for message in map(self._reader.read, frames) if message is not None]
-            if messages:
-                return [message for message in messages if not isinstance(message, BadRequest)]
+        """Wait for a frame, and return all messages that are there, in order: none if it was no message."""
+        await self._readable.wait()
+        self._readable.clear()
+        frames, self._frames = self._frames, []
+        messages = map(self._reader.read, frames)
+        return [message for message in messages if message is not None and not isinstance(message, BadRequest)]
 
     def close(self, linger_seconds: float = 0.0) -> None:
         if not self._socket.closed:

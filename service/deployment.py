@@ -8,6 +8,7 @@ longer current leaves the engine's memory; one that is being deleted goes once n
 import asyncio
 import logging
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from service.hosting import HostedModel, ModelHost
 
 logger = logging.getLogger(__name__)
 
+READERS = 2  # adapters whose files are checked at once
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
@@ -57,6 +60,8 @@ class AdapterDeployer:
         self._clients: dict[str, EngineClient] = {}  # by model: the life of its engine that has been given adapters
         self._removing: set[AdapterKey] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Threads of their own: reading gigabytes must not hold up the prompts that are tokenised in the common ones.
+        self._readers = ThreadPoolExecutor(READERS, "adapter-inspect")
         registry.subscribe(self._adapter_changed)
         models.subscribe(self._model_changed)
 
@@ -72,7 +77,7 @@ class AdapterDeployer:
         """
         limits = self._models.get(base_model).supervisor.limits
         try:
-            files = await asyncio.to_thread(self._read, reference)
+            files = await asyncio.get_running_loop().run_in_executor(self._readers, self._read, reference)
         except SourceNotAllowed as error:
             raise PermissionDenied(str(error), "SOURCE_NOT_ALLOWED") from error
         except (AdapterRejected, OSError) as error:
@@ -148,6 +153,7 @@ class AdapterDeployer:
 
     async def close(self) -> None:
         """Wait for nothing any more."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -117,9 +117,10 @@ class HostedModel:
             if self.supervisor.state is not EngineState.FAILED:
                 self.tokenizer, self.revision = await asyncio.to_thread(_read_text_files, self.config)
             await self.supervisor.wait_settled()
-        except (TextError, OSError) as error:
-            self._text_error = str(error)
-            logger.error("model %s cannot be served: %s", self.name, error)
+        except Exception as error:  # a model without its text must be FAILED, whatever the reason
+            known = isinstance(error, TextError | OSError)
+            self._text_error = str(error) if known else f"its text files: {type(error).__name__}: {error}"
+            logger.error("model %s cannot be served: %s", self.name, self._text_error, exc_info=not known)
             await self.supervisor.stop(FailedPrecondition("MODEL_UNLOADED", f"model {self.name!r} cannot be served"))
         finally:
             self._loading = None

@@ -173,6 +173,9 @@ class EngineSupervisor:
                     tasks.create_task(self._beat(ready))
             except* _EngineLost as lost:
                 self.error = str(lost.exceptions[0])
+            except* Exception as failures:  # whatever it is, the model must not stay without an engine in silence
+                logger.error("the engine of model %s said what cannot be", self.name, exc_info=failures)
+                self.error = f"it said what cannot be: {failures.exceptions[0]}"
             finally:
                 await self._end(process, bus)
             return ready.is_set()
@@ -184,7 +187,10 @@ class EngineSupervisor:
 
     async def _listen(self, bus: ServiceBus, ready: asyncio.Event) -> None:
         while True:
-            for message in await bus.receive():
+            messages = await bus.receive()
+            if bus.num_bad_frames:  # what it was meant to say is lost, and somebody may wait for it
+                raise _EngineLost("it sent a frame that is no message")
+            for message in messages:
                 match message:
                     case LoadProgress(bytes_loaded=loaded, bytes_total=total):
                         self.progress = Progress(loaded, total)
