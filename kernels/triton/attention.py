@@ -233,14 +233,15 @@ class _Tile:
     num_stages: int
 
 
-def _choose_tile(decode: bool, group: int, row_bytes: int) -> _Tile:
-    """Such that the keys and values of `num_stages` steps fit in shared memory.  row_bytes: of one key"""
-    wide = row_bytes > 256
-    block_n = 64 if row_bytes <= 512 else 32
+def _choose_tile(decode: bool, group: int, head_dim: int, dtype: torch.dtype) -> _Tile:
+    """Such that accumulators fit in registers, and the keys and values of `num_stages` steps in shared memory."""
     smallest = triton.next_power_of_2(group)
+    if dtype == torch.float32:  # multiplied without tensor cores, which takes registers
+        return _Tile(max(16 if decode else 32, smallest), 16, num_warps=8, num_stages=2)
+    wide = head_dim > 128
     if decode:
-        return _Tile(max(16, smallest), block_n, num_warps=4, num_stages=2 if wide else 3)
-    return _Tile(max(64 if wide else 128, smallest), block_n, num_warps=8, num_stages=2 if wide else 3)
+        return _Tile(max(16, smallest), 64, num_warps=4, num_stages=2 if wide else 3)
+    return _Tile(max(64 if wide else 128, smallest), 64, num_warps=8, num_stages=2 if wide else 3)
 
 
 def _choose_splits(num_tiles: int, max_seq_len: int, num_multiprocessors: int) -> int:
@@ -291,7 +292,7 @@ def paged_attention(
                 NUM_HEADS=num_heads,
                 HEAD_DIM=head_dim,
                 SPLITS=splits,
-                BLOCK_N=_choose_tile(True, num_heads // cache.k.shape[1], head_dim * q.element_size()).block_n,
+                BLOCK_N=_choose_tile(True, num_heads // cache.k.shape[1], head_dim, q.dtype).block_n,
                 BLOCK_D=triton.next_power_of_2(head_dim),
             )
     return out.flatten(1)
@@ -310,7 +311,7 @@ def _launch(
     num_tokens, num_heads, head_dim = q.shape
     num_sequences, num_kv_heads = len(metadata.seq_lens), cache.k.shape[1]
     group = num_heads // num_kv_heads
-    tile = _choose_tile(decode, group, head_dim * q.element_size())
+    tile = _choose_tile(decode, group, head_dim, q.dtype)
     num_tiles = num_sequences if decode else num_tokens // (tile.block_m // group) + num_sequences
     _attention[(num_tiles, num_kv_heads, splits)](
         q,

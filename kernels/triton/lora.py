@@ -98,7 +98,7 @@ def _expand_tile(
     num_rows: tl.tensor,
     out_features: tl.tensor,
     capacity: tl.tensor,
-    ALIGNED: tl.constexpr,  # the slice begins at an output column that is a multiple of ALIGNMENT
+    ALIGNED: tl.constexpr,  # the slice begins and ends at output columns that are multiples of ALIGNMENT
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -111,21 +111,22 @@ def _expand_tile(
     num_columns = tl.load(entry + OUT_FEATURES + piece).to(tl.int32)
     if ALIGNED:
         out_start = tl.multiple_of(out_start, ALIGNMENT)
+        num_columns = tl.multiple_of(num_columns, ALIGNMENT)
     b_stride = tl.multiple_of(tl.cdiv(num_columns, ALIGNMENT) * ALIGNMENT, ALIGNMENT)
     columns = first_column + tl.arange(0, BLOCK_N)
-    column_mask = (columns < num_columns)[None, :]
-    mask = row_mask[:, None] & column_mask
+    b_mask = (columns < b_stride)[None, :]  # what lies between the last column and the next row is not used
+    mask = row_mask[:, None] & (columns < num_columns)[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    split_stride = num_rows.to(tl.int64) * capacity
     for first_rank in range(0, rank, BLOCK_R):
         ranks = first_rank + tl.arange(0, BLOCK_R)
         rank_mask = ranks < rank
-        inner = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for split in tl.static_range(SPLITS):
-            part = shrunk + (split * num_rows + rows).to(tl.int64)[:, None] * capacity + rank_start
-            inner += tl.load(part + ranks[None, :], mask=row_mask[:, None] & rank_mask[None, :], other=0)
-        b_tile = tl.load(
-            b + ranks[:, None] * b_stride + columns[None, :], mask=rank_mask[:, None] & column_mask, other=0
-        )
+        inner_mask = row_mask[:, None] & rank_mask[None, :]
+        part = rows[:, None] * capacity + (rank_start + ranks)[None, :]
+        inner = tl.load(shrunk + part, mask=inner_mask, other=0)
+        for split in tl.static_range(1, SPLITS):
+            inner += tl.load(shrunk + split * split_stride + part, mask=inner_mask, other=0)
+        b_tile = tl.load(b + ranks[:, None] * b_stride + columns[None, :], mask=rank_mask[:, None] & b_mask, other=0)
         sums = dot(inner.to(b_tile.dtype), b_tile, sums)
     place = y + rows.to(tl.int64)[:, None] * out_features + (out_start + columns)[None, :]
     before = tl.load(place, mask=mask, other=0).to(tl.float32)
@@ -169,7 +170,7 @@ def _expand(
     first_column = (column_tile - tiles_before) * BLOCK_N
     rows = first + tl.arange(0, BLOCK_M)
     row_mask = rows < end
-    if tl.load(entry + OUT_START + piece) % ALIGNMENT == 0:
+    if (tl.load(entry + OUT_START + piece) | tl.load(entry + OUT_FEATURES + piece)) % ALIGNMENT == 0:
         _expand_tile(
             y, shrunk, entry, piece, first_column, rows, row_mask, num_rows, out_features, capacity,
             True, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
@@ -196,7 +197,9 @@ class TritonLoraTable:
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
-        self.capacity = 0  # at least the sum of ranks of every adapter that was ever here; never shrinks
+        # Powers of two, at least those of every adapter that was ever here:
+        self.capacity = 0  # sum of ranks
+        self.slice_capacity = 0  # rank of one projection
         self.entries = torch.zeros((num_slots, ENTRY_SIZE.value), dtype=torch.int64, device=device)
         self._dtype: torch.dtype | None = None
         self._held: list[tuple[Tensor, ...]] = [()] * num_slots  # what the entries point at
@@ -224,8 +227,9 @@ class TritonLoraTable:
             entry[OUT_FEATURES.value + i] = part.b.shape[0]
         self.entries[slot].copy_(torch.tensor(entry))
         self._held[slot] = (a, *transposed)
+        self.slice_capacity = max(self.slice_capacity, *(_room_for(part.b.shape[1]) for part in weights.slices))
         if len(a) > self.capacity:
-            self.capacity = max(16, triton.next_power_of_2(len(a)))
+            self.capacity = _room_for(len(a))
             self._growth.count += 1
 
     def remove(self, slot: int) -> None:
@@ -238,6 +242,10 @@ class TritonLoraTable:
         if self._dtype not in (None, dtype):
             raise ValueError(f"adapter and activations at one linear must share a dtype: got {self._dtype} and {dtype}")
         self._dtype = dtype
+
+
+def _room_for(rank: int) -> int:
+    return max(16, int(triton.next_power_of_2(rank)))
 
 
 def _check_slices(weights: LoraWeights) -> None:
@@ -276,8 +284,7 @@ def segmented_lora(
     assert y.is_contiguous()
     table.check_dtype(x.dtype)
     longest = max(end - start for _, start, end in segments.ranges)
-    block_m = 16 if longest <= 16 else 64
-    block_r = min(64, table.capacity)
+    block_m, num_warps = (16, 4) if longest <= 16 else (64, 8)
     num_tiles = num_rows // block_m + num_segments
     splits = _choose_splits(num_tiles, table.in_features, num_multiprocessors)
     shrunk = torch.empty((splits, num_rows, table.capacity), dtype=torch.float32, device=x.device)
@@ -290,8 +297,9 @@ def segmented_lora(
         table.capacity,
         SPLITS=splits,
         BLOCK_M=block_m,
-        BLOCK_R=block_r,
+        BLOCK_R=min(64, table.capacity),
         BLOCK_C=BLOCK_C,
+        num_warps=num_warps,
     )
     _expand[(num_tiles, triton.cdiv(table.out_features, BLOCK_N) + MAX_SLICES.value - 1)](
         y,
@@ -301,8 +309,10 @@ def segmented_lora(
         table.capacity,
         SPLITS=splits,
         BLOCK_M=block_m,
-        BLOCK_R=block_r,
+        BLOCK_R=min(32, table.slice_capacity),
         BLOCK_N=BLOCK_N,
+        num_warps=num_warps,
+        num_stages=1,  # a rank is a step or two: nothing to run ahead of
     )
 
 
