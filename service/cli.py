@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
 import grpc
+import msgspec
 import uvloop
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -72,12 +73,13 @@ async def _serve(settings: ServiceConfig) -> None:
 @main.command()
 @CONFIG_OPTION
 @click.option("--prompt", default="Tell me a story about a fox.", show_default=True)
-@click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-tokens", default=96, show_default=True, type=click.IntRange(min=1))
 @click.option("--verbose", is_flag=True, help="Show the server's log.")
 def demo(config: Path | None, prompt: str, max_tokens: int, verbose: bool) -> None:
     """Start a server, stream one prompt through every model and adapter side by side, and end."""
     settings = _settings(config).with_free_ports()
-    _set_up_logging(settings.log_level if verbose else "ERROR")
+    settings = settings if verbose else msgspec.structs.replace(settings, log_level="ERROR")
+    _set_up_logging(settings.log_level)
 
     async def run() -> None:
         async with running(settings) as (_, addresses):

@@ -88,6 +88,7 @@ def running_server(directory: Path, **settings: object) -> Iterator[Server]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("listening "), f"the server did not start: {log.read_text()}"
+        watchdog.cancel()
         ports = dict(word.split("=") for word in line.split()[1:])
         yield Server(process, ports["data"], ports["admin"], directory / "adapters", log)
     finally:
