@@ -2,10 +2,20 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engine.config import EngineConfig
-from service.config import ConfigError, ServiceConfig, load_config
+from service.config import (
+    AdapterConfig,
+    ConfigError,
+    LimitsConfig,
+    ModelConfig,
+    ServiceConfig,
+    SupervisionConfig,
+    TlsConfig,
+    load_config,
+)
 
 
 @pytest.fixture
@@ -170,3 +180,16 @@ def test_an_open_listener_is_allowed_when_asked_for(directory: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "gone.yaml", {})
+
+
+def test_every_key_is_described() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+    sections = (ServiceConfig, ModelConfig, AdapterConfig, TlsConfig, LimitsConfig, SupervisionConfig)
+    keys = {name for section in sections for name in section.__struct_fields__}
+    assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
+
+
+def test_every_variable_is_described() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+    scalars = [field.name for field in msgspec.structs.fields(ServiceConfig) if field.type in (str, bool, int, float)]
+    assert [name for name in scalars if f"`LORAPLEX_{name.upper()}`" not in text] == []
