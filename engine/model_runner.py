@@ -11,6 +11,7 @@ import torch
 
 from engine.batch import StepBatch, num_prompt_logprob_rows
 from engine.config import EngineConfig
+from engine.cuda_graph import capture_decoding
 from engine.kv_cache import block_bytes, create_kv_cache
 from engine.messages import ModelLimits, TokenLogprobs
 from engine.models import LanguageModel, load_model
@@ -40,6 +41,7 @@ class ModelRunner:
             )
         self.num_blocks = self._num_blocks(config)
         self.kv_cache = create_kv_cache(model.config, ops, self.num_blocks, config.block_size, model.dtype)
+        self.decode_graphs = capture_decoding(model, ops, self.kv_cache, config.max_num_seqs, self.max_model_len)
 
     @classmethod
     def load(cls, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:
@@ -69,7 +71,10 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every token of the plan and draw the next one of each request that has caught up."""
         batch = StepBatch.from_plan(plan, self.block_size, self.ops.device)
-        hidden = self.model.forward(batch, self.kv_cache)
+        if self.decode_graphs is not None and all(item.samples and item.num_new_tokens == 1 for item in plan.scheduled):
+            hidden = self.decode_graphs.forward(batch)
+        else:
+            hidden = self.model.forward(batch, self.kv_cache)
         sampling = [item.request for item in plan.scheduled if item.samples]
         drawn = iter(self.sampler.sample(self.model.logits(hidden[: len(sampling)]), sampling) if sampling else ())
         sampled: list[SampledToken | None] = [next(drawn) if item.samples else None for item in plan.scheduled]
