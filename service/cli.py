@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
@@ -30,10 +30,12 @@ from loraplex import AdminClient, Client, GenerateOptions, LoraplexError
 from service.app import running
 from service.config import ConfigError, ServiceConfig, load_config
 from service.demo import play_demo
+from service.top import watch_load
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+EXISTING = click.Path(path_type=Path, exists=True)
 CONFIG_OPTION = click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -135,6 +137,8 @@ class Target:
     token: str | None
     tenant: str | None
     tls_ca: Path | None
+    tls_cert: Path | None
+    tls_key: Path | None
     timeout: float | None
 
     def client(self) -> Client:
@@ -144,7 +148,11 @@ class Target:
         return AdminClient(self.admin_server, **self._arguments())
 
     def _arguments(self) -> dict[str, Any]:
-        credentials = None if self.tls_ca is None else grpc.ssl_channel_credentials(self.tls_ca.read_bytes())
+        credentials = None
+        if self.tls_ca is not None:
+            key = self.tls_key.read_bytes() if self.tls_key is not None else None
+            certificate = self.tls_cert.read_bytes() if self.tls_cert is not None else None
+            credentials = grpc.ssl_channel_credentials(self.tls_ca.read_bytes(), key, certificate)
         return {"credentials": credentials, "token": self.token, "tenant": self.tenant, "timeout": self.timeout}
 
 
@@ -155,7 +163,9 @@ def reaches_server(command: Callable[Concatenate[Target, P], R]) -> Callable[...
     @click.option("--admin-server", default="127.0.0.1:50052", show_default=True, help="Admin port.")
     @click.option("--token", envvar="LORAPLEX_TOKEN", help="Bearer token.")
     @click.option("--tenant", help="The tenant to act for.")
-    @click.option("--tls-ca", type=click.Path(path_type=Path, exists=True), help="PEM file; absent: no TLS.")
+    @click.option("--tls-ca", type=EXISTING, help="PEM file of who signed the server's certificate; absent: no TLS.")
+    @click.option("--tls-cert", type=EXISTING, help="PEM file of your own certificate, if the server asks for one.")
+    @click.option("--tls-key", type=EXISTING, help="PEM file of its key.")
     @click.option("--timeout", type=float, help="Seconds for each call.")
     def wrapper(
         server: str,
@@ -163,12 +173,16 @@ def reaches_server(command: Callable[Concatenate[Target, P], R]) -> Callable[...
         token: str | None,
         tenant: str | None,
         tls_ca: Path | None,
+        tls_cert: Path | None,
+        tls_key: Path | None,
         timeout: float | None,
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
         with _call_failures():
-            return command(Target(server, admin_server, token, tenant, tls_ca, timeout), *args, **kwargs)
+            return command(
+                Target(server, admin_server, token, tenant, tls_ca, tls_cert, tls_key, timeout), *args, **kwargs
+            )
 
     return update_wrapper(wrapper, command)
 
@@ -225,6 +239,16 @@ def health(target: Target, service: str) -> None:
         serving = client.is_serving(service)
     click.echo("SERVING" if serving else "NOT_SERVING")
     sys.exit(0 if serving else 1)
+
+
+@main.command()
+@click.option("--interval", default=1.0, show_default=True, help="Seconds.")
+@click.option("--count", type=click.IntRange(min=1), help="End after so many.")
+@reaches_server
+def top(target: Target, interval: float, count: int | None) -> None:
+    """Show the load of every model, as it changes."""
+    with target.admin() as admin, suppress(KeyboardInterrupt):
+        watch_load(admin, interval, count, Console())
 
 
 @main.group()

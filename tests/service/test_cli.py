@@ -53,6 +53,15 @@ async def test_health_is_an_exit_status(control: ControlPlane, service: str, sta
     assert (result.exit_code, result.output) == (status, f"{word}\n")
 
 
+async def test_the_load_is_shown(control: ControlPlane) -> None:
+    running = control.client.stream_generate("tiny", "abc", max_tokens=1 << 19)
+    await anext(running)
+    result = await run(control, "top", "--interval", "0.1", "--count", "2")
+    rows = [line.split() for line in result.output.splitlines() if line.split()[:1] == ["tiny"]]
+    assert [row[1:4] for row in rows] == [["1", "0", "0"]] * 2
+    running.cancel()
+
+
 async def test_models_are_listed(control: ControlPlane) -> None:
     result = await run(control, "models", "list")
     lines = [line.split() for line in result.output.splitlines()]
