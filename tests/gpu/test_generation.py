@@ -1,0 +1,80 @@
+"""The whole engine on a GPU, decoding by captured graphs, against the reference operations on the CPU in float32."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+NAMES = [None, "narrow", "middle", "wide"]
+LENGTHS = [1, 5, 16, 17, 40, 64, 130, 300, 33, 2, 77]
+ON_GPU = {"device": "cuda", "kernels": "triton"}
+ON_CPU = {"device": "cpu", "kernels": "reference"}
+
+
+def requests(names):
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randint(3, 1000, (length,), generator=generator).tolist(), names[index % len(names)])
+        for index, length in enumerate(LENGTHS)
+    ]
+
+
+def loaded(engine, names=NAMES):
+    for name in names:
+        if name is not None:
+            engine.load(name)
+    return engine
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 50}, {"block_size": 4}], ids=str)
+def test_mixed_batch_gives_the_tokens_of_the_reference(make_engine, settings):
+    work = requests(NAMES)
+    expected = loaded(make_engine(**ON_CPU)).generate(work, 24)
+    assert loaded(make_engine(**ON_GPU, **settings)).generate(work, 24) == expected
+
+
+def test_graphs_give_the_tokens_of_plain_launches(make_engine):
+    engine, plain = loaded(make_engine(**ON_GPU)), loaded(make_engine(**ON_GPU))
+    assert engine.core.runner.decode_graphs is not None
+    plain.core.runner.decode_graphs = None
+    for names in (NAMES, [None], ["wide"]):
+        assert engine.generate(requests(names), 16) == plain.generate(requests(names), 16)
+
+
+def test_adapter_that_comes_after_the_capture(make_engine):
+    """Wider than any before it, and into linears that had no adapter when the graphs were captured."""
+    engine, reference = make_engine(**ON_GPU), make_engine(**ON_CPU)
+    names: list[str | None] = [None]
+    for name in ("narrow", "wide", "middle"):
+        names.append(name)
+        engine.load(name)
+        reference.load(name)
+        assert engine.generate(requests(names), 8) == reference.generate(requests(names), 8)
+
+
+def test_forward_pass_never_waits_for_the_device(make_engine, monkeypatch):
+    engine = loaded(make_engine(**ON_GPU))
+    model = engine.core.runner.model
+    forward = model.forward
+    engine.generate(requests(NAMES), 8)  # compiles, which may wait
+
+    def watched(batch, kv):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return forward(batch, kv)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(model, "forward", watched)
+    engine.core.runner.decode_graphs = None
+    engine.generate(requests(NAMES), 8)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_generates(make_engine, dtype):
+    """Roundings differ, so tokens may: the first one of each request seldom does."""
+    work = requests(NAMES)
+    expected = loaded(make_engine(**ON_CPU)).generate(work, 1)
+    actual = loaded(make_engine(**ON_GPU, dtype=dtype)).generate(work, 1)
+    same = sum(a == b for a, b in zip(actual, expected, strict=True))
+    assert same >= len(work) - 2
