@@ -47,6 +47,10 @@ class ModelRunner:
     def load(cls, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:
         device = select_device(config.device)
         ops = select_ops(device, config.kernels, threads=config.threads)
+        if config.batch_invariant and not ops.batch_invariant:
+            raise ValueError(
+                f"batch_invariant is set, and the {ops.name} kernels cannot promise it: use kernels: cpu, or unset it"
+            )
         return cls(load_model(config, path, ops, progress), ops, config)
 
     def limits(self, config: EngineConfig) -> ModelLimits:
