@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fields = (
             f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}, "target_modules": ["v_proj", "down_proj"]}}'
         )
-        (path / "adapter_config.json").write_text(fields)
+        (path / "adapter_config.json").write_text(json.dumps(fields))
         tensors = {}
         for layer in range(3):
             for module, (n, c) in {"self_attn.v_proj": (32, HIDDEN), "mlp.down_proj": (HIDDEN, 96)}.items():
