@@ -42,9 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rank in ADAPTERS.items():
         path = folder / name
         path.mkdir(parents=True)
-        fields = (
-            f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}, "target_modules": ["v_proj", "down_proj"]}}'
-        )
+        fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["v_proj", "down_proj"]}
         (path / "adapter_config.json").write_text(json.dumps(fields))
         tensors = {}
         for layer in range(3):
