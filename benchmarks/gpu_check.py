@@ -1,0 +1,202 @@
+"""Everything that only a GPU can say, in one call of under nine minutes: tests, kernels, throughput.
+
+    python -m benchmarks.gpu_check [--out DIR] [--seconds 520] [--models llama-1b llama-8b]
+
+Writes DIR/gpu_check.json and DIR/gpu_check.md after each part, so that an interrupted run keeps what it has. Ends with
+status 1 if a test failed or a part was left out. Needs torch, triton, numpy, safetensors, pytest, transformers and
+msgspec; where msgspec is not installed, put a directory that holds it on PYTHONPATH.
+
+--interpret runs the same on the CPU under Triton's interpreter with tiny shapes: it shows that the script works, and
+its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "msgspec")
+TESTS = ("tests/kernels/test_triton.py", "tests/engine/test_cuda_graph.py", "tests/gpu")
+TESTS_SHARE = 0.5  # of the time
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"))
+    parser.add_argument("--seconds", type=float, default=520.0, help="start nothing new after this long")
+    parser.add_argument("--models", nargs="*", default=["llama-1b", "llama-8b"])
+    parser.add_argument("--interpret", action="store_true")
+    args = parser.parse_args()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"not installed: {', '.join(missing)}")
+    if args.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    return Check(args.out, args.seconds, args.interpret).run(["tiny"] if args.interpret else args.models)
+
+
+class Check:
+    """The parts, their clock and their report."""
+
+    def __init__(self, out: Path, seconds: float, interpret: bool) -> None:
+        self._out = out
+        self._started = time.monotonic()
+        self._seconds = seconds
+        self._interpret = interpret
+        self._report: dict[str, Any] = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "command": " ".join(["python -m benchmarks.gpu_check", *sys.argv[1:]]),
+            "interpreted": interpret,
+            "left_out": [],
+        }
+
+    def run(self, models: Iterable[str]) -> int:
+        import torch
+        import triton
+
+        device = torch.device("cpu" if self._interpret else "cuda")
+        self._report["machine"] = {
+            "device": "Triton's interpreter" if self._interpret else torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+        self._tests()
+        self._kernels(device)
+        for model in models:
+            self._engine(model, device)
+        self._write()
+        return 1 if self._report["tests"]["status"] or self._report["left_out"] else 0
+
+    def _in_time(self) -> bool:
+        return time.monotonic() - self._started < self._seconds
+
+    def _tests(self) -> None:
+        """In a process of their own, with no configuration: the plug-ins it names may not be installed."""
+        command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+        command += ["--import-mode=importlib", "-o", "markers=gpu", "-q", "--maxfail=20", *TESTS]
+        started = time.monotonic()
+        try:
+            result = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, timeout=self._seconds * TESTS_SHARE, check=False
+            )
+            status, output = result.returncode, result.stdout
+            print(output, result.stderr, flush=True)
+        except subprocess.TimeoutExpired as error:
+            status, output = -1, (error.stdout or b"").decode() + "\ntimed out"
+            print(output, flush=True)
+        tail = [line for line in output.splitlines() if line.strip()][-25:]
+        self._report["tests"] = {"status": status, "seconds": time.monotonic() - started, "tail": tail}
+        self._write()
+
+    def _kernels(self, device: Any) -> None:
+        import torch
+
+        from benchmarks import gpu_kernels
+        from kernels.ops import select_ops
+
+        ops = select_ops(device, "triton")
+        sizes = gpu_kernels.TINY if self._interpret else gpu_kernels.EIGHT_BILLION
+        self._report["copy_bytes_per_second"] = gpu_kernels.copy_bandwidth(device)
+        rows = self._report["kernels"] = []
+        with torch.inference_mode():
+            for row in gpu_kernels.measure(ops, sizes, torch.bfloat16, self._in_time):
+                rows.append(row.to_json())
+                print(f"{row.name}: {row.seconds * 1e6:.1f} us", flush=True)
+        if not self._in_time():
+            self._report["left_out"].append("some kernels: out of time")
+        self._write()
+
+    def _engine(self, model: str, device: Any) -> None:
+        import torch
+
+        from benchmarks import gpu_engine
+
+        rows = self._report.setdefault("engine", [])
+        if not self._in_time():
+            self._report["left_out"].append(f"{model}: out of time")
+            return
+        load = gpu_engine.TINY if self._interpret else gpu_engine.SERVING
+        with tempfile.TemporaryDirectory() as folder:
+            bench = gpu_engine.Bench(model, Path(folder), load, device, "triton")
+            for row in bench.run(self._in_time):
+                rows.append(row.to_json())
+                print(f"{row.model}, {row.streams} streams: {row.tokens_per_second:.0f} tokens/s", flush=True)
+            bench.core.close()
+        if not self._in_time():
+            self._report["left_out"].append(f"some loads of {model}: out of time")
+        del bench
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._write()
+
+    def _write(self) -> None:
+        self._out.mkdir(parents=True, exist_ok=True)
+        (self._out / "gpu_check.json").write_text(json.dumps(self._report, indent=1) + "\n")
+        (self._out / "gpu_check.md").write_text(as_markdown(self._report))
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    machine, tests = report["machine"], report["tests"]
+    copy = report.get("copy_bytes_per_second")
+    lines = [
+        f"# GPU check, {report['date']}",
+        "",
+        f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}. `{report['command']}`",
+        "",
+        f"Tests: {'passed' if tests['status'] == 0 else 'FAILED'} in {tests['seconds']:.0f} s: {tests['tail'][-1]}",
+    ]
+    if report["interpreted"]:
+        lines += ["", "Run under the interpreter: the times below mean nothing."]
+    lines += ["", *(f"Left out: {what}." for what in report["left_out"])]
+    if copy is not None:
+        lines += [
+            f"Copy bandwidth: {copy / 1e9:.1f} GB/s, read and written together. Times are medians of replayed graphs",
+            "on cold data, in microseconds for one call.",
+            "",
+            "| kernel | us | spread | GB/s | of copy | TFLOP/s | torch us | against torch |",
+            "|---|---|---|---|---|---|---|---|",
+            *(_kernel_line(row, copy) for row in report.get("kernels", [])),
+        ]
+    if report.get("engine"):
+        lines += [
+            "",
+            "The whole engine in one process, random bfloat16 weights. Limit: the bytes of a decoding step at the copy",
+            "bandwidth.",
+            "",
+            "| model | streams | adapters | CUDA graphs | tokens/s | TTFT ms | TPOT ms | of the limit |",
+            "|---|---|---|---|---|---|---|---|",
+            *(_engine_line(row, copy or float("nan")) for row in report["engine"]),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _kernel_line(row: dict[str, Any], copy: float) -> str:
+    rate = row["num_bytes"] / row["seconds"]
+    theirs = row["torch_seconds"]
+    return (
+        f"| {row['name']} | {row['seconds'] * 1e6:.1f} | {row['spread']:.0%} | {rate / 1e9:.0f} | {rate / copy:.0%} "
+        f"| {row['flops'] / row['seconds'] / 1e12:.1f} | {theirs * 1e6:.1f} | {theirs / row['seconds']:.2f}x |"
+    )
+
+
+def _engine_line(row: dict[str, Any], copy: float) -> str:
+    return (
+        f"| {row['model']} | {row['streams']} | {row['adapters']} | {'yes' if row['graphs'] else 'no'} "
+        f"| {row['tokens_per_second']:.0f} | {row['ttft_seconds'] * 1e3:.1f} | {row['tpot_seconds'] * 1e3:.2f} "
+        f"| {row['step_bytes'] / copy / row['tpot_seconds']:.0%} |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
