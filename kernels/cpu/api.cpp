@@ -96,6 +96,9 @@ struct TypedLoraTable final : AnyLoraTable {
 
 }  // namespace
 
+// Changes with any signature or meaning here, so that a library left from an older build is not called.
+EXPORT int loraplex_version() { return 1; }
+
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
 }
@@ -179,19 +182,19 @@ EXPORT int loraplex_gate(Context* context, int dtype, int activation, const void
     });
 }
 
-// Elements of the keys, and of the values, of one layer.
-EXPORT int64_t loraplex_cache_elements(int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim) {
-    return blocks * kv_heads * Cache<float>{nullptr, nullptr, block_size, kv_heads, head_dim}.head_size() + CACHE_SLACK;
+// Elements of the keys, and of the values, of one layer. A block holds 2^block_shift tokens.
+EXPORT int64_t loraplex_cache_elements(int64_t blocks, int64_t block_shift, int64_t kv_heads, int64_t head_dim) {
+    return blocks * kv_heads * Cache<float>{nullptr, nullptr, block_shift, kv_heads, head_dim}.head_size() + CACHE_SLACK;
 }
 
 EXPORT int loraplex_rotary_store_kv(Context* context, int dtype, const void* qkv, void* q, int64_t rows, int64_t heads,
                                     int64_t kv_heads, int64_t head_dim, const float* q_norm, const float* k_norm,
                                     float eps, const int64_t* positions, const float* cos_sin, void* k, void* v,
-                                    int64_t block_size, const int64_t* slots) {
+                                    int64_t block_shift, const int64_t* slots) {
     return guarded([&] {
         with_type(dtype, [&](auto of) {
             using T = typename decltype(of)::Type;
-            const Cache<T> cache{static_cast<T*>(k), static_cast<T*>(v), block_size, kv_heads, head_dim};
+            const Cache<T> cache{static_cast<T*>(k), static_cast<T*>(v), block_shift, kv_heads, head_dim};
             rotary_store_kv(*context, static_cast<const T*>(qkv), static_cast<T*>(q), rows, heads,
                             QKNorm{q_norm, k_norm, eps}, positions, cos_sin, cache, slots);
         });
@@ -199,14 +202,14 @@ EXPORT int loraplex_rotary_store_kv(Context* context, int dtype, const void* qkv
 }
 
 EXPORT int loraplex_paged_attention(Context* context, int dtype, const void* q, void* out, int64_t heads,
-                                    int64_t kv_heads, int64_t head_dim, void* k, void* v, int64_t block_size,
+                                    int64_t kv_heads, int64_t head_dim, void* k, void* v, int64_t block_shift,
                                     int64_t sequences, const int32_t* query_starts, const int32_t* lengths,
                                     const int32_t* block_tables, int64_t blocks_per_table, float scale, float soft_cap,
                                     int64_t window) {
     return guarded([&] {
         with_type(dtype, [&](auto of) {
             using T = typename decltype(of)::Type;
-            const Cache<T> cache{static_cast<T*>(k), static_cast<T*>(v), block_size, kv_heads, head_dim};
+            const Cache<T> cache{static_cast<T*>(k), static_cast<T*>(v), block_shift, kv_heads, head_dim};
             paged_attention(*context, static_cast<const T*>(q), static_cast<T*>(out), heads, cache,
                             Sequences{sequences, query_starts, lengths, block_tables, blocks_per_table},
                             Scoring{scale, soft_cap, window});

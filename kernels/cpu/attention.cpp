@@ -12,7 +12,7 @@ namespace {
 // made of the same parts in the same order however its prompt was divided into steps.
 constexpr int64_t CHUNK = 512;
 constexpr int64_t ROWS_PER_ITEM = 48;  // queries x heads that share a kv head
-constexpr int VALUE_WIDTH = 16;
+constexpr int64_t MAX_HEAD_DIM = 1024;
 
 // Some neighbouring queries of one sequence, with all query heads of one kv head: row i is query i / group.
 struct Item {
@@ -32,7 +32,8 @@ class Attention {
 
     int64_t queries_per_item() const { return std::max<int64_t>(1, ROWS_PER_ITEM / group_); }
 
-    void compute(const Item& item) {
+    // next: the item that follows, or null.
+    void compute(const Item& item, const Item* next) const {
         // Each worker's own, kept from call to call.
         static thread_local Scratch query_scratch, float_scratch;
         const int64_t rows = item.queries * group_;
@@ -54,7 +55,7 @@ class Attention {
             const int64_t end = std::min(start + CHUNK, last + 1);
             score(item, queries, rows, start, begin, end, scores);
             weigh(item, rows, start, begin, end, scores, state);
-            gather(item, rows, start, begin, end, scores, chunk_sums);
+            gather(item, next, rows, start, begin, end, scores, chunk_sums);
             merge(rows, chunk_sums, sums, state);
         }
         write(item, rows, sums, state.total);
@@ -78,7 +79,10 @@ class Attention {
     }
     int64_t slot(const Item& item, int64_t key) const {
         const int32_t* table = sequences_.block_tables + item.sequence * sequences_.blocks_per_table;
-        return table[key / cache_.block_size] * cache_.block_size + key % cache_.block_size;
+        return (int64_t(table[key >> cache_.block_shift]) << cache_.block_shift) + (key & (cache_.block_size() - 1));
+    }
+    static int64_t bytes_between(const T* from, const T* to) {
+        return reinterpret_cast<const char*>(to) - reinterpret_cast<const char*>(from);
     }
     int64_t row_offset(const Item& item, int64_t row) const {
         const int64_t token = sequences_.query_starts[item.sequence] + item.first_query + row / group_;
@@ -97,23 +101,36 @@ class Attention {
         }
     }
 
-    // scores[row][key - start] = q · k for the tiles that hold keys begin … end - 1. Lanes past a tile's keys hold
-    // garbage until the next tile's scores are written over it.
+    // scores[row][key - start] = q · k for the tiles that hold keys begin … end - 1.
     void score(const Item& item, const X* queries, int64_t rows, int64_t start, int64_t begin, int64_t end,
                float* scores) const {
         const int64_t keys = cache_.tile_keys();
-        for (int64_t key = begin / keys * keys; key < end; key += keys) {
-            const T* tile = cache_.key(slot(item, key), item.kv_head);
-            alignas(64) float few[ROWS_AT_ONCE * LANES];
-            for_row_blocks(rows, [&](int64_t first, int count) {
-                float* to = scores + first * CHUNK + key - start;
-                const bool whole = keys == LANES;
-                multiply<LANES>(count, queries + first * width_, width_, tile, keys * PAIR, width_ / PAIR,
-                                whole ? to : few, whole ? CHUNK : LANES, false);
-                if (whole) return;
-                for (int r = 0; r < count; ++r) std::copy_n(few + r * LANES, keys, to + r * CHUNK);
+        const T* vectors[CHUNK / W];
+        int64_t count = 0;
+        const int64_t first_key = begin / keys * keys;
+        const auto multiply_all = [&](float* out, int64_t stride) {
+            // While a tile of keys is read, the values of the same tokens are prefetched: they lie alike.
+            const Columns<T> w{vectors, keys * PAIR, width_ / PAIR, bytes_between(cache_.k, cache_.v)};
+            for_row_blocks(rows, [&](int64_t first, int some) {
+                multiply(some, queries + first * width_, width_, w, count, out + first * stride, stride, false);
             });
+            count = 0;
+        };
+        for (int64_t key = first_key; key < end; key += keys) {
+            const T* tile = cache_.key(slot(item, key), item.kv_head);
+            for (int lane = 0; lane < LANES; lane += W) vectors[count++] = tile + lane * PAIR;
+            if (keys == LANES) continue;
+            // A small block: the lanes past its keys are garbage.
+            float* few = few_scores(rows);
+            multiply_all(few, LANES);
+            for (int64_t r = 0; r < rows; ++r) std::copy_n(few + r * LANES, keys, scores + r * CHUNK + key - start);
         }
+        if (count) multiply_all(scores + first_key - start, CHUNK);
+    }
+
+    static float* few_scores(int64_t rows) {
+        static thread_local Scratch scratch;
+        return scratch.get<float>(rows * LANES);
     }
 
     // scores → e^(score - the row's largest in this chunk), exactly 0 for keys that a row does not see.
@@ -162,19 +179,30 @@ class Attention {
     }
 
     // chunk_sums[row] = Σ weight · value over the chunk's keys in ascending order.
-    void gather(const Item& item, int64_t rows, int64_t start, int64_t begin, int64_t end, const float* weights,
-                float* chunk_sums) const {
-        const int64_t size = cache_.block_size;
+    void gather(const Item& item, const Item* next, int64_t rows, int64_t start, int64_t begin, int64_t end,
+                const float* weights, float* chunk_sums) const {
+        const int64_t size = cache_.block_size();
+        const T* vectors[MAX_HEAD_DIM / W];
         for (int64_t key = begin; key < end;) {
-            const int64_t next = std::min(end, (key / size + 1) * size);
+            const int64_t stop = std::min(end, (key & ~(size - 1)) + size);
             const T* values = cache_.value(slot(item, key), item.kv_head);
-            for (int64_t d = 0; d < width_; d += VALUE_WIDTH)
-                for_row_blocks(rows, [&](int64_t first, int count) {
-                    multiply<VALUE_WIDTH>(count, weights + first * CHUNK + key - start, CHUNK, values + d, width_,
-                                          next - key, chunk_sums + first * width_ + d, width_, key != begin);
-                });
-            key = next;
+            for (int64_t v = 0; v < width_ / W; ++v) vectors[v] = values + v * W;
+            const T* upcoming = upcoming_keys(item, next, key, key - start);
+            const Columns<T> w{vectors, width_, stop - key, upcoming ? bytes_between(values, upcoming) : 0};
+            for_row_blocks(rows, [&](int64_t first, int some) {
+                multiply(some, weights + first * CHUNK + key - start, CHUNK, w, width_ / W,
+                         chunk_sums + first * width_, width_, key != begin);
+            });
+            key = stop;
         }
+    }
+
+    // The keys to prefetch while the values of `key` are read: those of the next chunk, or of the next item.
+    const T* upcoming_keys(const Item& item, const Item* next, int64_t key, int64_t into_chunk) const {
+        if (key + CHUNK <= position(item, item.queries - 1)) return cache_.key(slot(item, key + CHUNK), item.kv_head);
+        if (!next) return nullptr;
+        const int64_t there = first_key(position(*next, 0)) / CHUNK * CHUNK + into_chunk;
+        return there <= position(*next, next->queries - 1) ? cache_.key(slot(*next, there), next->kv_head) : nullptr;
     }
 
     // Add a chunk's sums to those before it, both brought to the larger of their largest scores.
@@ -214,7 +242,7 @@ class Attention {
 template <class T>
 void paged_attention(Context& context, const T* q, T* out, int64_t heads, const Cache<T>& cache,
                      const Sequences& sequences, const Scoring& scoring) {
-    Attention<T> attention(q, out, heads, cache, sequences, scoring);
+    const Attention<T> attention(q, out, heads, cache, sequences, scoring);
     static thread_local std::vector<Item> items;
     items.clear();
     const int64_t step = attention.queries_per_item();
@@ -224,7 +252,13 @@ void paged_attention(Context& context, const T* q, T* out, int64_t heads, const 
             for (int64_t head = 0; head < cache.kv_heads; ++head)
                 items.push_back({s, head, first, std::min(step, queries - first)});
     }
-    context.pool.run(int64_t(items.size()), [&, chunk = items.data()](int64_t i) { attention.compute(chunk[i]); });
+    const int64_t count = int64_t(items.size());
+    // Neighbours on one thread, as long as there is enough for all: what one prefetches is then its own.
+    const int64_t each = std::max<int64_t>(1, std::min<int64_t>(cache.kv_heads, count / (4 * context.pool.threads())));
+    context.pool.run(ceil_div(count, each), [&, items = items.data()](int64_t chunk) {
+        const int64_t end = std::min(count, (chunk + 1) * each);
+        for (int64_t i = chunk * each; i < end; ++i) attention.compute(items[i], i + 1 < count ? items + i + 1 : nullptr);
+    });
 }
 
 template void paged_attention<float>(Context&, const float*, float*, int64_t, const Cache<float>&, const Sequences&,

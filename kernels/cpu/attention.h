@@ -17,22 +17,22 @@ template <class T>
 struct Cache {
     T* k;
     T* v;
-    int64_t block_size, kv_heads, head_dim;
+    int64_t block_shift, kv_heads, head_dim;  // the block size is a power of two
 
     static constexpr int PAIR = Operand<T>::pair;
 
     int64_t width() const { return round_up(head_dim, 16); }
-    int64_t tile_keys() const { return block_size < LANES ? block_size : LANES; }
-    int64_t head_size() const { return block_size * width(); }
+    int64_t block_size() const { return int64_t(1) << block_shift; }
+    int64_t tile_keys() const { return block_size() < LANES ? block_size() : LANES; }
+    int64_t head_size() const { return width() << block_shift; }
 
     // Element d = 0 of a key; element d is at d / PAIR * tile_keys() * PAIR + d % PAIR from there.
     T* key(int64_t slot, int64_t head) const {
-        const int64_t offset = slot % block_size, keys = tile_keys();
-        return k + (slot / block_size * kv_heads + head) * head_size() + offset / keys * keys * width() +
-               offset % keys * PAIR;
+        const int64_t offset = slot & (block_size() - 1), within = offset & (tile_keys() - 1);
+        return k + ((slot >> block_shift) * kv_heads + head) * head_size() + (offset - within) * width() + within * PAIR;
     }
     T* value(int64_t slot, int64_t head) const {
-        return v + (slot / block_size * kv_heads + head) * head_size() + slot % block_size * width();
+        return v + ((slot >> block_shift) * kv_heads + head) * head_size() + (slot & (block_size() - 1)) * width();
     }
 };
 

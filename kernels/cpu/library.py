@@ -13,6 +13,8 @@ from typing import Any
 # By the code that `loraplex_best_isa` returns. A processor that has one also has those before it.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 
+VERSION = 1  # of the C interface; kernels/cpu/api.cpp has the same
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "context_create": (c_void_p, (c_int,)),
     "context_destroy": (None, (c_void_p,)),
@@ -84,6 +86,8 @@ class Library:
             )
         self.threads = threads or len(os.sched_getaffinity(0))
         self._functions = ctypes.CDLL(str(library_path(self.isa)))
+        if self._functions.loraplex_version() != VERSION:
+            raise LibraryUnavailableError(f"{library_path(self.isa)} is of an older build: install again")
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._functions, f"loraplex_{name}")
             function.restype, function.argtypes = result, arguments

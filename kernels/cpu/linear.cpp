@@ -7,6 +7,7 @@ namespace loraplex {
 namespace {
 
 constexpr int64_t X_BLOCK_BYTES = 384 << 10;  // rows of x that stay in a core's second cache beside a panel
+constexpr int64_t AHEAD = 12 << 10;           // bytes: what a few rows compute on in the time of one memory access
 constexpr int64_t CHUNK_BYTES = 64 << 10;     // weights worth a trip to the chunk counter
 
 }  // namespace
@@ -41,10 +42,11 @@ void Linear<T>::panel(const Rows<X>& x, T* y, int64_t first, int64_t rows, int64
     const T* weights = weights_.data() + panel * steps_ * PANEL * PAIR;
     const int64_t column = panel * PANEL;
     const int64_t columns = std::min<int64_t>(PANEL, n_ - column);
+    const auto vectors = panel_vectors<X>(weights);
+    const Columns<T> w{vectors.data(), PANEL * PAIR, steps_, AHEAD};
     for_row_blocks(rows, [&](int64_t begin, int count) {
         alignas(64) float sums[ROWS_AT_ONCE * PANEL];
-        multiply<PANEL>(count, x.data + (first + begin) * x.stride, x.stride, weights, PANEL * PAIR, steps_, sums,
-                        PANEL, false);
+        multiply(count, x.data + (first + begin) * x.stride, x.stride, w, PANEL / W, sums, PANEL, false);
         for (int r = 0; r < count; ++r) {
             T* out = y + (first + begin + r) * n_ + column;
             if (bias_.size()) {

@@ -6,8 +6,6 @@
 
 namespace loraplex {
 
-constexpr int PANEL = 32;  // outputs whose weights lie together
-
 template <class T>
 class Linear {
   public:

@@ -7,10 +7,11 @@ namespace loraplex {
 namespace {
 
 constexpr int DOT_ROWS = HAS_BF16_DOT ? 4 : 2;  // x RANK_GROUP accumulators
-constexpr int64_t RANKS_PER_CHUNK = 16;
-constexpr int64_t PANELS_PER_CHUNK = 8;
-constexpr int64_t SHRINK_ROWS = 64;
-constexpr int64_t EXPAND_ROWS = 96;
+constexpr int64_t ROWS_PER_PART = 64;
+constexpr int64_t PARTS_PER_THREAD = 4;  // fewer would leave threads without work at the end
+constexpr int64_t RANKS_PER_PIECE = 16;
+constexpr int64_t PANELS_AT_ONCE = 8;
+constexpr int64_t AHEAD = 8 << 10;  // bytes
 
 // acc += the products of DOT_LENGTH neighbours, lane by lane.
 template <class T>
@@ -36,16 +37,19 @@ void dots(const X* x, int64_t width, const T* a, float* out, int64_t out_stride)
 #pragma GCC unroll 4
         for (int k = 0; k < RANKS; ++k) acc[r][k] = zero();
     for (int64_t c = 0; c < width; c += DOT_LENGTH, a += RANKS * DOT_LENGTH) {
-        for (int k = 0; k < RANKS; ++k) __builtin_prefetch(a + k * DOT_LENGTH + 1024);
+        for (int k = 0; k < RANKS; ++k) __builtin_prefetch(reinterpret_cast<const char*>(a + k * DOT_LENGTH) + AHEAD);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
             for (int k = 0; k < RANKS; ++k) acc[r][k] = dot(acc[r][k], a + k * DOT_LENGTH, x + r * width + c);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int k = 0; k < RANKS; ++k) out[r * out_stride + k] = sum(acc[r][k]);
+    for (int r = 0; r < ROWS; ++r) {
+        if constexpr (RANKS == 4)
+            sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3], out + r * out_stride);
+        else
+            for (int k = 0; k < RANKS; ++k) out[r * out_stride + k] = sum(acc[r][k]);
+    }
 }
 
 template <int RANKS, class X, class T>
@@ -57,14 +61,6 @@ void dot_rows(int rows, const X* x, int64_t width, const T* a, float* out, int64
         default: return dots<4, RANKS>(x, width, a, out, out_stride);
     }
 }
-
-// One piece of a phase: some rows of a segment with some of the adapter's ranks or of a projection's panels.
-struct Chunk {
-    const void* weights;
-    int64_t rank;    // of the adapter: how far apart the shrunk rows are
-    int64_t shrunk;  // where the first of these rows is among the shrunk ones
-    int64_t first_row, rows, begin, end;
-};
 
 }  // namespace
 
@@ -123,18 +119,25 @@ template <class T>
 void LoraTable<T>::expand(const Projection& projection, const float* shrunk, int64_t rank, int64_t rows,
                           int64_t first_panel, int64_t last_panel, T* y) const {
     const LoraPart& part = projection.part;
-    for (int64_t p = first_panel; p < last_panel; ++p) {
-        const T* b = projection.b.data() + p * part.rank * PANEL;
-        const int64_t columns = std::min<int64_t>(PANEL, part.n - p * PANEL);
+    constexpr int64_t WIDTH = PANELS_AT_ONCE * PANEL;
+    for (int64_t p = first_panel; p < last_panel; p += PANELS_AT_ONCE) {
+        const int64_t panels = std::min(PANELS_AT_ONCE, last_panel - p);
+        const int64_t columns = std::min(part.n - p * PANEL, panels * PANEL);
+        const T* vectors[WIDTH / W];
+        for (int64_t v = 0; v < panels * PANEL / W; ++v)
+            vectors[v] = projection.b.data() + (p + v * W / PANEL) * part.rank * PANEL + v * W % PANEL;
+        const Columns<T> w{vectors, PANEL, part.rank, AHEAD};
+        const int64_t whole = columns / W, rest = columns % W;
         for_row_blocks(rows, [&](int64_t first, int count) {
-            alignas(64) float sums[ROWS_AT_ONCE * PANEL];
-            multiply<PANEL>(count, shrunk + first * rank + part.rank_start, rank, b, PANEL, part.rank, sums, PANEL,
-                            false);
-            for (int r = 0; r < count; ++r) {
-                const float* delta = sums + r * PANEL;
-                T* out = y + (first + r) * n_ + part.out_start + p * PANEL;
-                map(out, out, columns, [&](Vec old, int64_t j) { return old + load(delta + j); });
-            }
+            const float* from = shrunk + first * rank + part.rank_start;
+            T* out = y + first * n_ + part.out_start + p * PANEL;
+            multiply(count, from, rank, w, whole, out, n_, true);
+            if (!rest) return;
+            const Columns<T> last{vectors + whole, PANEL, part.rank, 0};
+            T edge[ROWS_AT_ONCE * W] = {};
+            for (int r = 0; r < count; ++r) std::copy_n(out + r * n_ + whole * W, rest, edge + r * W);
+            multiply(count, from, rank, last, 1, edge, W, true);
+            for (int r = 0; r < count; ++r) std::copy_n(edge + r * W, rest, out + r * n_ + whole * W);
         });
     }
 }
@@ -142,38 +145,59 @@ void LoraTable<T>::expand(const Projection& projection, const float* shrunk, int
 template <class T>
 void LoraTable<T>::apply(Context& context, const T* x, T* y, int64_t rows, int64_t segments, const int32_t* slots,
                          const int32_t* starts, const int32_t* ends) const {
-    // Reused from step to step by the thread that steps; the workers only read them.
-    static thread_local std::vector<Chunk> shrinks, expands;
-    shrinks.clear();
-    expands.clear();
+    // Reused from step to step by the thread that steps; the workers only read it.
+    static thread_local std::vector<Part> parts;
+    parts.clear();
     int64_t shrunk_size = 0;
     for (int64_t g = 0; g < segments; ++g) {
         const Adapter* adapter = adapters_[slots[g]].get();
-        if (!adapter) continue;
-        const int64_t rank = adapter->rank;
-        const auto add = [&](std::vector<Chunk>& to, const void* weights, int64_t block, int64_t count, int64_t step) {
-            for (int64_t row = starts[g]; row < ends[g]; row += block)
-                for (int64_t i = 0; i < count; i += step)
-                    to.push_back({weights, rank, shrunk_size + (row - starts[g]) * rank, row,
-                                  std::min(block, ends[g] - row), i, std::min(count, i + step)});
-        };
-        add(shrinks, adapter, SHRINK_ROWS, rank, RANKS_PER_CHUNK);
-        for (const Projection& projection : adapter->projections)
-            add(expands, &projection, EXPAND_ROWS, ceil_div(projection.part.n, PANEL), PANELS_PER_CHUNK);
-        shrunk_size += (ends[g] - starts[g]) * rank;
+        if (!adapter || adapter->rank == 0) continue;
+        for (int64_t first = starts[g]; first < ends[g]; first += ROWS_PER_PART) {
+            const int64_t count = std::min<int64_t>(ROWS_PER_PART, ends[g] - first);
+            parts.push_back({adapter, first, count, shrunk_size});
+            shrunk_size += count * adapter->rank;
+        }
     }
-    if (shrinks.empty()) return;
+    if (parts.empty()) return;
     const Rows<X> input = prepare(context, x, rows, c_, width_);
     float* shrunk = context.intermediate.get<float>(shrunk_size);
-    context.pool.run(int64_t(shrinks.size()), [&, chunks = shrinks.data()](int64_t i) {
-        const Chunk& chunk = chunks[i];
-        shrink(*static_cast<const Adapter*>(chunk.weights), input.data + chunk.first_row * width_, chunk.rows,
-               chunk.begin, chunk.end, shrunk + chunk.shrunk);
+    // Whole parts, each one stream through an adapter's memory, if that occupies everybody; else their pieces.
+    if (int64_t(parts.size()) >= PARTS_PER_THREAD * context.pool.threads())
+        context.pool.run(int64_t(parts.size()), [&, list = parts.data()](int64_t i) {
+            const Part& part = list[i];
+            const Adapter& adapter = *part.adapter;
+            shrink(adapter, input.data + part.first_row * width_, part.rows, 0, adapter.rank, shrunk + part.shrunk);
+            for (const Projection& projection : adapter.projections)
+                expand(projection, shrunk + part.shrunk, adapter.rank, part.rows, 0, ceil_div(projection.part.n, PANEL),
+                       y + part.first_row * n_);
+        });
+    else
+        apply_pieces(context, parts, input.data, shrunk, y);
+}
+
+template <class T>
+void LoraTable<T>::apply_pieces(Context& context, const std::vector<Part>& parts, const X* x, float* shrunk,
+                                T* y) const {
+    static thread_local std::vector<Piece> shrinks, expands;
+    shrinks.clear();
+    expands.clear();
+    for (const Part& part : parts) {
+        for (int64_t r = 0; r < part.adapter->rank; r += RANKS_PER_PIECE)
+            shrinks.push_back({&part, nullptr, r, std::min(part.adapter->rank, r + RANKS_PER_PIECE)});
+        for (const Projection& projection : part.adapter->projections) {
+            const int64_t panels = ceil_div(projection.part.n, PANEL);
+            for (int64_t p = 0; p < panels; p += PANELS_AT_ONCE)
+                expands.push_back({&part, &projection, p, std::min(panels, p + PANELS_AT_ONCE)});
+        }
+    }
+    context.pool.run(int64_t(shrinks.size()), [&, list = shrinks.data()](int64_t i) {
+        const auto [part, projection, begin, end] = list[i];
+        shrink(*part->adapter, x + part->first_row * width_, part->rows, begin, end, shrunk + part->shrunk);
     });
-    context.pool.run(int64_t(expands.size()), [&, chunks = expands.data()](int64_t i) {
-        const Chunk& chunk = chunks[i];
-        expand(*static_cast<const Projection*>(chunk.weights), shrunk + chunk.shrunk, chunk.rank, chunk.rows,
-               chunk.begin, chunk.end, y + chunk.first_row * n_);
+    context.pool.run(int64_t(expands.size()), [&, list = expands.data()](int64_t i) {
+        const auto [part, projection, begin, end] = list[i];
+        expand(*projection, shrunk + part->shrunk, part->adapter->rank, part->rows, begin, end,
+               y + part->first_row * n_);
     });
 }
 

@@ -43,6 +43,20 @@ class LoraTable {
         std::vector<Projection> projections;
     };
 
+    // Some rows of one segment.
+    struct Part {
+        const Adapter* adapter;
+        int64_t first_row, rows;
+        int64_t shrunk;  // where its shrunk rows begin
+    };
+    // Some ranks of a part's shrink, or some panels of one projection of its expand.
+    struct Piece {
+        const Part* part;
+        const Projection* projection;
+        int64_t begin, end;
+    };
+
+    void apply_pieces(Context& context, const std::vector<Part>& parts, const X* x, float* shrunk, T* y) const;
     void shrink(const Adapter& adapter, const X* x, int64_t rows, int64_t first_rank, int64_t last_rank,
                 float* out) const;
     void expand(const Projection& projection, const float* shrunk, int64_t rank, int64_t rows, int64_t first_panel,

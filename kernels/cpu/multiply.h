@@ -1,10 +1,11 @@
-// The one inner loop of linears, attention and LoRA: a few rows times a narrow panel, in registers.
+// The one inner loop of linears, attention and LoRA: a few rows times a few vectors' width of a matrix, in registers.
 //
-//     out[r][j] = Σ_s x[r][s] · w[s][j]        r < rows, j < WIDTH
+//     out[r][j] = Σ_s x[r][s] · w[s][j]      (or out[r][j] + …)
 //
 // Each sum runs over s in ascending order in a lane of its own, so it does not depend on the number of rows.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <type_traits>
@@ -14,10 +15,12 @@
 
 namespace loraplex {
 
+// Rows that are multiplied at once by two vectors; by four vectors half as many. Accumulators take 24 of AVX512's 32
+// registers, 12 of AVX2's 16.
 #if defined(__AVX512F__)
-constexpr int ROWS_AT_ONCE = 12;  // x 2 vectors = 24 of 32 registers
+constexpr int ROWS_AT_ONCE = 12;
 #elif defined(__AVX2__)
-constexpr int ROWS_AT_ONCE = 6;  // x 2 vectors = 12 of 16 registers
+constexpr int ROWS_AT_ONCE = 6;
 #else
 constexpr int ROWS_AT_ONCE = 4;
 #endif
@@ -31,71 +34,99 @@ struct Operand {
     using Type = std::conditional_t<paired, bf16, float>;
 };
 
-// The loop for a constant number of rows and vectors. x float: w is [steps, w_stride] of anything; x bf16: w holds
-// pairs, [steps, w_stride / 2, 2], and so does x.
-template <int ROWS, int VECTORS, class X, class T>
-void multiply_block(const X* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t steps, float* out,
+// How many neighbours of x and of w one lane takes.
+template <class X>
+constexpr int PAIR_OF = std::is_same_v<X, bf16> ? 2 : 1;
+
+// Neighbouring vectors share a cache line of 64 bytes, and its prefetch.
+template <class X, class T>
+constexpr int VECTORS_PER_LINE = std::max<int>(1, 64 / (W * PAIR_OF<X> * int(sizeof(T))));
+
+// A matrix [steps, columns, pair] whose columns are found W at a time: `vectors[i]` is where columns i·W … begin, and
+// the next step is `stride` elements on.
+template <class T>
+struct Columns {
+    const T* const* vectors;
+    int64_t stride;
+    int64_t steps;
+    int64_t ahead;  // bytes from what is read to what is prefetched
+};
+
+// The loop for a constant number of rows and vectors.
+template <int ROWS, int VECTORS, class X, class T, class Out>
+void multiply_block(const X* x, int64_t x_stride, const Columns<T>& w, int64_t first_vector, Out* out,
                     int64_t out_stride, bool accumulate) {
     Vec acc[ROWS][VECTORS];
+    const T* at[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) at[v] = w.vectors[first_vector + v];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) acc[r][v] = accumulate ? load(out + r * out_stride + v * W) : zero();
-    for (int64_t s = 0; s < steps; ++s, w += w_stride) {
-#if defined(__x86_64__)
-        __builtin_prefetch(reinterpret_cast<const char*>(w) + 2048);
-        if (VECTORS * W * sizeof(T) * (std::is_same_v<X, bf16> ? 2 : 1) > 64)
-            __builtin_prefetch(reinterpret_cast<const char*>(w) + 2048 + 64);
-#endif
+    int64_t offset = 0;
+    const int64_t steps = w.steps, stride = w.stride, ahead = w.ahead;
+    for (int64_t s = 0; s < steps; ++s, offset += stride) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v += VECTORS_PER_LINE<X, T>)
+            __builtin_prefetch(reinterpret_cast<const char*>(at[v] + offset) + ahead);
         if constexpr (std::is_same_v<X, bf16>) {
 #if defined(__AVX512BF16__)
             __m512bh weights[VECTORS];
-            for (int v = 0; v < VECTORS; ++v) weights[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + v * 2 * W));
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v)
+                weights[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(at[v] + offset));
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
                 int32_t both;
                 std::memcpy(&both, x + r * x_stride + 2 * s, 4);
                 const __m512bh spread = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], weights[v], spread);
             }
 #endif
         } else {
             Vec weights[VECTORS];
-            for (int v = 0; v < VECTORS; ++v) weights[v] = load(w + v * W);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) weights[v] = load(at[v] + offset);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
                 const Vec spread = fill(x[r * x_stride + s]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(spread, weights[v], acc[r][v]);
             }
         }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) store(out + r * out_stride + v * W, acc[r][v]);
 }
 
-template <class X, class T>
-using Block = void (*)(const X*, int64_t, const T*, int64_t, int64_t, float*, int64_t, bool);
+template <class X, class T, class Out>
+using Block = void (*)(const X*, int64_t, const Columns<T>&, int64_t, Out*, int64_t, bool);
 
-// The loops for 1 … ROWS_AT_ONCE rows.
-template <int VECTORS, class X, class T, int... I>
-constexpr std::array<Block<X, T>, sizeof...(I)> make_blocks(std::integer_sequence<int, I...>) {
-    return {multiply_block<I + 1, VECTORS, X, T>...};
+// The loops for 1 … sizeof...(I) rows.
+template <int VECTORS, class X, class T, class Out, int... I>
+constexpr std::array<Block<X, T, Out>, sizeof...(I)> make_blocks(std::integer_sequence<int, I...>) {
+    return {multiply_block<I + 1, VECTORS, X, T, Out>...};
 }
 
-// rows: 1 … ROWS_AT_ONCE. WIDTH: a multiple of 16. Strides in elements.
-template <int WIDTH, class X, class T>
-void multiply(int rows, const X* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t steps, float* out,
+// rows: 1 … ROWS_AT_ONCE. out[r][v · W …] for every vector v of w, added to what is there if `accumulate`. Strides in
+// elements.
+template <class X, class T, class Out>
+void multiply(int rows, const X* x, int64_t x_stride, const Columns<T>& w, int64_t vectors, Out* out,
               int64_t out_stride, bool accumulate) {
-    constexpr int VECTORS = WIDTH / W < 2 ? 1 : 2;
-    constexpr int COLUMNS = VECTORS * W;
-    static constexpr auto blocks = make_blocks<VECTORS, X, T>(std::make_integer_sequence<int, ROWS_AT_ONCE>{});
-    const int lane = std::is_same_v<X, bf16> ? 2 : 1;
-    for (int column = 0; column < WIDTH; column += COLUMNS)
-        blocks[rows - 1](x, x_stride, w + column * lane, w_stride, steps, out + column, out_stride, accumulate);
+    static constexpr auto ones = make_blocks<1, X, T, Out>(std::make_integer_sequence<int, ROWS_AT_ONCE>{});
+    static constexpr auto twos = make_blocks<2, X, T, Out>(std::make_integer_sequence<int, ROWS_AT_ONCE>{});
+    static constexpr auto fours = make_blocks<4, X, T, Out>(std::make_integer_sequence<int, ROWS_AT_ONCE / 2>{});
+    int64_t v = 0;
+    const auto all = [&](const auto& blocks, int64_t at_once) {
+        for (; v + at_once <= vectors; v += at_once)
+            blocks[rows - 1](x, x_stride, w, v, out + v * W, out_stride, accumulate);
+    };
+    if (rows <= ROWS_AT_ONCE / 2) all(fours, 4);
+    all(twos, 2);
+    all(ones, 1);
 }
 
 // f(first, count) over [0, rows) in blocks of at most ROWS_AT_ONCE rows, as equal as can be.
@@ -106,6 +137,16 @@ void for_row_blocks(int64_t rows, F f) {
         const int64_t first = rows * block / blocks;
         f(first, int(rows * (block + 1) / blocks - first));
     }
+}
+
+// Where the vectors of a panel of PANEL neighbouring columns begin.
+constexpr int PANEL = 32;
+
+template <class X, class T>
+std::array<const T*, PANEL / W> panel_vectors(const T* panel) {
+    std::array<const T*, PANEL / W> vectors;
+    for (int v = 0; v < PANEL / W; ++v) vectors[v] = panel + v * W * PAIR_OF<X>;
+    return vectors;
 }
 
 }  // namespace loraplex

@@ -186,7 +186,7 @@ class CpuOps:
             cos_sin.data_ptr(),
             cache.k.data_ptr(),
             cache.v.data_ptr(),
-            cache.block_size,
+            block_shift(cache.block_size),
             slot_mapping.data_ptr(),
         )
         succeed(status)
@@ -215,7 +215,7 @@ class CpuOps:
             head_dim,
             cache.k.data_ptr(),
             cache.v.data_ptr(),
-            cache.block_size,
+            block_shift(cache.block_size),
             tables.shape[0],
             metadata.query_starts.data_ptr(),
             metadata.seq_lens.data_ptr(),
@@ -229,9 +229,14 @@ class CpuOps:
         return out
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
-        """Tensors of [B, K, P, D], D rounded up to 16; inside a block keys lie as kernels/cpu/attention.h says."""
+        """Tensors of [B, K, P, D], D rounded up to 16; inside a block keys lie as kernels/cpu/attention.h says.
+
+        Raises ValueError for a block size that is not a power of two.
+        """
         dtype_code(dtype)
-        elements = self.library.cache_elements(num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+        if block_size < 1 or block_size & (block_size - 1):
+            raise ValueError(f"block size {block_size} is not a power of two")
+        elements = self.library.cache_elements(num_blocks, block_shift(block_size), shape.num_kv_heads, shape.head_dim)
         size = (num_blocks, shape.num_kv_heads, block_size, -(-shape.head_dim // 16) * 16)
         k, v = (self._zeros(elements, dtype)[: math.prod(size)].view(size) for _ in range(2))
         return LayerKV(k, v, num_blocks, block_size)
@@ -265,6 +270,11 @@ def dtype_code(dtype: torch.dtype) -> int:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPE_CODES)
         raise ValueError(f"the CPU kernels compute in {names}, not in {str(dtype).removeprefix('torch.')}")
     return DTYPE_CODES[dtype]
+
+
+def block_shift(block_size: int) -> int:
+    """The power of two that a block size is."""
+    return block_size.bit_length() - 1
 
 
 def succeed(status: int) -> None:

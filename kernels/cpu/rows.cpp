@@ -8,10 +8,10 @@ namespace {
 
 constexpr int64_t ELEMENTS_PER_CHUNK = 8192;  // less is not worth waking anybody
 
-// f(row) for every row, several rows a chunk.
+// f(row) for every row, at least `fewest` neighbours a chunk.
 template <class F>
-void for_rows(Context& context, int64_t rows, int64_t elements_per_row, F f) {
-    const int64_t each = std::max<int64_t>(1, ELEMENTS_PER_CHUNK / elements_per_row);
+void for_rows(Context& context, int64_t rows, int64_t elements_per_row, F f, int64_t fewest = 1) {
+    const int64_t each = std::max<int64_t>(fewest, ELEMENTS_PER_CHUNK / elements_per_row);
     context.pool.run(ceil_div(rows, each), [&](int64_t chunk) {
         for (int64_t row = chunk * each; row < std::min(rows, (chunk + 1) * each); ++row) f(row);
     });
@@ -105,7 +105,7 @@ void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t
                      const int64_t* positions, const float* cos_sin, const Cache<T>& cache, const int64_t* slots) {
     const int64_t d = cache.head_dim, half = d / 2, width = (heads + 2 * cache.kv_heads) * d;
     const int64_t key_stride = cache.tile_keys() * Cache<T>::PAIR;
-    for_rows(context, rows, width, [&](int64_t row) {
+    const auto one = [&](int64_t row) {
         static thread_local Scratch wide, narrowed;
         float* turned = wide.get<float>(d);
         T* key = narrowed.get<T>(d);
@@ -122,7 +122,9 @@ void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t
         }
         for (int64_t head = 0; head < cache.kv_heads; ++head, from += d)
             std::memcpy(cache.value(slots[row], head), from, d * sizeof(T));
-    });
+    };
+    // The keys of a tile share cache lines: neighbouring tokens on different cores would take them from each other.
+    for_rows(context, rows, width, one, LANES);
 }
 
 template <class T>

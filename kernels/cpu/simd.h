@@ -88,6 +88,13 @@ inline Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec square_root(Vec a) { return _mm512_sqrt_ps(a); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a); }
+inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const Vec ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    const Vec cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    const Vec abcd = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+    const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_castps512_ps256(_mm512_shuffle_f32x4(abcd, abcd, 0xee));
+    _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+}
 inline Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec times_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
@@ -143,6 +150,13 @@ inline float largest(Vec a) {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const Vec ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+    const Vec cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+    const Vec abcd = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
+    _mm_storeu_ps(out, _mm256_castps256_ps128(abcd) + _mm256_extractf128_ps(abcd, 1));
 }
 
 // n is a whole number from -252 to 254; two factors because 2^n alone may not be a normal float.
@@ -208,6 +222,9 @@ inline Vec square_root(Vec a) {
     return each([&](int i) { return std::sqrt(a[i]); });
 }
 inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
 inline float largest(Vec a) { return std::fmax(std::fmax(a[0], a[1]), std::fmax(a[2], a[3])); }
 inline Vec nearest(Vec a) {
     return each([&](int i) { return std::nearbyint(a[i]); });

@@ -415,6 +415,12 @@ def test_without_a_compiled_library_the_reference_serves_and_says_so(not_compile
     assert "install with a C++17 compiler" in caplog.messages[0]
 
 
+def test_library_of_an_older_build_is_not_called(monkeypatch):
+    monkeypatch.setattr(library, "VERSION", library.VERSION + 1)
+    with pytest.raises(ValueError, match="older build: install again"):
+        select_ops(CPU, "cpu")
+
+
 def test_asking_for_kernels_that_are_not_compiled_is_an_error(not_compiled):
     with pytest.raises(ValueError, match=r"install with a C\+\+17 compiler"):
         select_ops(CPU, "cpu")
