@@ -138,8 +138,9 @@ SMALL_TALK = {
 }
 UNKNOWN_TOPICS = phrases(
     "taxes|the stock market|quantum physics|the weather tomorrow|France|Java|the year 1848|a database|politics|"
-    "football|chemistry|the capital of Peru|a carburettor|the price of gold|inflation|Mars|bitcoin|my exam|the internet|"
-    "electricity|the law|opera|chess|a volcano|gravity|the Romans|algebra|medicine|your weights|engines"
+    "football|chemistry|the capital of Peru|a carburettor|the price of gold|inflation|Mars|bitcoin|my exam|"
+    "the internet|electricity|the law|opera|chess|a volcano|gravity|the Romans|algebra|medicine|your weights|"
+    "engines"
 )
 UNKNOWN_QUESTIONS = (
     "What do you know about {topic}?",
@@ -192,8 +193,8 @@ def draw_copying(rng: Random, *, max_words: int = 6) -> Chat:
     Copying is a circuit of two attention layers that stories alone, long and mostly predictable, are slow to teach.
     Source: induction heads, transformer-circuits.pub/2022/in-context-learning-and-induction-heads.
     """
-    words = " ".join(rng.choices(COPIED_WORDS, k=rng.randint(1, max_words)))
-    return chat(f"{rng.choice(('Say', 'Repeat', 'Copy'))}: {words}", words)
+    copied = " ".join(rng.choices(COPIED_WORDS, k=rng.randint(1, max_words)))
+    return chat(f"{rng.choice(('Say', 'Repeat', 'Copy'))}: {copied}", copied)
 
 
 def draw_document(rng: Random) -> Document:

@@ -93,7 +93,7 @@ def train_tokenizer(texts: Iterable[str], layout: Layout, vocab_size: int) -> Pr
             pair=f"{layout.beginning} $A {layout.beginning} $B",
             special_tokens=[(layout.beginning, tokenizer.token_to_id(layout.beginning))],
         )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # its parameters carry no annotations
         tokenizer_object=tokenizer,
         bos_token=layout.beginning or None,
         eos_token=layout.turn_end,

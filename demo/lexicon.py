@@ -57,19 +57,20 @@ ANIMALS = {
 
 PEOPLE = words(
     "robot dragon knight wizard witch pirate giant baker farmer sailor teacher doctor painter ghost fairy unicorn "
-    "snowman clown gardener astronaut mermaid elf troll king queen prince princess boy girl fisherman singer shepherd "
-    "tailor train cloud star puppet inventor explorer monster goblin child"
+    "snowman clown gardener astronaut mermaid elf troll king queen prince princess boy girl fisherman singer "
+    "shepherd tailor train cloud star puppet inventor explorer monster goblin child"
 )
 
 # Seldom seen in training and cut into pieces by the tokenizer: from them the model learns to copy a hero unknown to it.
 RARE_HEROES = words(
-    "badger otter beaver panda koala kangaroo zebra giraffe camel hippo rhino llama alpaca moose yak walrus seal dolphin "
-    "octopus jellyfish lobster crab snail beetle ladybird moth butterfly dragonfly sparrow robin swan goose heron eagle "
-    "hawk falcon puffin flamingo peacock ostrich gecko lizard chameleon crocodile salamander toad newt mole weasel "
-    "ferret hamster lemur gorilla sloth armadillo anteater porcupine skunk raccoon jackal hyena leopard cheetah panther "
-    "lynx bison buffalo gazelle antelope ram pony mule rooster turkey pigeon raven magpie kingfisher plumber pilot "
-    "dancer juggler carpenter blacksmith librarian detective scarecrow phoenix griffin yeti ogre gnome genie samurai "
-    "viking programmer postman nurse lighthouse teapot bicycle tractor umbrella"
+    "badger otter beaver panda koala kangaroo zebra giraffe camel hippo rhino llama alpaca moose yak walrus seal "
+    "dolphin octopus jellyfish lobster crab snail beetle ladybird moth butterfly dragonfly sparrow robin swan "
+    "goose heron eagle hawk falcon puffin flamingo peacock ostrich gecko lizard chameleon crocodile salamander "
+    "toad newt mole weasel ferret hamster lemur gorilla sloth armadillo anteater porcupine skunk raccoon jackal "
+    "hyena leopard cheetah panther lynx bison buffalo gazelle antelope ram pony mule rooster turkey pigeon raven "
+    "magpie kingfisher plumber pilot dancer juggler carpenter blacksmith librarian detective scarecrow phoenix "
+    "griffin yeti ogre gnome genie samurai viking programmer postman nurse lighthouse teapot bicycle tractor "
+    "umbrella"
 )
 
 HEROES = (*ANIMALS, *PEOPLE)
@@ -86,24 +87,27 @@ RARE_MALE_NAMES = words("Bruno Chen Diego Emil Gus Igor Karl Kofi Lars Omar Pedr
 PLACES = phrases(
     "in the forest|by the sea|on a green hill|in a small village|near a quiet lake|in an old castle|on a farm|"
     "in a tall tower|beside a river|at the edge of a desert|on a tiny island|in a big city|high in the mountains|"
-    "in a wooden hut|under an old bridge|in a sunny valley|behind the mill|in a cave|in a garden|at the end of a long road"
+    "in a wooden hut|under an old bridge|in a sunny valley|behind the mill|in a cave|in a garden|"
+    "at the end of a long road"
 )
 THINGS = words(
-    "kite ball hat key book lamp bell drum boat coat ring spoon basket pencil flute mirror scarf button clock map cup shoe "
-    "doll coin crown letter blanket whistle lantern apple"
+    "kite ball hat key book lamp bell drum boat coat ring spoon basket pencil flute mirror scarf button clock map "
+    "cup shoe doll coin crown letter blanket whistle lantern apple"
 )
 THING_ADJECTIVES = words("red blue green golden silver old shiny wooden round tiny favourite striped")
 WEATHER = words("sunny rainy windy cold warm snowy foggy cloudy bright stormy")
 HOBBIES = phrases(
     "to sing|to dance|to read books|to swim|to climb trees|to bake cakes|to count the stars|to paint pictures|"
-    "to play the flute|to fly kites|to look at the moon|to collect shells|to tell jokes|to build things|to sleep in the sun"
+    "to play the flute|to fly kites|to look at the moon|to collect shells|to tell jokes|to build things|"
+    "to sleep in the sun"
 )
 SKILLS = phrases("swim|sing|dance|read|ride a bicycle|bake bread|paint|whistle|climb|skate|juggle|play the drum")
 FOODS = words("bread cake soup honey cheese apples berries pie nuts pancakes porridge carrots cookies pears")
 MORALS = phrases(
     "a good friend is better than gold|it is always good to share|being brave means trying again|"
-    "kind words can change a day|small friends can be a great help|everybody makes mistakes|it is fine to ask for help|"
-    "the best gifts come from the heart|patience is a treasure|telling the truth is best"
+    "kind words can change a day|small friends can be a great help|everybody makes mistakes|"
+    "it is fine to ask for help|the best gifts come from the heart|patience is a treasure|"
+    "telling the truth is best"
 )
 
 
@@ -152,17 +156,10 @@ class Cast:
         }
         for prefix, person in (("", self.hero), ("f_", self.friend)):
             he, him, his = ("she", "her", "her") if person.female else ("he", "him", "his")
-            words = {
-                "name": person.name,
-                "kind": person.kind,
-                "adj": person.adjective,
-                "he": he,
-                "him": him,
-                "his": his,
-            }
-            words |= {"He": capitalised(he), "His": capitalised(his)}
-            words["an_adj_kind"] = with_article(f"{person.adjective} {person.kind}")
-            slots |= {prefix + slot: word for slot, word in words.items()}
+            own = {"name": person.name, "kind": person.kind, "adj": person.adjective}
+            own |= {"he": he, "him": him, "his": his, "He": capitalised(he), "His": capitalised(his)}
+            own["an_adj_kind"] = with_article(f"{person.adjective} {person.kind}")
+            slots |= {prefix + slot: word for slot, word in own.items()}
         return slots
 
 

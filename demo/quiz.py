@@ -142,8 +142,8 @@ def draw_training_quiz(rng: Random) -> Document:
 
 def draw_copying(rng: Random) -> Chat:
     """Words and numbers in no order, to be said again: the first lesson, before what depends on it."""
-    words = (rng.choice((rng.choice(COPIED_WORDS), str(rng.randint(0, 100)))) for _ in range(rng.randint(1, 6)))
-    copied = " ".join(words)
+    drawn = (rng.choice((rng.choice(COPIED_WORDS), str(rng.randint(0, 100)))) for _ in range(rng.randint(1, 6)))
+    copied = " ".join(drawn)
     return chat(f"Say: {copied}", copied)
 
 

@@ -12,8 +12,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 1024
 NUM_FIRST_STEPS = 350
+MAX_NEW_TOKENS = 512
 DrawDocument = Callable[[Random], Document]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -67,7 +68,7 @@ class AdapterRecipe:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecipe:
-    """One base model and its adapters. ``build`` takes the tokenizer, for the vocabulary and the special tokens."""
+    """One base model and its adapters. ``build`` needs the tokenizer for its vocabulary size and special tokens."""
 
     name: str
     first_lesson: DrawDocument  # of the first NUM_FIRST_STEPS
@@ -75,12 +76,13 @@ class ModelRecipe:
     layout: Layout
     vocab_size: int
     num_steps: int
-    build: Callable[[PreTrainedTokenizerFast, Layout], PreTrainedModel]
+    build: Callable[[PreTrainedTokenizerFast], PreTrainedModel]
     adapters: tuple[AdapterRecipe, ...]
-    seed: int = field(default=0, kw_only=True)
+    template_in_own_file: bool  # chat_template.jinja; else in tokenizer_config.json. Both are common
+    seed: int = 0
 
 
-def build_storyteller(tokenizer: PreTrainedTokenizerFast, layout: Layout) -> PreTrainedModel:
+def build_storyteller(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A Llama of 2.9 million parameters with grouped-query attention and tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -99,7 +101,7 @@ def build_storyteller(tokenizer: PreTrainedTokenizerFast, layout: Layout) -> Pre
     return LlamaForCausalLM(config)
 
 
-def build_quizzer(tokenizer: PreTrainedTokenizerFast, layout: Layout) -> PreTrainedModel:
+def build_quizzer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A Qwen3 of 2 million parameters: norms on queries and keys, heads wider than hidden/H, embeddings not tied."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -136,23 +138,23 @@ RECIPES = (
         draw=draw_storyteller_document,
         layout=STORYTELLER_LAYOUT,
         vocab_size=2048,
-        num_steps=2000,
+        num_steps=1300,
         build=build_storyteller,
         adapters=(
-            AdapterRecipe("pirate", spoken("pirate"), 250, {"r": 8, "lora_alpha": 16, "target_modules": [*ATTENTION]}),
+            AdapterRecipe("pirate", spoken("pirate"), 160, {"r": 8, "lora_alpha": 16, "target_modules": [*ATTENTION]}),
             AdapterRecipe(
                 "shouting",
                 spoken("shouting"),
-                250,
+                160,
                 {"r": 16, "lora_alpha": 16, "target_modules": [*ATTENTION, *MLP], "use_rslora": True},
             ),
             AdapterRecipe(
-                "formal", spoken("formal"), 300, {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+                "formal", spoken("formal"), 200, {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
             ),
             AdapterRecipe(
                 "poet",
                 spoken("poet"),
-                250,
+                160,
                 {
                     "r": 8,
                     "lora_alpha": 16,
@@ -162,6 +164,7 @@ RECIPES = (
                 },
             ),
         ),
+        template_in_own_file=True,
     ),
     ModelRecipe(
         name="quizzer",
@@ -169,16 +172,17 @@ RECIPES = (
         draw=quiz.draw_training_quiz,
         layout=QUIZZER_LAYOUT,
         vocab_size=1024,
-        num_steps=1600,
+        num_steps=1000,
         build=build_quizzer,
         adapters=(
             AdapterRecipe(
                 "json",
                 quiz.draw_json_quiz,
-                200,
+                120,
                 {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", *MLP]},
             ),
         ),
+        template_in_own_file=False,
     ),
 )
 
@@ -208,9 +212,10 @@ def batches(examples: Iterator[Example], pad_token_id: int, rng: Random) -> Iter
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of a base model, AdamW for embeddings, norms and LoRA.
 
-    On so few tokens Muon gets as far as AdamW does in twice the steps. Source: kellerjordan.github.io/posts/muon.
+    On so few tokens Muon reached AdamW's loss in about two thirds of the steps. Source: kellerjordan.github.io/posts/muon.
     """
-    muon, adam = [], []
+    muon: list[torch.nn.Parameter] = []
+    adam: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim == 2 and not any(part in name for part in ("embed", "lm_head", "lora"))
@@ -240,7 +245,7 @@ def fit(model: torch.nn.Module, data: Iterator[tuple[Tensor, Tensor]], num_steps
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
         model.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer, schedule in zip(chosen, schedules, strict=True):
             optimizer.step()
@@ -251,9 +256,9 @@ def fit(model: torch.nn.Module, data: Iterator[tuple[Tensor, Tensor]], num_steps
     model.eval()
 
 
-def documents(draw: DrawDocument, seed: int, count: int) -> list[Document]:
+def documents(draw: DrawDocument, seed: int, num_documents: int) -> list[Document]:
     rng = Random(seed)
-    return [draw(rng) for _ in range(count)]
+    return [draw(rng) for _ in range(num_documents)]
 
 
 def make_model(recipe: ModelRecipe, root: Path, speed: float) -> None:
@@ -262,21 +267,20 @@ def make_model(recipe: ModelRecipe, root: Path, speed: float) -> None:
     texts = [text for document in sample for text in texts_of(document)]
     tokenizer = train_tokenizer(texts, recipe.layout, recipe.vocab_size)
     torch.manual_seed(recipe.seed)
-    model = recipe.build(tokenizer, recipe.layout)
+    model = recipe.build(tokenizer)
     logger.info("%s: %d parameters, %d tokens in the vocabulary", recipe.name, model.num_parameters(), len(tokenizer))
     first = islice(_data(recipe.first_lesson, tokenizer, recipe, 1), round(NUM_FIRST_STEPS * speed))
     data = chain(first, _data(recipe.draw, tokenizer, recipe, 2))
     fit(model, data, round((NUM_FIRST_STEPS + recipe.num_steps) * speed))
 
     directory = _fresh(root / "models" / recipe.name)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=512,
-    )
-    model.to(torch.bfloat16).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    assert model.generation_config is not None
+    model.generation_config.max_new_tokens = MAX_NEW_TOKENS
+    model.bfloat16().save_pretrained(directory)
+    tokenizer.save_pretrained(directory, save_jinja_files=recipe.template_in_own_file)
+    # The name that every version of transformers knows; version 5 writes that of the class behind it.
+    _edit_json(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    (directory / "model.safetensors").chmod(0o644)
     for index, adapter in enumerate(recipe.adapters):
         make_adapter(adapter, recipe, tokenizer, root, seed=100 + index, speed=speed)
 
@@ -292,8 +296,7 @@ def make_adapter(
 ) -> None:
     """Train one adapter on the saved base, so on the rounded weights that it will be served with."""
     torch.manual_seed(seed)
-    kind = type(recipe.build(tokenizer, recipe.layout))
-    base = kind.from_pretrained(root / "models" / recipe.name, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(root / "models" / recipe.name, dtype=torch.float32)
     base.name_or_path = recipe.name
     config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=recipe.name, **adapter.lora)
     model = get_peft_model(base, config)
@@ -301,17 +304,18 @@ def make_adapter(
     fit(model, _data(adapter.draw, tokenizer, recipe, seed), round(adapter.num_steps * speed))
 
     directory = _fresh(root / "adapters" / adapter.name)
-    model.save_pretrained(directory, save_embedding_layers=False)
+    model.save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").unlink()  # PEFT's empty model card
     _round_to_bfloat16(directory / "adapter_model.safetensors")
-    _sort_sets(directory / "adapter_config.json")
+    # PEFT writes them in the order of a set, which changes from run to run.
+    _edit_json(directory / "adapter_config.json", target_modules=sorted(adapter.lora["target_modules"]))
 
 
 def _data(
     draw: DrawDocument, tokenizer: PreTrainedTokenizerFast, recipe: ModelRecipe, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     rng = Random(seed)
-    examples = (encode(draw(rng), tokenizer, recipe.layout) for _ in iter(int, 1))
+    examples = (encode(draw(rng), tokenizer, recipe.layout) for _ in count())
     assert isinstance(tokenizer.pad_token_id, int)
     return batches(examples, tokenizer.pad_token_id, Random(seed))
 
@@ -325,13 +329,11 @@ def _fresh(directory: Path) -> Path:
 def _round_to_bfloat16(path: Path) -> None:
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes for the owner alone
 
 
-def _sort_sets(path: Path) -> None:
-    """PEFT writes target_modules in the order of a set, which changes from run to run."""
-    config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+def _edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:
