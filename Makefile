@@ -28,20 +28,21 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The stamps depend on what decides the environment: a changed dependency or kernel source installs again.
-KERNEL_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+# The stamps depend on what decides the environment: a changed dependency or kernel source installs again. Each rule
+# installs once, because every installation compiles the kernels.
+INSTALL_INPUTS := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml $(wildcard setup.py) $(KERNEL_SOURCES)
+$(VENV)/.installed: $(INSTALL_INPUTS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(INSTALL_INPUTS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $@
+	touch $(VENV)/.installed $@
 
 clean:
 	rm -rf $(VENV) .venv-stubs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
