@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from loraplex import (
     InvalidArgument,
     NotFound,
     PermissionDenied,
-    Unavailable,
     Unsupported,
 )
 from loraplex.v1.adapters_pb2 import (
@@ -41,6 +41,13 @@ async def running_stream(control: ControlPlane, model: str) -> AsyncGenerateStre
     stream = control.client.stream_generate(model, "abc", max_tokens=1 << 19)
     await anext(stream)
     return stream
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """On the engine, which is in another thread and sends no events of that."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 def short(version: str) -> str:
@@ -188,8 +195,11 @@ async def test_the_same_request_id_gets_the_first_result(control: ControlPlane) 
 async def test_an_adapter_of_an_unloaded_model_waits_for_it(control: ControlPlane) -> None:
     adapter = await create(control, base_model="other", wait=None)
     assert adapter.state == Adapter.STATE_LOADING
+    watch = control.admin.watch_adapters()
     await control.admin.load_model("other", wait=20)
-    assert (await create(control, base_model="other")).state == Adapter.STATE_ACTIVE
+    async for message in watch:
+        if message.adapter.state == Adapter.STATE_ACTIVE:
+            break
     assert (await control.client.generate("pirate", "ab", max_tokens=2)).target.model == "models/other"
 
 
@@ -269,9 +279,7 @@ async def test_the_old_version_leaves_the_engine_once_nobody_uses_it(control: Co
     await create(control, seed=1)
     old = next(key for key in control.core().adapters if key.digest in first.digest)
     stream.cancel()
-    async with asyncio.timeout(20):
-        while old in control.core().adapters:  # noqa: ASYNC110  (it is in another thread)
-            await asyncio.sleep(0.001)
+    await until(lambda: old not in control.core().adapters)
     found = await control.admin.get_adapter(short(first.version))
     assert (found.state, found.residency) == (Adapter.STATE_ACTIVE, ADAPTER_RESIDENCY_DISK)
 
@@ -397,20 +405,13 @@ async def test_an_adapter_is_loaded_ahead_of_its_requests(control: ControlPlane)
 
 
 async def test_an_engine_that_starts_again_gets_its_adapters_back(control: ControlPlane) -> None:
+    """Before any request asks for them."""
     adapter = await create(control)
     control.engines["tiny"].started[0].kill()
-    async with asyncio.timeout(20):
-        while len(control.engines["tiny"].started) < 2:  # noqa: ASYNC110  (it is in another thread)
-            await asyncio.sleep(0.001)
-    await control.client.wait_until_serving("models/tiny", timeout=20)
-    while True:
-        try:
-            answer = await control.client.generate("pirate", "ab", max_tokens=2)
-            break
-        except Unavailable:  # health may still be of the life before
-            await asyncio.sleep(0.001)
-    assert answer.target.adapter_version == adapter.version
+    await until(lambda: len(control.engines["tiny"].started) == 2 and bool(control.core().adapters))
     assert [key.digest for key in control.core().loaded] == [adapter.digest.removeprefix("sha256:")]
+    answer = await control.client.generate("pirate", "ab", max_tokens=2)
+    assert answer.target.adapter_version == adapter.version
 
 
 # ---- watch -----------------------------------------------------------------------------------------------------------

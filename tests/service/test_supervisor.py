@@ -147,6 +147,7 @@ async def test_a_killed_engine_ends_its_streams_and_comes_back(active: Watched) 
             async for _ in generation:
                 pass
     assert raised.value.reason == "ENGINE_RESTARTING"
+    assert active.state is EngineState.RESTARTING  # at once: whoever is told, and looks, must not find it ACTIVE
     await active.until(lambda: active.history[2:] == [EngineState.RESTARTING, EngineState.ACTIVE])
     assert pid_of(active) != pid
     assert client_of(active) is not client
