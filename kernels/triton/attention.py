@@ -234,14 +234,16 @@ class _Tile:
 
 
 def _choose_tile(decode: bool, group: int, head_dim: int, dtype: torch.dtype) -> _Tile:
-    """Such that accumulators fit in registers, and the keys and values of `num_stages` steps in shared memory."""
+    """Such that the accumulators fit in registers and the keys and values of `num_stages` steps in 99 KiB of shared
+    memory, the least that a GPU since Ampere offers."""
     smallest = triton.next_power_of_2(group)
     if dtype == torch.float32:  # multiplied without tensor cores, which takes registers
         return _Tile(max(16 if decode else 32, smallest), 16, num_warps=8, num_stages=2)
     wide = head_dim > 128
+    num_stages = 2 if wide else 3
     if decode:
-        return _Tile(max(16, smallest), 64, num_warps=4, num_stages=2 if wide else 3)
-    return _Tile(max(64 if wide else 128, smallest), 64, num_warps=8, num_stages=2 if wide else 3)
+        return _Tile(max(16, smallest), 64, num_warps=4, num_stages=num_stages)
+    return _Tile(max(64 if wide else 128, smallest), 32 if wide else 64, num_warps=8, num_stages=num_stages)
 
 
 def _choose_splits(num_tiles: int, max_seq_len: int, num_multiprocessors: int) -> int:

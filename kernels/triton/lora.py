@@ -33,9 +33,9 @@ OUT_FEATURES = tl.constexpr(40)
 ENTRY_SIZE = tl.constexpr(48)
 
 ALIGNMENT = tl.constexpr(8)  # elements: rows of Bᵀ begin at multiples of it, 16 bytes for 16-bit weights
-BLOCK_C = 128
+C_STEP_BYTES = 256  # of the input features that shrink takes at a time
 BLOCK_N = 128
-MAX_C_SPLITS = 16
+MIN_RANK_STEP = 16  # what tensor cores multiply at a time
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_rows"])
@@ -197,9 +197,9 @@ class TritonLoraTable:
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
-        # Powers of two, at least those of every adapter that was ever here:
-        self.capacity = 0  # sum of ranks
-        self.slice_capacity = 0  # rank of one projection
+        # Powers of two, no less than what any adapter that was ever here had:
+        self.capacity = 0  # sum of ranks; 0: none was here
+        self.slice_capacity = MIN_RANK_STEP  # rank of one projection
         self.entries = torch.zeros((num_slots, ENTRY_SIZE.value), dtype=torch.int64, device=device)
         self._dtype: torch.dtype | None = None
         self._held: list[tuple[Tensor, ...]] = [()] * num_slots  # what the entries point at
@@ -227,7 +227,7 @@ class TritonLoraTable:
             entry[OUT_FEATURES.value + i] = part.b.shape[0]
         self.entries[slot].copy_(torch.tensor(entry))
         self._held[slot] = (a, *transposed)
-        self.slice_capacity = max(self.slice_capacity, *(_room_for(part.b.shape[1]) for part in weights.slices))
+        self.slice_capacity = max([self.slice_capacity, *(_room_for(part.b.shape[1]) for part in weights.slices)])
         if len(a) > self.capacity:
             self.capacity = _room_for(len(a))
             self._growth.count += 1
@@ -245,7 +245,7 @@ class TritonLoraTable:
 
 
 def _room_for(rank: int) -> int:
-    return max(16, int(triton.next_power_of_2(rank)))
+    return max(MIN_RANK_STEP, int(triton.next_power_of_2(rank)))
 
 
 def _check_slices(weights: LoraWeights) -> None:
@@ -285,8 +285,9 @@ def segmented_lora(
     table.check_dtype(x.dtype)
     longest = max(end - start for _, start, end in segments.ranges)
     block_m, num_warps = (16, 4) if longest <= 16 else (64, 8)
+    block_c = C_STEP_BYTES // x.element_size()
     num_tiles = num_rows // block_m + num_segments
-    splits = _choose_splits(num_tiles, table.in_features, num_multiprocessors)
+    splits = _choose_splits(num_tiles, triton.cdiv(table.in_features, block_c), num_multiprocessors)
     shrunk = torch.empty((splits, num_rows, table.capacity), dtype=torch.float32, device=x.device)
     where = (table.entries, segments.slots, segments.starts, segments.ends, num_segments, num_rows)
     _shrink[(num_tiles, splits)](
@@ -298,7 +299,7 @@ def segmented_lora(
         SPLITS=splits,
         BLOCK_M=block_m,
         BLOCK_R=min(64, table.capacity),
-        BLOCK_C=BLOCK_C,
+        BLOCK_C=block_c,
         num_warps=num_warps,
     )
     _expand[(num_tiles, triton.cdiv(table.out_features, BLOCK_N) + MAX_SLICES.value - 1)](
@@ -316,10 +317,10 @@ def segmented_lora(
     )
 
 
-def _choose_splits(num_tiles: int, in_features: int, num_multiprocessors: int) -> int:
+def _choose_splits(num_tiles: int, num_steps: int, num_multiprocessors: int) -> int:
     """Between how many programs the input features of a tile are divided: about two programs a multiprocessor.
 
     1, 4 or 16: each value is a kernel to compile.
     """
-    wanted = min(2 * num_multiprocessors // num_tiles, triton.cdiv(in_features, BLOCK_C), MAX_C_SPLITS)
+    wanted = min(2 * num_multiprocessors // num_tiles, num_steps)
     return 16 if wanted >= 16 else 4 if wanted >= 4 else 1

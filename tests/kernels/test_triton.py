@@ -359,6 +359,15 @@ def test_adapter_that_does_not_fit_is_refused(weights, message):
         OPS.lora_table(8, 6, num_slots=1).put(0, weights)
 
 
+def test_adapter_without_slices_adds_nothing(random):
+    table = OPS.lora_table(8, 8, num_slots=1)
+    table.put(0, LoraWeights(random(0, 8), ()))
+    y = random(2, 8)
+    before = y.clone()
+    OPS.segmented_lora(y, random(2, 8), segments_of((0, 0, 2)), table)
+    assert torch.equal(y, before)
+
+
 def test_second_dtype_at_one_linear_is_refused(random):
     table = OPS.lora_table(8, 8, num_slots=2)
     table.put(0, adapter(random, 8, [(2, 0, 8)], torch.float32))
