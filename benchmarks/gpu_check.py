@@ -85,6 +85,8 @@ class Check:
         """In a process of their own, with no configuration: the plug-ins it names may not be installed."""
         command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
         command += ["--import-mode=importlib", "-o", "markers=gpu", "-q", "--maxfail=20", *TESTS]
+        if not self._interpret and importlib.util.find_spec("xdist"):
+            command += ["-n", "6"]  # most of the time goes into compiling, on the CPU
         started = time.monotonic()
         try:
             result = subprocess.run(
