@@ -111,6 +111,10 @@ void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t
         T* key = narrowed.get<T>(d);
         const float* cos = cos_sin + positions[row] * d;
         const T* from = qkv + row * width;
+        // Every pair of a key goes to a cache line of its own: fetch them while the queries are rotated.
+        for (int64_t head = 0; head < cache.kv_heads; ++head)
+            for (int64_t pair = 0; pair < d / Cache<T>::PAIR; ++pair)
+                __builtin_prefetch(cache.key(slots[row], head) + pair * key_stride, 1);
         for (int64_t head = 0; head < heads; ++head, from += d) {
             rotate_head(from, norm.q, norm.eps, cos, cos + half, half, turned);
             map(turned, q + (row * heads + head) * d, d, [](Vec a, int64_t) { return a; });
@@ -123,8 +127,9 @@ void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t
         for (int64_t head = 0; head < cache.kv_heads; ++head, from += d)
             std::memcpy(cache.value(slots[row], head), from, d * sizeof(T));
     };
-    // The keys of a tile share cache lines: neighbouring tokens on different cores would take them from each other.
-    for_rows(context, rows, width, one, LANES);
+    // The keys of a tile share cache lines: neighbouring tokens of a prompt on different cores would take them from
+    // each other. Few rows are mostly of different sequences.
+    for_rows(context, rows, width, one, rows > 4 * LANES ? LANES : 1);
 }
 
 template <class T>
