@@ -28,7 +28,9 @@ def as_markdown(report: dict[str, Any], name: str) -> str:
         f"# {report['model']}, {report['date']}",
         "",
         f"{machine['cores']} cores of {machine['cpu']} ({', '.join(machine['instruction_sets'])}), "
-        f"{machine['memory_gib']} GiB.",
+        f"{machine['memory_gib']} GiB. Measured in the same run with {report['roofline']['threads']} threads: reads "
+        f"{report['roofline']['bytes_per_second'] / 1e9:.1f} GB/s, multiplies "
+        f"{report['roofline']['flops_per_second'] / 1e9:.0f} GFLOP/s; from these follows the limit.",
         "",
         f"    {report['command']}",
         "",
@@ -36,18 +38,19 @@ def as_markdown(report: dict[str, Any], name: str) -> str:
         "",
         "Medians of the repeats; the range of the throughput in brackets. Latencies are medians (99th percentiles).",
         "",
-        "| scenario | streams | system | output tokens/s | TTFT ms | TPOT ms | memory MiB | quiet repeats |",
-        "|---|---|---|---|---|---|---|---|",
+        "| scenario | streams | system | output tokens/s | % of limit | TTFT ms | TPOT ms | memory MiB | quiet |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in report["cells"]:
         median = cell["median"]
         head = f"| {cell['scenario']} | {cell['concurrency']} | {system_name(report, cell)} |"
         if median is None:
-            lines.append(f"{head} failed: {cell['repeats'][-1]['error']} | | | | |")
+            lines.append(f"{head} failed: {cell['repeats'][-1]['error']} | | | | | |")
             continue
         lines.append(
             f"{head} {median['output_tokens_per_second']:.0f} "
             f"[{median['output_tokens_per_second_min']:.0f}, {median['output_tokens_per_second_max']:.0f}] "
+            f"| {100 * median['output_tokens_per_second'] / cell['limit']:.0f} "
             f"| {median['ttft_p50_seconds'] * 1e3:.0f} ({median['ttft_p99_seconds'] * 1e3:.0f}) "
             f"| {median['tpot_p50_seconds'] * 1e3:.1f} ({median['tpot_p99_seconds'] * 1e3:.1f}) "
             f"| {median['memory_bytes'] / 2**20:.0f} | {cell['uncontended_repeats']} of {len(cell['repeats'])} |"

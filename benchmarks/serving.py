@@ -19,11 +19,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ContentionMeter, Record, machine, median_of, resident_bytes, summarise
 from benchmarks.report import write_report
+from benchmarks.roofline import ModelCost, Roofline, output_limit
 from benchmarks.workload import SCENARIOS, Scenario, make_work
 
 CONTENDED_SHARE = 0.10
@@ -99,12 +101,20 @@ def system_command(name: str, where: str | None, args: argparse.Namespace) -> li
     return [interpreter, "-m", f"benchmarks.systems.{module}", *common, *options]
 
 
+def measure_roofline(threads: int) -> Roofline:
+    """In a process of its own, so that its threads and memory are gone before the systems start."""
+    command = [sys.executable, "-m", "benchmarks.roofline", "--json", "--threads", str(threads)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return Roofline(**json.loads(output.splitlines()[-1]))
+
+
 def can_run(name: str, scenario: Scenario) -> bool:
     return not (name == "vllm-nolora" and scenario.num_adapters)
 
 
-def measure(systems: dict[str, System], args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(systems: dict[str, System], roofline: Roofline, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every cell of scenario × concurrency, the systems taking turns within each repeat."""
+    cost = ModelCost.read(args.model)
     cells = []
     for scenario in (SCENARIOS[name] for name in args.scenarios):
         for concurrency in args.concurrency:
@@ -123,6 +133,7 @@ def measure(systems: dict[str, System], args: argparse.Namespace) -> list[dict[s
                         "scenario": scenario.name,
                         "adapters": scenario.num_adapters,
                         "concurrency": concurrency,
+                        "limit": output_limit(cost, roofline, scenario, concurrency),
                         "median": median_of(quiet or good) if good else None,
                         "uncontended_repeats": len(quiet),
                         "repeats": results,
@@ -159,6 +170,8 @@ def main() -> None:
         parser.error(f"unknown scenarios {', '.join(unknown)}: choose from {', '.join(SCENARIOS)}")
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    roofline = measure_roofline(args.threads)
+    print(roofline, flush=True)
     systems: dict[str, System] = {}
     try:
         for entry in args.systems.split(","):
@@ -166,7 +179,7 @@ def main() -> None:
             command = system_command(name, where or None, args)
             systems[name] = System(name, command, args.out.with_name(f"{args.out.name}.{name}.log"))
             print(f"{name}: {systems[name].about}", flush=True)
-        cells = measure(systems, args)
+        cells = measure(systems, roofline, args)
     finally:
         for system in systems.values():
             system.stop()
@@ -175,6 +188,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.serving", *sys.argv[1:]]),
         "model": args.model.name,
         "machine": machine(),
+        "roofline": asdict(roofline),
         "systems": {name: system.about for name, system in systems.items()},
         "cells": cells,
     }
