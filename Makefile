@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check stubs format clean
+.PHONY: demo test check gpu-check stubs format clean
 
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
@@ -20,6 +20,9 @@ check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generat
 	proto/stubs.sh check
 	proto/stubs.sh lint
 	proto/stubs.sh breaking
+
+gpu-check:  ## on a machine with a GPU, with its own Python: tests, kernels and throughput in under nine minutes
+	$(PYTHON) -m benchmarks.gpu_check --out gpu-check
 
 stubs:  ## generate client/loraplex/v1 from proto/
 	proto/stubs.sh generate
