@@ -98,6 +98,15 @@ async def test_requests_that_outlive_the_grace_end_with_model_unloaded(control: 
     assert raised.value.reason == "MODEL_UNLOADED"
 
 
+async def test_a_model_that_is_being_unloaded_cannot_be_loaded(control: ControlPlane) -> None:
+    stream = control.client.stream_generate("tiny", "ab", max_tokens=1 << 19)
+    await anext(stream)
+    await control.admin.unload_model("tiny")
+    with pytest.raises(FailedPrecondition, match="load it again once it is gone"):
+        await control.admin.load_model("tiny")
+    stream.cancel()
+
+
 async def test_a_model_may_come_back(control: ControlPlane) -> None:
     await control.admin.unload_model("tiny", wait=20)
     await control.admin.load_model("tiny", wait=20)
