@@ -96,7 +96,8 @@ def _visible_keys(length: tl.tensor, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
     return first, share
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+# What changes from step to step must not make a new kernel.
+@triton.jit(do_not_specialize=["num_sequences", "max_blocks"])
 def _attention(
     q: tl.tensor,  # [T, H, D]
     k_cache: tl.tensor,  # [B, K, P, D]

@@ -35,10 +35,11 @@ ENTRY_SIZE = tl.constexpr(48)
 ALIGNMENT = tl.constexpr(8)  # elements: rows of Bᵀ begin at multiples of it, 16 bytes for 16-bit weights
 C_STEP_BYTES = 256  # of the input features that shrink takes at a time
 BLOCK_N = 128
+STEP_SIZES, STEP_TENSORS = ["num_segments", "num_rows"], ["slots", "starts", "ends"]  # must not make new kernels
 MIN_RANK_STEP = 16  # what tensor cores multiply at a time
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_rows"])
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _shrink(
     x: tl.tensor,  # [T, C]
     shrunk: tl.tensor,  # float32 [SPLITS, T, capacity]
@@ -114,7 +115,7 @@ def _expand_tile(
         num_columns = tl.multiple_of(num_columns, ALIGNMENT)
     b_stride = tl.multiple_of(tl.cdiv(num_columns, ALIGNMENT) * ALIGNMENT, ALIGNMENT)
     columns = first_column + tl.arange(0, BLOCK_N)
-    b_mask = (columns < b_stride)[None, :]  # what lies between the last column and the next row is not used
+    b_mask = (columns < b_stride)[None, :]  # between the last column and the next row are zeros
     mask = row_mask[:, None] & (columns < num_columns)[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     split_stride = num_rows.to(tl.int64) * capacity
@@ -133,7 +134,7 @@ def _expand_tile(
     tl.store(place, (before + sums).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_rows"])
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _expand(
     y: tl.tensor,  # [T, N], read and written
     shrunk: tl.tensor,  # float32 [SPLITS, T, capacity]
@@ -264,7 +265,7 @@ def _transposed(b: Tensor) -> Tensor:
     """[N, R] → [R, N], each row beginning on 16 bytes."""
     n, rank = b.shape
     stride = triton.cdiv(n, ALIGNMENT.value) * ALIGNMENT.value
-    b_t = torch.empty((rank, stride), dtype=b.dtype, device=b.device)
+    b_t = torch.zeros((rank, stride), dtype=b.dtype, device=b.device)
     b_t[:, :n] = b.t()
     return b_t
 
