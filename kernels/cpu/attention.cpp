@@ -253,11 +253,8 @@ void paged_attention(Context& context, const T* q, T* out, int64_t heads, const 
                 items.push_back({s, head, first, std::min(step, queries - first)});
     }
     const int64_t count = int64_t(items.size());
-    // Neighbours on one thread, as long as there is enough for all: what one prefetches is then its own.
-    const int64_t each = std::max<int64_t>(1, std::min<int64_t>(cache.kv_heads, count / (4 * context.pool.threads())));
-    context.pool.run(ceil_div(count, each), [&, items = items.data()](int64_t chunk) {
-        const int64_t end = std::min(count, (chunk + 1) * each);
-        for (int64_t i = chunk * each; i < end; ++i) attention.compute(items[i], i + 1 < count ? items + i + 1 : nullptr);
+    context.pool.run(count, [&, items = items.data()](int64_t i) {
+        attention.compute(items[i], i + 1 < count ? items + i + 1 : nullptr);
     });
 }
 

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 
 namespace loraplex {
@@ -10,6 +11,7 @@ namespace {
 constexpr auto SPIN = std::chrono::microseconds(150);
 constexpr int SPINS_PER_CLOCK_READ = 64;
 constexpr int SPINS_BEFORE_YIELD = 1 << 14;
+constexpr int MAX_RANGES = 16;  // setting them up costs a cache miss each
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -21,8 +23,8 @@ inline void pause() {
 
 }  // namespace
 
-Pool::Pool(int threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
+Pool::Pool(int threads) : ranges_(size_t(std::clamp(threads, 1, MAX_RANGES))) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(size_t(i) % ranges_.size()); });
 }
 
 Pool::~Pool() {
@@ -42,8 +44,11 @@ void Pool::dispatch(int64_t chunks, Function function, void* context) {
     }
     function_ = function;
     context_ = context;
-    chunks_ = chunks;
-    next_.store(0, std::memory_order_relaxed);
+    const auto count = int64_t(ranges_.size());
+    for (int64_t i = 0; i < count; ++i) {
+        ranges_[size_t(i)].next.store(chunks * i / count, std::memory_order_relaxed);
+        ranges_[size_t(i)].end = chunks * (i + 1) / count;
+    }
     finished_.store(0, std::memory_order_relaxed);
     const uint64_t generation = state_.load(std::memory_order_relaxed) >> 32;
     state_.store((generation + 1) << 32 | OPEN, std::memory_order_seq_cst);
@@ -51,7 +56,7 @@ void Pool::dispatch(int64_t chunks, Function function, void* context) {
         std::lock_guard<std::mutex> lock(sleep_);
         wake_.notify_all();
     }
-    work();
+    work(0);
     const uint64_t joined = state_.fetch_and(~OPEN, std::memory_order_acq_rel) & JOINED;
     for (int spins = 0; finished_.load(std::memory_order_acquire) != joined; ++spins) {
         if (spins < SPINS_BEFORE_YIELD)
@@ -61,15 +66,18 @@ void Pool::dispatch(int64_t chunks, Function function, void* context) {
     }
 }
 
-void Pool::work() {
-    for (;;) {
-        const int64_t chunk = next_.fetch_add(1, std::memory_order_relaxed);
-        if (chunk >= chunks_) return;
-        function_(context_, chunk);
+void Pool::work(size_t first_range) {
+    for (size_t i = 0; i < ranges_.size(); ++i) {
+        Range& range = ranges_[(first_range + i) % ranges_.size()];
+        for (;;) {
+            const int64_t chunk = range.next.fetch_add(1, std::memory_order_relaxed);
+            if (chunk >= range.end) break;
+            function_(context_, chunk);
+        }
     }
 }
 
-void Pool::serve() {
+void Pool::serve(size_t first_range) {
     uint64_t seen = 0;
     while (wait_for_job(seen)) {
         uint64_t state = state_.load(std::memory_order_acquire);
@@ -78,7 +86,7 @@ void Pool::serve() {
         while (!joined && (state & OPEN) && state >> 32 == seen)
             joined = state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel);
         if (!joined) continue;
-        work();
+        work(first_range);
         finished_.fetch_add(1, std::memory_order_release);
     }
 }

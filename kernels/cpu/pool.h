@@ -1,8 +1,10 @@
 // Threads that share the chunks of one operation.
 //
 // Workers spin briefly after an operation, because the next one of a step follows within microseconds, and then sleep.
-// A worker that is late (asleep, or its core taken by another process) is not waited for: whoever is awake takes the
-// chunks, and the caller waits only for workers that have begun one.
+//
+// The chunks are divided into neighbouring ranges, one a thread, so that each reads memory that no other core has fetched
+// ahead of itself; whoever has finished its own helps with the others'. A worker that is late (asleep, or its core taken
+// by another process) is not waited for: its range is taken over, and the caller waits only for workers that have begun.
 #pragma once
 
 #include <atomic>
@@ -36,9 +38,14 @@ class Pool {
   private:
     using Function = void (*)(void* context, int64_t chunk);
 
+    struct alignas(64) Range {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+
     void dispatch(int64_t chunks, Function function, void* context);
-    void work();
-    void serve();
+    void work(size_t first_range);
+    void serve(size_t first_range);
     bool wait_for_job(uint64_t seen);
 
     static constexpr uint64_t OPEN = 1ull << 31;
@@ -47,10 +54,9 @@ class Pool {
     // What a job is. Written while no worker is inside one.
     Function function_ = nullptr;
     void* context_ = nullptr;
-    int64_t chunks_ = 0;
+    std::vector<Range> ranges_;
 
     alignas(64) std::atomic<uint64_t> state_{0};  // generation << 32 | open | workers that joined
-    alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<uint64_t> finished_{0};
     alignas(64) std::atomic<int> sleeping_{0};
 
