@@ -204,6 +204,7 @@ def _call_failures() -> Iterator[None]:
 @click.option("--temperature", type=float)
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, help="A string that ends the output; may be repeated.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end that the model sets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole response instead of the text.")
 @reaches_server
 def generate(
@@ -215,11 +216,14 @@ def generate(
     temperature: float | None,
     seed: int | None,
     stop: tuple[str, ...],
+    ignore_eos: bool,
     as_json: bool,
 ) -> None:
     """Generate from PROMPT with MODEL: a model, an adapter, or an adapter version. The text is printed as it comes."""
     said = [{"role": "user", "content": prompt}] if chat else prompt
-    options = GenerateOptions(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop)
+    options = GenerateOptions(
+        max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop, ignore_eos=ignore_eos or None
+    )
     with target.client() as client:
         stream = client.stream_generate(model, said, **options)
         if as_json:

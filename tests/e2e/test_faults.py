@@ -12,7 +12,7 @@ from loraplex import AsyncAdminClient, AsyncClient, LoraplexError, Unavailable
 from loraplex.v1.models_pb2 import Model
 from tests.e2e.conftest import END_SECONDS, LORAPLEX, MODELS, START_SECONDS, Server, running_server
 
-LONG = 1500  # tokens: long enough to be running still when something happens
+LONG = 1500  # tokens: long enough to be running still when something happens, with n=16 in any case
 
 
 def is_alive(pid: int) -> bool:
@@ -45,7 +45,7 @@ async def test_a_killed_engine_takes_only_its_own_streams_and_comes_back(server:
         [pids["storyteller"]] = server.engine_pids() - {pids["quizzer"]}
         assert pids["storyteller"] not in before
 
-        doomed = client.stream_generate("pirate", "Once", max_tokens=LONG, ignore_eos=True)
+        doomed = client.stream_generate("pirate", "Once", max_tokens=LONG, n=16, ignore_eos=True)
         others = client.stream_generate("json", "What is two plus three?", max_tokens=400, ignore_eos=True)
         await anext(doomed)
         await anext(others)
@@ -90,7 +90,7 @@ async def test_streams_that_outlive_the_grace_are_told_and_the_server_still_exit
     with running_server(tmp_path, drain_grace_seconds=0) as server:
         async with AsyncClient(server.data, timeout=END_SECONDS) as client:
             await until_serving(client)
-            stream = client.stream_generate("storyteller", "Once", max_tokens=LONG, ignore_eos=True)
+            stream = client.stream_generate("storyteller", "Once", max_tokens=LONG, n=16, ignore_eos=True)
             await anext(stream)
             server.process.send_signal(signal.SIGTERM)
             with pytest.raises(Unavailable) as raised:

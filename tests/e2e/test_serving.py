@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 from asyncio.subprocess import PIPE
 from pathlib import Path
 
@@ -65,7 +66,7 @@ async def test_32_streams_at_once_are_what_each_is_alone(client: AsyncClient, ad
 
 async def test_callers_that_cancel_leave_nothing_behind(client: AsyncClient, admin: AsyncAdminClient) -> None:
     streams = [
-        client.stream_generate(TARGETS[number % len(TARGETS)], "Once", max_tokens=1500, ignore_eos=True)
+        client.stream_generate(TARGETS[number % len(TARGETS)], "Once", max_tokens=1500, n=4, ignore_eos=True)
         for number in range(24)
     ]
     await asyncio.gather(*(anext(stream) for stream in streams))
@@ -77,14 +78,14 @@ async def test_callers_that_cancel_leave_nothing_behind(client: AsyncClient, adm
 async def test_callers_that_are_killed_leave_nothing_behind(
     client: AsyncClient, admin: AsyncAdminClient, server: Server
 ) -> None:
-    command = (LORAPLEX, "generate", "--server", server.data, "--max-tokens", "1900", "pirate", "Once")
-    callers = [await asyncio.create_subprocess_exec(*command, stdout=PIPE) for _ in range(3)]
-    for caller in callers:
+    command = (LORAPLEX, "generate", "--server", server.data, "--max-tokens", "1900", "--ignore-eos", "pirate", "Once")
+    for _ in range(3):
+        caller = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
         assert caller.stdout is not None
         await caller.stdout.read(1)  # it has begun to print
-    for caller in callers:
         caller.kill()
         await caller.communicate()
+        assert caller.returncode == -signal.SIGKILL
     await until_idle(admin)
 
 
