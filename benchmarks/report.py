@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only, wherever it runs
 import matplotlib.pyplot as plt
+
+from benchmarks.workload import SCENARIOS
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:
@@ -63,35 +66,56 @@ def system_name(report: dict[str, Any], cell: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """One row of bars per measure, one group per scenario and concurrency, one colour per system."""
+    """Throughput over streams and over adapters, latency percentiles, and the share of the limit; a line per system."""
     cells = [cell for cell in report["cells"] if cell["median"]]
-    groups = list(dict.fromkeys((cell["scenario"], cell["concurrency"]) for cell in cells))
-    systems = list(dict.fromkeys(cell["system"] for cell in cells))
-    measures = [
-        ("output_tokens_per_second", "output tokens/s", 1.0),
-        ("ttft_p50_seconds", "TTFT p50, ms", 1e3),
-        ("tpot_p50_seconds", "TPOT p50, ms", 1e3),
-    ]
-    figure, axes = plt.subplots(len(measures), 1, figsize=(max(6.0, 1.1 * len(groups) + 2), 9), sharex=True)
-    width = 0.8 / max(1, len(systems))
-    for axis, (key, label, factor) in zip(axes, measures, strict=True):
-        for index, system in enumerate(systems):
-            own = {(c["scenario"], c["concurrency"]): c for c in cells if c["system"] == system}
-            positions = [i for i, group in enumerate(groups) if group in own]
-            axis.bar(
-                [position + (index - (len(systems) - 1) / 2) * width for position in positions],
-                [own[groups[position]]["median"][key] * factor for position in positions],
-                width,
-                label=report["systems"][system]["system"],
-            )
-        axis.set_ylabel(label)
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize=8)
-    axes[0].set_title(f"{report['model']}, {report['machine']['cores']} cores of {report['machine']['cpu']}")
-    axes[-1].set_xticks(range(len(groups)), [f"{scenario}\n{streams} streams" for scenario, streams in groups])
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8))
+    colours = {name: f"C{index}" for index, name in enumerate(report["systems"])}
+
+    def lines(axis: Any, x: str, key: str, style: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        for name, colour in colours.items():
+            points = sorted((c[x], c["median"][key]) for c in cells if c["system"] == name and wanted(c))
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color=colour, label=report["systems"][name]["system"])
+
+    plain = [c for c in cells if not SCENARIOS[c["scenario"]].shared_prefix]
+    most = max(c["adapters"] for c in plain)
+    streams = sorted({c["concurrency"] for c in plain})
+    middle = streams[len(streams) // 2]
+
+    def is_mixed(cell: dict[str, Any]) -> bool:
+        return cell in plain and cell["adapters"] == most
+
+    lines(axes[0, 0], "concurrency", "output_tokens_per_second", "o-", is_mixed)
+    axes[0, 0].set(xlabel="streams", ylabel="output tokens/s", title=f"{most} adapters")
+    lines(axes[0, 1], "adapters", "output_tokens_per_second", "o-", lambda c: c in plain and c["concurrency"] == middle)
+    axes[0, 1].set(xlabel="adapters (0: base model)", ylabel="output tokens/s", title=f"{middle} streams")
+    lines(axes[1, 0], "concurrency", "ttft_p50_seconds", "o-", is_mixed)
+    lines(axes[1, 0], "concurrency", "ttft_p99_seconds", "o:", is_mixed)
+    axes[1, 0].set(xlabel="streams", ylabel="TTFT, s", yscale="log", title=f"{most} adapters, p50 solid, p99 dotted")
+    draw_shares(axes[1, 1], cells, colours)
+    axes[0, 0].legend(fontsize=8)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    machine = report["machine"]
+    figure.suptitle(f"{report['model']}, {machine['cores']} cores of {machine['cpu']}, {report['date']}")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_shares(axis: Any, cells: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    """Bars of the share of the limit, one group per scenario and number of streams."""
+    groups = list(dict.fromkeys((cell["scenario"], cell["concurrency"]) for cell in cells))
+    width = 0.8 / max(1, len(colours))
+    for index, (name, colour) in enumerate(colours.items()):
+        own = {(c["scenario"], c["concurrency"]): c for c in cells if c["system"] == name}
+        positions = [i for i, group in enumerate(groups) if group in own]
+        shares = [own[groups[i]]["median"]["output_tokens_per_second"] / own[groups[i]]["limit"] for i in positions]
+        offset = (index - (len(colours) - 1) / 2) * width
+        axis.bar([i + offset for i in positions], [100 * share for share in shares], width, color=colour)
+    axis.set(ylabel="% of limit", title="share of what the machine could do")
+    axis.set_xticks(range(len(groups)), [f"{scenario} {streams}" for scenario, streams in groups], rotation=60)
+    axis.tick_params(axis="x", labelsize=7)
 
 
 def main() -> None:

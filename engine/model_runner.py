@@ -46,6 +46,8 @@ class ModelRunner:
     @classmethod
     def load(cls, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:
         device = select_device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels are launched on the current device
         ops = select_ops(device, config.kernels, threads=config.threads)
         if config.batch_invariant and not ops.batch_invariant:
             raise ValueError(
