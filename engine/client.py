@@ -109,6 +109,8 @@ class EngineClient:
         """
         self._check_alive()
         if key not in self._loads:
+            # This takes back an unload that has not happened yet: the engine will not answer that one.
+            _resolve(self._unloads.pop(key, None), None)
             self._loads[key] = _future()
             self._send(LoadAdapter(key, path))
         return self._loads[key]
@@ -118,7 +120,10 @@ class EngineClient:
         return await asyncio.shield(self.start_loading(key, path))
 
     async def unload_adapter(self, key: AdapterKey) -> None:
-        """Have the engine drop an adapter, and wait until no request uses it any more."""
+        """Have the engine drop an adapter, and wait until no request uses it any more, or until it is loaded again."""
+        # An engine that is told to forget what it still reads would never answer the load.
+        while key in self._loads and self.error is None:
+            await asyncio.wait({self._loads[key]})
         self._check_alive()
         self.adapters.pop(key, None)
         if key not in self._unloads:

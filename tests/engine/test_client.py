@@ -21,6 +21,7 @@ from engine.messages import (
     StepOutput,
     ToEngine,
     TokenLogprobs,
+    UnloadAdapter,
 )
 from engine.sampling_params import FinishReason, SamplingParams
 
@@ -233,6 +234,35 @@ async def test_unloading_waits_for_the_engine(wire: Wire) -> None:
     assert not unloading.done()
     wire.client.deliver(AdapterUnloaded(KEY))
     await unloading
+
+
+async def test_unloading_waits_for_a_load_to_end_first(wire: Wire) -> None:
+    """Else the answer to the load would come after the unload was sent, and say that the adapter is there."""
+    loading = asyncio.ensure_future(wire.client.load_adapter(KEY, "/a"))
+    unloading = asyncio.ensure_future(wire.client.unload_adapter(KEY))
+    await asyncio.sleep(0)
+    assert wire.sent == [LoadAdapter(KEY, "/a")]
+    wire.client.deliver(LOADED)
+    await loading
+    await asyncio.sleep(0)
+    assert wire.sent == [LoadAdapter(KEY, "/a"), UnloadAdapter(KEY)]
+    assert KEY not in wire.client.adapters
+    wire.client.deliver(AdapterUnloaded(KEY))
+    await unloading
+
+
+async def test_loading_takes_back_an_unload_that_waits(wire: Wire) -> None:
+    wire.client.deliver(LOADED)
+    unloading = asyncio.ensure_future(wire.client.unload_adapter(KEY))
+    await asyncio.sleep(0)
+    wire.client.start_loading(KEY, "/a")
+    await unloading
+    wire.client.deliver(LOADED)
+    assert KEY in wire.client.adapters
+    again = asyncio.ensure_future(wire.client.unload_adapter(KEY))
+    await asyncio.sleep(0)
+    assert wire.sent == [UnloadAdapter(KEY), LoadAdapter(KEY, "/a"), UnloadAdapter(KEY)]
+    again.cancel()
 
 
 # ---- liveness and death ----------------------------------------------------------------------------------------------
