@@ -4,6 +4,7 @@ The libraries have a plain C interface and link against neither Python nor torch
 or with one that does not know an instruction set, the installation succeeds and the kernels run on what there is.
 """
 
+import os
 import platform
 from pathlib import Path
 
@@ -38,13 +39,20 @@ class BuildLibraries(build_ext):
         package, _, name = fullname.rpartition(".")
         return str(Path(*package.split("."), f"{name}.so"))
 
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.parallel = os.cpu_count()  # one library per thread
+
     def build_extension(self, ext: Extension) -> None:
         # Each instruction set compiles the same sources: keep their objects apart.
-        shared, self.build_temp = self.build_temp, str(Path(self.build_temp, ext.name))
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = shared
+        folder = str(Path(self.build_temp, ext.name))
+        flags = ext.extra_compile_args
+        objects = self.compiler.compile(ext.sources, output_dir=folder, extra_postargs=flags, depends=ext.depends)
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, str(library), extra_postargs=ext.extra_link_args, target_lang=ext.language
+        )
 
 
 setup(
