@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class ReferenceLoraTable:
 
 
 def check_lora_weights(weights: LoraWeights, in_features: int, out_features: int) -> None:
-    """Raise ValueError if `weights` reads or writes outside a linear of [out_features, in_features]."""
+    """Raise ValueError if `weights` reads or writes outside a linear of that shape, or writes a column twice."""
     rank, width = weights.a.shape
     if width != in_features:
         raise ValueError(f"LoRA A is [{rank}, {width}] but the linear has {in_features} input features")
@@ -79,6 +80,10 @@ def check_lora_weights(weights: LoraWeights, in_features: int, out_features: int
             raise ValueError(
                 f"LoRA B writes columns {part.out_start} to {part.out_start + n}, the linear has {out_features}"
             )
+    columns = sorted((part.out_start, part.out_start + part.b.shape[0]) for part in weights.slices)
+    for (_, end), (start, _) in pairwise(columns):
+        if start < end:
+            raise ValueError(f"two LoRA projections write column {start}: concatenate their ranks instead")
 
 
 class ReferenceOps:

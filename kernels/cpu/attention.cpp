@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace loraplex {
@@ -12,7 +13,7 @@ namespace {
 // made of the same parts in the same order however its prompt was divided into steps.
 constexpr int64_t CHUNK = 512;
 constexpr int64_t ROWS_PER_ITEM = 48;  // queries x heads that share a kv head
-constexpr int64_t MAX_HEAD_DIM = 1024;
+constexpr int64_t ITEMS_PER_THREAD = 4;  // fewer would leave threads without work at the end
 
 // Some neighbouring queries of one sequence, with all query heads of one kv head: row i is query i / group.
 struct Item {
@@ -31,44 +32,74 @@ class Attention {
           scoring_(scoring), width_(cache.width()) {}
 
     int64_t queries_per_item() const { return std::max<int64_t>(1, ROWS_PER_ITEM / group_); }
+    int64_t summary_size(const Item& item) const { return item.queries * group_ * (width_ + 2); }
 
-    // next: the item that follows, or null.
+    // Where the chunks of keys begin that the item's queries see: from the first to the last of these, by CHUNK.
+    std::pair<int64_t, int64_t> chunks(const Item& item) const {
+        return {first_key(position(item, 0)) / CHUNK * CHUNK, position(item, item.queries - 1) / CHUNK * CHUNK};
+    }
+
+    // All of an item. next: the item that follows, or null.
     void compute(const Item& item, const Item* next) const {
-        // Each worker's own, kept from call to call.
-        static thread_local Scratch query_scratch, float_scratch;
-        const int64_t rows = item.queries * group_;
-        X* queries = query_scratch.get<X>(rows * width_);
-        float* floats = float_scratch.get<float>(rows * (CHUNK + 2 * width_ + 4));
-        float* scores = floats;
-        float* chunk_sums = scores + rows * CHUNK;
-        float* sums = chunk_sums + rows * width_;
-        State state{sums + rows * width_, sums + rows * (width_ + 1), sums + rows * (width_ + 2),
-                    sums + rows * (width_ + 3)};
-        copy_queries(item, queries);
-        std::fill_n(sums, rows * width_, 0.0f);
-        std::fill_n(state.largest, rows, -std::numeric_limits<float>::infinity());
-        std::fill_n(state.total, rows, 0.0f);
-
-        const int64_t last = position(item, item.queries - 1);
-        for (int64_t start = first_key(position(item, 0)) / CHUNK * CHUNK; start <= last; start += CHUNK) {
-            const int64_t begin = std::max(start, first_key(position(item, 0)));
-            const int64_t end = std::min(start + CHUNK, last + 1);
-            score(item, queries, rows, start, begin, end, scores);
-            weigh(item, rows, start, begin, end, scores, state);
-            gather(item, next, rows, start, begin, end, scores, chunk_sums);
-            merge(rows, chunk_sums, sums, state);
+        static thread_local Scratch scratch;  // each worker's own, kept from call to call
+        float* both = scratch.get<float>(2 * summary_size(item));
+        const Summary whole = summary(item, both), part = summary(item, both + summary_size(item));
+        clear(item, whole);
+        const auto [first, last] = chunks(item);
+        for (int64_t start = first; start <= last; start += CHUNK) {
+            summarise(item, next, start, part);
+            merge(item, part, whole);
         }
-        write(item, rows, sums, state.total);
+        write(item, whole);
+    }
+
+    // One chunk of an item, and all of it from the summaries of its chunks, which lie one after the other.
+    void compute_chunk(const Item& item, int64_t start, float* out) const {
+        summarise(item, nullptr, start, summary(item, out));
+    }
+    void combine(const Item& item, float* parts) const {
+        static thread_local Scratch scratch;
+        const Summary whole = summary(item, scratch.get<float>(summary_size(item)));
+        clear(item, whole);
+        const auto [first, last] = chunks(item);
+        for (int64_t start = first; start <= last; start += CHUNK, parts += summary_size(item))
+            merge(item, summary(item, parts), whole);
+        write(item, whole);
     }
 
   private:
-    // Of each row: the largest score and the sum of weights, so far and in this chunk.
-    struct State {
-        float* largest;
-        float* total;
-        float* chunk_largest;
-        float* chunk_total;
+    // What some keys come to, of each row: Σ weight · value, Σ weight, and the largest score, which the weights are
+    // relative to.
+    struct Summary {
+        float* sums;     // [rows, width]
+        float* total;    // [rows]
+        float* largest;  // [rows]
     };
+
+    Summary summary(const Item& item, float* memory) const {
+        const int64_t rows = item.queries * group_;
+        return {memory, memory + rows * width_, memory + rows * (width_ + 1)};
+    }
+
+    void clear(const Item& item, const Summary& whole) const {
+        const int64_t rows = item.queries * group_;
+        std::fill_n(whole.sums, rows * width_, 0.0f);
+        std::fill_n(whole.total, rows, 0.0f);
+        std::fill_n(whole.largest, rows, -std::numeric_limits<float>::infinity());
+    }
+
+    void summarise(const Item& item, const Item* next, int64_t start, const Summary& out) const {
+        static thread_local Scratch query_scratch, score_scratch;
+        const int64_t rows = item.queries * group_;
+        X* queries = query_scratch.get<X>(rows * width_);
+        float* scores = score_scratch.get<float>(rows * CHUNK);
+        const int64_t begin = std::max(start, first_key(position(item, 0)));
+        const int64_t end = std::min(start + CHUNK, position(item, item.queries - 1) + 1);
+        copy_queries(item, queries);
+        score(item, queries, rows, start, begin, end, scores);
+        weigh(item, rows, start, begin, end, scores, out);
+        gather(item, next, rows, start, begin, end, scores, out.sums);
+    }
 
     int64_t position(const Item& item, int64_t query) const {
         const int64_t queries = sequences_.query_starts[item.sequence + 1] - sequences_.query_starts[item.sequence];
@@ -135,7 +166,7 @@ class Attention {
 
     // scores → e^(score - the row's largest in this chunk), exactly 0 for keys that a row does not see.
     void weigh(const Item& item, int64_t rows, int64_t start, int64_t begin, int64_t end, float* scores,
-               State& state) const {
+               const Summary& out) const {
         for (int64_t row = 0; row < rows; ++row) {
             float* s = scores + row * CHUNK;
             const int64_t at = position(item, row / group_);
@@ -151,9 +182,9 @@ class Attention {
             else
                 map(s + low, s + low, high - low, [&](Vec a, int64_t) { return a * fill(scale); });
             const float largest = largest_of(s + low, high - low);
-            state.chunk_largest[row] = largest;
+            out.largest[row] = largest;
             map(s + low, s + low, high - low, [&](Vec a, int64_t) { return exponential(a - fill(largest)); });
-            state.chunk_total[row] = total_of(s, low, high);
+            out.total[row] = total_of(s, low, high);
         }
     }
 
@@ -205,25 +236,25 @@ class Attention {
         return there <= position(*next, next->queries - 1) ? cache_.key(slot(*next, there), next->kv_head) : nullptr;
     }
 
-    // Add a chunk's sums to those before it, both brought to the larger of their largest scores.
-    void merge(int64_t rows, const float* chunk_sums, float* sums, State& state) const {
-        for (int64_t row = 0; row < rows; ++row) {
-            const float before = state.largest[row], here = state.chunk_largest[row];
+    // Add a chunk to those before it, both brought to the larger of their largest scores.
+    void merge(const Item& item, const Summary& chunk, const Summary& whole) const {
+        for (int64_t row = 0; row < item.queries * group_; ++row) {
+            const float before = whole.largest[row], here = chunk.largest[row];
             if (here == -std::numeric_limits<float>::infinity()) continue;  // the row sees no key of this chunk
             const float largest = std::max(before, here);
             const float keep = std::exp(before - largest), add = std::exp(here - largest);
-            state.largest[row] = largest;
-            state.total[row] = state.total[row] * keep + state.chunk_total[row] * add;
-            const float* from = chunk_sums + row * width_;
-            map(sums + row * width_, sums + row * width_, width_,
+            whole.largest[row] = largest;
+            whole.total[row] = whole.total[row] * keep + chunk.total[row] * add;
+            const float* from = chunk.sums + row * width_;
+            map(whole.sums + row * width_, whole.sums + row * width_, width_,
                 [&](Vec a, int64_t d) { return fma(a, fill(keep), load(from + d) * fill(add)); });
         }
     }
 
-    void write(const Item& item, int64_t rows, const float* sums, const float* totals) const {
-        for (int64_t row = 0; row < rows; ++row) {
-            const Vec scale = fill(1.0f / totals[row]);
-            map(sums + row * width_, out_ + row_offset(item, row), cache_.head_dim,
+    void write(const Item& item, const Summary& whole) const {
+        for (int64_t row = 0; row < item.queries * group_; ++row) {
+            const Vec scale = fill(1.0f / whole.total[row]);
+            map(whole.sums + row * width_, out_ + row_offset(item, row), cache_.head_dim,
                 [&](Vec a, int64_t) { return a * scale; });
         }
     }
@@ -237,6 +268,33 @@ class Attention {
     int64_t width_;
 };
 
+// Few items with many keys: their chunks are divided among the threads, and then put together in order.
+template <class T>
+void compute_by_chunks(Context& context, const Attention<T>& attention, const std::vector<Item>& items) {
+    struct Piece {
+        const Item* item;
+        int64_t start, offset;
+    };
+    static thread_local std::vector<Piece> pieces;
+    static thread_local std::vector<int64_t> offsets;
+    pieces.clear();
+    offsets.clear();
+    int64_t size = 0;
+    for (const Item& item : items) {
+        offsets.push_back(size);
+        const auto [first, last] = attention.chunks(item);
+        for (int64_t start = first; start <= last; start += CHUNK, size += attention.summary_size(item))
+            pieces.push_back({&item, start, size});
+    }
+    float* summaries = context.intermediate.get<float>(size);
+    context.pool.run(int64_t(pieces.size()), [&, list = pieces.data()](int64_t i) {
+        attention.compute_chunk(*list[i].item, list[i].start, summaries + list[i].offset);
+    });
+    context.pool.run(int64_t(items.size()), [&, offset = offsets.data()](int64_t i) {
+        attention.combine(items[size_t(i)], summaries + offset[i]);
+    });
+}
+
 }  // namespace
 
 template <class T>
@@ -246,13 +304,21 @@ void paged_attention(Context& context, const T* q, T* out, int64_t heads, const 
     static thread_local std::vector<Item> items;
     items.clear();
     const int64_t step = attention.queries_per_item();
+    int64_t chunks = 0;
     for (int64_t s = 0; s < sequences.count; ++s) {
         const int64_t queries = sequences.query_starts[s + 1] - sequences.query_starts[s];
         for (int64_t first = 0; first < queries; first += step)
-            for (int64_t head = 0; head < cache.kv_heads; ++head)
+            for (int64_t head = 0; head < cache.kv_heads; ++head) {
                 items.push_back({s, head, first, std::min(step, queries - first)});
+                const auto [begin, end] = attention.chunks(items.back());
+                chunks += (end - begin) / CHUNK + 1;
+            }
     }
     const int64_t count = int64_t(items.size());
+    if (count < ITEMS_PER_THREAD * context.pool.threads() && chunks > count) {
+        compute_by_chunks(context, attention, items);
+        return;
+    }
     context.pool.run(count, [&, items = items.data()](int64_t i) {
         attention.compute(items[i], i + 1 < count ? items + i + 1 : nullptr);
     });

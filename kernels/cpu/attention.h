@@ -10,6 +10,7 @@
 
 namespace loraplex {
 
+constexpr int64_t MAX_HEAD_DIM = 1024;
 constexpr int LANES = 16;  // keys that are multiplied at once; with smaller blocks some lanes are ignored
 
 // The cache of one layer, as the operations get it.

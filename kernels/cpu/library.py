@@ -13,6 +13,7 @@ from typing import Any
 # By the code that `loraplex_best_isa` returns. A processor that has one also has those before it.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 VERSION = 1  # of the C interface; kernels/cpu/api.cpp has the same
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -84,7 +85,7 @@ class Library:
             raise LibraryUnavailableError(
                 f"instruction set {self.isa!r} cannot be used here: choose one of {', '.join(usable)}"
             )
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or available_cores()
         self._functions = ctypes.CDLL(str(library_path(self.isa)))
         if self._functions.loraplex_version() != VERSION:
             raise LibraryUnavailableError(f"{library_path(self.isa)} is of an older build: install again")
@@ -96,6 +97,16 @@ class Library:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"the compiled kernels have no function {name!r}")
+
+
+def available_cores() -> int:
+    """How many cores this process may use: those it is bound to, or fewer if its control group may use less time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def owned(owner: object, handle: int | None, destroy: Callable[[int], None], *keep: object) -> int:

@@ -24,6 +24,7 @@ from kernels.reference import check_lora_weights
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SILU, GELU_TANH = 0, 1
+MAX_HEAD_DIM = 1024  # kernels/cpu/attention.h has the same
 ALIGNMENT = 64  # bytes: a cache line
 
 
@@ -118,7 +119,7 @@ class CpuOps:
         assert (x.dtype, x.shape[1]) == (packed.dtype, packed.in_features)
         x = x.contiguous()
         rows = x.shape[0]
-        y = x.new_empty((rows, packed.out_features))
+        y = x.new_empty(rows, packed.out_features)
         succeed(self.library.linear(self._context, packed.handle, x.data_ptr(), y.data_ptr(), rows))
         return y
 
@@ -168,7 +169,7 @@ class CpuOps:
         assert qkv.is_contiguous()
         assert cos_sin.is_contiguous()
         rows = qkv.shape[0]
-        q = qkv.new_empty((rows, shape.num_heads, shape.head_dim))
+        q = qkv.new_empty(rows, shape.num_heads, shape.head_dim)
         norm: tuple[int | None, int | None, float] = (None, None, 0.0)
         if qk_norm is not None:
             norm = qk_norm.q_weight.data_ptr(), qk_norm.k_weight.data_ptr(), qk_norm.eps
@@ -203,7 +204,7 @@ class CpuOps:
     ) -> Tensor:
         q = q.contiguous()
         rows, heads, head_dim = q.shape
-        out = q.new_empty((rows, heads * head_dim))
+        out = q.new_empty(rows, heads * head_dim)
         tables = metadata.block_tables
         status = self.library.paged_attention(
             self._context,
@@ -231,11 +232,13 @@ class CpuOps:
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
         """Tensors of [B, K, P, D], D rounded up to 16; inside a block keys lie as kernels/cpu/attention.h says.
 
-        Raises ValueError for a block size that is not a power of two.
+        Raises ValueError for a block size that is not a power of two, or a head that is too wide.
         """
         dtype_code(dtype)
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"block size {block_size} is not a power of two")
+        if shape.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"the CPU kernels take heads of up to {MAX_HEAD_DIM} dimensions, not {shape.head_dim}")
         elements = self.library.cache_elements(num_blocks, block_shift(block_size), shape.num_kv_heads, shape.head_dim)
         size = (num_blocks, shape.num_kv_heads, block_size, -(-shape.head_dim // 16) * 16)
         k, v = (self._zeros(elements, dtype)[: math.prod(size)].view(size) for _ in range(2))
@@ -258,7 +261,7 @@ class CpuOps:
     def _gate(self, activation: int, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows, width = x.shape
-        out = x.new_empty((rows, width // 2))
+        out = x.new_empty(rows, width // 2)
         call = self._context, DTYPE_CODES[x.dtype], activation, x.data_ptr(), out.data_ptr(), rows, width // 2
         succeed(self.library.gate(*call))
         return out

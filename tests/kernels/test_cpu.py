@@ -201,6 +201,7 @@ def test_slot_is_replaced_and_emptied(ops, dtype):
         (0, LoraWeights(torch.ones(2, 8), (LoraSlice(1, 0, torch.ones(6, 2)),)), "reads ranks"),
         (0, LoraWeights(torch.ones(2, 8), (LoraSlice(0, 1, torch.ones(6, 2)),)), "writes columns"),
         (0, LoraWeights(torch.ones(2, 8), (LoraSlice(0, 0, torch.ones(6, 2).half()),)), "convert them first"),
+        (0, LoraWeights(torch.ones(1, 8), (LoraSlice(0, 0, torch.ones(4, 1)),) * 2), "two LoRA projections write"),
         (2, LoraWeights(torch.ones(2, 8), ()), "slot 2"),
     ],
 )
@@ -307,6 +308,25 @@ def test_stale_nan_in_a_block_does_not_reach_its_next_owner(ops, dtype):
     assert torch.equal(caches.attend(q, [1])[0], clean)
 
 
+def test_chunks_divided_among_threads_give_the_same_bits(dtype):
+    shape, lengths, new = HeadShape(2, 1, 16), [2500, 700], [1, 3]
+    q, results = rand(4, 2, 16, dtype=dtype), []
+    for threads in (1, 2, 5):
+        caches = Caches(CpuOps(CPU, threads), shape, lengths, 16, dtype)
+        results.append([caches.attend(q, new, window)[0] for window in (None, 900)])
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0])
+        assert torch.equal(result[1], results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("block_size", "head_dim", "message"), [(24, 16, "24 is not a power of two"), (16, 2048, "up to 1024 dimensions")]
+)
+def test_cache_that_is_not_supported_is_refused(ops, block_size, head_dim, message):
+    with pytest.raises(ValueError, match=message):
+        ops.allocate_kv(1, block_size, HeadShape(1, 1, head_dim), torch.float32)
+
+
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -384,6 +404,14 @@ def test_number_of_threads_does_not_change_a_bit():
         results.append(ops.linear(x, ops.pack_linear(weight, None)))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])
+def test_threads_follow_the_time_that_the_control_group_grants(monkeypatch, tmp_path, quota, expected):
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(library, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert library.available_cores() == expected
 
 
 def test_best_instruction_set_is_taken_and_said(caplog):
