@@ -1,6 +1,6 @@
 """Serve the same work with several systems in one run, and say how fast each was.
 
-    python -m benchmarks.serving --model DIR/llama-160m --systems grpc,hf --scenarios lora8 --concurrency 8 --out OUT
+    python -m benchmarks.serving --model DIR/llama-160m --systems grpc,hf --cells base:1,8 lora8:8 --out OUT
 
 Systems: `grpc` (loraplex serve), `inprocess` (EngineCore), `reference` (EngineCore on the torch kernels), and the
 others, each with the Python of its own environment: `hf=PYTHON`, `vllm=PYTHON`, `vllm-nolora=PYTHON`,
@@ -108,16 +108,24 @@ def measure_roofline(threads: int) -> Roofline:
     return Roofline(**json.loads(output.splitlines()[-1]))
 
 
+def parse_cells(text: str) -> tuple[str, list[int]]:
+    """ "lora8:1,8" → ("lora8", [1, 8]). For argparse: raises ArgumentTypeError."""
+    name, _, streams = text.partition(":")
+    if name not in SCENARIOS or not all(part.isdecimal() and int(part) for part in streams.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: SCENARIO:STREAMS,… with one of {', '.join(SCENARIOS)}")
+    return name, [int(part) for part in streams.split(",")]
+
+
 def can_run(name: str, scenario: Scenario) -> bool:
     return not (name == "vllm-nolora" and scenario.num_adapters)
 
 
 def measure(systems: dict[str, System], roofline: Roofline, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every cell of scenario × concurrency, the systems taking turns within each repeat."""
+    """Every cell: a scenario with a number of streams; the systems take turns within each repeat."""
     cost = ModelCost.read(args.model)
     cells = []
-    for scenario in (SCENARIOS[name] for name in args.scenarios):
-        for concurrency in args.concurrency:
+    for scenario, streams in ((SCENARIOS[name], streams) for name, streams in args.cells):
+        for concurrency in streams:
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in systems if can_run(name, scenario)}
             for repeat in range(args.repeats):
                 for name in runs:
@@ -159,16 +167,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
     parser.add_argument("--systems", default="grpc,inprocess", help="comma-separated, NAME or NAME=WHERE")
-    parser.add_argument("--scenarios", type=lambda s: s.split(","), default=["base", "lora8"])
-    parser.add_argument("--concurrency", type=lambda s: [int(c) for c in s.split(",")], default=[1, 8])
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        type=parse_cells,
+        default=[("base", [1, 8]), ("lora8", [1, 8])],
+        metavar="SCENARIO:STREAMS,…",
+        help=f"what to run; scenarios: {', '.join(SCENARIOS)}",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=32, help="adapters that each system holds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
     args = parser.parse_args()
-    if unknown := [name for name in args.scenarios if name not in SCENARIOS]:
-        parser.error(f"unknown scenarios {', '.join(unknown)}: choose from {', '.join(SCENARIOS)}")
-
     args.out.parent.mkdir(parents=True, exist_ok=True)
     roofline = measure_roofline(args.threads)
     print(roofline, flush=True)
