@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=report["systems"][name]["system"])
 
     plain = [c for c in cells if not SCENARIOS[c["scenario"]].shared_prefix]
-    most = max(c["adapters"] for c in plain)
+    streams_with = Counter(adapters for adapters, _ in {(c["adapters"], c["concurrency"]) for c in plain})
+    most = max(streams_with, key=lambda adapters: (streams_with[adapters], adapters))  # where there is a line to draw
     streams = sorted({c["concurrency"] for c in plain})
     middle = streams[len(streams) // 2]
 
@@ -91,9 +93,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes[0, 1].set(xlabel="adapters (0: base model)", ylabel="output tokens/s", title=f"{middle} streams")
     lines(axes[1, 0], "concurrency", "ttft_p50_seconds", "o-", is_mixed)
     lines(axes[1, 0], "concurrency", "ttft_p99_seconds", "o:", is_mixed)
-    axes[1, 0].set(xlabel="streams", ylabel="TTFT, s", yscale="log", title=f"{most} adapters, p50 solid, p99 dotted")
+    axes[1, 0].set(xlabel="streams", ylabel="TTFT, s", title=f"{most} adapters, p50 solid, p99 dotted")
     draw_shares(axes[1, 1], cells, colours)
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].legend(fontsize=8)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     machine = report["machine"]

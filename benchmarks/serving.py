@@ -150,6 +150,19 @@ def measure(systems: dict[str, System], roofline: Roofline, args: argparse.Names
     return cells
 
 
+def shown_command(args: argparse.Namespace) -> str:
+    """The command to run again elsewhere: where things are on this machine is left out."""
+    names = [entry.partition("=") for entry in args.systems.split(",")]
+    systems = ",".join(name + ("=WHERE" if separator else "") for name, separator, _ in names)
+        entry.partition("=")[0] + ("=WHERE" if "=" in entry else "") for entry in args.systems.split(",")
+    )
+    cells = " ".join(f"{name}:{','.join(map(str, streams))}" for name, streams in args.cells)
+    return (
+        f"python -m benchmarks.serving --model DIR/{args.model.name} --systems {systems} --cells {cells} "
+        f"--repeats {args.repeats} --adapters {args.adapters} --threads {args.threads} --out OUT"
+    )
+
+
 def print_run(name: str, scenario: Scenario, concurrency: int, result: dict[str, Any]) -> None:
     head = f"{name:>12} {scenario.name:>13} c{concurrency:<3}"
     if "error" in result:
@@ -196,7 +209,7 @@ def main() -> None:
             system.stop()
     report = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m benchmarks.serving", *sys.argv[1:]]),
+        "command": shown_command(args),
         "model": args.model.name,
         "machine": machine(),
         "roofline": asdict(roofline),

@@ -96,6 +96,7 @@ def main() -> None:
         core.load_adapter(LoadAdapter(key, str(path)))
     while core.has_work():
         core.step()
+        time.sleep(0.002)  # the loader threads need the interpreter too
     driver = Driver(core, keys)
     loop = asyncio.new_event_loop()
     warm_up = [Work([300 + index] * 16, 2, index) for index in range(args.adapters)] or [Work([300] * 16, 2, None)]
