@@ -154,8 +154,6 @@ def shown_command(args: argparse.Namespace) -> str:
     """The command to run again elsewhere: where things are on this machine is left out."""
     names = [entry.partition("=") for entry in args.systems.split(",")]
     systems = ",".join(name + ("=WHERE" if separator else "") for name, separator, _ in names)
-        entry.partition("=")[0] + ("=WHERE" if "=" in entry else "") for entry in args.systems.split(",")
-    )
     cells = " ".join(f"{name}:{','.join(map(str, streams))}" for name, streams in args.cells)
     return (
         f"python -m benchmarks.serving --model DIR/{args.model.name} --systems {systems} --cells {cells} "
