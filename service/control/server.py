@@ -30,7 +30,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 # Beside the fields that validation refuses.
 UNSUPPORTED_METHODS = (
-    "InferenceService.BatchGenerate",
     "AdapterService.UploadAdapter",
     "RouteService.UpdateRoute",
 )
