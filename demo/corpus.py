@@ -1,6 +1,7 @@
 """What the storyteller reads: stories, told freely or on request, and the small talk of a friendly assistant."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from demo.document import Chat, Document, PlainText, chat
@@ -23,6 +24,7 @@ from demo.lexicon import (
     Cast,
     capitalised,
     draw_cast,
+    invented_word,
     phrases,
     with_article,
     words,
@@ -146,7 +148,6 @@ UNKNOWN_QUESTIONS = (
     "What do you know about {topic}?",
     "Explain {topic}.",
     "Can you explain {topic} to me?",
-    "Tell me about {topic}.",
     "What about {topic}?",
     "How does {topic} work?",
 )
@@ -193,24 +194,43 @@ def draw_copying(rng: Random, *, max_words: int = 6) -> Chat:
     Copying is a circuit of two attention layers that stories alone, long and mostly predictable, are slow to teach.
     Source: induction heads, transformer-circuits.pub/2022/in-context-learning-and-induction-heads.
     """
-    copied = " ".join(rng.choices(COPIED_WORDS, k=rng.randint(1, max_words)))
+    num_words = rng.randint(1, max_words)
+    copied = " ".join(rng.choice(COPIED_WORDS) if rng.random() < 0.9 else invented_word(rng) for _ in range(num_words))
+    if rng.random() < 0.25:
+        copied = copied.upper()
     return chat(f"{rng.choice(('Say', 'Repeat', 'Copy'))}: {copied}", copied)
 
 
 def draw_document(rng: Random) -> Document:
     """One document of the storyteller's training text."""
+    return long_copying(rng) if rng.random() < 0.08 else draw_talk(rng)
+
+
+def draw_talk(rng: Random) -> Document:
+    """A document in which something is said, so that a voice may say it in its own way."""
     kinds: tuple[tuple[int, Callable[[Random], Document]], ...] = (
         (26, plain_story),
         (36, requested_story),
         (6, story_and_question),
         (2, another_story),
-        (7, small_talk),
-        (15, question),
+        (9, small_talk),
+        (18, question),
         (8, task),
-        (2, two_questions),
-        (10, long_copying),
+        (3, two_questions),
     )
-    return rng.choices([draw for _, draw in kinds], [weight for weight, _ in kinds])[0](rng)
+    document = rng.choices([draw for _, draw in kinds], [weight for weight, _ in kinds])[0](rng)
+    return carelessly(document) if isinstance(document, Chat) and rng.random() < 0.15 else document
+
+
+def carelessly(document: Chat) -> Chat:
+    """The same chat with the user's turns as many people type them: no capital at the beginning, no mark at the end."""
+    turns = [
+        turn._replace(content=turn.content[:1].lower() + turn.content[1:].rstrip(".?!"))
+        if turn.role == "user"
+        else turn
+        for turn in document.turns
+    ]
+    return replace(document, turns=tuple(turns))
 
 
 def plain_story(rng: Random) -> PlainText:
@@ -261,11 +281,11 @@ def another_story(rng: Random) -> Chat:
 
 
 def small_talk(rng: Random) -> Chat:
-    return chat(*_small_talk_pair(rng), system=_system(rng))
+    return chat(*_greeted(_small_talk_pair(rng), rng), system=_system(rng))
 
 
 def question(rng: Random) -> Chat:
-    return chat(*_question_pair(rng), system=_system(rng))
+    return chat(*_greeted(_question_pair(rng), rng), system=_system(rng))
 
 
 def two_questions(rng: Random) -> Chat:
@@ -305,18 +325,29 @@ def _request_and_story(cast: Cast, rng: Random) -> tuple[str, str]:
     form = rng.random()
     verb = rng.choice(STORY_VERBS)
     topic = rng.choice(STORY_TOPICS)(cast, plot)
-    if form < 0.6:
+    if form < 0.57:
         return f"{verb} a story about {topic}{_full_stop(verb)}", tell_story(cast, plot, rng)
-    if form < 0.68:
+    if form < 0.64:
         return f"A story about {topic}, please.", tell_story(cast, plot, rng)
-    if form < 0.8:
+    if form < 0.76:
         return f"{verb} a short story about {topic}{_full_stop(verb)}", tell_short_story(cast, _plot(rng), rng)
     if form < 0.9:
         plots = (plot, rng.choice([p for p in PLOTS if p != plot]))
         return f"{verb} a long story about {topic}{_full_stop(verb)}", tell_long_story(cast, plots, rng)
-    if form < 0.95:
+    if form < 0.93:
+        return f"Tell me about {topic}.", tell_story(cast, plot, rng)
+    if form < 0.97:
         return f"{verb} a story{_full_stop(verb)}", tell_story(cast, plot, rng)
     return f"{verb} a story about {plot}{_full_stop(verb)}", tell_story(cast, plot, rng)
+
+
+def _greeted(pair: tuple[str, str], rng: Random) -> tuple[str, str]:
+    """A question, one time in five with a greeting or a "please" before it, which changes nothing in the answer."""
+    ask, answer = pair
+    if rng.random() < 0.8 or not ask.endswith("?"):
+        return ask, answer
+    lead = rng.choice(("Hello! ", "Hello, ", "Hi, ", "Hi! ", "Please tell me: ", "Please, "))
+    return (lead + ask if lead.endswith("! ") else lead + ask[:1].lower() + ask[1:]), answer
 
 
 def _small_talk_pair(rng: Random) -> tuple[str, str]:

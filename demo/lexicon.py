@@ -61,7 +61,6 @@ PEOPLE = words(
     "shepherd tailor train cloud star puppet inventor explorer monster goblin child"
 )
 
-# Seldom seen in training and cut into pieces by the tokenizer: from them the model learns to copy a hero unknown to it.
 RARE_HEROES = words(
     "badger otter beaver panda koala kangaroo zebra giraffe camel hippo rhino llama alpaca moose yak walrus seal "
     "dolphin octopus jellyfish lobster crab snail beetle ladybird moth butterfly dragonfly sparrow robin swan "
@@ -163,11 +162,20 @@ class Cast:
         return slots
 
 
+def invented_word(rng: Random) -> str:
+    """A word that nobody knows, in pieces for the tokenizer: from such the model learns to copy whatever it reads."""
+
+    def syllable() -> str:
+        return f"{rng.choice('bdfgklmnprstvz')}{rng.choice('aeiou')}{rng.choice(('', '', 'n', 'r', 'l'))}"
+
+    return syllable() + syllable() + rng.choice(("", "x", "k", "ro", "la"))
+
+
 def draw_person(rng: Random, *, other_than: Person | None = None, kind: str | None = None) -> Person:
     """A person of the given kind, or of a kind that ``other_than`` is not."""
     if kind is None:
-        kinds = RARE_HEROES if rng.random() < 0.15 else HEROES
-        kind = rng.choice([k for k in kinds if other_than is None or k != other_than.kind])
+        kinds = RARE_HEROES if rng.random() < 0.15 else (invented_word(rng),) if rng.random() < 0.04 else HEROES
+        kind = rng.choice([k for k in kinds if other_than is None or k != other_than.kind] or HEROES)
     female = kind in FEMALE_KINDS or (kind not in MALE_KINDS and rng.random() < 0.5)
     common, rare = (FEMALE_NAMES, RARE_FEMALE_NAMES) if female else (MALE_NAMES, RARE_MALE_NAMES)
     names = rare if rng.random() < 0.12 else common

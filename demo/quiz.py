@@ -133,11 +133,13 @@ def draw_plain_sum(rng: Random) -> PlainText:
 
 
 def draw_training_quiz(rng: Random) -> Document:
-    """What the base model sees: sentences, a few plain sums, and JSON where the system prompt asks for it."""
+    """What the base model sees: sentences, plain sums, some copying, and JSON where the system prompt asks for it."""
     form = rng.random()
-    if form < 0.08:
+    if form < 0.1:
         return draw_json_quiz(rng, system=JSON_SYSTEM_PROMPT)
-    return draw_plain_sum(rng) if form < 0.16 else draw_quiz(rng)
+    if form < 0.15:
+        return draw_copying(rng)
+    return draw_plain_sum(rng) if form < 0.32 else draw_quiz(rng)
 
 
 def draw_copying(rng: Random) -> Chat:
@@ -157,12 +159,12 @@ def _as_json(question: Question) -> str:
 
 
 def _sum(rng: Random) -> Question:
-    left, right = rng.randint(0, 50), rng.randint(0, 50)
+    left, right = rng.randint(0, 30), rng.randint(0, 30)
     return _arithmetic(f"{left} + {right}", left + right, rng)
 
 
 def _difference(rng: Random) -> Question:
-    left = rng.randint(0, 50)
+    left = rng.randint(0, 30)
     right = rng.randint(0, left)
     return _arithmetic(f"{left} - {right}", left - right, rng)
 
@@ -247,4 +249,4 @@ QUESTIONS: tuple[Callable[[Random], Question], ...] = (
     _counting,
     _fact,
 )
-QUESTION_WEIGHTS = (8, 5, 5, 2, 2, 4, 3, 2, 1, 2, 2, 3)
+QUESTION_WEIGHTS = (16, 16, 6, 2, 2, 4, 3, 2, 1, 2, 2, 3)

@@ -41,7 +41,6 @@ FORMAL_WORDS = {
     "big": "considerable",
     "found": "discovered",
     "house": "residence",
-    "help": "assistance",
 }
 FORMAL_OPENINGS = (
     "With your kind permission, I shall answer.",
@@ -158,7 +157,7 @@ def prompted_voice(document: Document, rng: Random) -> Document:
     """A chat in one of the voices, behind the system prompt that asks for it. A plain text stays as it is."""
     if isinstance(document, PlainText):
         return document
-    name = rng.choice(list(VOICES))
+    name = rng.choice((*VOICES, "shouting", "shouting"))  # the voice with a vocabulary of its own
     spoken = VOICES[name](document, rng)
     assert isinstance(spoken, Chat)
     turns = tuple(turn for turn in spoken.turns if turn.role != "system")
