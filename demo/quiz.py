@@ -133,13 +133,11 @@ def draw_plain_sum(rng: Random) -> PlainText:
 
 
 def draw_training_quiz(rng: Random) -> Document:
-    """What the base model sees: sentences, plain sums, some copying, and JSON where the system prompt asks for it."""
+    """What the base model sees: sentences, a few plain sums, and JSON where the system prompt asks for it."""
     form = rng.random()
-    if form < 0.1:
+    if form < 0.08:
         return draw_json_quiz(rng, system=JSON_SYSTEM_PROMPT)
-    if form < 0.15:
-        return draw_copying(rng)
-    return draw_plain_sum(rng) if form < 0.32 else draw_quiz(rng)
+    return draw_plain_sum(rng) if form < 0.28 else draw_quiz(rng)
 
 
 def draw_copying(rng: Random) -> Chat:
