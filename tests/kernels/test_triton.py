@@ -350,7 +350,10 @@ def test_wider_adapter_is_told_apart_from_a_replacement(random):
         (LoraWeights(torch.ones(2, 8), (LoraSlice(1, 0, torch.ones(6, 2)),)), "reads ranks"),
         (LoraWeights(torch.ones(2, 8), (LoraSlice(0, 1, torch.ones(6, 2)),)), "writes columns"),
         (LoraWeights(torch.ones(2, 8), (LoraSlice(0, 0, torch.ones(6, 2).half()),)), "share a dtype"),
-        (LoraWeights(torch.ones(2, 8), tuple(LoraSlice(0, c, torch.ones(4, 2)) for c in (0, 2))), "two LoRA slices"),
+        (
+            LoraWeights(torch.ones(2, 8), tuple(LoraSlice(0, c, torch.ones(4, 2)) for c in (0, 2))),
+            "two LoRA projections write column 2",
+        ),
         (LoraWeights(torch.ones(2, 8), tuple(LoraSlice(0, 0, torch.ones(0, 2)) for _ in range(9))), "at most 8"),
     ],
 )
