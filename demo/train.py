@@ -1,4 +1,4 @@
-"""Make everything under ``models/`` and ``adapters/`` again: ``python -m demo.train``, some 12 minutes on two cores.
+"""Make everything under ``models/`` and ``adapters/`` again: ``python -m demo.train``, perhaps 12 minutes on two cores.
 
 Nothing is downloaded: the text comes from the grammar beside this file, every random choice from a fixed seed. The
 weights come out the same on the same machine with the same versions of torch, transformers and PEFT; on others they
