@@ -27,7 +27,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "msgspec")
-TESTS = ("tests/kernels/test_triton.py", "tests/engine/test_cuda_graph.py", "tests/gpu")
+TESTS = (
+    "tests/kernels/test_triton.py",
+    "tests/engine/test_cuda_graph.py",
+    "tests/gpu",
+    "tests/reference/test_generation.py",
+)
+ON_THE_CPU = "llama-cpu or llama-reference or qwen3-cpu or qwen3-reference"  # of the last: nothing that a GPU computes
 TESTS_SHARE = 0.5  # of the time
 
 
@@ -84,7 +90,16 @@ class Check:
     def _tests(self) -> None:
         """In a process of their own, with no configuration: the plug-ins it names may not be installed."""
         command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-        command += ["--import-mode=importlib", "-o", "markers=gpu", "-q", "--maxfail=20", *TESTS]
+        command += [
+            "--import-mode=importlib",
+            "-o",
+            "markers=gpu",
+            "-q",
+            "--maxfail=20",
+            "-k",
+            f"not ({ON_THE_CPU})",
+            *TESTS,
+        ]
         if not self._interpret and importlib.util.find_spec("xdist"):
             command += ["-n", "6"]  # most of the time goes into compiling, on the CPU
         started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from engine.step import ScheduledRequest, StepPlan
 from kernels.ops import AttentionMetadata, LoraSegments
+
+PACKED_ALIGNMENT = 16  # bytes: what a GPU reads at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +40,56 @@ class StepBatch:
         positions = np.arange(starts[-1]) - starts[:-1][sequence_of] + computed[sequence_of]
         slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
-        def to_device(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(device, non_blocking=True)
-
+        ranges = _lora_ranges(scheduled, starts)
+        segments = np.array(ranges, dtype=np.int32).reshape(-1, 3).T  # slots, starts, ends
+        token_ids, logits_rows = _token_ids(scheduled), _logits_rows(scheduled, starts)
+        on_device = to_device([token_ids, positions, slots, logits_rows, starts, seq_lens, tables, *segments], device)
         return cls(
-            token_ids=to_device(_token_ids(scheduled)),
-            positions=to_device(positions),
+            token_ids=on_device[0],
+            positions=on_device[1],
             attention=AttentionMetadata(
-                query_starts=to_device(starts),
-                seq_lens=to_device(seq_lens),
-                block_tables=to_device(tables),
-                slot_mapping=to_device(slots),
+                slot_mapping=on_device[2],
+                query_starts=on_device[4],
+                seq_lens=on_device[5],
+                block_tables=on_device[6],
                 max_query_len=int(counts.max()),
                 max_seq_len=int(seq_lens.max()),
             ),
-            lora=_lora_segments(scheduled, starts, device),
-            logits_rows=to_device(_logits_rows(scheduled, starts)),
+            lora=LoraSegments(tuple(ranges), *on_device[7:]) if ranges else None,
+            logits_rows=on_device[3],
         )
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors on `device`, which a GPU receives in one copy that nobody waits for."""
+    if device.type == "cpu":
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    # torch hands page-locked memory out again only when the copies from it are done.
+    return unpack(pack(arrays, pinned=True).to(device, non_blocking=True), arrays)
+
+
+def pack(arrays: Sequence[np.ndarray], pinned: bool) -> Tensor:
+    """The bytes of all arrays one after the other, each beginning at a multiple of 16 → uint8 [bytes]"""
+    packed = torch.empty(sum(map(_packed_bytes, arrays)), dtype=torch.uint8, pin_memory=pinned)
+    buffer, start = packed.numpy(), 0
+    for array in arrays:
+        buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        start += _packed_bytes(array)
+    return packed
+
+
+def unpack(packed: Tensor, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+    """What `pack` made of `arrays`, as tensors that share its memory."""
+    tensors, start = [], 0
+    for array in arrays:
+        dtype = torch.from_numpy(array[:0]).dtype
+        tensors.append(packed[start : start + array.nbytes].view(dtype).view(array.shape))
+        start += _packed_bytes(array)
+    return tensors
+
+
+def _packed_bytes(array: np.ndarray) -> int:
+    return -(-array.nbytes // PACKED_ALIGNMENT) * PACKED_ALIGNMENT
 
 
 def _token_ids(scheduled: tuple[ScheduledRequest, ...]) -> np.ndarray:
@@ -75,9 +111,8 @@ def _block_tables(scheduled: tuple[ScheduledRequest, ...], max_seq_len: int, blo
     return tables
 
 
-def _lora_segments(
-    scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray, device: torch.device
-) -> LoraSegments | None:
+def _lora_ranges(scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray) -> list[tuple[int, int, int]]:
+    """(slot, first row, end row) of each adapter's adjacent rows."""
     ranges: list[tuple[int, int, int]] = []
     for item, start, end in zip(scheduled, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         slot = item.request.adapter_slot
@@ -87,10 +122,7 @@ def _lora_segments(
             ranges[-1] = (slot, ranges[-1][1], end)
         else:
             ranges.append((slot, start, end))
-    if not ranges:
-        return None
-    columns = torch.tensor(ranges, dtype=torch.int32).T.contiguous().to(device, non_blocking=True)
-    return LoraSegments(tuple(ranges), columns[0], columns[1], columns[2])
+    return ranges
 
 
 def _logits_rows(scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray) -> np.ndarray:

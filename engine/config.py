@@ -24,6 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: int = 256  # running at once
     max_num_batched_tokens: int = 2048  # tokens computed in one step
     enable_prefix_caching: bool = True
+    cuda_graphs: bool = True  # on CUDA: capture decoding steps at the start, with and without adapters, and replay them
     batch_invariant: bool = False  # a request's bits never depend on its neighbours; may cost speed in prefill
     max_adapter_rank: int = 256
     max_resident_adapters: int = 256  # slots on the device

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from engine.batch import StepBatch
+from engine.config import EngineConfig
 from engine.models import LanguageModel
+from engine.models.layout import layer_linears, site_name
 from kernels.ops import AttentionMetadata, LayerKV, LoraSegments, Ops
 
 if TYPE_CHECKING:  # a machine without a GPU need not have triton
@@ -96,12 +98,19 @@ class _Captured:
 class DecodeGraphs:
     """The forward pass of every step in which each sequence has one new token.
 
-    Steps with and without adapters have graphs of their own, so that the latter do nothing about adapters. Those with
-    adapters are captured when first needed, and again when an adapter has come that is wider than all before it.
+    Steps with and without adapters have graphs of their own, so that the latter do nothing about adapters. A graph
+    with adapters holds for all that its tables have room for: which are there, and how wide, is read on the device.
     """
 
-    def __init__(self, model: LanguageModel, ops: TritonOps, kv: Sequence[LayerKV], inputs: DecodeInputs) -> None:
-        """Capture every batch size, without adapters."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        ops: TritonOps,
+        kv: Sequence[LayerKV],
+        inputs: DecodeInputs,
+        max_adapter_rank: int,
+    ) -> None:
+        """Capture every batch size, without adapters and with those of up to `max_adapter_rank`."""
         self._model = model
         self._ops = ops
         self._kv = kv
@@ -109,7 +118,12 @@ class DecodeGraphs:
         self._sizes = batch_sizes(len(inputs.token_ids))
         self._pool = torch.cuda.graph_pool_handle()
         # The largest first: the smaller ones then find all their memory in the pool.
-        self._captured = {(size, False): self._capture(size, False) for size in reversed(self._sizes)}
+        reserve_adapters(model, max_adapter_rank)
+        self._captured = {
+            (size, with_adapters): self._capture(size, with_adapters)
+            for size in reversed(self._sizes)
+            for with_adapters in (True, False)
+        }
         logger.info("captured CUDA graphs of decoding steps of %s sequences", self._sizes)
 
     def forward(self, batch: StepBatch) -> Tensor:
@@ -118,8 +132,8 @@ class DecodeGraphs:
         rows, with_adapters = len(batch.token_ids), batch.lora is not None
         size = next(size for size in self._sizes if size >= rows)
         self._inputs.fill(batch, size)
-        captured = self._captured.get((size, with_adapters))
-        if captured is None or (with_adapters and captured.lora_growth != self._ops.lora_growth):
+        captured = self._captured[size, with_adapters]
+        if with_adapters and captured.lora_growth != self._ops.lora_growth:  # a table had to widen after all
             captured = self._captured[size, with_adapters] = self._capture(size, with_adapters)
         captured.graph.replay()
         return captured.hidden[:rows]
@@ -141,14 +155,26 @@ class DecodeGraphs:
         return _Captured(graph, hidden, self._ops.lora_growth)
 
 
+def reserve_adapters(model: LanguageModel, max_rank: int) -> None:
+    """Make the table of every linear wide enough for any adapter of up to that rank."""
+    from kernels.triton.lora import TritonLoraTable
+
+    sites = model.lora_sites()
+    for layer in range(model.config.num_layers):
+        for linear in layer_linears(model.config):
+            table = sites[site_name(layer, linear)].table
+            assert isinstance(table, TritonLoraTable)
+            table.reserve(len(linear.parts), max_rank)
+
+
 def capture_decoding(
-    model: LanguageModel, ops: Ops, kv: Sequence[LayerKV], max_num_seqs: int, max_model_len: int
+    model: LanguageModel, ops: Ops, kv: Sequence[LayerKV], config: EngineConfig, max_model_len: int
 ) -> DecodeGraphs | None:
-    """The graphs of a model on a CUDA device; None for operations that cannot be captured."""
-    if ops.device.type != "cuda" or ops.name != "triton":
+    """The graphs of a model on a CUDA device; None for operations that cannot be captured, or if none are wanted."""
+    if not config.cuda_graphs or ops.device.type != "cuda" or ops.name != "triton":
         return None
     from kernels.triton import TritonOps
 
     assert isinstance(ops, TritonOps)
-    inputs = DecodeInputs(max_num_seqs, max_model_len, kv[0].block_size, ops.device)
-    return DecodeGraphs(model, ops, kv, inputs)
+    inputs = DecodeInputs(config.max_num_seqs, max_model_len, kv[0].block_size, ops.device)
+    return DecodeGraphs(model, ops, kv, inputs, config.max_adapter_rank)

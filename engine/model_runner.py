@@ -41,7 +41,7 @@ class ModelRunner:
             )
         self.num_blocks = self._num_blocks(config)
         self.kv_cache = create_kv_cache(model.config, ops, self.num_blocks, config.block_size, model.dtype)
-        self.decode_graphs = capture_decoding(model, ops, self.kv_cache, config.max_num_seqs, self.max_model_len)
+        self.decode_graphs = capture_decoding(model, ops, self.kv_cache, config, self.max_model_len)
 
     @classmethod
     def load(cls, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:

@@ -228,15 +228,22 @@ class TritonLoraTable:
             entry[OUT_FEATURES.value + i] = part.b.shape[0]
         self.entries[slot].copy_(torch.tensor(entry))
         self._held[slot] = (a, *transposed)
-        self.slice_capacity = max([self.slice_capacity, *(_room_for(part.b.shape[1]) for part in weights.slices)])
-        if len(a) > self.capacity:
-            self.capacity = _room_for(len(a))
-            self._growth.count += 1
+        self._widen(len(a), max((part.b.shape[1] for part in weights.slices), default=0))
 
     def remove(self, slot: int) -> None:
         if self._held[slot]:
             self.entries[slot].zero_()
             self._held[slot] = ()
+
+    def reserve(self, num_slices: int, rank: int) -> None:
+        """Be as wide as adapters of so many projections of up to that rank need, before any is here."""
+        self._widen(num_slices * rank, rank)
+
+    def _widen(self, sum_of_ranks: int, slice_rank: int) -> None:
+        self.slice_capacity = max(self.slice_capacity, _room_for(slice_rank))
+        if sum_of_ranks > self.capacity:
+            self.capacity = _room_for(sum_of_ranks)
+            self._growth.count += 1
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """The kernels read every adapter as the dtype of the activations. Raises ValueError for a second one."""

@@ -7,7 +7,7 @@ import torch
 
 from engine.batch import StepBatch
 from engine.config import EngineConfig
-from engine.cuda_graph import DecodeInputs, batch_sizes, capture_decoding
+from engine.cuda_graph import DecodeInputs, batch_sizes, capture_decoding, reserve_adapters
 from engine.kv_cache import create_kv_cache
 from engine.models import load_model
 from kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
@@ -94,4 +94,14 @@ def test_padding_changes_neither_results_nor_cache(ops, model, with_adapters):
 
 
 def test_operations_that_cannot_be_captured_have_no_graphs(model):
-    assert capture_decoding(model, ReferenceOps(torch.device("cpu")), [], 1, 1) is None
+    config = EngineConfig(model="any")
+    assert capture_decoding(model, ReferenceOps(torch.device("cpu")), [], config, 1) is None
+
+
+def test_adapters_within_what_was_reserved_change_no_graph(ops, model):
+    reserve_adapters(model, 40)
+    growth, table = ops.lora_growth, model.lora_sites()["layers.0.qkv"].table
+    a, part = torch.ones(120, table.in_features), torch.ones(4, 40)
+    table.put(0, LoraWeights(a, tuple(LoraSlice(40 * i, 4 * i, part) for i in range(3))))
+    assert (ops.lora_growth, table.capacity, table.slice_capacity) == (growth, 128, 64)
+    table.remove(0)

@@ -44,12 +44,20 @@ def test_graphs_give_the_tokens_of_plain_launches(make_engine):
 def test_adapter_that_comes_after_the_capture(make_engine):
     """Wider than any before it, and into linears that had no adapter when the graphs were captured."""
     engine, reference = make_engine(**ON_GPU), make_engine(**ON_CPU)
+    growth = engine.core.runner.ops.lora_growth
     names: list[str | None] = [None]
     for name in ("narrow", "wide", "middle"):
         names.append(name)
         engine.load(name)
         reference.load(name)
         assert engine.generate(requests(names), 8) == reference.generate(requests(names), 8)
+    assert engine.core.runner.ops.lora_growth == growth  # no graph had to be captured again
+
+
+def test_graphs_can_be_switched_off(make_engine):
+    engine, reference = loaded(make_engine(**ON_GPU, cuda_graphs=False)), loaded(make_engine(**ON_CPU))
+    assert engine.core.runner.decode_graphs is None
+    assert engine.generate(requests(NAMES), 8) == reference.generate(requests(NAMES), 8)
 
 
 def test_forward_pass_never_waits_for_the_device(make_engine, monkeypatch):

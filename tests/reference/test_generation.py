@@ -104,7 +104,10 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Oracle(model.eval(), folder, keys)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=ON_GPU)])
 def make_core(oracle: Oracle, request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "cpu":
         pytest.importorskip("kernels.cpu.library")
@@ -113,6 +116,7 @@ def make_core(oracle: Oracle, request: pytest.FixtureRequest) -> Iterator[Any]:
     def make(**fields: Any) -> EngineCore:
         settings = {
             "kernels": request.param,
+            "device": "cuda" if request.param == "triton" else "cpu",
             "dtype": "float32",
             "kv_cache_bytes": 4 << 20,
             "block_size": 4,
