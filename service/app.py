@@ -33,6 +33,7 @@ from service.errors import Unavailable
 from service.hosting import HostedModel, ModelHost
 from service.inference import InferenceServicer
 from service.interceptors import CallInterceptor
+from service.probes import Probes, build_probe_server
 from service.server import Health, Service, build_server, drain
 from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
 from service.text import TemplateRenderer
@@ -46,6 +47,7 @@ class Addresses:
 
     data: str
     admin: str
+    health: str | None = None  # None: no port for probes is configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Application:
     admission: Admission
     inference: InferenceServicer
     health: Health
+    probes: Probes
     data: tuple[Service, ...]
     admin: tuple[Service, ...]
 
@@ -74,6 +77,7 @@ class Application:
         for model in self.host.all():
             changes.put(model.name, model)
         async for model in changes:
+            await self.probes.set_state(model.name, model.state)
             serving = model.state is EngineState.ACTIVE
             if said.get(model.name) is not serving:
                 said[model.name] = serving
@@ -119,7 +123,8 @@ def assemble(
         Service("loraplex.v1.ServerService", server, add_ServerServiceServicer_to_server),
     )
     health = Health([service.name for service in data], [service.name for service in admin])
-    return Application(config, host, registry, deployer, admission, inference, health, data, admin)
+    probes = Probes(model.name for model in config.models if model.load)
+    return Application(config, host, registry, deployer, admission, inference, health, probes, data, admin)
 
 
 @asynccontextmanager
@@ -135,7 +140,8 @@ async def running(
         bus_directory = Path(stack.enter_context(make_bus_directory()))
         renderer = await stack.enter_async_context(TemplateRenderer())
         app = assemble(config, bus_directory, renderer, launch_for or engine_processes(config))
-        data, admin, addresses = _listeners(app)
+        health_address = await _start_probes(app, stack)
+        data, admin, addresses = _listeners(app, health_address)
         shutting_down = Unavailable("DRAINING", "the server is shutting down; try another replica")
         stack.push_async_callback(app.host.close, shutting_down)
         stack.push_async_callback(app.deployer.close)
@@ -155,17 +161,30 @@ async def running(
             config.drain_grace_seconds,
             config.lame_duck_seconds,
         )
+        stack.push_async_callback(app.probes.drain)
         yield app, addresses
 
 
-def _listeners(app: Application) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
+async def _start_probes(app: Application, stack: AsyncExitStack) -> str | None:
+    """The first port to open and the last to close: it tells how far the others are. Returns its address, if any."""
+    address = app.config.health_listen
+    if address is None:
+        return None
+    server, port = build_probe_server(app.probes, address)
+    await app.probes.start()
+    await server.start()
+    stack.push_async_callback(server.stop, None)
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _listeners(app: Application, health_address: str | None) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
     config = app.config
     credentials = None if config.tls is None else _credentials(config.tls)
     interceptor = CallInterceptor(stall_seconds=config.limits.unread_seconds)
     data, data_port = build_server(app.data, app.health, interceptor, config.listen, credentials)
     admin, admin_port = build_server(app.admin, app.health, interceptor, config.admin_listen, credentials)
     hosts = [address.rpartition(":")[0] for address in (config.listen, config.admin_listen)]
-    return data, admin, Addresses(f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}")
+    return data, admin, Addresses(f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}", health_address)
 
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:

@@ -67,7 +67,8 @@ async def _serve(settings: ServiceConfig) -> None:
     stop = _stop_signal()
     async with running(settings) as (_, addresses):
         # The one line on stdout: whoever started the server on port 0 reads here which ports it got.
-        print(f"listening data={addresses.data} admin={addresses.admin}", flush=True)
+        health = f" health={addresses.health}" if addresses.health else ""
+        print(f"listening data={addresses.data} admin={addresses.admin}{health}", flush=True)
         await stop.wait()
         logging.getLogger(__name__).info("told to stop: draining for at most %g s", settings.drain_grace_seconds)
 

@@ -121,6 +121,7 @@ class ServiceConfig(_Section, frozen=True):
     adapter_roots: tuple[str, ...] = ()  # adapters are read from under these directories alone
     listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
     admin_listen: str = "127.0.0.1:50052"
+    health_listen: str | None = None  # a plaintext port for an orchestrator's probes: see service/probes.py
     tls: TlsConfig | None = None
     insecure: bool = False  # allow other addresses than loopback without TLS
     drain_grace_seconds: float = 30.0  # for running requests, once told to stop
@@ -189,7 +190,7 @@ def _overrides(environment: Mapping[str, str]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for field in msgspec.structs.fields(ServiceConfig):
         variable = ENVIRONMENT_PREFIX + field.name.upper()
-        if field.type not in (str, bool, int, float) or variable not in environment:
+        if field.type not in (str, bool, int, float, str | None) or variable not in environment:
             continue
         try:
             overrides[field.name] = msgspec.convert(environment[variable], field.type, strict=False)
@@ -290,11 +291,15 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def _listener_problems(config: ServiceConfig) -> Iterator[str]:
-    for key in ("listen", "admin_listen"):
-        address: str = getattr(config, key)
+    for key in ("listen", "admin_listen", "health_listen"):
+        address: str | None = getattr(config, key)
+        if address is None:
+            continue
         host, colon, port = address.rpartition(":")
         if not colon or not host or not port.isdecimal() or int(port) > 65535:
             yield f"{key} {address!r}: host:port is expected, such as 127.0.0.1:50051; port 0 takes a free one"
+        elif key == "health_listen":
+            continue  # it says SERVING or NOT_SERVING, and nothing that needs protection
         elif host not in LOOPBACK_HOSTS and config.tls is None and not config.insecure:
             yield (
                 f"{key} {address!r} can be reached from other machines, and anybody there could use it: set tls, or "

@@ -1,0 +1,57 @@
+"""What an orchestrator asks of a server: has it started, is it alive, is it ready?
+
+A port of its own that speaks grpc.health.v1 in plaintext and nothing else, because a kubelet's probes know no TLS and
+no credentials. Three names: `startup` serves once every model that is loaded at start has been active; `liveness` while
+the process answers and not every model is given up for good; `readiness` while new requests are admitted.
+"""
+
+from collections.abc import Iterable
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2_grpc
+
+from service.server import NOT_SERVING, OPTIONS, SERVING
+from service.supervisor import EngineState
+
+STARTUP, LIVENESS, READINESS = "startup", "liveness", "readiness"
+
+
+class Probes:
+    """The three answers, kept up to date."""
+
+    def __init__(self, loaded_at_start: Iterable[str]) -> None:
+        self.servicer = health.aio.HealthServicer()
+        self._not_yet_active = set(loaded_at_start)
+        self._states: dict[str, EngineState] = {}
+        self._draining = False
+
+    async def start(self) -> None:
+        """Say what is so before any model has loaded."""
+        await self._update()
+
+    async def set_state(self, model: str, state: EngineState) -> None:
+        """`model`: the bare id."""
+        self._states[model] = state
+        if state is EngineState.ACTIVE:
+            self._not_yet_active.discard(model)
+        await self._update()
+
+    async def drain(self) -> None:
+        """Not ready any more, but alive: whoever watches must not end what still runs."""
+        self._draining = True
+        await self._update()
+
+    async def _update(self) -> None:
+        states = self._states.values()
+        given_up = bool(states) and all(state is EngineState.FAILED for state in states)
+        ready = not self._draining and EngineState.ACTIVE in states
+        for name, serving in ((STARTUP, not self._not_yet_active), (LIVENESS, not given_up), (READINESS, ready)):
+            await self.servicer.set(name, SERVING if serving else NOT_SERVING)
+
+
+def build_probe_server(probes: Probes, address: str) -> tuple[grpc.aio.Server, int]:
+    """The port, not started, and its number. Raises RuntimeError if the address is taken."""
+    server = grpc.aio.server(options=OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(probes.servicer, server)
+    return server, server.add_insecure_port(address)
