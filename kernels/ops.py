@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.quantized import QuantizedWeight
+
 logger = logging.getLogger(__name__)
 
 
@@ -111,11 +113,11 @@ class LoraTable(Protocol):
 
 
 class PackedLinear(Protocol):
-    """A dense weight matrix in the layout that its backend multiplies fastest."""
+    """A dense or quantised weight matrix in the layout that its backend multiplies fastest."""
 
     in_features: int  # C
     out_features: int  # N
-    nbytes: int
+    nbytes: int  # what it takes on the device: codes, scales and zeros, bias
 
 
 class Ops(Protocol):
@@ -131,8 +133,25 @@ class Ops(Protocol):
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """Lay out weight [N, C] and bias [N] for `linear`. The result may share memory with `weight`."""
 
+    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        """Lay out a quantised weight [N, C] and bias [N] for `linear` of inputs of `dtype`.
+
+        weight: its tensors on this backend's device. Nothing of it is needed afterwards: the result may share memory
+        with it. A backend takes every record that there is, or raises NotImplementedError naming what it lacks.
+        """
+
+    def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
+        """Rows start … end of the weight, without the bias: float32 [end − start, C], columns as x has them.
+
+        Of either kind of packed linear. For what needs the base's weights once (a norm, a test), not for steps.
+        """
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        """y[t, n] = Σ_c x[t, c] · weight[n, c] + bias[n].  x: [T, C] → [T, N]"""
+        """y[t, n] = Σ_c x[t, c] · weight[n, c] + bias[n].  x: [T, C] → [T, N]
+
+        A quantised weight is what `kernels.quantized.dequantize` makes of it, exact in float32; kernels may round it
+        to the dtype of x before they multiply.
+        """
 
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> LoraTable:
         """An empty table for adapters in slots 0 … num_slots-1 at a linear of that shape."""

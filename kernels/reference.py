@@ -19,6 +19,7 @@ from kernels.ops import (
     PackedLinear,
     QKNorm,
 )
+from kernels.quantized import QuantizedWeight, dequantize
 
 # Bounds the float32 temporaries of attention: 2^24 elements are 64 MiB.
 MAX_ATTENTION_ELEMENTS = 1 << 24
@@ -31,6 +32,16 @@ class ReferenceLinear:
         self.weight = weight  # [N, C]
         self.bias = bias  # [N]
         self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+
+
+class ReferenceQuantizedLinear:
+    """A quantised matrix as its record, a byte per code: dequantised anew in each product."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias  # [N]
+        self.out_features, self.in_features = weight.codes.shape
         self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
 
@@ -98,7 +109,21 @@ class ReferenceOps:
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
         return ReferenceLinear(weight, bias)
 
+    def pack_quantized(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
+    ) -> ReferenceQuantizedLinear:
+        return ReferenceQuantizedLinear(weight, bias)
+
+    def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
+        if isinstance(packed, ReferenceQuantizedLinear):
+            return dequantize(packed.weight)[start:end]
+        assert isinstance(packed, ReferenceLinear)
+        return packed.weight[start:end].float()
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        if isinstance(packed, ReferenceQuantizedLinear):
+            bias = None if packed.bias is None else packed.bias.float()
+            return F.linear(x.float(), dequantize(packed.weight), bias).to(x.dtype)
         assert isinstance(packed, ReferenceLinear)
         return F.linear(x, packed.weight, packed.bias)
 

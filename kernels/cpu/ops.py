@@ -20,6 +20,7 @@ from kernels.ops import (
     PackedLinear,
     QKNorm,
 )
+from kernels.quantized import QuantizedWeight
 from kernels.reference import check_lora_weights
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -113,6 +114,12 @@ class CpuOps:
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
         return CpuLinear(self.library, weight, bias)
+
+    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        raise NotImplementedError(f"the CPU kernels do not multiply by {type(weight).__name__} yet: choose reference")
+
+    def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
+        raise NotImplementedError("the CPU kernels do not unpack weights yet: choose reference")
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         assert isinstance(packed, CpuLinear)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraTable, PackedLinear, QKNorm
+from kernels.quantized import QuantizedWeight
 from kernels.reference import ReferenceLinear
 from kernels.triton.activation import activate_and_mul
 from kernels.triton.attention import Scoring, paged_attention
@@ -50,6 +51,13 @@ class TritonOps:
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
         return ReferenceLinear(weight, bias)
+
+    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        raise NotImplementedError(f"the triton kernels do not multiply by {type(weight).__name__} yet")
+
+    def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
+        assert isinstance(packed, ReferenceLinear)
+        return packed.weight[start:end].float()
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         assert isinstance(packed, ReferenceLinear)

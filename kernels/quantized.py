@@ -1,0 +1,159 @@
+"""Quantised weight matrices in canonical form: whatever a checkpoint's format packed, unpacked to one of three records.
+
+A loader makes records, a backend's `Ops.pack_quantized` lays them out for its kernels, and `dequantize` says what each
+stands for. Codes take a byte each here; they only live until they are packed.
+
+Letters: N output features, C input features, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+AFFINE_BITS = (2, 3, 4, 8)
+TABLE_SIZE = 16
+
+
+class _Record:
+    __slots__ = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors, as they are: one byte per code."""
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+@dataclass(frozen=True, slots=True)
+class AffineWeight(_Record):
+    """W[n, c] = scale[g, n] · (codes[n, c] − zero[g, n]) with g = c // group_size.  GPTQ, AWQ, integer formats.
+
+    With `input_order` (GPTQ's act-order, its columns sorted by group) column j of `codes` is input feature
+    input_order[j]:  y[t] = Σ_j W[:, j] · x[t, input_order[j]].  A row of x is never reordered outside the base product:
+    an adapter sees it as it is.
+
+    Scales are 16-bit floats in nearly all files, and zeros whole numbers below 2^bits in all but AWQ's gemv_fast.
+    """
+
+    codes: Tensor  # uint8 [N, C], each below 2^bits
+    bits: int  # one of AFFINE_BITS
+    scale: Tensor  # float32 [G, N]
+    zero: Tensor  # float32 [G, N], in units of codes
+    group_size: int  # columns that share a scale; the last group may be shorter: G = ceil(C / group_size)
+    input_order: Tensor | None = None  # int64 [C], a permutation
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes.shape
+        assert self.bits in AFFINE_BITS
+        assert self.scale.shape == self.zero.shape == (-(-columns // self.group_size), rows)
+        assert self.codes.dtype == torch.uint8
+        assert self.scale.dtype == self.zero.dtype == torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class TableWeight(_Record):
+    """W = table[codes] · absmax[i // block] with i = n·C + c.  bitsandbytes' nf4 and fp4 (QLoRA, arXiv 2305.14314).
+
+    A block may span rows where C is no multiple of it.
+    """
+
+    codes: Tensor  # uint8 [N, C], each below 16
+    table: Tensor  # float32 [16]
+    absmax: Tensor  # float32 [ceil(N·C / block)]
+    block: int  # consecutive elements that share an absmax
+
+    def __post_init__(self) -> None:
+        assert self.codes.dtype == torch.uint8
+        assert self.codes.dim() == 2
+        assert self.table.shape == (TABLE_SIZE,)
+        assert self.absmax.shape == (-(-self.codes.numel() // self.block),)
+        assert self.table.dtype == self.absmax.dtype == torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Weight(_Record):
+    """W[n, c] = codes[n, c] · scale[n // rows, c // columns] with block = (rows, columns), cut at the edges.  FP8.
+
+    One scale per output feature is block (1, C).
+    """
+
+    codes: Tensor  # float8_e4m3fn [N, C]
+    scale: Tensor  # float32 [ceil(N / rows), ceil(C / columns)]
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        (n, c), (rows, columns) = self.codes.shape, self.block
+        assert self.codes.dtype == torch.float8_e4m3fn
+        assert self.scale.shape == (-(-n // rows), -(-c // columns))
+        assert self.scale.dtype == torch.float32
+
+
+QuantizedWeight = AffineWeight | TableWeight | Float8Weight
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """The matrix that a record stands for, float32 [N, C], columns in the order of the input features."""
+    columns = weight.codes.shape[1]
+    if isinstance(weight, TableWeight):
+        values = weight.table[weight.codes.flatten().int()]
+        scale = weight.absmax.repeat_interleave(weight.block)[: values.numel()]
+        return (values * scale).view_as(weight.codes)
+    if isinstance(weight, Float8Weight):
+        rows, across = weight.block
+        by_row = weight.scale.repeat_interleave(rows, dim=0)[: len(weight.codes)]
+        return weight.codes.float() * by_row.repeat_interleave(across, dim=1)[:, :columns]
+
+    def spread(per_group: Tensor) -> Tensor:
+        return per_group.t().repeat_interleave(weight.group_size, dim=1)[:, :columns]
+
+    dense = spread(weight.scale) * (weight.codes.float() - spread(weight.zero))
+    if weight.input_order is None:
+        return dense
+    restored = torch.empty_like(dense)
+    restored[:, weight.input_order] = dense
+    return restored
+
+
+def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+    """One record with the rows of all, one after another; None if they differ in what a record has once.
+
+    That is: their kind, bits, group or block size, table, and order of input features; and, for blocks that span rows,
+    where a part's rows are no whole number of blocks.
+    """
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    if any(type(weight) is not type(first) for weight in weights):
+        return None
+    codes = torch.cat([weight.codes for weight in weights])
+    if isinstance(first, AffineWeight):
+        parts = [weight for weight in weights if isinstance(weight, AffineWeight)]
+        if any(not _alike(first, part) for part in parts):
+            return None
+        scale, zero = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("scale", "zero"))
+        return replace(first, codes=codes, scale=scale, zero=zero)
+    if isinstance(first, TableWeight):
+        tables = [weight for weight in weights if isinstance(weight, TableWeight)]
+        if any(part.block != first.block or not torch.equal(part.table, first.table) for part in tables):
+            return None
+        if any(part.codes.numel() % first.block for part in tables[:-1]):
+            return None
+        return replace(first, codes=codes, absmax=torch.cat([part.absmax for part in tables]))
+    blocks = [weight for weight in weights if isinstance(weight, Float8Weight)]
+    if any(part.block != first.block for part in blocks):
+        return None
+    if any(len(part.codes) % first.block[0] for part in blocks[:-1]):
+        return None
+    return replace(first, codes=codes, scale=torch.cat([part.scale for part in blocks]))
+
+
+def _alike(one: AffineWeight, other: AffineWeight) -> bool:
+    if (one.bits, one.group_size) != (other.bits, other.group_size):
+        return False
+    if one.input_order is None or other.input_order is None:
+        return one.input_order is other.input_order
+    return torch.equal(one.input_order, other.input_order)
