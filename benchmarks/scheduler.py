@@ -3,8 +3,8 @@
     python -m benchmarks.scheduler [--out RESULT.json]
 
 A batch decodes while others wait: because it is full, for one adapter that never arrives, and for as many adapters as
-there are requests (the batch has room, and each step looks whether somebody can join). Times `schedule` plus `update`
-alone: no model, no messages.
+there are requests (the batch has room, and each step looks whether somebody can join); each for one tenant, and for as
+many tenants as there are requests. Times `schedule` plus `update` alone: no model, no messages.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class NoAdapters:
         raise AssertionError("nothing was acquired")
 
 
-def fill(num_waiting: int, num_adapters: int) -> Scheduler:
+def fill(num_waiting: int, num_adapters: int, num_tenants: int) -> Scheduler:
     """A scheduler whose batch is full and decodes, with `num_waiting` requests behind it."""
     blocks = BlockManager(BATCH * 64, BLOCK_SIZE, enable_prefix_caching=True)
     places = BATCH + 8 if num_adapters else BATCH
@@ -53,7 +53,8 @@ def fill(num_waiting: int, num_adapters: int) -> Scheduler:
         adapter = None
         if index >= BATCH and num_adapters:
             adapter = AdapterKey(f"shared/a{index % num_adapters}", f"{index % num_adapters:064x}")
-        message = AddRequest(index, PROMPT, SamplingParams(seed=0, max_tokens=NEVER), adapter)
+        sampling = SamplingParams(seed=0, max_tokens=NEVER)
+        message = AddRequest(index, PROMPT, sampling, adapter, tenant=f"t{index % num_tenants}")
         scheduler.add(Request(message, index, 0.0))
         if index == BATCH - 1:
             for _ in range(4):
@@ -81,8 +82,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     results = {}
-    for name, adapters in (("base", lambda n: 0), ("one adapter", lambda n: 1), ("all different", lambda n: n)):
-        few, many = (fill(count, adapters(count)) for count in args.waiting)
+    cases = {
+        "base": (lambda n: 0, lambda n: 1),
+        "one adapter": (lambda n: 1, lambda n: 1),
+        "all adapters different": (lambda n: n, lambda n: 1),
+        "all tenants different": (lambda n: 0, lambda n: n),
+        "all of both different": (lambda n: n, lambda n: n),
+    }
+    for name, (adapters, tenants) in cases.items():
+        few, many = (fill(count, adapters(count), tenants(count)) for count in args.waiting)
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(args.steps):  # taking turns, so that both see the same machine
             times[0].append(step(few))
@@ -90,7 +98,7 @@ def main() -> None:
         medians = [statistics.median(values) * 1e6 for values in times]
         results[name] = {"microseconds": medians, "ratio": medians[1] / medians[0]}
         waiting = f"{args.waiting[0]} waiting {medians[0]:6.1f} µs, {args.waiting[1]} waiting {medians[1]:6.1f} µs"
-        print(f"{name:>14}: {waiting}, ratio {medians[1] / medians[0]:.3f}")
+        print(f"{name:>22}: {waiting}, ratio {medians[1] / medians[0]:.3f}")
     if args.out:
         args.out.write_text(json.dumps(results, indent=1))
 

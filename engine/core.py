@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -128,6 +129,8 @@ class EngineCore:
             return "allowed_token_ids is empty: no token could be drawn"
         if sampling.max_tokens < 1:
             return f"max_tokens is {sampling.max_tokens}: it must be at least 1"
+        if not 0 < message.weight < math.inf:
+            return f"weight is {message.weight}: it must be above 0"
         if message.adapter is not None and not self.store.is_registered(message.adapter):
             return f"adapter {message.adapter} is not registered with this engine"
         return ""

@@ -25,7 +25,9 @@ class AddRequest(Message, frozen=True):
     adapter: AdapterKey | None = None  # None: the base model
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
     bypass_prefix_cache: bool = False
-    priority: int = 0  # lower runs first; equal: first come, first served
+    priority: int = 0  # lower runs first; equal: tenants by their shares, and of one tenant first come, first served
+    tenant: str = ""  # who shares the engine with others
+    weight: float = 1.0  # of its share; above 0
 
 
 class Abort(Message, frozen=True):

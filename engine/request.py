@@ -45,7 +45,9 @@ class Request:
         "request_id",
         "sampling",
         "state",
+        "tenant",
         "token_ids",
+        "weight",
     )
 
     def __init__(self, message: AddRequest, arrival_number: int, now: float) -> None:
@@ -56,6 +58,8 @@ class Request:
         self.cache_salt = message.cache_salt
         # Prompt log-probabilities need every position computed, so there is nothing to take from the cache.
         self.bypass_prefix_cache = message.bypass_prefix_cache or sampling.num_prompt_logprobs is not None
+        self.tenant = message.tenant
+        self.weight = message.weight
         self.order = (message.priority, arrival_number)  # who goes first
         self.arrival_time = now
         self.deadline = None if sampling.time_limit_seconds is None else now + sampling.time_limit_seconds

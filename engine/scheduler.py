@@ -1,7 +1,8 @@
 """Who runs next. The only home of that policy.
 
 Iteration-level (continuous) batching: every step takes whoever is ready, within a budget of tokens. Running requests go
-first, so that a stream once begun keeps flowing; a long prompt is computed in chunks that fill what is left.
+first, so that a stream once begun keeps flowing; a long prompt is computed in chunks that fill what is left. Who joins
+them next is a matter of fairness between tenants (`fairness`).
 Source: Orca (OSDI 2022), Sarathi-Serve (arXiv 2403.02310), vLLM V1's unified schedule.
 """
 
@@ -15,6 +16,7 @@ from typing import Protocol
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from engine.block_manager import BlockManager
+from engine.fairness import FairQueue
 from engine.messages import RequestOutput, TokenLogprobs
 from engine.request import Request, RequestState
 from engine.sampling_params import FinishReason
@@ -40,29 +42,6 @@ class AdapterSlots(Protocol):
         """See to it that the adapter gets room before long, if that is what it waits for."""
 
 
-class WaitingQueue:
-    """Requests by order of turn, O(log n). A removed request's entry stays in the heap until it comes up."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int]] = []
-        self._members: dict[tuple[int, int], Request] = {}
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def push(self, request: Request) -> None:
-        heapq.heappush(self._heap, request.order)
-        self._members[request.order] = request
-
-    def peek(self) -> Request | None:
-        while self._heap and self._heap[0] not in self._members:
-            heapq.heappop(self._heap)
-        return self._members[self._heap[0]] if self._heap else None
-
-    def remove(self, request: Request) -> None:
-        del self._members[request.order]
-
-
 class Scheduler:
     """Decides who runs, keeps every request's state, and turns results into outputs. Knows no tensors."""
 
@@ -84,7 +63,7 @@ class Scheduler:
 
         self.requests: dict[int, Request] = {}  # all that are not finished
         self.running: list[Request] = []  # in order of turn
-        self.waiting = WaitingQueue()
+        self.waiting = FairQueue()
         self.waiting_for_adapter: dict[AdapterKey, dict[int, Request]] = {}
         self.adapter_users: Counter[AdapterKey] = Counter()  # accepted requests by adapter version, wherever they are
         self._deadlines: list[tuple[float, int]] = []
@@ -136,12 +115,13 @@ class Scheduler:
             num_new = min(request.num_tokens - request.num_computed_tokens, budget)
             while not self.blocks.grow(request, request.num_computed_tokens + num_new):
                 preempted = True
-                victim = self.running.pop()  # the last in order: it has the least claim
+                victim = max(self.running[index:], key=self._claim)
+                self.running.remove(victim)
                 self._preempt(victim)
                 if victim is request:
                     break
             if request.state is not RequestState.RUNNING:
-                break  # it was the last one: nobody behind it is left
+                continue  # the one behind it has its index now
             scheduled.append(self._scheduled(request, num_new))
             budget -= num_new
             index += 1
@@ -169,6 +149,7 @@ class Scheduler:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = self.clock()
                 request.num_cached_tokens = request.num_computed_tokens
+                self.waiting.charge(request, prompt_tokens=request.num_tokens - request.num_computed_tokens)
             self._insert_running(request)
             scheduled.append(self._scheduled(request, num_new))
             budget -= num_new
@@ -182,6 +163,11 @@ class Scheduler:
         while index > 0 and self.running[index - 1].order > request.order:
             index -= 1
         self.running.insert(index, request)
+
+    def _claim(self, request: Request) -> tuple[int, float, int]:
+        """Who may keep its blocks when they are short: the largest value loses them first."""
+        priority, arrival_number = request.order
+        return priority, self.waiting.served(request.tenant), arrival_number
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks. It keeps its adapter and recomputes, mostly from the prefix cache."""
@@ -263,6 +249,7 @@ class Scheduler:
         first = request.num_output_tokens == 0
         request.token_ids.append(sampled.token_id)
         self.generated_tokens += 1
+        self.waiting.charge(request, output_tokens=1)
         reason = self._finish_reason(request, sampled.token_id)
         stopped_by = sampled.token_id if reason in (FinishReason.STOP, FinishReason.EOS) else None
         output = RequestOutput(

@@ -89,9 +89,9 @@ class Bench:
 
     def add(self, request_id: int, prompt: list[int], **fields: object) -> Request:
         adapter = fields.pop("adapter", None)
-        priority = fields.pop("priority", 0)
+        place = {name: fields.pop(name) for name in ("priority", "tenant", "weight") if name in fields}
         sampling = SamplingParams(**({"seed": 0, "max_tokens": 3} | fields))  # type: ignore[arg-type]
-        message = AddRequest(request_id, prompt, sampling, adapter, priority=priority)  # type: ignore[arg-type]
+        message = AddRequest(request_id, prompt, sampling, adapter, **place)  # type: ignore[arg-type]
         self.arrivals += 1
         request = Request(message, self.arrivals, self.clock())
         self.scheduler.add(request)
@@ -271,10 +271,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 8),
         adapter=st.sampled_from([None, None, KEY, AdapterKey("shared/b", "b" * 64)]),
         priority=st.integers(0, 1),
+        tenant=st.sampled_from(["a", "b"]),
     )
-    def add(self, prompt: list[int], max_tokens: int, adapter: AdapterKey | None, priority: int) -> None:
+    def add(self, prompt: list[int], max_tokens: int, adapter: AdapterKey | None, priority: int, tenant: str) -> None:
         self.next_id += 1
-        self.bench.add(self.next_id, prompt, max_tokens=max_tokens, adapter=adapter, priority=priority)
+        self.bench.add(self.next_id, prompt, max_tokens=max_tokens, adapter=adapter, priority=priority, tenant=tenant)
         self.expected[self.next_id] = isolated(prompt, max_tokens)
 
     @rule(count=st.integers(1, 4))
