@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -35,18 +35,6 @@ class BoundAdapter:
 
     weights: Mapping[str, LoraWeights]  # by site
     ranks: Mapping[str, int]  # by the model's own name of the projection
-
-    @property
-    def nbytes(self) -> int:
-        return sum(weights.nbytes for weights in self.weights.values())
-
-    def pinned(self) -> BoundAdapter:
-        """The same in page-locked memory, from which a CUDA device copies without waiting for the CPU."""
-        weights = {
-            site: LoraWeights(old.a.pin_memory(), tuple(replace(part, b=part.b.pin_memory()) for part in old.slices))
-            for site, old in self.weights.items()
-        }
-        return BoundAdapter(weights, self.ranks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,8 +181,8 @@ class AdapterPool:
     def _put(self, key: AdapterKey, loaded: LoadedAdapter) -> _Resident:
         slot = self._free_slots.pop()
         try:
-            for site, weights in loaded.bound.weights.items():
-                self._sites[site].table.put(slot, weights)
+            for site, packed in loaded.packed.items():
+                self._sites[site].table.put(slot, packed)
         except (torch.OutOfMemoryError, MemoryError) as error:
             self._clear(slot)
             raise AdapterRejected([f"the device has no {loaded.nbytes} bytes left for it: {error}"]) from error

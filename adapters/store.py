@@ -19,6 +19,7 @@ from adapters.binding import LoraTarget
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from adapters.weights import LoadedAdapter, load_adapter
+from kernels.ops import LoraWeights, PackedLora
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,11 @@ class AdapterStore:
         max_rank: int,
         budget_bytes: int,
         num_threads: int,
-        pin_memory: bool = False,  # page-locked, for a CUDA device
+        pack: Callable[[LoraWeights], PackedLora],  # for the tables of the model's sites
         clock: Callable[[], float] = time.monotonic,
         executor: Executor | None = None,  # None: threads of its own
     ) -> None:
-        self._load = partial(load_adapter, targets=targets, dtype=dtype, max_rank=max_rank, pin_memory=pin_memory)
+        self._load = partial(load_adapter, targets=targets, dtype=dtype, max_rank=max_rank, pack=pack)
         self._budget_bytes = budget_bytes
         self._clock = clock
         self._executor = executor or ThreadPoolExecutor(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adapters.binding import BoundAdapter, LoraTarget, bind
+from adapters.binding import LoraTarget, bind
 from adapters.config import parse_config
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from adapters.safetensors import TensorEntry, read_header
 from adapters.source import digest_of, open_weights, read_config_bytes
+from kernels.ops import LoraWeights, PackedLora
 
 _DTYPES = {
     "F64": torch.float64,
@@ -28,14 +29,26 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """An adapter in host memory, bound to the model, in the compute dtype."""
+    """An adapter in host memory, bound to the model, as the kernels take it."""
 
     key: AdapterKey
-    bound: BoundAdapter
-    rank: int  # the largest
-    nbytes: int
-    target_modules: tuple[str, ...]  # short names, sorted: "q_proj", …
+    packed: Mapping[str, PackedLora]  # by site
+    ranks: Mapping[str, int]  # by the model's own name of the projection
     warnings: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.ranks.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(packed.nbytes for packed in self.packed.values())
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Short names, sorted: "q_proj", …"""
+        return tuple(sorted({name.rpartition(".")[2] for name in self.ranks}))
 
 
 def load_adapter(
@@ -44,9 +57,9 @@ def load_adapter(
     targets: Mapping[str, LoraTarget],
     dtype: torch.dtype,
     max_rank: int,
-    pin_memory: bool = False,
+    pack: Callable[[LoraWeights], PackedLora],
 ) -> LoadedAdapter:
-    """Read an adapter, check that it is the version that `key` names, and bind it; for CUDA, in page-locked memory.
+    """Read an adapter, check that it is the version that `key` names, bind it and lay it out for the kernels.
 
     The bytes that are checked are the bytes that are used: the file is read once. Raises AdapterRejected; OSError if
     the disk fails.
@@ -74,16 +87,8 @@ def load_adapter(
     data = content[header.data_start :]
     tensors = {name: _tensor(data, entry) for name, entry in header.tensors.items()}
     bound = bind(tensors, config, targets, dtype, max_rank)
-    if pin_memory:
-        bound = bound.pinned()
-    return LoadedAdapter(
-        key=key,
-        bound=bound,
-        rank=max(bound.ranks.values()),
-        nbytes=bound.nbytes,
-        target_modules=tuple(sorted({name.rpartition(".")[2] for name in bound.ranks})),
-        warnings=config.warnings,
-    )
+    packed = {site: pack(weights) for site, weights in bound.weights.items()}
+    return LoadedAdapter(key, packed, bound.ranks, config.warnings)
 
 
 def _tensor(data: Tensor, entry: TensorEntry) -> Tensor:

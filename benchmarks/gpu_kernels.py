@@ -216,7 +216,7 @@ class Cases:
             for slot, rank in enumerate(ranks):
                 slices = tuple(LoraSlice(i * rank, o, self.random(n, rank)) for i, (o, n) in enumerate(parts))
                 adapters.append(LoraWeights(self.random(rank * len(parts), hidden), slices))
-                table.put(slot, adapters[-1])
+                table.put(slot, self.ops.pack_lora(adapters[-1]))
             segments = LoraSegments(ranges, *(self.int32(column) for column in zip(*ranges, strict=True)))
             x, y = self.random(rows, hidden), self.random(rows, total)
 

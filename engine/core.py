@@ -79,6 +79,7 @@ class EngineCore:
             max_rank=config.max_adapter_rank,
             budget_bytes=config.adapter_host_bytes,
             num_threads=config.adapter_loader_threads,
+            pack=runner.ops.pack_lora,
         )
         pool = AdapterPool(
             sites=model.lora_sites(),

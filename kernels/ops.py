@@ -103,10 +103,21 @@ class LoraWeights:
         return self.a.nbytes + sum(part.b.nbytes for part in self.slices)
 
 
+class PackedLora(Protocol):
+    """One adapter at one linear as its backend's table takes it. Never changes; several slots may hold it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class LoraTable(Protocol):
     """The adapters resident at one linear, by slot. Changed between steps only. Nothing is padded to a maximum rank."""
 
-    def put(self, slot: int, weights: LoraWeights) -> None: ...
+    def put(self, slot: int, packed: PackedLora) -> None:
+        """Make `packed` the adapter in `slot`, in no more time than it takes to get it to the device.
+
+        Raises ValueError if it does not fit the linear, or has another dtype than the adapters beside it.
+        """
 
     def remove(self, slot: int) -> None:
         """Forget what `slot` holds; an empty slot is not an error."""
@@ -151,6 +162,12 @@ class Ops(Protocol):
 
         A quantised weight is what `kernels.quantized.dequantize` makes of it, exact in float32; kernels may round it
         to the dtype of x before they multiply.
+        """
+
+    def pack_lora(self, weights: LoraWeights) -> PackedLora:
+        """Lay out one adapter for `LoraTable.put`, in host memory: loader threads call this beside the step.
+
+        Raises ValueError if a slice reads ranks that are not there, or two write the same column.
         """
 
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> LoraTable:

@@ -17,6 +17,7 @@ from kernels.ops import (
     LoraTable,
     LoraWeights,
     PackedLinear,
+    PackedLora,
     QKNorm,
 )
 from kernels.quantized import QuantizedWeight, dequantize
@@ -45,26 +46,16 @@ class ReferenceQuantizedLinear:
         self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Adapter:
-    """Float32 copies: both products accumulate in float32 and round once, and small float32 products are quickest."""
+class ReferenceLora:
+    """Float32 copies: both products accumulate in float32 and round once, and small float32 products are quickest.
 
-    a_t: Tensor  # [C, sum of R]
-    slices: tuple[tuple[slice, slice, Tensor], ...]  # ranks, output columns, Bᵀ [R, N]
+    A 16-bit adapter takes twice its own bytes.
+    """
 
-
-class ReferenceLoraTable:
-    """The adapters resident at one linear, in float32: a 16-bit adapter takes twice its own bytes."""
-
-    def __init__(self, in_features: int, out_features: int, num_slots: int) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
-        self.adapters: list[_Adapter | None] = [None] * num_slots
-
-    def put(self, slot: int, weights: LoraWeights) -> None:
-        """Raises ValueError if the weights do not fit the linear."""
-        check_lora_weights(weights, self.in_features, self.out_features)
-        slices = tuple(
+    def __init__(self, weights: LoraWeights) -> None:
+        self.shape = LoraShape.of(weights)
+        self.a_t = weights.a.float().t()  # [C, sum of R]
+        self.slices = tuple(  # ranks, output columns, Bᵀ [R, N]
             (
                 slice(part.rank_start, part.rank_start + part.b.shape[1]),
                 slice(part.out_start, part.out_start + part.b.shape[0]),
@@ -72,29 +63,60 @@ class ReferenceLoraTable:
             )
             for part in weights.slices
         )
-        self.adapters[slot] = _Adapter(weights.a.float().t(), slices)
+
+    @property
+    def nbytes(self) -> int:
+        return self.a_t.nbytes + sum(b_t.nbytes for _, _, b_t in self.slices)
+
+
+class ReferenceLoraTable:
+    """The adapters resident at one linear."""
+
+    def __init__(self, in_features: int, out_features: int, num_slots: int) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.adapters: list[ReferenceLora | None] = [None] * num_slots
+
+    def put(self, slot: int, packed: PackedLora) -> None:
+        assert isinstance(packed, ReferenceLora)
+        packed.shape.check_fits(self.in_features, self.out_features)
+        self.adapters[slot] = packed
 
     def remove(self, slot: int) -> None:
         self.adapters[slot] = None
 
 
-def check_lora_weights(weights: LoraWeights, in_features: int, out_features: int) -> None:
-    """Raise ValueError if `weights` reads or writes outside a linear of that shape, or writes a column twice."""
-    rank, width = weights.a.shape
-    if width != in_features:
-        raise ValueError(f"LoRA A is [{rank}, {width}] but the linear has {in_features} input features")
-    for part in weights.slices:
-        n, r = part.b.shape
-        if part.rank_start < 0 or part.rank_start + r > rank:
-            raise ValueError(f"LoRA B reads ranks {part.rank_start} to {part.rank_start + r}, A has {rank}")
-        if part.out_start < 0 or part.out_start + n > out_features:
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """What a linear must have for an adapter to fit it. Checked for every backend alike."""
+
+    rank: int  # sum of R
+    in_features: int
+    columns: tuple[tuple[int, int], ...]  # first and end of those that each projection writes, ascending
+
+    @classmethod
+    def of(cls, weights: LoraWeights) -> LoraShape:
+        """Raises ValueError if a projection reads ranks that A does not have, or two write the same column."""
+        rank, in_features = weights.a.shape
+        for part in weights.slices:
+            end = part.rank_start + part.b.shape[1]
+            if part.rank_start < 0 or end > rank:
+                raise ValueError(f"LoRA B reads ranks {part.rank_start} to {end}, A has {rank}")
+        columns = sorted((part.out_start, part.out_start + part.b.shape[0]) for part in weights.slices)
+        for (_, end), (start, _) in pairwise(columns):
+            if start < end:
+                raise ValueError(f"two LoRA projections write column {start}: concatenate their ranks instead")
+        return cls(rank, in_features, tuple(columns))
+
+    def check_fits(self, in_features: int, out_features: int) -> None:
+        """Raise ValueError unless a linear of that shape has what is read and written."""
+        if self.in_features != in_features:
             raise ValueError(
-                f"LoRA B writes columns {part.out_start} to {part.out_start + n}, the linear has {out_features}"
+                f"LoRA A is [{self.rank}, {self.in_features}] but the linear has {in_features} input features"
             )
-    columns = sorted((part.out_start, part.out_start + part.b.shape[0]) for part in weights.slices)
-    for (_, end), (start, _) in pairwise(columns):
-        if start < end:
-            raise ValueError(f"two LoRA projections write column {start}: concatenate their ranks instead")
+        for start, end in self.columns:
+            if start < 0 or end > out_features:
+                raise ValueError(f"LoRA B writes columns {start} to {end}, the linear has {out_features}")
 
 
 class ReferenceOps:
@@ -126,6 +148,9 @@ class ReferenceOps:
             return F.linear(x.float(), dequantize(packed.weight), bias).to(x.dtype)
         assert isinstance(packed, ReferenceLinear)
         return F.linear(x, packed.weight, packed.bias)
+
+    def pack_lora(self, weights: LoraWeights) -> ReferenceLora:
+        return ReferenceLora(weights)
 
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> ReferenceLoraTable:
         return ReferenceLoraTable(in_features, out_features, num_slots)

@@ -50,7 +50,7 @@ auto created(F f) noexcept -> decltype(f()) {
     }
 }
 
-// A linear or a table of any dtype behind one handle.
+// A linear of any dtype behind one handle.
 struct AnyLinear {
     virtual ~AnyLinear() = default;
     virtual void apply(Context& context, const void* x, void* y, int64_t rows) const = 0;
@@ -69,35 +69,10 @@ struct TypedLinear final : AnyLinear {
     Linear<T> linear;
 };
 
-struct AnyLoraTable {
-    virtual ~AnyLoraTable() = default;
-    virtual void put(Context& context, int64_t slot, const void* a, int64_t rank, const std::vector<LoraPart>& parts,
-                     const void* const* b) = 0;
-    virtual void remove(int64_t slot) = 0;
-    virtual void apply(Context& context, const void* x, void* y, int64_t rows, int64_t segments, const int32_t* slots,
-                       const int32_t* starts, const int32_t* ends) const = 0;
-};
-
-template <class T>
-struct TypedLoraTable final : AnyLoraTable {
-    TypedLoraTable(int64_t in_features, int64_t out_features, int64_t slots) : table(in_features, out_features, slots) {}
-    void put(Context& context, int64_t slot, const void* a, int64_t rank, const std::vector<LoraPart>& parts,
-             const void* const* b) override {
-        table.put(context, slot, static_cast<const T*>(a), rank, parts, reinterpret_cast<const T* const*>(b));
-    }
-    void remove(int64_t slot) override { table.remove(slot); }
-    void apply(Context& context, const void* x, void* y, int64_t rows, int64_t segments, const int32_t* slots,
-               const int32_t* starts, const int32_t* ends) const override {
-        table.apply(context, static_cast<const T*>(x), static_cast<T*>(y), rows, segments, slots, starts, ends);
-    }
-
-    LoraTable<T> table;
-};
-
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 1; }
+EXPORT int loraplex_version() { return 2; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -124,31 +99,35 @@ EXPORT int loraplex_linear(Context* context, const AnyLinear* linear, const void
     return guarded([&] { linear->apply(*context, x, y, rows); });
 }
 
-EXPORT AnyLoraTable* loraplex_lora_create(int dtype, int64_t in_features, int64_t out_features, int64_t slots) {
+// parts: [count, 4] of rank_start, rank, out_start, n. Called by any thread.
+EXPORT AnyLora* loraplex_lora_create(Context* context, int dtype, int64_t in_features, const void* a, int64_t rank,
+                                     int64_t count, const int64_t* parts, const void* const* b) {
     return created([&] {
-        return with_type(dtype, [&](auto of) -> AnyLoraTable* {
-            return new TypedLoraTable<typename decltype(of)::Type>(in_features, out_features, slots);
+        std::vector<LoraPart> list;
+        for (int64_t i = 0; i < count; ++i, parts += 4) list.push_back({parts[0], parts[1], parts[2], parts[3]});
+        return with_type(dtype, [&](auto of) -> AnyLora* {
+            using T = typename decltype(of)::Type;
+            return new LoraAdapter<T>(context->arena, in_features, static_cast<const T*>(a), rank, list,
+                                      reinterpret_cast<const T* const*>(b));
         });
     });
 }
 
-EXPORT void loraplex_lora_destroy(AnyLoraTable* table) { delete table; }
+EXPORT void loraplex_lora_destroy(AnyLora* adapter) { delete adapter; }
 
-// parts: [count, 4] of rank_start, rank, out_start, n
-EXPORT int loraplex_lora_put(Context* context, AnyLoraTable* table, int64_t slot, const void* a, int64_t rank,
-                             int64_t count, const int64_t* parts, const void* const* b) {
+EXPORT int64_t loraplex_lora_bytes(const AnyLora* adapter) { return adapter->bytes(); }
+
+// adapters: by slot, each of this dtype and of these features, or null.
+EXPORT int loraplex_lora(Context* context, int dtype, const AnyLora* const* adapters, int64_t in_features,
+                         int64_t out_features, const void* x, void* y, int64_t rows, int64_t segments,
+                         const int32_t* slots, const int32_t* starts, const int32_t* ends) {
     return guarded([&] {
-        std::vector<LoraPart> list;
-        for (int64_t i = 0; i < count; ++i, parts += 4) list.push_back({parts[0], parts[1], parts[2], parts[3]});
-        table->put(*context, slot, a, rank, list, b);
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            segmented_lora(*context, adapters, in_features, out_features, static_cast<const T*>(x), static_cast<T*>(y),
+                           rows, Segments{segments, slots, starts, ends});
+        });
     });
-}
-
-EXPORT void loraplex_lora_remove(AnyLoraTable* table, int64_t slot) { table->remove(slot); }
-
-EXPORT int loraplex_lora(Context* context, const AnyLoraTable* table, const void* x, void* y, int64_t rows,
-                         int64_t segments, const int32_t* slots, const int32_t* starts, const int32_t* ends) {
-    return guarded([&] { table->apply(*context, x, y, rows, segments, slots, starts, ends); });
 }
 
 EXPORT int loraplex_rms_norm(Context* context, int dtype, const void* x, const float* weight, void* out, int64_t rows,

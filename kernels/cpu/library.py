@@ -14,7 +14,7 @@ from typing import Any
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-VERSION = 1  # of the C interface; kernels/cpu/api.cpp has the same
+VERSION = 2  # of the C interface; kernels/cpu/api.cpp has the same
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "context_create": (c_void_p, (c_int,)),
@@ -24,11 +24,16 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linear_destroy": (None, (c_void_p,)),
     "linear_bytes": (c_int64, (c_void_p,)),
     "linear": (c_int, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)),
-    "lora_create": (c_void_p, (c_int, c_int64, c_int64, c_int64)),
+    "lora_create": (c_void_p, (c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p)),
     "lora_destroy": (None, (c_void_p,)),
-    "lora_put": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
-    "lora_remove": (None, (c_void_p, c_int64)),
-    "lora": (c_int, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
+    "lora_bytes": (c_int64, (c_void_p,)),
+    "lora": (
+        c_int,
+        (
+            *(c_void_p, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
+            *(c_int64, c_void_p, c_void_p, c_void_p),
+        ),
+    ),
     "rms_norm": (c_int, (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float)),
     "add_rms_norm": (c_int, (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float)),
     "gate": (c_int, (c_void_p, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64)),

@@ -62,147 +62,179 @@ void dot_rows(int rows, const X* x, int64_t width, const T* a, float* out, int64
     }
 }
 
+// Some rows of one segment.
+template <class T>
+struct Part {
+    const LoraAdapter<T>* adapter;
+    int64_t first_row, rows;
+    int64_t shrunk;  // where its shrunk rows begin
+};
+
+template <class T>
+class Lora {
+  public:
+    using X = typename Operand<T>::Type;
+    using Adapter = LoraAdapter<T>;
+    using Projection = typename Adapter::Projection;
+
+    Lora(const X* x, int64_t width, float* shrunk, T* y, int64_t n)
+        : x_(x), width_(width), shrunk_(shrunk), y_(y), n_(n) {}
+
+    void whole(const Part<T>& part) const {
+        shrink(part, 0, part.adapter->rank);
+        for (const Projection& projection : part.adapter->projections)
+            expand(part, projection, 0, ceil_div(projection.part.n, PANEL));
+    }
+
+    void shrink(const Part<T>& part, int64_t first_rank, int64_t last_rank) const {
+        const Adapter& adapter = *part.adapter;
+        for (int64_t group = first_rank; group < last_rank; group += RANK_GROUP) {
+            const T* a = adapter.a.data() + group * width_;
+            const int64_t ranks = std::min<int64_t>(RANK_GROUP, adapter.rank - group);
+            for (int64_t r = 0; r < part.rows; r += DOT_ROWS) {
+                const int count = int(std::min<int64_t>(DOT_ROWS, part.rows - r));
+                const X* from = x_ + (part.first_row + r) * width_;
+                float* to = shrunk_ + part.shrunk + r * adapter.rank + group;
+                switch (ranks) {
+                    case 1: dot_rows<1>(count, from, width_, a, to, adapter.rank); break;
+                    case 2: dot_rows<2>(count, from, width_, a, to, adapter.rank); break;
+                    case 3: dot_rows<3>(count, from, width_, a, to, adapter.rank); break;
+                    default: dot_rows<4>(count, from, width_, a, to, adapter.rank);
+                }
+            }
+        }
+    }
+
+    void expand(const Part<T>& rows, const Projection& projection, int64_t first_panel, int64_t last_panel) const {
+        const LoraPart& part = projection.part;
+        const int64_t rank = rows.adapter->rank;
+        constexpr int64_t WIDTH = PANELS_AT_ONCE * PANEL;
+        for (int64_t p = first_panel; p < last_panel; p += PANELS_AT_ONCE) {
+            const int64_t panels = std::min(PANELS_AT_ONCE, last_panel - p);
+            const int64_t columns = std::min(part.n - p * PANEL, panels * PANEL);
+            const T* vectors[WIDTH / W];
+            for (int64_t v = 0; v < panels * PANEL / W; ++v)
+                vectors[v] = projection.b.data() + (p + v * W / PANEL) * part.rank * PANEL + v * W % PANEL;
+            const Columns<T> w{vectors, PANEL, part.rank, AHEAD};
+            const int64_t whole = columns / W, rest = columns % W;
+            for_row_blocks(rows.rows, [&](int64_t first, int count) {
+                const float* from = shrunk_ + rows.shrunk + first * rank + part.rank_start;
+                T* out = y_ + (rows.first_row + first) * n_ + part.out_start + p * PANEL;
+                multiply(count, from, rank, w, whole, out, n_, true);
+                if (!rest) return;
+                const Columns<T> last{vectors + whole, PANEL, part.rank, 0};
+                T edge[ROWS_AT_ONCE * W] = {};
+                for (int r = 0; r < count; ++r) std::copy_n(out + r * n_ + whole * W, rest, edge + r * W);
+                multiply(count, from, rank, last, 1, edge, W, true);
+                for (int r = 0; r < count; ++r) std::copy_n(edge + r * W, rest, out + r * n_ + whole * W);
+            });
+        }
+    }
+
+    // The parts divided: some ranks of a part's shrink, then some panels of one projection of its expand, at a time.
+    void by_pieces(Pool& pool, const std::vector<Part<T>>& parts) const {
+        struct Piece {
+            const Part<T>* part;
+            const Projection* projection;
+            int64_t begin, end;
+        };
+        static thread_local std::vector<Piece> shrinks, expands;
+        shrinks.clear();
+        expands.clear();
+        for (const Part<T>& part : parts) {
+            for (int64_t r = 0; r < part.adapter->rank; r += RANKS_PER_PIECE)
+                shrinks.push_back({&part, nullptr, r, std::min(part.adapter->rank, r + RANKS_PER_PIECE)});
+            for (const Projection& projection : part.adapter->projections) {
+                const int64_t panels = ceil_div(projection.part.n, PANEL);
+                for (int64_t p = 0; p < panels; p += PANELS_AT_ONCE)
+                    expands.push_back({&part, &projection, p, std::min(panels, p + PANELS_AT_ONCE)});
+            }
+        }
+        pool.run(int64_t(shrinks.size()), [&, list = shrinks.data()](int64_t i) {
+            shrink(*list[i].part, list[i].begin, list[i].end);
+        });
+        pool.run(int64_t(expands.size()), [&, list = expands.data()](int64_t i) {
+            expand(*list[i].part, *list[i].projection, list[i].begin, list[i].end);
+        });
+    }
+
+  private:
+    const X* x_;
+    int64_t width_;
+    float* shrunk_;
+    T* y_;
+    int64_t n_;
+};
+
 }  // namespace
 
 template <class T>
-LoraTable<T>::LoraTable(int64_t in_features, int64_t out_features, int64_t slots)
-    : c_(in_features), n_(out_features), width_(round_up(in_features, DOT_LENGTH)), adapters_(slots) {}
-
-template <class T>
-void LoraTable<T>::put(Context& context, int64_t slot, const T* a, int64_t rank, const std::vector<LoraPart>& parts,
-                       const T* const* b) {
-    auto adapter = std::make_unique<Adapter>();
-    adapter->rank = rank;
-    adapter->a = Array<T>(context.arena, rank * width_);
+LoraAdapter<T>::LoraAdapter(Arena& arena, int64_t in_features, const T* a_rows, int64_t rank,
+                            const std::vector<LoraPart>& parts, const T* const* b)
+    : rank(rank) {
+    const int64_t width = round_up(in_features, DOT_LENGTH);
+    a = Array<T>(arena, rank * width);
     for (int64_t r = 0; r < rank; ++r) {
         const int64_t group = r / RANK_GROUP * RANK_GROUP;
         const int64_t ranks = std::min<int64_t>(RANK_GROUP, rank - group);
-        T* to = adapter->a.data() + group * width_ + (r - group) * DOT_LENGTH;
-        for (int64_t c = 0; c < width_; c += DOT_LENGTH, to += ranks * DOT_LENGTH)
-            for (int64_t i = 0; i < DOT_LENGTH; ++i) to[i] = c + i < c_ ? a[r * c_ + c + i] : T{};
+        const T* from = a_rows + r * in_features;
+        T* to = a.data() + group * width + (r - group) * DOT_LENGTH;
+        for (int64_t c = 0; c < width; c += DOT_LENGTH, to += ranks * DOT_LENGTH)
+            for (int64_t i = 0; i < DOT_LENGTH; ++i) to[i] = c + i < in_features ? from[c + i] : T{};
     }
     for (size_t i = 0; i < parts.size(); ++i) {
         const LoraPart& part = parts[i];
         const int64_t panels = ceil_div(part.n, PANEL);
-        Array<T> packed(context.arena, panels * part.rank * PANEL);
+        Array<T> packed(arena, panels * part.rank * PANEL);
         for (int64_t p = 0; p < panels; ++p)
             for (int64_t j = 0; j < PANEL; ++j)
                 for (int64_t r = 0; r < part.rank; ++r)
                     packed.data()[(p * part.rank + r) * PANEL + j] =
                         p * PANEL + j < part.n ? b[i][(p * PANEL + j) * part.rank + r] : T{};
-        adapter->projections.push_back({part, std::move(packed)});
-    }
-    adapters_[slot] = std::move(adapter);
-}
-
-template <class T>
-void LoraTable<T>::shrink(const Adapter& adapter, const X* x, int64_t rows, int64_t first_rank, int64_t last_rank,
-                          float* out) const {
-    for (int64_t group = first_rank; group < last_rank; group += RANK_GROUP) {
-        const T* a = adapter.a.data() + group * width_;
-        const int64_t ranks = std::min<int64_t>(RANK_GROUP, adapter.rank - group);
-        for (int64_t r = 0; r < rows; r += DOT_ROWS) {
-            const int count = int(std::min<int64_t>(DOT_ROWS, rows - r));
-            const X* from = x + r * width_;
-            float* to = out + r * adapter.rank + group;
-            switch (ranks) {
-                case 1: dot_rows<1>(count, from, width_, a, to, adapter.rank); break;
-                case 2: dot_rows<2>(count, from, width_, a, to, adapter.rank); break;
-                case 3: dot_rows<3>(count, from, width_, a, to, adapter.rank); break;
-                default: dot_rows<4>(count, from, width_, a, to, adapter.rank);
-            }
-        }
+        projections.push_back({part, std::move(packed)});
     }
 }
 
 template <class T>
-void LoraTable<T>::expand(const Projection& projection, const float* shrunk, int64_t rank, int64_t rows,
-                          int64_t first_panel, int64_t last_panel, T* y) const {
-    const LoraPart& part = projection.part;
-    constexpr int64_t WIDTH = PANELS_AT_ONCE * PANEL;
-    for (int64_t p = first_panel; p < last_panel; p += PANELS_AT_ONCE) {
-        const int64_t panels = std::min(PANELS_AT_ONCE, last_panel - p);
-        const int64_t columns = std::min(part.n - p * PANEL, panels * PANEL);
-        const T* vectors[WIDTH / W];
-        for (int64_t v = 0; v < panels * PANEL / W; ++v)
-            vectors[v] = projection.b.data() + (p + v * W / PANEL) * part.rank * PANEL + v * W % PANEL;
-        const Columns<T> w{vectors, PANEL, part.rank, AHEAD};
-        const int64_t whole = columns / W, rest = columns % W;
-        for_row_blocks(rows, [&](int64_t first, int count) {
-            const float* from = shrunk + first * rank + part.rank_start;
-            T* out = y + first * n_ + part.out_start + p * PANEL;
-            multiply(count, from, rank, w, whole, out, n_, true);
-            if (!rest) return;
-            const Columns<T> last{vectors + whole, PANEL, part.rank, 0};
-            T edge[ROWS_AT_ONCE * W] = {};
-            for (int r = 0; r < count; ++r) std::copy_n(out + r * n_ + whole * W, rest, edge + r * W);
-            multiply(count, from, rank, last, 1, edge, W, true);
-            for (int r = 0; r < count; ++r) std::copy_n(edge + r * W, rest, out + r * n_ + whole * W);
-        });
-    }
+int64_t LoraAdapter<T>::bytes() const {
+    size_t total = a.bytes();
+    for (const Projection& projection : projections) total += projection.b.bytes();
+    return int64_t(total);
 }
 
 template <class T>
-void LoraTable<T>::apply(Context& context, const T* x, T* y, int64_t rows, int64_t segments, const int32_t* slots,
-                         const int32_t* starts, const int32_t* ends) const {
+void segmented_lora(Context& context, const AnyLora* const* adapters, int64_t in_features, int64_t out_features,
+                    const T* x, T* y, int64_t rows, const Segments& segments) {
     // Reused from step to step by the thread that steps; the workers only read it.
-    static thread_local std::vector<Part> parts;
+    static thread_local std::vector<Part<T>> parts;
     parts.clear();
     int64_t shrunk_size = 0;
-    for (int64_t g = 0; g < segments; ++g) {
-        const Adapter* adapter = adapters_[slots[g]].get();
+    for (int64_t g = 0; g < segments.count; ++g) {
+        const auto* adapter = static_cast<const LoraAdapter<T>*>(adapters[segments.slots[g]]);
         if (!adapter || adapter->rank == 0) continue;
-        for (int64_t first = starts[g]; first < ends[g]; first += ROWS_PER_PART) {
-            const int64_t count = std::min<int64_t>(ROWS_PER_PART, ends[g] - first);
+        for (int64_t first = segments.starts[g]; first < segments.ends[g]; first += ROWS_PER_PART) {
+            const int64_t count = std::min<int64_t>(ROWS_PER_PART, segments.ends[g] - first);
             parts.push_back({adapter, first, count, shrunk_size});
             shrunk_size += count * adapter->rank;
         }
     }
     if (parts.empty()) return;
-    const Rows<X> input = prepare(context, x, rows, c_, width_);
-    float* shrunk = context.intermediate.get<float>(shrunk_size);
+    const int64_t width = round_up(in_features, DOT_LENGTH);
+    const auto input = prepare(context, x, rows, in_features, width);
+    const Lora<T> lora(input.data, width, context.intermediate.get<float>(shrunk_size), y, out_features);
     // Whole parts, each one stream through an adapter's memory, if that occupies everybody; else their pieces.
     if (int64_t(parts.size()) >= PARTS_PER_THREAD * context.pool.threads())
-        context.pool.run(int64_t(parts.size()), [&, list = parts.data()](int64_t i) {
-            const Part& part = list[i];
-            const Adapter& adapter = *part.adapter;
-            shrink(adapter, input.data + part.first_row * width_, part.rows, 0, adapter.rank, shrunk + part.shrunk);
-            for (const Projection& projection : adapter.projections)
-                expand(projection, shrunk + part.shrunk, adapter.rank, part.rows, 0, ceil_div(projection.part.n, PANEL),
-                       y + part.first_row * n_);
-        });
+        context.pool.run(int64_t(parts.size()), [&, list = parts.data()](int64_t i) { lora.whole(list[i]); });
     else
-        apply_pieces(context, parts, input.data, shrunk, y);
+        lora.by_pieces(context.pool, parts);
 }
 
-template <class T>
-void LoraTable<T>::apply_pieces(Context& context, const std::vector<Part>& parts, const X* x, float* shrunk,
-                                T* y) const {
-    static thread_local std::vector<Piece> shrinks, expands;
-    shrinks.clear();
-    expands.clear();
-    for (const Part& part : parts) {
-        for (int64_t r = 0; r < part.adapter->rank; r += RANKS_PER_PIECE)
-            shrinks.push_back({&part, nullptr, r, std::min(part.adapter->rank, r + RANKS_PER_PIECE)});
-        for (const Projection& projection : part.adapter->projections) {
-            const int64_t panels = ceil_div(projection.part.n, PANEL);
-            for (int64_t p = 0; p < panels; p += PANELS_AT_ONCE)
-                expands.push_back({&part, &projection, p, std::min(panels, p + PANELS_AT_ONCE)});
-        }
-    }
-    context.pool.run(int64_t(shrinks.size()), [&, list = shrinks.data()](int64_t i) {
-        const auto [part, projection, begin, end] = list[i];
-        shrink(*part->adapter, x + part->first_row * width_, part->rows, begin, end, shrunk + part->shrunk);
-    });
-    context.pool.run(int64_t(expands.size()), [&, list = expands.data()](int64_t i) {
-        const auto [part, projection, begin, end] = list[i];
-        expand(*projection, shrunk + part->shrunk, part->adapter->rank, part->rows, begin, end,
-               y + part->first_row * n_);
-    });
-}
-
-template class LoraTable<float>;
-template class LoraTable<bf16>;
-template class LoraTable<f16>;
+#define INSTANTIATE(T)                                                                                      \
+    template struct LoraAdapter<T>;                                                                         \
+    template void segmented_lora(Context&, const AnyLora* const*, int64_t, int64_t, const T*, T*, int64_t, \
+                                 const Segments&);
+INSTANTIATE(float)
+INSTANTIATE(bf16)
+INSTANTIATE(f16)
 
 }  // namespace loraplex

@@ -1,7 +1,6 @@
-// LoRA adapters resident at one linear, and their products with the rows of a step.
+// LoRA adapters at one linear, and their products with the rows of a step.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "linear.h"
@@ -16,54 +15,43 @@ struct LoraPart {
     int64_t rank_start, rank, out_start, n;
 };
 
+// An adapter of whichever dtype.
+struct AnyLora {
+    virtual ~AnyLora() = default;
+    virtual int64_t bytes() const = 0;
+};
+
+// One adapter as `segmented_lora` reads it. Never changes, and is made by any thread.
 template <class T>
-class LoraTable {
-  public:
-    LoraTable(int64_t in_features, int64_t out_features, int64_t slots);
-
+struct LoraAdapter final : AnyLora {
     // a: [rank, in_features]; b[i]: [parts[i].n, parts[i].rank]. Copies all.
-    void put(Context& context, int64_t slot, const T* a, int64_t rank, const std::vector<LoraPart>& parts,
-             const T* const* b);
-    void remove(int64_t slot) { adapters_[slot].reset(); }
-
-    // x: [rows, in_features], y: [rows, out_features] += . Segment g: rows starts[g] … ends[g] - 1 use slots[g].
-    void apply(Context& context, const T* x, T* y, int64_t rows, int64_t segments, const int32_t* slots,
-               const int32_t* starts, const int32_t* ends) const;
-
-  private:
-    using X = typename Operand<T>::Type;
+    LoraAdapter(Arena& arena, int64_t in_features, const T* a, int64_t rank, const std::vector<LoraPart>& parts,
+                const T* const* b);
 
     struct Projection {
         LoraPart part;
         Array<T> b;  // [panels, rank, PANEL]
     };
-    struct Adapter {
-        int64_t rank;
-        Array<T> a;  // [rank / RANK_GROUP, width / DOT_LENGTH, RANK_GROUP, DOT_LENGTH]; the last group has rank % RANK_GROUP
-        std::vector<Projection> projections;
-    };
 
-    // Some rows of one segment.
-    struct Part {
-        const Adapter* adapter;
-        int64_t first_row, rows;
-        int64_t shrunk;  // where its shrunk rows begin
-    };
-    // Some ranks of a part's shrink, or some panels of one projection of its expand.
-    struct Piece {
-        const Part* part;
-        const Projection* projection;
-        int64_t begin, end;
-    };
+    int64_t bytes() const override;
 
-    void apply_pieces(Context& context, const std::vector<Part>& parts, const X* x, float* shrunk, T* y) const;
-    void shrink(const Adapter& adapter, const X* x, int64_t rows, int64_t first_rank, int64_t last_rank,
-                float* out) const;
-    void expand(const Projection& projection, const float* shrunk, int64_t rank, int64_t rows, int64_t first_panel,
-                int64_t last_panel, T* y) const;
-
-    int64_t c_, n_, width_;
-    std::vector<std::unique_ptr<Adapter>> adapters_;
+    int64_t rank;
+    Array<T> a;  // [rank / RANK_GROUP, width / DOT_LENGTH, RANK_GROUP, DOT_LENGTH]; the last group has rank % RANK_GROUP
+    std::vector<Projection> projections;
 };
+
+// Rows starts[g] … ends[g] - 1 use the adapter in slots[g], for each g below `count`.
+struct Segments {
+    int64_t count;
+    const int32_t* slots;
+    const int32_t* starts;
+    const int32_t* ends;
+};
+
+// y += for every row of every segment. adapters: by slot, each of dtype T or null; x: [rows, in_features],
+// y: [rows, out_features].
+template <class T>
+void segmented_lora(Context& context, const AnyLora* const* adapters, int64_t in_features, int64_t out_features,
+                    const T* x, T* y, int64_t rows, const Segments& segments);
 
 }  // namespace loraplex

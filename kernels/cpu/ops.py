@@ -18,10 +18,11 @@ from kernels.ops import (
     LoraTable,
     LoraWeights,
     PackedLinear,
+    PackedLora,
     QKNorm,
 )
 from kernels.quantized import QuantizedWeight
-from kernels.reference import check_lora_weights
+from kernels.reference import LoraShape
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SILU, GELU_TANH = 0, 1
@@ -53,46 +54,63 @@ class CpuLinear:
         self.nbytes: int = library.linear_bytes(self.handle)
 
 
-class CpuLoraTable:
-    """The adapters resident at one linear. Takes the dtype of the first that is put into it."""
+class CpuLora:
+    """One adapter at one linear, A and B in the order in which they are read. Shares no memory with `weights`."""
 
-    def __init__(self, library: Library, in_features: int, out_features: int, num_slots: int) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
-        self.num_slots = num_slots
-        self.dtype: torch.dtype | None = None
-        self.handle = 0
-        self._library = library
-
-    def put(self, slot: int, weights: LoraWeights) -> None:
-        """Raises ValueError if the weights do not fit the linear or the adapters beside them."""
-        check_lora_weights(weights, self.in_features, self.out_features)
-        self._check_slot(slot)
-        library, dtype = self._library, weights.a.dtype
-        if not self.handle:
-            create = library.lora_create(dtype_code(dtype), self.in_features, self.out_features, self.num_slots)
-            self.handle, self.dtype = owned(self, create, library.lora_destroy, library), dtype
+    def __init__(self, library: Library, weights: LoraWeights) -> None:
+        self.shape = LoraShape.of(weights)
+        self.dtype = weights.a.dtype
         matrices = [weights.a.contiguous(), *(part.b.contiguous() for part in weights.slices)]
         if any(matrix.dtype != self.dtype for matrix in matrices):
-            raise ValueError(f"LoRA weights of {dtype} beside adapters of {self.dtype}: convert them first")
+            raise ValueError(f"LoRA B of another dtype than A, which is {self.dtype}: convert them first")
         parts = [
             number
             for part in weights.slices
             for number in (part.rank_start, part.b.shape[1], part.out_start, part.b.shape[0])
         ]
-        count, rank = len(weights.slices), weights.a.shape[0]
+        rank, in_features = weights.a.shape
         a, *b = (matrix.data_ptr() for matrix in matrices)
-        numbers, pointers = (ctypes.c_int64 * len(parts))(*parts), (ctypes.c_void_p * count)(*b)
-        succeed(library.lora_put(library.context, self.handle, slot, a, rank, count, numbers, pointers))
+        numbers, pointers = (ctypes.c_int64 * len(parts))(*parts), (ctypes.c_void_p * len(b))(*b)
+        self.handle = owned(
+            self,
+            library.lora_create(
+                library.context, dtype_code(self.dtype), in_features, a, rank, len(b), numbers, pointers
+            ),
+            library.lora_destroy,
+            library,
+        )
+        self.nbytes: int = library.lora_bytes(self.handle)
+
+
+class CpuLoraTable:
+    """The adapters resident at one linear. Takes the dtype of the first that is put into it."""
+
+    def __init__(self, in_features: int, out_features: int, num_slots: int) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dtype: torch.dtype | None = None
+        self.handles = np.zeros(num_slots, dtype=np.uintp)  # 0: an empty slot
+        self.address = self.handles.ctypes.data
+        self._held: list[CpuLora | None] = [None] * num_slots
+
+    def put(self, slot: int, packed: PackedLora) -> None:
+        assert isinstance(packed, CpuLora)
+        packed.shape.check_fits(self.in_features, self.out_features)
+        self._check_slot(slot)
+        if self.dtype not in (None, packed.dtype):
+            raise ValueError(f"LoRA weights of {packed.dtype} beside adapters of {self.dtype}: convert them first")
+        self.dtype = packed.dtype
+        self.handles[slot] = packed.handle
+        self._held[slot] = packed
 
     def remove(self, slot: int) -> None:
         self._check_slot(slot)
-        if self.handle:
-            self._library.lora_remove(self.handle, slot)
+        self.handles[slot] = 0
+        self._held[slot] = None
 
     def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self.num_slots:
-            raise ValueError(f"slot {slot} is not in a table of {self.num_slots}")
+        if not 0 <= slot < len(self._held):
+            raise ValueError(f"slot {slot} is not in a table of {len(self._held)}")
 
 
 class CpuOps:
@@ -130,21 +148,27 @@ class CpuOps:
         succeed(self.library.linear(self._context, packed.handle, x.data_ptr(), y.data_ptr(), rows))
         return y
 
+    def pack_lora(self, weights: LoraWeights) -> CpuLora:
+        return CpuLora(self.library, weights)
+
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> CpuLoraTable:
-        return CpuLoraTable(self.library, in_features, out_features, num_slots)
+        return CpuLoraTable(in_features, out_features, num_slots)
 
     def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
         assert isinstance(table, CpuLoraTable)
-        if not table.handle:
-            return
+        if table.dtype is None:
+            return  # nothing was ever here
         assert x.dtype == y.dtype == table.dtype
+        assert x.shape[1] == table.in_features
+        assert y.shape[1] == table.out_features
         assert y.is_contiguous()
         if segments is not self._segments:  # the same for all linears of a step
             self._segments = segments
             self._segment_pointers = segments.slots.data_ptr(), segments.starts.data_ptr(), segments.ends.data_ptr()
         x = x.contiguous()
-        call = self._context, table.handle, x.data_ptr(), y.data_ptr(), x.shape[0], len(segments.ranges)
-        succeed(self.library.lora(*call, *self._segment_pointers))
+        call = self._context, DTYPE_CODES[x.dtype], table.address, table.in_features, table.out_features
+        rows = x.data_ptr(), y.data_ptr(), x.shape[0]
+        succeed(self.library.lora(*call, *rows, len(segments.ranges), *self._segment_pointers))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()

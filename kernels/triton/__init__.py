@@ -12,12 +12,21 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraTable, PackedLinear, QKNorm
+from kernels.ops import (
+    AttentionMetadata,
+    HeadShape,
+    LayerKV,
+    LoraSegments,
+    LoraTable,
+    LoraWeights,
+    PackedLinear,
+    QKNorm,
+)
 from kernels.quantized import QuantizedWeight
 from kernels.reference import ReferenceLinear
 from kernels.triton.activation import activate_and_mul
 from kernels.triton.attention import Scoring, paged_attention
-from kernels.triton.lora import Growth, TritonLoraTable, segmented_lora
+from kernels.triton.lora import Growth, TritonLora, TritonLoraTable, segmented_lora
 from kernels.triton.norm import rms_norm
 from kernels.triton.rotary import rotary_store_kv
 
@@ -62,6 +71,9 @@ class TritonOps:
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         assert isinstance(packed, ReferenceLinear)
         return F.linear(x, packed.weight, packed.bias)
+
+    def pack_lora(self, weights: LoraWeights) -> TritonLora:
+        return TritonLora(weights, self.device)
 
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> TritonLoraTable:
         return TritonLoraTable(in_features, out_features, num_slots, self.device, self._lora_growth)

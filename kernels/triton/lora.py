@@ -10,13 +10,15 @@ may change under a captured CUDA graph, as long as no rank exceeds the table's c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import LoraSegments, LoraWeights
-from kernels.reference import check_lora_weights
+from kernels.ops import LoraSegments, LoraWeights, PackedLora
+from kernels.reference import LoraShape
 from kernels.triton.primitives import dot, locate_tile
 
 MAX_SLICES = tl.constexpr(8)
@@ -190,6 +192,36 @@ class Growth:
         self.count = 0
 
 
+class _Part(NamedTuple):
+    rank_start: int
+    rank: int
+    out_start: int
+    out_features: int
+
+
+class TritonLora:
+    """One adapter at one linear, in host memory as it will lie on the device: A as it is, B transposed.
+
+    For a CUDA device it is page-locked, so that the device copies it without waiting for the CPU.
+    """
+
+    def __init__(self, weights: LoraWeights, device: torch.device) -> None:
+        _check_slices(weights)
+        self.shape = LoraShape.of(weights)
+        self.parts = tuple(
+            _Part(part.rank_start, part.b.shape[1], part.out_start, part.b.shape[0]) for part in weights.slices
+        )
+        self.a = _aligned(weights.a)  # [sum of R, C]
+        self.transposed = tuple(_transposed(part.b) for part in weights.slices)  # [R, N and padding]
+        if device.type == "cuda":
+            self.a = self.a.pin_memory()
+            self.transposed = tuple(b_t.pin_memory() for b_t in self.transposed)
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + sum(b_t.nbytes for b_t in self.transposed)
+
+
 class TritonLoraTable:
     """The adapters resident at one linear, on the device: A as it is, B transposed, and the entries that lead there."""
 
@@ -206,29 +238,26 @@ class TritonLoraTable:
         self._held: list[tuple[Tensor, ...]] = [()] * num_slots  # what the entries point at
         self._growth = growth
 
-    def put(self, slot: int, weights: LoraWeights) -> None:
-        """Raises ValueError if the weights do not fit the linear, or have another dtype than its other adapters."""
-        check_lora_weights(weights, self.in_features, self.out_features)
-        _check_slices(weights)
-        self.check_dtype(weights.a.dtype)
+    def put(self, slot: int, packed: PackedLora) -> None:
+        assert isinstance(packed, TritonLora)
+        packed.shape.check_fits(self.in_features, self.out_features)
+        self.check_dtype(packed.a.dtype)
         device = self.entries.device
-        a = weights.a.to(device, non_blocking=True).contiguous()
-        if a.data_ptr() % 16:
-            a = a.clone()
-        transposed = [_transposed(part.b.to(device, non_blocking=True)) for part in weights.slices]
+        a = packed.a.to(device, non_blocking=True)
+        transposed = [b_t.to(device, non_blocking=True) for b_t in packed.transposed]
         entry = [0] * ENTRY_SIZE.value
         entry[A_ADDRESS.value] = a.data_ptr()
         entry[SUM_OF_RANKS.value] = len(a)
-        entry[NUM_SLICES.value] = len(weights.slices)
-        for i, (part, b_t) in enumerate(zip(weights.slices, transposed, strict=True)):
+        entry[NUM_SLICES.value] = len(transposed)
+        for i, (part, b_t) in enumerate(zip(packed.parts, transposed, strict=True)):
             entry[B_ADDRESS.value + i] = b_t.data_ptr()
             entry[RANK_START.value + i] = part.rank_start
-            entry[RANK.value + i] = part.b.shape[1]
+            entry[RANK.value + i] = part.rank
             entry[OUT_START.value + i] = part.out_start
-            entry[OUT_FEATURES.value + i] = part.b.shape[0]
+            entry[OUT_FEATURES.value + i] = part.out_features
         self.entries[slot].copy_(torch.tensor(entry))
         self._held[slot] = (a, *transposed)
-        self._widen(len(a), max((part.b.shape[1] for part in weights.slices), default=0))
+        self._widen(len(a), max((part.rank for part in packed.parts), default=0))
 
     def remove(self, slot: int) -> None:
         if self._held[slot]:
@@ -261,6 +290,11 @@ def _check_slices(weights: LoraWeights) -> None:
         raise ValueError(f"an adapter has {len(weights.slices)} slices at one linear, at most {MAX_SLICES.value} fit")
     if any(part.b.dtype != weights.a.dtype for part in weights.slices):
         raise ValueError("LoRA A and B of one linear must share a dtype")
+
+
+def _aligned(a: Tensor) -> Tensor:
+    a = a.contiguous()
+    return a.clone() if a.data_ptr() % 16 else a
 
 
 def _transposed(b: Tensor) -> Tensor:

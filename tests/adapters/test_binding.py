@@ -252,13 +252,12 @@ def test_any_float_is_converted_with_one_rounding_after_the_scale(
     assert torch.equal(weights.a, tensors[A].float().bfloat16())
 
 
-def test_results_are_contiguous_and_their_bytes_are_counted(lora_tensors: TensorMaker, targets: Targets) -> None:
+def test_results_are_contiguous(lora_tensors: TensorMaker, targets: Targets) -> None:
     tensors = lora_tensors([Q])
     tensors[A] = tensors[A].t().contiguous().t()
     weights = bound(tensors, targets).weights["0.qkv"]
     assert weights.a.is_contiguous()
     assert weights.slices[0].b.is_contiguous()
-    assert bound(tensors, targets).nbytes == 4 * 4 * (8 + 12)
 
 
 @settings(deadline=None)  # the first multiplication of a process is slow

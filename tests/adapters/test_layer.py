@@ -21,9 +21,11 @@ def segments(*ranges: tuple[int, int, int]) -> LoraSegments:
 
 def make_layer() -> LoRALinear:
     torch.manual_seed(0)
-    layer = LoRALinear(select_ops(torch.device("cpu"), "reference"), Dense(torch.randn(6, 5)), num_slots=2)
+    ops = select_ops(torch.device("cpu"), "reference")
+    layer = LoRALinear(ops, Dense(torch.randn(6, 5)), num_slots=2)
     for slot in range(2):
-        layer.table.put(slot, LoraWeights(torch.randn(2, 5), (LoraSlice(0, 3, torch.randn(3, 2)),)))
+        weights = LoraWeights(torch.randn(2, 5), (LoraSlice(0, 3, torch.randn(3, 2)),))
+        layer.table.put(slot, ops.pack_lora(weights))
     return layer
 
 

@@ -6,12 +6,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from adapters.binding import BoundAdapter
 from adapters.errors import AdapterConflict, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.pool import AdapterPool
 from adapters.weights import LoadedAdapter
-from kernels.ops import LoraSlice, LoraWeights
+from kernels.ops import LoraSlice, LoraWeights, PackedLora
 
 SLOT_BYTES = 4 * (2 + 3)  # of an adapter of rank 1 at the one site below
 
@@ -42,21 +41,20 @@ class FakeStore:
         self.requested.append((key, may_evict))
 
     def finish(self, key: AdapterKey, rank: int = 1, site: str = "site") -> None:
-        bound = BoundAdapter({site: weights(rank)}, {"q_proj": rank})
-        self.loaded[key] = LoadedAdapter(key, bound, rank, bound.nbytes, ("q_proj",), ())
+        self.loaded[key] = LoadedAdapter(key, {site: weights(rank)}, {"q_proj": rank}, ())
         self.changes += 1
 
 
 class FakeTable:
     def __init__(self) -> None:
-        self.slots: dict[int, LoraWeights] = {}
+        self.slots: dict[int, PackedLora] = {}
         self.error: Exception | None = None
 
-    def put(self, slot: int, weights: LoraWeights) -> None:
+    def put(self, slot: int, packed: PackedLora) -> None:
         if self.error is not None:
             raise self.error
         assert slot not in self.slots, "a slot is taken while it is in use"
-        self.slots[slot] = weights
+        self.slots[slot] = packed
 
     def remove(self, slot: int) -> None:
         self.slots.pop(slot, None)

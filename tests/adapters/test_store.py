@@ -66,6 +66,7 @@ def make_store(targets: dict[str, LoraTarget], executor: ByHand, clock: Clock) -
             max_rank=64,
             budget_bytes=budget_bytes,
             num_threads=1,
+            pack=lambda weights: weights,
             clock=clock,
             executor=executor,
         )
@@ -307,7 +308,9 @@ def test_what_was_still_being_read_when_it_was_forgotten_is_dropped(
 def test_threads_of_its_own_read_in_the_background(
     targets: dict[str, LoraTarget], make_adapter: AdapterMaker, key_of: KeyOf
 ) -> None:
-    store = AdapterStore(targets, torch.float32, max_rank=64, budget_bytes=10**6, num_threads=2)
+    store = AdapterStore(
+        targets, torch.float32, max_rank=64, budget_bytes=10**6, num_threads=2, pack=lambda weights: weights
+    )
     directories = [make_adapter(str(i), seed=i) for i in range(8)]
     for directory in directories:
         store.register(key_of(directory), directory)

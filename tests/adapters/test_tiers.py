@@ -60,10 +60,10 @@ class Tiers(RuleBasedStateMachine):
             self.write(name, seed)
         self.executor, self.now = ByHand(), 0.0
         largest = 4 * 5 * (IN + OUT)
-        self.store = AdapterStore(
-            TARGETS, torch.float32, 8, 3 * largest, 1, clock=lambda: self.now, executor=self.executor
-        )
         ops = select_ops(torch.device("cpu"), "reference")
+        self.store = AdapterStore(
+            TARGETS, torch.float32, 8, 3 * largest, 1, ops.pack_lora, clock=lambda: self.now, executor=self.executor
+        )
         self.layer = LoRALinear(ops, Identity(), NUM_SLOTS)
         self.pool = AdapterPool({"qk": self.layer}, self.store, NUM_SLOTS, 2 * largest)
         self.held: list[tuple[str, int]] = []

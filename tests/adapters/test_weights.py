@@ -9,6 +9,7 @@ from adapters.binding import LoraTarget
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from adapters.weights import LoadedAdapter, load_adapter
+from kernels.ops import LoraWeights
 
 AdapterMaker = Callable[..., Path]
 TensorMaker = Callable[..., dict[str, torch.Tensor]]
@@ -17,7 +18,7 @@ Targets = dict[str, LoraTarget]
 
 
 def load(key: AdapterKey, directory: Path, targets: Targets, dtype: torch.dtype = torch.float32) -> LoadedAdapter:
-    return load_adapter(key, directory, targets, dtype, max_rank=64)
+    return load_adapter(key, directory, targets, dtype, max_rank=64, pack=lambda weights: weights)
 
 
 def test_an_adapter_is_read_and_described(make_adapter: AdapterMaker, key_of: KeyOf, targets: Targets) -> None:
@@ -25,7 +26,7 @@ def test_an_adapter_is_read_and_described(make_adapter: AdapterMaker, key_of: Ke
     loaded = load(key_of(directory), directory, targets)
     assert loaded.key == key_of(directory)
     assert (loaded.rank, loaded.nbytes, loaded.target_modules) == (4, 2 * 4 * 4 * (8 + 12), ("q_proj",))
-    assert list(loaded.bound.weights) == ["0.qkv", "1.qkv"]
+    assert list(loaded.packed) == ["0.qkv", "1.qkv"]
     assert len(loaded.warnings) == 1
 
 
@@ -44,7 +45,8 @@ def test_tensors_at_odd_offsets_are_read(
     header_bytes = int.from_bytes(content[:8], "little")
     odd = (header_bytes + 1).to_bytes(8, "little") + content[8 : 8 + header_bytes] + b" " + content[8 + header_bytes :]
     (directory / "adapter_model.safetensors").write_bytes(odd)
-    weights = load(key_of(directory), directory, targets).bound.weights["0.qkv"]
+    weights = load(key_of(directory), directory, targets).packed["0.qkv"]
+    assert isinstance(weights, LoraWeights)
     assert torch.equal(weights.a, next(tensor for key, tensor in tensors.items() if "lora_A" in key))
 
 
@@ -68,13 +70,3 @@ def test_an_empty_tensor_is_refused_and_not_a_crash(
     directory = make_adapter(tensors={"x.lora_A.weight": torch.ones(0, 8)})
     with pytest.raises(AdapterRejected, match="binds to no projection"):
         load(key_of(directory), directory, targets)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_for_cuda_the_weights_are_page_locked(make_adapter: AdapterMaker, key_of: KeyOf, targets: Targets) -> None:
-    directory = make_adapter()
-    loaded = load_adapter(key_of(directory), directory, targets, torch.bfloat16, max_rank=64, pin_memory=True)
-    for weights in loaded.bound.weights.values():
-        assert weights.a.is_pinned()
-        assert all(part.b.is_pinned() for part in weights.slices)

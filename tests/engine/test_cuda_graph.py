@@ -47,7 +47,8 @@ def model(ops, tmp_path_factory: pytest.TempPathFactory):
     generator = torch.Generator().manual_seed(1)
     for site in loaded.lora_sites().values():
         a = torch.randn(3, site.in_features, generator=generator)
-        site.table.put(1, LoraWeights(a, (LoraSlice(0, 0, torch.randn(site.out_features, 3, generator=generator)),)))
+        b = torch.randn(site.out_features, 3, generator=generator)
+        site.table.put(1, ops.pack_lora(LoraWeights(a, (LoraSlice(0, 0, b),))))
     return loaded
 
 
@@ -102,6 +103,6 @@ def test_adapters_within_what_was_reserved_change_no_graph(ops, model):
     reserve_adapters(model, 40)
     growth, table = ops.lora_growth, model.lora_sites()["layers.0.qkv"].table
     a, part = torch.ones(120, table.in_features), torch.ones(4, 40)
-    table.put(0, LoraWeights(a, tuple(LoraSlice(40 * i, 4 * i, part) for i in range(3))))
+    table.put(0, ops.pack_lora(LoraWeights(a, tuple(LoraSlice(40 * i, 4 * i, part) for i in range(3)))))
     assert (ops.lora_growth, table.capacity, table.slice_capacity) == (growth, 128, 64)
     table.remove(0)

@@ -79,8 +79,8 @@ def test_lora(ops, reference, random, num_rows, ranks):
     for slot, rank in enumerate(ranks):
         a = random(rank * len(parts), c) / math.sqrt(c)
         slices = [LoraSlice(i * rank, o, random(n, rank) / math.sqrt(rank)) for i, (o, n) in enumerate(parts)]
-        for table in tables:
-            table.put(slot, LoraWeights(a, tuple(slices)))
+        for each, table in zip((ops, reference), tables, strict=True):
+            table.put(slot, each.pack_lora(LoraWeights(a, tuple(slices))))
     bounds = torch.linspace(num_rows // 8, num_rows, len(ranks) + 1).int().tolist()
     ranges = tuple((slot, start, end) for slot, (start, end) in enumerate(pairwise(bounds)))
     columns = [int32(column) for column in zip(*ranges, strict=True)]
@@ -95,7 +95,7 @@ def test_lora(ops, reference, random, num_rows, ranks):
 
 def test_lora_gives_the_same_bits_every_time(ops, random):
     table = ops.lora_table(4096, 4096, 1)
-    table.put(0, LoraWeights(random(32, 4096), (LoraSlice(0, 0, random(4096, 32)),)))
+    table.put(0, ops.pack_lora(LoraWeights(random(32, 4096), (LoraSlice(0, 0, random(4096, 32)),))))
     segments, x = LoraSegments(((0, 0, 40),), int32([0]), int32([0]), int32([40])), random(40, 4096)
     first, again = torch.zeros(2, 40, 4096, dtype=torch.bfloat16, device="cuda")
     ops.segmented_lora(first, x, segments, table)

@@ -124,9 +124,9 @@ def segments_of(*ranges):
 def tables(ops, c, n, held):
     """The same adapters in a table of the kernels and in one of the reference."""
     made = [backend.lora_table(c, n, num_slots=4) for backend in (ops, REFERENCE)]
-    for table in made:
+    for backend, table in zip((ops, REFERENCE), made, strict=True):
         for slot, weights in held.items():
-            table.put(slot, weights)
+            table.put(slot, backend.pack_lora(weights))
     return made
 
 
@@ -187,11 +187,25 @@ def test_slot_is_replaced_and_emptied(ops, dtype):
     assert run() == 0
     for value in (1.0, 2.0):
         b = torch.full((8, 1), value, dtype=dtype)
-        table.put(1, LoraWeights(torch.ones(1, 8, dtype=dtype), (LoraSlice(0, 0, b),)))
+        table.put(1, ops.pack_lora(LoraWeights(torch.ones(1, 8, dtype=dtype), (LoraSlice(0, 0, b),))))
         assert run() == 8 * value
     table.remove(1)
     table.remove(0)
     assert run() == 0
+
+
+def test_packed_adapter_lives_as_long_as_a_slot_holds_it(ops, dtype):
+    table = ops.lora_table(8, 8, num_slots=2)
+    packed = ops.pack_lora(
+        LoraWeights(torch.ones(1, 8, dtype=dtype), (LoraSlice(0, 0, torch.ones(8, 1, dtype=dtype)),))
+    )
+    for slot in range(2):
+        table.put(slot, packed)
+    table.remove(0)
+    del packed
+    x, y = torch.ones(2, 8, dtype=dtype), torch.zeros(2, 8, dtype=dtype)
+    ops.segmented_lora(y, x, segments_of((0, 0, 1), (1, 1, 2)), table)
+    assert y[:, 0].tolist() == [0, 8]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +221,7 @@ def test_slot_is_replaced_and_emptied(ops, dtype):
 )
 def test_adapter_that_does_not_fit_is_refused(ops, slot, weights, message):
     with pytest.raises(ValueError, match=message):
-        ops.lora_table(8, 6, num_slots=1).put(slot, weights)
+        ops.lora_table(8, 6, num_slots=1).put(slot, ops.pack_lora(weights))
 
 
 # ---------------------------------------------------------------------------------------------------------- attention

@@ -61,7 +61,7 @@ def test_segmented_lora_adds_each_segments_adapter(generator, dtype):
         2: adapter(generator, 24, [(7, 24, 16)], dtype),
     }
     for slot, weights in held.items():
-        table.put(slot, weights)
+        table.put(slot, OPS.pack_lora(weights))
     ranges = [(2, 1, 2), (0, 2, 6), (1, 6, 7), (2, 7, 9), (0, 9, 9)]
     x = torch.randn(11, 24, generator=generator).to(dtype)
     before = torch.randn(11, 40, generator=generator).to(dtype)
@@ -80,7 +80,7 @@ def test_segmented_lora_adds_each_segments_adapter(generator, dtype):
 
 def test_removed_adapter_adds_nothing(generator):
     table = OPS.lora_table(8, 8, num_slots=1)
-    table.put(0, adapter(generator, 8, [(2, 0, 8)], torch.float32))
+    table.put(0, OPS.pack_lora(adapter(generator, 8, [(2, 0, 8)], torch.float32)))
     table.remove(0)
     table.remove(0)
     y = torch.ones(2, 8)
@@ -98,7 +98,7 @@ def test_removed_adapter_adds_nothing(generator):
 )
 def test_adapter_that_does_not_fit_is_refused(weights, message):
     with pytest.raises(ValueError, match=message):
-        OPS.lora_table(8, 6, num_slots=1).put(0, weights)
+        OPS.lora_table(8, 6, num_slots=1).put(0, OPS.pack_lora(weights))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

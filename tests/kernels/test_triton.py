@@ -256,8 +256,8 @@ def check_lora(random, shape, adapters, ranges, num_rows, dtype):
     tables = [ops.lora_table(in_features, out_features, num_slots=4) for ops in (OPS, REFERENCE)]
     for slot, parts in adapters.items():
         weights = adapter(random, in_features, parts, dtype)
-        for table in tables:
-            table.put(slot, weights)
+        for ops, table in zip((OPS, REFERENCE), tables, strict=True):
+            table.put(slot, ops.pack_lora(weights))
     x, y = random(num_rows, in_features, dtype=dtype), random(num_rows, out_features, dtype=dtype)
     before, expected = y.clone(), y.clone()
     segments = segments_of(*ranges)
@@ -305,7 +305,7 @@ def test_lora_of_many_segments(random):
 def test_padding_segments_after_the_last_row_add_nothing(random):
     """As in a captured batch, which has room for more segments than there are."""
     table = OPS.lora_table(16, 24, num_slots=2)
-    table.put(0, adapter(random, 16, [(4, 0, 24)], torch.float32))
+    table.put(0, OPS.pack_lora(adapter(random, 16, [(4, 0, 24)], torch.float32)))
     x, y = random(8, 16), random(8, 24)
     padded, plain = y.clone(), y.clone()
     OPS.segmented_lora(plain, x, segments_of((0, 2, 5)), table)
@@ -319,14 +319,14 @@ def test_removed_and_replaced_adapters(random):
     first, second = (adapter(random, 16, [(rank, 0, 24)], torch.float32) for rank in (4, 20))
     x, y = random(3, 16), random(3, 24)
     before = y.clone()
-    table.put(1, first)
+    table.put(1, OPS.pack_lora(first))
     table.remove(1)
     table.remove(1)
     OPS.segmented_lora(y, x, segments_of((1, 0, 3)), table)
     assert torch.equal(y, before)
-    for held in (table, expected_table):
-        held.put(1, first)
-        held.put(1, second)
+    for ops, held in ((OPS, table), (REFERENCE, expected_table)):
+        held.put(1, ops.pack_lora(first))
+        held.put(1, ops.pack_lora(second))
     OPS.segmented_lora(y, x, segments_of((1, 0, 3)), table)
     REFERENCE.segmented_lora(before, x, segments_of((1, 0, 3)), expected_table)
     close(y, before)
@@ -338,7 +338,7 @@ def test_wider_adapter_is_told_apart_from_a_replacement(random):
     table = ops.lora_table(16, 24, num_slots=2)
     growth = [ops.lora_growth]
     for rank in (4, 16, 17, 30, 4):
-        table.put(0, adapter(random, 16, [(rank, 0, 24)], torch.float32))
+        table.put(0, ops.pack_lora(adapter(random, 16, [(rank, 0, 24)], torch.float32)))
         growth.append(ops.lora_growth)
     assert growth == [0, 1, 1, 2, 2, 2]
 
@@ -359,12 +359,12 @@ def test_wider_adapter_is_told_apart_from_a_replacement(random):
 )
 def test_adapter_that_does_not_fit_is_refused(weights, message):
     with pytest.raises(ValueError, match=message):
-        OPS.lora_table(8, 6, num_slots=1).put(0, weights)
+        OPS.lora_table(8, 6, num_slots=1).put(0, OPS.pack_lora(weights))
 
 
 def test_adapter_without_slices_adds_nothing(random):
     table = OPS.lora_table(8, 8, num_slots=1)
-    table.put(0, LoraWeights(random(0, 8), ()))
+    table.put(0, OPS.pack_lora(LoraWeights(random(0, 8), ())))
     y = random(2, 8)
     before = y.clone()
     OPS.segmented_lora(y, random(2, 8), segments_of((0, 0, 2)), table)
@@ -373,9 +373,9 @@ def test_adapter_without_slices_adds_nothing(random):
 
 def test_second_dtype_at_one_linear_is_refused(random):
     table = OPS.lora_table(8, 8, num_slots=2)
-    table.put(0, adapter(random, 8, [(2, 0, 8)], torch.float32))
+    table.put(0, OPS.pack_lora(adapter(random, 8, [(2, 0, 8)], torch.float32)))
     with pytest.raises(ValueError, match="share a dtype"):
-        table.put(1, adapter(random, 8, [(2, 0, 8)], torch.float16))
+        table.put(1, OPS.pack_lora(adapter(random, 8, [(2, 0, 8)], torch.float16)))
 
 
 # ---- choosing the backend ------------------------------------------------------------------------------------------

@@ -179,7 +179,8 @@ def fuse(oracle: Oracle) -> tuple[dict[str, LoraTarget], dict[str, LoRALinear]]:
 
 
 def load(directory: Path, targets: dict[str, LoraTarget]) -> LoadedAdapter:
-    return load_adapter(AdapterKey("shared/x", digest(directory)), directory, targets, torch.float32, max_rank=64)
+    key, ops = AdapterKey("shared/x", digest(directory)), select_ops(torch.device("cpu"), "reference")
+    return load_adapter(key, directory, targets, torch.float32, max_rank=64, pack=ops.pack_lora)
 
 
 def rows(start: int, end: int) -> LoraSegments:
@@ -195,8 +196,8 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 def check_module_by_module(oracle: Oracle) -> None:
     targets, sites = fuse(oracle)
     loaded = load(oracle.directory, targets)
-    for site, weights in loaded.bound.weights.items():
-        sites[site].table.put(0, weights)
+    for site, packed in loaded.packed.items():
+        sites[site].table.put(0, packed)
     generator = torch.Generator().manual_seed(2)
     adapted = set()
     for name, module in oracle.modules():
@@ -208,7 +209,7 @@ def check_module_by_module(oracle: Oracle) -> None:
             assert_same(y[:1], getattr(module, "base_layer", module)(x[:1]))
         if hasattr(module, "base_layer"):
             adapted.add(name)
-    assert set(loaded.bound.ranks) == adapted
+    assert set(loaded.ranks) == adapted
     assert adapted
 
 
@@ -237,8 +238,8 @@ def test_the_whole_model_computes_what_peft_computes(oracle: Oracle) -> None:
     settings = EngineConfig(model=str(oracle.base), dtype="float32", max_resident_adapters=1)
     model = load_model(settings, oracle.base, ops)
     loaded, sites = load(oracle.directory, model.lora_targets()), model.lora_sites()
-    for site, weights in loaded.bound.weights.items():
-        sites[site].table.put(0, weights)
+    for site, packed in loaded.packed.items():
+        sites[site].table.put(0, packed)
     attention = AttentionMetadata(
         query_starts=torch.tensor([0, 19], dtype=torch.int32),
         seq_lens=torch.tensor([19], dtype=torch.int32),
