@@ -73,8 +73,7 @@ class Run:
         flush_at: float | None = None  # when the first of the held tokens has been held long enough
         while self._open:
             try:
-                async with asyncio.timeout_at(flush_at):
-                    output = await anext(self._generation)
+                output = await self._next(flush_at)
             except TimeoutError:
                 flush_at = None
                 for event in self._take(everything=True):
@@ -89,6 +88,13 @@ class Run:
             elif flush_at is None:
                 flush_at = loop.time() + self._job.form.chunk_delay_seconds
         yield self._completed()
+
+    async def _next(self, flush_at: float | None) -> RequestOutput:
+        """Raises TimeoutError at `flush_at`."""
+        if flush_at is None:  # most of the time; a timeout that never comes costs as much as one that does
+            return await anext(self._generation)
+        async with asyncio.timeout_at(flush_at):
+            return await anext(self._generation)
 
     def _push(self, output: RequestOutput) -> Iterator[Event]:
         if output.finish_reason is FinishReason.ERROR:

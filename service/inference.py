@@ -2,8 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -83,7 +83,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: StreamGenerateRequest, context: Context
     ) -> AsyncGenerator[StreamGenerateResponse, None]:
         seq = 0
-        async with aclosing(self._events(current_call(), request.spec, "spec", streaming=True)) as events:
+        async with (
+            self._run(current_call(), request.spec, "spec", streaming=True) as run,
+            aclosing(run.events()) as events,
+        ):
             async for event in events:
                 fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
                 yield StreamGenerateResponse(**fields)
@@ -144,13 +147,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _generate(self, call: Call, spec: GenerateSpec, path: str) -> GenerateResponse:
         response = GenerateResponse()
-        async with aclosing(self._events(call, spec, path, streaming=False)) as events:
+        async with self._run(call, spec, path, streaming=False) as run, aclosing(run.events()) as events:
             async for event in events:
                 _add_to_response(response, event)
         return response
 
-    async def _events(self, call: Call, spec: GenerateSpec, path: str, streaming: bool) -> AsyncGenerator[Event, None]:
-        """One request from its spec to its last event. Whatever ends it early, the engine forgets it at once."""
+    @asynccontextmanager
+    async def _run(self, call: Call, spec: GenerateSpec, path: str, streaming: bool) -> AsyncIterator[Run]:
+        """One request from its spec to its run. At the end of the block, however it ends, the engine forgets it."""
         check_spec(spec, path, streaming)
         target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model")
         model = target.model
@@ -180,9 +184,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             call.usage = run.usage
             self._runs[call.request_id] = (call.tenant, run)
             try:
-                async with aclosing(run.events()) as events:
-                    async for event in events:
-                        yield event
+                yield run
             finally:
                 del self._runs[call.request_id]
                 run.close()

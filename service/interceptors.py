@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -130,20 +131,59 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _stream(self, responses: AsyncGenerator[Any, None], call: Call, context: Context) -> None:
         started = False
-        async with aclosing(responses):
+        watch = _StallWatch(self._stall_seconds)
+        async with watch, aclosing(responses):
             async for response in responses:
                 if not started:  # never before the first response: headers end the client's right to retry
                     await context.send_initial_metadata(_outgoing(call))
                     started = True
-                try:
-                    async with asyncio.timeout(self._stall_seconds):
-                        await context.write(response)
-                except TimeoutError:
-                    raise SlowConsumer(
-                        f"a message of the stream was not read for {self._stall_seconds:g} s; read faster, or ask for "
-                        "fewer and larger messages"
-                    ) from None
+                watch.writing()
+                await context.write(response)
+                watch.written()
         context.set_trailing_metadata(_outgoing(call))
+
+
+class _StallWatch:
+    """Ends its block with SlowConsumer once a single write in it takes too long.
+
+    One timer for a whole stream, looked at when it rings: a timer for each message would cost more than the message.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._timeout = asyncio.timeout(None)
+        self._since: float | None = None  # when the write that runs now began
+
+    def writing(self) -> None:
+        self._since = self._loop.time()
+
+    def written(self) -> None:
+        self._since = None
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._timer = self._loop.call_later(self._seconds, self._look)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            raise SlowConsumer(
+                f"a message of the stream was not read for {self._seconds:g} s; read faster, or ask for fewer and "
+                "larger messages"
+            ) from None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = self._seconds + (now if self._since is None else self._since)
+        if due <= now:
+            self._timeout.reschedule(now)
+        else:
+            self._timer = self._loop.call_at(due, self._look)
 
 
 def _text_metadata(context: Context) -> dict[str, str]:
