@@ -147,8 +147,13 @@ def busy_seconds() -> float:
 
 def cpu_seconds(root: int) -> float:
     """CPU seconds that the living members of a process tree have used."""
+    return cpu_seconds_of(process_tree(root))
+
+
+def cpu_seconds_of(pids: Iterable[int]) -> float:
+    """CPU seconds that these processes have used; those that have ended count nothing."""
     total = 0
-    for pid in process_tree(root):
+    for pid in pids:
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:

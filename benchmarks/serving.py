@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 from benchmarks.measure import ContentionMeter, Record, machine, median_of, resident_bytes, summarise
 from benchmarks.report import write_report
 from benchmarks.roofline import ModelCost, Roofline, output_limit
-from benchmarks.workload import SCENARIOS, Scenario, make_work
+from benchmarks.workload import SCENARIOS, Scenario, Work, make_work
 
 CONTENDED_SHARE = 0.10
 
@@ -42,9 +43,13 @@ class System:
             )
         self.about = self._answer()
 
-    def run(self, scenario: Scenario, concurrency: int, repeat: int) -> dict[str, Any]:
+    def run(
+        self,
+        work: Sequence[Work],
+        concurrency: int,
+        figures: Callable[[Sequence[Record]], dict[str, float]] = summarise,
+    ) -> dict[str, Any]:
         """One repeat: its figures, or the error that the system ended it with."""
-        work = make_work(scenario, concurrency, repeat)
         assert self._process.stdin is not None
         with ContentionMeter(os.getpid()) as meter:
             print(
@@ -58,7 +63,11 @@ class System:
         records = [
             Record(**{**fields, "arrivals": [tuple(a) for a in fields["arrivals"]]}) for fields in answer["records"]
         ]
-        return summarise(records) | {
+        tokens = sum(record.num_output for record in records)
+        return figures(records) | {
+            "cpu_seconds": answer.get("cpu_seconds", {}),
+            "tokens": tokens,
+            "tokens_per_message": tokens / sum(len(record.arrivals) for record in records),
             "memory_bytes": resident_bytes(self._process.pid),
             "foreign_share": meter.foreign_share,
             "contended": meter.foreign_share > CONTENDED_SHARE,
@@ -129,7 +138,7 @@ def measure(systems: dict[str, System], roofline: Roofline, args: argparse.Names
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in systems if can_run(name, scenario)}
             for repeat in range(args.repeats):
                 for name in runs:
-                    result = systems[name].run(scenario, concurrency, repeat)
+                    result = systems[name].run(make_work(scenario, concurrency, repeat), concurrency)
                     runs[name].append(result)
                     print_run(name, scenario, concurrency, result)
             for name, results in runs.items():

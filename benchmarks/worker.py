@@ -20,19 +20,25 @@ from benchmarks.workload import Work
 # run(work, concurrency) -> (records, token ids of each request)
 Run = Callable[[Sequence[Work], int], Awaitable[tuple[list[Record], list[list[int]]]]]
 
+# The CPU seconds that each part of the system has used so far, such as {"client": 1.5, "service": 2.5}.
+Meter = Callable[[], dict[str, float]]
 
-def serve(run: Run, about: dict[str, Any], loop: asyncio.AbstractEventLoop, answers: Any) -> None:
+
+def serve(run: Run, about: dict[str, Any], loop: asyncio.AbstractEventLoop, answers: Any, meter: Meter = dict) -> None:
     """Say that the system is up, then answer runs until standard input ends."""
     _say(answers, about)
     for line in sys.stdin:
         request = json.loads(line)
         work = [Work.from_json(item) for item in request["work"]]
+        before = meter()
         try:
             records, tokens = loop.run_until_complete(run(work, request["concurrency"]))
         except Exception as error:
             _say(answers, {"error": f"{type(error).__name__}: {error}"})
             continue
-        _say(answers, {"records": [vars(record) for record in records], "tokens": tokens})
+        cpu_seconds = {part: seconds - before[part] for part, seconds in meter().items()}
+        records_json = [vars(record) for record in records]
+        _say(answers, {"records": records_json, "tokens": tokens, "cpu_seconds": cpu_seconds})
 
 
 def take_stdout() -> Any:

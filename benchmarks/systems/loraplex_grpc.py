@@ -16,7 +16,7 @@ from pathlib import Path
 
 import grpc
 
-from benchmarks.measure import Record, closed_loop
+from benchmarks.measure import Record, closed_loop, cpu_seconds_of, process_tree
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
 from loraplex.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, prompt_pb2
@@ -112,6 +112,23 @@ async def until_serving(address: str, process: subprocess.Popen[bytes], seconds:
     raise TimeoutError(f"loraplex serve was not ready after {seconds} seconds")
 
 
+def server_command(steps_per_second: float | None) -> list[str]:
+    if steps_per_second is None:
+        return [os.path.join(os.path.dirname(sys.executable), "loraplex"), "serve"]
+    module = "benchmarks.systems.loraplex_frontend"
+    return [sys.executable, "-m", module, "--steps-per-second", str(steps_per_second)]
+
+
+def cpu_by_part(service: int) -> dict[str, float]:
+    """CPU seconds of this process, of the service's own, and of its engine (with the template worker)."""
+    own = cpu_seconds_of([service])
+    return {
+        "client": cpu_seconds_of([os.getpid()]),
+        "service": own,
+        "engine": cpu_seconds_of(process_tree(service)) - own,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
@@ -119,15 +136,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
+    parser.add_argument("--steps-per-second", type=float, help="of a token source in place of the engine")
     args = parser.parse_args()
     answers = take_stdout()
     started = time.perf_counter()
     ports = free_ports(2)
     with tempfile.TemporaryDirectory() as folder:
         config = write_config(Path(folder), args, (ports[0], ports[1]))
-        process = subprocess.Popen(
-            [os.path.join(os.path.dirname(sys.executable), "loraplex"), "serve", "--config", str(config)], stdout=2
-        )
+        process = subprocess.Popen([*server_command(args.steps_per_second), "--config", str(config)], stdout=2)
         try:
             loop = asyncio.new_event_loop()
             address = f"127.0.0.1:{ports[0]}"
@@ -136,7 +152,7 @@ def main() -> None:
             warm_up = [Work([300 + i] * 16, 2, i) for i in range(args.adapters)] or [Work([300] * 16, 2, None)]
             loop.run_until_complete(client.run(warm_up, 8))
             about = {"system": "Loraplex over gRPC", "load_seconds": time.perf_counter() - started}
-            serve(client.run, about, loop, answers)
+            serve(client.run, about, loop, answers, lambda: cpu_by_part(process.pid))
         finally:
             process.terminate()
             process.wait(30)

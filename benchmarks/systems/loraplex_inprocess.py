@@ -105,7 +105,7 @@ def main() -> None:
         "system": f"Loraplex in-process ({core.limits.kernel_backend})",
         "load_seconds": time.perf_counter() - started,
     }
-    serve(driver.run, about, loop, answers)
+    serve(driver.run, about, loop, answers, lambda: {"engine": time.process_time()})
 
 
 if __name__ == "__main__":

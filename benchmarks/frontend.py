@@ -1,0 +1,138 @@
+"""What the service costs between the engine and its callers.
+
+    python -m benchmarks.frontend alone --offered 130000 --streams 64 256
+    python -m benchmarks.frontend overhead --model DIR/llama-160m --cells base:8,32 lora8:32
+
+`alone`: the service with a source of tokens in place of an engine, which gives every stream one token a step at a fixed
+rate; what has queued up for a stream goes out as one message. Tokens a second as the client got them, while all streams
+ran.
+
+`overhead`: the engine within one process against `loraplex serve`, in turns; the share of the throughput that gRPC,
+tokenizer, detokenizer and the bus between the processes cost, as the median of the repeats' ratios.
+
+Both print what each process used of the CPU: the client is one of them, and takes its share of the same cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Record, machine
+from benchmarks.serving import System, parse_cells, system_command
+from benchmarks.workload import FIRST_TOKEN_ID, SCENARIOS, SEED, VOCAB, Work, make_work
+
+SECONDS = 5.0  # of each repeat of `alone`
+PROMPT_TOKENS = 16
+
+Result = dict[str, Any]
+
+
+def alone(args: argparse.Namespace, logs: Path) -> list[Result]:
+    """One server for each number of streams, because the rate of its steps is fixed at its start."""
+    results = []
+    for streams in args.streams:
+        steps_per_second = args.offered / streams
+        system = System("alone", alone_command(args, steps_per_second), logs / f"alone-{streams}.log")
+        try:
+            work = alone_work(streams, round(steps_per_second * SECONDS))
+            for _ in range(args.repeats):
+                result = system.run(work, streams, steady)
+                results.append({"streams": streams, "offered": args.offered} | result)
+                print_result(f"alone c{streams:<4}", result)
+        finally:
+            system.stop()
+    return results
+
+
+def alone_command(args: argparse.Namespace, steps_per_second: float) -> list[str]:
+    options = ["--adapters", "0", "--steps-per-second", str(steps_per_second)]
+    return [sys.executable, "-m", "benchmarks.systems.loraplex_grpc", "--model", str(args.model), *options]
+
+
+def alone_work(streams: int, output: int) -> list[Work]:
+    rng = random.Random(SEED)
+    return [
+        Work([rng.randrange(FIRST_TOKEN_ID, VOCAB) for _ in range(PROMPT_TOKENS)], output, None) for _ in range(streams)
+    ]
+
+
+def steady(records: Sequence[Record]) -> dict[str, float]:
+    """Throughput between the moments at which the last stream began and the first one ended."""
+    begin = max(record.arrivals[0][0] for record in records)
+    end = min(record.arrivals[-1][0] for record in records)
+    tokens = sum(count for record in records for moment, count in record.arrivals if begin < moment <= end)
+    return {"output_tokens_per_second": tokens / (end - begin), "steady_seconds": end - begin}
+
+
+def overhead(args: argparse.Namespace, logs: Path) -> list[Result]:
+    """Both systems are up during the whole run; who is first changes from repeat to repeat."""
+    args.adapters = max(SCENARIOS[name].num_adapters for name, _ in args.cells)
+    systems: dict[str, System] = {}
+    results = []
+    try:
+        for name in ("inprocess", "grpc"):
+            systems[name] = System(name, system_command(name, None, args), logs / f"{name}.log")
+        for scenario, streams in ((SCENARIOS[name], streams) for name, counts in args.cells for streams in counts):
+            ratios = []
+            for repeat in range(args.repeats):
+                runs: dict[str, Result] = {}
+                for name in list(systems) if repeat % 2 else reversed(systems):
+                    runs[name] = systems[name].run(make_work(scenario, streams, repeat), streams)
+                    print_result(f"{name:>9} {scenario.name} c{streams}", runs[name])
+                rates = {name: run["output_tokens_per_second"] for name, run in runs.items()}
+                ratios.append(rates["grpc"] / rates["inprocess"])
+                results.append({"scenario": scenario.name, "streams": streams} | runs)
+            median, low, high = (100 * (1 - share(ratios)) for share in (statistics.median, max, min))
+            print(f"{scenario.name} c{streams}: overhead {median:.1f} % ({low:.1f} to {high:.1f})", flush=True)
+    finally:
+        for system in systems.values():
+            system.stop()
+    return results
+
+
+def print_result(head: str, result: Result) -> None:
+    if "error" in result:
+        raise RuntimeError(f"{head}: {result['error']}")
+    costs = "  ".join(f"{part} {1e6 * cpu / result['tokens']:6.1f}" for part, cpu in result["cpu_seconds"].items())
+    print(
+        f"{head} {result['output_tokens_per_second']:9.1f} tok/s  {result['tokens_per_message']:5.1f} tok/message  "
+        f"CPU µs/token: {costs}{'  contended' if result['contended'] else ''}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="alone|overhead")
+    for measure in (alone, overhead):
+        command = commands.add_parser(measure.__name__, help=(measure.__doc__ or "").splitlines()[0])
+        command.set_defaults(measure=measure)
+        command.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
+        command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--out", type=Path, help="a JSON file")
+        if measure is alone:
+            command.add_argument("--offered", type=float, default=130_000, help="tokens a second over all streams")
+            command.add_argument("--streams", type=int, nargs="+", default=[64, 256])
+        else:
+            command.add_argument("--cells", nargs="+", type=parse_cells, default=[("base", [8, 32])])
+            command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    run: Callable[[argparse.Namespace, Path], list[Result]] = args.measure
+    with tempfile.TemporaryDirectory() as logs:
+        results = run(args, Path(logs))
+    if args.out is not None:
+        report = {"measure": run.__name__, "model": args.model.name, "machine": machine(), "results": results}
+        args.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""An engine process that computes nothing: every step gives each sequence one token, so many steps a second.
+
+    python -m benchmarks.systems.token_source --bus ADDRESS --steps-per-second N
+
+It stands where `python -m engine` would, so that what is measured is the service alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from benchmarks.workload import FIRST_TOKEN_ID, VOCAB
+from engine.bus import EngineBus
+from engine.messages import (
+    AddRequest,
+    EngineStats,
+    FromEngine,
+    LoadAdapter,
+    ModelLimits,
+    RequestOutput,
+    StepOutput,
+    UnloadAdapter,
+)
+from engine.process import run_engine
+from engine.sampling_params import FinishReason
+
+MAX_SEQUENCES = 4096
+LIMITS = ModelLimits(
+    architecture="None",
+    dtype="none",
+    quantization="",
+    vocab_size=VOCAB,
+    max_model_len=65536,
+    max_adapter_rank=1,
+    max_num_seqs=MAX_SEQUENCES,
+    total_blocks=MAX_SEQUENCES * 4096,
+    block_size=16,
+    weight_bytes=0,
+    kv_cache_bytes=0,
+    kernel_backend="none",
+)
+
+
+class TokenSource:
+    """What `engine.process` needs of a core. Steps begin on a fixed clock; one that is late is made up for."""
+
+    limits = LIMITS
+
+    def __init__(self, steps_per_second: float) -> None:
+        self._seconds = 1 / steps_per_second
+        self._next_step = 0.0
+        self._left: dict[int, int] = {}  # by request id: tokens still to come
+        self._num_steps = 0
+
+    def add(self, message: AddRequest) -> None:
+        if not self._left:
+            self._next_step = time.perf_counter()
+        self._left[message.request_id] = message.sampling.max_tokens
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        for request_id in request_ids:
+            self._left.pop(request_id, None)
+
+    def load_adapter(self, message: LoadAdapter) -> None:
+        raise ValueError("a token source has no adapters")
+
+    def unload_adapter(self, message: UnloadAdapter) -> None:
+        raise ValueError("a token source has no adapters")
+
+    def has_work(self) -> bool:
+        return bool(self._left)
+
+    def step(self) -> list[FromEngine]:
+        time.sleep(max(0.0, self._next_step - time.perf_counter()))
+        self._next_step += self._seconds
+        self._num_steps += 1
+        token_id = FIRST_TOKEN_ID + self._num_steps % (VOCAB - FIRST_TOKEN_ID)
+        outputs = [self._advance(request_id, token_id) for request_id in list(self._left)]
+        return [StepOutput(outputs, self.stats())]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._left),
+            num_waiting=0,
+            num_waiting_for_adapter=0,
+            total_blocks=LIMITS.total_blocks,
+            free_blocks=LIMITS.total_blocks,
+            cached_blocks=0,
+            block_size=LIMITS.block_size,
+            num_steps=self._num_steps,
+            num_preemptions=0,
+            prefix_cache_queries=0,
+            prefix_cache_hits=0,
+            prompt_tokens=0,
+            generated_tokens=0,
+            adapters=[],
+        )
+
+    def close(self) -> None:
+        pass
+
+    def _advance(self, request_id: int, token_id: int) -> RequestOutput:
+        self._left[request_id] -= 1
+        if self._left[request_id]:
+            return RequestOutput(request_id, [token_id])
+        del self._left[request_id]
+        return RequestOutput(request_id, [token_id], FinishReason.MAX_TOKENS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bus", required=True)
+    parser.add_argument("--steps-per-second", type=float, required=True)
+    args = parser.parse_args()
+    with EngineBus(args.bus) as bus:
+        sys.exit(run_engine(lambda progress: TokenSource(args.steps_per_second), bus))
+
+
+if __name__ == "__main__":
+    main()
