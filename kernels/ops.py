@@ -97,10 +97,12 @@ class LoraWeights:
 
     a: Tensor  # [sum of R, C]
     slices: tuple[LoraSlice, ...]
+    affine: Tensor | None = None  # float32 [2, N], N of the whole linear: gain and offset; None: plain LoRA
 
     @property
     def nbytes(self) -> int:
-        return self.a.nbytes + sum(part.b.nbytes for part in self.slices)
+        affine_bytes = 0 if self.affine is None else self.affine.nbytes
+        return self.a.nbytes + sum(part.b.nbytes for part in self.slices) + affine_bytes
 
 
 class PackedLora(Protocol):
@@ -154,7 +156,8 @@ class Ops(Protocol):
     def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
         """Rows start … end of the weight, without the bias: float32 [end − start, C], columns as x has them.
 
-        Of either kind of packed linear. For what needs the base's weights once (a norm, a test), not for steps.
+        Of either kind of packed linear. For what needs the base's weights once (a norm, a test), not for steps. Any
+        thread may call it.
         """
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
@@ -175,6 +178,9 @@ class Ops(Protocol):
 
     def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
         """y[t] += (x[t] Aᵀ) Bᵀ for every row t of every segment, A and B those of the segment's slot; y in place.
+
+        An adapter with an affine part then has y[t] = gain ⊙ y[t] + offset, in float32, for all N columns: the
+        magnitudes of DoRA and trained biases.
 
         y: [T, N], x: [T, C]. Ranks may differ between segments and between the projections of a fused linear; a slot
         that the table does not hold adds nothing. Rows outside every segment are not touched.

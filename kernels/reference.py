@@ -63,10 +63,12 @@ class ReferenceLora:
             )
             for part in weights.slices
         )
+        self.affine = weights.affine
 
     @property
     def nbytes(self) -> int:
-        return self.a_t.nbytes + sum(b_t.nbytes for _, _, b_t in self.slices)
+        affine_bytes = 0 if self.affine is None else self.affine.nbytes
+        return self.a_t.nbytes + sum(b_t.nbytes for _, _, b_t in self.slices) + affine_bytes
 
 
 class ReferenceLoraTable:
@@ -93,6 +95,7 @@ class LoraShape:
     rank: int  # sum of R
     in_features: int
     columns: tuple[tuple[int, int], ...]  # first and end of those that each projection writes, ascending
+    affine: tuple[int, ...] | None  # the shape of gain and offset, if there are any
 
     @classmethod
     def of(cls, weights: LoraWeights) -> LoraShape:
@@ -106,7 +109,7 @@ class LoraShape:
         for (_, end), (start, _) in pairwise(columns):
             if start < end:
                 raise ValueError(f"two LoRA projections write column {start}: concatenate their ranks instead")
-        return cls(rank, in_features, tuple(columns))
+        return cls(rank, in_features, tuple(columns), None if weights.affine is None else tuple(weights.affine.shape))
 
     def check_fits(self, in_features: int, out_features: int) -> None:
         """Raise ValueError unless a linear of that shape has what is read and written."""
@@ -117,6 +120,8 @@ class LoraShape:
         for start, end in self.columns:
             if start < 0 or end > out_features:
                 raise ValueError(f"LoRA B writes columns {start} to {end}, the linear has {out_features}")
+        if self.affine not in (None, (2, out_features)):
+            raise ValueError(f"gain and offset are {list(self.affine or ())}, the linear needs [2, {out_features}]")
 
 
 class ReferenceOps:
@@ -165,6 +170,9 @@ class ReferenceOps:
             rows = y[start:end]
             for ranks, columns, b_t in adapter.slices:
                 rows[:, columns] += shrunk[:, ranks] @ b_t
+            if adapter.affine is not None:
+                gain, offset = adapter.affine.to(y.device)
+                rows.copy_(rows.float() * gain + offset)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)

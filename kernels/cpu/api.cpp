@@ -54,6 +54,7 @@ auto created(F f) noexcept -> decltype(f()) {
 struct AnyLinear {
     virtual ~AnyLinear() = default;
     virtual void apply(Context& context, const void* x, void* y, int64_t rows) const = 0;
+    virtual void unpack(int64_t first, int64_t last, float* out) const = 0;
     virtual int64_t bytes() const = 0;
 };
 
@@ -64,6 +65,7 @@ struct TypedLinear final : AnyLinear {
     void apply(Context& context, const void* x, void* y, int64_t rows) const override {
         linear.apply(context, static_cast<const T*>(x), static_cast<T*>(y), rows);
     }
+    void unpack(int64_t first, int64_t last, float* out) const override { linear.unpack(first, last, out); }
     int64_t bytes() const override { return linear.bytes(); }
 
     Linear<T> linear;
@@ -72,7 +74,7 @@ struct TypedLinear final : AnyLinear {
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 2; }
+EXPORT int loraplex_version() { return 3; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -93,22 +95,28 @@ EXPORT AnyLinear* loraplex_linear_create(Context* context, int dtype, int64_t n,
 
 EXPORT void loraplex_linear_destroy(AnyLinear* linear) { delete linear; }
 
+// Called by any thread.
+EXPORT void loraplex_linear_unpack(const AnyLinear* linear, float* out, int64_t first, int64_t last) {
+    linear->unpack(first, last, out);
+}
+
 EXPORT int64_t loraplex_linear_bytes(const AnyLinear* linear) { return linear->bytes(); }
 
 EXPORT int loraplex_linear(Context* context, const AnyLinear* linear, const void* x, void* y, int64_t rows) {
     return guarded([&] { linear->apply(*context, x, y, rows); });
 }
 
-// parts: [count, 4] of rank_start, rank, out_start, n. Called by any thread.
+// parts: [count, 4] of rank_start, rank, out_start, n. affine: [2, affine_n], or null. Called by any thread.
 EXPORT AnyLora* loraplex_lora_create(Context* context, int dtype, int64_t in_features, const void* a, int64_t rank,
-                                     int64_t count, const int64_t* parts, const void* const* b) {
+                                     int64_t count, const int64_t* parts, const void* const* b, const float* affine,
+                                     int64_t affine_n) {
     return created([&] {
         std::vector<LoraPart> list;
         for (int64_t i = 0; i < count; ++i, parts += 4) list.push_back({parts[0], parts[1], parts[2], parts[3]});
         return with_type(dtype, [&](auto of) -> AnyLora* {
             using T = typename decltype(of)::Type;
             return new LoraAdapter<T>(context->arena, in_features, static_cast<const T*>(a), rank, list,
-                                      reinterpret_cast<const T* const*>(b));
+                                      reinterpret_cast<const T* const*>(b), affine, affine_n);
         });
     });
 }

@@ -14,7 +14,7 @@ from typing import Any
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-VERSION = 2  # of the C interface; kernels/cpu/api.cpp has the same
+VERSION = 3  # of the C interface; kernels/cpu/api.cpp has the same
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "context_create": (c_void_p, (c_int,)),
@@ -23,8 +23,12 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linear_create": (c_void_p, (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p)),
     "linear_destroy": (None, (c_void_p,)),
     "linear_bytes": (c_int64, (c_void_p,)),
+    "linear_unpack": (None, (c_void_p, c_void_p, c_int64, c_int64)),
     "linear": (c_int, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)),
-    "lora_create": (c_void_p, (c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p)),
+    "lora_create": (
+        c_void_p,
+        (c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64),
+    ),
     "lora_destroy": (None, (c_void_p,)),
     "lora_bytes": (c_int64, (c_void_p,)),
     "lora": (

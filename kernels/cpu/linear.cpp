@@ -60,6 +60,14 @@ void Linear<T>::panel(const Rows<X>& x, T* y, int64_t first, int64_t rows, int64
 }
 
 template <class T>
+void Linear<T>::unpack(int64_t first, int64_t last, float* out) const {
+    for (int64_t row = first; row < last; ++row) {
+        const T* from = weights_.data() + (row / PANEL * steps_ * PANEL + row % PANEL) * PAIR;
+        for (int64_t k = 0; k < c_; ++k) *out++ = widen(from[k / PAIR * PANEL * PAIR + k % PAIR]);
+    }
+}
+
+template <class T>
 void Linear<T>::apply(Context& context, const T* x, T* y, int64_t rows) const {
     const Rows<X> input = prepare(context, x, rows, c_, steps_ * PAIR);
     const int64_t panels = ceil_div(n_, PANEL);

@@ -15,6 +15,9 @@ class Linear {
     // x: [rows, c] → y: [rows, n]
     void apply(Context& context, const T* x, T* y, int64_t rows) const;
 
+    // Rows first … last - 1 of the weight → out: [last - first, c]
+    void unpack(int64_t first, int64_t last, float* out) const;
+
     int64_t bytes() const { return int64_t(weights_.bytes() + bias_.bytes()); }
 
   private:

@@ -84,6 +84,7 @@ class Lora {
         shrink(part, 0, part.adapter->rank);
         for (const Projection& projection : part.adapter->projections)
             expand(part, projection, 0, ceil_div(projection.part.n, PANEL));
+        scale(part);
     }
 
     void shrink(const Part<T>& part, int64_t first_rank, int64_t last_rank) const {
@@ -131,6 +132,17 @@ class Lora {
         }
     }
 
+    // Does nothing for plain LoRA.
+    void scale(const Part<T>& part) const {
+        const float* gain = part.adapter->gain.data();
+        const float* offset = part.adapter->offset.data();
+        if (!gain) return;
+        for (int64_t r = 0; r < part.rows; ++r) {
+            T* row = y_ + (part.first_row + r) * n_;
+            map(row, row, n_, [&](Vec a, int64_t j) { return fma(a, load(gain + j), load(offset + j)); });
+        }
+    }
+
     // The parts divided: some ranks of a part's shrink, then some panels of one projection of its expand, at a time.
     void by_pieces(Pool& pool, const std::vector<Part<T>>& parts) const {
         struct Piece {
@@ -156,6 +168,8 @@ class Lora {
         pool.run(int64_t(expands.size()), [&, list = expands.data()](int64_t i) {
             expand(*list[i].part, *list[i].projection, list[i].begin, list[i].end);
         });
+        if (std::any_of(parts.begin(), parts.end(), [](const Part<T>& part) { return part.adapter->gain.size() > 0; }))
+            pool.run(int64_t(parts.size()), [&, list = parts.data()](int64_t i) { scale(list[i]); });
     }
 
   private:
@@ -170,7 +184,8 @@ class Lora {
 
 template <class T>
 LoraAdapter<T>::LoraAdapter(Arena& arena, int64_t in_features, const T* a_rows, int64_t rank,
-                            const std::vector<LoraPart>& parts, const T* const* b)
+                            const std::vector<LoraPart>& parts, const T* const* b, const float* affine,
+                            int64_t affine_n)
     : rank(rank) {
     const int64_t width = round_up(in_features, DOT_LENGTH);
     a = Array<T>(arena, rank * width);
@@ -193,11 +208,18 @@ LoraAdapter<T>::LoraAdapter(Arena& arena, int64_t in_features, const T* a_rows, 
                         p * PANEL + j < part.n ? b[i][(p * PANEL + j) * part.rank + r] : T{};
         projections.push_back({part, std::move(packed)});
     }
+    if (!affine) return;
+    const int64_t padded = round_up(affine_n, PANEL);
+    for (Array<float>* array : {&gain, &offset}) {
+        *array = Array<float>(arena, padded);
+        std::fill_n(std::copy_n(affine, affine_n, array->data()), padded - affine_n, 0.0f);
+        affine += affine_n;
+    }
 }
 
 template <class T>
 int64_t LoraAdapter<T>::bytes() const {
-    size_t total = a.bytes();
+    size_t total = a.bytes() + gain.bytes() + offset.bytes();
     for (const Projection& projection : projections) total += projection.b.bytes();
     return int64_t(total);
 }
@@ -211,7 +233,7 @@ void segmented_lora(Context& context, const AnyLora* const* adapters, int64_t in
     int64_t shrunk_size = 0;
     for (int64_t g = 0; g < segments.count; ++g) {
         const auto* adapter = static_cast<const LoraAdapter<T>*>(adapters[segments.slots[g]]);
-        if (!adapter || adapter->rank == 0) continue;
+        if (!adapter || (adapter->rank == 0 && adapter->gain.size() == 0)) continue;
         for (int64_t first = segments.starts[g]; first < segments.ends[g]; first += ROWS_PER_PART) {
             const int64_t count = std::min<int64_t>(ROWS_PER_PART, segments.ends[g] - first);
             parts.push_back({adapter, first, count, shrunk_size});

@@ -24,9 +24,9 @@ struct AnyLora {
 // One adapter as `segmented_lora` reads it. Never changes, and is made by any thread.
 template <class T>
 struct LoraAdapter final : AnyLora {
-    // a: [rank, in_features]; b[i]: [parts[i].n, parts[i].rank]. Copies all.
+    // a: [rank, in_features]; b[i]: [parts[i].n, parts[i].rank]; affine: [2, affine_n] or null. Copies all.
     LoraAdapter(Arena& arena, int64_t in_features, const T* a, int64_t rank, const std::vector<LoraPart>& parts,
-                const T* const* b);
+                const T* const* b, const float* affine, int64_t affine_n);
 
     struct Projection {
         LoraPart part;
@@ -38,6 +38,7 @@ struct LoraAdapter final : AnyLora {
     int64_t rank;
     Array<T> a;  // [rank / RANK_GROUP, width / DOT_LENGTH, RANK_GROUP, DOT_LENGTH]; the last group has rank % RANK_GROUP
     std::vector<Projection> projections;
+    Array<float> gain, offset;  // [out_features and padding]: y = gain · y + offset at last; empty: plain LoRA
 };
 
 // Rows starts[g] … ends[g] - 1 use the adapter in slots[g], for each g below `count`.

@@ -60,6 +60,7 @@ class CpuLora:
     def __init__(self, library: Library, weights: LoraWeights) -> None:
         self.shape = LoraShape.of(weights)
         self.dtype = weights.a.dtype
+        affine = None if weights.affine is None else weights.affine.contiguous()
         matrices = [weights.a.contiguous(), *(part.b.contiguous() for part in weights.slices)]
         if any(matrix.dtype != self.dtype for matrix in matrices):
             raise ValueError(f"LoRA B of another dtype than A, which is {self.dtype}: convert them first")
@@ -74,7 +75,16 @@ class CpuLora:
         self.handle = owned(
             self,
             library.lora_create(
-                library.context, dtype_code(self.dtype), in_features, a, rank, len(b), numbers, pointers
+                library.context,
+                dtype_code(self.dtype),
+                in_features,
+                a,
+                rank,
+                len(b),
+                numbers,
+                pointers,
+                None if affine is None else affine.data_ptr(),
+                0 if affine is None else affine.shape[1],
             ),
             library.lora_destroy,
             library,
@@ -137,7 +147,11 @@ class CpuOps:
         raise NotImplementedError(f"the CPU kernels do not multiply by {type(weight).__name__} yet: choose reference")
 
     def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
-        raise NotImplementedError("the CPU kernels do not unpack weights yet: choose reference")
+        assert isinstance(packed, CpuLinear)
+        assert 0 <= start <= end <= packed.out_features
+        weight = torch.empty((end - start, packed.in_features), dtype=torch.float32)
+        self.library.linear_unpack(packed.handle, weight.data_ptr(), start, end)
+        return weight
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         assert isinstance(packed, CpuLinear)

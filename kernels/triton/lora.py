@@ -22,11 +22,13 @@ from kernels.reference import LoraShape
 from kernels.triton.primitives import dot, locate_tile
 
 MAX_SLICES = tl.constexpr(8)
-# An entry of the table, int64 each: the address of A, the sum of ranks, the number of slices, then MAX_SLICES addresses
-# of Bᵀ, first ranks, ranks, first output columns, numbers of output columns.
+# An entry of the table, int64 each: the address of A, the sum of ranks, the number of slices, the address of gain and
+# offset (0: none), then MAX_SLICES addresses of Bᵀ, first ranks, ranks, first output columns, numbers of output
+# columns.
 A_ADDRESS = tl.constexpr(0)
 SUM_OF_RANKS = tl.constexpr(1)
 NUM_SLICES = tl.constexpr(2)
+AFFINE_ADDRESS = tl.constexpr(3)
 B_ADDRESS = tl.constexpr(8)
 RANK_START = tl.constexpr(16)
 RANK = tl.constexpr(24)
@@ -185,8 +187,42 @@ def _expand(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=STEP_TENSORS)
+def _scale(
+    y: tl.tensor,  # [T, N], read and written
+    entries: tl.tensor,  # int64 [slots, ENTRY_SIZE]
+    slots: tl.tensor,  # int32 [G]
+    starts: tl.tensor,  # int32 [G]
+    ends: tl.tensor,  # int32 [G]
+    num_segments: tl.tensor,
+    out_features: tl.tensor,  # N
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    tile = tl.program_id(0)
+    segment = locate_tile(starts, num_segments, tile, BLOCK_M)
+    start, end = tl.load(starts + segment), tl.load(ends + segment)
+    first = start + (tile - (start // BLOCK_M + segment)) * BLOCK_M
+    if first >= end:
+        return
+    address = tl.load(entries + tl.load(slots + segment) * ENTRY_SIZE + AFFINE_ADDRESS)
+    if address == 0:
+        return
+    affine = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)  # [2, N]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < out_features
+    gain = tl.load(affine + columns, mask=inside, other=0)
+    offset = tl.load(affine + out_features + columns, mask=inside, other=0)
+    rows = first + tl.arange(0, BLOCK_M)
+    place = y + rows.to(tl.int64)[:, None] * out_features + columns[None, :]
+    mask = (rows < end)[:, None] & inside[None, :]
+    values = tl.load(place, mask=mask, other=0).to(tl.float32) * gain[None, :] + offset[None, :]
+    tl.store(place, values.to(y.dtype.element_ty), mask=mask)
+
+
 class Growth:
-    """Counts how often any table of a device has had to widen: a CUDA graph captured before must be captured again."""
+    """Counts how often any table of a device had to widen, or needed another kernel for the first time: a CUDA graph
+    captured before must be captured again."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -213,13 +249,16 @@ class TritonLora:
         )
         self.a = _aligned(weights.a)  # [sum of R, C]
         self.transposed = tuple(_transposed(part.b) for part in weights.slices)  # [R, N and padding]
+        self.affine = None if weights.affine is None else weights.affine.contiguous()
         if device.type == "cuda":
             self.a = self.a.pin_memory()
             self.transposed = tuple(b_t.pin_memory() for b_t in self.transposed)
+            self.affine = None if self.affine is None else self.affine.pin_memory()
 
     @property
     def nbytes(self) -> int:
-        return self.a.nbytes + sum(b_t.nbytes for b_t in self.transposed)
+        affine_bytes = 0 if self.affine is None else self.affine.nbytes
+        return self.a.nbytes + sum(b_t.nbytes for b_t in self.transposed) + affine_bytes
 
 
 class TritonLoraTable:
@@ -233,6 +272,7 @@ class TritonLoraTable:
         # Powers of two, no less than what any adapter that was ever here had:
         self.capacity = 0  # sum of ranks; 0: none was here
         self.slice_capacity = MIN_RANK_STEP  # rank of one projection
+        self.has_scaled = False  # whether any adapter that was ever here had gain and offset
         self.entries = torch.zeros((num_slots, ENTRY_SIZE.value), dtype=torch.int64, device=device)
         self._dtype: torch.dtype | None = None
         self._held: list[tuple[Tensor, ...]] = [()] * num_slots  # what the entries point at
@@ -249,6 +289,9 @@ class TritonLoraTable:
         entry[A_ADDRESS.value] = a.data_ptr()
         entry[SUM_OF_RANKS.value] = len(a)
         entry[NUM_SLICES.value] = len(transposed)
+        affine = () if packed.affine is None else (packed.affine.to(device, non_blocking=True),)
+        for tensor in affine:
+            entry[AFFINE_ADDRESS.value] = tensor.data_ptr()
         for i, (part, b_t) in enumerate(zip(packed.parts, transposed, strict=True)):
             entry[B_ADDRESS.value + i] = b_t.data_ptr()
             entry[RANK_START.value + i] = part.rank_start
@@ -256,7 +299,10 @@ class TritonLoraTable:
             entry[OUT_START.value + i] = part.out_start
             entry[OUT_FEATURES.value + i] = part.out_features
         self.entries[slot].copy_(torch.tensor(entry))
-        self._held[slot] = (a, *transposed)
+        self._held[slot] = (a, *transposed, *affine)
+        if affine and not self.has_scaled:
+            self.has_scaled = True
+            self._growth.count += 1
         self._widen(len(a), max((part.rank for part in packed.parts), default=0))
 
     def remove(self, slot: int) -> None:
@@ -352,6 +398,15 @@ def segmented_lora(
         num_warps=num_warps,
         num_stages=1,  # a rank is a step or two: nothing to run ahead of
     )
+    if table.has_scaled:
+        _scale[(num_tiles, triton.cdiv(table.out_features, BLOCK_N))](
+            y,
+            *where[:-1],
+            table.out_features,
+            BLOCK_M=block_m,
+            BLOCK_N=BLOCK_N,
+            num_warps=num_warps,
+        )
 
 
 def _choose_splits(num_tiles: int, num_steps: int, num_multiprocessors: int) -> int:

@@ -95,7 +95,8 @@ def lora(ops, in_features, out_features, ranks, rows):
     for index, rank in enumerate(ranks):
         slices.append(LoraSlice(total, index * part, torch.zeros(part, rank, dtype=DTYPE)))
         total += rank
-    table.put(0, ops.pack_lora(LoraWeights(torch.zeros(total, in_features, dtype=DTYPE), tuple(slices))))
+    affine = torch.zeros(2, out_features)
+    table.put(0, ops.pack_lora(LoraWeights(torch.zeros(total, in_features, dtype=DTYPE), tuple(slices), affine)))
     segments = LoraSegments(((0, 0, rows),), *torch.tensor([[0], [0], [rows]], dtype=torch.int32))
     y, x = torch.zeros(rows, out_features, dtype=DTYPE), torch.zeros(rows, in_features, dtype=DTYPE)
     ops.segmented_lora(y, x, segments, table)

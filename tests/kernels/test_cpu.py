@@ -1,6 +1,7 @@
 """The compiled kernels, on every instruction set that this processor has, against the reference."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,6 +158,34 @@ def test_segmented_lora_of_fused_projections_and_mixed_ranks(ops, dtype):
     close(actual, expected)
     base = [0, 1, 40, 41, 244, 245, 246]
     assert torch.equal(actual[base], y[base])
+
+
+@pytest.mark.parametrize("n", [1, 31, 70])
+@pytest.mark.parametrize("num_rows", [3, 700])  # parts divided, and parts whole
+def test_segmented_lora_scales_and_shifts_what_it_adds_to(ops, dtype, n, num_rows):
+    scaled = [replace(adapter(48, parts, dtype), affine=rand(2, n, seed=7)) for parts in ([], [(5, 0, n)])]
+    held = {0: scaled[0], 1: scaled[1], 2: adapter(48, [(5, 0, n)], dtype)}
+    ours, theirs = tables(ops, 48, n, held)
+    ranges = [(slot, slot * num_rows + 1, (slot + 1) * num_rows) for slot in range(4)]
+    x, y = rand(4 * num_rows, 48, dtype=dtype), rand(4 * num_rows, n, dtype=dtype, seed=1)
+    actual, expected = y.clone(), y.clone()
+    ops.segmented_lora(actual, x, segments_of(*ranges), ours)
+    REFERENCE.segmented_lora(expected, x, segments_of(*ranges), theirs)
+    close(actual, expected)
+    base = [*range(0, 4 * num_rows, num_rows), *range(3 * num_rows, 4 * num_rows)]
+    assert torch.equal(actual[base], y[base])
+    first, end = ranges[1][1], ranges[1][1] + 2  # alone, each row has the same bits
+    alone = y[first:end].clone()
+    ops.segmented_lora(alone, x[first:end].contiguous(), segments_of((1, 0, 2)), ours)
+    assert torch.equal(alone, actual[first:end])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 7), (96, 64)])
+def test_rows_of_a_weight_are_given_back(ops, dtype, shape):
+    weight = rand(*shape, dtype=dtype)
+    packed = ops.pack_linear(weight, None)
+    for start in (0, shape[0] // 2):
+        assert torch.equal(ops.dequantize(packed, start, shape[0]), weight[start:].float())
 
 
 def test_row_of_an_adapter_does_not_depend_on_the_others(ops, dtype):

@@ -1,6 +1,7 @@
 """The reference operations against formulas written out row by row in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,28 @@ def test_segmented_lora_adds_each_segments_adapter(generator, dtype):
         assert torch.equal(y[base_row], before[base_row])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_segmented_lora_scales_and_shifts_what_it_adds_to(generator, dtype, rank):
+    weights = adapter(generator, 24, [(rank, 8, 16)] if rank else [], dtype)
+    affine = torch.randn(2, 40, generator=generator)
+    table = OPS.lora_table(24, 40, num_slots=1)
+    table.put(0, OPS.pack_lora(replace(weights, affine=affine)))
+    x = torch.randn(5, 24, generator=generator).to(dtype)
+    before = torch.randn(5, 40, generator=generator).to(dtype)
+    y, expected = before.clone(), before.clone()
+    OPS.segmented_lora(y, x, segments_of((0, 1, 4)), table)
+    table.put(0, OPS.pack_lora(weights))
+    OPS.segmented_lora(expected, x, segments_of((0, 1, 4)), table)
+    close(y[1:4], expected[1:4].double() * affine[0] + affine[1])
+    assert torch.equal(y[[0, 4]], before[[0, 4]])
+
+
+def test_rows_of_a_weight_are_given_back(generator):
+    weight = torch.randn(7, 5, generator=generator)
+    assert torch.equal(OPS.dequantize(OPS.pack_linear(weight, torch.ones(7)), 2, 6), weight[2:6])
+
+
 def test_removed_adapter_adds_nothing(generator):
     table = OPS.lora_table(8, 8, num_slots=1)
     table.put(0, OPS.pack_lora(adapter(generator, 8, [(2, 0, 8)], torch.float32)))
@@ -94,6 +117,7 @@ def test_removed_adapter_adds_nothing(generator):
         (LoraWeights(torch.ones(2, 9), ()), "input features"),
         (LoraWeights(torch.ones(2, 8), (LoraSlice(1, 0, torch.ones(6, 2)),)), "reads ranks"),
         (LoraWeights(torch.ones(2, 8), (LoraSlice(0, 1, torch.ones(6, 2)),)), "writes columns"),
+        (LoraWeights(torch.ones(2, 8), (), torch.ones(2, 5)), "gain and offset"),
     ],
 )
 def test_adapter_that_does_not_fit_is_refused(weights, message):

@@ -1,6 +1,7 @@
 """The Triton kernels against the reference: on a GPU where there is one, else under Triton's interpreter."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -277,6 +278,38 @@ def test_lora_of_mixed_ranks_slices_and_segments(random, dtype):
     held = {0: [(4, 0, 16), (2, 16, 8), (3, 24, 16)], 2: [(17, 24, 16)], 3: [(5, 3, 20)]}
     ranges = [(2, 1, 2), (0, 2, 20), (1, 20, 22), (2, 23, 25), (0, 25, 25), (3, 25, 26)]
     check_lora(random, (24, 40), held, ranges, 28, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [2, 40])
+def test_lora_scales_and_shifts_what_it_adds_to(random, dtype, num_rows):
+    tables = [ops.lora_table(24, 200, num_slots=4) for ops in (OPS, REFERENCE)]
+    parts = {0: [], 1: [(5, 3, 150)], 2: [(4, 0, 200)]}
+    for slot, slices in parts.items():
+        weights = adapter(random, 24, slices, dtype)
+        if slot != 2:
+            weights = replace(weights, affine=random(2, 200, dtype=torch.float32))
+        for ops, table in zip((OPS, REFERENCE), tables, strict=True):
+            table.put(slot, ops.pack_lora(weights))
+    ranges = [(slot, slot * num_rows + 1, (slot + 1) * num_rows) for slot in range(4)]
+    x, y = random(4 * num_rows, 24, dtype=dtype), random(4 * num_rows, 200, dtype=dtype)
+    before, expected = y.clone(), y.clone()
+    OPS.segmented_lora(y, x, segments_of(*ranges), tables[0])
+    REFERENCE.segmented_lora(expected, x, segments_of(*ranges), tables[1])
+    close(y, expected)
+    base = [*range(0, 4 * num_rows, num_rows), *range(3 * num_rows, 4 * num_rows)]
+    assert torch.equal(y[base], before[base])
+
+
+def test_the_first_adapter_that_scales_makes_captured_graphs_stale(random):
+    ops = TritonOps(DEVICE)
+    table = ops.lora_table(16, 24, num_slots=2)
+    weights = adapter(random, 16, [(4, 0, 24)], torch.float32)
+    growth = []
+    for put in (weights, replace(weights, affine=random(2, 24)), replace(weights, affine=random(2, 24))):
+        table.put(0, ops.pack_lora(put))
+        growth.append(ops.lora_growth)
+    assert growth[0] < growth[1] == growth[2]
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 100, 512])

@@ -32,6 +32,7 @@ def test_every_kernel_compiles_and_fits(capability, tmp_path):
         "_combine",
         "_shrink",
         "_expand",
+        "_scale",
         "_rotary_store_kv",
         "_rms_norm",
         "_activate_and_mul",
