@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterNotReady, AdapterRejected
@@ -82,6 +82,9 @@ class AdapterVersion:
     update_time: float
     last_use_time: float | None
     etag: str
+    directory: str = ""  # of its files
+    fingerprint: str = ""  # of its files when they were checked; another one: check them again
+    reason: str = ""  # in FAILED: the kind of the problems
 
     @property
     def name(self) -> str:
@@ -96,6 +99,15 @@ class AdapterVersion:
 class AdapterChange:
     kind: ChangeKind
     version: AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """All that there is under one name, as it survives a restart."""
+
+    versions: tuple[AdapterVersion, ...]
+    claims: Mapping[str, int]
+    current: str | None
 
 
 @dataclass(slots=True)
@@ -125,10 +137,39 @@ class AdapterRegistry:
         self._subscribers: dict[int, Callable[[AdapterChange], None]] = {}
         self._sequence = 0  # numbers etags, claims and subscriptions
 
+    # ---- restarts --------------------------------------------------------------------------------------------------
+
+    def record(self, key_name: str) -> AdapterRecord | None:
+        """What `restore` needs to bring a name back; None: there is nothing under it."""
+        adapter = self._adapters.get(key_name)
+        if adapter is None:
+            return None
+        return AdapterRecord(tuple(adapter.versions.values()), dict(adapter.claims), adapter.current)
+
+    def restore(self, record: AdapterRecord) -> None:
+        """Bring back what was under a name in an earlier life. Nobody uses it yet, and nobody is told."""
+        versions = {version.key.digest: replace(version, num_requests=0) for version in record.versions}
+        name = record.versions[0].key.name
+        self._adapters[name] = _Adapter(versions, dict(record.claims), record.current)
+        etags = (int(version.etag) for version in record.versions)
+        self._sequence = max(self._sequence, *etags, *record.claims.values())
+
+    def recheck(self, key: AdapterKey) -> AdapterVersion:
+        """A version's files are to be read and checked again, so it is LOADING; what it is said to be stays.
+
+        Raises AdapterNotFound.
+        """
+        version = self._version(key)
+        assert version.state is not AdapterState.DELETING
+        return self._save(replace(version, state=AdapterState.LOADING, problems=(), reason=""))
+
     # ---- life ------------------------------------------------------------------------------------------------------
 
-    def register(self, tenant: str, adapter_id: str, digest: str, spec: AdapterSpec) -> AdapterVersion:
-        """Make a version known, in LOADING. The same digest again returns it as it is; if it had FAILED it is retried.
+    def register(
+        self, tenant: str, adapter_id: str, digest: str, spec: AdapterSpec, directory: str = "", fingerprint: str = ""
+    ) -> AdapterVersion:
+        """Make a version known, in LOADING. The same digest again returns it as it is, with its files where they are
+        now; if it had FAILED it is retried.
 
         Raises AdapterConflict if the digest is registered for another model or is being deleted, or if another digest
         has the same first digits; AdapterNotFound for an id that could never exist.
@@ -143,10 +184,15 @@ class AdapterRegistry:
         if spec.make_current:
             adapter.claims[digest] = self._next()
         if known is not None and known.state is not AdapterState.FAILED:
+            if known.directory != directory:
+                moved = replace(known.spec, source=spec.source)
+                self._save(replace(known, spec=moved, directory=directory, fingerprint=fingerprint))
             self._follow_claims(adapter)
             return adapter.versions[digest]
         now = self._clock()
-        version = AdapterVersion(key, spec, AdapterState.LOADING, False, None, (), 0, now, now, None, "")
+        version = AdapterVersion(
+            key, spec, AdapterState.LOADING, False, None, (), 0, now, now, None, "", directory, fingerprint
+        )
         return self._save(version, ChangeKind.ADDED if known is None else ChangeKind.CHANGED)
 
     def activate(self, key: AdapterKey, info: AdapterInfo) -> AdapterVersion:
@@ -154,17 +200,19 @@ class AdapterRegistry:
         version = self._version(key)
         if version.state is AdapterState.DELETING:
             return version
-        self._save(replace(version, state=AdapterState.ACTIVE, info=info, problems=()))
+        self._save(replace(version, state=AdapterState.ACTIVE, info=info, problems=(), reason=""))
         self._follow_claims(self._adapters[key.name])
         return self._version(key)
 
-    def fail(self, key: AdapterKey, problems: list[str]) -> AdapterVersion:
-        """A version cannot be used. If the alias meant it, it goes on to: a name never means another version by
-        accident. Raises AdapterNotFound."""
+    def fail(self, key: AdapterKey, problems: Sequence[str], reason: str = "ADAPTER_INVALID") -> AdapterVersion:
+        """A version cannot be used; `reason`: a name of loraplex.v1.ErrorReason.
+
+        If the alias meant it, it goes on to: a name never means another version by accident. Raises AdapterNotFound.
+        """
         version = self._version(key)
         if version.state is AdapterState.DELETING:
             return version
-        return self._save(replace(version, state=AdapterState.FAILED, problems=tuple(problems)))
+        return self._save(replace(version, state=AdapterState.FAILED, problems=tuple(problems), reason=reason))
 
     def delete(self, name: str, etag: str | None = None) -> list[AdapterVersion]:
         """Take a version, or for a bare name all of them, out of service: no new requests. `remove` ends it.

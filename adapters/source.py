@@ -113,6 +113,15 @@ def digest(directory: Path) -> str:
         return _digest(read_config_bytes(directory), iter(lambda: file.read(_HASH_CHUNK), b""))
 
 
+def fingerprint(directory: Path) -> str | None:
+    """Sizes and times of an adapter's files; None: they are not there. Another one says that they may have changed."""
+    try:
+        found = [(directory / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    except OSError:
+        return None
+    return " ".join(f"{status.st_size}:{status.st_mtime_ns}" for status in found)
+
+
 def digest_of(config: bytes, weights: bytes | memoryview) -> str:
     """The same, of files that are in memory."""
     return _digest(config, (weights,))

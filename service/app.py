@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from adapters.depot import Depot
 from adapters.registry import AdapterRegistry
 from adapters.source import AdapterSource
 from engine.bus import make_bus_directory
@@ -19,6 +20,7 @@ from loraplex.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
 from loraplex.v1.routes_pb2_grpc import add_RouteServiceServicer_to_server
 from loraplex.v1.server_pb2_grpc import add_ServerServiceServicer_to_server
 from loraplex.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
+from service.adapter_files import AdapterLibrary
 from service.admission import Admission, AdmissionLimits
 from service.catalog import Catalog
 from service.config import ModelConfig, ServiceConfig, TlsConfig
@@ -35,6 +37,7 @@ from service.inference import InferenceServicer
 from service.interceptors import CallInterceptor
 from service.probes import Probes, build_probe_server
 from service.server import Health, Service, build_server, drain
+from service.state import StateFile
 from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
 from service.text import TemplateRenderer
 
@@ -57,6 +60,8 @@ class Application:
     config: ServiceConfig
     host: ModelHost
     registry: AdapterRegistry
+    state: StateFile
+    library: AdapterLibrary
     deployer: AdapterDeployer
     admission: Admission
     inference: InferenceServicer
@@ -92,7 +97,10 @@ def engine_processes(config: ServiceConfig) -> LaunchFor:
 def assemble(
     config: ServiceConfig, bus_directory: Path, renderer: TemplateRenderer, launch_for: LaunchFor
 ) -> Application:
-    """All parts, connected; nothing runs yet. Raises OSError for an adapter root that is not there."""
+    """All parts, connected; nothing runs yet, but what an earlier life knew is known.
+
+    Raises OSError for an adapter root that is not there, or a state that cannot be used.
+    """
 
     def supervise(model: ModelConfig, changed: Callable[[], None]) -> EngineSupervisor:
         return EngineSupervisor(
@@ -102,7 +110,11 @@ def assemble(
     limits = config.limits
     host = ModelHost(config.models, supervise)
     registry = AdapterRegistry()
-    deployer = AdapterDeployer(registry, AdapterSource([Path(root) for root in config.adapter_roots]), host)
+    state_directory = Path(config.state_directory) if config.state_directory else None
+    state = StateFile(state_directory)
+    depot = Depot((state_directory or bus_directory) / "adapters")
+    library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), depot)
+    deployer = AdapterDeployer(registry, library, host, state)
     catalog = Catalog(host, registry)
     admission = Admission(
         AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens)
@@ -114,7 +126,7 @@ def assemble(
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
         Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
     )
-    adapters = AdapterServicer(registry, deployer, host)
+    adapters = AdapterServicer(registry, deployer, library, host, state, limits.upload_bytes)
     models = ModelServicer(host, config.drain_grace_seconds)
     admin = (
         Service("loraplex.v1.ModelService", models, add_ModelServiceServicer_to_server),
@@ -124,7 +136,9 @@ def assemble(
     )
     health = Health([service.name for service in data], [service.name for service in admin])
     probes = Probes(model.name for model in config.models if model.load)
-    return Application(config, host, registry, deployer, admission, inference, health, probes, data, admin)
+    return Application(
+        config, host, registry, state, library, deployer, admission, inference, health, probes, data, admin
+    )
 
 
 @asynccontextmanager
@@ -144,11 +158,13 @@ async def running(
         data, admin, addresses = _listeners(app, health_address)
         shutting_down = Unavailable("DRAINING", "the server is shutting down; try another replica")
         stack.push_async_callback(app.host.close, shutting_down)
+        stack.push_async_callback(app.state.close)
         stack.push_async_callback(app.deployer.close)
         health_task = asyncio.create_task(app.keep_health(), name="health")
         stack.push_async_callback(_end, health_task)
         await app.health.start()
         app.host.start()
+        await app.deployer.reconcile()
         await app.register_configured()
         await data.start()
         await admin.start()

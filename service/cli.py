@@ -80,7 +80,7 @@ async def _serve(settings: ServiceConfig) -> None:
 @click.option("--verbose", is_flag=True, help="Show the server's log.")
 def demo(config: Path | None, prompt: str, max_tokens: int, verbose: bool) -> None:
     """Start a server, stream one prompt through every model and adapter side by side, and end."""
-    settings = _settings(config).with_free_ports()
+    settings = msgspec.structs.replace(_settings(config).with_free_ports(), state_directory="")
     settings = settings if verbose else msgspec.structs.replace(settings, log_level="ERROR")
     _set_up_logging(settings.log_level)
 

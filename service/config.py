@@ -23,6 +23,7 @@ from service.validation import check_message
 
 ENVIRONMENT_PREFIX = "LORAPLEX_"
 ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+STATE_DIRECTORY = ".loraplex"
 LOOPBACK_HOSTS = frozenset(("127.0.0.1", "[::1]", "localhost"))
 _UNKNOWN_KEY = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<place>.*)`)?")
 
@@ -99,6 +100,7 @@ class LimitsConfig(_Section, frozen=True):
     unread_tokens: int = 8192  # of one stream; past it the caller reads too slowly, and is cut
     unread_seconds: float = 30.0  # that a message of a stream may stay unread
     adapter_load_wait_seconds: float = 60.0  # that a request waits for its adapter at most
+    upload_bytes: int = 2 << 30  # of the files of one adapter that the server gathers itself
 
 
 class SupervisionConfig(_Section, frozen=True):
@@ -119,6 +121,7 @@ class ServiceConfig(_Section, frozen=True):
     models: tuple[ModelConfig, ...]
     adapters: tuple[AdapterConfig, ...] = ()
     adapter_roots: tuple[str, ...] = ()  # adapters are read from under these directories alone
+    state_directory: str | None = None  # survives restarts; "": nothing does. The file's default: beside it
     listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
     admin_listen: str = "127.0.0.1:50052"
     health_listen: str | None = None  # a plaintext port for an orchestrator's probes: see service/probes.py
@@ -235,8 +238,15 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         models=tuple(model(item) for item in config.models),
         adapters=tuple(msgspec.structs.replace(item, source=absolute(item.source)) for item in config.adapters),
         adapter_roots=tuple(absolute(root) for root in config.adapter_roots),
+        state_directory=_state_directory(config, base),
         tls=tls,
     )
+
+
+def _state_directory(config: ServiceConfig, base: Path) -> str:
+    if config.state_directory == "":
+        return ""
+    return str(base / Path(config.state_directory or STATE_DIRECTORY).expanduser())
 
 
 def _problems(config: ServiceConfig) -> Iterator[str]:

@@ -8,84 +8,86 @@ longer current leaves the engine's memory; one that is being deleted goes once n
 import asyncio
 import logging
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRejected, SourceNotAllowed
+import msgspec
+
+from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.registry import (
     AdapterChange,
     AdapterInfo,
+    AdapterRecord,
     AdapterRegistry,
     AdapterSpec,
     AdapterState,
     AdapterVersion,
     resource_name,
 )
-from adapters.source import AdapterDescription, AdapterSource, describe, digest
+from adapters.source import AdapterDescription
 from engine.client import EngineClient
 from engine.messages import AdapterLoaded
+from service.adapter_files import AdapterFiles, AdapterLibrary
 from service.config import AdapterConfig
-from service.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LoraplexError, PermissionDenied
+from service.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LoraplexError
 from service.hosting import HostedModel, ModelHost
+from service.state import StateFile
 
 logger = logging.getLogger(__name__)
 
-READERS = 2  # adapters whose files are checked at once
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterFiles:
-    """The files of a version: where they are, and what they say."""
-
-    directory: Path
-    digest: str
-    description: AdapterDescription | None  # None: they are no adapter that can be served, and
-    problems: tuple[str, ...] = ()  # these are the reasons,
-    reason: str = "ADAPTER_INVALID"  # or ADAPTER_RANK_TOO_HIGH
+STATE_KIND = "adapter"
+CONFIGURED_KIND = "configured"  # by name of an adapter of the configuration: the digest that it had
 
 
 class AdapterDeployer:
     """For one event loop. Long work runs in threads and in tasks of its own."""
 
-    def __init__(self, registry: AdapterRegistry, source: AdapterSource, models: ModelHost) -> None:
+    def __init__(self, registry: AdapterRegistry, library: AdapterLibrary, models: ModelHost, state: StateFile) -> None:
+        """Brings the registry back to what the state says. `reconcile` makes the rest follow."""
         self._registry = registry
-        self._source = source
+        self._library = library
         self._models = models
-        self._files: dict[AdapterKey, AdapterFiles] = {}
+        self._state = state
+        self._descriptions: dict[AdapterKey, AdapterDescription] = {}  # of versions that are LOADING
         self._current: dict[str, AdapterKey] = {}  # by key name: what the bare name last meant
         self._clients: dict[str, EngineClient] = {}  # by model: the life of its engine that has been given adapters
         self._removing: set[AdapterKey] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        # Threads of their own: reading gigabytes must not hold up the prompts that are tokenised in the common ones.
-        self._readers = ThreadPoolExecutor(READERS, "adapter-inspect")
+        for body in state.read(STATE_KIND).values():
+            registry.restore(msgspec.json.decode(body, type=AdapterRecord))
+        self._current = {v.key.name: v.key for v in registry.list_versions(include_versions=True) if v.current}
         registry.subscribe(self._adapter_changed)
         models.subscribe(self._model_changed)
 
     def directory(self, version: AdapterVersion) -> str:
         """Where a version's files are, for its engine to read."""
-        return str(self._files[version.key].directory)
+        return str(self._library.directory(version))
 
-    async def inspect(self, reference: str, base_model: str) -> AdapterFiles:
-        """Check files as far as can be without the model itself.
+    async def reconcile(self) -> None:
+        """After a restart: finish what had begun, and check again what is not as it was."""
+        versions = self._registry.list_versions(include_versions=True)
+        leaving = [version for version in versions if version.state is AdapterState.DELETING]
+        staying = [version for version in versions if version.state is not AdapterState.DELETING]
+        await self._library.sweep({version.key.digest for version in staying if not version.directory})
+        for version in leaving:
+            self._begin_removing(version)
+        changed = {version.key for version in await self._library.changed(staying)}
+        for version in staying:
+            if self._models.find(version.spec.base_model) is None:
+                problem = f"model {version.spec.base_model!r} is not configured any more"
+                self._registry.fail(version.key, [problem], "MODEL_UNLOADED")
+            elif version.state is not AdapterState.ACTIVE or version.key in changed:
+                self._spawn(self._recheck(self._registry.recheck(version.key)))
 
-        Raises PermissionDenied (SOURCE_NOT_ALLOWED), NotFound for the model, and FailedPrecondition (ADAPTER_INVALID)
-        for files so wrong that they have not even a digest.
-        """
+    def check_rank(self, files: AdapterFiles, base_model: str) -> AdapterFiles:
+        """The same, with the problem if the model takes no such rank. Raises NotFound for the model."""
         limits = self._models.get(base_model).supervisor.limits
-        try:
-            files = await asyncio.get_running_loop().run_in_executor(self._readers, self._read, reference)
-        except SourceNotAllowed as error:
-            raise PermissionDenied(str(error), "SOURCE_NOT_ALLOWED") from error
-        except (AdapterRejected, OSError) as error:
-            raise FailedPrecondition("ADAPTER_INVALID", f"source {reference!r}: {error}") from error
-        if files.description is not None and limits is not None and files.description.rank > limits.max_adapter_rank:
-            problem = f"rank {files.description.rank}: model {base_model!r} takes at most {limits.max_adapter_rank}"
-            return AdapterFiles(files.directory, files.digest, None, (problem,), "ADAPTER_RANK_TOO_HIGH")
-        return files
+        if files.description is None or limits is None or files.description.rank <= limits.max_adapter_rank:
+            return files
+        problem = f"rank {files.description.rank}: model {base_model!r} takes at most {limits.max_adapter_rank}"
+        return replace(files, description=None, problems=(problem,), reason="ADAPTER_RANK_TOO_HIGH")
 
     async def validate(self, tenant: str, adapter_id: str, base_model: str, files: AdapterFiles) -> AdapterLoaded:
         """Have the model's engine read and bind an adapter that is not registered, and forget it again.
@@ -100,7 +102,7 @@ class AdapterDeployer:
             loaded = await client.load_adapter(key, str(files.directory))
         except AdapterRejected as error:
             raise FailedPrecondition("ADAPTER_INVALID", str(error)) from error
-        if key not in self._files:
+        if not self._is_registered(key):
             self._spawn(_unload(client, key))
         return loaded
 
@@ -109,29 +111,31 @@ class AdapterDeployer:
 
         Raises AlreadyExists, InvalidRequest for an id that cannot be.
         """
+        directory, fingerprint = ("", "") if files.gathered else (str(files.directory), files.fingerprint)
         try:
-            version = self._registry.register(tenant, adapter_id, files.digest, spec)
+            self._library.keep(files)
+            version = self._registry.register(tenant, adapter_id, files.digest, spec, directory, fingerprint)
         except AdapterConflict as error:
+            self._spawn(self._library.remove(files.digest, lambda: not self._is_kept(files.digest)))
             name = f"tenants/{tenant}/adapters/{adapter_id}@{files.digest[:12]}"
             raise AlreadyExists("Adapter", name, str(error)) from error
         except AdapterNotFound as error:
             raise InvalidRequest.at("adapter_id", str(error)) from error
         if version.state is not AdapterState.LOADING:
             return version
-        self._files[version.key] = files
-        if files.description is None:
-            return self._registry.fail(version.key, list(files.problems))
-        client = self._models.get(spec.base_model).client
-        if client is not None:  # else when the model is loaded
-            self._deploy(client, version)
-        return version
+        self._check(version, files)
+        return self._version(version.key)
 
     async def create_configured(self, adapter: AdapterConfig) -> None:
         """Register an adapter of the configuration file. What is wrong with it is logged: the others go on."""
         spec = AdapterSpec(base_model=adapter.model, source=adapter.source, labels=adapter.labels)
         try:
-            files = await self.inspect(adapter.source, adapter.model)
-            version = self.create(adapter.tenant, adapter.adapter_id, spec, files)
+            async with self._library.find(adapter.source) as files:
+                # What the configuration said already at the last start was perhaps changed by hand since.
+                configured = self._state.read(CONFIGURED_KIND).get(adapter.name)
+                spec = replace(spec, make_current=configured != files.digest.encode())
+                version = self.create(adapter.tenant, adapter.adapter_id, spec, self.check_rank(files, adapter.model))
+                self._state.put(CONFIGURED_KIND, adapter.name, files.digest.encode())
         except LoraplexError as error:
             logger.error("adapter %s of the configuration is not registered: %s", adapter.name, error)
             return
@@ -144,29 +148,37 @@ class AdapterDeployer:
 
     def unload(self, version: AdapterVersion) -> "asyncio.Task[None] | None":
         """Begin to free the memory of a version, once no running request uses it. None: it has no engine anyway."""
-        client = self._models.get(version.spec.base_model).client
+        client = self._client(version)
         return None if client is None else self._spawn(_unload(client, version.key))
-
-    def reason(self, version: AdapterVersion) -> str:
-        """The reason, as in ErrorReason, for which a version has FAILED."""
-        return self._files[version.key].reason
 
     async def close(self) -> None:
         """Wait for nothing any more."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._library.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _read(self, reference: str) -> AdapterFiles:
-        directory = self._source.resolve(reference)
-        try:
-            description = describe(directory)
-        except AdapterRejected as error:
-            return AdapterFiles(directory, digest(directory), None, tuple(error.problems))
-        return AdapterFiles(directory, description.digest, description)
+    def _check(self, version: AdapterVersion, files: AdapterFiles) -> None:
+        """A LOADING version's files have been looked at: its engine has the last word."""
+        if files.description is None:
+            self._registry.fail(version.key, files.problems, files.reason)
+            return
+        self._descriptions[version.key] = files.description
+        client = self._client(version)
+        if client is not None:  # else when the model is loaded
+            self._deploy(client, version)
+
+    async def _recheck(self, version: AdapterVersion) -> None:
+        with suppress(AdapterNotFound):  # it was deleted meanwhile
+            try:
+                files = await self._library.recheck(version)
+            except FailedPrecondition as error:
+                self._registry.fail(version.key, [error.message])
+                return
+            if self._version(version.key).state is AdapterState.LOADING:
+                self._check(version, self.check_rank(files, version.spec.base_model))
 
     def _deploy(self, client: EngineClient, version: AdapterVersion) -> "asyncio.Task[None]":
         """Say so to the engine now, so that whatever follows finds the adapter registered; take its answer later."""
@@ -179,11 +191,12 @@ class AdapterDeployer:
                 loaded = await asyncio.shield(loading)
             except AdapterRejected as error:
                 self._registry.fail(key, error.problems)
+                self._descriptions.pop(key, None)
             except LoraplexError:
                 return  # the engine ended; its next life is given the adapter again
             else:
                 if self._version(key).state is AdapterState.LOADING:
-                    self._registry.activate(key, adapter_info(self._files[key], loaded))
+                    self._registry.activate(key, adapter_info(self._descriptions.pop(key), loaded))
 
     def _model_changed(self, model: HostedModel) -> None:
         """Give a new life of an engine its adapters."""
@@ -191,20 +204,32 @@ class AdapterDeployer:
         if client is None or self._clients.get(model.name) is client:
             return
         self._clients[model.name] = client
-        for version in self._registry.list_versions(base_model=model.name, include_versions=True):
-            if version.state in (AdapterState.LOADING, AdapterState.ACTIVE):
+        versions = self._registry.list_versions(base_model=model.name, include_versions=True)
+        for version in versions:
+            if version.state is AdapterState.LOADING and version.key in self._descriptions:
                 self._deploy(client, version)
+        for version in _worth_having(versions, model.config.adapter_host_bytes):
+            self._deploy(client, version)
 
     def _adapter_changed(self, change: AdapterChange) -> None:
         version = change.version
         key = version.key
+        record = self._registry.record(key.name)
+        if record is None:
+            self._state.delete(STATE_KIND, key.name)
+        else:
+            self._state.put(STATE_KIND, key.name, msgspec.json.encode(record))
         if version.current and self._current.get(key.name) != key:
             before = self._current.get(key.name)
             self._current[key.name] = key
             if before is not None:
                 self._retire(before)
-        if version.state is AdapterState.DELETING and not version.num_requests and key not in self._removing:
-            self._removing.add(key)
+        if version.state is AdapterState.DELETING and not version.num_requests:
+            self._begin_removing(version)
+
+    def _begin_removing(self, version: AdapterVersion) -> None:
+        if version.key not in self._removing:
+            self._removing.add(version.key)
             self._spawn(self._remove(version))
 
     def _retire(self, key: AdapterKey) -> None:
@@ -214,17 +239,36 @@ class AdapterDeployer:
             self.unload(version)
 
     async def _remove(self, version: AdapterVersion) -> None:
-        client = self._models.get(version.spec.base_model).client
+        client = self._client(version)
         if client is not None:
             await _unload(client, version.key)
         self._registry.remove(version.key)
         self._removing.discard(version.key)
-        self._files.pop(version.key, None)
+        self._descriptions.pop(version.key, None)
         if self._current.get(version.key.name) == version.key:
             del self._current[version.key.name]
+        if not version.directory:
+            await self._state.saved()  # as long as it is known after a restart, its files must be there
+            await self._library.remove(version.key.digest, lambda: not self._is_kept(version.key.digest))
+
+    def _is_kept(self, digest: str) -> bool:
+        """Whether any version has files with this digest that the server keeps itself."""
+        versions = self._registry.list_versions(include_versions=True)
+        return any(version.key.digest == digest and not version.directory for version in versions)
+
+    def _is_registered(self, key: AdapterKey) -> bool:
+        try:
+            self._version(key)
+        except AdapterNotFound:
+            return False
+        return True
 
     def _version(self, key: AdapterKey) -> AdapterVersion:
         return self._registry.get(f"{resource_name(key)}@{key.digest}")
+
+    def _client(self, version: AdapterVersion) -> EngineClient | None:
+        model = self._models.find(version.spec.base_model)
+        return None if model is None else model.client
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
@@ -238,18 +282,29 @@ class AdapterDeployer:
             logger.error("a change of the adapters could not be completed", exc_info=error)
 
 
-def adapter_info(files: AdapterFiles, loaded: AdapterLoaded) -> AdapterInfo:
+def adapter_info(description: AdapterDescription, loaded: AdapterLoaded) -> AdapterInfo:
     """What the files and the engine say of a version together."""
-    assert files.description is not None
-    ranks = files.description.module_ranks
+    ranks = description.module_ranks
     return AdapterInfo(
         rank=loaded.rank,
         size_bytes=loaded.size_bytes,
         target_modules=tuple(loaded.target_modules),
-        alpha=files.description.config.alpha,
+        alpha=description.config.alpha,
         module_ranks=ranks if len(set(ranks.values())) > 1 else {},
-        warnings=(*files.description.config.warnings, *loaded.warnings),
+        warnings=(*description.config.warnings, *loaded.warnings),
     )
+
+
+def _worth_having(versions: list[AdapterVersion], budget_bytes: int) -> list[AdapterVersion]:
+    """Which active versions a new engine is given ahead of their requests: the last used ones, as many as fit."""
+    found: list[AdapterVersion] = []
+    active = [version for version in versions if version.state is AdapterState.ACTIVE]
+    for version in sorted(active, key=lambda version: version.last_use_time or version.create_time, reverse=True):
+        budget_bytes -= version.info.size_bytes if version.info is not None else 0
+        if budget_bytes < 0:
+            break
+        found.append(version)
+    return found
 
 
 async def _unload(client: EngineClient, key: AdapterKey) -> None:

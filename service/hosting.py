@@ -176,6 +176,10 @@ class ModelHost:
             raise NotFound("MODEL_NOT_FOUND", f"models/{name}", message)
         return self._models[name]
 
+    def find(self, name: str) -> HostedModel | None:
+        """None: there is no such model. `name`: the bare id."""
+        return self._models.get(name)
+
     def serving(self, name: str) -> LoadedModel:
         """Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.serving` raises."""
         return self.get(name).serving()

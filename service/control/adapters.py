@@ -2,8 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from typing import Any
 
 import grpc.aio
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -35,6 +35,7 @@ from loraplex.v1.adapters_pb2 import (
     LoadAdapterRequest,
     UnloadAdapterRequest,
     UpdateAdapterRequest,
+    UploadAdapterRequest,
     WatchAdaptersRequest,
     WatchAdaptersResponse,
 )
@@ -44,6 +45,7 @@ from loraplex.v1.watch_pb2 import (
     WATCH_EVENT_TYPE_EXISTING,
     WATCH_EVENT_TYPE_SNAPSHOT_END,
 )
+from service.adapter_files import AdapterFiles, AdapterLibrary
 from service.control.models import timestamp
 from service.control.requests import (
     ID,
@@ -56,8 +58,9 @@ from service.control.requests import (
     wait_seconds,
     wait_until,
 )
+from service.control.uploads import receive_files, upload_header
 from service.control.watching import Latest
-from service.deployment import AdapterDeployer, AdapterFiles, adapter_info
+from service.deployment import AdapterDeployer, adapter_info
 from service.errors import (
     Aborted,
     FailedPrecondition,
@@ -68,6 +71,7 @@ from service.errors import (
     to_status,
 )
 from service.hosting import ModelHost
+from service.state import StateFile
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -84,10 +88,21 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     """What the registry knows, as resources; changes go through the deployer."""
 
-    def __init__(self, registry: AdapterRegistry, deployer: AdapterDeployer, host: ModelHost) -> None:
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        deployer: AdapterDeployer,
+        library: AdapterLibrary,
+        host: ModelHost,
+        state: StateFile,
+        max_upload_bytes: int,
+    ) -> None:
         self._registry = registry
         self._deployer = deployer
+        self._library = library
         self._host = host
+        self._state = state
+        self._max_upload_bytes = max_upload_bytes
         self._once = Once()
 
     # ---- looking -----------------------------------------------------------------------------------------------------
@@ -140,16 +155,26 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def CreateAdapter(self, request: CreateAdapterRequest, context: Context) -> Adapter:  # noqa: N802
         return await self._once.run("CreateAdapter", request.request_id, lambda: self._create(request))
 
-    async def UploadAdapter(self, request_iterator: Any, context: Context) -> NoReturn:  # noqa: N802
-        raise FeatureUnsupported(
-            "UploadAdapter",
-            "is not supported by this server; put the files under one of its adapter roots and create it",
-        )
+    async def UploadAdapter(  # noqa: N802
+        self, request_iterator: AsyncIterator[UploadAdapterRequest], context: Context
+    ) -> Adapter:
+        header = await upload_header(request_iterator)
+
+        async def upload() -> Adapter:
+            _check_registration(header, is_upload=True)
+            async with self._library.gather() as gathering:
+                await receive_files(request_iterator, gathering, self._max_upload_bytes)
+                return await self._register(header, await gathering.check("upload"))
+
+        return await self._once.run("UploadAdapter", header.request_id, upload)
 
     async def _create(self, request: CreateAdapterRequest) -> Adapter:
-        violations = list(_check_create(request))
-        if violations:
-            raise InvalidRequest(*violations)
+        _check_registration(request, is_upload=False)
+        async with self._library.find(request.adapter.source) as files:
+            return await self._register(request, files)
+
+    async def _register(self, request: CreateAdapterRequest, files: AdapterFiles) -> Adapter:
+        """Register, or only validate, a version whose files have been found."""
         _refuse_residency(request.residency, ADAPTER_RESIDENCY_HOST, "residency")
         _refuse_pin(request.adapter)
         tenant = tenant_id(request.parent, "parent")
@@ -161,17 +186,19 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             make_current=request.make_current if request.HasField("make_current") else True,
         )
         seconds = wait_seconds(request)
-        files = await self._deployer.inspect(spec.source, spec.base_model)
         if request.adapter.digest and request.adapter.digest != f"sha256:{files.digest}":
             raise InvalidRequest.at("adapter.digest", f"the files have another one, sha256:{files.digest}")
+        files = self._deployer.check_rank(files, spec.base_model)
         if request.validate_only:
             return await self._validated(tenant, request.adapter_id, spec, files)
         version = self._deployer.create(tenant, request.adapter_id, spec, files)
+        await self._state.saved()
         return self._message(await self._wait_while(version, AdapterState.LOADING, seconds))
 
     async def _validated(self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles) -> Adapter:
         loaded = await self._deployer.validate(tenant, adapter_id, spec.base_model, files)
-        info = adapter_info(files, loaded)
+        assert files.description is not None, "else it is not valid"
+        info = adapter_info(files.description, loaded)
         name = f"tenants/{tenant}/adapters/{adapter_id}"
         return Adapter(
             name=name,
@@ -192,7 +219,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def UpdateAdapter(self, request: UpdateAdapterRequest, context: Context) -> Adapter:  # noqa: N802
         async def update() -> Adapter:
-            return self._message(self._update(request))
+            version = self._update(request)
+            await self._state.saved()
+            return self._message(version)
 
         return await self._once.run("UpdateAdapter", request.request_id, update)
 
@@ -230,6 +259,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             versions = self._registry.delete(request.name)
         except AdapterConflict as error:
             raise FailedPrecondition("ADAPTER_IS_CURRENT", str(error)) from error
+        await self._state.saved()
         keys = [other.key for other in versions]
         await wait_until(lambda: not any(self._find(key) for key in keys), self._registry.subscribe, seconds)
         return self._message(self._find(version.key) or next(other for other in versions if other.key == version.key))
@@ -269,7 +299,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         """Raises InvalidRequest, NotFound, and FailedPrecondition for a version that cannot be used."""
         version = self._get(name)
         if version.state is AdapterState.FAILED:
-            raise FailedPrecondition(self._deployer.reason(version), "; ".join(version.problems))
+            raise FailedPrecondition(version.reason, "; ".join(version.problems))
         if version.state is AdapterState.DELETING:
             raise NotFound("ADAPTER_NOT_FOUND", name, f"adapter {version.version_name} is being deleted")
         return version
@@ -308,7 +338,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if version.last_use_time is not None:
             message.last_use_time.CopyFrom(timestamp(version.last_use_time))
         if version.state is AdapterState.FAILED:
-            error = FailedPrecondition(self._deployer.reason(version), "; ".join(version.problems))
+            error = FailedPrecondition(version.reason, "; ".join(version.problems))
             message.error.CopyFrom(to_status(error, ""))
         info = version.info
         if info is not None:
@@ -321,14 +351,27 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         return message
 
     def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
-        client = self._host.get(version.spec.base_model).client
+        model = self._host.find(version.spec.base_model)
+        client = None if model is None else model.client
         if client is None or version.key not in client.adapters:
             return ADAPTER_RESIDENCY_DISK
         on_device = client.stats is not None and any(key == version.key for key, _ in client.stats.adapters)
         return ADAPTER_RESIDENCY_DEVICE if on_device else ADAPTER_RESIDENCY_HOST
 
 
-def _check_create(request: CreateAdapterRequest) -> Iterator[Violation]:
+def _check_registration(request: CreateAdapterRequest, is_upload: bool) -> None:
+    """Raises InvalidRequest naming every field at fault."""
+    violations = list(_registration_violations(request))
+    if is_upload and request.adapter.source:
+        violations.append(Violation("adapter.source", "must be empty: the files are in the upload"))
+    elif not is_upload and not request.adapter.source:
+        problem = "is required: the directory of the adapter, under a root that is allowed"
+        violations.append(Violation("adapter.source", problem))
+    if violations:
+        raise InvalidRequest(*violations)
+
+
+def _registration_violations(request: CreateAdapterRequest) -> Iterator[Violation]:
     checks: tuple[Callable[[], object], ...] = (
         lambda: tenant_id(request.parent, "parent"),
         lambda: model_id(request.adapter.base_model, "adapter.base_model"),
@@ -340,8 +383,6 @@ def _check_create(request: CreateAdapterRequest) -> Iterator[Violation]:
             yield from error.violations
     if not re.fullmatch(ID, request.adapter_id):
         yield Violation("adapter_id", "must be 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit")
-    if not request.adapter.source:
-        yield Violation("adapter.source", "is required: the directory of the adapter, under a root that is allowed")
     if request.adapter.digest and not _DIGEST.fullmatch(request.adapter.digest):
         yield Violation("adapter.digest", "must be sha256: and 64 hexadecimal digits")
     yield from check_labels(request.adapter.labels, "adapter.labels")

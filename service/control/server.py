@@ -29,10 +29,7 @@ from service.validation import UNSUPPORTED_FIELDS, duration_seconds
 Context = grpc.aio.ServicerContext[Any, Any]
 
 # Beside the fields that validation refuses.
-UNSUPPORTED_METHODS = (
-    "AdapterService.UploadAdapter",
-    "RouteService.UpdateRoute",
-)
+UNSUPPORTED_METHODS = ("RouteService.UpdateRoute",)
 UNSUPPORTED_CONTROL_FIELDS = (
     "Adapter.pinned",
     "CreateAdapterRequest.residency=DEVICE",

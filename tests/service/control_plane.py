@@ -53,13 +53,16 @@ async def control_plane(
     prepare: Callable[[ScriptedCore], None] = lambda core: None,
     adapters: tuple[AdapterConfig, ...] = (),
     drain_grace_seconds: float = 20.0,
+    state_directory: str = "",
+    models: tuple[str, ...] = ("tiny", "other"),
 ) -> AsyncIterator[ControlPlane]:
     """Two models, "tiny" which is loaded and "other" which is not."""
     config = ServiceConfig(
-        models=(
-            ModelConfig(name="tiny", model=str(model_directory), labels={"team": "a"}),
-            ModelConfig(name="other", model=str(model_directory), load=False),
+        models=tuple(
+            ModelConfig(name=name, model=str(model_directory), labels={"team": "a"}, load=name == "tiny")
+            for name in models
         ),
+        state_directory=state_directory,
         adapters=adapters,
         adapter_roots=(str(roots),),
         supervision=SupervisionConfig(heartbeat_seconds=0.02, restart_delay_seconds=0.01),

@@ -1,0 +1,148 @@
+"""The files of adapters: found where the operator allows it, or gathered by the server itself, and checked."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from adapters.depot import Depot
+from adapters.errors import AdapterRejected, SourceNotAllowed
+from adapters.registry import AdapterVersion
+from adapters.source import AdapterDescription, AdapterSource, describe, digest, fingerprint
+from service.errors import FailedPrecondition, PermissionDenied
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+READERS = 2  # adapters whose files are checked at once
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """The files of a version: where they are, and what they say."""
+
+    directory: Path
+    digest: str
+    description: AdapterDescription | None  # None: they are no adapter that can be served, and
+    problems: tuple[str, ...] = ()  # these are the reasons,
+    reason: str = "ADAPTER_INVALID"  # or ADAPTER_RANK_TOO_HIGH
+    fingerprint: str = ""
+    gathered: bool = False  # by the server itself: `keep` moves them to where they stay
+
+
+class AdapterLibrary:
+    """For one event loop. Files are read in threads."""
+
+    def __init__(self, source: AdapterSource, depot: Depot) -> None:
+        self._source = source
+        self._depot = depot
+        # Threads of their own: reading gigabytes must not hold up the prompts that are tokenised in the common ones.
+        self._readers = ThreadPoolExecutor(READERS, "adapter-inspect")
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    @asynccontextmanager
+    async def find(self, reference: str) -> AsyncIterator[AdapterFiles]:
+        """The files that a reference names, checked as far as can be without their model.
+
+        Raises PermissionDenied (SOURCE_NOT_ALLOWED), and FailedPrecondition (ADAPTER_INVALID) for files so wrong that
+        they have not even a digest.
+        """
+        try:
+            directory = await self._in_thread(self._source.resolve, reference)
+        except SourceNotAllowed as error:
+            raise PermissionDenied(str(error), "SOURCE_NOT_ALLOWED") from error
+        yield await self._checked(directory, f"source {reference!r}", gathered=False)
+
+    @asynccontextmanager
+    async def gather(self) -> AsyncIterator["Gathering"]:
+        """A place for files that somebody sends. What is not kept by the end of the block is removed."""
+        directory = await self._in_thread(self._depot.begin)
+        try:
+            yield Gathering(directory, self)
+        finally:
+            await self._in_thread(self._depot.discard, directory)
+
+    def keep(self, files: AdapterFiles) -> None:
+        """Have gathered files stay, for a version that is registered before anything else happens."""
+        if files.gathered:
+            self._depot.admit(files.directory, files.digest)
+
+    def directory(self, version: AdapterVersion) -> Path:
+        """Where a version's files are."""
+        return Path(version.directory) if version.directory else self._depot.path(version.key.digest)
+
+    async def remove(self, digest: str, is_unused: Callable[[], bool]) -> None:
+        """Remove the files that the server keeps of a digest, if it does and nobody uses them."""
+        withdrawn = self._depot.withdraw(digest) if is_unused() else None
+        if withdrawn is not None:
+            await self._in_thread(self._depot.discard, withdrawn)
+
+    async def sweep(self, keep: Collection[str]) -> None:
+        """Remove what the server keeps of other digests than these, and whatever was half there."""
+        await self._in_thread(self._depot.sweep, keep)
+
+    async def changed(self, versions: Iterable[AdapterVersion]) -> list[AdapterVersion]:
+        """Those whose files are not as they were when they were checked, or not there."""
+        return await self._in_thread(lambda: [version for version in versions if self._has_changed(version)])
+
+    async def recheck(self, version: AdapterVersion) -> AdapterFiles:
+        """The files of a version as they are now. Raises FailedPrecondition if there are none."""
+        directory = self.directory(version)
+        files = await self._checked(directory, "its files", gathered=False)
+        if files.digest != version.key.digest:
+            found = f"its files have the digest {files.digest[:12]}… now: they were changed"
+            return AdapterFiles(directory, version.key.digest, None, (found,))
+        return files
+
+    def _has_changed(self, version: AdapterVersion) -> bool:
+        found = fingerprint(self.directory(version))
+        return found != version.fingerprint if version.directory else found is None
+
+    async def _checked(self, directory: Path, where: str, gathered: bool) -> AdapterFiles:
+        try:
+            return await self._in_thread(_read, directory, gathered)
+        except (AdapterRejected, OSError) as error:
+            raise FailedPrecondition("ADAPTER_INVALID", f"{where}: {error}") from error
+
+    async def _in_thread(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: work(*args, **kwargs))
+
+
+class Gathering:
+    """Files of one adapter on their way to the server."""
+
+    def __init__(self, directory: Path, library: AdapterLibrary) -> None:
+        self.directory = directory
+        self._library = library
+
+    async def append(self, name: str, chunk: bytes) -> None:
+        """Write the next bytes of a file."""
+        await self._library._in_thread(_append, self.directory / name, chunk)
+
+    async def check(self, where: str) -> AdapterFiles:
+        """All files are there: see what they are. Raises FailedPrecondition (ADAPTER_INVALID)."""
+        files = await self._library._checked(self.directory, where, gathered=True)
+        await self._library._in_thread(self._library._depot.settle, self.directory)
+        return files
+
+
+def _read(directory: Path, gathered: bool) -> AdapterFiles:
+    seen = "" if gathered else fingerprint(directory) or ""
+    try:
+        description = describe(directory)
+    except AdapterRejected as error:
+        return AdapterFiles(
+            directory, digest(directory), None, tuple(error.problems), fingerprint=seen, gathered=gathered
+        )
+    return AdapterFiles(directory, description.digest, description, fingerprint=seen, gathered=gathered)
+
+
+def _append(file: Path, chunk: bytes) -> None:
+    with file.open("ab") as opened:
+        opened.write(chunk)

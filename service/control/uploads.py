@@ -1,0 +1,74 @@
+"""The stream of an upload: a header, then each file as its start and its chunks."""
+
+from collections.abc import AsyncIterator
+
+from adapters.config import MAX_CONFIG_BYTES
+from adapters.source import CONFIG_FILE, WEIGHTS_FILE
+from loraplex.v1.adapters_pb2 import CreateAdapterRequest, UploadAdapterRequest, UploadFile
+from service.adapter_files import Gathering
+from service.errors import InvalidRequest
+
+MAX_CHUNK_BYTES = 1 << 20
+
+
+async def upload_header(messages: AsyncIterator[UploadAdapterRequest]) -> CreateAdapterRequest:
+    """The first message. Raises InvalidRequest if it is no header."""
+    async for message in messages:
+        if message.HasField("header"):
+            return message.header
+        break
+    raise InvalidRequest.at("payload", "the first message of an upload must be its header")
+
+
+async def receive_files(messages: AsyncIterator[UploadAdapterRequest], gathering: Gathering, max_bytes: int) -> None:
+    """Write what the messages carry until they end. Raises InvalidRequest, with everything beyond a limit unwritten."""
+    files = _Files(max_bytes)
+    async for message in messages:
+        match message.WhichOneof("payload"):
+            case "file":
+                files.begin(message.file)
+                await gathering.append(files.name, b"")
+            case "chunk":
+                files.take(len(message.chunk))
+                await gathering.append(files.name, message.chunk)
+            case _:
+                raise InvalidRequest.at("payload", "after the header come files and their chunks alone")
+    files.end()
+
+
+class _Files:
+    """Which file is being received, and how much of it is missing."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.name = ""
+        self._missing_bytes = 0
+        self._left_bytes = max_bytes
+        self._limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: max_bytes}
+
+    def begin(self, file: UploadFile) -> None:
+        self._check_whole()
+        limit = self._limits.pop(file.name, None)
+        if limit is None:
+            raise InvalidRequest.at("file.name", f"{file.name[:80]!r}: {CONFIG_FILE} and {WEIGHTS_FILE} once each")
+        limit = min(limit, self._left_bytes)
+        if not 0 < file.size_bytes <= limit:
+            raise InvalidRequest.at("file.size_bytes", f"{file.name}: must be from 1 to {limit}, is {file.size_bytes}")
+        self.name = file.name
+        self._missing_bytes = file.size_bytes
+        self._left_bytes -= file.size_bytes
+
+    def take(self, num_bytes: int) -> None:
+        if num_bytes > min(MAX_CHUNK_BYTES, self._missing_bytes):
+            where = f"of {self.name} " if self.name else ""
+            expected = f"{self._missing_bytes} {where}are missing, and a chunk has at most {MAX_CHUNK_BYTES}"
+            raise InvalidRequest.at("chunk", f"has {num_bytes} bytes; {expected}")
+        self._missing_bytes -= num_bytes
+
+    def end(self) -> None:
+        self._check_whole()
+        if self._limits:
+            raise InvalidRequest.at("file.name", f"missing: {', '.join(self._limits)}")
+
+    def _check_whole(self) -> None:
+        if self._missing_bytes:
+            raise InvalidRequest.at("chunk", f"{self._missing_bytes} bytes of {self.name} are missing")

@@ -1,0 +1,134 @@
+"""What survives a restart: the bodies of resources, by kind and name, in one SQLite file.
+
+Changes are noted in memory and written by a thread of its own, everything noted at one moment in one transaction: what
+the file holds is always what the service knew at some moment, whenever it is killed. Whoever promises a change to a
+caller waits for `saved` first.
+"""
+
+import asyncio
+import logging
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from service.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "state.sqlite3"
+SCHEMA_VERSION = 1
+
+_Key = tuple[str, str]  # kind, name
+
+
+class StateFile:
+    """For one event loop; SQLite is used by one thread at a time."""
+
+    def __init__(self, directory: Path | None) -> None:
+        """`directory`: None keeps everything in memory, and nothing survives.
+
+        Raises OSError for a file that cannot be used, also because another server uses it.
+        """
+        self._connection = _open(directory)
+        self._writer = ThreadPoolExecutor(1, "state")
+        self._changes: dict[_Key, bytes | None] = {}  # noted and not yet being written; None: deleted
+        self._num_noted = 0
+        self._num_saved = 0
+        self._writing: asyncio.Task[sqlite3.Error | None] | None = None
+
+    def read(self, kind: str) -> dict[str, bytes]:
+        """The bodies of all resources of a kind, by name, as they were saved last."""
+        rows = self._connection.execute("SELECT name, body FROM resources WHERE kind = ? ORDER BY name", (kind,))
+        return dict(rows.fetchall())
+
+    def put(self, kind: str, name: str, body: bytes) -> None:
+        """Note what a resource is now. It is written together with all else that the caller notes before it waits."""
+        self._note((kind, name), body)
+
+    def delete(self, kind: str, name: str) -> None:
+        """Note that a resource is gone."""
+        self._note((kind, name), None)
+
+    async def saved(self) -> None:
+        """Until everything that was noted before the call is on the disk.
+
+        Raises EngineError if it cannot be written; it stays noted, and the next call or change tries again.
+        """
+        wanted = self._num_noted
+        while self._num_saved < wanted:
+            error = await asyncio.shield(self._write_soon())
+            if error is not None:
+                raise EngineError(f"the server could not save the change: {error}") from error
+
+    async def close(self) -> None:
+        """Save what is left and let go of the file."""
+        with suppress(EngineError):  # it is in the log
+            await self.saved()
+        self._writer.shutdown()
+        self._connection.close()
+
+    def _note(self, key: _Key, body: bytes | None) -> None:
+        self._changes[key] = body
+        self._num_noted += 1
+        self._write_soon()
+
+    def _write_soon(self) -> "asyncio.Task[sqlite3.Error | None]":
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        return self._writing
+
+    async def _write(self) -> sqlite3.Error | None:
+        changes, self._changes = self._changes, {}
+        number = self._num_noted
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._commit, changes)
+        except sqlite3.Error as error:
+            self._changes = changes | self._changes
+            logger.error("adapters and routes cannot be saved, a restart would lose their last changes: %s", error)
+            return error
+        finally:
+            self._writing = None
+        self._num_saved = number
+        if self._changes:
+            self._write_soon()
+        return None
+
+    def _commit(self, changes: dict[_Key, bytes | None]) -> None:
+        gone = [key for key, body in changes.items() if body is None]
+        there = [(*key, body) for key, body in changes.items() if body is not None]
+        with self._connection:  # one transaction
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany("DELETE FROM resources WHERE kind = ? AND name = ?", gone)
+            self._connection.executemany("INSERT OR REPLACE INTO resources VALUES (?, ?, ?)", there)
+
+
+def _open(directory: Path | None) -> sqlite3.Connection:
+    file = ":memory:" if directory is None else str(directory / FILE_NAME)
+    try:
+        if directory is not None:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        connection = sqlite3.connect(file, timeout=0, check_same_thread=False, isolation_level=None)
+        # Held from the first write on, for as long as the process lives: two servers on one file would each overwrite
+        # what the other knows.
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        _check_schema(connection, file)
+    except (sqlite3.Error, OSError) as error:
+        busy = getattr(error, "sqlite_errorname", "") == "SQLITE_BUSY"
+        why = "another server is using it" if busy else str(error)
+        raise OSError(f"state_directory: {file} cannot be used: {why}") from error
+    return connection
+
+
+def _check_schema(connection: sqlite3.Connection, file: str) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    (found,) = connection.execute("PRAGMA user_version").fetchone()
+    if found > SCHEMA_VERSION:
+        raise OSError(f"{file} was written by a newer version of Loraplex (schema {found}, this one knows 1)")
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS resources (kind TEXT, name TEXT, body BLOB NOT NULL, PRIMARY KEY (kind, name))"
+    )
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")

@@ -1,0 +1,156 @@
+"""A service that starts again knows what it knew, and makes the rest follow."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+
+from loraplex.v1.adapters_pb2 import Adapter
+from service.config import AdapterConfig
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+
+Start = Callable[..., AbstractAsyncContextManager[ControlPlane]]
+
+
+@pytest.fixture
+def start(byte_tokenizer_directory: Path, tmp_path: Path) -> Start:
+    """Starts a service on the same state and the same adapter root as the last one."""
+    roots = tmp_path / "roots"
+    roots.mkdir()
+
+    def start(adapters: tuple[AdapterConfig, ...] = ()) -> AbstractAsyncContextManager[ControlPlane]:
+        return control_plane(
+            byte_tokenizer_directory, roots, adapters=adapters, state_directory=str(tmp_path / "state")
+        )
+
+    return start
+
+
+async def register(control: ControlPlane, seed: int = 0, adapter_id: str = "pirate", **options: object) -> Adapter:
+    source = write_adapter(control.roots / f"{adapter_id}-{seed}", seed=seed).name
+    return await control.admin.create_adapter(
+        adapter_id,
+        base_model="tiny",
+        source=source,
+        wait=20.0,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+async def settled(control: ControlPlane, name: str) -> Adapter:
+    """An adapter once it is no longer LOADING."""
+    async for message in control.admin.watch_adapters():
+        if message.adapter.version.endswith(name) and message.adapter.state != Adapter.STATE_LOADING:
+            return message.adapter
+    raise AssertionError("a watch does not end")
+
+
+async def test_adapters_versions_and_the_alias_survive(start: Start) -> None:
+    async with start() as control:
+        old = await register(control, 0, labels={"team": "a"})
+        new = await register(control, 1)
+        await control.admin.update_adapter("pirate", version=old.version)
+    async with start() as control:
+        found = {a.version: a for a in await control.admin.list_adapters(include_versions=True)}
+        assert set(found) == {old.version, new.version}
+        assert (await control.admin.get_adapter("pirate")).version == old.version
+        again = found[old.version]
+        assert (again.state, again.rank, again.digest) == (Adapter.STATE_ACTIVE, old.rank, old.digest)
+        assert dict(again.labels) == {"team": "a"}
+        assert again.create_time == old.create_time
+        answer = await control.client.generate("pirate", "abc", max_tokens=1)
+        assert answer.target.adapter_version == old.version
+
+
+async def test_an_etag_from_an_earlier_life_still_guards(start: Start) -> None:
+    async with start() as control:
+        adapter = await register(control)
+    async with start() as control:
+        assert (await control.admin.get_adapter("pirate")).etag == adapter.etag
+        changed = await control.admin.update_adapter("pirate", labels={"x": "y"}, etag=adapter.etag)
+        assert int(changed.etag) > int(adapter.etag)
+
+
+async def test_an_adapter_whose_files_are_gone_is_failed_and_keeps_its_name(start: Start) -> None:
+    async with start() as control:
+        await register(control)
+        shutil.rmtree(control.roots / "pirate-0")
+    async with start() as control:
+        adapter = await settled(control, "")
+        assert adapter.state == Adapter.STATE_FAILED
+        assert "cannot be read" in adapter.error.message
+        assert adapter.current
+
+
+async def test_an_adapter_whose_files_were_changed_is_failed(start: Start) -> None:
+    async with start() as control:
+        await register(control)
+        write_adapter(control.roots / "pirate-0", seed=7, rank=2)
+    async with start() as control:
+        adapter = await settled(control, "")
+        assert adapter.state == Adapter.STATE_FAILED
+        assert "they were changed" in adapter.error.message
+
+
+async def test_a_failed_adapter_is_tried_again(start: Start) -> None:
+    async with start() as control:
+        await register(control)
+        kept = control.roots / "pirate-0"
+        kept.rename(control.roots / "away")
+    async with start() as control:
+        assert (await settled(control, "")).state == Adapter.STATE_FAILED
+        (control.roots / "away").rename(kept)
+    async with start() as control:
+        assert (await settled(control, "")).state == Adapter.STATE_ACTIVE
+
+
+async def test_an_uploaded_adapter_survives_without_its_origin(start: Start, tmp_path: Path) -> None:
+    async with start() as control:
+        origin = write_adapter(tmp_path / "elsewhere", seed=3)
+        uploaded = await control.admin.upload_adapter("mine", base_model="tiny", directory=origin, wait=20.0)
+        assert uploaded.state == Adapter.STATE_ACTIVE
+        shutil.rmtree(origin)
+    async with start() as control:
+        assert (await control.admin.get_adapter("mine")).digest == uploaded.digest
+        answer = await control.client.generate("mine", "abc", max_tokens=1)
+        assert answer.target.adapter_version == uploaded.version
+
+
+async def test_what_was_deleted_stays_away(start: Start, tmp_path: Path) -> None:
+    async with start() as control:
+        origin = write_adapter(tmp_path / "elsewhere", seed=3)
+        await control.admin.upload_adapter("mine", base_model="tiny", directory=origin, wait=20.0)
+        await control.admin.delete_adapter("mine", wait=20.0)
+    async with start() as control:
+        assert await control.admin.list_adapters() == []
+    assert list((tmp_path / "state" / "adapters" / "versions").iterdir()) == []
+
+
+async def test_an_alias_that_was_moved_by_hand_is_not_moved_back_by_the_configuration(start: Start) -> None:
+    configured = (AdapterConfig(name="pirate", model="tiny", source="pirate-1"),)
+    async with start() as control:
+        old = await register(control, 0)
+        write_adapter(control.roots / "pirate-1", seed=1)
+    async with start(configured) as control:
+        assert (await control.admin.get_adapter("pirate")).version != old.version
+        await control.admin.update_adapter("pirate", version=old.version)
+    async with start(configured) as control:
+        assert (await control.admin.get_adapter("pirate")).version == old.version
+
+
+async def test_the_adapters_of_a_model_that_is_no_longer_configured_say_so(
+    start: Start, byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    async with start() as control:
+        source = write_adapter(control.roots / "pirate").name
+        await control.admin.create_adapter("pirate", base_model="other", source=source)
+    async with control_plane(
+        byte_tokenizer_directory, tmp_path / "roots", state_directory=str(tmp_path / "state"), models=("tiny",)
+    ) as control:
+        adapter = await control.admin.get_adapter("pirate")
+        assert adapter.state == Adapter.STATE_FAILED
+        assert "is not configured any more" in adapter.error.message
+        await control.admin.delete_adapter("pirate", wait=20.0)
+        assert await control.admin.list_adapters() == []

@@ -1,0 +1,76 @@
+"""The state file: what was saved is there after a restart, and no two servers write it."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from service.errors import EngineError
+from service.state import FILE_NAME, StateFile
+
+
+async def test_what_was_saved_is_there_in_the_next_life(tmp_path: Path) -> None:
+    state = StateFile(tmp_path)
+    state.put("adapter", "a", b"1")
+    state.put("adapter", "b", b"2")
+    state.put("route", "a", b"3")
+    await state.saved()
+    state.delete("adapter", "a")
+    state.put("adapter", "b", b"4")
+    await state.close()
+    state = StateFile(tmp_path)
+    assert (state.read("adapter"), state.read("route")) == ({"b": b"4"}, {"a": b"3"})
+    await state.close()
+
+
+async def test_without_a_directory_nothing_survives() -> None:
+    state = StateFile(None)
+    state.put("adapter", "a", b"1")
+    await state.saved()
+    assert state.read("adapter") == {"a": b"1"}
+    await state.close()
+    state = StateFile(None)
+    assert state.read("adapter") == {}
+    await state.close()
+
+
+async def test_a_second_server_on_the_same_directory_is_refused(tmp_path: Path) -> None:
+    state = StateFile(tmp_path)
+    with pytest.raises(OSError, match="another server is using it"):
+        StateFile(tmp_path)
+    await state.close()
+    await StateFile(tmp_path).close()
+
+
+async def test_a_file_that_is_no_database_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"not a database, and long enough to be sure of it" * 100)
+    with pytest.raises(OSError, match=r"state_directory: .*not a database"):
+        StateFile(tmp_path)
+
+
+async def test_the_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    await StateFile(tmp_path).close()
+    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(OSError, match="a newer version of Loraplex"):
+        StateFile(tmp_path)
+
+
+async def test_a_change_that_cannot_be_written_is_an_error_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StateFile(tmp_path)
+    commit = state._commit
+
+    def fail(changes: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(state, "_commit", fail)
+    state.put("adapter", "a", b"1")
+    with pytest.raises(EngineError, match="disk is full"):
+        await state.saved()
+    monkeypatch.setattr(state, "_commit", commit)
+    await state.saved()
+    assert state.read("adapter") == {"a": b"1"}
+    await state.close()
