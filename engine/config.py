@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("nf4", "int8", "int4")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
@@ -14,6 +15,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str  # a local directory, or a hub id
     revision: str | None = None  # of a hub id: pin it
     dtype: str = "auto"  # auto: bfloat16 where the checkpoint is 16-bit, else float32
+    quantization: str | None = None  # of an unquantised checkpoint, while it is loaded; None: as the checkpoint is
     device: str = "auto"  # auto: cuda where there is one, else cpu
     kernels: str = "auto"
     threads: int | None = None  # compute threads on the CPU; None: all cores the process may use
@@ -39,6 +41,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             problems.append("model must name a directory or a hub id")
         if self.dtype not in DTYPES:
             problems.append(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            problems.append(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
         if self.kernels not in BACKENDS:
             problems.append(f"kernels {self.kernels!r} is not one of {', '.join(BACKENDS)}")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):

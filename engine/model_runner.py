@@ -64,7 +64,7 @@ class ModelRunner:
         return ModelLimits(
             architecture=model.config.architecture,
             dtype=str(model.dtype).removeprefix("torch."),
-            quantization="",
+            quantization=model.config.quantization,
             vocab_size=model.config.vocab_size,
             max_model_len=self.max_model_len,
             max_adapter_rank=config.max_adapter_rank,

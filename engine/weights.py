@@ -39,6 +39,8 @@ PREFIXES = (
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias")
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = tuple(STORED_DTYPES)
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 MAX_LISTED = 8  # tensors named in one error; the rest are counted
 
 
@@ -100,6 +102,30 @@ class StoredTensor:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ExpectedTensor:
+    """What a tensor of the checkpoint must be, where that is not just a float tensor of one shape."""
+
+    shape: tuple[int | None, ...] | None  # None: any, or any length of that dimension
+    dtypes: tuple[str, ...]  # the format's codes
+    optional: bool = False
+    hint: str = ""  # what it means if the tensor is of another shape or type
+
+    def fits(self, stored: StoredTensor) -> bool:
+        return self._shape_fits(stored.shape) and stored.dtype in self.dtypes
+
+    def misfit(self, stored: StoredTensor) -> str:
+        shape = "" if self._shape_fits(stored.shape) else f" {_dims(self.shape)}"
+        return f"{stored.name} is {stored.dtype} {_dims(stored.shape)}, not {' or '.join(self.dtypes)}{shape}"
+
+    def _shape_fits(self, shape: tuple[int, ...]) -> bool:
+        if self.shape is None:
+            return True
+        return len(shape) == len(self.shape) and all(
+            wanted in (None, length) for wanted, length in zip(self.shape, shape, strict=True)
+        )
+
+
 class Checkpoint:
     """The tensors of a model directory by their names in the Hugging Face model. Files are mapped, not read ahead.
 
@@ -138,12 +164,20 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         return STORED_DTYPES[self._tensors[name].dtype]
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ModelError unless the checkpoint holds exactly these tensors, in these shapes, as floats."""
-        stored = self._tensors
+    def stored_dtype(self, name: str) -> str:
+        """The format's code: "F32", "I8"."""
+        return self._tensors[name].dtype
+
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], packed: Mapping[str, ExpectedTensor] | None = None
+    ) -> None:
+        """Raise ModelError unless the checkpoint holds exactly these tensors: `expected` as floats in these shapes."""
+        stored, packed = self._tensors, packed or {}
+        required = expected.keys() | {name for name, tensor in packed.items() if not tensor.optional}
+        misfits = {name: t for name, t in packed.items() if name in stored and not t.fits(stored[name])}
         found = {
-            "missing": sorted(expected.keys() - stored.keys()),
-            "unexpected": sorted(stored.keys() - expected.keys()),
+            "missing": sorted(required - stored.keys()),
+            "unexpected": sorted(stored.keys() - expected.keys() - packed.keys()),
             "of another shape": [
                 f"{name} is {list(stored[name].shape)}, config.json makes it {list(shape)}"
                 for name, shape in expected.items()
@@ -154,8 +188,10 @@ class Checkpoint:
                 for name in expected
                 if name in stored and stored[name].dtype not in STORED_DTYPES
             ],
+            "not as the quantisation lays them out": [tensor.misfit(stored[name]) for name, tensor in misfits.items()],
         }
         problems = [f"{len(names)} tensors {what}: {_listed(names)}" for what, names in found.items() if names]
+        problems += sorted({tensor.hint for tensor in misfits.values() if tensor.hint})
         if problems:
             raise ModelError(
                 f"{self.directory}: the weights do not fit config.json: {'; '.join(problems)}. "
@@ -169,12 +205,20 @@ class Checkpoint:
         result = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
         start = 0
         for part in parts:
-            result[start : start + part.shape[0]].copy_(self._files[part.path].get_tensor(part.name))
+            result[start : start + part.shape[0]].copy_(self._read(part))
             start += part.shape[0]
-            self._loaded_bytes += part.nbytes
-            if self._progress is not None:
-                self._progress(self._loaded_bytes, self.nbytes)
         return result
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """One tensor as it is stored. On the CPU it may lie in the mapped file: not to be written to."""
+        return self._read(self._tensors[name]).to(device)
+
+    def _read(self, stored: StoredTensor) -> Tensor:
+        tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
+        self._loaded_bytes += stored.nbytes
+        if self._progress is not None:
+            self._progress(self._loaded_bytes, self.nbytes)
+        return tensor
 
     def _open(self, path: Path, unused_prefixes: tuple[str, ...]) -> None:
         try:
@@ -196,8 +240,8 @@ class Checkpoint:
                 )
             part = file.get_slice(stored_name)
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
-            size = STORED_DTYPES[dtype].itemsize if dtype in STORED_DTYPES else 0
-            self._tensors[name] = StoredTensor(path, stored_name, shape, dtype, size * torch.Size(shape).numel())
+            nbytes = ITEM_BYTES.get(dtype, 0) * torch.Size(shape).numel()
+            self._tensors[name] = StoredTensor(path, stored_name, shape, dtype, nbytes)
 
 
 def shard_paths(directory: Path) -> list[Path]:
@@ -223,6 +267,10 @@ def canonical_name(stored_name: str) -> str:
         if stored_name.startswith(prefix):
             return replacement + stored_name.removeprefix(prefix)
     return stored_name
+
+
+def _dims(shape: tuple[int | None, ...] | None) -> str:
+    return f"[{', '.join('any' if length is None else str(length) for length in shape or ())}]"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,10 +1,33 @@
-"""A dense linear layer."""
+"""Linear layers: one packed matrix, dense or quantised, or several whose outputs lie side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
 from torch import Tensor
 
 from kernels.ops import Ops, PackedLinear
+
+
+class AnyLinear(Protocol):
+    """y = x Wᵀ + b."""
+
+    @property
+    def in_features(self) -> int: ...  # C
+
+    @property
+    def out_features(self) -> int: ...  # N
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, C] → [T, N], a new tensor."""
+
+    def dequantize(self, start: int, end: int) -> Tensor:
+        """Rows start … end of W: float32 [end - start, C]."""
 
 
 class Linear:
@@ -20,3 +43,31 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, C] → [T, N], a new tensor."""
         return self._ops.linear(x, self._packed)
+
+    def dequantize(self, start: int, end: int) -> Tensor:
+        """Rows start … end of W: float32 [end - start, C]."""
+        return self._ops.dequantize(self._packed, start, end)
+
+
+class SideBySide:
+    """Projections of one input that no single matrix holds, because they are quantised differently or not all are."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self.in_features = parts[0].in_features
+        self.out_features = sum(part.out_features for part in parts)
+        self.nbytes = sum(part.nbytes for part in parts)
+        self._parts = tuple(parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, C] → [T, N], a new tensor."""
+        return torch.cat([part(x) for part in self._parts], dim=1)
+
+    def dequantize(self, start: int, end: int) -> Tensor:
+        """Rows start … end of W: float32 [end - start, C]."""
+        found, first = [], 0
+        for part in self._parts:
+            last = first + part.out_features
+            if start < last and first < end:
+                found.append(part.dequantize(max(start, first) - first, min(end, last) - first))
+            first = last
+        return torch.cat(found)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from adapters.binding import LoraTarget
 from adapters.layer import LoRALinear
 from engine.batch import StepBatch
-from engine.layers.linear import Linear
+from engine.layers.linear import AnyLinear
 from engine.model_config import ModelConfig
 from engine.models.layout import layer_linears, lora_targets, site_name
 from kernels.ops import LayerKV, Ops, QKNorm
@@ -50,7 +50,7 @@ class LanguageModel:
         embedding: Tensor,  # [V, C]
         layers: Sequence[DecoderLayer],
         final_norm: Tensor,  # float32 [C]
-        head: Linear,
+        head: AnyLinear,
         nbytes: int,
     ) -> None:
         self.config = config

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engine.config_fields import ConfigFields
 from engine.model_config import LayerAttention, ModelConfig
-from engine.models.reading import ConfigFields, Family, decoder_config, sliding_layers
+from engine.models.reading import Family, decoder_config, sliding_layers
 from engine.models.rope_reading import read_rope
 
 DEFAULTS = {

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engine.config_fields import ConfigFields
 from engine.model_config import LayerAttention, ModelConfig, Rope
 from engine.models.gemma2 import gemma_config
-from engine.models.reading import ConfigFields, Family, sliding_layers
+from engine.models.reading import Family, sliding_layers
 from engine.models.rope_reading import rope_from
 
 DEFAULTS = {

@@ -12,7 +12,8 @@ from engine.model_config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+HEAD_MODULE = "lm_head"
+HEAD = f"{HEAD_MODULE}.weight"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engine.config_fields import ConfigFields
 from engine.model_config import LayerAttention, ModelConfig
-from engine.models.reading import ConfigFields, Family, decoder_config
+from engine.models.reading import Family, decoder_config
 from engine.models.rope_reading import read_rope
 
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from adapters.layer import LoRALinear
 from engine.config import EngineConfig
-from engine.layers.linear import Linear
+from engine.layers.linear import AnyLinear, Linear, SideBySide
 from engine.layers.rotary import cos_sin_table
 from engine.model_config import ModelConfig, ModelError
 from engine.models.decoder import DecoderLayer, LanguageModel
@@ -17,14 +19,17 @@ from engine.models.layout import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    HEAD_MODULE,
     FusedLinear,
     layer_linears,
     layer_norms,
     tensor_shapes,
 )
 from engine.models.registry import read_model_config
-from engine.weights import Checkpoint, Progress
+from engine.quantization import LinearShape, QuantizedReader, read_spec, round_to_nearest
+from engine.weights import Checkpoint, Progress, read_json
 from kernels.ops import Ops, QKNorm
+from kernels.quantized import QuantizedWeight, concatenate
 
 DTYPES = {
     "float64": torch.float64,
@@ -40,15 +45,41 @@ def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | 
     Raises ModelError if it is of no known family, or its weights are not all that its config.json asks for.
     """
     model_config = read_model_config(path)
+    spec = read_spec(path, read_json(path / "config.json"))
+    if spec is not None and config.quantization is not None:
+        raise ModelError(
+            f"{path}: quantization {config.quantization!r} is asked for, and the checkpoint is quantised already "
+            f"({spec.label}): leave it out, or use the unquantised checkpoint"
+        )
     with Checkpoint(path, model_config.unused_tensors, progress) as checkpoint:
         expected = tensor_shapes(model_config)
         if HEAD in checkpoint:  # some files hold a tied head a second time
             expected[HEAD] = expected[EMBEDDING]
-        checkpoint.check(expected)
+        quantised = None
+        if spec is not None:
+            quantised = QuantizedReader(checkpoint, spec, _linear_shapes(model_config))
+            for name in quantised.replaced:
+                expected.pop(name, None)
+        checkpoint.check(expected, None if quantised is None else quantised.expected)
+        label = config.quantization or (spec.label if spec is not None else "")
+        model_config = replace(model_config, quantization=label)
         longest = model_config.max_position_embeddings
         num_positions = min(config.max_model_len or longest, longest)
         dtype = compute_dtype(config.dtype, model_config.dtype, checkpoint.dtype(EMBEDDING))
-        return _Loader(model_config, checkpoint, ops, dtype, num_positions, config.max_resident_adapters).load()
+        return _Loader(model_config, checkpoint, quantised, ops, dtype, num_positions, config).load()
+
+
+def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
+    """Every linear that a format may have quantised: those of the layers, and a head that is not the embedding."""
+    shapes = [
+        LinearShape(f"model.layers.{layer}.{part}", out_features, linear.in_features)
+        for layer in range(config.num_layers)
+        for linear in layer_linears(config)
+        for part, out_features in linear.parts
+    ]
+    if not config.tie_word_embeddings:
+        shapes.append(LinearShape(HEAD_MODULE, config.vocab_size, config.hidden_size))
+    return shapes
 
 
 def compute_dtype(requested: str, stated: str | None, stored: torch.dtype) -> torch.dtype:
@@ -69,16 +100,19 @@ class _Loader:
         self,
         config: ModelConfig,
         checkpoint: Checkpoint,
+        quantised: QuantizedReader | None,
         ops: Ops,
         dtype: torch.dtype,
         num_positions: int,
-        num_slots: int,
+        engine: EngineConfig,
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
+        self.quantised = quantised
         self.ops = ops
         self.dtype = dtype
-        self.num_slots = num_slots
+        self.num_slots = engine.max_resident_adapters
+        self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
         self.cos_sin = {
             rope: cos_sin_table(rope, config.head_dim, num_positions, ops.device)
             for rope in {layer.rope for layer in config.layers}
@@ -89,7 +123,7 @@ class _Loader:
         embedding = self._rows(EMBEDDING)
         layers = [self._layer(index) for index in range(self.config.num_layers)]
         final_norm = self._norm(FINAL_NORM)
-        head = self._pack(self._head_weight(embedding), None)
+        head = self._head(embedding)
         self.nbytes += embedding.nbytes
         return LanguageModel(self.config, self.ops, embedding, layers, final_norm, head, self.nbytes)
 
@@ -118,9 +152,37 @@ class _Loader:
         )
 
     def _fused(self, prefix: str, linear: FusedLinear) -> LoRALinear:
-        weight = self._rows(*(f"{prefix}{part}.weight" for part, _ in linear.parts))
-        bias = self._rows(*(f"{prefix}{part}.bias" for part, _ in linear.parts)) if linear.bias else None
-        return LoRALinear(self.ops, self._pack(weight, bias), self.num_slots)
+        paths = [prefix + part for part, _ in linear.parts]
+        bias = self._rows(*(f"{path}.bias" for path in paths)) if linear.bias else None
+        return LoRALinear(self.ops, self._linear(self._weights(paths), bias), self.num_slots)
+
+    def _weights(self, paths: Sequence[str]) -> list[Tensor | QuantizedWeight]:
+        """Of projections that are multiplied as one: as few matrices as can be, their rows in order."""
+        quantised = self.quantised
+        if self.rounding is None and (quantised is None or not any(path in quantised for path in paths)):
+            return [self._rows(*(f"{path}.weight" for path in paths))]
+        found: list[Tensor | QuantizedWeight] = []
+        for path in paths:
+            weight = self._weight(path)
+            joined = None
+            if found and not isinstance(weight, Tensor) and not isinstance(found[-1], Tensor):
+                joined = concatenate((found[-1], weight))
+            if joined is None:
+                found.append(weight)
+            else:
+                found[-1] = joined
+        return found
+
+    def _weight(self, path: str) -> Tensor | QuantizedWeight:
+        if self.quantised is not None and path in self.quantised:
+            return self.quantised.read(path, self.ops.device)
+        weight = self._rows(f"{path}.weight")
+        return weight if self.rounding is None else round_to_nearest(weight, self.rounding)
+
+    def _head(self, embedding: Tensor) -> AnyLinear:
+        if self.quantised is not None and HEAD_MODULE in self.quantised:
+            return self._linear([self.quantised.read(HEAD_MODULE, self.ops.device)], None)
+        return self._linear([self._head_weight(embedding)], None)
 
     def _head_weight(self, embedding: Tensor) -> Tensor:
         if HEAD not in self.checkpoint:
@@ -135,10 +197,21 @@ class _Loader:
             "set tie_word_embeddings to false to use it, or remove it"
         )
 
-    def _pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        linear = Linear(self.ops, self.ops.pack_linear(weight, bias))
-        self.nbytes += linear.nbytes
-        return linear
+    def _linear(self, weights: Sequence[Tensor | QuantizedWeight], bias: Tensor | None) -> AnyLinear:
+        """The matrices, one above the other, as one linear; bias [N] of all of them."""
+        linears, start = [], 0
+        for weight in weights:
+            rows = len(weight if isinstance(weight, Tensor) else weight.codes)
+            part = None if bias is None else bias[start : start + rows]
+            packed = (
+                self.ops.pack_linear(weight, part)
+                if isinstance(weight, Tensor)
+                else self.ops.pack_quantized(weight, part, self.dtype)
+            )
+            linears.append(Linear(self.ops, packed))
+            start += rows
+        self.nbytes += sum(linear.nbytes for linear in linears)
+        return linears[0] if len(linears) == 1 else SideBySide(linears)
 
     def _norm(self, name: str) -> Tensor:
         weight = self.checkpoint.stacked([name], torch.float32, self.ops.device)

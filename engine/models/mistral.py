@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from engine.config_fields import ConfigFields
 from engine.model_config import LayerAttention, ModelConfig
-from engine.models.reading import ConfigFields, Family, decoder_config
+from engine.models.reading import Family, decoder_config
 from engine.models.rope_reading import read_rope
 
 DEFAULTS = {

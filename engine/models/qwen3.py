@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engine.config_fields import ConfigFields
 from engine.model_config import ModelConfig
 from engine.models.qwen2 import DEFAULTS, qwen_layers
-from engine.models.reading import ConfigFields, Family, decoder_config
+from engine.models.reading import Family, decoder_config
 
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:

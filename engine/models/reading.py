@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from engine.model_config import Activation, LayerAttention, ModelConfig, ModelError, YarnScaling
+from engine.config_fields import ConfigFields
+from engine.model_config import Activation, LayerAttention, ModelConfig, YarnScaling
 
 # transformers' names of the two activations that the kernels have
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -18,84 +19,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-class ConfigFields:
-    """The fields of a config.json, read with their types checked. A null field counts as absent."""
-
-    def __init__(self, raw: Mapping[str, object], where: str) -> None:
-        self._raw = raw
-        self.where = where
-
-    def with_defaults(self, defaults: Mapping[str, object]) -> ConfigFields:
-        """The same fields over a family's defaults. A field that is there and null hides the default."""
-        return ConfigFields({**defaults, **self._raw}, self.where)
-
-    def has(self, name: str) -> bool:
-        return self._raw.get(name) is not None
-
-    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.error(name, value, f"an integer of at least {minimum}")
-        return value
-
-    def optional_integer(self, name: str) -> int | None:
-        return self.integer(name) if self.has(name) else None
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise self.error(name, value, "a positive number")
-        return float(value)
-
-    def optional_number(self, name: str) -> float | None:
-        return self.number(name) if self.has(name) else None
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise self.error(name, value, "true or false")
-        return value
-
-    def text(self, name: str, default: str | None = None) -> str:
-        value = self._get(name, default)
-        if not isinstance(value, str):
-            raise self.error(name, value, "a string")
-        return value
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self._get(name, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(name, value, "a list of strings")
-        return tuple(value)
-
-    def section(self, name: str) -> ConfigFields | None:
-        value = self._raw.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.error(name, value, "an object")
-        return ConfigFields(value, f"{self.where}: {name}")
-
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """A field that is one id, a list of them, or absent."""
-        value = self._raw.get(name)
-        if value is None:
-            return ()
-        items: list[object] = value if isinstance(value, list) else [value]
-        ids = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
-        if len(ids) != len(items):
-            raise self.error(name, value, "a token id or a list of them")
-        return tuple(item for item in ids if item >= 0)  # -1 stands for "none" in some old files
-
-    def error(self, name: str, value: object, wanted: str) -> ModelError:
-        state = "is missing" if value is None else f"is {value!r}"
-        return ModelError(f"{self.where}: {name} {state}; it must be {wanted}")
-
-    def _get(self, name: str, default: object) -> object:
-        value = self._raw.get(name)
-        return default if value is None else value
-
-
 @dataclass(frozen=True, slots=True)
 class Family:
     """Models that share one shape: how to recognise them, and how to read what is particular to them."""
@@ -106,22 +29,11 @@ class Family:
 
 
 def text_fields(raw: Mapping[str, object], where: str) -> ConfigFields:
-    """The fields of the language model, which a multimodal config keeps under `text_config`.
-
-    Raises ModelError for a quantised checkpoint.
-    """
+    """The fields of the language model, which a multimodal config keeps under `text_config`."""
     text = raw.get("text_config")
     # The outer ones are the whole model's; inside there may only be the defaults of its class.
     outer = {name: raw[name] for name in ("tie_word_embeddings", "eos_token_id") if raw.get(name) is not None}
     merged = {**raw, **text, **outer} if isinstance(text, dict) else dict(raw)
-    for name in ("quantization_config", "compression_config"):
-        section = merged.get(name)
-        if section:
-            method = section.get("quant_method", name) if isinstance(section, dict) else section
-            raise ModelError(
-                f"{where}: the checkpoint is quantised ({method}), which is not supported: "
-                "use the unquantised checkpoint of this model"
-            )
     return ConfigFields(merged, where)
 
 

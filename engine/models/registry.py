@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from engine.config_fields import ConfigFields
 from engine.model_config import ModelConfig, ModelError
 from engine.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
-from engine.models.reading import ConfigFields, Family, text_fields
+from engine.models.reading import Family, text_fields
 from engine.weights import read_json
 
 FAMILIES: tuple[Family, ...] = (

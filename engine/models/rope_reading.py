@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 
+from engine.config_fields import ConfigFields
 from engine.model_config import LinearScaling, Llama3Scaling, Rope, YarnScaling
-from engine.models.reading import ConfigFields
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 

@@ -109,13 +109,6 @@ def test_another_use_of_a_known_model_is_refused() -> None:
         parse(LLAMA, architectures=["LlamaForSequenceClassification"], model_type="llama")
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_quantised_checkpoints_are_refused_by_method(nested: bool) -> None:
-    section = {"quantization_config": {"quant_method": "awq", "bits": 4}}
-    with pytest.raises(ModelError, match=r"quantised \(awq\)"):
-        parse(LLAMA, **({"text_config": section} if nested else section))
-
-
 @pytest.mark.parametrize(("value", "expected"), [(None, ()), (2, (2,)), ([5, 9], (5, 9)), (-1, ()), (0, (0,))], ids=str)
 def test_ends_of_sequence(value: object, expected: tuple[int, ...]) -> None:
     assert parse(LLAMA, eos_token_id=value).eos_token_ids == expected

@@ -1,0 +1,70 @@
+"""Which format a checkpoint is in, by what its files state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from engine.config_fields import ConfigFields
+from engine.quantization import awq, bitsandbytes, compressed_tensors, fp8, gptq
+from engine.quantization.spec import QuantSpec
+from engine.weights import read_json
+
+logger = logging.getLogger(__name__)
+
+# A new format is one file, and one line here: its name in quant_method.
+FORMATS: Mapping[str, Callable[[ConfigFields], QuantSpec]] = {
+    "gptq": gptq.parse,
+    "awq": awq.parse,
+    "bitsandbytes": bitsandbytes.parse,
+    "compressed-tensors": compressed_tensors.parse,
+    "fp8": fp8.parse,
+}
+SECTIONS = ("quantization_config", "compression_config")  # of config.json; the second is an old spelling
+# Files of their own, beside a config.json that says nothing: AutoGPTQ's and AutoAWQ's, and what they imply.
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+COMPARED = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
+
+
+def read_spec(directory: Path, raw: Mapping[str, object]) -> QuantSpec | None:
+    """How the model in `directory`, whose config.json holds `raw`, is quantised; None if it is not.
+
+    config.json counts where a file of the quantiser's own contradicts it. Raises ModelError naming the field that is
+    not supported.
+    """
+    stated = _section(raw, str(directory / "config.json"))
+    own = next((name for name in OWN_FILES if (directory / name).exists()), None)
+    if own is None:
+        return None if stated is None else parse(stated)
+    fields = ConfigFields(read_json(directory / own), str(directory / own))
+    if stated is None:
+        return parse(fields.with_defaults({"quant_method": OWN_FILES[own]}))
+    differing = [name for name in COMPARED if fields.has(name) and stated.has(name) and not fields.agrees(stated, name)]
+    if differing:
+        logger.warning("%s contradicts config.json in %s: config.json counts", fields.where, ", ".join(differing))
+    return parse(stated)
+
+
+def parse(fields: ConfigFields) -> QuantSpec:
+    """The format that a quantization_config states. Raises ModelError if it is not supported, naming the field."""
+    method = fields.text("quant_method", _method_of_old_files(fields))
+    if method not in FORMATS:
+        raise fields.error("quant_method", method or None, f"one of {', '.join(FORMATS)}")
+    return FORMATS[method](fields)
+
+
+def _section(raw: Mapping[str, object], where: str) -> ConfigFields | None:
+    """What config.json states, there or inside the text model of a multimodal one; an empty section states nothing."""
+    fields = ConfigFields(raw, where)
+    for place in (fields, fields.section("text_config")):
+        for name in SECTIONS:
+            section = None if place is None else place.section(name)
+            if section is not None and section.names():
+                return section
+    return None
+
+
+def _method_of_old_files(fields: ConfigFields) -> str:
+    """Old versions of transformers did not write the method."""
+    return "bitsandbytes" if fields.has("load_in_4bit") or fields.has("load_in_8bit") else ""

@@ -1,0 +1,71 @@
+"""What a quantisation format has to offer, and the checks that all formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.model_config import ModelError
+from engine.weights import ExpectedTensor
+from kernels.quantized import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """One linear of the model, as the checkpoint names it."""
+
+    path: str  # "model.layers.0.mlp.up_proj"
+    out_features: int  # N
+    in_features: int  # C
+
+    def error(self, suffix: str, problem: str) -> ModelError:
+        return ModelError(f"{self.path}{suffix} {problem}")
+
+
+class QuantSpec(Protocol):
+    """One format with its parameters, as a checkpoint's configuration states them.
+
+    Tensors go by what follows the module's path: ".qweight".
+    """
+
+    @property
+    def label(self) -> str:
+        """For people: "gptq-4bit-g128"."""
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """A linear that has one of these is quantised; one that has none, and a float .weight, is not."""
+
+    def tensors(self, linear: LinearShape) -> dict[str, ExpectedTensor]:
+        """What a quantised linear is stored as. Raises ModelError where its shape rules the format out."""
+
+    def read(self, linear: LinearShape, stored: Mapping[str, Tensor]) -> QuantizedWeight:
+        """The record that the stored tensors are. Raises ModelError naming the tensor with values that cannot be."""
+
+
+def group_count(linear: LinearShape, group_size: int) -> int:
+    return -(-linear.in_features // group_size)
+
+
+def require_multiple(linear: LinearShape, what: str, length: int, of: int) -> None:
+    """Raise ModelError for a dimension that its codes cannot be packed from."""
+    if length % of:
+        raise linear.error("", f"has {length} {what}, no multiple of {of}: its codes cannot be packed so")
+
+
+def check_scales(linear: LinearShape, suffix: str, scales: Tensor, zero_allowed: bool = False) -> Tensor:
+    """The scales in float32. Raises ModelError if one is not finite or not positive.
+
+    zero_allowed: for maxima, which are 0 where all weights are.
+    """
+    scales = scales.float()
+    if not bool(torch.isfinite(scales).all()):
+        raise linear.error(suffix, "holds NaN or Inf: the checkpoint is damaged")
+    lowest = float(scales.min()) if scales.numel() else 1.0
+    if lowest < 0 or (lowest == 0 and not zero_allowed):
+        raise linear.error(suffix, f"holds {lowest:g}, and scales are positive: the checkpoint is damaged")
+    return scales
