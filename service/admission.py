@@ -1,13 +1,17 @@
 """How much work a model takes on before the service says "later". The only home of that policy."""
 
 import asyncio
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engine.messages import ModelLimits
 from service.errors import Unavailable
+
+FADING = 0.98  # of what was seen, with each request that leaves: some fifty of them count
+MAX_RETRY_AFTER_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,59 +25,155 @@ class AdmissionLimits:
 
 
 @dataclass(slots=True)
-class _InFlight:
+class _Amount:
     sequences: int = 0
     tokens: int = 0
 
+    def add(self, sequences: int, tokens: int) -> None:
+        self.sequences += sequences
+        self.tokens += tokens
 
-@dataclass(slots=True)
+
+class _InFlight:
+    """What one model has in flight, for whom, and how fast it gets done with it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.all = _Amount()
+        self.tenants: dict[str, _Amount] = {}
+        self._weights: dict[str, float] = {}
+        self._clock = clock
+        self._loads = 0.0  # that left while others waited, fading
+        self._seconds = 0.0  # that they took, fading
+        self._last_exit = 0.0
+
+    def share(self, tenant: str, weight: float) -> float:
+        """Of the model, that is the tenant's beside those who have something in flight."""
+        others = sum(self._weights.values()) - self._weights.get(tenant, 0.0)
+        return weight / (weight + others)
+
+    def wait_seconds(self, limits: ModelLimits, tenant: str, weight: float, more: _Amount) -> float:
+        """How long the tenant would wait for its turn with more, by what was seen so far: 0 if nothing was."""
+        own = self.tenants.get(tenant, _Amount())
+        alone = _load(limits, own, more) / self.share(tenant, weight)  # as if everybody else took all of their shares
+        ahead = min(_load(limits, self.all, more), alone) - 1
+        return 0.0 if ahead <= 0 or self._loads <= 0 else ahead * self._seconds / self._loads
+
+    def enter(self, limits: ModelLimits, tenant: str, weight: float, more: _Amount) -> None:
+        if _load(limits, self.all) <= 1:
+            self._last_exit = self._clock()  # nobody has waited until now
+        self.all.add(more.sequences, more.tokens)
+        self.tenants.setdefault(tenant, _Amount()).add(more.sequences, more.tokens)
+        self._weights[tenant] = weight
+
+    def leave(self, limits: ModelLimits, tenant: str, less: _Amount) -> None:
+        before = _load(limits, self.all)
+        self.all.add(-less.sequences, -less.tokens)
+        own = self.tenants[tenant]
+        own.add(-less.sequences, -less.tokens)
+        if own.sequences == 0:
+            del self.tenants[tenant], self._weights[tenant]
+        if before > 1:
+            now = self._clock()
+            self._loads = self._loads * FADING + before - _load(limits, self.all)
+            self._seconds = self._seconds * FADING + now - self._last_exit
+            self._last_exit = now
+
+
+def _load(limits: ModelLimits, *amounts: _Amount) -> float:
+    """What these take together, as a share of what runs at once."""
+    sequences, tokens = sum(amount.sequences for amount in amounts), sum(amount.tokens for amount in amounts)
+    return max(sequences / limits.max_num_seqs, tokens / (limits.total_blocks * limits.block_size))
+
+
 class Admission:
     """Counts what is in flight, by model, and refuses what is too much: a bounded queue is a short one.
 
-    For one event loop.
+    Where one tenant has filled the queue, others still get in up to their shares of it, so that the engine has
+    something of theirs to choose: twice the limits is the most that there can be. For one event loop.
     """
 
-    limits: AdmissionLimits = AdmissionLimits()
-    draining: bool = False
-    _models: defaultdict[str, _InFlight] = field(default_factory=lambda: defaultdict(_InFlight))
-    _num_requests: int = 0
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
+    def __init__(self, limits: AdmissionLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits or AdmissionLimits()
+        self.draining = False
+        self._models: defaultdict[str, _InFlight] = defaultdict(lambda: _InFlight(clock))
+        self._num_requests = 0
+        self._idle = asyncio.Event()
         self._idle.set()
+
+    def expected_tokens(self, prompt_tokens: int, outputs: int, max_tokens: int) -> int:
+        """Of the cache, that a request counts with."""
+        return prompt_tokens + outputs * min(max_tokens, self.limits.expected_output_tokens)
+
+    def check(self, model: str, limits: ModelLimits, tenant: str = "", weight: float = 1.0) -> None:
+        """Raises Unavailable (DRAINING, OVERLOADED) where `enter` would refuse whatever is asked for."""
+        self.check_open()
+        self._check_room(model, limits, tenant, weight, _Amount(1, 1))
 
     @contextmanager
     def enter(
-        self, model: str, limits: ModelLimits, prompt_tokens: int, outputs: int, max_tokens: int
+        self,
+        model: str,
+        limits: ModelLimits,
+        prompt_tokens: int,
+        outputs: int,
+        max_tokens: int,
+        tenant: str = "",
+        weight: float = 1.0,
+        seconds_left: float | None = None,
     ) -> Iterator[None]:
         """Hold a place for one request while it is in flight. Raises Unavailable: DRAINING or OVERLOADED.
 
-        A request alone is always let in: what it asks for was checked against the model before.
+        A request alone is always let in: what it asks for was checked against the model before. `seconds_left`: until
+        its deadline. Who would still be waiting then is refused now, while there is time to go elsewhere.
         """
         self.check_open()
-        now = self._models[model]
-        tokens = prompt_tokens + outputs * min(max_tokens, self.limits.expected_output_tokens)
-        most_sequences = self.limits.sequences * limits.max_num_seqs
-        most_tokens = self.limits.cache_tokens * limits.total_blocks * limits.block_size
-        if now.sequences and (now.sequences + outputs > most_sequences or now.tokens + tokens > most_tokens):
+        more = _Amount(outputs, self.expected_tokens(prompt_tokens, outputs, max_tokens))
+        self._check_room(model, limits, tenant, weight, more)
+        in_flight = self._models[model]
+        wait_seconds = in_flight.wait_seconds(limits, tenant, weight, more)
+        if seconds_left is not None and wait_seconds > seconds_left:
             raise Unavailable(
                 "OVERLOADED",
-                f"model {model!r} has {now.sequences} sequences in flight and takes no more now; try again, or another "
-                "replica",
-                self.limits.retry_after_seconds,
+                f"model {model!r} has work for {wait_seconds:.1f} s before this request, whose deadline is in "
+                f"{seconds_left:.1f} s; try another replica, or allow more time",
+                self._retry_after(wait_seconds - seconds_left),
             )
-        now.sequences += outputs
-        now.tokens += tokens
+        in_flight.enter(limits, tenant, weight, more)
         self._num_requests += 1
         self._idle.clear()
         try:
             yield
         finally:
-            now.sequences -= outputs
-            now.tokens -= tokens
+            in_flight.leave(limits, tenant, more)
             self._num_requests -= 1
             if self._num_requests == 0:
                 self._idle.set()
+
+    def _check_room(self, model: str, limits: ModelLimits, tenant: str, weight: float, more: _Amount) -> None:
+        in_flight = self._models[model]
+        own = in_flight.tenants.get(tenant, _Amount())
+        share = in_flight.share(tenant, weight)
+        if self._fits(limits, in_flight.all, more, 1.0):
+            return
+        if self._fits(limits, own, more, share) and self._fits(limits, in_flight.all, more, 2.0):
+            return
+        raise Unavailable(
+            "OVERLOADED",
+            f"model {model!r} has {in_flight.all.sequences} sequences in flight and takes no more now; try again, or "
+            "another replica",
+            self._retry_after(in_flight.wait_seconds(limits, tenant, weight, more)),
+        )
+
+    def _fits(self, limits: ModelLimits, held: _Amount, more: _Amount, share: float) -> bool:
+        most_sequences = share * self.limits.sequences * limits.max_num_seqs
+        most_tokens = share * self.limits.cache_tokens * limits.total_blocks * limits.block_size
+        return held.sequences == 0 or (
+            held.sequences + more.sequences <= most_sequences and held.tokens + more.tokens <= most_tokens
+        )
+
+    def _retry_after(self, seconds: float) -> float:
+        """At least what is configured, and never so long that a quick recovery would be missed."""
+        return max(self.limits.retry_after_seconds, min(seconds, MAX_RETRY_AFTER_SECONDS))
 
     def check_open(self) -> None:
         """Raises Unavailable (DRAINING) once the server is shutting down."""

@@ -39,6 +39,7 @@ from service.probes import Probes, build_probe_server
 from service.server import Health, Service, build_server, drain
 from service.state import StateFile
 from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
+from service.tenants import Tenants
 from service.text import TemplateRenderer
 
 LaunchFor = Callable[[ModelConfig], Launch]  # how the engine of a model is started
@@ -119,14 +120,17 @@ def assemble(
     admission = Admission(
         AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens)
     )
-    inference = InferenceServicer(catalog, admission, renderer, deployer.directory, limits.adapter_load_wait_seconds)
-    tokenizer = TokenizerServicer(catalog, renderer)
+    tenants = Tenants(config.tenants, config.other_tenants)
+    inference = InferenceServicer(
+        catalog, admission, renderer, deployer.directory, tenants, limits.adapter_load_wait_seconds
+    )
+    tokenizer = TokenizerServicer(catalog, renderer, tenants)
     server = ServerServicer(host, lambda: admission.draining, version("loraplex"))
     data = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
         Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
     )
-    adapters = AdapterServicer(registry, deployer, library, host, state, limits.upload_bytes)
+    adapters = AdapterServicer(registry, deployer, library, host, state, tenants, limits.upload_bytes)
     models = ModelServicer(host, config.drain_grace_seconds)
     admin = (
         Service("loraplex.v1.ModelService", models, add_ModelServiceServicer_to_server),

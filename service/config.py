@@ -19,6 +19,7 @@ from google.protobuf import json_format
 
 from engine.config import EngineConfig
 from loraplex.v1.generation_pb2 import Sampling
+from service.tenants import TenantConfig
 from service.validation import check_message
 
 ENVIRONMENT_PREFIX = "LORAPLEX_"
@@ -127,6 +128,8 @@ class ServiceConfig(_Section, frozen=True):
     health_listen: str | None = None  # a plaintext port for an orchestrator's probes: see service/probes.py
     tls: TlsConfig | None = None
     insecure: bool = False  # allow other addresses than loopback without TLS
+    tenants: dict[str, TenantConfig] = {}
+    other_tenants: TenantConfig = TenantConfig()  # those that `tenants` does not name
     drain_grace_seconds: float = 30.0  # for running requests, once told to stop
     lame_duck_seconds: float = 0.0  # before that: still serving, but NOT_SERVING to balancers
     log_level: str = "INFO"
@@ -207,7 +210,7 @@ def _explain(error: str) -> str:
     found = _UNKNOWN_KEY.fullmatch(error)
     if found is None:
         return error.replace(" - at `$.", " - at `")
-    sections = (ServiceConfig, ModelConfig, AdapterConfig, TlsConfig, LimitsConfig, SupervisionConfig)
+    sections = (ServiceConfig, ModelConfig, AdapterConfig, TlsConfig, TenantConfig, LimitsConfig, SupervisionConfig)
     known = sorted({name for section in sections for name in section.__struct_fields__})
     similar = difflib.get_close_matches(found["key"], known, n=1)
     hint = f"; did you mean {similar[0]!r}?" if similar else ""
@@ -268,6 +271,11 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     for root in config.adapter_roots:
         if not Path(root).is_dir():
             yield f"adapter_roots: there is no directory {root}"
+    for name, tenant in config.tenants.items():
+        if not ID.fullmatch(name):
+            yield f"tenants: {name!r} is no name of a tenant: {_ID_RULE}"
+        yield from (f"tenants.{name}: {problem}" for problem in tenant.problems())
+    yield from (f"other_tenants: {problem}" for problem in config.other_tenants.problems())
     yield from _listener_problems(config)
     if config.log_level.upper() not in logging.getLevelNamesMapping():
         yield f"log_level {config.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR"

@@ -39,6 +39,7 @@ from service.errors import Cancelled, FailedPrecondition, InvalidRequest, Lorapl
 from service.generation import Event, Job, Run
 from service.interceptors import Call, current_call, error_status, known_error
 from service.prompts import prompt_tokens
+from service.tenants import Tenant, Tenants
 from service.text import TemplateRenderer
 from service.validation import OutputForm, check_spec, derived_seed, duration_seconds, merged_sampling, sampling_params
 
@@ -66,6 +67,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         admission: Admission,
         renderer: TemplateRenderer,
         adapter_path: Callable[[AdapterVersion], str],
+        tenants: Tenants,
         max_load_wait_seconds: float = 60.0,
     ) -> None:
         """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read."""
@@ -73,6 +75,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._admission = admission
         self._renderer = renderer
         self._adapter_path = adapter_path
+        self._tenants = tenants
         self._max_load_wait_seconds = max_load_wait_seconds
         self._runs: dict[str, tuple[str, Run]] = {}  # by request id: the tenant, and what runs for it
 
@@ -101,10 +104,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if at_once < 1:
             raise InvalidRequest.at("max_concurrency", f"must be at least 1, is {at_once}")
         slots = asyncio.Semaphore(at_once)
-        tenant = current_call().tenant
+        call = current_call()
         tasks = [
-            asyncio.create_task(self._batch_item(index, spec, tenant, slots))
-            for index, spec in enumerate(request.specs)
+            asyncio.create_task(self._batch_item(index, spec, call, slots)) for index, spec in enumerate(request.specs)
         ]
         try:
             for item in asyncio.as_completed(tasks):
@@ -134,11 +136,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             run.end(error)
 
     async def _batch_item(
-        self, index: int, spec: GenerateSpec, tenant: str, slots: asyncio.Semaphore
+        self, index: int, spec: GenerateSpec, batch: Call, slots: asyncio.Semaphore
     ) -> BatchGenerateResponse:
         """One item of a batch, a request with an id of its own. If it fails, it fails alone."""
         async with slots:
-            call = Call(tenant)
+            call = Call(batch.tenant, deadline=batch.deadline)
             try:
                 return BatchGenerateResponse(index=index, response=await self._generate(call, spec, f"specs[{index}]"))
             except Exception as error:
@@ -155,16 +157,29 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     @asynccontextmanager
     async def _run(self, call: Call, spec: GenerateSpec, path: str, streaming: bool) -> AsyncIterator[Run]:
         """One request from its spec to its run. At the end of the block, however it ends, the engine forgets it."""
+        tenant = self._tenants.get(call.tenant)
+        tenant.count_request()
         check_spec(spec, path, streaming)
         target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model")
         model = target.model
+        self._admission.check(model.name, model.limits, tenant.name, tenant.config.weight)
         prompt = await prompt_tokens(spec.prompt, model, self._renderer, f"{path}.prompt")
         sampling = merged_sampling(spec.sampling, model.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
         params = sampling_params(spec, sampling, model.limits, model.tokenizer.eos_token_ids, len(prompt), seed, path)
         outputs = sampling.n or 1
         with (
-            self._admission.enter(model.name, model.limits, len(prompt), outputs, params.max_tokens),
+            tenant.spending(self._admission.expected_tokens(len(prompt), outputs, params.max_tokens), call.used_tokens),
+            self._admission.enter(
+                model.name,
+                model.limits,
+                len(prompt),
+                outputs,
+                params.max_tokens,
+                tenant.name,
+                tenant.config.weight,
+                call.seconds_left(),
+            ),
             self._catalog.using(target.adapter),
         ):
             adapter, load_seconds = await self._adapter(target, spec.adapter_policy)
@@ -176,7 +191,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 target=resolved,
                 tokenizer=model.tokenizer,
                 form=OutputForm.of(spec, streaming),
-                sequences=_sequences(call.tenant, spec, model.client, prompt, params, adapter, outputs),
+                sequences=_sequences(tenant, spec, model.client, prompt, params, adapter, outputs),
                 arrival=call.arrival,
                 adapter_load_seconds=load_seconds,
             )
@@ -226,7 +241,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def _sequences(
-    tenant: str,
+    tenant: Tenant,
     spec: GenerateSpec,
     client: EngineClient,
     prompt: list[int],
@@ -240,9 +255,11 @@ def _sequences(
         prompt_token_ids=prompt,
         sampling=params,
         adapter=adapter,
-        cache_salt=f"{tenant}:{spec.cache.salt}",  # a tenant has no colon in its name
+        cache_salt=tenant.cache_salt(spec.cache.salt),
         bypass_prefix_cache=spec.cache.bypass_prefix_cache,
-        priority=-spec.priority,  # the caller's higher is the engine's lower
+        priority=-tenant.priority(spec.priority),  # the caller's higher is the engine's lower
+        tenant=tenant.name,
+        weight=tenant.config.weight,
     )
     sequences = [first]
     for index in range(1, outputs):

@@ -33,8 +33,20 @@ class Call:
     tenant: str
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # never the caller's: that is a label
     arrival: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    deadline: float | None = None  # of the event loop's clock
     metadata: dict[str, str] = field(default_factory=dict)  # goes back to the caller, beside loraplex-request-id
     usage: Callable[[], Usage] | None = None  # what a generation has consumed so far: an error carries it
+
+    def seconds_left(self) -> float | None:
+        """Until the caller's deadline; None: there is none."""
+        return None if self.deadline is None else self.deadline - asyncio.get_running_loop().time()
+
+    def used_tokens(self) -> int:
+        """Of prompt and outputs, so far."""
+        if self.usage is None:
+            return 0
+        usage = self.usage()
+        return usage.prompt_tokens + usage.completion_tokens
 
 
 _CALL: ContextVar[Call] = ContextVar("call")
@@ -114,6 +126,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             token = _CALL.set(call)
             try:
                 call.tenant = self._identify(_text_metadata(context))
+                call.deadline = _deadline(context)
                 result = behaviour(request, context)
                 if isinstance(result, AsyncGenerator):
                     return await self._stream(result, call, context)
@@ -188,6 +201,11 @@ class _StallWatch:
 
 def _text_metadata(context: Context) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _deadline(context: Context) -> float | None:
+    seconds = context.time_remaining()
+    return None if seconds is None else asyncio.get_running_loop().time() + seconds
 
 
 def _outgoing(call: Call) -> tuple[tuple[str, str], ...]:

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -19,6 +20,7 @@ from adapters.registry import (
     ChangeKind,
     resource_name,
 )
+from adapters.source import WEIGHTS_FILE
 from loraplex.v1 import adapters_pb2_grpc
 from loraplex.v1.adapters_pb2 import (
     ADAPTER_RESIDENCY_DEVICE,
@@ -72,6 +74,7 @@ from service.errors import (
 )
 from service.hosting import ModelHost
 from service.state import StateFile
+from service.tenants import Tenants
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -95,6 +98,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         library: AdapterLibrary,
         host: ModelHost,
         state: StateFile,
+        tenants: Tenants,
         max_upload_bytes: int,
     ) -> None:
         self._registry = registry
@@ -102,6 +106,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self._library = library
         self._host = host
         self._state = state
+        self._tenants = tenants
         self._max_upload_bytes = max_upload_bytes
         self._once = Once()
 
@@ -191,6 +196,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         files = self._deployer.check_rank(files, spec.base_model)
         if request.validate_only:
             return await self._validated(tenant, request.adapter_id, spec, files)
+        self._check_quota(tenant, files)
         version = self._deployer.create(tenant, request.adapter_id, spec, files)
         await self._state.saved()
         return self._message(await self._wait_while(version, AdapterState.LOADING, seconds))
@@ -318,6 +324,13 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         await wait_until(is_over, self._registry.subscribe, seconds)
         return self._find(version.key) or version
 
+    def _check_quota(self, tenant: str, files: AdapterFiles) -> None:
+        """Raises QuotaExceeded if the tenant may not have these files too. To be called right before they are taken."""
+        held = self._registry.list_versions({tenant}, include_versions=True)
+        others = [version for version in held if version.key.digest != files.digest]
+        directories = [files.directory, *(Path(version.directory) for version in others)]
+        self._tenants.get(tenant).check_adapters(len(directories), sum(map(_weight_bytes, directories)))
+
     def _message(self, version: AdapterVersion) -> Adapter:
         message = Adapter(
             name=version.name,
@@ -386,6 +399,13 @@ def _registration_violations(request: CreateAdapterRequest) -> Iterator[Violatio
     if request.adapter.digest and not _DIGEST.fullmatch(request.adapter.digest):
         yield Violation("adapter.digest", "must be sha256: and 64 hexadecimal digits")
     yield from check_labels(request.adapter.labels, "adapter.labels")
+
+
+def _weight_bytes(directory: Path) -> int:
+    try:
+        return (directory / WEIGHTS_FILE).stat().st_size
+    except OSError:
+        return 0  # the files have gone: then they take no room
 
 
 def _fields_to_change(mask: FieldMask) -> set[str]:

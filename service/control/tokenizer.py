@@ -17,6 +17,7 @@ from service.catalog import Catalog, LoadedModel
 from service.errors import InvalidRequest, Violation
 from service.interceptors import current_call
 from service.prompts import adds_special_tokens, prompt_text
+from service.tenants import Tenants
 from service.text import TemplateRenderer, TextError
 from service.validation import check_message, check_prompt
 
@@ -28,11 +29,13 @@ MAX_TOKENS = 1 << 20
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     """The tokenizers of the loaded models."""
 
-    def __init__(self, catalog: Catalog, renderer: TemplateRenderer) -> None:
+    def __init__(self, catalog: Catalog, renderer: TemplateRenderer, tenants: Tenants) -> None:
         self._catalog = catalog
         self._renderer = renderer
+        self._tenants = tenants
 
     async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:  # noqa: N802
+        self._tenants.get(current_call().tenant).count_request()
         prompt = request.prompt
         violations = [*check_message(prompt, "prompt"), *check_prompt(prompt, "prompt")]
         if prompt.HasField("token_ids"):
@@ -55,6 +58,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return response
 
     async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:  # noqa: N802
+        self._tenants.get(current_call().tenant).count_request()
         if len(request.token_ids) > MAX_TOKENS:
             raise InvalidRequest.at(
                 "token_ids", f"has {len(request.token_ids)} entries; at most {MAX_TOKENS} are allowed"

@@ -18,7 +18,7 @@ from loraplex import (
 )
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.inference_pb2 import GenerateResponse
-from tests.e2e.conftest import DEMO, LORAPLEX, MODELS, Server
+from tests.e2e.conftest import DEMO, END_SECONDS, LORAPLEX, MODELS, Server
 
 TARGETS = [*MODELS, *(adapter for adapters in MODELS.values() for adapter in adapters)]
 PROMPTS = ["Tell me a story about a fox.", "What is two plus three?", "Once upon a time", "Who are you?", "The sea"]
@@ -179,3 +179,17 @@ async def test_the_service_process_holds_no_torch(server: Server, client: AsyncC
     await client.generate("storyteller", [{"role": "user", "content": "Hello"}], max_tokens=1)
     maps = await asyncio.to_thread(Path(f"/proc/{server.process.pid}/maps").read_text)
     assert "libtorch" not in maps
+
+
+async def test_no_tenant_finds_what_another_has_cached(server: Server, client: AsyncClient) -> None:
+    """Whoever can tell by the time that a prompt was cached knows that somebody else has sent it."""
+    prompt = "A prompt of which somebody would like to know whether anybody has sent it, of more than one block. " * 3
+
+    async def cached_tokens(tenant: str) -> int:
+        async with AsyncClient(server.data, tenant=tenant, timeout=END_SECONDS) as caller:
+            response = await caller.generate("storyteller", prompt, max_tokens=1)
+        return int(response.usage.cached_prompt_tokens)
+
+    assert await cached_tokens("alice") == 0
+    assert await cached_tokens("alice") > 0
+    assert await cached_tokens("bob") == 0

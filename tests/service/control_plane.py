@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from loraplex import AsyncAdminClient, AsyncClient
 from service.app import Addresses, Application, running
 from service.config import AdapterConfig, ModelConfig, ServiceConfig, SupervisionConfig
+from service.tenants import TenantConfig
 from tests.service.scripted_engine import ScriptedCore, ThreadedEngines
 
 Engines = dict[str, ThreadedEngines]
@@ -55,6 +56,7 @@ async def control_plane(
     drain_grace_seconds: float = 20.0,
     state_directory: str = "",
     models: tuple[str, ...] = ("tiny", "other"),
+    tenants: dict[str, TenantConfig] | None = None,
 ) -> AsyncIterator[ControlPlane]:
     """Two models, "tiny" which is loaded and "other" which is not."""
     config = ServiceConfig(
@@ -67,6 +69,7 @@ async def control_plane(
         adapter_roots=(str(roots),),
         supervision=SupervisionConfig(heartbeat_seconds=0.02, restart_delay_seconds=0.01),
         drain_grace_seconds=drain_grace_seconds,
+        tenants=tenants or {},
     ).with_free_ports()
     engines = {model.name: ThreadedEngines() for model in config.models}
     for threaded in engines.values():

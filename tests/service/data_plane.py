@@ -31,6 +31,7 @@ from service.errors import LoraplexError, NotFound
 from service.inference import InferenceServicer
 from service.interceptors import CallInterceptor
 from service.server import Health, Service, build_server
+from service.tenants import Tenants
 from service.text import TemplateRenderer, Tokenizer
 from tests.service.fake_engine import FakeEngine
 
@@ -164,6 +165,7 @@ async def data_plane(
     admission_limits: AdmissionLimits | None = None,
     stall_seconds: float = 30.0,
     max_pending_tokens: int | None = None,
+    tenants: Tenants | None = None,
 ) -> AsyncIterator[DataPlane]:
     engine = FakeEngine()
     if max_pending_tokens is not None:
@@ -172,7 +174,11 @@ async def data_plane(
     hosted, registry, admission = FakeModels(model), AdapterRegistry(), Admission(admission_limits or AdmissionLimits())
     async with TemplateRenderer() as renderer:
         servicer = InferenceServicer(
-            Catalog(hosted, registry), admission, renderer, adapter_path=lambda version: version.spec.source
+            Catalog(hosted, registry),
+            admission,
+            renderer,
+            adapter_path=lambda version: version.spec.source,
+            tenants=tenants or Tenants(),
         )
         name = "loraplex.v1.InferenceService"
         health = Health([name])

@@ -16,6 +16,7 @@ from service.config import (
     TlsConfig,
     load_config,
 )
+from service.tenants import TenantConfig
 
 
 @pytest.fixture
@@ -159,6 +160,11 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
             "adapters[0] '../x': the name must be an id",
             id="name of an adapter",
         ),
+        pytest.param(MODEL + "tenants: {acme: {weight: 0}}", "tenants.acme: weight 0.0 must be above 0", id="weight"),
+        pytest.param(MODEL + "tenants: {A: {}}", "tenants: 'A' is no name of a tenant", id="name of a tenant"),
+        pytest.param(
+            MODEL + "other_tenants: {max_priority: 101}", "other_tenants: max_priority 101 must be from", id="ceiling"
+        ),
         pytest.param(MODEL + "drain_grace_seconds: -1", "drain_grace_seconds -1.0 must not be negative", id="negative"),
     ],
 )
@@ -184,7 +190,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_every_key_is_described() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
-    sections = (ServiceConfig, ModelConfig, AdapterConfig, TlsConfig, LimitsConfig, SupervisionConfig)
+    sections = (ServiceConfig, ModelConfig, AdapterConfig, TlsConfig, TenantConfig, LimitsConfig, SupervisionConfig)
     keys = {name for section in sections for name in section.__struct_fields__}
     assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
 

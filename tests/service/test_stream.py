@@ -359,7 +359,7 @@ async def test_everything_of_the_spec_reaches_the_engine(plane: DataPlane) -> No
         stopping={"max_tokens": 9, "min_tokens": 2, "stop_token_ids": [66], "time_limit": {"seconds": 3}},
         output={"top_logprobs": 3, "prompt_logprobs": 4},
         cache={"bypass_prefix_cache": True, "salt": "s"},
-        priority=5,
+        priority=-5,
     )
     await plane.generate(made)
     [request] = plane.engine.requests
@@ -371,7 +371,7 @@ async def test_everything_of_the_spec_reaches_the_engine(plane: DataPlane) -> No
     assert (sampling.max_tokens, sampling.min_tokens, sampling.stop_token_ids) == (9, 2, (66,))
     assert (sampling.eos_token_ids, sampling.time_limit_seconds) == ((EOS,), 3.0)
     assert (sampling.num_logprobs, sampling.num_prompt_logprobs) == (3, 4)
-    assert (request.bypass_prefix_cache, request.priority) == (True, -5)
+    assert (request.bypass_prefix_cache, request.priority) == (True, 5)
 
 
 async def test_tenants_never_share_a_cache_salt(plane: DataPlane) -> None:

@@ -1,0 +1,172 @@
+"""Tenants: what each may use, and what sets one apart from the others.
+
+A tenant's requests and tokens per second come out of buckets that fill at its rates. Its weight and its priority go to
+the engines, which share their steps by them (`engine/fairness.py`).
+"""
+
+import hmac
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import msgspec
+
+from service.errors import QuotaExceeded
+
+REMEMBERED_TENANTS = 4096  # of those that the configuration does not name
+
+
+class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one tenant may use. None: as much as it wants."""
+
+    weight: float = 1.0  # of its share of an engine, when tenants ask for more than there is
+    max_priority: int = 0  # requests that ask for more get this
+    requests_per_second: float | None = None
+    tokens_per_second: float | None = None  # of prompts and outputs together
+    burst_seconds: float = 10.0  # so many seconds' worth of both may come at once
+    max_adapters: int | None = None  # versions
+    max_adapter_bytes: int | None = None  # of the weights of all versions together, on disk
+    cache_group: str | None = None  # tenants with the same group share cached prefixes; None: with nobody
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values."""
+        if not 0 < self.weight < float("inf"):
+            yield f"weight {self.weight} must be above 0"
+        if not -100 <= self.max_priority <= 100:
+            yield f"max_priority {self.max_priority} must be from -100 to 100"
+        for name in ("requests_per_second", "tokens_per_second", "burst_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                yield f"{name} {value} must be above 0"
+        for name in ("max_adapters", "max_adapter_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                yield f"{name} {value} must not be negative"
+
+
+class TokenBucket:
+    """Fills at a rate, up to what a burst may take. What costs more than that is let in when it is full, on credit."""
+
+    def __init__(self, rate: float, burst_seconds: float, clock: Callable[[], float]) -> None:
+        self._rate = rate
+        self._capacity = max(1.0, rate * burst_seconds)
+        self._clock = clock
+        self._level = self._capacity
+        self._time = clock()
+
+    def take(self, amount: float) -> float:
+        """Take so much: 0; or, if there is too little, leave it and say in how many seconds there will be enough."""
+        self._fill()
+        missing = min(amount, self._capacity) - self._level
+        if missing > 0:
+            return missing / self._rate
+        self._level -= amount
+        return 0.0
+
+    def give_back(self, amount: float) -> None:
+        """What was taken and not used; negative: what was used beyond it."""
+        self._fill()
+        self._level = min(self._capacity, self._level + amount)
+
+    def _fill(self) -> None:
+        now = self._clock()
+        self._level = min(self._capacity, self._level + self._rate * (now - self._time))
+        self._time = now
+
+
+class Tenant:
+    """One tenant: its limits, and how much of them is left. For one event loop."""
+
+    def __init__(
+        self, name: str, config: TenantConfig, cache_key: bytes, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`cache_key`: secret, and the same for all tenants of a server."""
+        self.name = name
+        self.config = config
+        self._cache_key = cache_key
+        burst = config.burst_seconds
+        rates = config.requests_per_second, config.tokens_per_second
+        self._requests, self._tokens = (None if rate is None else TokenBucket(rate, burst, clock) for rate in rates)
+
+    def count_request(self) -> None:
+        """Raises QuotaExceeded if there are too many. To be asked before anything is done for a request."""
+        seconds = self._requests.take(1) if self._requests is not None else 0.0
+        if seconds > 0:
+            raise self._exceeded("requests per second", f"{self.config.requests_per_second:g}", seconds)
+
+    @contextmanager
+    def spending(self, expected_tokens: int, used_tokens: Callable[[], int]) -> Iterator[None]:
+        """While a request runs it holds the tokens that it is expected to use; at its end it pays for those it used.
+
+        Raises QuotaExceeded.
+        """
+        if self._tokens is None:
+            yield
+            return
+        seconds = self._tokens.take(expected_tokens)
+        if seconds > 0:
+            raise self._exceeded("tokens per second", f"{self.config.tokens_per_second:g}", seconds)
+        try:
+            yield
+        finally:
+            self._tokens.give_back(expected_tokens - used_tokens())
+
+    def check_adapters(self, count: int, size_bytes: int) -> None:
+        """Raises QuotaExceeded if the tenant may not have so many versions, or so many bytes of them."""
+        for what, limit, value in (
+            ("adapter versions", self.config.max_adapters, count),
+            ("bytes of adapters", self.config.max_adapter_bytes, size_bytes),
+        ):
+            if limit is not None and value > limit:
+                message = f"with this one tenant {self.name!r} would have {value} {what}, and it may have {limit}"
+                raise QuotaExceeded(f"tenants/{self.name}: {what}", f"{message}; delete some first", 0.0)
+
+    def priority(self, wanted: int) -> int:
+        """The priority of a request that wants this one."""
+        return min(wanted, self.config.max_priority)
+
+    def cache_salt(self, salt: str) -> str:
+        """What the engine names this tenant's cached prefixes by, beside the adapter and the tokens.
+
+        Keyed, so that no caller can make a salt that names the prefixes of another tenant.
+        """
+        group = self.config.cache_group
+        owner = (f"tenant {self.name}" if group is None else f"group {group}").encode()
+        return hmac.digest(self._cache_key, len(owner).to_bytes(4) + owner + salt.encode(), "sha256").hex()
+
+    def _exceeded(self, what: str, limit: str, seconds: float) -> QuotaExceeded:
+        message = f"tenant {self.name!r} has used up its {limit} {what}; come again in {seconds:.1f} s"
+        return QuotaExceeded(f"tenants/{self.name}: {what}", message, seconds)
+
+
+class Tenants:
+    """All tenants: those of the configuration by their names, and others as they come."""
+
+    def __init__(
+        self,
+        configured: Mapping[str, TenantConfig] | None = None,
+        others: TenantConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._cache_key = secrets.token_bytes(32)  # of this process: no cache outlives it
+        self._configured = {name: self._make(name, config) for name, config in (configured or {}).items()}
+        self._others: OrderedDict[str, Tenant] = OrderedDict()  # least recently seen first
+        self._others_config = others or TenantConfig()
+
+    def get(self, name: str) -> Tenant:
+        """The tenant with this id."""
+        if name in self._configured:
+            return self._configured[name]
+        tenant = self._others.get(name)
+        if tenant is None:
+            tenant = self._others[name] = self._make(name, self._others_config)
+            if len(self._others) > REMEMBERED_TENANTS:
+                self._others.popitem(last=False)
+        self._others.move_to_end(name)
+        return tenant
+
+    def _make(self, name: str, config: TenantConfig) -> Tenant:
+        return Tenant(name, config, self._cache_key, self._clock)
