@@ -6,6 +6,7 @@ import msgspec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8", "int4")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
@@ -22,6 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len: int | None = None  # tokens; None: what the model was made for
     block_size: int = 16  # tokens
     kv_cache_bytes: int | None = None  # None: kv_cache_fraction of what the device has left
+    kv_cache_dtype: str = "auto"  # auto: the model's. int8, fp8: rounded, with a scale for each head and token
     kv_cache_fraction: float = 0.5  # of free device memory after loading (CUDA: use 0.9)
     max_num_seqs: int = 256  # running at once
     max_num_batched_tokens: int = 2048  # tokens computed in one step
@@ -43,6 +45,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             problems.append(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             problems.append(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            problems.append(f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
         if self.kernels not in BACKENDS:
             problems.append(f"kernels {self.kernels!r} is not one of {', '.join(BACKENDS)}")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):

@@ -7,10 +7,20 @@ import torch
 from engine.model_config import ModelConfig
 from kernels.ops import LayerKV, Ops
 
+STORED_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in all layers together: a key and a value for each of its tokens."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+
+def stored_dtype(kv_cache_dtype: str, model_dtype: torch.dtype) -> torch.dtype:
+    """The type that `EngineConfig.kv_cache_dtype` names; "auto" is the model's own."""
+    return STORED_TYPES.get(kv_cache_dtype, model_dtype)
+
+
+def block_bytes(config: ModelConfig, ops: Ops, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers together, as this backend lays it out: keys, values, and their scales if any.
+
+    Raises ValueError for a type that the backend cannot store.
+    """
+    return config.num_layers * ops.allocate_kv(1, block_size, config.head_shape, dtype).nbytes
 
 
 def create_kv_cache(

@@ -12,7 +12,7 @@ import torch
 from engine.batch import StepBatch, num_prompt_logprob_rows
 from engine.config import EngineConfig
 from engine.cuda_graph import capture_decoding
-from engine.kv_cache import block_bytes, create_kv_cache
+from engine.kv_cache import block_bytes, create_kv_cache, stored_dtype
 from engine.messages import ModelLimits, TokenLogprobs
 from engine.models import LanguageModel, load_model
 from engine.sampler import Sampler, describe
@@ -39,8 +39,9 @@ class ModelRunner:
                 f"max_model_len {self.max_model_len} is more than the {model.config.max_position_embeddings} positions "
                 "that the model was made for: lower it, or leave it out"
             )
-        self.num_blocks = self._num_blocks(config)
-        self.kv_cache = create_kv_cache(model.config, ops, self.num_blocks, config.block_size, model.dtype)
+        dtype = stored_dtype(config.kv_cache_dtype, model.dtype)
+        self.num_blocks = self._num_blocks(config, block_bytes(model.config, ops, config.block_size, dtype))
+        self.kv_cache = create_kv_cache(model.config, ops, self.num_blocks, config.block_size, dtype)
         self.decode_graphs = capture_decoding(model, ops, self.kv_cache, config, self.max_model_len)
 
     @classmethod
@@ -72,7 +73,7 @@ class ModelRunner:
             total_blocks=self.num_blocks,
             block_size=self.block_size,
             weight_bytes=model.nbytes,
-            kv_cache_bytes=self.num_blocks * block_bytes(model.config, self.block_size, model.dtype),
+            kv_cache_bytes=sum(layer.nbytes for layer in self.kv_cache),
             kernel_backend=self.ops.name,
         )
 
@@ -108,8 +109,8 @@ class ModelRunner:
             row = end
         return found
 
-    def _num_blocks(self, config: EngineConfig) -> int:
-        size = block_bytes(self.model.config, self.block_size, self.model.dtype)
+    def _num_blocks(self, config: EngineConfig, size: int) -> int:
+        """size: bytes of a block"""
         per_sequence = -(-self.max_model_len // self.block_size)
         budget = config.kv_cache_bytes
         if budget is None:

@@ -39,18 +39,29 @@ class QKNorm:
     eps: float
 
 
+# Types that keys and values are rounded to, and the largest number of each.
+QUANTIZED_KV = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKV:
     """The cached keys and values of one layer.
 
-    Each tensor holds B·K·P·D elements. How a block is laid out inside belongs to the backend that allocated it: only
-    its `rotary_store_kv` and `paged_attention` look inside.
+    `k` and `v` hold B·K·P·D elements each. How a block is laid out inside belongs to the backend that allocated it:
+    only its `rotary_store_kv` and `paged_attention` look inside. In a type of QUANTIZED_KV each head of each token has
+    a scale of its own: with s = max|x| / largest, what is stored is round(x / s), and what is read is that times s.
     """
 
     k: Tensor
     v: Tensor
     num_blocks: int  # B
     block_size: int  # P
+    k_scale: Tensor | None = None  # float32, B·K·P elements; None: k is what it says
+    v_scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in (self.k, self.v, self.k_scale, self.v_scale) if each is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +216,8 @@ class Ops(Protocol):
     ) -> Tensor:
         """Norm (if any) and rotate queries and keys, store keys and values in the cache, return the queries [T, H, D].
 
-        With x₁ = x[..., :D/2], x₂ = x[..., D/2:]: out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. Values are stored
-        as they are; `qkv` may be overwritten.  Source: RoFormer (arXiv 2104.09864), halves as in GPT-NeoX.
+        With x₁ = x[..., :D/2], x₂ = x[..., D/2:]: out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. Values are not
+        rotated; `qkv` may be overwritten.  Source: RoFormer (arXiv 2104.09864), halves as in GPT-NeoX.
         """
 
     def paged_attention(
@@ -226,7 +237,11 @@ class Ops(Protocol):
         """
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
-        """Zeroed key and value storage for one layer."""
+        """Zeroed key and value storage for one layer.
+
+        dtype: that of the activations, or one of QUANTIZED_KV. Raises ValueError for one that this backend or device
+        cannot store.
+        """
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """silu(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ops import (
+    QUANTIZED_KV,
     AttentionMetadata,
     HeadShape,
     LayerKV,
@@ -198,9 +199,8 @@ class ReferenceOps:
             q = self.rms_norm(q.float(), qk_norm.q_weight, qk_norm.eps)  # rounds once, after the rotation
             k = self.rms_norm(k.float(), qk_norm.k_weight, qk_norm.eps)
         cos, sin = cos_sin[positions].unsqueeze(2).unbind(1)  # [T, 1, D/2] each
-        slots = cache.num_blocks * cache.block_size
-        cache.k.view(slots, num_kv_heads, head_dim)[slot_mapping] = _rotate(k, cos, sin).to(qkv.dtype)
-        cache.v.view(slots, num_kv_heads, head_dim)[slot_mapping] = v
+        _store(_rotate(k, cos, sin), cache.k, cache.k_scale, slot_mapping)
+        _store(v, cache.v, cache.v_scale, slot_mapping)
         return _rotate(q, cos, sin).to(qkv.dtype)
 
     def paged_attention(
@@ -239,8 +239,11 @@ class ReferenceOps:
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
         size = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
-        k = torch.zeros(size, dtype=dtype, device=self.device)
-        return LayerKV(k, torch.zeros_like(k), num_blocks, block_size)
+        k, v = torch.zeros((2, *size), dtype=dtype, device=self.device)
+        if dtype not in QUANTIZED_KV:
+            return LayerKV(k, v, num_blocks, block_size)
+        k_scale, v_scale = torch.zeros((2, *size[:-1]), device=self.device)
+        return LayerKV(k, v, num_blocks, block_size, k_scale, v_scale)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)
@@ -255,6 +258,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [T, heads, D], cos and sin: float32 [T, 1, D/2] → float32 as x"""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _store(heads: Tensor, stored: Tensor, scales: Tensor | None, slots: Tensor) -> None:
+    """Put heads [T, K, D] into the slots of stored [B, P, K, D], and their scales into scales [B, P, K]."""
+    if scales is not None:
+        scale = heads.float().abs().amax(dim=-1) / QUANTIZED_KV[stored.dtype]
+        scales.flatten(0, 1)[slots] = scale
+        heads = heads.float() / scale.masked_fill(scale == 0, 1).unsqueeze(-1)
+        if stored.dtype is torch.int8:
+            heads = heads.round()
+    stored.flatten(0, 1)[slots] = heads.to(stored.dtype)
 
 
 def _similar_lengths(sequences: list[int], lengths: list[int], width: int) -> list[list[int]]:
@@ -286,14 +300,16 @@ def _attend(
     num_kv_heads = cache.k.shape[2]
     tables = tables[:, : -(-num_keys // cache.block_size)]
 
-    def gather(stored: Tensor) -> Tensor:
+    def gather(stored: Tensor, scales: Tensor | None) -> Tensor:
         """→ float32 [S, K, L, D]"""
-        found = stored[tables].flatten(1, 2)[:, :num_keys]
-        return found.float().transpose(1, 2)
+        found = stored[tables].flatten(1, 2)[:, :num_keys].float()
+        if scales is not None:
+            found *= scales[tables].flatten(1, 2)[:, :num_keys].unsqueeze(-1)
+        return found.transpose(1, 2)
 
     # Query heads that share a kv head sit together: one product [n·H/K, D] x [D, L] for each of them.
     grouped = q.float().view(sequences, n, num_kv_heads, -1, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    scores = (grouped @ gather(cache.k).transpose(2, 3)) * scale  # [S, K, n·H/K, L]
+    scores = (grouped @ gather(cache.k, cache.k_scale).transpose(2, 3)) * scale  # [S, K, n·H/K, L]
     if soft_cap is not None:
         scores = torch.tanh(scores / soft_cap) * soft_cap
     keys = torch.arange(num_keys, device=q.device)
@@ -302,5 +318,5 @@ def _attend(
         hidden |= keys <= positions.unsqueeze(-1) - window
     hidden = hidden.repeat_interleave(num_heads // num_kv_heads, dim=1).unsqueeze(1)
     weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
-    attended = weights @ gather(cache.v)
+    attended = weights @ gather(cache.v, cache.v_scale)
     return attended.view(sequences, num_kv_heads, n, -1, head_dim).transpose(1, 2).flatten(2, 3).to(q.dtype)

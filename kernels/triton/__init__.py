@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ops import (
+    QUANTIZED_KV,
     AttentionMetadata,
     HeadShape,
     LayerKV,
@@ -113,8 +114,11 @@ class TritonOps:
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
         size = (num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
-        k = torch.zeros(size, dtype=dtype, device=self.device)
-        return LayerKV(k, torch.zeros_like(k), num_blocks, block_size)
+        k, v = torch.zeros((2, *size), dtype=dtype, device=self.device)
+        if dtype not in QUANTIZED_KV:
+            return LayerKV(k, v, num_blocks, block_size)
+        k_scale, v_scale = torch.zeros((2, *size[:-1]), device=self.device)
+        return LayerKV(k, v, num_blocks, block_size, k_scale, v_scale)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         return activate_and_mul(x, gelu=False)

@@ -18,11 +18,33 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import AttentionMetadata, LayerKV
+from kernels.triton.codes import PLAIN, as_codes, coding_of, decode
 from kernels.triton.primitives import dot, locate_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_SPLIT_KEYS = tl.constexpr(256)  # fewer keys than this are not worth a program of their own
 MAX_SPLITS = 64
+
+
+@triton.jit
+def _load_tile(
+    head: tl.tensor,  # the cache [B, K, P, D], moved to the program's kv head
+    scales: tl.tensor,  # [B, K, P], moved alike
+    rows: tl.tensor,  # [N]: where each position's elements begin
+    dims: tl.tensor,  # [D]
+    row_mask: tl.tensor,  # [N]
+    dim_mask: tl.tensor,  # [D]
+    CODING: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the activations
+) -> tl.tensor:
+    """The keys or the values of some positions → DTYPE [N, D]"""
+    mask = row_mask[:, None] & dim_mask[None, :]
+    tile = tl.load(head + (rows[:, None] + dims[None, :]), mask=mask, other=0)
+    if CODING != PLAIN:
+        scale = tl.load(scales + rows // HEAD_DIM, mask=row_mask, other=0)
+        tile = (decode(tile, CODING) * scale[:, None]).to(DTYPE)
+    return tile
 
 
 @triton.jit
@@ -33,6 +55,8 @@ def _accumulate(
     q: tl.tensor,  # [M, D]
     k_head: tl.tensor,  # the cache [B, K, P, D], moved to the program's kv head
     v_head: tl.tensor,
+    k_scales: tl.tensor,  # [B, K, P], moved alike
+    v_scales: tl.tensor,
     block_table: tl.tensor,  # int32, the sequence's own row
     positions: tl.tensor,  # [M]: of the queries
     dims: tl.tensor,  # [D]
@@ -42,6 +66,7 @@ def _accumulate(
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    CODING: tl.constexpr,
     MASKED: tl.constexpr,  # … of which some rows may not see some; else every row sees all, in whole steps
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -50,17 +75,11 @@ def _accumulate(
 ) -> tl.tensor:
     for step in range(first, last, BLOCK_N):
         keys = step + tl.arange(0, BLOCK_N)
-        if MASKED:
-            blocks = tl.load(block_table + keys // BLOCK_SIZE, mask=keys < last, other=0)
-        else:
-            blocks = tl.load(block_table + keys // BLOCK_SIZE)
+        # Written so that it vanishes where there is nothing to mask.
+        there = keys < last if MASKED else tl.full((BLOCK_N,), 1, tl.int1)
+        blocks = tl.load(block_table + keys // BLOCK_SIZE, mask=there, other=0)
         rows = blocks.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + (keys % BLOCK_SIZE) * HEAD_DIM
-        if MASKED:
-            mask = (keys < last)[:, None] & dim_mask[None, :]
-        else:
-            mask = tl.broadcast_to(dim_mask[None, :], (BLOCK_N, dims.shape[0]))
-        where = rows[:, None] + dims[None, :]
-        k = tl.load(k_head + where, mask=mask, other=0)
+        k = _load_tile(k_head, k_scales, rows, dims, there, dim_mask, CODING, HEAD_DIM, q.dtype)
         scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
         if SOFT_CAP is None:
             scores *= SCALE * LOG2_E
@@ -79,7 +98,7 @@ def _accumulate(
         weights = tl.exp2(scores - base[:, None])
         rescale = tl.exp2(highest - base)
         total = total * rescale + tl.sum(weights, axis=1)
-        v = tl.load(v_head + where, mask=mask, other=0)
+        v = _load_tile(v_head, v_scales, rows, dims, there, dim_mask, CODING, HEAD_DIM, q.dtype)
         accumulated = dot(weights.to(v.dtype), v, accumulated * rescale[:, None])
         highest = higher
     return accumulated, total, highest
@@ -102,6 +121,8 @@ def _attention(
     q: tl.tensor,  # [T, H, D]
     k_cache: tl.tensor,  # [B, K, P, D]
     v_cache: tl.tensor,
+    k_scale: tl.tensor,  # float32 [B, K, P], read if CODING is not PLAIN
+    v_scale: tl.tensor,
     out: tl.tensor,  # [T, H, D], or float32 [S, H, SPLITS, D] if SPLITS > 1
     log_sums: tl.tensor,  # float32 [S, H, SPLITS], written if SPLITS > 1
     query_starts: tl.tensor,  # int32 [S + 1]
@@ -112,6 +133,7 @@ def _attention(
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    CODING: tl.constexpr,  # of the cache
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads that share a kv head
     HEAD_DIM: tl.constexpr,
@@ -165,18 +187,20 @@ def _attention(
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     k_head = k_cache + kv_head * (BLOCK_SIZE * HEAD_DIM)
     v_head = v_cache + kv_head * (BLOCK_SIZE * HEAD_DIM)
+    k_scales, v_scales = k_scale + kv_head * BLOCK_SIZE, v_scale + kv_head * BLOCK_SIZE
     block_table = block_tables + sequence.to(tl.int64) * max_blocks
     positions = first_position + rows // GROUP
     seen_by_all = first
     if WINDOW is None:
         seen_by_all = tl.maximum(tl.minimum((first_position + 1) // BLOCK_N * BLOCK_N, last), first)
         accumulated, total, highest = _accumulate(
-            accumulated, total, highest, q_tile, k_head, v_head, block_table, positions, dims, dim_mask,
-            first, seen_by_all, SCALE, WINDOW, SOFT_CAP, False, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+            accumulated, total, highest, q_tile, k_head, v_head, k_scales, v_scales, block_table, positions, dims,
+            dim_mask, first, seen_by_all, SCALE, WINDOW, SOFT_CAP, CODING, False, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
+            BLOCK_N,
         )  # fmt: skip
     accumulated, total, highest = _accumulate(
-        accumulated, total, highest, q_tile, k_head, v_head, block_table, positions, dims, dim_mask,
-        seen_by_all, last, SCALE, WINDOW, SOFT_CAP, True, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+        accumulated, total, highest, q_tile, k_head, v_head, k_scales, v_scales, block_table, positions, dims,
+        dim_mask, seen_by_all, last, SCALE, WINDOW, SOFT_CAP, CODING, True, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
     )  # fmt: skip
 
     attended = accumulated / tl.maximum(total, 1e-30)[:, None]
@@ -318,8 +342,10 @@ def _launch(
     num_tiles = num_sequences if decode else num_tokens // (tile.block_m // group) + num_sequences
     _attention[(num_tiles, num_kv_heads, splits)](
         q,
-        cache.k,
-        cache.v,
+        as_codes(cache.k),
+        as_codes(cache.v),
+        cache.k if cache.k_scale is None else cache.k_scale,
+        cache.v if cache.v_scale is None else cache.v_scale,
         out,
         out if log_sums is None else log_sums,
         metadata.query_starts,
@@ -330,6 +356,7 @@ def _launch(
         SCALE=scoring.scale,
         WINDOW=scoring.window,
         SOFT_CAP=scoring.soft_cap,
+        CODING=coding_of(cache.k.dtype),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,

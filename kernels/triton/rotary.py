@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import HeadShape, LayerKV, QKNorm
+from kernels.ops import QUANTIZED_KV, HeadShape, LayerKV, QKNorm
+from kernels.triton.codes import PLAIN, as_codes, coding_of, encode
 
 BLOCK_H = 8
 
@@ -25,12 +26,16 @@ def _rotary_store_kv(
     q_out: tl.tensor,  # [T, H, D]
     k_cache: tl.tensor,  # [B, K, P, D]
     v_cache: tl.tensor,
+    k_scale: tl.tensor,  # float32 [B, K, P], written if CODING is not PLAIN
+    v_scale: tl.tensor,
     eps: tl.tensor,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,  # P
     NORM: tl.constexpr,
+    CODING: tl.constexpr,  # of the cache
+    LARGEST: tl.constexpr,  # number of that coding
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,  # D/2, up to a power of two
 ) -> None:
@@ -69,26 +74,35 @@ def _rotary_store_kv(
     angles = cos_sin + tl.load(positions + token) * HEAD_DIM + half[None, :]
     cos = tl.load(angles, mask=in_half, other=0)
     sin = tl.load(angles + HEAD_DIM // 2, mask=in_half, other=0)
-    turned_first = (first * cos - second * sin).to(raw_first.dtype)
-    turned_second = (second * cos + first * sin).to(raw_first.dtype)
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
 
     out = q_out + token * NUM_HEADS * HEAD_DIM + heads[:, None] * HEAD_DIM + half[None, :]
     mask = is_query[:, None] & in_half
-    tl.store(out, turned_first, mask=mask)
-    tl.store(out + HEAD_DIM // 2, turned_second, mask=mask)
+    tl.store(out, turned_first.to(raw_first.dtype), mask=mask)
+    tl.store(out + HEAD_DIM // 2, turned_second.to(raw_first.dtype), mask=mask)
 
     slot = tl.load(slot_mapping + token)
     if slot < 0:
         return
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     kv_heads = tl.where(is_key, heads - NUM_HEADS, heads - NUM_HEADS - NUM_KV_HEADS)
-    where = ((block * NUM_KV_HEADS + kv_heads[:, None]) * BLOCK_SIZE + offset) * HEAD_DIM + half[None, :]
+    places = (block * NUM_KV_HEADS + kv_heads) * BLOCK_SIZE + offset
+    first = tl.where(is_key[:, None], turned_first, raw_first.to(tl.float32))
+    second = tl.where(is_key[:, None], turned_second, raw_second.to(tl.float32))
+    if CODING != PLAIN:
+        scale = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1) / LARGEST
+        tl.store(k_scale + places, scale, mask=is_key)
+        tl.store(v_scale + places, scale, mask=is_value)
+        divisor = tl.where(scale == 0, 1.0, scale)[:, None]
+        first, second = encode(first / divisor, CODING), encode(second / divisor, CODING)
+    where = places[:, None] * HEAD_DIM + half[None, :]
     mask = is_key[:, None] & in_half
-    tl.store(k_cache + where, turned_first, mask=mask)
-    tl.store(k_cache + where + HEAD_DIM // 2, turned_second, mask=mask)
+    tl.store(k_cache + where, first, mask=mask)
+    tl.store(k_cache + where + HEAD_DIM // 2, second, mask=mask)
     mask = is_value[:, None] & in_half
-    tl.store(v_cache + where, raw_first, mask=mask)
-    tl.store(v_cache + where + HEAD_DIM // 2, raw_second, mask=mask)
+    tl.store(v_cache + where, first, mask=mask)
+    tl.store(v_cache + where + HEAD_DIM // 2, second, mask=mask)
 
 
 def rotary_store_kv(
@@ -113,14 +127,18 @@ def rotary_store_kv(
             cos_sin,
             slot_mapping,
             q_out,
-            cache.k,
-            cache.v,
+            as_codes(cache.k),
+            as_codes(cache.v),
+            cache.k if cache.k_scale is None else cache.k_scale,
+            cache.v if cache.v_scale is None else cache.v_scale,
             0.0 if qk_norm is None else qk_norm.eps,
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
             HEAD_DIM=shape.head_dim,
             BLOCK_SIZE=cache.block_size,
             NORM=qk_norm is not None,
+            CODING=coding_of(cache.k.dtype),
+            LARGEST=QUANTIZED_KV.get(cache.k.dtype, 0.0),
             BLOCK_H=BLOCK_H,
             BLOCK_HALF=triton.next_power_of_2(shape.head_dim // 2),
         )

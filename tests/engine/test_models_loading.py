@@ -143,9 +143,10 @@ def test_every_site_has_room_for_adapters(tmp_path: Path) -> None:
         assert target.out_start + target.out_features <= sites[target.site].out_features
 
 
-def test_a_block_takes_what_its_storage_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_a_block_takes_what_its_storage_takes(tmp_path: Path, dtype: torch.dtype) -> None:
     config = read_model_config(checkpoint(tmp_path))
     ops = select_ops(torch.device("cpu"), "reference")
-    cache = create_kv_cache(config, ops, 5, 8, torch.bfloat16)
+    cache = create_kv_cache(config, ops, 5, 8, dtype)
     assert len(cache) == config.num_layers
-    assert sum(layer.k.nbytes + layer.v.nbytes for layer in cache) == 5 * block_bytes(config, 8, torch.bfloat16)
+    assert sum(layer.nbytes for layer in cache) == 5 * block_bytes(config, ops, 8, dtype)

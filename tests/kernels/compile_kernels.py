@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import kernels.triton
-from kernels.ops import AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
+from kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_MULTIPROCESSORS = 132
@@ -79,8 +79,8 @@ class Driver(DriverBase):
         raise NotImplementedError
 
 
-def attention(ops, shape, new, lengths, window=None, soft_cap=None):
-    cache = ops.allocate_kv(4, 16, shape, DTYPE)
+def attention(ops, shape, new, lengths, window=None, soft_cap=None, stored=DTYPE):
+    cache = ops.allocate_kv(4, 16, shape, stored)
     starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32)
     lens = torch.tensor(lengths, dtype=torch.int32)
     tables, slots = torch.zeros(len(new), 4, dtype=torch.int32), torch.zeros(sum(new), dtype=torch.long)
@@ -106,7 +106,8 @@ def small(ops, shape, width):
     norm, x = QKNorm(torch.zeros(shape.head_dim), torch.zeros(shape.head_dim), 1e-6), torch.zeros(2, width, dtype=DTYPE)
     qkv = torch.zeros(2, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=DTYPE)
     cos_sin, positions = torch.zeros(4, 2, shape.head_dim // 2), torch.zeros(2, dtype=torch.long)
-    ops.rotary_store_kv(qkv, shape, norm, positions, cos_sin, ops.allocate_kv(4, 16, shape, DTYPE), positions)
+    for stored in (DTYPE, *QUANTIZED_KV):
+        ops.rotary_store_kv(qkv, shape, norm, positions, cos_sin, ops.allocate_kv(4, 16, shape, stored), positions)
     ops.add_rms_norm(x, x.clone(), torch.zeros(width), 1e-6)
     ops.gelu_tanh_and_mul(x)
 
@@ -121,6 +122,9 @@ def main():
     attention(ops, eight_billion, [300], [900])
     attention(ops, gemma, [300], [900], 512, 50.0)
     attention(ops, gemma, [1], [9000], 512, 50.0)
+    for stored in QUANTIZED_KV:
+        attention(ops, eight_billion, [1], [30000], stored=stored)
+        attention(ops, gemma, [300], [900], 512, 50.0, stored=stored)
     lora(ops, 4096, 6144, (16, 16, 16), 8)
     lora(ops, 4096, 28672, (64, 64), 2048)
     small(ops, eight_billion, 8192)
