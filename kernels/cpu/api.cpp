@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "lora.h"
+#include "quantized.h"
 #include "rows.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -50,7 +51,7 @@ auto created(F f) noexcept -> decltype(f()) {
     }
 }
 
-// A linear of any dtype behind one handle.
+// A linear of any dtype, dense or quantised, behind one handle.
 struct AnyLinear {
     virtual ~AnyLinear() = default;
     virtual void apply(Context& context, const void* x, void* y, int64_t rows) const = 0;
@@ -58,23 +59,33 @@ struct AnyLinear {
     virtual int64_t bytes() const = 0;
 };
 
-template <class T>
+// L: Linear or QuantizedLinear of T
+template <class T, class L>
 struct TypedLinear final : AnyLinear {
-    TypedLinear(Context& context, int64_t n, int64_t c, const void* weight, const void* bias)
-        : linear(context, n, c, static_cast<const T*>(weight), static_cast<const T*>(bias)) {}
+    template <class... Arguments>
+    explicit TypedLinear(Arguments&&... arguments) : linear(std::forward<Arguments>(arguments)...) {}
     void apply(Context& context, const void* x, void* y, int64_t rows) const override {
         linear.apply(context, static_cast<const T*>(x), static_cast<T*>(y), rows);
     }
     void unpack(int64_t first, int64_t last, float* out) const override { linear.unpack(first, last, out); }
     int64_t bytes() const override { return linear.bytes(); }
 
-    Linear<T> linear;
+    L linear;
 };
+
+template <class T>
+AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& matrix, const T* bias) {
+    switch (codec) {
+        case 0: return new TypedLinear<T, QuantizedLinear<T, TableCodec>>(context, matrix, bias);
+        case 1: return new TypedLinear<T, QuantizedLinear<T, SignedCodec>>(context, matrix, bias);
+        default: return new TypedLinear<T, QuantizedLinear<T, Float8Codec>>(context, matrix, bias);
+    }
+}
 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 3; }
+EXPORT int loraplex_version() { return 4; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -88,7 +99,22 @@ EXPORT AnyLinear* loraplex_linear_create(Context* context, int dtype, int64_t n,
                                          const void* bias) {
     return created([&] {
         return with_type(dtype, [&](auto of) -> AnyLinear* {
-            return new TypedLinear<typename decltype(of)::Type>(*context, n, c, weight, bias);
+            using T = typename decltype(of)::Type;
+            return new TypedLinear<T, Linear<T>>(*context, n, c, static_cast<const T*>(weight),
+                                                 static_cast<const T*>(bias));
+        });
+    });
+}
+
+// codec: 0 entries of a table of 16, 1 signed bytes, 2 float8 e4m3 divided by 256. scale and offset: [groups, n];
+// order: [c]; offset, order and bias may be null, and so may table for the other codecs.
+EXPORT AnyLinear* loraplex_quantized_create(Context* context, int dtype, int codec, int64_t n, int64_t c,
+                                            const uint8_t* codes, const float* table, int64_t group, const float* scale,
+                                            const float* offset, const int64_t* order, const void* bias) {
+    return created([&] {
+        const QuantizedMatrix matrix{n, c, codes, table, group, scale, offset, order};
+        return with_type(dtype, [&](auto of) -> AnyLinear* {
+            return create_quantized(*context, codec, matrix, static_cast<const typename decltype(of)::Type*>(bias));
         });
     });
 }

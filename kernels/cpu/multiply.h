@@ -38,6 +38,20 @@ struct Operand {
 template <class X>
 constexpr int PAIR_OF = std::is_same_v<X, bf16> ? 2 : 1;
 
+// W columns of one step, as the inner loop takes them.
+template <class X>
+struct WeightsFor {
+    using Type = Vec;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct WeightsFor<bf16> {
+    using Type = __m512bh;
+};
+#endif
+template <class X>
+using Weights = typename WeightsFor<X>::Type;
+
 // Neighbouring vectors share a cache line of 64 bytes, and its prefetch.
 template <class X, class T>
 constexpr int VECTORS_PER_LINE = std::max<int>(1, 64 / (W * PAIR_OF<X> * int(sizeof(T))));
@@ -50,50 +64,82 @@ struct Columns {
     int64_t stride;
     int64_t steps;
     int64_t ahead;  // bytes from what is read to what is prefetched
+
+    // Hands the inner loop the weights of neighbouring vectors: `fetch` is called once for STEPS steps, then `weights`
+    // once for each of them.
+    template <int VECTORS, class X>
+    class Reader {
+      public:
+        static constexpr int STEPS = 1;
+
+        Reader(const Columns& columns, int64_t first_vector) : stride_(columns.stride), ahead_(columns.ahead) {
+            for (int v = 0; v < VECTORS; ++v) at_[v] = columns.vectors[first_vector + v];
+        }
+
+        void fetch(int64_t step) {
+            offset_ = step * stride_;
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v += VECTORS_PER_LINE<X, T>)
+                __builtin_prefetch(reinterpret_cast<const char*>(at_[v] + offset_) + ahead_);
+        }
+
+        void weights(int, Weights<X> (&out)[VECTORS]) const {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                if constexpr (PAIR_OF<X> == 1) out[v] = load(at_[v] + offset_);
+#if defined(__AVX512BF16__)
+                else out[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(at_[v] + offset_));
+#endif
+            }
+        }
+
+      private:
+        const T* at_[VECTORS];
+        int64_t stride_, ahead_, offset_ = 0;
+    };
 };
 
-// The loop for a constant number of rows and vectors.
-template <int ROWS, int VECTORS, class X, class T, class Out>
-void multiply_block(const X* x, int64_t x_stride, const Columns<T>& w, int64_t first_vector, Out* out,
-                    int64_t out_stride, bool accumulate) {
+// acc[r][v] += x[r][step] · weights[v]
+template <int ROWS, int VECTORS, class X>
+inline void multiply_step(const X* x, int64_t x_stride, int64_t step, const Weights<X> (&weights)[VECTORS],
+                          Vec (&acc)[ROWS][VECTORS]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+        if constexpr (std::is_same_v<X, bf16>) {
+#if defined(__AVX512BF16__)
+            int32_t both;
+            std::memcpy(&both, x + r * x_stride + 2 * step, 4);
+            const __m512bh spread = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], weights[v], spread);
+#endif
+        } else {
+            const Vec spread = fill(x[r * x_stride + step]);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(spread, weights[v], acc[r][v]);
+        }
+    }
+}
+
+// The loop for a constant number of rows and vectors. C: Columns, or another source of columns with a Reader.
+template <int ROWS, int VECTORS, class X, class C, class Out>
+void multiply_block(const X* x, int64_t x_stride, const C& w, int64_t first_vector, Out* out, int64_t out_stride,
+                    bool accumulate) {
+    using Reader = typename C::template Reader<VECTORS, X>;
+    Reader reader(w, first_vector);
     Vec acc[ROWS][VECTORS];
-    const T* at[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) at[v] = w.vectors[first_vector + v];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) acc[r][v] = accumulate ? load(out + r * out_stride + v * W) : zero();
-    int64_t offset = 0;
-    const int64_t steps = w.steps, stride = w.stride, ahead = w.ahead;
-    for (int64_t s = 0; s < steps; ++s, offset += stride) {
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v += VECTORS_PER_LINE<X, T>)
-            __builtin_prefetch(reinterpret_cast<const char*>(at[v] + offset) + ahead);
-        if constexpr (std::is_same_v<X, bf16>) {
-#if defined(__AVX512BF16__)
-            __m512bh weights[VECTORS];
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v)
-                weights[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(at[v] + offset));
-#pragma GCC unroll 16
-            for (int r = 0; r < ROWS; ++r) {
-                int32_t both;
-                std::memcpy(&both, x + r * x_stride + 2 * s, 4);
-                const __m512bh spread = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], weights[v], spread);
-            }
-#endif
-        } else {
-            Vec weights[VECTORS];
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) weights[v] = load(at[v] + offset);
-#pragma GCC unroll 16
-            for (int r = 0; r < ROWS; ++r) {
-                const Vec spread = fill(x[r * x_stride + s]);
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(spread, weights[v], acc[r][v]);
-            }
+    const int64_t steps = w.steps;
+    for (int64_t s = 0; s < steps; s += Reader::STEPS) {
+        reader.fetch(s);
+#pragma GCC unroll 2
+        for (int i = 0; i < Reader::STEPS; ++i) {
+            Weights<X> weights[VECTORS];
+            reader.weights(i, weights);
+            multiply_step<ROWS, VECTORS>(x, x_stride, s + i, weights, acc);
         }
     }
 #pragma GCC unroll 16
@@ -102,23 +148,23 @@ void multiply_block(const X* x, int64_t x_stride, const Columns<T>& w, int64_t f
         for (int v = 0; v < VECTORS; ++v) store(out + r * out_stride + v * W, acc[r][v]);
 }
 
-template <class X, class T, class Out>
-using Block = void (*)(const X*, int64_t, const Columns<T>&, int64_t, Out*, int64_t, bool);
+template <class X, class C, class Out>
+using Block = void (*)(const X*, int64_t, const C&, int64_t, Out*, int64_t, bool);
 
 // The loops for 1 … sizeof...(I) rows.
-template <int VECTORS, class X, class T, class Out, int... I>
-constexpr std::array<Block<X, T, Out>, sizeof...(I)> make_blocks(std::integer_sequence<int, I...>) {
-    return {multiply_block<I + 1, VECTORS, X, T, Out>...};
+template <int VECTORS, class X, class C, class Out, int... I>
+constexpr std::array<Block<X, C, Out>, sizeof...(I)> make_blocks(std::integer_sequence<int, I...>) {
+    return {multiply_block<I + 1, VECTORS, X, C, Out>...};
 }
 
 // rows: 1 … ROWS_AT_ONCE. out[r][v · W …] for every vector v of w, added to what is there if `accumulate`. Strides in
 // elements.
-template <class X, class T, class Out>
-void multiply(int rows, const X* x, int64_t x_stride, const Columns<T>& w, int64_t vectors, Out* out,
-              int64_t out_stride, bool accumulate) {
-    static constexpr auto ones = make_blocks<1, X, T, Out>(std::make_integer_sequence<int, ROWS_AT_ONCE>{});
-    static constexpr auto twos = make_blocks<2, X, T, Out>(std::make_integer_sequence<int, ROWS_AT_ONCE>{});
-    static constexpr auto fours = make_blocks<4, X, T, Out>(std::make_integer_sequence<int, ROWS_AT_ONCE / 2>{});
+template <class X, class C, class Out>
+void multiply(int rows, const X* x, int64_t x_stride, const C& w, int64_t vectors, Out* out, int64_t out_stride,
+              bool accumulate) {
+    static constexpr auto ones = make_blocks<1, X, C, Out>(std::make_integer_sequence<int, ROWS_AT_ONCE>{});
+    static constexpr auto twos = make_blocks<2, X, C, Out>(std::make_integer_sequence<int, ROWS_AT_ONCE>{});
+    static constexpr auto fours = make_blocks<4, X, C, Out>(std::make_integer_sequence<int, ROWS_AT_ONCE / 2>{});
     int64_t v = 0;
     const auto all = [&](const auto& blocks, int64_t at_once) {
         for (; v + at_once <= vectors; v += at_once)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import Library, owned
+from kernels.cpu.linear import DTYPE_CODES, CpuLinear, dtype_code, pack_dense, pack_quantized
 from kernels.ops import (
     AttentionMetadata,
     HeadShape,
@@ -24,34 +25,9 @@ from kernels.ops import (
 from kernels.quantized import QuantizedWeight
 from kernels.reference import LoraShape
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SILU, GELU_TANH = 0, 1
 MAX_HEAD_DIM = 1024  # kernels/cpu/attention.h has the same
 ALIGNMENT = 64  # bytes: a cache line
-
-
-class CpuLinear:
-    """A weight matrix in panels of 32 outputs. Shares no memory with what it was made from."""
-
-    def __init__(self, library: Library, weight: Tensor, bias: Tensor | None) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
-        weight = weight.contiguous()
-        bias = None if bias is None else bias.to(weight.dtype).contiguous()
-        self.handle = owned(
-            self,
-            library.linear_create(
-                library.context,
-                dtype_code(weight.dtype),
-                self.out_features,
-                self.in_features,
-                weight.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-            ),
-            library.linear_destroy,
-            library,
-        )
-        self.nbytes: int = library.linear_bytes(self.handle)
 
 
 class CpuLora:
@@ -141,10 +117,10 @@ class CpuOps:
         self._segment_pointers = (0, 0, 0)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
-        return CpuLinear(self.library, weight, bias)
+        return pack_dense(self.library, weight, bias)
 
-    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
-        raise NotImplementedError(f"the CPU kernels do not multiply by {type(weight).__name__} yet: choose reference")
+    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> CpuLinear:
+        return pack_quantized(self.library, weight, bias, dtype)
 
     def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
         assert isinstance(packed, CpuLinear)
@@ -310,14 +286,6 @@ class CpuOps:
         call = self._context, DTYPE_CODES[x.dtype], activation, x.data_ptr(), out.data_ptr(), rows, width // 2
         succeed(self.library.gate(*call))
         return out
-
-
-def dtype_code(dtype: torch.dtype) -> int:
-    """Raises ValueError for a dtype that the kernels do not compute in."""
-    if dtype not in DTYPE_CODES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPE_CODES)
-        raise ValueError(f"the CPU kernels compute in {names}, not in {str(dtype).removeprefix('torch.')}")
-    return DTYPE_CODES[dtype]
 
 
 def block_shift(block_size: int) -> int:

@@ -125,6 +125,27 @@ inline void store(f16* p, Vec a) {
                         _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// 32-bit words that hold codes of quantised weights, one word beside each lane of a Vec.
+using Words = __m512i;
+struct Table16 {
+    explicit Table16(const float* entries) : entries(_mm512_loadu_ps(entries)) {}
+    __m512 entries;
+};
+inline Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+inline Words shift_right(Words a, int bits) { return _mm512_srli_epi32(a, unsigned(bits)); }
+// The entry that the low 4 bits of each word name; the others do not matter.
+inline Vec lookup(const Table16& table, Words a) { return _mm512_permutexvar_ps(a, table.entries); }
+// The byte at bit `at` of each word, as a signed number.
+inline Vec signed_byte(Words a, int at) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, unsigned(24 - at)), 24));
+}
+// The byte at bit `at` of each word as float8 e4m3 (no NaN), divided by 256: with the exponent's bias of float16.
+inline Vec float8_byte(Words a, int at) {
+    const __m512i sign_twice = _mm512_srai_epi32(_mm512_slli_epi32(a, unsigned(24 - at)), 1);
+    const __m512i half = _mm512_srli_epi32(_mm512_and_si512(sign_twice, _mm512_set1_epi32(int(0xbf800000))), 16);
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(half));
+}
+
 #elif defined(__AVX2__)
 
 // ------------------------------------------------------------------------------------------- AVX2, FMA, F16C: 8 lanes
@@ -191,6 +212,27 @@ inline void store(f16* p, Vec a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+using Words = __m256i;
+struct Table16 {
+    explicit Table16(const float* entries) : low(_mm256_loadu_ps(entries)), high(_mm256_loadu_ps(entries + 8)) {}
+    __m256 low, high;
+};
+inline Words load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Words shift_right(Words a, int bits) { return _mm256_srli_epi32(a, bits); }
+inline Vec lookup(const Table16& table, Words a) {
+    const __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(a, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, a), _mm256_permutevar8x32_ps(table.high, a), high);
+}
+inline Vec signed_byte(Words a, int at) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 24 - at), 24));
+}
+inline Vec float8_byte(Words a, int at) {
+    const __m256i sign_twice = _mm256_srai_epi32(_mm256_slli_epi32(a, 24 - at), 1);
+    const __m256i half = _mm256_srli_epi32(_mm256_and_si256(sign_twice, _mm256_set1_epi32(int(0xbf800000))), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+
 #else
 
 // ---------------------------------------------------------------------------- any machine: 4 lanes, the compiler's own
@@ -245,6 +287,30 @@ inline void store(T* p, Vec a) {
     for (int i = 0; i < W; ++i) p[i] = narrow<T>(a[i]);
 }
 
+typedef uint32_t Words __attribute__((vector_size(16)));
+struct Table16 {
+    explicit Table16(const float* entries) { std::memcpy(this->entries, entries, sizeof(this->entries)); }
+    float entries[16];
+};
+inline Words load_words(const uint32_t* p) {
+    Words words;
+    std::memcpy(&words, p, sizeof(words));
+    return words;
+}
+inline Words shift_right(Words a, int bits) { return a >> uint32_t(bits); }
+inline Vec lookup(const Table16& table, Words a) {
+    return each([&](int i) { return table.entries[a[i] & 15]; });
+}
+inline Vec signed_byte(Words a, int at) {
+    return each([&](int i) { return float(int8_t(a[i] >> at)); });
+}
+inline Vec float8_byte(Words a, int at) {
+    return each([&](int i) {
+        const uint32_t byte = a[i] >> at;
+        return widen(f16{uint16_t((byte & 0x80) << 8 | (byte & 0x7f) << 7)});
+    });
+}
+
 #endif
 
 // -------------------------------------------------------------------------------------------- built on the ones above
@@ -295,6 +361,12 @@ inline Vec hyperbolic_tangent(Vec x) {
 }
 
 #if defined(__AVX512BF16__)
+// Pairs of bfloat16, the second of each pair in the upper half of its lane. Both are exact in bfloat16.
+inline __m512bh pair_up(Vec first, Vec second) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+    return reinterpret_cast<__m512bh>(_mm512_or_si512(low, _mm512_castps_si512(second)));
+}
+
 constexpr bool HAS_BF16_DOT = true;
 #else
 constexpr bool HAS_BF16_DOT = false;

@@ -1,0 +1,261 @@
+#include "quantized.h"
+
+#include <algorithm>
+
+namespace loraplex {
+
+namespace {
+
+constexpr int64_t MAX_GROUP = 256;            // inputs: an unpacked group stays in a core's first or second cache
+constexpr int64_t X_BLOCK_BYTES = 512 << 10;  // rows of x that stay in the second cache beside it
+constexpr int64_t AHEAD = 4 << 10;            // bytes
+constexpr int64_t CHUNK_BYTES = 32 << 10;     // codes worth a trip to the chunk counter
+constexpr int64_t MAX_ROWS = 192;             // whose sums are kept beside them
+
+template <class Codec>
+Codec make_codec(const float* table) {
+    if constexpr (std::is_same_v<Codec, TableCodec>)
+        return Codec(table);
+    else
+        return Codec();
+}
+
+}  // namespace
+
+template <class S>
+bool GroupValues::try_as(Context& context, const std::vector<float>& values) {
+    if (!std::all_of(values.begin(), values.end(), [](float v) { return widen(narrow<S>(v)) == v; })) return false;
+    data_ = Array<char>(context.arena, values.size() * sizeof(S));
+    S* to = reinterpret_cast<S*>(data_.data());
+    for (size_t i = 0; i < values.size(); ++i) to[i] = narrow<S>(values[i]);
+    width_ = std::is_same_v<S, bf16> ? 1 : int(sizeof(S));
+    return true;
+}
+
+GroupValues::GroupValues(Context& context, std::vector<float> values) : size_(int64_t(values.size())) {
+    if (!try_as<f16>(context, values) && !try_as<bf16>(context, values)) try_as<float>(context, values);
+}
+
+Vec GroupValues::at(int64_t index) const {
+    switch (width_) {
+        case 1: return load(reinterpret_cast<const bf16*>(data_.data()) + index);
+        case 2: return load(reinterpret_cast<const f16*>(data_.data()) + index);
+        default: return load(reinterpret_cast<const float*>(data_.data()) + index);
+    }
+}
+
+template <class T, class Codec>
+QuantizedLinear<T, Codec>::QuantizedLinear(Context& context, const QuantizedMatrix& matrix, const T* bias)
+    : n_(matrix.n), c_(matrix.c), units_(0), codec_(make_codec<Codec>(matrix.table)) {
+    for (int64_t first = 0; first < c_;) {
+        const int64_t source = first / matrix.group;
+        const int64_t end = std::min({c_, (source + 1) * matrix.group, first + MAX_GROUP});
+        const int64_t units = ceil_div(end - first, 2);
+        groups_.push_back({first, end - first, units_, units, source});
+        units_ += units;
+        first = end;
+    }
+    inputs_.assign(2 * units_, -1);
+    for (const Group& group : groups_)
+        for (int64_t i = 0; i < group.count; ++i)
+            inputs_[2 * group.unit + i] = int32_t(matrix.order ? matrix.order[group.first + i] : group.first + i);
+    reordered_ = 2 * units_ != c_ || matrix.order;
+    pack(context, matrix);
+    const int64_t panels = ceil_div(n_, CODE_PANEL);
+    const auto spread = [&](const float* values) {  // [groups of the matrix, n] → [panels, groups, CODE_PANEL]
+        std::vector<float> out;
+        out.reserve(panels * groups_.size() * CODE_PANEL);
+        for (int64_t p = 0; p < panels; ++p)
+            for (const Group& group : groups_)
+                for (int64_t j = p * CODE_PANEL; j < (p + 1) * CODE_PANEL; ++j)
+                    out.push_back(j < n_ ? values[group.source * n_ + j] : 0.0f);
+        return out;
+    };
+    scales_ = GroupValues(context, spread(matrix.scale));
+    if (matrix.offset) offsets_ = GroupValues(context, spread(matrix.offset));
+    if (!bias) return;
+    bias_ = Array<float>(context.arena, panels * CODE_PANEL);
+    for (int64_t j = 0; j < panels * CODE_PANEL; ++j) bias_.data()[j] = j < n_ ? widen(bias[j]) : 0.0f;
+}
+
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::pack(Context& context, const QuantizedMatrix& matrix) {
+    const int64_t panels = ceil_div(n_, CODE_PANEL);
+    codes_ = Array<uint32_t>(context.arena, panels * units_ * UNIT_WORDS<Codec>);
+    context.pool.run(panels, [&](int64_t p) {
+        const int64_t columns = std::min<int64_t>(CODE_PANEL, n_ - p * CODE_PANEL);
+        const uint8_t* codes = matrix.codes + p * CODE_PANEL * c_;
+        for (const Group& group : groups_) {
+            uint32_t* to = codes_.data() + (p * units_ + group.unit) * UNIT_WORDS<Codec>;
+            std::fill_n(to, group.units * UNIT_WORDS<Codec>, 0);
+            for (int64_t j = 0; j < columns; ++j) {
+                const int64_t field = j / WORDS, row = field / FIELDS<Codec>;
+                const int64_t at = field % FIELDS<Codec> * Codec::BITS;
+                for (int64_t i = 0; i < group.count; ++i)
+                    to[i / 2 * UNIT_WORDS<Codec> + row * WORDS + j % WORDS] |=
+                        uint32_t(codes[j * c_ + group.first + i]) << (at + i % 2 * 16);
+            }
+        }
+    });
+}
+
+// x in the order and with the padding of the packed inputs, in the type of the inner loop.
+template <class T, class Codec>
+Rows<typename Operand<T>::Type> QuantizedLinear<T, Codec>::gather(Context& context, const T* x, int64_t rows) const {
+    const int64_t width = 2 * units_;
+    if (!reordered_) return prepare(context, x, rows, c_, width);
+    X* copy = context.inputs.get<X>(rows * width);
+    const int64_t rows_per_chunk = std::max<int64_t>(1, 16384 / width);
+    context.pool.run(ceil_div(rows, rows_per_chunk), [&](int64_t chunk) {
+        const int64_t end = std::min(rows, (chunk + 1) * rows_per_chunk);
+        for (int64_t r = chunk * rows_per_chunk; r < end; ++r)
+            for (int64_t i = 0; i < width; ++i) {
+                const T value = inputs_[i] < 0 ? T{} : x[r * c_ + inputs_[i]];
+                if constexpr (std::is_same_v<T, X>)
+                    copy[r * width + i] = value;
+                else
+                    copy[r * width + i] = widen(value);
+            }
+    });
+    return {copy, width};
+}
+
+// The sums of each row's groups [rows, groups], which offsets are multiplied by; null if there are none.
+template <class T, class Codec>
+const float* QuantizedLinear<T, Codec>::sum_groups(Context& context, const Rows<X>& x, int64_t rows) const {
+    if (offsets_.empty()) return nullptr;
+    const auto groups = int64_t(groups_.size());
+    float* sums = context.intermediate.get<float>(rows * groups);
+    const int64_t rows_per_chunk = std::max<int64_t>(1, 16384 / x.stride);
+    context.pool.run(ceil_div(rows, rows_per_chunk), [&](int64_t chunk) {
+        const int64_t end = std::min(rows, (chunk + 1) * rows_per_chunk);
+        for (int64_t r = chunk * rows_per_chunk; r < end; ++r)
+            for (int64_t g = 0; g < groups; ++g) {
+                const X* from = x.data + r * x.stride + 2 * groups_[g].unit;
+                const int64_t count = groups_[g].count;
+                Vec total = zero();
+                int64_t i = 0;
+                for (; i + W <= count; i += W) total = total + load(from + i);
+                if (i < count) total = total + load_some(from + i, int(count - i));
+                sums[r * groups + g] = sum(total);
+            }
+    });
+    return sums;
+}
+
+// totals[r] += scale · (the products of one group + offset · the sum of its inputs)
+template <class T, class Codec>
+template <class C>
+void QuantizedLinear<T, Codec>::add_group(const C& columns, const Rows<X>& x, const float* sums, int64_t rows,
+                                          int64_t panel, int64_t group, float* totals) const {
+    const auto groups = int64_t(groups_.size());
+    const int64_t values = (panel * groups + group) * CODE_PANEL;
+    for_row_blocks(rows, [&](int64_t begin, int count) {
+        alignas(64) float products[ROWS_AT_ONCE * CODE_PANEL];
+        multiply(count, x.data + begin * x.stride, x.stride, columns, CODE_VECTORS, products, CODE_PANEL, false);
+        for (int v = 0; v < CODE_VECTORS; ++v) {
+            const Vec scale = scales_.at(values + v * W);
+            const Vec offset = offsets_.empty() ? zero() : offsets_.at(values + v * W);
+            for (int r = 0; r < count; ++r) {
+                Vec product = load(products + r * CODE_PANEL + v * W);
+                if (sums) product = fma(offset, fill(sums[(begin + r) * groups]), product);
+                float* total = totals + (begin + r) * CODE_PANEL + v * W;
+                store(total, fma(scale, product, load(total)));
+            }
+        }
+    });
+}
+
+// A few rows are multiplied by codes as they are unpacked; many by a group that was unpacked for all of them. A row's
+// products and sums are the same.
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::panel(const Rows<X>& x, const float* sums, T* y, int64_t first, int64_t rows,
+                                      int64_t panel) const {
+    constexpr int64_t STRIDE = CODE_PANEL * PAIR_OF<X>;
+    alignas(64) float totals[MAX_ROWS * CODE_PANEL];
+    alignas(64) X unpacked[MAX_GROUP * CODE_PANEL];
+    std::array<const X*, CODE_VECTORS> vectors;
+    for (int v = 0; v < CODE_VECTORS; ++v) vectors[v] = unpacked + v * W * PAIR_OF<X>;
+    std::fill_n(totals, rows * CODE_PANEL, 0.0f);
+    for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
+        const Group& group = groups_[g];
+        const int64_t steps = 2 * group.units / PAIR_OF<X>;
+        const Rows<X> inputs{x.data + first * x.stride + 2 * group.unit, x.stride};
+        const float* group_sums = sums ? sums + first * int64_t(groups_.size()) + g : nullptr;
+        const CodeColumns<Codec, X> codes{units(panel, group), steps, AHEAD, codec_};
+        if (rows <= ROWS_AT_ONCE) {
+            add_group(codes, inputs, group_sums, rows, panel, g, totals);
+        } else {
+            unpack_codes(codes, unpacked);
+            add_group(Columns<X>{vectors.data(), STRIDE, steps, 0}, inputs, group_sums, rows, panel, g, totals);
+        }
+    }
+    const int64_t column = panel * CODE_PANEL;
+    const int64_t columns = std::min<int64_t>(CODE_PANEL, n_ - column);
+    for (int64_t r = 0; r < rows; ++r) {
+        T* out = y + (first + r) * n_ + column;
+        const float* bias = bias_.data() + column;
+        if (bias_.size())
+            map(totals + r * CODE_PANEL, out, columns, [&](Vec a, int64_t j) { return a + load(bias + j); });
+        else
+            map(totals + r * CODE_PANEL, out, columns, [](Vec a, int64_t) { return a; });
+    }
+}
+
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::apply(Context& context, const T* x, T* y, int64_t rows) const {
+    const Rows<X> input = gather(context, x, rows);
+    const float* sums = sum_groups(context, input, rows);
+    const int64_t panels = ceil_div(n_, CODE_PANEL);
+    const int64_t panel_bytes = units_ * UNIT_WORDS<Codec> * int64_t(sizeof(uint32_t));
+    const int64_t fitting = X_BLOCK_BYTES / (input.stride * int64_t(sizeof(X)));
+    const int64_t blocks = ceil_div(rows, std::clamp<int64_t>(fitting, 4 * ROWS_AT_ONCE, MAX_ROWS));
+    const int64_t together = std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
+    const int64_t chunks = ceil_div(panels, together);
+    context.pool.run(blocks * chunks, [&](int64_t chunk) {
+        const int64_t block = chunk / chunks, begin = chunk % chunks * together;
+        const int64_t first = rows * block / blocks, end = rows * (block + 1) / blocks;
+        for (int64_t p = begin; p < std::min(panels, begin + together); ++p) panel(input, sums, y, first, end - first, p);
+    });
+}
+
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::unpack(int64_t first, int64_t last, float* out) const {
+    alignas(64) float unpacked[MAX_GROUP * CODE_PANEL];
+    for (int64_t p = first / CODE_PANEL; p < ceil_div(last, CODE_PANEL); ++p)
+        for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
+            const Group& group = groups_[g];
+            unpack_codes(CodeColumns<Codec, float>{units(p, group), 2 * group.units, 0, codec_}, unpacked);
+            for (int v = 0; v < CODE_VECTORS; ++v) {
+                const int64_t values = (p * int64_t(groups_.size()) + g) * CODE_PANEL + v * W;
+                const Vec scale = scales_.at(values);
+                const Vec offset = offsets_.empty() ? zero() : offsets_.at(values);
+                for (int64_t i = 0; i < group.count; ++i) {
+                    float weights[W];
+                    store(weights, scale * (load(unpacked + i * CODE_PANEL + v * W) + offset));
+                    for (int j = 0; j < W; ++j) {
+                        const int64_t row = p * CODE_PANEL + v * W + j;
+                        if (row >= first && row < last) out[(row - first) * c_ + inputs_[2 * group.unit + i]] = weights[j];
+                    }
+                }
+            }
+        }
+}
+
+template <class T, class Codec>
+int64_t QuantizedLinear<T, Codec>::bytes() const {
+    return int64_t(codes_.bytes() + bias_.bytes() + inputs_.size() * sizeof(int32_t)) + scales_.bytes() +
+           offsets_.bytes();
+}
+
+template class QuantizedLinear<float, TableCodec>;
+template class QuantizedLinear<bf16, TableCodec>;
+template class QuantizedLinear<f16, TableCodec>;
+template class QuantizedLinear<float, SignedCodec>;
+template class QuantizedLinear<bf16, SignedCodec>;
+template class QuantizedLinear<f16, SignedCodec>;
+template class QuantizedLinear<float, Float8Codec>;
+template class QuantizedLinear<bf16, Float8Codec>;
+template class QuantizedLinear<f16, Float8Codec>;
+
+}  // namespace loraplex

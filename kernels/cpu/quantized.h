@@ -1,0 +1,91 @@
+// Quantised linear layers: packed codes, multiplied as they are; scales and offsets are applied to the sums of groups.
+//
+//     y[n] = Σ_g scale[g, n] · (Σ_{c in g} x[c] · value[n, c] + offset[g, n] · Σ_{c in g} x[c]) + bias[n]
+//
+// A value is what a codec makes of a code: exact in bfloat16, but for tables of other numbers. So nothing else is
+// rounded than in a product of float32 matrices.
+#pragma once
+
+#include <vector>
+
+#include "codes.h"
+#include "linear.h"
+
+namespace loraplex {
+
+// What a quantised matrix [n, c] is made of. Copied.
+struct QuantizedMatrix {
+    int64_t n, c;
+    const uint8_t* codes;  // [n, c]
+    const float* table;    // [16], for TableCodec
+    int64_t group;         // inputs that share a scale; the last group may be shorter
+    const float* scale;    // [groups, n]
+    const float* offset;   // [groups, n], or null: none
+    const int64_t* order;  // [c]: which input a column of codes multiplies; null: its own
+};
+
+// One number for each group and output, as narrow as holds all of them exactly.
+class GroupValues {
+  public:
+    GroupValues() = default;
+    GroupValues(Context& context, std::vector<float> values);
+
+    bool empty() const { return size_ == 0; }
+    int64_t bytes() const { return int64_t(data_.bytes()); }
+    Vec at(int64_t index) const;
+
+  private:
+    template <class S>
+    bool try_as(Context& context, const std::vector<float>& values);
+
+    int width_ = 4;  // bytes: 4 float32, 2 float16, 1 stands for bfloat16
+    int64_t size_ = 0;
+    Array<char> data_;
+};
+
+template <class T, class Codec>
+class QuantizedLinear {
+  public:
+    QuantizedLinear(Context& context, const QuantizedMatrix& matrix, const T* bias);
+
+    // x: [rows, c] → y: [rows, n]
+    void apply(Context& context, const T* x, T* y, int64_t rows) const;
+
+    // Rows first … last - 1 of the matrix, in the order of the inputs → out: [last - first, c]
+    void unpack(int64_t first, int64_t last, float* out) const;
+
+    int64_t bytes() const;
+
+  private:
+    using X = typename Operand<T>::Type;
+
+    // Neighbouring inputs with one scale each; a long group of the matrix is several of these.
+    struct Group {
+        int64_t first, count;   // columns of codes
+        int64_t unit, units;    // where they are packed, two inputs a unit
+        int64_t source;         // group of the matrix
+    };
+
+    const uint32_t* units(int64_t panel, const Group& group) const {
+        return codes_.data() + (panel * units_ + group.unit) * UNIT_WORDS<Codec>;
+    }
+    void pack(Context& context, const QuantizedMatrix& matrix);
+    Rows<X> gather(Context& context, const T* x, int64_t rows) const;
+    const float* sum_groups(Context& context, const Rows<X>& x, int64_t rows) const;
+    void panel(const Rows<X>& x, const float* sums, T* y, int64_t first, int64_t rows, int64_t panel) const;
+    template <class C>
+    void add_group(const C& columns, const Rows<X>& x, const float* sums, int64_t rows, int64_t panel, int64_t group,
+                   float* totals) const;
+
+    int64_t n_, c_, units_;
+    bool reordered_;  // x is not multiplied as it comes
+    Codec codec_;
+    std::vector<Group> groups_;
+    std::vector<int32_t> inputs_;  // [2 · units]: which input, or -1: none
+    Array<uint32_t> codes_;        // [panels, units, UNIT_WORDS]
+    GroupValues scales_;           // [panels, groups, CODE_PANEL]
+    GroupValues offsets_;
+    Array<float> bias_;  // [panels, CODE_PANEL]
+};
+
+}  // namespace loraplex
