@@ -1,7 +1,7 @@
 """Puts the service together from its configuration, and takes it apart again without losing anything in flight."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from adapters.depot import Depot
+from adapters.key import AdapterKey
 from adapters.registry import AdapterRegistry
 from adapters.source import AdapterSource
 from engine.bus import make_bus_directory
@@ -39,6 +40,7 @@ from service.probes import Probes, build_probe_server
 from service.server import Health, Service, build_server, drain
 from service.state import StateFile
 from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
+from service.telemetry.setup import Telemetry, telemetry_of
 from service.tenants import Tenants
 from service.text import TemplateRenderer
 
@@ -52,6 +54,7 @@ class Addresses:
     data: str
     admin: str
     health: str | None = None  # None: no port for probes is configured
+    metrics: str | None = None  # None: no Prometheus page is configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Application:
     """The parts of a service. `running` starts and ends it."""
 
     config: ServiceConfig
+    telemetry: Telemetry
     host: ModelHost
     registry: AdapterRegistry
     state: StateFile
@@ -96,7 +100,11 @@ def engine_processes(config: ServiceConfig) -> LaunchFor:
 
 
 def assemble(
-    config: ServiceConfig, bus_directory: Path, renderer: TemplateRenderer, launch_for: LaunchFor
+    config: ServiceConfig,
+    bus_directory: Path,
+    renderer: TemplateRenderer,
+    launch_for: LaunchFor,
+    telemetry: Telemetry,
 ) -> Application:
     """All parts, connected; nothing runs yet, but what an earlier life knew is known.
 
@@ -122,7 +130,13 @@ def assemble(
     )
     tenants = Tenants(config.tenants, config.other_tenants)
     inference = InferenceServicer(
-        catalog, admission, renderer, deployer.directory, tenants, limits.adapter_load_wait_seconds
+        catalog,
+        admission,
+        renderer,
+        deployer.directory,
+        tenants,
+        limits.adapter_load_wait_seconds,
+        telemetry.observer,
     )
     tokenizer = TokenizerServicer(catalog, renderer, tenants)
     server = ServerServicer(host, lambda: admission.draining, version("loraplex"))
@@ -141,7 +155,7 @@ def assemble(
     health = Health([service.name for service in data], [service.name for service in admin])
     probes = Probes(model.name for model in config.models if model.load)
     return Application(
-        config, host, registry, state, library, deployer, admission, inference, health, probes, data, admin
+        config, telemetry, host, registry, state, library, deployer, admission, inference, health, probes, data, admin
     )
 
 
@@ -157,9 +171,11 @@ async def running(
     async with AsyncExitStack() as stack:
         bus_directory = Path(stack.enter_context(make_bus_directory()))
         renderer = await stack.enter_async_context(TemplateRenderer())
-        app = assemble(config, bus_directory, renderer, launch_for or engine_processes(config))
+        telemetry = stack.enter_context(telemetry_of(config))
+        app = assemble(config, bus_directory, renderer, launch_for or engine_processes(config), telemetry)
         health_address = await _start_probes(app, stack)
-        data, admin, addresses = _listeners(app, health_address)
+        metrics_address = await _start_metrics(app, stack)
+        data, admin, addresses = _listeners(app, health_address, metrics_address)
         shutting_down = Unavailable("DRAINING", "the server is shutting down; try another replica")
         stack.push_async_callback(app.host.close, shutting_down)
         stack.push_async_callback(app.state.close)
@@ -197,14 +213,32 @@ async def _start_probes(app: Application, stack: AsyncExitStack) -> str | None:
     return f"{address.rpartition(':')[0]}:{port}"
 
 
-def _listeners(app: Application, health_address: str | None) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
+async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
+    """Returns the address of the metrics page, if any."""
+    if app.config.metrics_listen is None:
+        return None
+    from service.telemetry.page import MetricsPage, Served, metrics_server  # with it comes an HTTP server
+
+    def adapter_requests(model: str) -> Iterable[tuple[AdapterKey, int]]:
+        versions = app.registry.list_versions(base_model=model, include_versions=True)
+        return [(version.key, version.num_requests) for version in versions]
+
+    served = Served(app.telemetry.metrics, app.host.all, adapter_requests, lambda: app.admission.draining)
+    page = MetricsPage(served, asyncio.get_running_loop())
+    return await stack.enter_async_context(metrics_server(page, app.config.metrics_listen))
+
+
+def _listeners(
+    app: Application, health_address: str | None, metrics_address: str | None
+) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
     config = app.config
     credentials = None if config.tls is None else _credentials(config.tls)
-    interceptor = CallInterceptor(stall_seconds=config.limits.unread_seconds)
+    interceptor = CallInterceptor(stall_seconds=config.limits.unread_seconds, observer=app.telemetry.observer)
     data, data_port = build_server(app.data, app.health, interceptor, config.listen, credentials)
     admin, admin_port = build_server(app.admin, app.health, interceptor, config.admin_listen, credentials)
     hosts = [address.rpartition(":")[0] for address in (config.listen, config.admin_listen)]
-    return data, admin, Addresses(f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}", health_address)
+    own = (f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}")
+    return data, admin, Addresses(*own, health_address, metrics_address)
 
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:

@@ -25,6 +25,7 @@ from service.validation import check_message
 ENVIRONMENT_PREFIX = "LORAPLEX_"
 ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 STATE_DIRECTORY = ".loraplex"
+LOG_FORMATS = ("text", "json")
 LOOPBACK_HOSTS = frozenset(("127.0.0.1", "[::1]", "localhost"))
 _UNKNOWN_KEY = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<place>.*)`)?")
 
@@ -116,6 +117,22 @@ class SupervisionConfig(_Section, frozen=True):
     stop_seconds: float = 10.0  # that an engine may take to end before it is killed
 
 
+class UsageConfig(_Section, frozen=True):
+    """One record for each generation, for billing."""
+
+    file: str  # a line of JSON each is appended to it
+    rotate_bytes: int = 64 << 20  # then the file gets its time as a suffix, and a new one begins
+
+
+class OtlpConfig(_Section, frozen=True):
+    """Where traces and metrics are sent, by OTLP over gRPC."""
+
+    endpoint: str  # http://host:4317, or https:
+    headers: dict[str, str] = {}  # such as the credentials that the collector asks for
+    trace_ratio: float = 1.0  # of the calls whose caller has not decided
+    metrics_seconds: float = 15.0  # between two exports
+
+
 class ServiceConfig(_Section, frozen=True):
     """The whole file."""
 
@@ -126,6 +143,7 @@ class ServiceConfig(_Section, frozen=True):
     listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
     admin_listen: str = "127.0.0.1:50052"
     health_listen: str | None = None  # a plaintext port for an orchestrator's probes: see service/probes.py
+    metrics_listen: str | None = None  # the Prometheus page, in plaintext: see service/telemetry/page.py
     tls: TlsConfig | None = None
     insecure: bool = False  # allow other addresses than loopback without TLS
     tenants: dict[str, TenantConfig] = {}
@@ -133,6 +151,10 @@ class ServiceConfig(_Section, frozen=True):
     drain_grace_seconds: float = 30.0  # for running requests, once told to stop
     lame_duck_seconds: float = 0.0  # before that: still serving, but NOT_SERVING to balancers
     log_level: str = "INFO"
+    log_format: str = "text"  # or "json": one object a line
+    access_log: bool = False  # a line for each call
+    usage: UsageConfig | None = None
+    otlp: OtlpConfig | None = None
     limits: LimitsConfig = LimitsConfig()
     supervision: SupervisionConfig = SupervisionConfig()
 
@@ -210,7 +232,17 @@ def _explain(error: str) -> str:
     found = _UNKNOWN_KEY.fullmatch(error)
     if found is None:
         return error.replace(" - at `$.", " - at `")
-    sections = (ServiceConfig, ModelConfig, AdapterConfig, TlsConfig, TenantConfig, LimitsConfig, SupervisionConfig)
+    sections = (
+        ServiceConfig,
+        ModelConfig,
+        AdapterConfig,
+        TlsConfig,
+        TenantConfig,
+        LimitsConfig,
+        SupervisionConfig,
+        UsageConfig,
+        OtlpConfig,
+    )
     known = sorted({name for section in sections for name in section.__struct_fields__})
     similar = difflib.get_close_matches(found["key"], known, n=1)
     hint = f"; did you mean {similar[0]!r}?" if similar else ""
@@ -236,6 +268,9 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
     if tls is not None:
         client_ca = None if tls.client_ca is None else absolute(tls.client_ca)
         tls = TlsConfig(certificate=absolute(tls.certificate), key=absolute(tls.key), client_ca=client_ca)
+    usage = config.usage
+    if usage is not None:
+        usage = msgspec.structs.replace(usage, file=absolute(usage.file))
     return msgspec.structs.replace(
         config,
         models=tuple(model(item) for item in config.models),
@@ -243,6 +278,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         adapter_roots=tuple(absolute(root) for root in config.adapter_roots),
         state_directory=_state_directory(config, base),
         tls=tls,
+        usage=usage,
     )
 
 
@@ -279,11 +315,29 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     yield from _listener_problems(config)
     if config.log_level.upper() not in logging.getLevelNamesMapping():
         yield f"log_level {config.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR"
+    if config.log_format not in LOG_FORMATS:
+        yield f"log_format {config.log_format!r} is not one of {', '.join(LOG_FORMATS)}"
+    yield from _telemetry_problems(config)
     for section in (config, config.limits, config.supervision):
         for name in section.__struct_fields__:
             value = getattr(section, name)
             if isinstance(value, int | float) and value < 0:
                 yield f"{name} {value} must not be negative"
+
+
+def _telemetry_problems(config: ServiceConfig) -> Iterator[str]:
+    if config.usage is not None:
+        if not Path(config.usage.file).parent.is_dir():
+            yield f"usage: there is no directory {Path(config.usage.file).parent}"
+        if config.usage.rotate_bytes < 1:
+            yield f"usage: rotate_bytes {config.usage.rotate_bytes} must be at least 1"
+    if config.otlp is not None:
+        if not config.otlp.endpoint.startswith(("http://", "https://")):
+            yield f"otlp: endpoint {config.otlp.endpoint!r}: http://host:4317 is expected, or https:"
+        if not 0.0 <= config.otlp.trace_ratio <= 1.0:
+            yield f"otlp: trace_ratio {config.otlp.trace_ratio} must be from 0 to 1"
+        if not config.otlp.metrics_seconds > 0:
+            yield f"otlp: metrics_seconds {config.otlp.metrics_seconds} must be above 0"
 
 
 _ID_RULE = "1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
@@ -309,7 +363,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def _listener_problems(config: ServiceConfig) -> Iterator[str]:
-    for key in ("listen", "admin_listen", "health_listen"):
+    for key in ("listen", "admin_listen", "health_listen", "metrics_listen"):
         address: str | None = getattr(config, key)
         if address is None:
             continue
@@ -318,6 +372,11 @@ def _listener_problems(config: ServiceConfig) -> Iterator[str]:
             yield f"{key} {address!r}: host:port is expected, such as 127.0.0.1:50051; port 0 takes a free one"
         elif key == "health_listen":
             continue  # it says SERVING or NOT_SERVING, and nothing that needs protection
+        elif key == "metrics_listen" and host not in LOOPBACK_HOSTS and not config.insecure:
+            yield (
+                f"{key} {address!r} can be reached from other machines, and anybody there could read who uses what: "
+                "set insecure: true where the network is trusted"
+            )
         elif host not in LOOPBACK_HOSTS and config.tls is None and not config.insecure:
             yield (
                 f"{key} {address!r} can be reached from other machines, and anybody there could use it: set tls, or "

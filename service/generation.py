@@ -1,6 +1,7 @@
 """One admitted request: its sequences in the engine, and the events that its caller sees."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,12 @@ from google.protobuf.duration_pb2 import Duration
 from engine.client import EngineClient, Generation, SlowConsumerError
 from engine.messages import AddRequest, RequestOutput
 from engine.sampling_params import FinishReason
+from loraplex.v1 import inference_pb2
 from loraplex.v1.inference_pb2 import Completed, Delta, Finished, PromptLogprobs, Started, Timings, Usage
 from loraplex.v1.routes_pb2 import ResolvedTarget
 from service.errors import EngineError, SlowConsumer
 from service.outputs import OutputBuilder, prompt_logprobs
+from service.telemetry.records import GenerationRecord
 from service.text import Tokenizer
 from service.validation import OutputForm
 
@@ -57,6 +60,31 @@ class Run:
             prompt_tokens=len(self._prompt),
             cached_prompt_tokens=self._cached_tokens,
             completion_tokens=sum(builder.num_tokens for builder in self._builders.values()),
+        )
+
+    def record(self, status: str, trace_id: str) -> GenerationRecord:
+        """What is known of it now. `status`: the name of the one of grpc that it ends with."""
+        job, first = self._job, self._job.sequences[0]
+        seconds = asyncio.get_running_loop().time() - job.arrival
+        finished = [builder.finished for builder in self._builders.values() if builder.finished is not None]
+        return GenerationRecord(
+            id=job.request_id,
+            trace_id=trace_id,
+            tenant=first.tenant,
+            model=job.target.model,
+            model_revision=job.target.model_revision,
+            adapter=job.target.adapter_version.partition("@")[0],
+            adapter_digest=first.adapter.digest if first.adapter is not None else "",
+            status=status,
+            finish_reasons=[inference_pb2.FinishReason.Name(f.reason).removeprefix("FINISH_REASON_") for f in finished],
+            prompt_tokens=len(self._prompt),
+            cached_prompt_tokens=self._cached_tokens,
+            completion_tokens=sum(builder.num_tokens for builder in self._builders.values()),
+            started=time.time() - seconds,
+            seconds=seconds,
+            queue_seconds=_seconds(self._timings.queue_duration) if self._started else None,
+            adapter_load_seconds=_seconds(self._timings.adapter_load_duration),
+            first_token_seconds=_seconds(self._timings.time_to_first_token) if self._started else None,
         )
 
     def end(self, error: Exception) -> None:
@@ -154,6 +182,10 @@ class Run:
         if not sampling.greedy:
             completed.seed = sampling.seed
         return completed
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToMicroseconds() / 1e6
 
 
 def _duration(seconds: float) -> Duration:

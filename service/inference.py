@@ -37,8 +37,9 @@ from service.admission import Admission
 from service.catalog import Catalog, Target
 from service.errors import Cancelled, FailedPrecondition, InvalidRequest, LoraplexError, Unavailable
 from service.generation import Event, Job, Run
-from service.interceptors import Call, current_call, error_status, known_error
+from service.interceptors import Call, current_call, error_status, known_error, status_name
 from service.prompts import prompt_tokens
+from service.telemetry.records import NOBODY, Observer
 from service.tenants import Tenant, Tenants
 from service.text import TemplateRenderer
 from service.validation import OutputForm, check_spec, derived_seed, duration_seconds, merged_sampling, sampling_params
@@ -69,6 +70,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         adapter_path: Callable[[AdapterVersion], str],
         tenants: Tenants,
         max_load_wait_seconds: float = 60.0,
+        observer: Observer = NOBODY,
     ) -> None:
         """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read."""
         self._catalog = catalog
@@ -77,6 +79,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._adapter_path = adapter_path
         self._tenants = tenants
         self._max_load_wait_seconds = max_load_wait_seconds
+        self._observer = observer
         self._runs: dict[str, tuple[str, Run]] = {}  # by request id: the tenant, and what runs for it
 
     async def Generate(self, request: GenerateRequest, context: Context) -> GenerateResponse:  # noqa: N802
@@ -91,6 +94,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             aclosing(run.events()) as events,
         ):
             async for event in events:
+                if isinstance(event, Completed):
+                    self._record(current_call(), run, "OK")  # before the caller has it: what it knows of, is kept
                 fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
                 yield StreamGenerateResponse(**fields)
                 seq += 1
@@ -140,7 +145,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> BatchGenerateResponse:
         """One item of a batch, a request with an id of its own. If it fails, it fails alone."""
         async with slots:
-            call = Call(batch.tenant, deadline=batch.deadline)
+            call = Call(batch.tenant, deadline=batch.deadline, trace_id=batch.trace_id, span=batch.span)
             try:
                 return BatchGenerateResponse(index=index, response=await self._generate(call, spec, f"specs[{index}]"))
             except Exception as error:
@@ -198,11 +203,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             run = Run(job, model.client)
             call.usage = run.usage
             self._runs[call.request_id] = (call.tenant, run)
+            status = "OK"
             try:
                 yield run
+            except BaseException as error:
+                status = status_name(error, call)
+                raise
             finally:
+                if not call.recorded:
+                    self._record(call, run, status)
                 del self._runs[call.request_id]
                 run.close()
+
+    def _record(self, call: Call, run: Run, status: str) -> None:
+        call.recorded = True
+        self._observer.generation_ended(call, run.record(status, call.trace_id))
 
     async def _adapter(self, target: Target, policy: AdapterPolicy) -> tuple[AdapterKey | None, float]:
         """Have the engine hold the target's adapter, as the policy says: which one (None: go without), seconds waited.

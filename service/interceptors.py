@@ -19,6 +19,7 @@ from google.rpc.status_pb2 import Status
 
 from loraplex.v1.inference_pb2 import Usage
 from service.errors import EngineError, LoraplexError, SlowConsumer, Unauthenticated, to_status, trailing_metadata
+from service.telemetry.records import NOBODY, CallRecord, Observer
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ class Call:
     deadline: float | None = None  # of the event loop's clock
     metadata: dict[str, str] = field(default_factory=dict)  # goes back to the caller, beside loraplex-request-id
     usage: Callable[[], Usage] | None = None  # what a generation has consumed so far: an error carries it
+    recorded: bool = False  # its generation has been given to the observer
+    trace_id: str = ""  # of the caller's trace, or of the one that began here
+    span: object = None  # of whoever traces
 
     def seconds_left(self) -> float | None:
         """Until the caller's deadline; None: there is none."""
@@ -85,6 +89,16 @@ def error_status(error: LoraplexError, call: Call) -> Status:
     return to_status(error, call.request_id, call.usage() if call.usage is not None else None)
 
 
+def status_name(error: BaseException, call: Call) -> str:
+    """The name of the status that the caller sees for what ended its call."""
+    if isinstance(error, LoraplexError):
+        return error.code.name
+    if isinstance(error, Exception):
+        return grpc.StatusCode.INTERNAL.name
+    left = call.seconds_left()  # grpc cancels what has missed its deadline, too
+    return "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+
+
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any] | AsyncGenerator[Any, None]]
 
@@ -104,8 +118,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     or disappearance reaches it as CancelledError (a generator: or as GeneratorExit), which passes through here.
     """
 
-    def __init__(self, identify: Identify = tenant_from_metadata, stall_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        identify: Identify = tenant_from_metadata,
+        stall_seconds: float = 30.0,
+        observer: Observer = NOBODY,
+    ) -> None:
         self._identify = identify
+        self._observer = observer
         self._stall_seconds = stall_seconds  # how long the caller of a stream may leave a message unread
 
     async def intercept_service(
@@ -121,11 +141,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
     def _wrap(self, behaviour: Behaviour, method: str) -> Behaviour:
+        name = method.removeprefix("/")
+
         async def serve(request: Any, context: Context) -> Any:
             call = Call(tenant="")
             token = _CALL.set(call)
+            status = "OK"
+            metadata = _text_metadata(context)
+            self._observer.call_started(call, name, metadata)
             try:
-                call.tenant = self._identify(_text_metadata(context))
+                call.tenant = self._identify(metadata)
                 call.deadline = _deadline(context)
                 result = behaviour(request, context)
                 if isinstance(result, AsyncGenerator):
@@ -136,8 +161,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _abort(known_error(error, call, method), call, context)
+                known = known_error(error, call, method)
+                status = known.code.name
+                await _abort(known, call, context)
+            except BaseException as error:
+                status = status_name(error, call)
+                raise
             finally:
+                seconds = asyncio.get_running_loop().time() - call.arrival
+                self._observer.call_ended(call, CallRecord(method=name, status=status, seconds=seconds))
                 _CALL.reset(token)
 
         return serve

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -57,8 +58,9 @@ async def control_plane(
     state_directory: str = "",
     models: tuple[str, ...] = ("tiny", "other"),
     tenants: dict[str, TenantConfig] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[ControlPlane]:
-    """Two models, "tiny" which is loaded and "other" which is not."""
+    """Two models, "tiny" which is loaded and "other" which is not. `settings`: more of the configuration."""
     config = ServiceConfig(
         models=tuple(
             ModelConfig(name=name, model=str(model_directory), labels={"team": "a"}, load=name == "tiny")
@@ -70,6 +72,7 @@ async def control_plane(
         supervision=SupervisionConfig(heartbeat_seconds=0.02, restart_delay_seconds=0.01),
         drain_grace_seconds=drain_grace_seconds,
         tenants=tenants or {},
+        **settings,
     ).with_free_ports()
     engines = {model.name: ThreadedEngines() for model in config.models}
     for threaded in engines.values():

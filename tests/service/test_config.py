@@ -11,9 +11,11 @@ from service.config import (
     ConfigError,
     LimitsConfig,
     ModelConfig,
+    OtlpConfig,
     ServiceConfig,
     SupervisionConfig,
     TlsConfig,
+    UsageConfig,
     load_config,
 )
 from service.tenants import TenantConfig
@@ -190,7 +192,17 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_every_key_is_described() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
-    sections = (ServiceConfig, ModelConfig, AdapterConfig, TlsConfig, TenantConfig, LimitsConfig, SupervisionConfig)
+    sections = (
+        ServiceConfig,
+        ModelConfig,
+        AdapterConfig,
+        TlsConfig,
+        TenantConfig,
+        LimitsConfig,
+        SupervisionConfig,
+        UsageConfig,
+        OtlpConfig,
+    )
     keys = {name for section in sections for name in section.__struct_fields__}
     assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
 

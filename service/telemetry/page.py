@@ -1,0 +1,272 @@
+"""The Prometheus page: what RequestMetrics counted and what the engines said last, under our names and under vLLM's.
+
+Dashboards, autoscalers and gateways read the `vllm:` names already; each stands for the series beside it in the table.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from itertools import accumulate
+from time import time
+from typing import NamedTuple
+
+from prometheus_client import start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from adapters.key import AdapterKey
+from adapters.registry import resource_name
+from engine.messages import EngineStats
+from service.hosting import HostedModel
+from service.supervisor import EngineState
+from service.telemetry.metrics import RequestMetrics
+from service.telemetry.series import Counter, Histogram
+
+SNAPSHOT_SECONDS = 5.0  # that a scrape waits for the event loop
+
+USER = ("tenant", "model", "adapter")
+
+
+class Served(NamedTuple):
+    """Everything on the page is taken from here, on the event loop."""
+
+    metrics: RequestMetrics
+    models: Callable[[], Sequence[HostedModel]]
+    adapter_requests: Callable[[str], Iterable[tuple[AdapterKey, int]]]  # of a model: requests in flight, by version
+    draining: Callable[[], bool]
+
+
+class MetricsPage(Collector):
+    """Shows a snapshot. `families` is for the event loop; `collect` for prometheus_client's threads."""
+
+    def __init__(self, served: Served, loop: asyncio.AbstractEventLoop) -> None:
+        self._served = served
+        self._loop = loop
+
+    def collect(self) -> Iterable[Metric]:
+        async def snapshot() -> list[Metric]:
+            return list(self.families())
+
+        return asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SNAPSHOT_SECONDS)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # registering must not wait for the loop that it runs on
+
+    def families(self) -> Iterator[Metric]:
+        yield from _request_families(self._served.metrics)
+        yield _gauge(
+            "loraplex_draining", "1 once the server takes no new requests.", (), [((), self._served.draining())]
+        )
+        yield from _engine_families(self._served)
+
+
+@asynccontextmanager
+async def metrics_server(page: MetricsPage, address: str) -> AsyncIterator[str]:
+    """Serve the page at http://ADDRESS/metrics; yields the address with the port that was taken for port 0.
+
+    Raises OSError if it cannot be had.
+    """
+    registry = CollectorRegistry()
+    registry.register(page)
+    host, _, port = address.rpartition(":")
+    server, thread = start_http_server(int(port), host.strip("[]"), registry)
+    try:
+        yield f"{host}:{server.server_port}"
+    finally:
+        await asyncio.to_thread(server.shutdown)  # a scrape that has begun needs this loop to end
+        server.server_close()
+        thread.join()
+
+
+# ---- calls and generations -------------------------------------------------------------------------------------------
+
+
+def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
+    yield _counter("loraplex_requests", "Generations that ended.", (*USER, "status"), metrics.requests)
+    yield _counter("loraplex_prompt_tokens", "Prompt tokens of generations.", USER, metrics.prompt_tokens)
+    yield _counter(
+        "loraplex_cached_prompt_tokens", "Of these, found in the prefix cache.", USER, metrics.cached_prompt_tokens
+    )
+    yield _counter("loraplex_completion_tokens", "Tokens generated.", USER, metrics.completion_tokens)
+    yield _counter(
+        "vllm:request_success", "Outputs that finished, by reason.", ("model_name", "finished_reason"), metrics.finished
+    )
+    for name, alias, text, histogram in (
+        (
+            "loraplex_request_duration_seconds",
+            "vllm:e2e_request_latency_seconds",
+            "Whole generations.",
+            metrics.duration,
+        ),
+        (
+            "loraplex_time_to_first_token_seconds",
+            "vllm:time_to_first_token_seconds",
+            "From the arrival of a call to its first token.",
+            metrics.first_token,
+        ),
+        (
+            "loraplex_time_per_output_token_seconds",
+            "vllm:inter_token_latency_seconds",
+            "Mean time between two tokens of a generation.",
+            metrics.per_token,
+        ),
+        (
+            "loraplex_queue_seconds",
+            "vllm:request_queue_time_seconds",
+            "From the arrival of a call to the first step that worked for it.",
+            metrics.queue,
+        ),
+    ):
+        yield _histogram(name, text, ("model",), histogram)
+        yield _histogram(alias, text, ("model_name",), histogram)
+    text = "That generations waited for an adapter which was not in the engine's memory."
+    yield _histogram("loraplex_adapter_wait_seconds", text, ("model",), metrics.adapter_wait)
+    yield _histogram("loraplex_rpc_duration_seconds", "Calls of any method.", ("method", "status"), metrics.calls)
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+# our name, vLLM's or none, what it is, its value
+_GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] = (
+    ("loraplex_running_requests", "vllm:num_requests_running", "Sequences that run.", lambda s: s.num_running),
+    (
+        "loraplex_waiting_requests",
+        "vllm:num_requests_waiting",
+        "Sequences that wait, for their adapter too.",
+        lambda s: s.num_waiting + s.num_waiting_for_adapter,
+    ),
+    (
+        "loraplex_waiting_for_adapter_requests",
+        None,
+        "Sequences that wait for their adapter.",
+        lambda s: s.num_waiting_for_adapter,
+    ),
+    (
+        "loraplex_kv_cache_usage_ratio",
+        "vllm:kv_cache_usage_perc",
+        "Share of the key-value cache that running sequences hold, 0 to 1.",
+        lambda s: (s.total_blocks - s.free_blocks - s.cached_blocks) / max(s.total_blocks, 1),
+    ),
+    ("loraplex_kv_cache_blocks", None, "Blocks of the key-value cache.", lambda s: s.total_blocks),
+    ("loraplex_kv_cache_cached_blocks", None, "Of these, kept for their prefix.", lambda s: s.cached_blocks),
+    ("loraplex_device_adapters", None, "Adapter versions on the device.", lambda s: len(s.adapters)),
+)
+_COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] = (
+    (
+        "loraplex_prefix_cache_queries",
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_cache_queries,
+    ),
+    ("loraplex_prefix_cache_hits", "vllm:prefix_cache_hits", "Of these, found.", lambda s: s.prefix_cache_hits),
+    (
+        "loraplex_preemptions",
+        "vllm:num_preemptions",
+        "Sequences that gave their blocks back to others.",
+        lambda s: s.num_preemptions,
+    ),
+    ("loraplex_engine_steps", None, "Steps of the engine.", lambda s: s.num_steps),
+    ("loraplex_engine_prompt_tokens", "vllm:prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
+    (
+        "loraplex_engine_generated_tokens",
+        "vllm:generation_tokens",
+        "Tokens generated, as the engine counts them while it runs.",
+        lambda s: s.generated_tokens,
+    ),
+)
+
+
+def _engine_families(served: Served) -> Iterator[Metric]:
+    models = served.models()
+    up = [((model.name,), model.state is EngineState.ACTIVE) for model in models]
+    yield _gauge("loraplex_model_up", "1 while the model serves.", ("model",), up)
+    loaded = [((model.name,), at) for model in models if (at := model.supervisor.load_time) is not None]
+    text = "When the engine was last loaded, in seconds since the epoch: it changes with each restart."
+    yield _gauge("loraplex_model_load_time_seconds", text, ("model",), loaded)
+    running = [(model, model.client.stats) for model in models if model.client is not None]
+    stats = [(model, stats) for model, stats in running if stats is not None]
+    for name, alias, text, value in _GAUGES:
+        values = [((model.name,), value(stats)) for model, stats in stats]
+        yield _gauge(name, text, ("model",), values)
+        if alias is not None:
+            yield _gauge(alias, text, ("model_name",), values)
+    for name, alias, text, value in _COUNTERS:
+        counter = Counter()
+        counter.values = {(model.name,): value(stats) for model, stats in stats}
+        yield _counter(name, text, ("model",), counter)
+        if alias is not None:
+            yield _counter(alias, text, ("model_name",), counter)
+    yield _adapter_tiers(models)
+    yield _adapter_users(stats)
+    yield _lora_info(served, stats)
+    yield _cache_info(stats)
+
+
+def _adapter_tiers(models: Sequence[HostedModel]) -> Metric:
+    """The heat map of residency: which version is where."""
+    rows = []
+    for model in models:
+        if model.client is None:
+            continue
+        on_device = {key for key, _ in model.client.stats.adapters} if model.client.stats is not None else set()
+        for key in sorted({*model.client.adapters, *on_device}, key=str):
+            tier = "device" if key in on_device else "host"
+            rows.append(((model.name, resource_name(key), key.digest[:12], tier), 1.0))
+    text = "1 for each adapter version that an engine has been given, with the tier that it is in."
+    return _gauge("loraplex_adapter_resident", text, ("model", "adapter", "version", "tier"), rows)
+
+
+def _adapter_users(stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
+    rows = [
+        ((model.name, resource_name(key), key.digest[:12]), users)
+        for model, last in stats
+        for key, users in last.adapters
+    ]
+    text = "Sequences that use an adapter version on the device."
+    return _gauge("loraplex_adapter_requests", text, ("model", "adapter", "version"), rows)
+
+
+def _lora_info(served: Served, stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
+    """What a gateway chooses a replica by. As with vLLM, the value is the time, and the newest counts."""
+    now = time()
+    rows = []
+    for model, last in stats:
+        running = sorted(key.name for key, users in last.adapters if users)
+        waiting = sorted(
+            key.name for key, requests in served.adapter_requests(model.name) if requests and key.name not in running
+        )
+        labels = (str(model.config.max_resident_adapters), ",".join(running), ",".join(waiting))
+        rows.append(((model.name, *labels), now))
+    names = ("model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters")
+    return _gauge("vllm:lora_requests_info", "Adapters with requests, and how many fit on the device.", names, rows)
+
+
+def _cache_info(stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
+    rows = [((model.name, str(last.block_size), str(last.total_blocks)), 1.0) for model, last in stats]
+    return _gauge("vllm:cache_config_info", "Size of the cache.", ("model_name", "block_size", "num_gpu_blocks"), rows)
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+def _gauge(name: str, text: str, labels: Sequence[str], rows: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for values, value in rows:
+        family.add_metric(values, value)
+    return family
+
+
+def _counter(name: str, text: str, labels: Sequence[str], counter: Counter) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, value in counter.values.items():
+        family.add_metric(values, value)
+    return family
+
+
+def _histogram(name: str, text: str, labels: Sequence[str], histogram: Histogram) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+    for values, distribution in histogram.values.items():
+        buckets = list(zip(bounds, accumulate(distribution.counts), strict=True))
+        family.add_metric(values, buckets, sum_value=distribution.total)
+    return family

@@ -1,0 +1,83 @@
+"""What is known of a call, or of a generation, once it has ended; and who wants to hear of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    from service.interceptors import Call
+
+
+class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One generation that the engine has worked for. Names of statuses and reasons are those of the contract."""
+
+    id: str  # unique; the request id that the caller sees
+    trace_id: str  # of the caller's trace, or of the one that began here; empty: neither
+    tenant: str
+    model: str  # models/{model}
+    model_revision: str
+    adapter: str  # tenants/{tenant}/adapters/{adapter}; empty: the base model
+    adapter_digest: str  # the version: sha-256 of its content
+    status: str  # of grpc: OK, CANCELLED, …
+    finish_reasons: Sequence[str]  # of the outputs that finished: EOS, STOP, MAX_TOKENS, …
+    prompt_tokens: int
+    cached_prompt_tokens: int  # of these, found in the prefix cache
+    completion_tokens: int  # of all outputs, generated, whether they were read or not
+    started: float  # seconds since the epoch: when the call arrived
+    seconds: float  # from there to the end
+    queue_seconds: float | None  # from there to the first step that worked for it; None: there was none
+    adapter_load_seconds: float  # waited for the adapter
+    first_token_seconds: float | None  # from the call's arrival; None: there was none
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean time between two tokens. None for fewer than two."""
+        if self.first_token_seconds is None or self.completion_tokens < 2:
+            return None
+        return (self.seconds - self.first_token_seconds) / (self.completion_tokens - 1)
+
+
+class CallRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One call of any method of ours."""
+
+    method: str  # loraplex.v1.InferenceService/Generate
+    status: str  # of grpc
+    seconds: float
+
+
+class Observer(Protocol):
+    """Hears of calls and generations, on the event loop. Must return at once, and must not raise."""
+
+    def call_started(self, call: Call, method: str, metadata: Mapping[str, str]) -> None:
+        """Before anything is known of the caller. May set the call's `trace_id` and `span`."""
+
+    def call_ended(self, call: Call, record: CallRecord) -> None:
+        """After all of its generations."""
+
+    def generation_ended(self, call: Call, record: GenerationRecord) -> None:
+        """Before the caller can know. For an item of a batch, `call` is the item's own."""
+
+
+class Observers:
+    """Several observers as one."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def call_started(self, call: Call, method: str, metadata: Mapping[str, str]) -> None:
+        for observer in self._observers:
+            observer.call_started(call, method, metadata)
+
+    def call_ended(self, call: Call, record: CallRecord) -> None:
+        for observer in self._observers:
+            observer.call_ended(call, record)
+
+    def generation_ended(self, call: Call, record: GenerationRecord) -> None:
+        for observer in self._observers:
+            observer.generation_ended(call, record)
+
+
+NOBODY = Observers()

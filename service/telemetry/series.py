@@ -1,0 +1,58 @@
+"""Counters and histograms by label values, as numbers in dictionaries: how they are shown is somebody else's business.
+
+prometheus_client's own would do, but each could carry one name only, and several of ours go by two.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_SERIES = 10_000  # of one metric: callers name tenants, and must not fill the memory with them
+OTHER = "other"  # stands for every label value that came after these
+
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+Labels = tuple[str, ...]
+
+
+class Counter:
+    """Numbers that only grow, by label values."""
+
+    def __init__(self) -> None:
+        self.values: dict[Labels, float] = {}
+
+    def add(self, labels: Labels, amount: float = 1) -> None:
+        labels = _admitted(labels, self.values)
+        self.values[labels] = self.values.get(labels, 0) + amount
+
+
+@dataclass(slots=True)
+class Distribution:
+    """How many values fell below each bound (each counted once, in the first bucket that holds it), and their sum."""
+
+    counts: list[int]
+    total: float = 0.0
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Distributions of seconds, by label values."""
+
+    bounds: Sequence[float] = LATENCY_BUCKETS
+    values: dict[Labels, Distribution] = field(default_factory=dict)
+
+    def observe(self, labels: Labels, seconds: float) -> None:
+        labels = _admitted(labels, self.values)
+        distribution = self.values.get(labels)
+        if distribution is None:
+            distribution = self.values[labels] = Distribution([0] * (len(self.bounds) + 1))
+        distribution.counts[bisect_left(self.bounds, seconds)] += 1
+        distribution.total += seconds
+
+
+def _admitted(labels: Labels, known: Mapping[Labels, Any]) -> Labels:
+    if labels in known or len(known) < MAX_SERIES:
+        return labels
+    return (OTHER,) * len(labels)

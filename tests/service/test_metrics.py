@@ -1,0 +1,116 @@
+"""The Prometheus page, as it is scraped."""
+
+import asyncio
+import re
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from loraplex import NotFound
+from service.telemetry.series import MAX_SERIES, OTHER, Counter, Histogram
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+
+DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+
+
+class Page:
+    """One scrape."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        families = list(text_string_to_metric_families(text))
+        self.names = {family.name for family in families}
+        self._samples = [sample for family in families for sample in family.samples]
+
+    def values(self, name: str) -> list[tuple[Mapping[str, str], float]]:
+        return [(sample.labels, sample.value) for sample in self._samples if sample.name == name]
+
+    def value(self, name: str, **labels: str) -> float:
+        [value] = [value for found, value in self.values(name) if labels.items() <= found.items()]
+        return value
+
+
+async def scrape(control: ControlPlane) -> Page:
+    def get() -> str:
+        with urllib.request.urlopen(f"http://{control.addresses.metrics}/metrics", timeout=10) as response:
+            return str(response.read().decode())
+
+    return Page(await asyncio.to_thread(get))
+
+
+@pytest.fixture
+async def control(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    async with control_plane(byte_tokenizer_directory, tmp_path, metrics_listen="127.0.0.1:0") as control:
+        yield control
+
+
+async def test_the_page_has_every_documented_name_and_no_other(control: ControlPlane) -> None:
+    documented = set(re.findall(r"`((?:loraplex_|vllm:)\w+)`", DOCUMENTED.read_text()))
+    assert (await scrape(control)).names == {name.removesuffix("_total") for name in documented}
+
+
+async def test_a_generation_counts_for_its_tenant_model_and_adapter(control: ControlPlane) -> None:
+    write_adapter(control.roots / "pirate")
+    source = str(control.roots / "pirate")
+    await control.admin.create_adapter("pirate", base_model="tiny", source=source, tenant="default")
+    await control.client.generate("pirate", "abc", max_tokens=5)
+    page = await scrape(control)
+    user = {"tenant": "default", "model": "tiny", "adapter": "tenants/default/adapters/pirate"}
+    assert page.value("loraplex_requests_total", **user, status="OK") == 1
+    assert page.value("loraplex_prompt_tokens_total", **user) == 3
+    assert page.value("loraplex_completion_tokens_total", **user) == 5
+    assert page.value("loraplex_adapter_resident", adapter=user["adapter"]) == 1
+
+
+async def test_the_times_of_a_generation_are_under_both_names(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "abc", max_tokens=5)
+    page = await scrape(control)
+    for name, alias in (
+        ("loraplex_request_duration_seconds", "vllm:e2e_request_latency_seconds"),
+        ("loraplex_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"),
+        ("loraplex_time_per_output_token_seconds", "vllm:inter_token_latency_seconds"),
+        ("loraplex_queue_seconds", "vllm:request_queue_time_seconds"),
+    ):
+        assert page.value(f"{name}_count", model="tiny") == 1
+        assert page.value(f"{alias}_count", model_name="tiny") == 1
+        assert page.value(f"{name}_sum", model="tiny") == page.value(f"{alias}_sum", model_name="tiny") > 0
+    assert page.value("vllm:request_success_total", model_name="tiny", finished_reason="max_tokens") == 1
+
+
+async def test_a_refused_call_counts_with_its_status(control: ControlPlane) -> None:
+    with pytest.raises(NotFound):
+        await control.client.generate("nobody", "abc", max_tokens=5)
+    page = await scrape(control)
+    method = "loraplex.v1.InferenceService/Generate"
+    assert page.value("loraplex_rpc_duration_seconds_count", method=method, status="NOT_FOUND") == 1
+    assert page.values("loraplex_requests_total") == []
+
+
+async def test_a_model_that_is_not_loaded_is_down(control: ControlPlane) -> None:
+    page = await scrape(control)
+    assert page.value("loraplex_model_up", model="tiny") == 1
+    assert page.value("loraplex_model_up", model="other") == 0
+
+
+async def test_prompts_and_outputs_are_not_on_the_page(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "secret", max_tokens=6)
+    assert "secret" not in (await scrape(control)).text
+
+
+def test_label_values_of_callers_cannot_fill_the_memory() -> None:
+    counter = Counter()
+    for number in range(MAX_SERIES + 10):
+        counter.add((f"tenant-{number}", "tiny"))
+    assert len(counter.values) == MAX_SERIES + 1
+    assert counter.values[OTHER, OTHER] == 10
+
+
+def test_a_value_falls_into_the_first_bucket_that_holds_it() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for seconds in (0.5, 1.0, 1.5, 2.5):
+        histogram.observe(("tiny",), seconds)
+    assert histogram.values["tiny",].counts == [2, 1, 1]
+    assert histogram.values["tiny",].total == 5.5

@@ -1,0 +1,177 @@
+"""Usage records: what is in one, and that none is missing or doubled, whatever happened to the service."""
+
+import asyncio
+import json
+import os
+import sys
+from asyncio.subprocess import PIPE
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from loraplex import AsyncClient, LoraplexError, generate_spec
+from service.config import UsageConfig
+from service.interceptors import Call
+from service.telemetry.records import GenerationRecord
+from service.telemetry.usage import UsageLog
+from tests.service import usage_life
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+
+RECORD = GenerationRecord(
+    id="1",
+    trace_id="",
+    tenant="default",
+    model="models/tiny",
+    model_revision="r1",
+    adapter="",
+    adapter_digest="",
+    status="OK",
+    finish_reasons=["EOS"],
+    prompt_tokens=3,
+    cached_prompt_tokens=0,
+    completion_tokens=5,
+    started=0.0,
+    seconds=1.0,
+    queue_seconds=0.0,
+    adapter_load_seconds=0.0,
+    first_token_seconds=0.5,
+)
+
+
+def records(file: Path) -> list[dict[str, Any]]:
+    """Of the file and of all that were set aside."""
+    files = sorted(file.parent.glob(f"{file.name}*"))
+    return [json.loads(line) for one in files for line in one.read_text().splitlines()]
+
+
+@pytest.fixture
+async def control(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    usage = UsageConfig(file=str(tmp_path / "usage.jsonl"))
+    async with control_plane(byte_tokenizer_directory, tmp_path, usage=usage) as control:
+        yield control
+
+
+async def test_a_record_says_who_used_how_much_of_what(control: ControlPlane) -> None:
+    source = write_adapter(control.roots / "pirate")
+    adapter = await control.admin.create_adapter("pirate", base_model="tiny", source=str(source), tenant="default")
+    response = await control.client.generate("pirate", "abc", max_tokens=5)
+    [record] = records(control.roots / "usage.jsonl")
+    assert record["id"] == response.request_id
+    assert (record["tenant"], record["model"], record["status"]) == ("default", "models/tiny", "OK")
+    assert record["adapter"] == "tenants/default/adapters/pirate"
+    assert record["adapter_digest"].startswith(adapter.version.partition("@")[2])
+    assert record["finish_reasons"] == ["MAX_TOKENS"]
+    assert (record["prompt_tokens"], record["cached_prompt_tokens"], record["completion_tokens"]) == (3, 0, 5)
+    assert 0 <= record["queue_seconds"] <= record["first_token_seconds"] <= record["seconds"]
+
+
+async def test_the_record_is_there_when_the_caller_sees_the_end(control: ControlPlane) -> None:
+    stream = control.client.stream_generate("tiny", "abc", max_tokens=5)
+    while stream.completed is None:
+        await anext(stream)
+    assert [record["completion_tokens"] for record in records(control.roots / "usage.jsonl")] == [5]
+
+
+async def test_a_cancelled_generation_has_its_tokens_until_then(control: ControlPlane) -> None:
+    stream = control.client.stream_generate("tiny", "abc", max_tokens=100_000)
+    while not (await anext(stream)).HasField("delta"):
+        pass
+    stream.cancel()
+    async with asyncio.timeout(10):
+        while not records(control.roots / "usage.jsonl"):  # noqa: ASYNC110 - a file says nothing
+            await asyncio.sleep(0)
+    [record] = records(control.roots / "usage.jsonl")
+    assert record["status"] == "CANCELLED"
+    assert record["finish_reasons"] == []
+    assert record["completion_tokens"] >= 1
+
+
+async def test_each_item_of_a_batch_has_a_record(control: ControlPlane) -> None:
+    specs = [generate_spec("tiny", "abc", max_tokens=count) for count in (1, 2, 3)]
+    items = [item async for item in control.client.batch_generate(specs)]
+    found = records(control.roots / "usage.jsonl")
+    assert sorted(record["completion_tokens"] for record in found) == [1, 2, 3]
+    assert {record["id"] for record in found} == {item.response.request_id for item in items}
+
+
+async def test_records_hold_no_text(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "secret", max_tokens=6)
+    assert "secret" not in (control.roots / "usage.jsonl").read_text()
+
+
+@asynccontextmanager
+async def life(model: Path, file: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    command = (sys.executable, usage_life.__file__, str(model), str(file))
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, env=environment)
+    try:
+        assert process.stdout is not None
+        yield process, (await process.stdout.readline()).decode().strip()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_after_kill_no_generation_that_a_caller_saw_end_is_missing_or_doubled(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    file, seen = tmp_path / "usage.jsonl", set[str]()
+
+    async def caller(client: AsyncClient, enough: asyncio.Event) -> None:
+        try:
+            while True:
+                stream = client.stream_generate("tiny", "abc", max_tokens=1 + len(seen) % 7)
+                async for message in stream:
+                    if message.HasField("completed"):
+                        assert stream.started is not None
+                        seen.add(stream.started.request_id)
+                        if len(seen) % 100 == 0:
+                            enough.set()
+        except LoraplexError:
+            return  # it was killed
+
+    for _ in range(2):
+        async with life(byte_tokenizer_directory, file) as (process, address), AsyncClient(address) as client:
+            enough = asyncio.Event()
+            callers = [asyncio.create_task(caller(client, enough)) for _ in range(8)]
+            async with asyncio.timeout(60):
+                await enough.wait()
+                process.kill()
+                await asyncio.gather(*callers)
+    counted = Counter(record["id"] for record in records(file))
+    assert seen <= counted.keys()
+    assert set(counted.values()) == {1}
+    assert len(os.listdir(tmp_path)) > 2  # it was set aside meanwhile
+
+
+def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path: Path) -> None:
+    file = tmp_path / "usage.jsonl"
+    file.write_text('{"id": "cut')
+    log = UsageLog(file, 1 << 20)
+    log.generation_ended(Call("default", arrival=0.0), RECORD)
+    log.close()
+    assert [json.loads(line)["id"] for line in file.read_text().splitlines()[1:]] == ["1"]
+
+
+def test_a_full_file_is_set_aside_whole(tmp_path: Path) -> None:
+    file = tmp_path / "usage.jsonl"
+    log = UsageLog(file, 500)
+    for number in range(5):
+        log.generation_ended(Call("default", arrival=0.0), msgspec.structs.replace(RECORD, id=str(number)))
+    log.close()
+    assert sorted(record["id"] for record in records(file)) == ["0", "1", "2", "3", "4"]
+    assert len(list(tmp_path.glob("usage.jsonl.*"))) == 2
+
+
+def test_what_cannot_be_written_waits_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    log = UsageLog(Path("/dev/full"), 1 << 20)
+    log.generation_ended(Call("default", arrival=0.0), RECORD)
+    log.close()
+    assert "No space left on device" in caplog.text
+    assert "wait in memory" in caplog.text
