@@ -28,6 +28,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "msgspec")
 TESTS = (
+    "tests/kernels/test_triton_codes.py",
+    "tests/kernels/test_triton_quantized.py",
+    "tests/kernels/test_quantized_kv.py",
     "tests/kernels/test_triton.py",
     "tests/engine/test_cuda_graph.py",
     "tests/gpu",

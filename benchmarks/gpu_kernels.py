@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraSlice, LoraWeights, Ops
+from kernels.quantized import AffineWeight, Float8Weight, QuantizedWeight, TableWeight
 from kernels.reference import ReferenceOps
 
 Call = Callable[[], object]
@@ -154,6 +156,7 @@ class Cases:
     def all(self) -> Iterator[Case]:
         for rows in self.sizes.rows:
             yield from self.small(rows)
+            yield from self.quantised(rows)
             yield self.lora("lora, one adapter", rows, self.sizes.ranks[:1])
             yield self.lora(f"lora, {len(self.sizes.ranks)} adapters of mixed ranks", rows, self.sizes.ranks)
         for sequences, keys in self.sizes.decoding:
@@ -198,6 +201,47 @@ class Cases:
         yield Case(f"add_rms_norm, {rows} rows", 4 * rows * hidden * size, 0, norm)
         yield Case(f"silu_and_mul, {rows} rows", 3 * rows * wide * size, 0, activation)
         yield Case(f"rotary_store_kv, {rows} rows", 2 * qkv_bytes, 0, rotary)
+
+    def quantised(self, rows: int) -> Iterator[Case]:
+        """The fused gate and up projection, quantised, beside torch's product with the same weight in 16 bits."""
+        c, n, group, device = self.sizes.hidden, 2 * self.sizes.intermediate, 128, self.ops.device
+        groups = -(-c // group)
+        scales = 2 * groups * n  # bytes
+
+        def codes(bits: int) -> Tensor:
+            shape, generator = (n, c), self._generator
+            return torch.randint(0, 1 << bits, shape, generator=generator, device=device, dtype=torch.uint8)
+
+        def ones(*shape: int) -> Tensor:
+            return torch.ones(shape, device=device)
+
+        records: list[tuple[str, int, Callable[[], QuantizedWeight]]] = [
+            (
+                "4 bit",
+                n * c // 2 + scales + groups * n,
+                lambda: AffineWeight(codes(4), 4, ones(groups, n), 8 * ones(groups, n), group),
+            ),
+            ("8 bit", n * c + 2 * n, lambda: AffineWeight(codes(8), 8, ones(1, n), 128 * ones(1, n), c)),
+            (
+                "nf4",
+                n * c // 2 + 2 * n * c // 64,
+                lambda: TableWeight(codes(4), ones(16), ones(-(-n * c // 64)), 64),
+            ),
+            (
+                "fp8",
+                n * c + 4 * groups * n,
+                lambda: Float8Weight(codes(6).view(torch.float8_e4m3fn), ones(-(-n // group), groups), (group, group)),
+            ),
+        ]
+
+        def make(record: Callable[[], QuantizedWeight]) -> tuple[Call, Call]:
+            packed = self.ops.pack_quantized(record(), None, self.dtype)
+            x, dense = self.random(rows, c), self.random(n, c)
+            return lambda: self.ops.linear(x, packed), lambda: F.linear(x, dense)
+
+        for name, moved, record in records:
+            inputs = rows * (c + n) * self.dtype.itemsize
+            yield Case(f"linear, {name}, {rows} rows", moved + inputs, 2 * rows * n * c, partial(make, record))
 
     def lora(self, name: str, rows: int, ranks: Sequence[int]) -> Case:
         """Beside a fused query, key and value projection; rows divided evenly, at least one for each adapter."""

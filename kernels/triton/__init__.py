@@ -1,5 +1,5 @@
-"""The CUDA backend, in Triton: attention, segmented LoRA and the small operations between the matrix products, which
-are cuBLAS's.
+"""The CUDA backend, in Triton: attention, segmented LoRA, products with quantised weights, and the small operations
+between. Dense matrix products are cuBLAS's.
 
 The same kernels run on the CPU under Triton's interpreter (TRITON_INTERPRET=1), for tests. Nothing here reads back from
 the device: sizes come from shapes and from the host's fields of the metadata.
@@ -29,6 +29,7 @@ from kernels.triton.activation import activate_and_mul
 from kernels.triton.attention import Scoring, paged_attention
 from kernels.triton.lora import Growth, TritonLora, TritonLoraTable, segmented_lora
 from kernels.triton.norm import rms_norm
+from kernels.triton.quantized import TritonQuantizedLinear, quantized_linear
 from kernels.triton.rotary import rotary_store_kv
 
 INTERPRETED_MULTIPROCESSORS = 8
@@ -63,13 +64,17 @@ class TritonOps:
         return ReferenceLinear(weight, bias)
 
     def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
-        raise NotImplementedError(f"the triton kernels do not multiply by {type(weight).__name__} yet")
+        return TritonQuantizedLinear(weight, bias)
 
     def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
+        if isinstance(packed, TritonQuantizedLinear):
+            return packed.dequantize(start, end)
         assert isinstance(packed, ReferenceLinear)
         return packed.weight[start:end].float()
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        if isinstance(packed, TritonQuantizedLinear):
+            return quantized_linear(x, packed, self._num_multiprocessors)
         assert isinstance(packed, ReferenceLinear)
         return F.linear(x, packed.weight, packed.bias)
 

@@ -21,6 +21,7 @@ from triton.backends.driver import DriverBase
 
 import kernels.triton
 from kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
+from kernels.quantized import AffineWeight, Float8Weight, TableWeight
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_MULTIPROCESSORS = 132
@@ -102,6 +103,26 @@ def lora(ops, in_features, out_features, ranks, rows):
     ops.segmented_lora(y, x, segments, table)
 
 
+def quantised(ops, in_features, out_features, rows):
+    """Four bits in groups with act-order, eight bits, nf4 and block fp8; few groups and many."""
+
+    def ones(*shape):
+        return torch.ones(shape)
+
+    codes, order = torch.zeros(out_features, in_features, dtype=torch.uint8), torch.arange(in_features)
+    wide, blocks = (in_features // 128, out_features), (out_features // 128, in_features // 128)
+    for record in (
+        AffineWeight(codes, 4, ones(*wide), ones(*wide), 128),
+        AffineWeight(codes, 4, ones(*wide) * 0.3, ones(*wide), 128, order),
+        AffineWeight(codes, 8, ones(1, out_features), ones(1, out_features), in_features),
+        TableWeight(codes, torch.arange(16).float(), ones(codes.numel() // 64), 64),
+        Float8Weight(codes.view(torch.float8_e4m3fn), ones(*blocks), (128, 128)),
+    ):
+        packed = ops.pack_quantized(record, torch.zeros(out_features, dtype=DTYPE), DTYPE)
+        for count in rows:
+            ops.linear(torch.zeros(count, in_features, dtype=DTYPE), packed)
+
+
 def small(ops, shape, width):
     norm, x = QKNorm(torch.zeros(shape.head_dim), torch.zeros(shape.head_dim), 1e-6), torch.zeros(2, width, dtype=DTYPE)
     qkv = torch.zeros(2, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=DTYPE)
@@ -127,6 +148,7 @@ def main():
         attention(ops, gemma, [300], [900], 512, 50.0, stored=stored)
     lora(ops, 4096, 6144, (16, 16, 16), 8)
     lora(ops, 4096, 28672, (64, 64), 2048)
+    quantised(ops, 2048, 1024, (1, 300))
     small(ops, eight_billion, 8192)
 
 

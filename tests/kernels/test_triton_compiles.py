@@ -33,6 +33,8 @@ def test_every_kernel_compiles_and_fits(capability, tmp_path):
         "_shrink",
         "_expand",
         "_scale",
+        "_quantized_linear",
+        "_add_splits",
         "_rotary_store_kv",
         "_rms_norm",
         "_activate_and_mul",
