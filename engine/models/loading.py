@@ -72,7 +72,7 @@ def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | 
 def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
     """Every linear that a format may have quantised: those of the layers, and a head that is not the embedding."""
     shapes = [
-        LinearShape(f"model.layers.{layer}.{part}", out_features, linear.in_features)
+        LinearShape(f"model.layers.{layer}.{part}", out_features, linear.in_features, linear.bias)
         for layer in range(config.num_layers)
         for linear in layer_linears(config)
         for part, out_features in linear.parts

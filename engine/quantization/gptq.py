@@ -66,12 +66,14 @@ class GptqSpec:
         whole = WORD_BITS if bits == 3 else WORD_BITS // bits
         require_multiple(linear, "input features", c, whole)
         require_multiple(linear, "output features", n, whole)
+        # Old writers add one of zeros to every linear.
+        no_bias = {} if linear.has_bias else {".bias": ExpectedTensor((n,), FLOATS, optional=True)}
         return {
             ".qweight": ExpectedTensor((c * bits // WORD_BITS, n), ("I32",)),
             ".qzeros": ExpectedTensor((groups, n * bits // WORD_BITS), ("I32",)),
             ".scales": ExpectedTensor((groups, n), FLOATS),
             ".g_idx": ExpectedTensor((c,), ("I32", "I64"), optional=True),
-            ".bias": ExpectedTensor((n,), FLOATS, optional=True),  # old writers add one of zeros to every linear
+            **no_bias,
         }
 
     def read(self, linear: LinearShape, stored: Mapping[str, Tensor]) -> AffineWeight:

@@ -21,6 +21,7 @@ class LinearShape:
     path: str  # "model.layers.0.mlp.up_proj"
     out_features: int  # N
     in_features: int  # C
+    has_bias: bool = False
 
     def error(self, suffix: str, problem: str) -> ModelError:
         return ModelError(f"{self.path}{suffix} {problem}")

@@ -1,0 +1,103 @@
+"""Every format that loads: what its config.json states, and a packer of its tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.engine.quantization import packing
+from tests.engine.quantization.packing import Packer
+
+GPTQMODEL = {"quantizer": ["gptqmodel:7.6.0"]}
+
+
+def gptq(**fields: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, **fields}
+
+
+def awq(**fields: Any) -> dict[str, Any]:
+    return {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", **fields}
+
+
+def bitsandbytes(**fields: Any) -> dict[str, Any]:
+    return {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **fields}
+
+
+def compressed(name: str, activations: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
+    "gptq": (gptq(), packing.gptq()),
+    "gptq 2 bit": (gptq(bits=2), packing.gptq(bits=2)),
+    "gptq 3 bit": (gptq(bits=3, sym=False, meta=GPTQMODEL), packing.gptq(bits=3, sym=False)),
+    "gptq 8 bit": (gptq(bits=8, meta=GPTQMODEL), packing.gptq(bits=8, borrowing=True)),
+    "gptq whole columns": (gptq(group_size=-1), packing.gptq(group=-1)),
+    "gptq act-order": (gptq(desc_act=True), packing.gptq(act_order=True)),
+    "gptq asymmetric": (gptq(sym=False, meta=GPTQMODEL), packing.gptq(sym=False, borrowing=True)),
+    "gptq asymmetric, not GPTQModel's": (gptq(sym=False), packing.gptq(sym=False)),
+    "gptq v2": (gptq(sym=False, checkpoint_format="gptq_v2"), packing.gptq(sym=False, version=2)),
+    "gptq with zero biases": (gptq(), packing.gptq(old_bias=True)),
+    "awq gemm": (awq(), packing.awq_gemm()),
+    "awq gemv": (awq(version="gemv", group_size=64), packing.awq_gemv()),
+    "awq gemv_fast": (awq(version="gemv_fast", group_size=64), packing.awq_gemv_fast()),
+    "awq as GPTQModel states it": (
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "checkpoint_format": "gemm"},
+        packing.awq_gemm(),
+    ),
+    "bitsandbytes nf4": (bitsandbytes(), packing.bnb_4bit()),
+    "bitsandbytes fp4": (bitsandbytes(bnb_4bit_quant_type="fp4"), packing.bnb_4bit("fp4")),
+    "bitsandbytes nf4, nested": (bitsandbytes(bnb_4bit_use_double_quant=True), packing.bnb_4bit(nested=True)),
+    "bitsandbytes nf4, blocks of 128": (bitsandbytes(), packing.bnb_4bit(block=128)),
+    "bitsandbytes nf4, stored as bfloat16": (
+        bitsandbytes(bnb_4bit_quant_storage="bfloat16"),
+        packing.bnb_4bit(storage=torch.bfloat16),
+    ),
+    "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, packing.bnb_int8),
+    "compressed-tensors int4": (
+        compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=True),
+        packing.ct_packed(),
+    ),
+    "compressed-tensors int4, asymmetric": (
+        compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
+        packing.ct_packed(symmetric=False),
+    ),
+    "compressed-tensors packed int8 per channel": (
+        compressed("pack-quantized", num_bits=8, type="int", strategy="channel"),
+        packing.ct_packed(8, None),
+    ),
+    "compressed-tensors int8": (
+        compressed("int-quantized", {"num_bits": 8, "dynamic": True}, num_bits=8, type="int", strategy="channel"),
+        packing.ct_int8(),
+    ),
+    "compressed-tensors int8 per tensor": (
+        compressed("naive-quantized", num_bits=8, type="int", strategy="tensor"),
+        packing.ct_int8("tensor"),
+    ),
+    "compressed-tensors int8 groups, asymmetric": (
+        compressed("int-quantized", num_bits=8, type="int", strategy="group", group_size=32, symmetric=False),
+        packing.ct_int8("group", symmetric=False),
+    ),
+    "compressed-tensors fp8": (
+        compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
+        packing.float8(".weight_scale", per_row=True),
+    ),
+    "compressed-tensors fp8 blocks": (
+        compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[16, 32]),
+        packing.float8(".weight_scale", block=(16, 32)),
+    ),
+    "fp8 blocks": ({"quant_method": "fp8", "weight_block_size": [16, 32]}, packing.float8(block=(16, 32))),
+    "fp8 blocks cut at the edges": (
+        {"quant_method": "fp8", "weight_block_size": [48, 48]},
+        packing.float8(block=(48, 48)),
+    ),
+    "fp8 per tensor": ({"quant_method": "fp8", "activation_scheme": "static"}, packing.float8()),
+    "fp8 per tensor, vLLM's names": ({"quant_method": "fp8"}, packing.float8(".weight_scale")),
+}

@@ -1,0 +1,248 @@
+"""Random quantised linears as each package writes them, and the weights that they stand for: slow and obvious.
+
+A packer returns the tensors by what follows the module's path, and the float32 weights [N, C], which are exact: a code,
+its zero and its scale have so few bits that only their product is rounded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+Packer = Callable[[Generator, int, int], tuple[dict[str, Tensor], Tensor]]
+INTEGERS = {32: torch.int32, 16: torch.int16, 8: torch.uint8}
+GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def words(codes: Iterable[int], bits: int, word_bits: int = 32) -> list[int]:
+    """One number, the first code in its lowest bits, cut into words: unsigned."""
+    whole, count = 0, 0
+    for code in codes:
+        whole |= int(code) << (bits * count)
+        count += 1
+    return [whole >> shift & ((1 << word_bits) - 1) for shift in range(0, bits * count, word_bits)]
+
+
+def packed_rows(codes: Tensor, bits: int, word_bits: int = 32) -> Tensor:
+    """[rows, columns] → signed words [rows, columns · bits / word_bits]"""
+    return signed([words(row, bits, word_bits) for row in codes.tolist()], word_bits)
+
+
+def signed(rows: list[list[int]], word_bits: int = 32) -> Tensor:
+    wrapped = torch.tensor(rows, dtype=torch.int64)
+    if word_bits == 8:
+        return wrapped.to(torch.uint8)
+    half = 1 << (word_bits - 1)
+    return ((wrapped + half) % (2 * half) - half).to(INTEGERS[word_bits])
+
+
+@dataclass
+class Affine:
+    """Random codes [N, C] in groups, their 16-bit scales [G, N] and whole zeros [G, N]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    groups: Tensor  # [C]: of each column
+
+    @classmethod
+    def random(
+        cls, generator: Generator, n: int, c: int, bits: int, group: int, middle: bool = False, shuffled: bool = False
+    ) -> Affine:
+        highest, num_groups = (1 << bits) - 1, -(-c // group)
+        zero = torch.randint(0, highest + 1, (num_groups, n), generator=generator)
+        groups = torch.arange(c) // group
+        return cls(
+            torch.randint(0, highest + 1, (n, c), generator=generator),
+            (torch.rand(num_groups, n, generator=generator) / highest + 0.01).half(),
+            torch.full_like(zero, 1 << (bits - 1)) if middle else zero,
+            groups[torch.randperm(c, generator=generator)] if shuffled else groups,
+        )
+
+    def dense(self) -> Tensor:
+        scale, zero = self.scale.float()[self.groups].T, self.zero[self.groups].T
+        return (scale * (self.codes - zero).float()).contiguous()
+
+
+def gptq(
+    bits: int = 4,
+    group: int = 32,
+    sym: bool = True,
+    act_order: bool = False,
+    version: int = 1,
+    borrowing: bool = False,
+    old_bias: bool = False,
+) -> Packer:
+    """borrowing: take 1 from all zeros of a word at once, as GPTQModel does, and not from each by itself."""
+
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        size = c if group == -1 else group
+        affine = Affine.random(generator, n, c, bits, size, middle=sym, shuffled=act_order)
+        mask = (1 << bits) - 1
+        if version == 2:
+            qzeros = packed_rows(affine.zero, bits)
+        elif borrowing:
+            ones = sum(1 << shift for shift in range(0, 32, bits))
+            rows = [[(word - ones) % (1 << 32) for word in words(row, bits)] for row in affine.zero.tolist()]
+            qzeros = signed(rows)
+        else:
+            qzeros = packed_rows((affine.zero - 1) & mask, bits)
+        tensors = {
+            ".qweight": packed_rows(affine.codes, bits).T.contiguous(),
+            ".qzeros": qzeros,
+            ".scales": affine.scale,
+            ".g_idx": affine.groups.int(),
+        }
+        return tensors | ({".bias": torch.zeros(n).half()} if old_bias else {}), affine.dense()
+
+    return pack
+
+
+def awq_gemm(group: int = 32) -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        affine = Affine.random(generator, n, c, 4, group)
+
+        def columns(codes: Tensor) -> Tensor:
+            """[rows, N] → [rows, N / 8]"""
+            return packed_rows(codes.view(len(codes), -1, 8)[..., list(GEMM_ORDER)].flatten(1), 4)
+
+        return {
+            ".qweight": columns(affine.codes.T),
+            ".qzeros": columns(affine.zero),
+            ".scales": affine.scale,
+        }, affine.dense()
+
+    return pack
+
+
+def awq_gemv(group: int = 64) -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        affine = Affine.random(generator, n, c, 4, group)
+        room = padded_groups(len(affine.zero), group)
+        zero, scale = torch.zeros(n, room, dtype=torch.int64), torch.zeros(n, room).half()
+        zero[:, : len(affine.zero)], scale[:, : len(affine.zero)] = affine.zero.T, affine.scale.T
+        return {
+            ".qweight": packed_rows(affine.codes, 4),
+            ".qzeros": packed_rows(zero, 4),
+            ".scales": scale,
+        }, affine.dense()
+
+    return pack
+
+
+def awq_gemv_fast(group: int = 64) -> Packer:
+    """Zeros are stored as −zero · scale in 16 bits, so the weights are not exact multiples of the scale."""
+
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        affine = Affine.random(generator, n, c, 4, group)
+        room = padded_groups(len(affine.zero), group)
+        nibbles = torch.zeros(n // 4, c * 4, dtype=torch.int64)
+        for row in range(n):
+            for column in range(c):
+                a, b, d = column % 32 // 8, column % 8 // 2, column % 2
+                turned = 8 * b + 2 * a + d  # pairs in turn from each eight of thirty-two
+                f, h = turned % 8 // 2, turned % 2
+                place = column % 64 // 32 * 32 + turned // 8 * 8 + 4 * h + f  # even ones of each eight first
+                nibbles[row // 4, column // 64 * 256 + row % 4 * 64 + place] = affine.codes[row, column]
+        scale, offset = torch.zeros(room, n).half(), torch.zeros(room, n).half()
+        scale[: len(affine.zero)] = affine.scale
+        offset[: len(affine.zero)] = -(affine.zero * affine.scale.float()).half()
+        tensors = {".qweight": packed_rows(nibbles, 4, 16), ".qzeros": offset, ".scales": scale}
+        columns = affine.groups
+        return tensors, affine.codes * scale.float()[columns].T + offset.float()[columns].T
+
+    return pack
+
+
+def padded_groups(groups: int, group: int) -> int:
+    multiple = {128: 1, 64: 2, 32: 4}[min(group, 128)]
+    in_words = -(-groups // 8)
+    return -(-in_words // multiple) * multiple * 8
+
+
+def bnb_4bit(kind: str = "nf4", nested: bool = False, block: int = 64, storage: torch.dtype = torch.uint8) -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        codes = torch.randint(0, 16, (n * c,), generator=generator)
+        table = torch.randn(16, generator=generator) / 3
+        num_blocks = -(-n * c // block)
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "float16", "shape": [n, c]}
+        absmax = torch.rand(num_blocks, generator=generator)
+        tensors: dict[str, Tensor] = {}
+        stored = absmax
+        if nested:
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+            stored = torch.randint(0, 256, (num_blocks,), generator=generator).to(torch.uint8)
+            maxima = torch.rand(-(-num_blocks // 256), generator=generator)
+            values = torch.rand(256, generator=generator) / 2
+            absmax = torch.stack([values[code] * maxima[i // 256] + 0.25 for i, code in enumerate(stored.tolist())])
+            tensors |= {".weight.nested_absmax": maxima, ".weight.nested_quant_map": values}
+        pairs = [first << 4 | second for first, second in codes.view(-1, 2).tolist()]
+        tensors |= {
+            ".weight": torch.tensor(pairs, dtype=torch.uint8).view(storage).view(-1, 1),
+            ".weight.absmax": stored,
+            ".weight.quant_map": table,
+            f".weight.quant_state.bitsandbytes__{kind}": torch.tensor(list(json.dumps(state).encode())).to(torch.uint8),
+        }
+        dense = torch.stack([table[code] * absmax[i // block] for i, code in enumerate(codes.tolist())])
+        return tensors, dense.view(n, c)
+
+    return pack
+
+
+def bnb_int8(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+    weight = torch.randint(-127, 128, (n, c), generator=generator).to(torch.int8)
+    maxima = torch.rand(n, generator=generator)
+    tensors = {".weight": weight, ".SCB": maxima, ".weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return tensors, (maxima / 127).unsqueeze(1) * weight.float()
+
+
+def ct_packed(bits: int = 4, group: int | None = 32, symmetric: bool = True) -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        affine = Affine.random(generator, n, c, bits, group or c, middle=symmetric)
+        tensors = {
+            ".weight_packed": packed_rows(affine.codes, bits),
+            ".weight_scale": affine.scale.T.contiguous(),
+            ".weight_shape": torch.tensor([n, c]),
+        }
+        if not symmetric:
+            tensors[".weight_zero_point"] = packed_rows(affine.zero.T.contiguous().T, bits).T.contiguous()
+        return tensors, affine.dense()
+
+    return pack
+
+
+def ct_int8(strategy: str = "channel", symmetric: bool = True) -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        weight = torch.randint(-128, 128, (n, c), generator=generator).to(torch.int8)
+        shape = {"channel": (n, 1), "tensor": (1,), "group": (n, c // 32)}[strategy]
+        scale = torch.rand(shape, generator=generator) / 127 + 1e-3
+        zero = torch.randint(-20, 20, shape, generator=generator).to(torch.int8)
+        spread = 32 if strategy == "group" else 1
+        by_column = scale.repeat_interleave(spread, -1)
+        dense = by_column * weight.float()
+        tensors = {".weight": weight, ".weight_scale": scale}
+        if not symmetric:
+            dense = by_column * (weight.float() - zero.float().repeat_interleave(spread, -1))
+            tensors[".weight_zero_point"] = zero
+        return tensors, dense
+
+    return pack
+
+
+def float8(
+    scale_name: str = ".weight_scale_inv", block: tuple[int, int] | None = None, per_row: bool = False
+) -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        weight = torch.randn(n, c, generator=generator).to(torch.float8_e4m3fn)
+        rows, columns = block or ((1, c) if per_row else (n, c))
+        scale = torch.rand(-(-n // rows), -(-c // columns), generator=generator) + 0.1
+        spread = scale.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :c]
+        stored = scale if block or per_row else scale.view(())
+        return {".weight": weight, scale_name: stored}, weight.float() * spread
+
+    return pack

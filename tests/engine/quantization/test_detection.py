@@ -1,0 +1,118 @@
+"""The quantization_config of real checkpoints: accepted with the right meaning, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.config_fields import ConfigFields
+from engine.model_config import ModelError
+from engine.quantization import LinearShape, parse, read_spec
+from engine.quantization.bitsandbytes import FourBitSpec, Int8Spec
+from engine.quantization.compressed_tensors import CompressedTensorsSpec
+from engine.quantization.fp8 import Fp8Spec
+from engine.quantization.gptq import GptqSpec, Parameters
+
+CONFIGS = Path(__file__).parents[4] / "shared" / "data" / "quant-configs"
+
+
+def gptq(bits: int, group_size: int) -> GptqSpec:
+    return GptqSpec(Parameters(bits, group_size, sym=True), (), zero_offset=1, zeros_borrow=False)
+
+
+MEANINGS = {
+    "Barksdale27__1__config.json": gptq(8, 128),
+    "CesarChaMal__Wizard-Vicuna-30B-Uncensored-GPTQ__config.json": gptq(4, 64),
+    "CesarChaMal__Wizard-Vicuna-30B-Uncensored-GPTQ__quantize_config.json": gptq(8, -1),
+    "Decentralised-AI__wizard-mega-13B-GPTQ__quantize_config.json": gptq(4, 128),
+    "DocWobble__Orpheus_3B_Quantized__config.json": FourBitSpec("nf4", nested=True, storage="uint8"),
+    "IrfanUruchi__Llama-3.2-1B-ComputerEngineeringLLM__config.json": Int8Spec(),
+    "KeshavArvindh__Quantization-of-LLM-s__quantize_config.json": gptq(4, 128),
+    "casys-kaist__LLMServingSim__configs-model-deepseek-ai-DeepSeek-V3.2-Exp-16L64E.json": Fp8Spec((128, 128), False),
+    "itdevwu__Genz-70b-GPTQ__quantize_config.json": gptq(3, 128),
+    "rohit1253__llama_2_13_B_chat_GPTQ__config.json": gptq(4, 128),
+    "sehyun66__chatbot_kullm__quantize_config.json": gptq(8, 128),
+    "tenstorrent__tt-metal__models-tt_transformers-model_params-Devstral-2-123B-Instruct-config.json": Fp8Spec(
+        None, True
+    ),
+    "tenstorrent__tt-metal__models-tt_transformers-model_params-Devstral-Small-2-24B-Instruct-config.json": Fp8Spec(
+        None, True
+    ),
+    "x1ngzai__Qwen-VL-Chat-Int4__config.json": gptq(4, 128),
+    "x1ngzai__Qwen-VL-Chat-Int4__quantize_config.json": gptq(4, 128),
+}
+# name → (label, packed, activations quantised too); all of them per tensor
+COMPRESSED = {
+    "compressed-tensors__examples-bit_packing-int4_config.json": ("compressed-tensors-int4", True, False),
+    "compressed-tensors__examples-llama_1.1b-example_quant_config.json": ("compressed-tensors-int8", False, True),
+}
+needs_data = pytest.mark.skipif(not CONFIGS.is_dir(), reason="the configurations are not here")
+
+
+def read(name: str, directory: Path) -> object:
+    raw = json.loads((CONFIGS / name).read_text())
+    if name.endswith("quantize_config.json"):
+        (directory / "quantize_config.json").write_text(json.dumps(raw))
+        return read_spec(directory, {})
+    return read_spec(directory, raw if "model_type" in raw else {"quantization_config": raw})
+
+
+@needs_data
+def test_every_configuration_is_accounted_for() -> None:
+    assert {path.name for path in CONFIGS.iterdir()} == MEANINGS.keys() | COMPRESSED.keys()
+
+
+@needs_data
+@pytest.mark.parametrize("name", MEANINGS)
+def test_meaning(tmp_path: Path, name: str) -> None:
+    assert read(name, tmp_path) == MEANINGS[name]
+
+
+@needs_data
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_meaning_of_compressed_tensors(tmp_path: Path, name: str) -> None:
+    spec = read(name, tmp_path)
+    assert isinstance(spec, CompressedTensorsSpec)
+    (scheme,) = spec.schemes
+    assert (spec.label, scheme.packed, scheme.activations) == COMPRESSED[name]
+    assert scheme.per_tensor
+
+
+def test_files_from_before_the_method_was_written() -> None:
+    assert parse(ConfigFields({"load_in_8bit": True}, "config.json")) == Int8Spec()
+
+
+def test_the_section_of_a_multimodal_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    raw = {"text_config": {"compression_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}}
+    assert read_spec(tmp_path, raw) == gptq(4, 128)
+
+
+@pytest.mark.parametrize("raw", [{}, {"quantization_config": None}, {"quantization_config": {}}], ids=str)
+def test_unquantised_models_state_nothing(tmp_path: Path, raw: dict[str, object]) -> None:
+    assert read_spec(tmp_path, raw) is None
+
+
+def test_modules_of_one_name_may_have_a_scheme_of_their_own() -> None:
+    fields = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "all": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}},
+            "down": {
+                "targets": ["re:.*down_proj"],
+                "format": "float-quantized",
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            },
+        },
+    }
+    spec = parse(ConfigFields(fields, "config.json"))
+    assert ".weight_packed" in spec.tensors(LinearShape("model.layers.0.mlp.up_proj", 32, 64))
+    assert ".weight" in spec.tensors(LinearShape("model.layers.0.mlp.down_proj", 64, 32))
+
+
+def test_a_section_that_is_no_object(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="quantization_config is 'gptq'; it must be an object"):
+        read_spec(tmp_path, {"quantization_config": "gptq"})

@@ -1,0 +1,208 @@
+"""What cannot be read right is refused, and the message names the field or the tensor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.config_fields import ConfigFields
+from engine.model_config import ModelError
+from engine.quantization import LinearShape, parse
+from tests.engine.quantization import packing
+from tests.engine.quantization.checkpoints import load, make_twins
+from tests.engine.quantization.formats import FORMATS, awq, bitsandbytes, compressed, gptq
+
+INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+FP8: dict[str, Any] = {"num_bits": 8, "type": "float"}
+PACKED = compressed("pack-quantized", **INT4)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"quant_method": "exl3"},
+            r"quant_method is 'exl3'; it must be one of gptq, awq, bitsandbytes, compr",
+        ),
+        ({"bits": 4}, "quant_method is missing"),
+        (gptq(bits=5), "bits is 5; it must be one of 2, 3, 4, 8"),
+        (gptq(bits=None), "bits is missing"),
+        (gptq(group_size=0), "group_size is 0"),
+        (gptq(checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
+        (gptq(format="bitblas"), "format is 'bitblas'"),
+        (gptq(is_marlin_format=True), "is_marlin_format is True"),
+        (gptq(pack_dtype="int16"), "pack_dtype is 'int16'"),
+        (gptq(dynamic={"+:a": {"bits": 7}}), r"dynamic: \+:a: bits is 7"),
+        (gptq(dynamic={"+:(": {"bits": 8}}), "regular expression"),
+        (awq(bits=8), "bits is 8; it must be 4"),
+        (awq(version="marlin"), "version is 'marlin'"),
+        (awq(group_size=0), "group_size is 0"),
+        ({"quant_method": "bitsandbytes"}, "load_in_4bit is missing"),
+        (bitsandbytes(bnb_4bit_quant_type="int4"), "bnb_4bit_quant_type is 'int4'"),
+        (bitsandbytes(bnb_4bit_quant_storage="int64"), "bnb_4bit_quant_storage is 'int64'"),
+        (compressed("marlin-24", **INT4), "format is 'marlin-24'"),
+        (compressed("nvfp4-pack-quantized", num_bits=4, type="float"), "format is 'nvfp4-pack-quantized'"),
+        (compressed("pack-quantized", **{**INT4, "actorder": "group"}), "actorder is 'group'"),
+        (compressed("pack-quantized", **{**INT4, "num_bits": 3}), "num_bits is 3"),
+        (compressed("int-quantized", **INT4), "num_bits is 4"),
+        (compressed("pack-quantized", **{**INT4, "group_size": None}), "group_size is missing"),
+        (compressed("float-quantized", **FP8, strategy="block"), "strategy is 'block'"),
+        (
+            compressed("float-quantized", **FP8, strategy="group", group_size=32),
+            "strategy is 'group'",
+        ),
+        (compressed("int-quantized", num_bits=8, type="int", dynamic=True), "dynamic is True"),
+        ({**PACKED, "config_groups": {}}, "config_groups is missing"),
+        (
+            {**PACKED, "kv_cache_scheme": {"num_bits": 8}},
+            "kv_cache_scheme is 'not empty'",
+        ),
+        (
+            {**PACKED, "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config",
+        ),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt is 'e5m2'"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
+        ({"quant_method": "fp8", "activation_scheme": "none"}, "activation_scheme is 'none'"),
+    ],
+)
+def test_configuration(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        parse(ConfigFields(section, "config.json: quantization_config"))
+
+
+def only(value: float, at: int = 0) -> Callable[[Tensor], Tensor]:
+    """The tensor with one of its values replaced."""
+
+    def change(tensor: Tensor) -> Tensor:
+        changed = tensor.clone()
+        changed.view(-1)[at] = value
+        return changed
+
+    return change
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "change", "message"),
+    [
+        ("gptq", ".scales", only(NAN), r"up_proj\.scales holds NaN"),
+        ("gptq", ".scales", only(0.0), r"\.scales holds 0, and scales are positive"),
+        ("gptq", ".scales", only(-1.0), r"\.scales holds -1"),
+        ("gptq", ".qzeros", only(0), r"\.qzeros holds other zero points than 8, and sym is true"),
+        ("gptq act-order", ".g_idx", only(4), r"\.g_idx names groups outside 0 … 3"),
+        ("gptq act-order", ".g_idx", only(-1), r"\.g_idx names groups outside"),
+        ("gptq act-order", ".g_idx", torch.zeros_like, r"\.g_idx does not divide the input features into groups of 32"),
+        ("gptq with zero biases", ".bias", only(1.0), r"\.bias is not zero"),
+        ("awq gemm", ".scales", only(float("inf")), r"\.scales holds NaN or Inf"),
+        ("awq gemv_fast", ".qzeros", only(NAN), r"\.qzeros holds NaN"),
+        ("bitsandbytes nf4", ".weight.absmax", only(NAN), r"\.weight\.absmax holds NaN"),
+        (
+            "bitsandbytes nf4",
+            ".weight.absmax",
+            lambda t: t[:-1],
+            r"absmax has 63 values; 4096 weights in blocks of 64",
+        ),
+        ("bitsandbytes nf4", ".weight.quant_map", only(NAN), "quant_map holds NaN"),
+        ("bitsandbytes nf4, nested", ".weight.nested_absmax", only(-1.0), "nested_absmax holds -1"),
+        ("bitsandbytes nf4", ".weight.quant_state.bitsandbytes__nf4", only(0), "nf4 is not valid JSON"),
+        ("bitsandbytes int8", ".SCB", only(NAN), r"\.SCB holds NaN"),
+        ("bitsandbytes int8", ".weight_format", only(1), r"\.weight_format is 1, a layout of one GPU generation"),
+        ("compressed-tensors int4", ".weight_shape", only(7), r"\.weight_shape is \[7, 128\]"),
+        ("compressed-tensors int4", ".weight_scale", only(NAN), r"\.weight_scale holds NaN"),
+        ("fp8 blocks", ".weight", lambda t: only(NAN)(t.float()).to(t.dtype), r"\.weight holds NaN"),
+        ("fp8 blocks", ".weight_scale_inv", only(NAN), r"\.weight_scale_inv holds NaN"),
+        ("fp8 per tensor", ".weight_scale_inv", lambda t: t.expand(3).clone(), r"has 3 values: one, or 32"),
+    ],
+)
+def test_values(name: str, suffix: str, change: Callable[[Tensor], Tensor], message: str) -> None:
+    section, packer = FORMATS[name]
+    linear = LinearShape("model.layers.0.mlp.up_proj", 32, 128)
+    tensors, _ = packer(torch.Generator().manual_seed(2), 32, 128)
+    tensors[suffix] = change(tensors[suffix])
+    with pytest.raises(ModelError, match=message):
+        parse(ConfigFields(section, "config.json")).read(linear, tensors)
+
+
+def test_a_quant_state_of_another_shape() -> None:
+    section, packer = FORMATS["bitsandbytes nf4"]
+    tensors, _ = packer(torch.Generator(), 32, 128)
+    with pytest.raises(ModelError, match=r"bitsandbytes__nf4: shape is \[32, 128\]; it must be \[64, 64\]"):
+        parse(ConfigFields(section, "config.json")).read(LinearShape("a", 64, 64), tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("gptq", (32, 36), "36 input features, no multiple of 8"),
+        ("gptq 3 bit", (48, 64), "48 output features, no multiple of 32"),
+        ("awq gemm", (12, 64), "12 output features, no multiple of 8"),
+        ("awq gemm", (16, 48), "48 input features, no multiple of 32"),
+        ("awq gemv_fast", (6, 64), "6 output features, no multiple of 4"),
+    ],
+)
+def test_shapes_that_codes_cannot_be_packed_from(name: str, shape: tuple[int, int], message: str) -> None:
+    spec = parse(ConfigFields(FORMATS[name][0], "config.json"))
+    with pytest.raises(ModelError, match=message):
+        spec.tensors(LinearShape("a", *shape))
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"{UP}.scales": None}, rf"1 tensors missing: {UP}\.scales"),
+        ({f"{UP}.qweight": None}, rf"missing: {UP}\.qweight"),
+        ({f"{UP}.zeros": torch.zeros(1)}, rf"1 tensors unexpected: {UP}\.zeros"),
+        ({f"{UP}.weight": torch.zeros(128, 64)}, rf"unexpected: {UP}\.weight"),
+        ({f"{UP}.scales": torch.ones(4, 128)}, rf"{UP}\.scales is F32 \[4, 128\], not .* \[2, 128\]"),
+        ({f"{UP}.qweight": torch.zeros(8, 128)}, rf"{UP}\.qweight is F32 \[8, 128\], not I32$|not I32"),
+    ],
+)
+def test_tensors(tmp_path: Path, changes: dict[str, Tensor | None], message: str) -> None:
+    twins = make_twins(tmp_path, gptq(), packing.gptq())
+    twins.change(**changes)
+    with pytest.raises(ModelError, match=message):
+        load(twins.quantised)
+
+
+def test_bits_that_the_tensors_contradict(tmp_path: Path) -> None:
+    twins = make_twins(tmp_path, gptq(bits=8), packing.gptq(bits=4))
+    with pytest.raises(ModelError, match=r"qweight is I32 \[8, 64\], not I32 \[16, 64\]"):
+        load(twins.quantised)
+
+
+def test_damaged_values_name_the_checkpoint_and_the_tensor(tmp_path: Path) -> None:
+    twins = make_twins(tmp_path, gptq(), packing.gptq())
+    scales = load_file(twins.quantised / "model.safetensors")[f"{UP}.scales"]
+    twins.change(**{f"{UP}.scales": only(NAN)(scales)})
+    with pytest.raises(ModelError, match=rf"{twins.quantised}: {UP}\.scales holds NaN"):
+        load(twins.quantised)
+
+
+def test_a_module_that_no_group_targets(tmp_path: Path) -> None:
+    section, packer = FORMATS["compressed-tensors int4"]
+    group = {**section["config_groups"]["group_0"], "targets": ["re:.*attn.*"]}
+    twins = make_twins(tmp_path, {**section, "config_groups": {"group_0": group}}, packer)
+    with pytest.raises(ModelError, match=r"mlp.gate_proj is quantised, and no entry of config_groups"):
+        load(twins.quantised)
+
+
+def test_zeros_of_minus_one_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    section, packer = FORMATS["gptq asymmetric, not GPTQModel's"]
+    tensors, _ = packer(torch.Generator().manual_seed(5), 32, 128)
+    spec = parse(ConfigFields(section, "config.json"))
+    with caplog.at_level(logging.WARNING):
+        spec.read(LinearShape("a.b", 32, 128), tensors)
+    assert "a.b.qzeros holds zero points of 0, stored as -1" in caplog.text
