@@ -1,4 +1,4 @@
-"""Adapters on quantised models against the dequantised model + PEFT, which itself mixes no adapters in a batch there."""
+"""Adapters on quantised models against the dequantised model + PEFT, which mixes no adapters on quantised ones."""
 
 from __future__ import annotations
 
