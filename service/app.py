@@ -171,7 +171,7 @@ async def running(
     async with AsyncExitStack() as stack:
         bus_directory = Path(stack.enter_context(make_bus_directory()))
         renderer = await stack.enter_async_context(TemplateRenderer())
-        telemetry = stack.enter_context(telemetry_of(config))
+        telemetry = await stack.enter_async_context(telemetry_of(config))
         app = assemble(config, bus_directory, renderer, launch_for or engine_processes(config), telemetry)
         health_address = await _start_probes(app, stack)
         metrics_address = await _start_metrics(app, stack)

@@ -27,6 +27,7 @@ class Job:
     """Everything that is decided before the engine sees the request. Times are the event loop's."""
 
     request_id: str  # what the caller sees; the engine's ids are in `sequences`
+    operation: str  # what telemetry calls it: chat, text_completion
     target: ResolvedTarget
     tokenizer: Tokenizer
     form: OutputForm
@@ -70,6 +71,7 @@ class Run:
         return GenerationRecord(
             id=job.request_id,
             trace_id=trace_id,
+            operation=job.operation,
             tenant=first.tenant,
             model=job.target.model,
             model_revision=job.target.model_revision,

@@ -193,6 +193,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 call.metadata["loraplex-adapter-version"] = resolved.adapter_version
             job = Job(
                 request_id=call.request_id,
+                operation="chat" if spec.prompt.HasField("chat") else "text_completion",
                 target=resolved,
                 tokenizer=model.tokenizer,
                 form=OutputForm.of(spec, streaming),

@@ -20,6 +20,7 @@ from google.rpc.status_pb2 import Status
 from loraplex.v1.inference_pb2 import Usage
 from service.errors import EngineError, LoraplexError, SlowConsumer, Unauthenticated, to_status, trailing_metadata
 from service.telemetry.records import NOBODY, CallRecord, Observer
+from service.telemetry.trace_context import trace_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             token = _CALL.set(call)
             status = "OK"
             metadata = _text_metadata(context)
+            call.trace_id = trace_id_of(metadata)
             self._observer.call_started(call, name, metadata)
             try:
                 call.tenant = self._identify(metadata)

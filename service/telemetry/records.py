@@ -16,6 +16,7 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str  # unique; the request id that the caller sees
     trace_id: str  # of the caller's trace, or of the one that began here; empty: neither
+    operation: str  # of GenAI semantic conventions: chat, text_completion
     tenant: str
     model: str  # models/{model}
     model_revision: str

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from service.config import ServiceConfig
@@ -21,13 +23,19 @@ class Telemetry:
     observer: Observer
 
 
-@contextmanager
-def telemetry_of(config: ServiceConfig) -> Iterator[Telemetry]:
+@asynccontextmanager
+async def telemetry_of(config: ServiceConfig) -> AsyncIterator[Telemetry]:
     """Raises OSError for a usage file that cannot be written."""
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
         metrics = RequestMetrics()
         observers: list[Observer] = [metrics]
         if config.usage is not None:
             usage = UsageLog(Path(config.usage.file), config.usage.rotate_bytes)
             observers.append(stack.enter_context(closing(usage)))
+        if config.otlp is not None:
+            from service.telemetry.otlp import OtlpTelemetry  # with it comes the SDK
+
+            otlp = OtlpTelemetry(config.otlp, version("loraplex"))
+            stack.push_async_callback(asyncio.to_thread, otlp.close)
+            observers.append(otlp)
         yield Telemetry(metrics, Observers(*observers))

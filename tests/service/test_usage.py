@@ -25,6 +25,7 @@ from tests.service.control_plane import ControlPlane, control_plane, write_adapt
 RECORD = GenerationRecord(
     id="1",
     trace_id="",
+    operation="chat",
     tenant="default",
     model="models/tiny",
     model_revision="r1",
