@@ -7,6 +7,11 @@
 # ├── SourceNotAllowed     the reference lies outside the roots that the operator allows
 # └── AdapterConflict      the call contradicts the adapter's state: another etag, the current version, too many pins
 
+# Why an adapter was rejected, by the names of loraplex.v1.ErrorReason.
+INVALID = "ADAPTER_INVALID"
+TOO_LARGE = "ADAPTER_TOO_LARGE"  # it needs more memory than all adapters together may use
+UNREADABLE = "ADAPTER_UNREADABLE"  # the disk failed: the files may be good
+
 MAX_PROBLEMS = 1000  # a file can hold tens of thousands of tensors that are all wrong
 
 
@@ -15,13 +20,14 @@ class AdapterError(Exception):
 
 
 class AdapterRejected(AdapterError):  # noqa: N818 - it is a verdict, and reads as one where it is raised
-    """The adapter cannot serve. `problems` names every field, file or tensor at fault."""
+    """The adapter cannot serve. `problems` names every field, file or tensor at fault, `reason` their kind."""
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, problems: list[str], reason: str = INVALID) -> None:
         if len(problems) > MAX_PROBLEMS:
             problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more"]
         super().__init__("; ".join(problems))
         self.problems = problems
+        self.reason = reason
 
 
 class AdapterNotFound(AdapterError):  # noqa: N818

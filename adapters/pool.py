@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.errors import AdapterConflict, AdapterRejected
+from adapters.errors import TOO_LARGE, AdapterConflict, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.layer import LoRALinear
 from adapters.store import AdapterStore
@@ -49,6 +49,7 @@ class AdapterPool:
         self._residents: OrderedDict[AdapterKey, _Resident] = OrderedDict()  # least recently used first
         self._used_bytes = 0
         self._changes = 0
+        self.moved: set[AdapterKey] = set()  # came to the device or left it, until somebody clears this
 
     @property
     def changes(self) -> int:
@@ -58,6 +59,14 @@ class AdapterPool:
     @property
     def used_bytes(self) -> int:
         return self._used_bytes
+
+    def holds(self, key: AdapterKey) -> bool:
+        """Whether an adapter is on the device. Does not count as use."""
+        return key in self._residents
+
+    def in_use(self) -> list[tuple[AdapterKey, int]]:
+        """Those that requests use, with the number of requests."""
+        return [(key, resident.num_requests) for key, resident in self._residents.items() if resident.num_requests]
 
     def residents(self) -> list[tuple[AdapterKey, int]]:
         """Who is on the device, with the number of requests that use each; least recently used first."""
@@ -102,6 +111,13 @@ class AdapterPool:
             min(candidates, key=lambda resident: resident.num_requests).draining = True
 
     # ---- for the operator ------------------------------------------------------------------------------------------
+
+    def bring_in(self, key: AdapterKey) -> bool:
+        """Bring an adapter to the device ahead of its requests, in the room of one that no request uses.
+
+        False: not there yet, ask again when `changes` has grown. Raises AdapterRejected as `acquire` does.
+        """
+        return key in self._residents or self._bring_in(key) is not None
 
     def unload(self, key: AdapterKey) -> None:
         """Free the adapter's room as soon as no request uses it. An adapter that is not here is not an error."""
@@ -163,7 +179,7 @@ class AdapterPool:
         pinned_bytes = sum(resident.nbytes for resident in self._residents.values() if resident.pinned)
         if loaded.nbytes > self._budget_bytes - pinned_bytes:
             limits = f"all adapters together may use {self._budget_bytes}, of which {pinned_bytes} are pinned"
-            raise AdapterRejected([f"it needs {loaded.nbytes} bytes on the device; {limits}"])
+            raise AdapterRejected([f"it needs {loaded.nbytes} bytes on the device; {limits}"], TOO_LARGE)
 
     def _victims_for(self, nbytes: int) -> list[AdapterKey] | None:
         """Who must leave so that a slot and `nbytes` are free; None: those who could leave are not enough."""
@@ -185,14 +201,17 @@ class AdapterPool:
                 self._sites[site].table.put(slot, packed)
         except (torch.OutOfMemoryError, MemoryError) as error:
             self._clear(slot)
-            raise AdapterRejected([f"the device has no {loaded.nbytes} bytes left for it: {error}"]) from error
+            problem = f"the device has no {loaded.nbytes} bytes left for it: {error}"
+            raise AdapterRejected([problem], TOO_LARGE) from error
         resident = self._residents[key] = _Resident(slot, loaded.nbytes)
         self._used_bytes += loaded.nbytes
+        self.moved.add(key)
         return resident
 
     def _drop(self, key: AdapterKey) -> None:
         resident = self._residents.pop(key)
         self._used_bytes -= resident.nbytes
+        self.moved.add(key)
         self._clear(resident.slot)
 
     def _clear(self, slot: int) -> None:

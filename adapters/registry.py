@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterNotReady, AdapterRejected
 from adapters.key import AdapterKey
+from adapters.residency import Residency
 
 SHARED_TENANT = "shared"
 VERSION_DIGITS = 12  # of the digest, in a version's name
@@ -65,6 +66,7 @@ class AdapterSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     pinned: bool = False
     make_current: bool = True  # the alias moves to it as soon as it can be used
+    residency: Residency = Residency.HOST  # how close to the device it is brought ahead of its requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,11 @@ class AdapterVersion:
     @property
     def version_name(self) -> str:
         return f"{self.name}@{self.key.digest[:VERSION_DIGITS]}"
+
+    @property
+    def full_name(self) -> str:
+        """With the whole digest: what `AdapterRegistry.get` finds no other version by."""
+        return full_name(self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +130,11 @@ def resource_name(key: AdapterKey) -> str:
     """tenants/{tenant}/adapters/{adapter} of a key, whose own name is {tenant}/{adapter}."""
     tenant, _, adapter = key.name.partition("/")
     return f"tenants/{tenant}/adapters/{adapter}"
+
+
+def full_name(key: AdapterKey) -> str:
+    """The resource name of the very version, with its whole digest."""
+    return f"{resource_name(key)}@{key.digest}"
 
 
 class AdapterRegistry:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from adapters.binding import LoraTarget
-from adapters.errors import AdapterRejected
+from adapters.errors import INVALID, TOO_LARGE, UNREADABLE, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.weights import LoadedAdapter, load_adapter
 from kernels.ops import LoraWeights, PackedLora
@@ -34,6 +34,7 @@ class FinishedLoad:
     key: AdapterKey
     loaded: LoadedAdapter | None
     problems: list[str] = field(default_factory=list)
+    reason: str = INVALID  # their kind
 
 
 @dataclass(slots=True)
@@ -43,6 +44,7 @@ class _Source:
     path: Path
     loading: bool = False
     problems: list[str] = field(default_factory=list)  # of the last load, if it failed
+    reason: str = INVALID
     num_failures: int = 0
     retry_at: float = 0.0  # by the clock: until then the problems are the answer
     nbytes: int = 0  # in host memory; 0 until it was loaded once
@@ -92,6 +94,7 @@ class AdapterStore:
         self._used_bytes = 0
         self._num_in_flight = 0  # loads that `poll` has not taken in yet
         self.changes = 0  # grows whenever a load ends or an adapter is forgotten
+        self.moved: set[AdapterKey] = set()  # came into memory or left it, until somebody clears this
 
     @property
     def used_bytes(self) -> int:
@@ -122,6 +125,10 @@ class AdapterStore:
     def is_registered(self, key: AdapterKey) -> bool:
         return key in self._sources
 
+    def holds(self, key: AdapterKey) -> bool:
+        """Whether an adapter is in memory. Does not count as use."""
+        return key in self._loaded
+
     def residents(self) -> list[AdapterKey]:
         """What is in memory, least recently used first."""
         return list(self._loaded)
@@ -147,7 +154,7 @@ class AdapterStore:
         if key in self._loaded or source.loading:
             return
         if source.problems and self._clock() < source.retry_at:
-            raise AdapterRejected(source.problems)
+            raise AdapterRejected(source.problems, source.reason)
         if may_evict or self._used_bytes + source.nbytes <= self._budget_bytes:
             self._start(key, source)
 
@@ -180,9 +187,10 @@ class AdapterStore:
         try:
             finished = FinishedLoad(key, self._load(key, source.path))
         except AdapterRejected as rejected:
-            finished = FinishedLoad(key, None, rejected.problems)
+            finished = FinishedLoad(key, None, rejected.problems, rejected.reason)
         except OSError as error:
-            finished = FinishedLoad(key, None, [f"{source.path.name}: cannot be read: {error.strerror or error}"])
+            problem = f"{source.path.name}: cannot be read: {error.strerror or error}"
+            finished = FinishedLoad(key, None, [problem], UNREADABLE)
         except Exception as error:  # whatever is in the files must not silence the request that waits for them
             logger.exception("adapter %s: unexpected failure while loading", key)
             finished = FinishedLoad(key, None, [f"unexpected failure while loading: {type(error).__name__}: {error}"])
@@ -194,10 +202,10 @@ class AdapterStore:
         source.loading = False
         if loaded is not None and loaded.nbytes > self._budget_bytes:
             problem = f"it needs {loaded.nbytes} bytes of host memory, all adapters together may use "
-            finished, loaded = FinishedLoad(key, None, [f"{problem}{self._budget_bytes}"]), None
+            finished, loaded = FinishedLoad(key, None, [f"{problem}{self._budget_bytes}"], TOO_LARGE), None
         if loaded is None:
             pause = min(FIRST_BACKOFF_SECONDS * 2.0**source.num_failures, MAX_BACKOFF_SECONDS)
-            source.problems = finished.problems
+            source.problems, source.reason = finished.problems, finished.reason
             source.num_failures += 1
             source.retry_at = self._clock() + pause
             return finished
@@ -205,6 +213,7 @@ class AdapterStore:
         if key not in self._loaded:
             self._loaded[key] = loaded
             self._used_bytes += loaded.nbytes
+            self.moved.add(key)
         return finished
 
     # ---- room ------------------------------------------------------------------------------------------------------
@@ -222,3 +231,4 @@ class AdapterStore:
         loaded = self._loaded.pop(key, None)
         if loaded is not None:
             self._used_bytes -= loaded.nbytes
+            self.moved.add(key)

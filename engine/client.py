@@ -6,20 +6,24 @@ ZeroMQ, in-process and with a fake engine. It lives as long as its engine proces
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from adapters.errors import AdapterRejected
+from adapters.errors import AdapterConflict, AdapterRejected
 from adapters.key import AdapterKey
+from adapters.residency import Residency
 from engine.messages import (
     Abort,
     AdapterFailed,
     AdapterLoaded,
+    AdapterPinned,
+    AdaptersMoved,
     AdapterUnloaded,
     AddRequest,
     EngineStats,
     LoadAdapter,
+    PinAdapter,
     Ping,
     Pong,
     RequestOutput,
@@ -36,7 +40,7 @@ Send = Callable[[ToEngine], None]
 
 # What an engine says once it runs. EngineReady, EngineFailed and LoadProgress come before, and belong to whoever
 # started it.
-Running = StepOutput | AdapterLoaded | AdapterFailed | AdapterUnloaded | Pong
+Running = StepOutput | AdapterLoaded | AdapterFailed | AdapterUnloaded | AdapterPinned | AdaptersMoved | Pong
 
 # A caller that lets this many tokens wait has stopped reading: at 100 tokens a second it is 80 seconds behind.
 MAX_PENDING_TOKENS = 8192
@@ -57,12 +61,15 @@ class EngineClient:
         self.stats: EngineStats | None = None  # as of the last step or pong
         self.error: Exception | None = None  # set once, by fail()
         self.adapters: dict[AdapterKey, AdapterLoaded] = {}  # what the engine has been given and not told to drop
+        self.residency: dict[AdapterKey, Residency] = {}  # of those; what is missing is on disk
         self._send = send
         self._max_pending_tokens = max_pending_tokens
         self._ids = itertools.count(1)
         self._generations: dict[int, Generation] = {}  # by request id, until the engine finished it
         self._loads: dict[AdapterKey, asyncio.Future[AdapterLoaded]] = {}
+        self._arrivals: dict[AdapterKey, asyncio.Future[None]] = {}  # on the device
         self._unloads: dict[AdapterKey, asyncio.Future[None]] = {}
+        self._pins: dict[AdapterKey, asyncio.Future[AdapterPinned]] = {}
         self._pings: dict[int, asyncio.Future[Pong]] = {}
 
     # ---- requests ----------------------------------------------------------------------------------------------------
@@ -109,15 +116,45 @@ class EngineClient:
         """
         self._check_alive()
         if key not in self._loads:
-            # This takes back an unload that has not happened yet: the engine will not answer that one.
-            _resolve(self._unloads.pop(key, None), None)
-            self._loads[key] = _future()
-            self._send(LoadAdapter(key, path))
+            self._send_load(key, path, Residency.HOST)
         return self._loads[key]
 
     async def load_adapter(self, key: AdapterKey, path: str) -> AdapterLoaded:
         """`start_loading`, and wait. Being cancelled does not disturb the load. Raises what it ends with."""
         return await asyncio.shield(self.start_loading(key, path))
+
+    async def bring_to_device(self, key: AdapterKey, path: str) -> None:
+        """Load an adapter and have it on the device, and wait until it is there, however long others need the room.
+
+        Raises what `start_loading` ends with.
+        """
+        self._check_alive()
+        if self.residency.get(key) is Residency.DEVICE:
+            return
+        if key not in self._arrivals:
+            self._arrivals[key] = _future()
+            self._send_load(key, path, Residency.DEVICE)
+        await asyncio.shield(self._arrivals[key])
+
+    async def leave_device(self, key: AdapterKey) -> None:
+        """Have an adapter leave the device once no request uses it, and stay in host memory. Does not wait for that."""
+        self._check_alive()
+        self._send(UnloadAdapter(key, Residency.HOST))
+
+    async def pin_adapter(self, key: AdapterKey, pinned: bool) -> None:
+        """Keep a loaded adapter on the device or let it go, and wait until that is so.
+
+        Raises AdapterConflict with what keeps it from being pinned.
+        """
+        self._check_alive()
+        while key in self._pins:  # the answers carry no number: one at a time
+            await asyncio.wait({self._pins[key]})
+            self._check_alive()
+        answer = self._pins[key] = _future()
+        self._send(PinAdapter(key, pinned))
+        problem = (await asyncio.shield(answer)).problem
+        if problem:
+            raise AdapterConflict(problem)
 
     async def unload_adapter(self, key: AdapterKey) -> None:
         """Have the engine drop an adapter, and wait until no request uses it any more, or until it is loaded again."""
@@ -156,11 +193,19 @@ class EngineClient:
                 _resolve(self._pings.get(nonce), message)
             case AdapterLoaded(key=key):
                 self.adapters[key] = message
+                self.residency[key] = max(Residency.HOST, self.residency.get(key, Residency.DISK))
                 _resolve(self._loads.pop(key, None), message)
-            case AdapterFailed(key=key, problems=problems):
-                _reject(self._loads.pop(key, None), AdapterRejected(problems))
+            case AdapterFailed(key=key, problems=problems, reason=reason):
+                _reject(self._loads.pop(key, None), AdapterRejected(problems, reason))
+                _reject(self._arrivals.pop(key, None), AdapterRejected(problems, reason))
             case AdapterUnloaded(key=key):
+                self.residency.pop(key, None)
                 _resolve(self._unloads.pop(key, None), None)
+                _reject(self._arrivals.pop(key, None), AdapterRejected(["it was unloaded meanwhile"]))
+            case AdapterPinned(key=key):
+                _resolve(self._pins.pop(key, None), message)
+            case AdaptersMoved(moves=moves):
+                self._take_moves(moves)
 
     def fail(self, error: Exception) -> None:
         """The engine is gone: every stream and every call that waits ends with this error, and so does every later one.
@@ -173,12 +218,25 @@ class EngineClient:
         for generation in set(self._generations.values()):
             generation.end(error)
         self.adapters.clear()
-        for load in self._loads.values():
-            _reject(load, error)
-        for unload in self._unloads.values():
-            _reject(unload, error)
-        for ping in self._pings.values():
-            _reject(ping, error)
+        self.residency.clear()
+        waiting: tuple[Mapping[Any, asyncio.Future[Any]], ...]
+        waiting = (self._loads, self._arrivals, self._unloads, self._pins, self._pings)
+        for futures in waiting:
+            for future in futures.values():
+                _reject(future, error)
+
+    def _send_load(self, key: AdapterKey, path: str, residency: Residency) -> None:
+        # This takes back an unload that has not happened yet: the engine will not answer that one.
+        _resolve(self._unloads.pop(key, None), None)
+        if key not in self._loads:
+            self._loads[key] = _future()
+        self._send(LoadAdapter(key, path, residency))
+
+    def _take_moves(self, moves: list[tuple[AdapterKey, Residency]]) -> None:
+        for key, residency in moves:
+            self.residency[key] = residency
+            if residency is Residency.DEVICE:
+                _resolve(self._arrivals.pop(key, None), None)
 
     def _deliver_output(self, output: RequestOutput) -> None:
         generation = self._generations.get(output.request_id)
@@ -290,7 +348,7 @@ def _resolve(future: asyncio.Future[T] | None, result: T) -> None:
         future.set_result(result)
 
 
-def _reject(future: asyncio.Future[T] | None, error: Exception) -> None:
+def _reject(future: asyncio.Future[Any] | None, error: Exception) -> None:
     if future is not None and not future.done():
         future.set_exception(error)
         future.exception()  # counts as seen: whoever waited may be gone, and that is no news for the log

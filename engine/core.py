@@ -6,23 +6,20 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 
-from adapters.key import AdapterKey
 from adapters.pool import AdapterPool
-from adapters.store import AdapterStore, FinishedLoad
+from adapters.store import AdapterStore
+from engine.adapter_tiers import AdapterTiers
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.messages import (
-    AdapterFailed,
-    AdapterLoaded,
-    AdapterUnloaded,
     AddRequest,
     EngineStats,
     FromEngine,
     LoadAdapter,
+    PinAdapter,
     RequestOutput,
     StepOutput,
     UnloadAdapter,
@@ -63,7 +60,7 @@ class EngineCore:
         self._num_steps = 0
         self._num_arrivals = 0
         self._rejected: list[RequestOutput] = []
-        self._unloading: set[AdapterKey] = set()
+        self.adapters = AdapterTiers(store, pool)
 
     @classmethod
     def load(
@@ -140,32 +137,25 @@ class EngineCore:
 
     def load_adapter(self, message: LoadAdapter) -> None:
         """Start reading an adapter; a later step says how it went."""
-        self._unloading.discard(message.key)
-        self.store.register(message.key, Path(message.path))
+        self.adapters.load(message)
 
     def unload_adapter(self, message: UnloadAdapter) -> None:
         """Drop an adapter as soon as no accepted request uses it; a later step says so."""
-        self._unloading.add(message.key)
+        self.adapters.unload(message)
 
-    def _adapter_events(self) -> list[FromEngine]:
-        """What the loader threads finished since the last step, and which unloads have become possible."""
-        events: list[FromEngine] = [_load_event(finished) for finished in self.store.poll()]
-        for key in [key for key in self._unloading if key not in self.scheduler.adapter_users]:
-            self._unloading.remove(key)
-            self.pool.unload(key)
-            self.store.unregister(key)
-            events.append(AdapterUnloaded(key))
-        return events
+    def pin_adapter(self, message: PinAdapter) -> None:
+        """Keep an adapter on the device, or no longer; a later step says so."""
+        self.adapters.pin(message)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
         """Whether `step` would do or report anything, now or once a loader thread has finished."""
-        return bool(self.scheduler.requests or self._rejected or self._unloading or self.store.is_loading())
+        return bool(self.scheduler.requests or self._rejected or self.adapters.has_work())
 
     def step(self) -> list[FromEngine]:
         """Run one step: whoever is ready gets computed, and everything that happened is returned."""
-        events = self._adapter_events()
+        events = self.adapters.advance(self.scheduler.adapter_users)
         plan = self.scheduler.schedule()
         result = self._execute(plan)
         outputs = self.scheduler.update(plan if result else NOTHING_PLANNED, result or NOTHING_COMPUTED)
@@ -173,7 +163,7 @@ class EngineCore:
         if plan.scheduled or outputs:
             self._num_steps += 1
             events.append(StepOutput(outputs, self.stats()))
-        return events
+        return events + self.adapters.moves()
 
     def _execute(self, plan: StepPlan) -> StepResult | None:
         """The plan's result, or None if it could not be computed: then its requests have failed, and only they.
@@ -208,18 +198,7 @@ class EngineCore:
             prefix_cache_hits=blocks.prefix_hits,
             prompt_tokens=scheduler.prompt_tokens,
             generated_tokens=scheduler.generated_tokens,
-            adapters=self.pool.residents(),
+            adapter_device_bytes=self.pool.used_bytes,
+            adapter_host_bytes=self.store.used_bytes,
+            adapters=self.pool.in_use(),
         )
-
-
-def _load_event(finished: FinishedLoad) -> AdapterLoaded | AdapterFailed:
-    loaded = finished.loaded
-    if loaded is None:
-        return AdapterFailed(finished.key, finished.problems)
-    return AdapterLoaded(
-        finished.key,
-        rank=loaded.rank,
-        size_bytes=loaded.nbytes,
-        target_modules=list(loaded.target_modules),
-        warnings=list(loaded.warnings),
-    )

@@ -5,7 +5,9 @@ Every message is one frame. `ToEngine` and `FromEngine` are the two closed sets:
 
 import msgspec
 
+from adapters.errors import INVALID
 from adapters.key import AdapterKey
+from adapters.residency import Residency
 from engine.sampling_params import FinishReason, SamplingParams
 
 
@@ -37,16 +39,31 @@ class Abort(Message, frozen=True):
 
 
 class LoadAdapter(Message, frozen=True):
-    """Read an adapter into host memory. Answered by `AdapterLoaded` or `AdapterFailed`; repeating it is harmless."""
+    """Read an adapter into host memory. Answered by `AdapterLoaded` or `AdapterFailed`; repeating it is harmless.
+
+    With DEVICE it then goes on to the device as soon as there is room, which `AdaptersMoved` tells.
+    """
 
     key: AdapterKey
     path: str  # directory, already resolved and allowed by the service
+    residency: Residency = Residency.HOST
 
 
 class UnloadAdapter(Message, frozen=True):
-    """Drop an adapter once no request uses it. Requests already accepted keep it. Answered by `AdapterUnloaded`."""
+    """Drop an adapter once no request uses it. Requests already accepted keep it. Answered by `AdapterUnloaded`.
+
+    With HOST it only leaves the device, which `AdaptersMoved` tells. It is no longer pinned.
+    """
 
     key: AdapterKey
+    residency: Residency = Residency.DISK
+
+
+class PinAdapter(Message, frozen=True):
+    """Bring an adapter that was loaded to the device and keep it there, or let it go. Answered by `AdapterPinned`."""
+
+    key: AdapterKey
+    pinned: bool
 
 
 class Ping(Message, frozen=True):
@@ -59,7 +76,7 @@ class Shutdown(Message, frozen=True):
     """Leave the loop and exit with status 0. Running requests end without an answer: drain first."""
 
 
-ToEngine = AddRequest | Abort | LoadAdapter | UnloadAdapter | Ping | Shutdown
+ToEngine = AddRequest | Abort | LoadAdapter | UnloadAdapter | PinAdapter | Ping | Shutdown
 
 
 # ---- engine → service ----------------------------------------------------------------------------------------------
@@ -106,7 +123,9 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     prefix_cache_hits: int  # prompt tokens found
     prompt_tokens: int  # computed, cumulative
     generated_tokens: int  # cumulative
-    adapters: list[tuple[AdapterKey, int]]  # on the device, with the number of requests that use each
+    adapter_device_bytes: int  # that adapters use on the device
+    adapter_host_bytes: int  # and in host memory
+    adapters: list[tuple[AdapterKey, int]] = []  # that requests use on the device, with how many do
 
 
 class StepOutput(Message, frozen=True):
@@ -167,10 +186,25 @@ class AdapterFailed(Message, frozen=True):
 
     key: AdapterKey
     problems: list[str]
+    reason: str = INVALID  # their kind: a name of loraplex.v1.ErrorReason
 
 
 class AdapterUnloaded(Message, frozen=True):
     key: AdapterKey
+
+
+class AdapterPinned(Message, frozen=True):
+    """Whether the adapter is pinned now. `problem`: why it could not be."""
+
+    key: AdapterKey
+    pinned: bool
+    problem: str = ""
+
+
+class AdaptersMoved(Message, frozen=True):
+    """Where adapters are now that were elsewhere. What was never told of is on disk."""
+
+    moves: list[tuple[AdapterKey, Residency]]
 
 
 class Pong(Message, frozen=True):
@@ -179,5 +213,14 @@ class Pong(Message, frozen=True):
 
 
 FromEngine = (
-    EngineReady | EngineFailed | LoadProgress | StepOutput | AdapterLoaded | AdapterFailed | AdapterUnloaded | Pong
+    EngineReady
+    | EngineFailed
+    | LoadProgress
+    | StepOutput
+    | AdapterLoaded
+    | AdapterFailed
+    | AdapterUnloaded
+    | AdapterPinned
+    | AdaptersMoved
+    | Pong
 )

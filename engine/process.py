@@ -21,6 +21,7 @@ from engine.messages import (
     LoadAdapter,
     LoadProgress,
     ModelLimits,
+    PinAdapter,
     Ping,
     Pong,
     RequestOutput,
@@ -52,6 +53,8 @@ class Core(Protocol):
     def load_adapter(self, message: LoadAdapter) -> None: ...
 
     def unload_adapter(self, message: UnloadAdapter) -> None: ...
+
+    def pin_adapter(self, message: PinAdapter) -> None: ...
 
     def has_work(self) -> bool:
         """Whether `step` would do or report anything, now or once another thread has finished."""
@@ -124,6 +127,8 @@ def handle(core: Core, message: ToEngine | BadRequest) -> FromEngine | None:
                 return AdapterFailed(key, [str(error)])
         case UnloadAdapter():
             core.unload_adapter(message)
+        case PinAdapter():
+            core.pin_adapter(message)
         case Ping(nonce=nonce):
             return Pong(nonce, core.stats())
     return None

@@ -128,7 +128,7 @@ class Catalog:
             return None
         if version.state is AdapterState.FAILED:
             problems = "; ".join(version.problems)
-            raise FailedPrecondition("ADAPTER_INVALID", f"adapter {version.version_name} cannot be served: {problems}")
+            raise FailedPrecondition(version.reason, f"adapter {version.version_name} cannot be served: {problems}")
         return version if version.state is not AdapterState.DELETING else None
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Hashable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 import yaml
@@ -74,6 +74,8 @@ class AdapterConfig(_Section, frozen=True):
     name: str  # "pirate" of the tenant shared, or "{tenant}/{adapter}"
     model: str  # the name of the model that it adapts
     source: str  # its directory, under one of the adapter roots
+    residency: Literal["host", "device"] = "host"  # where it is brought ahead of its requests
+    pinned: bool = False  # it stays on the device
     labels: dict[str, str] = {}
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRejected
+from adapters.errors import UNREADABLE, AdapterConflict, AdapterNotFound, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.registry import (
     AdapterChange,
@@ -24,8 +24,9 @@ from adapters.registry import (
     AdapterSpec,
     AdapterState,
     AdapterVersion,
-    resource_name,
+    full_name,
 )
+from adapters.residency import Residency
 from adapters.source import AdapterDescription
 from engine.client import EngineClient
 from engine.messages import AdapterLoaded
@@ -101,7 +102,7 @@ class AdapterDeployer:
         try:
             loaded = await client.load_adapter(key, str(files.directory))
         except AdapterRejected as error:
-            raise FailedPrecondition("ADAPTER_INVALID", str(error)) from error
+            raise FailedPrecondition(error.reason, str(error)) from error
         if not self._is_registered(key):
             self._spawn(_unload(client, key))
         return loaded
@@ -128,7 +129,13 @@ class AdapterDeployer:
 
     async def create_configured(self, adapter: AdapterConfig) -> None:
         """Register an adapter of the configuration file. What is wrong with it is logged: the others go on."""
-        spec = AdapterSpec(base_model=adapter.model, source=adapter.source, labels=adapter.labels)
+        spec = AdapterSpec(
+            base_model=adapter.model,
+            source=adapter.source,
+            labels=adapter.labels,
+            pinned=adapter.pinned,
+            residency=Residency[adapter.residency.upper()],
+        )
         try:
             async with self._library.find(adapter.source) as files:
                 # What the configuration said already at the last start was perhaps changed by hand since.
@@ -142,14 +149,41 @@ class AdapterDeployer:
         if version.state is AdapterState.FAILED:
             logger.error("adapter %s of the configuration is not valid: %s", adapter.name, "; ".join(version.problems))
 
-    def load(self, version: AdapterVersion) -> "asyncio.Task[None]":
-        """Begin to bring a version into the memory of its engine. Raises what `ModelHost.serving` raises."""
-        return self._deploy(self._models.serving(version.spec.base_model).client, version)
+    def load(self, version: AdapterVersion, residency: Residency = Residency.HOST) -> "asyncio.Task[None]":
+        """Begin to bring a version into the memory of its engine, or on to the device.
 
-    def unload(self, version: AdapterVersion) -> "asyncio.Task[None] | None":
-        """Begin to free the memory of a version, once no running request uses it. None: it has no engine anyway."""
+        Raises what `ModelHost.serving` raises; the task FailedPrecondition if the adapter cannot get to the device.
+        """
+        client = self._models.serving(version.spec.base_model).client
+        loading = self._deploy(client, version)
+        return loading if residency is Residency.HOST else self._spawn(self._bring(client, version))
+
+    def prefetch(self, version: AdapterVersion) -> None:
+        """Requests may come soon: have the version in host memory, if its model runs and there is any need."""
         client = self._client(version)
-        return None if client is None else self._spawn(_unload(client, version.key))
+        if client is not None and version.key not in client.adapters and version.state is AdapterState.ACTIVE:
+            self._deploy(client, version)
+
+    def unload(self, version: AdapterVersion, residency: Residency = Residency.DISK) -> "asyncio.Task[None] | None":
+        """Begin to free the memory of a version, or with HOST its room on the device, once no running request uses it.
+
+        None: it has no engine anyway.
+        """
+        client = self._client(version)
+        if client is None:
+            return None
+        leaving = _unload(client, version.key) if residency is Residency.DISK else client.leave_device(version.key)
+        return self._spawn(leaving)
+
+    async def pin(self, version: AdapterVersion, pinned: bool) -> AdapterVersion:
+        """Keep a version on the device, now and in every later life of its engine, or no longer.
+
+        Raises FailedPrecondition (ADAPTER_PIN_LIMIT, or what is wrong with the adapter).
+        """
+        client = self._client(version)
+        if client is not None and version.state is AdapterState.ACTIVE:
+            await self._pin(client, version, pinned)
+        return self._registry.update(version.full_name, pinned=pinned)
 
     async def close(self) -> None:
         """Wait for nothing any more."""
@@ -190,13 +224,15 @@ class AdapterDeployer:
             try:
                 loaded = await asyncio.shield(loading)
             except AdapterRejected as error:
-                self._registry.fail(key, error.problems)
+                if error.reason != UNREADABLE or self._version(key).state is AdapterState.LOADING:
+                    self._registry.fail(key, error.problems, error.reason)
                 self._descriptions.pop(key, None)
             except LoraplexError:
                 return  # the engine ended; its next life is given the adapter again
             else:
                 if self._version(key).state is AdapterState.LOADING:
-                    self._registry.activate(key, adapter_info(self._descriptions.pop(key), loaded))
+                    version = self._registry.activate(key, adapter_info(self._descriptions.pop(key), loaded))
+                    self._bring_closer(version)
 
     def _model_changed(self, model: HostedModel) -> None:
         """Give a new life of an engine its adapters."""
@@ -210,6 +246,42 @@ class AdapterDeployer:
                 self._deploy(client, version)
         for version in _worth_having(versions, model.config.adapter_host_bytes):
             self._deploy(client, version)
+            self._bring_closer(version)
+
+    def _bring_closer(self, version: AdapterVersion) -> None:
+        """Have an active version where it is to be ahead of its requests."""
+        client = self._client(version)
+        if client is None:
+            return
+        if version.spec.pinned:
+            self._spawn(self._pin_again(client, version))
+        elif version.spec.residency is Residency.DEVICE:
+            self._spawn(self._bring(client, version))
+
+    async def _bring(self, client: EngineClient, version: AdapterVersion) -> None:
+        try:
+            await client.bring_to_device(version.key, self.directory(version))
+        except AdapterRejected as error:
+            raise FailedPrecondition(error.reason, f"adapter {version.version_name}: {error}") from error
+
+    async def _pin(self, client: EngineClient, version: AdapterVersion, pinned: bool) -> None:
+        try:
+            if pinned:
+                await client.load_adapter(version.key, self.directory(version))
+            await client.pin_adapter(version.key, pinned)
+        except AdapterRejected as error:
+            raise FailedPrecondition(error.reason, f"adapter {version.version_name}: {error}") from error
+        except AdapterConflict as error:
+            raise FailedPrecondition("ADAPTER_PIN_LIMIT", str(error)) from error
+
+    async def _pin_again(self, client: EngineClient, version: AdapterVersion) -> None:
+        """Pin what is to be pinned. What cannot be is not said to be."""
+        try:
+            await self._pin(client, version, True)
+        except FailedPrecondition as error:
+            logger.warning("adapter %s is not pinned any more: %s", version.version_name, error)
+            with suppress(AdapterNotFound):
+                self._registry.update(version.full_name, pinned=False)
 
     def _adapter_changed(self, change: AdapterChange) -> None:
         version = change.version
@@ -264,7 +336,7 @@ class AdapterDeployer:
         return True
 
     def _version(self, key: AdapterKey) -> AdapterVersion:
-        return self._registry.get(f"{resource_name(key)}@{key.digest}")
+        return self._registry.get(full_name(key))
 
     def _client(self, version: AdapterVersion) -> EngineClient | None:
         model = self._models.find(version.spec.base_model)
@@ -279,6 +351,9 @@ class AdapterDeployer:
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, LoraplexError):
+                logger.warning("a change of the adapters could not be completed: %s", error)
+                return
             logger.error("a change of the adapters could not be completed", exc_info=error)
 
 
@@ -296,10 +371,15 @@ def adapter_info(description: AdapterDescription, loaded: AdapterLoaded) -> Adap
 
 
 def _worth_having(versions: list[AdapterVersion], budget_bytes: int) -> list[AdapterVersion]:
-    """Which active versions a new engine is given ahead of their requests: the last used ones, as many as fit."""
+    """Which active versions a new engine is given ahead of their requests: those that are to be on the device, then
+    the last used ones, as many as fit."""
     found: list[AdapterVersion] = []
     active = [version for version in versions if version.state is AdapterState.ACTIVE]
-    for version in sorted(active, key=lambda version: version.last_use_time or version.create_time, reverse=True):
+
+    def worth(version: AdapterVersion) -> tuple[bool, Residency, float]:
+        return version.spec.pinned, version.spec.residency, version.last_use_time or version.create_time
+
+    for version in sorted(active, key=worth, reverse=True):
         budget_bytes -= version.info.size_bytes if version.info is not None else 0
         if budget_bytes < 0:
             break

@@ -25,7 +25,8 @@ from loraplex.v1.inference_pb2 import PartialUsage, Usage
 # ├── PermissionDenied      PERMISSION_DENIED    PERMISSION_DENIED, SOURCE_NOT_ALLOWED
 # ├── NotFound              NOT_FOUND            MODEL_NOT_FOUND, ADAPTER_NOT_FOUND, ROUTE_NOT_FOUND: the resource
 # ├── FailedPrecondition    FAILED_PRECONDITION  ADAPTER_BASE_MISMATCH, ADAPTER_RANK_TOO_HIGH, ADAPTER_INVALID,
-# │                                              ADAPTER_IS_CURRENT, MODEL_UNLOADED
+# │                                              ADAPTER_TOO_LARGE, ADAPTER_UNREADABLE, ADAPTER_IS_CURRENT,
+# │                                              ADAPTER_PINNED, ADAPTER_PIN_LIMIT, MODEL_UNLOADED
 # ├── AlreadyExists         ALREADY_EXISTS       ALREADY_EXISTS: the resource
 # ├── Aborted               ABORTED              ETAG_MISMATCH
 # ├── QuotaExceeded         RESOURCE_EXHAUSTED   TENANT_QUOTA: what for, retry_after

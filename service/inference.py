@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 import msgspec
 
-from adapters.errors import AdapterRejected
+from adapters.errors import UNREADABLE, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.registry import AdapterVersion
 from engine.client import EngineClient
@@ -252,7 +252,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ) from None
         except AdapterRejected as error:
             message = f"adapter {adapter.version_name} cannot be served: {error}"
-            raise FailedPrecondition("ADAPTER_INVALID", message) from error
+            if error.reason == UNREADABLE:
+                raise Unavailable(error.reason, message) from error
+            raise FailedPrecondition(error.reason, message) from error
         return adapter.key, loop.time() - began
 
 

@@ -96,7 +96,8 @@ class TokenSource:
             prefix_cache_hits=0,
             prompt_tokens=0,
             generated_tokens=0,
-            adapters=[],
+            adapter_device_bytes=0,
+            adapter_host_bytes=0,
         )
 
     def close(self) -> None:

@@ -18,8 +18,9 @@ from adapters.registry import (
     AdapterState,
     AdapterVersion,
     ChangeKind,
-    resource_name,
+    full_name,
 )
+from adapters.residency import Residency
 from adapters.source import WEIGHTS_FILE
 from loraplex.v1 import adapters_pb2_grpc
 from loraplex.v1.adapters_pb2 import (
@@ -66,7 +67,6 @@ from service.deployment import AdapterDeployer, adapter_info
 from service.errors import (
     Aborted,
     FailedPrecondition,
-    FeatureUnsupported,
     InvalidRequest,
     NotFound,
     Violation,
@@ -83,6 +83,11 @@ STATES = {
     AdapterState.ACTIVE: Adapter.STATE_ACTIVE,
     AdapterState.FAILED: Adapter.STATE_FAILED,
     AdapterState.DELETING: Adapter.STATE_DELETING,
+}
+RESIDENCIES = {
+    Residency.DISK: ADAPTER_RESIDENCY_DISK,
+    Residency.HOST: ADAPTER_RESIDENCY_HOST,
+    Residency.DEVICE: ADAPTER_RESIDENCY_DEVICE,
 }
 UPDATABLE = ("labels", "pinned", "version")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -180,14 +185,15 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _register(self, request: CreateAdapterRequest, files: AdapterFiles) -> Adapter:
         """Register, or only validate, a version whose files have been found."""
-        _refuse_residency(request.residency, ADAPTER_RESIDENCY_HOST, "residency")
-        _refuse_pin(request.adapter)
+        residency = _residency(request.residency, Residency.HOST, (Residency.HOST, Residency.DEVICE))
         tenant = tenant_id(request.parent, "parent")
         assert tenant is not None, "tenants/- is refused above"
         spec = AdapterSpec(
             base_model=model_id(request.adapter.base_model, "adapter.base_model"),
             source=request.adapter.source,
             labels=dict(request.adapter.labels),
+            pinned=request.adapter.pinned,
+            residency=residency,
             make_current=request.make_current if request.HasField("make_current") else True,
         )
         seconds = wait_seconds(request)
@@ -199,7 +205,12 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self._check_quota(tenant, files)
         version = self._deployer.create(tenant, request.adapter_id, spec, files)
         await self._state.saved()
-        return self._message(await self._wait_while(version, AdapterState.LOADING, seconds))
+        deadline = asyncio.get_running_loop().time() + seconds
+        version = await self._wait_while(version, AdapterState.LOADING, seconds)
+        if version.state is AdapterState.ACTIVE and (spec.pinned or residency is Residency.DEVICE):
+            loading = self._deployer.load(version, Residency.DEVICE)
+            await asyncio.wait({loading}, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        return self._message(self._find(version.key) or version)
 
     async def _validated(self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles) -> Adapter:
         loaded = await self._deployer.validate(tenant, adapter_id, spec.base_model, files)
@@ -225,13 +236,13 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def UpdateAdapter(self, request: UpdateAdapterRequest, context: Context) -> Adapter:  # noqa: N802
         async def update() -> Adapter:
-            version = self._update(request)
+            version = await self._update(request)
             await self._state.saved()
             return self._message(version)
 
         return await self._once.run("UpdateAdapter", request.request_id, update)
 
-    def _update(self, request: UpdateAdapterRequest) -> AdapterVersion:
+    async def _update(self, request: UpdateAdapterRequest) -> AdapterVersion:
         wanted = request.adapter
         fields = _fields_to_change(request.update_mask)
         version = self._get(wanted.name, "adapter.name")
@@ -239,8 +250,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         violations = list(check_labels(wanted.labels, "adapter.labels"))
         if violations:
             raise InvalidRequest(*violations)
-        if "pinned" in fields:
-            _refuse_pin(wanted)
+        if "pinned" in fields and wanted.pinned is not version.spec.pinned:
+            version = await self._deployer.pin(version, wanted.pinned)
         if "version" in fields:
             adapter_name(wanted.name, "adapter.name", version_allowed=False)
             if not wanted.version.startswith(f"{wanted.name}@"):
@@ -251,7 +262,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             except AdapterConflict as error:
                 raise FailedPrecondition("ADAPTER_INVALID", str(error)) from error
         if "labels" in fields:
-            version = self._registry.update(f"{version.name}@{version.key.digest}", labels=wanted.labels)
+            version = self._registry.update(version.full_name, labels=wanted.labels)
         return version
 
     async def DeleteAdapter(self, request: DeleteAdapterRequest, context: Context) -> Adapter:  # noqa: N802
@@ -272,18 +283,23 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def LoadAdapter(self, request: LoadAdapterRequest, context: Context) -> Adapter:  # noqa: N802
         async def load() -> Adapter:
-            _refuse_residency(request.residency, ADAPTER_RESIDENCY_HOST, "residency")
+            residency = _residency(request.residency, Residency.DEVICE, (Residency.HOST, Residency.DEVICE))
             version = self._usable(request.name)
-            await asyncio.wait({self._deployer.load(version)}, timeout=wait_seconds(request))
+            loading = self._deployer.load(version, residency)
+            done, _ = await asyncio.wait({loading}, timeout=wait_seconds(request))
+            for task in done:
+                task.result()  # raises what kept it from getting there
             return self._message(self._get(request.name))
 
         return await self._once.run("LoadAdapter", request.request_id, load)
 
     async def UnloadAdapter(self, request: UnloadAdapterRequest, context: Context) -> Adapter:  # noqa: N802
         async def unload() -> Adapter:
-            _refuse_residency(request.residency, ADAPTER_RESIDENCY_DISK, "residency")
+            residency = _residency(request.residency, Residency.DISK, (Residency.DISK, Residency.HOST))
             version = self._usable(request.name)
-            unloading = self._deployer.unload(version)
+            if version.spec.pinned:
+                raise FailedPrecondition("ADAPTER_PINNED", f"adapter {version.version_name} is pinned; unpin it first")
+            unloading = self._deployer.unload(version, residency)
             if unloading is not None:
                 await asyncio.wait({unloading}, timeout=wait_seconds(request))
             return self._message(self._get(request.name))
@@ -312,7 +328,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     def _find(self, key: AdapterKey) -> AdapterVersion | None:
         try:
-            return self._registry.get(f"{resource_name(key)}@{key.digest}")
+            return self._registry.get(full_name(key))
         except AdapterNotFound:
             return None
 
@@ -366,10 +382,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
         model = self._host.find(version.spec.base_model)
         client = None if model is None else model.client
-        if client is None or version.key not in client.adapters:
-            return ADAPTER_RESIDENCY_DISK
-        on_device = client.stats is not None and any(key == version.key for key, _ in client.stats.adapters)
-        return ADAPTER_RESIDENCY_DEVICE if on_device else ADAPTER_RESIDENCY_HOST
+        known = client is not None and version.key in client.adapters
+        residency = client.residency.get(version.key) if client is not None and known else None
+        return RESIDENCIES[residency or Residency.DISK]
 
 
 def _check_registration(request: CreateAdapterRequest, is_upload: bool) -> None:
@@ -421,12 +436,11 @@ def _check_etag(version: AdapterVersion, etag: str) -> None:
         raise Aborted(f"{version.version_name} has changed since it was read; its etag is {version.etag} now")
 
 
-def _refuse_pin(adapter: Adapter) -> None:
-    if adapter.pinned:
-        raise FeatureUnsupported("adapter.pinned")
-
-
-def _refuse_residency(wanted: AdapterResidency.ValueType, possible: AdapterResidency.ValueType, field: str) -> None:
-    if wanted not in (ADAPTER_RESIDENCY_UNSPECIFIED, possible):
-        only = AdapterResidency.Name(possible)
-        raise FeatureUnsupported(field, f"only {only} can be asked for; requests bring an adapter to the device")
+def _residency(wanted: int, default: Residency, possible: tuple[Residency, ...]) -> Residency:
+    """Raises InvalidRequest."""
+    if wanted == ADAPTER_RESIDENCY_UNSPECIFIED:
+        return default
+    if wanted not in possible:
+        names = " or ".join(AdapterResidency.Name(RESIDENCIES[residency]) for residency in possible)
+        raise InvalidRequest.at("residency", f"must be {names}")
+    return Residency(wanted)

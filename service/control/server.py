@@ -9,7 +9,9 @@ from typing import Any
 
 import grpc.aio
 
+from adapters.key import AdapterKey
 from adapters.registry import VERSION_DIGITS, resource_name
+from adapters.residency import Residency
 from engine.messages import EngineStats
 from loraplex.v1 import server_pb2_grpc
 from loraplex.v1.server_pb2 import (
@@ -30,12 +32,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 # Beside the fields that validation refuses.
 UNSUPPORTED_METHODS = ("RouteService.UpdateRoute",)
-UNSUPPORTED_CONTROL_FIELDS = (
-    "Adapter.pinned",
-    "CreateAdapterRequest.residency=DEVICE",
-    "LoadAdapterRequest.residency=DEVICE",
-    "UnloadAdapterRequest.residency=HOST",
-)
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
@@ -54,7 +50,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             draining=self._is_draining(),
             devices=[_cpu()],
             max_receive_bytes=MAX_RECEIVE_BYTES,
-            unsupported_features=[*UNSUPPORTED_FIELDS, *UNSUPPORTED_METHODS, *UNSUPPORTED_CONTROL_FIELDS],
+            unsupported_features=[*UNSUPPORTED_FIELDS, *UNSUPPORTED_METHODS],
         )
 
     async def WatchLoad(  # noqa: N802
@@ -78,10 +74,13 @@ def _load(model: HostedModel) -> ModelLoad | None:
     if model.client is None:
         return None
     stats = model.client.stats
-    return ModelLoad(model=f"models/{model.name}") if stats is None else _stats_message(model, stats)
+    if stats is None:
+        return ModelLoad(model=f"models/{model.name}")
+    on_device = [key for key, residency in model.client.residency.items() if residency is Residency.DEVICE]
+    return _stats_message(model, stats, on_device)
 
 
-def _stats_message(model: HostedModel, stats: EngineStats) -> ModelLoad:
+def _stats_message(model: HostedModel, stats: EngineStats, on_device: list[AdapterKey]) -> ModelLoad:
     used_blocks = stats.total_blocks - stats.free_blocks - stats.cached_blocks
     return ModelLoad(
         model=f"models/{model.name}",
@@ -95,7 +94,8 @@ def _stats_message(model: HostedModel, stats: EngineStats) -> ModelLoad:
         prompt_tokens_total=stats.prompt_tokens,
         completion_tokens_total=stats.generated_tokens,
         adapter_bytes_total=model.config.adapter_device_bytes,
-        device_adapters=[f"{resource_name(key)}@{key.digest[:VERSION_DIGITS]}" for key, _ in stats.adapters],
+        adapter_bytes_used=stats.adapter_device_bytes,
+        device_adapters=[f"{resource_name(key)}@{key.digest[:VERSION_DIGITS]}" for key in on_device],
     )
 
 

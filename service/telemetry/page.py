@@ -16,6 +16,8 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from adapters.key import AdapterKey
 from adapters.registry import resource_name
+from adapters.residency import Residency
+from engine.client import EngineClient
 from engine.messages import EngineStats
 from service.hosting import HostedModel
 from service.supervisor import EngineState
@@ -149,7 +151,13 @@ _GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] =
     ),
     ("loraplex_kv_cache_blocks", None, "Blocks of the key-value cache.", lambda s: s.total_blocks),
     ("loraplex_kv_cache_cached_blocks", None, "Of these, kept for their prefix.", lambda s: s.cached_blocks),
-    ("loraplex_device_adapters", None, "Adapter versions on the device.", lambda s: len(s.adapters)),
+    (
+        "loraplex_adapter_device_bytes",
+        None,
+        "Bytes that adapters use on the device.",
+        lambda s: s.adapter_device_bytes,
+    ),
+    ("loraplex_adapter_host_bytes", None, "Bytes that adapters use in host memory.", lambda s: s.adapter_host_bytes),
 )
 _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] = (
     (
@@ -196,10 +204,16 @@ def _engine_families(served: Served) -> Iterator[Metric]:
         yield _counter(name, text, ("model",), counter)
         if alias is not None:
             yield _counter(alias, text, ("model_name",), counter)
+    on_device = [((model.name,), _num_on_device(model.client)) for model in models if model.client is not None]
+    yield _gauge("loraplex_device_adapters", "Adapter versions on the device.", ("model",), on_device)
     yield _adapter_tiers(models)
     yield _adapter_users(stats)
     yield _lora_info(served, stats)
     yield _cache_info(stats)
+
+
+def _num_on_device(client: EngineClient) -> int:
+    return sum(residency is Residency.DEVICE for residency in client.residency.values())
 
 
 def _adapter_tiers(models: Sequence[HostedModel]) -> Metric:
@@ -208,9 +222,8 @@ def _adapter_tiers(models: Sequence[HostedModel]) -> Metric:
     for model in models:
         if model.client is None:
             continue
-        on_device = {key for key, _ in model.client.stats.adapters} if model.client.stats is not None else set()
-        for key in sorted({*model.client.adapters, *on_device}, key=str):
-            tier = "device" if key in on_device else "host"
+        for key in sorted(model.client.adapters, key=str):
+            tier = model.client.residency.get(key, Residency.DISK).name.lower()
             rows.append(((model.name, resource_name(key), key.digest[:12], tier), 1.0))
     text = "1 for each adapter version that an engine has been given, with the tier that it is in."
     return _gauge("loraplex_adapter_resident", text, ("model", "adapter", "version", "tier"), rows)

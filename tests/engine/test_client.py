@@ -27,7 +27,7 @@ from engine.sampling_params import FinishReason, SamplingParams
 
 KEY = AdapterKey("shared/pirate", "ab" * 32)
 LOADED = AdapterLoaded(KEY, 8, 1024, ["q_proj"], [])
-STATS = EngineStats(0, 0, 0, 8, 8, 0, 16, 1, 0, 0, 0, 0, 0, [])
+STATS = EngineStats(0, 0, 0, 8, 8, 0, 16, 1, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Wire:

@@ -55,6 +55,8 @@ class FakeAdapters:
         self.known: set[AdapterKey] = set()
         self.finished: list[FinishedLoad] = []
         self.unloaded: list[AdapterKey] = []
+        self.moved: set[AdapterKey] = set()
+        self.used_bytes = 0
 
     def register(self, key: AdapterKey, path: Path) -> None:
         self.known.add(key)
@@ -84,7 +86,10 @@ class FakeAdapters:
     def unload(self, key: AdapterKey) -> None:
         self.unloaded.append(key)
 
-    def residents(self) -> list[tuple[AdapterKey, int]]:
+    def holds(self, key: AdapterKey) -> bool:
+        return key in self.known
+
+    def in_use(self) -> list[tuple[AdapterKey, int]]:
         return []
 
 

@@ -27,6 +27,7 @@ from engine.messages import (
     LoadAdapter,
     LoadProgress,
     ModelLimits,
+    PinAdapter,
     Ping,
     Pong,
     RequestOutput,
@@ -70,6 +71,9 @@ class FakeCore:
         self.idle_steps_left = 2  # read by a thread of its own, as it were
         self.events.append(AdapterLoaded(message.key, 8, 100, ["q_proj"], []))
 
+    def pin_adapter(self, message: PinAdapter) -> None:
+        raise NotImplementedError
+
     def unload_adapter(self, message: UnloadAdapter) -> None:
         self.unloaded.append(message.key)
 
@@ -94,7 +98,7 @@ class FakeCore:
         return RequestOutput(request.request_id, [number], FinishReason.MAX_TOKENS if finished else None)
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.requests), 0, 0, 10, 10, 0, 16, 0, 0, 0, 0, 0, 0, [])
+        return EngineStats(len(self.requests), 0, 0, 10, 10, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0)
 
     def close(self) -> None:
         self.closed = True

@@ -217,7 +217,8 @@ class FakeEngine:
             prefix_cache_hits=0,
             prompt_tokens=0,
             generated_tokens=0,
-            adapters=[(key, 0) for key in self.adapters],
+            adapter_device_bytes=0,
+            adapter_host_bytes=0,
         )
 
 

@@ -16,16 +16,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adapters.key import AdapterKey
+from adapters.residency import Residency
 from engine.bus import BadRequest, EngineBus
 from engine.messages import (
     AdapterFailed,
     AdapterLoaded,
+    AdapterPinned,
+    AdaptersMoved,
     AdapterUnloaded,
     AddRequest,
     EngineStats,
     FromEngine,
     LoadAdapter,
     ModelLimits,
+    PinAdapter,
     RequestOutput,
     StepOutput,
     ToEngine,
@@ -65,10 +69,17 @@ class ScriptedCore:
         self.loads_allowed = threading.Event()
         self.loads_allowed.set()
         self._loading: list[LoadAdapter] = []
+        self.pinned: set[AdapterKey] = set()
+        self.max_pins = 2
+        self.residency: dict[AdapterKey, Residency] = {}
+        self._moved: list[tuple[AdapterKey, Residency]] = []
+        self._pinning: list[PinAdapter] = []
         self._unloading: set[AdapterKey] = set()
 
     def add(self, message: AddRequest) -> None:
         self.requests[message.request_id] = message
+        if message.adapter is not None:
+            self._moved.append((message.adapter, Residency.DEVICE))
 
     def abort(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:
@@ -79,10 +90,16 @@ class ScriptedCore:
         self._loading.append(message)
 
     def unload_adapter(self, message: UnloadAdapter) -> None:
-        self._unloading.add(message.key)
+        if message.residency is Residency.DISK:
+            self._unloading.add(message.key)
+        else:
+            self._moved.append((message.key, Residency.HOST))
+
+    def pin_adapter(self, message: PinAdapter) -> None:
+        self._pinning.append(message)
 
     def has_work(self) -> bool:
-        return bool(self.requests or self._loading or self._unloading)
+        return bool(self.requests or self._loading or self._unloading or self._pinning or self._moved)
 
     def step(self) -> list[FromEngine]:
         outputs = [self._next(request) for request in list(self.requests.values())]
@@ -94,10 +111,7 @@ class ScriptedCore:
 
     def stats(self) -> EngineStats:
         used = len(self.requests)
-        on_device = [(key, 1) for key in self._in_use()]
-        return EngineStats(
-            used, 0, 0, LIMITS.total_blocks, LIMITS.total_blocks - used, 0, 16, 0, 0, 0, 0, 0, 0, on_device
-        )
+        return EngineStats(used, 0, 0, LIMITS.total_blocks, LIMITS.total_blocks - used, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0)
 
     def close(self) -> None:
         pass
@@ -122,13 +136,33 @@ class ScriptedCore:
                     events.append(AdapterFailed(load.key, ["q_proj: shape [8, 3], this model needs [rank, 64]"]))
                 else:
                     self.adapters.add(load.key)
+                    if load.residency is Residency.DEVICE or load.key not in self.residency:
+                        self._moved.append((load.key, load.residency))
                     events.append(AdapterLoaded(load.key, 4, 1024, ["q_proj"], ["a warning"]))
             self._loading.clear()
         for key in self._unloading - self._in_use():
             self._unloading.discard(key)
             self.adapters.discard(key)
+            self.residency.pop(key, None)
             events.append(AdapterUnloaded(key))
+        events.extend(self._pin(message) for message in self._pinning)
+        self._pinning.clear()
+        if self._moved:
+            self.residency.update(self._moved)
+            events.append(AdaptersMoved(list(self._moved)))
+            self._moved.clear()
         return events
+
+    def _pin(self, message: PinAdapter) -> AdapterPinned:
+        key = message.key
+        if not message.pinned:
+            self.pinned.discard(key)
+        elif len(self.pinned) == self.max_pins:
+            return AdapterPinned(key, False, "unpin others")
+        else:
+            self.pinned.add(key)
+            self._moved.append((key, Residency.DEVICE))
+        return AdapterPinned(key, message.pinned)
 
 
 # ---- as a thread -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from loraplex import (
     InvalidArgument,
     NotFound,
     PermissionDenied,
-    Unsupported,
 )
 from loraplex.v1.adapters_pb2 import (
     ADAPTER_RESIDENCY_DEVICE,
@@ -161,12 +160,6 @@ async def test_every_field_at_fault_is_named(control: ControlPlane) -> None:
         await create(control, "Not An Id", source="", digest="md5:1", labels={"": "x"})
     fields = {violation.field for violation in raised.value.violations}
     assert {"adapter_id", "adapter.source", "adapter.digest", "adapter.labels"} <= fields
-
-
-@pytest.mark.parametrize("option", [{"pinned": True}, {"residency": "device"}])
-async def test_what_is_not_supported_is_refused(control: ControlPlane, option: dict[str, Any]) -> None:
-    with pytest.raises(Unsupported):
-        await create(control, **option)
 
 
 async def test_validate_only_registers_nothing(control: ControlPlane) -> None:
@@ -391,7 +384,7 @@ async def test_an_unloaded_adapter_is_loaded_by_its_next_request(control: Contro
     unloaded = await control.admin.unload_adapter("pirate", wait=20)
     assert unloaded.residency == ADAPTER_RESIDENCY_DISK
     assert (await control.client.generate("pirate", "ab", max_tokens=2)).usage.completion_tokens == 2
-    assert (await control.admin.get_adapter("pirate")).residency == ADAPTER_RESIDENCY_HOST
+    assert (await control.admin.get_adapter("pirate")).residency == ADAPTER_RESIDENCY_DEVICE  # the request used it
 
 
 async def test_an_adapter_is_loaded_ahead_of_its_requests(control: ControlPlane) -> None:
@@ -399,6 +392,66 @@ async def test_an_adapter_is_loaded_ahead_of_its_requests(control: ControlPlane)
     await control.admin.unload_adapter("pirate", wait=20)
     loaded = await control.admin.load_adapter("pirate", residency="host", wait=20)
     assert loaded.residency == ADAPTER_RESIDENCY_HOST
+
+
+async def test_an_adapter_is_brought_to_the_device_and_away_from_it(control: ControlPlane) -> None:
+    await create(control)
+    assert (await control.admin.load_adapter("pirate", wait=20)).residency == ADAPTER_RESIDENCY_DEVICE
+    await control.admin.unload_adapter("pirate", residency="host")
+    await residency_is(control, "pirate", ADAPTER_RESIDENCY_HOST)
+
+
+async def test_an_adapter_can_be_created_on_the_device(control: ControlPlane) -> None:
+    adapter = await create(control, residency="device")
+    assert adapter.residency == ADAPTER_RESIDENCY_DEVICE
+
+
+@pytest.mark.parametrize(("method", "residency"), [("load_adapter", "disk"), ("unload_adapter", "device")])
+async def test_an_adapter_cannot_be_moved_the_wrong_way(control: ControlPlane, method: str, residency: str) -> None:
+    await create(control)
+    with pytest.raises(InvalidArgument, match="residency: must be"):
+        await getattr(control.admin, method)("pirate", residency=residency)
+
+
+# ---- pins ------------------------------------------------------------------------------------------------------------
+
+
+async def residency_is(control: ControlPlane, name: str, residency: int) -> None:
+    async with asyncio.timeout(20):
+        while (await control.admin.get_adapter(name)).residency != residency:  # noqa: ASYNC110 - it is told in no event
+            await asyncio.sleep(0.001)
+
+
+async def test_a_pinned_adapter_is_on_the_device_and_cannot_be_unloaded(control: ControlPlane) -> None:
+    await create(control)
+    pinned = await control.admin.update_adapter("pirate", pinned=True)
+    assert pinned.pinned
+    await residency_is(control, "pirate", ADAPTER_RESIDENCY_DEVICE)
+    with pytest.raises(FailedPrecondition, match="unpin it first") as raised:
+        await control.admin.unload_adapter("pirate")
+    assert raised.value.reason == "ADAPTER_PINNED"
+    assert not (await control.admin.update_adapter("pirate", pinned=False)).pinned
+    assert control.core().pinned == set()
+    assert (await control.admin.unload_adapter("pirate", wait=20)).residency == ADAPTER_RESIDENCY_DISK
+
+
+async def test_more_pins_than_there_is_room_for_are_refused(control: ControlPlane) -> None:
+    control.core().max_pins = 1
+    assert (await create(control, "first", 1, pinned=True)).pinned
+    await create(control, "second", 2)
+    with pytest.raises(FailedPrecondition, match="unpin others") as raised:
+        await control.admin.update_adapter("second", pinned=True)
+    assert raised.value.reason == "ADAPTER_PIN_LIMIT"
+    assert not (await control.admin.get_adapter("second")).pinned
+
+
+async def test_pins_hold_over_the_lives_of_an_engine(control: ControlPlane) -> None:
+    adapter = await create(control, pinned=True)
+    await until(lambda: len(control.core().pinned) == 1)
+    before = control.core()
+    control.engines["tiny"].started[-1].kill()
+    await until(lambda: control.core() is not before and len(control.core().pinned) == 1)
+    assert (await control.admin.get_adapter("pirate")).version == adapter.version
 
 
 # ---- engines that end ------------------------------------------------------------------------------------------------

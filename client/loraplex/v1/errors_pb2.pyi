@@ -78,6 +78,18 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """CANCELLED: the call was cancelled by CancelGeneration."""
     ERROR_REASON_ENGINE_ERROR: _ErrorReason.ValueType  # 26
     """INTERNAL: a fault of the server. RequestInfo holds the id to quote."""
+    ERROR_REASON_ADAPTER_TOO_LARGE: _ErrorReason.ValueType  # 27
+    """FAILED_PRECONDITION: the adapter needs more memory than all adapters of its model together may use."""
+    ERROR_REASON_ADAPTER_UNREADABLE: _ErrorReason.ValueType  # 28
+    """FAILED_PRECONDITION: the adapter's files could not be read; they may be good. The version says what failed. UNAVAILABLE
+    for a request, with RetryInfo.
+    """
+    ERROR_REASON_ADAPTER_PINNED: _ErrorReason.ValueType  # 29
+    """FAILED_PRECONDITION: the version is pinned to the device. Unpin it first."""
+    ERROR_REASON_ADAPTER_PIN_LIMIT: _ErrorReason.ValueType  # 30
+    """FAILED_PRECONDITION: pins may take a part of the device's memory for adapters, and others take it. Unpin some."""
+    ERROR_REASON_ADAPTER_UNTRUSTED: _ErrorReason.ValueType  # 31
+    """PERMISSION_DENIED: the tenant accepts signed or listed adapters alone, and this one is neither."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
@@ -144,4 +156,16 @@ ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 25
 """CANCELLED: the call was cancelled by CancelGeneration."""
 ERROR_REASON_ENGINE_ERROR: ErrorReason.ValueType  # 26
 """INTERNAL: a fault of the server. RequestInfo holds the id to quote."""
+ERROR_REASON_ADAPTER_TOO_LARGE: ErrorReason.ValueType  # 27
+"""FAILED_PRECONDITION: the adapter needs more memory than all adapters of its model together may use."""
+ERROR_REASON_ADAPTER_UNREADABLE: ErrorReason.ValueType  # 28
+"""FAILED_PRECONDITION: the adapter's files could not be read; they may be good. The version says what failed. UNAVAILABLE
+for a request, with RetryInfo.
+"""
+ERROR_REASON_ADAPTER_PINNED: ErrorReason.ValueType  # 29
+"""FAILED_PRECONDITION: the version is pinned to the device. Unpin it first."""
+ERROR_REASON_ADAPTER_PIN_LIMIT: ErrorReason.ValueType  # 30
+"""FAILED_PRECONDITION: pins may take a part of the device's memory for adapters, and others take it. Unpin some."""
+ERROR_REASON_ADAPTER_UNTRUSTED: ErrorReason.ValueType  # 31
+"""PERMISSION_DENIED: the tenant accepts signed or listed adapters alone, and this one is neither."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason

@@ -1,0 +1,146 @@
+"""What the service asks for adapters, done between steps: load, bring to the device, pin, unload."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from pathlib import Path
+
+from adapters.errors import AdapterConflict, AdapterRejected
+from adapters.key import AdapterKey
+from adapters.pool import AdapterPool
+from adapters.residency import Residency
+from adapters.store import AdapterStore, FinishedLoad
+from engine.messages import (
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterPinned,
+    AdaptersMoved,
+    AdapterUnloaded,
+    FromEngine,
+    LoadAdapter,
+    PinAdapter,
+    UnloadAdapter,
+)
+
+
+class AdapterTiers:
+    """Notes what is asked for, and does it as soon as it can be done. Nothing here waits for a file."""
+
+    def __init__(self, store: AdapterStore, pool: AdapterPool) -> None:
+        self._store = store
+        self._pool = pool
+        self._unloading: set[AdapterKey] = set()
+        self._bringing: dict[AdapterKey, None] = {}  # to the device, in the order in which they were asked for
+        self._pinning: set[AdapterKey] = set()  # of those: to stay there
+        self._answers: list[FromEngine] = []
+        self._changes_seen = -1
+
+    # ---- what is asked for -----------------------------------------------------------------------------------------
+
+    def load(self, message: LoadAdapter) -> None:
+        """Start reading an adapter, and have it on the device too if that is asked for."""
+        self._unloading.discard(message.key)
+        self._store.register(message.key, Path(message.path))
+        if message.residency is Residency.DEVICE:
+            self._bring(message.key)
+
+    def unload(self, message: UnloadAdapter) -> None:
+        """Free an adapter's memory, once no accepted request uses it; or at least its room on the device."""
+        self._forget(message.key)
+        if message.residency is Residency.DISK:
+            self._unloading.add(message.key)
+        else:
+            self._pool.unload(message.key)
+
+    def pin(self, message: PinAdapter) -> None:
+        """Keep an adapter on the device from when it gets there, or no longer."""
+        if message.pinned:
+            self._pinning.add(message.key)
+            self._bring(message.key)
+        else:
+            self._forget(message.key)
+            self._pool.unpin(message.key)
+            self._answers.append(AdapterPinned(message.key, False))
+
+    # ---- between steps ---------------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        """Whether `advance` or `moves` would do or report anything, now or once a loader thread has finished."""
+        return bool(
+            self._unloading
+            or self._answers
+            or self._store.is_loading()
+            or self._store.moved
+            or self._pool.moved
+            or (self._bringing and self._pool.changes != self._changes_seen)
+        )
+
+    def advance(self, users: Container[AdapterKey]) -> list[FromEngine]:
+        """Take in what the loader threads finished, and do what has become possible. `users`: adapters in use."""
+        events, self._answers = self._answers, []
+        events.extend(_load_event(finished) for finished in self._store.poll())
+        for key in [key for key in self._unloading if key not in users]:
+            self._unloading.remove(key)
+            self._pool.unload(key)
+            self._store.unregister(key)
+            events.append(AdapterUnloaded(key))
+        if self._bringing and self._pool.changes != self._changes_seen:
+            self._changes_seen = self._pool.changes
+            for key in list(self._bringing):
+                events.extend(self._try_to_bring(key))
+        return events
+
+    def moves(self) -> list[FromEngine]:
+        """Which adapters have come closer to the device or gone away from it since the last call."""
+        moved = dict.fromkeys([*self._store.moved, *self._pool.moved])
+        self._store.moved.clear()
+        self._pool.moved.clear()
+        found = [(key, self._residency(key)) for key in moved if self._store.is_registered(key)]
+        return [AdaptersMoved(found)] if found else []
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _residency(self, key: AdapterKey) -> Residency:
+        if self._pool.holds(key):
+            return Residency.DEVICE
+        return Residency.HOST if self._store.holds(key) else Residency.DISK
+
+    def _bring(self, key: AdapterKey) -> None:
+        self._bringing[key] = None
+        self._changes_seen = -1
+
+    def _forget(self, key: AdapterKey) -> None:
+        self._bringing.pop(key, None)
+        self._pinning.discard(key)
+
+    def _try_to_bring(self, key: AdapterKey) -> list[FromEngine]:
+        pinning = key in self._pinning
+        try:
+            if not self._pool.bring_in(key):
+                if pinning:
+                    self._pool.make_room(key)
+                return []
+            if pinning:
+                self._pool.pin(key)
+        except AdapterConflict as error:
+            self._forget(key)
+            return [AdapterPinned(key, False, str(error))]
+        except AdapterRejected as error:
+            self._forget(key)
+            failed = AdapterFailed(key, error.problems, error.reason)
+            return [failed, AdapterPinned(key, False, str(error))] if pinning else [failed]
+        self._forget(key)
+        return [AdapterPinned(key, True)] if pinning else []
+
+
+def _load_event(finished: FinishedLoad) -> AdapterLoaded | AdapterFailed:
+    loaded = finished.loaded
+    if loaded is None:
+        return AdapterFailed(finished.key, finished.problems, finished.reason)
+    return AdapterLoaded(
+        finished.key,
+        rank=loaded.rank,
+        size_bytes=loaded.nbytes,
+        target_modules=list(loaded.target_modules),
+        warnings=list(loaded.warnings),
+    )
