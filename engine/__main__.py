@@ -6,7 +6,6 @@ reaches the whole terminal, and the service decides what becomes of the requests
 
 import argparse
 import ctypes
-import logging
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ import msgspec
 
 from engine.bus import EngineBus
 from engine.config import EngineConfig
+from engine.logs import LOG_FORMATS, set_up_logging
 from engine.process import Core, Progress, run_engine
 
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
@@ -26,12 +26,12 @@ PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m engine", description="One engine process. Its service starts it.")
     parser.add_argument("--bus", required=True, metavar="ADDRESS", help="where the service listens: ipc://…")
+    parser.add_argument("--name", default="", help="of the model, for the log")
     parser.add_argument("--log-level", default="INFO")
+    parser.add_argument("--log-format", default="text", choices=LOG_FORMATS)
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=arguments.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s engine[{os.getpid()}] %(name)s: %(message)s",
-    )
+    process = f"engine[{arguments.name}:{os.getpid()}]"
+    set_up_logging(arguments.log_level, arguments.log_format, process)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     config_json = sys.stdin.buffer.readline()

@@ -96,7 +96,7 @@ class Application:
 
 def engine_processes(config: ServiceConfig) -> LaunchFor:
     """Each engine is a process of its own."""
-    return lambda model: launcher(model.engine(), config.log_level)
+    return lambda model: launcher(model.engine(), model.name, config.log_level, config.log_format)
 
 
 def assemble(

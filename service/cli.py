@@ -26,10 +26,12 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
+from engine.logs import set_up_logging
 from loraplex import AdminClient, Client, GenerateOptions, LoraplexError
 from service.app import running
 from service.config import ConfigError, ServiceConfig, load_config
 from service.demo import play_demo
+from service.telemetry.logs import CallFields
 from service.top import watch_load
 
 P = ParamSpec("P")
@@ -58,7 +60,7 @@ def main() -> None:
 def serve(config: Path | None) -> None:
     """Run a server until SIGTERM or SIGINT; then let running requests finish, and exit."""
     settings = _settings(config)
-    _set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level, settings.log_format, "service", CallFields())
     with _start_failures():
         uvloop.run(_serve(settings))
 
@@ -82,7 +84,7 @@ def demo(config: Path | None, prompt: str, max_tokens: int, verbose: bool) -> No
     """Start a server, stream one prompt through every model and adapter side by side, and end."""
     settings = msgspec.structs.replace(_settings(config).with_free_ports(), state_directory="")
     settings = settings if verbose else msgspec.structs.replace(settings, log_level="ERROR")
-    _set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level, settings.log_format, "service")
 
     async def run() -> None:
         async with running(settings) as (_, addresses):
@@ -120,10 +122,6 @@ def _stop_signal() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     return stop
-
-
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 # ---- clients ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import yaml
 from google.protobuf import json_format
 
 from engine.config import EngineConfig
+from engine.logs import LOG_FORMATS
 from loraplex.v1.generation_pb2 import Sampling
 from service.tenants import TenantConfig
 from service.validation import check_message
@@ -25,7 +26,6 @@ from service.validation import check_message
 ENVIRONMENT_PREFIX = "LORAPLEX_"
 ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 STATE_DIRECTORY = ".loraplex"
-LOG_FORMATS = ("text", "json")
 LOOPBACK_HOSTS = frozenset(("127.0.0.1", "[::1]", "localhost"))
 _UNKNOWN_KEY = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<place>.*)`)?")
 

@@ -62,6 +62,11 @@ def current_call() -> Call:
     return _CALL.get()
 
 
+def find_call() -> Call | None:
+    """As `current_call`; None outside of one."""
+    return _CALL.get(None)
+
+
 # From the metadata of a call to the tenant that it acts for. Raises Unauthenticated or PermissionDenied.
 Identify = Callable[[Mapping[str, str]], str]
 

@@ -263,11 +263,12 @@ def _describe_status(status: int) -> str:
     return f"{name}, perhaps because the machine ran out of memory" if name == "SIGKILL" else name
 
 
-def launcher(config: EngineConfig, log_level: str) -> Launch:
+def launcher(config: EngineConfig, name: str, log_level: str, log_format: str) -> Launch:
     """Starts `python -m engine` with this interpreter, and with the import path of this process."""
     import_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # -P: the working directory must not come before it.
-    command = (sys.executable, "-P", "-m", "engine", "--log-level", log_level, "--bus")
+    options = ("--name", name, "--log-level", log_level, "--log-format", log_format)
+    command = (sys.executable, "-P", "-m", "engine", *options, "--bus")
 
     async def launch(address: str) -> EngineProcess:
         environment = os.environ | {"PYTHONPATH": import_path}

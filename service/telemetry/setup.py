@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from service.config import ServiceConfig
+from service.telemetry.logs import AccessLog
 from service.telemetry.metrics import RequestMetrics
 from service.telemetry.records import Observer, Observers
 from service.telemetry.usage import UsageLog
@@ -32,6 +33,8 @@ async def telemetry_of(config: ServiceConfig) -> AsyncIterator[Telemetry]:
         if config.usage is not None:
             usage = UsageLog(Path(config.usage.file), config.usage.rotate_bytes)
             observers.append(stack.enter_context(closing(usage)))
+        if config.access_log:
+            observers.append(AccessLog())
         if config.otlp is not None:
             from service.telemetry.otlp import OtlpTelemetry  # with it comes the SDK
 

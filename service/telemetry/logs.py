@@ -1,0 +1,81 @@
+"""What log lines say of the call that they belong to, and the access log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from service.interceptors import Call, find_call
+from service.telemetry.records import CallRecord, GenerationRecord
+
+access = logging.getLogger("loraplex.access")
+
+
+class CallFields(logging.Filter):
+    """Adds to each record whose call it was. Lets all records pass."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        call = find_call()
+        if call is not None:
+            record.fields = call_fields(call) | getattr(record, "fields", {})
+        return True
+
+
+def call_fields(call: Call) -> dict[str, object]:
+    """What is known of a call by now."""
+    fields = {
+        "request_id": call.request_id,
+        "trace_id": call.trace_id,
+        "tenant": call.tenant,
+        "adapter": call.metadata.get("loraplex-adapter-version", ""),  # with the digest of its version
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+class AccessLog:
+    """An observer that writes a line for each call, and one for each generation."""
+
+    def call_started(self, call: Call, method: str, metadata: Mapping[str, str]) -> None:
+        pass
+
+    def call_ended(self, call: Call, record: CallRecord) -> None:
+        fields = call_fields(call) | {
+            "method": record.method,
+            "status": record.status,
+            "seconds": round(record.seconds, 6),
+        }
+        message = "%s %s %.3f s tenant=%s request_id=%s"
+        values = (record.method, record.status, record.seconds, call.tenant, call.request_id)
+        access.info(message, *values, extra={"fields": fields})
+
+    def generation_ended(self, call: Call, record: GenerationRecord) -> None:
+        message = "generation %s %s %.3f s tenant=%s request_id=%s %d prompt tokens (%d cached), %d generated"
+        access.info(
+            message,
+            record.adapter or record.model,
+            record.status,
+            record.seconds,
+            record.tenant,
+            record.id,
+            record.prompt_tokens,
+            record.cached_prompt_tokens,
+            record.completion_tokens,
+            extra={"fields": call_fields(call) | generation_fields(record)},
+        )
+
+
+def generation_fields(record: GenerationRecord) -> dict[str, object]:
+    names = (
+        "operation",
+        "model",
+        "adapter_digest",
+        "status",
+        "finish_reasons",
+        "prompt_tokens",
+        "cached_prompt_tokens",
+        "completion_tokens",
+        "seconds",
+        "queue_seconds",
+        "first_token_seconds",
+    )
+    return {name: getattr(record, name) for name in names}
