@@ -23,8 +23,9 @@ from loraplex.v1.server_pb2_grpc import add_ServerServiceServicer_to_server
 from loraplex.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
 from service.adapter_files import AdapterLibrary
 from service.admission import Admission, AdmissionLimits
+from service.auth.door import Door
 from service.catalog import Catalog
-from service.config import ModelConfig, ServiceConfig, TlsConfig
+from service.config import ModelConfig, ServiceConfig
 from service.control.adapters import AdapterServicer
 from service.control.models import ModelServicer
 from service.control.routes import RouteServicer
@@ -43,6 +44,7 @@ from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
 from service.telemetry.setup import Telemetry, telemetry_of
 from service.tenants import Tenants
 from service.text import TemplateRenderer
+from service.tls import server_credentials
 
 LaunchFor = Callable[[ModelConfig], Launch]  # how the engine of a model is started
 
@@ -232,20 +234,17 @@ def _listeners(
     app: Application, health_address: str | None, metrics_address: str | None
 ) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
     config = app.config
-    credentials = None if config.tls is None else _credentials(config.tls)
-    interceptor = CallInterceptor(stall_seconds=config.limits.unread_seconds, observer=app.telemetry.observer)
-    data, data_port = build_server(app.data, app.health, interceptor, config.listen, credentials)
-    admin, admin_port = build_server(app.admin, app.health, interceptor, config.admin_listen, credentials)
+    interceptor = CallInterceptor(Door(config.auth), config.limits.unread_seconds, app.telemetry.observer)
+
+    def listen(services: tuple[Service, ...], address: str) -> tuple[grpc.aio.Server, int]:
+        credentials = None if config.tls is None else server_credentials(config.tls)
+        return build_server(services, app.health, interceptor, address, credentials)
+
+    data, data_port = listen(app.data, config.listen)
+    admin, admin_port = listen(app.admin, config.admin_listen)
     hosts = [address.rpartition(":")[0] for address in (config.listen, config.admin_listen)]
     own = (f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}")
     return data, admin, Addresses(*own, health_address, metrics_address)
-
-
-def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    """Raises OSError for a file that cannot be read."""
-    pair = (Path(tls.key).read_bytes(), Path(tls.certificate).read_bytes())
-    client_ca = None if tls.client_ca is None else Path(tls.client_ca).read_bytes()
-    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
 
 
 async def _end(task: "asyncio.Task[None]") -> None:

@@ -10,11 +10,12 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
@@ -29,6 +30,7 @@ from rich.table import Table
 from engine.logs import set_up_logging
 from loraplex import AdminClient, Client, GenerateOptions, LoraplexError
 from service.app import running
+from service.auth.command import keys
 from service.config import ConfigError, ServiceConfig, load_config
 from service.demo import play_demo
 from service.telemetry.logs import CallFields
@@ -55,11 +57,15 @@ def main() -> None:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
+main.add_command(keys)
+
+
 @main.command()
 @CONFIG_OPTION
-def serve(config: Path | None) -> None:
+@click.option("--insecure", is_flag=True, help="Allow addresses that other machines reach without TLS or credentials.")
+def serve(config: Path | None, insecure: bool) -> None:
     """Run a server until SIGTERM or SIGINT; then let running requests finish, and exit."""
-    settings = _settings(config)
+    settings = _settings(config, {"LORAPLEX_INSECURE": "true"} if insecure else {})
     set_up_logging(settings.log_level, settings.log_format, "service", CallFields())
     with _start_failures():
         uvloop.run(_serve(settings))
@@ -94,9 +100,9 @@ def demo(config: Path | None, prompt: str, max_tokens: int, verbose: bool) -> No
         uvloop.run(run())
 
 
-def _settings(config: Path | None) -> ServiceConfig:
+def _settings(config: Path | None, overrides: Mapping[str, str] = MappingProxyType({})) -> ServiceConfig:
     try:
-        return load_config(config, os.environ)
+        return load_config(config, {**os.environ, **overrides})
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
 
@@ -106,7 +112,7 @@ def _start_failures() -> Iterator[None]:
     """What keeps a server from starting, for people."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 

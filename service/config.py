@@ -20,6 +20,7 @@ from google.protobuf import json_format
 from engine.config import EngineConfig
 from engine.logs import LOG_FORMATS
 from loraplex.v1.generation_pb2 import Sampling
+from service.auth.config import AuthConfig, CertificateConfig, JwtConfig
 from service.tenants import TenantConfig
 from service.validation import check_message
 
@@ -147,7 +148,8 @@ class ServiceConfig(_Section, frozen=True):
     health_listen: str | None = None  # a plaintext port for an orchestrator's probes: see service/probes.py
     metrics_listen: str | None = None  # the Prometheus page, in plaintext: see service/telemetry/page.py
     tls: TlsConfig | None = None
-    insecure: bool = False  # allow other addresses than loopback without TLS
+    insecure: bool = False  # allow other addresses than loopback without TLS and without credentials
+    auth: AuthConfig | None = None  # who may call; None: whoever reaches a listener
     tenants: dict[str, TenantConfig] = {}
     other_tenants: TenantConfig = TenantConfig()  # those that `tenants` does not name
     drain_grace_seconds: float = 30.0  # for running requests, once told to stop
@@ -163,6 +165,22 @@ class ServiceConfig(_Section, frozen=True):
     def with_free_ports(self) -> Self:
         """The same on loopback ports that are free, whatever the file says."""
         return msgspec.structs.replace(self, listen="127.0.0.1:0", admin_listen="127.0.0.1:0")
+
+
+SECTIONS = (
+    ServiceConfig,
+    ModelConfig,
+    AdapterConfig,
+    TlsConfig,
+    AuthConfig,
+    JwtConfig,
+    CertificateConfig,
+    TenantConfig,
+    LimitsConfig,
+    SupervisionConfig,
+    UsageConfig,
+    OtlpConfig,
+)
 
 
 def default_config_file() -> Path:
@@ -234,18 +252,7 @@ def _explain(error: str) -> str:
     found = _UNKNOWN_KEY.fullmatch(error)
     if found is None:
         return error.replace(" - at `$.", " - at `")
-    sections = (
-        ServiceConfig,
-        ModelConfig,
-        AdapterConfig,
-        TlsConfig,
-        TenantConfig,
-        LimitsConfig,
-        SupervisionConfig,
-        UsageConfig,
-        OtlpConfig,
-    )
-    known = sorted({name for section in sections for name in section.__struct_fields__})
+    known = sorted({name for section in SECTIONS for name in section.__struct_fields__})
     similar = difflib.get_close_matches(found["key"], known, n=1)
     hint = f"; did you mean {similar[0]!r}?" if similar else ""
     return f"unknown key {found['key']!r} in {found['place'] or 'the top level'}{hint}"
@@ -281,6 +288,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         state_directory=_state_directory(config, base),
         tls=tls,
         usage=usage,
+        auth=None if config.auth is None else config.auth.with_paths(absolute),
     )
 
 
@@ -315,6 +323,10 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
         yield from (f"tenants.{name}: {problem}" for problem in tenant.problems())
     yield from (f"other_tenants: {problem}" for problem in config.other_tenants.problems())
     yield from _listener_problems(config)
+    if config.auth is not None:
+        yield from (f"auth: {problem}" for problem in config.auth.problems())
+        if config.auth.certificates and (config.tls is None or config.tls.client_ca is None):
+            yield "auth: certificates: callers are asked for none; set tls.client_ca"
     if config.log_level.upper() not in logging.getLevelNamesMapping():
         yield f"log_level {config.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR"
     if config.log_format not in LOG_FORMATS:
@@ -379,8 +391,14 @@ def _listener_problems(config: ServiceConfig) -> Iterator[str]:
                 f"{key} {address!r} can be reached from other machines, and anybody there could read who uses what: "
                 "set insecure: true where the network is trusted"
             )
-        elif host not in LOOPBACK_HOSTS and config.tls is None and not config.insecure:
-            yield (
-                f"{key} {address!r} can be reached from other machines, and anybody there could use it: set tls, or "
-                "insecure: true where the network is trusted"
-            )
+        elif host not in LOOPBACK_HOSTS and not config.insecure:
+            missing = []
+            if config.tls is None:
+                missing.append("tls, since anybody on the way could read it")
+            if config.auth is None and (config.tls is None or config.tls.client_ca is None):
+                missing.append("auth (or tls.client_ca), since anybody there could use it")
+            if missing:
+                yield (
+                    f"{key} {address!r} can be reached from other machines: set {' and '.join(missing)}; or insecure: "
+                    "true where the network is trusted"
+                )

@@ -4,9 +4,8 @@ from __future__ import annotations  # grpc's classes are generic to mypy, and no
 
 import asyncio
 import logging
-import re
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,17 +14,18 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 
 from loraplex.v1.inference_pb2 import Usage
-from service.errors import EngineError, LoraplexError, SlowConsumer, Unauthenticated, to_status, trailing_metadata
+from service.auth.access import check_resource
+from service.auth.door import Caller, Door, certificate_names
+from service.auth.principal import Principal
+from service.errors import EngineError, LoraplexError, SlowConsumer, to_status, trailing_metadata
 from service.telemetry.records import NOBODY, CallRecord, Observer
 from service.telemetry.trace_context import trace_id_of
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_TENANT = "default"
-TENANT_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 @dataclass(slots=True)
@@ -65,21 +65,6 @@ def current_call() -> Call:
 def find_call() -> Call | None:
     """As `current_call`; None outside of one."""
     return _CALL.get(None)
-
-
-# From the metadata of a call to the tenant that it acts for. Raises Unauthenticated or PermissionDenied.
-Identify = Callable[[Mapping[str, str]], str]
-
-
-def tenant_from_metadata(metadata: Mapping[str, str]) -> str:
-    """Believes the metadata `loraplex-tenant`. For listeners that only trusted peers reach."""
-    tenant = metadata.get("loraplex-tenant", DEFAULT_TENANT)
-    if not TENANT_ID.fullmatch(tenant):
-        raise Unauthenticated(
-            f"metadata loraplex-tenant: {tenant[:80]!r} is no tenant id: 1 to 63 of a-z, 0-9, '.', '_', '-', beginning "
-            "with a letter or digit"
-        )
-    return tenant
 
 
 def known_error(error: Exception, call: Call, what: str) -> LoraplexError:
@@ -124,13 +109,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     or disappearance reaches it as CancelledError (a generator: or as GeneratorExit), which passes through here.
     """
 
-    def __init__(
-        self,
-        identify: Identify = tenant_from_metadata,
-        stall_seconds: float = 30.0,
-        observer: Observer = NOBODY,
-    ) -> None:
-        self._identify = identify
+    def __init__(self, door: Door | None = None, stall_seconds: float = 30.0, observer: Observer = NOBODY) -> None:
+        """`door`: None lets everybody in."""
+        self._door = door or Door()
         self._observer = observer
         self._stall_seconds = stall_seconds  # how long the caller of a stream may leave a message unread
 
@@ -140,8 +121,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith("/grpc."):
-            return handler  # unknown, or health and reflection, which have rules of their own
+        if handler is None or handler_call_details.method.startswith("/grpc.health.v1."):
+            return handler  # unknown, or health, which says the same to everybody
         attribute, make = _HANDLERS[handler.request_streaming, handler.response_streaming]
         wrapped = self._wrap(getattr(handler, attribute), handler_call_details.method)
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
@@ -157,8 +138,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call.trace_id = trace_id_of(metadata)
             self._observer.call_started(call, name, metadata)
             try:
-                call.tenant = self._identify(metadata)
+                principal = await self._door.enter(method, _caller(context, metadata))
+                call.tenant = principal.tenant
                 call.deadline = _deadline(context)
+                if isinstance(request, Message):
+                    check_resource(principal, method, request)
+                else:
+                    request = _checked_stream(request, principal, method)
                 result = behaviour(request, context)
                 if isinstance(result, AsyncGenerator):
                     return await self._stream(result, call, context)
@@ -238,8 +224,22 @@ class _StallWatch:
             self._timer = self._loop.call_at(due, self._look)
 
 
+async def _checked_stream(requests: AsyncIterator[Any], principal: Principal, method: str) -> AsyncIterator[Any]:
+    """The messages of a caller, of which the first says what they are about."""
+    checked = False
+    async for request in requests:
+        if not checked:
+            check_resource(principal, method, request)
+            checked = True
+        yield request
+
+
 def _text_metadata(context: Context) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _caller(context: Context, metadata: Mapping[str, str]) -> Caller:
+    return Caller(metadata, context.peer(), certificate_names(context.auth_context()))
 
 
 def _deadline(context: Context) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, cast
 from google.protobuf.duration_pb2 import Duration
 
 from service.errors import InvalidRequest, Violation
+from service.interceptors import find_call
 from service.validation import duration_seconds
 
 T = TypeVar("T")
@@ -129,21 +130,22 @@ async def wait_until(
 
 
 class Once:
-    """Makes calls that carry a request id happen once: the same id again gets the first result, or waits for it.
+    """Makes calls that carry a request id happen once: a tenant's same id again gets the first result, or waits for it.
 
     A caller that goes away does not stop what it began. Failures are not remembered. For one event loop.
     """
 
     def __init__(self, capacity: int = REMEMBERED_CALLS) -> None:
         self._capacity = capacity
-        self._calls: OrderedDict[tuple[str, uuid.UUID], asyncio.Task[Any]] = OrderedDict()
+        self._calls: OrderedDict[tuple[str, str, uuid.UUID], asyncio.Task[Any]] = OrderedDict()  # by tenant, method, id
 
     async def run(self, method: str, request_id: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """`request_id`: "" for none. Raises InvalidRequest if it is no UUID, and what `work` raises."""
         if not request_id:
             return await work()
+        call = find_call()
         try:
-            key = (method, uuid.UUID(request_id))
+            key = (call.tenant if call else "", method, uuid.UUID(request_id))
         except ValueError:
             raise InvalidRequest.at("request_id", f"{request_id[:80]!r} is no UUID") from None
         task = self._calls.get(key)
@@ -154,6 +156,6 @@ class Once:
                 self._calls.popitem(last=False)
         return cast(T, await asyncio.shield(task))
 
-    def _ended(self, key: tuple[str, uuid.UUID], task: "asyncio.Task[Any]") -> None:
+    def _ended(self, key: tuple[str, str, uuid.UUID], task: "asyncio.Task[Any]") -> None:
         if task.cancelled() or task.exception() is not None:
             self._calls.pop(key, None)

@@ -7,18 +7,11 @@ import pytest
 
 from engine.config import EngineConfig
 from service.config import (
-    AdapterConfig,
+    SECTIONS,
     ConfigError,
-    LimitsConfig,
-    ModelConfig,
-    OtlpConfig,
     ServiceConfig,
-    SupervisionConfig,
-    TlsConfig,
-    UsageConfig,
     load_config,
 )
-from service.tenants import TenantConfig
 
 
 @pytest.fixture
@@ -145,6 +138,23 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
         pytest.param(MODEL + "listen: 50051", "Expected `str`, got `int` - at `listen`", id="port alone"),
         pytest.param(MODEL + "listen: localhost", "host:port is expected", id="host alone"),
         pytest.param(MODEL + "listen: 0.0.0.0:1", "can be reached from other machines", id="open listener"),
+        pytest.param(
+            MODEL + "listen: 0.0.0.0:1\ntls: {certificate: c, key: k}",
+            "set auth (or tls.client_ca), since anybody there could use it",
+            id="open to everybody",
+        ),
+        pytest.param(
+            MODEL + "listen: 0.0.0.0:1\nauth: {trusted_peers: [10.0.0.0/8]}",
+            "set tls, since anybody on the way could read it",
+            id="in the clear",
+        ),
+        pytest.param(MODEL + "auth: {}", "auth: there is nothing that a caller could show", id="no credentials"),
+        pytest.param(MODEL + "auth: {keys: gone.yaml}", "auth: keys: there is no file", id="no key file"),
+        pytest.param(MODEL + "auth: {trusted_peers: [here]}", "auth: trusted_peers: 'here'", id="no network"),
+        pytest.param(
+            MODEL + "auth: {certificates: [{name: a, tenant: b}]}", "set tls.client_ca", id="certificates unasked for"
+        ),
+        pytest.param(MODEL + "auth: {certificates: [{name: a, tenant: b, roles: [x]}]}", "Invalid enum", id="role"),
         pytest.param(MODEL + "log_level: LOUD", "log_level 'LOUD' is not one of", id="log level"),
         pytest.param(MODEL + "adapter_roots: [gone]", "adapter_roots: there is no directory", id="adapter root"),
         pytest.param(
@@ -181,6 +191,13 @@ def test_all_mistakes_are_named_at_once(directory: Path) -> None:
     assert all(part in message for part in ("block_size 3", "listen 'nonsense'", "log_level 'LOUD'"))
 
 
+def test_listeners_with_tls_and_credentials_may_be_reached_from_anywhere(directory: Path) -> None:
+    (directory / "keys.yaml").write_text("keys: []")
+    tls = "listen: 0.0.0.0:1\ntls: {certificate: c, key: k"
+    for text in (tls + "}\nauth: {keys: keys.yaml}", tls + ", client_ca: a}"):
+        assert load(directory, MODEL + text).listen == "0.0.0.0:1"
+
+
 def test_an_open_listener_is_allowed_when_asked_for(directory: Path) -> None:
     assert load(directory, MODEL + "listen: 0.0.0.0:1\ninsecure: true").listen == "0.0.0.0:1"
 
@@ -192,18 +209,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_every_key_is_described() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
-    sections = (
-        ServiceConfig,
-        ModelConfig,
-        AdapterConfig,
-        TlsConfig,
-        TenantConfig,
-        LimitsConfig,
-        SupervisionConfig,
-        UsageConfig,
-        OtlpConfig,
-    )
-    keys = {name for section in sections for name in section.__struct_fields__}
+    keys = {name for section in SECTIONS for name in section.__struct_fields__}
     assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
 
 

@@ -1,0 +1,93 @@
+"""Which role each method asks for, and whose things it touches. What is not in the table is refused."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.registry import SHARED_TENANT
+from service.auth.principal import Principal, Role
+from service.errors import PermissionDenied
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a method asks of its caller. An ADMIN is asked for nothing more."""
+
+    role: Role
+    resource: str = ""  # the path of the field that names something under tenants/{tenant}; "": the data plane looks
+    reads: bool = False  # what belongs to the tenant `shared` may be read by all
+    own_if_absent: bool = False  # without a name it is about the caller's own tenant
+
+
+def _reads(resource: str, own_if_absent: bool = False) -> Rule:
+    return Rule(Role.ADAPTERS, resource, reads=True, own_if_absent=own_if_absent)
+
+
+def _writes(resource: str) -> Rule:
+    return Rule(Role.ADAPTERS, resource)
+
+
+INFERENCE, ADMIN = Rule(Role.INFERENCE), Rule(Role.ADMIN)
+
+RULES: Mapping[str, Rule] = {
+    "/loraplex.v1.InferenceService/Generate": INFERENCE,
+    "/loraplex.v1.InferenceService/StreamGenerate": INFERENCE,
+    "/loraplex.v1.InferenceService/BatchGenerate": INFERENCE,
+    "/loraplex.v1.InferenceService/CancelGeneration": INFERENCE,
+    "/loraplex.v1.TokenizerService/Tokenize": INFERENCE,
+    "/loraplex.v1.TokenizerService/Detokenize": INFERENCE,
+    "/loraplex.v1.AdapterService/GetAdapter": _reads("name"),
+    "/loraplex.v1.AdapterService/ListAdapters": _reads("parent"),
+    "/loraplex.v1.AdapterService/WatchAdapters": _reads("parent"),
+    "/loraplex.v1.AdapterService/CreateAdapter": ADMIN,  # it reads the server's directories, which tenants share
+    "/loraplex.v1.AdapterService/UploadAdapter": _writes("header.parent"),
+    "/loraplex.v1.AdapterService/UpdateAdapter": _writes("adapter.name"),
+    "/loraplex.v1.AdapterService/DeleteAdapter": _writes("name"),
+    "/loraplex.v1.AdapterService/LoadAdapter": _writes("name"),
+    "/loraplex.v1.AdapterService/UnloadAdapter": _writes("name"),
+    "/loraplex.v1.RouteService/GetRoute": _reads("name"),
+    "/loraplex.v1.RouteService/ListRoutes": _reads("parent"),
+    "/loraplex.v1.RouteService/ResolveTarget": _reads("parent", own_if_absent=True),
+    "/loraplex.v1.RouteService/UpdateRoute": _writes("route.name"),
+    "/loraplex.v1.RouteService/DeleteRoute": _writes("name"),
+    "/loraplex.v1.ModelService/GetModel": ADMIN,
+    "/loraplex.v1.ModelService/ListModels": ADMIN,
+    "/loraplex.v1.ModelService/WatchModels": ADMIN,
+    "/loraplex.v1.ModelService/LoadModel": ADMIN,
+    "/loraplex.v1.ModelService/UnloadModel": ADMIN,
+    "/loraplex.v1.ServerService/GetServerInfo": ADMIN,
+    "/loraplex.v1.ServerService/WatchLoad": ADMIN,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": INFERENCE,
+}
+
+
+def check_role(principal: Principal, method: str) -> None:
+    """Raises PermissionDenied if the caller may not call this method at all."""
+    rule = RULES.get(method)
+    if rule is None:
+        raise PermissionDenied(f"{method} is open to nobody")
+    if not principal.has(rule.role):
+        raise PermissionDenied(f"{method} needs the role {rule.role.value!r}, which {principal.name!r} does not have")
+
+
+def check_resource(principal: Principal, method: str, request: Any) -> None:
+    """Raises PermissionDenied if the request is about something of another tenant, whether it exists or not."""
+    rule = RULES[method]
+    if not rule.resource or principal.has(Role.ADMIN):
+        return
+    name = request
+    for field in rule.resource.split("."):
+        name = getattr(name, field)
+    if not name and rule.own_if_absent:
+        return
+    tenant = _tenant_of(name)
+    if tenant != principal.tenant and not (rule.reads and tenant == SHARED_TENANT):
+        raise PermissionDenied(
+            f"{principal.name!r} acts for tenant {principal.tenant!r} alone, and {rule.resource} is {name[:200]!r}"
+        )
+
+
+def _tenant_of(name: str) -> str | None:
+    """The tenant in tenants/{tenant} or tenants/{tenant}/…; None in other names."""
+    parts = name.split("/")
+    return parts[1] if len(parts) >= 2 and parts[0] == "tenants" else None

@@ -1,0 +1,80 @@
+"""The part of the configuration that says who may call."""
+
+from collections.abc import Callable, Iterator
+from ipaddress import ip_network
+from pathlib import Path
+
+import msgspec
+
+from service.auth.principal import TENANT_ID, TENANT_ID_RULE, Role
+
+ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+
+
+class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tokens of an identity provider. Only with signatures by public keys: a server holds nothing to forge them."""
+
+    issuer: str
+    audience: str
+    jwks: str  # a file with the provider's public keys, or the https address of one
+    algorithms: tuple[str, ...] = ("RS256", "ES256")
+    tenant_claim: str = "tenant"
+    roles_claim: str = "roles"  # a list; without it the role is inference
+    leeway_seconds: float = 30.0  # between the clocks
+
+    @property
+    def is_remote(self) -> bool:
+        return self.jwks.startswith("https://")
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values."""
+        for algorithm in self.algorithms:
+            if algorithm not in ALGORITHMS:
+                yield f"jwt.algorithms: {algorithm!r} is not one of {', '.join(ALGORITHMS)}"
+        if not self.algorithms:
+            yield "jwt.algorithms: there is none"
+        if self.leeway_seconds < 0:
+            yield f"jwt.leeway_seconds {self.leeway_seconds} must not be negative"
+        if not self.is_remote and not Path(self.jwks).is_file():
+            yield f"jwt.jwks: there is no file {self.jwks}, and it is no https:// address"
+
+
+class CertificateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whose client certificate this is."""
+
+    name: str  # one of its subject alternative names, or its common name
+    tenant: str
+    roles: tuple[Role, ...] = (Role.INFERENCE,)
+
+
+class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a caller may show; one of these is enough. Who shows nothing is refused."""
+
+    keys: str | None = None  # the file that `loraplex keys` writes
+    jwt: JwtConfig | None = None
+    certificates: tuple[CertificateConfig, ...] = ()
+    trusted_peers: tuple[str, ...] = ()  # networks whose calls are believed the tenant that they name
+
+    def with_paths(self, absolute: Callable[[str], str]) -> "AuthConfig":
+        """The same, with absolute paths."""
+        jwt = self.jwt
+        if jwt is not None and not jwt.is_remote:
+            jwt = msgspec.structs.replace(jwt, jwks=absolute(jwt.jwks))
+        return msgspec.structs.replace(self, keys=None if self.keys is None else absolute(self.keys), jwt=jwt)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values."""
+        if not (self.keys or self.jwt or self.certificates or self.trusted_peers):
+            yield "there is nothing that a caller could show: name keys, jwt, certificates or trusted_peers"
+        if self.keys is not None and not Path(self.keys).is_file():
+            yield f"keys: there is no file {self.keys}; make one with `loraplex keys create`"
+        if self.jwt is not None:
+            yield from self.jwt.problems()
+        for certificate in self.certificates:
+            if not TENANT_ID.fullmatch(certificate.tenant):
+                yield f"certificates: tenant {certificate.tenant!r} must be {TENANT_ID_RULE}"
+        for network in self.trusted_peers:
+            try:
+                ip_network(network)
+            except ValueError as error:
+                yield f"trusted_peers: {error}"

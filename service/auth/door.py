@@ -1,0 +1,117 @@
+"""Makes a principal of what a call shows."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network
+from urllib.parse import unquote
+
+from service.auth.access import check_role
+from service.auth.config import AuthConfig
+from service.auth.jwt import JwtVerifier
+from service.auth.keys import KeyVerifier
+from service.auth.principal import TENANT_ID, TENANT_ID_RULE, Principal, Role
+from service.errors import PermissionDenied, Unauthenticated
+
+DEFAULT_TENANT = "default"
+LOOPBACK = ("127.0.0.0/8", "::1/128")
+_HOW = "send a bearer token in the metadata `authorization`"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What a call says of where it comes from."""
+
+    metadata: Mapping[str, str]
+    peer: str = ""  # as gRPC has it: "ipv4:127.0.0.1:50000", "ipv6:%5B::1%5D:50000", "unix:"
+    certificate_names: tuple[str, ...] = ()  # of a client certificate that was checked; the common name comes last
+
+
+class Door:
+    """Lets calls in, or not. For one event loop."""
+
+    def __init__(self, config: AuthConfig | None = None) -> None:
+        """`config`: None lets everybody in, and believes peers on this machine the tenant that they name.
+
+        Raises ValueError, OSError for files that cannot be used.
+        """
+        self._open = config is None
+        config = config or AuthConfig(trusted_peers=LOOPBACK)
+        self._keys = KeyVerifier(config.keys) if config.keys else None
+        self._jwt = JwtVerifier(config.jwt) if config.jwt else None
+        self._certificates = {
+            entry.name: Principal(entry.name, entry.tenant, frozenset(entry.roles)) for entry in config.certificates
+        }
+        self._trusted = [ip_network(network) for network in config.trusted_peers]
+
+    async def enter(self, method: str, caller: Caller) -> Principal:
+        """Who calls, allowed to call this method, and for which tenant.
+
+        Raises Unauthenticated, PermissionDenied, and Unavailable where it cannot be checked.
+        """
+        principal = await self._credential(caller)
+        if principal is not None:
+            may_name_others = principal.has(Role.ADMIN)
+        else:
+            principal, may_name_others = self._stranger(caller)
+        principal = replace(principal, tenant=_tenant(principal, caller, may_name_others))
+        check_role(principal, method)
+        return principal
+
+    async def _credential(self, caller: Caller) -> Principal | None:
+        """Whom the call shows to be; None if it shows nothing."""
+        authorization = caller.metadata.get("authorization")
+        if authorization is not None and not self._open:
+            scheme, _, token = authorization.partition(" ")
+            if scheme.lower() != "bearer" or not token:
+                raise Unauthenticated(f"the metadata `authorization` holds no bearer token; {_HOW}")
+            return await self._verify(token)
+        for name in caller.certificate_names:
+            if name in self._certificates:
+                return self._certificates[name]
+        return None
+
+    def _stranger(self, caller: Caller) -> tuple[Principal, bool]:
+        """Who shows nothing: let in where the door is open or the peer is trusted; and whether its word counts."""
+        trusted = self._is_trusted(caller.peer)
+        if self._open:
+            return Principal("anybody", DEFAULT_TENANT, frozenset((Role.ADMIN,))), trusted
+        if trusted and "loraplex-tenant" in caller.metadata:
+            return Principal("a trusted peer", DEFAULT_TENANT, frozenset((Role.INFERENCE,))), True
+        raise Unauthenticated(f"this server answers nobody without credentials; {_HOW}")
+
+    async def _verify(self, token: str) -> Principal:
+        if self._keys is not None and self._keys.takes(token):
+            return self._keys.verify(token)
+        if self._jwt is not None:
+            return await self._jwt.verify(token)
+        raise Unauthenticated("the bearer token is none that this server knows")
+
+    def _is_trusted(self, peer: str) -> bool:
+        if peer.startswith("unix:"):
+            return self._open
+        host = unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]").partition("%")[0]
+        try:
+            address = ip_address(host)
+        except ValueError:
+            return False
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in self._trusted)
+
+
+def _tenant(principal: Principal, caller: Caller, may_name_others: bool) -> str:
+    """The tenant that the call acts for: another than its own only for those who may."""
+    named = caller.metadata.get("loraplex-tenant")
+    if named is None or named == principal.tenant:
+        return principal.tenant
+    if not TENANT_ID.fullmatch(named):
+        raise Unauthenticated(f"metadata loraplex-tenant: {named[:80]!r} is no tenant id: {TENANT_ID_RULE}")
+    if not may_name_others:
+        raise PermissionDenied(f"{principal.name!r} may not act for tenant {named!r}")
+    return named
+
+
+def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
+    """The names in the client certificate of a call, as gRPC gives them."""
+    properties = ("x509_subject_alternative_name", "x509_common_name")
+    values = [value for name in properties for value in auth_context.get(name, ())]
+    return tuple(value.decode(errors="replace") for value in values)

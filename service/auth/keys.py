@@ -1,0 +1,111 @@
+"""Bearer tokens of a file, which holds their hashes alone.
+
+A token is `lpx_{id}_{secret}`: the id finds its entry, the secret has 256 random bits. So a plain hash protects it:
+there is nothing to guess, and nothing to slow down (passwords are another matter).
+"""
+
+import hashlib
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from hmac import compare_digest
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from service.auth.principal import TENANT_ID, TENANT_ID_RULE, Principal, Role
+from service.errors import Unauthenticated
+from service.files import Reloaded
+
+PREFIX = "lpx_"
+_NO_HASH = "0" * 64  # what a token with an unknown id is compared with
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of the file."""
+
+    id: str
+    sha256: str  # of the whole token, hexadecimal
+    tenant: str
+    roles: tuple[Role, ...]
+    expires: datetime | None = None
+    comment: str = ""
+
+
+class KeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file."""
+
+    keys: tuple[Key, ...] = ()
+
+
+def read_keys(file: Path) -> KeyFile:
+    """Raises ValueError saying what is wrong with the file, OSError."""
+    try:
+        content = msgspec.convert(yaml.safe_load(file.read_text()) or {}, KeyFile)
+    except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    ids = [key.id for key in content.keys]
+    for key in content.keys:
+        if ids.count(key.id) > 1:
+            raise ValueError(f"{file}: the key {key.id!r} appears twice")
+        if not TENANT_ID.fullmatch(key.tenant):
+            raise ValueError(f"{file}: key {key.id!r}: tenant {key.tenant!r} must be {TENANT_ID_RULE}")
+        if key.expires is not None and key.expires.tzinfo is None:
+            raise ValueError(f"{file}: key {key.id!r}: expires needs a time zone, such as 2027-01-31T00:00:00Z")
+    return content
+
+
+def write_keys(file: Path, content: KeyFile) -> None:
+    """All or nothing, and readable by nobody else."""
+    text = yaml.safe_dump(msgspec.to_builtins(content), sort_keys=False)
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as temporary:
+            temporary.write(text)
+            temporary.flush()
+            os.fsync(temporary.fileno())
+        os.replace(name, file)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def make_key(tenant: str, roles: Iterable[Role], expires: datetime | None, comment: str = "") -> tuple[str, Key]:
+    """A new token, to be shown once, and what is kept of it."""
+    key_id = secrets.token_hex(6)
+    token = f"{PREFIX}{key_id}_{secrets.token_urlsafe(32)}"
+    return token, Key(
+        id=key_id, sha256=_hash(token), tenant=tenant, roles=tuple(roles), expires=expires, comment=comment
+    )
+
+
+class KeyVerifier:
+    """Checks tokens against a file, which may change."""
+
+    def __init__(self, file: str) -> None:
+        """Raises ValueError, OSError."""
+        self._keys = Reloaded([file], lambda: {key.id: key for key in read_keys(Path(file)).keys})
+
+    @staticmethod
+    def takes(token: str) -> bool:
+        """Whether the token is one of this kind."""
+        return token.startswith(PREFIX)
+
+    def verify(self, token: str) -> Principal:
+        """Raises Unauthenticated."""
+        key = self._keys.get().get(token.removeprefix(PREFIX).partition("_")[0])
+        # Always one hash and one comparison, in constant time: how long it takes says nothing about the keys.
+        is_it = compare_digest(_hash(token), _NO_HASH if key is None else key.sha256)
+        if key is None or not is_it:
+            raise Unauthenticated("the bearer token is none that this server knows")
+        if key.expires is not None and key.expires.timestamp() <= time.time():
+            raise Unauthenticated(f"the bearer token {key.id} expired at {key.expires.astimezone(UTC):%F %T} UTC")
+        return Principal(key.id, key.tenant, frozenset(key.roles))
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()

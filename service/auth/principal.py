@@ -1,0 +1,28 @@
+"""Who calls."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+TENANT_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+TENANT_ID_RULE = "1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
+
+
+class Role(StrEnum):
+    """What somebody may do. ADMIN may do everything, for every tenant."""
+
+    INFERENCE = "inference"  # generate and tokenise, with the tenant's own adapters and the shared ones
+    ADAPTERS = "adapters"  # manage the tenant's own adapters and routes; not read them from the server's directories
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Somebody, on behalf of a tenant."""
+
+    name: str  # for logs: the id of the key, the subject of the token, the name in the certificate
+    tenant: str
+    roles: frozenset[Role]
+
+    def has(self, role: Role) -> bool:
+        return role in self.roles or Role.ADMIN in self.roles

@@ -1,0 +1,50 @@
+"""TLS for the listeners, with certificates that can be replaced while they are in use."""
+
+import ssl
+import threading
+from pathlib import Path
+
+import grpc
+
+from service.config import TlsConfig
+from service.files import Reloaded
+
+
+def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    """For one port: each handshake sees the files as they are then. Connections that there are stay.
+
+    A new pair that does not fit together is logged, and the old one stays. Raises OSError, ValueError for files that
+    cannot be used at the start.
+    """
+    paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca else [])]
+    files = Reloaded(paths, lambda: _read(tls))
+    lock = threading.Lock()
+    used = files.get()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """None: as before. gRPC calls this from threads of its own."""
+        nonlocal used
+        with lock:
+            latest = files.get()
+            if latest is used:
+                return None
+            used = latest
+            return latest
+
+    return grpc.dynamic_ssl_server_credentials(
+        used,
+        fetch,  # type: ignore[arg-type]  # gRPC documents None; its annotations do not
+        require_client_authentication=tls.client_ca is not None,
+    )
+
+
+def _read(tls: TlsConfig) -> grpc.ServerCertificateConfiguration:
+    pair = (Path(tls.key).read_bytes(), Path(tls.certificate).read_bytes())
+    client_ca = None if tls.client_ca is None else Path(tls.client_ca).read_bytes()
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)  # they fit together
+        if client_ca is not None:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=client_ca.decode())
+    except (ssl.SSLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{tls.certificate}, {tls.key} or the client_ca: {error}") from error
+    return grpc.ssl_server_certificate_configuration([pair], client_ca)

@@ -1,0 +1,186 @@
+"""Certificates that are replaced while the server listens, and callers who are known by theirs."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from loraplex import AsyncAdminClient, AsyncClient, LoraplexError, PermissionDenied, Unauthenticated
+from service.app import Addresses, running
+from service.auth.config import AuthConfig, CertificateConfig
+from service.auth.principal import Role
+from service.config import ModelConfig, ServiceConfig, TlsConfig
+from service.tls import server_credentials
+from tests.service.scripted_engine import ThreadedEngines
+
+NO_RETRIES = {"grpc.enable_retries": 0}
+
+
+@dataclass
+class Pair:
+    """A certificate and its key, in PEM."""
+
+    certificate: bytes
+    key: bytes
+
+    def write(self, directory: Path, name: str) -> None:
+        (directory / f"{name}.crt").write_bytes(self.certificate)
+        (directory / f"{name}.key").write_bytes(self.key)
+
+
+class Authority:
+    """Signs certificates."""
+
+    def __init__(self, name: str) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = _name(name)
+        constraints = x509.BasicConstraints(ca=True, path_length=0)
+        builder = _builder(self._name, self._name, self._key).add_extension(constraints, critical=True)
+        self.certificate = _pem(builder.sign(self._key, hashes.SHA256()))
+
+    def issue(self, name: str) -> Pair:
+        """For 127.0.0.1 and this name."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        names = x509.SubjectAlternativeName([x509.DNSName(name), x509.IPAddress(IPv4Address("127.0.0.1"))])
+        builder = _builder(_name(name), self._name, key).add_extension(names, critical=False)
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return Pair(_pem(builder.sign(self._key, hashes.SHA256())), private)
+
+
+def _name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+    )
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+@asynccontextmanager
+async def listening(
+    model: Path, directory: Path, client_ca: Authority | None = None, auth: AuthConfig | None = None
+) -> AsyncIterator[Addresses]:
+    """A service with the certificate server.crt of the directory."""
+    if client_ca is not None:
+        (directory / "client-ca.crt").write_bytes(client_ca.certificate)
+    tls = TlsConfig(
+        certificate=str(directory / "server.crt"),
+        key=str(directory / "server.key"),
+        client_ca=None if client_ca is None else str(directory / "client-ca.crt"),
+    )
+    config = ServiceConfig(
+        models=(ModelConfig(name="tiny", model=str(model)),), tls=tls, auth=auth, state_directory=""
+    ).with_free_ports()
+    async with running(config, lambda _: ThreadedEngines().launch) as (app, addresses):
+        await app.host.get("tiny").wait_settled()
+        yield addresses
+
+
+async def answer_to(address: str, trusted: Authority, own: Pair | None = None) -> str:
+    """OK, or why a new connection comes to nothing."""
+    pair = (None, None) if own is None else (own.key, own.certificate)
+    credentials = grpc.ssl_channel_credentials(trusted.certificate, *pair)
+    async with AsyncClient(address, credentials=credentials, options=NO_RETRIES) as client:
+        try:
+            await client.generate("tiny", "x", max_tokens=1)
+        except LoraplexError as error:
+            return type(error).__name__
+    return "OK"
+
+
+async def test_a_new_certificate_is_used_without_a_restart_and_old_connections_stay(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    old, new = Authority("old"), Authority("new")
+    old.issue("server").write(tmp_path, "server")
+    async with listening(byte_tokenizer_directory, tmp_path) as addresses:
+        credentials = grpc.ssl_channel_credentials(old.certificate)
+        async with AsyncClient(addresses.data, credentials=credentials) as connected:
+            await connected.generate("tiny", "x", max_tokens=1)
+            new.issue("server").write(tmp_path, "server")
+            assert await answer_to(addresses.data, new) == "OK"
+            assert await answer_to(addresses.admin, new) == "Unsupported"  # connected, and it is the other port
+            assert await answer_to(addresses.data, old) == "Unavailable"
+            await connected.generate("tiny", "x", max_tokens=1)
+
+
+async def test_a_pair_that_does_not_fit_together_is_not_taken(
+    byte_tokenizer_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority("a")
+    authority.issue("server").write(tmp_path, "server")
+    async with listening(byte_tokenizer_directory, tmp_path) as addresses:
+        (tmp_path / "server.key").write_bytes(authority.issue("server").key)
+        assert await answer_to(addresses.data, authority) == "OK"
+    assert "changed and cannot be used" in caplog.text
+
+
+async def test_who_may_call_can_be_changed_without_a_restart(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
+    server, old, new = Authority("of the server"), Authority("old"), Authority("new")
+    server.issue("server").write(tmp_path, "server")
+    async with listening(byte_tokenizer_directory, tmp_path, client_ca=old) as addresses:
+        assert await answer_to(addresses.data, server, old.issue("me")) == "OK"
+        (tmp_path / "client-ca.crt").write_bytes(new.certificate)
+        assert await answer_to(addresses.data, server, new.issue("me")) == "OK"
+        assert await answer_to(addresses.data, server, old.issue("me")) == "Unavailable"
+
+
+async def test_a_caller_is_known_by_its_certificate(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
+    authority = Authority("a")
+    authority.issue("server").write(tmp_path, "server")
+    auth = AuthConfig(
+        certificates=(
+            CertificateConfig(name="shop.acme", tenant="acme"),
+            CertificateConfig(name="operator", tenant="operator", roles=(Role.ADMIN,)),
+        )
+    )
+    async with listening(byte_tokenizer_directory, tmp_path, authority, auth) as addresses:
+        shop, operator, stranger = (authority.issue(name) for name in ("shop.acme", "operator", "stranger"))
+        assert await answer_to(addresses.data, authority, shop) == "OK"
+        assert await answer_to(addresses.data, authority, stranger) == "Unauthenticated"
+
+        def admin(pair: Pair) -> AsyncAdminClient:
+            credentials = grpc.ssl_channel_credentials(authority.certificate, pair.key, pair.certificate)
+            return AsyncAdminClient(addresses.admin, credentials=credentials)
+
+        async with admin(operator) as client:
+            assert [model.name for model in await client.list_models()] == ["models/tiny"]
+        async with admin(shop) as client:
+            with pytest.raises(PermissionDenied):
+                await client.list_models()
+        async with admin(stranger) as client:
+            with pytest.raises(Unauthenticated):
+                await client.list_models()
+
+
+def test_at_the_start_files_that_cannot_be_used_are_an_error(tmp_path: Path) -> None:
+    authority = Authority("a")
+    authority.issue("server").write(tmp_path, "server")
+    (tmp_path / "server.key").write_bytes(authority.issue("server").key)
+    with pytest.raises(ValueError, match=r"server\.crt"):
+        server_credentials(TlsConfig(certificate=str(tmp_path / "server.crt"), key=str(tmp_path / "server.key")))
+    with pytest.raises(OSError, match="gone"):
+        server_credentials(TlsConfig(certificate=str(tmp_path / "gone"), key=str(tmp_path / "server.key")))
