@@ -1,7 +1,8 @@
 """What the service costs between the engine and its callers.
 
-    python -m benchmarks.frontend alone --offered 130000 --streams 64 256
+    python -m benchmarks.frontend alone --model DIR/llama-160m --offered 130000 --streams 64 256
     python -m benchmarks.frontend overhead --model DIR/llama-160m --cells base:8,32 lora8:32
+    python -m benchmarks.frontend telemetry --model DIR/llama-160m --cells base:32
 
 `alone`: the service with a source of tokens in place of an engine, which gives every stream one token a step at a fixed
 rate; what has queued up for a stream goes out as one message. Tokens a second as the client got them, while all streams
@@ -10,7 +11,10 @@ ran.
 `overhead`: the engine within one process against `loraplex serve`, in turns; the share of the throughput that gRPC,
 tokenizer, detokenizer and the bus between the processes cost, as the median of the repeats' ratios.
 
-Both print what each process used of the CPU: the client is one of them, and takes its share of the same cores.
+`telemetry`: `loraplex serve` without any against one with all of it, in turns; with --steps-per-second N a source of
+tokens stands in place of the engine, so that the service is what limits.
+
+All print what each process used of the CPU: the client is one of them, and takes its share of the same cores.
 """
 
 from __future__ import annotations
@@ -22,9 +26,13 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import grpc
 
 from benchmarks.measure import Record, machine
 from benchmarks.serving import System, parse_cells, system_command
@@ -74,25 +82,69 @@ def steady(records: Sequence[Record]) -> dict[str, float]:
 
 
 def overhead(args: argparse.Namespace, logs: Path) -> list[Result]:
-    """Both systems are up during the whole run; who is first changes from repeat to repeat."""
+    """What the service takes of the throughput of an engine within one process."""
     args.adapters = max(SCENARIOS[name].num_adapters for name, _ in args.cells)
+    commands = {name: system_command(name, None, args) for name in ("inprocess", "grpc")}
+    return paired(commands, args, logs)
+
+
+def telemetry(args: argparse.Namespace, logs: Path) -> list[Result]:
+    """What telemetry takes of the throughput: metrics page, usage records, access log, traces and metrics by OTLP."""
+    args.adapters = max(SCENARIOS[name].num_adapters for name, _ in args.cells)
+    if args.steps_per_second is None:
+        command = system_command("grpc", None, args)
+    else:
+        command = alone_command(args, args.steps_per_second)
+    with otlp_sink() as endpoint:
+        settings = {
+            "metrics_listen": "127.0.0.1:0",
+            "log_format": "json",
+            "access_log": True,
+            "usage": {"file": str(logs / "usage.jsonl")},
+            "otlp": {"endpoint": endpoint, "metrics_seconds": 5},
+        }
+        return paired({"off": command, "on": [*command, "--settings", json.dumps(settings)]}, args, logs)
+
+
+@contextmanager
+def otlp_sink() -> Iterator[str]:
+    """Somebody who takes everything and keeps nothing."""
+
+    class Sink(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
+
+    server = grpc.server(ThreadPoolExecutor(2), [Sink()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.stop(None)
+
+
+def paired(commands: dict[str, list[str]], args: argparse.Namespace, logs: Path) -> list[Result]:
+    """What the second of two systems loses against the first.
+
+    Both are up during the whole run; who is first changes from repeat to repeat.
+    """
     systems: dict[str, System] = {}
     results = []
+    before, after = commands
     try:
-        for name in ("inprocess", "grpc"):
-            systems[name] = System(name, system_command(name, None, args), logs / f"{name}.log")
+        for name, command in commands.items():
+            systems[name] = System(name, command, logs / f"{name}.log")
         for scenario, streams in ((SCENARIOS[name], streams) for name, counts in args.cells for streams in counts):
             ratios = []
             for repeat in range(args.repeats):
                 runs: dict[str, Result] = {}
                 for name in list(systems) if repeat % 2 else reversed(systems):
-                    runs[name] = systems[name].run(make_work(scenario, streams, repeat), streams)
+                    runs[name] = systems[name].run(args.rounds * make_work(scenario, streams, repeat), streams)
                     print_result(f"{name:>9} {scenario.name} c{streams}", runs[name])
-                rates = {name: run["output_tokens_per_second"] for name, run in runs.items()}
-                ratios.append(rates["grpc"] / rates["inprocess"])
+                ratios.append(runs[after]["output_tokens_per_second"] / runs[before]["output_tokens_per_second"])
                 results.append({"scenario": scenario.name, "streams": streams} | runs)
             median, low, high = (100 * (1 - share(ratios)) for share in (statistics.median, max, min))
-            print(f"{scenario.name} c{streams}: overhead {median:.1f} % ({low:.1f} to {high:.1f})", flush=True)
+            print(f"{scenario.name} c{streams}: {after} loses {median:.1f} % ({low:.1f} to {high:.1f})", flush=True)
     finally:
         for system in systems.values():
             system.stop()
@@ -112,8 +164,8 @@ def print_result(head: str, result: Result) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="alone|overhead")
-    for measure in (alone, overhead):
+    commands = parser.add_subparsers(required=True, metavar="alone|overhead|telemetry")
+    for measure in (alone, overhead, telemetry):
         command = commands.add_parser(measure.__name__, help=(measure.__doc__ or "").splitlines()[0])
         command.set_defaults(measure=measure)
         command.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
@@ -125,6 +177,9 @@ def main() -> None:
         else:
             command.add_argument("--cells", nargs="+", type=parse_cells, default=[("base", [8, 32])])
             command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+            command.add_argument("--rounds", type=int, default=1, help="how often each repeat does its work")
+        if measure is telemetry:
+            command.add_argument("--steps-per-second", type=float, help="of a source of tokens")
     args = parser.parse_args()
     run: Callable[[argparse.Namespace, Path], list[Result]] = args.measure
     with tempfile.TemporaryDirectory() as logs:

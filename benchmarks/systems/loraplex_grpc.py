@@ -46,7 +46,7 @@ def write_config(folder: Path, args: argparse.Namespace, ports: tuple[int, int])
         "adapter_roots": [str((args.model / "adapters").resolve())],
         "models": [model],
         "adapters": adapters,
-    }
+    } | args.settings
     path = folder / "bench.yaml"
     path.write_text(json.dumps(config))
     return path
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON: more of the configuration")
     parser.add_argument("--steps-per-second", type=float, help="of a token source in place of the engine")
     args = parser.parse_args()
     answers = take_stdout()
