@@ -10,7 +10,16 @@ import torch
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-from kernels.ops import AttentionMetadata, LayerKV, LoraSegments, LoraSlice, LoraWeights  # noqa: E402  (after the skip)
+from kernels.ops import (  # noqa: E402  (after the skip)
+    QUANTIZED_KV,
+    AttentionMetadata,
+    HeadShape,
+    LayerKV,
+    LoraSegments,
+    LoraSlice,
+    LoraWeights,
+)
+from kernels.quantized import AffineWeight, Float8Weight, TableWeight  # noqa: E402
 from kernels.reference import ReferenceOps  # noqa: E402
 
 # The inputs are bfloat16 on both sides. What is left is one rounding of the result (2^-9 of it) and one of the weights
@@ -68,6 +77,47 @@ def test_attention(ops, reference, random, heads, lengths, new, window, soft_cap
     actual = ops.paged_attention(q, cache, metadata, scale, window, soft_cap)
     wide = replace(cache, k=k.float(), v=v.float())
     expected = reference.paged_attention(q.float(), wide, metadata, scale, window, soft_cap)
+    torch.testing.assert_close(actual.float(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("stored", QUANTIZED_KV)
+@pytest.mark.parametrize(("lengths", "new"), [([8000, 3], [1, 1]), ([600, 40], [300, 40])], ids=["decoding", "prompts"])
+def test_rounded_cache(ops, reference, random, stored, lengths, new):
+    """Every number of a cache is what a code and a scale stand for; storing is compared at small sizes."""
+    counts = [-(-length // 16) for length in lengths]
+    tables = torch.zeros(2, max(counts), dtype=torch.int32, device="cuda")
+    tables[0, : counts[0]] = torch.arange(counts[0])
+    tables[1, : counts[1]] = torch.arange(counts[1]) + counts[0]
+    slots = torch.zeros(sum(new), dtype=torch.long, device="cuda")
+    metadata = AttentionMetadata(int32([0, new[0], sum(new)]), int32(lengths), tables, slots, max(new), max(lengths))
+    cache = ops.allocate_kv(sum(counts), 16, HeadShape(32, 8, 128), stored)
+    plain = []
+    for codes, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        codes.copy_((random(*codes.shape).float() * 30).clamp(-120, 120).to(stored))
+        scales.copy_(random(*scales.shape).float().abs() / 30)
+        plain.append((codes.float() * scales.unsqueeze(-1)).transpose(1, 2).contiguous())
+    q = random(sum(new), 32, 128)
+    actual = ops.paged_attention(q, cache, metadata, 128**-0.5, None, None)
+    expected = reference.paged_attention(q.float(), LayerKV(*plain, sum(counts), 16), metadata, 128**-0.5, None, None)
+    torch.testing.assert_close(actual.float(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 64, 600])
+@pytest.mark.parametrize("kind", ["4 bit", "act-order", "8 bit", "nf4", "fp8"])
+def test_quantised_linear(ops, reference, random, num_rows, kind):
+    n, c = 6144, 4096
+    codes = torch.randint(0, 256 if kind == "8 bit" else 16, (n, c), device="cuda", dtype=torch.uint8)
+    scale, zero = random(c // 128, n).float().abs() / 8, torch.full((c // 128, n), 8.0, device="cuda")
+    weight = {
+        "4 bit": lambda: AffineWeight(codes, 4, scale, zero, 128),
+        "act-order": lambda: AffineWeight(codes, 4, scale, zero, 128, torch.randperm(c, device="cuda")),
+        "8 bit": lambda: AffineWeight(codes, 8, scale[:1] / 16, 16 * zero[:1], c),
+        "nf4": lambda: TableWeight(codes, torch.linspace(-1, 1, 16, device="cuda"), scale.repeat(2, 1).flatten(), 64),
+        "fp8": lambda: Float8Weight(random(n, c).to(torch.float8_e4m3fn), scale[:, : n // 128].t(), (128, 128)),
+    }[kind]()
+    x = random(num_rows, c) / math.sqrt(c)
+    actual = ops.linear(x, ops.pack_quantized(weight, None, x.dtype))
+    expected = reference.linear(x.float(), reference.pack_quantized(weight, None, torch.float32))
     torch.testing.assert_close(actual.float(), expected, **TOLERANCE)
 
 

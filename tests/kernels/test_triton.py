@@ -107,7 +107,7 @@ def stored(cache, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("heads", [(3, 1, 8), (14, 2, 64), (2, 2, 80), (9, 3, 90)])
+@pytest.mark.parametrize("heads", [(3, 1, 8), (14, 2, 64), (2, 2, 80), (9, 3, 90), (1, 1, 256)])
 def test_rotary_store_kv(random, dtype, norm, heads):
     shape = HeadShape(*heads)
     qkv = random(3, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=dtype)
@@ -124,6 +124,14 @@ def test_rotary_store_kv(random, dtype, norm, heads):
     (k, v), (expected_k, expected_v) = (stored(cache, shape) for cache in caches)
     close(k, expected_k)
     assert torch.equal(v, expected_v)
+
+
+def test_rotary_store_kv_of_no_tokens(random):
+    shape, nobody = HeadShape(2, 1, 8), torch.zeros(0, dtype=torch.long, device=DEVICE)
+    cache = OPS.allocate_kv(BLOCKS, BLOCK_SIZE, shape, torch.float32)
+    q = OPS.rotary_store_kv(random(0, 32), shape, None, nobody, random(4, 2, 4), cache, nobody)
+    assert q.shape == (0, 2, 8)
+    assert not cache.k.any()
 
 
 def test_negative_slot_stores_nothing(random):
@@ -182,7 +190,9 @@ def test_attention_of_prompts_and_decoding_together(random, dtype, window, soft_
     Attention(random, (4, 2, 64), *MIXED, 16, dtype).check(window, soft_cap)
 
 
-@pytest.mark.parametrize("heads", [(2, 2, 128), (7, 1, 80), (3, 1, 256), (2, 1, 96), (4, 4, 18)])
+@pytest.mark.parametrize(
+    "heads", [(2, 2, 128), (7, 1, 80), (3, 1, 256), (2, 1, 96), (4, 4, 18), (71, 1, 64), (2, 1, 192)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_attention_with_other_heads(random, dtype, heads):
     Attention(random, heads, [12, 33, 6], [3, 1, 6], 4, dtype).check()
@@ -193,9 +203,9 @@ def test_attention_with_other_block_sizes(random, block_size):
     Attention(random, (2, 1, 64), [12, 130, 6], [3, 1, 6], block_size, torch.float16).check(window=100)
 
 
-@pytest.mark.parametrize("queries", [129, 64])
+@pytest.mark.parametrize("queries", [129, 64, 400])
 def test_attention_of_a_chunk_longer_than_a_tile(random, queries):
-    Attention(random, (4, 2, 32), [150], [queries], 16, torch.float32).check()
+    Attention(random, (2, 1, 32), [queries + 21], [queries], 16, torch.float32).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -317,7 +327,7 @@ def test_lora_of_any_rank(random, rank):
     check_lora(random, (48, 136), {1: [(rank, 0, 136)]}, [(1, 0, 3)], 3, torch.float32)
 
 
-@pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 64, 65, 200])
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 64, 65, 200, 2000])
 def test_lora_of_one_token_to_hundreds(random, num_rows):
     ranges = [(0, 1, 1 + num_rows), (1, 1 + num_rows, 3 + num_rows)]
     held = {0: [(8, 0, 24), (8, 24, 16)], 1: [(3, 24, 16)]}
@@ -327,6 +337,14 @@ def test_lora_of_one_token_to_hundreds(random, num_rows):
 @pytest.mark.parametrize("shape", [(7, 9), (130, 40), (2100, 300)])
 def test_lora_of_odd_and_wide_linears(random, shape):
     check_lora(random, shape, {0: [(6, 0, 3), (2, 3, shape[1] - 3)]}, [(0, 0, 4)], 5, torch.float32)
+
+
+def test_lora_of_empty_segments_alone_adds_nothing(random):
+    check_lora(random, (16, 24), {0: [(4, 0, 24)]}, [(0, 0, 0), (0, 2, 2), (1, 5, 5)], 5, torch.float32)
+
+
+def test_lora_without_rows_adds_nothing(random):
+    check_lora(random, (16, 24), {0: [(4, 0, 24)]}, [(0, 0, 0)], 0, torch.float32)
 
 
 def test_lora_of_many_segments(random):
