@@ -14,14 +14,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc.status_pb2 import Status
 
 from loraplex.v1.inference_pb2 import Usage
 from service.auth.access import check_resource
 from service.auth.door import Caller, Door, certificate_names
 from service.auth.principal import Principal
-from service.errors import EngineError, LoraplexError, SlowConsumer, to_status, trailing_metadata
+from service.errors import EngineError, InvalidRequest, LoraplexError, SlowConsumer, to_status, trailing_metadata
 from service.telemetry.records import NOBODY, CallRecord, Observer
 from service.telemetry.trace_context import trace_id_of
 
@@ -125,7 +125,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler  # unknown, or health, which says the same to everybody
         attribute, make = _HANDLERS[handler.request_streaming, handler.response_streaming]
         wrapped = self._wrap(getattr(handler, attribute), handler_call_details.method)
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        return make(wrapped, _tolerant(handler.request_deserializer), handler.response_serializer)
 
     def _wrap(self, behaviour: Behaviour, method: str) -> Behaviour:
         name = method.removeprefix("/")
@@ -141,10 +141,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 principal = await self._door.enter(method, _caller(context, metadata))
                 call.tenant = principal.tenant
                 call.deadline = _deadline(context)
-                if isinstance(request, Message):
-                    check_resource(principal, method, request)
-                else:
+                if isinstance(request, AsyncIterator):
                     request = _checked_stream(request, principal, method)
+                else:
+                    check_resource(principal, method, _message(request, method))
                 result = behaviour(request, context)
                 if isinstance(result, AsyncGenerator):
                     return await self._stream(result, call, context)
@@ -224,14 +224,38 @@ class _StallWatch:
             self._timer = self._loop.call_at(due, self._look)
 
 
-async def _checked_stream(requests: AsyncIterator[Any], principal: Principal, method: str) -> AsyncIterator[Any]:
+async def _checked_stream(
+    requests: AsyncIterator[Message | bytes], principal: Principal, method: str
+) -> AsyncIterator[Message]:
     """The messages of a caller, of which the first says what they are about."""
-    checked = False
+    is_first = True
     async for request in requests:
-        if not checked:
-            check_resource(principal, method, request)
-            checked = True
-        yield request
+        message = _message(request, method)
+        if is_first:
+            check_resource(principal, method, message)
+            is_first = False
+        yield message
+
+
+def _message(request: Message | bytes, method: str) -> Message:
+    """Raises InvalidRequest for what is no message."""
+    if isinstance(request, bytes):
+        raise InvalidRequest.at("request", f"{len(request)} bytes that are no message of {method}")
+    return request
+
+
+def _tolerant(deserialize: Callable[[bytes], Message] | None) -> Callable[[bytes], Message | bytes]:
+    """Leaves bytes that are no message as they are, where gRPC would blame the server for them."""
+    if deserialize is None:
+        raise TypeError("a method of protocol buffers has a deserializer")
+
+    def read(data: bytes) -> Message | bytes:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return data
+
+    return read
 
 
 def _text_metadata(context: Context) -> dict[str, str]:

@@ -32,6 +32,10 @@ NAMES = [
     "pirate@abababababab",
     "tenants/a/adapters/b",
     "tenants/shared/routes/r",
+    "tenants/shared/adapters/nothing",
+    "tenants/shared",
+    "tenants/-",
+    "../etc",
 ]
 
 KINDS: dict[int, st.SearchStrategy[Any]] = {
