@@ -38,6 +38,7 @@ from service.hosting import HostedModel, ModelHost
 from service.inference import InferenceServicer
 from service.interceptors import CallInterceptor
 from service.probes import Probes, build_probe_server
+from service.routing import RouteBook
 from service.server import Health, Service, build_server, drain
 from service.state import StateFile
 from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
@@ -126,7 +127,8 @@ def assemble(
     depot = Depot((state_directory or bus_directory) / "adapters")
     library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), depot)
     deployer = AdapterDeployer(registry, library, host, state)
-    catalog = Catalog(host, registry)
+    routes = RouteBook(state)
+    catalog = Catalog(host, registry, routes)
     admission = Admission(
         AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens)
     )
@@ -148,10 +150,15 @@ def assemble(
     )
     adapters = AdapterServicer(registry, deployer, library, host, state, tenants, limits.upload_bytes)
     models = ModelServicer(host, config.drain_grace_seconds)
+    route_servicer = RouteServicer(catalog, routes, state, deployer.prefetch)
     admin = (
         Service("loraplex.v1.ModelService", models, add_ModelServiceServicer_to_server),
         Service("loraplex.v1.AdapterService", adapters, add_AdapterServiceServicer_to_server),
-        Service("loraplex.v1.RouteService", RouteServicer(catalog), add_RouteServiceServicer_to_server),
+        Service(
+            "loraplex.v1.RouteService",
+            route_servicer,
+            add_RouteServiceServicer_to_server,
+        ),
         Service("loraplex.v1.ServerService", server, add_ServerServiceServicer_to_server),
     )
     health = Health([service.name for service in data], [service.name for service in admin])

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from adapters.errors import AdapterNotFound
@@ -11,9 +11,11 @@ from adapters.registry import SHARED_TENANT, AdapterRegistry, AdapterState, Adap
 from engine.client import EngineClient
 from engine.messages import ModelLimits
 from loraplex.v1.generation_pb2 import Sampling
-from loraplex.v1.routes_pb2 import ResolvedTarget
-from service.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied
+from loraplex.v1.routes_pb2 import ResolvedTarget, Route
+from service.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Unavailable
+from service.routing import RouteBook, choose
 from service.text import Tokenizer
+from service.validation import merged_sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,13 @@ class Target:
 
     model: LoadedModel
     adapter: AdapterVersion | None = None  # None: the base model alone
+    route: Route | None = None  # that led here
+
+    @property
+    def default_sampling(self) -> Sampling:
+        """For what a request leaves out: of the route, else of the model."""
+        defaults = self.model.default_sampling
+        return defaults if self.route is None else merged_sampling(self.route.default_sampling, defaults)
 
     def resolved(self, fell_back_to_base: bool = False) -> ResolvedTarget:
         """What the caller is told. `fell_back_to_base`: the adapter was cold, and the request allowed to go without."""
@@ -54,6 +63,7 @@ class Target:
             model_revision=self.model.revision,
             quantization=self.model.limits.quantization,
             adapter_version=adapter.version_name if adapter is not None else "",
+            route=self.route.name if self.route is not None else "",
             fell_back_to_base=fell_back_to_base,
         )
 
@@ -68,23 +78,39 @@ _BARE_ID = re.compile(rf"{_ID}(?P<version>@[0-9a-f]+)?")
 class Catalog:
     """Finds the target of a request by its name, on behalf of a tenant."""
 
-    def __init__(self, models: Models, adapters: AdapterRegistry) -> None:
+    def __init__(self, models: Models, adapters: AdapterRegistry, routes: RouteBook) -> None:
         self._models = models
         self._adapters = adapters
+        self._routes = routes
 
-    def resolve(self, tenant: str, name: str, path: str) -> Target:
-        """What `name` means to this tenant; bare ids are looked up with the tenant, then as shared, then as a model.
+    def resolve(self, tenant: str, name: str, path: str, routing_key: str = "") -> Target:
+        """What `name` means to this tenant: a route, which has its say first, or what `target` finds.
+
+        A route goes to its fallback if the target that it chose cannot be used now. `routing_key`: requests with the
+        same one go to the same target of a route. Raises what `target` does.
+        """
+        route = self._route(tenant, name)
+        if route is None:
+            return self.target(tenant, name, path)
+        owner = route.name.split("/")[1]
+        try:
+            target = self.target(owner, choose(route, routing_key), path)
+        except (NotFound, FailedPrecondition, Unavailable):
+            if not route.HasField("fallback"):
+                raise
+            target = self.target(owner, route.fallback, path)
+        return replace(target, route=route)
+
+    def target(self, tenant: str, name: str, path: str) -> Target:
+        """The model or adapter of this name; bare ids are looked up with the tenant, then as shared, then as a model.
 
         An adapter may still be LOADING: its engine is asked for it, and waits as it would for a cold one.
 
         `path`: the field that holds the name. Raises InvalidRequest, NotFound, PermissionDenied (before looking),
-        FailedPrecondition (ADAPTER_INVALID) for a version that proved unusable, and what `Models.serving` raises.
+        FailedPrecondition (ADAPTER_INVALID, …) for a version that proved unusable, and what `Models.serving` raises.
         """
         if match := _MODEL_NAME.fullmatch(name):
             return Target(self._models.serving(match[1]))
-        if match := _ROUTE_NAME.fullmatch(name):
-            _check_may_see(tenant, match["tenant"])
-            raise _not_found("ROUTE", name)
         if match := _ADAPTER_NAME.fullmatch(name):
             _check_may_see(tenant, match["tenant"])
             adapter = self._adapter(name)
@@ -97,11 +123,26 @@ class Catalog:
             raise InvalidRequest.at(
                 path,
                 f"{name[:200]!r} is no name: give models/{{model}}, tenants/{{tenant}}/adapters/{{adapter}}, with "
-                "@{version} (12 hex digits) or without, or the id alone",
+                "@{version} (12 hex digits) or without, tenants/{tenant}/routes/{route}, or the id alone",
             )
         if adapter is None:
             raise _not_found("ADAPTER", name)
         return Target(self._models.serving(adapter.spec.base_model), adapter)
+
+    def _route(self, tenant: str, name: str) -> Route | None:
+        """None: it is the name of something else. A bare id that a nearer adapter has is no shared route's."""
+        if match := _ROUTE_NAME.fullmatch(name):
+            _check_may_see(tenant, match["tenant"])
+            route = self._routes.get(name)
+            if route is None:
+                raise _not_found("ROUTE", name)
+            return route
+        if not _BARE_ID.fullmatch(name):
+            return None
+        own = self._routes.get(f"tenants/{tenant}/routes/{name}")
+        if own is not None or self._adapter(f"tenants/{tenant}/adapters/{name}") is not None:
+            return own
+        return self._routes.get(f"tenants/{SHARED_TENANT}/routes/{name}")
 
     @contextmanager
     def using(self, adapter: AdapterVersion | None) -> Iterator[None]:

@@ -145,7 +145,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> BatchGenerateResponse:
         """One item of a batch, a request with an id of its own. If it fails, it fails alone."""
         async with slots:
-            call = Call(batch.tenant, deadline=batch.deadline, trace_id=batch.trace_id, span=batch.span)
+            call = Call(
+                batch.tenant,
+                deadline=batch.deadline,
+                routing_key=batch.routing_key,
+                trace_id=batch.trace_id,
+                span=batch.span,
+            )
             try:
                 return BatchGenerateResponse(index=index, response=await self._generate(call, spec, f"specs[{index}]"))
             except Exception as error:
@@ -165,11 +171,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         tenant = self._tenants.get(call.tenant)
         tenant.count_request()
         check_spec(spec, path, streaming)
-        target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model")
+        target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model", call.routing_key)
         model = target.model
         self._admission.check(model.name, model.limits, tenant.name, tenant.config.weight)
         prompt = await prompt_tokens(spec.prompt, model, self._renderer, f"{path}.prompt")
-        sampling = merged_sampling(spec.sampling, model.default_sampling)
+        sampling = merged_sampling(spec.sampling, target.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
         params = sampling_params(spec, sampling, model.limits, model.tokenizer.eos_token_ids, len(prompt), seed, path)
         outputs = sampling.n or 1

@@ -36,6 +36,7 @@ class Call:
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # never the caller's: that is a label
     arrival: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     deadline: float | None = None  # of the event loop's clock
+    routing_key: str = ""  # of the metadata loraplex-routing-key: the same one, the same target of a route
     metadata: dict[str, str] = field(default_factory=dict)  # goes back to the caller, beside loraplex-request-id
     usage: Callable[[], Usage] | None = None  # what a generation has consumed so far: an error carries it
     recorded: bool = False  # its generation has been given to the observer
@@ -141,6 +142,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 principal = await self._door.enter(method, _caller(context, metadata))
                 call.tenant = principal.tenant
                 call.deadline = _deadline(context)
+                call.routing_key = metadata.get("loraplex-routing-key", "")
                 if isinstance(request, AsyncIterator):
                     request = _checked_stream(request, principal, method)
                 else:

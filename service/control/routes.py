@@ -1,9 +1,15 @@
-"""RouteService: what a name means can be asked; routes themselves are refused."""
+"""RouteService: stable names for models and adapters, and what any name means."""
 
-from typing import Any, NoReturn
+import re
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import grpc.aio
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.field_mask_pb2 import FieldMask
 
+from adapters.registry import AdapterVersion
 from loraplex.v1 import routes_pb2_grpc
 from loraplex.v1.routes_pb2 import (
     DeleteRouteRequest,
@@ -12,34 +18,54 @@ from loraplex.v1.routes_pb2 import (
     ListRoutesResponse,
     ResolveTargetRequest,
     ResolveTargetResponse,
+    Route,
     UpdateRouteRequest,
 )
 from service.catalog import Catalog
-from service.control.requests import tenant_id
-from service.errors import FeatureUnsupported, InvalidRequest, NotFound
+from service.control.models import timestamp
+from service.control.requests import ID, Once, check_labels, page, tenant_id
+from service.errors import Aborted, InvalidRequest, LoraplexError, NotFound, PermissionDenied, Violation
 from service.interceptors import current_call
+from service.routing import RouteBook, weight_of
+from service.state import StateFile
+from service.validation import check_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+MAX_TARGETS = 32
+UPDATABLE = ("targets", "fallback", "default_sampling", "labels")
+_NAME = re.compile(rf"tenants/({ID})/routes/{ID}")
+
 
 class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
-    """There are no routes here, and none can be made."""
+    """What the book says, as resources; a change is in force, and saved, when its call returns."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(
+        self, catalog: Catalog, routes: RouteBook, state: StateFile, prefetch: Callable[[AdapterVersion], None]
+    ) -> None:
+        """`prefetch` hears of every adapter to which requests may come soon."""
         self._catalog = catalog
+        self._routes = routes
+        self._state = state
+        self._prefetch = prefetch
+        self._once = Once()
 
-    async def GetRoute(self, request: GetRouteRequest, context: Context) -> NoReturn:  # noqa: N802
-        raise NotFound("ROUTE_NOT_FOUND", request.name, f"there is no route {request.name[:200]!r}")
+    async def GetRoute(self, request: GetRouteRequest, context: Context) -> Route:  # noqa: N802
+        return self._get(request.name)
 
     async def ListRoutes(self, request: ListRoutesRequest, context: Context) -> ListRoutesResponse:  # noqa: N802
-        tenant_id(request.parent, "parent", all_allowed=True)
-        return ListRoutesResponse()
+        routes = self._routes.all(tenant_id(request.parent, "parent", all_allowed=True))
+        shown, token = page(routes, lambda route: route.name, request)
+        return ListRoutesResponse(routes=shown, next_page_token=token)
 
-    async def UpdateRoute(self, request: UpdateRouteRequest, context: Context) -> NoReturn:  # noqa: N802
-        raise FeatureUnsupported("UpdateRoute", "this server has no routes; name models and adapters directly")
+    async def UpdateRoute(self, request: UpdateRouteRequest, context: Context) -> Route:  # noqa: N802
+        return await self._once.run("UpdateRoute", request.request_id, lambda: self._update(request))
 
-    async def DeleteRoute(self, request: DeleteRouteRequest, context: Context) -> NoReturn:  # noqa: N802
-        raise NotFound("ROUTE_NOT_FOUND", request.name, f"there is no route {request.name[:200]!r}")
+    async def DeleteRoute(self, request: DeleteRouteRequest, context: Context) -> Empty:  # noqa: N802
+        _check_etag(self._get(request.name), request.etag)
+        self._routes.delete(request.name)
+        await self._state.saved()
+        return Empty()
 
     async def ResolveTarget(  # noqa: N802
         self, request: ResolveTargetRequest, context: Context
@@ -48,5 +74,115 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
             raise InvalidRequest.at("model", "is required")
         tenant = tenant_id(request.parent, "parent") if request.HasField("parent") else current_call().tenant
         assert tenant is not None, "tenants/- is refused above"
-        target = self._catalog.resolve(tenant, request.model, "model")
+        target = self._catalog.resolve(tenant, request.model, "model", request.routing_key)
         return ResolveTargetResponse(target=target.resolved())
+
+    async def _update(self, request: UpdateRouteRequest) -> Route:
+        wanted = request.route
+        known = self._routes.get(_checked_name(wanted.name, "route.name"))
+        if known is None and not request.allow_missing:
+            raise _no_route(wanted.name)
+        if known is not None:
+            _check_etag(known, wanted.etag)
+        now = time.time()
+        route = Route(name=wanted.name, create_time=timestamp(now))
+        if known is not None:
+            route.CopyFrom(known)
+        fields = _fields_to_change(request.update_mask if known is not None else FieldMask())
+        _take_fields(route, wanted, fields)
+        violations = list(self._violations(route, fields))
+        if violations:
+            raise InvalidRequest(*violations)
+        route.update_time.CopyFrom(timestamp(now))
+        route.etag = f"{time.time_ns():x}"
+        self._routes.put(route)
+        await self._state.saved()
+        for target in route.targets:
+            self._prefetch_target(route, target.model)
+        return route
+
+    def _violations(self, route: Route, fields: Collection[str]) -> Iterator[Violation]:
+        """Of the fields that change: a target that has gone since does not stand in the way of others."""
+        if not 1 <= len(route.targets) <= MAX_TARGETS:
+            yield Violation("route.targets", f"has {len(route.targets)} entries; 1 to {MAX_TARGETS} are allowed")
+        weights = [weight_of(target) for target in route.targets]
+        if any(weight < 0 for weight in weights):
+            yield Violation("route.targets", "has a weight below 0")
+        elif route.targets and not sum(weights):
+            yield Violation("route.targets", "has weights that sum to zero: no request could go anywhere")
+        if len({target.model for target in route.targets}) < len(route.targets):
+            yield Violation("route.targets", "names a target twice; add the weights")
+        for index, target in enumerate(route.targets if "targets" in fields else ()):
+            yield from self._target_violations(route, target.model, f"route.targets[{index}].model")
+        if "fallback" in fields and route.HasField("fallback"):
+            yield from self._target_violations(route, route.fallback, "route.fallback")
+        yield from check_message(route.default_sampling, "route.default_sampling")
+        if route.default_sampling.HasField("n"):
+            yield Violation("route.default_sampling.n", "cannot be set by a route")
+        yield from check_labels(route.labels, "route.labels")
+
+    def _target_violations(self, route: Route, name: str, field: str) -> Iterator[Violation]:
+        if _NAME.fullmatch(name):
+            yield Violation(field, f"{name[:200]!r} is a route; name a model, an adapter or a version")
+            return
+        try:
+            self._catalog.target(_owner(route), name, field)
+        except (InvalidRequest, NotFound, PermissionDenied) as error:
+            yield Violation(field, error.message)
+        except LoraplexError:
+            return  # it is there, and may be usable when requests come
+
+    def _prefetch_target(self, route: Route, name: str) -> None:
+        try:
+            adapter = self._catalog.target(_owner(route), name, "model").adapter
+        except LoraplexError:
+            return
+        if adapter is not None:
+            self._prefetch(adapter)
+
+    def _get(self, name: str) -> Route:
+        """Raises InvalidRequest, NotFound."""
+        route = self._routes.get(_checked_name(name, "name"))
+        if route is None:
+            raise _no_route(name)
+        return route
+
+
+def _fields_to_change(mask: FieldMask) -> Collection[str]:
+    """Raises InvalidRequest for a field that cannot be changed."""
+    for path in mask.paths:
+        if path not in UPDATABLE:
+            raise InvalidRequest.at("update_mask", f"{path[:80]!r} cannot be changed; {', '.join(UPDATABLE)} can")
+    return mask.paths or UPDATABLE
+
+
+def _take_fields(route: Route, wanted: Route, fields: Collection[str]) -> None:
+    taken = Route()
+    taken.CopyFrom(wanted)
+    for name in Route.DESCRIPTOR.fields_by_name:
+        if name in fields:
+            route.ClearField(name)  # type: ignore[arg-type]  # it is a name of a field
+        else:
+            taken.ClearField(name)  # type: ignore[arg-type]
+    route.MergeFrom(taken)
+
+
+def _owner(route: Route) -> str:
+    return route.name.split("/")[1]
+
+
+def _checked_name(name: str, field: str) -> str:
+    if not _NAME.fullmatch(name):
+        expected = "tenants/{tenant}/routes/{route} is expected"
+        raise InvalidRequest.at(field, f"{name[:200]!r} is no name of a route; {expected}")
+    return name
+
+
+def _check_etag(route: Route, etag: str) -> None:
+    if etag and etag != route.etag:
+        raise Aborted(f"{route.name} has changed since it was read; its etag is {route.etag} now")
+
+
+def _no_route(name: str) -> NotFound:
+    message = f"there is no route {name[:200]!r}; list those there are, or create it with allow_missing"
+    return NotFound("ROUTE_NOT_FOUND", name, message)

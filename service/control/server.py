@@ -30,9 +30,6 @@ from service.validation import UNSUPPORTED_FIELDS, duration_seconds
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-# Beside the fields that validation refuses.
-UNSUPPORTED_METHODS = ("RouteService.UpdateRoute",)
-
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     """Figures of the engines' last steps or heartbeats; nothing here waits for an engine."""
@@ -50,7 +47,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             draining=self._is_draining(),
             devices=[_cpu()],
             max_receive_bytes=MAX_RECEIVE_BYTES,
-            unsupported_features=[*UNSUPPORTED_FIELDS, *UNSUPPORTED_METHODS],
+            unsupported_features=UNSUPPORTED_FIELDS,
         )
 
     async def WatchLoad(  # noqa: N802

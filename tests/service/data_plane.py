@@ -30,7 +30,9 @@ from service.catalog import Catalog, LoadedModel
 from service.errors import LoraplexError, NotFound
 from service.inference import InferenceServicer
 from service.interceptors import CallInterceptor
+from service.routing import RouteBook
 from service.server import Health, Service, build_server
+from service.state import StateFile
 from service.tenants import Tenants
 from service.text import TemplateRenderer, Tokenizer
 from tests.service.fake_engine import FakeEngine
@@ -174,7 +176,7 @@ async def data_plane(
     hosted, registry, admission = FakeModels(model), AdapterRegistry(), Admission(admission_limits or AdmissionLimits())
     async with TemplateRenderer() as renderer:
         servicer = InferenceServicer(
-            Catalog(hosted, registry),
+            Catalog(hosted, registry, RouteBook(StateFile(None))),
             admission,
             renderer,
             adapter_path=lambda version: version.spec.source,

@@ -2,9 +2,8 @@
 
 import pytest
 
-from loraplex import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unsupported
+from loraplex import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds
-from loraplex.v1.routes_pb2 import Route, RouteTarget
 from tests.service.control_plane import ControlPlane, write_adapter
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -84,15 +83,6 @@ async def test_a_name_is_resolved_on_behalf_of_a_tenant(control: ControlPlane) -
         await control.admin.resolve_target("pirate", tenant="other")
     with pytest.raises(PermissionDenied):
         await control.admin.resolve_target(adapter.name, tenant="other")
-
-
-async def test_routes_are_refused(control: ControlPlane) -> None:
-    route = Route(name="tenants/shared/routes/r", targets=[RouteTarget(model="tiny")])
-    with pytest.raises(Unsupported):
-        await control.admin.update_route(route, allow_missing=True)
-    with pytest.raises(NotFound):
-        await control.admin.get_route("r")
-    assert await control.admin.list_routes() == []
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------

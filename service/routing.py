@@ -1,0 +1,60 @@
+"""Routes: names that stand for one or several models or adapters."""
+
+import math
+import secrets
+from hashlib import blake2b
+
+from loraplex.v1.routes_pb2 import Route, RouteTarget
+from service.state import StateFile
+
+STATE_KIND = "route"
+
+
+class RouteBook:
+    """All routes of all tenants, as the contract has them, by name. They survive restarts with the state.
+
+    What is handed out is not to be changed: `put` a new one.
+    """
+
+    def __init__(self, state: StateFile) -> None:
+        self._state = state
+        self._routes = {name: Route.FromString(body) for name, body in state.read(STATE_KIND).items()}
+
+    def get(self, name: str) -> Route | None:
+        """`name`: tenants/{tenant}/routes/{route}."""
+        return self._routes.get(name)
+
+    def all(self, tenant: str | None = None) -> list[Route]:
+        """Ordered by name; `tenant` None: of all."""
+        prefix = "tenants/" if tenant is None else f"tenants/{tenant}/"
+        return [self._routes[name] for name in sorted(self._routes) if name.startswith(prefix)]
+
+    def put(self, route: Route) -> None:
+        """Requests that come from now on follow this route; `saved` of the state says when a restart does too."""
+        self._routes[route.name] = route
+        self._state.put(STATE_KIND, route.name, route.SerializeToString(deterministic=True))
+
+    def delete(self, name: str) -> None:
+        """Requests that it routed go on."""
+        del self._routes[name]
+        self._state.delete(STATE_KIND, name)
+
+
+def weight_of(target: RouteTarget) -> int:
+    return target.weight if target.HasField("weight") else 1
+
+
+def choose(route: Route, routing_key: str) -> str:
+    """The target of a request: by weight, and always the same for one key as long as its target has its share.
+
+    When weights change, only the keys that a target must give up move. Without a key, drawn anew each time. Source:
+    weighted rendezvous hashing (Schindelhauer and Schomaker, 2005).
+    """
+    key = routing_key or secrets.token_hex(16)
+
+    def distance(target: RouteTarget) -> float:
+        digest = blake2b("\0".join((route.name, key, target.model)).encode(), digest_size=8).digest()
+        uniform = (int.from_bytes(digest, "big") + 1) / (1 << 64)  # in (0, 1]
+        return -math.log(uniform) / weight_of(target)
+
+    return min((target for target in route.targets if weight_of(target)), key=distance).model
