@@ -143,7 +143,7 @@ def assemble(
         telemetry.observer,
     )
     tokenizer = TokenizerServicer(catalog, renderer, tenants)
-    server = ServerServicer(host, lambda: admission.draining, version("loraplex"))
+    server = ServerServicer(host, lambda: admission.draining, telemetry.metrics, version("loraplex"))
     data = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
         Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),

@@ -4,7 +4,7 @@ import asyncio
 import os
 import platform
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import grpc.aio
@@ -19,6 +19,7 @@ from loraplex.v1.server_pb2 import (
     GetServerInfoRequest,
     ModelLoad,
     ServerInfo,
+    TenantLoad,
     WatchLoadRequest,
     WatchLoadResponse,
 )
@@ -26,6 +27,8 @@ from service.control.models import timestamp
 from service.errors import InvalidRequest
 from service.hosting import HostedModel, ModelHost
 from service.server import MAX_RECEIVE_BYTES
+from service.telemetry.metrics import RequestMetrics
+from service.telemetry.series import Labels
 from service.validation import UNSUPPORTED_FIELDS, duration_seconds
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -34,8 +37,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     """Figures of the engines' last steps or heartbeats; nothing here waits for an engine."""
 
-    def __init__(self, host: ModelHost, is_draining: Callable[[], bool], version: str) -> None:
+    def __init__(self, host: ModelHost, is_draining: Callable[[], bool], metrics: RequestMetrics, version: str) -> None:
         self._host = host
+        self._metrics = metrics
         self._version = version
         self._is_draining = is_draining
         self._start_time = time.time()
@@ -62,6 +66,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
                 time=timestamp(time.time()),
                 draining=self._is_draining(),
                 models=[load for load in loads if load is not None],
+                tenants=_tenants(self._metrics),
             )
             await asyncio.sleep(interval)
 
@@ -73,11 +78,11 @@ def _load(model: HostedModel) -> ModelLoad | None:
     stats = model.client.stats
     if stats is None:
         return ModelLoad(model=f"models/{model.name}")
-    on_device = [key for key, residency in model.client.residency.items() if residency is Residency.DEVICE]
-    return _stats_message(model, stats, on_device)
+    return _stats_message(model, stats, model.client.residency)
 
 
-def _stats_message(model: HostedModel, stats: EngineStats, on_device: list[AdapterKey]) -> ModelLoad:
+def _stats_message(model: HostedModel, stats: EngineStats, residency: Mapping[AdapterKey, Residency]) -> ModelLoad:
+    on_device = [key for key, where in residency.items() if where is Residency.DEVICE]
     used_blocks = stats.total_blocks - stats.free_blocks - stats.cached_blocks
     return ModelLoad(
         model=f"models/{model.name}",
@@ -93,7 +98,23 @@ def _stats_message(model: HostedModel, stats: EngineStats, on_device: list[Adapt
         adapter_bytes_total=model.config.adapter_device_bytes,
         adapter_bytes_used=stats.adapter_device_bytes,
         device_adapters=[f"{resource_name(key)}@{key.digest[:VERSION_DIGITS]}" for key in on_device],
+        host_adapters=sum(where is Residency.HOST for where in residency.values()),
     )
+
+
+def _tenants(metrics: RequestMetrics) -> list[TenantLoad]:
+    loads: dict[str, TenantLoad] = {}
+
+    def load(labels: Labels) -> TenantLoad:
+        return loads.setdefault(labels[0], TenantLoad(tenant=f"tenants/{labels[0]}"))
+
+    for labels, count in metrics.requests.values.items():
+        load(labels).requests_total += int(count)
+    for labels, tokens in metrics.prompt_tokens.values.items():
+        load(labels).prompt_tokens_total += int(tokens)
+    for labels, tokens in metrics.completion_tokens.values.items():
+        load(labels).completion_tokens_total += int(tokens)
+    return [loads[tenant] for tenant in sorted(loads)]
 
 
 def _cpu() -> Device:

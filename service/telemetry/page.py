@@ -15,9 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from adapters.key import AdapterKey
-from adapters.registry import resource_name
+from adapters.registry import VERSION_DIGITS, resource_name
 from adapters.residency import Residency
-from engine.client import EngineClient
 from engine.messages import EngineStats
 from service.hosting import HostedModel
 from service.supervisor import EngineState
@@ -151,6 +150,8 @@ _GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] =
     ),
     ("loraplex_kv_cache_blocks", None, "Blocks of the key-value cache.", lambda s: s.total_blocks),
     ("loraplex_kv_cache_cached_blocks", None, "Of these, kept for their prefix.", lambda s: s.cached_blocks),
+    ("loraplex_adapter_device_bytes", None, "Device memory of adapters.", lambda s: s.adapter_device_bytes),
+    ("loraplex_adapter_host_bytes", None, "Host memory of adapters.", lambda s: s.adapter_host_bytes),
     (
         "loraplex_adapter_device_bytes",
         None,
@@ -204,34 +205,33 @@ def _engine_families(served: Served) -> Iterator[Metric]:
         yield _counter(name, text, ("model",), counter)
         if alias is not None:
             yield _counter(alias, text, ("model_name",), counter)
-    on_device = [((model.name,), _num_on_device(model.client)) for model in models if model.client is not None]
-    yield _gauge("loraplex_device_adapters", "Adapter versions on the device.", ("model",), on_device)
-    yield _adapter_tiers(models)
+    yield from _adapters_by_tier(models)
     yield _adapter_users(stats)
     yield _lora_info(served, stats)
     yield _cache_info(stats)
 
 
-def _num_on_device(client: EngineClient) -> int:
-    return sum(residency is Residency.DEVICE for residency in client.residency.values())
-
-
-def _adapter_tiers(models: Sequence[HostedModel]) -> Metric:
-    """The heat map of residency: which version is where."""
-    rows = []
+def _adapters_by_tier(models: Sequence[HostedModel]) -> Iterator[Metric]:
+    """The heat map of residency, which version is where; and how many are."""
+    rows, counts = [], []
     for model in models:
         if model.client is None:
             continue
-        for key in sorted(model.client.adapters, key=str):
-            tier = model.client.residency.get(key, Residency.DISK).name.lower()
-            rows.append(((model.name, resource_name(key), key.digest[:12], tier), 1.0))
+        residency = model.client.residency
+        for key in model.client.adapters:
+            tier = residency.get(key, Residency.DISK).name.lower()
+            rows.append(((model.name, resource_name(key), key.digest[:VERSION_DIGITS], tier), 1.0))
+        for where in (Residency.HOST, Residency.DEVICE):
+            count = sum(one is where for one in residency.values())
+            counts.append(((model.name, where.name.lower()), float(count)))
     text = "1 for each adapter version that an engine has been given, with the tier that it is in."
-    return _gauge("loraplex_adapter_resident", text, ("model", "adapter", "version", "tier"), rows)
+    yield _gauge("loraplex_adapter_resident", text, ("model", "adapter", "version", "tier"), rows)
+    yield _gauge("loraplex_adapters", "Adapter versions in each tier.", ("model", "tier"), counts)
 
 
 def _adapter_users(stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
     rows = [
-        ((model.name, resource_name(key), key.digest[:12]), users)
+        ((model.name, resource_name(key), key.digest[:VERSION_DIGITS]), users)
         for model, last in stats
         for key, users in last.adapters
     ]

@@ -137,6 +137,7 @@ class WatchLoadResponse(google.protobuf.message.Message):
     TIME_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
+    TENANTS_FIELD_NUMBER: builtins.int
     draining: builtins.bool
     """Whether the server is shutting down and takes no new work."""
     @property
@@ -147,17 +148,52 @@ class WatchLoadResponse(google.protobuf.message.Message):
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelLoad]:
         """The load of each loaded model, ordered by name."""
 
+    @property
+    def tenants(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TenantLoad]:
+        """What each tenant has used since the server started, ordered by name. Generations count when they have ended."""
+
     def __init__(
         self,
         *,
         time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         draining: builtins.bool = ...,
         models: collections.abc.Iterable[Global___ModelLoad] | None = ...,
+        tenants: collections.abc.Iterable[Global___TenantLoad] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "models", b"models", "time", b"time"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "models", b"models", "tenants", b"tenants", "time", b"time"]) -> None: ...
 
 Global___WatchLoadResponse: typing_extensions.TypeAlias = WatchLoadResponse
+
+@typing.final
+class TenantLoad(google.protobuf.message.Message):
+    """What one tenant has used since the server started."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: builtins.int
+    REQUESTS_TOTAL_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    COMPLETION_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    tenant: builtins.str
+    """tenants/{tenant}."""
+    requests_total: builtins.int
+    """Generations that ended, in whatever way."""
+    prompt_tokens_total: builtins.int
+    """Their prompt tokens."""
+    completion_tokens_total: builtins.int
+    """Tokens generated."""
+    def __init__(
+        self,
+        *,
+        tenant: builtins.str = ...,
+        requests_total: builtins.int = ...,
+        prompt_tokens_total: builtins.int = ...,
+        completion_tokens_total: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completion_tokens_total", b"completion_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "requests_total", b"requests_total", "tenant", b"tenant"]) -> None: ...
+
+Global___TenantLoad: typing_extensions.TypeAlias = TenantLoad
 
 @typing.final
 class ModelLoad(google.protobuf.message.Message):
@@ -178,6 +214,7 @@ class ModelLoad(google.protobuf.message.Message):
     ADAPTER_BYTES_TOTAL_FIELD_NUMBER: builtins.int
     ADAPTER_BYTES_USED_FIELD_NUMBER: builtins.int
     DEVICE_ADAPTERS_FIELD_NUMBER: builtins.int
+    HOST_ADAPTERS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """models/{model}."""
     running_requests: builtins.int
@@ -202,6 +239,8 @@ class ModelLoad(google.protobuf.message.Message):
     """Device memory for adapters, in bytes."""
     adapter_bytes_used: builtins.int
     """Of that, in use."""
+    host_adapters: builtins.int
+    """Adapter versions in host memory that are not on the device."""
     @property
     def device_adapters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Adapter versions on the device: tenants/{tenant}/adapters/{adapter}@{version}."""
@@ -222,7 +261,8 @@ class ModelLoad(google.protobuf.message.Message):
         adapter_bytes_total: builtins.int = ...,
         adapter_bytes_used: builtins.int = ...,
         device_adapters: collections.abc.Iterable[builtins.str] | None = ...,
+        host_adapters: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter_bytes_total", b"adapter_bytes_total", "adapter_bytes_used", b"adapter_bytes_used", "cache_tokens_total", b"cache_tokens_total", "cache_tokens_used", b"cache_tokens_used", "completion_tokens_total", b"completion_tokens_total", "device_adapters", b"device_adapters", "model", b"model", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_lookup_tokens", b"prefix_lookup_tokens", "prompt_tokens_total", b"prompt_tokens_total", "running_requests", b"running_requests", "waiting_for_adapter_requests", b"waiting_for_adapter_requests", "waiting_requests", b"waiting_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_bytes_total", b"adapter_bytes_total", "adapter_bytes_used", b"adapter_bytes_used", "cache_tokens_total", b"cache_tokens_total", "cache_tokens_used", b"cache_tokens_used", "completion_tokens_total", b"completion_tokens_total", "device_adapters", b"device_adapters", "host_adapters", b"host_adapters", "model", b"model", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_lookup_tokens", b"prefix_lookup_tokens", "prompt_tokens_total", b"prompt_tokens_total", "running_requests", b"running_requests", "waiting_for_adapter_requests", b"waiting_for_adapter_requests", "waiting_requests", b"waiting_requests"]) -> None: ...
 
 Global___ModelLoad: typing_extensions.TypeAlias = ModelLoad
