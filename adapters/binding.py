@@ -1,8 +1,8 @@
-"""Every tensor of an adapter is bound to a projection of the model, or the load fails."""
+"""Every tensor of an adapter is bound to a parameter of the model, or the load fails."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,22 +11,11 @@ from torch import Tensor
 
 from adapters.config import LoRAConfig
 from adapters.errors import AdapterRejected
-from adapters.names import LoraTensorName, base_module_candidates, split_tensor_names
-from kernels.ops import LoraSlice, LoraWeights
-
-
-@dataclass(frozen=True, slots=True)
-class LoraTarget:
-    """A projection that an adapter may name, and where its output lies in the linear that computes it.
-
-    A model describes itself by a dict of these, keyed by the projection's module path in the Hugging Face model
-    ("model.layers.0.self_attn.q_proj"), with the fused names ("….self_attn.qkv_proj") beside the parts.
-    """
-
-    site: str  # the linear: a key of the pool's sites
-    in_features: int  # C
-    out_start: int  # first column of the linear's output that belongs to this projection
-    out_features: int  # N of the projection
+from adapters.folding import Values, replaced_parameters, stacked
+from adapters.names import Part, base_module_candidates, split_tensor_names
+from adapters.replaced import ReplacedParameters
+from adapters.targets import HEAD_MODULE, LoraTarget, Module, TargetKind
+from kernels.ops import LoraWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +24,9 @@ class BoundAdapter:
 
     weights: Mapping[str, LoraWeights]  # by site
     ranks: Mapping[str, int]  # by the model's own name of the projection
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A and B of one projection, not yet converted."""
-
-    name: str  # the model's name of the projection
-    target: LoraTarget
-    a_name: LoraTensorName
-    b_name: LoraTensorName
-
-    @property
-    def trained_name(self) -> str:
-        """As PEFT's patterns see it."""
-        return self.a_name.module
+    replaced: ReplacedParameters | None = None
+    invocation_tokens: tuple[int, ...] = ()  # aLoRA: it applies from their last occurrence in the prompt on
+    whole: str = ""  # why it cannot be one of several in a composition; "": it can
 
 
 def bind(
@@ -65,112 +42,212 @@ def bind(
     AdapterRejected naming every tensor that has no place, no partner, or the wrong shape, rank or values.
     """
     problems: list[str] = []
-    pairs = _pair_up(tensors, targets, problems)
-    for pair in pairs:
-        problems.extend(_shape_problems(pair, tensors, config, max_rank))
-    problems.extend(_overlaps(pairs))
+    modules = _place(tensors, targets, problems)
+    for module in modules:
+        problems.extend(_part_problems(module, config))
+        problems.extend(_shape_problems(module, tensors, config, max_rank))
+    problems.extend(_overlaps(modules))
+    problems.extend(_unmet(modules, config))
     if problems:
         raise AdapterRejected(problems)
-    by_site: dict[str, list[_Pair]] = {}
-    for pair in pairs:
-        by_site.setdefault(pair.target.site, []).append(pair)
-    weights = {site: _stack(members, tensors, config, dtype, problems) for site, members in by_site.items()}
+    values = Values(tensors, dtype, problems)
+    replaced = replaced_parameters(modules, config, targets, values)
+    by_site: dict[str, list[Module]] = {}
+    for module in modules:
+        if module.parts.keys() & {"A", "bias"}:
+            by_site.setdefault(module.target.site, []).append(module)
+    weights = {site: stacked(members, config, targets, values) for site, members in by_site.items()}
     if problems:
         raise AdapterRejected(problems)
-    return BoundAdapter(weights, {pair.name: tensors[pair.a_name.key].shape[0] for pair in pairs})
+    return BoundAdapter(
+        weights,
+        {module.name: len(tensors[module.key("A")]) for module in modules if module.is_adapted},
+        ReplacedParameters(replaced) if replaced else None,
+        config.invocation_tokens,
+        _why_whole(config, bool(replaced)),
+    )
 
 
-def _pair_up(tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget], problems: list[str]) -> list[_Pair]:
-    """A and B of each projection that the adapter changes; what cannot be placed goes to `problems`."""
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+def _place(tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget], problems: list[str]) -> list[Module]:
+    """The modules that the adapter changes; what cannot be placed goes to `problems`."""
     names, unparsed = split_tensor_names(tensors)
     problems.extend(unparsed)
-    placed: dict[str, dict[str, LoraTensorName]] = {}
+    modules: dict[str, Module] = {}
     for name in names:
         reached = sorted(base_module_candidates(name.module) & targets.keys())
         if not reached:
-            problems.append(f"{name.key}: binds to no projection of this model")
+            more = "" if name.part in _A_OR_B else " (norms over the heads of queries and keys cannot be replaced)"
+            problems.append(f"{name.key}: binds to no projection of this model{more}")
             continue
         if len(reached) > 1:
             problems.append(f"{name.key}: ambiguous, it may mean {' or '.join(reached)}")
             continue
-        parts = placed.setdefault(reached[0], {})
-        if name.part in parts:
-            problems.append(f"{name.key}: ambiguous, {parts[name.part].key} means the same tensor")
+        target = targets[reached[0]]
+        part = name.part
+        if part in ("embedding_A", "embedding_B"):
+            part = "A" if part == "embedding_A" else "B"
+            fits = target.kind is TargetKind.EMBEDDING
+        else:
+            fits = part in _PARTS_OF[target.kind]
+        if not fits:
+            problems.append(f"{name.key}: {reached[0]} is of kind {target.kind.value}, which takes no such tensor")
             continue
-        parts[name.part] = name
-    pairs = []
-    for module, parts in placed.items():
-        if len(parts) < 2:
-            (present,) = parts.values()
-            problems.append(f"{present.key}: its lora_{'B' if present.part == 'A' else 'A'} is missing")
+        parts = modules.setdefault(reached[0], Module(reached[0], target)).parts
+        if part in parts:
+            problems.append(f"{name.key}: ambiguous, {parts[part].key} means the same tensor")
             continue
-        pairs.append(_Pair(module, targets[module], parts["A"], parts["B"]))
-    if not names and not problems:
+        parts[part] = name
+    if not any(name.part in _A_OR_B for name in names) and not problems:
         problems.append("the adapter holds no LoRA tensors")
-    return pairs
+    return list(modules.values())
 
 
-def _shape_problems(pair: _Pair, tensors: Mapping[str, Tensor], config: LoRAConfig, max_rank: int) -> list[str]:
-    a, b = tensors[pair.a_name.key], tensors[pair.b_name.key]
-    target = pair.target
-    problems = []
-    for name, tensor in ((pair.a_name, a), (pair.b_name, b)):
+_A_OR_B = ("A", "B", "embedding_A", "embedding_B")
+_PARTS_OF: Mapping[TargetKind, frozenset[Part]] = {
+    TargetKind.LINEAR: frozenset(("A", "B", "lora_bias", "magnitude", "weight", "bias", "tokens")),
+    TargetKind.EMBEDDING: frozenset(("magnitude", "weight", "tokens")),  # and A and B of its own kind
+    TargetKind.NORM: frozenset(("weight",)),
+}
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _part_problems(module: Module, config: LoRAConfig) -> Iterator[str]:
+    """Parts without those that belong to them, and what config and file say of each other."""
+    parts = module.parts
+    if module.is_adapted != ("B" in parts):
+        present: Part = "A" if module.is_adapted else "B"
+        yield f"{module.key(present)}: its lora_{'B' if present == 'A' else 'A'} is missing"
+    any_key = module.parts[next(iter(parts))].key
+    declared: tuple[tuple[Part, bool, str], ...] = (
+        ("magnitude", config.use_dora, "use_dora"),
+        ("lora_bias", config.lora_bias, "lora_bias"),
+    )
+    for part, wanted, field_name in declared:
+        if part in parts and not (wanted and module.is_adapted):
+            yield f"{module.parts[part].key}: adapter_config.json says {field_name}=false, or there is no lora_A"
+        elif wanted and module.is_adapted and "B" in parts and part not in parts:
+            yield f"{any_key}: adapter_config.json says {field_name}=true, but its tensor is missing"
+    saved = module.is_one_of(config.modules_to_save)
+    whole_vocabulary = module.target.kind is TargetKind.EMBEDDING or module.name == HEAD_MODULE
+    if "weight" in parts and not saved and not whole_vocabulary:
+        yield f"{module.key('weight')}: a full copy of a base weight that modules_to_save does not name"
+    if "bias" in parts and not saved and not config.trains_bias:
+        yield f"{module.key('bias')}: a trained bias, but adapter_config.json says bias='none'"
+    if "tokens" in parts and module.is_one_of(config.trained_tokens) is None:
+        yield f"{module.key('tokens')}: trained rows of tokens that trainable_token_indices does not name"
+    if config.invocation_tokens and module.target.kind is TargetKind.EMBEDDING:
+        yield f"{any_key}: activated LoRA is not defined on an embedding"
+    base = module.target.base
+    if base is None and (parts.keys() & {"magnitude", "bias"} or ("weight" in parts and not saved)):
+        yield f"{any_key}: needs the base's own weights, which are not at hand"
+    elif "bias" in parts and base is not None and base.bias is None:
+        yield f"{module.key('bias')}: the base has no bias there"
+
+
+def _shape_problems(module: Module, tensors: Mapping[str, Tensor], config: LoRAConfig, max_rank: int) -> list[str]:
+    target, problems = module.target, []
+    expected: dict[Part, tuple[object, ...]] = {
+        "A": ("rank", target.in_features),
+        "B": (target.out_features, "rank"),
+        "magnitude": (target.out_features,),
+        "lora_bias": (target.out_features,),
+        "bias": (target.out_features,),
+        "weight": _weight_shape(target),
+    }
+    for part, name in module.parts.items():
+        tensor = tensors[name.key]
         if not tensor.dtype.is_floating_point:
             problems.append(f"{name.key}: dtype {tensor.dtype}, a float is expected")
-    if a.dim() != 2 or a.shape[1] != target.in_features:
-        problems.append(f"{pair.a_name.key}: shape {list(a.shape)}, this model needs [rank, {target.in_features}]")
-    if b.dim() != 2 or b.shape[0] != target.out_features:
-        problems.append(f"{pair.b_name.key}: shape {list(b.shape)}, this model needs [{target.out_features}, rank]")
-    if problems:
+        if part == "tokens":
+            problems.extend(_token_problems(module, tensor, config))
+            continue
+        shape = expected[part]
+        if tensor.dim() != len(shape) or any(
+            size != given for size, given in zip(shape, tensor.shape, strict=True) if size != "rank"
+        ):
+            wanted = ", ".join(map(str, shape))
+            problem = f"{name.key}: shape {list(tensor.shape)}, this model needs [{wanted}]"
+            problems.append(problem + _resized(module, part))
+    if problems or not module.is_adapted or "B" not in module.parts:
         return problems
-    rank, configured = a.shape[0], config.rank_of(pair.trained_name)
+    a, b = tensors[module.key("A")], tensors[module.key("B")]
+    rank, configured = a.shape[0], config.rank_of(module.trained_name)
     if b.shape[1] != rank:
         problems.append(
-            f"{pair.b_name.key}: shape {list(b.shape)} has rank {b.shape[1]}, its lora_A {list(a.shape)} has {rank}"
+            f"{module.key('B')}: shape {list(b.shape)} has rank {b.shape[1]}, its lora_A {list(a.shape)} has {rank}"
         )
     elif rank != configured:
-        problems.append(f"{pair.a_name.key}: rank {rank} by its shape, but {configured} by adapter_config.json")
+        problems.append(f"{module.key('A')}: rank {rank} by its shape, but {configured} by adapter_config.json")
     elif rank > max_rank:
-        problems.append(f"{pair.a_name.key}: rank {rank}, this server allows at most {max_rank}")
+        problems.append(f"{module.key('A')}: rank {rank}, this server allows at most {max_rank}")
     return problems
 
 
-def _overlaps(pairs: list[_Pair]) -> list[str]:
-    """Pairs that change the same outputs: a fused projection beside one of its parts."""
+def _weight_shape(target: LoraTarget) -> tuple[int, ...]:
+    """Of the module's weight in a checkpoint."""
+    match target.kind:
+        case TargetKind.NORM:
+            return (target.out_features,)
+        case TargetKind.EMBEDDING:
+            return (target.in_features, target.out_features)
+        case _:
+            return (target.out_features, target.in_features)
+
+
+def _resized(module: Module, part: Part) -> str:
+    embedding = module.target.kind is TargetKind.EMBEDDING
+    if (embedding and part in ("A", "weight")) or (module.name == HEAD_MODULE and part in ("B", "weight")):
+        return "; if it was trained with another vocabulary, serve the base model with that vocabulary"
+    return ""
+
+
+def _token_problems(module: Module, tensor: Tensor, config: LoRAConfig) -> Iterator[str]:
+    key, target = module.key("tokens"), module.target
+    vocabulary, width = _weight_shape(target)
+    ids = config.trained_tokens.get(module.is_one_of(config.trained_tokens) or "", ())
+    if tensor.shape != (len(ids), width):
+        yield f"{key}: shape {list(tensor.shape)}, adapter_config.json and this model need [{len(ids)}, {width}]"
+    elif max(ids, default=0) >= vocabulary:
+        yield (
+            f"{key}: token {max(ids)} is not one of this model's {vocabulary}: added tokens, which its tokenizer does "
+            "not have; serve the base model with the resized vocabulary"
+        )
+
+
+def _overlaps(modules: list[Module]) -> list[str]:
+    """Modules that change the same outputs: a fused projection beside one of its parts."""
     problems = []
-    ordered = sorted(pairs, key=lambda pair: (pair.target.site, pair.target.out_start))
+    changing = [module for module in modules if module.parts.keys() & {"A", "weight"}]
+    ordered = sorted(changing, key=lambda module: (module.target.site, module.target.out_start))
     for before, after in pairwise(ordered):
-        same_site = before.target.site == after.target.site
-        if same_site and after.target.out_start < before.target.out_start + before.target.out_features:
-            problems.append(f"{after.a_name.key}: changes the same outputs as {before.a_name.key}")
+        if before.target.site == after.target.site and after.target.out_start < before.target.columns.stop:
+            first, second = (next(iter(module.parts.values())).key for module in (before, after))
+            problems.append(f"{second}: changes the same outputs as {first}")
     return problems
 
 
-def _stack(
-    pairs: list[_Pair], tensors: Mapping[str, Tensor], config: LoRAConfig, dtype: torch.dtype, problems: list[str]
-) -> LoraWeights:
-    """The weights of one linear: A [sum of R, C], and each projection's B [N, R] times its scale."""
-    pairs = sorted(pairs, key=lambda pair: pair.target.out_start)
-    stacked, slices, rank_start = [], [], 0
-    for pair in pairs:
-        a, b = tensors[pair.a_name.key], tensors[pair.b_name.key]
-        stacked.append(_converted(pair.a_name.key, a, 1.0, dtype, problems))
-        scale = config.scale_of(pair.trained_name)
-        slices.append(
-            LoraSlice(rank_start, pair.target.out_start, _converted(pair.b_name.key, b, scale, dtype, problems))
-        )
-        rank_start += a.shape[0]
-    return LoraWeights(torch.cat(stacked) if len(stacked) > 1 else stacked[0], tuple(slices))
+def _unmet(modules: list[Module], config: LoRAConfig) -> Iterator[str]:
+    """What adapter_config.json says was trained, and the file does not hold."""
+    for end in config.modules_to_save:
+        if not any("weight" in module.parts and module.is_one_of((end,)) for module in modules):
+            yield f"adapter_config.json: modules_to_save names {end!r}, of which this model and the file hold no weight"
+    for end in config.trained_tokens:
+        holds = any("tokens" in module.parts and module.is_one_of((end,)) for module in modules)
+        if not holds and end != HEAD_MODULE:  # a tied head's rows are saved with the embedding
+            yield f"adapter_config.json: trainable_token_indices names {end!r}, of which the file holds no rows"
 
 
-def _converted(key: str, tensor: Tensor, scale: float, dtype: torch.dtype, problems: list[str]) -> Tensor:
-    """tensor · scale in `dtype`, multiplied in float32, contiguous; values that do not survive go to `problems`."""
-    scaled = tensor.to(torch.float32) * scale if scale != 1.0 else tensor
-    result = scaled.to(dtype).contiguous()
-    if not torch.isfinite(result).all():
-        survived = torch.isfinite(tensor.to(torch.float64)).all()
-        problem = (
-            f"its values times the scale {scale:g} overflow {dtype}" if survived else "it holds NaN or infinite values"
-        )
-        problems.append(f"{key}: {problem}")
-    return result
+def _why_whole(config: LoRAConfig, replaces: bool) -> str:
+    """Why a weighted sum with other adapters is not defined."""
+    reasons = {
+        "it is a DoRA adapter": config.use_dora,
+        "it is an activated LoRA adapter": bool(config.invocation_tokens),
+        "it was trained with biases of the base": config.trains_bias,
+        "it replaces whole parameters or tokens of the base": replaces,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 from adapters.errors import AdapterRejected
@@ -13,6 +13,8 @@ from adapters.pattern import ModulePattern
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PATTERNS = 4096  # a rank or alpha of its own for every module of a large model
+MAX_TOKEN_IDS = 1 << 20  # of trained tokens
+MAX_INVOCATION_TOKENS = 1024
 MAX_REPORTED = 100  # characters of a value in a message
 
 Number = TypeVar("Number", int, float)
@@ -47,25 +49,34 @@ _HARMLESS = frozenset(
 
 # Fields that mean something when they are set, and what to do about it. Null, false and empty mean "not used".
 _REFUSED = {
-    "alora_invocation_tokens": "activated LoRA is not supported",
     "arrow_config": "Arrow routing between adapters is not supported",
     "enable_lora": "merged q/k/v layers of PEFT 0.2 are not supported: train or convert it with a current PEFT",
     "kasa_config": "KaSA changes the base weights and is not supported",
     "layer_replication": "replicated layers make another base model: register the expanded model",
-    "lora_bias": "a bias of lora_B is not supported",
     "megatron_config": "Megatron parallel layers are not supported: export the adapter with merged shards",
-    "modules_to_save": "full copies of base modules are not supported: train with modules_to_save=None",
     "monteclora_config": "Monte Carlo LoRA is not supported",
     "target_parameters": "LoRA on bare parameters is not supported",
-    "trainable_token_indices": "trained token embeddings are not supported",
     "use_bdlora": "block-diagonal LoRA is not supported",
-    "use_dora": "DoRA is not supported: merge it, or train with use_dora=False",
     "use_qalora": "QA-LoRA pools the inputs of a layer and is not supported",
     "velora_config": "VeLoRA is not supported",
 }
 
 _UNDERSTOOD = frozenset(
-    ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights")
+    (
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "bias",
+        "init_lora_weights",
+        "lora_alpha",
+        "lora_bias",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "trainable_token_indices",
+        "use_dora",
+        "use_rslora",
+    )
 )
 
 # Initialisations that leave the base model as it was. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from
@@ -85,6 +96,12 @@ class LoRAConfig:
     base_model: str  # a hint for people: it is no identity. "" if absent
     target_modules: tuple[str, ...]  # advice
     warnings: tuple[str, ...]
+    use_dora: bool = False
+    lora_bias: bool = False  # lora_B has a bias
+    trains_bias: bool = False  # of the base's linears
+    modules_to_save: tuple[str, ...] = ()  # trained whole: the ends of module paths
+    trained_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # ids by the end of a module path
+    invocation_tokens: tuple[int, ...] = ()  # activated LoRA: nothing of it before their last occurrence in the prompt
 
     def rank_of(self, module: str) -> int:
         """The rank of one module, by its path in the trained model ("model.layers.0.self_attn.q_proj")."""
@@ -121,12 +138,33 @@ def parse_config(raw: bytes) -> LoRAConfig:
         base_model=str(fields.get("base_model_name_or_path") or ""),
         target_modules=reader.names("target_modules"),
         warnings=tuple(reader.warnings()),
+        use_dora=reader.flag("use_dora"),
+        lora_bias=reader.flag("lora_bias"),
+        trains_bias=reader.trains_bias(),
+        modules_to_save=reader.names("modules_to_save"),
+        trained_tokens=reader.trained_tokens(),
+        invocation_tokens=reader.token_ids("alora_invocation_tokens", MAX_INVOCATION_TOKENS),
     )
-    reader.check_bias()
     reader.check_init()
+    problems.extend(_undefined(config))
     if problems:
         raise AdapterRejected([f"adapter_config.json: {problem}" for problem in problems])
     return config
+
+
+def _undefined(config: LoRAConfig) -> Iterator[str]:
+    """Combinations that PEFT does not define either."""
+    if config.use_dora and config.lora_bias:
+        yield "lora_bias=true: DoRA has no bias of lora_B"
+    beside = {
+        "use_dora": config.use_dora,
+        "modules_to_save": bool(config.modules_to_save),
+        "bias": config.trains_bias,
+        "trainable_token_indices": bool(config.trained_tokens),
+    }
+    for name, is_set in beside.items():
+        if config.invocation_tokens and is_set:
+            yield f"{name}: not defined beside alora_invocation_tokens, which leave the tokens before them to the base"
 
 
 def _load_json(raw: bytes) -> dict[str, object]:
@@ -243,12 +281,34 @@ class _Reader:
         self._problems.append(f"{name}={_show(value)}: a string or a list of strings is expected")
         return ()
 
-    def check_bias(self) -> None:
+    def token_ids(self, name: str, most: int) -> tuple[int, ...]:
+        return self._token_ids(name, self._fields.get(name), most)
+
+    def trained_tokens(self) -> dict[str, tuple[int, ...]]:
+        """By module; a list alone is about the embedding."""
+        name = "trainable_token_indices"
+        value = self._fields.get(name) or {}
+        if isinstance(value, dict) and len(value) <= MAX_PATTERNS:
+            named = [(module, f"{name}[{_show(module)}]", ids) for module, ids in value.items()]
+            return {module: self._token_ids(where, ids, MAX_TOKEN_IDS) for module, where, ids in named}
+        return {"embed_tokens": self._token_ids(name, value, MAX_TOKEN_IDS)}
+
+    def trains_bias(self) -> bool:
         bias = self._fields.get("bias", "none")
-        if bias not in ("none", None):
-            self._problems.append(
-                f"bias={_show(bias)}: trained biases of the base model are not supported: train with bias='none'"
-            )
+        if bias not in ("none", None, "all", "lora_only"):
+            self._problems.append(f"bias={_show(bias)}: one of none, all and lora_only is expected")
+        return bias in ("all", "lora_only")
+
+    def _token_ids(self, name: str, value: object, most: int) -> tuple[int, ...]:
+        if not _is_set(value):
+            return ()
+        if not isinstance(value, list) or not all(type(entry) is int and entry >= 0 for entry in value):
+            self._problems.append(f"{name}={_show(value)}: a list of token ids is expected")
+        elif len(value) > most:
+            self._problems.append(f"{name}: {len(value)} token ids, at most {most} are allowed")
+        else:
+            return tuple(value)
+        return ()
 
     def check_init(self) -> None:
         init = self._fields.get("init_lora_weights")

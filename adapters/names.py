@@ -9,6 +9,10 @@ from typing import Literal
 
 PEFT_PREFIX = "base_model.model."
 
+# What a tensor is to its module: A, B and the bias of B; the same of an embedding; DoRA's magnitudes; trained rows of
+# an embedding; a full copy of the base's weight or bias.
+Part = Literal["A", "B", "lora_bias", "embedding_A", "embedding_B", "magnitude", "tokens", "weight", "bias"]
+
 # Where a training script's model kept the decoder, and where the text-only model that serves keeps it. All rules are
 # tried: a name that reaches two projections is ambiguous and refused.
 _WRAPPERS = (
@@ -20,17 +24,26 @@ _WRAPPERS = (
     ("language_model.", "model."),
 )
 
-_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+# What PEFT saves of a module, by how the tensor's name ends. The first that matches counts.
+_ENDINGS: tuple[tuple[str, Part], ...] = (
+    (r"\.lora_A{adapter}\.weight", "A"),
+    (r"\.lora_B{adapter}\.weight", "B"),
+    (r"\.lora_B{adapter}\.bias", "lora_bias"),
+    (r"\.lora_embedding_A{adapter}", "embedding_A"),
+    (r"\.lora_embedding_B{adapter}", "embedding_B"),
+    (r"\.lora_magnitude_vector{adapter}(?:\.weight)?", "magnitude"),
+    (r"\.token_adapter\.trainable_tokens_delta{adapter}", "tokens"),
+    (r"(?:\.base_layer)?\.weight", "weight"),
+    (r"(?:\.base_layer)?\.bias", "bias"),
+)
+_ADAPTER = r"(?:\.(?P<adapter>(?!weight$)[^.]+))?"
+_TENSORS = tuple((re.compile(r"(?P<module>.+?)" + ending.format(adapter=_ADAPTER)), part) for ending, part in _ENDINGS)
 
-# What a tensor that is no LoRA pair is for, and why it cannot be served.
+# What another tensor is for, and why it cannot be served.
 _FOREIGN = (
-    (re.compile(r"\.lora_embedding_[AB](\.|$)"), "LoRA on an embedding is not supported"),
-    (re.compile(r"\.lora_magnitude_vector(\.|$)"), "DoRA magnitudes are not supported"),
-    (re.compile(r"\.lora_B(\.[^.]+)?\.bias$"), "a bias of lora_B (lora_bias) is not supported"),
     (re.compile(r"\.lora_(diag|velora_embed)(\.|$)"), "this LoRA variant is not supported"),
-    (re.compile(r"\.bias$"), "a trained bias of the base model is not supported"),
-    (re.compile(r"\.(modules_to_save|base_layer)\."), "a full copy of a base weight is not supported"),
-    (re.compile(r"(^|\.)(lm_head|embed_tokens|score|classifier)\."), "a full copy of a base weight is not supported"),
+    (re.compile(r"\.(modules_to_save|original_module)\."), "a wrapper of PEFT that it does not save: save it again"),
+    (re.compile(r"\.lora_"), "not a LoRA tensor of a known kind"),
 )
 
 
@@ -40,25 +53,30 @@ class LoraTensorName:
 
     key: str  # as in the file
     module: str  # the module's path in the model that the adapter was trained on, as PEFT's patterns see it
-    part: Literal["A", "B"]
+    part: Part
     adapter: str | None  # an adapter name left in the key, such as "default"
 
 
 def parse_tensor_name(key: str) -> LoraTensorName | None:
-    """Take a tensor's name apart; None if it is not the A or B of a linear layer."""
-    found = _TENSOR.fullmatch(key)
-    if found is None:
+    """Take a tensor's name apart; None if it is none of those that PEFT saves for LoRA."""
+    if any(pattern.search(key) for pattern, _ in _FOREIGN[:2]):
         return None
-    part: Literal["A", "B"] = "A" if found["part"] == "A" else "B"
-    return LoraTensorName(key, found["module"].removeprefix(PEFT_PREFIX), part, found["adapter"])
+    for pattern, part in _TENSORS:
+        found = pattern.fullmatch(key)
+        if found is not None:
+            if ".lora_" in found["module"]:
+                return None
+            adapter = found.groupdict().get("adapter")
+            return LoraTensorName(key, found["module"].removeprefix(PEFT_PREFIX), part, adapter)
+    return None
 
 
 def why_foreign(key: str) -> str:
-    """What to say about a tensor that is not the A or B of a linear layer."""
+    """What to say about a tensor that has no place in a LoRA adapter."""
     for pattern, reason in _FOREIGN:
         if pattern.search(key):
             return f"{key}: {reason}"
-    return f"{key}: not a LoRA tensor of a linear layer (…lora_A.weight or …lora_B.weight)"
+    return f"{key}: not a tensor of a LoRA adapter (…lora_A.weight, …lora_B.weight)"
 
 
 def base_module_candidates(module: str) -> set[str]:
@@ -79,7 +97,7 @@ def split_tensor_names(keys: Iterable[str]) -> tuple[list[LoraTensorName], list[
             problems.append(why_foreign(key))
         else:
             names.append(name)
-    adapters = {name.adapter for name in names}
+    adapters = {name.adapter for name in names if name.part in ("A", "B")}
     if len(adapters) > 1:
         listed = ", ".join(sorted(repr(adapter) if adapter else "none" for adapter in adapters))
         problems.append(f"the tensors carry different adapter names ({listed}): export one adapter per directory")

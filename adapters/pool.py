@@ -10,7 +10,7 @@ import torch
 
 from adapters.errors import TOO_LARGE, AdapterConflict, AdapterRejected
 from adapters.key import AdapterKey
-from adapters.layer import LoRALinear
+from adapters.layer import Site
 from adapters.store import AdapterStore
 from adapters.weights import LoadedAdapter
 
@@ -25,6 +25,7 @@ class _Resident:
     pinned: bool = False
     draining: bool = False  # takes no new requests, so that another gets its room
     unloading: bool = False  # dropped as soon as no request uses it
+    invocation_tokens: tuple[int, ...] = ()  # of activated LoRA
 
 
 class AdapterPool:
@@ -36,7 +37,7 @@ class AdapterPool:
 
     def __init__(
         self,
-        sites: Mapping[str, LoRALinear],
+        sites: Mapping[str, Site],
         store: AdapterStore,
         num_slots: int,
         budget_bytes: int,
@@ -96,6 +97,10 @@ class AdapterPool:
         if resident.num_requests == 0 and (resident.draining or resident.unloading):
             self._drop(key)
         self._changes += 1
+
+    def invocation_tokens(self, key: AdapterKey) -> tuple[int, ...]:
+        """What in a prompt invokes an adapter that is held; empty for one that applies to all tokens."""
+        return self._residents[key].invocation_tokens
 
     def make_room(self, key: AdapterKey) -> None:
         """For an adapter that has waited too long: let the resident with the fewest requests drain and leave.
@@ -203,7 +208,7 @@ class AdapterPool:
             self._clear(slot)
             problem = f"the device has no {loaded.nbytes} bytes left for it: {error}"
             raise AdapterRejected([problem], TOO_LARGE) from error
-        resident = self._residents[key] = _Resident(slot, loaded.nbytes)
+        resident = self._residents[key] = _Resident(slot, loaded.nbytes, invocation_tokens=loaded.invocation_tokens)
         self._used_bytes += loaded.nbytes
         self.moved.add(key)
         return resident

@@ -138,7 +138,9 @@ def _digest(config: bytes, weights: Iterable[bytes | memoryview]) -> str:
 def module_ranks(tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, int], list[str]]:
     """The rank of each adapted module by the shapes of its A, and what is wrong with the names or shapes."""
     names, problems = split_tensor_names(tensors)
-    ranks = {name.module: _rank(name, tensors[name.key], problems) for name in names if name.part == "A"}
+    ranks = {
+        name.module: _rank(name, tensors[name.key], problems) for name in names if name.part in ("A", "embedding_A")
+    }
     if not ranks and not problems:
         problems.append(f"{WEIGHTS_FILE}: it holds no LoRA tensors")
     return ranks, problems

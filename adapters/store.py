@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from adapters.binding import LoraTarget
 from adapters.errors import INVALID, TOO_LARGE, UNREADABLE, AdapterRejected
 from adapters.key import AdapterKey
+from adapters.targets import LoraTarget
 from adapters.weights import LoadedAdapter, load_adapter
 from kernels.ops import LoraWeights, PackedLora
 

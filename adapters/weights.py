@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapters.binding import LoraTarget, bind
+from adapters.binding import BoundAdapter, bind
 from adapters.config import parse_config
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
+from adapters.layer import EMBEDDING_SITE, EmbeddingLora
+from adapters.replaced import REPLACED_SITE
 from adapters.safetensors import TensorEntry, read_header
 from adapters.source import digest_of, open_weights, read_config_bytes
+from adapters.targets import LoraTarget
 from kernels.ops import LoraWeights, PackedLora
 
 _DTYPES = {
@@ -35,6 +38,8 @@ class LoadedAdapter:
     packed: Mapping[str, PackedLora]  # by site
     ranks: Mapping[str, int]  # by the model's own name of the projection
     warnings: tuple[str, ...]
+    invocation_tokens: tuple[int, ...] = ()  # aLoRA: it applies from their last occurrence in the prompt on
+    whole: str = ""  # why it cannot be one of several in a composition; "": it can
 
     @property
     def rank(self) -> int:
@@ -87,8 +92,18 @@ def load_adapter(
     data = content[header.data_start :]
     tensors = {name: _tensor(data, entry) for name, entry in header.tensors.items()}
     bound = bind(tensors, config, targets, dtype, max_rank)
-    packed = {site: pack(weights) for site, weights in bound.weights.items()}
-    return LoadedAdapter(key, packed, bound.ranks, config.warnings)
+    packed = pack_adapter(bound, pack)
+    return LoadedAdapter(key, packed, bound.ranks, config.warnings, bound.invocation_tokens, bound.whole)
+
+
+def pack_adapter(bound: BoundAdapter, pack: Callable[[LoraWeights], PackedLora]) -> dict[str, PackedLora]:
+    """What each site's table takes."""
+    packed: dict[str, PackedLora] = {}
+    for site, weights in bound.weights.items():
+        packed[site] = EmbeddingLora(weights) if site == EMBEDDING_SITE else pack(weights)
+    if bound.replaced is not None:
+        packed[REPLACED_SITE] = bound.replaced
+    return packed
 
 
 def _tensor(data: Tensor, entry: TensorEntry) -> Tensor:

@@ -24,6 +24,7 @@ class StepBatch:
     attention: AttentionMetadata
     lora: LoraSegments | None  # None: no row of this step uses an adapter
     logits_rows: Tensor  # int64 [L]: the rows whose logits are needed, those that are sampled from first
+    logits_lora: LoraSegments | None = None  # `lora` of these rows, numbered as in `logits_rows`
 
     @classmethod
     def from_plan(cls, plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
@@ -43,7 +44,10 @@ class StepBatch:
         ranges = _lora_ranges(scheduled, starts)
         segments = np.array(ranges, dtype=np.int32).reshape(-1, 3).T  # slots, starts, ends
         token_ids, logits_rows = _token_ids(scheduled), _logits_rows(scheduled, starts)
-        on_device = to_device([token_ids, positions, slots, logits_rows, starts, seq_lens, tables, *segments], device)
+        logits_ranges = _ranges_of_rows(ranges, logits_rows)
+        logits_segments = np.array(logits_ranges, dtype=np.int32).reshape(-1, 3).T
+        fixed = [token_ids, positions, slots, logits_rows, starts, seq_lens, tables]
+        on_device = to_device([*fixed, *segments, *logits_segments], device)
         return cls(
             token_ids=on_device[0],
             positions=on_device[1],
@@ -55,8 +59,9 @@ class StepBatch:
                 max_query_len=int(counts.max()),
                 max_seq_len=int(seq_lens.max()),
             ),
-            lora=LoraSegments(tuple(ranges), *on_device[7:]) if ranges else None,
+            lora=LoraSegments(tuple(ranges), *on_device[7:10]) if ranges else None,
             logits_rows=on_device[3],
+            logits_lora=LoraSegments(tuple(logits_ranges), *on_device[10:]) if logits_ranges else None,
         )
 
 
@@ -112,17 +117,50 @@ def _block_tables(scheduled: tuple[ScheduledRequest, ...], max_seq_len: int, blo
 
 
 def _lora_ranges(scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray) -> list[tuple[int, int, int]]:
-    """(slot, first row, end row) of each adapter's adjacent rows."""
+    """(slot, first row, end row) of each adapter's adjacent rows; what comes before an invocation is the base's."""
     ranges: list[tuple[int, int, int]] = []
     for item, start, end in zip(scheduled, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         slot = item.request.adapter_slot
-        if slot is None:
+        if slot is None or item.request.adapter_start is None:
             continue
+        if item.request.adapter_start > item.num_computed_tokens:
+            start += item.request.adapter_start - item.num_computed_tokens
+            if start >= end:
+                continue
         if ranges and ranges[-1][0] == slot and ranges[-1][2] == start:
             ranges[-1] = (slot, ranges[-1][1], end)
         else:
             ranges.append((slot, start, end))
     return ranges
+
+
+def _ranges_of_rows(ranges: list[tuple[int, int, int]], rows: np.ndarray) -> list[tuple[int, int, int]]:
+    """The adapters' ranges among some selected rows, numbered by their place in the selection."""
+    found: list[tuple[int, int, int]] = []
+    if not ranges:
+        return found
+    slots, starts, ends = zip(*ranges, strict=True)
+    nearest = np.searchsorted(starts, rows, side="right") - 1  # -1: before the first
+    for place, (row, index) in enumerate(zip(rows.tolist(), nearest.tolist(), strict=True)):
+        if index < 0 or row >= ends[index]:
+            continue
+        if found and found[-1][0] == slots[index] and found[-1][2] == place:
+            found[-1] = (slots[index], found[-1][1], place + 1)
+        else:
+            found.append((slots[index], place, place + 1))
+    return found
+
+
+def narrowed(segments: LoraSegments | None, start: int, end: int) -> LoraSegments | None:
+    """The segments of rows start … end, numbered from `start`."""
+    if segments is None:
+        return None
+    inside = [(slot, max(first, start) - start, min(last, end) - start) for slot, first, last in segments.ranges]
+    ranges = [(slot, first, last) for slot, first, last in inside if first < last]
+    if not ranges:
+        return None
+    columns = torch.tensor(ranges, dtype=torch.int32).T.contiguous().to(segments.slots.device)
+    return LoraSegments(tuple(ranges), columns[0], columns[1], columns[2])
 
 
 def _logits_rows(scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray) -> np.ndarray:

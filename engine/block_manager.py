@@ -2,7 +2,8 @@
 
 A block is used (someone holds it), cached (nobody holds it, but its content may be asked for again) or free. Content is
 named by a chain of hashes: a block's hash covers its tokens and everything before them, starting from a root that names
-the salt and the adapter version. Two requests share a block only if all of that is equal.
+the salt; the adapter version enters at the first block that the adapter applies to. Two requests share a block only if
+all of that is equal.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ from collections.abc import Sequence
 from engine.request import Request
 
 
-def chain_root(request: Request) -> bytes:
-    """The hash that a request's first block continues: its salt and the content digest of its adapter."""
-    digest = request.adapter.digest if request.adapter else ""
+def chain_root(request: Request, block_size: int) -> bytes:
+    """The hash that a request's first block continues: its salt, and the adapter's digest if it applies there."""
+    digest = request.adapter.digest if request.adapter and first_adapted_block(request, block_size) == 0 else ""
     salt = request.cache_salt.encode()
     return hashlib.blake2b(len(salt).to_bytes(8, "little") + salt + digest.encode(), digest_size=16).digest()
+
+
+def first_adapted_block(request: Request, block_size: int) -> int:
+    """The first block that is not the base model's; -1: there is none."""
+    if request.adapter is None or request.adapter_start is None:
+        return -1
+    return request.adapter_start // block_size
 
 
 def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -132,8 +140,12 @@ class BlockManager:
 
     def _hashes(self, request: Request, count: int) -> list[bytes]:
         hashes = request.block_hashes
+        first_adapted = first_adapted_block(request, self.block_size)
         while len(hashes) < count:
-            parent = hashes[-1] if hashes else chain_root(request)
+            parent = hashes[-1] if hashes else chain_root(request, self.block_size)
+            if len(hashes) == first_adapted > 0:
+                assert request.adapter is not None
+                parent += request.adapter.digest.encode()
             start = len(hashes) * self.block_size
             hashes.append(chain_hash(parent, request.token_ids[start : start + self.block_size]))
         return hashes[:count]

@@ -71,7 +71,7 @@ class DecodeInputs:
     def batch(self, size: int, with_adapters: bool) -> StepBatch:
         """The first `size` rows. Each may be a segment of its own: the grids of a graph hold for the worst case."""
         slots, starts, ends = self.segments[:, :size]
-        rows = tuple((0, row, row + 1) for row in range(size))
+        rows = tuple((-1, row, row + 1) for row in range(size))  # no slot: which it is, only the device says
         return StepBatch(
             token_ids=self.token_ids[:size],
             positions=self.positions[:size],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.batch import StepBatch, num_prompt_logprob_rows
+from engine.batch import StepBatch, narrowed, num_prompt_logprob_rows
 from engine.config import EngineConfig
 from engine.cuda_graph import capture_decoding
 from engine.kv_cache import block_bytes, create_kv_cache, stored_dtype
@@ -17,7 +17,7 @@ from engine.messages import ModelLimits, TokenLogprobs
 from engine.models import LanguageModel, load_model
 from engine.sampler import Sampler, describe
 from engine.step import SampledToken, StepPlan, StepResult
-from kernels.ops import Ops, select_ops
+from kernels.ops import LoraSegments, Ops, select_ops
 
 logger = logging.getLogger(__name__)
 
@@ -81,19 +81,23 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every token of the plan and draw the next one of each request that has caught up."""
         batch = StepBatch.from_plan(plan, self.block_size, self.ops.device)
-        if self.decode_graphs is not None and all(item.samples and item.num_new_tokens == 1 for item in plan.scheduled):
+        decoding = all(item.samples and item.num_new_tokens == 1 for item in plan.scheduled)
+        if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):
             hidden = self.decode_graphs.forward(batch)
         else:
             hidden = self.model.forward(batch, self.kv_cache)
         sampling = [item.request for item in plan.scheduled if item.samples]
-        drawn = iter(self.sampler.sample(self.model.logits(hidden[: len(sampling)]), sampling) if sampling else ())
+        count = len(sampling)
+        lora = batch.logits_lora if count == len(hidden) else narrowed(batch.logits_lora, 0, count)
+        drawn = iter(self.sampler.sample(self.model.logits(hidden[:count], lora), sampling) if sampling else ())
         sampled: list[SampledToken | None] = [next(drawn) if item.samples else None for item in plan.scheduled]
-        return StepResult(tuple(sampled), self._prompt_logprobs(plan, hidden[len(sampling) :]))
+        return StepResult(tuple(sampled), self._prompt_logprobs(plan, hidden, count, batch.logits_lora))
 
-    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
-        """hidden: [rows that predict prompt tokens, in plan order]"""
+    def _prompt_logprobs(
+        self, plan: StepPlan, hidden: torch.Tensor, row: int, lora: LoraSegments | None
+    ) -> dict[int, list[TokenLogprobs]]:
+        """hidden: from `row` on those rows that predict prompt tokens, in plan order"""
         found: dict[int, list[TokenLogprobs]] = {}
-        row = 0
         for item in plan.scheduled:
             request, end = item.request, row + num_prompt_logprob_rows(item)
             if request.sampling.num_prompt_logprobs is None:
@@ -103,7 +107,8 @@ class ModelRunner:
             for first in range(row, end, PROMPT_LOGPROB_ROWS):
                 part = hidden[first : min(first + PROMPT_LOGPROB_ROWS, end)]
                 targets = request.token_ids[position : position + len(part)]
-                logprobs = torch.log_softmax(self.model.logits(part), dim=-1)
+                logits = self.model.logits(part, narrowed(lora, first, first + len(part)))
+                logprobs = torch.log_softmax(logits, dim=-1)
                 details.extend(describe(logprobs, targets, request.sampling.num_prompt_logprobs))
                 position += len(part)
             row = end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 
 from adapters.key import AdapterKey
@@ -29,6 +30,7 @@ class Request:
         "adapter",
         "adapter_ready_time",
         "adapter_slot",
+        "adapter_start",
         "arrival_time",
         "block_hashes",
         "block_ids",
@@ -64,8 +66,8 @@ class Request:
         self.arrival_time = now
         self.deadline = None if sampling.time_limit_seconds is None else now + sampling.time_limit_seconds
 
-        self.token_ids: list[int] = [*message.prompt_token_ids, *message.output_token_ids]  # prompt, then output
-        self.num_prompt_tokens = len(message.prompt_token_ids)
+        self.token_ids: list[int] = list(message.prompt_token_ids)  # prompt, then output
+        self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0  # tokens whose keys and values are in the cache
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
@@ -73,10 +75,22 @@ class Request:
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were asked for
         self.adapter_slot: int | None = None
+        self.adapter_start: int | None = 0  # the first token that the adapter applies to; None: it was not invoked
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first scheduling
         self.first_scheduled_time: float | None = None
         self.adapter_ready_time: float | None = None  # set if it had to wait for it
         self.prompt_logprobs: list[TokenLogprobs | None] = []
+
+    def invoke_adapter(self, tokens: Sequence[int]) -> None:
+        """Have the adapter apply from the last occurrence of these tokens in the prompt on; none: from the start.
+
+        What was generated invokes nothing. Source: Activated LoRA (arXiv 2504.12397), as PEFT applies it.
+        """
+        if not tokens:
+            return
+        prompt, wanted = self.token_ids[: self.num_prompt_tokens], list(tokens)
+        starts = range(len(prompt) - len(wanted), -1, -1)
+        self.adapter_start = next((at for at in starts if prompt[at : at + len(wanted)] == wanted), None)
 
     @property
     def num_tokens(self) -> int:

@@ -38,6 +38,9 @@ class AdapterSlots(Protocol):
 
     def release(self, key: AdapterKey) -> None: ...
 
+    def invocation_tokens(self, key: AdapterKey) -> Sequence[int]:
+        """What in a prompt invokes an adapter that is held; empty for one that applies to all tokens."""
+
     def make_room(self, key: AdapterKey) -> None:
         """See to it that the adapter gets room before long, if that is what it waits for."""
 
@@ -195,8 +198,13 @@ class Scheduler:
             request.state = RequestState.WAITING_FOR_ADAPTER
             self.waiting_for_adapter.setdefault(key, {})[request.request_id] = request
             return False
-        request.adapter_slot = slot
+        self._give_adapter(request, slot)
         return True
+
+    def _give_adapter(self, request: Request, slot: int) -> None:
+        assert request.adapter is not None
+        request.adapter_slot = slot
+        request.invoke_adapter(self.adapters.invocation_tokens(request.adapter))
 
     def _retry_adapters(self) -> None:
         """Bring back the requests whose adapter has arrived; fail those whose adapter turned out broken."""
@@ -214,7 +222,7 @@ class Scheduler:
                 if slot is None:
                     break
                 del requests[request.request_id]
-                request.adapter_slot = slot
+                self._give_adapter(request, slot)
                 request.adapter_ready_time = self.clock()
                 request.state = RequestState.WAITING
                 self.waiting.push(request)

@@ -139,9 +139,8 @@ def assemble(
         renderer,
         deployer.directory,
         tenants,
-        max_load_wait_seconds=limits.adapter_load_wait_seconds,
-        resume_seconds=config.supervision.resume_seconds,
-        observer=telemetry.observer,
+        limits.adapter_load_wait_seconds,
+        telemetry.observer,
     )
     tokenizer = TokenizerServicer(catalog, renderer, tenants)
     server = ServerServicer(host, lambda: admission.draining, telemetry.metrics, version("loraplex"))

@@ -3,8 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
-from functools import partial
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -71,19 +70,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         adapter_path: Callable[[AdapterVersion], str],
         tenants: Tenants,
         max_load_wait_seconds: float = 60.0,
-        resume_seconds: float = 60.0,
         observer: Observer = NOBODY,
     ) -> None:
-        """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read.
-        `resume_seconds`: how long a request that has begun waits for the engine that follows one that died.
-        """
+        """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read."""
         self._catalog = catalog
         self._admission = admission
         self._renderer = renderer
         self._adapter_path = adapter_path
         self._tenants = tenants
         self._max_load_wait_seconds = max_load_wait_seconds
-        self._resume_seconds = resume_seconds
         self._observer = observer
         self._runs: dict[str, tuple[str, Run]] = {}  # by request id: the tenant, and what runs for it
 
@@ -212,7 +207,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 arrival=call.arrival,
                 adapter_load_seconds=load_seconds,
             )
-            run = Run(job, model.client, partial(self._successor, target, adapter))
+            run = Run(job, model.client)
             call.usage = run.usage
             self._runs[call.request_id] = (call.tenant, run)
             status = "OK"
@@ -267,29 +262,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 raise Unavailable(error.reason, message) from error
             raise FailedPrecondition(error.reason, message) from error
         return adapter.key, loop.time() - began
-
-    async def _successor(self, target: Target, adapter: AdapterKey | None) -> EngineClient:
-        """The engine that follows one that died, once it holds the request's adapter.
-
-        Raises Unavailable (ENGINE_RESTARTING) if it takes too long, and what `Catalog.successor` raises.
-        """
-        try:
-            async with asyncio.timeout(self._resume_seconds):
-                while True:
-                    client = await self._catalog.successor(target.model.name)
-                    if adapter is None or target.adapter is None:
-                        return client
-                    with suppress(Unavailable):  # it died as well
-                        await client.load_adapter(adapter, self._adapter_path(target.adapter))
-                        return client
-        except TimeoutError:
-            message = (
-                f"the engine of model {target.model.name!r} is not back after {self._resume_seconds:g} s; try again"
-            )
-            raise Unavailable("ENGINE_RESTARTING", message) from None
-        except AdapterRejected as error:
-            version = target.adapter.version_name if target.adapter is not None else adapter
-            raise FailedPrecondition("ADAPTER_INVALID", f"adapter {version} cannot be loaded again: {error}") from error
 
 
 def _sequences(

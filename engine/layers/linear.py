@@ -23,6 +23,9 @@ class AnyLinear(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def bias(self) -> Tensor | None: ...  # [N], kept for adapters that change it
+
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, C] → [T, N], a new tensor."""
 
@@ -33,10 +36,12 @@ class AnyLinear(Protocol):
 class Linear:
     """y = x Wᵀ + b, with W in the layout of the backend that multiplies by it."""
 
-    def __init__(self, ops: Ops, packed: PackedLinear) -> None:
+    def __init__(self, ops: Ops, packed: PackedLinear, bias: Tensor | None = None) -> None:
+        """bias: what is packed with the weight."""
         self.in_features = packed.in_features  # C
         self.out_features = packed.out_features  # N
         self.nbytes = packed.nbytes
+        self.bias = bias  # [N]
         self._ops = ops
         self._packed = packed
 
@@ -52,10 +57,12 @@ class Linear:
 class SideBySide:
     """Projections of one input that no single matrix holds, because they are quantised differently or not all are."""
 
-    def __init__(self, parts: Sequence[Linear]) -> None:
+    def __init__(self, parts: Sequence[Linear], bias: Tensor | None = None) -> None:
+        """bias: those of all parts."""
         self.in_features = parts[0].in_features
         self.out_features = sum(part.out_features for part in parts)
         self.nbytes = sum(part.nbytes for part in parts)
+        self.bias = bias  # [N]
         self._parts = tuple(parts)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from adapters.binding import LoraTarget
-from adapters.layer import LoRALinear
+from adapters.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear, Site
+from adapters.replaced import REPLACED_SITE, ReplacementSite
+from adapters.targets import LoraTarget
 from engine.batch import StepBatch
-from engine.layers.linear import AnyLinear
 from engine.model_config import ModelConfig
-from engine.models.layout import layer_linears, lora_targets, site_name
-from kernels.ops import LayerKV, Ops, QKNorm
+from engine.models.layout import HEAD_SITE, layer_linears, lora_targets, site_name
+from kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """The parameters of one layer. Norm weights are float32 [C], the checkpoint's offset already added."""
+    """The parameters of one layer."""
 
     qkv: LoRALinear
     o: LoRALinear
     gate_up: LoRALinear
     down: LoRALinear
-    norm_before_attention: Tensor
-    norm_before_mlp: Tensor
-    norm_after_attention: Tensor | None
-    norm_after_mlp: Tensor | None
+    norm_before_attention: AdaptedNorm
+    norm_before_mlp: AdaptedNorm
+    norm_after_attention: AdaptedNorm | None
+    norm_after_mlp: AdaptedNorm | None
     qk_norm: QKNorm | None
     cos_sin: Tensor  # float32 [max positions, 2, D/2], shared between layers of one kind
     window: int | None  # tokens
@@ -47,20 +46,22 @@ class LanguageModel:
         self,
         config: ModelConfig,
         ops: Ops,
-        embedding: Tensor,  # [V, C]
+        embedding: LoRAEmbedding,
         layers: Sequence[DecoderLayer],
-        final_norm: Tensor,  # float32 [C]
-        head: AnyLinear,
+        final_norm: AdaptedNorm,
+        head: LoRALinear,
+        replaced: ReplacementSite,
         nbytes: int,
     ) -> None:
         self.config = config
-        self.dtype = embedding.dtype
+        self.dtype = embedding.weight.dtype
         self.nbytes = nbytes  # of all parameters
         self._ops = ops
         self._embedding = embedding
         self._layers = tuple(layers)
         self._final_norm = final_norm
         self._head = head
+        self._replaced = replaced
         self._shape = config.head_shape
         self._activate = ops.silu_and_mul if config.activation == "silu" else ops.gelu_tanh_and_mul
         # Rounded as the weights are: 50.6 is 50.5 in bfloat16, and so the models were trained.
@@ -72,41 +73,58 @@ class LanguageModel:
 
         Stores the keys and values of all rows in `kv`, one for each layer.
         """
-        ops, eps, lora = self._ops, self.config.rms_norm_eps, batch.lora
-        residual = F.embedding(batch.token_ids, self._embedding)
+        lora = batch.lora
+        residual = self._embedding(batch.token_ids, lora)
         if self._embedding_scale is not None:
             residual *= self._embedding_scale
-        x = ops.rms_norm(residual, self._layers[0].norm_before_attention, eps)
+        x = self._layers[0].norm_before_attention(residual, lora)
         for index, layer in enumerate(self._layers):
             x = self._attention(layer, x, batch, kv[index])
-            x = ops.add_rms_norm(x, residual, layer.norm_before_mlp, eps)
+            x = layer.norm_before_mlp.add(x, residual, lora)
             x = layer.down(self._activate(layer.gate_up(x, lora)), lora)
             if layer.norm_after_mlp is not None:
-                x = ops.rms_norm(x, layer.norm_after_mlp, eps)
+                x = layer.norm_after_mlp(x, lora)
             if index + 1 < len(self._layers):
-                x = ops.add_rms_norm(x, residual, self._layers[index + 1].norm_before_attention, eps)
+                x = self._layers[index + 1].norm_before_attention.add(x, residual, lora)
         rows = batch.logits_rows
         if not len(rows):  # every sequence is in the middle of its prompt
             return x[:0]
-        return ops.add_rms_norm(x.index_select(0, rows), residual.index_select(0, rows), self._final_norm, eps)
+        return self._final_norm.add(x.index_select(0, rows), residual.index_select(0, rows), batch.logits_lora)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Of the next token, for hidden states as `forward` returns them: [L, C] → float32 [L, V]"""
-        logits = self._head(hidden).float()
+    def logits(self, hidden: Tensor, lora: LoraSegments | None = None) -> Tensor:
+        """Of the next token, for hidden states as `forward` returns them: [L, C] → float32 [L, V]
+
+        lora: which of these rows belong to which adapter (`StepBatch.logits_lora`, or a part of it).
+        """
+        logits = self._head(hidden, lora).float()
         cap = self.config.logits_soft_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
-    def lora_targets(self) -> dict[str, LoraTarget]:
-        """The projections that an adapter may change, by their module path in the Hugging Face model."""
-        return lora_targets(self.config)
+    def can_be_captured(self, lora: LoraSegments | None) -> bool:
+        """Whether a graph that was captured before can stand for `forward`: not for adapters that do more than their
+        tables beside the linears say, to the embedding or in place of parameters."""
+        eager = self._replaced.table.slots | self._embedding.table.adapters.keys()
+        return lora is None or not eager or not any(slot in eager for slot, _, _ in lora.ranges)
 
-    def lora_sites(self) -> dict[str, LoRALinear]:
-        """The linears that adapters are placed beside, by the names that the targets refer to."""
+    def lora_targets(self) -> dict[str, LoraTarget]:
+        """The modules that an adapter may change, by their path in the Hugging Face model."""
+        bases = {site: linear.linear for site, linear in self._linears().items()}
         return {
+            path: replace(target, base=self._embedding if target.site == EMBEDDING_SITE else bases.get(target.site))
+            for path, target in lora_targets(self.config).items()
+        }
+
+    def lora_sites(self) -> dict[str, Site]:
+        """Where adapters are placed, by the names that the targets refer to."""
+        return {**self._linears(), EMBEDDING_SITE: self._embedding, REPLACED_SITE: self._replaced}
+
+    def _linears(self) -> dict[str, LoRALinear]:
+        linears = {
             site_name(index, spec): linear
             for index, layer in enumerate(self._layers)
             for spec, linear in zip(layer_linears(self.config), layer.linears, strict=True)
         }
+        return {**linears, HEAD_SITE: self._head}
 
     def _attention(self, layer: DecoderLayer, x: Tensor, batch: StepBatch, kv: LayerKV) -> Tensor:
         """x: [T, C], normed → [T, C], to be added to the residual."""
@@ -123,5 +141,5 @@ class LanguageModel:
         x = ops.paged_attention(q, kv, batch.attention, config.attention_scale, layer.window, config.attention_soft_cap)
         x = layer.o(x, batch.lora)
         if layer.norm_after_attention is not None:
-            x = ops.rms_norm(x, layer.norm_after_attention, config.rms_norm_eps)
+            x = layer.norm_after_attention(x, batch.lora)
         return x

@@ -5,15 +5,17 @@ Written down once: the expected tensors, the loading and the LoRA targets all fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from adapters.binding import LoraTarget
+from adapters.layer import EMBEDDING_SITE
+from adapters.targets import LoraTarget, TargetKind
 from engine.model_config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD_MODULE = "lm_head"
 HEAD = f"{HEAD_MODULE}.weight"
+HEAD_SITE, FINAL_NORM_SITE = HEAD_MODULE, "norm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +106,25 @@ def site_name(layer: int, linear: FusedLinear) -> str:
     return f"layers.{layer}.{linear.name}"
 
 
+def norm_site(layer: int, module: str) -> str:
+    return f"layers.{layer}.{module}"
+
+
 def lora_targets(config: ModelConfig) -> dict[str, LoraTarget]:
-    """What adapters may name: each projection by itself, and each fused linear as a whole."""
-    targets = {}
+    """What adapters may name: each projection by itself, and each fused linear as a whole; embedding, head, norms."""
+    embedding, head = EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    norm = LoraTarget("", 0, 0, hidden, TargetKind.NORM)
+    targets = {
+        embedding: LoraTarget(EMBEDDING_SITE, vocabulary, 0, hidden, TargetKind.EMBEDDING),
+        head: LoraTarget(HEAD_SITE, hidden, 0, vocabulary, tied_to=embedding if config.tie_word_embeddings else None),
+        FINAL_NORM.removesuffix(".weight"): replace(norm, site=FINAL_NORM_SITE),
+    }
+    norms = layer_norms(config)
     for layer in range(config.num_layers):
+        for module in (norms.before_attention, norms.before_mlp, norms.after_attention, norms.after_mlp):
+            if module is not None:
+                targets[f"model.layers.{layer}.{module}"] = replace(norm, site=norm_site(layer, module))
         for linear in layer_linears(config):
             site, path = site_name(layer, linear), f"model.layers.{layer}."
             start = 0

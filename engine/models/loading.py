@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapters.layer import LoRALinear
+from adapters.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear
+from adapters.replaced import ReplacementSite
 from engine.config import EngineConfig
 from engine.layers.linear import AnyLinear, Linear, SideBySide
 from engine.layers.rotary import cos_sin_table
@@ -18,11 +19,15 @@ from engine.models.decoder import DecoderLayer, LanguageModel
 from engine.models.layout import (
     EMBEDDING,
     FINAL_NORM,
+    FINAL_NORM_SITE,
     HEAD,
     HEAD_MODULE,
+    HEAD_SITE,
     FusedLinear,
     layer_linears,
     layer_norms,
+    norm_site,
+    site_name,
     tensor_shapes,
 )
 from engine.models.registry import read_model_config
@@ -113,6 +118,7 @@ class _Loader:
         self.dtype = dtype
         self.num_slots = engine.max_resident_adapters
         self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
+        self.replaced = ReplacementSite(ops.device)
         self.cos_sin = {
             rope: cos_sin_table(rope, config.head_dim, num_positions, ops.device)
             for rope in {layer.rope for layer in config.layers}
@@ -122,14 +128,16 @@ class _Loader:
     def load(self) -> LanguageModel:
         embedding = self._rows(EMBEDDING)
         layers = [self._layer(index) for index in range(self.config.num_layers)]
-        final_norm = self._norm(FINAL_NORM)
-        head = self._head(embedding)
+        final_norm = self._adapted_norm(FINAL_NORM_SITE, FINAL_NORM)
+        head = self._lora_linear(HEAD_SITE, self._head(embedding))
         self.nbytes += embedding.nbytes
-        return LanguageModel(self.config, self.ops, embedding, layers, final_norm, head, self.nbytes)
+        adapted_embedding = LoRAEmbedding(embedding, self.replaced.table.at(EMBEDDING_SITE))
+        replaced, nbytes = self.replaced, self.nbytes
+        return LanguageModel(self.config, self.ops, adapted_embedding, layers, final_norm, head, replaced, nbytes)
 
     def _layer(self, index: int) -> DecoderLayer:
         prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], layer_norms(self.config)
-        qkv, o, gate_up, down = (self._fused(prefix, linear) for linear in layer_linears(self.config))
+        qkv, o, gate_up, down = (self._fused(index, prefix, linear) for linear in layer_linears(self.config))
         qk_norm = None
         if norms.query is not None and norms.key is not None:
             qk_norm = QKNorm(
@@ -142,19 +150,22 @@ class _Loader:
             o=o,
             gate_up=gate_up,
             down=down,
-            norm_before_attention=self._norm(f"{prefix}{norms.before_attention}.weight"),
-            norm_before_mlp=self._norm(f"{prefix}{norms.before_mlp}.weight"),
-            norm_after_attention=self._norm_if(norms.after_attention, prefix),
-            norm_after_mlp=self._norm_if(norms.after_mlp, prefix),
+            norm_before_attention=self._layer_norm(index, norms.before_attention),
+            norm_before_mlp=self._layer_norm(index, norms.before_mlp),
+            norm_after_attention=self._layer_norm_if(index, norms.after_attention),
+            norm_after_mlp=self._layer_norm_if(index, norms.after_mlp),
             qk_norm=qk_norm,
             cos_sin=self.cos_sin[attention.rope],
             window=attention.window,
         )
 
-    def _fused(self, prefix: str, linear: FusedLinear) -> LoRALinear:
+    def _fused(self, index: int, prefix: str, linear: FusedLinear) -> LoRALinear:
         paths = [prefix + part for part, _ in linear.parts]
         bias = self._rows(*(f"{path}.bias" for path in paths)) if linear.bias else None
-        return LoRALinear(self.ops, self._linear(self._weights(paths), bias), self.num_slots)
+        return self._lora_linear(site_name(index, linear), self._linear(self._weights(paths), bias))
+
+    def _lora_linear(self, site: str, linear: AnyLinear) -> LoRALinear:
+        return LoRALinear(self.ops, linear, self.num_slots, self.replaced.table.at(site))
 
     def _weights(self, paths: Sequence[str]) -> list[Tensor | QuantizedWeight]:
         """Of projections that are multiplied as one: as few matrices as can be, their rows in order."""
@@ -208,18 +219,25 @@ class _Loader:
                 if isinstance(weight, Tensor)
                 else self.ops.pack_quantized(weight, part, self.dtype)
             )
-            linears.append(Linear(self.ops, packed))
+            linears.append(Linear(self.ops, packed, part))
             start += rows
         self.nbytes += sum(linear.nbytes for linear in linears)
-        return linears[0] if len(linears) == 1 else SideBySide(linears)
+        return linears[0] if len(linears) == 1 else SideBySide(linears, bias)
 
     def _norm(self, name: str) -> Tensor:
         weight = self.checkpoint.stacked([name], torch.float32, self.ops.device)
         self.nbytes += weight.nbytes
         return weight.add_(self.config.norm_offset)
 
-    def _norm_if(self, module: str | None, prefix: str) -> Tensor | None:
-        return None if module is None else self._norm(f"{prefix}{module}.weight")
+    def _layer_norm(self, index: int, module: str) -> AdaptedNorm:
+        return self._adapted_norm(norm_site(index, module), f"model.layers.{index}.{module}.weight")
+
+    def _layer_norm_if(self, index: int, module: str | None) -> AdaptedNorm | None:
+        return None if module is None else self._layer_norm(index, module)
+
+    def _adapted_norm(self, site: str, name: str) -> AdaptedNorm:
+        eps, offset = self.config.rms_norm_eps, self.config.norm_offset
+        return AdaptedNorm(self.ops, self._norm(name), eps, offset, self.replaced.table.at(site))
 
     def _rows(self, *names: str) -> Tensor:
         return self.checkpoint.stacked(names, self.dtype, self.ops.device)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapters.binding import LoraTarget
 from adapters.key import AdapterKey
 from adapters.source import digest
+from adapters.targets import LoraTarget
 
 HIDDEN, QUERY, KEY, INTERMEDIATE = 8, 12, 4, 10
 LAYERS = 2

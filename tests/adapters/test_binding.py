@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.binding import BoundAdapter, LoraTarget, bind
+from adapters.binding import BoundAdapter, bind
 from adapters.config import parse_config
 from adapters.errors import AdapterRejected
+from adapters.targets import LoraTarget
 
 TensorMaker = Callable[..., dict[str, torch.Tensor]]
 Targets = dict[str, LoraTarget]

@@ -218,7 +218,7 @@ def test_an_adapter_with_no_lora_tensors_is_refused(make_adapter: AdapterMaker) 
 
 
 def test_foreign_tensors_are_all_named(make_adapter: AdapterMaker) -> None:
-    tensors = {name: torch.ones(1) for name in ("lm_head.weight", "x.lora_magnitude_vector.weight", "x.lora_B.bias")}
+    tensors = {name: torch.ones(1) for name in ("x.lora_diag", "x.modules_to_save.weight", "x.lora_C.weight")}
     problems = problems_of(make_adapter(tensors=tensors))
     assert all(name in problems for name in tensors)
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.binding import LoraTarget
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from adapters.store import AdapterStore, compute_alone
+from adapters.targets import LoraTarget
 
 AdapterMaker = Callable[..., Path]
 KeyOf = Callable[[Path], AdapterKey]

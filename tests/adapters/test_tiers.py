@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from safetensors.torch import save_file
 
-from adapters.binding import LoraTarget
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from adapters.layer import LoRALinear
 from adapters.pool import AdapterPool
 from adapters.source import digest
 from adapters.store import AdapterStore
+from adapters.targets import LoraTarget
 from kernels.ops import LoraSegments, select_ops
 
 IN, OUT, NUM_SLOTS = 4, 6, 3

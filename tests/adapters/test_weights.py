@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from adapters.binding import LoraTarget
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
+from adapters.targets import LoraTarget
 from adapters.weights import LoadedAdapter, load_adapter
 from kernels.ops import LoraWeights
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.layer import LoRALinear
 from engine.batch import StepBatch
 from engine.config import EngineConfig
 from engine.cuda_graph import DecodeInputs, batch_sizes, capture_decoding, reserve_adapters
@@ -46,6 +47,8 @@ def model(ops, tmp_path_factory: pytest.TempPathFactory):
     loaded = load_model(EngineConfig(model=str(folder), dtype="float32", max_resident_adapters=2), folder, ops)
     generator = torch.Generator().manual_seed(1)
     for site in loaded.lora_sites().values():
+        if not isinstance(site, LoRALinear):
+            continue
         a = torch.randn(3, site.in_features, generator=generator)
         b = torch.randn(site.out_features, 3, generator=generator)
         site.table.put(1, ops.pack_lora(LoraWeights(a, (LoraSlice(0, 0, b),))))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.targets import TargetKind
 from engine.config import EngineConfig
 from engine.kv_cache import block_bytes, create_kv_cache
 from engine.model_config import ModelError
@@ -134,11 +135,13 @@ def test_tables_reach_only_as_far_as_requests_may(tmp_path: Path) -> None:
 def test_every_site_has_room_for_adapters(tmp_path: Path) -> None:
     model = load(checkpoint(tmp_path))
     sites, targets = model.lora_sites(), model.lora_targets()
-    assert set(sites) == {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("qkv", "o", "gate_up", "down")}
-    assert {target.site for target in targets.values()} == set(sites)
+    linears = {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("qkv", "o", "gate_up", "down")} | {"lm_head"}
+    assert set(sites) == linears | {"embed_tokens", "replaced"}
+    norms = {target.site for target in targets.values() if target.kind is TargetKind.NORM}
+    assert {target.site for target in targets.values()} - norms == set(sites) - {"replaced"}
     key = targets["model.layers.1.self_attn.k_proj"]
     assert (key.site, key.in_features, key.out_start, key.out_features) == ("layers.1.qkv", 16, 16, 8)
-    for target in targets.values():
+    for target in (target for target in targets.values() if target.kind is TargetKind.LINEAR):
         assert target.in_features == sites[target.site].in_features
         assert target.out_start + target.out_features <= sites[target.site].out_features
 

@@ -29,6 +29,7 @@ class FakeSlots:
         self.broken: set[AdapterKey] = set()
         self.references: Counter[AdapterKey] = Counter()
         self.wanted: list[AdapterKey] = []
+        self.invoked_by: dict[AdapterKey, tuple[int, ...]] = {}
 
     def make_room(self, key: AdapterKey) -> None:
         self.wanted.append(key)
@@ -48,6 +49,10 @@ class FakeSlots:
             return None
         self.references[key] += 1
         return self.resident[key]
+
+    def invocation_tokens(self, key: AdapterKey) -> tuple[int, ...]:
+        assert self.references[key] > 0
+        return self.invoked_by.get(key, ())
 
     def release(self, key: AdapterKey) -> None:
         assert self.references[key] > 0

@@ -1,0 +1,76 @@
+"""The modules that adapters may name, as a model describes itself, and what an adapter holds for one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from torch import Tensor
+
+from adapters.names import LoraTensorName, Part
+
+HEAD_MODULE = "lm_head"
+
+
+class BaseWeight(Protocol):
+    """What the model itself has where an adapter is placed."""
+
+    @property
+    def bias(self) -> Tensor | None: ...  # [N] of the whole linear
+
+    def dequantize(self, start: int, end: int) -> Tensor:
+        """Rows of the weight: float32 [end − start, C], on any device. Any thread may call it."""
+
+
+class TargetKind(Enum):
+    LINEAR = "linear"
+    EMBEDDING = "embedding"  # a linear of one-hot rows: C is the vocabulary, N the width
+    NORM = "norm"  # can be replaced, but takes no LoRA
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTarget:
+    """A module that an adapter may name, and where its output lies in the linear that computes it.
+
+    A model describes itself by a dict of these, keyed by the module's path in the Hugging Face model
+    ("model.layers.0.self_attn.q_proj"), with the fused names ("….self_attn.qkv_proj") beside the parts.
+    """
+
+    site: str  # the linear: a key of the pool's sites
+    in_features: int  # C
+    out_start: int  # first column of the linear's output that belongs to this projection
+    out_features: int  # N of the projection
+    kind: TargetKind = TargetKind.LINEAR
+    base: BaseWeight | None = None  # needed for DoRA, trained biases and copies of base weights
+    tied_to: str | None = None  # the embedding whose weight this head shares
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.out_start, self.out_start + self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """All that the adapter's file holds for one module of the model."""
+
+    name: str  # the model's
+    target: LoraTarget
+    parts: dict[Part, LoraTensorName] = field(default_factory=dict)  # an embedding's A and B under "A" and "B"
+
+    @property
+    def trained_name(self) -> str:
+        """As PEFT's patterns see it."""
+        return next(iter(self.parts.values())).module
+
+    @property
+    def is_adapted(self) -> bool:
+        return "A" in self.parts
+
+    def key(self, part: Part) -> str:
+        return self.parts[part].key
+
+    def is_one_of(self, ends: Iterable[str]) -> str | None:
+        """Which of these is how the module's path ends: as PEFT sees it, "norm" is every module that ends so."""
+        return next((end for end in ends if self.name.endswith(end)), None)
