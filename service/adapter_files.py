@@ -11,7 +11,9 @@ from typing import ParamSpec, TypeVar
 from adapters.depot import Depot
 from adapters.errors import AdapterRejected, SourceNotAllowed
 from adapters.registry import AdapterVersion
+from adapters.remote import RemoteSources
 from adapters.source import AdapterDescription, AdapterSource, describe, digest, fingerprint
+from adapters.trust import is_trusted
 from service.errors import FailedPrecondition, PermissionDenied
 
 P = ParamSpec("P")
@@ -36,8 +38,9 @@ class AdapterFiles:
 class AdapterLibrary:
     """For one event loop. Files are read in threads."""
 
-    def __init__(self, source: AdapterSource, depot: Depot) -> None:
+    def __init__(self, source: AdapterSource, remote: RemoteSources, depot: Depot) -> None:
         self._source = source
+        self._remote = remote
         self._depot = depot
         # Threads of their own: reading gigabytes must not hold up the prompts that are tokenised in the common ones.
         self._readers = ThreadPoolExecutor(READERS, "adapter-inspect")
@@ -50,14 +53,29 @@ class AdapterLibrary:
     async def find(self, reference: str) -> AsyncIterator[AdapterFiles]:
         """The files that a reference names, checked as far as can be without their model.
 
+        What lies elsewhere is fetched first, and removed at the end of the block unless it is kept.
+
         Raises PermissionDenied (SOURCE_NOT_ALLOWED), and FailedPrecondition (ADAPTER_INVALID) for files so wrong that
-        they have not even a digest.
+        they have not even a digest, or (ADAPTER_UNREADABLE) that cannot be fetched.
         """
+        if RemoteSources.is_remote(reference):
+            async with self.gather() as gathering:
+                await self._fetch(reference, gathering.directory)
+                yield await gathering.check(f"source {reference!r}")
+            return
         try:
             directory = await self._in_thread(self._source.resolve, reference)
         except SourceNotAllowed as error:
             raise PermissionDenied(str(error), "SOURCE_NOT_ALLOWED") from error
         yield await self._checked(directory, f"source {reference!r}", gathered=False)
+
+    async def _fetch(self, reference: str, directory: Path) -> None:
+        try:
+            await self._in_thread(self._remote.fetch, reference, directory)
+        except SourceNotAllowed as error:
+            raise PermissionDenied(str(error), "SOURCE_NOT_ALLOWED") from error
+        except AdapterRejected as error:
+            raise FailedPrecondition(error.reason, f"source {reference!r}: {error}") from error
 
     @asynccontextmanager
     async def gather(self) -> AsyncIterator["Gathering"]:
@@ -67,6 +85,10 @@ class AdapterLibrary:
             yield Gathering(directory, self)
         finally:
             await self._in_thread(self._depot.discard, directory)
+
+    async def is_trusted(self, files: AdapterFiles, digests: Collection[str], key_files: Collection[Path]) -> bool:
+        """Whether files are among those digests, or signed with one of those keys."""
+        return await self._in_thread(is_trusted, files.digest, files.directory, digests, key_files)
 
     def keep(self, files: AdapterFiles) -> None:
         """Have gathered files stay, for a version that is registered before anything else happens."""

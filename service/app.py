@@ -13,6 +13,7 @@ import grpc.aio
 from adapters.depot import Depot
 from adapters.key import AdapterKey
 from adapters.registry import AdapterRegistry
+from adapters.remote import RemoteSources
 from adapters.source import AdapterSource
 from engine.bus import make_bus_directory
 from loraplex.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
@@ -125,7 +126,8 @@ def assemble(
     state_directory = Path(config.state_directory) if config.state_directory else None
     state = StateFile(state_directory)
     depot = Depot((state_directory or bus_directory) / "adapters")
-    library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), depot)
+    remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
+    library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
     deployer = AdapterDeployer(registry, library, host, state)
     routes = RouteBook(state)
     catalog = Catalog(host, registry, routes)

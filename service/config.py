@@ -142,6 +142,8 @@ class ServiceConfig(_Section, frozen=True):
     models: tuple[ModelConfig, ...]
     adapters: tuple[AdapterConfig, ...] = ()
     adapter_roots: tuple[str, ...] = ()  # adapters are read from under these directories alone
+    adapter_sources: tuple[str, ...] = ()  # and fetched from under these: "s3://bucket/prefix/", "hf://owner/"
+    object_store: dict[str, str] = {}  # for s3://: endpoint, region, …
     state_directory: str | None = None  # survives restarts; "": nothing does. The file's default: beside it
     listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
     admin_listen: str = "127.0.0.1:50052"
@@ -273,6 +275,9 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
             chat_template=None if item.chat_template is None else absolute(item.chat_template),
         )
 
+    def tenant(item: TenantConfig) -> TenantConfig:
+        return msgspec.structs.replace(item, adapter_keys=tuple(absolute(file) for file in item.adapter_keys))
+
     tls = config.tls
     if tls is not None:
         client_ca = None if tls.client_ca is None else absolute(tls.client_ca)
@@ -283,13 +288,22 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
     return msgspec.structs.replace(
         config,
         models=tuple(model(item) for item in config.models),
-        adapters=tuple(msgspec.structs.replace(item, source=absolute(item.source)) for item in config.adapters),
+        adapters=tuple(
+            item if _is_remote(item) else msgspec.structs.replace(item, source=absolute(item.source))
+            for item in config.adapters
+        ),
+        tenants={name: tenant(item) for name, item in config.tenants.items()},
+        other_tenants=tenant(config.other_tenants),
         adapter_roots=tuple(absolute(root) for root in config.adapter_roots),
         state_directory=_state_directory(config, base),
         tls=tls,
         usage=usage,
         auth=None if config.auth is None else config.auth.with_paths(absolute),
     )
+
+
+def _is_remote(adapter: AdapterConfig) -> bool:
+    return "://" in adapter.source
 
 
 def _state_directory(config: ServiceConfig, base: Path) -> str:
@@ -312,7 +326,7 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
             yield f"{place}: the name must be an id, or two with a slash between, each {_ID_RULE}"
         if adapter.model not in names:
             yield f"{place}: model {adapter.model!r} is none of those configured: {', '.join(sorted(names))}"
-        if not config.adapter_roots:
+        if not config.adapter_roots and not _is_remote(adapter):
             yield f"{place}: adapter_roots is empty, so no adapter may be read; list the directory that it lies in"
     for root in config.adapter_roots:
         if not Path(root).is_dir():

@@ -5,14 +5,17 @@ the engines, which share their steps by them (`engine/fairness.py`).
 """
 
 import hmac
+import re
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 
+from adapters.trust import public_key
 from service.errors import QuotaExceeded
 
 REMEMBERED_TENANTS = 4096  # of those that the configuration does not name
@@ -28,6 +31,8 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     burst_seconds: float = 10.0  # so many seconds' worth of both may come at once
     max_adapters: int | None = None  # versions
     max_adapter_bytes: int | None = None  # of the weights of all versions together, on disk
+    adapter_digests: tuple[str, ...] = ()  # with either of these two, adapters must be listed here,
+    adapter_keys: tuple[str, ...] = ()  # or signed with one of these Ed25519 public keys: PEM files
     cache_group: str | None = None  # tenants with the same group share cached prefixes; None: with nobody
 
     def problems(self) -> Iterator[str]:
@@ -40,6 +45,14 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 yield f"{name} {value} must be above 0"
+        for digest in self.adapter_digests:
+            if not re.fullmatch("(sha256:)?[0-9a-f]{64}", digest):
+                yield f"adapter_digests: {digest[:80]!r} is no digest: 64 hexadecimal digits are expected"
+        for file in self.adapter_keys:
+            try:
+                public_key(Path(file).read_bytes())
+            except (OSError, ValueError) as error:
+                yield f"adapter_keys: {file}: {error}"
         for name in ("max_adapters", "max_adapter_bytes"):
             value = getattr(self, name)
             if value is not None and value < 0:

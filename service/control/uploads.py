@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 from adapters.config import MAX_CONFIG_BYTES
 from adapters.source import CONFIG_FILE, WEIGHTS_FILE
+from adapters.trust import MAX_SIGNATURE_BYTES, SIGNATURE_FILE
 from loraplex.v1.adapters_pb2 import CreateAdapterRequest, UploadAdapterRequest, UploadFile
 from service.adapter_files import Gathering
 from service.errors import InvalidRequest
@@ -43,13 +44,17 @@ class _Files:
         self.name = ""
         self._missing_bytes = 0
         self._left_bytes = max_bytes
-        self._limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: max_bytes}
+        self._limits = {
+            CONFIG_FILE: MAX_CONFIG_BYTES,
+            WEIGHTS_FILE: max_bytes,
+            SIGNATURE_FILE: MAX_SIGNATURE_BYTES,
+        }
 
     def begin(self, file: UploadFile) -> None:
         self._check_whole()
         limit = self._limits.pop(file.name, None)
         if limit is None:
-            raise InvalidRequest.at("file.name", f"{file.name[:80]!r}: {CONFIG_FILE} and {WEIGHTS_FILE} once each")
+            raise InvalidRequest.at("file.name", f"{file.name[:80]!r}: one of {', '.join(self._limits)} is expected")
         limit = min(limit, self._left_bytes)
         if not 0 < file.size_bytes <= limit:
             raise InvalidRequest.at("file.size_bytes", f"{file.name}: must be from 1 to {limit}, is {file.size_bytes}")
@@ -66,8 +71,9 @@ class _Files:
 
     def end(self) -> None:
         self._check_whole()
-        if self._limits:
-            raise InvalidRequest.at("file.name", f"missing: {', '.join(self._limits)}")
+        missing = [name for name in self._limits if name != SIGNATURE_FILE]
+        if missing:
+            raise InvalidRequest.at("file.name", f"missing: {', '.join(missing)}")
 
     def _check_whole(self) -> None:
         if self._missing_bytes:

@@ -56,6 +56,8 @@ async def control_plane(
     adapters: tuple[AdapterConfig, ...] = (),
     drain_grace_seconds: float = 20.0,
     state_directory: str = "",
+    sources: tuple[str, ...] = (),
+    object_store: dict[str, str] | None = None,
     models: tuple[str, ...] = ("tiny", "other"),
     tenants: dict[str, TenantConfig] | None = None,
     **settings: Any,
@@ -67,6 +69,8 @@ async def control_plane(
             for name in models
         ),
         state_directory=state_directory,
+        adapter_sources=sources,
+        object_store=object_store or {},
         adapters=adapters,
         adapter_roots=(str(roots),),
         supervision=SupervisionConfig(heartbeat_seconds=0.02, restart_delay_seconds=0.01),

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from adapters.depot import Depot
 from adapters.registry import AdapterRegistry, AdapterSpec, AdapterState, AdapterVersion
+from adapters.remote import RemoteSources
 from adapters.source import CONFIG_FILE, WEIGHTS_FILE, AdapterSource
 from service.adapter_files import AdapterLibrary
 from service.deployment import AdapterDeployer
@@ -61,7 +62,8 @@ class Life:
         engine = FakeEngine()
         state = StateFile(directory / "state")
         registry = AdapterRegistry()
-        library = AdapterLibrary(AdapterSource([directory]), Depot(directory / "state" / "adapters"))
+        depot = Depot(directory / "state" / "adapters")
+        library = AdapterLibrary(AdapterSource([directory]), RemoteSources((), {}, 0), depot)
         host = cast(ModelHost, FakeHost(engine))
         return cls(state, registry, library, AdapterDeployer(registry, library, host, state), engine)
 

@@ -153,7 +153,9 @@ class Adapter(google.protobuf.message.Message):
     base_model: builtins.str
     """models/{model}: the model that it adapts. Required to create one."""
     source: builtins.str
-    """Where its files are: a path or URI under one of the roots that the operator allows. Empty for an upload."""
+    """Where its files are: a path under one of the roots, or s3://{bucket}/{prefix} or hf://{owner}/{name}@{commit} under
+    one of the remote sources, that the operator allows. Empty for an upload.
+    """
     digest: builtins.str
     """The digest of its files, "sha256:" and 64 hex digits. If given to create one, the files must have it."""
     state: Global___Adapter.State.ValueType
@@ -422,7 +424,7 @@ class UploadFile(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Its name: "adapter_config.json" or "adapter_model.safetensors"."""
+    """Its name: "adapter_config.json", "adapter_model.safetensors" or, of a signed adapter, "adapter.sig"."""
     size_bytes: builtins.int
     """Its length in bytes."""
     def __init__(
