@@ -6,6 +6,7 @@ ZeroMQ, in-process and with a fake engine. It lives as long as its engine proces
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
@@ -62,11 +63,15 @@ class EngineClient:
         self.error: Exception | None = None  # set once, by fail()
         self.adapters: dict[AdapterKey, AdapterLoaded] = {}  # what the engine has been given and not told to drop
         self.residency: dict[AdapterKey, Residency] = {}  # of those; what is missing is on disk
+        self.moves = Counter[tuple[Residency, Residency]]()  # from one place to another, adapters one by one
+        self.num_loads = 0  # adapters read into host memory
+        self.load_seconds = 0.0  # that this took in all, from asking to answer
         self._send = send
         self._max_pending_tokens = max_pending_tokens
         self._ids = itertools.count(1)
         self._generations: dict[int, Generation] = {}  # by request id, until the engine finished it
         self._loads: dict[AdapterKey, asyncio.Future[AdapterLoaded]] = {}
+        self._load_began: dict[AdapterKey, float] = {}  # by the loop's clock
         self._arrivals: dict[AdapterKey, asyncio.Future[None]] = {}  # on the device
         self._unloads: dict[AdapterKey, asyncio.Future[None]] = {}
         self._pins: dict[AdapterKey, asyncio.Future[AdapterPinned]] = {}
@@ -193,9 +198,11 @@ class EngineClient:
                 _resolve(self._pings.get(nonce), message)
             case AdapterLoaded(key=key):
                 self.adapters[key] = message
-                self.residency[key] = max(Residency.HOST, self.residency.get(key, Residency.DISK))
+                self._move(key, max(Residency.HOST, self.residency.get(key, Residency.DISK)))
+                self._count_load(key)
                 _resolve(self._loads.pop(key, None), message)
             case AdapterFailed(key=key, problems=problems, reason=reason):
+                self._load_began.pop(key, None)
                 _reject(self._loads.pop(key, None), AdapterRejected(problems, reason))
                 _reject(self._arrivals.pop(key, None), AdapterRejected(problems, reason))
             case AdapterUnloaded(key=key):
@@ -230,13 +237,26 @@ class EngineClient:
         _resolve(self._unloads.pop(key, None), None)
         if key not in self._loads:
             self._loads[key] = _future()
+            self._load_began[key] = asyncio.get_running_loop().time()
         self._send(LoadAdapter(key, path, residency))
 
     def _take_moves(self, moves: list[tuple[AdapterKey, Residency]]) -> None:
         for key, residency in moves:
-            self.residency[key] = residency
+            self._move(key, residency)
             if residency is Residency.DEVICE:
                 _resolve(self._arrivals.pop(key, None), None)
+
+    def _move(self, key: AdapterKey, residency: Residency) -> None:
+        before = self.residency.get(key, Residency.DISK)
+        if residency is not before:
+            self.moves[before, residency] += 1
+        self.residency[key] = residency
+
+    def _count_load(self, key: AdapterKey) -> None:
+        began = self._load_began.pop(key, None)
+        if began is not None:
+            self.num_loads += 1
+            self.load_seconds += asyncio.get_running_loop().time() - began
 
     def _deliver_output(self, output: RequestOutput) -> None:
         generation = self._generations.get(output.request_id)

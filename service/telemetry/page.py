@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from adapters.key import AdapterKey
 from adapters.registry import VERSION_DIGITS, resource_name
 from adapters.residency import Residency
+from engine.client import EngineClient
 from engine.messages import EngineStats
 from service.hosting import HostedModel
 from service.supervisor import EngineState
@@ -206,6 +207,7 @@ def _engine_families(served: Served) -> Iterator[Metric]:
         if alias is not None:
             yield _counter(alias, text, ("model_name",), counter)
     yield from _adapters_by_tier(models)
+    yield from _adapter_moves([(model.name, model.client) for model in models if model.client is not None])
     yield _adapter_users(stats)
     yield _lora_info(served, stats)
     yield _cache_info(stats)
@@ -227,6 +229,19 @@ def _adapters_by_tier(models: Sequence[HostedModel]) -> Iterator[Metric]:
     text = "1 for each adapter version that an engine has been given, with the tier that it is in."
     yield _gauge("loraplex_adapter_resident", text, ("model", "adapter", "version", "tier"), rows)
     yield _gauge("loraplex_adapters", "Adapter versions in each tier.", ("model", "tier"), counts)
+
+
+def _adapter_moves(clients: Sequence[tuple[str, EngineClient]]) -> Iterator[Metric]:
+    moves, loads, seconds = Counter(), Counter(), Counter()
+    for model, client in clients:
+        for (before, after), count in client.moves.items():
+            moves.add((model, before.name.lower(), after.name.lower()), count)
+        loads.add((model,), client.num_loads)
+        seconds.add((model,), client.load_seconds)
+    text = "Adapters that went from one tier to another; away from the device are evictions."
+    yield _counter("loraplex_adapter_moves", text, ("model", "from", "to"), moves)
+    yield _counter("loraplex_adapter_loads", "Adapters read into host memory.", ("model",), loads)
+    yield _counter("loraplex_adapter_load_seconds", "That reading them took in all.", ("model",), seconds)
 
 
 def _adapter_users(stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:

@@ -6,11 +6,13 @@ import pytest
 
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
+from adapters.residency import Residency
 from engine.client import EngineClient, Generation, SlowConsumerError
 from engine.messages import (
     Abort,
     AdapterFailed,
     AdapterLoaded,
+    AdaptersMoved,
     AdapterUnloaded,
     AddRequest,
     EngineStats,
@@ -322,3 +324,11 @@ async def test_a_load_that_nobody_waits_for_may_fail_in_silence(wire: Wire) -> N
     wire.client.start_loading(KEY, "/a")
     wire.client.deliver(AdapterFailed(KEY, ["bad"]))
     assert KEY not in wire.client.adapters
+
+
+async def test_moves_of_adapters_between_tiers_are_counted() -> None:
+    client = EngineClient(lambda message: None)
+    client.deliver(AdaptersMoved([(KEY, Residency.DEVICE)]))
+    client.deliver(AdaptersMoved([(KEY, Residency.DEVICE)]))  # it is there already
+    client.deliver(AdaptersMoved([(KEY, Residency.HOST)]))
+    assert client.moves == {(Residency.DISK, Residency.DEVICE): 1, (Residency.DEVICE, Residency.HOST): 1}

@@ -63,6 +63,8 @@ async def test_a_generation_counts_for_its_tenant_model_and_adapter(control: Con
     assert page.value("loraplex_prompt_tokens_total", **user) == 3
     assert page.value("loraplex_completion_tokens_total", **user) == 5
     assert page.value("loraplex_adapter_resident", adapter=user["adapter"]) == 1
+    assert page.value("loraplex_adapter_loads_total", model="tiny") == 1
+    assert page.value("loraplex_adapter_load_seconds_total", model="tiny") > 0
 
 
 async def test_the_times_of_a_generation_are_under_both_names(control: ControlPlane) -> None:
