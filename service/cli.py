@@ -33,6 +33,7 @@ from service.app import running
 from service.auth.command import keys
 from service.config import ConfigError, ServiceConfig, load_config
 from service.demo import play_demo
+from service.quantize import quantize
 from service.telemetry.logs import CallFields
 from service.top import watch_load
 
@@ -58,6 +59,7 @@ def main() -> None:
 
 
 main.add_command(keys)
+main.add_command(quantize)
 
 
 @main.command()

@@ -1,13 +1,13 @@
 """Quantised checkpoints: from what config.json says of a format, and its packed tensors, to canonical records.
 
 One file per format; `spec.py` says what a format has to offer, `detection.py` chooses it, `reader.py` reads a model's
-linears by it, `round_to_nearest.py` quantises a dense checkpoint while it is loaded. Needs none of the packages that
+linears by it, `rounding.py` quantises a dense checkpoint while it is loaded. Needs none of the packages that
 make such checkpoints.
 """
 
 from engine.quantization.detection import parse, read_spec
 from engine.quantization.reader import QuantizedReader
-from engine.quantization.round_to_nearest import round_to_nearest
+from engine.quantization.rounding import round_to_nearest
 from engine.quantization.spec import LinearShape, QuantSpec
 
 __all__ = ["LinearShape", "QuantSpec", "QuantizedReader", "parse", "read_spec", "round_to_nearest"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
 from engine.quantization.bitsandbytes import INT8_HIGHEST, centred_int8
-from kernels.quantized import AffineWeight, QuantizedWeight, TableWeight
+from kernels.quantized import AffineWeight, QuantizedWeight, TableWeight, concatenate
 
+CHUNK_ELEMENTS = 1 << 21
 NF4_BLOCK = 64
 INT4_GROUP = 64
 # Quantiles of the normal distribution, from QLoRA (arXiv 2305.14314), appendix E; as bitsandbytes has them.
@@ -33,12 +36,14 @@ NF4_TABLE = (
 
 def round_to_nearest(weight: Tensor, method: str) -> QuantizedWeight:
     """weight: [N, C] of any float type; method: "nf4", "int8" or "int4", as EngineConfig has it."""
-    if method == "nf4":
-        return _nf4(weight)
-    if method == "int8":
-        return _int8(weight)
-    assert method == "int4"
-    return _int4(weight)
+    methods: Mapping[str, Callable[[Tensor], QuantizedWeight]] = {"nf4": _nf4, "int8": _int8, "int4": _int4}
+    quantise = methods[method]
+    rows, columns = weight.shape
+    # Bounds the float32 temporaries. Whole blocks of nf4 lie in any multiple of 64 rows.
+    at_once = max(1, CHUNK_ELEMENTS // columns // NF4_BLOCK) * NF4_BLOCK
+    record = concatenate([quantise(weight[start : start + at_once]) for start in range(0, rows, at_once)])
+    assert record is not None
+    return record
 
 
 def _nf4(weight: Tensor) -> TableWeight:

@@ -1,0 +1,137 @@
+"""How much memory loading a model takes, beyond what the loaded model keeps.
+
+    python -m benchmarks.loading MODEL [--quantization nf4] [--kernels cpu] [--make FORMAT]
+
+Loads the model in this process and watches its anonymous memory: pages of the mapped checkpoint come and go as the
+system likes and are not counted. `--make` first writes MODEL as a random model in that format: dense or nf4, 270
+million weights in the linears.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.models import load_model, parse_model_config
+from engine.models.layout import tensor_shapes
+from engine.quantization import round_to_nearest
+from kernels.ops import select_ops
+from kernels.quantized import TableWeight
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+INTERVAL_SECONDS = 0.002
+MIB = 1 << 20
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs. Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+class PeakMemory:
+    """The most anonymous memory while the block runs, and at its end, beyond what there was at its start."""
+
+    def __enter__(self) -> PeakMemory:
+        self._before = self._most = anonymous_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.peak = self._most - self._before
+        self.final = anonymous_bytes() - self._before
+
+    def _watch(self) -> None:
+        while not self._done.wait(INTERVAL_SECONDS):
+            self._most = max(self._most, anonymous_bytes())
+
+
+def make(directory: Path, file_format: str) -> None:
+    """A random model, in as many files as it has layers."""
+    directory.mkdir(parents=True)
+    raw = SHAPE if file_format == "dense" else {**SHAPE, "quantization_config": NF4}
+    (directory / "config.json").write_text(json.dumps(raw))
+    shards: dict[str, dict[str, Tensor]] = {}
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for name, shape in tensor_shapes(parse_model_config(raw, "config.json")).items():
+        weight = (torch.rand(shape, generator=generator) - 0.5).bfloat16()
+        tensors = {name: weight}
+        if file_format == "nf4" and "_proj." in name:
+            tensors = as_nf4(name, weight)
+        shard = f"model-{name.split('.')[2] if '.layers.' in name else 'rest'}.safetensors"
+        shards.setdefault(shard, {}).update(tensors)
+        weight_map |= dict.fromkeys(tensors, shard)
+    for shard, tensors in shards.items():
+        save_file(tensors, directory / shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def as_nf4(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors that bitsandbytes stores."""
+    record = round_to_nearest(weight, "nf4")
+    assert isinstance(record, TableWeight)
+    pairs = record.codes.view(-1, 2)
+    state = {"quant_type": "nf4", "blocksize": record.block, "dtype": "bfloat16", "shape": list(weight.shape)}
+    return {
+        name: (pairs[:, :1] << 4 | pairs[:, 1:]).contiguous(),
+        f"{name}.absmax": record.absmax,
+        f"{name}.quant_map": record.table,
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the memory that loading a model takes.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--quantization")
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--make", choices=["dense", "nf4"])
+    given = parser.parse_args()
+    if given.make:
+        make(given.model, given.make)
+        return
+    config = EngineConfig(model=str(given.model), quantization=given.quantization, kernels=given.kernels)
+    config.check()
+    ops = select_ops(torch.device("cpu"), config.kernels)
+    started = time.monotonic()
+    with PeakMemory() as memory:
+        model = load_model(config, given.model, ops)
+    seconds = time.monotonic() - started
+    print(f"{model.config.quantization or 'dense'}, {ops.name} kernels: {seconds:.1f} s")
+    print(
+        f"model {model.nbytes / MIB:.0f} MiB, memory at the end {memory.final / MIB:.0f}, peak {memory.peak / MIB:.0f}"
+    )
+    print(f"peak / model {memory.peak / model.nbytes:.3f}")
+
+
+if __name__ == "__main__":
+    main()

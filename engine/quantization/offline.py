@@ -1,0 +1,170 @@
+"""`python -m engine.quantization.offline MODEL --method … --out DIR`: a quantised copy of a model, and what it costs.
+
+The work is done by the packages that the field trusts for it: GPTQModel for gptq and awq, bitsandbytes for nf4 and
+int8. They are extras and belong in an environment of their own; serving the result needs neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.messages import AddRequest, StepOutput
+from engine.model_config import ModelError
+from engine.models.registry import read_model_config
+from engine.quantization.detection import read_spec
+from engine.sampling_params import SamplingParams
+from engine.weights import read_json, resolve_model, shard_paths
+
+EXTRAS = {"gptq": "quantize", "awq": "quantize", "nf4": "bitsandbytes", "int8": "bitsandbytes"}
+PACKAGES = {"quantize": "gptqmodel", "bitsandbytes": "bitsandbytes"}
+WINDOW = 512  # tokens of one calibration sample, and of one stretch of text whose perplexity is measured
+MAX_SAMPLES = 256  # more change little: GPTQ's and AWQ's papers take 128
+# What makes the copy a whole model, and the packages do not all write.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What `loraplex quantize` is asked for."""
+
+    model: str  # a directory, or a hub id
+    method: str  # of EXTRAS
+    out: Path  # a new directory
+    calibration: Path | None  # text; gptq and awq need it
+    text: Path | None  # whose perplexity is measured before and after
+    group_size: int  # of gptq and awq: input features that share a scale
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="loraplex quantize", description="Write a quantised copy of a model.")
+    parser.add_argument("model", help="a directory, or a hub id")
+    parser.add_argument("--method", choices=list(EXTRAS), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--group-size", type=int, default=128)
+    try:
+        quantize(Job(**vars(parser.parse_args(arguments))))
+    except (ModelError, OSError) as error:
+        sys.exit(f"Error: {error}")
+
+
+def quantize(job: Job) -> None:
+    """Write the copy and print its size and what it does to the text.
+
+    Raises ModelError saying what is missing: the package, the calibration text, a new directory.
+    """
+    source = resolve_model(job.model)
+    spec = read_spec(source, read_json(source / "config.json"))
+    if spec is not None:
+        raise ModelError(f"{source}: is quantised already ({spec.label}): start from the unquantised model")
+    if job.out.exists():
+        raise ModelError(f"{job.out}: exists; name a directory that does not")
+    _require(job.method)
+    # Both the copy and its source are measured by the engine that serves them.
+    before = None if job.text is None else perplexity(source, source, job.text)
+    if EXTRAS[job.method] == "quantize":
+        _with_gptqmodel(source, job)
+    else:
+        _with_bitsandbytes(source, job)
+    for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
+        if not (job.out / path.name).exists():
+            shutil.copyfile(path, job.out / path.name)
+    after = None if job.text is None else perplexity(job.out, source, job.text)
+    _report(source, job.out, before, after)
+
+
+def perplexity(directory: Path, tokenizer: Path, text: Path) -> float:
+    """exp of the mean negative log-likelihood of the text's tokens, in stretches of WINDOW that start afresh."""
+    core = EngineCore.load(EngineConfig(model=str(directory), max_num_seqs=4))
+    sampling = SamplingParams(seed=0, max_tokens=1, temperature=0.0, num_prompt_logprobs=0)
+    for request_id, token_ids in enumerate(_windows(tokenizer, text, core.limits.max_model_len - 1)):
+        core.add(AddRequest(request_id, token_ids, sampling))
+    total, count = 0.0, 0
+    while core.has_work():
+        for output in [part for message in core.step() if isinstance(message, StepOutput) for part in message.outputs]:
+            if output.error:
+                raise ModelError(f"{directory}: {output.error}")
+            found = [details.logprob for details in output.prompt_logprobs or () if details is not None]
+            total, count = total - sum(found), count + len(found)
+    core.close()
+    return math.exp(total / count)
+
+
+def _windows(tokenizer: Path, text: Path, longest: int) -> list[list[int]]:
+    """The text's tokens in stretches of WINDOW; a short rest is left out, unless it is all there is."""
+    tokenize = importlib.import_module("transformers").AutoTokenizer.from_pretrained(tokenizer)
+    token_ids: list[int] = tokenize(text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    size = min(WINDOW, longest)
+    windows = [token_ids[start : start + size] for start in range(0, len(token_ids), size)]
+    windows = windows[:1] + [window for window in windows[1:] if len(window) == size]
+    if not windows or len(windows[0]) < 2:
+        raise ModelError(f"{text}: holds no text")
+    return windows
+
+
+def _require(method: str) -> None:
+    extra = EXTRAS[method]
+    for package in (PACKAGES[extra], "transformers"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ModelError(
+                f"{method} is done by {package}, which cannot be imported ({error}): install 'loraplex[{extra}]', best "
+                "in an environment of its own"
+            ) from error
+
+
+def _with_gptqmodel(source: Path, job: Job) -> None:
+    if job.calibration is None:
+        raise ModelError(f"{job.method} needs --calibration: a file with text like what the model will be given")
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))  # its own default of 1 fails
+    gptqmodel = importlib.import_module("gptqmodel")
+    longest = read_model_config(source).max_position_embeddings
+    samples = _windows(source, job.calibration, longest)[:MAX_SAMPLES]
+    file_format = {"gptq": "gptq", "awq": "gemm"}[job.method]
+    config = gptqmodel.QuantizeConfig(bits=4, group_size=job.group_size, method=job.method, format=file_format)
+    model = gptqmodel.GPTQModel.load(str(source), config)
+    # Left to itself it packs AWQ for a CUDA kernel, and fails where there is no GPU.
+    backend = "auto" if torch.cuda.is_available() or job.method == "gptq" else "awq_torch"
+    calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples]
+    model.quantize(calibration, backend=gptqmodel.BACKEND(backend))
+    model.save(str(job.out))
+
+
+def _with_bitsandbytes(source: Path, job: Job) -> None:
+    transformers = importlib.import_module("transformers")
+    four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = transformers.BitsAndBytesConfig(**(four_bit if job.method == "nf4" else {"load_in_8bit": True}))
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=config, device_map={"": device}
+    )
+    model.save_pretrained(job.out)  # before any forward pass: on some CPUs that repacks the weights
+
+
+def _report(source: Path, out: Path, before: float | None, after: float | None) -> None:
+    sizes = [sum(path.stat().st_size for path in shard_paths(directory)) for directory in (source, out)]
+    table = Table("", "before", "after", "ratio")
+    table.add_row("weights, MB", *(f"{size / 1e6:.2f}" for size in sizes), f"{sizes[1] / sizes[0]:.3f}")
+    if before is not None and after is not None:
+        table.add_row("perplexity", f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""`loraplex quantize`: what it refuses at once; and, where the packages are, that its copies load and answer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from engine.quantization import offline
+from service.cli import main
+from tests.engine.quantization import packing
+from tests.engine.quantization.checkpoints import load, logits, make_twins
+from tests.engine.quantization.formats import gptq
+
+ROOT = Path(__file__).parents[3]
+# A Python with gptqmodel, bitsandbytes and what Loraplex needs: they may not share an environment with the tests.
+PYTHON = os.environ.get("LORAPLEX_QUANTIZE_PYTHON")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    with pytest.raises(SystemExit) as caught:
+        offline.main([str(argument) for argument in arguments])
+    return str(caught.value)
+
+
+def test_a_quantised_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twins = make_twins(tmp_path, gptq(), packing.gptq())
+    message = refusal(capsys, twins.quantised, "--method", "nf4", "--out", tmp_path / "out")
+    assert "is quantised already (gptq-4bit-g32)" in message
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twins = make_twins(tmp_path, gptq(), packing.gptq())
+    message = refusal(capsys, twins.dense, "--method", "nf4", "--out", tmp_path)
+    assert "exists; name a directory that does not" in message
+
+
+@pytest.mark.parametrize(("method", "package"), [("gptq", "gptqmodel"), ("nf4", "bitsandbytes")])
+def test_a_missing_package_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    package: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    twins = make_twins(tmp_path, gptq(), packing.gptq())
+    message = refusal(capsys, twins.dense, "--method", method, "--out", tmp_path / "out")
+    assert f"{method} is done by {package}" in message
+    assert "install 'loraplex[" in message
+
+
+def test_the_command_runs_the_engines_side(tmp_path: Path) -> None:
+    """Its exit status is the command's; the message is the child's own, on its stderr."""
+    result = CliRunner().invoke(main, ["quantize", str(tmp_path), "--method", "nf4", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PYTHON is None, reason="LORAPLEX_QUANTIZE_PYTHON names no Python that has the packages")
+@pytest.mark.parametrize("method", ["nf4", "int8", "gptq", "awq"])
+def test_a_copy_loads_and_answers_like_its_model(tmp_path: Path, method: str) -> None:
+    source, out, text = ROOT / "demo" / "models" / "storyteller", tmp_path / "out", tmp_path / "text"
+    text.write_text((ROOT / "README.md").read_text() * 2)
+    options = ["--method", method, "--out", out, "--text", text, "--calibration", text, "--group-size", "64"]
+    assert PYTHON is not None
+    done = subprocess.run(
+        [PYTHON, "-m", "engine.quantization.offline", source, *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "perplexity" in done.stdout
+    assert (out / "tokenizer.json").exists()
+    tokens = torch.arange(5, 45)
+    wanted, found = (logits(load(directory, dtype="float32"), tokens) for directory in (source, out))
+    # Four bits of a model this small cost about a tenth of its logits; another's weights would share nothing.
+    assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.97
+    shutil.rmtree(out)
