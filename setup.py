@@ -14,9 +14,11 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("kernels/cpu")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512_BF16}
+    INSTRUCTION_SETS |= {"amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
 
 FLAGS = [
     "-std=c++17",

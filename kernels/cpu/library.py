@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # By the code that `loraplex_best_isa` returns. A processor that has one also has those before it.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 VERSION = 4  # of the C interface; kernels/cpu/api.cpp has the same

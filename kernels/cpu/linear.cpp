@@ -14,7 +14,7 @@ constexpr int64_t CHUNK_BYTES = 64 << 10;     // weights worth a trip to the chu
 
 template <class T>
 Linear<T>::Linear(Context& context, int64_t n, int64_t c, const T* weight, const T* bias)
-    : n_(n), c_(c), steps_(ceil_div(c, PAIR)) {
+    : n_(n), c_(c), steps_(round_up(ceil_div(c, PAIR), STEPS_AT_ONCE<X>)) {
     const int64_t panels = ceil_div(n, PANEL);
     weights_ = Array<T>(context.arena, panels * steps_ * PANEL * PAIR);
     context.pool.run(panels, [&](int64_t p) {
@@ -44,9 +44,8 @@ void Linear<T>::panel(const Rows<X>& x, T* y, int64_t first, int64_t rows, int64
     const int64_t columns = std::min<int64_t>(PANEL, n_ - column);
     const auto vectors = panel_vectors<X>(weights);
     const Columns<T> w{vectors.data(), PANEL * PAIR, steps_, AHEAD};
-    for_row_blocks(rows, [&](int64_t begin, int count) {
-        alignas(64) float sums[ROWS_AT_ONCE * PANEL];
-        multiply(count, x.data + (first + begin) * x.stride, x.stride, w, PANEL / W, sums, PANEL, false);
+    const Rows<X> inputs{x.data + first * x.stride, x.stride};
+    multiply_rows<PANEL / W>(inputs, rows, w, [&](int64_t begin, int count, const float* sums) {
         for (int r = 0; r < count; ++r) {
             T* out = y + (first + begin + r) * n_ + column;
             if (bias_.size()) {
@@ -79,6 +78,7 @@ void Linear<T>::apply(Context& context, const T* x, T* y, int64_t rows) const {
     context.pool.run(blocks * groups, [&](int64_t chunk) {
         const int64_t first = chunk / groups * block;
         const int64_t begin = chunk % groups * group;
+        const RowsScope<X> scope(std::min(block, rows - first));
         for (int64_t p = begin; p < std::min(panels, begin + group); ++p)
             panel(input, y, first, std::min(block, rows - first), p);
     });

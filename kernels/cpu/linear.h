@@ -2,7 +2,7 @@
 #pragma once
 
 #include "context.h"
-#include "multiply.h"
+#include "tiles.h"
 
 namespace loraplex {
 

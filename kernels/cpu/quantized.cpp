@@ -51,15 +51,15 @@ QuantizedLinear<T, Codec>::QuantizedLinear(Context& context, const QuantizedMatr
         const int64_t source = first / matrix.group;
         const int64_t end = std::min({c_, (source + 1) * matrix.group, first + MAX_GROUP});
         const int64_t units = ceil_div(end - first, 2);
-        groups_.push_back({first, end - first, units_, units, source});
+        const int64_t steps = round_up(2 * units / PAIR_OF<X>, STEPS_AT_ONCE<X>);
+        const auto input = int64_t(inputs_.size());
+        groups_.push_back({first, end - first, units_, units, input, steps, source});
+        for (int64_t i = 0; i < steps * PAIR_OF<X>; ++i)
+            inputs_.push_back(i >= end - first ? -1 : int32_t(matrix.order ? matrix.order[first + i] : first + i));
         units_ += units;
         first = end;
     }
-    inputs_.assign(2 * units_, -1);
-    for (const Group& group : groups_)
-        for (int64_t i = 0; i < group.count; ++i)
-            inputs_[2 * group.unit + i] = int32_t(matrix.order ? matrix.order[group.first + i] : group.first + i);
-    reordered_ = 2 * units_ != c_ || matrix.order;
+    reordered_ = int64_t(inputs_.size()) != c_ || matrix.order;
     pack(context, matrix);
     const int64_t panels = ceil_div(n_, CODE_PANEL);
     const auto spread = [&](const float* values) {  // [groups of the matrix, n] → [panels, groups, CODE_PANEL]
@@ -102,7 +102,7 @@ void QuantizedLinear<T, Codec>::pack(Context& context, const QuantizedMatrix& ma
 // x in the order and with the padding of the packed inputs, in the type of the inner loop.
 template <class T, class Codec>
 Rows<typename Operand<T>::Type> QuantizedLinear<T, Codec>::gather(Context& context, const T* x, int64_t rows) const {
-    const int64_t width = 2 * units_;
+    const auto width = int64_t(inputs_.size());
     if (!reordered_) return prepare(context, x, rows, c_, width);
     X* copy = context.inputs.get<X>(rows * width);
     const int64_t rows_per_chunk = std::max<int64_t>(1, 16384 / width);
@@ -131,7 +131,7 @@ const float* QuantizedLinear<T, Codec>::sum_groups(Context& context, const Rows<
         const int64_t end = std::min(rows, (chunk + 1) * rows_per_chunk);
         for (int64_t r = chunk * rows_per_chunk; r < end; ++r)
             for (int64_t g = 0; g < groups; ++g) {
-                const X* from = x.data + r * x.stride + 2 * groups_[g].unit;
+                const X* from = x.data + r * x.stride + groups_[g].input;
                 const int64_t count = groups_[g].count;
                 Vec total = zero();
                 int64_t i = 0;
@@ -150,9 +150,7 @@ void QuantizedLinear<T, Codec>::add_group(const C& columns, const Rows<X>& x, co
                                           int64_t panel, int64_t group, float* totals) const {
     const auto groups = int64_t(groups_.size());
     const int64_t values = (panel * groups + group) * CODE_PANEL;
-    for_row_blocks(rows, [&](int64_t begin, int count) {
-        alignas(64) float products[ROWS_AT_ONCE * CODE_PANEL];
-        multiply(count, x.data + begin * x.stride, x.stride, columns, CODE_VECTORS, products, CODE_PANEL, false);
+    multiply_rows<CODE_VECTORS>(x, rows, columns, [&](int64_t begin, int count, const float* products) {
         for (int v = 0; v < CODE_VECTORS; ++v) {
             const Vec scale = scales_.at(values + v * W);
             const Vec offset = offsets_.empty() ? zero() : offsets_.at(values + v * W);
@@ -179,16 +177,18 @@ void QuantizedLinear<T, Codec>::panel(const Rows<X>& x, const float* sums, T* y,
     std::fill_n(totals, rows * CODE_PANEL, 0.0f);
     for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
         const Group& group = groups_[g];
-        const int64_t steps = 2 * group.units / PAIR_OF<X>;
-        const Rows<X> inputs{x.data + first * x.stride + 2 * group.unit, x.stride};
+        const Rows<X> inputs{x.data + first * x.stride + group.input, x.stride};
         const float* group_sums = sums ? sums + first * int64_t(groups_.size()) + g : nullptr;
-        const CodeColumns<Codec, X> codes{units(panel, group), steps, AHEAD, codec_};
-        if (rows <= ROWS_AT_ONCE) {
-            add_group(codes, inputs, group_sums, rows, panel, g, totals);
-        } else {
-            unpack_codes(codes, unpacked);
-            add_group(Columns<X>{vectors.data(), STRIDE, steps, 0}, inputs, group_sums, rows, panel, g, totals);
+        const CodeColumns<Codec, X> codes{units(panel, group), 2 * group.units / PAIR_OF<X>, AHEAD, codec_};
+        if constexpr (!USES_TILES<X>) {
+            if (rows <= ROWS_AT_ONCE) {
+                add_group(codes, inputs, group_sums, rows, panel, g, totals);
+                continue;
+            }
         }
+        unpack_codes(codes, unpacked);
+        std::fill(unpacked + codes.steps * STRIDE, unpacked + group.steps * STRIDE, X{});
+        add_group(Columns<X>{vectors.data(), STRIDE, group.steps, 0}, inputs, group_sums, rows, panel, g, totals);
     }
     const int64_t column = panel * CODE_PANEL;
     const int64_t columns = std::min<int64_t>(CODE_PANEL, n_ - column);
@@ -215,6 +215,7 @@ void QuantizedLinear<T, Codec>::apply(Context& context, const T* x, T* y, int64_
     context.pool.run(blocks * chunks, [&](int64_t chunk) {
         const int64_t block = chunk / chunks, begin = chunk % chunks * together;
         const int64_t first = rows * block / blocks, end = rows * (block + 1) / blocks;
+        const RowsScope<X> scope(end - first);
         for (int64_t p = begin; p < std::min(panels, begin + together); ++p) panel(input, sums, y, first, end - first, p);
     });
 }
@@ -235,7 +236,7 @@ void QuantizedLinear<T, Codec>::unpack(int64_t first, int64_t last, float* out) 
                     store(weights, scale * (load(unpacked + i * CODE_PANEL + v * W) + offset));
                     for (int j = 0; j < W; ++j) {
                         const int64_t row = p * CODE_PANEL + v * W + j;
-                        if (row >= first && row < last) out[(row - first) * c_ + inputs_[2 * group.unit + i]] = weights[j];
+                        if (row >= first && row < last) out[(row - first) * c_ + inputs_[group.input + i]] = weights[j];
                     }
                 }
             }

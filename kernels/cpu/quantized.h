@@ -63,6 +63,7 @@ class QuantizedLinear {
     struct Group {
         int64_t first, count;   // columns of codes
         int64_t unit, units;    // where they are packed, two inputs a unit
+        int64_t input, steps;   // where x has them, and how many steps of the inner loop they take
         int64_t source;         // group of the matrix
     };
 
@@ -81,7 +82,7 @@ class QuantizedLinear {
     bool reordered_;  // x is not multiplied as it comes
     Codec codec_;
     std::vector<Group> groups_;
-    std::vector<int32_t> inputs_;  // [2 · units]: which input, or -1: none
+    std::vector<int32_t> inputs_;  // by place in x as it is multiplied: which input, or -1: none
     Array<uint32_t> codes_;        // [panels, units, UNIT_WORDS]
     GroupValues scales_;           // [panels, groups, CODE_PANEL]
     GroupValues offsets_;
