@@ -256,8 +256,8 @@ def select_ops(
     """The backend for a device: `auto` takes the fastest that works here and says in one log line which it took.
 
     threads: how many the CPU kernels compute with; None: one for each core that the process may use.
-    isa: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "avx512bf16"); None: the best that the
-    processor has. Raises ValueError for a backend that does not exist or cannot run on this device.
+    isa: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "avx512bf16", "amx"); None: the best that
+    the processor has. Raises ValueError for a backend that does not exist or cannot run on this device.
     """
     from kernels.cpu.library import LibraryUnavailableError
     from kernels.cpu.ops import CpuOps

@@ -93,7 +93,9 @@ struct CodeColumns {
 
         void fetch(int64_t step) {
             const int64_t offset = step / STEPS * UNIT_WORDS<Codec>;
-            __builtin_prefetch(reinterpret_cast<const char*>(at_[0] + offset) + ahead_);
+#pragma GCC unroll 2
+            for (int i = 0; i < ROWS; ++i)
+                __builtin_prefetch(reinterpret_cast<const char*>(at_[0] + offset + i * WORDS) + ahead_);
 #pragma GCC unroll 4
             for (int p = 0; p < LOADS; ++p)
 #pragma GCC unroll 2
