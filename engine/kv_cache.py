@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.model_config import ModelConfig
-from kernels.ops import LayerKV, Ops
+from kernels.ops import QUANTIZED_KV, LayerKV, Ops
 
 STORED_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -20,7 +20,15 @@ def block_bytes(config: ModelConfig, ops: Ops, block_size: int, dtype: torch.dty
 
     Raises ValueError for a type that the backend cannot store.
     """
-    return config.num_layers * ops.allocate_kv(1, block_size, config.head_shape, dtype).nbytes
+    try:
+        return config.num_layers * ops.allocate_kv(1, block_size, config.head_shape, dtype).nbytes
+    except ValueError as error:
+        if dtype not in QUANTIZED_KV:
+            raise
+        raise ValueError(
+            f"the {ops.name} kernels cannot round the cache ({error}): leave kv_cache_dtype out, or choose kernels: "
+            "reference or triton"
+        ) from error
 
 
 def create_kv_cache(
