@@ -85,7 +85,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 4; }
+EXPORT int loraplex_version() { return 5; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -195,9 +195,11 @@ EXPORT int loraplex_gate(Context* context, int dtype, int activation, const void
     });
 }
 
-// Elements of the keys, and of the values, of one layer. A block holds 2^block_shift tokens.
-EXPORT int64_t loraplex_cache_elements(int64_t blocks, int64_t block_shift, int64_t kv_heads, int64_t head_dim) {
-    return blocks * kv_heads * Cache<float>{nullptr, nullptr, block_shift, kv_heads, head_dim}.head_size() + CACHE_SLACK;
+// Elements of the keys, and of the values, of one head in one block. A block holds 2^block_shift tokens.
+EXPORT int64_t loraplex_cache_head_size(int dtype, int64_t block_shift, int64_t head_dim) {
+    return with_type(dtype, [&](auto of) {
+        return Cache<typename decltype(of)::Type>{nullptr, nullptr, block_shift, 1, head_dim}.head_size();
+    });
 }
 
 EXPORT int loraplex_rotary_store_kv(Context* context, int dtype, const void* qkv, void* q, int64_t rows, int64_t heads,

@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t CHUNK = 512;
 constexpr int64_t ROWS_PER_ITEM = 48;  // queries x heads that share a kv head
 constexpr int64_t ITEMS_PER_THREAD = 4;  // fewer would leave threads without work at the end
+constexpr int64_t PIECES = 16;  // blocks whose values are multiplied at once
 
 // Some neighbouring queries of one sequence, with all query heads of one kv head: row i is query i / group.
 struct Item {
@@ -89,16 +90,19 @@ class Attention {
     }
 
     void summarise(const Item& item, const Item* next, int64_t start, const Summary& out) const {
-        static thread_local Scratch query_scratch, score_scratch;
+        static thread_local Scratch query_scratch, score_scratch, weight_scratch;
         const int64_t rows = item.queries * group_;
         X* queries = query_scratch.get<X>(rows * width_);
         float* scores = score_scratch.get<float>(rows * CHUNK);
+        X* weights = weight_scratch.get<X>(rows * CHUNK + PAIR);
+        if (cache_.block_size() < PAIR)  // half of a pair is nobody's
+            std::memset(static_cast<void*>(weights), 0, (rows * CHUNK + PAIR) * sizeof(X));
         const int64_t begin = std::max(start, first_key(position(item, 0)));
         const int64_t end = std::min(start + CHUNK, position(item, item.queries - 1) + 1);
         copy_queries(item, queries);
         score(item, queries, rows, start, begin, end, scores);
-        weigh(item, rows, start, begin, end, scores, out);
-        gather(item, next, rows, start, begin, end, scores, out.sums);
+        weigh(item, rows, start, begin, end, scores, weights, out);
+        gather(item, next, rows, start, begin, end, weights, out.sums);
     }
 
     int64_t position(const Item& item, int64_t query) const {
@@ -142,8 +146,8 @@ class Attention {
         const auto multiply_all = [&](float* out, int64_t stride) {
             // While a tile of keys is read, the values of the same tokens are prefetched: they lie alike.
             const Columns<T> w{vectors, keys * PAIR, width_ / PAIR, bytes_between(cache_.k, cache_.v)};
-            for_row_blocks(rows, [&](int64_t first, int some) {
-                multiply(some, queries + first * width_, width_, w, count, out + first * stride, stride, false);
+            for_piece_rows<X>(rows, [&](int64_t first, int some) {
+                multiply_pieces(some, queries + first * width_, width_, w, count, out + first * stride, stride, false);
             });
             count = 0;
         };
@@ -164,68 +168,82 @@ class Attention {
         return scratch.get<float>(rows * LANES);
     }
 
-    // scores → e^(score - the row's largest in this chunk), exactly 0 for keys that a row does not see.
-    void weigh(const Item& item, int64_t rows, int64_t start, int64_t begin, int64_t end, float* scores,
+    // weights = e^(score - the row's largest in this chunk), exactly 0 for keys that a row does not see, up to the ends
+    // of the blocks of the first and the last key. A key's lane is its place in the chunk, whichever other keys are seen.
+    void weigh(const Item& item, int64_t rows, int64_t start, int64_t begin, int64_t end, float* scores, X* weights,
                const Summary& out) const {
+        const int64_t size = std::max<int64_t>(W, std::min(cache_.block_size(), CHUNK));
+        const int64_t whole_begin = begin / size * size - start, whole_end = round_up(end, size) - start;
+        const float scale = scoring_.scale, cap = scoring_.soft_cap;
         for (int64_t row = 0; row < rows; ++row) {
             float* s = scores + row * CHUNK;
+            X* w = weights + row * CHUNK;
             const int64_t at = position(item, row / group_);
             const int64_t low = std::min(std::max(begin, first_key(at)), end) - start;
             const int64_t high = std::max(std::min(end, at + 1) - start, low);
-            std::fill(s + begin - start, s + low, 0.0f);
-            std::fill(s + high, s + end - start, 0.0f);
-            const float scale = scoring_.scale, cap = scoring_.soft_cap;
-            if (cap != 0.0f)
-                map(s + low, s + low, high - low, [&](Vec a, int64_t) {
-                    return hyperbolic_tangent(a * fill(scale / cap)) * fill(cap);
-                });
-            else
-                map(s + low, s + low, high - low, [&](Vec a, int64_t) { return a * fill(scale); });
-            const float largest = largest_of(s + low, high - low);
-            out.largest[row] = largest;
-            map(s + low, s + low, high - low, [&](Vec a, int64_t) { return exponential(a - fill(largest)); });
-            out.total[row] = total_of(s, low, high);
+            const int64_t first = low / W * W, last = round_up(high, W);
+            std::memset(static_cast<void*>(w + whole_begin), 0, (first - whole_begin) * sizeof(X));
+            std::memset(static_cast<void*>(w + last), 0, (whole_end - last) * sizeof(X));
+            const auto seen = [&](int64_t i, Vec a, float otherwise) {
+                return i >= low && i + W <= high ? a : between(int(low - i), int(high - i), a, fill(otherwise));
+            };
+            Vec most = fill(-std::numeric_limits<float>::infinity());
+            for (int64_t i = first; i < last; i += W) {
+                Vec a = load(s + i);
+                a = cap != 0.0f ? hyperbolic_tangent(a * fill(scale / cap)) * fill(cap) : a * fill(scale);
+                store(s + i, a);
+                most = maximum(seen(i, a, -std::numeric_limits<float>::infinity()), most);
+            }
+            out.largest[row] = largest(most);
+            const Vec relative_to = fill(out.largest[row]);
+            Vec total = zero();
+            for (int64_t i = first; i < last; i += W) {
+                store(w + i, seen(i, exponential(load(s + i) - relative_to), 0.0f));
+                total = total + load(w + i);  // as rounded: that is what the values are weighed with
+            }
+            out.total[row] = sum(total);
         }
-    }
-
-    static float largest_of(const float* s, int64_t n) {
-        Vec acc = fill(-std::numeric_limits<float>::infinity());
-        int64_t i = 0;
-        for (; i + W <= n; i += W) acc = maximum(load(s + i), acc);
-        float found = largest(acc);
-        for (; i < n; ++i) found = s[i] > found ? s[i] : found;
-        return found;
-    }
-
-    // The sum of s[low … high), in lanes that belong to a key's place in the chunk, whatever low and high are.
-    static float total_of(const float* s, int64_t low, int64_t high) {
-        float lanes[W] = {};
-        int64_t i = low;
-        for (; i < high && i % W; ++i) lanes[i % W] += s[i];
-        Vec acc = load(lanes);
-        for (; i + W <= high; i += W) acc = acc + load(s + i);
-        store(lanes, acc);
-        for (; i < high; ++i) lanes[i % W] += s[i];
-        return sum(load(lanes));
     }
 
     // chunk_sums[row] = Σ weight · value over the chunk's keys in ascending order.
     void gather(const Item& item, const Item* next, int64_t rows, int64_t start, int64_t begin, int64_t end,
-                const float* weights, float* chunk_sums) const {
-        const int64_t size = cache_.block_size();
-        const T* vectors[MAX_HEAD_DIM / W];
-        for (int64_t key = begin; key < end;) {
-            const int64_t stop = std::min(end, (key & ~(size - 1)) + size);
-            const T* values = cache_.value(slot(item, key), item.kv_head);
-            for (int64_t v = 0; v < width_ / W; ++v) vectors[v] = values + v * W;
-            const T* upcoming = upcoming_keys(item, next, key, key - start);
-            const Columns<T> w{vectors, width_, stop - key, upcoming ? bytes_between(values, upcoming) : 0};
-            for_row_blocks(rows, [&](int64_t first, int some) {
-                multiply(some, weights + first * CHUNK + key - start, CHUNK, w, width_ / W,
-                         chunk_sums + first * width_, width_, key != begin);
+                const X* weights, float* chunk_sums) const {
+        const int64_t at_once = std::min(cache_.block_size(), CHUNK), count = width_ / W;
+        const int64_t length = sequences_.lengths[item.sequence], first_key = begin / at_once * at_once;
+        const int64_t most_pieces = at_once < PAIR ? 1 : PIECES;
+        const T* vectors[PIECES * MAX_HEAD_DIM / W];
+        int64_t ahead[PIECES];
+        for (int64_t key = first_key; key < end;) {
+            const int64_t from = key;
+            int64_t pieces = 0;
+            // Single numbers end at the last key; pairs go on to the block's end, with weights of zero.
+            const int64_t steps = PAIR > 1 ? ceil_div(at_once, PAIR) : std::min(end - key, at_once);
+            for (; pieces < most_pieces && key < end && (PAIR > 1 || key + steps <= end); ++pieces, key += at_once) {
+                const T* values = cache_.value(slot(item, key), item.kv_head);
+                const T* upcoming = upcoming_keys(item, next, key, key - start);
+                ahead[pieces] = upcoming ? bytes_between(values, upcoming) : 0;
+                // Past the sequence's end lies what a former owner of the block left, NaN perhaps.
+                if (PAIR > 1 && key + at_once > length) values = known_values(values, length - key, at_once);
+                for (int64_t v = 0; v < count; ++v) vectors[pieces * count + v] = values + v * W * PAIR;
+            }
+            const Pieces<T> w{vectors, count, width_ * PAIR, steps, ahead, pieces * steps};
+            for_piece_rows<X>(rows, [&](int64_t first, int some) {
+                multiply_pieces(some, weights + first * CHUNK + from - start, CHUNK, w, count, chunk_sums + first * width_,
+                         width_, from != first_key);
             });
-            key = stop;
         }
+    }
+
+    // A copy of the first `known` values of `count`, the others zero.
+    const T* known_values(const T* values, int64_t known, int64_t count) const {
+        static thread_local Scratch scratch;
+        T* copy = scratch.get<T>(std::max<int64_t>(count, PAIR) * width_);
+        const int64_t whole = known / PAIR * PAIR * width_, rest = known % PAIR;
+        std::memcpy(copy, values, whole * sizeof(T));
+        std::memset(static_cast<void*>(copy + whole), 0, (std::max<int64_t>(count, PAIR) * width_ - whole) * sizeof(T));
+        if (rest)
+            for (int64_t d = 0; d < width_; ++d) copy[whole + d * PAIR] = values[whole + d * PAIR];
+        return copy;
     }
 
     // The keys to prefetch while the values of `key` are read: those of the next chunk, or of the next item.

@@ -1,12 +1,13 @@
 // Keys and values in blocks, and attention over them.
 //
 // A block of P tokens of one kv head holds its keys in tiles of KEYS = min(P, 16) tokens, each laid out like a panel of
-// weights: [tiles, D / pair, KEYS, pair], so that a query multiplies 16 keys at once, each in its own lane. Values
-// stay one row a token: [P, D]. D is rounded up to 16. Blocks are [B, kv heads, ...].
+// weights: [tiles, D / pair, KEYS, pair], so that a query multiplies 16 keys at once, each in its own lane. Its values lie
+// [P / pair, D, pair]: the weights of a pair of tokens multiply 16 elements at once. D is rounded up to 16. Blocks are
+// [B, kv heads, ...].
 #pragma once
 
 #include "context.h"
-#include "multiply.h"
+#include "pieces.h"
 
 namespace loraplex {
 
@@ -25,15 +26,17 @@ struct Cache {
     int64_t width() const { return round_up(head_dim, 16); }
     int64_t block_size() const { return int64_t(1) << block_shift; }
     int64_t tile_keys() const { return block_size() < LANES ? block_size() : LANES; }
-    int64_t head_size() const { return width() << block_shift; }
+    int64_t head_size() const { return width() * std::max<int64_t>(block_size(), PAIR); }
 
     // Element d = 0 of a key; element d is at d / PAIR * tile_keys() * PAIR + d % PAIR from there.
     T* key(int64_t slot, int64_t head) const {
         const int64_t offset = slot & (block_size() - 1), within = offset & (tile_keys() - 1);
         return k + ((slot >> block_shift) * kv_heads + head) * head_size() + (offset - within) * width() + within * PAIR;
     }
+    // Element d = 0 of a value; element d is at d * PAIR from there.
     T* value(int64_t slot, int64_t head) const {
-        return v + ((slot >> block_shift) * kv_heads + head) * head_size() + (slot & (block_size() - 1)) * width();
+        const int64_t offset = slot & (block_size() - 1), within = offset % PAIR;
+        return v + ((slot >> block_shift) * kv_heads + head) * head_size() + (offset - within) * width() + within;
     }
 };
 

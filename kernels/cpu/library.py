@@ -14,7 +14,7 @@ from typing import Any
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-VERSION = 4  # of the C interface; kernels/cpu/api.cpp has the same
+VERSION = 5  # of the C interface; kernels/cpu/api.cpp has the same
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "context_create": (c_void_p, (c_int,)),
@@ -48,7 +48,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rms_norm": (c_int, (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float)),
     "add_rms_norm": (c_int, (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float)),
     "gate": (c_int, (c_void_p, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64)),
-    "cache_elements": (c_int64, (c_int64, c_int64, c_int64, c_int64)),
+    "cache_head_size": (c_int64, (c_int, c_int64, c_int64)),
     "rotary_store_kv": (
         c_int,
         (

@@ -52,6 +52,14 @@ struct WeightsFor<bf16> {
 template <class X>
 using Weights = typename WeightsFor<X>::Type;
 
+template <class X, class T>
+inline Weights<X> load_weights(const T* from) {
+#if defined(__AVX512BF16__)
+    if constexpr (PAIR_OF<X> == 2) return reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
+#endif
+    if constexpr (PAIR_OF<X> == 1) return load(from);
+}
+
 // Neighbouring vectors share a cache line of 64 bytes, and its prefetch.
 template <class X, class T>
 constexpr int VECTORS_PER_LINE = std::max<int>(1, 64 / (W * PAIR_OF<X> * int(sizeof(T))));
@@ -85,12 +93,7 @@ struct Columns {
 
         void weights(int, Weights<X> (&out)[VECTORS]) const {
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) {
-                if constexpr (PAIR_OF<X> == 1) out[v] = load(at_[v] + offset_);
-#if defined(__AVX512BF16__)
-                else out[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(at_[v] + offset_));
-#endif
-            }
+            for (int v = 0; v < VECTORS; ++v) out[v] = load_weights<X>(at_[v] + offset_);
         }
 
       private:

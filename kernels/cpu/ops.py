@@ -26,7 +26,8 @@ from kernels.quantized import QuantizedWeight
 from kernels.reference import LoraShape
 
 SILU, GELU_TANH = 0, 1
-MAX_HEAD_DIM = 1024  # kernels/cpu/attention.h has the same
+MAX_HEAD_DIM = 1024  # kernels/cpu/attention.h has the same, and the next
+CACHE_SLACK = 32  # elements
 ALIGNMENT = 64  # bytes: a cache line
 
 
@@ -251,18 +252,19 @@ class CpuOps:
         return out
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
-        """Tensors of [B, K, P, D], D rounded up to 16; inside a block keys lie as kernels/cpu/attention.h says.
+        """Tensors of [B, K, elements of a block of one head]; these lie as kernels/cpu/attention.h says.
 
         Raises ValueError for a block size that is not a power of two, or a head that is too wide.
         """
-        dtype_code(dtype)
+        code = dtype_code(dtype)
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"block size {block_size} is not a power of two")
         if shape.head_dim > MAX_HEAD_DIM:
             raise ValueError(f"the CPU kernels take heads of up to {MAX_HEAD_DIM} dimensions, not {shape.head_dim}")
-        elements = self.library.cache_elements(num_blocks, block_shift(block_size), shape.num_kv_heads, shape.head_dim)
-        size = (num_blocks, shape.num_kv_heads, block_size, -(-shape.head_dim // 16) * 16)
-        k, v = (self._zeros(elements, dtype)[: math.prod(size)].view(size) for _ in range(2))
+        head_size = self.library.cache_head_size(code, block_shift(block_size), shape.head_dim)
+        size = (num_blocks, shape.num_kv_heads, head_size)
+        elements = math.prod(size)
+        k, v = (self._zeros(elements + CACHE_SLACK, dtype)[:elements].view(size) for _ in range(2))
         return LayerKV(k, v, num_blocks, block_size)
 
     def _zeros(self, elements: int, dtype: torch.dtype) -> Tensor:

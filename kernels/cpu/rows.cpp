@@ -74,6 +74,13 @@ void store_key(const T* head, T* key, int64_t head_dim, int64_t stride) {
     for (int64_t d = 0; d < head_dim; d += PAIR, key += stride) std::memcpy(key, head + d, PAIR * sizeof(T));
 }
 
+// Put a value beside that of its neighbour.
+template <class T>
+void store_value(const T* head, T* value, int64_t head_dim) {
+    constexpr int PAIR = Cache<T>::PAIR;
+    for (int64_t d = 0; d < head_dim; ++d) value[d * PAIR] = head[d];
+}
+
 inline Vec activated(Activation activation, Vec x) {
     if (activation == Activation::silu) return x / (fill(1.0f) + exponential(zero() - x));
     const Vec inner = fill(0.7978845608028654f) * fma(fill(0.044715f) * x * x, x, x);  // sqrt(2 / π)
@@ -125,7 +132,7 @@ void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t
             store_key(key, cache.key(slots[row], head), d, key_stride);
         }
         for (int64_t head = 0; head < cache.kv_heads; ++head, from += d)
-            std::memcpy(cache.value(slots[row], head), from, d * sizeof(T));
+            store_value(from, cache.value(slots[row], head), d);
     };
     // The keys of a tile share cache lines: neighbouring tokens of a prompt on different cores would take them from
     // each other. Few rows are mostly of different sequences.

@@ -98,6 +98,13 @@ inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
 inline Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec times_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
+// Lanes first … end - 1 of a, the others of b.
+inline Vec between(int first, int end, Vec a, Vec b) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 from = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(first));
+    return _mm512_mask_blend_ps(_mm512_mask_cmplt_epi32_mask(from, lane, _mm512_set1_epi32(end)), b, a);
+}
+
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const bf16* p) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -190,6 +197,13 @@ inline Vec times_power_of_two(Vec a, Vec n) {
     return a * power(half) * power(_mm256_sub_epi32(whole, half));
 }
 
+inline Vec between(int first, int end, Vec a, Vec b) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), lane);
+    const __m256i inside = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(inside));
+}
+
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load(const bf16* p) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -266,6 +280,9 @@ inline Vec square_root(Vec a) {
 inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
+inline Vec between(int first, int end, Vec a, Vec b) {
+    return each([&](int i) { return i >= first && i < end ? a[i] : b[i]; });
 }
 inline float largest(Vec a) { return std::fmax(std::fmax(a[0], a[1]), std::fmax(a[2], a[3])); }
 inline Vec nearest(Vec a) {
