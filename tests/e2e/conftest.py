@@ -32,6 +32,7 @@ class Server:
     admin: str
     roots: Path  # where the test may put adapters
     log: Path
+    health: str | None = None  # where `health_listen` is set
 
     def engine_pids(self) -> set[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
@@ -90,7 +91,7 @@ def running_server(directory: Path, **settings: object) -> Iterator[Server]:
         assert line.startswith("listening "), f"the server did not start: {log.read_text()}"
         watchdog.cancel()
         ports = dict(word.split("=") for word in line.split()[1:])
-        yield Server(process, ports["data"], ports["admin"], directory / "adapters", log)
+        yield Server(process, ports["data"], ports["admin"], directory / "adapters", log, ports.get("health"))
     finally:
         watchdog.cancel()
         process.kill()

@@ -1,0 +1,92 @@
+{{- define "loraplex.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "loraplex.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else if contains (include "loraplex.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "loraplex.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "loraplex.selector" -}}
+app.kubernetes.io/name: {{ include "loraplex.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: server
+{{- end -}}
+
+{{- define "loraplex.envoySelector" -}}
+app.kubernetes.io/name: {{ include "loraplex.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: envoy
+{{- end -}}
+
+{{- define "loraplex.labels" -}}
+app.kubernetes.io/name: {{ include "loraplex.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "loraplex.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "loraplex.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The claim of a volume: dict "root" $ "name" "models" */}}
+{{- define "loraplex.claim" -}}
+{{- $volume := index .root.Values.persistence .name -}}
+{{- default (printf "%s-%s" (include "loraplex.fullname" .root) .name) $volume.existingClaim -}}
+{{- end -}}
+
+{{/* The service's configuration file. What the chart decides itself may not be set by `config`. */}}
+{{- define "loraplex.config" -}}
+{{- $ports := .Values.ports -}}
+{{- $own := dict
+  "listen" (printf "0.0.0.0:%v" $ports.data)
+  "admin_listen" (printf "0.0.0.0:%v" $ports.admin)
+  "health_listen" (printf "0.0.0.0:%v" $ports.health)
+  "metrics_listen" (printf "0.0.0.0:%v" $ports.metrics)
+  "drain_grace_seconds" .Values.drain.graceSeconds
+  "lame_duck_seconds" .Values.drain.lameDuckSeconds
+  "log_level" .Values.logLevel
+  "models" .Values.models
+-}}
+{{- if .Values.adapters -}}{{- $_ := set $own "adapters" .Values.adapters -}}{{- end -}}
+{{- if .Values.persistence.adapters.enabled -}}
+{{- $_ := set $own "adapter_roots" (list .Values.persistence.adapters.mountPath) -}}
+{{- end -}}
+{{- if .Values.tls.enabled -}}
+{{- $tls := dict "certificate" "/etc/loraplex/tls/tls.crt" "key" "/etc/loraplex/tls/tls.key" -}}
+{{- if .Values.tls.requireClientCertificate -}}{{- $_ := set $tls "client_ca" "/etc/loraplex/tls/ca.crt" -}}{{- end -}}
+{{- $_ := set $own "tls" $tls -}}
+{{- else -}}
+{{- $_ := set $own "insecure" true -}}
+{{- end -}}
+{{- range $key, $_ := .Values.config -}}
+{{- if hasKey $own $key -}}{{- fail (printf "config.%s: the chart sets this key from its own values; see the chart's README" $key) -}}{{- end -}}
+{{- end -}}
+{{- merge (deepCopy .Values.config) $own | toYaml -}}
+{{- end -}}
+
+{{/* Contradictions that a schema cannot express. */}}
+{{- define "loraplex.check" -}}
+{{- if not .Values.models -}}{{- fail "models: there is none; name at least one, such as {name: llama-8b, model: meta-llama/Llama-3.1-8B-Instruct}" -}}{{- end -}}
+{{- if and .Values.tls.enabled (not .Values.tls.secretName) -}}{{- fail "tls.secretName: name the secret that holds tls.crt and tls.key, or set tls.enabled: false" -}}{{- end -}}
+{{- if and .Values.adapters (not .Values.persistence.adapters.enabled) (not (hasKey .Values.config "adapter_roots")) -}}
+{{- fail "adapters: they are read from a volume; set persistence.adapters.enabled: true, or config.adapter_roots" -}}
+{{- end -}}
+{{- if and .Values.persistence.state.enabled (or (gt (int .Values.replicas) 1) (ne .Values.autoscaling.kind "none")) -}}
+{{- fail "persistence.state: each replica keeps a state of its own, so it is for replicas: 1 without autoscaling; declare adapters in `adapters` instead" -}}
+{{- end -}}
+{{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.prometheusUrl) -}}{{- fail "autoscaling.prometheusUrl: keda reads the metrics from Prometheus; say where it is" -}}{{- end -}}
+{{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) -}}{{- fail "autoscaling.minReplicas must not exceed autoscaling.maxReplicas" -}}{{- end -}}
+{{- if and .Values.envoy.enabled .Values.tls.requireClientCertificate (not .Values.envoy.tlsSecretName) -}}{{- fail "envoy.tlsSecretName: the servers ask callers for a certificate, and Envoy is their caller; name its secret" -}}{{- end -}}
+{{- end -}}

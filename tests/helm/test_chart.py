@@ -1,0 +1,228 @@
+"""The chart: every variant renders to valid objects and to a configuration that the service accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.config import ServiceConfig, load_config
+from tests.helm.conftest import CHART, Chart, Manifests
+
+KUBERNETES = "1.30"  # the oldest that the chart installs on
+CUSTOM = {"ServiceMonitor": "monitoring.coreos.com/v1", "ScaledObject": "keda.sh/v1alpha1"}  # their schemas come apart
+
+MODELS = {"models": [{"name": "llama-8b", "model": "org/llama-8b", "kv_cache_fraction": 0.9}]}
+CLAIMS = {name: {"enabled": True} for name in ("models", "adapters")}
+ADAPTERS = {
+    "persistence": CLAIMS,
+    "adapters": [{"name": "acme/legal", "model": "llama-8b", "source": "/var/lib/loraplex/adapters/legal"}],
+}
+KEDA = {"kind": "keda", "prometheusUrl": "http://prometheus:9090"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "smallest": {},
+    "gpu": {"gpu": {"enabled": True, "count": 2, "runtimeClassName": "nvidia"}},
+    "claims": {"persistence": CLAIMS | {"state": {"enabled": True}}},
+    "claims of others": {"persistence": {"models": {"enabled": True, "existingClaim": "shared", "readOnly": True}}},
+    "adapters": ADAPTERS,
+    "two models": {"models": [*MODELS["models"], {"name": "qwen", "model": "org/qwen", "load": False}]},
+    "tls": {"tls": {"enabled": True, "secretName": "certificate"}},
+    "mutual tls": {
+        "tls": {"enabled": True, "secretName": "certificate", "requireClientCertificate": True},
+        "envoy": {"enabled": True, "tlsSecretName": "front"},
+    },
+    "hpa": {"autoscaling": {"kind": "hpa"}},
+    "keda": {"autoscaling": KEDA},
+    "envoy": {"replicas": 3, "envoy": {"enabled": True}},
+    "envoy in front of other servers": {
+        "envoy": {"enabled": True, "endpoints": [{"host": "10.0.0.1", "port": 50051, "healthPort": 50053}]}
+    },
+    "monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+    "dashboard": {"dashboard": {"enabled": True}},
+    "placement": {
+        "nodeSelector": {"gpu": "h100"},
+        "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
+        ],
+        "priorityClassName": "serving",
+        "imagePullSecrets": [{"name": "registry"}],
+        "extraEnv": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}],
+        "podAnnotations": {"team": "serving"},
+        "podLabels": {"tier": "front"},
+    },
+    "closed": {"networkPolicy": {"dataFrom": [{"podSelector": {}}], "adminFrom": [{"podSelector": {}}]}},
+    "open": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}},
+    "keys": {"auth": {"keysSecret": "keys"}},
+    "everything": ADAPTERS
+    | {
+        "gpu": {"enabled": True},
+        "tls": {"enabled": True, "secretName": "certificate"},
+        "auth": {"keysSecret": "keys"},
+        "autoscaling": KEDA,
+        "envoy": {"enabled": True, "tlsSecretName": "front"},
+        "serviceMonitor": {"enabled": True},
+        "dashboard": {"enabled": True},
+        "config": {"limits": {"in_flight_sequences": 2.0}, "supervision": {"failed_starts": 3}},
+    },
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def release(chart: Chart, request: pytest.FixtureRequest) -> Manifests:
+    return chart.render(MODELS | request.param)
+
+
+def config_of(release: Manifests, directory: Path) -> ServiceConfig:
+    """As the service reads it, with the mounted directories somewhere that exists."""
+    text = release.get("ConfigMap", "prod-loraplex")["data"]["loraplex.yaml"]
+    file = directory / "loraplex.yaml"
+    file.write_text(text.replace("/var/lib/loraplex", str(directory)).replace("/etc/loraplex", str(directory)))
+    (directory / "adapters" / "legal").mkdir(parents=True)
+    return load_config(file, {})
+
+
+def pod_of(release: Manifests, name: str = "prod-loraplex") -> dict[str, Any]:
+    spec: dict[str, Any] = release.get("Deployment", name)["spec"]["template"]["spec"]
+    return spec
+
+
+def test_every_variant_is_valid_for_kubernetes(release: Manifests) -> None:
+    for document in release.documents:
+        if document["kind"] in CUSTOM:
+            assert document["apiVersion"] == CUSTOM[document["kind"]]
+        else:
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+def test_the_service_accepts_the_configuration_of_every_variant(release: Manifests, tmp_path: Path) -> None:
+    assert config_of(release, tmp_path).models[0].name == "llama-8b"
+
+
+def test_every_port_that_something_refers_to_is_one_that_the_service_listens_on(
+    release: Manifests, tmp_path: Path
+) -> None:
+    config = config_of(release, tmp_path)
+    container = pod_of(release)["containers"][0]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    listening = {
+        key: int(address.rpartition(":")[2])
+        for key, address in (
+            ("data", config.listen),
+            ("admin", config.admin_listen),
+            ("health", config.health_listen or ":0"),
+            ("metrics", config.metrics_listen or ":0"),
+        )
+    }
+    assert ports == listening
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["grpc"] == {"port": listening["health"], "service": probe.removesuffix("Probe")}
+
+
+def test_a_pod_has_time_to_drain(release: Manifests, tmp_path: Path) -> None:
+    config, pod = config_of(release, tmp_path), pod_of(release)
+    before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"] + config.lame_duck_seconds
+    assert pod["terminationGracePeriodSeconds"] > before + config.drain_grace_seconds
+
+
+def test_a_changed_configuration_replaces_the_pods(chart: Chart) -> None:
+    def checksum(values: dict[str, Any]) -> str:
+        release = chart.render(MODELS | values)
+        annotations: dict[str, str] = release.get("Deployment", "prod-loraplex")["spec"]["template"]["metadata"][
+            "annotations"
+        ]
+        return annotations["checksum/config"]
+
+    assert checksum({}) == checksum({"replicas": 2})
+    assert checksum({}) != checksum({"logLevel": "DEBUG"})
+
+
+def test_a_gpu_is_asked_for_beside_the_other_resources(chart: Chart) -> None:
+    release = chart.render(MODELS | {"gpu": {"enabled": True, "count": 2}})
+    assert pod_of(release)["containers"][0]["resources"] == {
+        "requests": {"cpu": "2", "memory": "8Gi", "nvidia.com/gpu": 2},
+        "limits": {"memory": "8Gi", "nvidia.com/gpu": 2},
+    }
+
+
+def test_pods_run_without_privileges_on_a_read_only_root(release: Manifests) -> None:
+    for deployment in (d for d in release.documents if d["kind"] == "Deployment"):
+        pod = deployment["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["automountServiceAccountToken"] is False
+        for container in pod["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_administration_is_closed_to_other_pods(chart: Chart) -> None:
+    policy = chart.render(MODELS).get("NetworkPolicy", "prod-loraplex")
+    admin = [rule for rule in policy["spec"]["ingress"] if rule["ports"] == [{"port": "admin"}]]
+    own = {"app.kubernetes.io/name": "loraplex", "app.kubernetes.io/instance": "prod"}
+    assert admin == [
+        {
+            "ports": [{"port": "admin"}],
+            "from": [{"podSelector": {"matchLabels": own | {"app.kubernetes.io/component": "server"}}}],
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"models": []}, "models"),
+        ({"models": [{"name": "Llama 8B", "model": "org/x"}]}, "models/0/name"),
+        ({"models": [{"name": "a"}]}, "model"),
+        ({"replicas": 0}, "replicas"),
+        ({"replica": 2}, "replica"),
+        ({"gpu": {"enabled": "yes"}}, "gpu/enabled"),
+        ({"ports": {"data": 70000}}, "ports/data"),
+        ({"persistence": {"models": {"size": "big"}}}, "persistence/models/size"),
+        ({"persistence": {"models": {"accessModes": ["Everybody"]}}}, "persistence/models/accessModes"),
+        ({"drain": {"graceSeconds": -1}}, "drain/graceSeconds"),
+        ({"tls": {"enabled": True}}, "tls.secretName"),
+        ({"config": {"listen": "0.0.0.0:1"}}, "config.listen"),
+        ({"autoscaling": {"kind": "vpa"}}, "autoscaling/kind"),
+        ({"autoscaling": {"kind": "keda"}}, "autoscaling.prometheusUrl"),
+        ({"autoscaling": {"minReplicas": 5, "maxReplicas": 2}}, "autoscaling.minReplicas"),
+        ({"envoy": {"balanceFactor": 50}}, "envoy/balanceFactor"),
+        ({"envoy": {"endpoints": [{"host": "a", "port": 1}]}}, "healthPort"),
+        ({"replicas": 2, "persistence": {"state": {"enabled": True}}}, "persistence.state"),
+        ({"adapters": ADAPTERS["adapters"]}, "persistence.adapters.enabled"),
+        (
+            {
+                "envoy": {"enabled": True},
+                "tls": {"enabled": True, "secretName": "c", "requireClientCertificate": True},
+            },
+            "envoy.tlsSecretName",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(chart: Chart, values: dict[str, Any], named: str) -> None:
+    with pytest.raises(helm_python.HelmError) as caught:
+        chart.render(MODELS | values)
+    assert named in str(caught.value)
+
+
+def test_what_only_the_service_knows_is_refused_by_the_service(chart: Chart, tmp_path: Path) -> None:
+    release = chart.render({"models": [{"name": "a", "model": "org/a", "kv_cache_fracton": 0.9}]})
+    with pytest.raises(ValueError, match=r"kv_cache_fracton.*did you mean 'kv_cache_fraction'"):
+        config_of(release, tmp_path)
+
+
+def test_the_chart_passes_helms_own_lint() -> None:
+    report = helm_python.lint(CHART, MODELS, strict=True, kube_version=f"v{KUBERNETES}.0")
+    assert report["total_charts_linted"] == 1
+    assert report["errors"] == []
+    assert [message for message in report["messages"] if message["severity"] > 1] == []  # 1: "an icon is recommended"
+
+
+def test_every_value_is_described() -> None:
+    text = (CHART / "README.md").read_text()
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert [key for key in values if f"`{key}" not in text] == []
