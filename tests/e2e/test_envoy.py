@@ -110,6 +110,7 @@ def envoy_before(servers: Sequence[Place], directory: Path) -> Iterator[Envoy]:
     port, admin_port = free_ports(2)
     values = {
         "models": [{"name": "storyteller", "model": "demo"}],
+        "insecure": True,
         "envoy": {
             "enabled": True,
             "bindAddress": "127.0.0.1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ import yaml
 
 from service.config import ServiceConfig, load_config
 from tests.helm.conftest import CHART, Chart, Manifests
+from tests.service.test_dashboard import documented
 
 KUBERNETES = "1.30"  # the oldest that the chart installs on
 CUSTOM = {"ServiceMonitor": "monitoring.coreos.com/v1", "ScaledObject": "keda.sh/v1alpha1"}  # their schemas come apart
 
-MODELS = {"models": [{"name": "llama-8b", "model": "org/llama-8b", "kv_cache_fraction": 0.9}]}
+MODELS = {
+    "models": [{"name": "llama-8b", "model": "org/llama-8b", "kv_cache_fraction": 0.9}],
+    "tls": {"enabled": True, "secretName": "certificate"},
+    "auth": {"keysSecret": "keys"},
+}
 CLAIMS = {name: {"enabled": True} for name in ("models", "adapters")}
 ADAPTERS = {
     "persistence": CLAIMS,
@@ -30,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "claims of others": {"persistence": {"models": {"enabled": True, "existingClaim": "shared", "readOnly": True}}},
     "adapters": ADAPTERS,
     "two models": {"models": [*MODELS["models"], {"name": "qwen", "model": "org/qwen", "load": False}]},
-    "tls": {"tls": {"enabled": True, "secretName": "certificate"}},
+    "no protection": {"tls": {"enabled": False}, "auth": {"keysSecret": ""}, "insecure": True},
     "mutual tls": {
         "tls": {"enabled": True, "secretName": "certificate", "requireClientCertificate": True},
         "envoy": {"enabled": True, "tlsSecretName": "front"},
@@ -57,12 +63,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "closed": {"networkPolicy": {"dataFrom": [{"podSelector": {}}], "adminFrom": [{"podSelector": {}}]}},
     "open": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}},
-    "keys": {"auth": {"keysSecret": "keys"}},
+    "tokens of an identity provider": {
+        "auth": {"keysSecret": "", "jwt": {"issuer": "i", "audience": "a", "jwks": "https://identity/keys"}}
+    },
     "everything": ADAPTERS
     | {
         "gpu": {"enabled": True},
-        "tls": {"enabled": True, "secretName": "certificate"},
-        "auth": {"keysSecret": "keys"},
         "autoscaling": KEDA,
         "envoy": {"enabled": True, "tlsSecretName": "front"},
         "serviceMonitor": {"enabled": True},
@@ -83,6 +89,8 @@ def config_of(release: Manifests, directory: Path) -> ServiceConfig:
     file = directory / "loraplex.yaml"
     file.write_text(text.replace("/var/lib/loraplex", str(directory)).replace("/etc/loraplex", str(directory)))
     (directory / "adapters" / "legal").mkdir(parents=True)
+    (directory / "keys").mkdir()
+    (directory / "keys" / "keys.yaml").touch()
     return load_config(file, {})
 
 
@@ -160,6 +168,15 @@ def test_pods_run_without_privileges_on_a_read_only_root(release: Manifests) -> 
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
+@pytest.mark.parametrize("kind", ["hpa", "keda"])
+def test_replicas_are_scaled_by_metrics_that_the_server_shows(chart: Chart, kind: str) -> None:
+    release = chart.render(MODELS | {"autoscaling": KEDA | {"kind": kind}})
+    kinds = {"hpa": "HorizontalPodAutoscaler", "keda": "ScaledObject"}
+    names = set(re.findall(r"loraplex_\w+", str(release.get(kinds[kind], "prod-loraplex")["spec"])))
+    assert len(names) == 2
+    assert names <= documented().keys()
+
+
 def test_the_administration_is_closed_to_other_pods(chart: Chart) -> None:
     policy = chart.render(MODELS).get("NetworkPolicy", "prod-loraplex")
     admin = [rule for rule in policy["spec"]["ingress"] if rule["ports"] == [{"port": "admin"}]]
@@ -185,7 +202,9 @@ def test_the_administration_is_closed_to_other_pods(chart: Chart) -> None:
         ({"persistence": {"models": {"size": "big"}}}, "persistence/models/size"),
         ({"persistence": {"models": {"accessModes": ["Everybody"]}}}, "persistence/models/accessModes"),
         ({"drain": {"graceSeconds": -1}}, "drain/graceSeconds"),
-        ({"tls": {"enabled": True}}, "tls.secretName"),
+        ({"tls": {"enabled": True, "secretName": ""}}, "tls.secretName"),
+        ({"tls": {"enabled": False}}, "insecure"),
+        ({"auth": {"keysSecret": ""}}, "insecure"),
         ({"config": {"listen": "0.0.0.0:1"}}, "config.listen"),
         ({"autoscaling": {"kind": "vpa"}}, "autoscaling/kind"),
         ({"autoscaling": {"kind": "keda"}}, "autoscaling.prometheusUrl"),
@@ -210,7 +229,7 @@ def test_a_wrong_value_is_refused_by_name(chart: Chart, values: dict[str, Any], 
 
 
 def test_what_only_the_service_knows_is_refused_by_the_service(chart: Chart, tmp_path: Path) -> None:
-    release = chart.render({"models": [{"name": "a", "model": "org/a", "kv_cache_fracton": 0.9}]})
+    release = chart.render(MODELS | {"models": [{"name": "a", "model": "org/a", "kv_cache_fracton": 0.9}]})
     with pytest.raises(ValueError, match=r"kv_cache_fracton.*did you mean 'kv_cache_fraction'"):
         config_of(release, tmp_path)
 

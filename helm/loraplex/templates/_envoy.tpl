@@ -93,10 +93,10 @@ static_resources:
             http2_protocol_options:
               connection_keepalive: { interval: 10s, timeout: 5s } # finds replicas that vanished without a word
       health_checks:
-        - timeout: 1s
+        - timeout: 2s
           interval: {{ $envoy.healthCheckSeconds }}s
           no_traffic_interval: {{ $envoy.healthCheckSeconds }}s
-          unhealthy_threshold: 1 # a draining replica says so once
+          unhealthy_threshold: 3 # of time-outs; a draining replica says so, and is believed at once
           healthy_threshold: 1
           grpc_health_check: { service_name: readiness }
           transport_socket_match_criteria: { health: true }

@@ -67,9 +67,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $tls := dict "certificate" "/etc/loraplex/tls/tls.crt" "key" "/etc/loraplex/tls/tls.key" -}}
 {{- if .Values.tls.requireClientCertificate -}}{{- $_ := set $tls "client_ca" "/etc/loraplex/tls/ca.crt" -}}{{- end -}}
 {{- $_ := set $own "tls" $tls -}}
-{{- else -}}
-{{- $_ := set $own "insecure" true -}}
 {{- end -}}
+{{- $auth := dict -}}
+{{- if .Values.auth.keysSecret -}}{{- $_ := set $auth "keys" "/etc/loraplex/keys/keys.yaml" -}}{{- end -}}
+{{- if .Values.auth.jwt -}}{{- $_ := set $auth "jwt" .Values.auth.jwt -}}{{- end -}}
+{{- if $auth -}}{{- $_ := set $own "auth" $auth -}}{{- end -}}
+{{- /* The metrics are plaintext, behind the network policy; for the calls `loraplex.check` sees to it. */ -}}
+{{- $_ := set $own "insecure" true -}}
 {{- range $key, $_ := .Values.config -}}
 {{- if hasKey $own $key -}}{{- fail (printf "config.%s: the chart sets this key from its own values; see the chart's README" $key) -}}{{- end -}}
 {{- end -}}
@@ -80,6 +84,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "loraplex.check" -}}
 {{- if not .Values.models -}}{{- fail "models: there is none; name at least one, such as {name: llama-8b, model: meta-llama/Llama-3.1-8B-Instruct}" -}}{{- end -}}
 {{- if and .Values.tls.enabled (not .Values.tls.secretName) -}}{{- fail "tls.secretName: name the secret that holds tls.crt and tls.key, or set tls.enabled: false" -}}{{- end -}}
+{{- $closed := and .Values.tls.enabled (or .Values.auth.keysSecret .Values.auth.jwt .Values.tls.requireClientCertificate) -}}
+{{- if not (or $closed .Values.insecure) -}}
+{{- fail "insecure: calls would be neither encrypted nor authenticated; set tls.enabled with auth.keysSecret, auth.jwt or tls.requireClientCertificate, or insecure: true where the network is trusted" -}}
+{{- end -}}
 {{- if and .Values.adapters (not .Values.persistence.adapters.enabled) (not (hasKey .Values.config "adapter_roots")) -}}
 {{- fail "adapters: they are read from a volume; set persistence.adapters.enabled: true, or config.adapter_roots" -}}
 {{- end -}}
