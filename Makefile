@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
 
-test: $(VENV)/.installed-dev  ## every CPU test
-	$(BIN)/python -m pytest -m "not gpu"
+test: $(VENV)/.installed-dev  ## every CPU test; with PYTHONFLAGS=-O as an optimised build runs
+	$(BIN)/python $(PYTHONFLAGS) -m pytest -m "not gpu"
 
 check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generated stubs
 	$(BIN)/ruff check .

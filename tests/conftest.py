@@ -1,8 +1,13 @@
-"""Without a GPU the Triton kernels are tested under Triton's interpreter."""
+"""Without a GPU the Triton kernels are tested under Triton's interpreter; asserts count under `python -O` too."""
 
 import os
 from pathlib import Path
 
+import pytest
+
 # Triton decides when it is first imported, and transformers imports it: so before any test module is.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# pytest rewrites the asserts of test modules, so that `python -O` leaves them in; what tests share is asked for here.
+pytest.register_assert_rewrite("tests.service", "tests.engine", "tests.adapters", "tests.client", "tests.e2e")
