@@ -6,31 +6,27 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import asyncio
-import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import update_wrapper
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import click
-import grpc
 import msgspec
 import uvloop
-from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import Message
 from rich.console import Console
-from rich.table import Table
 
 from engine.logs import set_up_logging
-from loraplex import AdminClient, Client, GenerateOptions, LoraplexError
+from loraplex import GenerateOptions
 from service.app import running
 from service.auth.command import keys
+from service.commands.adapters import adapters
+from service.commands.routes import routes
+from service.commands.shared import Target, call_failures, print_json, print_table, reaches_server, state_of
 from service.config import ConfigError, ServiceConfig, load_config
 from service.demo import play_demo
 from service.quantize import quantize
@@ -98,7 +94,7 @@ def demo(config: Path | None, prompt: str, max_tokens: int, verbose: bool) -> No
         async with running(settings) as (_, addresses):
             await play_demo(addresses, settings, prompt, max_tokens, Console())
 
-    with _start_failures(), _call_failures():
+    with _start_failures(), call_failures():
         uvloop.run(run())
 
 
@@ -134,73 +130,8 @@ def _stop_signal() -> asyncio.Event:
 
 # ---- clients ---------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a server is, and who asks."""
-
-    server: str
-    admin_server: str
-    token: str | None
-    tenant: str | None
-    tls_ca: Path | None
-    tls_cert: Path | None
-    tls_key: Path | None
-    timeout: float | None
-
-    def client(self) -> Client:
-        return Client(self.server, **self._arguments())
-
-    def admin(self) -> AdminClient:
-        return AdminClient(self.admin_server, **self._arguments())
-
-    def _arguments(self) -> dict[str, Any]:
-        credentials = None
-        if self.tls_ca is not None:
-            key = self.tls_key.read_bytes() if self.tls_key is not None else None
-            certificate = self.tls_cert.read_bytes() if self.tls_cert is not None else None
-            credentials = grpc.ssl_channel_credentials(self.tls_ca.read_bytes(), key, certificate)
-        return {"credentials": credentials, "token": self.token, "tenant": self.tenant, "timeout": self.timeout}
-
-
-def reaches_server(command: Callable[Concatenate[Target, P], R]) -> Callable[..., R]:
-    """Gives a command the options that say where the server is, and its errors a form for people."""
-
-    @click.option("--server", default="127.0.0.1:50051", show_default=True, help="Data port.")
-    @click.option("--admin-server", default="127.0.0.1:50052", show_default=True, help="Admin port.")
-    @click.option("--token", envvar="LORAPLEX_TOKEN", help="Bearer token.")
-    @click.option("--tenant", help="The tenant to act for.")
-    @click.option("--tls-ca", type=EXISTING, help="PEM file of who signed the server's certificate; absent: no TLS.")
-    @click.option("--tls-cert", type=EXISTING, help="PEM file of your own certificate, if the server asks for one.")
-    @click.option("--tls-key", type=EXISTING, help="PEM file of its key.")
-    @click.option("--timeout", type=float, help="Seconds for each call.")
-    def wrapper(
-        server: str,
-        admin_server: str,
-        token: str | None,
-        tenant: str | None,
-        tls_ca: Path | None,
-        tls_cert: Path | None,
-        tls_key: Path | None,
-        timeout: float | None,
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> R:
-        with _call_failures():
-            return command(
-                Target(server, admin_server, token, tenant, tls_ca, tls_cert, tls_key, timeout), *args, **kwargs
-            )
-
-    return update_wrapper(wrapper, command)
-
-
-@contextmanager
-def _call_failures() -> Iterator[None]:
-    """Why a call failed, for people."""
-    try:
-        yield
-    except LoraplexError as error:
-        raise click.ClickException(str(error)) from error
+main.add_command(adapters)
+main.add_command(routes)
 
 
 @main.command()
@@ -234,7 +165,7 @@ def generate(
     with target.client() as client:
         stream = client.stream_generate(model, said, **options)
         if as_json:
-            _print_json(stream.collect())
+            print_json(stream.collect())
             return
         for piece in stream.text():
             click.echo(piece, nl=False)
@@ -273,8 +204,8 @@ def list_models(target: Target) -> None:
     """List all models."""
     with target.admin() as admin:
         found = admin.list_models()
-    rows = [(m.name, _state(m), m.architecture, m.dtype, str(m.limits.max_context_tokens or "")) for m in found]
-    _print_table(("model", "state", "architecture", "type", "context"), rows)
+    rows = [(m.name, state_of(m), m.architecture, m.dtype, str(m.limits.max_context_tokens or "")) for m in found]
+    print_table(("model", "state", "architecture", "type", "context"), rows)
 
 
 @models.command("get")
@@ -283,7 +214,7 @@ def list_models(target: Target) -> None:
 def get_model(target: Target, name: str) -> None:
     """Show one model."""
     with target.admin() as admin:
-        _print_json(admin.get_model(name))
+        print_json(admin.get_model(name))
 
 
 @models.command("load")
@@ -293,7 +224,7 @@ def get_model(target: Target, name: str) -> None:
 def load_model(target: Target, name: str, wait: float) -> None:
     """Load a model into memory."""
     with target.admin() as admin:
-        _print_json(admin.load_model(name, wait=wait))
+        print_json(admin.load_model(name, wait=wait))
 
 
 @models.command("unload")
@@ -304,105 +235,4 @@ def load_model(target: Target, name: str, wait: float) -> None:
 def unload_model(target: Target, name: str, grace: float | None, wait: float) -> None:
     """Unload a model, once running requests have ended or the grace is over."""
     with target.admin() as admin:
-        _print_json(admin.unload_model(name, grace=grace, wait=wait))
-
-
-@main.group()
-def adapters() -> None:
-    """LoRA adapters, which come and go while the server runs."""
-
-
-@adapters.command("list")
-@click.option("--base-model", help="Only adapters of this model.")
-@click.option("--versions", is_flag=True, help="Every version, instead of the current ones.")
-@reaches_server
-def list_adapters(target: Target, base_model: str | None, versions: bool) -> None:
-    """List the adapters of a tenant (--tenant), or all."""
-    with target.admin() as admin:
-        found = admin.list_adapters(tenant=target.tenant or "-", base_model=base_model, include_versions=versions)
-    rows = [(a.version, a.base_model, _state(a), str(a.rank or ""), "*" if a.current else "") for a in found]
-    _print_table(("version", "model", "state", "rank", "current"), rows)
-
-
-@adapters.command("get")
-@click.argument("name")
-@reaches_server
-def get_adapter(target: Target, name: str) -> None:
-    """Show one adapter, or one version of it."""
-    with target.admin() as admin:
-        _print_json(admin.get_adapter(name, tenant=target.tenant or "shared"))
-
-
-@adapters.command("create")
-@click.argument("adapter_id")
-@click.argument("source")
-@click.option("--base-model", required=True, help="The model that it adapts.")
-@click.option("--validate-only", is_flag=True, help="Read and check, but register nothing.")
-@click.option("--keep-current", is_flag=True, help="Do not move the bare name to this version.")
-@click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds; 0 returns at once.")
-@reaches_server
-def create_adapter(
-    target: Target,
-    adapter_id: str,
-    source: str,
-    base_model: str,
-    validate_only: bool,
-    keep_current: bool,
-    wait: float,
-) -> None:
-    """Register the adapter in SOURCE: a directory under one of the server's adapter roots."""
-    with target.admin() as admin:
-        created = admin.create_adapter(
-            adapter_id,
-            base_model=base_model,
-            source=source,
-            tenant=target.tenant or "shared",
-            validate_only=validate_only,
-            make_current=not keep_current,
-            wait=wait,
-        )
-    _print_json(created)
-    sys.exit(1 if created.state == created.STATE_FAILED else 0)
-
-
-@adapters.command("use")
-@click.argument("version")
-@reaches_server
-def use_adapter(target: Target, version: str) -> None:
-    """Have the bare name mean VERSION ("legal@1a2b3c4d5e6f"): a switch forward, or a rollback."""
-    name = version.partition("@")[0]
-    with target.admin() as admin:
-        _print_json(admin.update_adapter(name, version=version, tenant=target.tenant or "shared"))
-
-
-@adapters.command("delete")
-@click.argument("name")
-@click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds; 0 returns at once.")
-@reaches_server
-def delete_adapter(target: Target, name: str, wait: float) -> None:
-    """Delete a version, or for a bare name all versions, once running requests have ended."""
-    with target.admin() as admin:
-        _print_json(admin.delete_adapter(name, tenant=target.tenant or "shared", wait=wait))
-
-
-def _state(resource: Any) -> str:
-    """The name of its state, without the prefix."""
-    name: str = type(resource).State.Name(resource.state)
-    return name.removeprefix("STATE_")
-
-
-def _print_json(message: Message) -> None:
-    click.echo(json.dumps(MessageToDict(message, preserving_proto_field_name=True), indent=2, ensure_ascii=False))
-
-
-def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    # Without a terminal nothing may be cut: the next program in the pipe reads it.
-    console = (
-        Console()
-        if sys.stdout.isatty()
-        else Console(width=max(80, 2 * max((sum(map(len, r)) for r in rows), default=0)))
-    )
-    console.print(table)
+        print_json(admin.unload_model(name, grace=grace, wait=wait))

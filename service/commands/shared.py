@@ -1,0 +1,115 @@
+"""Where a server is, who asks, and how answers and errors look to people."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import update_wrapper
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import click
+import grpc
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+
+from loraplex import AdminClient, Client, LoraplexError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+EXISTING = click.Path(path_type=Path, exists=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a server is, and who asks."""
+
+    server: str
+    admin_server: str
+    token: str | None
+    tenant: str | None
+    tls_ca: Path | None
+    tls_cert: Path | None
+    tls_key: Path | None
+    timeout: float | None
+
+    def client(self) -> Client:
+        return Client(self.server, **self._arguments())
+
+    def admin(self) -> AdminClient:
+        return AdminClient(self.admin_server, **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        credentials = None
+        if self.tls_ca is not None:
+            key = self.tls_key.read_bytes() if self.tls_key is not None else None
+            certificate = self.tls_cert.read_bytes() if self.tls_cert is not None else None
+            credentials = grpc.ssl_channel_credentials(self.tls_ca.read_bytes(), key, certificate)
+        return {"credentials": credentials, "token": self.token, "tenant": self.tenant, "timeout": self.timeout}
+
+
+def reaches_server(command: Callable[Concatenate[Target, P], R]) -> Callable[..., R]:
+    """Gives a command the options that say where the server is, and its errors a form for people."""
+
+    @click.option("--server", default="127.0.0.1:50051", show_default=True, help="Data port.")
+    @click.option("--admin-server", default="127.0.0.1:50052", show_default=True, help="Admin port.")
+    @click.option("--token", envvar="LORAPLEX_TOKEN", help="Bearer token.")
+    @click.option("--tenant", help="The tenant to act for.")
+    @click.option("--tls-ca", type=EXISTING, help="PEM file of who signed the server's certificate; absent: no TLS.")
+    @click.option("--tls-cert", type=EXISTING, help="PEM file of your own certificate, if the server asks for one.")
+    @click.option("--tls-key", type=EXISTING, help="PEM file of its key.")
+    @click.option("--timeout", type=float, help="Seconds for each call.")
+    def wrapper(
+        server: str,
+        admin_server: str,
+        token: str | None,
+        tenant: str | None,
+        tls_ca: Path | None,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        timeout: float | None,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        with call_failures():
+            return command(
+                Target(server, admin_server, token, tenant, tls_ca, tls_cert, tls_key, timeout), *args, **kwargs
+            )
+
+    return update_wrapper(wrapper, command)
+
+
+@contextmanager
+def call_failures() -> Iterator[None]:
+    """Why a call failed, for people."""
+    try:
+        yield
+    except LoraplexError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def state_of(resource: Any) -> str:
+    """The name of its state, without the prefix."""
+    name: str = type(resource).State.Name(resource.state)
+    return name.removeprefix("STATE_")
+
+
+def print_json(message: Message) -> None:
+    click.echo(json.dumps(MessageToDict(message, preserving_proto_field_name=True), indent=2, ensure_ascii=False))
+
+
+def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    # Without a terminal nothing may be cut: the next program in the pipe reads it.
+    console = (
+        Console()
+        if sys.stdout.isatty()
+        else Console(width=max(80, 2 * max((sum(map(len, r)) for r in rows), default=0)))
+    )
+    console.print(table)

@@ -1,0 +1,77 @@
+"""`loraplex adapters` and `loraplex routes` against a running service, and what needs none."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from adapters.source import digest
+from service.cli import main
+from tests.service.control_plane import ControlPlane, write_adapter
+
+Run = Callable[..., Awaitable[Result]]
+
+
+@pytest.fixture
+def run(control: ControlPlane) -> Run:
+    """Runs a command in a thread, against the running service."""
+
+    async def run(*arguments: str) -> Result:
+        servers = ["--server", control.addresses.data, "--admin-server", control.addresses.admin]
+        result = await asyncio.to_thread(CliRunner().invoke, main, [*arguments, *servers])
+        assert result.exit_code == 0, result.output
+        return result
+
+    return run
+
+
+async def test_an_adapter_is_uploaded_pinned_and_listed(run: Run, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "pirate")
+    uploaded = json.loads((await run("adapters", "upload", "mine", str(files), "--base-model", "tiny")).output)
+    assert uploaded["state"] == "STATE_ACTIVE"
+    assert json.loads((await run("adapters", "pin", "mine")).output)["pinned"]
+    listed = (await run("adapters", "list")).output
+    assert uploaded["version"] in listed
+    assert "pinned" not in json.loads((await run("adapters", "unpin", "mine")).output)
+
+
+async def test_an_adapter_is_preloaded_and_unloaded(run: Run, control: ControlPlane) -> None:
+    source = write_adapter(control.roots / "pirate").name
+    await run("adapters", "create", "mine", source, "--base-model", "tiny")
+    loaded = json.loads((await run("adapters", "preload", "mine")).output)
+    assert loaded["residency"] == "ADAPTER_RESIDENCY_DEVICE"
+    unloaded = json.loads((await run("adapters", "unload", "mine")).output)
+    assert unloaded["residency"] == "ADAPTER_RESIDENCY_DISK"
+
+
+async def test_a_route_is_set_resolved_and_deleted(run: Run) -> None:
+    made = json.loads((await run("routes", "set", "main", "tiny=3", "models/other", "--fallback", "tiny")).output)
+    assert [target["weight"] for target in made["targets"]] == [3, 1]
+    assert "tiny=3, models/other=1" in (await run("routes", "list")).output
+    resolved = json.loads((await run("routes", "resolve", "main", "--key", "user-1")).output)
+    assert resolved["target"]["route"] == "tenants/shared/routes/main"
+    await run("routes", "delete", "main")
+    assert "main" not in (await run("routes", "list")).output
+
+
+def test_a_weight_that_is_no_number_is_refused() -> None:
+    result = CliRunner().invoke(main, ["routes", "set", "main", "tiny=much"])
+    assert result.exit_code == 2
+    assert "a whole number is expected" in result.output
+
+
+def test_an_adapter_is_signed(tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "pirate")
+    key = tmp_path / "key.pem"
+    private = Ed25519PrivateKey.generate()
+    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    assert CliRunner().invoke(main, ["adapters", "digest", str(files)]).output.strip() == f"sha256:{digest(files)}"
+    assert CliRunner().invoke(main, ["adapters", "sign", str(files), "--key", str(key)]).exit_code == 0
+    assert (files / "adapter.sig").exists()
+    key.write_text("no key")
+    assert CliRunner().invoke(main, ["adapters", "sign", str(files), "--key", str(key)]).exit_code == 1
