@@ -7,10 +7,10 @@ namespace loraplex {
 namespace {
 
 constexpr int64_t MAX_GROUP = 256;            // inputs: an unpacked group stays in a core's first or second cache
-constexpr int64_t X_BLOCK_BYTES = 512 << 10;  // rows of x that stay in the second cache beside it
+constexpr int64_t X_BLOCK_BYTES = 1 << 20;    // rows of x that stay in the second cache beside it
 constexpr int64_t AHEAD = 4 << 10;            // bytes
 constexpr int64_t CHUNK_BYTES = 32 << 10;     // codes worth a trip to the chunk counter
-constexpr int64_t MAX_ROWS = 192;             // whose sums are kept beside them
+constexpr int64_t MAX_ROWS = 256;             // whose sums are kept beside them
 
 template <class Codec>
 Codec make_codec(const float* table) {
@@ -19,6 +19,33 @@ Codec make_codec(const float* table) {
     else
         return Codec();
 }
+
+#if defined(__AMX_BF16__)
+// One block of rows times a group of codes. The next tiles are unpacked before these are multiplied, so that the core
+// does both at once.
+template <class Codec, class F>
+void multiply_codes_by_tiles(const Rows<bf16>& x, int64_t rows, const CodeColumns<Codec, bf16>& codes, F f) {
+    constexpr int64_t STRIDE = CODE_PANEL * 2;
+    alignas(64) bf16 unpacked[2][TILE_STEPS * STRIDE];
+    alignas(64) float sums[TILE_ROWS * CODE_PANEL];
+    const auto unpack_from = [&](int64_t step) {
+        bf16* to = unpacked[step / TILE_STEPS % 2];
+        const int64_t steps = std::min<int64_t>(TILE_STEPS, codes.steps - step);
+        unpack_codes(CodeColumns<Codec, bf16>{codes.units + step * UNIT_WORDS<Codec>, steps, codes.ahead, codes.codec}, to);
+        std::fill(to + steps * STRIDE, to + TILE_STEPS * STRIDE, bf16{});
+    };
+    zero_tiles<CODE_VECTORS>();
+    unpack_from(0);
+    for (int64_t step = 0; step < codes.steps; step += TILE_STEPS) {
+        if (step + TILE_STEPS < codes.steps) unpack_from(step + TILE_STEPS);
+        const bf16* from = unpacked[step / TILE_STEPS % 2];
+        const bf16* const vectors[] = {from, from + 2 * W, from + 4 * W, from + 6 * W};
+        add_tiles<CODE_VECTORS>(x.data + 2 * step, x.stride, vectors, 0, STRIDE);
+    }
+    store_tiles<CODE_VECTORS>(sums, CODE_PANEL);
+    f(0, int(rows), sums);
+}
+#endif
 
 }  // namespace
 
@@ -150,7 +177,7 @@ void QuantizedLinear<T, Codec>::add_group(const C& columns, const Rows<X>& x, co
                                           int64_t panel, int64_t group, float* totals) const {
     const auto groups = int64_t(groups_.size());
     const int64_t values = (panel * groups + group) * CODE_PANEL;
-    multiply_rows<CODE_VECTORS>(x, rows, columns, [&](int64_t begin, int count, const float* products) {
+    const auto fold = [&](int64_t begin, int count, const float* products) {
         for (int v = 0; v < CODE_VECTORS; ++v) {
             const Vec scale = scales_.at(values + v * W);
             const Vec offset = offsets_.empty() ? zero() : offsets_.at(values + v * W);
@@ -161,7 +188,11 @@ void QuantizedLinear<T, Codec>::add_group(const C& columns, const Rows<X>& x, co
                 store(total, fma(scale, product, load(total)));
             }
         }
-    });
+    };
+    if constexpr (std::is_same_v<C, Columns<X>> || !USES_TILES<X>) multiply_rows<CODE_VECTORS>(x, rows, columns, fold);
+#if defined(__AMX_BF16__)
+    else multiply_codes_by_tiles(x, rows, columns, fold);
+#endif
 }
 
 // A few rows are multiplied by codes as they are unpacked; many by a group that was unpacked for all of them. A row's
@@ -180,11 +211,9 @@ void QuantizedLinear<T, Codec>::panel(const Rows<X>& x, const float* sums, T* y,
         const Rows<X> inputs{x.data + first * x.stride + group.input, x.stride};
         const float* group_sums = sums ? sums + first * int64_t(groups_.size()) + g : nullptr;
         const CodeColumns<Codec, X> codes{units(panel, group), 2 * group.units / PAIR_OF<X>, AHEAD, codec_};
-        if constexpr (!USES_TILES<X>) {
-            if (rows <= ROWS_AT_ONCE) {
-                add_group(codes, inputs, group_sums, rows, panel, g, totals);
-                continue;
-            }
+        if (rows <= (USES_TILES<X> ? TILE_ROWS : ROWS_AT_ONCE)) {
+            add_group(codes, inputs, group_sums, rows, panel, g, totals);
+            continue;
         }
         unpack_codes(codes, unpacked);
         std::fill(unpacked + codes.steps * STRIDE, unpacked + group.steps * STRIDE, X{});

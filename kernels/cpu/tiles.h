@@ -51,36 +51,35 @@ class TileScope {
     TileScope(const TileScope&) = delete;
 };
 
-// sums[16][VECTORS · 16] = one block of rows of x times VECTORS neighbouring vectors of a panel.
+// One block of rows times VECTORS neighbouring vectors: `zero_tiles`, `add_tiles` for every TILE_STEPS steps, `store_tiles`.
 template <int VECTORS>
-void multiply_tiles(const bf16* x, int64_t x_stride, const Columns<bf16>& w, int64_t first_vector, float* sums,
-                    int64_t sums_stride) {
-    const int64_t x_bytes = x_stride * int64_t(sizeof(bf16)), w_bytes = w.stride * int64_t(sizeof(bf16));
-    const bf16* const* at = w.vectors + first_vector;
+inline void zero_tiles() {
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (VECTORS == 4) {
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t step = 0; step < w.steps; step += TILE_STEPS) {
-        const int64_t offset = step * w.stride;
-        if (w.ahead)
-            for (int s = 0; s < TILE_STEPS; ++s)
-                for (int v = 0; v < VECTORS; ++v)
-                    __builtin_prefetch(reinterpret_cast<const char*>(at[v] + offset + s * w.stride) + w.ahead);
-        _tile_loadd(4, x + 2 * step, x_bytes);
-        _tile_loadd(6, at[0] + offset, w_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, at[1] + offset, w_bytes);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (VECTORS == 4) {
-            _tile_loadd(5, at[2] + offset, w_bytes);
-            _tile_dpbf16ps(2, 4, 5);
-            _tile_loadd(6, at[3] + offset, w_bytes);
-            _tile_dpbf16ps(3, 4, 6);
-        }
+}
+
+template <int VECTORS>
+inline void add_tiles(const bf16* x, int64_t x_stride, const bf16* const* at, int64_t offset, int64_t stride) {
+    const int64_t x_bytes = x_stride * int64_t(sizeof(bf16)), w_bytes = stride * int64_t(sizeof(bf16));
+    _tile_loadd(4, x, x_bytes);
+    _tile_loadd(6, at[0] + offset, w_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, at[1] + offset, w_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (VECTORS == 4) {
+        _tile_loadd(5, at[2] + offset, w_bytes);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, at[3] + offset, w_bytes);
+        _tile_dpbf16ps(3, 4, 6);
     }
+}
+
+template <int VECTORS>
+inline void store_tiles(float* sums, int64_t sums_stride) {
     const int64_t sums_bytes = sums_stride * int64_t(sizeof(float));
     _tile_stored(0, sums, sums_bytes);
     _tile_stored(1, sums + W, sums_bytes);
@@ -88,6 +87,23 @@ void multiply_tiles(const bf16* x, int64_t x_stride, const Columns<bf16>& w, int
         _tile_stored(2, sums + 2 * W, sums_bytes);
         _tile_stored(3, sums + 3 * W, sums_bytes);
     }
+}
+
+// sums[16][VECTORS · 16] = one block of rows of x times VECTORS neighbouring vectors of a panel.
+template <int VECTORS>
+void multiply_tiles(const bf16* x, int64_t x_stride, const Columns<bf16>& w, int64_t first_vector, float* sums,
+                    int64_t sums_stride) {
+    const bf16* const* at = w.vectors + first_vector;
+    zero_tiles<VECTORS>();
+    for (int64_t step = 0; step < w.steps; step += TILE_STEPS) {
+        const int64_t offset = step * w.stride;
+        if (w.ahead)
+            for (int s = 0; s < TILE_STEPS; ++s)
+                for (int v = 0; v < VECTORS; ++v)
+                    __builtin_prefetch(reinterpret_cast<const char*>(at[v] + offset + s * w.stride) + w.ahead);
+        add_tiles<VECTORS>(x + 2 * step, x_stride, at, offset, w.stride);
+    }
+    store_tiles<VECTORS>(sums, sums_stride);
 }
 
 // The same for two blocks of 16 rows and two vectors: half as many loads for a product.
