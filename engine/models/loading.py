@@ -127,9 +127,10 @@ class _Loader:
 
     def load(self) -> LanguageModel:
         embedding = self._rows(EMBEDDING)
+        # The largest matrix goes first: while it is packed it takes its room twice, and nothing else is there yet.
+        head = self._lora_linear(HEAD_SITE, self._head(embedding))
         layers = [self._layer(index) for index in range(self.config.num_layers)]
         final_norm = self._adapted_norm(FINAL_NORM_SITE, FINAL_NORM)
-        head = self._lora_linear(HEAD_SITE, self._head(embedding))
         self.nbytes += embedding.nbytes
         adapted_embedding = LoRAEmbedding(embedding, self.replaced.table.at(EMBEDDING_SITE))
         replaced, nbytes = self.replaced, self.nbytes

@@ -93,7 +93,7 @@ def test_the_weights_beside_an_adapter_can_be_read_back(tmp_path: Path) -> None:
     """By rows of a fused linear, whose parts may be matrices of their own."""
     twins = make_twins(tmp_path, *FORMATS["gptq act-order"], skipped=("k_proj",))
     sites, dense = load(twins.quantised).lora_sites(), load(twins.dense).lora_sites()
-    for site, linear in sites.items():
+    for site, linear in ((name, site) for name, site in sites.items() if name.startswith("layers.")):
         last = linear.out_features
         for start, end in ((0, last), (last // 2, last - 3), (5, 6)):
             found, wanted = (held.linear.dequantize(start, end) for held in (linear, dense[site]))
