@@ -210,13 +210,15 @@ class AdapterPool:
             raise AdapterRejected([problem], TOO_LARGE) from error
         resident = self._residents[key] = _Resident(slot, loaded.nbytes, invocation_tokens=loaded.invocation_tokens)
         self._used_bytes += loaded.nbytes
-        self.moved.add(key)
+        if not key.parts:  # nobody asks where a composition is
+            self.moved.add(key)
         return resident
 
     def _drop(self, key: AdapterKey) -> None:
         resident = self._residents.pop(key)
         self._used_bytes -= resident.nbytes
-        self.moved.add(key)
+        if not key.parts:  # nobody asks where a composition is
+            self.moved.add(key)
         self._clear(resident.slot)
 
     def _clear(self, slot: int) -> None:

@@ -18,13 +18,14 @@ import torch
 from adapters.errors import INVALID, TOO_LARGE, UNREADABLE, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.targets import LoraTarget
-from adapters.weights import LoadedAdapter, load_adapter
+from adapters.weights import LoadedAdapter, load_adapter, load_composition
 from kernels.ops import LoraWeights, PackedLora
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
+MAX_FAILED_COMPOSITIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,9 @@ class FinishedLoad:
 
 @dataclass(slots=True)
 class _Source:
-    """Where a registered adapter is read from, and how that went so far."""
+    """Where a registered adapter is read from, or those that a composition takes, and how that went so far."""
 
-    path: Path
+    paths: tuple[Path, ...]
     loading: bool = False
     problems: list[str] = field(default_factory=list)  # of the last load, if it failed
     reason: str = INVALID
@@ -83,6 +84,7 @@ class AdapterStore:
         executor: Executor | None = None,  # None: threads of its own
     ) -> None:
         self._load = partial(load_adapter, targets=targets, dtype=dtype, max_rank=max_rank, pack=pack)
+        self._load_composition = partial(load_composition, targets=targets, dtype=dtype, max_rank=max_rank, pack=pack)
         self._budget_bytes = budget_bytes
         self._clock = clock
         self._executor = executor or ThreadPoolExecutor(
@@ -108,8 +110,8 @@ class AdapterStore:
 
     def register(self, key: AdapterKey, path: Path) -> None:
         """Make an adapter known and read it into memory. `poll` says how that went, each time anew."""
-        source = self._sources.setdefault(key, _Source(path))
-        source.path = path
+        source = self._sources.setdefault(key, _Source((path,)))
+        source.paths = (path,)
         if key in self._loaded:
             self._num_in_flight += 1
             self._finished.put((source, FinishedLoad(key, self._loaded[key])))
@@ -118,12 +120,15 @@ class AdapterStore:
 
     def unregister(self, key: AdapterKey) -> None:
         """Forget an adapter; what is still being read of it will be dropped. An unknown key is not an error."""
-        if self._sources.pop(key, None) is not None:
-            self._drop(key)
-            self.changes += 1
+        composed = [other for other in self._sources if other.parts and key in other.members]
+        for known in (key, *composed):
+            if self._sources.pop(known, None) is not None:
+                self._drop(known)
+                self.changes += 1
 
     def is_registered(self, key: AdapterKey) -> bool:
-        return key in self._sources
+        """Of a composition: whether all of its members are."""
+        return all(member in self._sources for member in key.members)
 
     def holds(self, key: AdapterKey) -> bool:
         """Whether an adapter is in memory. Does not count as use."""
@@ -149,6 +154,8 @@ class AdapterStore:
         AdapterRejected if it is not registered, or if it failed and the pause before the next try is not over.
         """
         source = self._sources.get(key)
+        if source is None and key.parts and self.is_registered(key):
+            source = self._compose(key)
         if source is None:
             raise AdapterRejected([f"adapter {key} is not registered with this engine"])
         if key in self._loaded or source.loading:
@@ -176,6 +183,15 @@ class AdapterStore:
             self._evict(keep={finished.key for finished in arrived})
         return arrived
 
+    def _compose(self, key: AdapterKey) -> _Source:
+        """Know a composition by what it takes, until it leaves the memory; of those that failed, only the latest."""
+        failed = [other for other, source in self._sources.items() if other.parts and source.problems]
+        for other in failed[:-MAX_FAILED_COMPOSITIONS]:
+            del self._sources[other]
+        paths = tuple(path for member in key.members for path in self._sources[member].paths)
+        source = self._sources[key] = _Source(paths)
+        return source
+
     def _start(self, key: AdapterKey, source: _Source) -> None:
         source.loading = True
         self._num_in_flight += 1
@@ -185,11 +201,13 @@ class AdapterStore:
         """In a loader thread."""
         started = time.perf_counter()
         try:
-            finished = FinishedLoad(key, self._load(key, source.path))
+            loaded = self._load_composition(key, source.paths) if key.parts else self._load(key, *source.paths)
+            finished = FinishedLoad(key, loaded)
         except AdapterRejected as rejected:
             finished = FinishedLoad(key, None, rejected.problems, rejected.reason)
         except OSError as error:
-            problem = f"{source.path.name}: cannot be read: {error.strerror or error}"
+            names = ", ".join(path.name for path in source.paths)
+            problem = f"{names}: cannot be read: {error.strerror or error}"
             finished = FinishedLoad(key, None, [problem], UNREADABLE)
         except Exception as error:  # whatever is in the files must not silence the request that waits for them
             logger.exception("adapter %s: unexpected failure while loading", key)
@@ -213,8 +231,12 @@ class AdapterStore:
         if key not in self._loaded:
             self._loaded[key] = loaded
             self._used_bytes += loaded.nbytes
-            self.moved.add(key)
+            self._note_move(key)
         return finished
+
+    def _note_move(self, key: AdapterKey) -> None:
+        if not key.parts:  # nobody asks where a composition is
+            self.moved.add(key)
 
     # ---- room ------------------------------------------------------------------------------------------------------
 
@@ -231,4 +253,6 @@ class AdapterStore:
         loaded = self._loaded.pop(key, None)
         if loaded is not None:
             self._used_bytes -= loaded.nbytes
-            self.moved.add(key)
+            self._note_move(key)
+            if key.parts:
+                self._sources.pop(key, None)

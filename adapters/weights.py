@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from adapters.binding import BoundAdapter, bind
-from adapters.config import parse_config
+from adapters.composition import combine
+from adapters.config import LoRAConfig, parse_config
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from adapters.layer import EMBEDDING_SITE, EmbeddingLora
@@ -66,8 +67,38 @@ def load_adapter(
 ) -> LoadedAdapter:
     """Read an adapter, check that it is the version that `key` names, bind it and lay it out for the kernels.
 
-    The bytes that are checked are the bytes that are used: the file is read once. Raises AdapterRejected; OSError if
-    the disk fails.
+    Raises AdapterRejected; OSError if the disk fails.
+    """
+    tensors, config = _read(key, directory)
+    bound = bind(tensors, config, targets, dtype, max_rank)
+    packed = pack_adapter(bound, pack)
+    return LoadedAdapter(key, packed, bound.ranks, config.warnings, bound.invocation_tokens, bound.whole)
+
+
+def load_composition(
+    key: AdapterKey,
+    directories: Sequence[Path],
+    targets: Mapping[str, LoraTarget],
+    dtype: torch.dtype,
+    max_rank: int,
+    pack: Callable[[LoraWeights], PackedLora],
+) -> LoadedAdapter:
+    """Read the parts of a composition and lay their weighted sum out for the kernels, as one adapter.
+
+    directories: of each of the key's parts. max_rank: of each part. Raises AdapterRejected; OSError if the disk fails.
+    """
+    parts = []
+    for (member, weight), directory in zip(key.parts, directories, strict=True):
+        tensors, config = _read(member, directory)
+        parts.append((str(member), bind(tensors, config, targets, dtype, max_rank), weight))
+    bound = combine(parts)
+    return LoadedAdapter(key, pack_adapter(bound, pack), bound.ranks, ())
+
+
+def _read(key: AdapterKey, directory: Path) -> tuple[dict[str, Tensor], LoRAConfig]:
+    """The tensors and the config of the version that `key` names.
+
+    The bytes that are checked are the bytes that are used: the file is read once.
     """
     config_bytes = read_config_bytes(directory)
     config = parse_config(config_bytes)
@@ -91,9 +122,7 @@ def load_adapter(
         raise AdapterRejected([f"the files have the digest {found[:12]}…, not {key.digest[:12]}…: they were changed"])
     data = content[header.data_start :]
     tensors = {name: _tensor(data, entry) for name, entry in header.tensors.items()}
-    bound = bind(tensors, config, targets, dtype, max_rank)
-    packed = pack_adapter(bound, pack)
-    return LoadedAdapter(key, packed, bound.ranks, config.warnings, bound.invocation_tokens, bound.whole)
+    return tensors, config
 
 
 def pack_adapter(bound: BoundAdapter, pack: Callable[[LoraWeights], PackedLora]) -> dict[str, PackedLora]:

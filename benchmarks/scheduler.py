@@ -34,6 +34,9 @@ class NoAdapters:
 
     changes = 0
 
+    def invocation_tokens(self, key: AdapterKey) -> tuple[int, ...]:
+        return ()
+
     def acquire(self, key: AdapterKey) -> int | None:
         return None
 

@@ -78,7 +78,7 @@ class AdapterTiers:
     def advance(self, users: Container[AdapterKey]) -> list[FromEngine]:
         """Take in what the loader threads finished, and do what has become possible. `users`: adapters in use."""
         events, self._answers = self._answers, []
-        events.extend(_load_event(finished) for finished in self._store.poll())
+        events.extend(_load_event(finished) for finished in self._store.poll() if not finished.key.parts)
         for key in [key for key in self._unloading if key not in users]:
             self._unloading.remove(key)
             self._pool.unload(key)
@@ -143,4 +143,5 @@ def _load_event(finished: FinishedLoad) -> AdapterLoaded | AdapterFailed:
         size_bytes=loaded.nbytes,
         target_modules=list(loaded.target_modules),
         warnings=list(loaded.warnings),
+        whole=loaded.whole,
     )

@@ -179,6 +179,7 @@ class AdapterLoaded(Message, frozen=True):
     size_bytes: int
     target_modules: list[str]  # short names, sorted: "q_proj", …
     warnings: list[str]
+    whole: str = ""  # why it cannot be one of several in a composition; "": it can
 
 
 class AdapterFailed(Message, frozen=True):

@@ -89,7 +89,7 @@ class Scheduler:
         assert request.request_id not in self.requests
         self.requests[request.request_id] = request
         if request.adapter is not None:
-            self.adapter_users[request.adapter] += 1
+            self.adapter_users.update(request.adapter.members)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
         self.waiting.push(request)
@@ -336,9 +336,10 @@ class Scheduler:
         if request.adapter is not None:
             if request.adapter_slot is not None:
                 self.adapters.release(request.adapter)
-            self.adapter_users[request.adapter] -= 1
-            if self.adapter_users[request.adapter] == 0:
-                del self.adapter_users[request.adapter]
+            for member in request.adapter.members:
+                self.adapter_users[member] -= 1
+                if self.adapter_users[member] == 0:
+                    del self.adapter_users[member]
         request.state = RequestState.FINISHED
         request.finish_reason = reason
         del self.requests[request.request_id]

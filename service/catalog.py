@@ -1,12 +1,13 @@
 """What a request's field `model` means, and everything that a request needs of the model that it names."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from adapters.errors import AdapterNotFound
+from adapters.key import AdapterKey, compose
 from adapters.registry import SHARED_TENANT, AdapterRegistry, AdapterState, AdapterVersion
 from engine.client import EngineClient
 from engine.messages import ModelLimits
@@ -46,8 +47,21 @@ class Target:
     """What a request runs on."""
 
     model: LoadedModel
-    adapter: AdapterVersion | None = None  # None: the base model alone
+    adapter: AdapterVersion | None = None  # None: the base model alone, or a composition
     route: Route | None = None  # that led here
+    parts: tuple[tuple[AdapterVersion, float], ...] = ()  # of a composition: adapters and their weights
+
+    @property
+    def versions(self) -> tuple[AdapterVersion, ...]:
+        """All adapters that a request uses."""
+        return (self.adapter,) if self.adapter is not None else tuple(version for version, _ in self.parts)
+
+    @property
+    def adapter_key(self) -> AdapterKey | None:
+        """What the engine applies; None: the base model alone."""
+        if self.parts:
+            return compose((version.key, weight) for version, weight in self.parts)
+        return None if self.adapter is None else self.adapter.key
 
     @property
     def default_sampling(self) -> Sampling:
@@ -57,12 +71,14 @@ class Target:
 
     def resolved(self, fell_back_to_base: bool = False) -> ResolvedTarget:
         """What the caller is told. `fell_back_to_base`: the adapter was cold, and the request allowed to go without."""
-        adapter = None if fell_back_to_base else self.adapter
+        adapter_version = "" if self.adapter is None else self.adapter.version_name
+        if self.parts:
+            adapter_version = " + ".join(f"{version.version_name}*{weight:g}" for version, weight in self.parts)
         return ResolvedTarget(
             model=f"models/{self.model.name}",
             model_revision=self.model.revision,
             quantization=self.model.limits.quantization,
-            adapter_version=adapter.version_name if adapter is not None else "",
+            adapter_version="" if fell_back_to_base else adapter_version,
             route=self.route.name if self.route is not None else "",
             fell_back_to_base=fell_back_to_base,
         )
@@ -72,6 +88,9 @@ _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _MODEL_NAME = re.compile(rf"models/({_ID})")
 _ADAPTER_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/{_ID}(@[0-9a-f]+)?")
 _ROUTE_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/routes/{_ID}")
+_WEIGHT = re.compile(r"-?(\d{1,4}(\.\d{0,9})?|\.\d{1,9})")
+MAX_WEIGHT = 16.0  # of an adapter in a composition, either sign
+MAX_PARTS = 8  # adapters of a composition
 _BARE_ID = re.compile(rf"{_ID}(?P<version>@[0-9a-f]+)?")
 
 
@@ -109,6 +128,8 @@ class Catalog:
         `path`: the field that holds the name. Raises InvalidRequest, NotFound, PermissionDenied (before looking),
         FailedPrecondition (ADAPTER_INVALID, …) for a version that proved unusable, and what `Models.serving` raises.
         """
+        if "*" in name or "+" in name:
+            return self._composition(tenant, name, path)
         if match := _MODEL_NAME.fullmatch(name):
             return Target(self._models.serving(match[1]))
         if match := _ADAPTER_NAME.fullmatch(name):
@@ -123,11 +144,30 @@ class Catalog:
             raise InvalidRequest.at(
                 path,
                 f"{name[:200]!r} is no name: give models/{{model}}, tenants/{{tenant}}/adapters/{{adapter}}, with "
-                "@{version} (12 hex digits) or without, tenants/{tenant}/routes/{route}, or the id alone",
+                "@{version} (12 hex digits) or without, tenants/{tenant}/routes/{route}, the id alone, or a weighted "
+                "sum of adapters such as a*0.7 + b*0.3",
             )
         if adapter is None:
             raise _not_found("ADAPTER", name)
         return Target(self._models.serving(adapter.spec.base_model), adapter)
+
+    def _composition(self, tenant: str, name: str, path: str) -> Target:
+        """A weighted sum of adapters, or a weight on one: "a*0.7 + b*0.3"."""
+        terms = [_term(term, path) for term in name.split("+")]
+        if len(terms) > MAX_PARTS:
+            raise InvalidRequest.at(path, f"composes {len(terms)} adapters; at most {MAX_PARTS} are allowed")
+        parts: dict[AdapterKey, tuple[AdapterVersion, float]] = {}
+        for adapter_name, weight in terms:
+            target = self.target(tenant, adapter_name, path)
+            if target.adapter is None:
+                raise InvalidRequest.at(path, f"{adapter_name!r} is no adapter: only adapters have weights")
+            if target.adapter.key in parts:
+                raise InvalidRequest.at(path, f"names the adapter {adapter_name!r} twice: add its weights up")
+            parts[target.adapter.key] = target.adapter, weight
+        bases = sorted({version.spec.base_model for version, _ in parts.values()})
+        if len(bases) > 1:
+            raise InvalidRequest.at(path, f"composes adapters of different base models: {', '.join(bases)}")
+        return Target(self._models.serving(bases[0]), parts=tuple(parts.values()))
 
     def _route(self, tenant: str, name: str) -> Route | None:
         """None: it is the name of something else. A bare id that a nearer adapter has is no shared route's."""
@@ -145,21 +185,21 @@ class Catalog:
         return self._routes.get(f"tenants/{SHARED_TENANT}/routes/{name}")
 
     @contextmanager
-    def using(self, adapter: AdapterVersion | None) -> Iterator[None]:
-        """While a request runs, its version is counted as used: deleting it waits. None: the base model.
+    def using(self, versions: Sequence[AdapterVersion]) -> Iterator[None]:
+        """While a request runs, its versions are counted as used: deleting them waits.
 
-        Raises NotFound if it has been deleted since it was resolved.
+        Raises NotFound if one has been deleted since it was resolved.
         """
-        if adapter is None:
-            yield
-            return
-        if self._adapter(adapter.version_name) is None:
-            raise _not_found("ADAPTER", adapter.version_name)
-        self._adapters.begin_request(adapter.key)
+        for version in versions:
+            if self._adapter(version.version_name) is None:
+                raise _not_found("ADAPTER", version.version_name)
+        for version in versions:
+            self._adapters.begin_request(version.key)
         try:
             yield
         finally:
-            self._adapters.end_request(adapter.key)
+            for version in versions:
+                self._adapters.end_request(version.key)
 
     def _adapter(self, name: str) -> AdapterVersion | None:
         """The version that a full name means, if requests may use it."""
@@ -171,6 +211,19 @@ class Catalog:
             problems = "; ".join(version.problems)
             raise FailedPrecondition(version.reason, f"adapter {version.version_name} cannot be served: {problems}")
         return version if version.state is not AdapterState.DELETING else None
+
+
+def _term(term: str, path: str) -> tuple[str, float]:
+    """One adapter of a composition and its weight; without one it is 1."""
+    adapter_name, _, weight = (piece.strip() for piece in term.partition("*"))
+    if not adapter_name or ("*" in term and not _WEIGHT.fullmatch(weight)):
+        raise InvalidRequest.at(path, f"{term.strip()[:200]!r} is no weighted adapter: write {{adapter}}*{{number}}")
+    value = float(weight) if weight else 1.0
+    if abs(value) > MAX_WEIGHT:
+        raise InvalidRequest.at(
+            path, f"weight {weight} of {adapter_name[:200]!r}: -{MAX_WEIGHT:g} to {MAX_WEIGHT:g} are allowed"
+        )
+    return adapter_name, value
 
 
 def _check_may_see(tenant: str, owner: str) -> None:

@@ -191,10 +191,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 tenant.config.weight,
                 call.seconds_left(),
             ),
-            self._catalog.using(target.adapter),
+            self._catalog.using(target.versions),
         ):
             adapter, load_seconds = await self._adapter(target, spec.adapter_policy)
-            resolved = target.resolved(fell_back_to_base=target.adapter is not None and adapter is None)
+            resolved = target.resolved(fell_back_to_base=bool(target.versions) and adapter is None)
             if resolved.adapter_version:
                 call.metadata["loraplex-adapter-version"] = resolved.adapter_version
             job = Job(
@@ -231,22 +231,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
         Raises Unavailable (ADAPTER_COLD) and FailedPrecondition (ADAPTER_INVALID).
         """
-        client, adapter = target.model.client, target.adapter
-        if adapter is None:
+        client = target.model.client
+        cold = [version for version in target.versions if version.key not in client.adapters]
+        if policy.on_cold == ON_COLD_USE_BASE and cold:
+            for version in cold:
+                client.start_loading(version.key, self._adapter_path(version))
             return None, 0.0
-        if adapter.key in client.adapters:
-            return adapter.key, 0.0
+        began = asyncio.get_running_loop().time()
+        for version in cold:
+            await self._load(client, version, policy)
+        _check_composable(target)
+        return target.adapter_key, asyncio.get_running_loop().time() - began if cold else 0.0
+
+    async def _load(self, client: EngineClient, adapter: AdapterVersion, policy: AdapterPolicy) -> None:
         path = self._adapter_path(adapter)
-        if policy.on_cold == ON_COLD_USE_BASE:
-            client.start_loading(adapter.key, path)
-            return None, 0.0
         wait_seconds = self._max_load_wait_seconds
         if policy.on_cold == ON_COLD_FAIL:
             wait_seconds = 0.0
         elif policy.HasField("max_load_wait"):
             wait_seconds = min(wait_seconds, duration_seconds(policy.max_load_wait))
-        loop = asyncio.get_running_loop()
-        began = loop.time()
         try:
             async with asyncio.timeout(wait_seconds):
                 while adapter.key not in client.adapters:  # it may be unloaded again before this task has its turn
@@ -261,7 +264,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             if error.reason == UNREADABLE:
                 raise Unavailable(error.reason, message) from error
             raise FailedPrecondition(error.reason, message) from error
-        return adapter.key, loop.time() - began
+
+
+def _check_composable(target: Target) -> None:
+    """Raise InvalidRequest if the target is a weighted sum with an adapter of which none is defined."""
+    for version, _ in target.parts:
+        loaded = target.model.client.adapters.get(version.key)
+        if loaded is not None and loaded.whole:
+            raise InvalidRequest.at("spec.model", f"adapter {version.version_name} cannot be composed: {loaded.whole}")
 
 
 def _sequences(

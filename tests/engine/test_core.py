@@ -74,6 +74,9 @@ class FakeAdapters:
         finished, self.finished = self.finished, []
         return finished
 
+    def invocation_tokens(self, key: AdapterKey) -> tuple[int, ...]:
+        return ()
+
     def acquire(self, key: AdapterKey) -> int | None:
         return 0
 

@@ -75,6 +75,7 @@ class FakeEngine:
         self.cached_tokens = 0
         self.adapters: set[AdapterKey] = set()
         self.rejected_adapters: dict[str, list[str]] = {}  # problems, by path
+        self.whole_adapters: dict[str, str] = {}  # why they cannot be composed, by path
         self.loads_allowed = True  # else loads wait until `allow_loads`
         self._waiting_loads: list[LoadAdapter] = []
         self._script_of: dict[int, Sequence[int]] = {}
@@ -196,7 +197,8 @@ class FakeEngine:
             self._deliver(AdapterFailed(message.key, self.rejected_adapters[message.path]))
         else:
             self.adapters.add(message.key)
-            self._deliver(AdapterLoaded(message.key, 8, 1024, ["q_proj"], []))
+            whole = self.whole_adapters.get(message.path, "")
+            self._deliver(AdapterLoaded(message.key, 8, 1024, ["q_proj"], [], whole))
 
     def _deliver(self, message: AdapterLoaded | AdapterFailed | AdapterUnloaded | Pong) -> None:
         """Like a real engine, not before the sender has gone on."""

@@ -97,6 +97,11 @@ class GenerateSpec(google.protobuf.message.Message):
       tenants/{tenant}/routes/{route}
       {id} or {id}@{version}                              looked up as a route or adapter of the caller's tenant, then
                                                           of tenant "shared", then as a model
+      {adapter}*{weight} + {adapter}*{weight} + ...       a weighted sum of 1 to 8 adapters of one base model, each
+                                                          named as above, once. Weights are decimal numbers from -16 to
+                                                          16; without one: 1. Of adapters with DoRA, an invocation,
+                                                          biases of the base, replaced modules or trained tokens no sum
+                                                          is defined: INVALID_PARAMETER
     """
     priority: builtins.int
     """Who goes first under load: higher before lower. Absent: 0. From -100 to 100, cut to the tenant's ceiling."""

@@ -142,7 +142,9 @@ class ResolvedTarget(google.protobuf.message.Message):
     quantization: builtins.str
     """The quantisation of its weights, such as "int8"; empty if none."""
     adapter_version: builtins.str
-    """tenants/{tenant}/adapters/{adapter}@{version}: the adapter that is applied; empty for the base model alone."""
+    """tenants/{tenant}/adapters/{adapter}@{version}: the adapter that is applied; empty for the base model alone. Of a
+    weighted sum all of them, as {adapter version}*{weight} + ...
+    """
     route: builtins.str
     """tenants/{tenant}/routes/{route}: the route that was taken; empty if none was."""
     fell_back_to_base: builtins.bool
