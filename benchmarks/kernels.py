@@ -26,9 +26,11 @@ from benchmarks.gpu_kernels import Call, Case, Cases, Sizes
 from benchmarks.roofline import Roofline
 from benchmarks.roofline import measure as measure_roofline
 from kernels.ops import HeadShape, Ops, select_ops
+from kernels.quantized import AffineWeight, TableWeight
 
 COLD_BYTES = 160_000_000  # more than the last-level cache of a small machine
 MAX_COPIES = 64
+GROUP = 128  # inputs that share a scale in the 4-bit products
 ROUNDS = 7
 # libgomp's threads spin for a while after each parallel region: they must leave the cores to the kernels' own.
 SETTLE_SECONDS = 0.05
@@ -79,6 +81,8 @@ class CpuCases(Cases):
         for rows in self.sizes.rows:
             for n, c in ((fused, hidden), (hidden, hidden), (2 * wide, hidden), (hidden, wide)):
                 yield self.linear(rows, n, c)
+            for make in (self.int4, self.int8, self.nf4):
+                yield make(rows, 2 * wide, hidden)
         yield from super().all()
 
     def linear(self, rows: int, n: int, c: int) -> Case:
@@ -89,6 +93,49 @@ class CpuCases(Cases):
 
         moved = (n * c + rows * (n + c)) * self.dtype.itemsize
         return Case(f"linear {n} x {c}, {rows} rows", moved, 2 * rows * n * c, make)
+
+    def int4(self, rows: int, n: int, c: int) -> Case:
+        """Groups of 128 with zeros, beside torch's own packed product of the same shape."""
+
+        def make() -> tuple[Call, Call]:
+            groups = c // GROUP
+            codes = torch.randint(0, 16, (n, c), dtype=torch.uint8)
+            weight = AffineWeight(codes, 4, torch.full((groups, n), 0.01), torch.full((groups, n), 7.0), GROUP)
+            packed, x = self.ops.pack_quantized(weight, None, self.dtype), self.random(rows, c)
+            torchs = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+            scales = torch.full((groups, n, 2), 0.01, dtype=self.dtype)
+            return (
+                lambda: self.ops.linear(x, packed),
+                lambda: torch._weight_int4pack_mm_for_cpu(x, torchs, GROUP, scales),
+            )
+
+        moved = n * c // 2 + n * c // GROUP * 4 + rows * (n + c) * self.dtype.itemsize
+        return Case(f"int4 {n} x {c}, {rows} rows", moved, 2 * rows * n * c, make)
+
+    def int8(self, rows: int, n: int, c: int) -> Case:
+        """One scale per output, beside torch's own product of the same shape."""
+
+        def make() -> tuple[Call, Call]:
+            codes, scale = torch.randint(0, 256, (n, c), dtype=torch.uint8), torch.full((1, n), 0.01)
+            weight = AffineWeight(codes, 8, scale, torch.full((1, n), 128.0), c)
+            packed, x = self.ops.pack_quantized(weight, None, self.dtype), self.random(rows, c)
+            signed, scales = (codes ^ 128).view(torch.int8), scale[0].to(self.dtype)
+            return lambda: self.ops.linear(x, packed), lambda: torch._weight_int8pack_mm(x, signed, scales)
+
+        moved = n * c + 4 * n + rows * (n + c) * self.dtype.itemsize
+        return Case(f"int8 {n} x {c}, {rows} rows", moved, 2 * rows * n * c, make)
+
+    def nf4(self, rows: int, n: int, c: int) -> Case:
+        """A table of 16 values, blocks of 64; torch has no such product."""
+
+        def make() -> tuple[Call, None]:
+            codes = torch.randint(0, 16, (n, c), dtype=torch.uint8)
+            weight = TableWeight(codes, torch.linspace(-1, 1, 16), torch.full((n * c // 64,), 0.01), 64)
+            packed, x = self.ops.pack_quantized(weight, None, self.dtype), self.random(rows, c)
+            return lambda: self.ops.linear(x, packed), None
+
+        moved = n * c // 2 + n * c // 64 * 4 + rows * (n + c) * self.dtype.itemsize
+        return Case(f"nf4 {n} x {c}, {rows} rows", moved, 2 * rows * n * c, make)
 
 
 def measure(ops: Ops, sizes: Sizes, dtype: torch.dtype, roofline: Roofline) -> Iterator[Row]:
