@@ -30,6 +30,7 @@ class AddRequest(Message, frozen=True):
     priority: int = 0  # lower runs first; equal: tenants by their shares, and of one tenant first come, first served
     tenant: str = ""  # who shares the engine with others
     weight: float = 1.0  # of its share; above 0
+    output_token_ids: list[int] = []  # what another engine has generated already: go on from there
 
 
 class Abort(Message, frozen=True):

@@ -66,8 +66,8 @@ class Request:
         self.arrival_time = now
         self.deadline = None if sampling.time_limit_seconds is None else now + sampling.time_limit_seconds
 
-        self.token_ids: list[int] = list(message.prompt_token_ids)  # prompt, then output
-        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids: list[int] = [*message.prompt_token_ids, *message.output_token_ids]  # prompt, then output
+        self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed_tokens = 0  # tokens whose keys and values are in the cache
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None

@@ -141,8 +141,9 @@ def assemble(
         renderer,
         deployer.directory,
         tenants,
-        limits.adapter_load_wait_seconds,
-        telemetry.observer,
+        max_load_wait_seconds=limits.adapter_load_wait_seconds,
+        resume_seconds=config.supervision.resume_seconds,
+        observer=telemetry.observer,
     )
     tokenizer = TokenizerServicer(catalog, renderer, tenants)
     server = ServerServicer(host, lambda: admission.draining, telemetry.metrics, version("loraplex"))

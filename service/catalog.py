@@ -41,6 +41,9 @@ class Models(Protocol):
         ENGINE_RESTARTING).
         """
 
+    async def successor(self, name: str) -> EngineClient:
+        """Wait until the engine that follows one that died serves. Raises what `serving` raises if none will."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -183,6 +186,10 @@ class Catalog:
         if own is not None or self._adapter(f"tenants/{tenant}/adapters/{name}") is not None:
             return own
         return self._routes.get(f"tenants/{SHARED_TENANT}/routes/{name}")
+
+    async def successor(self, model: str) -> EngineClient:
+        """Wait for the engine that follows one that died. `model`: the bare id. Raises what `Models.successor` does."""
+        return await self._models.successor(model)
 
     @contextmanager
     def using(self, versions: Sequence[AdapterVersion]) -> Iterator[None]:

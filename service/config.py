@@ -118,6 +118,7 @@ class SupervisionConfig(_Section, frozen=True):
     stable_seconds: float = 60.0  # an engine that ran so long starts again with the first delay
     failed_starts: int = 5  # so many restarts in a row that do not even load: the model is FAILED
     stop_seconds: float = 10.0  # that an engine may take to end before it is killed
+    resume_seconds: float = 60.0  # that a request which has begun waits for the next engine, to go on there
 
 
 class UsageConfig(_Section, frozen=True):

@@ -1,10 +1,16 @@
-"""One admitted request: its sequences in the engine, and the events that its caller sees."""
+"""One admitted request: its sequences in the engine, and the events that its caller sees.
+
+When the engine dies, a request goes on with its successor from the tokens that it has: what a request draws is a
+function of its tokens and its seed, so its caller sees one stream without a gap, and no token twice.
+"""
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
+import msgspec
 from google.protobuf.duration_pb2 import Duration
 
 from engine.client import EngineClient, Generation, SlowConsumerError
@@ -13,11 +19,15 @@ from engine.sampling_params import FinishReason
 from loraplex.v1 import inference_pb2
 from loraplex.v1.inference_pb2 import Completed, Delta, Finished, PromptLogprobs, Started, Timings, Usage
 from loraplex.v1.routes_pb2 import ResolvedTarget
-from service.errors import EngineError, SlowConsumer
+from service.errors import EngineError, SlowConsumer, Unavailable
 from service.outputs import OutputBuilder, prompt_logprobs
 from service.telemetry.records import GenerationRecord
 from service.text import Tokenizer
 from service.validation import OutputForm
+
+logger = logging.getLogger(__name__)
+
+MAX_RESUMPTIONS = 2  # of one request: it may be what its engines die of
 
 Event = Started | PromptLogprobs | Delta | Finished | Completed
 
@@ -36,38 +46,56 @@ class Job:
     adapter_load_seconds: float  # waited for already
 
 
+@dataclass(slots=True)
+class _Sequence:
+    """One output: how the engine was asked for it, and what came of it."""
+
+    request: AddRequest
+    builder: OutputBuilder
+    token_ids: list[int] = field(default_factory=list)  # generated, whether or not the caller has seen them
+
+
 class Run:
     """Turns what the engine gives a job into Started, PromptLogprobs*, (Delta | Finished)*, Completed."""
 
-    def __init__(self, job: Job, client: EngineClient) -> None:
-        """Hands the sequences to the engine. `close` must follow."""
+    def __init__(self, job: Job, client: EngineClient, successor: Callable[[], Awaitable[EngineClient]]) -> None:
+        """Hands the sequences to the engine. `close` must follow.
+
+        `successor`: waits for the engine that follows one that died, until it has the job's adapter. Raises what the
+        caller is told if none comes.
+        """
         self._job = job
         self._prompt = job.sequences[0].prompt_token_ids
-        self._builders = {
-            sequence.request_id: OutputBuilder(index, job.form, job.tokenizer, self._prompt)
-            for index, sequence in enumerate(job.sequences)
-        }
-        self._open = dict(self._builders)  # those whose Finished has not been sent
+        self._sequences = [
+            _Sequence(request, OutputBuilder(index, job.form, job.tokenizer, self._prompt))
+            for index, request in enumerate(job.sequences)
+        ]
+        self._open = {sequence.request.request_id: sequence for sequence in self._sequences}  # Finished not sent yet
         self._awaits_prompt_logprobs = job.sequences[0].sampling.num_prompt_logprobs is not None
         self._timings = Timings()
         self._cached_tokens = 0
         self._started = False
         self._submitted = asyncio.get_running_loop().time()
+        self._client = client
         self._generation: Generation = client.generate(*job.sequences)
+        self._successor = successor
+        self._num_resumptions = 0
+        self._waiting: asyncio.Future[EngineClient] | None = None  # for the successor
+        self._error: Exception | None = None  # given to `end`
 
     def usage(self) -> Usage:
         """What has been consumed so far."""
         return Usage(
             prompt_tokens=len(self._prompt),
             cached_prompt_tokens=self._cached_tokens,
-            completion_tokens=sum(builder.num_tokens for builder in self._builders.values()),
+            completion_tokens=sum(sequence.builder.num_tokens for sequence in self._sequences),
         )
 
     def record(self, status: str, trace_id: str) -> GenerationRecord:
         """What is known of it now. `status`: the name of the one of grpc that it ends with."""
         job, first = self._job, self._job.sequences[0]
         seconds = asyncio.get_running_loop().time() - job.arrival
-        finished = [builder.finished for builder in self._builders.values() if builder.finished is not None]
+        finished = [each.builder.finished for each in self._sequences if each.builder.finished is not None]
         return GenerationRecord(
             id=job.request_id,
             trace_id=trace_id,
@@ -81,7 +109,7 @@ class Run:
             finish_reasons=[inference_pb2.FinishReason.Name(f.reason).removeprefix("FINISH_REASON_") for f in finished],
             prompt_tokens=len(self._prompt),
             cached_prompt_tokens=self._cached_tokens,
-            completion_tokens=sum(builder.num_tokens for builder in self._builders.values()),
+            completion_tokens=sum(each.builder.num_tokens for each in self._sequences),
             started=time.time() - seconds,
             seconds=seconds,
             queue_seconds=_seconds(self._timings.queue_duration) if self._started else None,
@@ -91,7 +119,10 @@ class Run:
 
     def end(self, error: Exception) -> None:
         """Stop the engine's work at once, and have `events` raise this error."""
+        self._error = error
         self._generation.end(error)
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     def close(self) -> None:
         """Stop the engine's work, if it has not ended."""
@@ -111,6 +142,13 @@ class Run:
                 continue
             except SlowConsumerError as error:
                 raise SlowConsumer(f"the stream is read too slowly: {error}. Read faster, or ask for fewer") from error
+            except Unavailable as lost:
+                if lost is self._error or self._client.error is None or self._num_resumptions == MAX_RESUMPTIONS:
+                    raise
+                for event in self._take(everything=True):  # the caller need not wait for what is here
+                    yield event
+                await self._resume()
+                continue
             for event in self._push(output):
                 yield event
             if not self._job.form.chunk_delay_seconds < float("inf") or not self._holds_tokens():
@@ -126,6 +164,39 @@ class Run:
         async with asyncio.timeout_at(flush_at):
             return await anext(self._generation)
 
+    async def _resume(self) -> None:
+        """Go on with the next engine. What this one gave last, and nobody has read, is generated once more."""
+        self._num_resumptions += 1
+        self._waiting = asyncio.ensure_future(self._successor())
+        try:
+            client = await self._waiting
+        except asyncio.CancelledError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+        finally:
+            self._waiting = None
+        for sequence in self._open.values():  # each engine counts its requests anew
+            sequence.request = self._continued(sequence, client.new_request_id())
+        self._open = {sequence.request.request_id: sequence for sequence in self._open.values()}
+        unfinished = [sequence.request for sequence in self._open.values() if sequence.builder.finished is None]
+        self._client, self._generation = client, client.generate(*unfinished)
+        logger.info("request %s goes on with another engine", self._job.request_id)
+
+    def _continued(self, sequence: _Sequence, request_id: int) -> AddRequest:
+        """The request for the rest of an output."""
+        sampling = sequence.request.sampling
+        if not self._awaits_prompt_logprobs:
+            sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
+        if sampling.time_limit_seconds is not None:
+            first = self._job.sequences[0].sampling.time_limit_seconds
+            assert first is not None
+            left = first - (asyncio.get_running_loop().time() - self._submitted)
+            sampling = msgspec.structs.replace(sampling, time_limit_seconds=max(left, 0.0))
+        return msgspec.structs.replace(
+            sequence.request, request_id=request_id, sampling=sampling, output_token_ids=sequence.token_ids
+        )
+
     def _push(self, output: RequestOutput) -> Iterator[Event]:
         if output.finish_reason is FinishReason.ERROR:
             raise EngineError(f"the engine could not go on with request {self._job.request_id}: {output.error}")
@@ -134,7 +205,9 @@ class Run:
         if output.prompt_logprobs is not None:
             yield from prompt_logprobs(output.prompt_logprobs, self._prompt, self._job.tokenizer)
             self._awaits_prompt_logprobs = False
-        builder = self._builders[output.request_id]
+        sequence = self._open[output.request_id]
+        sequence.token_ids += output.token_ids
+        builder = sequence.builder
         builder.push(output)
         if builder.finished is not None and output.finish_reason is None:  # a stop string: the engine does not know
             self._generation.abort(output.request_id)
@@ -164,7 +237,8 @@ class Run:
         """What is due: outputs that ended, or hold enough tokens. Nothing before the prompt's log-probabilities."""
         if self._awaits_prompt_logprobs:
             return
-        for request_id, builder in list(self._open.items()):
+        for request_id, sequence in list(self._open.items()):
+            builder = sequence.builder
             if not everything and builder.finished is None and builder.num_held_tokens < self._job.form.chunk_tokens:
                 continue
             delta = builder.take()
@@ -175,7 +249,7 @@ class Run:
                 yield builder.finished
 
     def _holds_tokens(self) -> bool:
-        return any(builder.num_held_tokens for builder in self._open.values())
+        return any(sequence.builder.num_held_tokens for sequence in self._open.values())
 
     def _completed(self) -> Completed:
         self._timings.total_duration.CopyFrom(_duration(asyncio.get_running_loop().time() - self._job.arrival))

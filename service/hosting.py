@@ -62,6 +62,11 @@ class HostedModel:
             return LoadedModel(self.name, self.revision, limits, client, self.tokenizer, self.default_sampling)
         raise self._not_serving(state)
 
+    async def successor(self) -> EngineClient:
+        """Wait until the engine that follows one that died serves. Raises what `serving` raises if none will."""
+        await self.supervisor.wait_settled()
+        return self.serving().client
+
     def _not_serving(self, state: EngineState) -> LoraplexError:
         match state:
             case EngineState.LOADING:
@@ -183,6 +188,10 @@ class ModelHost:
     def serving(self, name: str) -> LoadedModel:
         """Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.serving` raises."""
         return self.get(name).serving()
+
+    async def successor(self, name: str) -> EngineClient:
+        """Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.serving` raises."""
+        return await self.get(name).successor()
 
     def start(self) -> None:
         """Load those that are to be loaded at start."""

@@ -3,7 +3,8 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -70,15 +71,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         adapter_path: Callable[[AdapterVersion], str],
         tenants: Tenants,
         max_load_wait_seconds: float = 60.0,
+        resume_seconds: float = 60.0,
         observer: Observer = NOBODY,
     ) -> None:
-        """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read."""
+        """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read.
+        `resume_seconds`: how long a request that has begun waits for the engine that follows one that died.
+        """
         self._catalog = catalog
         self._admission = admission
         self._renderer = renderer
         self._adapter_path = adapter_path
         self._tenants = tenants
         self._max_load_wait_seconds = max_load_wait_seconds
+        self._resume_seconds = resume_seconds
         self._observer = observer
         self._runs: dict[str, tuple[str, Run]] = {}  # by request id: the tenant, and what runs for it
 
@@ -207,7 +212,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 arrival=call.arrival,
                 adapter_load_seconds=load_seconds,
             )
-            run = Run(job, model.client)
+            run = Run(job, model.client, partial(self._successor, target, adapter))
             call.usage = run.usage
             self._runs[call.request_id] = (call.tenant, run)
             status = "OK"
@@ -263,6 +268,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             message = f"adapter {adapter.version_name} cannot be served: {error}"
             if error.reason == UNREADABLE:
                 raise Unavailable(error.reason, message) from error
+            raise FailedPrecondition(error.reason, message) from error
+
+    async def _successor(self, target: Target, adapter: AdapterKey | None) -> EngineClient:
+        """The engine that follows one that died, once it holds the request's adapters.
+
+        Raises Unavailable (ENGINE_RESTARTING) if it takes too long, and what `Catalog.successor` raises.
+        """
+        versions = () if adapter is None else target.versions  # None: it went on with the base model
+        try:
+            async with asyncio.timeout(self._resume_seconds):
+                while True:
+                    client = await self._catalog.successor(target.model.name)
+                    with suppress(Unavailable):  # it died as well
+                        for version in versions:
+                            await client.load_adapter(version.key, self._adapter_path(version))
+                        return client
+        except TimeoutError:
+            seconds = f"{self._resume_seconds:g} s"
+            message = f"the engine of model {target.model.name!r} is not back after {seconds}; try again"
+            raise Unavailable("ENGINE_RESTARTING", message) from None
+        except AdapterRejected as error:
+            message = f"an adapter of {target.resolved().adapter_version} cannot be loaded again: {error}"
             raise FailedPrecondition(error.reason, message) from error
 
 

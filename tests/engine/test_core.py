@@ -104,10 +104,16 @@ class Bench:
         self.core = EngineCore(*parts, EngineConfig(model="fake", block_size=4, max_num_batched_tokens=16))
 
     def add(
-        self, request_id: int = 1, prompt: list[int] | None = None, adapter: AdapterKey | None = None, **fields: Any
+        self,
+        request_id: int = 1,
+        prompt: list[int] | None = None,
+        adapter: AdapterKey | None = None,
+        output: list[int] | None = None,
+        **fields: Any,
     ):
         sampling = SamplingParams(**({"seed": 0, "max_tokens": 3} | fields))
-        self.core.add(AddRequest(request_id, [1, 2, 3] if prompt is None else prompt, sampling, adapter))
+        prompt = [1, 2, 3] if prompt is None else prompt
+        self.core.add(AddRequest(request_id, prompt, sampling, adapter, output_token_ids=output or []))
 
     def step(self) -> list[RequestOutput]:
         return [o for message in self.core.step() if isinstance(message, StepOutput) for o in message.outputs]
@@ -131,6 +137,9 @@ class Bench:
         ({"allowed_token_ids": ()}, "allowed_token_ids is empty"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"adapter": KEY}, "not registered"),
+        ({"output": [1, VOCAB]}, "token ids must lie in"),
+        ({"output": [1, 2, 3]}, "3 output tokens to go on from"),
+        ({"prompt": [1] * 62, "output": [1, 2]}, "2 output tokens to go on from"),
     ],
 )
 def test_a_bad_request_fails_alone(fields, problem):
@@ -142,6 +151,14 @@ def test_a_bad_request_fails_alone(fields, problem):
     assert bad.finish_reason is FinishReason.ERROR
     assert problem in bad.error
     assert [output.token_ids for output in outputs if output.request_id == 2] == [[7], [7], [7]]
+
+
+def test_a_request_goes_on_from_what_another_engine_generated():
+    bench = Bench()
+    bench.add(output=[5, 6], max_tokens=4)
+    outputs = bench.finish()
+    assert [output.token_ids for output in outputs] == [[7], [7]]
+    assert outputs[-1].finish_reason is FinishReason.MAX_TOKENS
 
 
 def test_an_id_in_use_is_refused_and_its_owner_goes_on():

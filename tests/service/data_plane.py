@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
 from adapters.registry import AdapterInfo, AdapterRegistry, AdapterSpec, AdapterVersion
+from engine.client import EngineClient
 from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
 from loraplex.v1.inference_pb2 import (
     GenerateRequest,
@@ -55,6 +56,9 @@ class FakeModels:
         if name not in self.models:
             raise NotFound("MODEL_NOT_FOUND", f"models/{name}", f"there is no model {name!r}")
         return self.models[name]
+
+    async def successor(self, name: str) -> EngineClient:
+        return self.serving(name).client
 
 
 def make_spec(text: str = "abc", **fields: Any) -> GenerateSpec:

@@ -80,6 +80,7 @@ class ScriptedCore:
         self.requests[message.request_id] = message
         if message.adapter is not None:
             self._moved.append((message.adapter, Residency.DEVICE))
+        self.given[message.request_id] = len(message.output_token_ids)
 
     def abort(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:

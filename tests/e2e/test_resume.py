@@ -1,0 +1,96 @@
+"""Engines that are killed or stopped under many streams: the streams do not notice, nor do those of other models."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from loraplex import AsyncClient
+from tests.e2e.conftest import END_SECONDS, MODELS, START_SECONDS, Server, running_server
+
+ROUNDS = int(os.environ.get("LORAPLEX_FAULT_ROUNDS", "1"))  # of each kind of fault
+HEARTBEAT_TIMEOUT_SECONDS = 3.0
+TOKENS = 96
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Order:
+    """One generation, the same whenever it is asked for."""
+
+    model: str
+    prompt: str
+    seed: int | None  # None: greedy
+
+    async def run(self, client: AsyncClient, begun: asyncio.Semaphore | None = None) -> tuple[list[int], str]:
+        """All its tokens and its text. `begun` is released once the first have come."""
+        sampling = {"temperature": 0.0} if self.seed is None else {"temperature": 1.0, "seed": self.seed}
+        stream = client.stream_generate(
+            self.model, self.prompt, max_tokens=TOKENS, ignore_eos=True, token_ids=True, **sampling
+        )
+        seqs = []
+        async for event in stream:
+            seqs.append(event.seq)
+            if begun is not None and event.HasField("delta"):
+                begun.release()
+                begun = None
+        assert seqs == list(range(len(seqs)))
+        result = await stream.collect()
+        assert result.usage.completion_tokens == TOKENS
+        return list(result.outputs[0].token_ids), result.outputs[0].text
+
+
+STRUCK = [
+    Order(model, f"Tell me a story about a fox and {index} hens.", index if index % 2 else None)
+    for index, model in enumerate(("storyteller", *MODELS["storyteller"]) * 13)
+][:64]
+OTHERS = [Order("json", f"What is two plus {index}?", None) for index in range(8)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Engines answer pings between steps, and these steps are short."""
+    supervision = {
+        "heartbeat_seconds": 0.2,
+        "heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT_SECONDS,
+        "restart_delay_seconds": 0.1,
+        "stable_seconds": 0.0,
+    }
+    with running_server(tmp_path_factory.mktemp("resume"), supervision=supervision) as server:
+        yield server
+
+
+def engine_of(model: str, server: Server) -> int:
+    """The pid of a model's engine. Each is told on its command line which bus is its own."""
+    name = f"/{model}-".encode()
+    [pid] = [pid for pid in server.engine_pids() if name in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return pid
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+async def test_streams_outlive_their_engine_token_by_token(server: Server, fault: signal.Signals) -> None:
+    async with AsyncClient(server.data, timeout=START_SECONDS) as client:
+        for name in MODELS:
+            await client.wait_until_serving(f"models/{name}", timeout=START_SECONDS)
+        expected = await asyncio.gather(*(order.run(client) for order in [*STRUCK, *OTHERS]))
+        for _ in range(ROUNDS):
+            struck, other = engine_of("storyteller", server), engine_of("quizzer", server)
+            begun = asyncio.Semaphore(0)
+            streams = [asyncio.create_task(order.run(client, begun)) for order in STRUCK]
+            for _ in STRUCK:
+                await begun.acquire()
+            others = [asyncio.create_task(order.run(client)) for order in OTHERS]
+            os.kill(struck, fault)
+            async with asyncio.timeout(HEARTBEAT_TIMEOUT_SECONDS + 2):
+                while await client.is_serving("models/storyteller"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            async with asyncio.timeout(END_SECONDS):
+                assert await asyncio.gather(*others) == expected[len(STRUCK) :]
+                assert await asyncio.gather(*streams) == expected[: len(STRUCK)]
+            assert other in server.engine_pids()
+            assert struck not in server.engine_pids()
