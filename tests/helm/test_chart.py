@@ -111,6 +111,14 @@ def test_the_service_accepts_the_configuration_of_every_variant(release: Manifes
     assert config_of(release, tmp_path).models[0].name == "llama-8b"
 
 
+def test_the_state_is_kept_on_its_claim(chart: Chart, tmp_path: Path) -> None:
+    release = chart.render(MODELS | {"persistence": {"state": {"enabled": True}}})
+    assert config_of(release, tmp_path).state_directory == str(tmp_path / "state")
+    assert {"name": "state", "mountPath": "/var/lib/loraplex/state", "readOnly": False} in pod_of(release)[
+        "containers"
+    ][0]["volumeMounts"]
+
+
 def test_every_port_that_something_refers_to_is_one_that_the_service_listens_on(
     release: Manifests, tmp_path: Path
 ) -> None:
