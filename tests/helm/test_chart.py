@@ -119,6 +119,11 @@ def test_the_state_is_kept_on_its_claim(chart: Chart, tmp_path: Path) -> None:
     ][0]["volumeMounts"]
 
 
+def test_nothing_is_written_beside_the_configuration(chart: Chart, tmp_path: Path) -> None:
+    """It lies on a ConfigMap, which cannot be written to."""
+    assert config_of(chart.render(MODELS), tmp_path).state_directory == ""
+
+
 def test_every_port_that_something_refers_to_is_one_that_the_service_listens_on(
     release: Manifests, tmp_path: Path
 ) -> None:

@@ -63,9 +63,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if .Values.persistence.adapters.enabled -}}
 {{- $_ := set $own "adapter_roots" (list .Values.persistence.adapters.mountPath) -}}
 {{- end -}}
-{{- if .Values.persistence.state.enabled -}}
-{{- $_ := set $own "state_directory" .Values.persistence.state.mountPath -}}
-{{- end -}}
+{{- $_ := set $own "state_directory" (ternary .Values.persistence.state.mountPath "" .Values.persistence.state.enabled) -}}
 {{- if .Values.tls.enabled -}}
 {{- $tls := dict "certificate" "/etc/loraplex/tls/tls.crt" "key" "/etc/loraplex/tls/tls.key" -}}
 {{- if .Values.tls.requireClientCertificate -}}{{- $_ := set $tls "client_ca" "/etc/loraplex/tls/ca.crt" -}}{{- end -}}
