@@ -2,65 +2,17 @@
 
 #include <algorithm>
 
+#include "shrink.h"
+
 namespace loraplex {
 
 namespace {
 
-constexpr int DOT_ROWS = HAS_BF16_DOT ? 4 : 2;  // x RANK_GROUP accumulators
 constexpr int64_t ROWS_PER_PART = 64;
 constexpr int64_t PARTS_PER_THREAD = 4;  // fewer would leave threads without work at the end
 constexpr int64_t RANKS_PER_PIECE = 16;
 constexpr int64_t PANELS_AT_ONCE = 8;
 constexpr int64_t AHEAD = 8 << 10;  // bytes
-
-// acc += the products of DOT_LENGTH neighbours, lane by lane.
-template <class T>
-inline Vec dot(Vec acc, const T* a, const float* x) {
-#pragma GCC unroll 8
-    for (int i = 0; i < DOT_LENGTH; i += W) acc = fma(load(a + i), load(x + i), acc);
-    return acc;
-}
-
-#if defined(__AVX512BF16__)
-inline Vec dot(Vec acc, const bf16* a, const bf16* x) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(_mm512_loadu_si512(a)),
-                            reinterpret_cast<__m512bh>(_mm512_loadu_si512(x)));
-}
-#endif
-
-// out[row][rank] = x[row] · a[rank] for a constant number of rows and of ranks of one group.
-template <int ROWS, int RANKS, class X, class T>
-void dots(const X* x, int64_t width, const T* a, float* out, int64_t out_stride) {
-    Vec acc[ROWS][RANKS];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int k = 0; k < RANKS; ++k) acc[r][k] = zero();
-    for (int64_t c = 0; c < width; c += DOT_LENGTH, a += RANKS * DOT_LENGTH) {
-        for (int k = 0; k < RANKS; ++k) __builtin_prefetch(reinterpret_cast<const char*>(a + k * DOT_LENGTH) + AHEAD);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-            for (int k = 0; k < RANKS; ++k) acc[r][k] = dot(acc[r][k], a + k * DOT_LENGTH, x + r * width + c);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-        if constexpr (RANKS == 4)
-            sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3], out + r * out_stride);
-        else
-            for (int k = 0; k < RANKS; ++k) out[r * out_stride + k] = sum(acc[r][k]);
-    }
-}
-
-template <int RANKS, class X, class T>
-void dot_rows(int rows, const X* x, int64_t width, const T* a, float* out, int64_t out_stride) {
-    switch (rows) {
-        case 1: return dots<1, RANKS>(x, width, a, out, out_stride);
-        case 2: return dots<2, RANKS>(x, width, a, out, out_stride);
-        case 3: return dots<3, RANKS>(x, width, a, out, out_stride);
-        default: return dots<4, RANKS>(x, width, a, out, out_stride);
-    }
-}
 
 // Some rows of one segment.
 template <class T>
@@ -89,20 +41,11 @@ class Lora {
 
     void shrink(const Part<T>& part, int64_t first_rank, int64_t last_rank) const {
         const Adapter& adapter = *part.adapter;
-        for (int64_t group = first_rank; group < last_rank; group += RANK_GROUP) {
-            const T* a = adapter.a.data() + group * width_;
-            const int64_t ranks = std::min<int64_t>(RANK_GROUP, adapter.rank - group);
-            for (int64_t r = 0; r < part.rows; r += DOT_ROWS) {
-                const int count = int(std::min<int64_t>(DOT_ROWS, part.rows - r));
-                const X* from = x_ + (part.first_row + r) * width_;
-                float* to = shrunk_ + part.shrunk + r * adapter.rank + group;
-                switch (ranks) {
-                    case 1: dot_rows<1>(count, from, width_, a, to, adapter.rank); break;
-                    case 2: dot_rows<2>(count, from, width_, a, to, adapter.rank); break;
-                    case 3: dot_rows<3>(count, from, width_, a, to, adapter.rank); break;
-                    default: dot_rows<4>(count, from, width_, a, to, adapter.rank);
-                }
-            }
+        const Rows<X> x{x_ + part.first_row * width_, width_};
+        for (int64_t group = first_rank; group < last_rank; group += RANK_GROUP<T>) {
+            const int ranks = int(std::min<int64_t>(RANK_GROUP<T>, adapter.rank - group));
+            float* to = shrunk_ + part.shrunk + group;
+            shrink_rows(x, part.rows, width_, adapter.a.data() + group * width_, ranks, to, adapter.rank);
         }
     }
 
@@ -187,15 +130,15 @@ LoraAdapter<T>::LoraAdapter(Arena& arena, int64_t in_features, const T* a_rows, 
                             const std::vector<LoraPart>& parts, const T* const* b, const float* affine,
                             int64_t affine_n)
     : rank(rank) {
-    const int64_t width = round_up(in_features, DOT_LENGTH);
+    const int64_t width = round_up(in_features, SHRINK_WIDTH);
     a = Array<T>(arena, rank * width);
     for (int64_t r = 0; r < rank; ++r) {
-        const int64_t group = r / RANK_GROUP * RANK_GROUP;
-        const int64_t ranks = std::min<int64_t>(RANK_GROUP, rank - group);
+        const int64_t group = r / RANK_GROUP<T> * RANK_GROUP<T>;
+        const int64_t ranks = std::min<int64_t>(RANK_GROUP<T>, rank - group);
         const T* from = a_rows + r * in_features;
-        T* to = a.data() + group * width + (r - group) * DOT_LENGTH;
-        for (int64_t c = 0; c < width; c += DOT_LENGTH, to += ranks * DOT_LENGTH)
-            for (int64_t i = 0; i < DOT_LENGTH; ++i) to[i] = c + i < in_features ? from[c + i] : T{};
+        T* to = a.data() + group * width + (r - group) * PIECE<T>;
+        for (int64_t c = 0; c < width; c += PIECE<T>, to += ranks * PIECE<T>)
+            for (int64_t i = 0; i < PIECE<T>; ++i) to[i] = c + i < in_features ? from[c + i] : T{};
     }
     for (size_t i = 0; i < parts.size(); ++i) {
         const LoraPart& part = parts[i];
@@ -241,7 +184,7 @@ void segmented_lora(Context& context, const AnyLora* const* adapters, int64_t in
         }
     }
     if (parts.empty()) return;
-    const int64_t width = round_up(in_features, DOT_LENGTH);
+    const int64_t width = round_up(in_features, SHRINK_WIDTH);
     const auto input = prepare(context, x, rows, in_features, width);
     const Lora<T> lora(input.data, width, context.intermediate.get<float>(shrunk_size), y, out_features);
     // Whole parts, each one stream through an adapter's memory, if that occupies everybody; else their pieces.

@@ -7,8 +7,12 @@
 
 namespace loraplex {
 
-constexpr int RANK_GROUP = 4;   // ranks whose rows of A are interleaved, so that A is one stream
-constexpr int DOT_LENGTH = 32;  // columns of A per interleaved piece
+// Ranks whose rows of A are interleaved piece by piece, so that A is one stream; and the columns of a piece.
+template <class T>
+constexpr int RANK_GROUP = USES_TILES<typename Operand<T>::Type> ? 16 : 4;
+template <class T>
+constexpr int PIECE = USES_TILES<typename Operand<T>::Type> ? 2 : 32;
+constexpr int SHRINK_WIDTH = 32;  // what columns of A and of x are padded to a multiple of
 
 // One projection: y[:, out_start : out_start + n] += (x Aᵀ)[:, rank_start : rank_start + rank] Bᵀ
 struct LoraPart {
@@ -36,7 +40,7 @@ struct LoraAdapter final : AnyLora {
     int64_t bytes() const override;
 
     int64_t rank;
-    Array<T> a;  // [rank / RANK_GROUP, width / DOT_LENGTH, RANK_GROUP, DOT_LENGTH]; the last group has rank % RANK_GROUP
+    Array<T> a;  // [rank / RANK_GROUP, width / PIECE, RANK_GROUP, PIECE]; the last group has rank % RANK_GROUP
     std::vector<Projection> projections;
     Array<float> gain, offset;  // [out_features and padding]: y = gain · y + offset at last; empty: plain LoRA
 };

@@ -106,9 +106,9 @@ void multiply_tiles(const bf16* x, int64_t x_stride, const Columns<bf16>& w, int
     store_tiles<VECTORS>(sums, sums_stride);
 }
 
-// The same for two blocks of 16 rows and two vectors: half as many loads for a product.
+// The same for two blocks of 16 rows and two vectors: half as many loads for a product. `ahead`: nobody has read w yet.
 inline void multiply_tile_pairs(const bf16* x, const bf16* next_x, int64_t x_stride, const Columns<bf16>& w,
-                                int64_t first_vector, float* sums, float* next_sums, int64_t sums_stride) {
+                                int64_t first_vector, bool ahead, float* sums, float* next_sums, int64_t sums_stride) {
     const int64_t x_bytes = x_stride * int64_t(sizeof(bf16)), w_bytes = w.stride * int64_t(sizeof(bf16));
     const bf16* const* at = w.vectors + first_vector;
     _tile_zero(0);
@@ -117,6 +117,10 @@ inline void multiply_tile_pairs(const bf16* x, const bf16* next_x, int64_t x_str
     _tile_zero(3);
     for (int64_t step = 0; step < w.steps; step += TILE_STEPS) {
         const int64_t offset = step * w.stride;
+        if (ahead)
+            for (int s = 0; s < TILE_STEPS; ++s)
+                for (int v = 0; v < 2; ++v)
+                    __builtin_prefetch(reinterpret_cast<const char*>(at[v] + offset + s * w.stride) + w.ahead);
         _tile_loadd(4, x + 2 * step, x_bytes);
         _tile_loadd(6, at[0] + offset, w_bytes);
         _tile_dpbf16ps(0, 4, 6);
@@ -145,8 +149,8 @@ void multiply_rows_by_tiles(const Rows<bf16>& x, int64_t rows, const Columns<bf1
     for (; rows - first > TILE_ROWS; first += 2 * TILE_ROWS) {
         const int64_t next = begin(first + TILE_ROWS), skipped = first + TILE_ROWS - next;
         for (int v = 0; v < VECTORS; v += 2)
-            multiply_tile_pairs(x.data + first * x.stride, x.data + next * x.stride, x.stride, w, v, sums + v * W,
-                                next_sums + v * W, WIDTH);
+            multiply_tile_pairs(x.data + first * x.stride, x.data + next * x.stride, x.stride, w, v,
+                                first == 0 && w.ahead, sums + v * W, next_sums + v * W, WIDTH);
         f(first, TILE_ROWS, sums);
         f(first + TILE_ROWS, int(TILE_ROWS - skipped), next_sums + skipped * WIDTH);
     }
