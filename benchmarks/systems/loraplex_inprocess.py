@@ -60,11 +60,27 @@ class Driver:
                     raise RuntimeError(output.error)
                 self._on_tokens[output.request_id](output.token_ids, output.finish_reason is not None)
 
+    def warm_up(self) -> list[Work]:
+        """A short request for every adapter, which makes it resident; one for the base model if there is none."""
+        return [Work([300 + index] * 16, 2, index) for index in range(len(self.keys))] or [Work([300] * 16, 2, None)]
+
     async def run(self, work: Sequence[Work], concurrency: int) -> tuple[list[Record], list[list[int]]]:
         clients = asyncio.ensure_future(closed_loop(self.generate, work, concurrency))
         await asyncio.sleep(0)
         await self.step_until(clients)  # type: ignore[arg-type]
         return await clients
+
+
+def load_adapters(core: EngineCore, model: Path, count: int) -> list[AdapterKey]:
+    """The first adapters of a directory made by benchmarks.models, in the host's memory."""
+    paths = [model / "adapters" / f"a{index:02d}" for index in range(count)]
+    keys = [AdapterKey(f"shared/{path.name}", digest(path)) for path in paths]
+    for key, path in zip(keys, paths, strict=True):
+        core.load_adapter(LoadAdapter(key, str(path)))
+    while core.has_work():
+        core.step()
+        time.sleep(0.002)  # the loader threads need the interpreter too
+    return keys
 
 
 def main() -> None:
@@ -90,17 +106,9 @@ def main() -> None:
     )
     started = time.perf_counter()
     core = EngineCore.load(config)
-    paths = [args.model / "adapters" / f"a{index:02d}" for index in range(args.adapters)]
-    keys = [AdapterKey(f"shared/{path.name}", digest(path)) for path in paths]
-    for key, path in zip(keys, paths, strict=True):
-        core.load_adapter(LoadAdapter(key, str(path)))
-    while core.has_work():
-        core.step()
-        time.sleep(0.002)  # the loader threads need the interpreter too
-    driver = Driver(core, keys)
+    driver = Driver(core, load_adapters(core, args.model, args.adapters))
     loop = asyncio.new_event_loop()
-    warm_up = [Work([300 + index] * 16, 2, index) for index in range(args.adapters)] or [Work([300] * 16, 2, None)]
-    loop.run_until_complete(driver.run(warm_up, 8))
+    loop.run_until_complete(driver.run(driver.warm_up(), 8))
     about = {
         "system": f"Loraplex in-process ({core.limits.kernel_backend})",
         "load_seconds": time.perf_counter() - started,
