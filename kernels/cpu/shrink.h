@@ -1,6 +1,6 @@
-// x Aᵀ of LoRA: rows of x times a group of ranks, whose rows of A are one stream. In AMX tiles where the library is compiled
-// for them and the operands are bfloat16, else dot products in vectors. Each sum has an order of its own, the same for any
-// number of rows.
+// x Aᵀ of LoRA: rows of x times a group of ranks, whose rows of A are one stream. In AMX tiles where the library is
+// compiled for them and the operands are bfloat16, else dot products in vectors. Each sum has an order of its own, the
+// same for any number of rows.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,8 @@ void dots(const X* x, int64_t width, const T* a, float* out, int64_t out_stride)
 #pragma GCC unroll 4
         for (int k = 0; k < RANKS; ++k) acc[r][k] = zero();
     for (int64_t c = 0; c < width; c += SHRINK_WIDTH, a += RANKS * SHRINK_WIDTH) {
-        for (int k = 0; k < RANKS; ++k) __builtin_prefetch(reinterpret_cast<const char*>(a + k * SHRINK_WIDTH) + SHRINK_AHEAD);
+        for (int k = 0; k < RANKS; ++k)
+            __builtin_prefetch(reinterpret_cast<const char*>(a + k * SHRINK_WIDTH) + SHRINK_AHEAD);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
