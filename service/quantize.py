@@ -23,11 +23,17 @@ EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
     show_default=True,
     help="Input features that share a scale; for gptq and awq.",
 )
-def quantize(model: str, method: str, out: Path, calibration: Path | None, text: Path | None, group_size: int) -> None:
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Stretches of 512 tokens of the calibration text that gptq and awq use; fewer are faster.",
+)
+def quantize(model: str, **given: str | int | Path | None) -> None:
     """Write a quantised copy of MODEL, a directory or a hub id.
 
     gptq and awq need the extra `quantize`, nf4 and int8 the extra `bitsandbytes`; serving the copy needs neither.
     """
-    given = {"--method": method, "--out": out, "--calibration": calibration, "--text": text, "--group-size": group_size}
-    options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     sys.exit(subprocess.run([*COMMAND, *options, "--", model]).returncode)

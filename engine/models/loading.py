@@ -14,6 +14,7 @@ from adapters.replaced import ReplacementSite
 from engine.config import EngineConfig
 from engine.layers.linear import AnyLinear, Linear, SideBySide
 from engine.layers.rotary import cos_sin_table
+from engine.memory import release_free_memory
 from engine.model_config import ModelConfig, ModelError
 from engine.models.decoder import DecoderLayer, LanguageModel
 from engine.models.layout import (
@@ -223,6 +224,7 @@ class _Loader:
             linears.append(Linear(self.ops, packed, part))
             start += rows
         self.nbytes += sum(linear.nbytes for linear in linears)
+        release_free_memory()
         return linears[0] if len(linears) == 1 else SideBySide(linears, bias)
 
     def _norm(self, name: str) -> Tensor:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from engine.config import EngineConfig
@@ -32,7 +35,7 @@ from engine.weights import read_json, resolve_model, shard_paths
 EXTRAS = {"gptq": "quantize", "awq": "quantize", "nf4": "bitsandbytes", "int8": "bitsandbytes"}
 PACKAGES = {"quantize": "gptqmodel", "bitsandbytes": "bitsandbytes"}
 WINDOW = 512  # tokens of one calibration sample, and of one stretch of text whose perplexity is measured
-MAX_SAMPLES = 256  # more change little: GPTQ's and AWQ's papers take 128
+SCRIPT = Path(__file__).with_name("packages.py")
 # What makes the copy a whole model, and the packages do not all write.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
 
@@ -47,6 +50,7 @@ class Job:
     calibration: Path | None  # text; gptq and awq need it
     text: Path | None  # whose perplexity is measured before and after
     group_size: int  # of gptq and awq: input features that share a scale
+    samples: int  # of gptq and awq: stretches of calibration text that are used, from its start
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=128)
     try:
         quantize(Job(**vars(parser.parse_args(arguments))))
     except (ModelError, OSError) as error:
@@ -74,13 +79,10 @@ def quantize(job: Job) -> None:
         raise ModelError(f"{source}: is quantised already ({spec.label}): start from the unquantised model")
     if job.out.exists():
         raise ModelError(f"{job.out}: exists; name a directory that does not")
-    _require(job.method)
+    _require(job)
     # Both the copy and its source are measured by the engine that serves them.
     before = None if job.text is None else perplexity(source, source, job.text)
-    if EXTRAS[job.method] == "quantize":
-        _with_gptqmodel(source, job)
-    else:
-        _with_bitsandbytes(source, job)
+    _run_package(source, job)
     for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
         if not (job.out / path.name).exists():
             shutil.copyfile(path, job.out / path.name)
@@ -92,15 +94,20 @@ def perplexity(directory: Path, tokenizer: Path, text: Path) -> float:
     """exp of the mean negative log-likelihood of the text's tokens, in stretches of WINDOW that start afresh."""
     core = EngineCore.load(EngineConfig(model=str(directory), max_num_seqs=4))
     sampling = SamplingParams(seed=0, max_tokens=1, temperature=0.0, num_prompt_logprobs=0)
-    for request_id, token_ids in enumerate(_windows(tokenizer, text, core.limits.max_model_len - 1)):
+    windows = _windows(tokenizer, text, core.limits.max_model_len - 1)
+    for request_id, token_ids in enumerate(windows):
         core.add(AddRequest(request_id, token_ids, sampling))
     total, count = 0.0, 0
-    while core.has_work():
-        for output in [part for message in core.step() if isinstance(message, StepOutput) for part in message.outputs]:
-            if output.error:
-                raise ModelError(f"{directory}: {output.error}")
-            found = [details.logprob for details in output.prompt_logprobs or () if details is not None]
-            total, count = total - sum(found), count + len(found)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        shown = progress.add_task(f"perplexity of {directory.name}", total=sum(map(len, windows)) - len(windows))
+        while core.has_work():
+            messages = [message for message in core.step() if isinstance(message, StepOutput)]
+            for output in [part for message in messages for part in message.outputs]:
+                if output.error:
+                    raise ModelError(f"{directory}: {output.error}")
+                found = [details.logprob for details in output.prompt_logprobs or () if details is not None]
+                total, count = total - sum(found), count + len(found)
+            progress.update(shown, completed=count)
     core.close()
     return math.exp(total / count)
 
@@ -117,44 +124,33 @@ def _windows(tokenizer: Path, text: Path, longest: int) -> list[list[int]]:
     return windows
 
 
-def _require(method: str) -> None:
-    extra = EXTRAS[method]
+def _require(job: Job) -> None:
+    extra = EXTRAS[job.method]
     for package in (PACKAGES[extra], "transformers"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
+        if importlib.util.find_spec(package) is None:
             raise ModelError(
-                f"{method} is done by {package}, which cannot be imported ({error}): install 'loraplex[{extra}]', best "
-                "in an environment of its own"
-            ) from error
-
-
-def _with_gptqmodel(source: Path, job: Job) -> None:
-    if job.calibration is None:
+                f"{job.method} is done by {package}, which is not installed: install 'loraplex[{extra}]', best in an "
+                "environment of its own"
+            )
+    if extra == "quantize" and job.calibration is None:
         raise ModelError(f"{job.method} needs --calibration: a file with text like what the model will be given")
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))  # its own default of 1 fails
-    gptqmodel = importlib.import_module("gptqmodel")
-    longest = read_model_config(source).max_position_embeddings
-    samples = _windows(source, job.calibration, longest)[:MAX_SAMPLES]
-    file_format = {"gptq": "gptq", "awq": "gemm"}[job.method]
-    config = gptqmodel.QuantizeConfig(bits=4, group_size=job.group_size, method=job.method, format=file_format)
-    model = gptqmodel.GPTQModel.load(str(source), config)
-    # Left to itself it packs AWQ for a CUDA kernel, and fails where there is no GPU.
-    backend = "auto" if torch.cuda.is_available() or job.method == "gptq" else "awq_torch"
-    calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples]
-    model.quantize(calibration, backend=gptqmodel.BACKEND(backend))
-    model.save(str(job.out))
 
 
-def _with_bitsandbytes(source: Path, job: Job) -> None:
-    transformers = importlib.import_module("transformers")
-    four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    config = transformers.BitsAndBytesConfig(**(four_bit if job.method == "nf4" else {"load_in_8bit": True}))
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=config, device_map={"": device}
+def _run_package(source: Path, job: Job) -> None:
+    """In a process that cannot see Loraplex: the packages would find some of its names where they look for others."""
+    calibration = []
+    if EXTRAS[job.method] == "quantize" and job.calibration is not None:
+        longest = read_model_config(source).max_position_embeddings
+        calibration = _windows(source, job.calibration, longest)[: job.samples]
+    asked = {"method": job.method, "group_size": job.group_size, "calibration": calibration}
+    done = subprocess.run(
+        [sys.executable, "-P", str(SCRIPT)],
+        input=json.dumps({"source": str(source.resolve()), "out": str(job.out.resolve()), **asked}),
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        text=True,
     )
-    model.save_pretrained(job.out)  # before any forward pass: on some CPUs that repacks the weights
+    if done.returncode:
+        raise ModelError(f"{PACKAGES[EXTRAS[job.method]]} failed with status {done.returncode}: see its messages above")
 
 
 def _report(source: Path, out: Path, before: float | None, after: float | None) -> None:

@@ -69,6 +69,7 @@ def test_a_copy_loads_and_answers_like_its_model(tmp_path: Path, method: str) ->
     source, out, text = ROOT / "demo" / "models" / "storyteller", tmp_path / "out", tmp_path / "text"
     text.write_text((ROOT / "README.md").read_text() * 2)
     options = ["--method", method, "--out", out, "--text", text, "--calibration", text, "--group-size", "64"]
+    options += ["--samples", "4"]  # AWQ takes seconds for each
     assert PYTHON is not None
     done = subprocess.run(
         [PYTHON, "-m", "engine.quantization.offline", source, *options],
