@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adapters.config import LoRAConfig
-from adapters.errors import AdapterRejected
+from adapters.errors import BASE_MISMATCH, INVALID, AdapterRejected
 from adapters.folding import Values, replaced_parameters, stacked
 from adapters.names import Part, base_module_candidates, split_tensor_names
 from adapters.replaced import ReplacedParameters
@@ -39,17 +39,19 @@ def bind(
     """Bind an adapter to a model: find each tensor's place, check it, fold the scale into B, convert, stack.
 
     The A matrices of projections that share a linear are stacked; absent projections are simply absent. Raises
-    AdapterRejected naming every tensor that has no place, no partner, or the wrong shape, rank or values.
+    AdapterRejected naming every tensor that has no place, no partner, or the wrong shape, rank or values; its reason is
+    BASE_MISMATCH if sizes are those of another base.
     """
     problems: list[str] = []
+    mismatches: list[str] = []  # shapes of another base model
     modules = _place(tensors, targets, problems)
     for module in modules:
         problems.extend(_part_problems(module, config))
-        problems.extend(_shape_problems(module, tensors, config, max_rank))
+        problems.extend(_shape_problems(module, tensors, config, max_rank, mismatches))
     problems.extend(_overlaps(modules))
     problems.extend(_unmet(modules, config))
-    if problems:
-        raise AdapterRejected(problems)
+    if mismatches or problems:
+        raise AdapterRejected([*mismatches, *problems], BASE_MISMATCH if mismatches else INVALID)
     values = Values(tensors, dtype, problems)
     replaced = replaced_parameters(modules, config, targets, values)
     by_site: dict[str, list[Module]] = {}
@@ -149,8 +151,11 @@ def _part_problems(module: Module, config: LoRAConfig) -> Iterator[str]:
         yield f"{module.key('bias')}: the base has no bias there"
 
 
-def _shape_problems(module: Module, tensors: Mapping[str, Tensor], config: LoRAConfig, max_rank: int) -> list[str]:
-    target, problems = module.target, []
+def _shape_problems(
+    module: Module, tensors: Mapping[str, Tensor], config: LoRAConfig, max_rank: int, mismatches: list[str]
+) -> list[str]:
+    """What is wrong with a module's tensors, whatever the base; sizes that are not the base's go to `mismatches`."""
+    target, problems, num_mismatches = module.target, [], len(mismatches)
     expected: dict[Part, tuple[object, ...]] = {
         "A": ("rank", target.in_features),
         "B": (target.out_features, "rank"),
@@ -172,8 +177,9 @@ def _shape_problems(module: Module, tensors: Mapping[str, Tensor], config: LoRAC
         ):
             wanted = ", ".join(map(str, shape))
             problem = f"{name.key}: shape {list(tensor.shape)}, this model needs [{wanted}]"
-            problems.append(problem + _resized(module, part))
-    if problems or not module.is_adapted or "B" not in module.parts:
+            found = mismatches if tensor.dim() == len(shape) else problems
+            found.append(problem + _resized(module, part))
+    if problems or len(mismatches) > num_mismatches or not module.is_adapted or "B" not in module.parts:
         return problems
     a, b = tensors[module.key("A")], tensors[module.key("B")]
     rank, configured = a.shape[0], config.rank_of(module.trained_name)

@@ -9,6 +9,7 @@
 
 # Why an adapter was rejected, by the names of loraplex.v1.ErrorReason.
 INVALID = "ADAPTER_INVALID"
+BASE_MISMATCH = "ADAPTER_BASE_MISMATCH"  # its shapes are those of another base model
 TOO_LARGE = "ADAPTER_TOO_LARGE"  # it needs more memory than all adapters together may use
 UNREADABLE = "ADAPTER_UNREADABLE"  # the disk failed: the files may be good
 

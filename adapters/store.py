@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
 MAX_FAILED_COMPOSITIONS = 64
+LOADER_NICENESS = 15  # a few per cent of a core beside a busy thread, all of an idle one
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,23 @@ def compute_alone(default: int) -> None:
     restore.join()
 
 
+def give_way() -> None:
+    """Let the step's threads have the cores first, on Linux, where each thread has a niceness of its own.
+
+    A step waits for the slowest of its threads: one that shares its core with a loader holds up all requests. Beside
+    loads without a pause the median step took 42 % longer at niceness 0, 11 % at 10, 6 % at 19, at a half and a quarter
+    of the loads (llama-160m, 2 cores). Elsewhere niceness is the whole process's, and the loaders keep it.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(LOADER_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def _begin_loader(default_threads: int) -> None:
+    compute_alone(default_threads)
+    give_way()
+
+
 class AdapterStore:
     """Reads adapters into host memory and keeps as many as fit in a budget of bytes.
 
@@ -88,7 +108,7 @@ class AdapterStore:
         self._budget_bytes = budget_bytes
         self._clock = clock
         self._executor = executor or ThreadPoolExecutor(
-            num_threads, "adapter-loader", initializer=compute_alone, initargs=(torch.get_num_threads(),)
+            num_threads, "adapter-loader", initializer=_begin_loader, initargs=(torch.get_num_threads(),)
         )
         self._finished: queue.SimpleQueue[tuple[_Source, FinishedLoad]] = queue.SimpleQueue()
         self._sources: dict[AdapterKey, _Source] = {}

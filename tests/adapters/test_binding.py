@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from adapters.binding import BoundAdapter, bind
 from adapters.config import parse_config
-from adapters.errors import AdapterRejected
+from adapters.errors import BASE_MISMATCH, INVALID, AdapterRejected
 from adapters.targets import LoraTarget
 
 TensorMaker = Callable[..., dict[str, torch.Tensor]]
@@ -34,6 +34,22 @@ def problems_with(tensors: dict[str, torch.Tensor], targets: Targets, **argument
     with pytest.raises(AdapterRejected) as caught:
         bound(tensors, targets, **arguments)  # type: ignore[arg-type]
     return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        pytest.param((4, 16), BASE_MISMATCH, id="wider"),
+        pytest.param((4, 8, 1), INVALID, id="no matrix"),
+        pytest.param((3, 8), INVALID, id="another rank than configured"),
+    ],
+)
+def test_the_sizes_of_another_base_are_told_from_other_problems(
+    shape: tuple[int, ...], reason: str, lora_tensors: TensorMaker, targets: Targets
+) -> None:
+    with pytest.raises(AdapterRejected) as caught:
+        bound(lora_tensors([Q]) | {A: torch.ones(shape)}, targets)
+    assert caught.value.reason == reason
 
 
 def test_a_and_b_of_one_projection_lie_at_its_place(lora_tensors: TensorMaker, targets: Targets) -> None:
@@ -212,6 +228,12 @@ def test_a_double_that_overflows_single_precision_is_refused(lora_tensors: Tenso
     tensors[A][0, 0] = 1e300
     (problem,) = problems_with(tensors, targets)
     assert A in problem
+
+
+def test_large_values_are_taken_though_their_sum_overflows(lora_tensors: TensorMaker, targets: Targets) -> None:
+    tensors = lora_tensors([Q])
+    tensors[A].fill_(3e38)
+    assert bound(tensors, targets).ranks == {Q: 4}
 
 
 def test_a_scale_beyond_all_numbers_is_refused(lora_tensors: TensorMaker, targets: Targets) -> None:

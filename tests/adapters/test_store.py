@@ -1,3 +1,5 @@
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -10,7 +12,7 @@ import torch
 
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
-from adapters.store import AdapterStore, compute_alone
+from adapters.store import LOADER_NICENESS, AdapterStore, compute_alone, give_way
 from adapters.targets import LoraTarget
 
 AdapterMaker = Callable[..., Path]
@@ -339,3 +341,18 @@ def test_a_loader_thread_computes_alone_and_leaves_others_as_they_were() -> None
     in_thread(lambda: torch.set_num_threads(default))
     assert seen == [1, 3]
     assert torch.get_num_threads() == default
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
+def test_a_loader_leaves_the_cores_to_the_step_and_nobody_else_does() -> None:
+    before, seen = os.getpriority(os.PRIO_PROCESS, 0), []
+
+    def loader() -> None:
+        give_way()
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=loader)
+    thread.start()
+    thread.join()
+    assert seen == [max(LOADER_NICENESS, before)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
