@@ -1,6 +1,6 @@
 """Many adapters, more hot ones than the device holds, and bad neighbours: what each costs everybody else.
 
-    python -m benchmarks.adapters --model DIR/llama-160m --out RESULT [--parts many hot bad]
+    python -m benchmarks.adapters --model DIR/llama-160m --out RESULT [--parts many hot resident cold broken huge slow]
 
 DIR is made by benchmarks.models. Adapters of ranks 8 to 64 on q and v are written to a temporary directory. The engine
 runs in this process; its configuration is what `Setup` says, all else is default. Writes RESULT.json, .md and .png.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
+import itertools
 import json
 import os
 import random
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from safetensors.torch import save_file
 from adapters.key import AdapterKey
 from adapters.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from benchmarks.adapters_report import write_report
-from benchmarks.measure import Record, closed_loop, machine, percentile, summarise
+from benchmarks.measure import Record, closed_loop, machine, open_loop, summarise
 from benchmarks.workload import FIRST_TOKEN_ID, SEED, VOCAB, Work
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -39,6 +42,13 @@ FILES_PER_RANK = 8  # the files of further adapters are links to these, under co
 COUNTS = (5, 50, 500, 2000)
 ZIPF = 1.0
 HOST_BYTES = 12 << 30
+
+# Beside a neighbour: Poisson arrivals, so that the phase of a step in which one falls is left to chance. Callers that
+# wait for each other's steps fall into step, and then a percentile says which of two multiples of a step they hit.
+ROUNDS = 8
+ROUND_SECONDS = 2.7
+ARRIVALS_PER_SECOND = 30.0
+NEIGHBOUR_PAUSE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,8 @@ class Bench:
             enable_prefix_caching=False,
         )
         self.core = EngineCore.load(config)
+        gc.collect()  # as the engine process does: else the collector looks at all of torch in the middle of a step
+        gc.freeze()
         self._next_id = 0
         self._waiting: dict[int, tuple[Callable[[int], None], asyncio.Future[bool]]] = {}
 
@@ -143,24 +155,41 @@ class Bench:
         while not done.done():
             for message in self.core.step():
                 for output in message.outputs if isinstance(message, StepOutput) else ():
+                    if output.request_id not in self._waiting:
+                        continue  # the end of what was aborted
                     on_tokens, ended = self._waiting[output.request_id]
                     if output.token_ids:
                         on_tokens(len(output.token_ids))
                     if output.finish_reason is not None:
                         del self._waiting[output.request_id]
                         ended.set_result(not output.error)
-            await asyncio.sleep(0)
+            # As the engine process does, which looks into its inbox between steps, and waits there if it has no work.
+            await asyncio.sleep(0 if self.core.scheduler.running else 0.0005)
 
-    def run(
-        self, work: Sequence[Work], concurrency: int, disturb: Callable[[asyncio.Future[Any]], Any] | None = None
-    ) -> list[Record]:
+    def run(self, work: Sequence[Work], concurrency: int) -> list[Record]:
+        """`concurrency` callers, who each wait for an answer before they ask again."""
+
         async def go() -> list[Record]:
             callers = asyncio.ensure_future(closed_loop(self.generate, work, concurrency))
-            disturbing = asyncio.ensure_future(disturb(callers)) if disturb is not None else None
+            await self.step_until(callers)
+            return (await callers)[0]
+
+        return asyncio.run(go())
+
+    def run_open(
+        self, work: Sequence[Work], seed: int, neighbour: Callable[[asyncio.Future[Any]], Any] | None
+    ) -> list[Record]:
+        """Requests that come when they come, and perhaps a neighbour until the last of them has its answer."""
+
+        async def go() -> list[Record]:
+            callers = asyncio.ensure_future(open_loop(self.generate, work, ARRIVALS_PER_SECOND, seed))
+            disturbing = asyncio.ensure_future(neighbour(callers)) if neighbour is not None else None
             await self.step_until(callers)
             if disturbing is not None:
                 await self.step_until(disturbing)
-            return (await callers)[0]
+            self.core.abort(list(self._waiting))  # what the neighbour still waits for
+            self._waiting.clear()
+            return await callers
 
         return asyncio.run(go())
 
@@ -208,61 +237,72 @@ def hot(model: Path, threads: int, root: Path) -> dict[str, Any]:
     return {"slots": slots, "cells": cells}
 
 
-def bad(model: Path, threads: int, root: Path) -> dict[str, Any]:
-    """Time to first token of well-behaved requests beside a neighbour whose adapter is cold, broken, slow or huge."""
+def beside(case: str, model: Path, threads: int, root: Path) -> dict[str, Any]:
+    """Time to first token of well-behaved requests, with and without a neighbour, in turn and of the same arrivals."""
     bench = Bench(model, Setup(64), threads, root)
     for index in range(8):
         bench.core.load_adapter(LoadAdapter(bench.keys[index], str(bench.paths[index])))
-    broken = bench.paths[60] / WEIGHTS_FILE
-    broken.unlink()
-    broken.write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
-    huge = bench.paths[61]
-    (huge / WEIGHTS_FILE).unlink()
-    write_weights(bench.shape, 256, 1, ("q_proj", "k_proj", "v_proj", "o_proj"), huge / WEIGHTS_FILE)
-    (huge / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 256, "lora_alpha": 256}))
-    bench.keys[61] = AdapterKey("shared/huge", digest(huge))
-    slow_load = bench.core.store._load
+    indices = CASES[case]
+    _make_bad(bench, case)
 
-    def load(key: AdapterKey, path: Path) -> Any:
-        if key == bench.keys[62]:
-            time.sleep(5.0)  # a disk that hangs
-        return slow_load(key, path)
-
-    bench.core.store._load = load  # type: ignore[assignment]  # there is no slow disk to be had
-
-    def neighbour(indices: Sequence[int]) -> Callable[[asyncio.Future[Any]], Any]:
-        async def disturb(callers: asyncio.Future[Any]) -> None:
-            number = 0
-            while not callers.done():
-                index = indices[number % len(indices)]
-                number += 1
-                key, path = bench.keys[index], bench.paths[index]
-                bench.core.load_adapter(LoadAdapter(key, str(path)))
-                request = bench.request(Work([300] * 8, 1, index), lambda count: None)
-                await asyncio.wait({asyncio.ensure_future(request), callers}, return_when=asyncio.FIRST_COMPLETED)
+    async def neighbour(callers: asyncio.Future[Any]) -> None:
+        for index in itertools.cycle(indices):
+            key, path = bench.keys[index], bench.paths[index]
+            bench.core.load_adapter(LoadAdapter(key, str(path)))
+            request = bench.request(Work([300] * 8, 1, index), lambda count: None)
+            await asyncio.wait({asyncio.ensure_future(request), callers}, return_when=asyncio.FIRST_COMPLETED)
+            if case != "resident":
                 bench.core.pool.unload(key)  # cold again for the next one
                 bench.core.store.unregister(key)
-                await asyncio.wait({callers}, timeout=0.1)
+            await asyncio.wait({callers}, timeout=NEIGHBOUR_PAUSE_SECONDS)
+            if callers.done():
+                return
+            loads.append(index)
 
-        return disturb
-
-    cases = {"cold": range(8, 60), "broken": [60], "huge": [61], "slow": [62]}
-    runs: dict[str, list[list[float]]] = {name: [] for name in ("alone", *cases)}
-    bench.run(make_work("warm", 32, range(8), 64, 4, 0.0), 8)
-    for repeat in range(2):
-        for name in runs if repeat % 2 == 0 else reversed(runs):
-            work = make_work(f"bad/{repeat}", 120, range(8), 64, 12, 0.0)
-            records = bench.run(work, 8, neighbour(cases[name]) if name in cases else None)
-            runs[name].append([record.ttft for record in records])
+    bench.run(make_work("warm", 64, range(8), 64, 4, 0.0), 8)
+    rounds = []
+    loads: list[int] = []
+    num_requests = int(ROUND_SECONDS * ARRIVALS_PER_SECOND)
+    works = [make_work(f"bad/{number}", num_requests, range(8), 32, 4, 0.0) for number in range(ROUNDS)]
+    for number, work in enumerate(works):
+        found = {}
+        for name in ("alone", "beside") if number % 2 == 0 else ("beside", "alone"):
+            records = bench.run_open(work, number, neighbour if name == "beside" else None)
+            found[name] = {key: value for key, value in summarise(records).items() if key.startswith("ttft")}
+        rounds.append(found)
     bench.close()
-    pooled = {name: [ttft for run in found for ttft in run] for name, found in runs.items()}
-    return {
-        name: {"ttft_p50_seconds": percentile(values, 0.5), "ttft_p99_seconds": percentile(values, 0.99)}
-        for name, values in pooled.items()
-    }
+    return {"neighbour_requests": len(loads), "requests": sum(map(len, works)), "rounds": rounds}
 
 
-PARTS = {"many": many, "hot": hot, "bad": bad}
+def _make_bad(bench: Bench, case: str) -> None:
+    (first, *_) = CASES[case]
+    path = bench.paths[first]
+    if case == "broken":
+        (path / WEIGHTS_FILE).unlink()
+        (path / WEIGHTS_FILE).write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    elif case == "huge":
+        (path / WEIGHTS_FILE).unlink()
+        write_weights(bench.shape, 256, 1, ("q_proj", "k_proj", "v_proj", "o_proj"), path / WEIGHTS_FILE)
+        (path / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 256, "lora_alpha": 256}))
+        bench.keys[first] = AdapterKey("shared/huge", digest(path))
+    elif case == "slow":
+        load = bench.core.store._load
+
+        def hang(key: AdapterKey, path: Path) -> Any:
+            if key == bench.keys[first]:
+                time.sleep(5.0)
+            return load(key, path)
+
+        bench.core.store._load = hang  # type: ignore[assignment]  # there is no slow disk to be had
+
+
+# What the neighbour asks for. A resident adapter is the yardstick: one more caller, and nothing to load.
+CASES = {"resident": range(8), "cold": range(8, 60), "broken": [60], "huge": [61], "slow": [62]}
+PARTS: dict[str, Callable[[Path, int, Path], dict[str, Any]]] = {
+    "many": many,
+    "hot": hot,
+    **{case: partial(beside, case) for case in CASES},
+}
 
 
 def main() -> None:
@@ -274,6 +314,7 @@ def main() -> None:
     args = parser.parse_args()
     file = args.out.with_name(args.out.name + ".json")
     report = json.loads(file.read_text()) if file.exists() else {"parts": {}}
+    report["parts"] = {name: part for name, part in report["parts"].items() if name in PARTS}
     report |= {"date": time.strftime("%Y-%m-%d"), "model": args.model.name, "machine": machine()}
     for part in args.parts:
         root = Path(tempfile.mkdtemp(prefix="loraplex-adapters-"))

@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")  # files only, wherever it runs
 import matplotlib.pyplot as plt
 
+from benchmarks.measure import percentile
+
 
 def write_report(report: dict[str, Any], out: Path) -> None:
     """OUT.md and OUT.png."""
@@ -25,11 +27,13 @@ def write_report(report: dict[str, Any], out: Path) -> None:
         *(f"    {part['command']}" for part in report["parts"].values()),
         "",
     ]
-    writers = {"many": _many, "hot": _hot, "bad": _bad}
-    for name, found in parts.items():
+    cases = {name: found for name, found in parts.items() if "rounds" in found}
+    plots = {name: found for name, found in parts.items() if name not in cases} | ({"beside": cases} if cases else {})
+    writers = {"many": _many, "hot": _hot, "beside": _beside}
+    for name, found in plots.items():
         lines += [*writers[name](found), ""]
     out.with_name(out.name + ".md").write_text("\n".join(lines).rstrip() + "\n")
-    _draw(parts, out.with_name(out.name + ".png"))
+    _draw(plots, out.with_name(out.name + ".png"))
 
 
 def _rates(found: dict[str, Any]) -> dict[int, float]:
@@ -80,21 +84,41 @@ def _hot(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _bad(found: dict[str, Any]) -> list[str]:
+def _beside(cases: dict[str, Any]) -> list[str]:
     lines = [
         "## Bad neighbours",
         "",
-        "8 callers of 8 resident adapters, prompts of 64 and outputs of 12 tokens, 240 requests. Beside them somebody "
-        "asks again and again for an adapter that is cold, broken, huge (rank 256) or on a disk that takes 5 s.",
+        "Requests of 8 resident adapters, 30 a second (Poisson), prompts of 32 and outputs of 4 tokens. Beside them "
+        "somebody asks again and again for an adapter that is cold, broken, huge (rank 256 on q, k, v and o) or on a "
+        "disk that takes 5 s; a neighbour with a resident adapter is one more caller and loads nothing. Rounds with "
+        "and without the neighbour take turns, on the same arrivals. Medians of the rounds; in brackets the middle "
+        "half of them. The last column is the middle half of the differences within a round.",
         "",
-        "| neighbour | TTFT p50 | TTFT p99 | p99 against alone |",
-        "|---|---|---|---|",
+        "| neighbour | its requests | requests | p50 alone | beside | p90 alone | beside | p99 alone | beside "
+        "| p99 against alone | by round |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    alone = found["alone"]["ttft_p99_seconds"]
-    for name, figures in found.items():
-        p50, p99 = figures["ttft_p50_seconds"], figures["ttft_p99_seconds"]
-        lines.append(f"| {name} | {1000 * p50:.1f} ms | {1000 * p99:.1f} ms | {p99 / alone - 1:+.1%} |")
+    for name, found in cases.items():
+        rounds = found["rounds"]
+        cells = [name, str(found["neighbour_requests"]), f"2 × {found['requests']}"]
+        for share in (50, 90, 99):
+            cells += [_median_and_middle(_ttfts(rounds, arm, share)) for arm in ("alone", "beside")]
+        alone, beside = _ttfts(rounds, "alone", 99), _ttfts(rounds, "beside", 99)
+        growths = [after / before - 1 for before, after in zip(alone, beside, strict=True)]
+        cells.append(f"{statistics.median(beside) / statistics.median(alone) - 1:+.1%}")
+        cells.append(f"{percentile(growths, 0.25):+.0%} to {percentile(growths, 0.75):+.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _ttfts(rounds: list[dict[str, dict[str, float]]], arm: str, share: int) -> list[float]:
+    """A percentile of each round, in milliseconds."""
+    return [1000 * found[arm][f"ttft_p{share}_seconds"] for found in rounds]
+
+
+def _median_and_middle(values: list[float]) -> str:
+    low, high = percentile(values, 0.25), percentile(values, 0.75)
+    return f"{statistics.median(values):.0f} ms ({low:.0f}–{high:.0f})"
 
 
 def _draw(parts: dict[str, Any], file: Path) -> None:
@@ -112,7 +136,11 @@ def _draw(parts: dict[str, Any], file: Path) -> None:
             axis.set(xlabel="callers", ylabel="median TTFT (ms)", ylim=(0, None))
             axis.legend()
         else:
-            axis.bar(list(found), [1000 * figures["ttft_p99_seconds"] for figures in found.values()])
+            for offset, arm in ((-0.2, "alone"), (0.2, "beside")):
+                heights = [statistics.median(_ttfts(case["rounds"], arm, 99)) for case in found.values()]
+                axis.bar([index + offset for index in range(len(found))], heights, 0.4, label=arm)
+            axis.set_xticks(range(len(found)), list(found))
             axis.set(xlabel="neighbour", ylabel="p99 TTFT of the others (ms)")
+            axis.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110, metadata={"Software": None})

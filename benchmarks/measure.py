@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import statistics
 import time
@@ -65,6 +66,30 @@ async def closed_loop(
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
     return records, tokens
+
+
+async def open_loop(generate: Generate, work: Sequence[Work], rate: float, seed: int) -> list[Record]:
+    """Requests at `rate` per second on average (Poisson), each when its moment has come, whatever became of others.
+
+    A request counts from its own moment, even if the sender was late.
+    """
+    rng = random.Random(seed)
+    moment = time.perf_counter()
+
+    async def client(item: Work, moment: float) -> Record:
+        await asyncio.sleep(moment - time.perf_counter())
+        record = Record(moment, len(item.prompt), item.output)
+        await generate(item, record.arrive)
+        received = sum(count for _, count in record.arrivals)
+        if received != item.output:
+            raise RuntimeError(f"asked for {item.output} tokens, got {received}")
+        return record
+
+    clients = []
+    for item in work:
+        moment += rng.expovariate(rate)
+        clients.append(client(item, moment))
+    return await asyncio.gather(*clients)
 
 
 def percentile(values: Iterable[float], share: float) -> float:
