@@ -1,11 +1,14 @@
 """Frames between the service and an engine: typed msgpack over one ZeroMQ pair socket per engine process. Torch-free.
 
 The address is an ipc:// path in a directory that only its owner may enter. A frame that does not decode into the closed
-set of its direction is logged, counted and dropped; nothing that arrives here can end the process.
+set of its direction is logged, counted and dropped. Frames are numbered: a gap means that one is lost and somebody may
+wait for it, which raises `FrameLost` before anything behind the gap is handed out. The heartbeat's frames find a gap
+that no other frame follows.
 """
 
 import asyncio
 import logging
+import struct
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +24,17 @@ logger = logging.getLogger(__name__)
 MAX_FRAME_BYTES: Final = 256 << 20  # a prompt of 32 MiB and its tokens fit many times
 MAX_UNREAD_FRAMES: Final = 16384  # steps that an engine goes ahead of a service that does not read, then it waits
 
+NUMBER: Final = struct.Struct(">Q")  # ahead of each frame: how many its sender has sent before it
+
 T = TypeVar("T")
+
+
+class FrameLost(Exception):  # noqa: N818  (what happened)
+    """A frame did not arrive, or one arrived that has no number."""
+
+    def __init__(self, expected: int, frame: bytes) -> None:
+        got = NUMBER.unpack_from(frame)[0] if len(frame) >= NUMBER.size else "none"
+        super().__init__(f"frame {expected} is lost: the next one's number is {got}")
 
 
 class BadRequest(msgspec.Struct, frozen=True):
@@ -38,7 +51,7 @@ class FrameReader(Generic[T]):
         self.num_bad_frames = 0
         self._decoder = decoder
 
-    def read(self, frame: bytes) -> T | BadRequest | None:
+    def read(self, frame: bytes | memoryview) -> T | BadRequest | None:
         """The message, or None for a frame that is none. Never raises."""
         try:
             return self._decoder.decode(frame)
@@ -51,7 +64,7 @@ class FrameReader(Generic[T]):
             return _bad_request(frame, str(error))
 
 
-def _bad_request(frame: bytes, problem: str) -> BadRequest | None:
+def _bad_request(frame: bytes | memoryview, problem: str) -> BadRequest | None:
     try:
         fields = msgspec.msgpack.decode(frame)
     except Exception:  # as above; it is logged already
@@ -85,12 +98,26 @@ class _Bus:
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._encoder = msgspec.msgpack.Encoder()
+        self._num_sent = 0
+        self._num_received = 0
 
     def close(self, linger_seconds: float = 1.0) -> None:
         """Send what is still queued, for at most this time, and close. Closing twice is harmless."""
         if not self._socket.closed:
             self._socket.close(linger=round(1000 * linger_seconds))
             self._context.term()
+
+    def _send(self, message: ToEngine | FromEngine, flags: int = 0) -> None:
+        """Raises zmq.Again where it would have to wait and `flags` forbid that."""
+        self._socket.send(NUMBER.pack(self._num_sent) + self._encoder.encode(message), flags)
+        self._num_sent += 1
+
+    def _unpack(self, frame: bytes) -> memoryview:
+        """The frame without its number. Raises FrameLost."""
+        if frame[: NUMBER.size] != NUMBER.pack(self._num_received):
+            raise FrameLost(self._num_received, frame)
+        self._num_received += 1
+        return memoryview(frame)[NUMBER.size :]
 
     def _has_input(self) -> bool:
         return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
@@ -117,7 +144,10 @@ class EngineBus(_Bus):
         return self._reader.num_bad_frames
 
     def receive(self, timeout_seconds: float | None) -> list[ToEngine | BadRequest]:
-        """All messages that are there. If there are none, wait for the first: None means for ever, 0 not at all."""
+        """All messages that are there. If there are none, wait for the first: None means for ever, 0 not at all.
+
+        Raises FrameLost: what the service believes of this engine is wrong, and it must be replaced.
+        """
         messages: list[ToEngine | BadRequest] = []
         if timeout_seconds != 0 and not self._has_input():
             self._socket.poll(None if timeout_seconds is None else round(1000 * timeout_seconds))
@@ -126,13 +156,13 @@ class EngineBus(_Bus):
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
-            message = self._reader.read(frame)
+            message = self._reader.read(self._unpack(frame))
             if message is not None:
                 messages.append(message)
 
     def send(self, message: FromEngine) -> None:
         """Queue a message. Waits only when the service has left MAX_UNREAD_FRAMES unread."""
-        self._socket.send(self._encoder.encode(message))
+        self._send(message)
 
 
 class ServiceBus(_Bus):
@@ -166,17 +196,20 @@ class ServiceBus(_Bus):
         if self._socket.closed:
             return
         try:
-            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+            self._send(message, zmq.NOBLOCK)
         except zmq.Again:
             logger.debug("dropped %s: no engine is connected", type(message).__name__)
         self._take_frames()
 
     async def receive(self) -> list[FromEngine]:
-        """Wait for a frame, and return all messages that are there, in order: none if it was no message."""
+        """Wait for a frame, and return all messages that are there, in order: none if it was no message.
+
+        Raises FrameLost.
+        """
         await self._readable.wait()
         self._readable.clear()
         frames, self._frames = self._frames, []
-        messages = map(self._reader.read, frames)
+        messages = map(self._reader.read, map(self._unpack, frames))
         return [message for message in messages if message is not None and not isinstance(message, BadRequest)]
 
     def close(self, linger_seconds: float = 0.0) -> None:

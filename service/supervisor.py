@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from engine.bus import ServiceBus, bus_address
+from engine.bus import FrameLost, ServiceBus, bus_address
 from engine.client import MAX_PENDING_TOKENS, EngineClient
 from engine.config import EngineConfig
 from engine.messages import EngineFailed, EngineReady, LoadProgress, ModelLimits, Shutdown
@@ -187,7 +187,10 @@ class EngineSupervisor:
 
     async def _listen(self, bus: ServiceBus, ready: asyncio.Event) -> None:
         while True:
-            messages = await bus.receive()
+            try:
+                messages = await bus.receive()
+            except FrameLost as error:
+                raise _EngineLost(str(error)) from error
             if bus.num_bad_frames:  # what it was meant to say is lost, and somebody may wait for it
                 raise _EngineLost("it sent a frame that is no message")
             for message in messages:

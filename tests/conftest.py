@@ -10,4 +10,6 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # pytest rewrites the asserts of test modules, so that `python -O` leaves them in; what tests share is asked for here.
-pytest.register_assert_rewrite("tests.service", "tests.engine", "tests.adapters", "tests.client", "tests.e2e", "tests.faults")
+pytest.register_assert_rewrite(
+    "tests.service", "tests.engine", "tests.adapters", "tests.client", "tests.e2e", "tests.faults"
+)

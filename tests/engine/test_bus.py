@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.key import AdapterKey
-from engine.bus import BadRequest, EngineBus, FrameReader, ServiceBus, bus_address, make_bus_directory
+from engine.bus import (
+    NUMBER,
+    BadRequest,
+    EngineBus,
+    FrameLost,
+    FrameReader,
+    ServiceBus,
+    bus_address,
+    make_bus_directory,
+)
 from engine.messages import (
     Abort,
     AdapterLoaded,
@@ -160,13 +169,39 @@ async def test_bad_frames_between_good_ones_do_no_harm(address: str) -> None:
     context = zmq.Context()
     with EngineBus(address) as engine, context.socket(zmq.PAIR) as service:
         service.bind(address)
-        for frame in (b"", b"\xc1", encode(Ping(1)), b"\x91\xa4Ping", encode(Ping(2))):
-            await asyncio.to_thread(service.send, frame)
+        for number, frame in enumerate((b"", b"\xc1", encode(Ping(1)), b"\x91\xa4Ping", encode(Ping(2)))):
+            await asyncio.to_thread(service.send, NUMBER.pack(number) + frame)
         received: list[ToEngine | BadRequest] = []
         while len(received) < 2:
             received += await asyncio.to_thread(engine.receive, None)
         assert received == [Ping(1), Ping(2)]
         assert engine.num_bad_frames == 3
+    context.term()
+
+
+@pytest.mark.parametrize(
+    "frame", [NUMBER.pack(2) + encode(Ping(2)), NUMBER.pack(0) + encode(Ping(2)), encode(Ping(2)), b""]
+)
+async def test_nothing_is_handed_out_from_behind_a_gap(address: str, frame: bytes) -> None:
+    """One frame is skipped, one comes twice, one has no number, one is empty."""
+    context = zmq.Context()
+    with EngineBus(address) as engine, context.socket(zmq.PAIR) as service:
+        service.bind(address)
+        await asyncio.to_thread(service.send, NUMBER.pack(0) + encode(Ping(1)))
+        assert await asyncio.to_thread(engine.receive, None) == [Ping(1)]
+        await asyncio.to_thread(service.send, frame)
+        with pytest.raises(FrameLost, match="frame 1 is lost"):
+            await asyncio.to_thread(engine.receive, None)
+    context.term()
+
+
+async def test_the_service_notices_a_gap_too(address: str) -> None:
+    context = zmq.Context()
+    with ServiceBus(address) as service, context.socket(zmq.PAIR) as engine:
+        engine.connect(address)
+        await asyncio.to_thread(engine.send, NUMBER.pack(1) + encode(LoadProgress(0, 1)))
+        with pytest.raises(FrameLost, match="frame 0 is lost: the next one's number is 1"):
+            await service.receive()
     context.term()
 
 

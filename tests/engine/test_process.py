@@ -13,7 +13,7 @@ import zmq
 
 from adapters.key import AdapterKey
 from engine.__main__ import limit_threads
-from engine.bus import EngineBus, bus_address, make_bus_directory
+from engine.bus import NUMBER, EngineBus, bus_address, make_bus_directory
 from engine.config import EngineConfig
 from engine.messages import (
     Abort,
@@ -110,17 +110,19 @@ class Peer:
     def __init__(self, socket: "zmq.Socket[bytes]") -> None:
         self._socket = socket
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._num_sent = 0
 
     def send(self, *messages: ToEngine) -> None:
         for message in messages:
-            self._socket.send(msgspec.msgpack.encode(message))
+            self.send_raw(msgspec.msgpack.encode(message))
 
     def receive(self) -> FromEngine:
-        message: FromEngine = self._decoder.decode(self._socket.recv())
+        message: FromEngine = self._decoder.decode(self._socket.recv()[NUMBER.size :])
         return message
 
     def send_raw(self, frame: bytes) -> None:
-        self._socket.send(frame)
+        self._socket.send(NUMBER.pack(self._num_sent) + frame)
+        self._num_sent += 1
 
 
 @pytest.fixture
