@@ -1,0 +1,122 @@
+"""`python -m tests.faults.engine FUSE --bus ADDRESS …`: the true engine, with a fault that happens when it is wanted.
+
+Once there is a file FUSE, the engine takes it away and does what it says. Production has no such hook: this replaces
+parts of the engine from outside.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+from asyncio.subprocess import PIPE
+from pathlib import Path
+
+import msgspec
+
+from engine import __main__ as entry
+from engine.bus import EngineBus
+from engine.messages import AddRequest, FromEngine, StepOutput, ToEngine
+from engine.process import Core, Progress
+from service.app import LaunchFor
+from service.config import ModelConfig
+from service.supervisor import EngineProcess, Launch
+
+FAULTS = ("raise", "out of memory", "device error", "stuck")
+LOSSES = ("request lost", "output lost", "last output lost")
+
+
+def engines_with(fuse: Path) -> LaunchFor:
+    """For `service.app.running`."""
+
+    def launch_for(model: ModelConfig) -> Launch:
+        command = (sys.executable, "-m", "tests.faults.engine", str(fuse), "--name", model.name, "--bus")
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+        async def launch(address: str) -> EngineProcess:
+            process = await asyncio.create_subprocess_exec(*command, address, stdin=PIPE, env=environment)
+            assert process.stdin is not None
+            process.stdin.write(msgspec.json.encode(model.engine()) + b"\n")
+            await process.stdin.drain()
+            return process
+
+        return launch
+
+    return launch_for
+
+
+class Fuse:
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def blow(self, *faults: str) -> str:
+        """Which of these faults is wanted now, if any; it will not be wanted again."""
+        fault = self._file.read_text() if self._file.exists() else ""
+        if fault not in faults:
+            return ""
+        self._file.unlink()
+        return fault
+
+
+def sabotage(core: Core, fuse: Fuse) -> None:
+    """Have the model's forward pass fail when the fuse is lit."""
+    import torch  # the entry has set the threads by now
+
+    from engine.core import EngineCore
+    from engine.step import StepPlan, StepResult
+
+    assert isinstance(core, EngineCore)
+    execute = core.runner.execute
+
+    def execute_or_fail(plan: StepPlan) -> StepResult:
+        match fuse.blow(*FAULTS):
+            case "raise":
+                raise RuntimeError("injected")
+            case "out of memory":
+                raise torch.OutOfMemoryError("injected")
+            case "device error":
+                raise torch.AcceleratorError("injected")
+            case "stuck":
+                threading.Event().wait()
+        return execute(plan)
+
+    core.runner.execute = execute_or_fail  # type: ignore[method-assign]
+
+
+class LossyBus(EngineBus):
+    """Loses one frame when the fuse is lit."""
+
+    fuse: Fuse
+
+    def _send(self, message: ToEngine | FromEngine, flags: int = 0) -> None:
+        if isinstance(message, StepOutput):
+            has_last = any(output.finish_reason is not None for output in message.outputs)
+            if self.fuse.blow("last output lost" if has_last else "output lost"):
+                self._num_sent += 1
+                return
+        super()._send(message, flags)
+
+    def _unpack(self, frame: bytes) -> memoryview:
+        payload = super()._unpack(frame)
+        if msgspec.msgpack.decode(payload)[0] == AddRequest.__name__ and self.fuse.blow("request lost"):
+            self._num_received -= 1  # as if it had never come
+            return memoryview(b"")
+        return payload
+
+
+def main() -> None:
+    fuse = Fuse(Path(sys.argv.pop(1)))
+    load_core = entry.load_core
+
+    def load_and_sabotage(config_json: bytes, progress: Progress) -> Core:
+        core = load_core(config_json, progress)
+        sabotage(core, fuse)
+        return core
+
+    LossyBus.fuse = fuse
+    entry.load_core = load_and_sabotage
+    entry.EngineBus = LossyBus  # type: ignore[attr-defined]
+    entry.main()
+
+
+if __name__ == "__main__":
+    main()
