@@ -92,7 +92,14 @@ class Admission:
     something of theirs to choose: twice the limits is the most that there can be. For one event loop.
     """
 
-    def __init__(self, limits: AdmissionLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: AdmissionLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        check_records: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check_records`: raises Unavailable while it cannot be recorded what a request uses."""
+        self._check_records = check_records
         self.limits = limits or AdmissionLimits()
         self.draining = False
         self._models: defaultdict[str, _InFlight] = defaultdict(lambda: _InFlight(clock))
@@ -105,7 +112,7 @@ class Admission:
         return prompt_tokens + outputs * min(max_tokens, self.limits.expected_output_tokens)
 
     def check(self, model: str, limits: ModelLimits, tenant: str = "", weight: float = 1.0) -> None:
-        """Raises Unavailable (DRAINING, OVERLOADED) where `enter` would refuse whatever is asked for."""
+        """Raises Unavailable (DRAINING, USAGE_UNWRITABLE, OVERLOADED) where `enter` would refuse anything."""
         self.check_open()
         self._check_room(model, limits, tenant, weight, _Amount(1, 1))
 
@@ -121,7 +128,7 @@ class Admission:
         weight: float = 1.0,
         seconds_left: float | None = None,
     ) -> Iterator[None]:
-        """Hold a place for one request while it is in flight. Raises Unavailable: DRAINING or OVERLOADED.
+        """Hold a place for one request while it is in flight. Raises Unavailable as `check` does.
 
         A request alone is always let in: what it asks for was checked against the model before. `seconds_left`: until
         its deadline. Who would still be waiting then is refused now, while there is time to go elsewhere.
@@ -176,9 +183,10 @@ class Admission:
         return max(self.limits.retry_after_seconds, min(seconds, MAX_RETRY_AFTER_SECONDS))
 
     def check_open(self) -> None:
-        """Raises Unavailable (DRAINING) once the server is shutting down."""
+        """Raises Unavailable: DRAINING once the server is shutting down, USAGE_UNWRITABLE."""
         if self.draining:
             raise Unavailable("DRAINING", "the server is shutting down; try another replica")
+        self._check_records()
 
     def close(self) -> None:
         """Let nothing in any more. What is in flight stays."""

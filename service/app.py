@@ -83,6 +83,17 @@ class Application:
         """The adapters of the configuration file, all at once."""
         await asyncio.gather(*(self.deployer.create_configured(adapter) for adapter in self.config.adapters))
 
+    async def keep_admitting(self) -> None:
+        """Say whether requests are let in, whenever that changes. Returns if that never changes."""
+        usage = self.telemetry.usage
+        if usage is None:
+            return
+        changes = Latest[bool]()
+        usage.on_full(lambda full: changes.put("full", full))
+        async for full in changes:
+            await self.probes.set_admitting(not full)
+            await self.health.set_admitting(not full)
+
     async def keep_health(self) -> None:
         """Say of each model whether it serves, whenever that changes. Never returns."""
         changes = Latest[HostedModel]()
@@ -132,7 +143,8 @@ def assemble(
     routes = RouteBook(state)
     catalog = Catalog(host, registry, routes)
     admission = Admission(
-        AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens)
+        AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens),
+        check_records=telemetry.usage.check_room if telemetry.usage is not None else lambda: None,
     )
     tenants = Tenants(config.tenants, config.other_tenants)
     inference = InferenceServicer(
@@ -146,7 +158,7 @@ def assemble(
         observer=telemetry.observer,
     )
     tokenizer = TokenizerServicer(catalog, renderer, tenants)
-    server = ServerServicer(host, lambda: admission.draining, telemetry.metrics, version("loraplex"))
+    server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex"))
     data = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
         Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
@@ -192,8 +204,8 @@ async def running(
         stack.push_async_callback(app.host.close, shutting_down)
         stack.push_async_callback(app.state.close)
         stack.push_async_callback(app.deployer.close)
-        health_task = asyncio.create_task(app.keep_health(), name="health")
-        stack.push_async_callback(_end, health_task)
+        for keep in (app.keep_health, app.keep_admitting):
+            stack.push_async_callback(_end, asyncio.create_task(keep(), name="health"))
         await app.health.start()
         app.host.start()
         await app.deployer.reconcile()
@@ -235,7 +247,7 @@ async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
         versions = app.registry.list_versions(base_model=model, include_versions=True)
         return [(version.key, version.num_requests) for version in versions]
 
-    served = Served(app.telemetry.metrics, app.host.all, adapter_requests, lambda: app.admission.draining)
+    served = Served(app.telemetry, app.host.all, adapter_requests, lambda: app.admission.draining)
     page = MetricsPage(served, asyncio.get_running_loop())
     return await stack.enter_async_context(metrics_server(page, app.config.metrics_listen))
 

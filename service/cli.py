@@ -27,6 +27,7 @@ from service.auth.command import keys
 from service.commands.adapters import adapters
 from service.commands.routes import routes
 from service.commands.shared import Target, call_failures, print_json, print_table, reaches_server, state_of
+from service.commands.usage import usage
 from service.config import ConfigError, ServiceConfig, load_config
 from service.demo import play_demo
 from service.quantize import quantize
@@ -132,6 +133,7 @@ def _stop_signal() -> asyncio.Event:
 
 main.add_command(adapters)
 main.add_command(routes)
+main.add_command(usage)
 
 
 @main.command()

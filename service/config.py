@@ -126,6 +126,7 @@ class UsageConfig(_Section, frozen=True):
 
     file: str  # a line of JSON each is appended to it
     rotate_bytes: int = 64 << 20  # then the file gets its time as a suffix, and a new one begins
+    max_waiting_records: int = 10_000  # while the file cannot be written; past it no generation is begun
 
 
 class OtlpConfig(_Section, frozen=True):
@@ -360,6 +361,8 @@ def _telemetry_problems(config: ServiceConfig) -> Iterator[str]:
             yield f"usage: there is no directory {Path(config.usage.file).parent}"
         if config.usage.rotate_bytes < 1:
             yield f"usage: rotate_bytes {config.usage.rotate_bytes} must be at least 1"
+        if config.usage.max_waiting_records < 1:
+            yield f"usage: max_waiting_records {config.usage.max_waiting_records} must be at least 1"
     if config.otlp is not None:
         if not config.otlp.endpoint.startswith(("http://", "https://")):
             yield f"otlp: endpoint {config.otlp.endpoint!r}: http://host:4317 is expected, or https:"

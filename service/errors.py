@@ -23,7 +23,8 @@ from loraplex.v1.inference_pb2 import PartialUsage, Usage
 # ├── FeatureUnsupported    UNIMPLEMENTED        FEATURE_UNSUPPORTED: the field
 # ├── Unauthenticated       UNAUTHENTICATED      UNAUTHENTICATED
 # ├── PermissionDenied      PERMISSION_DENIED    PERMISSION_DENIED, SOURCE_NOT_ALLOWED
-# ├── NotFound              NOT_FOUND            MODEL_NOT_FOUND, ADAPTER_NOT_FOUND, ROUTE_NOT_FOUND: the resource
+# ├── NotFound              NOT_FOUND            MODEL_NOT_FOUND, ADAPTER_NOT_FOUND, ROUTE_NOT_FOUND,
+# │                                              USAGE_RECORD_NOT_FOUND: the resource
 # ├── FailedPrecondition    FAILED_PRECONDITION  ADAPTER_BASE_MISMATCH, ADAPTER_RANK_TOO_HIGH, ADAPTER_INVALID,
 # │                                              ADAPTER_TOO_LARGE, ADAPTER_UNREADABLE, ADAPTER_IS_CURRENT,
 # │                                              ADAPTER_PINNED, ADAPTER_PIN_LIMIT, MODEL_UNLOADED
@@ -31,8 +32,8 @@ from loraplex.v1.inference_pb2 import PartialUsage, Usage
 # ├── Aborted               ABORTED              ETAG_MISMATCH
 # ├── QuotaExceeded         RESOURCE_EXHAUSTED   TENANT_QUOTA: what for, retry_after
 # ├── SlowConsumer          RESOURCE_EXHAUSTED   SLOW_CONSUMER
-# ├── Unavailable           UNAVAILABLE          OVERLOADED, ADAPTER_COLD, MODEL_LOADING, DRAINING, ENGINE_RESTARTING:
-# │                                              retry_after
+# ├── Unavailable           UNAVAILABLE          OVERLOADED, ADAPTER_COLD, MODEL_LOADING, DRAINING, ENGINE_RESTARTING,
+# │                                              USAGE_UNWRITABLE: retry_after
 # ├── DeadlineExceeded      DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
 # ├── Cancelled             CANCELLED            CANCELLED: by CancelGeneration, not by the call
 # └── EngineError           INTERNAL             ENGINE_ERROR: the id to quote

@@ -23,6 +23,7 @@ from service.errors import EngineError, SlowConsumer, Unavailable
 from service.outputs import OutputBuilder, prompt_logprobs
 from service.telemetry.records import GenerationRecord
 from service.text import Tokenizer
+from service.times import duration
 from service.validation import OutputForm
 
 logger = logging.getLogger(__name__)
@@ -217,11 +218,11 @@ class Run:
         now, job = asyncio.get_running_loop().time(), self._job
         self._started = True
         self._cached_tokens = output.num_cached_tokens
-        self._timings.queue_duration.CopyFrom(_duration(self._submitted - job.arrival + output.queue_seconds))
-        self._timings.time_to_first_token.CopyFrom(_duration(now - job.arrival))
+        self._timings.queue_duration.CopyFrom(duration(self._submitted - job.arrival + output.queue_seconds))
+        self._timings.time_to_first_token.CopyFrom(duration(now - job.arrival))
         load_seconds = job.adapter_load_seconds + output.adapter_load_seconds
         if load_seconds > 0:
-            self._timings.adapter_load_duration.CopyFrom(_duration(load_seconds))
+            self._timings.adapter_load_duration.CopyFrom(duration(load_seconds))
         started = Started(
             request_id=job.request_id,
             target=job.target,
@@ -252,7 +253,7 @@ class Run:
         return any(sequence.builder.num_held_tokens for sequence in self._open.values())
 
     def _completed(self) -> Completed:
-        self._timings.total_duration.CopyFrom(_duration(asyncio.get_running_loop().time() - self._job.arrival))
+        self._timings.total_duration.CopyFrom(duration(asyncio.get_running_loop().time() - self._job.arrival))
         completed = Completed(usage=self.usage(), timings=self._timings)
         sampling = self._job.sequences[0].sampling
         if not sampling.greedy:
@@ -262,9 +263,3 @@ class Run:
 
 def _seconds(duration: Duration) -> float:
     return duration.ToMicroseconds() / 1e6
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromMicroseconds(round(seconds * 1e6))
-    return duration

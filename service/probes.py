@@ -25,6 +25,7 @@ class Probes:
         self._not_yet_active = set(loaded_at_start)
         self._states: dict[str, EngineState] = {}
         self._draining = False
+        self._admitting = True
 
     async def start(self) -> None:
         """Say what is so before any model has loaded."""
@@ -37,6 +38,11 @@ class Probes:
             self._not_yet_active.discard(model)
         await self._update()
 
+    async def set_admitting(self, admitting: bool) -> None:
+        """Whether requests are let in at all."""
+        self._admitting = admitting
+        await self._update()
+
     async def drain(self) -> None:
         """Not ready any more, but alive: whoever watches must not end what still runs."""
         self._draining = True
@@ -45,7 +51,7 @@ class Probes:
     async def _update(self) -> None:
         states = self._states.values()
         given_up = bool(states) and all(state is EngineState.FAILED for state in states)
-        ready = not self._draining and EngineState.ACTIVE in states
+        ready = self._admitting and not self._draining and EngineState.ACTIVE in states
         for name, serving in ((STARTUP, not self._not_yet_active), (LIVENESS, not given_up), (READINESS, ready)):
             await self.servicer.set(name, SERVING if serving else NOT_SERVING)
 

@@ -50,7 +50,8 @@ class Service:
 class Health:
     """What grpc.health.v1 says. Names: "" and each service of the data port, each service of the admin port, models.
 
-    A model serves when it says so; the data port serves while any model does; the admin port until it is drained.
+    A model serves when it says so; the data port serves while any model does; neither while no request is admitted. The
+    admin port serves until it is drained.
     """
 
     def __init__(self, data_services: Sequence[str], admin_services: Sequence[str] = ()) -> None:
@@ -58,6 +59,7 @@ class Health:
         self._data = ("", *data_services)
         self._admin = tuple(admin_services)
         self._models: dict[str, bool] = {}
+        self._admitting = True
 
     async def start(self) -> None:
         """Say what is so before any model has loaded."""
@@ -68,7 +70,14 @@ class Health:
     async def set_model(self, name: str, serving: bool) -> None:
         """`name`: the bare id."""
         self._models[name] = serving
-        await self.servicer.set(f"models/{name}", SERVING if serving else NOT_SERVING)
+        await self._say(f"models/{name}", serving)
+        await self._update_data()
+
+    async def set_admitting(self, admitting: bool) -> None:
+        """Whether requests are let in at all."""
+        self._admitting = admitting
+        for name, serving in self._models.items():
+            await self._say(f"models/{name}", serving)
         await self._update_data()
 
     async def drain(self) -> None:
@@ -76,9 +85,11 @@ class Health:
         await self.servicer.enter_graceful_shutdown()
 
     async def _update_data(self) -> None:
-        status = SERVING if any(self._models.values()) else NOT_SERVING
         for name in self._data:
-            await self.servicer.set(name, status)
+            await self._say(name, any(self._models.values()))
+
+    async def _say(self, name: str, serving: bool) -> None:
+        await self.servicer.set(name, SERVING if serving and self._admitting else NOT_SERVING)
 
 
 def build_server(

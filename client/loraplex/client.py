@@ -42,6 +42,7 @@ class AsyncAdminClient(awaiting.AsyncCaller):
 
     get_server_info = awaiting.runs(routes.get_server_info)
     watch_load = awaiting.streams(routes.watch_load)
+    watch_usage = awaiting.streams(routes.watch_usage)
 
 
 class Client(blocking.Caller):
@@ -82,3 +83,4 @@ class AdminClient(blocking.Caller):
 
     get_server_info = blocking.runs(routes.get_server_info)
     watch_load = blocking.streams(routes.watch_load)
+    watch_usage = blocking.streams(routes.watch_usage)

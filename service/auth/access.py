@@ -57,6 +57,7 @@ RULES: Mapping[str, Rule] = {
     "/loraplex.v1.ModelService/UnloadModel": ADMIN,
     "/loraplex.v1.ServerService/GetServerInfo": ADMIN,
     "/loraplex.v1.ServerService/WatchLoad": ADMIN,
+    "/loraplex.v1.ServerService/WatchUsage": ADMIN,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": INFERENCE,
 }
 

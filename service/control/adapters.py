@@ -50,7 +50,6 @@ from loraplex.v1.watch_pb2 import (
     WATCH_EVENT_TYPE_SNAPSHOT_END,
 )
 from service.adapter_files import AdapterFiles, AdapterLibrary
-from service.control.models import timestamp
 from service.control.requests import (
     ID,
     Once,
@@ -77,6 +76,7 @@ from service.errors import (
 from service.hosting import ModelHost
 from service.state import StateFile
 from service.tenants import Tenants
+from service.times import timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -5,7 +5,6 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc.aio
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex.v1 import models_pb2_grpc
 from loraplex.v1.models_pb2 import (
@@ -34,6 +33,7 @@ from service.control.watching import Latest
 from service.errors import FailedPrecondition, to_status
 from service.hosting import HostedModel, ModelHost
 from service.supervisor import EngineState
+from service.times import timestamp
 from service.validation import duration_seconds
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -163,10 +163,3 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
         if client.stats is not None:
             message.running_requests = client.stats.num_running
             message.waiting_requests = client.stats.num_waiting + client.stats.num_waiting_for_adapter
-
-
-def timestamp(seconds: float) -> Timestamp:
-    """From seconds since the epoch."""
-    message = Timestamp()
-    message.FromMicroseconds(round(seconds * 1e6))
-    return message

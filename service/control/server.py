@@ -5,9 +5,11 @@ import os
 import platform
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
+from google.protobuf.duration_pb2 import Duration
 
 from adapters.key import AdapterKey
 from adapters.registry import VERSION_DIGITS, resource_name
@@ -20,15 +22,21 @@ from loraplex.v1.server_pb2 import (
     ModelLoad,
     ServerInfo,
     TenantLoad,
+    UsageRecord,
     WatchLoadRequest,
     WatchLoadResponse,
+    WatchUsageRequest,
+    WatchUsageResponse,
 )
-from service.control.models import timestamp
-from service.errors import InvalidRequest
+from service.errors import FeatureUnsupported, InvalidRequest
 from service.hosting import HostedModel, ModelHost
 from service.server import MAX_RECEIVE_BYTES
 from service.telemetry.metrics import RequestMetrics
+from service.telemetry.records import GenerationRecord
 from service.telemetry.series import Labels
+from service.telemetry.setup import Telemetry
+from service.telemetry.usage_reader import usage_records
+from service.times import duration, timestamp
 from service.validation import UNSUPPORTED_FIELDS, duration_seconds
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -37,9 +45,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     """Figures of the engines' last steps or heartbeats; nothing here waits for an engine."""
 
-    def __init__(self, host: ModelHost, is_draining: Callable[[], bool], metrics: RequestMetrics, version: str) -> None:
+    def __init__(self, host: ModelHost, is_draining: Callable[[], bool], telemetry: Telemetry, version: str) -> None:
         self._host = host
-        self._metrics = metrics
+        self._telemetry = telemetry
         self._version = version
         self._is_draining = is_draining
         self._start_time = time.time()
@@ -66,9 +74,18 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
                 time=timestamp(time.time()),
                 draining=self._is_draining(),
                 models=[load for load in loads if load is not None],
-                tenants=_tenants(self._metrics),
+                tenants=_tenants(self._telemetry.metrics),
             )
             await asyncio.sleep(interval)
+
+    async def WatchUsage(  # noqa: N802
+        self, request: WatchUsageRequest, context: Context
+    ) -> AsyncGenerator[WatchUsageResponse, None]:
+        if self._telemetry.usage is None:
+            raise FeatureUnsupported("WatchUsage", "this server keeps no usage records; set usage.file")
+        async with aclosing(usage_records(self._telemetry.usage, request.after_id, request.existing_only)) as batches:
+            async for records in batches:
+                yield WatchUsageResponse(records=[_usage_message(record) for record in records])
 
 
 def _load(model: HostedModel) -> ModelLoad | None:
@@ -123,3 +140,30 @@ def _cpu() -> Device:
         description=platform.processor() or platform.machine(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
+
+
+def _usage_message(record: GenerationRecord) -> UsageRecord:
+    return UsageRecord(
+        id=record.id,
+        trace_id=record.trace_id,
+        operation=record.operation,
+        tenant=f"tenants/{record.tenant}",
+        model=record.model,
+        model_revision=record.model_revision,
+        adapter=record.adapter,
+        adapter_digest=record.adapter_digest,
+        status=record.status,
+        finish_reasons=record.finish_reasons,
+        prompt_tokens=record.prompt_tokens,
+        cached_prompt_tokens=record.cached_prompt_tokens,
+        completion_tokens=record.completion_tokens,
+        start_time=timestamp(record.started),
+        total_duration=_duration(record.seconds),
+        queue_duration=_duration(record.queue_seconds),
+        adapter_load_duration=_duration(record.adapter_load_seconds),
+        time_to_first_token=_duration(record.first_token_seconds),
+    )
+
+
+def _duration(seconds: float | None) -> Duration | None:
+    return None if seconds is None else duration(seconds)

@@ -23,6 +23,7 @@ from service.hosting import HostedModel
 from service.supervisor import EngineState
 from service.telemetry.metrics import RequestMetrics
 from service.telemetry.series import Counter, Histogram
+from service.telemetry.setup import Telemetry
 
 SNAPSHOT_SECONDS = 5.0  # that a scrape waits for the event loop
 
@@ -32,7 +33,7 @@ USER = ("tenant", "model", "adapter")
 class Served(NamedTuple):
     """Everything on the page is taken from here, on the event loop."""
 
-    metrics: RequestMetrics
+    telemetry: Telemetry
     models: Callable[[], Sequence[HostedModel]]
     adapter_requests: Callable[[str], Iterable[tuple[AdapterKey, int]]]  # of a model: requests in flight, by version
     draining: Callable[[], bool]
@@ -55,7 +56,10 @@ class MetricsPage(Collector):
         return ()  # registering must not wait for the loop that it runs on
 
     def families(self) -> Iterator[Metric]:
-        yield from _request_families(self._served.metrics)
+        yield from _request_families(self._served.telemetry.metrics)
+        usage = self._served.telemetry.usage
+        text = "Usage records that are not in their file yet."
+        yield _gauge("loraplex_usage_records_waiting", text, (), [] if usage is None else [((), usage.num_waiting)])
         yield _gauge(
             "loraplex_draining", "1 once the server takes no new requests.", (), [((), self._served.draining())]
         )
@@ -151,8 +155,6 @@ _GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] =
     ),
     ("loraplex_kv_cache_blocks", None, "Blocks of the key-value cache.", lambda s: s.total_blocks),
     ("loraplex_kv_cache_cached_blocks", None, "Of these, kept for their prefix.", lambda s: s.cached_blocks),
-    ("loraplex_adapter_device_bytes", None, "Device memory of adapters.", lambda s: s.adapter_device_bytes),
-    ("loraplex_adapter_host_bytes", None, "Host memory of adapters.", lambda s: s.adapter_host_bytes),
     (
         "loraplex_adapter_device_bytes",
         None,

@@ -22,6 +22,7 @@ class Telemetry:
 
     metrics: RequestMetrics
     observer: Observer
+    usage: UsageLog | None = None  # also one of those; None: no records are kept
 
 
 @asynccontextmanager
@@ -30,9 +31,12 @@ async def telemetry_of(config: ServiceConfig) -> AsyncIterator[Telemetry]:
     async with AsyncExitStack() as stack:
         metrics = RequestMetrics()
         observers: list[Observer] = [metrics]
+        usage: UsageLog | None = None
         if config.usage is not None:
-            usage = UsageLog(Path(config.usage.file), config.usage.rotate_bytes)
+            usage = UsageLog(Path(config.usage.file), config.usage.rotate_bytes, config.usage.max_waiting_records)
             observers.append(stack.enter_context(closing(usage)))
+            trying = asyncio.create_task(usage.keep_trying(), name="usage")
+            stack.callback(trying.cancel)
         if config.access_log:
             observers.append(AccessLog())
         if config.otlp is not None:
@@ -41,4 +45,4 @@ async def telemetry_of(config: ServiceConfig) -> AsyncIterator[Telemetry]:
             otlp = OtlpTelemetry(config.otlp, version("loraplex"))
             stack.push_async_callback(asyncio.to_thread, otlp.close)
             observers.append(otlp)
-        yield Telemetry(metrics, Observers(*observers))
+        yield Telemetry(metrics, Observers(*observers), usage)

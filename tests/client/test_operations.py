@@ -46,6 +46,7 @@ OPERATIONS: list[Operation[Any]] = [
     routes.resolve_target("demo"),
     routes.get_server_info(),
     routes.watch_load(),
+    routes.watch_usage(),
 ]
 
 

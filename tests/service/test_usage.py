@@ -14,11 +14,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from loraplex import AsyncClient, LoraplexError, generate_spec
+from loraplex import AsyncAdminClient, AsyncClient, LoraplexError, NotFound, Unavailable, Unsupported, generate_spec
 from service.config import UsageConfig
+from service.errors import NotFound as RecordNotFound
 from service.interceptors import Call
 from service.telemetry.records import GenerationRecord
 from service.telemetry.usage import UsageLog
+from service.telemetry.usage_reader import usage_records
 from tests.service import usage_life
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
@@ -45,8 +47,8 @@ RECORD = GenerationRecord(
 
 
 def records(file: Path) -> list[dict[str, Any]]:
-    """Of the file and of all that were set aside."""
-    files = sorted(file.parent.glob(f"{file.name}*"))
+    """Of all that were set aside, and of the file."""
+    files = sorted(file.parent.glob(f"{file.name}*"), key=lambda path: (path == file, path))
     return [json.loads(line) for one in files for line in one.read_text().splitlines()]
 
 
@@ -106,13 +108,13 @@ async def test_records_hold_no_text(control: ControlPlane) -> None:
 
 
 @asynccontextmanager
-async def life(model: Path, file: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+async def life(model: Path, file: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str]]]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GRPC_ENABLE_FORK_SUPPORT": "0"}
     command = (sys.executable, usage_life.__file__, str(model), str(file))
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, env=environment)
     try:
         assert process.stdout is not None
-        yield process, (await process.stdout.readline()).decode().strip()
+        yield process, (await process.stdout.readline()).decode().split()
     finally:
         if process.returncode is None:
             process.kill()
@@ -138,7 +140,7 @@ async def test_after_kill_no_generation_that_a_caller_saw_end_is_missing_or_doub
             return  # it was killed
 
     for _ in range(2):
-        async with life(byte_tokenizer_directory, file) as (process, address), AsyncClient(address) as client:
+        async with life(byte_tokenizer_directory, file) as (process, [data, _]), AsyncClient(data) as client:
             enough = asyncio.Event()
             callers = [asyncio.create_task(caller(client, enough)) for _ in range(8)]
             async with asyncio.timeout(60):
@@ -149,6 +151,127 @@ async def test_after_kill_no_generation_that_a_caller_saw_end_is_missing_or_doub
     assert seen <= counted.keys()
     assert set(counted.values()) == {1}
     assert len(os.listdir(tmp_path)) > 2  # it was set aside meanwhile
+
+
+async def test_a_consumer_that_resumes_misses_no_record_though_the_service_was_killed(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    file, got = tmp_path / "usage.jsonl", list[str]()
+
+    async def caller(client: AsyncClient) -> None:
+        try:
+            while True:
+                await client.generate("tiny", "abc", max_tokens=3)
+        except LoraplexError:
+            return  # it was killed
+
+    async def consume(admin: AsyncAdminClient, until: int) -> None:
+        async for response in admin.watch_usage(after_id=got[-1] if got else ""):
+            got.extend(record.id for record in response.records)
+            if len(got) >= until:
+                return
+
+    for until in (150, 300):
+        async with (
+            life(byte_tokenizer_directory, file) as (process, [data, admin_address]),
+            AsyncClient(data) as client,
+            AsyncAdminClient(admin_address) as admin,
+        ):
+            callers = [asyncio.create_task(caller(client)) for _ in range(8)]
+            async with asyncio.timeout(60):
+                await consume(admin, until)
+                process.kill()
+                await asyncio.gather(*callers)
+    async with (
+        life(byte_tokenizer_directory, file) as (_, [_, admin_address]),
+        AsyncAdminClient(admin_address) as admin,
+    ):
+        async for response in admin.watch_usage(after_id=got[-1], existing_only=True):
+            got.extend(record.id for record in response.records)
+    assert got == [record["id"] for record in records(file)]
+    assert len(os.listdir(tmp_path)) > 2  # it was set aside meanwhile
+
+
+async def test_who_watches_gets_each_record_as_it_is_written(control: ControlPlane) -> None:
+    watch = control.admin.watch_usage()
+    for _ in range(3):
+        response = await control.client.generate("tiny", "abc", max_tokens=5)
+        [record] = (await anext(watch)).records
+        assert record.id == response.request_id
+        assert (record.tenant, record.model, record.completion_tokens) == ("tenants/default", "models/tiny", 5)
+        assert record.time_to_first_token.ToTimedelta() <= record.total_duration.ToTimedelta()
+    watch.cancel()
+
+
+async def test_a_record_that_no_file_has_cannot_be_resumed_after(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "abc", max_tokens=1)
+    with pytest.raises(NotFound) as raised:
+        await anext(control.admin.watch_usage(after_id="another"))
+    assert raised.value.reason == "USAGE_RECORD_NOT_FOUND"
+
+
+async def test_a_server_without_records_says_so(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
+    async with control_plane(byte_tokenizer_directory, tmp_path) as control:
+        with pytest.raises(Unsupported, match=r"usage\.file"):
+            await anext(control.admin.watch_usage())
+
+
+async def test_a_reader_passes_over_cut_lines_and_waits_for_whole_ones(tmp_path: Path) -> None:
+    file = tmp_path / "usage.jsonl"
+    line = msgspec.json.encode(RECORD)
+    file.write_bytes(b'{"id": "cut\n' + line + b"\n" + line[:20])
+    log = UsageLog(file, 1 << 20)
+    found = [record.id async for batch in usage_records(log, "", existing_only=True) for record in batch]
+    log.close()
+    assert found == ["1"]
+
+
+async def test_a_consumer_of_a_file_that_is_taken_away_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "usage.jsonl"
+    log = UsageLog(file, 1)  # each record has a file
+    log.generation_ended(Call("default", arrival=0.0), RECORD)
+    batches = usage_records(log, "", existing_only=True)
+    await anext(batches)
+    for aside in log.files()[:-1]:
+        aside.unlink()
+    with pytest.raises(RecordNotFound, match="taken away"):
+        await anext(batches)
+    log.close()
+
+
+async def test_while_no_more_records_may_wait_generations_are_refused(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "usage.jsonl"
+    file.symlink_to("/dev/full")
+    usage = UsageConfig(file=str(file), max_waiting_records=2)
+    async with control_plane(byte_tokenizer_directory, tmp_path, usage=usage, health_listen="127.0.0.1:0") as control:
+        log = control.app.telemetry.usage
+        assert log is not None
+        for _ in range(2):
+            await control.client.generate("tiny", "abc", max_tokens=1)
+        with pytest.raises(Unavailable) as raised:
+            await control.client.generate("tiny", "abc", max_tokens=1)
+        assert raised.value.reason == "USAGE_UNWRITABLE"
+        assert log.num_waiting == 2
+        assert control.addresses.health is not None
+        async with AsyncClient(control.addresses.health) as probes:
+            await until(probes, "readiness", serving=False)
+            assert await probes.is_serving("liveness")
+            await until(control.client, "models/tiny", serving=False)
+            mended = os.open(tmp_path / "mended.jsonl", os.O_WRONLY | os.O_CREAT)
+            os.dup2(mended, log._descriptor)  # there is room on the disk again
+            os.close(mended)
+            await until(probes, "readiness", serving=True)
+        await until(control.client, "models/tiny", serving=True)
+        await control.client.generate("tiny", "abc", max_tokens=1)
+    assert len(records(tmp_path / "mended.jsonl")) == 3
+
+
+async def until(client: AsyncClient, service: str, serving: bool) -> None:
+    async with asyncio.timeout(10):
+        while await client.is_serving(service) is not serving:  # noqa: ASYNC110 - Check is what is tested
+            await asyncio.sleep(0)
 
 
 def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A service that keeps usage records, as a process of its own that can be killed.
 
-python usage_life.py MODEL_DIRECTORY USAGE_FILE; its first line on stdout is the address of its data port.
+python usage_life.py MODEL_DIRECTORY USAGE_FILE; its first line on stdout has the addresses of its data and admin ports.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ async def live(model: str, file: str) -> None:
     ).with_free_ports()
     async with running(config, lambda _: ThreadedEngines().launch) as (app, addresses):
         await app.host.get("tiny").wait_settled()
-        print(addresses.data, flush=True)
+        print(addresses.data, addresses.admin, flush=True)
         await asyncio.Event().wait()
 
 

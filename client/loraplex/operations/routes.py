@@ -79,3 +79,11 @@ def watch_load(
     """The server's load now, then again at every interval."""
     request = server_pb2.WatchLoadRequest(interval=optional_duration(interval))
     return Operation("/loraplex.v1.ServerService/WatchLoad", request, server_pb2.WatchLoadResponse, call)
+
+
+def watch_usage(
+    *, after_id: str = "", existing_only: bool = False, **call: Unpack[CallOptions]
+) -> Operation[server_pb2.WatchUsageResponse]:
+    """Usage records in the order in which they were written, after the one with this id, then every new one."""
+    request = server_pb2.WatchUsageRequest(after_id=after_id, existing_only=existing_only)
+    return Operation("/loraplex.v1.ServerService/WatchUsage", request, server_pb2.WatchUsageResponse, call)

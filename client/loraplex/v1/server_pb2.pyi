@@ -266,3 +266,146 @@ class ModelLoad(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["adapter_bytes_total", b"adapter_bytes_total", "adapter_bytes_used", b"adapter_bytes_used", "cache_tokens_total", b"cache_tokens_total", "cache_tokens_used", b"cache_tokens_used", "completion_tokens_total", b"completion_tokens_total", "device_adapters", b"device_adapters", "host_adapters", b"host_adapters", "model", b"model", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_lookup_tokens", b"prefix_lookup_tokens", "prompt_tokens_total", b"prompt_tokens_total", "running_requests", b"running_requests", "waiting_for_adapter_requests", b"waiting_for_adapter_requests", "waiting_requests", b"waiting_requests"]) -> None: ...
 
 Global___ModelLoad: typing_extensions.TypeAlias = ModelLoad
+
+@typing.final
+class WatchUsageRequest(google.protobuf.message.Message):
+    """Request of WatchUsage."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AFTER_ID_FIELD_NUMBER: builtins.int
+    EXISTING_ONLY_FIELD_NUMBER: builtins.int
+    after_id: builtins.str
+    """Send what was written after the record with this id. Absent: begin with the oldest file that is still there.
+    USAGE_RECORD_NOT_FOUND if no file has it any more.
+    """
+    existing_only: builtins.bool
+    """End the stream once everything that is in the files has been sent, instead of waiting for more."""
+    def __init__(
+        self,
+        *,
+        after_id: builtins.str = ...,
+        existing_only: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_id", b"after_id", "existing_only", b"existing_only"]) -> None: ...
+
+Global___WatchUsageRequest: typing_extensions.TypeAlias = WatchUsageRequest
+
+@typing.final
+class WatchUsageResponse(google.protobuf.message.Message):
+    """Usage records, in order."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: builtins.int
+    @property
+    def records(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UsageRecord]:
+        """At least one."""
+
+    def __init__(
+        self,
+        *,
+        records: collections.abc.Iterable[Global___UsageRecord] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["records", b"records"]) -> None: ...
+
+Global___WatchUsageResponse: typing_extensions.TypeAlias = WatchUsageResponse
+
+@typing.final
+class UsageRecord(google.protobuf.message.Message):
+    """What one generation used. Written before its caller can see its end."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    TRACE_ID_FIELD_NUMBER: builtins.int
+    OPERATION_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
+    ADAPTER_DIGEST_FIELD_NUMBER: builtins.int
+    STATUS_FIELD_NUMBER: builtins.int
+    FINISH_REASONS_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    START_TIME_FIELD_NUMBER: builtins.int
+    TOTAL_DURATION_FIELD_NUMBER: builtins.int
+    QUEUE_DURATION_FIELD_NUMBER: builtins.int
+    ADAPTER_LOAD_DURATION_FIELD_NUMBER: builtins.int
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Unique: the request id that the caller sees. Tells what was seen already."""
+    trace_id: builtins.str
+    """Of the caller's trace, or of the one that began here; empty: neither."""
+    operation: builtins.str
+    """"chat" or "text_completion"."""
+    tenant: builtins.str
+    """tenants/{tenant}."""
+    model: builtins.str
+    """models/{model}."""
+    model_revision: builtins.str
+    """The model's revision."""
+    adapter: builtins.str
+    """tenants/{tenant}/adapters/{adapter}; empty: the base model."""
+    adapter_digest: builtins.str
+    """The adapter's version: the sha-256 of its content, in hexadecimal digits."""
+    status: builtins.str
+    """Name of the gRPC status that the generation ended with, such as "OK" or "CANCELLED"."""
+    prompt_tokens: builtins.int
+    """Tokens of the prompt."""
+    cached_prompt_tokens: builtins.int
+    """Of these, found in the prefix cache."""
+    completion_tokens: builtins.int
+    """Tokens generated, of all outputs, whether they were read or not."""
+    @property
+    def finish_reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Of each output that finished, without the prefix FINISH_REASON_, such as "EOS"."""
+
+    @property
+    def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When the call arrived."""
+
+    @property
+    def total_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """From there to the end."""
+
+    @property
+    def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """From the call's arrival to the first step that worked for it. Absent: there was none."""
+
+    @property
+    def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """Waited for the adapter."""
+
+    @property
+    def time_to_first_token(self) -> google.protobuf.duration_pb2.Duration:
+        """From the call's arrival to the first token. Absent: there was none."""
+
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        trace_id: builtins.str = ...,
+        operation: builtins.str = ...,
+        tenant: builtins.str = ...,
+        model: builtins.str = ...,
+        model_revision: builtins.str = ...,
+        adapter: builtins.str = ...,
+        adapter_digest: builtins.str = ...,
+        status: builtins.str = ...,
+        finish_reasons: collections.abc.Iterable[builtins.str] | None = ...,
+        prompt_tokens: builtins.int = ...,
+        cached_prompt_tokens: builtins.int = ...,
+        completion_tokens: builtins.int = ...,
+        start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        total_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        queue_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        adapter_load_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        time_to_first_token: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "queue_duration", b"queue_duration", "start_time", b"start_time", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_load_duration", b"adapter_load_duration", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "finish_reasons", b"finish_reasons", "id", b"id", "model", b"model", "model_revision", b"model_revision", "operation", b"operation", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "start_time", b"start_time", "status", b"status", "tenant", b"tenant", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration", "trace_id", b"trace_id"]) -> None: ...
+
+Global___UsageRecord: typing_extensions.TypeAlias = UsageRecord

@@ -50,6 +50,11 @@ class ServerServiceStub(object):
                 request_serializer=loraplex_dot_v1_dot_server__pb2.WatchLoadRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_server__pb2.WatchLoadResponse.FromString,
                 _registered_method=True)
+        self.WatchUsage = channel.unary_stream(
+                '/loraplex.v1.ServerService/WatchUsage',
+                request_serializer=loraplex_dot_v1_dot_server__pb2.WatchUsageRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_server__pb2.WatchUsageResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer(object):
@@ -70,6 +75,15 @@ class ServerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchUsage(self, request, context):
+        """Sends the usage records of the server's files, in the order in which they were written, then every new one. Each is
+        sent once it is in the file, so whoever resumes after the last record that it has kept misses none. Errors:
+        FEATURE_UNSUPPORTED where no records are kept, USAGE_RECORD_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -82,6 +96,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.WatchLoad,
                     request_deserializer=loraplex_dot_v1_dot_server__pb2.WatchLoadRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_server__pb2.WatchLoadResponse.SerializeToString,
+            ),
+            'WatchUsage': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchUsage,
+                    request_deserializer=loraplex_dot_v1_dot_server__pb2.WatchUsageRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_server__pb2.WatchUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -139,6 +158,33 @@ class ServerService(object):
             '/loraplex.v1.ServerService/WatchLoad',
             loraplex_dot_v1_dot_server__pb2.WatchLoadRequest.SerializeToString,
             loraplex_dot_v1_dot_server__pb2.WatchLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.ServerService/WatchUsage',
+            loraplex_dot_v1_dot_server__pb2.WatchUsageRequest.SerializeToString,
+            loraplex_dot_v1_dot_server__pb2.WatchUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,7 +57,23 @@ _ServerServiceWatchLoadType = typing_extensions.TypeVar(
     ],
 )
 
-class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerServiceWatchLoadType]):
+_ServerServiceWatchUsageType = typing_extensions.TypeVar(
+    '_ServerServiceWatchUsageType',
+    grpc.UnaryStreamMultiCallable[
+        loraplex.v1.server_pb2.WatchUsageRequest,
+        loraplex.v1.server_pb2.WatchUsageResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        loraplex.v1.server_pb2.WatchUsageRequest,
+        loraplex.v1.server_pb2.WatchUsageResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        loraplex.v1.server_pb2.WatchUsageRequest,
+        loraplex.v1.server_pb2.WatchUsageResponse,
+    ],
+)
+
+class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerServiceWatchLoadType, _ServerServiceWatchUsageType]):
     """About the server itself. Admin port."""
 
     @typing.overload
@@ -69,6 +85,10 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerS
         grpc.UnaryStreamMultiCallable[
             loraplex.v1.server_pb2.WatchLoadRequest,
             loraplex.v1.server_pb2.WatchLoadResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            loraplex.v1.server_pb2.WatchUsageRequest,
+            loraplex.v1.server_pb2.WatchUsageResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -82,6 +102,10 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerS
             loraplex.v1.server_pb2.WatchLoadRequest,
             loraplex.v1.server_pb2.WatchLoadResponse,
         ],
+        grpc.aio.UnaryStreamMultiCallable[
+            loraplex.v1.server_pb2.WatchUsageRequest,
+            loraplex.v1.server_pb2.WatchUsageResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetServerInfo: _ServerServiceGetServerInfoType
@@ -89,6 +113,12 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerS
 
     WatchLoad: _ServerServiceWatchLoadType
     """Sends the server's load now, then again at every interval. For balancers, autoscalers and `loraplex top`."""
+
+    WatchUsage: _ServerServiceWatchUsageType
+    """Sends the usage records of the server's files, in the order in which they were written, then every new one. Each is
+    sent once it is in the file, so whoever resumes after the last record that it has kept misses none. Errors:
+    FEATURE_UNSUPPORTED where no records are kept, USAGE_RECORD_NOT_FOUND.
+    """
 
 ServerServiceAsyncStub: typing_extensions.TypeAlias = ServerServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -98,6 +128,10 @@ ServerServiceAsyncStub: typing_extensions.TypeAlias = ServerServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         loraplex.v1.server_pb2.WatchLoadRequest,
         loraplex.v1.server_pb2.WatchLoadResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        loraplex.v1.server_pb2.WatchUsageRequest,
+        loraplex.v1.server_pb2.WatchUsageResponse,
     ],
 ]
 
@@ -119,5 +153,16 @@ class ServerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.server_pb2.WatchLoadResponse], collections.abc.AsyncIterator[loraplex.v1.server_pb2.WatchLoadResponse]]:
         """Sends the server's load now, then again at every interval. For balancers, autoscalers and `loraplex top`."""
+
+    @abc.abstractmethod
+    def WatchUsage(
+        self,
+        request: loraplex.v1.server_pb2.WatchUsageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[loraplex.v1.server_pb2.WatchUsageResponse], collections.abc.AsyncIterator[loraplex.v1.server_pb2.WatchUsageResponse]]:
+        """Sends the usage records of the server's files, in the order in which they were written, then every new one. Each is
+        sent once it is in the file, so whoever resumes after the last record that it has kept misses none. Errors:
+        FEATURE_UNSUPPORTED where no records are kept, USAGE_RECORD_NOT_FOUND.
+        """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -60,6 +60,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "/loraplex.v1.ModelService/UnloadModel": {"name": "models/tiny"},
     "/loraplex.v1.ServerService/GetServerInfo": {},
     "/loraplex.v1.ServerService/WatchLoad": {},
+    "/loraplex.v1.ServerService/WatchUsage": {},
 }
 # They answer another tenant too, and tell it nothing: of no request but its own, of each item by itself.
 ANSWERED = {"/loraplex.v1.InferenceService/CancelGeneration", "/loraplex.v1.InferenceService/BatchGenerate"}
