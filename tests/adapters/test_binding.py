@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from adapters.binding import BoundAdapter, bind
 from adapters.config import parse_config
 from adapters.errors import BASE_MISMATCH, INVALID, AdapterRejected
 from adapters.targets import LoraTarget
+from tests.adapters.test_config import HEADS_OF_OTHER_TASKS, REAL_CONFIGS
 
 TensorMaker = Callable[..., dict[str, torch.Tensor]]
 Targets = dict[str, LoraTarget]
@@ -153,6 +155,24 @@ def test_every_tensor_that_binds_to_nothing_is_listed(lora_tensors: TensorMaker,
     }
     problems = problems_with(lora_tensors([Q]) | stray, targets)
     assert {problem.partition(": ")[0] for problem in problems} == set(stray)
+
+
+@pytest.mark.skipif(not REAL_CONFIGS.is_dir(), reason="real adapter configs are not here")
+@pytest.mark.parametrize("name", HEADS_OF_OTHER_TASKS)
+def test_a_head_of_another_task_is_refused_by_name_whether_the_file_holds_it_or_not(
+    lora_tensors: TensorMaker, targets: Targets, name: str
+) -> None:
+    config = parse_config((REAL_CONFIGS / name).read_bytes())
+    tensors = lora_tensors([Q], rank=config.rank)
+    heads = {f"base_model.model.{head}.weight": torch.ones(2, 8) for head in HEADS_OF_OTHER_TASKS[name]}
+    for held in ({}, heads):
+        with pytest.raises(AdapterRejected) as caught:
+            bind(tensors | held, config, targets, torch.float32, max_rank=config.rank)
+        unmet = {f"modules_to_save names {head!r}" for head in HEADS_OF_OTHER_TASKS[name]}
+        assert len(caught.value.problems) == len(unmet) + len(held)
+        assert all(any(each in problem for problem in caught.value.problems) for each in (*unmet, *held))
+    without = replace(config, modules_to_save=())  # that alone is why
+    assert bind(tensors, without, targets, torch.float32, max_rank=config.rank).ranks == {Q: config.rank}
 
 
 def test_a_flood_of_problems_is_cut_and_counted(lora_tensors: TensorMaker, targets: Targets) -> None:
