@@ -11,5 +11,5 @@ if not Path("/dev/nvidiactl").exists():
 
 # pytest rewrites the asserts of test modules, so that `python -O` leaves them in; what tests share is asked for here.
 pytest.register_assert_rewrite(
-    "tests.service", "tests.engine", "tests.adapters", "tests.client", "tests.e2e", "tests.faults"
+    *(f"tests.{room}" for room in ("service", "engine", "adapters", "client", "e2e", "faults", "reference"))
 )

@@ -1,7 +1,4 @@
-"""What PEFT can put into a LoRA adapter beyond A and B, against PEFT itself: all kinds in one batch of the engine.
-
-Every logit that the engine samples from is compared with PEFT's for the same tokens, one adapter at a time.
-"""
+"""What PEFT can put into a LoRA adapter beyond A and B, against PEFT itself: all kinds in one batch of the engine."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +18,21 @@ from torch import Tensor
 
 from adapters.key import AdapterKey, compose
 from adapters.source import digest
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import AddRequest, LoadAdapter, StepOutput
+from engine.messages import AddRequest, StepOutput
 from engine.sampling_params import SamplingParams
+from tests.reference.peft_oracle import (
+    KINDS,
+    VOCAB,
+    Engine,
+    Oracle,
+    add_all_kinds,
+    random_prompt,
+    randomised,
+)
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-VOCAB = 151
-TOLERANCE = 1e-5  # float32 on both sides: other orders of the same sums, relative to the largest logit
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-INVOCATION = [7, 11]
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {"target_modules": ALL, "use_rslora": True},
-    "one-layer": {"target_modules": ALL, "layers_to_transform": [1], "exclude_modules": ["o_proj"]},
-    "dora": {"target_modules": ALL, "use_dora": True, "rank_pattern": {"q_proj": 2}},
-    "dora-some": {"target_modules": ["k_proj", "down_proj"], "use_dora": True},
-    "dora-vocabulary": {"target_modules": ["embed_tokens", "lm_head", "up_proj"], "use_dora": True},
-    "lora-bias": {"target_modules": ALL, "lora_bias": True, "alpha_pattern": {"k_proj": 3}},
-    "bias-all": {"target_modules": ["q_proj"], "bias": "all"},
-    "bias-lora-only": {"target_modules": ["k_proj", "o_proj"], "bias": "lora_only"},
-    "dora-bias": {"target_modules": ["q_proj", "v_proj"], "bias": "all", "use_dora": True},
-    "embedding": {"target_modules": ["embed_tokens", "v_proj"]},
-    "head": {"target_modules": ["lm_head", "q_proj"]},
-    "embedding-and-head": {"target_modules": ["embed_tokens", "lm_head"]},
-    "saved-vocabulary": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    "saved-embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    "saved-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "saved-norms": {"target_modules": ["up_proj"], "modules_to_save": ["model.norm", "input_layernorm"]},
-    "saved-more-norms": {"target_modules": ["up_proj"], "modules_to_save": ["post_attention_layernorm"]},
-    "saved-linears": {"target_modules": ["q_proj"], "modules_to_save": ["k_proj", "down_proj"]},
-    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 90]},
-    "tokens-of-both": {
-        "target_modules": ["q_proj"],
-        "trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [5, 7, 12]},
-    },
-    "activated": {"target_modules": ALL, "alora_invocation_tokens": INVOCATION},
-    "activated-head": {
-        "target_modules": ["q_proj", "lm_head"],
-        "alora_invocation_tokens": INVOCATION,
-        "lora_bias": True,
-    },
-}
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -90,51 +58,6 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-@dataclass
-class Oracle:
-    """A base model and adapters of all kinds, as PEFT saved them and as it reads them."""
-
-    folder: Path
-    keys: dict[str | None, AdapterKey | None]
-    models: dict[str | None, Any]
-
-    def logits(self, adapter: str | None, tokens: list[int], num_prompt: int) -> Tensor:
-        """Those that the tokens after the prompt were drawn from → [outputs, V]"""
-        model, options = self.models[adapter], {}
-        if adapter is not None and adapter.startswith("activated"):
-            start = invocation(tokens[:num_prompt])
-            options = {"alora_offsets": [None if start is None else len(tokens) - start]}
-        with torch.inference_mode():
-            logits: Tensor = model(input_ids=torch.tensor([tokens]), **options).logits[0, num_prompt - 1 : -1]
-        return logits
-
-
-def invocation(prompt: list[int]) -> int | None:
-    """Where its last occurrence begins."""
-    width = len(INVOCATION)
-    starts = [i for i in range(len(prompt) - width + 1) if prompt[i : i + width] == INVOCATION]
-    return starts[-1] if starts else None
-
-
-def randomised(model: Any, seed: int) -> Any:
-    """Weights far from the usual initial ones, so that each of them is felt in the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if not parameter.requires_grad:
-                continue
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * noise.abs())
-            elif "lora_" in name:
-                parameter.copy_(noise * (0.2 if "embedding" in name else 0.15))
-            elif parameter.dim() == 1:
-                parameter.add_(0.3 * noise)
-            else:
-                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     folder = tmp_path_factory.mktemp(request.param)
@@ -145,73 +68,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             folder / "base", attn_implementation="eager", dtype=torch.float32
         )
 
-    keys: dict[str | None, AdapterKey | None] = {None: None}
-    models = {None: load().eval()}
-    with warnings.catch_warnings(action="ignore"):  # PEFT warns of the odd things that are done here on purpose
-        for seed, (name, fields) in enumerate(KINDS.items(), start=1):
-            config = peft.LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6} | fields))
-            randomised(peft.get_peft_model(load(), config), seed).save_pretrained(folder / name)
-            models[name] = peft.PeftModel.from_pretrained(load(), folder / name).eval()
-            keys[name] = AdapterKey(f"shared/{name}", digest(folder / name))
-    return Oracle(folder, keys, models)
-
-
-class RecordingSampler:
-    """Notes the logits that each token is drawn from."""
-
-    def __init__(self, sampler: Any) -> None:
-        self._sampler = sampler
-        self.logits: dict[int, list[Tensor]] = {}
-
-    def sample(self, logits: Tensor, requests: Any) -> Any:
-        for row, request in zip(logits, requests, strict=True):
-            self.logits.setdefault(request.request_id, []).append(row.clone())
-        return self._sampler.sample(logits, requests)
-
-
-class Engine:
-    """An engine with the oracle's adapters, and the check that it computes what PEFT computes."""
-
-    def __init__(self, oracle: Oracle, **fields: Any) -> None:
-        options = {"dtype": "float32", "kv_cache_bytes": 1 << 22, "block_size": 4, "max_model_len": 96, "threads": 1}
-        self.oracle = oracle
-        self.core = EngineCore.load(EngineConfig(model=str(oracle.folder / "base"), **(options | fields)))
-        self.sampler = RecordingSampler(self.core.runner.sampler)
-        self.core.runner.sampler = self.sampler  # type: ignore[assignment]
-        self.tokens: dict[int, list[int]] = {}
-        self.asked: dict[int, tuple[str | None, list[int]]] = {}
-        self.cached: dict[int, int] = {}
-        for name, key in oracle.keys.items():
-            if key is not None and name is not None:
-                self.core.load_adapter(LoadAdapter(key, str(oracle.folder / name)))
-        while self.core.has_work():
-            for event in self.core.step():
-                assert getattr(event, "problems", None) is None, event
-
-    def add(self, prompt: list[int], adapter: str | None, max_tokens: int = 5) -> int:
-        number = len(self.asked)
-        self.asked[number] = adapter, prompt
-        sampling = SamplingParams(seed=number, temperature=0.7, max_tokens=max_tokens)
-        self.core.add(AddRequest(number, prompt, sampling, self.oracle.keys[adapter]))
-        return number
-
-    def step(self) -> None:
-        for message in self.core.step():
-            if isinstance(message, StepOutput):
-                for output in message.outputs:
-                    assert not output.error
-                    self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
-                    self.cached.setdefault(output.request_id, output.num_cached_tokens)
-
-    def finish(self) -> None:
-        while self.core.has_work():
-            self.step()
-
-    def check(self) -> None:
-        for number, (adapter, prompt) in self.asked.items():
-            expected = self.oracle.logits(adapter, prompt + self.tokens[number], len(prompt))
-            error = (torch.stack(self.sampler.logits[number]) - expected).abs().max() / expected.abs().max()
-            assert error < TOLERANCE, f"{adapter}: logits are off by {error:.2e} of the largest"
+    return add_all_kinds(folder, load)
 
 
 @pytest.fixture
@@ -225,13 +82,6 @@ def make_engine(oracle: Oracle) -> Iterator[Callable[..., Engine]]:
     yield make
     for engine in made:
         engine.core.close()
-
-
-def random_prompt(length: int, seed: int, invoked_at: int | None = None) -> list[int]:
-    prompt: list[int] = torch.randint(1, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    if invoked_at is not None:
-        prompt[invoked_at : invoked_at + len(INVOCATION)] = INVOCATION
-    return prompt
 
 
 @pytest.mark.parametrize(
@@ -285,17 +135,10 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
             keys[name] = AdapterKey(f"shared/{name}", digest(folder / name))
     merged["fused"] = fused_adapter(folder / "fused", base.state_dict())
     keys["fused"] = AdapterKey("shared/fused", digest(folder / "fused"))
-    models = {None: base}
-    original = base.state_dict()
-    for name, parts in COMPOSITIONS.items():
-        model = copy.deepcopy(base)
-        changes = {
-            key: sum((weight * (merged[part][key] - value) for part, weight in parts.items()), torch.zeros_like(value))
-            for key, value in original.items()
-        }
-        model.load_state_dict({key: value + changes[key] for key, value in original.items()})
-        models[name] = model.eval()
-    return Oracle(folder, keys, models)
+    oracle = Oracle(folder, keys, {None: base})
+    for name, weights in COMPOSITIONS.items():
+        oracle.add_sum(name, weights, merged)
+    return oracle
 
 
 def fused_adapter(directory: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -323,17 +166,11 @@ def fused_adapter(directory: Path, base: dict[str, Tensor]) -> dict[str, Tensor]
 def test_a_composition_is_the_weighted_sum_of_its_adapters(composed: Oracle, fields: dict[str, Any]) -> None:
     """With two slots, compositions of overlapping adapters take turns and none waits for another."""
     engine = Engine(composed, **fields)
-    try:
-        for name, parts in COMPOSITIONS.items():
-            composed.keys[name] = compose((composed.keys[part], weight) for part, weight in parts.items())
-        for index, name in enumerate([None, *COMPOSITIONS, None, *reversed(COMPOSITIONS)]):
-            engine.add(random_prompt(5 + index * 3 % 17, index), name)
-        engine.finish()
-        engine.check()
-    finally:
-        for name in COMPOSITIONS:
-            composed.keys.pop(name, None)
-        engine.core.close()
+    for index, name in enumerate([None, *COMPOSITIONS, None, *reversed(COMPOSITIONS)]):
+        engine.add(random_prompt(5 + index * 3 % 17, index), name)
+    engine.finish()
+    engine.check()
+    engine.core.close()
 
 
 def test_the_same_weights_share_cached_prefixes_and_others_do_not(composed: Oracle) -> None:

@@ -2,91 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from adapters.key import AdapterKey
-from adapters.source import digest
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import LoadAdapter
+from engine.quantization import round_to_nearest
+from kernels.quantized import dequantize
 from tests.engine.quantization.checkpoints import MODEL, load, make_twins
 from tests.engine.quantization.formats import FORMATS
-from tests.reference.test_generation import ADAPTERS, Client, Oracle
+from tests.reference.peft_oracle import KINDS, VOCAB, Engine, Oracle, add_all_kinds, random_prompt
 
-peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-BASES = ("gptq act-order", "awq gemm", "bitsandbytes nf4", "bitsandbytes int8", "fp8 blocks")
+CHECKPOINTS = ("gptq act-order", "awq gemm", "bitsandbytes nf4", "bitsandbytes int8", "fp8 blocks")
+WHILE_LOADED = ("nf4", "int8", "int4")
+SUMS = {
+    "sum": {"plain": 0.7, "one-layer": -0.4},
+    "sum-with-vocabulary": {"plain": 1.25, "embedding": 0.5, "head": -0.75},
+}
 
 
-@pytest.fixture(scope="module", params=BASES)
-def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+@dataclass
+class Quantised:
+    """A quantised base, what the engine is told about it, and PEFT's models of the matrices that it stands for."""
+
+    oracle: Oracle
+    quantization: str | None
+
+
+@pytest.fixture(scope="module", params=[*CHECKPOINTS, *(f"{method} while loaded" for method in WHILE_LOADED)])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Quantised:
     folder = tmp_path_factory.mktemp("quantised")
-    twins = make_twins(folder, *FORMATS[request.param])
-    twins.quantised.rename(folder / "base")
-    model = transformers.AutoModelForCausalLM.from_pretrained(twins.dense, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(1)
-    keys = {}
-    for name, fields in ADAPTERS.items():
-        config = peft.LoraConfig(**fields, task_type="CAUSAL_LM")
-        if isinstance(model, peft.PeftModel):
-            model.add_adapter(name, config)
-        else:
-            model = peft.get_peft_model(model, config, adapter_name=name)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_" in key and f".{name}." in key:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        model.peft_config[name].base_model_name_or_path = "base"
-        model.save_pretrained(folder / "adapters", selected_adapters=[name])
-        keys[name] = AdapterKey(f"shared/{name}", digest(folder / "adapters" / name))
-    return Oracle(model.eval(), folder, keys)
+    method = request.param.partition(" ")[0] if "while loaded" in request.param else None
+    section, packer = FORMATS["gptq" if method else request.param]
+    twins = make_twins(folder, section, packer, vocab_size=VOCAB)
+    (twins.dense if method else twins.quantised).rename(folder / "base")
+    if method:
+        dequantised(folder / "base", twins.dense, method)
+
+    def load_dense() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            twins.dense, attn_implementation="eager", dtype=torch.float32
+        )
+
+    oracle = add_all_kinds(folder, load_dense)
+    parts = {part for weights in SUMS.values() for part in weights}
+    merged = {part: copy.deepcopy(oracle.models[part]).merge_and_unload().state_dict() for part in parts}
+    for name, weights in SUMS.items():
+        oracle.add_sum(name, weights, merged)
+    return Quantised(oracle, method)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def core(oracle: Oracle, request: pytest.FixtureRequest) -> Iterator[EngineCore]:
-    config = EngineConfig(
-        model=str(oracle.folder / "base"),
-        kernels=request.param,
-        device="cpu",
-        dtype="float32",
-        kv_cache_bytes=4 << 20,
-        block_size=4,
-        max_model_len=64,
-        threads=1,
+def dequantised(dense: Path, rounded: Path, method: str) -> None:
+    """Write a model with the linears that the quantised one has in place of its own."""
+    shutil.copytree(dense, rounded)
+    tensors = load_file(dense / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers." in name and name.endswith("_proj.weight"):
+            tensors[name] = dequantize(round_to_nearest(tensor, method))
+    save_file(tensors, rounded / "model.safetensors")
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_all_kinds_in_one_batch_equal_each_alone(base: Quantised, kernels: str) -> None:
+    """In chunks, with adapters that come and go: float32, to 1e-5 of the largest logit."""
+    engine = Engine(
+        base.oracle,
+        kernels=kernels,
+        quantization=base.quantization,
+        max_model_len=MODEL["max_position_embeddings"],
+        max_num_batched_tokens=32,
+        max_resident_adapters=8,
     )
-    try:
-        core = EngineCore.load(config)
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-    for name, key in oracle.keys.items():
-        core.load_adapter(LoadAdapter(key, str(oracle.folder / "adapters" / name)))
-    while core.has_work():
-        core.step()
-    yield core
-    core.close()
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, MODEL["vocab_size"], (length,), generator=generator).tolist()
-
-
-def test_mixed_batch_equals_each_request_alone(oracle: Oracle, core: EngineCore) -> None:
-    names = [None, *ADAPTERS]
-    requests = [(index, prompt(3 + 5 * index % 17, index), names[index % len(names)]) for index in range(12)]
-    client = Client(core, oracle.keys)
-    for request_id, token_ids, adapter in requests:
-        client.add(request_id, token_ids, adapter)
-        if request_id % 3:
-            client.step()
-    client.finish()
-    for request_id, token_ids, adapter in requests:
-        assert client.tokens(request_id) == oracle.greedy(token_ids, adapter, 8), (request_id, adapter)
+    for index, adapter in enumerate([None, *KINDS, *SUMS, None, *reversed(SUMS), *reversed(KINDS)]):
+        length = 3 + index * 7 % 23
+        activated = adapter is not None and adapter.startswith("activated")
+        engine.add(random_prompt(length, index, length // 2 if activated else None), adapter, 3 + index % 4)
+        if index % 3 == 0:
+            engine.step()
+    engine.finish()
+    engine.check()
+    engine.core.close()
 
 
 def test_the_weights_beside_an_adapter_can_be_read_back(tmp_path: Path) -> None:
