@@ -117,11 +117,11 @@ async def test_an_adapter_of_too_high_a_rank_is_failed(control: ControlPlane) ->
 
 
 async def test_files_that_are_no_adapter_are_failed(control: ControlPlane) -> None:
-    config = write_adapter(control.roots / "dora") / "adapter_config.json"
-    config.write_text('{"peft_type": "LORA", "r": 4, "use_dora": true}')
-    adapter = await create(control, source="dora")
+    config = write_adapter(control.roots / "loha") / "adapter_config.json"
+    config.write_text('{"peft_type": "LOHA", "r": 4}')
+    adapter = await create(control, source="loha")
     assert adapter.state == Adapter.STATE_FAILED
-    assert "use_dora" in adapter.error.message
+    assert "LOHA" in adapter.error.message
 
 
 @pytest.mark.parametrize("source", ["../outside", "/etc", "missing", "https://example.org/x"])
