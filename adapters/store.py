@@ -72,8 +72,9 @@ def give_way() -> None:
     """Let the step's threads have the cores first, on Linux, where each thread has a niceness of its own.
 
     A step waits for the slowest of its threads: one that shares its core with a loader holds up all requests. Beside
-    loads without a pause the median step took 42 % longer at niceness 0, 11 % at 10, 6 % at 19, at a half and a quarter
-    of the loads (llama-160m, 2 cores). Elsewhere niceness is the whole process's, and the loaders keep it.
+    loads without a pause the median step took 42 % longer at niceness 0 and 11 % at 10, at half of the loads
+    (llama-160m, 2 cores, one run); the value here was not timed itself. Elsewhere niceness is the whole process's, and
+    the loaders keep it.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()
