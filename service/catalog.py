@@ -142,7 +142,7 @@ class Catalog:
             adapter = self._adapter(f"tenants/{tenant}/adapters/{name}")
             adapter = adapter or self._adapter(f"tenants/{SHARED_TENANT}/adapters/{name}")
             if adapter is None and match["version"] is None:
-                return Target(self._models.serving(name))
+                return Target(self._model(tenant, name))
         else:
             raise InvalidRequest.at(
                 path,
@@ -207,6 +207,14 @@ class Catalog:
         finally:
             for version in versions:
                 self._adapters.end_request(version.key)
+
+    def _model(self, tenant: str, name: str) -> LoadedModel:
+        """The model of a bare id that could have been anything's: who mistypes an adapter is not told of models alone."""
+        try:
+            return self._models.serving(name)
+        except NotFound as error:
+            message = f"{error.message}; nor is there an adapter or a route of that name for tenant {tenant!r}"
+            raise NotFound(error.reason, error.resource_name, message) from None
 
     def _adapter(self, name: str) -> AdapterVersion | None:
         """The version that a full name means, if requests may use it."""

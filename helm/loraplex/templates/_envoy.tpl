@@ -79,6 +79,7 @@ static_resources:
       ring_hash_lb_config: { minimum_ring_size: {{ $envoy.minimumRingSize }} }
       common_lb_config:
         healthy_panic_threshold: { value: 0 } # a replica that is known to be away gets nothing
+        update_merge_window: 0s # what a health check found holds at once, not after the default second
         consistent_hashing_lb_config: { hash_balance_factor: {{ $envoy.balanceFactor }} }
       circuit_breakers:
         thresholds:
