@@ -156,6 +156,7 @@ def assemble(
         max_load_wait_seconds=limits.adapter_load_wait_seconds,
         resume_seconds=config.supervision.resume_seconds,
         observer=telemetry.observer,
+        metrics=telemetry.metrics,
     )
     tokenizer = TokenizerServicer(catalog, renderer, tenants)
     server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex"))

@@ -22,6 +22,7 @@ from loraplex.v1.routes_pb2 import ResolvedTarget
 from service.errors import EngineError, SlowConsumer, Unavailable
 from service.outputs import OutputBuilder, prompt_logprobs
 from service.telemetry.records import GenerationRecord
+from service.telemetry.series import Distribution
 from service.text import Tokenizer
 from service.times import duration
 from service.validation import OutputForm
@@ -54,16 +55,23 @@ class _Sequence:
     request: AddRequest
     builder: OutputBuilder
     token_ids: list[int] = field(default_factory=list)  # generated, whether or not the caller has seen them
+    last_token: float | None = None  # when it came
 
 
 class Run:
     """Turns what the engine gives a job into Started, PromptLogprobs*, (Delta | Finished)*, Completed."""
 
-    def __init__(self, job: Job, client: EngineClient, successor: Callable[[], Awaitable[EngineClient]]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        client: EngineClient,
+        successor: Callable[[], Awaitable[EngineClient]],
+        token_gaps: Distribution,
+    ) -> None:
         """Hands the sequences to the engine. `close` must follow.
 
         `successor`: waits for the engine that follows one that died, until it has the job's adapter. Raises what the
-        caller is told if none comes.
+        caller is told if none comes. `token_gaps`: observes the seconds between tokens.
         """
         self._job = job
         self._prompt = job.sequences[0].prompt_token_ids
@@ -80,6 +88,7 @@ class Run:
         self._client = client
         self._generation: Generation = client.generate(*job.sequences)
         self._successor = successor
+        self._token_gaps = token_gaps
         self._num_resumptions = 0
         self._waiting: asyncio.Future[EngineClient] | None = None  # for the successor
         self._error: Exception | None = None  # given to `end`
@@ -210,9 +219,20 @@ class Run:
         sequence.token_ids += output.token_ids
         builder = sequence.builder
         builder.push(output)
+        if output.token_ids:
+            self._observe_gaps(sequence, len(output.token_ids))
         if builder.finished is not None and output.finish_reason is None:  # a stop string: the engine does not know
             self._generation.abort(output.request_id)
         yield from self._take(everything=False)
+
+    def _observe_gaps(self, sequence: _Sequence, num_tokens: int) -> None:
+        """Tokens that come together share the time since the one before; before the first there is no gap."""
+        now = asyncio.get_running_loop().time()
+        if sequence.last_token is not None:
+            self._token_gaps.observe((now - sequence.last_token) / num_tokens, num_tokens)
+        elif num_tokens > 1:
+            self._token_gaps.observe(0.0, num_tokens - 1)
+        sequence.last_token = now
 
     def _start(self, output: RequestOutput) -> Started:
         now, job = asyncio.get_running_loop().time(), self._job

@@ -40,6 +40,7 @@ from service.errors import Cancelled, FailedPrecondition, InvalidRequest, Lorapl
 from service.generation import Event, Job, Run
 from service.interceptors import Call, current_call, error_status, known_error, status_name
 from service.prompts import prompt_tokens
+from service.telemetry.metrics import RequestMetrics
 from service.telemetry.records import NOBODY, Observer
 from service.tenants import Tenant, Tenants
 from service.text import TemplateRenderer
@@ -73,9 +74,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         max_load_wait_seconds: float = 60.0,
         resume_seconds: float = 60.0,
         observer: Observer = NOBODY,
+        metrics: RequestMetrics | None = None,
     ) -> None:
         """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read.
         `resume_seconds`: how long a request that has begun waits for the engine that follows one that died.
+        `metrics`: gets the gaps between tokens; what else it counts, it hears of as an observer.
         """
         self._catalog = catalog
         self._admission = admission
@@ -85,6 +88,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._max_load_wait_seconds = max_load_wait_seconds
         self._resume_seconds = resume_seconds
         self._observer = observer
+        self._token_gaps = (metrics or RequestMetrics()).token_gaps
         self._runs: dict[str, tuple[str, Run]] = {}  # by request id: the tenant, and what runs for it
 
     async def Generate(self, request: GenerateRequest, context: Context) -> GenerateResponse:  # noqa: N802
@@ -212,7 +216,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 arrival=call.arrival,
                 adapter_load_seconds=load_seconds,
             )
-            run = Run(job, model.client, partial(self._successor, target, adapter))
+            successor = partial(self._successor, target, adapter)
+            run = Run(job, model.client, successor, self._token_gaps.of((model.name,)))
             call.usage = run.usage
             self._runs[call.request_id] = (call.tenant, run)
             status = "OK"

@@ -23,7 +23,8 @@ class RequestMetrics:
         self.finished = Counter()  # (model, finish reason)
         self.duration = Histogram()
         self.first_token = Histogram()
-        self.per_token = Histogram(TOKEN_BUCKETS)
+        self.per_token = Histogram(TOKEN_BUCKETS)  # of a generation: the mean
+        self.token_gaps = Histogram(TOKEN_BUCKETS)  # each; observed by generations while they run
         self.queue = Histogram()
         self.adapter_wait = Histogram()
         self.calls = Histogram()  # (method, status)

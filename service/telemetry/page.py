@@ -111,8 +111,14 @@ def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
             metrics.first_token,
         ),
         (
-            "loraplex_time_per_output_token_seconds",
+            "loraplex_inter_token_latency_seconds",
             "vllm:inter_token_latency_seconds",
+            "Between two tokens of an output, each time; while generations run.",
+            metrics.token_gaps,
+        ),
+        (
+            "loraplex_time_per_output_token_seconds",
+            "vllm:request_time_per_output_token_seconds",
             "Mean time between two tokens of a generation.",
             metrics.per_token,
         ),

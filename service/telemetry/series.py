@@ -28,12 +28,20 @@ class Counter:
         self.values[labels] = self.values.get(labels, 0) + amount
 
 
-@dataclass(slots=True)
 class Distribution:
     """How many values fell below each bound (each counted once, in the first bucket that holds it), and their sum."""
 
-    counts: list[int]
-    total: float = 0.0
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+        self._bounds = bounds
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """So many times the same value."""
+        self.counts[bisect_left(self._bounds, value)] += count
+        self.total += value * count
 
 
 @dataclass(slots=True)
@@ -44,12 +52,15 @@ class Histogram:
     values: dict[Labels, Distribution] = field(default_factory=dict)
 
     def observe(self, labels: Labels, seconds: float) -> None:
+        self.of(labels).observe(seconds)
+
+    def of(self, labels: Labels) -> Distribution:
+        """The one with these labels, for whoever observes often."""
         labels = _admitted(labels, self.values)
         distribution = self.values.get(labels)
         if distribution is None:
-            distribution = self.values[labels] = Distribution([0] * (len(self.bounds) + 1))
-        distribution.counts[bisect_left(self.bounds, seconds)] += 1
-        distribution.total += seconds
+            distribution = self.values[labels] = Distribution(self.bounds)
+        return distribution
 
 
 def _admitted(labels: Labels, known: Mapping[Labels, Any]) -> Labels:

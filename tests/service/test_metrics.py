@@ -73,13 +73,33 @@ async def test_the_times_of_a_generation_are_under_both_names(control: ControlPl
     for name, alias in (
         ("loraplex_request_duration_seconds", "vllm:e2e_request_latency_seconds"),
         ("loraplex_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"),
-        ("loraplex_time_per_output_token_seconds", "vllm:inter_token_latency_seconds"),
+        ("loraplex_time_per_output_token_seconds", "vllm:request_time_per_output_token_seconds"),
         ("loraplex_queue_seconds", "vllm:request_queue_time_seconds"),
     ):
         assert page.value(f"{name}_count", model="tiny") == 1
         assert page.value(f"{alias}_count", model_name="tiny") == 1
         assert page.value(f"{name}_sum", model="tiny") == page.value(f"{alias}_sum", model_name="tiny") > 0
     assert page.value("vllm:request_success_total", model_name="tiny", finished_reason="max_tokens") == 1
+
+
+async def test_each_gap_between_the_tokens_of_an_output_counts(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "abc", max_tokens=5, n=2)
+    page = await scrape(control)
+    for name, label in (
+        ("loraplex_inter_token_latency_seconds", "model"),
+        ("vllm:inter_token_latency_seconds", "model_name"),
+    ):
+        assert page.value(f"{name}_count", **{label: "tiny"}) == 2 * (5 - 1)
+        assert page.value(f"{name}_sum", **{label: "tiny"}) > 0
+
+
+async def test_gaps_count_while_the_generation_runs(control: ControlPlane) -> None:
+    async with control.client.stream_generate("tiny", "abc", max_tokens=1_000_000) as stream:
+        for _ in range(4):  # that it has started, and three pieces
+            await anext(stream)
+        page = await scrape(control)
+    assert page.value("loraplex_inter_token_latency_seconds_count", model="tiny") >= 2
+    assert page.values("loraplex_requests_total") == []
 
 
 async def test_a_refused_call_counts_with_its_status(control: ControlPlane) -> None:
