@@ -209,7 +209,7 @@ class Catalog:
                 self._adapters.end_request(version.key)
 
     def _model(self, tenant: str, name: str) -> LoadedModel:
-        """The model of a bare id that could have been anything's: who mistypes an adapter is not told of models alone."""
+        """The model of a bare id that could be anything's: who mistypes an adapter is not told of models alone."""
         try:
             return self._models.serving(name)
         except NotFound as error:
