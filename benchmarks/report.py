@@ -34,7 +34,8 @@ def as_markdown(report: dict[str, Any], name: str) -> str:
         f"{machine['cores']} cores of {machine['cpu']} ({', '.join(machine['instruction_sets'])}), "
         f"{machine['memory_gib']} GiB. Measured in the same run with {report['roofline']['threads']} threads: reads "
         f"{report['roofline']['bytes_per_second'] / 1e9:.1f} GB/s, multiplies "
-        f"{report['roofline']['flops_per_second'] / 1e9:.0f} GFLOP/s; from these follows the limit.",
+        f"{report['roofline']['flops_per_second'] / 1e9:.0f} GFLOP/s; from these follows the limit, for weights "
+        "of 16 bits.",
         "",
         f"    {report['command']}",
         "",

@@ -4,7 +4,8 @@
 
 Systems: `grpc` (loraplex serve), `inprocess` (EngineCore), `reference` (EngineCore on the torch kernels), and the
 others, each with the Python of its own environment: `hf=PYTHON`, `vllm=PYTHON`, `vllm-nolora=PYTHON`,
-`llamacpp=SERVER_BINARY`. `hf` alone means this environment.
+`llamacpp=SERVER_BINARY`. `hf` alone means this environment. With a format behind it, a system serves the same model
+quantised: `grpc-int4`, `inprocess-nf4`, `llamacpp-Q4_K_M=SERVER_BINARY`.
 
 All systems are up during the whole run and take turns, repeat by repeat; a figure is the median of its repeats. A
 repeat in which other processes used more than a tenth of the machine is marked contended. Writes OUT.json, and OUT.md
@@ -28,6 +29,7 @@ from benchmarks.measure import ContentionMeter, Record, machine, median_of, resi
 from benchmarks.report import write_report
 from benchmarks.roofline import ModelCost, Roofline, output_limit
 from benchmarks.workload import SCENARIOS, Scenario, Work, make_work
+from engine.config import QUANTIZATIONS
 
 CONTENDED_SHARE = 0.10
 
@@ -104,6 +106,12 @@ def system_command(name: str, where: str | None, args: argparse.Namespace) -> li
         "vllm-nolora": (python, "vllm_python", ["--adapters", "0"]),
         "llamacpp": (sys.executable, "llama_cpp", [*adapters, "--server", where or "llama-server"]),
     }
+    for method in QUANTIZATIONS:
+        for own in ("grpc", "inprocess"):
+            modules[f"{own}-{method}"] = (sys.executable, modules[own][1], [*adapters, "--quantization", method])
+    interpreter, module, options = modules["llamacpp"]
+    q4 = ["--gguf", "Q4_K_M.gguf", "--port", "18181"]  # another port: both may be up in one run
+    modules["llamacpp-Q4_K_M"] = (interpreter, module, [*options, *q4])
     if name not in modules:
         raise ValueError(f"unknown system {name!r}: choose from {', '.join(modules)}")
     interpreter, module, options = modules[name]

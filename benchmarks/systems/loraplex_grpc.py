@@ -19,6 +19,7 @@ import grpc
 from benchmarks.measure import Record, closed_loop, cpu_seconds_of, process_tree
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
+from engine.config import QUANTIZATIONS
 from loraplex.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, prompt_pb2
 
 
@@ -31,6 +32,7 @@ def write_config(folder: Path, args: argparse.Namespace, ports: tuple[int, int])
         "threads": args.threads,
         "max_model_len": 1024,
         "kv_cache_bytes": args.kv_cache_bytes,
+        "quantization": args.quantization,
     }
     adapters = [
         {
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the base model, while it is loaded")
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: more of the configuration")
     parser.add_argument("--steps-per-second", type=float, help="of a token source in place of the engine")
@@ -152,7 +155,10 @@ def main() -> None:
             client = Client(address)
             warm_up = [Work([300 + i] * 16, 2, i) for i in range(args.adapters)] or [Work([300] * 16, 2, None)]
             loop.run_until_complete(client.run(warm_up, 8))
-            about = {"system": "Loraplex over gRPC", "load_seconds": time.perf_counter() - started}
+            about = {
+                "system": " ".join(filter(None, ["Loraplex over gRPC", args.quantization])),
+                "load_seconds": time.perf_counter() - started,
+            }
             serve(client.run, about, loop, answers, lambda: cpu_by_part(process.pid))
         finally:
             process.terminate()

@@ -13,7 +13,7 @@ from adapters.source import digest
 from benchmarks.measure import Record, closed_loop
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
-from engine.config import EngineConfig
+from engine.config import QUANTIZATIONS, EngineConfig
 from engine.core import EngineCore
 from engine.messages import AddRequest, FromEngine, LoadAdapter, StepOutput
 from engine.sampling_params import SamplingParams
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the base model, while it is loaded")
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
     parser.add_argument("--device", default="auto")
@@ -99,6 +100,7 @@ def main() -> None:
         model=str(args.model / "base"),
         device=args.device,
         kernels=args.kernels,
+        quantization=args.quantization,
         threads=args.threads,
         max_model_len=1024,
         kv_cache_bytes=args.kv_cache_bytes,
@@ -109,8 +111,9 @@ def main() -> None:
     driver = Driver(core, load_adapters(core, args.model, args.adapters))
     loop = asyncio.new_event_loop()
     loop.run_until_complete(driver.run(driver.warm_up(), 8))
+    kind = " ".join(filter(None, [core.limits.kernel_backend, args.quantization]))
     about = {
-        "system": f"Loraplex in-process ({core.limits.kernel_backend})",
+        "system": f"Loraplex in-process ({kind})",
         "load_seconds": time.perf_counter() - started,
     }
     serve(driver.run, about, loop, answers, lambda: {"engine": time.process_time()})
