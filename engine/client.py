@@ -196,6 +196,8 @@ class EngineClient:
             case Pong(nonce=nonce, stats=stats):
                 self.stats = stats
                 _resolve(self._pings.get(nonce), message)
+            case AdapterLoaded(key=key) if key in self._unloads:
+                pass  # answers a load from before that unload: who asks twice may be answered twice
             case AdapterLoaded(key=key):
                 self.adapters[key] = message
                 self._move(key, max(Residency.HOST, self.residency.get(key, Residency.DISK)))

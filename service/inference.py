@@ -248,8 +248,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 client.start_loading(version.key, self._adapter_path(version))
             return None, 0.0
         began = asyncio.get_running_loop().time()
-        for version in cold:
-            await self._load(client, version, policy)
+        missing = cold
+        while missing:  # while one was waited for, another may have been unloaded
+            for version in missing:
+                await self._load(client, version, policy)
+            missing = [version for version in target.versions if version.key not in client.adapters]
         _check_composable(target)
         return target.adapter_key, asyncio.get_running_loop().time() - began if cold else 0.0
 

@@ -253,6 +253,24 @@ async def test_unloading_waits_for_a_load_to_end_first(wire: Wire) -> None:
     await unloading
 
 
+async def test_a_second_answer_to_a_load_does_not_outlive_the_unload(wire: Wire) -> None:
+    """An adapter that is brought to the device while it is being loaded is asked for twice, and may be said twice."""
+    loading = asyncio.ensure_future(wire.client.load_adapter(KEY, "/a"))
+    bringing = asyncio.ensure_future(wire.client.bring_to_device(KEY, "/a"))
+    await asyncio.sleep(0)
+    assert wire.sent == [LoadAdapter(KEY, "/a"), LoadAdapter(KEY, "/a", Residency.DEVICE)]
+    wire.client.deliver(LOADED)
+    await loading
+    unloading = asyncio.ensure_future(wire.client.unload_adapter(KEY))
+    await asyncio.sleep(0)
+    wire.client.deliver(LOADED)
+    assert KEY not in wire.client.adapters
+    wire.client.deliver(AdapterUnloaded(KEY))
+    await unloading
+    assert KEY not in wire.client.adapters
+    bringing.cancel()
+
+
 async def test_loading_takes_back_an_unload_that_waits(wire: Wire) -> None:
     wire.client.deliver(LOADED)
     unloading = asyncio.ensure_future(wire.client.unload_adapter(KEY))
