@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import asyncio
+import dataclasses
 import logging
 import signal
 import sys
@@ -74,8 +75,8 @@ async def _serve(settings: ServiceConfig) -> None:
     stop = _stop_signal()
     async with running(settings) as (_, addresses):
         # The one line on stdout: whoever started the server on port 0 reads here which ports it got.
-        health = f" health={addresses.health}" if addresses.health else ""
-        print(f"listening data={addresses.data} admin={addresses.admin}{health}", flush=True)
+        ports = {name: address for name, address in dataclasses.asdict(addresses).items() if address is not None}
+        print("listening", *(f"{name}={address}" for name, address in ports.items()), flush=True)
         await stop.wait()
         logging.getLogger(__name__).info("told to stop: draining for at most %g s", settings.drain_grace_seconds)
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +33,15 @@ class Server:
     roots: Path  # where the test may put adapters
     log: Path
     health: str | None = None  # where `health_listen` is set
+    metrics: str | None = None  # where `metrics_listen` is set
 
     def engine_pids(self) -> set[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return {int(pid) for pid in children if b"engine" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")}
+        return {pid for pid, command in self.children() if "engine" in command}
+
+    def children(self) -> list[tuple[int, list[str]]]:
+        """Every process that the service has started: its pid and its command line."""
+        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [(int(pid), Path(f"/proc/{pid}/cmdline").read_text().split("\0")) for pid in pids]
 
     def terminate(self) -> int:
         """SIGTERM, and the exit status."""
@@ -75,13 +80,15 @@ def write_config(directory: Path, **settings: object) -> Path:
 
 
 @contextmanager
-def running_server(directory: Path, **settings: object) -> Iterator[Server]:
+def running_server(
+    directory: Path, command: Sequence[str | Path] = (LORAPLEX,), **settings: object
+) -> Iterator[Server]:
     """Started, and ended whatever happens. It chooses its ports and says which on its first line."""
     config = write_config(directory, **settings)
     log = directory / "server.log"
     with log.open("w") as log_file:
         process = subprocess.Popen(
-            [LORAPLEX, "serve", "--config", config], stdout=subprocess.PIPE, stderr=log_file, text=True, env=os.environ
+            [*command, "serve", "--config", config], stdout=subprocess.PIPE, stderr=log_file, text=True, env=os.environ
         )
     watchdog = threading.Timer(START_SECONDS, process.kill)
     watchdog.start()
@@ -91,7 +98,8 @@ def running_server(directory: Path, **settings: object) -> Iterator[Server]:
         assert line.startswith("listening "), f"the server did not start: {log.read_text()}"
         watchdog.cancel()
         ports = dict(word.split("=") for word in line.split()[1:])
-        yield Server(process, ports["data"], ports["admin"], directory / "adapters", log, ports.get("health"))
+        more = (ports.get("health"), ports.get("metrics"))
+        yield Server(process, ports["data"], ports["admin"], directory / "adapters", log, *more)
     finally:
         watchdog.cancel()
         process.kill()
