@@ -26,9 +26,11 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,11 @@ import grpc
 
 from benchmarks.measure import Record, machine
 from benchmarks.serving import System, parse_cells, system_command
+from benchmarks.systems.loraplex_grpc import free_ports
 from benchmarks.workload import FIRST_TOKEN_ID, SCENARIOS, SEED, VOCAB, Work, make_work
 
 SECONDS = 5.0  # of each repeat of `alone`
+SCRAPE_SECONDS = 5.0  # Prometheus' own default is a minute, charts say 15 s
 PROMPT_TOKENS = 16
 
 Result = dict[str, Any]
@@ -89,15 +93,16 @@ def overhead(args: argparse.Namespace, logs: Path) -> list[Result]:
 
 
 def telemetry(args: argparse.Namespace, logs: Path) -> list[Result]:
-    """What telemetry takes of the throughput: metrics page, usage records, access log, traces and metrics by OTLP."""
+    """What telemetry takes of the throughput: metrics page, usage records, JSON and access log, all traces by OTLP."""
     args.adapters = max(SCENARIOS[name].num_adapters for name, _ in args.cells)
     if args.steps_per_second is None:
         command = system_command("grpc", None, args)
     else:
         command = alone_command(args, args.steps_per_second)
-    with otlp_sink() as endpoint:
+    page = f"127.0.0.1:{free_ports(1)[0]}"
+    with otlp_sink() as endpoint, scraped(page):
         settings = {
-            "metrics_listen": "127.0.0.1:0",
+            "metrics_listen": page,
             "log_format": "json",
             "access_log": True,
             "usage": {"file": str(logs / "usage.jsonl")},
@@ -121,6 +126,25 @@ def otlp_sink() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.stop(None)
+
+
+@contextmanager
+def scraped(page: str) -> Iterator[None]:
+    """Somebody who reads the metrics page now and then, once it is there."""
+    stop = threading.Event()
+
+    def scrape() -> None:
+        while not stop.wait(SCRAPE_SECONDS):
+            with suppress(OSError), urllib.request.urlopen(f"http://{page}/metrics", timeout=SCRAPE_SECONDS) as answer:
+                answer.read()
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def paired(commands: dict[str, list[str]], args: argparse.Namespace, logs: Path) -> list[Result]:

@@ -2,35 +2,43 @@
 
 A span for each call, whose parent is the caller's, and in it one for each of its generations; names and attributes are
 those of the RPC and GenAI semantic conventions. Only imported where an endpoint is configured: importing the SDK takes
-long. Its threads do the sending.
+long. Threads do the sending.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.metrics import Histogram
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from service.config import OtlpConfig
+from service.telemetry.otlp_metrics import OtlpMetrics
 from service.telemetry.records import CallRecord, GenerationRecord
-from service.telemetry.series import LATENCY_BUCKETS, TOKEN_BUCKETS
+from service.telemetry.series import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, Labels
 
 if TYPE_CHECKING:
     from service.interceptors import Call
 
 EXPORT_SECONDS: Final = 5  # that one export may take
 PROVIDER: Final = "loraplex"
+CALL: Final = ("rpc.system.name", "rpc.method", "rpc.response.status_code", "error.type")
+GENERATION: Final = (
+    "gen_ai.operation.name",
+    "gen_ai.provider.name",
+    "gen_ai.request.model",
+    "gen_ai.response.model",
+    "error.type",
+)
 USAGE_BUCKETS: Final = tuple(float(4**exponent) for exponent in range(14))  # tokens; the convention's own
 
 # Statuses that are the server's fault, by the conventions for RPC server spans.
@@ -53,26 +61,42 @@ class OtlpTelemetry:
         )
         spans = OTLPSpanExporter(config.endpoint, insecure, headers=headers, timeout=EXPORT_SECONDS)
         self._tracers.add_span_processor(BatchSpanProcessor(spans))
-        metrics = OTLPMetricExporter(config.endpoint, insecure, headers=headers, timeout=EXPORT_SECONDS)
-        reader = PeriodicExportingMetricReader(metrics, 1000 * config.metrics_seconds, 1000 * EXPORT_SECONDS)
-        self._meters = MeterProvider([reader], resource, shutdown_on_exit=False)
         self._propagator = TraceContextTextMapPropagator()
         self._tracer = self._tracers.get_tracer("loraplex", version)
-        meter = self._meters.get_meter("loraplex", version)
+        self._metrics = OtlpMetrics(resource, InstrumentationScope("loraplex", version))
+        self._metrics_seconds = config.metrics_seconds
+        self._exporter = OTLPMetricExporter(config.endpoint, insecure, headers=headers, timeout=EXPORT_SECONDS)
 
-        def histogram(name: str, text: str, bounds: tuple[float, ...] = LATENCY_BUCKETS, unit: str = "s") -> Histogram:
-            return meter.create_histogram(name, unit, text, explicit_bucket_boundaries_advisory=bounds)
+        def seconds(
+            name: str, text: str, attributes: tuple[str, ...] = GENERATION, bounds: Sequence[float] = LATENCY_BUCKETS
+        ) -> Histogram:
+            return self._metrics.add(name, "s", text, attributes, Histogram(bounds))
 
-        self._calls = histogram("rpc.server.call.duration", "Calls of any method")
-        self._duration = histogram("gen_ai.server.request.duration", "Whole generations")
-        self._first_token = histogram("gen_ai.server.time_to_first_token", "From the call to its first token")
-        self._per_token = histogram("gen_ai.server.time_per_output_token", "Mean time between tokens", TOKEN_BUCKETS)
-        self._usage = histogram("gen_ai.client.token.usage", "Tokens of a generation", USAGE_BUCKETS, "{token}")
+        self._calls = seconds("rpc.server.call.duration", "Calls of any method", CALL)
+        self._duration = seconds("gen_ai.server.request.duration", "Whole generations")
+        self._first_token = seconds("gen_ai.server.time_to_first_token", "From the call to its first token")
+        self._per_token = seconds(
+            "gen_ai.server.time_per_output_token", "Mean time between tokens", bounds=TOKEN_BUCKETS
+        )
+        self._usage = self._metrics.add(
+            "gen_ai.client.token.usage",
+            "{token}",
+            "Tokens of a generation",
+            (*GENERATION, "gen_ai.token.type"),
+            Histogram(USAGE_BUCKETS),
+        )
+
+    async def keep_sending(self) -> None:
+        """Send the metrics, again and again. Never returns."""
+        while True:
+            await asyncio.sleep(self._metrics_seconds)
+            await asyncio.to_thread(self._exporter.export, self._metrics.data())
 
     def close(self) -> None:
         """Send what has gathered. Takes as long as the collector lets it, seconds if it does not answer."""
         self._tracers.shutdown()
-        self._meters.shutdown(1000 * EXPORT_SECONDS)
+        self._exporter.export(self._metrics.data())
+        self._exporter.shutdown()
 
     def call_started(self, call: Call, method: str, metadata: Mapping[str, str]) -> None:
         span = self._tracer.start_span(
@@ -85,36 +109,31 @@ class OtlpTelemetry:
         call.trace_id = f"{span.get_span_context().trace_id:032x}"
 
     def call_ended(self, call: Call, record: CallRecord) -> None:
-        attributes: Attributes = {
-            "rpc.system.name": "grpc",
-            "rpc.method": record.method,
-            "rpc.response.status_code": record.status,
-        }
-        self._calls.record(record.seconds, attributes | _error_type(record.status))
+        self._calls.observe(("grpc", record.method, record.status, _error_type(record.status)), record.seconds)
         assert isinstance(call.span, Span)
-        call.span.set_attributes(attributes | _error_type(record.status) | {"loraplex.tenant": call.tenant})
+        attributes = {
+            "rpc.response.status_code": record.status,
+            "error.type": _error_type(record.status),
+            "loraplex.tenant": call.tenant,
+        }
+        call.span.set_attributes({name: value for name, value in attributes.items() if value})
         if record.status in SERVER_ERRORS:
             call.span.set_status(StatusCode.ERROR)
         call.span.end()
 
     def generation_ended(self, call: Call, record: GenerationRecord) -> None:
-        attributes: Attributes = {
-            "gen_ai.operation.name": record.operation,
-            "gen_ai.provider.name": PROVIDER,
-            "gen_ai.request.model": record.adapter or record.model,
-            "gen_ai.response.model": record.model,
-        }
-        attributes |= _error_type(record.status)
-        self._duration.record(record.seconds, attributes)
+        model = record.adapter or record.model
+        labels = (record.operation, PROVIDER, model, record.model, _error_type(record.status))
+        self._duration.observe(labels, record.seconds)
         if record.first_token_seconds is not None:
-            self._first_token.record(record.first_token_seconds, attributes)
+            self._first_token.observe(labels, record.first_token_seconds)
         if record.seconds_per_token is not None:
-            self._per_token.record(record.seconds_per_token, attributes)
-        self._usage.record(record.prompt_tokens, attributes | {"gen_ai.token.type": "input"})
-        self._usage.record(record.completion_tokens, attributes | {"gen_ai.token.type": "output"})
-        self._add_span(call, record, attributes)
+            self._per_token.observe(labels, record.seconds_per_token)
+        self._usage.observe((*labels, "input"), record.prompt_tokens)
+        self._usage.observe((*labels, "output"), record.completion_tokens)
+        self._add_span(call, record, labels)
 
-    def _add_span(self, call: Call, record: GenerationRecord, attributes: Attributes) -> None:
+    def _add_span(self, call: Call, record: GenerationRecord, labels: Labels) -> None:
         assert isinstance(call.span, Span)
         if not call.span.is_recording():
             return
@@ -123,7 +142,7 @@ class OtlpTelemetry:
             f"{record.operation} {record.adapter or record.model}",
             set_span_in_context(call.span),
             SpanKind.INTERNAL,
-            attributes | _span_attributes(record),
+            _span_attributes(record) | {name: value for name, value in zip(GENERATION, labels, strict=True) if value},
             start_time=began,
         )
         if record.queue_seconds is not None:
@@ -149,5 +168,5 @@ def _span_attributes(record: GenerationRecord) -> Attributes:
     }
 
 
-def _error_type(status: str) -> Attributes:
-    return {} if status == "OK" else {"error.type": status}
+def _error_type(status: str) -> str:
+    return "" if status == "OK" else status

@@ -46,13 +46,13 @@ class Distribution:
 
 @dataclass(slots=True)
 class Histogram:
-    """Distributions of seconds, by label values."""
+    """Distributions, of seconds unless the bounds say otherwise, by label values."""
 
     bounds: Sequence[float] = LATENCY_BUCKETS
     values: dict[Labels, Distribution] = field(default_factory=dict)
 
-    def observe(self, labels: Labels, seconds: float) -> None:
-        self.of(labels).observe(seconds)
+    def observe(self, labels: Labels, value: float) -> None:
+        self.of(labels).observe(value)
 
     def of(self, labels: Labels) -> Distribution:
         """The one with these labels, for whoever observes often."""

@@ -44,5 +44,7 @@ async def telemetry_of(config: ServiceConfig) -> AsyncIterator[Telemetry]:
 
             otlp = OtlpTelemetry(config.otlp, version("loraplex"))
             stack.push_async_callback(asyncio.to_thread, otlp.close)
+            sending = asyncio.create_task(otlp.keep_sending(), name="otlp")
+            stack.callback(sending.cancel)
             observers.append(otlp)
         yield Telemetry(metrics, Observers(*observers), usage)
