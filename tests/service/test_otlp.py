@@ -79,10 +79,11 @@ class Setting:
 
     def __init__(self, collector: Collector, models: Path, roots: Path, address: str) -> None:
         self.collector = collector
-        self._models, self._roots, self._address = models, roots, address
+        self.endpoint = f"http://{address}"
+        self._models, self._roots = models, roots
 
     def service(self, **config: Any) -> Any:
-        otlp = OtlpConfig(endpoint=f"http://{self._address}", headers={"api-key": "k"}, **config)
+        otlp = OtlpConfig(endpoint=self.endpoint, headers={"api-key": "k"}, **config)
         return control_plane(self._models, self._roots, otlp=otlp)
 
 
