@@ -88,7 +88,7 @@ class CpuCases(Cases):
     def linear(self, rows: int, n: int, c: int) -> Case:
         def make() -> tuple[Call, Call]:
             weight, x = self.random(n, c), self.random(rows, c)
-            packed = self.ops.pack_linear(weight, None)
+            packed = self.ops.pack_linear([weight], None)
             return lambda: self.ops.linear(x, packed), lambda: F.linear(x, weight)
 
         moved = (n * c + rows * (n + c)) * self.dtype.itemsize

@@ -1,11 +1,13 @@
 """How much memory loading a model takes, beyond what the loaded model keeps, and how long beside reading its files.
 
-    python -m benchmarks.loading MODEL [--quantization nf4] [--kernels cpu] [--cold] [--make FORMAT]
+    python -m benchmarks.loading MODEL [--quantization nf4] [--kernels cpu] [--threads 2] [--cold] [--make FORMAT]
 
 Loads the model in this process and watches its anonymous memory: pages of the mapped checkpoint come and go as the
-system likes and are not counted. The files are also read in pieces into one buffer beforehand: the least that any
-loader does. `--cold` asks the system to forget them before each, so that they come from the disk. `--make` first
-writes MODEL as a random model in that format: dense or nf4, 270 million weights in the linears.
+system likes and are not counted. The files are also read beforehand, in pieces into one buffer: the least that any
+loader does; and, warm, into memory of their own, by as many threads as load: the least for one that keeps what it
+read. The system hands that memory out page by page and clears it first, and in a virtual machine the host may have to
+find it, too. `--cold` asks the system to forget the files before each, so that they come from the disk. `--make`
+first writes MODEL as a random model in that format: dense or nf4, 270 million weights in the linears.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.memory import empty_matrix
 from engine.models import load_model, parse_model_config
 from engine.models.layout import tensor_shapes
 from engine.quantization import round_to_nearest
@@ -95,6 +99,21 @@ def reading_seconds(directory: Path) -> float:
     return time.perf_counter() - started
 
 
+def keep(directory: Path, threads: int) -> tuple[float, list[Tensor]]:
+    """How long it takes to read the weights into new memory on huge pages, and that memory, so that it stays in use."""
+    started = time.perf_counter()
+    kept = []
+    with ThreadPoolExecutor(threads) as pool:
+        for path in directory.glob("*.safetensors"):
+            buffer = empty_matrix((path.stat().st_size,), torch.uint8, torch.device("cpu"))
+            kept.append(buffer)
+            with path.open("rb") as file:
+                descriptor, view = file.fileno(), memoryview(buffer.numpy())
+                starts = range(0, len(view), BUFFER_BYTES)
+                list(pool.map(lambda at: os.preadv(descriptor, [view[at : at + BUFFER_BYTES]], at), starts))  # noqa: B023
+    return time.perf_counter() - started, kept
+
+
 def make(directory: Path, file_format: str) -> None:
     """A random model, in as many files as it has layers."""
     directory.mkdir(parents=True)
@@ -135,6 +154,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--quantization")
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--make", choices=["dense", "nf4"])
     given = parser.parse_args()
@@ -143,17 +163,24 @@ def main() -> None:
         return
     config = EngineConfig(model=str(given.model), quantization=given.quantization, kernels=given.kernels)
     config.check()
-    ops = select_ops(torch.device("cpu"), config.kernels)
+    ops = select_ops(torch.device("cpu"), config.kernels, threads=given.threads)
+    if ops.name == "cpu":
+        torch.set_num_threads(1)  # as in an engine
     if given.cold:
         forget(given.model)
     reading = reading_seconds(given.model)
+    keeping, kept = keep(given.model, given.threads)
     if given.cold:
         forget(given.model)
     started = time.perf_counter()
     with PeakMemory() as memory:
         model = load_model(config, given.model, ops)
     seconds = time.perf_counter() - started
-    print(f"{model.config.quantization or 'dense'}, {ops.name} kernels: {seconds:.2f} s, reading {reading:.2f} s")
+    del kept
+    print(
+        f"{model.config.quantization or 'dense'}, {ops.name} kernels: {seconds:.3f} s, reading {reading:.3f} s, "
+        f"reading and keeping {keeping:.3f} s"
+    )
     print(
         f"model {model.nbytes / MIB:.0f} MiB, memory at the end {memory.final / MIB:.0f}, peak {memory.peak / MIB:.0f}"
     )

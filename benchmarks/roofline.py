@@ -90,7 +90,7 @@ def measure(threads: int) -> Roofline:
     x = torch.randn(LARGE_BATCH, 4096).to(torch.bfloat16)
     weight = torch.randn(4096, 4096).to(torch.bfloat16)
     ops = select_ops(torch.device("cpu"), threads=threads)
-    packed = ops.pack_linear(weight, None)
+    packed = ops.pack_linear([weight], None)
     seconds = min(_best(lambda: F.linear(x, weight), 12), _best(lambda: ops.linear(x, packed), 12))
     return Roofline(threads, data.nbytes / reading, 2 * x.numel() * weight.shape[0] / seconds)
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.memory import empty_matrix
 from engine.model_config import ModelError
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
@@ -202,7 +203,7 @@ class Checkpoint:
         """The rows of several tensors one after another, converted on the way: [N₁ + N₂ + …, C]."""
         parts = [self._tensors[name] for name in names]
         rows = sum(part.shape[0] for part in parts)
-        result = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
+        result = empty_matrix((rows, *parts[0].shape[1:]), dtype, device)
         start = 0
         for part in parts:
             result[start : start + part.shape[0]].copy_(self._read(part))

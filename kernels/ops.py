@@ -10,6 +10,7 @@ N output features, C input features, G segments.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -153,9 +154,13 @@ class Ops(Protocol):
     name: str  # "reference", "cpu", "triton"
     device: torch.device
     batch_invariant: bool  # every result bit is the same whatever else is in the batch
+    packing_copies: bool  # what `pack_linear` was given is not needed afterwards
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Lay out weight [N, C] and bias [N] for `linear`. The result may share memory with `weight`."""
+    def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> PackedLinear:
+        """Lay out weights [N₁, C], [N₂, C], …, one above the other, and bias [N₁ + N₂ + …] for `linear`.
+
+        weights: all of one dtype. The result may share memory with them, except where `packing_copies`.
+        """
 
     def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
         """Lay out a quantised weight [N, C] and bias [N] for `linear` of inputs of `dtype`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -130,12 +131,13 @@ class ReferenceOps:
 
     name = "reference"
     batch_invariant = False  # the libraries behind torch choose their summation order by the number of rows
+    packing_copies = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
-        return ReferenceLinear(weight, bias)
+    def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> ReferenceLinear:
+        return ReferenceLinear(weights[0] if len(weights) == 1 else torch.cat(list(weights)), bias)
 
     def pack_quantized(
         self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype

@@ -44,6 +44,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+Matrix = Sequence[Tensor] | QuantizedWeight  # dense: tensors [N₁, C], [N₂, C], … one above the other
+
 
 def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None) -> LanguageModel:
     """Load the model in directory `path` for inference on the device of `ops`.
@@ -169,16 +171,16 @@ class _Loader:
     def _lora_linear(self, site: str, linear: AnyLinear) -> LoRALinear:
         return LoRALinear(self.ops, linear, self.num_slots, self.replaced.table.at(site))
 
-    def _weights(self, paths: Sequence[str]) -> list[Tensor | QuantizedWeight]:
+    def _weights(self, paths: Sequence[str]) -> list[Matrix]:
         """Of projections that are multiplied as one: as few matrices as can be, their rows in order."""
         quantised = self.quantised
         if self.rounding is None and (quantised is None or not any(path in quantised for path in paths)):
-            return [self._rows(*(f"{path}.weight" for path in paths))]
-        found: list[Tensor | QuantizedWeight] = []
+            return [self._dense(*(f"{path}.weight" for path in paths))]
+        found: list[Matrix] = []
         for path in paths:
             weight = self._weight(path)
             joined = None
-            if found and not isinstance(weight, Tensor) and not isinstance(found[-1], Tensor):
+            if found and not isinstance(weight, Sequence) and not isinstance(found[-1], Sequence):
                 joined = concatenate((found[-1], weight))
             if joined is None:
                 found.append(weight)
@@ -186,39 +188,45 @@ class _Loader:
                 found[-1] = joined
         return found
 
-    def _weight(self, path: str) -> Tensor | QuantizedWeight:
+    def _weight(self, path: str) -> Matrix:
         if self.quantised is not None and path in self.quantised:
             return self.quantised.read(path, self.ops.device)
-        weight = self._rows(f"{path}.weight")
-        return weight if self.rounding is None else round_to_nearest(weight, self.rounding)
+        if self.rounding is None:
+            return self._dense(f"{path}.weight")
+        return round_to_nearest(self._rows(f"{path}.weight"), self.rounding)
+
+    def _dense(self, *names: str) -> list[Tensor]:
+        """Tensors one above the other: where packing copies them, straight from the mapped file."""
+        if self.ops.packing_copies:
+            return [self.checkpoint.tensor(name, self.ops.device).to(self.dtype) for name in names]
+        return [self._rows(*names)]
 
     def _head(self, embedding: Tensor) -> AnyLinear:
         if self.quantised is not None and HEAD_MODULE in self.quantised:
             return self._linear([self.quantised.read(HEAD_MODULE, self.ops.device)], None)
         return self._linear([self._head_weight(embedding)], None)
 
-    def _head_weight(self, embedding: Tensor) -> Tensor:
+    def _head_weight(self, embedding: Tensor) -> list[Tensor]:
         if HEAD not in self.checkpoint:
-            return embedding
-        weight = self._rows(HEAD)
+            return [embedding]
         if not self.config.tie_word_embeddings:
-            return weight
-        if torch.equal(weight, embedding):
-            return embedding
+            return self._dense(HEAD)
+        if torch.equal(self._rows(HEAD), embedding):
+            return [embedding]
         raise ModelError(
             f"{self.checkpoint.directory}: config.json ties {HEAD} to {EMBEDDING}, but the weights hold another one: "
             "set tie_word_embeddings to false to use it, or remove it"
         )
 
-    def _linear(self, weights: Sequence[Tensor | QuantizedWeight], bias: Tensor | None) -> AnyLinear:
+    def _linear(self, weights: Sequence[Matrix], bias: Tensor | None) -> AnyLinear:
         """The matrices, one above the other, as one linear; bias [N] of all of them."""
         linears, start = [], 0
         for weight in weights:
-            rows = len(weight if isinstance(weight, Tensor) else weight.codes)
+            rows = sum(map(len, weight)) if isinstance(weight, Sequence) else len(weight.codes)
             part = None if bias is None else bias[start : start + rows]
             packed = (
                 self.ops.pack_linear(weight, part)
-                if isinstance(weight, Tensor)
+                if isinstance(weight, Sequence)
                 else self.ops.pack_quantized(weight, part, self.dtype)
             )
             linears.append(Linear(self.ops, packed, part))

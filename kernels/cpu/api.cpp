@@ -85,7 +85,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 5; }
+EXPORT int loraplex_version() { return 6; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -95,13 +95,15 @@ EXPORT void loraplex_context_destroy(Context* context) { delete context; }
 
 EXPORT void loraplex_advise_huge_pages(void* begin, int64_t bytes) { advise_huge_pages(begin, size_t(bytes)); }
 
-EXPORT AnyLinear* loraplex_linear_create(Context* context, int dtype, int64_t n, int64_t c, const void* weight,
-                                         const void* bias) {
+// weights: `count` matrices of c columns and rows[i] rows, one above the other. bias: of all rows, or null.
+EXPORT AnyLinear* loraplex_linear_create(Context* context, int dtype, int64_t c, int64_t count, const int64_t* rows,
+                                         const void* const* weights, const void* bias) {
     return created([&] {
         return with_type(dtype, [&](auto of) -> AnyLinear* {
             using T = typename decltype(of)::Type;
-            return new TypedLinear<T, Linear<T>>(*context, n, c, static_cast<const T*>(weight),
-                                                 static_cast<const T*>(bias));
+            std::vector<WeightRows<T>> list;
+            for (int64_t i = 0; i < count; ++i) list.push_back({static_cast<const T*>(weights[i]), rows[i]});
+            return new TypedLinear<T, Linear<T>>(*context, c, list, static_cast<const T*>(bias));
         });
     });
 }

@@ -14,13 +14,13 @@ from typing import Any
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-VERSION = 5  # of the C interface; kernels/cpu/api.cpp has the same
+VERSION = 6  # of the C interface; kernels/cpu/api.cpp has the same
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "context_create": (c_void_p, (c_int,)),
     "context_destroy": (None, (c_void_p,)),
     "advise_huge_pages": (None, (c_void_p, c_int64)),
-    "linear_create": (c_void_p, (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p)),
+    "linear_create": (c_void_p, (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
     "quantized_create": (
         c_void_p,
         (

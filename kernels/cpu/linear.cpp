@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "transpose.h"
+
 namespace loraplex {
 
 namespace {
@@ -13,28 +15,43 @@ constexpr int64_t CHUNK_BYTES = 64 << 10;     // weights worth a trip to the chu
 }  // namespace
 
 template <class T>
-Linear<T>::Linear(Context& context, int64_t n, int64_t c, const T* weight, const T* bias)
-    : n_(n), c_(c), steps_(round_up(ceil_div(c, PAIR), STEPS_AT_ONCE<X>)) {
-    const int64_t panels = ceil_div(n, PANEL);
+Linear<T>::Linear(Context& context, int64_t c, const std::vector<WeightRows<T>>& weights, const T* bias)
+    : n_(0), c_(c), steps_(round_up(ceil_div(c, PAIR), STEPS_AT_ONCE<X>)) {
+    std::vector<const T*> rows;
+    for (const WeightRows<T>& weight : weights)
+        for (int64_t row = 0; row < weight.rows; ++row) rows.push_back(weight.data + row * c);
+    n_ = int64_t(rows.size());
+    const int64_t panels = ceil_div(n_, PANEL);
     weights_ = Array<T>(context.arena, panels * steps_ * PANEL * PAIR);
     context.pool.run(panels, [&](int64_t p) {
-        T* to = weights_.data() + p * steps_ * PANEL * PAIR;
-        const int64_t columns = std::min<int64_t>(PANEL, n - p * PANEL);
-        const T* from = weight + p * PANEL * c;
-        constexpr int64_t BLOCK = 16;  // steps: the block read and the block written both stay in the first cache
-        for (int64_t first = 0; first < steps_; first += BLOCK) {
-            const int64_t last = std::min(steps_, first + BLOCK);
-            for (int64_t j = 0; j < PANEL; ++j)
-                for (int64_t s = first; s < last; ++s)
-                    for (int64_t i = 0; i < PAIR; ++i) {
-                        const int64_t k = s * PAIR + i;
-                        to[(s * PANEL + j) * PAIR + i] = j < columns && k < c ? from[j * c + k] : T{};
-                    }
-        }
+        pack(rows.data() + p * PANEL, std::min<int64_t>(PANEL, n_ - p * PANEL),
+             weights_.data() + p * steps_ * PANEL * PAIR);
     });
     if (!bias) return;
     bias_ = Array<float>(context.arena, panels * PANEL);
-    for (int64_t j = 0; j < panels * PANEL; ++j) bias_.data()[j] = j < n ? widen(bias[j]) : 0.0f;
+    for (int64_t j = 0; j < panels * PANEL; ++j) bias_.data()[j] = j < n_ ? widen(bias[j]) : 0.0f;
+}
+
+// One panel of `count` rows, filled up with zeros.
+template <class T>
+void Linear<T>::pack(const T* const* rows, int64_t count, T* to) const {
+    int64_t first = 0;
+    if constexpr (sizeof(T) * PAIR == sizeof(uint32_t)) {
+        const auto* words = reinterpret_cast<const uint32_t* const*>(rows);
+        for (; count == PANEL && (first + TRANSPOSED) * PAIR <= c_; first += TRANSPOSED)
+            for (int j = 0; j < PANEL; j += TRANSPOSED)
+                transpose_words(words + j, first, reinterpret_cast<uint32_t*>(to) + first * PANEL + j, PANEL);
+    }
+    constexpr int64_t BLOCK = 16;  // steps: the block read and the block written both stay in the first cache
+    for (; first < steps_; first += BLOCK) {
+        const int64_t last = std::min(steps_, first + BLOCK);
+        for (int64_t j = 0; j < PANEL; ++j)
+            for (int64_t s = first; s < last; ++s)
+                for (int64_t i = 0; i < PAIR; ++i) {
+                    const int64_t k = s * PAIR + i;
+                    to[(s * PANEL + j) * PAIR + i] = j < count && k < c_ ? rows[j][k] : T{};
+                }
+    }
 }
 
 template <class T>

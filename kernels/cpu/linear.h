@@ -1,16 +1,25 @@
 // Dense linear layers: weights packed once into panels of 32 outputs, each a contiguous stream.
 #pragma once
 
+#include <vector>
+
 #include "context.h"
 #include "tiles.h"
 
 namespace loraplex {
 
+// A matrix as it is stored.
+template <class T>
+struct WeightRows {
+    const T* data;
+    int64_t rows;
+};
+
 template <class T>
 class Linear {
   public:
-    // weight: [n, c], bias: [n] or null. Copies both.
-    Linear(Context& context, int64_t n, int64_t c, const T* weight, const T* bias);
+    // weights: matrices of c columns, one above the other. bias: of all their rows, or null. Copies both.
+    Linear(Context& context, int64_t c, const std::vector<WeightRows<T>>& weights, const T* bias);
 
     // x: [rows, c] → y: [rows, n]
     void apply(Context& context, const T* x, T* y, int64_t rows) const;
@@ -24,6 +33,7 @@ class Linear {
     using X = typename Operand<T>::Type;
     static constexpr int PAIR = Operand<T>::pair;
 
+    void pack(const T* const* rows, int64_t count, T* to) const;
     void panel(const Rows<X>& x, T* y, int64_t first, int64_t rows, int64_t panel) const;
 
     int64_t n_, c_, steps_;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +29,16 @@ class CpuLinear:
         self.nbytes: int = library.linear_bytes(self.handle)
 
 
-def pack_dense(library: Library, weight: Tensor, bias: Tensor | None) -> CpuLinear:
+def pack_dense(library: Library, weights: Sequence[Tensor], bias: Tensor | None) -> CpuLinear:
     """Panels of 32 outputs, laid out as in linear.h."""
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.to(weight.dtype).contiguous()
-    handle = library.linear_create(
-        library.context, dtype_code(weight.dtype), *weight.shape, weight.data_ptr(), _pointer(bias)
-    )
-    return CpuLinear(library, handle, weight.shape, weight.dtype)
+    weights = [weight.contiguous() for weight in weights]
+    dtype, width = weights[0].dtype, weights[0].shape[1]
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    count = len(weights)
+    rows = (ctypes.c_int64 * count)(*(len(weight) for weight in weights))
+    pointers = (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in weights))
+    handle = library.linear_create(library.context, dtype_code(dtype), width, count, rows, pointers, _pointer(bias))
+    return CpuLinear(library, handle, torch.Size([sum(rows), width]), dtype)
 
 
 def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> CpuLinear:

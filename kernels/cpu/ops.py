@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -105,6 +106,7 @@ class CpuOps:
 
     name = "cpu"
     batch_invariant = True
+    packing_copies = True
 
     def __init__(self, device: torch.device, threads: int | None = None, isa: str | None = None) -> None:
         """threads None: one for each core that the process may use. isa None: the best that works here.
@@ -117,8 +119,8 @@ class CpuOps:
         self._segments: LoraSegments | None = None
         self._segment_pointers = (0, 0, 0)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
-        return pack_dense(self.library, weight, bias)
+    def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> CpuLinear:
+        return pack_dense(self.library, weights, bias)
 
     def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> CpuLinear:
         return pack_quantized(self.library, weight, bias, dtype)

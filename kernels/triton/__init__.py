@@ -7,6 +7,8 @@ the device: sizes come from shapes and from the host's fields of the metadata.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -43,6 +45,7 @@ class TritonOps:
 
     name = "triton"
     batch_invariant = False  # cuBLAS and the splitting of sums follow the number of rows
+    packing_copies = False
 
     def __init__(self, device: torch.device) -> None:
         """Raises ValueError for a device that Triton does not compile for."""
@@ -60,8 +63,8 @@ class TritonOps:
         """Changes when an adapter has made a table wider than before: graphs captured with adapters are then stale."""
         return self._lora_growth.count
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
-        return ReferenceLinear(weight, bias)
+    def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> ReferenceLinear:
+        return ReferenceLinear(weights[0] if len(weights) == 1 else torch.cat(list(weights)), bias)
 
     def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
         return TritonQuantizedLinear(weight, bias)

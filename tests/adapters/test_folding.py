@@ -93,7 +93,7 @@ def adapted(ops: Ops, weight: QuantizedWeight | Tensor, bias: Tensor, parts: dic
     """What a linear with a DoRA adapter makes of x, the first two rows of which are the base model's."""
     device = ops.device
     if isinstance(weight, Tensor):
-        packed = ops.pack_linear(weight.to(device), bias.to(device))
+        packed = ops.pack_linear([weight.to(device)], bias.to(device))
     else:
         packed = ops.pack_quantized(on(device, weight), bias.to(device), torch.float32)
     linear = Linear(ops, packed, bias.to(device))

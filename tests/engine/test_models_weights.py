@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.memory import HUGE_PAGE_BYTES
 from engine.model_config import ModelError
 from engine.weights import Checkpoint, canonical_name, resolve_model
 
@@ -55,6 +56,14 @@ def test_parameters_do_not_share_memory_with_the_file(tmp_path: Path) -> None:
     with Checkpoint(tmp_path) as checkpoint:
         checkpoint.stacked(["a"], torch.float32, CPU).zero_()
         assert torch.equal(checkpoint.stacked(["a"], torch.float32, CPU), numbered(2, 2))
+
+
+def test_matrix_of_huge_pages_holds_what_is_stored(tmp_path: Path) -> None:
+    rows = HUGE_PAGE_BYTES // 4096 + 1  # a little more than one page
+    write(tmp_path, {"a": numbered(rows, 1024)})
+    with Checkpoint(tmp_path) as checkpoint:
+        stacked = checkpoint.stacked(["a"], torch.float32, CPU)
+    assert torch.equal(stacked, numbered(rows, 1024))
 
 
 def test_shards_are_one_checkpoint(tmp_path: Path) -> None:

@@ -58,26 +58,43 @@ def close(actual, expected):
 def test_linear(ops, dtype, rows, n, c, bias):
     weight, x = rand(n, c, dtype=dtype) / c**0.5, rand(rows, c, dtype=dtype, seed=1)
     b = rand(n, dtype=dtype) if bias else None
-    packed = ops.pack_linear(weight, b)
-    close(ops.linear(x, packed), REFERENCE.linear(x, REFERENCE.pack_linear(weight, b)))
+    packed = ops.pack_linear([weight], b)
+    close(ops.linear(x, packed), REFERENCE.linear(x, REFERENCE.pack_linear([weight], b)))
     assert (packed.in_features, packed.out_features) == (c, n)
     assert packed.nbytes >= weight.nbytes
 
 
 def test_linear_of_many_rows_and_wide_inputs(ops, dtype):
     weight, x = rand(96, 4000, dtype=dtype) / 4000**0.5, rand(150, 4000, dtype=dtype, seed=1)
-    close(ops.linear(x, ops.pack_linear(weight, None)), x @ weight.T)
+    close(ops.linear(x, ops.pack_linear([weight], None)), x @ weight.T)
+
+
+@pytest.mark.parametrize(("parts", "c"), [((64, 32, 32), 96), ((33, 20, 50), 71), ((1, 1), 130)])
+def test_linear_of_several_matrices_is_that_of_one(ops, dtype, parts, c):
+    weights, bias = [rand(n, c, dtype=dtype, seed=n) for n in parts], rand(sum(parts), dtype=dtype)
+    x = rand(5, c, dtype=dtype, seed=1)
+    together, joined = ops.pack_linear(weights, bias), torch.cat(weights)
+    assert torch.equal(ops.linear(x, together), ops.linear(x, ops.pack_linear([joined], bias)))
+    assert torch.equal(ops.dequantize(together, 0, sum(parts)), joined.float())
+
+
+def test_packed_weights_share_no_memory_with_what_they_were(ops):
+    weight = rand(64, 64)
+    before, packed = weight.clone(), ops.pack_linear([weight], None)
+    weight.zero_()
+    assert ops.packing_copies
+    assert torch.equal(ops.dequantize(packed, 0, 64), before)
 
 
 def test_linear_takes_rows_that_are_not_contiguous(ops, dtype):
     weight, x = rand(20, 16, dtype=dtype) / 4, rand(6, 32, dtype=dtype)[:, :16]
-    packed = ops.pack_linear(weight, None)
+    packed = ops.pack_linear([weight], None)
     assert torch.equal(ops.linear(x, packed), ops.linear(x.contiguous(), packed))
 
 
 def test_row_of_a_linear_does_not_depend_on_the_others(ops, dtype):
     weight, x = rand(70, 129, dtype=dtype) / 11, rand(90, 129, dtype=dtype, seed=1)
-    packed = ops.pack_linear(weight, rand(70, dtype=dtype))
+    packed = ops.pack_linear([weight], rand(70, dtype=dtype))
     alone = torch.cat([ops.linear(row, packed) for row in x.split(1)])
     for first, end in [(0, 90), (0, 2), (3, 20), (17, 90), (40, 53)]:
         assert torch.equal(ops.linear(x[first:end], packed), alone[first:end])
@@ -86,7 +103,7 @@ def test_row_of_a_linear_does_not_depend_on_the_others(ops, dtype):
 def test_nan_and_infinity_pass_through_a_linear(ops, dtype):
     x = torch.ones(3, 8, dtype=dtype)
     x[0, 3], x[1, 3] = torch.nan, torch.inf
-    y = ops.linear(x, ops.pack_linear(torch.ones(4, 8, dtype=dtype), None))
+    y = ops.linear(x, ops.pack_linear([torch.ones(4, 8, dtype=dtype)], None))
     assert y[0].isnan().all()
     assert y[1].isposinf().all()
     assert torch.equal(y[2], torch.full((4,), 8, dtype=dtype))
@@ -94,14 +111,14 @@ def test_nan_and_infinity_pass_through_a_linear(ops, dtype):
 
 def test_dtype_that_is_not_computed_in_is_refused(ops):
     with pytest.raises(ValueError, match="float32, bfloat16, float16, not in float64"):
-        ops.pack_linear(torch.ones(2, 2, dtype=torch.float64), None)
+        ops.pack_linear([torch.ones(2, 2, dtype=torch.float64)], None)
 
 
 def test_weights_released_make_room_for_others(ops):
     weight = rand(64, 64)
-    kept = ops.pack_linear(weight, None)
+    kept = ops.pack_linear([weight], None)
     for seed in range(20):
-        ops.pack_linear(rand(64, 64, seed=seed), None)
+        ops.pack_linear([rand(64, 64, seed=seed)], None)
     assert torch.equal(ops.linear(torch.eye(64), kept), weight.T)
 
 
@@ -183,7 +200,7 @@ def test_segmented_lora_scales_and_shifts_what_it_adds_to(ops, dtype, n, num_row
 @pytest.mark.parametrize("shape", [(1, 1), (33, 7), (96, 64)])
 def test_rows_of_a_weight_are_given_back(ops, dtype, shape):
     weight = rand(*shape, dtype=dtype)
-    packed = ops.pack_linear(weight, None)
+    packed = ops.pack_linear([weight], None)
     for start in (0, shape[0] // 2):
         assert torch.equal(ops.dequantize(packed, start, shape[0]), weight[start:].float())
 
@@ -444,7 +461,7 @@ def test_number_of_threads_does_not_change_a_bit():
     results = []
     for threads in (1, 2, 5):
         ops = CpuOps(CPU, threads)
-        results.append(ops.linear(x, ops.pack_linear(weight, None)))
+        results.append(ops.linear(x, ops.pack_linear([weight], None)))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

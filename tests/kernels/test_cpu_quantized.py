@@ -130,7 +130,7 @@ def test_rows_come_back_as_the_record_says(ops, dtype, kind):
 
 def test_rows_of_a_dense_weight_come_back(ops, dtype):
     weight = rand(70, 33, dtype)
-    assert torch.equal(ops.dequantize(ops.pack_linear(weight, None), 30, 70), weight[30:].float())
+    assert torch.equal(ops.dequantize(ops.pack_linear([weight], None), 30, 70), weight[30:].float())
 
 
 def test_result_in_bfloat16_is_no_worse_than_of_a_dense_bfloat16_model(ops):

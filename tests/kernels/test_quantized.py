@@ -109,7 +109,7 @@ def test_rows_of_a_packed_weight_come_back(generator):
     packed = OPS.pack_quantized(weight, torch.ones(6), torch.float32)
     assert torch.equal(OPS.dequantize(packed, 2, 5), dequantize(weight)[2:5])
     dense = torch.randn(6, 16, generator=generator).bfloat16()
-    assert torch.equal(OPS.dequantize(OPS.pack_linear(dense, None), 1, 3), dense[1:3].float())
+    assert torch.equal(OPS.dequantize(OPS.pack_linear([dense], None), 1, 3), dense[1:3].float())
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def segments_of(*ranges):
 def test_linear(generator, dtype, bias):
     x, weight = (torch.randn(5, 33, generator=generator).to(dtype), torch.randn(7, 33, generator=generator).to(dtype))
     b = torch.randn(7, generator=generator).to(dtype) if bias else None
-    packed = OPS.pack_linear(weight, b)
+    packed = OPS.pack_linear([weight], b)
     expected = x.double() @ weight.double().T + (0 if b is None else b.double())
     close(OPS.linear(x, packed), expected)
     assert (packed.in_features, packed.out_features) == (33, 7)
@@ -98,7 +98,7 @@ def test_segmented_lora_scales_and_shifts_what_it_adds_to(generator, dtype, rank
 
 def test_rows_of_a_weight_are_given_back(generator):
     weight = torch.randn(7, 5, generator=generator)
-    assert torch.equal(OPS.dequantize(OPS.pack_linear(weight, torch.ones(7)), 2, 6), weight[2:6])
+    assert torch.equal(OPS.dequantize(OPS.pack_linear([weight], torch.ones(7)), 2, 6), weight[2:6])
 
 
 def test_removed_adapter_adds_nothing(generator):

@@ -89,7 +89,7 @@ def test_gated_activations(random, dtype, shape, name):
 
 def test_linear_with_bias(random):
     weight, bias, x = random(6, 10), random(6), random(3, 10)
-    close(OPS.linear(x, OPS.pack_linear(weight, bias)), x @ weight.T + bias)
+    close(OPS.linear(x, OPS.pack_linear([weight], bias)), x @ weight.T + bias)
 
 
 # ---- rotation and the cache ----------------------------------------------------------------------------------------
