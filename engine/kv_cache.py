@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.model_config import ModelConfig
-from kernels.ops import QUANTIZED_KV, LayerKV, Ops
+from kernels.ops import LayerKV, Ops
 
 STORED_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -16,19 +16,8 @@ def stored_dtype(kv_cache_dtype: str, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def block_bytes(config: ModelConfig, ops: Ops, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in all layers together, as this backend lays it out: keys, values, and their scales if any.
-
-    Raises ValueError for a type that the backend cannot store.
-    """
-    try:
-        return config.num_layers * ops.allocate_kv(1, block_size, config.head_shape, dtype).nbytes
-    except ValueError as error:
-        if dtype not in QUANTIZED_KV:
-            raise
-        raise ValueError(
-            f"the {ops.name} kernels cannot round the cache ({error}): leave kv_cache_dtype out, or choose kernels: "
-            "reference or triton"
-        ) from error
+    """Bytes of one block in all layers together, as this backend lays it out: keys, values, and their scales if any."""
+    return config.num_layers * ops.allocate_kv(1, block_size, config.head_shape, dtype).nbytes
 
 
 def create_kv_cache(

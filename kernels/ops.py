@@ -244,8 +244,8 @@ class Ops(Protocol):
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
         """Zeroed key and value storage for one layer.
 
-        dtype: that of the activations, or one of QUANTIZED_KV. Raises ValueError for one that this backend or device
-        cannot store.
+        dtype: that of the activations, or one of QUANTIZED_KV. Raises ValueError for a shape that this backend cannot
+        store.
         """
 
     def silu_and_mul(self, x: Tensor) -> Tensor:

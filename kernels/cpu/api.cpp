@@ -32,6 +32,21 @@ auto with_type(int dtype, F f) {
     }
 }
 
+// f(cache) for the cache of a T that `stored` names: 0 as it is, 1 signed bytes, 2 float8 e4m3.
+template <class T, class F>
+void with_cache(int stored, void* k, void* v, float* k_scale, float* v_scale, int64_t block_shift, int64_t kv_heads,
+                int64_t head_dim, F f) {
+    const auto of = [&](auto* as) {
+        using S = std::remove_pointer_t<decltype(as)>;
+        f(Cache<T, S>{static_cast<S*>(k), static_cast<S*>(v), block_shift, kv_heads, head_dim, k_scale, v_scale});
+    };
+    switch (stored) {
+        case 0: return of(static_cast<T*>(nullptr));
+        case 1: return of(static_cast<i8*>(nullptr));
+        default: return of(static_cast<f8*>(nullptr));
+    }
+}
+
 template <class F>
 int guarded(F f) noexcept {
     try {
@@ -197,7 +212,8 @@ EXPORT int loraplex_gate(Context* context, int dtype, int activation, const void
     });
 }
 
-// Elements of the keys, and of the values, of one head in one block. A block holds 2^block_shift tokens.
+// Elements of the keys, and of the values, of one head in one block. A block holds 2^block_shift tokens. Those of a
+// rounded cache, whatever is computed with, are as many as of bfloat16.
 EXPORT int64_t loraplex_cache_head_size(int dtype, int64_t block_shift, int64_t head_dim) {
     return with_type(dtype, [&](auto of) {
         return Cache<typename decltype(of)::Type>{nullptr, nullptr, block_shift, 1, head_dim}.head_size();
@@ -206,30 +222,33 @@ EXPORT int64_t loraplex_cache_head_size(int dtype, int64_t block_shift, int64_t 
 
 EXPORT int loraplex_rotary_store_kv(Context* context, int dtype, const void* qkv, void* q, int64_t rows, int64_t heads,
                                     int64_t kv_heads, int64_t head_dim, const float* q_norm, const float* k_norm,
-                                    float eps, const int64_t* positions, const float* cos_sin, void* k, void* v,
-                                    int64_t block_shift, const int64_t* slots) {
+                                    float eps, const int64_t* positions, const float* cos_sin, int stored, void* k,
+                                    void* v, float* k_scale, float* v_scale, int64_t block_shift,
+                                    const int64_t* slots) {
     return guarded([&] {
         with_type(dtype, [&](auto of) {
             using T = typename decltype(of)::Type;
-            const Cache<T> cache{static_cast<T*>(k), static_cast<T*>(v), block_shift, kv_heads, head_dim};
-            rotary_store_kv(*context, static_cast<const T*>(qkv), static_cast<T*>(q), rows, heads,
-                            QKNorm{q_norm, k_norm, eps}, positions, cos_sin, cache, slots);
+            with_cache<T>(stored, k, v, k_scale, v_scale, block_shift, kv_heads, head_dim, [&](const auto& cache) {
+                rotary_store_kv(*context, static_cast<const T*>(qkv), static_cast<T*>(q), rows, heads,
+                                QKNorm{q_norm, k_norm, eps}, positions, cos_sin, cache, slots);
+            });
         });
     });
 }
 
 EXPORT int loraplex_paged_attention(Context* context, int dtype, const void* q, void* out, int64_t heads,
-                                    int64_t kv_heads, int64_t head_dim, void* k, void* v, int64_t block_shift,
-                                    int64_t sequences, const int32_t* query_starts, const int32_t* lengths,
-                                    const int32_t* block_tables, int64_t blocks_per_table, float scale, float soft_cap,
-                                    int64_t window) {
+                                    int64_t kv_heads, int64_t head_dim, int stored, void* k, void* v, float* k_scale,
+                                    float* v_scale, int64_t block_shift, int64_t sequences,
+                                    const int32_t* query_starts, const int32_t* lengths, const int32_t* block_tables,
+                                    int64_t blocks_per_table, float scale, float soft_cap, int64_t window) {
     return guarded([&] {
         with_type(dtype, [&](auto of) {
             using T = typename decltype(of)::Type;
-            const Cache<T> cache{static_cast<T*>(k), static_cast<T*>(v), block_shift, kv_heads, head_dim};
-            paged_attention(*context, static_cast<const T*>(q), static_cast<T*>(out), heads, cache,
-                            Sequences{sequences, query_starts, lengths, block_tables, blocks_per_table},
-                            Scoring{scale, soft_cap, window});
+            with_cache<T>(stored, k, v, k_scale, v_scale, block_shift, kv_heads, head_dim, [&](const auto& cache) {
+                paged_attention(*context, static_cast<const T*>(q), static_cast<T*>(out), heads, cache,
+                                Sequences{sequences, query_starts, lengths, block_tables, blocks_per_table},
+                                Scoring{scale, soft_cap, window});
+            });
         });
     });
 }

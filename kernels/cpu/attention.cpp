@@ -15,19 +15,22 @@ constexpr int64_t CHUNK = 512;
 constexpr int64_t ROWS_PER_ITEM = 48;  // queries x heads that share a kv head
 constexpr int64_t ITEMS_PER_THREAD = 4;  // fewer would leave threads without work at the end
 constexpr int64_t PIECES = 16;  // blocks whose values are multiplied at once
+constexpr int64_t WIDENED = 128;  // rounded keys, or values, that are widened and then multiplied: in the nearest cache
 
 // Some neighbouring queries of one sequence, with all query heads of one kv head: row i is query i / group.
 struct Item {
     int64_t sequence, kv_head, first_query, queries;
 };
 
-template <class T>
+template <class T, class S>
 class Attention {
   public:
     using X = typename Operand<T>::Type;
     static constexpr int PAIR = Operand<T>::pair;
+    static constexpr bool ROUNDED = Cache<T, S>::ROUNDED;
+    using E = std::conditional_t<ROUNDED, X, S>;  // keys and values as the inner loop reads them
 
-    Attention(const T* q, T* out, int64_t heads, const Cache<T>& cache, const Sequences& sequences,
+    Attention(const T* q, T* out, int64_t heads, const Cache<T, S>& cache, const Sequences& sequences,
               const Scoring& scoring)
         : q_(q), out_(out), heads_(heads), group_(heads / cache.kv_heads), cache_(cache), sequences_(sequences),
           scoring_(scoring), width_(cache.width()) {}
@@ -116,7 +119,7 @@ class Attention {
         const int32_t* table = sequences_.block_tables + item.sequence * sequences_.blocks_per_table;
         return (int64_t(table[key >> cache_.block_shift]) << cache_.block_shift) + (key & (cache_.block_size() - 1));
     }
-    static int64_t bytes_between(const T* from, const T* to) {
+    static int64_t bytes_between(const S* from, const S* to) {
         return reinterpret_cast<const char*>(to) - reinterpret_cast<const char*>(from);
     }
     int64_t row_offset(const Item& item, int64_t row) const {
@@ -139,21 +142,26 @@ class Attention {
     // scores[row][key - start] = q · k for the tiles that hold keys begin … end - 1.
     void score(const Item& item, const X* queries, int64_t rows, int64_t start, int64_t begin, int64_t end,
                float* scores) const {
-        const int64_t keys = cache_.tile_keys();
-        const T* vectors[CHUNK / W];
-        int64_t count = 0;
-        const int64_t first_key = begin / keys * keys;
+        const int64_t keys = cache_.tile_keys(), values_ahead = bytes_between(cache_.k, cache_.v);
+        const E* vectors[CHUNK / W];
+        E* const wide = widened(WIDENED * width_ + CACHE_SLACK);
+        int64_t count = 0, first_key = begin / keys * keys;  // of the vectors
         const auto multiply_all = [&](float* out, int64_t stride) {
             // While a tile of keys is read, the values of the same tokens are prefetched: they lie alike.
-            const Columns<T> w{vectors, keys * PAIR, width_ / PAIR, bytes_between(cache_.k, cache_.v)};
+            const Columns<E> w{vectors, keys * PAIR, width_ / PAIR, ROUNDED ? 0 : values_ahead};
             for_piece_rows<X>(rows, [&](int64_t first, int some) {
                 multiply_pieces(some, queries + first * width_, width_, w, count, out + first * stride, stride, false);
             });
             count = 0;
         };
         for (int64_t key = first_key; key < end; key += keys) {
-            const T* tile = cache_.key(slot(item, key), item.kv_head);
+            const S* stored = cache_.key(slot(item, key), item.kv_head);
+            const E* tile = operands(stored, keys * width_, wide + count * W * width_, values_ahead);
             for (int lane = 0; lane < LANES; lane += W) vectors[count++] = tile + lane * PAIR;
+            if (ROUNDED && count == WIDENED / W) {
+                multiply_all(scores + first_key - start, CHUNK);
+                first_key = key + keys;
+            }
             if (keys == LANES) continue;
             // A small block: the lanes past its keys are garbage.
             float* few = few_scores(rows);
@@ -161,6 +169,33 @@ class Attention {
             for (int64_t r = 0; r < rows; ++r) std::copy_n(few + r * LANES, keys, scores + r * CHUNK + key - start);
         }
         if (count) multiply_all(scores + first_key - start, CHUNK);
+    }
+
+    // Room for keys or values on their way to the inner loop; none if they are read where they lie.
+    static E* widened(int64_t elements) {
+        static thread_local Scratch scratch;
+        return ROUNDED ? scratch.get<E>(elements) : nullptr;
+    }
+
+    // Elements of the cache as the inner loop reads them: where they lie, or widened.
+    // ahead: bytes to what is prefetched.
+    static const E* operands(const S* stored, int64_t count, E* wide, int64_t ahead) {
+        if constexpr (ROUNDED) {
+            for (int64_t i = 0; i < count; i += LANES) {
+                __builtin_prefetch(reinterpret_cast<const char*>(stored + i) + ahead);
+                for (int lane = 0; lane < LANES; lane += W) store(wide + i + lane, load(stored + i + lane));
+            }
+            return wide;
+        } else {
+            return stored;
+        }
+    }
+
+    // out[key - start] = the scale of each key from begin to end - 1, and of the others in their blocks.
+    void copy_scales(const Item& item, const float* of, int64_t start, int64_t begin, int64_t end, float* out) const {
+        const int64_t size = std::min(cache_.block_size(), CHUNK);
+        for (int64_t key = begin / size * size; key < end; key += size)
+            std::copy_n(of + cache_.scale(slot(item, key), item.kv_head), size, out + key - start);
     }
 
     static float* few_scores(int64_t rows) {
@@ -175,6 +210,11 @@ class Attention {
         const int64_t size = std::max<int64_t>(W, std::min(cache_.block_size(), CHUNK));
         const int64_t whole_begin = begin / size * size - start, whole_end = round_up(end, size) - start;
         const float scale = scoring_.scale, cap = scoring_.soft_cap;
+        float key_scales[CHUNK], value_scales[CHUNK];
+        if (ROUNDED) {
+            copy_scales(item, cache_.k_scale, start, begin, end, key_scales);
+            copy_scales(item, cache_.v_scale, start, begin, end, value_scales);
+        }
         for (int64_t row = 0; row < rows; ++row) {
             float* s = scores + row * CHUNK;
             X* w = weights + row * CHUNK;
@@ -190,6 +230,7 @@ class Attention {
             Vec most = fill(-std::numeric_limits<float>::infinity());
             for (int64_t i = first; i < last; i += W) {
                 Vec a = load(s + i);
+                if (ROUNDED) a = a * load(key_scales + i);
                 a = cap != 0.0f ? hyperbolic_tangent(a * fill(scale / cap)) * fill(cap) : a * fill(scale);
                 store(s + i, a);
                 most = maximum(seen(i, a, -std::numeric_limits<float>::infinity()), most);
@@ -198,8 +239,14 @@ class Attention {
             const Vec relative_to = fill(out.largest[row]);
             Vec total = zero();
             for (int64_t i = first; i < last; i += W) {
-                store(w + i, seen(i, exponential(load(s + i) - relative_to), 0.0f));
-                total = total + load(w + i);  // as rounded: that is what the values are weighed with
+                const Vec weight = seen(i, exponential(load(s + i) - relative_to), 0.0f);
+                if constexpr (ROUNDED) {
+                    store(w + i, seen(i, weight * load(value_scales + i), 0.0f));
+                    total = total + weight;
+                } else {
+                    store(w + i, weight);
+                    total = total + load(w + i);  // as rounded: that is what the values are weighed with
+                }
             }
             out.total[row] = sum(total);
         }
@@ -210,8 +257,11 @@ class Attention {
                 const X* weights, float* chunk_sums) const {
         const int64_t at_once = std::min(cache_.block_size(), CHUNK), count = width_ / W;
         const int64_t length = sequences_.lengths[item.sequence], first_key = begin / at_once * at_once;
-        const int64_t most_pieces = at_once < PAIR ? 1 : PIECES;
-        const T* vectors[PIECES * MAX_HEAD_DIM / W];
+        const int64_t most_pieces =
+            at_once < PAIR ? 1 : ROUNDED ? std::clamp<int64_t>(WIDENED / at_once, 1, PIECES) : PIECES;
+        const int64_t piece_size = std::max<int64_t>(at_once, PAIR) * width_;
+        E* const wide = widened(most_pieces * piece_size);
+        const E* vectors[PIECES * MAX_HEAD_DIM / W];
         int64_t ahead[PIECES];
         for (int64_t key = first_key; key < end;) {
             const int64_t from = key;
@@ -219,14 +269,17 @@ class Attention {
             // Single numbers end at the last key; pairs go on to the block's end, with weights of zero.
             const int64_t steps = PAIR > 1 ? ceil_div(at_once, PAIR) : std::min(end - key, at_once);
             for (; pieces < most_pieces && key < end && (PAIR > 1 || key + steps <= end); ++pieces, key += at_once) {
-                const T* values = cache_.value(slot(item, key), item.kv_head);
-                const T* upcoming = upcoming_keys(item, next, key, key - start);
-                ahead[pieces] = upcoming ? bytes_between(values, upcoming) : 0;
-                // Past the sequence's end lies what a former owner of the block left, NaN perhaps.
-                if (PAIR > 1 && key + at_once > length) values = known_values(values, length - key, at_once);
+                const S* stored = cache_.value(slot(item, key), item.kv_head);
+                const S* upcoming = upcoming_keys(item, next, key, key - start);
+                const int64_t to_upcoming = upcoming ? bytes_between(stored, upcoming) : 0;
+                ahead[pieces] = ROUNDED ? 0 : to_upcoming;
+                const E* values = operands(stored, steps * PAIR * width_, wide + pieces * piece_size, to_upcoming);
+                // Past the sequence's end lies what a former owner of the block left: NaN perhaps, unless rounded.
+                if constexpr (PAIR > 1 && !ROUNDED)
+                    if (key + at_once > length) values = known_values(values, length - key, at_once);
                 for (int64_t v = 0; v < count; ++v) vectors[pieces * count + v] = values + v * W * PAIR;
             }
-            const Pieces<T> w{vectors, count, width_ * PAIR, steps, ahead, pieces * steps};
+            const Pieces<E> w{vectors, count, width_ * PAIR, steps, ahead, pieces * steps};
             for_piece_rows<X>(rows, [&](int64_t first, int some) {
                 multiply_pieces(some, weights + first * CHUNK + from - start, CHUNK, w, count, chunk_sums + first * width_,
                          width_, from != first_key);
@@ -247,7 +300,7 @@ class Attention {
     }
 
     // The keys to prefetch while the values of `key` are read: those of the next chunk, or of the next item.
-    const T* upcoming_keys(const Item& item, const Item* next, int64_t key, int64_t into_chunk) const {
+    const S* upcoming_keys(const Item& item, const Item* next, int64_t key, int64_t into_chunk) const {
         if (key + CHUNK <= position(item, item.queries - 1)) return cache_.key(slot(item, key + CHUNK), item.kv_head);
         if (!next) return nullptr;
         const int64_t there = first_key(position(*next, 0)) / CHUNK * CHUNK + into_chunk;
@@ -280,15 +333,15 @@ class Attention {
     const T* q_;
     T* out_;
     int64_t heads_, group_;
-    const Cache<T>& cache_;
+    const Cache<T, S>& cache_;
     const Sequences& sequences_;
     const Scoring& scoring_;
     int64_t width_;
 };
 
 // Few items with many keys: their chunks are divided among the threads, and then put together in order.
-template <class T>
-void compute_by_chunks(Context& context, const Attention<T>& attention, const std::vector<Item>& items) {
+template <class T, class S>
+void compute_by_chunks(Context& context, const Attention<T, S>& attention, const std::vector<Item>& items) {
     struct Piece {
         const Item* item;
         int64_t start, offset;
@@ -315,10 +368,10 @@ void compute_by_chunks(Context& context, const Attention<T>& attention, const st
 
 }  // namespace
 
-template <class T>
-void paged_attention(Context& context, const T* q, T* out, int64_t heads, const Cache<T>& cache,
+template <class T, class S>
+void paged_attention(Context& context, const T* q, T* out, int64_t heads, const Cache<T, S>& cache,
                      const Sequences& sequences, const Scoring& scoring) {
-    const Attention<T> attention(q, out, heads, cache, sequences, scoring);
+    const Attention<T, S> attention(q, out, heads, cache, sequences, scoring);
     static thread_local std::vector<Item> items;
     items.clear();
     const int64_t step = attention.queries_per_item();
@@ -342,11 +395,17 @@ void paged_attention(Context& context, const T* q, T* out, int64_t heads, const 
     });
 }
 
-template void paged_attention<float>(Context&, const float*, float*, int64_t, const Cache<float>&, const Sequences&,
-                                     const Scoring&);
-template void paged_attention<bf16>(Context&, const bf16*, bf16*, int64_t, const Cache<bf16>&, const Sequences&,
-                                    const Scoring&);
-template void paged_attention<f16>(Context&, const f16*, f16*, int64_t, const Cache<f16>&, const Sequences&,
-                                   const Scoring&);
+#define LORAPLEX_ATTENTION(T, S)                                                                                     \
+    template void paged_attention(Context&, const T*, T*, int64_t, const Cache<T, S>&, const Sequences&,             \
+                                  const Scoring&);
+#define LORAPLEX_ATTENTIONS(T) \
+    LORAPLEX_ATTENTION(T, T)   \
+    LORAPLEX_ATTENTION(T, i8)  \
+    LORAPLEX_ATTENTION(T, f8)
+LORAPLEX_ATTENTIONS(float)
+LORAPLEX_ATTENTIONS(bf16)
+LORAPLEX_ATTENTIONS(f16)
+#undef LORAPLEX_ATTENTIONS
+#undef LORAPLEX_ATTENTION
 
 }  // namespace loraplex

@@ -53,13 +53,14 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         c_int,
         (
             *(c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_float),
-            *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+            *(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
         ),
     ),
     "paged_attention": (
         c_int,
         (
-            *(c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64),
+            *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
             *(c_void_p, c_void_p, c_void_p, c_int64, c_float, c_float, c_int64),
         ),
     ),

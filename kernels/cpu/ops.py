@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.cpu.library import Library, owned
 from kernels.cpu.linear import DTYPE_CODES, CpuLinear, dtype_code, pack_dense, pack_quantized
 from kernels.ops import (
+    QUANTIZED_KV,
     AttentionMetadata,
     HeadShape,
     LayerKV,
@@ -27,6 +28,7 @@ from kernels.quantized import QuantizedWeight
 from kernels.reference import LoraShape
 
 SILU, GELU_TANH = 0, 1
+ROUNDED_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}  # of a cache; 0: as the activations
 MAX_HEAD_DIM = 1024  # kernels/cpu/attention.h has the same, and the next
 CACHE_SLACK = 32  # elements
 ALIGNMENT = 64  # bytes: a cache line
@@ -209,9 +211,7 @@ class CpuOps:
             *norm,
             positions.data_ptr(),
             cos_sin.data_ptr(),
-            cache.k.data_ptr(),
-            cache.v.data_ptr(),
-            block_shift(cache.block_size),
+            *storage(cache),
             slot_mapping.data_ptr(),
         )
         succeed(status)
@@ -238,9 +238,7 @@ class CpuOps:
             heads,
             cache.k.shape[1],
             head_dim,
-            cache.k.data_ptr(),
-            cache.v.data_ptr(),
-            block_shift(cache.block_size),
+            *storage(cache),
             tables.shape[0],
             metadata.query_starts.data_ptr(),
             metadata.seq_lens.data_ptr(),
@@ -258,7 +256,8 @@ class CpuOps:
 
         Raises ValueError for a block size that is not a power of two, or a head that is too wide.
         """
-        code = dtype_code(dtype)
+        rounded = dtype in QUANTIZED_KV
+        code = dtype_code(torch.bfloat16 if rounded else dtype)
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"block size {block_size} is not a power of two")
         if shape.head_dim > MAX_HEAD_DIM:
@@ -267,7 +266,11 @@ class CpuOps:
         size = (num_blocks, shape.num_kv_heads, head_size)
         elements = math.prod(size)
         k, v = (self._zeros(elements + CACHE_SLACK, dtype)[:elements].view(size) for _ in range(2))
-        return LayerKV(k, v, num_blocks, block_size)
+        if not rounded:
+            return LayerKV(k, v, num_blocks, block_size)
+        scales = num_blocks, shape.num_kv_heads, block_size
+        k_scale, v_scale = (self._zeros(math.prod(scales), torch.float32).view(scales) for _ in range(2))
+        return LayerKV(k, v, num_blocks, block_size, k_scale, v_scale)
 
     def _zeros(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Aligned memory that takes room only once it is written to."""
@@ -290,6 +293,12 @@ class CpuOps:
         call = self._context, DTYPE_CODES[x.dtype], activation, x.data_ptr(), out.data_ptr(), rows, width // 2
         succeed(self.library.gate(*call))
         return out
+
+
+def storage(cache: LayerKV) -> tuple[int | None, ...]:
+    """What the compiled functions are told of a cache."""
+    pointers = (None if each is None else each.data_ptr() for each in (cache.k, cache.v, cache.k_scale, cache.v_scale))
+    return ROUNDED_CODES.get(cache.k.dtype, 0), *pointers, block_shift(cache.block_size)
 
 
 def block_shift(block_size: int) -> int:

@@ -68,16 +68,14 @@ void rotate_head(const T* head, const float* weight, float eps, const float* cos
 }
 
 // Spread a key over its tile, pair by pair.
-template <class T>
-void store_key(const T* head, T* key, int64_t head_dim, int64_t stride) {
-    constexpr int PAIR = Cache<T>::PAIR;
-    for (int64_t d = 0; d < head_dim; d += PAIR, key += stride) std::memcpy(key, head + d, PAIR * sizeof(T));
+template <int PAIR, class S>
+void store_key(const S* head, S* key, int64_t head_dim, int64_t stride) {
+    for (int64_t d = 0; d < head_dim; d += PAIR, key += stride) std::memcpy(key, head + d, PAIR * sizeof(S));
 }
 
 // Put a value beside that of its neighbour.
-template <class T>
-void store_value(const T* head, T* value, int64_t head_dim) {
-    constexpr int PAIR = Cache<T>::PAIR;
+template <int PAIR, class S>
+void store_value(const S* head, S* value, int64_t head_dim) {
     for (int64_t d = 0; d < head_dim; ++d) value[d * PAIR] = head[d];
 }
 
@@ -107,20 +105,21 @@ void add_rms_norm(Context& context, const T* x, T* residual, const float* weight
     });
 }
 
-template <class T>
+template <class T, class S>
 void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t heads, const QKNorm& norm,
-                     const int64_t* positions, const float* cos_sin, const Cache<T>& cache, const int64_t* slots) {
+                     const int64_t* positions, const float* cos_sin, const Cache<T, S>& cache, const int64_t* slots) {
+    constexpr int PAIR = Cache<T, S>::PAIR;
     const int64_t d = cache.head_dim, half = d / 2, width = (heads + 2 * cache.kv_heads) * d;
-    const int64_t key_stride = cache.tile_keys() * Cache<T>::PAIR;
+    const int64_t key_stride = cache.tile_keys() * PAIR;
     const auto one = [&](int64_t row) {
         static thread_local Scratch wide, narrowed;
         float* turned = wide.get<float>(d);
-        T* key = narrowed.get<T>(d);
+        S* stored = narrowed.get<S>(d);
         const float* cos = cos_sin + positions[row] * d;
         const T* from = qkv + row * width;
         // Every pair of a key goes to a cache line of its own: fetch them while the queries are rotated.
         for (int64_t head = 0; head < cache.kv_heads; ++head)
-            for (int64_t pair = 0; pair < d / Cache<T>::PAIR; ++pair)
+            for (int64_t pair = 0; pair < d / PAIR; ++pair)
                 __builtin_prefetch(cache.key(slots[row], head) + pair * key_stride, 1);
         for (int64_t head = 0; head < heads; ++head, from += d) {
             rotate_head(from, norm.q, norm.eps, cos, cos + half, half, turned);
@@ -128,11 +127,21 @@ void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t
         }
         for (int64_t head = 0; head < cache.kv_heads; ++head, from += d) {
             rotate_head(from, norm.k, norm.eps, cos, cos + half, half, turned);
-            map(turned, key, d, [](Vec a, int64_t) { return a; });
-            store_key(key, cache.key(slots[row], head), d, key_stride);
+            if constexpr (Cache<T, S>::ROUNDED)
+                cache.k_scale[cache.scale(slots[row], head)] = round_head(turned, stored, d);
+            else
+                map(turned, stored, d, [](Vec a, int64_t) { return a; });
+            store_key<PAIR>(stored, cache.key(slots[row], head), d, key_stride);
         }
-        for (int64_t head = 0; head < cache.kv_heads; ++head, from += d)
-            store_value(from, cache.value(slots[row], head), d);
+        for (int64_t head = 0; head < cache.kv_heads; ++head, from += d) {
+            if constexpr (Cache<T, S>::ROUNDED) {
+                map(from, turned, d, [](Vec a, int64_t) { return a; });
+                cache.v_scale[cache.scale(slots[row], head)] = round_head(turned, stored, d);
+                store_value<PAIR>(stored, cache.value(slots[row], head), d);
+            } else {
+                store_value<PAIR>(from, cache.value(slots[row], head), d);
+            }
+        }
     };
     // The keys of a tile share cache lines: neighbouring tokens of a prompt on different cores would take them from
     // each other. Few rows are mostly of different sequences.
@@ -150,15 +159,20 @@ void gate(Context& context, Activation activation, const T* x, T* out, int64_t r
     });
 }
 
+#define LORAPLEX_STORE(T, S)                                                                                         \
+    template void rotary_store_kv(Context&, const T*, T*, int64_t, int64_t, const QKNorm&, const int64_t*,           \
+                                  const float*, const Cache<T, S>&, const int64_t*);
 #define LORAPLEX_ROWS(T)                                                                                             \
     template void rms_norm<T>(Context&, const T*, const float*, T*, int64_t, int64_t, float);                        \
     template void add_rms_norm<T>(Context&, const T*, T*, const float*, T*, int64_t, int64_t, float);                \
-    template void rotary_store_kv<T>(Context&, const T*, T*, int64_t, int64_t, const QKNorm&, const int64_t*,        \
-                                     const float*, const Cache<T>&, const int64_t*);                                 \
+    LORAPLEX_STORE(T, T)                                                                                             \
+    LORAPLEX_STORE(T, i8)                                                                                            \
+    LORAPLEX_STORE(T, f8)                                                                                            \
     template void gate<T>(Context&, Activation, const T*, T*, int64_t, int64_t);
 LORAPLEX_ROWS(float)
 LORAPLEX_ROWS(bf16)
 LORAPLEX_ROWS(f16)
 #undef LORAPLEX_ROWS
+#undef LORAPLEX_STORE
 
 }  // namespace loraplex

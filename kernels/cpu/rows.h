@@ -23,9 +23,9 @@ struct QKNorm {
 
 // qkv: [rows, (heads + 2 kv heads) · D] → q: [rows, heads, D], keys and values to the cache.
 // cos_sin: [positions, 2, D / 2]
-template <class T>
+template <class T, class S>
 void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t heads, const QKNorm& norm,
-                     const int64_t* positions, const float* cos_sin, const Cache<T>& cache, const int64_t* slots);
+                     const int64_t* positions, const float* cos_sin, const Cache<T, S>& cache, const int64_t* slots);
 
 enum class Activation { silu, gelu_tanh };
 

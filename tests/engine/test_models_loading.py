@@ -153,9 +153,3 @@ def test_a_block_takes_what_its_storage_takes(tmp_path: Path, dtype: torch.dtype
     cache = create_kv_cache(config, ops, 5, 8, dtype)
     assert len(cache) == config.num_layers
     assert sum(layer.nbytes for layer in cache) == 5 * block_bytes(config, ops, 8, dtype)
-
-
-def test_backend_that_cannot_round_the_cache_says_what_to_do(tmp_path: Path) -> None:
-    config, ops = read_model_config(checkpoint(tmp_path)), select_ops(torch.device("cpu"), "cpu")
-    with pytest.raises(ValueError, match=r"cpu kernels cannot round the cache .* leave kv_cache_dtype out"):
-        block_bytes(config, ops, 8, torch.int8)

@@ -8,7 +8,16 @@ import torch
 
 from kernels.cpu import library
 from kernels.cpu.ops import CpuOps
-from kernels.ops import AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm, select_ops
+from kernels.ops import (
+    QUANTIZED_KV,
+    AttentionMetadata,
+    HeadShape,
+    LoraSegments,
+    LoraSlice,
+    LoraWeights,
+    QKNorm,
+    select_ops,
+)
 from kernels.reference import ReferenceOps
 
 CPU = torch.device("cpu")
@@ -22,6 +31,10 @@ TOLERANCE = {
     torch.float16: {"rtol": 2**-10, "atol": 2**-10},
 }
 DTYPES = list(TOLERANCE)
+
+# Rounded caches. A rotated key or a value that lies in the middle between two codes may fall on either; weights times
+# the scales of values round once more in 16 bits.
+ROUNDED_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 2**-6, torch.float16: 5e-3}
 
 pytestmark = pytest.mark.skipif(
     not library.usable_instruction_sets(), reason="the CPU kernels are not compiled: install with a C++17 compiler"
@@ -276,12 +289,12 @@ def test_adapter_that_does_not_fit_is_refused(ops, slot, weights, message):
 class Caches:
     """The same random keys and values in a cache of the kernels and in one of the reference."""
 
-    def __init__(self, ops, shape, lengths, block_size, dtype):
+    def __init__(self, ops, shape, lengths, block_size, dtype, stored=None):
         self.shape, self.lengths = shape, lengths
         self.backends = (ops, REFERENCE)
         counts = [-(-length // block_size) for length in lengths]
         order = (torch.randperm(sum(counts), generator=torch.Generator().manual_seed(3)) + 1).tolist()
-        self.kv = [b.allocate_kv(sum(counts) + 1, block_size, shape, dtype) for b in self.backends]
+        self.kv = [b.allocate_kv(sum(counts) + 1, block_size, shape, stored or dtype) for b in self.backends]
         self.tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
         width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         for s, (length, count) in enumerate(zip(lengths, counts, strict=True)):
@@ -342,9 +355,22 @@ def test_paged_attention_over_thousands_of_keys(ops, dtype):
     close(*caches.attend(q, new, window=600))
 
 
-def test_attention_of_a_query_does_not_depend_on_its_step(ops, dtype):
+@pytest.mark.parametrize("stored", QUANTIZED_KV, ids=str)
+@pytest.mark.parametrize("block_size", [1, 2, 4, 8, 32, 128, 1024])
+def test_paged_attention_over_a_rounded_cache(ops, dtype, stored, block_size):
+    """Of any block size, with a window and a cap, and with more keys than are widened or scored at once."""
+    lengths, new = [700, 37, 3], [1, 20, 3]
+    caches = Caches(ops, HeadShape(4, 2, 24), lengths, block_size, dtype, stored)
+    q = rand(sum(new), 4, 24, dtype=dtype)
+    tolerance = ROUNDED_TOLERANCE[dtype]
+    for window, soft_cap in ((None, None), (30, 2.0)):
+        torch.testing.assert_close(*caches.attend(q, new, window, soft_cap), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("stored", [None, *QUANTIZED_KV], ids=str)
+def test_attention_of_a_query_does_not_depend_on_its_step(ops, dtype, stored):
     length, shape = 1100, HeadShape(6, 2, 32)
-    caches = Caches(ops, shape, [length, 50], 16, dtype)
+    caches = Caches(ops, shape, [length, 50], 16, dtype, stored)
     q = rand(length, 6, 32, dtype=dtype)
     for window in (None, 600):
         whole, parts = caches.metadata([length, 1]), []
@@ -356,9 +382,10 @@ def test_attention_of_a_query_does_not_depend_on_its_step(ops, dtype):
         assert torch.equal(torch.cat(parts), together[:-1])
 
 
-def test_stale_nan_in_a_block_does_not_reach_its_next_owner(ops, dtype):
+@pytest.mark.parametrize("stored", [None, *QUANTIZED_KV], ids=str)
+def test_stale_nan_in_a_block_does_not_reach_its_next_owner(ops, dtype, stored):
     shape = HeadShape(2, 1, 16)
-    caches = Caches(ops, shape, [21], 16, dtype)
+    caches = Caches(ops, shape, [21], 16, dtype, stored)
     q = rand(1, 2, 16, dtype=dtype)
     clean, _ = caches.attend(q, [1])
     poison = torch.full((3, 4 * 16), torch.nan, dtype=dtype)
@@ -368,11 +395,27 @@ def test_stale_nan_in_a_block_does_not_reach_its_next_owner(ops, dtype):
     assert torch.equal(caches.attend(q, [1])[0], clean)
 
 
-def test_chunks_divided_among_threads_give_the_same_bits(dtype):
+@pytest.mark.parametrize("column", [0, 1, 2])
+@pytest.mark.parametrize("stored", QUANTIZED_KV, ids=str)
+def test_number_that_is_not_finite_is_not_rounded_away(ops, dtype, stored, column):
+    """Not a query's, nor a key's, nor a value's: whoever attends to it learns of it."""
+    kv = ops.allocate_kv(1, 16, HeadShape(1, 1, 16), stored)
+    qkv = rand(2, 3 * 16, dtype=dtype)
+    qkv[0, column * 16 + 3] = torch.nan if column else torch.inf
+    positions = torch.arange(2)
+    q = ops.rotary_store_kv(qkv, HeadShape(1, 1, 16), None, positions, unrotated(2, 16), kv, positions)
+    metadata = AttentionMetadata(*(torch.tensor(x, dtype=torch.int32) for x in ([0, 2], [2], [[0]])), positions, 2, 2)
+    out = ops.paged_attention(q, kv, metadata, 0.25, None, None)
+    assert out[0].isnan().any()
+    assert out[1].isnan().any() == (column > 0)
+
+
+@pytest.mark.parametrize("stored", [None, *QUANTIZED_KV], ids=str)
+def test_chunks_divided_among_threads_give_the_same_bits(dtype, stored):
     shape, lengths, new = HeadShape(2, 1, 16), [2500, 700], [1, 3]
     q, results = rand(4, 2, 16, dtype=dtype), []
     for threads in (1, 2, 5):
-        caches = Caches(CpuOps(CPU, threads), shape, lengths, 16, dtype)
+        caches = Caches(CpuOps(CPU, threads), shape, lengths, 16, dtype, stored)
         results.append([caches.attend(q, new, window)[0] for window in (None, 900)])
     for result in results[1:]:
         assert torch.equal(result[0], results[0][0])

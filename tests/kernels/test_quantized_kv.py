@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.cpu import library
 from kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, QKNorm, select_ops
 from kernels.reference import ReferenceOps
 
@@ -19,11 +20,14 @@ def random():
     return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
 
 
-@pytest.fixture(params=["triton"])
+@pytest.fixture(params=["triton", *library.usable_instruction_sets()])
 def ops(request):
     if request.param == "triton":
         pytest.importorskip("triton")
-    return select_ops(DEVICE, request.param)
+        return select_ops(DEVICE, "triton")
+    if DEVICE.type != "cpu":
+        pytest.skip("on this device the CPU kernels compute nothing")
+    return select_ops(DEVICE, "cpu", threads=2, isa=request.param)
 
 
 def angles(random, positions, head_dim):
