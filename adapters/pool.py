@@ -122,18 +122,23 @@ class AdapterPool:
 
         False: not there yet, ask again when `changes` has grown. Raises AdapterRejected as `acquire` does.
         """
-        return key in self._residents or self._bring_in(key) is not None
+        resident = self._residents.get(key) or self._bring_in(key)
+        if resident is not None:
+            resident.unloading = False
+        return resident is not None
 
     def unload(self, key: AdapterKey) -> None:
-        """Free the adapter's room as soon as no request uses it. An adapter that is not here is not an error."""
-        resident = self._residents.get(key)
-        if resident is None:
-            return
-        resident.pinned = False
-        resident.unloading = True
-        if resident.num_requests == 0:
-            self._drop(key)
-            self._changes += 1
+        """Free the room of an adapter, and of compositions that take it, as soon as no request uses them.
+
+        An adapter that is not here is not an error.
+        """
+        for other in [other for other in self._residents if key in other.members]:
+            resident = self._residents[other]
+            resident.pinned = False
+            resident.unloading = True
+            if resident.num_requests == 0:
+                self._drop(other)
+                self._changes += 1
 
     def pin(self, key: AdapterKey) -> None:
         """Keep an adapter on the device until `unpin`, used or not.
@@ -155,6 +160,7 @@ class AdapterPool:
                 f"adapter {key} cannot be pinned: pins may take half of the slots and bytes; unpin others"
             )
         resident.pinned = True
+        resident.draining = False
 
     def unpin(self, key: AdapterKey) -> None:
         """Let an adapter be evicted again. An adapter that is not pinned is not an error."""

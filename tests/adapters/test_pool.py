@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from adapters.errors import AdapterConflict, AdapterRejected
-from adapters.key import AdapterKey
+from adapters.key import AdapterKey, compose
 from adapters.pool import AdapterPool
 from adapters.weights import LoadedAdapter
 from kernels.ops import LoraSlice, LoraWeights, PackedLora
@@ -228,6 +228,36 @@ def test_unloading_an_idle_adapter_frees_it_at_once(
     pool.unload(key("a"))
     assert pool.residents() == []
     assert sites["site"].table.slots == {}
+
+
+def test_with_an_adapter_go_the_compositions_that_take_it(pool: AdapterPool, store: FakeStore) -> None:
+    both = compose([(key("a"), 0.5), (key("b"), 0.5)])
+    store.finish(both)
+    pool.acquire(both)
+    pool.unload(key("a"))
+    assert pool.residents() == [(both, 1)]
+    pool.release(both)
+    assert pool.residents() == []
+
+
+def test_who_asks_for_an_adapter_again_before_it_is_gone_keeps_it(pool: AdapterPool, store: FakeStore) -> None:
+    store.finish(key("a"))
+    pool.acquire(key("a"))
+    pool.unload(key("a"))
+    assert pool.bring_in(key("a"))
+    pool.release(key("a"))
+    assert pool.holds(key("a"))
+
+
+def test_a_pin_ends_the_draining_of_an_adapter(pool: AdapterPool, store: FakeStore) -> None:
+    for name in "abc":
+        store.finish(key(name))
+    for name in "aab":
+        pool.acquire(key(name))
+    pool.make_room(key("c"))
+    pool.pin(key("b"))
+    pool.release(key("b"))
+    assert pool.holds(key("b"))
 
 
 def test_a_pinned_adapter_never_leaves(pool: AdapterPool, store: FakeStore) -> None:
