@@ -24,6 +24,7 @@ from engine.messages import AddRequest, LoadAdapter, StepOutput
 from engine.sampling_params import SamplingParams
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 VOCAB = 151
 TOLERANCE = 1e-5  # float32 on both sides: other orders of the same sums, relative to the largest logit
@@ -59,6 +60,30 @@ KINDS: dict[str, dict[str, Any]] = {
         "alora_invocation_tokens": INVOCATION,
         "lora_bias": True,
     },
+}
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)
+    ),
+    "qwen3-tied": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**SHAPE, head_dim=16, attention_bias=True, tie_word_embeddings=True)
+    ),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=6, attention_bias=True
+        )
+    ),
 }
 
 
@@ -131,6 +156,18 @@ def add_all_kinds(folder: Path, load: Callable[[], Any]) -> Oracle:
             models[name] = peft.PeftModel.from_pretrained(load(), folder / name).eval()
             keys[name] = AdapterKey(f"shared/{name}", digest(folder / name))
     return Oracle(folder, keys, models)
+
+
+def oracle_of(family: str, folder: Path) -> Oracle:
+    """A small random model of a family, and adapters of all kinds for it."""
+    randomised(FAMILIES[family](), 0).save_pretrained(folder / "base")
+
+    def load() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder / "base", attn_implementation="eager", dtype=torch.float32
+        )
+
+    return add_all_kinds(folder, load)
 
 
 class RecordingSampler:

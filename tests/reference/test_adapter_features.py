@@ -21,54 +21,21 @@ from adapters.source import digest
 from engine.messages import AddRequest, StepOutput
 from engine.sampling_params import SamplingParams
 from tests.reference.peft_oracle import (
+    FAMILIES,
     KINDS,
-    VOCAB,
     Engine,
     Oracle,
-    add_all_kinds,
+    oracle_of,
     random_prompt,
     randomised,
 )
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)
-    ),
-    "qwen3-tied": lambda: transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**SHAPE, head_dim=16, attention_bias=True, tie_word_embeddings=True)
-    ),
-    "gemma3": lambda: transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(
-            **SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=6, attention_bias=True
-        )
-    ),
-}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    folder = tmp_path_factory.mktemp(request.param)
-    randomised(FAMILIES[request.param](), 0).save_pretrained(folder / "base")
-
-    def load() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder / "base", attn_implementation="eager", dtype=torch.float32
-        )
-
-    return add_all_kinds(folder, load)
+    return oracle_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture
