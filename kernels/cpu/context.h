@@ -12,6 +12,7 @@ struct Context {
     Arena arena;
     Pool pool;
     Scratch inputs;  // the caller's: what one operation prepares for all its chunks
+    Scratch tiles;
     Scratch intermediate;
 };
 

@@ -12,6 +12,10 @@ constexpr int64_t AHEAD = 4 << 10;            // bytes
 constexpr int64_t CHUNK_BYTES = 32 << 10;     // codes worth a trip to the chunk counter
 constexpr int64_t MAX_ROWS = 256;             // whose sums are kept beside them
 
+// How many rows are multiplied by codes as they are unpacked. More are multiplied by what was unpacked for all of them.
+template <class X>
+constexpr int FEW_ROWS = USES_TILES<X> ? TILE_ROWS : ROWS_AT_ONCE;
+
 template <class Codec>
 Codec make_codec(const float* table) {
     if constexpr (std::is_same_v<Codec, TableCodec>)
@@ -21,13 +25,12 @@ Codec make_codec(const float* table) {
 }
 
 #if defined(__AMX_BF16__)
-// One block of rows times a group of codes. The next tiles are unpacked before these are multiplied, so that the core
-// does both at once.
-template <class Codec, class F>
-void multiply_codes_by_tiles(const Rows<bf16>& x, int64_t rows, const CodeColumns<Codec, bf16>& codes, F f) {
+// Up to 16 rows times a group of codes → products[16][CODE_PANEL]. The next tiles are unpacked before these are
+// multiplied, so that the core does both at once.
+template <class Codec>
+void multiply_codes_by_tiles(const Rows<bf16>& x, const CodeColumns<Codec, bf16>& codes, float* products) {
     constexpr int64_t STRIDE = CODE_PANEL * 2;
     alignas(64) bf16 unpacked[2][TILE_STEPS * STRIDE];
-    alignas(64) float sums[TILE_ROWS * CODE_PANEL];
     const auto unpack_from = [&](int64_t step) {
         bf16* to = unpacked[step / TILE_STEPS % 2];
         const int64_t steps = std::min<int64_t>(TILE_STEPS, codes.steps - step);
@@ -42,9 +45,74 @@ void multiply_codes_by_tiles(const Rows<bf16>& x, int64_t rows, const CodeColumn
         const bf16* const vectors[] = {from, from + 2 * W, from + 4 * W, from + 6 * W};
         add_tiles<CODE_VECTORS>(x.data + 2 * step, x.stride, vectors, 0, STRIDE);
     }
-    store_tiles<CODE_VECTORS>(sums, CODE_PANEL);
-    f(0, int(rows), sums);
+    store_tiles<CODE_VECTORS>(products, CODE_PANEL);
 }
+#endif
+
+// Many rows times one unpacked group after the other, added to the rows' totals.
+template <class X>
+class Products {
+  public:
+    explicit Products(float* totals) : totals_(totals) {}
+
+    // x: the inputs of this group
+    void add(const Rows<X>& x, int64_t rows, const Columns<X>& w, const GroupFactors& factors) {
+        for_row_blocks(rows, [&](int64_t first, int count) {
+            multiply(count, x.data + first * x.stride, x.stride, w, CODE_VECTORS, products_, CODE_PANEL, false);
+            factors.add(products_, CODE_PANEL, 0, CODE_VECTORS, first, first + count, totals_);
+        });
+    }
+    void finish() {}
+
+  private:
+    float* totals_;
+    alignas(64) float products_[ROWS_AT_ONCE * CODE_PANEL];
+};
+
+#if defined(__AMX_BF16__)
+// By tiles, a block of rows times two vectors at a time. Products are added to their totals while the next ones are
+// computed: else the vectors would wait for the tiles, and the tiles for the vectors.
+template <>
+class Products<bf16> {
+  public:
+    explicit Products(float* totals) : totals_(totals) {}
+
+    // x: as `tile_rows` lays it out, the inputs of this group; `factors` has to last until the next call's end.
+    void add(const Rows<bf16>& x, int64_t rows, const Columns<bf16>& w, const GroupFactors& factors) {
+        constexpr int64_t INPUTS = TILED_INPUTS, ROWS = TILED_ROWS;
+        const int64_t at_once = ceil_div(ROWS, w.steps / TILE_STEPS);
+        for (int64_t r = 0; r < rows; r += ROWS)
+            for (int v = 0; v < CODE_VECTORS; v += VECTORS) {
+                const bf16* from = x.data + r * x.stride;
+                float* to = products_[turn_ ^= 1];
+                multiply_tile_pairs(from, from + TILE_ROWS * INPUTS, INPUTS, ROWS * INPUTS, w, v, false, to,
+                                    to + TILE_ROWS * WIDTH, WIDTH, [&] { add_waiting(at_once); });
+                waiting_ = {to, &factors, v, r, std::min(rows, r + ROWS)};
+            }
+    }
+    void finish() { add_waiting(TILED_ROWS); }
+
+  private:
+    static constexpr int VECTORS = 2, WIDTH = VECTORS * W;
+
+    void add_waiting(int64_t rows) {
+        const int64_t end = std::min(waiting_.end, waiting_.next + rows);
+        if (waiting_.next == end) return;
+        waiting_.factors->add(waiting_.products, WIDTH, waiting_.vector, VECTORS, waiting_.next, end, totals_);
+        waiting_.products += (end - waiting_.next) * WIDTH;
+        waiting_.next = end;
+    }
+
+    struct {
+        const float* products = nullptr;
+        const GroupFactors* factors = nullptr;
+        int vector = 0;
+        int64_t next = 0, end = 0;  // rows
+    } waiting_;
+    float* totals_;
+    int turn_ = 0;
+    alignas(64) float products_[2][TILED_ROWS * WIDTH];
+};
 #endif
 
 }  // namespace
@@ -170,55 +238,79 @@ const float* QuantizedLinear<T, Codec>::sum_groups(Context& context, const Rows<
     return sums;
 }
 
-// totals[r] += scale · (the products of one group + offset · the sum of its inputs)
 template <class T, class Codec>
-template <class C>
-void QuantizedLinear<T, Codec>::add_group(const C& columns, const Rows<X>& x, const float* sums, int64_t rows,
-                                          int64_t panel, int64_t group, float* totals) const {
-    const auto groups = int64_t(groups_.size());
-    const int64_t values = (panel * groups + group) * CODE_PANEL;
-    const auto fold = [&](int64_t begin, int count, const float* products) {
-        for (int v = 0; v < CODE_VECTORS; ++v) {
-            const Vec scale = scales_.at(values + v * W);
-            const Vec offset = offsets_.empty() ? zero() : offsets_.at(values + v * W);
-            for (int r = 0; r < count; ++r) {
-                Vec product = load(products + r * CODE_PANEL + v * W);
-                if (sums) product = fma(offset, fill(sums[(begin + r) * groups]), product);
-                float* total = totals + (begin + r) * CODE_PANEL + v * W;
-                store(total, fma(scale, product, load(total)));
-            }
-        }
-    };
-    if constexpr (std::is_same_v<C, Columns<X>> || !USES_TILES<X>) multiply_rows<CODE_VECTORS>(x, rows, columns, fold);
-#if defined(__AMX_BF16__)
-    else multiply_codes_by_tiles(x, rows, columns, fold);
-#endif
+CodeColumns<Codec, typename Operand<T>::Type> QuantizedLinear<T, Codec>::codes(int64_t panel, const Group& group) const {
+    return {units(panel, group), 2 * group.units / PAIR_OF<X>, AHEAD, codec_};
 }
 
-// A few rows are multiplied by codes as they are unpacked; many by a group that was unpacked for all of them. A row's
-// products and sums are the same.
+// What takes the products of rows with a group to their totals. sums: of the group's inputs, from the first row on.
 template <class T, class Codec>
-void QuantizedLinear<T, Codec>::panel(const Rows<X>& x, const float* sums, T* y, int64_t first, int64_t rows,
-                                      int64_t panel) const {
+GroupFactors QuantizedLinear<T, Codec>::factors(int64_t panel, int64_t group, const float* sums) const {
+    const auto groups = int64_t(groups_.size());
+    GroupFactors factors;
+    factors.sums = sums ? sums + group : nullptr;
+    factors.sums_stride = groups;
+    for (int v = 0; v < CODE_VECTORS; ++v) {
+        const int64_t values = (panel * groups + group) * CODE_PANEL + v * W;
+        store(factors.scale + v * W, scales_.at(values));
+        if (sums) store(factors.offset + v * W, offsets_.at(values));
+    }
+    return factors;
+}
+
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::unpack_group(int64_t panel, const Group& group, X* to) const {
     constexpr int64_t STRIDE = CODE_PANEL * PAIR_OF<X>;
-    alignas(64) float totals[MAX_ROWS * CODE_PANEL];
+    const auto from = codes(panel, group);
+    unpack_codes(from, to);
+    std::fill(to + from.steps * STRIDE, to + group.steps * STRIDE, X{});
+}
+
+// totals += x times a panel, for few rows: codes are multiplied as they are unpacked.
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::add_codes(const Input& x, int64_t first, const float* sums, int64_t rows, int64_t panel,
+                                          float* totals) const {
+    alignas(64) float products[FEW_ROWS<X> * CODE_PANEL];
+    for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
+        const Rows<X> inputs = x.from(first, groups_[g].input);
+        const auto from = codes(panel, groups_[g]);
+        if constexpr (USES_TILES<X>)
+            multiply_codes_by_tiles(inputs, from, products);
+        else
+            multiply(int(rows), inputs.data, inputs.stride, from, CODE_VECTORS, products, CODE_PANEL, false);
+        factors(panel, g, sums).add(products, CODE_PANEL, 0, CODE_VECTORS, 0, rows, totals);
+    }
+}
+
+// The same for many rows: each group is unpacked once for all of them.
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::add_unpacked(const Input& x, int64_t first, const float* sums, int64_t rows,
+                                             int64_t panel, float* totals) const {
     alignas(64) X unpacked[MAX_GROUP * CODE_PANEL];
     std::array<const X*, CODE_VECTORS> vectors;
     for (int v = 0; v < CODE_VECTORS; ++v) vectors[v] = unpacked + v * W * PAIR_OF<X>;
-    std::fill_n(totals, rows * CODE_PANEL, 0.0f);
+    GroupFactors both[2];  // of a group, and of the one before
+    Products<X> products(totals);
     for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
         const Group& group = groups_[g];
-        const Rows<X> inputs{x.data + first * x.stride + group.input, x.stride};
-        const float* group_sums = sums ? sums + first * int64_t(groups_.size()) + g : nullptr;
-        const CodeColumns<Codec, X> codes{units(panel, group), 2 * group.units / PAIR_OF<X>, AHEAD, codec_};
-        if (rows <= (USES_TILES<X> ? TILE_ROWS : ROWS_AT_ONCE)) {
-            add_group(codes, inputs, group_sums, rows, panel, g, totals);
-            continue;
-        }
-        unpack_codes(codes, unpacked);
-        std::fill(unpacked + codes.steps * STRIDE, unpacked + group.steps * STRIDE, X{});
-        add_group(Columns<X>{vectors.data(), STRIDE, group.steps, 0}, inputs, group_sums, rows, panel, g, totals);
+        unpack_group(panel, group, unpacked);
+        both[g % 2] = factors(panel, g, sums);
+        const Columns<X> columns{vectors.data(), CODE_PANEL * PAIR_OF<X>, group.steps, 0};
+        products.add(x.from(first, group.input), rows, columns, both[g % 2]);
     }
+    products.finish();
+}
+
+// A row's products and totals are the same for few rows and for many.
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::panel(const Input& x, T* y, int64_t first, int64_t rows, int64_t panel) const {
+    alignas(64) float totals[MAX_ROWS * CODE_PANEL];
+    std::fill_n(totals, rows * CODE_PANEL, 0.0f);
+    const float* sums = x.sums ? x.sums + first * int64_t(groups_.size()) : nullptr;
+    if (x.few)
+        add_codes(x, first, sums, rows, panel, totals);
+    else
+        add_unpacked(x, first, sums, rows, panel, totals);
     const int64_t column = panel * CODE_PANEL;
     const int64_t columns = std::min<int64_t>(CODE_PANEL, n_ - column);
     for (int64_t r = 0; r < rows; ++r) {
@@ -233,19 +325,30 @@ void QuantizedLinear<T, Codec>::panel(const Rows<X>& x, const float* sums, T* y,
 
 template <class T, class Codec>
 void QuantizedLinear<T, Codec>::apply(Context& context, const T* x, T* y, int64_t rows) const {
-    const Rows<X> input = gather(context, x, rows);
-    const float* sums = sum_groups(context, input, rows);
+    const auto width = int64_t(inputs_.size());
+    Input input{gather(context, x, rows)};
+    input.sums = sum_groups(context, input.rows, rows);
+    input.few = rows <= FEW_ROWS<X>;
+    if constexpr (USES_TILES<X>) {
+        if (!input.few) {
+            input.tiled = true;
+            input.rows = tile_rows(context.pool, input.rows, rows, width, context.tiles);
+        }
+    }
     const int64_t panels = ceil_div(n_, CODE_PANEL);
     const int64_t panel_bytes = units_ * UNIT_WORDS<Codec> * int64_t(sizeof(uint32_t));
-    const int64_t fitting = X_BLOCK_BYTES / (input.stride * int64_t(sizeof(X)));
+    const int64_t fitting = X_BLOCK_BYTES / (width * int64_t(sizeof(X)));
     const int64_t blocks = ceil_div(rows, std::clamp<int64_t>(fitting, 4 * ROWS_AT_ONCE, MAX_ROWS));
+    const auto block_begin = [&](int64_t block) {
+        return std::min(rows, round_up(rows * block / blocks, input.tiled ? TILED_ROWS : 1));
+    };
     const int64_t together = std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
     const int64_t chunks = ceil_div(panels, together);
     context.pool.run(blocks * chunks, [&](int64_t chunk) {
         const int64_t block = chunk / chunks, begin = chunk % chunks * together;
-        const int64_t first = rows * block / blocks, end = rows * (block + 1) / blocks;
+        const int64_t first = block_begin(block), end = block_begin(block + 1);
         const RowsScope<X> scope(end - first);
-        for (int64_t p = begin; p < std::min(panels, begin + together); ++p) panel(input, sums, y, first, end - first, p);
+        for (int64_t p = begin; p < std::min(panels, begin + together); ++p) panel(input, y, first, end - first, p);
     });
 }
 

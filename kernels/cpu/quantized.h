@@ -43,6 +43,48 @@ class GroupValues {
     Array<char> data_;
 };
 
+// Takes the products of rows with one group to the rows' totals.
+struct GroupFactors {
+    alignas(64) float scale[CODE_PANEL];
+    alignas(64) float offset[CODE_PANEL];
+    const float* sums;  // of the group's inputs, `sums_stride` from row to row; null: there are no offsets
+    int64_t sums_stride;
+
+    // totals[r] += scale · (products + offset · sum) for rows first … end - 1 and some vectors of the panel.
+    // products: [end - first, stride], totals: [rows, CODE_PANEL]
+    void add(const float* products, int64_t stride, int vector, int vectors, int64_t first, int64_t end,
+             float* totals) const {
+        for (int v = 0; v < vectors; v += 2) {
+            const int64_t column = (vector + v) * W;
+            if (sums)
+                add_pairs<true>(products + v * W, stride, column, first, end, totals + column);
+            else
+                add_pairs<false>(products + v * W, stride, column, first, end, totals + column);
+        }
+    }
+
+  private:
+    // Of two neighbouring vectors: a row's sum is read once for both.
+    template <bool OFFSETS>
+    void add_pairs(const float* products, int64_t stride, int64_t column, int64_t first, int64_t end,
+                   float* totals) const {
+        const Vec scales[2] = {load(scale + column), load(scale + column + W)};
+        Vec offsets[2];
+        if (OFFSETS)
+            for (int v = 0; v < 2; ++v) offsets[v] = load(offset + column + v * W);
+        for (int64_t r = first; r < end; ++r, products += stride) {
+            float* to = totals + r * CODE_PANEL;
+            const Vec sum_of_inputs = OFFSETS ? fill(sums[r * sums_stride]) : zero();
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+                Vec product = load(products + v * W);
+                if (OFFSETS) product = fma(offsets[v], sum_of_inputs, product);
+                store(to + v * W, fma(scales[v], product, load(to + v * W)));
+            }
+        }
+    }
+};
+
 template <class T, class Codec>
 class QuantizedLinear {
   public:
@@ -67,16 +109,30 @@ class QuantizedLinear {
         int64_t source;         // group of the matrix
     };
 
+    // x as it is multiplied.
+    struct Input {
+        Rows<X> rows;
+        bool few = true;              // as FEW_ROWS has it
+        bool tiled = false;           // as `tile_rows` does it
+        const float* sums = nullptr;  // of the inputs of each group [rows, groups]; null: there are no offsets
+
+        Rows<X> from(int64_t row, int64_t input) const {
+            return {rows.data + row * rows.stride + input * (tiled ? TILED_ROWS : 1), rows.stride};
+        }
+    };
+
     const uint32_t* units(int64_t panel, const Group& group) const {
         return codes_.data() + (panel * units_ + group.unit) * UNIT_WORDS<Codec>;
     }
+    CodeColumns<Codec, X> codes(int64_t panel, const Group& group) const;
     void pack(Context& context, const QuantizedMatrix& matrix);
     Rows<X> gather(Context& context, const T* x, int64_t rows) const;
     const float* sum_groups(Context& context, const Rows<X>& x, int64_t rows) const;
-    void panel(const Rows<X>& x, const float* sums, T* y, int64_t first, int64_t rows, int64_t panel) const;
-    template <class C>
-    void add_group(const C& columns, const Rows<X>& x, const float* sums, int64_t rows, int64_t panel, int64_t group,
-                   float* totals) const;
+    GroupFactors factors(int64_t panel, int64_t group, const float* sums) const;
+    void unpack_group(int64_t panel, const Group& group, X* to) const;
+    void add_codes(const Input& x, int64_t first, const float* sums, int64_t rows, int64_t panel, float* totals) const;
+    void add_unpacked(const Input& x, int64_t first, const float* sums, int64_t rows, int64_t panel, float* totals) const;
+    void panel(const Input& x, T* y, int64_t first, int64_t rows, int64_t panel) const;
 
     int64_t n_, c_, units_;
     bool reordered_;  // x is not multiplied as it comes

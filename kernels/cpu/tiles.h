@@ -24,6 +24,30 @@ constexpr bool USES_TILES = false;
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_STEPS = 16;
 
+// Many rows as pairs of tiles read them: [blocks of 32 rows][32 inputs at a time][32][32], each tile without a gap.
+constexpr int64_t TILED_ROWS = 2 * TILE_ROWS;
+constexpr int64_t TILED_INPUTS = 2 * TILE_STEPS;
+
+// x: `rows` rows of `width` inputs, a multiple of TILED_INPUTS. A block of the result begins `width` elements a row after
+// the first, and its inputs from i on, a multiple of TILED_INPUTS, i · TILED_ROWS after that. Past the last row are zeros.
+template <class X>
+Rows<X> tile_rows(Pool& pool, const Rows<X>& x, int64_t rows, int64_t width, Scratch& scratch) {
+    X* const to = scratch.get<X>(round_up(rows, TILED_ROWS) * width);
+    pool.run(ceil_div(rows, TILED_ROWS), [&](int64_t block) {
+        for (int64_t r = 0; r < TILED_ROWS; ++r) {
+            const int64_t row = block * TILED_ROWS + r;
+            X* line = to + block * TILED_ROWS * width + r * TILED_INPUTS;
+            for (int64_t i = 0; i < width; i += TILED_INPUTS, line += TILED_ROWS * TILED_INPUTS) {
+                if (row < rows)
+                    std::memcpy(line, x.data + row * x.stride + i, TILED_INPUTS * sizeof(X));
+                else
+                    std::fill_n(line, TILED_INPUTS, X{});
+            }
+        }
+    });
+    return {to, width};
+}
+
 // What the number of steps of a panel has to be a multiple of.
 template <class X>
 constexpr int STEPS_AT_ONCE = USES_TILES<X> ? TILE_STEPS : 1;
@@ -106,29 +130,33 @@ void multiply_tiles(const bf16* x, int64_t x_stride, const Columns<bf16>& w, int
     store_tiles<VECTORS>(sums, sums_stride);
 }
 
-// The same for two blocks of 16 rows and two vectors: half as many loads for a product. `ahead`: nobody has read w yet.
-inline void multiply_tile_pairs(const bf16* x, const bf16* next_x, int64_t x_stride, const Columns<bf16>& w,
-                                int64_t first_vector, bool ahead, float* sums, float* next_sums, int64_t sums_stride) {
+// The same for two blocks of 16 rows and two vectors: half as many loads for a product. `x_step`: from the inputs of one
+// tile to the next. `ahead`: nobody has read w yet. `meanwhile` is called while each four products are computed.
+template <class F>
+inline void multiply_tile_pairs(const bf16* x, const bf16* next_x, int64_t x_stride, int64_t x_step,
+                                const Columns<bf16>& w, int64_t first_vector, bool ahead, float* sums, float* next_sums,
+                                int64_t sums_stride, F meanwhile) {
     const int64_t x_bytes = x_stride * int64_t(sizeof(bf16)), w_bytes = w.stride * int64_t(sizeof(bf16));
     const bf16* const* at = w.vectors + first_vector;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t step = 0; step < w.steps; step += TILE_STEPS) {
+    for (int64_t step = 0; step < w.steps; step += TILE_STEPS, x += x_step, next_x += x_step) {
         const int64_t offset = step * w.stride;
         if (ahead)
             for (int s = 0; s < TILE_STEPS; ++s)
                 for (int v = 0; v < 2; ++v)
                     __builtin_prefetch(reinterpret_cast<const char*>(at[v] + offset + s * w.stride) + w.ahead);
-        _tile_loadd(4, x + 2 * step, x_bytes);
+        _tile_loadd(4, x, x_bytes);
         _tile_loadd(6, at[0] + offset, w_bytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, at[1] + offset, w_bytes);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, next_x + 2 * step, x_bytes);
+        _tile_loadd(5, next_x, x_bytes);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        meanwhile();
     }
     const int64_t sums_bytes = sums_stride * int64_t(sizeof(float));
     _tile_stored(0, sums, sums_bytes);
@@ -149,8 +177,8 @@ void multiply_rows_by_tiles(const Rows<bf16>& x, int64_t rows, const Columns<bf1
     for (; rows - first > TILE_ROWS; first += 2 * TILE_ROWS) {
         const int64_t next = begin(first + TILE_ROWS), skipped = first + TILE_ROWS - next;
         for (int v = 0; v < VECTORS; v += 2)
-            multiply_tile_pairs(x.data + first * x.stride, x.data + next * x.stride, x.stride, w, v,
-                                first == 0 && w.ahead, sums + v * W, next_sums + v * W, WIDTH);
+            multiply_tile_pairs(x.data + first * x.stride, x.data + next * x.stride, x.stride, 2 * TILE_STEPS, w, v,
+                                first == 0 && w.ahead, sums + v * W, next_sums + v * W, WIDTH, [] {});
         f(first, TILE_ROWS, sums);
         f(first + TILE_ROWS, int(TILE_ROWS - skipped), next_sums + skipped * WIDTH);
     }
