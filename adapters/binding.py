@@ -13,6 +13,7 @@ from adapters.config import LoRAConfig
 from adapters.errors import BASE_MISMATCH, INVALID, AdapterRejected
 from adapters.folding import Values, replaced_parameters, stacked
 from adapters.names import Part, base_module_candidates, split_tensor_names
+from adapters.pace import Rest, no_rest, resting
 from adapters.replaced import ReplacedParameters
 from adapters.targets import HEAD_MODULE, LoraTarget, Module, TargetKind
 from kernels.ops import LoraWeights
@@ -35,6 +36,7 @@ def bind(
     targets: Mapping[str, LoraTarget],
     dtype: torch.dtype,
     max_rank: int,
+    rest: Rest = no_rest,
 ) -> BoundAdapter:
     """Bind an adapter to a model: find each tensor's place, check it, fold the scale into B, convert, stack.
 
@@ -44,15 +46,15 @@ def bind(
     """
     problems: list[str] = []
     mismatches: list[str] = []  # shapes of another base model
-    modules = _place(tensors, targets, problems)
-    for module in modules:
+    modules = _place(tensors, targets, problems, rest)
+    for module in resting(modules, rest):
         problems.extend(_part_problems(module, config))
         problems.extend(_shape_problems(module, tensors, config, max_rank, mismatches))
     problems.extend(_overlaps(modules))
     problems.extend(_unmet(modules, config))
     if mismatches or problems:
         raise AdapterRejected([*mismatches, *problems], BASE_MISMATCH if mismatches else INVALID)
-    values = Values(tensors, dtype, problems)
+    values = Values(tensors, dtype, problems, rest)
     replaced = replaced_parameters(modules, config, targets, values)
     by_site: dict[str, list[Module]] = {}
     for module in modules:
@@ -73,12 +75,14 @@ def bind(
 # ---- places ----------------------------------------------------------------------------------------------------------
 
 
-def _place(tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget], problems: list[str]) -> list[Module]:
+def _place(
+    tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget], problems: list[str], rest: Rest
+) -> list[Module]:
     """The modules that the adapter changes; what cannot be placed goes to `problems`."""
-    names, unparsed = split_tensor_names(tensors)
+    names, unparsed = split_tensor_names(tensors, rest)
     problems.extend(unparsed)
     modules: dict[str, Module] = {}
-    for name in names:
+    for name in resting(names, rest):
         reached = sorted(base_module_candidates(name.module) & targets.keys())
         if not reached:
             more = "" if name.part in _A_OR_B else " (norms over the heads of queries and keys cannot be replaced)"

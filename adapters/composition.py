@@ -14,10 +14,11 @@ from torch import Tensor
 
 from adapters.binding import BoundAdapter
 from adapters.errors import AdapterRejected
+from adapters.pace import Rest, no_rest, resting
 from kernels.ops import LoraSlice, LoraWeights
 
 
-def combine(parts: Sequence[tuple[str, BoundAdapter, float]]) -> BoundAdapter:
+def combine(parts: Sequence[tuple[str, BoundAdapter, float]], rest: Rest = no_rest) -> BoundAdapter:
     """The weighted sum of adapters of one model, each with its name and weight.
 
     Raises AdapterRejected naming those of which a weighted sum is not defined, or sites whose values overflow.
@@ -28,9 +29,9 @@ def combine(parts: Sequence[tuple[str, BoundAdapter, float]]) -> BoundAdapter:
     sites = dict.fromkeys(site for _, adapter, _ in parts for site in adapter.weights)
     weights = {
         site: _sum([(adapter.weights[site], weight) for _, adapter, weight in parts if site in adapter.weights])
-        for site in sites
+        for site in resting(sites, rest)
     }
-    for site, summed in weights.items():
+    for site, summed in resting(weights.items(), rest):
         if not all(torch.isfinite(part.b).all() for part in summed.slices):
             problems.append(f"{site}: the weighted sum overflows {summed.a.dtype}")
     if problems:

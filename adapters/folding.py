@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.config import LoRAConfig
+from adapters.pace import Rest, resting
 from adapters.replaced import ReplacedRows
 from adapters.targets import LoraTarget, Module, TargetKind
 from kernels.ops import LoraSlice, LoraWeights
@@ -19,8 +20,9 @@ WEIGHT_ELEMENTS = 1 << 22  # of a base weight that are looked at at once, in flo
 class Values:
     """The file's tensors, converted; those that do not survive it go to `problems`."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, problems: list[str]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, problems: list[str], rest: Rest) -> None:
         self.problems = problems
+        self.rest = rest
         self._tensors = tensors
         self._dtype = dtype
 
@@ -39,6 +41,7 @@ class Values:
             survived = torch.isfinite(tensor.to(torch.float64)).all()
             overflow = f"its values times the scale {scale:g} overflow {dtype}"
             self.problems.append(f"{key}: {overflow if survived else 'it holds NaN or infinite values'}")
+        self.rest()
         return result
 
 
@@ -109,6 +112,7 @@ def _norms(module: Module, config: LoRAConfig, values: Values) -> Tensor:
         end = min(start + rows_at_once, target.out_features)
         weight = _rows(module, values, start, end)
         norms[start:end] = torch.linalg.vector_norm(weight + scale * (b[start:end] @ a), dim=1)
+        values.rest()
     return norms
 
 
@@ -161,7 +165,7 @@ def _is_the_base(module: Module, config: LoRAConfig, values: Values) -> bool:
     rows_at_once = max(1, WEIGHT_ELEMENTS // target.in_features)
     return all(
         torch.equal(copy[start : start + rows_at_once].float(), base_rows(start, min(start + rows_at_once, len(copy))))
-        for start in range(0, len(copy), rows_at_once)
+        for start in resting(range(0, len(copy), rows_at_once), values.rest)
     )
 
 

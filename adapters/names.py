@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from adapters.pace import Rest, no_rest, resting
+
 PEFT_PREFIX = "base_model.model."
 
 # What a tensor is to its module: A, B and the bias of B; the same of an embedding; DoRA's magnitudes; trained rows of
@@ -88,10 +90,10 @@ def base_module_candidates(module: str) -> set[str]:
     return {new + inner.removeprefix(old) for old, new in _WRAPPERS if inner.startswith(old)}
 
 
-def split_tensor_names(keys: Iterable[str]) -> tuple[list[LoraTensorName], list[str]]:
+def split_tensor_names(keys: Iterable[str], rest: Rest = no_rest) -> tuple[list[LoraTensorName], list[str]]:
     """Every key taken apart, and the problems of those that cannot be, or that name more than one adapter."""
     names, problems = [], []
-    for key in sorted(keys):
+    for key in resting(sorted(keys), rest):
         name = parse_tensor_name(key)
         if name is None:
             problems.append(why_foreign(key))

@@ -99,7 +99,7 @@ def describe(directory: Path) -> AdapterDescription:
     with open_weights(directory) as file:
         header = read_header(file)
         file.seek(0)
-        digest = _digest(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""))
+        digest = digest_of(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""))
     ranks, problems = module_ranks(header.tensors)
     if problems:
         raise AdapterRejected(problems)
@@ -110,7 +110,7 @@ def describe(directory: Path) -> AdapterDescription:
 def digest(directory: Path) -> str:
     """Hex SHA-256 over the content of an adapter: its config's bytes and its weights' bytes."""
     with open_weights(directory) as file:
-        return _digest(read_config_bytes(directory), iter(lambda: file.read(_HASH_CHUNK), b""))
+        return digest_of(read_config_bytes(directory), iter(lambda: file.read(_HASH_CHUNK), b""))
 
 
 def fingerprint(directory: Path) -> str | None:
@@ -122,12 +122,8 @@ def fingerprint(directory: Path) -> str | None:
     return " ".join(f"{status.st_size}:{status.st_mtime_ns}" for status in found)
 
 
-def digest_of(config: bytes, weights: bytes | memoryview) -> str:
-    """The same, of files that are in memory."""
-    return _digest(config, (weights,))
-
-
-def _digest(config: bytes, weights: Iterable[bytes | memoryview]) -> str:
+def digest_of(config: bytes, weights: Iterable[bytes | memoryview]) -> str:
+    """The same, of the config's bytes and the weights' in pieces of any length."""
     hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
     hasher.update(config)
     for chunk in weights:

@@ -19,6 +19,7 @@ import torch
 
 from adapters.errors import INVALID, TOO_LARGE, UNREADABLE, AdapterRejected
 from adapters.key import AdapterKey
+from adapters.pace import Pace
 from adapters.targets import LoraTarget
 from adapters.weights import LoadedAdapter, load_adapter, load_composition
 from kernels.ops import LoraWeights, PackedLora
@@ -101,6 +102,7 @@ class AdapterStore:
         budget_bytes: int,
         num_threads: int,
         pack: Callable[[LoraWeights], PackedLora],  # for the tables of the model's sites
+        load_share: float = 1.0,  # of one core, for all loads together while requests run
         clock: Callable[[], float] = time.monotonic,
         executor: Executor | None = None,  # None: threads of its own
     ) -> None:
@@ -108,6 +110,7 @@ class AdapterStore:
         self._load_composition = partial(load_composition, targets=targets, dtype=dtype, max_rank=max_rank, pack=pack)
         self._budget_bytes = budget_bytes
         self._clock = clock
+        self.pace = Pace(load_share)
         self._executor = executor or ThreadPoolExecutor(
             num_threads, "adapter-loader", initializer=_begin_loader, initargs=(torch.get_num_threads(),)
         )
@@ -221,8 +224,12 @@ class AdapterStore:
     def _read(self, key: AdapterKey, source: _Source) -> None:
         """In a loader thread."""
         started = time.perf_counter()
+        rest = self.pace.begin()
         try:
-            loaded = self._load_composition(key, source.paths) if key.parts else self._load(key, *source.paths)
+            if key.parts:
+                loaded = self._load_composition(key, source.paths, rest=rest)
+            else:
+                loaded = self._load(key, *source.paths, rest=rest)
             finished = FinishedLoad(key, loaded)
         except AdapterRejected as rejected:
             finished = FinishedLoad(key, None, rejected.problems, rejected.reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -15,11 +16,14 @@ from adapters.config import LoRAConfig, parse_config
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from adapters.layer import EMBEDDING_SITE, EmbeddingLora
+from adapters.pace import Rest, no_rest, resting
 from adapters.replaced import REPLACED_SITE
 from adapters.safetensors import TensorEntry, read_header
 from adapters.source import digest_of, open_weights, read_config_bytes
 from adapters.targets import LoraTarget
 from kernels.ops import LoraWeights, PackedLora
+
+PIECE_BYTES = 1 << 18  # read and hashed at once
 
 _DTYPES = {
     "F64": torch.float64,
@@ -64,14 +68,15 @@ def load_adapter(
     dtype: torch.dtype,
     max_rank: int,
     pack: Callable[[LoraWeights], PackedLora],
+    rest: Rest = no_rest,
 ) -> LoadedAdapter:
     """Read an adapter, check that it is the version that `key` names, bind it and lay it out for the kernels.
 
     Raises AdapterRejected; OSError if the disk fails.
     """
-    tensors, config = _read(key, directory)
-    bound = bind(tensors, config, targets, dtype, max_rank)
-    packed = pack_adapter(bound, pack)
+    tensors, config = _read(key, directory, rest)
+    bound = bind(tensors, config, targets, dtype, max_rank, rest)
+    packed = pack_adapter(bound, pack, rest)
     return LoadedAdapter(key, packed, bound.ranks, config.warnings, bound.invocation_tokens, bound.whole)
 
 
@@ -82,6 +87,7 @@ def load_composition(
     dtype: torch.dtype,
     max_rank: int,
     pack: Callable[[LoraWeights], PackedLora],
+    rest: Rest = no_rest,
 ) -> LoadedAdapter:
     """Read the parts of a composition and lay their weighted sum out for the kernels, as one adapter.
 
@@ -89,13 +95,13 @@ def load_composition(
     """
     parts = []
     for (member, weight), directory in zip(key.parts, directories, strict=True):
-        tensors, config = _read(member, directory)
-        parts.append((str(member), bind(tensors, config, targets, dtype, max_rank), weight))
-    bound = combine(parts)
-    return LoadedAdapter(key, pack_adapter(bound, pack), bound.ranks, ())
+        tensors, config = _read(member, directory, rest)
+        parts.append((str(member), bind(tensors, config, targets, dtype, max_rank, rest), weight))
+    bound = combine(parts, rest)
+    return LoadedAdapter(key, pack_adapter(bound, pack, rest), bound.ranks, ())
 
 
-def _read(key: AdapterKey, directory: Path) -> tuple[dict[str, Tensor], LoRAConfig]:
+def _read(key: AdapterKey, directory: Path, rest: Rest) -> tuple[dict[str, Tensor], LoRAConfig]:
     """The tensors and the config of the version that `key` names.
 
     The bytes that are checked are the bytes that are used: the file is read once.
@@ -114,21 +120,29 @@ def _read(key: AdapterKey, directory: Path) -> tuple[dict[str, Tensor], LoRAConf
         file.seek(0)
         # Not a bytearray: Python would fill it with zeros first, and hold up all other threads meanwhile.
         content = torch.empty(header.data_start + header.data_bytes, dtype=torch.uint8)
-        view = content.numpy().data
-        if file.readinto(view) != len(content):
-            raise AdapterRejected([f"{directory.name}: the weights became shorter while they were read"])
-    found = digest_of(config_bytes, view)
+        pieces = [content[start : start + PIECE_BYTES] for start in range(0, len(content), PIECE_BYTES)]
+        found = digest_of(config_bytes, resting((_filled(piece, file, directory) for piece in pieces), rest))
     if found != key.digest:
         raise AdapterRejected([f"the files have the digest {found[:12]}…, not {key.digest[:12]}…: they were changed"])
     data = content[header.data_start :]
-    tensors = {name: _tensor(data, entry) for name, entry in header.tensors.items()}
+    tensors = {name: _tensor(data, entry) for name, entry in resting(header.tensors.items(), rest)}
     return tensors, config
 
 
-def pack_adapter(bound: BoundAdapter, pack: Callable[[LoraWeights], PackedLora]) -> dict[str, PackedLora]:
+def _filled(piece: Tensor, file: BufferedReader, directory: Path) -> memoryview:
+    """The next bytes of the file. Hashed piece by piece, while they are in the core's cache."""
+    view: memoryview = piece.numpy().data
+    if file.readinto(view) != len(piece):
+        raise AdapterRejected([f"{directory.name}: the weights became shorter while they were read"])
+    return view
+
+
+def pack_adapter(
+    bound: BoundAdapter, pack: Callable[[LoraWeights], PackedLora], rest: Rest = no_rest
+) -> dict[str, PackedLora]:
     """What each site's table takes."""
     packed: dict[str, PackedLora] = {}
-    for site, weights in bound.weights.items():
+    for site, weights in resting(bound.weights.items(), rest):
         packed[site] = EmbeddingLora(weights) if site == EMBEDDING_SITE else pack(weights)
     if bound.replaced is not None:
         packed[REPLACED_SITE] = bound.replaced

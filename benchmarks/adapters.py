@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapters.key import AdapterKey
+from adapters.pace import Rest
 from adapters.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from benchmarks.adapters_report import write_report
 from benchmarks.measure import Record, closed_loop, machine, open_loop, summarise
@@ -288,10 +289,10 @@ def _make_bad(bench: Bench, case: str) -> None:
     elif case == "slow":
         load = bench.core.store._load
 
-        def hang(key: AdapterKey, path: Path) -> Any:
+        def hang(key: AdapterKey, path: Path, rest: Rest) -> Any:
             if key == bench.keys[first]:
                 time.sleep(5.0)
-            return load(key, path)
+            return load(key, path, rest=rest)
 
         bench.core.store._load = hang  # type: ignore[assignment]  # there is no slow disk to be had
 

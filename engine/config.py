@@ -35,6 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     adapter_device_bytes: int = 1 << 30
     adapter_host_bytes: int = 4 << 30
     adapter_loader_threads: int = 2
+    adapter_load_share: float | None = None  # of one core, while requests run; None: 0.1 on the CPU, else 1
 
     def check(self) -> None:
         """Raise ValueError naming each field that is out of range."""
@@ -53,6 +54,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             problems.append(f"block_size {self.block_size} must be a power of two")
         if not 0.0 < self.kv_cache_fraction <= 1.0:
             problems.append(f"kv_cache_fraction {self.kv_cache_fraction} must be in (0, 1]")
+        if self.adapter_load_share is not None and not 0.0 < self.adapter_load_share <= 1.0:
+            problems.append(f"adapter_load_share {self.adapter_load_share} must be in (0, 1]")
         counts = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,

@@ -33,6 +33,10 @@ from engine.weights import resolve_model
 
 logger = logging.getLogger(__name__)
 
+# Of one core, of adapter loads while requests run. Beside a load the mean decoding step took 9.4 instead of 9.0 ms, and
+# 10.0 instead of 9.2 ms without a limit (llama-160m, 2 cores). On a GPU a step needs few of the cores.
+CPU_LOAD_SHARE = 0.1
+
 NOTHING_PLANNED = StepPlan(())
 NOTHING_COMPUTED = StepResult((), {})
 
@@ -77,6 +81,7 @@ class EngineCore:
             budget_bytes=config.adapter_host_bytes,
             num_threads=config.adapter_loader_threads,
             pack=runner.ops.pack_lora,
+            load_share=config.adapter_load_share or (CPU_LOAD_SHARE if runner.ops.device.type == "cpu" else 1.0),
         )
         pool = AdapterPool(
             sites=model.lora_sites(),
@@ -160,9 +165,11 @@ class EngineCore:
         """Run one step: whoever is ready gets computed, and everything that happened is returned."""
         events = self.adapters.advance(self.scheduler.adapter_users)
         plan = self.scheduler.schedule()
+        self.store.pace.steps(running=bool(plan.scheduled))
         result = self._execute(plan)
         outputs = self.scheduler.update(plan if result else NOTHING_PLANNED, result or NOTHING_COMPUTED)
         outputs, self._rejected = self._rejected + outputs, []
+        self.store.pace.steps(running=bool(self.scheduler.running))
         if plan.scheduled or outputs:
             self._num_steps += 1
             events.append(StepOutput(outputs, self.stats()))

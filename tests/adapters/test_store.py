@@ -197,7 +197,7 @@ def test_a_missing_directory_is_a_problem_of_that_adapter(
 def test_an_unexpected_failure_is_reported_and_not_lost(
     store: AdapterStore, executor: ByHand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("boom")
 
     monkeypatch.setattr(store, "_load", fail)

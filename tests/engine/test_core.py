@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adapters.key import AdapterKey
+from adapters.pace import Pace
 from adapters.store import FinishedLoad
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -57,6 +58,7 @@ class FakeAdapters:
         self.unloaded: list[AdapterKey] = []
         self.moved: set[AdapterKey] = set()
         self.used_bytes = 0
+        self.pace = Pace(1.0)
 
     def register(self, key: AdapterKey, path: Path) -> None:
         self.known.add(key)
@@ -222,3 +224,12 @@ def test_a_load_that_fails_is_reported():
     bench = Bench()
     bench.adapters.finished = [FinishedLoad(KEY, None, ["a tensor is missing"])]
     assert bench.core.step() == [AdapterFailed(KEY, ["a tensor is missing"])]
+
+
+def test_loads_are_held_back_exactly_while_requests_run():
+    bench, told = Bench(), []
+    bench.core.store.pace.steps = lambda running: told.append(running)
+    bench.add(1)
+    bench.finish()
+    assert told[0]
+    assert not told[-1]

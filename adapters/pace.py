@@ -1,0 +1,72 @@
+"""How fast adapters are read beside a step that needs the same cores, and the same interpreter."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+# Work between two rests: about what one kernel of a step takes, so that nothing in a step waits for long.
+WORK_SECONDS = 0.0003
+
+# Called between small pieces of work, in the thread that does it; may sleep.
+Rest = Callable[[], None]
+
+_T = TypeVar("_T")
+
+
+class Pace:
+    """Holds all loads together to a share of one core while requests run. While none does, they take what they can.
+
+    A step waits for the slowest of its threads, and after each of its kernels for Python's interpreter: work that takes
+    a core or the interpreter for a while holds up every request, at whatever priority it runs. Short pieces with pauses
+    between them cannot.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """share: of one core, up to 1, which is no limit."""
+        self._share = share
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._rested_at = 0.0  # by the clock: when the work that was done so far has been paid for
+        self._free = threading.Event()
+        self._free.set()
+
+    def steps(self, running: bool) -> None:
+        """Say whether requests run from now on. Loads that rest go on at once when none does."""
+        if running == self._free.is_set():
+            self._free.clear() if running else self._free.set()
+
+    def begin(self, spent: Callable[[], float] = time.thread_time) -> Rest:
+        """For one load, in its own thread: what to call between pieces of its work. spent: CPU seconds, growing."""
+        before = spent()
+
+        def rest() -> None:
+            nonlocal before
+            worked = spent() - before
+            if worked >= WORK_SECONDS:
+                self._free.wait(self._pause_after(worked))
+                before = spent()
+
+        return rest
+
+    def _pause_after(self, worked: float) -> float:
+        """Seconds."""
+        if self._share >= 1.0 or self._free.is_set():
+            return 0.0
+        with self._lock:
+            now = self._clock()
+            self._rested_at = max(now - worked, self._rested_at) + worked / self._share
+            return self._rested_at - now
+
+
+def no_rest() -> None:
+    """For work that holds up nobody."""
+
+
+def resting(items: Iterable[_T], rest: Rest) -> Iterator[_T]:
+    """The same items, with a rest after each."""
+    for item in items:
+        yield item
+        rest()

@@ -1,0 +1,80 @@
+import threading
+
+import pytest
+
+from adapters.pace import Pace
+
+
+class Worker:
+    """A thread's CPU time, and the wall clock; the pauses that it was given advance the clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+        self.now = 50.0
+        self.cpu = 0.0
+        self.pauses: list[float] = []
+        self.pace = Pace(share, clock=lambda: self.now)
+        monkeypatch.setattr(self.pace._free, "wait", self._wait)
+
+    def work(self, seconds: float) -> None:
+        self.cpu += seconds
+        self.now += seconds
+
+    def _wait(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def test_work_beside_requests_gets_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(monkeypatch, share=0.1)
+    worker.pace.steps(running=True)
+    rest = worker.pace.begin(lambda: worker.cpu)
+    began = worker.now
+    for _ in range(10):
+        worker.work(0.002)
+        rest()
+    assert worker.now - began == pytest.approx(10 * 0.002 / 0.1)
+
+
+def test_two_loads_share_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(monkeypatch, share=0.1)
+    worker.pace.steps(running=True)
+    first, second = (worker.pace.begin(lambda: worker.cpu) for _ in range(2))
+    worker.work(0.002)
+    worker.pauses.clear()
+    monkeypatch.setattr(worker.pace._free, "wait", worker.pauses.append)  # both at the same moment
+    first()
+    second()
+    assert worker.pauses == pytest.approx([0.018, 0.038])
+
+
+def test_pieces_too_small_to_matter_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(monkeypatch, share=0.5)
+    worker.pace.steps(running=True)
+    rest = worker.pace.begin(lambda: worker.cpu)
+    for _ in range(4):
+        worker.work(0.0001)
+        rest()
+    assert worker.pauses == pytest.approx([0.0003])
+
+
+@pytest.mark.parametrize(("share", "running"), [(0.1, False), (1.0, True)])
+def test_without_requests_or_without_a_limit_nobody_pauses(
+    monkeypatch: pytest.MonkeyPatch, share: float, running: bool
+) -> None:
+    worker = Worker(monkeypatch, share)
+    worker.pace.steps(running)
+    rest = worker.pace.begin(lambda: worker.cpu)
+    worker.work(5.0)
+    rest()
+    assert sum(worker.pauses) == 0.0
+
+
+def test_a_pause_ends_when_the_last_request_does() -> None:
+    pace, cpu = Pace(1e-6), iter((0.0, 1.0, 1.0))
+    pace.steps(running=True)
+    rest = pace.begin(lambda: next(cpu))
+    thread = threading.Thread(target=rest)  # for eleven days
+    thread.start()
+    pace.steps(running=False)
+    thread.join(timeout=30)
+    assert not thread.is_alive()
