@@ -13,8 +13,9 @@ from adapters.errors import AdapterRejected, SourceNotAllowed
 from adapters.registry import AdapterVersion
 from adapters.remote import RemoteSources
 from adapters.source import AdapterDescription, AdapterSource, describe, digest, fingerprint
-from adapters.trust import is_trusted
+from adapters.trust import SIGNATURE_FILE, is_trusted
 from service.errors import FailedPrecondition, PermissionDenied
+from service.tenants import TenantConfig
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,9 +87,18 @@ class AdapterLibrary:
         finally:
             await self._in_thread(self._depot.discard, directory)
 
-    async def is_trusted(self, files: AdapterFiles, digests: Collection[str], key_files: Collection[Path]) -> bool:
-        """Whether files are among those digests, or signed with one of those keys."""
-        return await self._in_thread(is_trusted, files.digest, files.directory, digests, key_files)
+    async def check_trust(self, tenant: str, config: TenantConfig, files: AdapterFiles) -> None:
+        """Raises PermissionDenied (ADAPTER_UNTRUSTED) for files that a tenant does not accept."""
+        if not config.adapter_digests and not config.adapter_keys:
+            return
+        digests = {digest.removeprefix("sha256:") for digest in config.adapter_digests}
+        keys = [Path(file) for file in config.adapter_keys]
+        if not await self._in_thread(is_trusted, files.digest, files.directory, digests, keys):
+            message = (
+                f"tenant {tenant!r} accepts listed and signed adapters alone; the digest sha256:{files.digest} is not "
+                f"listed, and {SIGNATURE_FILE} is no signature of it by a trusted key"
+            )
+            raise PermissionDenied(message, "ADAPTER_UNTRUSTED")
 
     def keep(self, files: AdapterFiles) -> None:
         """Have gathered files stay, for a version that is registered before anything else happens."""

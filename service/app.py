@@ -139,14 +139,14 @@ def assemble(
     depot = Depot((state_directory or bus_directory) / "adapters")
     remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
     library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
-    deployer = AdapterDeployer(registry, library, host, state)
+    tenants = Tenants(config.tenants, config.other_tenants)
+    deployer = AdapterDeployer(registry, library, host, state, tenants)
     routes = RouteBook(state)
     catalog = Catalog(host, registry, routes)
     admission = Admission(
         AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens),
         check_records=telemetry.usage.check_room if telemetry.usage is not None else lambda: None,
     )
-    tenants = Tenants(config.tenants, config.other_tenants)
     inference = InferenceServicer(
         catalog,
         admission,

@@ -35,6 +35,7 @@ from service.config import AdapterConfig
 from service.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LoraplexError
 from service.hosting import HostedModel, ModelHost
 from service.state import StateFile
+from service.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,20 @@ CONFIGURED_KIND = "configured"  # by name of an adapter of the configuration: th
 class AdapterDeployer:
     """For one event loop. Long work runs in threads and in tasks of its own."""
 
-    def __init__(self, registry: AdapterRegistry, library: AdapterLibrary, models: ModelHost, state: StateFile) -> None:
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        library: AdapterLibrary,
+        models: ModelHost,
+        state: StateFile,
+        tenants: Tenants,
+    ) -> None:
         """Brings the registry back to what the state says. `reconcile` makes the rest follow."""
         self._registry = registry
         self._library = library
         self._models = models
         self._state = state
+        self._tenants = tenants
         self._descriptions: dict[AdapterKey, AdapterDescription] = {}  # of versions that are LOADING
         self._current: dict[str, AdapterKey] = {}  # by key name: what the bare name last meant
         self._clients: dict[str, EngineClient] = {}  # by model: the life of its engine that has been given adapters
@@ -138,6 +147,8 @@ class AdapterDeployer:
         )
         try:
             async with self._library.find(adapter.source) as files:
+                tenant = self._tenants.get(adapter.tenant)
+                await self._library.check_trust(tenant.name, tenant.config, files)
                 # What the configuration said already at the last start was perhaps changed by hand since.
                 configured = self._state.read(CONFIGURED_KIND).get(adapter.name)
                 spec = replace(spec, make_current=configured != files.digest.encode())

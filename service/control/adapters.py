@@ -22,7 +22,6 @@ from adapters.registry import (
 )
 from adapters.residency import Residency
 from adapters.source import WEIGHTS_FILE
-from adapters.trust import SIGNATURE_FILE
 from loraplex.v1 import adapters_pb2_grpc
 from loraplex.v1.adapters_pb2 import (
     ADAPTER_RESIDENCY_DEVICE,
@@ -69,7 +68,6 @@ from service.errors import (
     FailedPrecondition,
     InvalidRequest,
     NotFound,
-    PermissionDenied,
     Violation,
     to_status,
 )
@@ -201,7 +199,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         seconds = wait_seconds(request)
         if request.adapter.digest and request.adapter.digest != f"sha256:{files.digest}":
             raise InvalidRequest.at("adapter.digest", f"the files have another one, sha256:{files.digest}")
-        await self._check_trust(tenant, files)
+        await self._library.check_trust(tenant, self._tenants.get(tenant).config, files)
         files = self._deployer.check_rank(files, spec.base_model)
         if request.validate_only:
             return await self._validated(tenant, request.adapter_id, spec, files)
@@ -342,20 +340,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
         await wait_until(is_over, self._registry.subscribe, seconds)
         return self._find(version.key) or version
-
-    async def _check_trust(self, tenant: str, files: AdapterFiles) -> None:
-        """Raises PermissionDenied (ADAPTER_UNTRUSTED)."""
-        config = self._tenants.get(tenant).config
-        if not config.adapter_digests and not config.adapter_keys:
-            return
-        digests = {digest.removeprefix("sha256:") for digest in config.adapter_digests}
-        keys = [Path(file) for file in config.adapter_keys]
-        if not await self._library.is_trusted(files, digests, keys):
-            message = (
-                f"tenant {tenant!r} accepts listed and signed adapters alone; the digest sha256:{files.digest} is not "
-                f"listed, and {SIGNATURE_FILE} is no signature of it by a trusted key"
-            )
-            raise PermissionDenied(message, "ADAPTER_UNTRUSTED")
 
     def _check_quota(self, tenant: str, files: AdapterFiles) -> None:
         """Raises QuotaExceeded if the tenant may not have these files too. To be called right before they are taken."""

@@ -25,6 +25,7 @@ from service.adapter_files import AdapterLibrary
 from service.deployment import AdapterDeployer
 from service.hosting import ModelHost
 from service.state import StateFile
+from service.tenants import Tenants
 from tests.service.fake_engine import LIMITS, FakeEngine
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
@@ -65,7 +66,7 @@ class Life:
         depot = Depot(directory / "state" / "adapters")
         library = AdapterLibrary(AdapterSource([directory]), RemoteSources((), {}, 0), depot)
         host = cast(ModelHost, FakeHost(engine))
-        return cls(state, registry, library, AdapterDeployer(registry, library, host, state), engine)
+        return cls(state, registry, library, AdapterDeployer(registry, library, host, state, Tenants()), engine)
 
     async def end(self) -> None:
         await self.deployer.close()

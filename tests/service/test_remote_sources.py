@@ -16,6 +16,7 @@ from adapters.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from adapters.trust import SIGNATURE_FILE, sign
 from loraplex import FailedPrecondition, PermissionDenied
 from loraplex.v1.adapters_pb2 import Adapter
+from service.config import AdapterConfig
 from service.tenants import TenantConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
@@ -167,6 +168,18 @@ def test_one_repository_may_be_allowed_and_no_other(tmp_path: Path) -> None:
 
 
 # ---- signatures ------------------------------------------------------------------------------------------------------
+
+
+async def test_adapters_of_the_configuration_are_accepted_as_others_are(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    listed, other = write_adapter(tmp_path / "listed"), write_adapter(tmp_path / "other", seed=1)
+    tenants = {"acme": TenantConfig(adapter_digests=(f"sha256:{digest(listed)}",))}
+    configured = tuple(
+        AdapterConfig(name=f"acme/{files.name}", model="tiny", source=str(files)) for files in (listed, other)
+    )
+    async with control_plane(byte_tokenizer_directory, tmp_path, adapters=configured, tenants=tenants) as control:
+        assert [adapter.name for adapter in await control.admin.list_adapters()] == ["tenants/acme/adapters/listed"]
 
 
 async def test_a_tenant_with_keys_accepts_signed_adapters_alone(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
