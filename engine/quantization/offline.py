@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,12 +144,14 @@ def _run_package(source: Path, job: Job) -> None:
         longest = read_model_config(source).max_position_embeddings
         calibration = _windows(source, job.calibration, longest)[: job.samples]
     asked = {"method": job.method, "group_size": job.group_size, "calibration": calibration}
-    done = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT)],
-        input=json.dumps({"source": str(source.resolve()), "out": str(job.out.resolve()), **asked}),
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        text=True,
-    )
+    with tempfile.TemporaryDirectory() as folder:  # GPTQModel leaves a directory of logs where it is run
+        done = subprocess.run(
+            [sys.executable, "-P", str(SCRIPT)],
+            input=json.dumps({"source": str(source.resolve()), "out": str(job.out.resolve()), **asked}),
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            cwd=folder,
+            text=True,
+        )
     if done.returncode:
         raise ModelError(f"{PACKAGES[EXTRAS[job.method]]} failed with status {done.returncode}: see its messages above")
 
