@@ -138,8 +138,8 @@ def test_quantising_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
         load(twins.quantised, quantization="nf4")
 
 
-# How far a model may be from its unquantised self, of the largest logit: these random ones show 0.0068, 0.139 and 0.091;
-# doubled, for the largest of some thousand logits depends on the order of sums.
+# How far a model may be from its unquantised self, of the largest logit: these random ones show 0.0068, 0.139 and
+# 0.091; doubled, for the largest of some thousand logits depends on the order of sums.
 @pytest.mark.parametrize(("method", "largest"), [("int8", 0.014), ("nf4", 0.28), ("int4", 0.19)])
 def test_quantising_while_loading_stays_near_the_dense_model(tmp_path: Path, method: str, largest: float) -> None:
     twins = make_twins(tmp_path, {}, packing.gptq())

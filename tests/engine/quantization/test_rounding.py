@@ -44,7 +44,7 @@ def test_zeros_stay_zeros(method: str) -> None:
 
 @pytest.mark.parametrize(("method", "error"), [("int8", 0.008), ("nf4", 0.097), ("int4", 0.096)])
 def test_the_error_is_that_of_the_format(method: str, error: float) -> None:
-    """Root mean square, as a share of the weights', for normally distributed ones: 0.0075, 0.0927 and 0.0914, and 5 % more."""
+    """Root mean square, as a share of normally distributed weights': 0.0075, 0.0927 and 0.0914, and 5 % more."""
     dense = weights(64, 512)
     difference = dequantize(round_to_nearest(dense, method)) - dense
     assert (difference.square().mean() / dense.square().mean()).sqrt() < error
