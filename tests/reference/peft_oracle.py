@@ -22,6 +22,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.messages import AddRequest, LoadAdapter, StepOutput
 from engine.sampling_params import SamplingParams
+from tests.reference.stepping import step
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -145,15 +146,18 @@ def randomised(model: Any, seed: int) -> Any:
     return model.eval()
 
 
-def add_all_kinds(folder: Path, load: Callable[[], Any]) -> Oracle:
-    """An adapter of each kind for the model that `load` makes anew, saved by PEFT and read back by it."""
+def add_all_kinds(folder: Path, base: Any) -> Oracle:
+    """An adapter of each kind for a base model, saved by PEFT and read back by it."""
+    base.eval()
     keys: dict[str | None, AdapterKey | None] = {None: None}
-    models = {None: load().eval()}
+    models = {None: base}
     with warnings.catch_warnings(action="ignore"):  # PEFT warns of the odd things that are done here on purpose
         for seed, (name, fields) in enumerate(KINDS.items(), start=1):
             config = peft.LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6} | fields))
-            randomised(peft.get_peft_model(load(), config), seed).save_pretrained(folder / name)
-            models[name] = peft.PeftModel.from_pretrained(load(), folder / name).eval()
+            trained = randomised(peft.get_peft_model(copy.deepcopy(base), config), seed)
+            trained.create_or_update_model_card = lambda folder: None  # takes longer than the adapter
+            trained.save_pretrained(folder / name)
+            models[name] = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / name).eval()
             keys[name] = AdapterKey(f"shared/{name}", digest(folder / name))
     return Oracle(folder, keys, models)
 
@@ -161,13 +165,10 @@ def add_all_kinds(folder: Path, load: Callable[[], Any]) -> Oracle:
 def oracle_of(family: str, folder: Path) -> Oracle:
     """A small random model of a family, and adapters of all kinds for it."""
     randomised(FAMILIES[family](), 0).save_pretrained(folder / "base")
-
-    def load() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder / "base", attn_implementation="eager", dtype=torch.float32
-        )
-
-    return add_all_kinds(folder, load)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "base", attn_implementation="eager", dtype=torch.float32
+    )
+    return add_all_kinds(folder, base)
 
 
 class RecordingSampler:
@@ -199,7 +200,7 @@ class Engine:
             if key is not None and name is not None and not key.parts:
                 self.core.load_adapter(LoadAdapter(key, str(oracle.folder / name)))
         while self.core.has_work():
-            for event in self.core.step():
+            for event in step(self.core):
                 assert getattr(event, "problems", None) is None, event
 
     def add(self, prompt: list[int], adapter: str | None, max_tokens: int = 5) -> int:
@@ -210,7 +211,7 @@ class Engine:
         return number
 
     def step(self) -> None:
-        for message in self.core.step():
+        for message in step(self.core):
             if isinstance(message, StepOutput):
                 for output in message.outputs:
                     assert not output.error

@@ -29,6 +29,7 @@ from tests.reference.peft_oracle import (
     random_prompt,
     randomised,
 )
+from tests.reference.stepping import step
 
 peft = pytest.importorskip("peft")
 
@@ -163,7 +164,7 @@ def test_a_composition_with_an_adapter_that_is_no_sum_is_refused_by_name(oracle:
     outputs = []
     while engine.core.has_work():
         outputs.extend(
-            out for message in engine.core.step() if isinstance(message, StepOutput) for out in message.outputs
+            out for message in step(engine.core) if isinstance(message, StepOutput) for out in message.outputs
         )
     engine.core.close()
     assert f"shared/{kind}@" in outputs[-1].error

@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.messages import AddRequest, LoadAdapter, RequestOutput, StepOutput
 from engine.sampling_params import FinishReason, SamplingParams
+from tests.reference.stepping import step
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -127,7 +128,7 @@ def make_core(oracle: Oracle, request: pytest.FixtureRequest) -> Iterator[Any]:
         for name, key in oracle.keys.items():
             core.load_adapter(LoadAdapter(key, str(oracle.folder / "adapters" / name)))
         while core.has_work():
-            core.step()
+            step(core)
         cores.append(core)
         return core
 
@@ -150,7 +151,7 @@ class Client:
         self.core.add(AddRequest(request_id, prompt, sampling, key))
 
     def step(self) -> None:
-        for message in self.core.step():
+        for message in step(self.core):
             if isinstance(message, StepOutput):
                 for output in message.outputs:
                     self.outputs.setdefault(output.request_id, []).append(output)

@@ -6,7 +6,6 @@ import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -46,12 +45,10 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if method:
         dequantised(folder / "base", twins.dense, method)
 
-    def load_dense() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            twins.dense, attn_implementation="eager", dtype=torch.float32
-        )
-
-    oracle = add_all_kinds(folder, load_dense)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(
+        twins.dense, attn_implementation="eager", dtype=torch.float32
+    )
+    oracle = add_all_kinds(folder, dense)
     parts = {part for weights in SUMS.values() for part in weights}
     merged = {part: copy.deepcopy(oracle.models[part]).merge_and_unload().state_dict() for part in parts}
     for name, weights in SUMS.items():
