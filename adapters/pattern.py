@@ -21,6 +21,8 @@ Piece = Callable[[str, frozenset[int]], frozenset[int]]
 _QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}")
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[dDwWsS]|[^0-9A-Za-z])")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
+# What `re` warns of, because it may come to mean an operation on sets: "[[" and doubled signs in a class.
+_SET_OPERATION = re.compile(r"\\.|(?P<operation>\[\^?(?:\[|\]?(?:\\.|[^\]\\])*?(?:--|&&|~~|\|\|)))", re.DOTALL)
 
 
 class ModulePattern:
@@ -33,6 +35,8 @@ class ModulePattern:
     def __init__(self, pattern: str) -> None:
         if len(pattern) > MAX_PATTERN_LENGTH:
             raise ValueError(f"pattern of {len(pattern)} characters: at most {MAX_PATTERN_LENGTH} are allowed")
+        if any(found["operation"] for found in _SET_OPERATION.finditer(pattern)):
+            raise ValueError(f"pattern {pattern!r}: a set operation within brackets is not supported")
         try:
             re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, OverflowError, RecursionError) as error:

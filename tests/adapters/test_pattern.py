@@ -81,6 +81,9 @@ def test_a_hostile_pattern_is_matched_without_backtracking(pattern: str) -> None
         (r"(a)\1", "is not supported"),
         (r"\ba", "is not supported"),
         ("a++", "possessive"),
+        ("[[a]", "set operation"),
+        ("[a&&b]", "set operation"),
+        ("[^a--b]", "set operation"),
         ("a{1000}", "above 64"),
         ("(" * 9 + ")" * 9, "inside each other"),
         ("a" * (MAX_PATTERN_LENGTH + 1), "at most"),
@@ -89,3 +92,12 @@ def test_a_hostile_pattern_is_matched_without_backtracking(pattern: str) -> None
 def test_what_is_not_supported_is_refused_by_name(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModulePattern(pattern)
+
+
+@given(st.text("[]^-&|~\\ab", max_size=12))
+def test_whatever_the_brackets_re_has_nothing_to_warn_of(pattern: str) -> None:
+    try:
+        module_pattern = ModulePattern(pattern)  # a warning is an error here
+    except ValueError:
+        return
+    assert module_pattern.matches("a-b") is peft_rule(pattern, "a-b")
