@@ -42,7 +42,10 @@ async def test_a_conversation_is_generated_from(control: ControlPlane) -> None:
 async def test_what_the_server_refuses_is_said_in_its_words(control: ControlPlane) -> None:
     result = await run(control, "generate", "nope", "abc")
     assert result.exit_code == 1
-    assert result.output == "Error: MODEL_NOT_FOUND: there is no model 'nope'; there are: other, tiny\n"
+    assert result.output == (
+        "Error: MODEL_NOT_FOUND: there is no model 'nope'; there are: other, tiny; "
+        "nor is there an adapter or a route of that name for tenant 'default'\n"
+    )
 
 
 @pytest.mark.parametrize(
