@@ -35,10 +35,11 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateResponse,
 )
 from service.admission import Admission
+from service.call import Call, current_call
 from service.catalog import Catalog, Target
 from service.errors import Cancelled, FailedPrecondition, InvalidRequest, LoraplexError, Unavailable
 from service.generation import Event, Job, Run
-from service.interceptors import Call, current_call, error_status, known_error, status_name
+from service.interceptors import error_status, known_error, status_name
 from service.prompts import prompt_tokens
 from service.telemetry.metrics import RequestMetrics
 from service.telemetry.records import NOBODY, Observer

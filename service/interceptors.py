@@ -4,11 +4,8 @@ from __future__ import annotations  # grpc's classes are generic to mypy, and no
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -17,55 +14,15 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from google.rpc.status_pb2 import Status
 
-from loraplex.v1.inference_pb2 import Usage
 from service.auth.access import check_resource
 from service.auth.door import Caller, Door, certificate_names
 from service.auth.principal import Principal
+from service.call import Call, serving
 from service.errors import EngineError, InvalidRequest, LoraplexError, SlowConsumer, to_status, trailing_metadata
 from service.telemetry.records import NOBODY, CallRecord, Observer
 from service.telemetry.trace_context import trace_id_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Call:
-    """One call, from its arrival to its status."""
-
-    tenant: str
-    request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # never the caller's: that is a label
-    arrival: float = field(default_factory=lambda: asyncio.get_running_loop().time())
-    deadline: float | None = None  # of the event loop's clock
-    routing_key: str = ""  # of the metadata loraplex-routing-key: the same one, the same target of a route
-    metadata: dict[str, str] = field(default_factory=dict)  # goes back to the caller, beside loraplex-request-id
-    usage: Callable[[], Usage] | None = None  # what a generation has consumed so far: an error carries it
-    recorded: bool = False  # its generation has been given to the observer
-    trace_id: str = ""  # of the caller's trace, or of the one that began here
-    span: object = None  # of whoever traces
-
-    def seconds_left(self) -> float | None:
-        """Until the caller's deadline; None: there is none."""
-        return None if self.deadline is None else self.deadline - asyncio.get_running_loop().time()
-
-    def used_tokens(self) -> int:
-        """Of prompt and outputs, so far."""
-        if self.usage is None:
-            return 0
-        usage = self.usage()
-        return usage.prompt_tokens + usage.completion_tokens
-
-
-_CALL: ContextVar[Call] = ContextVar("call")
-
-
-def current_call() -> Call:
-    """The call that the running task serves. Raises LookupError outside of one."""
-    return _CALL.get()
-
-
-def find_call() -> Call | None:
-    """As `current_call`; None outside of one."""
-    return _CALL.get(None)
 
 
 def known_error(error: Exception, call: Call, what: str) -> LoraplexError:
@@ -133,39 +90,38 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def serve(request: Any, context: Context) -> Any:
             call = Call(tenant="")
-            token = _CALL.set(call)
-            status = "OK"
-            metadata = _text_metadata(context)
-            call.trace_id = trace_id_of(metadata)
-            self._observer.call_started(call, name, metadata)
-            try:
-                principal = await self._door.enter(method, _caller(context, metadata))
-                call.tenant = principal.tenant
-                call.deadline = _deadline(context)
-                call.routing_key = metadata.get("loraplex-routing-key", "")
-                if isinstance(request, AsyncIterator):
-                    request = _checked_stream(request, principal, method)
-                else:
-                    check_resource(principal, method, _message(request, method))
-                result = behaviour(request, context)
-                if isinstance(result, AsyncGenerator):
-                    return await self._stream(result, call, context)
-                response = await result
-                context.set_trailing_metadata(_outgoing(call))
-                return response
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                known = known_error(error, call, method)
-                status = known.code.name
-                await _abort(known, call, context)
-            except BaseException as error:
-                status = status_name(error, call)
-                raise
-            finally:
-                seconds = asyncio.get_running_loop().time() - call.arrival
-                self._observer.call_ended(call, CallRecord(method=name, status=status, seconds=seconds))
-                _CALL.reset(token)
+            with serving(call):
+                status = "OK"
+                metadata = _text_metadata(context)
+                call.trace_id = trace_id_of(metadata)
+                self._observer.call_started(call, name, metadata)
+                try:
+                    principal = await self._door.enter(method, _caller(context, metadata))
+                    call.tenant = principal.tenant
+                    call.deadline = _deadline(context)
+                    call.routing_key = metadata.get("loraplex-routing-key", "")
+                    if isinstance(request, AsyncIterator):
+                        request = _checked_stream(request, principal, method)
+                    else:
+                        check_resource(principal, method, _message(request, method))
+                    result = behaviour(request, context)
+                    if isinstance(result, AsyncGenerator):
+                        return await self._stream(result, call, context)
+                    response = await result
+                    context.set_trailing_metadata(_outgoing(call))
+                    return response
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as error:
+                    known = known_error(error, call, method)
+                    status = known.code.name
+                    await _abort(known, call, context)
+                except BaseException as error:
+                    status = status_name(error, call)
+                    raise
+                finally:
+                    seconds = asyncio.get_running_loop().time() - call.arrival
+                    self._observer.call_ended(call, CallRecord(method=name, status=status, seconds=seconds))
 
         return serve
 

@@ -1,7 +1,7 @@
 """The clients: what can be called on which port. How is in awaiting.py and blocking.py, what exactly in operations/."""
 
 from loraplex import awaiting, blocking
-from loraplex.operations import adapters, inference, models, routes
+from loraplex.operations import adapters, inference, models, routes, server
 
 
 class AsyncClient(awaiting.AsyncCaller):
@@ -40,9 +40,9 @@ class AsyncAdminClient(awaiting.AsyncCaller):
     delete_route = awaiting.runs(routes.delete_route)
     resolve_target = awaiting.runs(routes.resolve_target)
 
-    get_server_info = awaiting.runs(routes.get_server_info)
-    watch_load = awaiting.streams(routes.watch_load)
-    watch_usage = awaiting.streams(routes.watch_usage)
+    get_server_info = awaiting.runs(server.get_server_info)
+    watch_load = awaiting.streams(server.watch_load)
+    watch_usage = awaiting.streams(server.watch_usage)
 
 
 class Client(blocking.Caller):
@@ -81,6 +81,6 @@ class AdminClient(blocking.Caller):
     delete_route = blocking.runs(routes.delete_route)
     resolve_target = blocking.runs(routes.resolve_target)
 
-    get_server_info = blocking.runs(routes.get_server_info)
-    watch_load = blocking.streams(routes.watch_load)
-    watch_usage = blocking.streams(routes.watch_usage)
+    get_server_info = blocking.runs(server.get_server_info)
+    watch_load = blocking.streams(server.watch_load)
+    watch_usage = blocking.streams(server.watch_usage)

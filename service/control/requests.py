@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 from google.protobuf.duration_pb2 import Duration
 
+from service.call import find_call
 from service.errors import InvalidRequest, Violation
-from service.interceptors import find_call
 from service.validation import duration_seconds
 
 T = TypeVar("T")

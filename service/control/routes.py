@@ -21,10 +21,10 @@ from loraplex.v1.routes_pb2 import (
     Route,
     UpdateRouteRequest,
 )
+from service.call import current_call
 from service.catalog import Catalog
 from service.control.requests import ID, Once, check_labels, page, tenant_id
 from service.errors import Aborted, InvalidRequest, LoraplexError, NotFound, PermissionDenied, Violation
-from service.interceptors import current_call
 from service.routing import RouteBook, weight_of
 from service.state import StateFile
 from service.times import timestamp

@@ -13,9 +13,9 @@ from loraplex.v1.tokenizer_pb2 import (
     TokenizeResponse,
     TokenOffset,
 )
+from service.call import current_call
 from service.catalog import Catalog, LoadedModel
 from service.errors import InvalidRequest, Violation
-from service.interceptors import current_call
 from service.prompts import adds_special_tokens, prompt_text
 from service.tenants import Tenants
 from service.text import TemplateRenderer, TextError

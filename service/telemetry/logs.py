@@ -1,11 +1,9 @@
 """What log lines say of the call that they belong to, and the access log."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 
-from service.interceptors import Call, find_call
+from service.call import Call, find_call
 from service.telemetry.records import CallRecord, GenerationRecord
 
 access = logging.getLogger("loraplex.access")

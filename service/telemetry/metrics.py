@@ -1,15 +1,10 @@
 """What calls and generations add up to, by tenant, model and adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from service.call import Call
 from service.telemetry.records import CallRecord, GenerationRecord
 from service.telemetry.series import TOKEN_BUCKETS, Counter, Histogram
-
-if TYPE_CHECKING:
-    from service.interceptors import Call
 
 
 class RequestMetrics:

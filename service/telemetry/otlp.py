@@ -5,11 +5,9 @@ those of the RPC and GenAI semantic conventions. Only imported where an endpoint
 long. Threads do the sending.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -21,13 +19,11 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from service.call import Call
 from service.config import OtlpConfig
 from service.telemetry.otlp_metrics import OtlpMetrics
 from service.telemetry.records import CallRecord, GenerationRecord
 from service.telemetry.series import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, Labels
-
-if TYPE_CHECKING:
-    from service.interceptors import Call
 
 EXPORT_SECONDS: Final = 5  # that one export may take
 PROVIDER: Final = "loraplex"

@@ -1,14 +1,11 @@
 """What is known of a call, or of a generation, once it has ended; and who wants to hear of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 
-if TYPE_CHECKING:
-    from service.interceptors import Call
+from service.call import Call
 
 
 class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,8 +9,6 @@ While the file cannot be written, records wait in memory and generations go on; 
 generation is begun until they have been written.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
@@ -19,15 +17,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from service.call import Call
 from service.errors import Unavailable
 from service.telemetry.records import CallRecord, GenerationRecord
-
-if TYPE_CHECKING:
-    from service.interceptors import Call
 
 logger = logging.getLogger(__name__)
 

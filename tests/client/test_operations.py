@@ -7,7 +7,7 @@ import pytest
 from google.protobuf import descriptor_pool
 
 from loraplex.client import AdminClient, AsyncAdminClient, AsyncClient, Client
-from loraplex.operations import adapters, inference, models, routes
+from loraplex.operations import adapters, inference, models, routes, server
 from loraplex.operations.base import Listing, Operation, Upload, adapter_name, model_name, route_name, tenant_name
 from loraplex.v1 import adapters_pb2, routes_pb2
 
@@ -44,9 +44,9 @@ OPERATIONS: list[Operation[Any]] = [
     routes.update_route(routes_pb2.Route(name="tenants/t/routes/r")),
     routes.delete_route("r"),
     routes.resolve_target("demo"),
-    routes.get_server_info(),
-    routes.watch_load(),
-    routes.watch_usage(),
+    server.get_server_info(),
+    server.watch_load(),
+    server.watch_usage(),
 ]
 
 

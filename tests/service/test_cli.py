@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from service.cli import main
-from tests.service.control_plane import ControlPlane, write_adapter
+from service.config import UsageConfig
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 
 async def run(control: ControlPlane, *arguments: str) -> Result:
@@ -125,3 +126,24 @@ def test_a_configuration_that_is_wrong_is_said(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["serve", "--config", str(file)])
     assert result.exit_code == 1
     assert "unknown key 'modles' in the top level; did you mean 'models'?" in result.output
+
+
+async def test_usage_records_are_printed_a_line_each_and_resumed_after_any(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    usage = UsageConfig(file=str(tmp_path / "usage.jsonl"))
+    async with control_plane(byte_tokenizer_directory, tmp_path, usage=usage) as control:
+        answers = [await control.client.generate("tiny", "abc", max_tokens=count) for count in (1, 2, 3)]
+        printed = await run(control, "usage", "watch", "--existing")
+        rest = await run(control, "usage", "watch", "--existing", "--after", answers[1].request_id)
+    records = [json.loads(line) for line in printed.output.splitlines()]
+    assert [record["id"] for record in records] == [answer.request_id for answer in answers]
+    assert [int(record["completion_tokens"]) for record in records] == [1, 2, 3]
+    assert {record["tenant"] for record in records} == {"tenants/default"}
+    assert [json.loads(line)["id"] for line in rest.output.splitlines()] == [answers[2].request_id]
+
+
+async def test_a_server_that_keeps_no_usage_records_says_how_to_have_them(control: ControlPlane) -> None:
+    result = await run(control, "usage", "watch", "--existing")
+    assert result.exit_code == 1
+    assert "set usage.file" in result.output

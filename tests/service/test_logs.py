@@ -10,7 +10,7 @@ import pytest
 
 from engine.logs import JsonFormatter
 from loraplex import NotFound
-from service.interceptors import Call
+from service.call import Call
 from service.telemetry.logs import CallFields, access, call_fields
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 

@@ -15,9 +15,9 @@ import msgspec
 import pytest
 
 from loraplex import AsyncAdminClient, AsyncClient, LoraplexError, NotFound, Unavailable, Unsupported, generate_spec
+from service.call import Call
 from service.config import UsageConfig
 from service.errors import NotFound as RecordNotFound
-from service.interceptors import Call
 from service.telemetry.records import GenerationRecord
 from service.telemetry.usage import UsageLog
 from service.telemetry.usage_reader import usage_records

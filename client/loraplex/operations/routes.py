@@ -1,4 +1,4 @@
-"""The admin port: routes, and the server itself."""
+"""The admin port: routes."""
 
 from collections.abc import Sequence
 from typing import Unpack
@@ -7,8 +7,8 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from loraplex.channel import CallOptions
-from loraplex.operations.base import Listing, Operation, new_id, optional_duration, route_name, tenant_name
-from loraplex.v1 import routes_pb2, server_pb2
+from loraplex.operations.base import Listing, Operation, new_id, route_name, tenant_name
+from loraplex.v1 import routes_pb2
 
 
 def get_route(name: str, *, tenant: str = "shared", **call: Unpack[CallOptions]) -> Operation[routes_pb2.Route]:
@@ -65,25 +65,3 @@ def resolve_target(
         model=model, parent=None if tenant is None else tenant_name(tenant), routing_key=target_key
     )
     return Operation("/loraplex.v1.RouteService/ResolveTarget", request, routes_pb2.ResolveTargetResponse, call)
-
-
-def get_server_info(**call: Unpack[CallOptions]) -> Operation[server_pb2.ServerInfo]:
-    """What server this is."""
-    request = server_pb2.GetServerInfoRequest()
-    return Operation("/loraplex.v1.ServerService/GetServerInfo", request, server_pb2.ServerInfo, call)
-
-
-def watch_load(
-    *, interval: float | None = None, **call: Unpack[CallOptions]
-) -> Operation[server_pb2.WatchLoadResponse]:
-    """The server's load now, then again at every interval."""
-    request = server_pb2.WatchLoadRequest(interval=optional_duration(interval))
-    return Operation("/loraplex.v1.ServerService/WatchLoad", request, server_pb2.WatchLoadResponse, call)
-
-
-def watch_usage(
-    *, after_id: str = "", existing_only: bool = False, **call: Unpack[CallOptions]
-) -> Operation[server_pb2.WatchUsageResponse]:
-    """Usage records in the order in which they were written, after the one with this id, then every new one."""
-    request = server_pb2.WatchUsageRequest(after_id=after_id, existing_only=existing_only)
-    return Operation("/loraplex.v1.ServerService/WatchUsage", request, server_pb2.WatchUsageResponse, call)

@@ -1,0 +1,60 @@
+"""One call, and how the code that serves it finds it."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from loraplex.v1.inference_pb2 import Usage
+
+
+@dataclass(slots=True)
+class Call:
+    """One call, from its arrival to its status."""
+
+    tenant: str
+    request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # never the caller's: that is a label
+    arrival: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    deadline: float | None = None  # of the event loop's clock
+    routing_key: str = ""  # of the metadata loraplex-routing-key: the same one, the same target of a route
+    metadata: dict[str, str] = field(default_factory=dict)  # goes back to the caller, beside loraplex-request-id
+    usage: Callable[[], Usage] | None = None  # what a generation has consumed so far: an error carries it
+    recorded: bool = False  # its generation has been given to the observer
+    trace_id: str = ""  # of the caller's trace, or of the one that began here
+    span: object = None  # of whoever traces
+
+    def seconds_left(self) -> float | None:
+        """Until the caller's deadline; None: there is none."""
+        return None if self.deadline is None else self.deadline - asyncio.get_running_loop().time()
+
+    def used_tokens(self) -> int:
+        """Of prompt and outputs, so far."""
+        if self.usage is None:
+            return 0
+        usage = self.usage()
+        return usage.prompt_tokens + usage.completion_tokens
+
+
+_CALL: ContextVar[Call] = ContextVar("call")
+
+
+def current_call() -> Call:
+    """The call that the running task serves. Raises LookupError outside of one."""
+    return _CALL.get()
+
+
+def find_call() -> Call | None:
+    """As `current_call`; None outside of one."""
+    return _CALL.get(None)
+
+
+@contextmanager
+def serving(call: Call) -> Iterator[None]:
+    """Within the block this is the current call."""
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
