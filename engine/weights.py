@@ -20,8 +20,7 @@ from engine.model_config import ModelError
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+BASE_NAME = "model"  # what a model's files are called, unless a quantiser named them otherwise
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt")
 # Other layouts of the same weights, in some repositories: never what we read.
 HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")
@@ -134,9 +133,16 @@ class Checkpoint:
     """
 
     def __init__(
-        self, directory: Path, unused_prefixes: tuple[str, ...] = (), progress: Progress | None = None
+        self,
+        directory: Path,
+        unused_prefixes: tuple[str, ...] = (),
+        progress: Progress | None = None,
+        base_names: Sequence[str] = (BASE_NAME,),
     ) -> None:
-        """Raises ModelError if there are no safetensors, or one of them is damaged or missing."""
+        """base_names: as `shard_paths` has them.
+
+        Raises ModelError if there are no safetensors, or one of them is damaged or missing.
+        """
         self.directory = directory
         self._progress = progress
         self._files: dict[Path, Any] = {}
@@ -144,7 +150,7 @@ class Checkpoint:
         self._loaded_bytes = 0
         self._closing = ExitStack()
         try:
-            for path in shard_paths(directory):
+            for path in shard_paths(directory, base_names):
                 self._open(path, unused_prefixes)
         except BaseException:
             self._closing.close()
@@ -225,7 +231,7 @@ class Checkpoint:
         try:
             file = self._closing.enter_context(safe_open(path, framework="pt"))
         except FileNotFoundError:
-            raise ModelError(f"{path}: named by {INDEX_FILE}, but not there: complete the download") from None
+            raise ModelError(f"{path}: named by the index, but not there: complete the download") from None
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: not a valid safetensors file ({error}): fetch it again") from error
         self._files[path] = file
@@ -245,21 +251,43 @@ class Checkpoint:
             self._tensors[name] = StoredTensor(path, stored_name, shape, dtype, nbytes)
 
 
-def shard_paths(directory: Path) -> list[Path]:
-    """The safetensors files that make up the model in `directory`. Raises ModelError if there are none."""
-    if (directory / SINGLE_FILE).exists():
-        return [directory / SINGLE_FILE]
-    if not (directory / INDEX_FILE).exists():
-        others = sorted(
-            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in directory.glob(pattern)
-        )
-        hint = f"; it has {_listed(others)}, which may run code or hold another layout: convert it" if others else ""
-        raise ModelError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+def shard_paths(directory: Path, base_names: Sequence[str] = (BASE_NAME,)) -> list[Path]:
+    """The safetensors files that make up the model in `directory`. Raises ModelError if there are none.
+
+    base_names: what they may be called, without an ending; the first that is there counts.
+    """
+    for name in base_names:
+        if (directory / single_file(name)).exists():
+            return [directory / single_file(name)]
+        if (directory / index_file(name)).exists():
+            return _indexed(directory / index_file(name))
+    wanted = " nor ".join(file for name in base_names for file in (single_file(name), index_file(name)))
+    hint = ""
+    if others := _names(directory, "*.safetensors"):
+        hint = f"; it has {_listed(others)}: if that is the whole model, rename it to {single_file(BASE_NAME)}"
+    elif others := _names(directory, "*.bin", "*.pt", "*.pth", "*.gguf"):
+        hint = f"; it has {_listed(others)}, which may run code or hold another layout: convert it"
+    raise ModelError(f"{directory}: neither {wanted}{hint}")
+
+
+def single_file(base_name: str) -> str:
+    return f"{base_name}.safetensors"
+
+
+def index_file(base_name: str) -> str:
+    return f"{base_name}.safetensors.index.json"
+
+
+def _indexed(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
     names = [str(name) for name in weight_map.values()] if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise ModelError(f"{directory / INDEX_FILE}: weight_map must map each tensor to a file in the same directory")
-    return [directory / name for name in sorted(set(names))]
+        raise ModelError(f"{index}: weight_map must map each tensor to a file in the same directory")
+    return [index.parent / name for name in sorted(set(names))]
+
+
+def _names(directory: Path, *patterns: str) -> list[str]:
+    return sorted(path.name for pattern in patterns for path in directory.glob(pattern))
 
 
 def canonical_name(stored_name: str) -> str:

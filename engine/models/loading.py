@@ -32,7 +32,7 @@ from engine.models.layout import (
     tensor_shapes,
 )
 from engine.models.registry import read_model_config
-from engine.quantization import LinearShape, QuantizedReader, read_spec, round_to_nearest
+from engine.quantization import LinearShape, QuantizedReader, base_names, read_spec, round_to_nearest
 from engine.weights import Checkpoint, Progress, read_json
 from kernels.ops import Ops, QKNorm
 from kernels.quantized import QuantizedWeight, concatenate
@@ -53,13 +53,14 @@ def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | 
     Raises ModelError if it is of no known family, or its weights are not all that its config.json asks for.
     """
     model_config = read_model_config(path)
-    spec = read_spec(path, read_json(path / "config.json"))
+    raw = read_json(path / "config.json")
+    spec = read_spec(path, raw)
     if spec is not None and config.quantization is not None:
         raise ModelError(
             f"{path}: quantization {config.quantization!r} is asked for, and the checkpoint is quantised already "
             f"({spec.label}): leave it out, or use the unquantised checkpoint"
         )
-    with Checkpoint(path, model_config.unused_tensors, progress) as checkpoint:
+    with Checkpoint(path, model_config.unused_tensors, progress, base_names(path, raw)) as checkpoint:
         expected = tensor_shapes(model_config)
         if HEAD in checkpoint:  # some files hold a tied head a second time
             expected[HEAD] = expected[EMBEDDING]

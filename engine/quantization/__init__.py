@@ -5,9 +5,9 @@ linears by it, `rounding.py` quantises a dense checkpoint while it is loaded. Ne
 make such checkpoints.
 """
 
-from engine.quantization.detection import parse, read_spec
+from engine.quantization.detection import base_names, parse, read_spec
 from engine.quantization.reader import QuantizedReader
 from engine.quantization.rounding import round_to_nearest
 from engine.quantization.spec import LinearShape, QuantSpec
 
-__all__ = ["LinearShape", "QuantSpec", "QuantizedReader", "parse", "read_spec", "round_to_nearest"]
+__all__ = ["LinearShape", "QuantSpec", "QuantizedReader", "base_names", "parse", "read_spec", "round_to_nearest"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.config_fields import ConfigFields
 from engine.quantization import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from engine.quantization.spec import QuantSpec
-from engine.weights import read_json
+from engine.weights import BASE_NAME, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ FORMATS: Mapping[str, Callable[[ConfigFields], QuantSpec]] = {
 SECTIONS = ("quantization_config", "compression_config")  # of config.json; the second is an old spelling
 # Files of their own, beside a config.json that says nothing: AutoGPTQ's and AutoAWQ's, and what they imply.
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+NAME_FIELD = "model_file_base_name"
 COMPARED = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
 
 
@@ -33,17 +34,32 @@ def read_spec(directory: Path, raw: Mapping[str, object]) -> QuantSpec | None:
     config.json counts where a file of the quantiser's own contradicts it. Raises ModelError naming the field that is
     not supported.
     """
-    stated = _section(raw, str(directory / "config.json"))
-    own = next((name for name in OWN_FILES if (directory / name).exists()), None)
-    if own is None:
-        return None if stated is None else parse(stated)
-    fields = ConfigFields(read_json(directory / own), str(directory / own))
+    stated, own = _section(raw, str(directory / "config.json")), _own_file(directory)
     if stated is None:
-        return parse(fields.with_defaults({"quant_method": OWN_FILES[own]}))
-    differing = [name for name in COMPARED if fields.has(name) and stated.has(name) and not fields.agrees(stated, name)]
-    if differing:
-        logger.warning("%s contradicts config.json in %s: config.json counts", fields.where, ", ".join(differing))
+        return None if own is None else parse(own)
+    differing = [name for name in COMPARED if own and own.has(name) and stated.has(name) and not own.agrees(stated, name)]
+    if own is not None and differing:
+        logger.warning("%s contradicts config.json in %s: config.json counts", own.where, ", ".join(differing))
     return parse(stated)
+
+
+def base_names(directory: Path, raw: Mapping[str, object]) -> list[str]:
+    """What the files of the model in `directory` may be called, without an ending: AutoGPTQ states it, or took a name
+    of its own where it states none.
+
+    raw: what config.json holds. Raises ModelError for a name that leads out of the directory.
+    """
+    names = [BASE_NAME]
+    for fields in (_section(raw, str(directory / "config.json")), _own_file(directory)):
+        if fields is None or fields.text("quant_method", "") != "gptq":
+            continue
+        if fields.has(NAME_FIELD):
+            names.insert(0, fields.text(NAME_FIELD))
+        elif fields.has("bits"):
+            names.insert(0, f"gptq_model-{fields.integer('bits')}bit-{fields.integer('group_size', -1, minimum=-1)}g")
+        if Path(names[0]).name != names[0]:
+            raise fields.error(NAME_FIELD, names[0], "the name of a file beside it")
+    return list(dict.fromkeys(names))
 
 
 def parse(fields: ConfigFields) -> QuantSpec:
@@ -52,6 +68,14 @@ def parse(fields: ConfigFields) -> QuantSpec:
     if method not in FORMATS:
         raise fields.error("quant_method", method or None, f"one of {', '.join(FORMATS)}")
     return FORMATS[method](fields)
+
+
+def _own_file(directory: Path) -> ConfigFields | None:
+    own = next((name for name in OWN_FILES if (directory / name).exists()), None)
+    if own is None:
+        return None
+    fields = ConfigFields(read_json(directory / own), str(directory / own))
+    return fields.with_defaults({"quant_method": OWN_FILES[own]})
 
 
 def _section(raw: Mapping[str, object], where: str) -> ConfigFields | None:

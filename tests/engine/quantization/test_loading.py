@@ -117,6 +117,47 @@ def test_old_checkpoints_state_it_in_a_file_of_its_own(
     assert_twins_agree(twins)
 
 
+OLD_GPTQ = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("gptq_model-4bit-32g", {**OLD_GPTQ, "model_file_base_name": None}),
+        ("gptq_model-4bit-32g", OLD_GPTQ),
+        ("mine", {**OLD_GPTQ, "model_file_base_name": "mine"}),
+        ("model", {**OLD_GPTQ, "model_file_base_name": "mine"}),  # renamed since, as transformers wants it
+    ],
+)
+def test_old_checkpoints_name_their_file_themselves(tmp_path: Path, name: str, section: dict[str, Any]) -> None:
+    twins = make_twins(tmp_path, {}, packing.gptq())
+    (twins.quantised / "quantize_config.json").write_text(json.dumps(section))
+    (twins.quantised / "model.safetensors").rename(twins.quantised / f"{name}.safetensors")
+    assert_twins_agree(twins)
+
+
+def test_shards_of_a_file_that_is_named_otherwise(tmp_path: Path) -> None:
+    twins = make_twins(tmp_path, gptq(model_file_base_name="mine"), packing.gptq())
+    (twins.quantised / "model.safetensors").rename(twins.quantised / "mine-1-of-1.safetensors")
+    weight_map = dict.fromkeys(load_file(twins.quantised / "mine-1-of-1.safetensors"), "mine-1-of-1.safetensors")
+    (twins.quantised / "mine.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_twins_agree(twins)
+
+
+def test_the_file_of_another_name_is_told_with_what_to_do(tmp_path: Path) -> None:
+    twins = make_twins(tmp_path, gptq(), packing.gptq())
+    (twins.quantised / "model.safetensors").rename(twins.quantised / "other.safetensors")
+    message = r"neither gptq_model-4bit-32g\.safetensors nor .*it has other\.safetensors: .* rename it to model\."
+    with pytest.raises(ModelError, match=message):
+        load(twins.quantised)
+
+
+def test_a_file_outside_the_directory_is_refused(tmp_path: Path) -> None:
+    twins = make_twins(tmp_path, gptq(model_file_base_name="../dense/model"), packing.gptq())
+    with pytest.raises(ModelError, match=r"model_file_base_name is '\.\./dense/model'"):
+        load(twins.quantised)
+
+
 def test_config_json_counts_where_two_files_disagree(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     twins = make_twins(tmp_path, gptq(), packing.gptq())
     (twins.quantised / "quantize_config.json").write_text(json.dumps({"bits": 8, "group_size": -1, "sym": True}))
