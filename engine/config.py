@@ -6,6 +6,7 @@ import msgspec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8", "int4")
+HEAD_QUANTIZATIONS = ("int8",)
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
@@ -17,6 +18,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     revision: str | None = None  # of a hub id: pin it
     dtype: str = "auto"  # auto: bfloat16 where the checkpoint is 16-bit, else float32
     quantization: str | None = None  # of an unquantised checkpoint, while it is loaded; None: as the checkpoint is
+    head_quantization: str | None = None  # of a dense lm_head, while it is loaded, whatever the other linears are
     device: str = "auto"  # auto: cuda where there is one, else cpu
     kernels: str = "auto"
     threads: int | None = None  # compute threads on the CPU; None: all cores the process may use
@@ -46,6 +48,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             problems.append(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             problems.append(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if self.head_quantization is not None and self.head_quantization not in HEAD_QUANTIZATIONS:
+            problems.append(f"head_quantization {self.head_quantization!r} is not {' or '.join(HEAD_QUANTIZATIONS)}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             problems.append(f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
         if self.kernels not in BACKENDS:

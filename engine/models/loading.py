@@ -32,7 +32,7 @@ from engine.models.layout import (
     tensor_shapes,
 )
 from engine.models.registry import read_model_config
-from engine.quantization import LinearShape, QuantizedReader, base_names, read_spec, round_to_nearest
+from engine.quantization import LinearShape, QuantizedReader, QuantSpec, base_names, read_spec, round_to_nearest
 from engine.weights import Checkpoint, Progress, read_json
 from kernels.ops import Ops, QKNorm
 from kernels.quantized import QuantizedWeight, concatenate
@@ -69,9 +69,13 @@ def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | 
             quantised = QuantizedReader(checkpoint, spec, _linear_shapes(model_config))
             for name in quantised.replaced:
                 expected.pop(name, None)
+            if config.head_quantization is not None and HEAD_MODULE in quantised:
+                raise ModelError(
+                    f"{path}: head_quantization {config.head_quantization!r} is asked for, and {HEAD_MODULE} is "
+                    f"quantised already ({spec.label}): leave it out"
+                )
         checkpoint.check(expected, None if quantised is None else quantised.expected)
-        label = config.quantization or (spec.label if spec is not None else "")
-        model_config = replace(model_config, quantization=label)
+        model_config = replace(model_config, quantization=_label(config, spec))
         longest = model_config.max_position_embeddings
         num_positions = min(config.max_model_len or longest, longest)
         dtype = compute_dtype(config.dtype, model_config.dtype, checkpoint.dtype(EMBEDDING))
@@ -89,6 +93,13 @@ def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
     if not config.tie_word_embeddings:
         shapes.append(LinearShape(HEAD_MODULE, config.vocab_size, config.hidden_size))
     return shapes
+
+
+def _label(config: EngineConfig, spec: QuantSpec | None) -> str:
+    """For people: "nf4", "gptq-4bit-g128, lm_head int8"."""
+    linears = config.quantization or (spec.label if spec is not None else "")
+    head = f"{HEAD_MODULE} {config.head_quantization}" if config.head_quantization else ""
+    return ", ".join(filter(None, (linears, head)))
 
 
 def compute_dtype(requested: str, stated: str | None, stored: torch.dtype) -> torch.dtype:
@@ -122,6 +133,7 @@ class _Loader:
         self.dtype = dtype
         self.num_slots = engine.max_resident_adapters
         self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
+        self.head_rounding = engine.head_quantization
         self.replaced = ReplacementSite(ops.device)
         self.cos_sin = {
             rope: cos_sin_table(rope, config.head_dim, num_positions, ops.device)
@@ -194,7 +206,7 @@ class _Loader:
             return self.quantised.read(path, self.ops.device)
         if self.rounding is None:
             return self._dense(f"{path}.weight")
-        return round_to_nearest(self._rows(f"{path}.weight"), self.rounding)
+        return round_to_nearest(self._dense(f"{path}.weight")[0], self.rounding)
 
     def _dense(self, *names: str) -> list[Tensor]:
         """Tensors one above the other: where packing copies them, straight from the mapped file."""
@@ -205,9 +217,13 @@ class _Loader:
     def _head(self, embedding: Tensor) -> AnyLinear:
         if self.quantised is not None and HEAD_MODULE in self.quantised:
             return self._linear([self.quantised.read(HEAD_MODULE, self.ops.device)], None)
-        return self._linear([self._head_weight(embedding)], None)
+        weight = self._head_weight(embedding)
+        if self.head_rounding is None:
+            return self._linear([weight], None)
+        return self._linear([round_to_nearest(weight[0], self.head_rounding)], None)
 
     def _head_weight(self, embedding: Tensor) -> list[Tensor]:
+        """One matrix; that of the embedding if the model ties them."""
         if HEAD not in self.checkpoint:
             return [embedding]
         if not self.config.tie_word_embeddings:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.models.layout import HEAD
 from engine.quantization import round_to_nearest
 from kernels.quantized import dequantize
 from tests.engine.quantization.checkpoints import MODEL, load, make_twins
@@ -20,7 +21,12 @@ from tests.reference.peft_oracle import KINDS, VOCAB, Engine, Oracle, add_all_ki
 transformers = pytest.importorskip("transformers")
 
 CHECKPOINTS = ("gptq act-order", "awq gemm", "bitsandbytes nf4", "bitsandbytes int8", "fp8 blocks")
-WHILE_LOADED = ("nf4", "int8", "int4")
+WHILE_LOADED = {
+    "nf4 while loaded": {"quantization": "nf4"},
+    "int8 while loaded": {"quantization": "int8"},
+    "int4 while loaded": {"quantization": "int4"},
+    "int8 head while loaded": {"head_quantization": "int8"},
+}
 SUMS = {
     "sum": {"plain": 0.7, "one-layer": -0.4},
     "sum-with-vocabulary": {"plain": 1.25, "embedding": 0.5, "head": -0.75},
@@ -32,18 +38,18 @@ class Quantised:
     """A quantised base, what the engine is told about it, and PEFT's models of the matrices that it stands for."""
 
     oracle: Oracle
-    quantization: str | None
+    options: dict[str, str]
 
 
-@pytest.fixture(scope="module", params=[*CHECKPOINTS, *(f"{method} while loaded" for method in WHILE_LOADED)])
+@pytest.fixture(scope="module", params=[*CHECKPOINTS, *WHILE_LOADED])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Quantised:
     folder = tmp_path_factory.mktemp("quantised")
-    method = request.param.partition(" ")[0] if "while loaded" in request.param else None
-    section, packer = FORMATS["gptq" if method else request.param]
+    options = WHILE_LOADED.get(request.param, {})
+    section, packer = FORMATS["gptq" if options else request.param]
     twins = make_twins(folder, section, packer, vocab_size=VOCAB)
-    (twins.dense if method else twins.quantised).rename(folder / "base")
-    if method:
-        dequantised(folder / "base", twins.dense, method)
+    (twins.dense if options else twins.quantised).rename(folder / "base")
+    if options:
+        dequantised(folder / "base", twins.dense, **options)
 
     dense = transformers.AutoModelForCausalLM.from_pretrained(
         twins.dense, attn_implementation="eager", dtype=torch.float32
@@ -53,15 +59,18 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     merged = {part: copy.deepcopy(oracle.models[part]).merge_and_unload().state_dict() for part in parts}
     for name, weights in SUMS.items():
         oracle.add_sum(name, weights, merged)
-    return Quantised(oracle, method)
+    return Quantised(oracle, options)
 
 
-def dequantised(dense: Path, rounded: Path, method: str) -> None:
+def dequantised(
+    dense: Path, rounded: Path, quantization: str | None = None, head_quantization: str | None = None
+) -> None:
     """Write a model with the linears that the quantised one has in place of its own."""
     shutil.copytree(dense, rounded)
     tensors = load_file(dense / "model.safetensors")
     for name, tensor in tensors.items():
-        if ".layers." in name and name.endswith("_proj.weight"):
+        method = quantization if name.endswith("_proj.weight") else head_quantization if name == HEAD else None
+        if method is not None:
             tensors[name] = dequantize(round_to_nearest(tensor, method))
     save_file(tensors, rounded / "model.safetensors")
 
@@ -72,10 +81,10 @@ def test_all_kinds_in_one_batch_equal_each_alone(base: Quantised, kernels: str) 
     engine = Engine(
         base.oracle,
         kernels=kernels,
-        quantization=base.quantization,
         max_model_len=MODEL["max_position_embeddings"],
         max_num_batched_tokens=32,
         max_resident_adapters=8,
+        **base.options,
     )
     for index, adapter in enumerate([None, *KINDS, *SUMS, None, *reversed(SUMS), *reversed(KINDS)]):
         length = 3 + index * 7 % 23
