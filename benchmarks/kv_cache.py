@@ -33,6 +33,21 @@ class Reading:
     def perplexity(self) -> float:
         return math.exp(-sum(each.logprob for each in self.predictions) / len(self.predictions))
 
+    def against(self, other: Reading) -> tuple[list[float], float]:
+        """How far the text's log-probabilities are from another's, and how often both have the same best token."""
+        pairs = list(zip(self.predictions, other.predictions, strict=True))
+        errors = [abs(mine.logprob - theirs.logprob) for mine, theirs in pairs]
+        return errors, sum(mine.top_ids[0] == theirs.top_ids[0] for mine, theirs in pairs) / len(pairs)
+
+
+def cut(model: Path, text: Path, window: int = 512, windows: int = 16) -> list[list[int]]:
+    """The text's tokens in stretches of `window`, as many as are whole, and at most `windows`."""
+    tokens = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json")).encode(text.read_text()).ids
+    found = [tokens[at : at + window] for at in range(0, len(tokens) - window + 1, window)]
+    if not found:
+        raise SystemExit(f"{text} has {len(tokens)} tokens, fewer than a window of {window}")
+    return found[:windows]
+
 
 def read(config: EngineConfig, windows: list[list[int]]) -> Reading:
     core = EngineCore.load(config)
@@ -52,15 +67,12 @@ def read(config: EngineConfig, windows: list[list[int]]) -> Reading:
 
 
 def as_markdown(readings: dict[str, Reading]) -> str:
-    plain = readings["auto"].predictions
     lines = [
         "| cache | bytes a token | perplexity | mean log-probability error | largest | same best token |",
         "|---|---|---|---|---|---|",
     ]
     for name, reading in readings.items():
-        pairs = list(zip(reading.predictions, plain, strict=True))
-        errors = [abs(mine.logprob - theirs.logprob) for mine, theirs in pairs]
-        same = sum(mine.top_ids[0] == theirs.top_ids[0] for mine, theirs in pairs) / len(pairs)
+        errors, same = reading.against(readings["auto"])
         lines.append(
             f"| {name} | {reading.token_bytes} | {reading.perplexity:.4f} | {sum(errors) / len(errors):.2e} "
             f"| {max(errors):.2e} | {same:.2%} |"
@@ -78,10 +90,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="prompts at most")
     parser.add_argument("--step", type=int, default=128, help="tokens computed at once")
     args = parser.parse_args()
-    tokens = tokenizers.Tokenizer.from_file(str(args.model / "tokenizer.json")).encode(args.text.read_text()).ids
-    windows = [tokens[at : at + args.window] for at in range(0, len(tokens) - args.window + 1, args.window)]
-    if not windows:
-        parser.error(f"{args.text} has {len(tokens)} tokens, fewer than a window of {args.window}")
+    windows = cut(args.model, args.text, args.window, args.windows)
     readings = {}
     for name in KV_CACHE_DTYPES:
         config = EngineConfig(
@@ -93,7 +102,7 @@ def main() -> None:
             max_model_len=args.window + 16,
             max_num_seqs=4,
         )
-        readings[name] = read(config, windows[: args.windows])
+        readings[name] = read(config, windows)
     print(as_markdown(readings))
 
 
