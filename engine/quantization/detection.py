@@ -37,9 +37,11 @@ def read_spec(directory: Path, raw: Mapping[str, object]) -> QuantSpec | None:
     stated, own = _section(raw, str(directory / "config.json")), _own_file(directory)
     if stated is None:
         return None if own is None else parse(own)
-    differing = [name for name in COMPARED if own and own.has(name) and stated.has(name) and not own.agrees(stated, name)]
-    if own is not None and differing:
-        logger.warning("%s contradicts config.json in %s: config.json counts", own.where, ", ".join(differing))
+    if own is not None:
+        both = [name for name in COMPARED if own.has(name) and stated.has(name)]
+        differing = [name for name in both if not own.agrees(stated, name)]
+        if differing:
+            logger.warning("%s contradicts config.json in %s: config.json counts", own.where, ", ".join(differing))
     return parse(stated)
 
 

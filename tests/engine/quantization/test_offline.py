@@ -106,7 +106,8 @@ def write_dense(twins: Twins) -> None:
     run(["-P", SCRIPT, twins.quantised, twins.dense / "weights"], {})
     weights = load_file(twins.dense / "weights")
     stored = load_file(twins.quantised / "model.safetensors")
-    dense = {name: tensor for name, tensor in stored.items() if not name.startswith(tuple(f"{path}." for path in weights))}
+    quantised = tuple(f"{path}." for path in weights)
+    dense = {name: tensor for name, tensor in stored.items() if not name.startswith(quantised)}
     dense |= {f"{path}.weight": weight for path, weight in weights.items()}
     save_file(dense, twins.dense / "model.safetensors")
     raw = json.loads((twins.quantised / "config.json").read_text())
