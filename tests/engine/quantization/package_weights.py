@@ -2,8 +2,8 @@
 
     python -P package_weights.py MODEL WEIGHTS.safetensors
 
-Writes float32 [N, C] by the path of each quantised linear. Scales are widened first, so that nothing is rounded that
-the file does not round.
+Writes float32 [N, C] by the path of each quantised linear. Scales are widened first, and those of GPTQModel taken from
+the file: it rounds float16 ones to the model's bfloat16 when it loads them.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 def of_bitsandbytes(model: Path) -> Iterator[tuple[str, Any]]:
@@ -33,10 +33,11 @@ def of_gptqmodel(model: Path, method: str) -> Iterator[tuple[str, Any]]:
     gptqmodel = importlib.import_module("gptqmodel")
     packing = importlib.import_module("gptqmodel.quantization.awq.utils.packing_utils")
     loaded = gptqmodel.GPTQModel.load(str(model), device="cpu", backend=gptqmodel.BACKEND(f"{method}_torch"))
+    stored = load_file(model / "model.safetensors")
     for name, module in loaded.model.named_modules():
         if not hasattr(module, "qweight"):
             continue
-        module.scales = module.scales.float()
+        module.scales = stored[f"{name}.scales"].float()
         if method == "gptq":
             # Of the class: the instance's own would be compiled first.
             yield name, type(module).dequantize_weight(module).t()
