@@ -2,9 +2,9 @@
 
     python -m benchmarks.quantized MODEL [--threads 2] [--rounds 8] [--text FILE --text-model DIR] [--out REPORT.md]
 
-Loads MODEL once for each way of rounding it while it is loaded, and once as it is; in each round all take their turn
-at each measurement, and medians of the rounds are compared. The text is read by DIR, as `benchmarks.kv_cache` reads
-it; a model with random weights has no use for one.
+Loads MODEL/base, as `benchmarks.models` writes it, once for each way of rounding it while it is loaded, and once as it
+is; in each round all take their turn at each measurement, and medians of the rounds are compared. The text is read by
+DIR, as `benchmarks.kv_cache` reads it: a model with random weights has no use for one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.messages import AddRequest
 from engine.sampling_params import SamplingParams
 
 DENSE = "as it is"
-PROMPT, OUTPUT = 16, 32  # tokens of a stream
+PROMPT, OUTPUT = 16, 16  # tokens of a stream
 WAYS: Mapping[str, dict[str, str]] = {
     DENSE: {},
     "head int8": {"head_quantization": "int8"},
@@ -146,7 +146,7 @@ def main() -> None:
     ]
     options = {"threads": args.threads, "device": "cpu", "enable_prefix_caching": False, "max_model_len": 1024}
     subjects = {
-        way: Subject(EngineConfig(model=str(args.model), kv_cache_bytes=1 << 27, **options, **fields))
+        way: Subject(EngineConfig(model=str(args.model / "base"), kv_cache_bytes=1 << 27, **options, **fields))
         for way, fields in WAYS.items()
     }
     lines += speed_table(measure(subjects, args.rounds), subjects)
