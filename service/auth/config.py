@@ -17,6 +17,7 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     issuer: str
     audience: str
     jwks: str  # a file with the provider's public keys, or the https address of one
+    jwks_ca: str | None = None  # a file with who signed that address's certificate; None: the system's authorities
     algorithms: tuple[str, ...] = ("RS256", "ES256")
     tenant_claim: str = "tenant"
     roles_claim: str = "roles"  # a list; without it the role is inference
@@ -37,6 +38,17 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             yield f"jwt.leeway_seconds {self.leeway_seconds} must not be negative"
         if not self.is_remote and not Path(self.jwks).is_file():
             yield f"jwt.jwks: there is no file {self.jwks}, and it is no https:// address"
+        if self.jwks_ca is not None and not self.is_remote:
+            yield "jwt.jwks_ca: is for a jwks with an https:// address"
+        elif self.jwks_ca is not None and not Path(self.jwks_ca).is_file():
+            yield f"jwt.jwks_ca: there is no file {self.jwks_ca}"
+
+    def with_paths(self, absolute: Callable[[str], str]) -> "JwtConfig":
+        """The same, with absolute paths."""
+        jwks = self.jwks if self.is_remote else absolute(self.jwks)
+        return msgspec.structs.replace(
+            self, jwks=jwks, jwks_ca=None if self.jwks_ca is None else absolute(self.jwks_ca)
+        )
 
 
 class CertificateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,10 +69,9 @@ class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def with_paths(self, absolute: Callable[[str], str]) -> "AuthConfig":
         """The same, with absolute paths."""
-        jwt = self.jwt
-        if jwt is not None and not jwt.is_remote:
-            jwt = msgspec.structs.replace(jwt, jwks=absolute(jwt.jwks))
-        return msgspec.structs.replace(self, keys=None if self.keys is None else absolute(self.keys), jwt=jwt)
+        keys = None if self.keys is None else absolute(self.keys)
+        jwt = None if self.jwt is None else self.jwt.with_paths(absolute)
+        return msgspec.structs.replace(self, keys=keys, jwt=jwt)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values."""

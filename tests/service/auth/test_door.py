@@ -1,6 +1,5 @@
 """Who is let in: keys, tokens of a provider, certificates, peers."""
 
-import json
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,7 +9,6 @@ import jwt
 import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ec
-from jwt.algorithms import ECAlgorithm
 
 from service.auth.config import AuthConfig, CertificateConfig, JwtConfig
 from service.auth.door import Caller, Door
@@ -18,6 +16,7 @@ from service.auth.keys import KeyFile, KeyVerifier, make_key, read_keys, write_k
 from service.auth.principal import Role
 from service.cli import main
 from service.errors import PermissionDenied, Unauthenticated
+from tests.service.auth.provider import Provider
 
 GENERATE = "/loraplex.v1.InferenceService/Generate"
 LIST_MODELS = "/loraplex.v1.ModelService/ListModels"
@@ -146,38 +145,6 @@ def test_keys_are_made_listed_and_revoked_on_the_command_line(tmp_path: Path) ->
 
 
 # ---- tokens of a provider --------------------------------------------------------------------------------------------
-
-
-class Provider:
-    """Signs tokens, and publishes its keys in a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.keys: dict[str, ec.EllipticCurvePrivateKey] = {}
-        self.rotate("k1")
-        self.config = JwtConfig(
-            issuer="https://id.example", audience="loraplex", jwks=str(file), algorithms=("ES256",), leeway_seconds=0
-        )
-
-    def rotate(self, key_id: str) -> None:
-        self.keys = {key_id: ec.generate_private_key(ec.SECP256R1())}
-        published = [
-            {**json.loads(ECAlgorithm.to_jwk(key.public_key())), "kid": name, "use": "sig", "alg": "ES256"}
-            for name, key in self.keys.items()
-        ]
-        self.file.write_text(json.dumps({"keys": published}))
-
-    def token(self, key: Any = None, algorithm: str = "ES256", **claims: Any) -> str:
-        [(key_id, own)] = self.keys.items()
-        usual = {
-            "iss": "https://id.example",
-            "aud": "loraplex",
-            "exp": time.time() + 60,
-            "tenant": "acme",
-            "sub": "joe",
-        }
-        kept = {name: value for name, value in {**usual, **claims}.items() if value is not None}
-        return jwt.encode(kept, own if key is None else key, algorithm, headers={"kid": key_id})
 
 
 @pytest.fixture
