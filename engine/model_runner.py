@@ -13,6 +13,7 @@ from engine.batch import StepBatch, narrowed, num_prompt_logprob_rows
 from engine.config import EngineConfig
 from engine.cuda_graph import capture_decoding
 from engine.kv_cache import block_bytes, create_kv_cache, stored_dtype
+from engine.memory import populate
 from engine.messages import ModelLimits, TokenLogprobs
 from engine.models import LanguageModel, load_model
 from engine.sampler import Sampler, describe
@@ -42,6 +43,8 @@ class ModelRunner:
         dtype = stored_dtype(config.kv_cache_dtype, model.dtype)
         self.num_blocks = self._num_blocks(config, block_bytes(model.config, ops, config.block_size, dtype))
         self.kv_cache = create_kv_cache(model.config, ops, self.num_blocks, config.block_size, dtype)
+        if config.kv_cache_bytes is not None and ops.device.type == "cpu":
+            populate([tensor for layer in self.kv_cache for tensor in (layer.k, layer.v)])
         self.decode_graphs = capture_decoding(model, ops, self.kv_cache, config, self.max_model_len)
 
     @classmethod
