@@ -1,6 +1,6 @@
 """Many adapters, more hot ones than the device holds, and bad neighbours: what each costs everybody else.
 
-    python -m benchmarks.adapters --model DIR/llama-160m --out RESULT [--parts many hot resident cold broken huge slow]
+    python -m benchmarks.adapters --model DIR/llama-160m --out RESULT [--parts many hot beside] [--more]
 
 DIR is made by benchmarks.models. Adapters of ranks 8 to 64 on q and v are written to a temporary directory. The engine
 runs in this process; its configuration is what `Setup` says, all else is default. Writes RESULT.json, .md and .png.
@@ -15,12 +15,13 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from adapters.key import AdapterKey
 from adapters.pace import Rest
 from adapters.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from benchmarks.adapters_report import write_report
-from benchmarks.measure import Record, closed_loop, machine, open_loop, summarise
+from benchmarks.measure import Record, closed_loop, machine, open_loop, percentile, summarise
 from benchmarks.workload import FIRST_TOKEN_ID, SEED, VOCAB, Work
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -42,14 +43,19 @@ RANKS = (8, 16, 32, 64)
 FILES_PER_RANK = 8  # the files of further adapters are links to these, under configurations of their own
 COUNTS = (5, 50, 500, 2000)
 ZIPF = 1.0
+HOT_REQUESTS = 256
 HOST_BYTES = 12 << 30
 
 # Beside a neighbour: Poisson arrivals, so that the phase of a step in which one falls is left to chance. Callers that
 # wait for each other's steps fall into step, and then a percentile says which of two multiples of a step they hit.
-ROUNDS = 8
-ROUND_SECONDS = 2.7
+RUN_SECONDS = 250.0  # of rounds, each of which has all arms
+ROUND_SECONDS = 2.7  # of an arm's arrivals
 ARRIVALS_PER_SECOND = 30.0
 NEIGHBOUR_PAUSE_SECONDS = 0.1
+HUGE_RANK = 512
+TURNS_OF_AN_ARRIVAL = 3  # of the event loop, from a timer that is due to the request in the engine
+ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TRICKLE_SECONDS = 0.01  # for each piece of 256 KiB, and each tensor
 
 
 @dataclass(frozen=True)
@@ -58,22 +64,25 @@ class Setup:
 
     num_adapters: int
     max_resident: int = 256
+    max_rank: int = 256
 
 
 # ---- adapters on the disk --------------------------------------------------------------------------------------------
 
 
 def write_weights(model: dict[str, Any], rank: int, seed: int, targets: Sequence[str], file: Path) -> None:
-    hidden, heads = model["hidden_size"], model["num_attention_heads"]
+    hidden, inner, heads = model["hidden_size"], model["intermediate_size"], model["num_attention_heads"]
     kv = hidden // heads * model["num_key_value_heads"]
-    outputs = {"q_proj": hidden, "v_proj": kv, "k_proj": kv, "o_proj": hidden}
+    outputs = {"q_proj": hidden, "k_proj": kv, "v_proj": kv, "gate_proj": inner, "up_proj": inner}
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(model["num_hidden_layers"]):
         for name in targets:
-            module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            a = torch.randn(rank, hidden, generator=generator) / hidden**0.5
-            b = torch.randn(outputs[name], rank, generator=generator) * 0.05 / rank**0.5
+            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            module = f"base_model.model.model.layers.{layer}.{block}.{name}"
+            inputs = inner if name == "down_proj" else hidden
+            a = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+            b = torch.randn(outputs.get(name, hidden), rank, generator=generator) * 0.05 / rank**0.5
             tensors[f"{module}.lora_A.weight"] = a.to(torch.bfloat16)
             tensors[f"{module}.lora_B.weight"] = b.to(torch.bfloat16)
     save_file(tensors, file)
@@ -115,6 +124,7 @@ class Bench:
             max_num_seqs=64,
             kv_cache_bytes=512 << 20,
             max_resident_adapters=setup.max_resident,
+            max_adapter_rank=setup.max_rank,
             adapter_device_bytes=4 << 30,
             adapter_host_bytes=HOST_BYTES,
             enable_prefix_caching=False,
@@ -123,6 +133,7 @@ class Bench:
         gc.collect()  # as the engine process does: else the collector looks at all of torch in the middle of a step
         gc.freeze()
         self._next_id = 0
+        self.slot_waits: list[float] = []  # seconds, of the requests that waited for an adapter
         self._waiting: dict[int, tuple[Callable[[int], None], asyncio.Future[bool]]] = {}
 
     def close(self) -> None:
@@ -145,7 +156,7 @@ class Bench:
     async def request(self, work: Work, on_tokens: Callable[[int], None]) -> bool:
         """False: it failed."""
         self._next_id += 1
-        ended = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting[self._next_id] = (on_tokens, ended)
         sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=work.output)
         adapter = None if work.adapter is None else self.keys[work.adapter]
@@ -158,14 +169,19 @@ class Bench:
                 for output in message.outputs if isinstance(message, StepOutput) else ():
                     if output.request_id not in self._waiting:
                         continue  # the end of what was aborted
+                    if output.adapter_load_seconds:
+                        self.slot_waits.append(output.adapter_load_seconds)
                     on_tokens, ended = self._waiting[output.request_id]
                     if output.token_ids:
                         on_tokens(len(output.token_ids))
                     if output.finish_reason is not None:
                         del self._waiting[output.request_id]
                         ended.set_result(not output.error)
-            # As the engine process does, which looks into its inbox between steps, and waits there if it has no work.
-            await asyncio.sleep(0 if self.core.scheduler.running else 0.0005)
+            # As the engine process does: it takes all that has come between steps, and waits there without work.
+            for _ in range(TURNS_OF_AN_ARRIVAL):
+                await asyncio.sleep(0)
+            if not self.core.scheduler.running:
+                await asyncio.sleep(0.0005)
 
     def run(self, work: Sequence[Work], concurrency: int) -> list[Record]:
         """`concurrency` callers, who each wait for an answer before they ask again."""
@@ -207,7 +223,7 @@ def make_work(name: str, count: int, adapters: Sequence[int], prompt: int, outpu
 # ---- the parts -------------------------------------------------------------------------------------------------------
 
 
-def many(model: Path, threads: int, root: Path) -> dict[str, Any]:
+def many(model: Path, threads: int, root: Path, before: object) -> dict[str, Any]:
     """Throughput over the number of adapters that requests choose from, all of them in host memory."""
     bench = Bench(model, Setup(COUNTS[-1]), threads, root)
     load_seconds = bench.load_all()
@@ -223,7 +239,7 @@ def many(model: Path, threads: int, root: Path) -> dict[str, Any]:
     return {"load_seconds": load_seconds, "host_bytes": bench.core.store.used_bytes, "runs": runs}
 
 
-def hot(model: Path, threads: int, root: Path) -> dict[str, Any]:
+def hot(model: Path, threads: int, root: Path, before: object) -> dict[str, Any]:
     """Time to first token with as many and with twice as many hot adapters as the device holds."""
     slots = 16
     bench = Bench(model, Setup(2 * slots, max_resident=slots), threads, root)
@@ -232,77 +248,105 @@ def hot(model: Path, threads: int, root: Path) -> dict[str, Any]:
     for concurrency in (8, 16, 32):
         for count in (slots, 2 * slots):
             bench.run(make_work("warm", 32, range(count), 64, 4, 0.0), concurrency)
-            records = bench.run(make_work(f"hot/{count}", 128, range(count), 64, 16, 0.0), concurrency)
-            cells[f"{count}/{concurrency}"] = summarise(records)
+            bench.slot_waits.clear()
+            records = bench.run(make_work(f"hot/{count}", HOT_REQUESTS, range(count), 64, 16, 0.0), concurrency)
+            waits = {
+                "waited_for_a_slot": len(bench.slot_waits) / HOT_REQUESTS,
+                "slot_wait_p50_seconds": percentile(bench.slot_waits or [0.0], 0.5),
+            }
+            cells[f"{count}/{concurrency}"] = summarise(records) | waits
     bench.close()
     return {"slots": slots, "cells": cells}
 
 
-def beside(case: str, model: Path, threads: int, root: Path) -> dict[str, Any]:
-    """Time to first token of well-behaved requests, with and without a neighbour, in turn and of the same arrivals."""
-    bench = Bench(model, Setup(64), threads, root)
+def beside(model: Path, threads: int, root: Path, before: dict[str, Any] | None) -> dict[str, Any]:
+    """What well-behaved requests wait for tokens, alone and beside each kind of neighbour: the arms of a round take
+    turns and get the same arrivals. Further rounds to those of a run before, if there was one."""
+    bench = Bench(model, Setup(64, max_rank=HUGE_RANK), threads, root)
     for index in range(8):
         bench.core.load_adapter(LoadAdapter(bench.keys[index], str(bench.paths[index])))
-    indices = CASES[case]
-    _make_bad(bench, case)
+    _make_bad(bench)
+    bench.run(make_work("warm", 64, range(8), 64, 4, 0.0), 8)
+    rounds: list[dict[str, Any]] = before["rounds"] if before else []
+    count = int(ROUND_SECONDS * ARRIVALS_PER_SECOND)
+    until = time.perf_counter() + RUN_SECONDS
+    while time.perf_counter() < until:
+        number = len(rounds)
+        work = make_work(f"bad/{number}", count, range(8), 32, 4, 0.0)
+        arms = list(ARMS)
+        random.Random(number).shuffle(arms)
+        found = {arm: _one_arm(bench, arm, work, number) for arm in arms}
+        rounds.append({arm: found[arm] for arm in ARMS})
+    bench.close()
+    return {"rounds": rounds}
+
+
+def _one_arm(bench: Bench, arm: str, work: Sequence[Work], seed: int) -> dict[str, Any]:
+    own: list[float] = []
 
     async def neighbour(callers: asyncio.Future[Any]) -> None:
-        for index in itertools.cycle(indices):
+        """Asks for an adapter, gives it back, asks again."""
+        for index in itertools.cycle(random.Random(seed).sample(ARMS[arm], len(ARMS[arm]))):
             key, path = bench.keys[index], bench.paths[index]
+            asked = time.perf_counter()
             bench.core.load_adapter(LoadAdapter(key, str(path)))
-            request = bench.request(Work([300] * 8, 1, index), lambda count: None)
-            await asyncio.wait({asyncio.ensure_future(request), callers}, return_when=asyncio.FIRST_COMPLETED)
-            if case != "resident":
+            request = asyncio.ensure_future(bench.request(Work([300] * 8, 1, index), lambda count: None))
+            await asyncio.wait({request, callers}, return_when=asyncio.FIRST_COMPLETED)
+            if request.done():
+                own.append(time.perf_counter() - asked)
+            if arm != "resident":
                 bench.core.pool.unload(key)  # cold again for the next one
                 bench.core.store.unregister(key)
             await asyncio.wait({callers}, timeout=NEIGHBOUR_PAUSE_SECONDS)
             if callers.done():
                 return
-            loads.append(index)
 
-    bench.run(make_work("warm", 64, range(8), 64, 4, 0.0), 8)
-    rounds = []
-    loads: list[int] = []
-    num_requests = int(ROUND_SECONDS * ARRIVALS_PER_SECOND)
-    works = [make_work(f"bad/{number}", num_requests, range(8), 32, 4, 0.0) for number in range(ROUNDS)]
-    for number, work in enumerate(works):
-        found = {}
-        for name in ("alone", "beside") if number % 2 == 0 else ("beside", "alone"):
-            records = bench.run_open(work, number, neighbour if name == "beside" else None)
-            found[name] = {key: value for key, value in summarise(records).items() if key.startswith("ttft")}
-        rounds.append(found)
-    bench.close()
-    return {"neighbour_requests": len(loads), "requests": sum(map(len, works)), "rounds": rounds}
+    records = bench.run_open(work, seed, neighbour if ARMS[arm] else None)
+    while bench.core.store.is_loading():  # what the neighbour has left behind is none of the next arm's
+        bench.core.step()
+        time.sleep(0.002)
+    gaps = [after - before for record in records for (before, _), (after, _) in pairwise(record.arrivals)]
+    return {
+        "ttft_ms": sorted(round(1000 * record.ttft, 1) for record in records),
+        "itl_p50_ms": round(1000 * percentile(gaps, 0.5), 1),
+        "itl_p99_ms": round(1000 * percentile(gaps, 0.99), 1),
+        "own_ms": [round(1000 * seconds) for seconds in own],
+    }
 
 
-def _make_bad(bench: Bench, case: str) -> None:
-    (first, *_) = CASES[case]
-    path = bench.paths[first]
-    if case == "broken":
+def _make_bad(bench: Bench) -> None:
+    broken, huge, slow = (bench.paths[ARMS[arm][0]] for arm in ("broken", "huge", "slow"))
+    for path in (broken, huge):
         (path / WEIGHTS_FILE).unlink()
-        (path / WEIGHTS_FILE).write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
-    elif case == "huge":
-        (path / WEIGHTS_FILE).unlink()
-        write_weights(bench.shape, 256, 1, ("q_proj", "k_proj", "v_proj", "o_proj"), path / WEIGHTS_FILE)
-        (path / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 256, "lora_alpha": 256}))
-        bench.keys[first] = AdapterKey("shared/huge", digest(path))
-    elif case == "slow":
-        load = bench.core.store._load
+    (broken / WEIGHTS_FILE).write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    write_weights(bench.shape, HUGE_RANK, 1, ALL_TARGETS, huge / WEIGHTS_FILE)
+    (huge / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": HUGE_RANK, "lora_alpha": HUGE_RANK}))
+    bench.keys[ARMS["huge"][0]] = AdapterKey("shared/huge", digest(huge))
+    load = bench.core.store._load
 
-        def hang(key: AdapterKey, path: Path, rest: Rest) -> Any:
-            if key == bench.keys[first]:
-                time.sleep(5.0)
-            return load(key, path, rest=rest)
+    def trickle(key: AdapterKey, path: Path, rest: Rest) -> Any:
+        def wait() -> None:
+            rest()
+            time.sleep(TRICKLE_SECONDS)
 
-        bench.core.store._load = hang  # type: ignore[assignment]  # there is no slow disk to be had
+        return load(key, path, rest=wait if path == slow else rest)
+
+    bench.core.store._load = trickle  # type: ignore[assignment]  # there is no slow disk to be had
 
 
 # What the neighbour asks for. A resident adapter is the yardstick: one more caller, and nothing to load.
-CASES = {"resident": range(8), "cold": range(8, 60), "broken": [60], "huge": [61], "slow": [62]}
-PARTS: dict[str, Callable[[Path, int, Path], dict[str, Any]]] = {
+ARMS: dict[str, Sequence[int]] = {
+    "alone": (),
+    "resident": range(8),
+    "cold": range(8, 60),
+    "broken": [60],
+    "slow": [63],
+    "huge": [61],
+}
+PARTS: dict[str, Callable[[Path, int, Path, dict[str, Any] | None], dict[str, Any]]] = {
     "many": many,
     "hot": hot,
-    **{case: partial(beside, case) for case in CASES},
+    "beside": beside,
 }
 
 
@@ -311,6 +355,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--more", action="store_true", help="add rounds beside neighbours to those of OUT.json")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     file = args.out.with_name(args.out.name + ".json")
@@ -320,12 +365,14 @@ def main() -> None:
     for part in args.parts:
         root = Path(tempfile.mkdtemp(prefix="loraplex-adapters-"))
         try:
-            found = PARTS[part](args.model, args.threads, root)
+            before = report["parts"].get(part) if args.more else None
+            found = PARTS[part](args.model, args.threads, root, before and before["found"])
         finally:
             shutil.rmtree(root)
         command = f"python -m benchmarks.adapters --model DIR/{args.model.name} --out OUT --parts {part}"
         report["parts"][part] = {"command": command, "found": found}
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        compact = re.sub(r"\[[\d\s.,]+\]", lambda numbers: "".join(numbers[0].split()), json.dumps(report, indent=1))
+        file.write_text(compact + "\n")
     write_report(json.loads(file.read_text()), args.out)
 
 

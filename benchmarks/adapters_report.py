@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ matplotlib.use("Agg")  # files only, wherever it runs
 import matplotlib.pyplot as plt
 
 from benchmarks.measure import percentile
+
+NUM_RESAMPLES = 1000
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:
@@ -27,13 +30,11 @@ def write_report(report: dict[str, Any], out: Path) -> None:
         *(f"    {part['command']}" for part in report["parts"].values()),
         "",
     ]
-    cases = {name: found for name, found in parts.items() if "rounds" in found}
-    plots = {name: found for name, found in parts.items() if name not in cases} | ({"beside": cases} if cases else {})
     writers = {"many": _many, "hot": _hot, "beside": _beside}
-    for name, found in plots.items():
+    for name, found in parts.items():
         lines += [*writers[name](found), ""]
     out.with_name(out.name + ".md").write_text("\n".join(lines).rstrip() + "\n")
-    _draw(plots, out.with_name(out.name + ".png"))
+    _draw(parts, out.with_name(out.name + ".png"))
 
 
 def _rates(found: dict[str, Any]) -> dict[int, float]:
@@ -68,10 +69,13 @@ def _hot(found: dict[str, Any]) -> list[str]:
     lines = [
         "## More hot adapters than the device holds",
         "",
-        f"{slots} slots, prompts of 64 and outputs of 16 tokens, all adapters equally likely.",
+        f"{slots} slots, prompts of 64 and outputs of 16 tokens, all adapters equally likely. A "
+        "request of an adapter for which no slot is free waits until all requests of another one have ended; the last "
+        "columns say how many did, and the median of what they waited.",
         "",
-        f"| callers | TTFT p50, {slots} adapters | {2 * slots} adapters | ratio | p99 | p99 | tokens/s | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| callers | TTFT p50, {slots} adapters | {2 * slots} adapters | ratio | p99 | p99 | tokens/s | tokens/s "
+        "| waited for a slot | for |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for concurrency in sorted({int(cell.partition("/")[2]) for cell in found["cells"]}):
         fit, over = (found["cells"][f"{count}/{concurrency}"] for count in (slots, 2 * slots))
@@ -79,46 +83,54 @@ def _hot(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {concurrency} | {1000 * fit[p50]:.0f} ms | {1000 * over[p50]:.0f} ms | {over[p50] / fit[p50]:.2f} "
             f"| {1000 * fit[p99]:.0f} ms | {1000 * over[p99]:.0f} ms "
-            f"| {fit['output_tokens_per_second']:.0f} | {over['output_tokens_per_second']:.0f} |"
+            f"| {fit['output_tokens_per_second']:.0f} | {over['output_tokens_per_second']:.0f} "
+            f"| {over['waited_for_a_slot']:.0%} | {1000 * over['slot_wait_p50_seconds']:.0f} ms |"
         )
     return lines
 
 
-def _beside(cases: dict[str, Any]) -> list[str]:
+def _beside(found: dict[str, Any]) -> list[str]:
+    rounds = found["rounds"]
     lines = [
         "## Bad neighbours",
         "",
-        "Requests of 8 resident adapters, 30 a second (Poisson), prompts of 32 and outputs of 4 tokens. Beside them "
-        "somebody asks again and again for an adapter that is cold, broken, huge (rank 256 on q, k, v and o) or on a "
-        "disk that takes 5 s; a neighbour with a resident adapter is one more caller and loads nothing. Rounds with "
-        "and without the neighbour take turns, on the same arrivals. Medians of the rounds; in brackets the middle "
-        "half of them. The last column is the middle half of the differences within a round.",
+        f"{len(rounds)} rounds of all rows in random order, each with the same {len(rounds[0]['alone']['ttft_ms'])} "
+        "requests of 8 resident adapters, 30 a second (Poisson), prompts of 32 and outputs of 4 tokens. Beside them "
+        "somebody asks again and again for an adapter that is resident (one more caller, and nothing to load), cold, "
+        "broken, on a disk that trickles, or huge (rank 512 on all linears). Percentiles of TTFT over the requests of "
+        "all rounds; in brackets the 95 % interval of a bootstrap over rounds. ITL (between two tokens): medians of "
+        "the rounds' percentiles. The last columns: how often the neighbour got an answer, and how long it waited "
+        "(median).",
         "",
-        "| neighbour | its requests | requests | p50 alone | beside | p90 alone | beside | p99 alone | beside "
-        "| p99 against alone | by round |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| neighbour | TTFT p50 | p90 | p99 | p50 against alone | p99 against alone | ITL p50 | ITL p99 "
+        "| its answers | after |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, found in cases.items():
-        rounds = found["rounds"]
-        cells = [name, str(found["neighbour_requests"]), f"2 × {found['requests']}"]
-        for share in (50, 90, 99):
-            cells += [_median_and_middle(_ttfts(rounds, arm, share)) for arm in ("alone", "beside")]
-        alone, beside = _ttfts(rounds, "alone", 99), _ttfts(rounds, "beside", 99)
-        growths = [after / before - 1 for before, after in zip(alone, beside, strict=True)]
-        cells.append(f"{statistics.median(beside) / statistics.median(alone) - 1:+.1%}")
-        cells.append(f"{percentile(growths, 0.25):+.0%} to {percentile(growths, 0.75):+.0%}")
+    for arm in rounds[0]:
+        ttfts = _ttfts(rounds, arm)
+        cells = [arm, *(f"{percentile(ttfts, share):.0f} ms" for share in (0.5, 0.9, 0.99))]
+        cells += [_growth(rounds, arm, share) if arm != "alone" else "" for share in (0.5, 0.99)]
+        cells += [f"{statistics.median(each[arm][f'itl_p{share}_ms'] for each in rounds):.0f} ms" for share in (50, 99)]
+        own = [value for each in rounds for value in each[arm]["own_ms"]]
+        cells += [str(len(own)), f"{statistics.median(own):.0f} ms"] if own else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _ttfts(rounds: list[dict[str, dict[str, float]]], arm: str, share: int) -> list[float]:
-    """A percentile of each round, in milliseconds."""
-    return [1000 * found[arm][f"ttft_p{share}_seconds"] for found in rounds]
+def _ttfts(rounds: list[dict[str, Any]], arm: str) -> list[float]:
+    """Of all requests, in milliseconds."""
+    return [value for each in rounds for value in each[arm]["ttft_ms"]]
 
 
-def _median_and_middle(values: list[float]) -> str:
-    low, high = percentile(values, 0.25), percentile(values, 0.75)
-    return f"{statistics.median(values):.0f} ms ({low:.0f}–{high:.0f})"
+def _growth(rounds: list[dict[str, Any]], arm: str, share: float) -> str:
+    """Of a percentile, against that of the rounds without a neighbour."""
+
+    def of(chosen: list[dict[str, Any]]) -> float:
+        return percentile(_ttfts(chosen, arm), share) / percentile(_ttfts(chosen, "alone"), share) - 1
+
+    rng = random.Random(0)
+    drawn = [of(rng.choices(rounds, k=len(rounds))) for _ in range(NUM_RESAMPLES)]
+    return f"{of(rounds):+.1%} ({percentile(drawn, 0.025):+.0%} to {percentile(drawn, 0.975):+.0%})"
 
 
 def _draw(parts: dict[str, Any], file: Path) -> None:
@@ -136,11 +148,11 @@ def _draw(parts: dict[str, Any], file: Path) -> None:
             axis.set(xlabel="callers", ylabel="median TTFT (ms)", ylim=(0, None))
             axis.legend()
         else:
-            for offset, arm in ((-0.2, "alone"), (0.2, "beside")):
-                heights = [statistics.median(_ttfts(case["rounds"], arm, 99)) for case in found.values()]
-                axis.bar([index + offset for index in range(len(found))], heights, 0.4, label=arm)
-            axis.set_xticks(range(len(found)), list(found))
-            axis.set(xlabel="neighbour", ylabel="p99 TTFT of the others (ms)")
+            arms = list(found["rounds"][0])
+            for share in (0.99, 0.5):
+                heights = [percentile(_ttfts(found["rounds"], arm), share) for arm in arms]
+                axis.bar(arms, heights, label=f"p{100 * share:.0f}")
+            axis.set(xlabel="neighbour", ylabel="TTFT of the others (ms)")
             axis.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110, metadata={"Software": None})
