@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.quantization.bitsandbytes import INT8_HIGHEST, centred_int8
 from kernels.quantized import AffineWeight, QuantizedWeight, TableWeight, concatenate
 
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 17
 NF4_BLOCK = 64
 INT4_GROUP = 64
 # Quantiles of the normal distribution, from QLoRA (arXiv 2305.14314), appendix E; as bitsandbytes has them.
