@@ -140,7 +140,7 @@ def main() -> None:
         "",
         f"    python -m benchmarks.quantized {shlex.join(sys.argv[1:])}",
         "",
-        f"Milliseconds of a step in which each stream gets a token, and to the first token of one prompt; medians of "
+        "Milliseconds of a step in which each stream gets a token, and to the first token of one prompt; medians of",
         f"{args.rounds} rounds in which all took turns. × is how many times as fast, or as large, as the first line.",
         "",
     ]
