@@ -3,7 +3,6 @@
 # AdapterError
 # ├── AdapterRejected      the files are not an adapter that can serve here: every problem is named
 # ├── AdapterNotFound      no such adapter or version
-# ├── AdapterNotReady      it is still being loaded: try again
 # ├── SourceNotAllowed     the reference lies outside the roots that the operator allows
 # └── AdapterConflict      the call contradicts the adapter's state: another etag, the current version, too many pins
 
@@ -12,6 +11,7 @@ INVALID = "ADAPTER_INVALID"
 BASE_MISMATCH = "ADAPTER_BASE_MISMATCH"  # its shapes are those of another base model
 TOO_LARGE = "ADAPTER_TOO_LARGE"  # it needs more memory than all adapters together may use
 UNREADABLE = "ADAPTER_UNREADABLE"  # the disk failed: the files may be good
+COLD = "ADAPTER_COLD"  # nothing is wrong with it: it was unloaded before it could be used
 
 MAX_PROBLEMS = 1000  # a file can hold tens of thousands of tensors that are all wrong
 
@@ -33,10 +33,6 @@ class AdapterRejected(AdapterError):  # noqa: N818 - it is a verdict, and reads 
 
 class AdapterNotFound(AdapterError):  # noqa: N818
     """There is no adapter, or no version of it, with that name."""
-
-
-class AdapterNotReady(AdapterError):  # noqa: N818
-    """The adapter is being loaded for the first time."""
 
 
 class SourceNotAllowed(AdapterError):  # noqa: N818

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from adapters.errors import AdapterConflict, AdapterNotFound, AdapterNotReady, AdapterRejected
+from adapters.errors import AdapterConflict, AdapterNotFound
 from adapters.key import AdapterKey
 from adapters.residency import Residency
 
@@ -26,7 +26,7 @@ SHARED_TENANT = "shared"
 VERSION_DIGITS = 12  # of the digest, in a version's name
 
 _ID = r"[a-z0-9][a-z0-9._-]{0,62}"
-_TARGET = re.compile(rf"(?:tenants/(?P<tenant>{_ID})/adapters/)?(?P<adapter>{_ID})(?:@(?P<version>[0-9a-f]{{12,64}}))?")
+_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/(?P<adapter>{_ID})(?:@(?P<version>[0-9a-f]{{12,64}}))?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -288,24 +288,6 @@ class AdapterRegistry:
 
     # ---- questions -------------------------------------------------------------------------------------------------
 
-    def resolve(self, tenant: str, target: str) -> AdapterKey:
-        """The version that a request of `tenant` gets for "pirate", "pirate@0123456789ab" or a full resource name.
-
-        A bare id is looked for in the caller's tenant, then in "shared". Raises AdapterNotFound, which also covers what
-        belongs to others; AdapterNotReady while it loads for the first time; AdapterRejected if it failed.
-        """
-        found = _TARGET.fullmatch(target)
-        if found is None:
-            raise _no_adapter(target)
-        for owner in (tenant, SHARED_TENANT):
-            if found["tenant"] not in (None, owner):
-                continue
-            adapter = self._adapters.get(f"{owner}/{found['adapter']}")
-            version = _pick(adapter, found["version"]) if adapter is not None else None
-            if version is not None and version.state is not AdapterState.DELETING:
-                return _usable(version)
-        raise _no_adapter(target)
-
     def get(self, name: str) -> AdapterVersion:
         """The version with this resource name; for a bare name the current one, or else the newest.
 
@@ -357,8 +339,8 @@ class AdapterRegistry:
 
     def _named(self, name: str) -> tuple[_Adapter, list[AdapterVersion]]:
         """The adapter of a resource name, and its versions that the name covers: one, or all that are not leaving."""
-        found = _TARGET.fullmatch(name)
-        if found is not None and found["tenant"] is not None:
+        found = _NAME.fullmatch(name)
+        if found is not None:
             adapter = self._adapters.get(f"{found['tenant']}/{found['adapter']}")
             if adapter is not None:
                 prefix = found["version"] or ""
@@ -434,21 +416,3 @@ def _check_same(known: AdapterVersion, spec: AdapterSpec) -> None:
         raise AdapterConflict(
             f"{known.version_name}: it is registered for model {known.spec.base_model!r}, not {spec.base_model!r}"
         )
-
-
-def _pick(adapter: _Adapter, prefix: str | None) -> AdapterVersion | None:
-    """The version that a request means: by a prefix of its digest, or the current one, or else the newest there is."""
-    if prefix is not None:
-        return next((version for digest, version in adapter.versions.items() if digest.startswith(prefix)), None)
-    if adapter.current is not None:
-        return adapter.versions[adapter.current]
-    alive = [version for version in adapter.versions.values() if version.state is not AdapterState.DELETING]
-    return alive[-1] if alive else None
-
-
-def _usable(version: AdapterVersion) -> AdapterKey:
-    if version.state is AdapterState.LOADING:
-        raise AdapterNotReady(f"{version.version_name} is being loaded; try again soon")
-    if version.state is AdapterState.FAILED:
-        raise AdapterRejected(list(version.problems))
-    return version.key

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, AdapterNotReady, AdapterRejected
+from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound
 from adapters.key import AdapterKey
 from adapters.registry import (
     AdapterChange,
@@ -84,9 +84,9 @@ def test_the_same_digest_again_is_a_no_op(registry: AdapterRegistry, add: Add) -
 def test_the_alias_means_the_old_version_until_the_new_one_is_active(registry: AdapterRegistry, add: Add) -> None:
     old = add("a")
     new = registry.register("acme", "pirate", digest("b"), SPEC).key
-    assert registry.resolve("acme", "pirate") == old
+    assert registry.get(BARE).key == old
     registry.activate(new, INFO)
-    assert registry.resolve("acme", "pirate") == new
+    assert registry.get(BARE).key == new
     assert not registry.get(version_name("a")).current
     assert registry.get(version_name("b")).current
 
@@ -96,7 +96,7 @@ def test_the_alias_stays_when_the_new_version_fails(registry: AdapterRegistry, a
     new = registry.register("acme", "pirate", digest("b"), SPEC).key
     failed = registry.fail(new, ["14 tensors bind to nothing"])
     assert failed.problems == ("14 tensors bind to nothing",)
-    assert registry.resolve("acme", "pirate") == old
+    assert registry.get(BARE).key == old
 
 
 def test_the_version_registered_last_wins_however_the_loads_end(registry: AdapterRegistry) -> None:
@@ -104,14 +104,14 @@ def test_the_version_registered_last_wins_however_the_loads_end(registry: Adapte
     second = registry.register("acme", "pirate", digest("b"), SPEC).key
     registry.activate(second, INFO)
     registry.activate(first, INFO)
-    assert registry.resolve("acme", "pirate") == second
+    assert registry.get(BARE).key == second
 
 
 def test_a_version_that_is_not_to_be_current_leaves_the_alias(registry: AdapterRegistry, add: Add) -> None:
     old = add("a")
     new = add("b", make_current=False)
-    assert registry.resolve("acme", "pirate") == old
-    assert registry.resolve("acme", f"pirate@{digest('b')[:12]}") == new
+    assert registry.get(BARE).key == old
+    assert registry.get(version_name("b")).key == new
 
 
 def test_a_failed_version_that_is_registered_again_loads_again(registry: AdapterRegistry) -> None:
@@ -126,15 +126,14 @@ def test_a_current_version_that_fails_does_not_hand_its_name_to_another(registry
     current = add("b")
     registry.fail(current, ["the disk is gone"])
     add("c", make_current=False)
-    with pytest.raises(AdapterRejected, match="the disk is gone"):
-        registry.resolve("acme", "pirate")
+    assert (registry.get(BARE).key, registry.get(BARE).problems) == (current, ("the disk is gone",))
 
 
 def test_registering_an_older_version_again_moves_the_alias_back(registry: AdapterRegistry, add: Add) -> None:
     old = add("a")
     add("b")
     assert registry.register("acme", "pirate", digest("a"), SPEC).current
-    assert registry.resolve("acme", "pirate") == old
+    assert registry.get(BARE).key == old
 
 
 def test_another_model_for_the_same_version_is_a_conflict(registry: AdapterRegistry, add: Add) -> None:
@@ -179,8 +178,6 @@ def test_a_deleted_adapter_takes_no_requests_and_is_gone_when_removed(registry: 
     key = add("a")
     (version,) = registry.delete(BARE)
     assert (version.state, version.current) == (AdapterState.DELETING, False)
-    with pytest.raises(AdapterNotFound):
-        registry.resolve("acme", "pirate")
     assert registry.get(BARE).state is AdapterState.DELETING
     registry.remove(key)
     with pytest.raises(AdapterNotFound):
@@ -239,62 +236,47 @@ def test_a_new_version_may_come_while_the_old_one_is_being_deleted(registry: Ada
     old = add("a")
     registry.delete(BARE)
     new = add("b")
-    assert registry.resolve("acme", "pirate") == new
+    assert registry.get(BARE).key == new
     registry.remove(old)
     assert [version.key for version in registry.list_versions(include_versions=True)] == [new]
 
 
-# ---- resolution ------------------------------------------------------------------------------------------------------
+# ---- names -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["pirate", BARE, f"pirate@{'a' * 12}", f"pirate@{'a' * 64}", version_name("a")])
-def test_every_way_to_name_an_adapter_resolves(registry: AdapterRegistry, add: Add, target: str) -> None:
-    assert add("a") == registry.resolve("acme", target)
-
-
-def test_ones_own_tenant_comes_before_shared(registry: AdapterRegistry, add: Add) -> None:
-    shared = add("a", tenant="shared")
-    assert registry.resolve("acme", "pirate") == shared
-    own = add("b")
-    assert registry.resolve("acme", "pirate") == own
-    assert registry.resolve("acme", "tenants/shared/adapters/pirate") == shared
-    assert registry.resolve("other", "pirate") == shared
+@pytest.mark.parametrize("name", [BARE, f"{BARE}@{'a' * 12}", f"{BARE}@{'a' * 64}"])
+def test_every_name_of_an_adapter_means_it(registry: AdapterRegistry, add: Add, name: str) -> None:
+    add("b", tenant="rival")
+    key = add("a")
+    assert registry.get(name).key == key
 
 
 @pytest.mark.parametrize(
-    "target",
+    "name",
     [
-        "unknown",
-        "pirate@" + "c" * 12,
-        "pirate@" + "a" * 11,
+        "pirate",
+        "tenants/acme/adapters/unknown",
+        f"{BARE}@{'c' * 12}",
+        f"{BARE}@{'a' * 11}",
         "tenants/rival/adapters/pirate",
         "tenants/acme/adapters/",
-        "pirate@",
-        "pirate\n",
+        f"{BARE}@",
+        f"{BARE}\n",
         "",
         "x" * 10_000,
     ],
 )
-def test_what_does_not_exist_or_belongs_to_others_is_not_found(
-    registry: AdapterRegistry, add: Add, target: str
-) -> None:
+def test_what_does_not_exist_is_not_found(registry: AdapterRegistry, add: Add, name: str) -> None:
     add("a")
-    add("b", tenant="rival")
     with pytest.raises(AdapterNotFound):
-        registry.resolve("acme", target)
+        registry.get(name)
 
 
-def test_an_adapter_that_loads_for_the_first_time_is_not_ready(registry: AdapterRegistry) -> None:
-    registry.register("acme", "pirate", digest("a"), SPEC)
-    with pytest.raises(AdapterNotReady, match="being loaded"):
-        registry.resolve("acme", "pirate")
-
-
-def test_an_adapter_that_never_loaded_says_why(registry: AdapterRegistry) -> None:
-    registry.fail(registry.register("acme", "pirate", digest("a"), SPEC).key, ["rank 8 but 4", "NaN"])
-    with pytest.raises(AdapterRejected) as caught:
-        registry.resolve("acme", "pirate")
-    assert caught.value.problems == ["rank 8 but 4", "NaN"]
+def test_an_adapter_that_never_was_current_is_meant_by_its_name(registry: AdapterRegistry) -> None:
+    key = registry.register("acme", "pirate", digest("a"), SPEC).key
+    assert (registry.get(BARE).key, registry.get(BARE).state) == (key, AdapterState.LOADING)
+    registry.fail(key, ["rank 8 but 4", "NaN"])
+    assert registry.get(BARE).problems == ("rank 8 but 4", "NaN")
 
 
 # ---- changes ---------------------------------------------------------------------------------------------------------
@@ -324,7 +306,7 @@ def test_the_alias_can_be_moved_back(registry: AdapterRegistry, add: Add) -> Non
     old = add("a")
     add("b")
     assert registry.set_current(version_name("a")).current
-    assert registry.resolve("acme", "pirate") == old
+    assert registry.get(BARE).key == old
 
 
 def test_the_alias_cannot_move_to_a_version_that_cannot_be_used(registry: AdapterRegistry, add: Add) -> None:
@@ -452,16 +434,19 @@ class RegistryMachine(RuleBasedStateMachine):
         assert {version.key: version for version in self.registry.list_versions(include_versions=True)} == self.heard
 
     @invariant()
-    def a_name_means_one_usable_version_or_says_why_not(self) -> None:
+    def a_name_means_the_current_version_or_else_the_newest_that_stays(self) -> None:
         current = [version for version in self.heard.values() if version.current]
         assert len(current) <= 1
         assert all(version.state is not AdapterState.DELETING for version in current)
-        try:
-            key = self.registry.resolve("acme", "pirate")
-        except AdapterError:
+        if not self.heard:
+            with pytest.raises(AdapterNotFound):
+                self.registry.get(BARE)
             return
-        assert self.heard[key].state is AdapterState.ACTIVE
-        assert not current or current[0].key == key
+        found = self.registry.get(BARE)
+        if current:
+            assert found == current[0]
+        elif any(version.state is not AdapterState.DELETING for version in self.heard.values()):
+            assert found.state is not AdapterState.DELETING
 
 
 TestRegistryMachine = RegistryMachine.TestCase
