@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.errors import INVALID, TOO_LARGE, UNREADABLE, AdapterRejected
+from adapters.errors import COLD, INVALID, TOO_LARGE, UNREADABLE, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.pace import Pace
 from adapters.targets import LoraTarget
@@ -181,7 +181,7 @@ class AdapterStore:
         if source is None and key.parts and self.is_registered(key):
             source = self._compose(key)
         if source is None:
-            raise AdapterRejected([f"adapter {key} is not registered with this engine"])
+            raise AdapterRejected([f"adapter {key} is not registered with this engine"], COLD)
         if key in self._loaded or source.loading:
             return
         if source.problems and self._clock() < source.retry_at:

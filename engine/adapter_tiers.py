@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from pathlib import Path
 
-from adapters.errors import AdapterConflict, AdapterRejected
+from adapters.errors import COLD, AdapterConflict, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.pool import AdapterPool
 from adapters.residency import Residency
@@ -31,7 +31,7 @@ class AdapterTiers:
         self._pool = pool
         self._unloading: set[AdapterKey] = set()
         self._bringing: dict[AdapterKey, None] = {}  # to the device, in the order in which they were asked for
-        self._pinning: set[AdapterKey] = set()  # of those: to stay there
+        self._pinning: dict[AdapterKey, None] = {}  # and to stay there
         self._answers: list[FromEngine] = []
         self._changes_seen = -1
 
@@ -42,10 +42,13 @@ class AdapterTiers:
         self._unloading.discard(message.key)
         self._store.register(message.key, Path(message.path))
         if message.residency is Residency.DEVICE:
-            self._bring(message.key)
+            self._bringing[message.key] = None
+            self._changes_seen = -1
 
     def unload(self, message: UnloadAdapter) -> None:
         """Free an adapter's memory, once no accepted request uses it; or at least its room on the device."""
+        if message.key in self._pinning:
+            self._answers.append(AdapterPinned(message.key, False, "it was unloaded meanwhile", COLD))
         self._forget(message.key)
         if message.residency is Residency.DISK:
             self._unloading.add(message.key)
@@ -55,10 +58,10 @@ class AdapterTiers:
     def pin(self, message: PinAdapter) -> None:
         """Keep an adapter on the device from when it gets there, or no longer."""
         if message.pinned:
-            self._pinning.add(message.key)
-            self._bring(message.key)
+            self._pinning[message.key] = None
+            self._changes_seen = -1
         else:
-            self._forget(message.key)
+            self._pinning.pop(message.key, None)
             self._pool.unpin(message.key)
             self._answers.append(AdapterPinned(message.key, False))
 
@@ -72,7 +75,7 @@ class AdapterTiers:
             or self._store.is_loading()
             or self._store.moved
             or self._pool.moved
-            or (self._bringing and self._pool.changes != self._changes_seen)
+            or ((self._bringing or self._pinning) and self._pool.changes != self._changes_seen)
         )
 
     def advance(self, users: Container[AdapterKey]) -> list[FromEngine]:
@@ -84,9 +87,9 @@ class AdapterTiers:
             self._pool.unload(key)
             self._store.unregister(key)
             events.append(AdapterUnloaded(key))
-        if self._bringing and self._pool.changes != self._changes_seen:
+        if (self._bringing or self._pinning) and self._pool.changes != self._changes_seen:
             self._changes_seen = self._pool.changes
-            for key in list(self._bringing):
+            for key in self._bringing | self._pinning:
                 events.extend(self._try_to_bring(key))
         return events
 
@@ -105,13 +108,9 @@ class AdapterTiers:
             return Residency.DEVICE
         return Residency.HOST if self._store.holds(key) else Residency.DISK
 
-    def _bring(self, key: AdapterKey) -> None:
-        self._bringing[key] = None
-        self._changes_seen = -1
-
     def _forget(self, key: AdapterKey) -> None:
         self._bringing.pop(key, None)
-        self._pinning.discard(key)
+        self._pinning.pop(key, None)
 
     def _try_to_bring(self, key: AdapterKey) -> list[FromEngine]:
         pinning = key in self._pinning
@@ -120,6 +119,7 @@ class AdapterTiers:
                 if pinning:
                     self._pool.make_room(key)
                 return []
+            self._pool.moved.add(key)  # even if it was there already: whoever asked waits to hear of it
             if pinning:
                 self._pool.pin(key)
         except AdapterConflict as error:
@@ -128,7 +128,7 @@ class AdapterTiers:
         except AdapterRejected as error:
             self._forget(key)
             failed = AdapterFailed(key, error.problems, error.reason)
-            return [failed, AdapterPinned(key, False, str(error))] if pinning else [failed]
+            return [failed, AdapterPinned(key, False, str(error), error.reason)] if pinning else [failed]
         self._forget(key)
         return [AdapterPinned(key, True)] if pinning else []
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
-from adapters.errors import AdapterConflict, AdapterRejected
+from adapters.errors import COLD, AdapterConflict, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.residency import Residency
 from engine.messages import (
@@ -73,6 +73,7 @@ class EngineClient:
         self._loads: dict[AdapterKey, asyncio.Future[AdapterLoaded]] = {}
         self._load_began: dict[AdapterKey, float] = {}  # by the loop's clock
         self._arrivals: dict[AdapterKey, asyncio.Future[None]] = {}  # on the device
+        self._leaving: set[AdapterKey] = set()  # on the device, and told to leave it
         self._unloads: dict[AdapterKey, asyncio.Future[None]] = {}
         self._pins: dict[AdapterKey, asyncio.Future[AdapterPinned]] = {}
         self._pings: dict[int, asyncio.Future[Pong]] = {}
@@ -113,6 +114,10 @@ class EngineClient:
 
     # ---- adapters and liveness ---------------------------------------------------------------------------------------
 
+    def holds(self, key: AdapterKey | None) -> bool:
+        """Whether a request for this adapter, or this weighted sum, can be sent now. None: the base model alone."""
+        return self.error is None and (key is None or all(member in self.adapters for member in key.members))
+
     def start_loading(self, key: AdapterKey, path: str) -> "asyncio.Future[AdapterLoaded]":
         """Have the engine read an adapter into host memory and bind it to the model, and do not wait.
 
@@ -131,25 +136,28 @@ class EngineClient:
     async def bring_to_device(self, key: AdapterKey, path: str) -> None:
         """Load an adapter and have it on the device, and wait until it is there, however long others need the room.
 
-        Raises what `start_loading` ends with.
+        Raises what `start_loading` ends with, and AdapterRejected (COLD) if it is unloaded meanwhile.
         """
         self._check_alive()
-        if self.residency.get(key) is Residency.DEVICE:
+        if self.residency.get(key) is Residency.DEVICE and key not in self._leaving:
             return
         if key not in self._arrivals:
             self._arrivals[key] = _future()
+            self._leaving.discard(key)
             self._send_load(key, path, Residency.DEVICE)
         await asyncio.shield(self._arrivals[key])
 
     async def leave_device(self, key: AdapterKey) -> None:
         """Have an adapter leave the device once no request uses it, and stay in host memory. Does not wait for that."""
         self._check_alive()
+        self._call_back(key)
         self._send(UnloadAdapter(key, Residency.HOST))
 
     async def pin_adapter(self, key: AdapterKey, pinned: bool) -> None:
         """Keep a loaded adapter on the device or let it go, and wait until that is so.
 
-        Raises AdapterConflict with what keeps it from being pinned.
+        Raises AdapterConflict if there are too many pins, and AdapterRejected if it cannot get there, or (COLD) is
+        unloaded meanwhile.
         """
         self._check_alive()
         while key in self._pins:  # the answers carry no number: one at a time
@@ -157,9 +165,11 @@ class EngineClient:
             self._check_alive()
         answer = self._pins[key] = _future()
         self._send(PinAdapter(key, pinned))
-        problem = (await asyncio.shield(answer)).problem
-        if problem:
-            raise AdapterConflict(problem)
+        found = await asyncio.shield(answer)
+        if found.reason:
+            raise AdapterRejected([found.problem], found.reason)
+        if found.problem:
+            raise AdapterConflict(found.problem)
 
     async def unload_adapter(self, key: AdapterKey) -> None:
         """Have the engine drop an adapter, and wait until no request uses it any more, or until it is loaded again."""
@@ -170,6 +180,7 @@ class EngineClient:
         self.adapters.pop(key, None)
         if key not in self._unloads:
             self._unloads[key] = _future()
+            self._call_back(key)
             self._send(UnloadAdapter(key))
         await asyncio.shield(self._unloads[key])
 
@@ -209,8 +220,8 @@ class EngineClient:
                 _reject(self._arrivals.pop(key, None), AdapterRejected(problems, reason))
             case AdapterUnloaded(key=key):
                 self.residency.pop(key, None)
+                self._leaving.discard(key)
                 _resolve(self._unloads.pop(key, None), None)
-                _reject(self._arrivals.pop(key, None), AdapterRejected(["it was unloaded meanwhile"]))
             case AdapterPinned(key=key):
                 _resolve(self._pins.pop(key, None), message)
             case AdaptersMoved(moves=moves):
@@ -242,6 +253,12 @@ class EngineClient:
             self._load_began[key] = asyncio.get_running_loop().time()
         self._send(LoadAdapter(key, path, residency))
 
+    def _call_back(self, key: AdapterKey) -> None:
+        """An engine that is told to unload an adapter forgets that it was to bring it to the device."""
+        if self.residency.get(key) is Residency.DEVICE:
+            self._leaving.add(key)
+        _reject(self._arrivals.pop(key, None), AdapterRejected(["it was unloaded meanwhile"], COLD))
+
     def _take_moves(self, moves: list[tuple[AdapterKey, Residency]]) -> None:
         for key, residency in moves:
             self._move(key, residency)
@@ -252,6 +269,8 @@ class EngineClient:
         before = self.residency.get(key, Residency.DISK)
         if residency is not before:
             self.moves[before, residency] += 1
+        if residency is not Residency.DEVICE:
+            self._leaving.discard(key)
         self.residency[key] = residency
 
     def _count_load(self, key: AdapterKey) -> None:
@@ -358,6 +377,7 @@ def _merge(outputs: list[RequestOutput]) -> RequestOutput:
         queue_seconds=first.queue_seconds,
         adapter_load_seconds=first.adapter_load_seconds,
         error=last.error,
+        error_reason=last.error_reason,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from adapters.errors import COLD
 from adapters.pool import AdapterPool
 from adapters.store import AdapterStore
 from engine.adapter_tiers import AdapterTiers
@@ -99,9 +100,12 @@ class EngineCore:
 
     def add(self, message: AddRequest) -> None:
         """Accept a request, or have the next step say what is wrong with it. A bad request never reaches the model."""
-        problem = self._problem_with(message)
+        problem, reason = self._problem_with(message), ""
+        if not problem and message.adapter is not None and not self.store.is_registered(message.adapter):
+            problem, reason = f"adapter {message.adapter} is not registered with this engine", COLD
         if problem:
-            self._rejected.append(RequestOutput(message.request_id, [], FinishReason.ERROR, error=problem))
+            output = RequestOutput(message.request_id, [], FinishReason.ERROR, error=problem, error_reason=reason)
+            self._rejected.append(output)
             return
         self._num_arrivals += 1
         self.scheduler.add(Request(message, self._num_arrivals, time.monotonic()))
@@ -137,8 +141,6 @@ class EngineCore:
             return f"max_tokens is {sampling.max_tokens}: it must be at least 1"
         if not 0 < message.weight < math.inf:
             return f"weight is {message.weight}: it must be above 0"
-        if message.adapter is not None and not self.store.is_registered(message.adapter):
-            return f"adapter {message.adapter} is not registered with this engine"
         return ""
 
     # ---- adapters --------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
     queue_seconds: float = 0.0  # from arrival to first scheduling (set with the first output)
     adapter_load_seconds: float = 0.0  # of that, waiting for the adapter
     error: str = ""  # with finish_reason ERROR: what went wrong with this request alone
+    error_reason: str = ""  # of an error that its adapter has: the kind, a name of loraplex.v1.ErrorReason
 
 
 class EngineStats(msgspec.Struct, array_like=True, frozen=True):
@@ -201,6 +202,7 @@ class AdapterPinned(Message, frozen=True):
     key: AdapterKey
     pinned: bool
     problem: str = ""
+    reason: str = ""  # its kind: a name of loraplex.v1.ErrorReason; "": there are too many pins
 
 
 class AdaptersMoved(Message, frozen=True):

@@ -191,7 +191,7 @@ class Scheduler:
             try:
                 slot = self.adapters.acquire(key)
             except AdapterRejected as rejected:
-                self.fail(request, str(rejected))
+                self.fail(request, str(rejected), rejected.reason)
                 return False
         if slot is None:
             self.waiting.remove(request)
@@ -217,7 +217,7 @@ class Scheduler:
                 try:
                     slot = self.adapters.acquire(key)
                 except AdapterRejected as rejected:
-                    self.fail(request, str(rejected))
+                    self.fail(request, str(rejected), rejected.reason)
                     continue
                 if slot is None:
                     break
@@ -308,10 +308,11 @@ class Scheduler:
                 self._finish(request, FinishReason.TIME_LIMIT)
                 self._outputs.append(RequestOutput(request_id, [], FinishReason.TIME_LIMIT))
 
-    def fail(self, request: Request, error: str) -> None:
-        """End one request with an error; the next `update` says so."""
+    def fail(self, request: Request, error: str, reason: str = "") -> None:
+        """End one request with an error; the next `update` says so. `reason`: of an error that its adapter has."""
         self._finish(request, FinishReason.ERROR)
-        self._outputs.append(RequestOutput(request.request_id, [], FinishReason.ERROR, error=error))
+        output = RequestOutput(request.request_id, [], FinishReason.ERROR, error=error, error_reason=reason)
+        self._outputs.append(output)
 
     def fail_step(self, plan: StepPlan, error: str) -> None:
         """End every request of a step that could not be computed. The others have lost nothing."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from adapters.errors import UNREADABLE, AdapterConflict, AdapterNotFound, AdapterRejected
+from adapters.errors import COLD, UNREADABLE, AdapterConflict, AdapterNotFound, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.registry import (
     AdapterChange,
@@ -32,7 +32,14 @@ from engine.client import EngineClient
 from engine.messages import AdapterLoaded
 from service.adapter_files import AdapterFiles, AdapterLibrary
 from service.config import AdapterConfig
-from service.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LoraplexError
+from service.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidRequest,
+    LoraplexError,
+    PermissionDenied,
+    Unavailable,
+)
 from service.hosting import HostedModel, ModelHost
 from service.state import StateFile
 from service.tenants import Tenants
@@ -163,7 +170,8 @@ class AdapterDeployer:
     def load(self, version: AdapterVersion, residency: Residency = Residency.HOST) -> "asyncio.Task[None]":
         """Begin to bring a version into the memory of its engine, or on to the device.
 
-        Raises what `ModelHost.serving` raises; the task FailedPrecondition if the adapter cannot get to the device.
+        Raises what `ModelHost.serving` raises; the task FailedPrecondition if the adapter cannot get to the device, and
+        Unavailable (ADAPTER_COLD) if it is unloaded meanwhile.
         """
         client = self._models.serving(version.spec.base_model).client
         loading = self._deploy(client, version)
@@ -189,7 +197,8 @@ class AdapterDeployer:
     async def pin(self, version: AdapterVersion, pinned: bool) -> AdapterVersion:
         """Keep a version on the device, now and in every later life of its engine, or no longer.
 
-        Raises FailedPrecondition (ADAPTER_PIN_LIMIT, or what is wrong with the adapter).
+        Raises FailedPrecondition (ADAPTER_PIN_LIMIT, or what is wrong with the adapter), and Unavailable (ADAPTER_COLD)
+        if it is unloaded meanwhile.
         """
         client = self._client(version)
         if client is not None and version.state is AdapterState.ACTIVE:
@@ -273,7 +282,7 @@ class AdapterDeployer:
         try:
             await client.bring_to_device(version.key, self.directory(version))
         except AdapterRejected as error:
-            raise FailedPrecondition(error.reason, f"adapter {version.version_name}: {error}") from error
+            raise _rejected(version, error) from error
 
     async def _pin(self, client: EngineClient, version: AdapterVersion, pinned: bool) -> None:
         try:
@@ -281,7 +290,7 @@ class AdapterDeployer:
                 await client.load_adapter(version.key, self.directory(version))
             await client.pin_adapter(version.key, pinned)
         except AdapterRejected as error:
-            raise FailedPrecondition(error.reason, f"adapter {version.version_name}: {error}") from error
+            raise _rejected(version, error) from error
         except AdapterConflict as error:
             raise FailedPrecondition("ADAPTER_PIN_LIMIT", str(error)) from error
 
@@ -396,6 +405,11 @@ def _worth_having(versions: list[AdapterVersion], budget_bytes: int) -> list[Ada
             break
         found.append(version)
     return found
+
+
+def _rejected(version: AdapterVersion, error: AdapterRejected) -> LoraplexError:
+    message = f"adapter {version.version_name}: {error}"
+    return Unavailable(COLD, message) if error.reason == COLD else FailedPrecondition(error.reason, message)
 
 
 async def _unload(client: EngineClient, key: AdapterKey) -> None:

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RequestInfo, ResourceInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
+from adapters.errors import COLD, UNREADABLE
 from loraplex.v1.inference_pb2 import PartialUsage, Usage
 
 # LoraplexError
@@ -22,18 +23,18 @@ from loraplex.v1.inference_pb2 import PartialUsage, Usage
 # │   └── PromptTooLong                          PROMPT_TOO_LONG: how many tokens, how many fit
 # ├── FeatureUnsupported    UNIMPLEMENTED        FEATURE_UNSUPPORTED: the field
 # ├── Unauthenticated       UNAUTHENTICATED      UNAUTHENTICATED
-# ├── PermissionDenied      PERMISSION_DENIED    PERMISSION_DENIED, SOURCE_NOT_ALLOWED
+# ├── PermissionDenied      PERMISSION_DENIED    PERMISSION_DENIED, SOURCE_NOT_ALLOWED, ADAPTER_UNTRUSTED
 # ├── NotFound              NOT_FOUND            MODEL_NOT_FOUND, ADAPTER_NOT_FOUND, ROUTE_NOT_FOUND,
 # │                                              USAGE_RECORD_NOT_FOUND: the resource
 # ├── FailedPrecondition    FAILED_PRECONDITION  ADAPTER_BASE_MISMATCH, ADAPTER_RANK_TOO_HIGH, ADAPTER_INVALID,
 # │                                              ADAPTER_TOO_LARGE, ADAPTER_UNREADABLE, ADAPTER_IS_CURRENT,
-# │                                              ADAPTER_PINNED, ADAPTER_PIN_LIMIT, MODEL_UNLOADED
+# │                                              ADAPTER_PINNED, ADAPTER_PIN_LIMIT, ADAPTER_UNTRUSTED, MODEL_UNLOADED
 # ├── AlreadyExists         ALREADY_EXISTS       ALREADY_EXISTS: the resource
 # ├── Aborted               ABORTED              ETAG_MISMATCH
 # ├── QuotaExceeded         RESOURCE_EXHAUSTED   TENANT_QUOTA: what for, retry_after
 # ├── SlowConsumer          RESOURCE_EXHAUSTED   SLOW_CONSUMER
-# ├── Unavailable           UNAVAILABLE          OVERLOADED, ADAPTER_COLD, MODEL_LOADING, DRAINING, ENGINE_RESTARTING,
-# │                                              USAGE_UNWRITABLE: retry_after
+# ├── Unavailable           UNAVAILABLE          OVERLOADED, ADAPTER_COLD, ADAPTER_UNREADABLE, MODEL_LOADING, DRAINING,
+# │                                              ENGINE_RESTARTING, USAGE_UNWRITABLE: retry_after
 # ├── DeadlineExceeded      DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
 # ├── Cancelled             CANCELLED            CANCELLED: by CancelGeneration, not by the call
 # └── EngineError           INTERNAL             ENGINE_ERROR: the id to quote
@@ -176,6 +177,12 @@ class QuotaExceeded(LoraplexError):
     def details(self) -> list[Message]:
         violation = QuotaFailure.Violation(subject=_clip(self.subject, 200), description=_clip(self.message, 400))
         return [QuotaFailure(violations=[violation]), _retry_info(self.retry_after_seconds)]
+
+
+def unusable_adapter(name: str, problems: str, reason: str) -> LoraplexError:
+    """What a request is told whose adapter the engine cannot use. `reason`: one of those in adapters/errors.py."""
+    message = f"adapter {name} cannot be served: {problems}"
+    return Unavailable(reason, message) if reason in (UNREADABLE, COLD) else FailedPrecondition(reason, message)
 
 
 class SlowConsumer(LoraplexError):

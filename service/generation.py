@@ -19,7 +19,7 @@ from engine.sampling_params import FinishReason
 from loraplex.v1 import inference_pb2
 from loraplex.v1.inference_pb2 import Completed, Delta, Finished, PromptLogprobs, Started, Timings, Usage
 from loraplex.v1.routes_pb2 import ResolvedTarget
-from service.errors import EngineError, SlowConsumer, Unavailable
+from service.errors import EngineError, LoraplexError, SlowConsumer, Unavailable, unusable_adapter
 from service.outputs import OutputBuilder, prompt_logprobs
 from service.telemetry.records import GenerationRecord
 from service.telemetry.series import Distribution
@@ -139,7 +139,10 @@ class Run:
         self._generation.close()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Everything, in order. Raises EngineError, SlowConsumer, and what ended the engine or was given to `end`."""
+        """Everything, in order.
+
+        Raises EngineError, SlowConsumer, what `unusable_adapter` says, and what ended the engine or was given to `end`.
+        """
         loop = asyncio.get_running_loop()
         flush_at: float | None = None  # when the first of the held tokens has been held long enough
         while self._open:
@@ -177,21 +180,26 @@ class Run:
     async def _resume(self) -> None:
         """Go on with the next engine. What this one gave last, and nobody has read, is generated once more."""
         self._num_resumptions += 1
-        self._waiting = asyncio.ensure_future(self._successor())
-        try:
-            client = await self._waiting
-        except asyncio.CancelledError:
-            if self._error is not None:
-                raise self._error from None
-            raise
-        finally:
-            self._waiting = None
+        client = await self._next_client()
+        while not client.holds(self._job.sequences[0].adapter):  # it died, or the adapter left it, before our turn
+            client = await self._next_client()
         for sequence in self._open.values():  # each engine counts its requests anew
             sequence.request = self._continued(sequence, client.new_request_id())
         self._open = {sequence.request.request_id: sequence for sequence in self._open.values()}
         unfinished = [sequence.request for sequence in self._open.values() if sequence.builder.finished is None]
         self._client, self._generation = client, client.generate(*unfinished)
         logger.info("request %s goes on with another engine", self._job.request_id)
+
+    async def _next_client(self) -> EngineClient:
+        self._waiting = asyncio.ensure_future(self._successor())
+        try:
+            return await self._waiting
+        except asyncio.CancelledError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+        finally:
+            self._waiting = None
 
     def _continued(self, sequence: _Sequence, request_id: int) -> AddRequest:
         """The request for the rest of an output."""
@@ -209,7 +217,7 @@ class Run:
 
     def _push(self, output: RequestOutput) -> Iterator[Event]:
         if output.finish_reason is FinishReason.ERROR:
-            raise EngineError(f"the engine could not go on with request {self._job.request_id}: {output.error}")
+            raise self._failure(output)
         if not self._started:
             yield self._start(output)
         if output.prompt_logprobs is not None:
@@ -224,6 +232,11 @@ class Run:
         if builder.finished is not None and output.finish_reason is None:  # a stop string: the engine does not know
             self._generation.abort(output.request_id)
         yield from self._take(everything=False)
+
+    def _failure(self, output: RequestOutput) -> LoraplexError:
+        if output.error_reason:
+            return unusable_adapter(self._job.target.adapter_version, output.error, output.error_reason)
+        return EngineError(f"the engine could not go on with request {self._job.request_id}: {output.error}")
 
     def _observe_gaps(self, sequence: _Sequence, num_tokens: int) -> None:
         """Tokens that come together share the time since the one before; before the first there is no gap."""

@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 import msgspec
 
-from adapters.errors import UNREADABLE, AdapterRejected
+from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from adapters.registry import AdapterVersion
 from engine.client import EngineClient
@@ -37,7 +37,7 @@ from loraplex.v1.inference_pb2 import (
 from service.admission import Admission
 from service.call import Call, current_call
 from service.catalog import Catalog, Target
-from service.errors import Cancelled, FailedPrecondition, InvalidRequest, LoraplexError, Unavailable
+from service.errors import Cancelled, InvalidRequest, LoraplexError, Unavailable, unusable_adapter
 from service.generation import Event, Job, Run
 from service.interceptors import error_status, known_error, status_name
 from service.prompts import prompt_tokens
@@ -274,15 +274,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 f"adapter {adapter.version_name} is not loaded after {wait_seconds:g} s; it goes on loading, try again",
             ) from None
         except AdapterRejected as error:
-            message = f"adapter {adapter.version_name} cannot be served: {error}"
-            if error.reason == UNREADABLE:
-                raise Unavailable(error.reason, message) from error
-            raise FailedPrecondition(error.reason, message) from error
+            raise unusable_adapter(adapter.version_name, str(error), error.reason) from error
 
     async def _successor(self, target: Target, adapter: AdapterKey | None) -> EngineClient:
         """The engine that follows one that died, once it holds the request's adapters.
 
-        Raises Unavailable (ENGINE_RESTARTING) if it takes too long, and what `Catalog.successor` raises.
+        Raises Unavailable (ENGINE_RESTARTING) if it takes too long, and what `Catalog.successor` and `unusable_adapter`
+        raise.
         """
         versions = () if adapter is None else target.versions  # None: it went on with the base model
         try:
@@ -290,16 +288,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 while True:
                     client = await self._catalog.successor(target.model.name)
                     with suppress(Unavailable):  # it died as well
-                        for version in versions:
-                            await client.load_adapter(version.key, self._adapter_path(version))
+                        while missing := [version for version in versions if version.key not in client.adapters]:
+                            for version in missing:
+                                await client.load_adapter(version.key, self._adapter_path(version))
                         return client
         except TimeoutError:
             seconds = f"{self._resume_seconds:g} s"
             message = f"the engine of model {target.model.name!r} is not back after {seconds}; try again"
             raise Unavailable("ENGINE_RESTARTING", message) from None
         except AdapterRejected as error:
-            message = f"an adapter of {target.resolved().adapter_version} cannot be loaded again: {error}"
-            raise FailedPrecondition(error.reason, message) from error
+            raise unusable_adapter(target.resolved().adapter_version, str(error), error.reason) from error
 
 
 def _check_composable(target: Target) -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from adapters.errors import AdapterConflict, AdapterRejected
 from adapters.key import AdapterKey
 from adapters.residency import Residency
@@ -169,6 +171,39 @@ def test_an_unpin_takes_back_a_pin_that_has_not_happened_yet() -> None:
     assert AdapterPinned(KEY, False) in bench.events()
     bench.pool.unload(OTHER)
     assert bench.events() == []
+
+
+def test_an_unpin_does_not_keep_an_adapter_from_the_device_that_was_to_come_anyway() -> None:
+    bench = Bench()
+    bench.pool.resident.add(OTHER)
+    bench.tiers.load(TO_DEVICE)
+    bench.tiers.pin(PinAdapter(KEY, True))
+    bench.tiers.pin(PinAdapter(KEY, False))
+    bench.events()
+    bench.pool.unload(OTHER)
+    assert bench.events() == [AdaptersMoved([(KEY, Residency.DEVICE)])]
+    assert bench.pool.pinned == set()
+
+
+@pytest.mark.parametrize("residency", [Residency.DISK, Residency.HOST])
+def test_a_pin_that_waits_is_answered_when_the_adapter_is_unloaded(residency: Residency) -> None:
+    bench = Bench()
+    bench.pool.resident.add(OTHER)
+    bench.store.register(KEY, Path("somewhere"))
+    bench.tiers.pin(PinAdapter(KEY, True))
+    bench.events()
+    bench.tiers.unload(UnloadAdapter(KEY, residency))
+    assert AdapterPinned(KEY, False, "it was unloaded meanwhile", "ADAPTER_COLD") in bench.events()
+
+
+def test_an_adapter_that_is_on_the_device_already_is_said_to_be_there() -> None:
+    """Who asks may have heard that it would leave, and not that it did not."""
+    bench = Bench()
+    bench.tiers.load(TO_DEVICE)
+    bench.events()
+    bench.tiers.unload(UnloadAdapter(KEY))
+    bench.tiers.load(TO_DEVICE)
+    assert bench.events(users=(KEY,)) == [AdaptersMoved([(KEY, Residency.DEVICE)])]
 
 
 def test_an_adapter_leaves_the_device_and_stays_in_memory() -> None:

@@ -4,14 +4,15 @@ import asyncio
 
 import pytest
 
-from adapters.errors import AdapterRejected
-from adapters.key import AdapterKey
+from adapters.errors import COLD, TOO_LARGE, AdapterConflict, AdapterRejected
+from adapters.key import AdapterKey, compose
 from adapters.residency import Residency
 from engine.client import EngineClient, Generation, SlowConsumerError
 from engine.messages import (
     Abort,
     AdapterFailed,
     AdapterLoaded,
+    AdapterPinned,
     AdaptersMoved,
     AdapterUnloaded,
     AddRequest,
@@ -283,6 +284,89 @@ async def test_loading_takes_back_an_unload_that_waits(wire: Wire) -> None:
     await asyncio.sleep(0)
     assert wire.sent == [UnloadAdapter(KEY), LoadAdapter(KEY, "/a"), UnloadAdapter(KEY)]
     again.cancel()
+
+
+async def bringing_begun(wire: Wire) -> "asyncio.Future[None]":
+    bringing = asyncio.ensure_future(wire.client.bring_to_device(KEY, "/a"))
+    await asyncio.sleep(0)
+    return bringing
+
+
+async def test_the_end_of_an_earlier_unload_does_not_disturb_who_brings_the_adapter_back(wire: Wire) -> None:
+    wire.client.deliver(LOADED)
+    unloading = asyncio.ensure_future(wire.client.unload_adapter(KEY))
+    await asyncio.sleep(0)
+    bringing = await bringing_begun(wire)
+    await unloading  # taken back
+    wire.client.deliver(AdapterUnloaded(KEY))  # it had happened when the engine heard of that
+    wire.client.deliver(LOADED)
+    assert not bringing.done()
+    wire.client.deliver(AdaptersMoved([(KEY, Residency.DEVICE)]))
+    await bringing
+
+
+@pytest.mark.parametrize("residency", [Residency.DISK, Residency.HOST])
+async def test_who_brings_an_adapter_is_told_when_it_is_unloaded_and_who_comes_later_is_not(
+    wire: Wire, residency: Residency
+) -> None:
+    first = await bringing_begun(wire)
+    wire.client.deliver(LOADED)
+    unload = wire.client.unload_adapter if residency is Residency.DISK else wire.client.leave_device
+    unloading = asyncio.ensure_future(unload(KEY))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    second = await bringing_begun(wire)
+    with pytest.raises(AdapterRejected, match="unloaded meanwhile") as raised:
+        await first
+    assert raised.value.reason == COLD
+    assert [type(message) for message in wire.sent] == [LoadAdapter, UnloadAdapter, LoadAdapter]
+    wire.client.deliver(AdaptersMoved([(KEY, Residency.DEVICE)]))
+    await second
+    await unloading
+
+
+@pytest.mark.parametrize("residency", [Residency.DISK, Residency.HOST])
+async def test_an_adapter_that_was_told_to_leave_the_device_does_not_count_as_there(
+    wire: Wire, residency: Residency
+) -> None:
+    wire.client.deliver(LOADED)
+    wire.client.deliver(AdaptersMoved([(KEY, Residency.DEVICE)]))
+    unload = wire.client.unload_adapter if residency is Residency.DISK else wire.client.leave_device
+    unloading = asyncio.ensure_future(unload(KEY))
+    await asyncio.sleep(0)
+    bringing = await bringing_begun(wire)
+    assert wire.sent == [UnloadAdapter(KEY, residency), LoadAdapter(KEY, "/a", Residency.DEVICE)]
+    assert not bringing.done()
+    wire.client.deliver(AdaptersMoved([(KEY, Residency.DEVICE)]))
+    await bringing
+    await unloading
+    await wire.client.bring_to_device(KEY, "/a")
+    assert len(wire.sent) == 2
+
+
+async def test_a_pin_that_fails_says_whether_there_are_too_many_or_what_is_wrong(wire: Wire) -> None:
+    pinning = asyncio.ensure_future(wire.client.pin_adapter(KEY, True))
+    await asyncio.sleep(0)
+    wire.client.deliver(AdapterPinned(KEY, False, "unpin others"))
+    with pytest.raises(AdapterConflict, match="unpin others"):
+        await pinning
+    pinning = asyncio.ensure_future(wire.client.pin_adapter(KEY, True))
+    await asyncio.sleep(0)
+    wire.client.deliver(AdapterPinned(KEY, False, "it is too large", TOO_LARGE))
+    with pytest.raises(AdapterRejected, match="it is too large") as raised:
+        await pinning
+    assert raised.value.reason == TOO_LARGE
+
+
+async def test_a_client_holds_what_the_engine_was_given_while_it_lives(wire: Wire) -> None:
+    other = AdapterKey("shared/poet", "cd" * 32)
+    both = compose([(KEY, 0.5), (other, 0.5)])
+    wire.client.deliver(LOADED)
+    assert [wire.client.holds(key) for key in (None, KEY, other, both)] == [True, True, False, False]
+    wire.client.deliver(AdapterLoaded(other, 8, 1024, ["q_proj"], []))
+    assert wire.client.holds(both)
+    wire.client.fail(ConnectionError("gone"))
+    assert not wire.client.holds(None)
 
 
 # ---- liveness and death ----------------------------------------------------------------------------------------------

@@ -10,16 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from adapters.key import AdapterKey
-from engine.client import EngineClient
+from adapters.residency import Residency
+from engine.client import EngineClient, Running
 from engine.messages import (
     Abort,
     AdapterFailed,
     AdapterLoaded,
+    AdapterPinned,
+    AdaptersMoved,
     AdapterUnloaded,
     AddRequest,
     EngineStats,
     LoadAdapter,
     ModelLimits,
+    PinAdapter,
     Ping,
     Pong,
     RequestOutput,
@@ -70,10 +74,12 @@ class FakeEngine:
         self.sequences: dict[int, Accepted] = {}
         self.scripts: list[Sequence[int]] = []  # what the next requests say instead of their prompt, in turn
         self.errors: list[str] = []  # with what the next requests fail in their first step
+        self.error_reason = ""  # of those errors
         self.tokens_per_step = 1
         self.steps_allowed: float = math.inf
         self.cached_tokens = 0
         self.adapters: set[AdapterKey] = set()
+        self.pinned: set[AdapterKey] = set()
         self.rejected_adapters: dict[str, list[str]] = {}  # problems, by path
         self.whole_adapters: dict[str, str] = {}  # why they cannot be composed, by path
         self.loads_allowed = True  # else loads wait until `allow_loads`
@@ -134,7 +140,11 @@ class FakeEngine:
                     self._waiting_loads.append(message)
             case UnloadAdapter(key=key):
                 self.adapters.discard(key)
+                self.pinned.discard(key)
                 self._deliver(AdapterUnloaded(key))
+            case PinAdapter(key=key, pinned=pinned):
+                (self.pinned.add if pinned else self.pinned.discard)(key)
+                self._deliver(AdapterPinned(key, pinned))
             case Ping(nonce=nonce):
                 self._deliver(Pong(nonce, self._stats()))
         self._changed.set()
@@ -161,8 +171,9 @@ class FakeEngine:
         request, sampling = sequence.request, sequence.request.sampling
         first = not sequence.output
         if request.request_id in self._error_of:
+            error = self._error_of.pop(request.request_id)
             return RequestOutput(
-                request.request_id, [], FinishReason.ERROR, error=self._error_of.pop(request.request_id)
+                request.request_id, [], FinishReason.ERROR, error=error, error_reason=self.error_reason
             )
         token_ids: list[int] = []
         reason, stop_token_id = None, None
@@ -199,8 +210,10 @@ class FakeEngine:
             self.adapters.add(message.key)
             whole = self.whole_adapters.get(message.path, "")
             self._deliver(AdapterLoaded(message.key, 8, 1024, ["q_proj"], [], whole))
+            if message.residency is Residency.DEVICE:
+                self._deliver(AdaptersMoved([(message.key, Residency.DEVICE)]))
 
-    def _deliver(self, message: AdapterLoaded | AdapterFailed | AdapterUnloaded | Pong) -> None:
+    def _deliver(self, message: Running) -> None:
         """Like a real engine, not before the sender has gone on."""
         asyncio.get_running_loop().call_soon(self.client.deliver, message)
 
