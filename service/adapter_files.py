@@ -15,7 +15,7 @@ from adapters.remote import RemoteSources
 from adapters.source import AdapterDescription, AdapterSource, describe, digest, fingerprint
 from adapters.trust import SIGNATURE_FILE, is_trusted
 from service.errors import FailedPrecondition, PermissionDenied
-from service.tenants import TenantConfig
+from service.tenants import Tenant
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -87,15 +87,16 @@ class AdapterLibrary:
         finally:
             await self._in_thread(self._depot.discard, directory)
 
-    async def check_trust(self, tenant: str, config: TenantConfig, files: AdapterFiles) -> None:
-        """Raises PermissionDenied (ADAPTER_UNTRUSTED) for files that a tenant does not accept."""
+    async def check_trust(self, tenant: Tenant, digest: str, directory: Path) -> None:
+        """Raises PermissionDenied (ADAPTER_UNTRUSTED) for files that a tenant does not accept. `digest`: theirs."""
+        config = tenant.config
         if not config.adapter_digests and not config.adapter_keys:
             return
-        digests = {digest.removeprefix("sha256:") for digest in config.adapter_digests}
+        digests = {listed.removeprefix("sha256:") for listed in config.adapter_digests}
         keys = [Path(file) for file in config.adapter_keys]
-        if not await self._in_thread(is_trusted, files.digest, files.directory, digests, keys):
+        if not await self._in_thread(is_trusted, digest, directory, digests, keys):
             message = (
-                f"tenant {tenant!r} accepts listed and signed adapters alone; the digest sha256:{files.digest} is not "
+                f"tenant {tenant.name!r} accepts listed and signed adapters alone; the digest sha256:{digest} is not "
                 f"listed, and {SIGNATURE_FILE} is no signature of it by a trusted key"
             )
             raise PermissionDenied(message, "ADAPTER_UNTRUSTED")

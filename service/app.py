@@ -208,8 +208,8 @@ async def running(
         for keep in (app.keep_health, app.keep_admitting):
             stack.push_async_callback(_end, asyncio.create_task(keep(), name="health"))
         await app.health.start()
-        app.host.start()
         await app.deployer.reconcile()
+        app.host.start()
         await app.register_configured()
         await data.start()
         await admin.start()

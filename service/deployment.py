@@ -83,7 +83,10 @@ class AdapterDeployer:
         return str(self._library.directory(version))
 
     async def reconcile(self) -> None:
-        """After a restart: finish what had begun, and check again what is not as it was."""
+        """After a restart: finish what had begun, check again what is not as it was, and whether it is trusted still.
+
+        To be called before engines start: they are given nothing that this life does not accept.
+        """
         versions = self._registry.list_versions(include_versions=True)
         leaving = [version for version in versions if version.state is AdapterState.DELETING]
         staying = [version for version in versions if version.state is not AdapterState.DELETING]
@@ -95,6 +98,9 @@ class AdapterDeployer:
             if self._models.find(version.spec.base_model) is None:
                 problem = f"model {version.spec.base_model!r} is not configured any more"
                 self._registry.fail(version.key, [problem], "MODEL_UNLOADED")
+            elif (untrusted := await self._untrusted(version)) is not None:
+                logger.warning("adapter %s is not served any more: %s", version.version_name, untrusted)
+                self._registry.fail(version.key, [untrusted.message], untrusted.reason)
             elif version.state is not AdapterState.ACTIVE or version.key in changed:
                 self._spawn(self._recheck(self._registry.recheck(version.key)))
 
@@ -155,7 +161,7 @@ class AdapterDeployer:
         try:
             async with self._library.find(adapter.source) as files:
                 tenant = self._tenants.get(adapter.tenant)
-                await self._library.check_trust(tenant.name, tenant.config, files)
+                await self._library.check_trust(tenant, files.digest, files.directory)
                 # What the configuration said already at the last start was perhaps changed by hand since.
                 configured = self._state.read(CONFIGURED_KIND).get(adapter.name)
                 spec = replace(spec, make_current=configured != files.digest.encode())
@@ -223,6 +229,15 @@ class AdapterDeployer:
         client = self._client(version)
         if client is not None:  # else when the model is loaded
             self._deploy(client, version)
+
+    async def _untrusted(self, version: AdapterVersion) -> PermissionDenied | None:
+        """Why its tenant does not accept a version, whatever it did in an earlier life; None: it accepts it."""
+        tenant = self._tenants.get(version.key.name.partition("/")[0])
+        try:
+            await self._library.check_trust(tenant, version.key.digest, self._library.directory(version))
+        except PermissionDenied as error:
+            return error
+        return None
 
     async def _recheck(self, version: AdapterVersion) -> None:
         with suppress(AdapterNotFound):  # it was deleted meanwhile

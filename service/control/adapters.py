@@ -199,7 +199,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         seconds = wait_seconds(request)
         if request.adapter.digest and request.adapter.digest != f"sha256:{files.digest}":
             raise InvalidRequest.at("adapter.digest", f"the files have another one, sha256:{files.digest}")
-        await self._library.check_trust(tenant, self._tenants.get(tenant).config, files)
+        await self._library.check_trust(self._tenants.get(tenant), files.digest, files.directory)
         files = self._deployer.check_rank(files, spec.base_model)
         if request.validate_only:
             return await self._validated(tenant, request.adapter_id, spec, files)

@@ -6,9 +6,12 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
+from grpc import StatusCode
 
+from loraplex import FailedPrecondition
 from loraplex.v1.adapters_pb2 import Adapter
 from service.config import AdapterConfig
+from service.tenants import TenantConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 Start = Callable[..., AbstractAsyncContextManager[ControlPlane]]
@@ -20,9 +23,15 @@ def start(byte_tokenizer_directory: Path, tmp_path: Path) -> Start:
     roots = tmp_path / "roots"
     roots.mkdir()
 
-    def start(adapters: tuple[AdapterConfig, ...] = ()) -> AbstractAsyncContextManager[ControlPlane]:
+    def start(
+        adapters: tuple[AdapterConfig, ...] = (), tenants: dict[str, TenantConfig] | None = None
+    ) -> AbstractAsyncContextManager[ControlPlane]:
         return control_plane(
-            byte_tokenizer_directory, roots, adapters=adapters, state_directory=str(tmp_path / "state")
+            byte_tokenizer_directory,
+            roots,
+            adapters=adapters,
+            state_directory=str(tmp_path / "state"),
+            tenants=tenants,
         )
 
     return start
@@ -154,3 +163,24 @@ async def test_the_adapters_of_a_model_that_is_no_longer_configured_say_so(
         assert "is not configured any more" in adapter.error.message
         await control.admin.delete_adapter("pirate", wait=20.0)
         assert await control.admin.list_adapters() == []
+
+
+async def test_what_a_tightened_policy_does_not_accept_is_not_served_and_comes_back_with_the_policy(
+    start: Start,
+) -> None:
+    async with start() as control:
+        kept, dropped = await register(control, 0, "kept"), await register(control, 1, "dropped", pinned=True)
+    tightened = {"shared": TenantConfig(adapter_digests=(kept.digest,))}
+    async with start(tenants=tightened) as control:
+        found = await control.admin.get_adapter("dropped")
+        assert (found.state, found.error.code) == (Adapter.STATE_FAILED, StatusCode.FAILED_PRECONDITION.value[0])
+        assert "accepts listed and signed adapters alone" in found.error.message
+        with pytest.raises(FailedPrecondition) as raised:
+            await control.client.generate("dropped", "abc", max_tokens=1)
+        assert raised.value.reason == "ADAPTER_UNTRUSTED"
+        answer = await control.client.generate("kept", "abc", max_tokens=1)
+        assert answer.target.adapter_version == kept.version
+        assert {key.name for key in control.core().loaded} == {"shared/kept"}
+    async with start() as control:
+        answer = await control.client.generate("dropped", "abc", max_tokens=1)
+        assert answer.target.adapter_version == dropped.version
