@@ -208,6 +208,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         await self._state.saved()
         deadline = asyncio.get_running_loop().time() + seconds
         version = await self._wait_while(version, AdapterState.LOADING, seconds)
+        await self._state.saved()  # that the name means it, too
         if version.state is AdapterState.ACTIVE and (spec.pinned or residency is Residency.DEVICE):
             loading = self._deployer.load(version, Residency.DEVICE)
             await asyncio.wait({loading}, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
@@ -251,19 +252,28 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         violations = list(check_labels(wanted.labels, "adapter.labels"))
         if violations:
             raise InvalidRequest(*violations)
-        if "pinned" in fields and wanted.pinned is not version.spec.pinned:
-            version = await self._deployer.pin(version, wanted.pinned)
         if "version" in fields:
-            adapter_name(wanted.name, "adapter.name", version_allowed=False)
-            if not wanted.version.startswith(f"{wanted.name}@"):
-                raise InvalidRequest.at("adapter.version", f"{wanted.version[:200]!r} is no version of {wanted.name}")
-            self._get(wanted.version, "adapter.version")
+            version = self._next_current(wanted)
+        if "pinned" in fields and wanted.pinned is not version.spec.pinned:
+            version = await self._deployer.pin(version, wanted.pinned)  # what may fail comes before what does not
+        if "version" in fields:
             try:
-                version = self._registry.set_current(wanted.version)
-            except AdapterConflict as error:
+                version = self._registry.set_current(version.full_name)
+            except AdapterConflict as error:  # it has failed, or is being deleted, since it was looked at
                 raise FailedPrecondition("ADAPTER_INVALID", str(error)) from error
         if "labels" in fields:
             version = self._registry.update(version.full_name, labels=wanted.labels)
+        return version
+
+    def _next_current(self, wanted: Adapter) -> AdapterVersion:
+        """The version to which an alias is to move. Raises InvalidRequest, NotFound, FailedPrecondition."""
+        adapter_name(wanted.name, "adapter.name", version_allowed=False)
+        if not wanted.version.startswith(f"{wanted.name}@"):
+            raise InvalidRequest.at("adapter.version", f"{wanted.version[:200]!r} is no version of {wanted.name}")
+        version = self._get(wanted.version, "adapter.version")
+        if version.state is not AdapterState.ACTIVE:
+            problem = f"{version.version_name}: {version.state.value}, only an active version can be current"
+            raise FailedPrecondition("ADAPTER_INVALID", problem)
         return version
 
     async def DeleteAdapter(self, request: DeleteAdapterRequest, context: Context) -> Adapter:  # noqa: N802
@@ -280,6 +290,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         await self._state.saved()
         keys = [other.key for other in versions]
         await wait_until(lambda: not any(self._find(key) for key in keys), self._registry.subscribe, seconds)
+        await self._state.saved()
         return self._message(self._find(version.key) or next(other for other in versions if other.key == version.key))
 
     async def LoadAdapter(self, request: LoadAdapterRequest, context: Context) -> Adapter:  # noqa: N802

@@ -1,130 +1,256 @@
-"""A life of the service's knowledge of adapters that ends with SIGKILL at a chosen point. Run as a process of its own.
+"""A life of the service's control plane that ends with SIGKILL at a chosen point. Run as a process of its own.
 
-It registers, swaps and deletes as the control plane does, and writes down each promise once it is made.
-Points are everything that touches the disk: files opened, made, renamed and removed, and the statements of the
-database.
+It does what a script says, through the services themselves, and writes down what it has promised once each call has
+returned. Points are everything that touches the disk: files opened, made, renamed and removed, and the statements of
+the database.
 """
 
 import asyncio
 import json
 import os
+import random
 import signal
 import sqlite3
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
+
 from adapters.depot import Depot
-from adapters.registry import AdapterRegistry, AdapterSpec, AdapterState, AdapterVersion
+from adapters.registry import AdapterRegistry, AdapterState, AdapterVersion
 from adapters.remote import RemoteSources
-from adapters.source import CONFIG_FILE, WEIGHTS_FILE, AdapterSource
+from adapters.source import CONFIG_FILE, WEIGHTS_FILE, AdapterSource, digest
+from loraplex.v1.adapters_pb2 import (
+    Adapter,
+    CreateAdapterRequest,
+    DeleteAdapterRequest,
+    UpdateAdapterRequest,
+    UploadAdapterRequest,
+    UploadFile,
+)
+from loraplex.v1.generation_pb2 import Sampling
+from loraplex.v1.routes_pb2 import DeleteRouteRequest, Route, RouteTarget, UpdateRouteRequest
 from service.adapter_files import AdapterLibrary
+from service.catalog import Catalog, LoadedModel
+from service.control.adapters import AdapterServicer
+from service.control.routes import RouteServicer
 from service.deployment import AdapterDeployer
+from service.errors import LoraplexError, NotFound
 from service.hosting import ModelHost
+from service.routing import RouteBook
 from service.state import StateFile
 from service.tenants import Tenants
+from service.text import Tokenizer
 from tests.service.fake_engine import LIMITS, FakeEngine
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+CONTEXT = cast(Any, None)  # the services look at none
+WAIT = Duration(seconds=20)
+CONTENTS = range(3)  # the directories of adapters that there are: a0, a1, …
+
+Call = tuple[str, list[Any]]  # a method of Life and its arguments
+Shape = list[list[Any]]
+
+EVERYTHING: list[Call] = [
+    ("upload", ["pirate", 0]),
+    ("upload", ["pirate", 1]),
+    ("use", ["pirate", 0]),
+    ("register", ["local", 0]),
+    ("label", ["local", 0]),
+    ("route", ["main", ["pirate", "pirate*0.7 + local*0.3"], "tiny"]),
+    ("pin", ["pirate", 1, True]),
+    ("route", ["main", ["local"], ""]),
+    ("change_all", ["pirate", 1]),
+    ("pin", ["local", 0, True]),
+    ("route", ["other", ["local*-1.5 + pirate"], ""]),
+    ("pin", ["pirate", 1, False]),
+    ("use", ["pirate", 0]),
+    ("delete", ["pirate", 1]),
+    ("drop_route", ["main"]),
+    ("upload", ["again", 1]),
+    ("delete", ["pirate", None]),
+]
+
+
+def any_script(seed: int, length: int = 10) -> list[Call]:
+    """Calls as they come. Some fail, and change nothing."""
+    draw = random.Random(seed)
+    names = ("pirate", "local")
+
+    def one() -> Call:
+        name, content = draw.choice(names), draw.choice(CONTENTS)
+        targets = draw.sample(["pirate", "local", "pirate*0.7 + local*0.3", "local*-2", "tiny"], 2)
+        calls: list[Call] = [
+            (draw.choice(("upload", "register")), [name, content]),
+            (draw.choice(("upload", "register")), [name, content, True]),
+            (draw.choice(("use", "label", "change_all")), [name, content]),
+            ("pin", [name, content, draw.random() < 0.7]),
+            ("delete", [name, draw.choice((None, content))]),
+            ("route", [draw.choice(("main", "other")), targets, draw.choice(("", "tiny", name))]),
+            ("drop_route", [draw.choice(("main", "other"))]),
+        ]
+        return draw.choices(calls, (4, 2, 3, 2, 2, 3, 1))[0]
+
+    return [("upload", ["pirate", 0]), ("register", ["local", 1]), *(one() for _ in range(length))]
 
 
 class FakeHost:
-    """Hosts "tiny", with a fake engine."""
+    """Hosts "tiny", with a fake engine that is there once it has started."""
 
     def __init__(self, engine: FakeEngine) -> None:
-        supervisor = SimpleNamespace(limits=LIMITS)
         config = SimpleNamespace(adapter_host_bytes=1 << 30)
-        self._model = SimpleNamespace(name="tiny", client=engine.client, supervisor=supervisor, config=config)
+        self._model = SimpleNamespace(
+            name="tiny", client=None, supervisor=SimpleNamespace(limits=LIMITS), config=config
+        )
+        self._engine = engine
+        self._subscribers: list[Callable[[Any], None]] = []
+
+    def start(self) -> None:
+        self._model.client = self._engine.client
+        for callback in self._subscribers:
+            callback(self._model)
 
     def find(self, name: str) -> Any:
         return self._model if name == "tiny" else None
 
     get = find
 
+    def serving(self, name: str) -> LoadedModel:
+        if name != "tiny":
+            raise NotFound("MODEL_NOT_FOUND", f"models/{name}", f"there is no model {name!r}")
+        return LoadedModel(name, "r1", LIMITS, self._engine.client, cast(Tokenizer, None), Sampling())
+
     def subscribe(self, callback: Callable[[Any], None]) -> Callable[[], None]:
+        self._subscribers.append(callback)
         return lambda: None
 
 
 @dataclass
 class Life:
-    """The parts of the service that know adapters."""
+    """The parts of the service that know adapters and routes."""
 
+    directory: Path
     state: StateFile
     registry: AdapterRegistry
-    library: AdapterLibrary
     deployer: AdapterDeployer
+    host: FakeHost
+    book: RouteBook
+    catalog: Catalog
+    adapters: AdapterServicer
+    routes: RouteServicer
     engine: FakeEngine
 
     @classmethod
     def begin(cls, directory: Path) -> "Life":
+        """It knows what the state says, and has done nothing yet."""
         engine = FakeEngine()
-        state = StateFile(directory / "state")
-        registry = AdapterRegistry()
+        fake = FakeHost(engine)
+        state, registry, tenants = StateFile(directory / "state"), AdapterRegistry(), Tenants()
         depot = Depot(directory / "state" / "adapters")
         library = AdapterLibrary(AdapterSource([directory]), RemoteSources((), {}, 0), depot)
-        host = cast(ModelHost, FakeHost(engine))
-        return cls(state, registry, library, AdapterDeployer(registry, library, host, state, Tenants()), engine)
+        host = cast(ModelHost, fake)
+        deployer = AdapterDeployer(registry, library, host, state, tenants)
+        book = RouteBook(state)
+        catalog = Catalog(fake, registry, book)  # type: ignore[arg-type]  # no engine follows its engine
+        adapters = AdapterServicer(registry, deployer, library, host, state, tenants, 1 << 30)
+        routes = RouteServicer(catalog, book, state, deployer.prefetch)
+        return cls(directory, state, registry, deployer, fake, book, catalog, adapters, routes, engine)
+
+    async def start(self) -> None:
+        await self.deployer.reconcile()
+        self.host.start()
 
     async def end(self) -> None:
+        """Once nothing is under way any more."""
+        await self.until(lambda: not self.deployer._tasks)
         await self.deployer.close()
         await self.state.close()
         await self.engine.close()
 
-    # ---- what the control plane does -----------------------------------------------------------------------------
+    # ---- what a script may say -----------------------------------------------------------------------------------
 
-    async def upload(self, name: str, content: Path) -> None:
-        spec = AdapterSpec("tiny", "")
-        async with self.library.gather() as gathering:
+    async def upload(self, name: str, content: int, pinned: bool = False) -> None:
+        files = self._files(content)
+
+        async def messages() -> AsyncIterator[UploadAdapterRequest]:
+            yield UploadAdapterRequest(header=self._creation(name, pinned, source=""))
             for file in (CONFIG_FILE, WEIGHTS_FILE):
-                await gathering.append(file, (content / file).read_bytes())
-            files = await gathering.check("upload")
-            version = self.deployer.create("shared", name, spec, files)
-        await self._active(version)
+                chunk = (files / file).read_bytes()
+                yield UploadAdapterRequest(file=UploadFile(name=file, size_bytes=len(chunk)))
+                yield UploadAdapterRequest(chunk=chunk)
 
-    async def register(self, name: str, source: str) -> None:
-        async with self.library.find(source) as files:
-            version = self.deployer.create("shared", name, AdapterSpec("tiny", source), files)
-        await self._active(version)
+        await self.adapters.UploadAdapter(messages(), CONTEXT)
 
-    async def _active(self, version: AdapterVersion) -> None:
-        await self.state.saved()
-        await self.until(lambda: self.version(version).state is AdapterState.ACTIVE)
-        await self.state.saved()
+    async def register(self, name: str, content: int, pinned: bool = False) -> None:
+        await self.adapters.CreateAdapter(self._creation(name, pinned, self._files(content).name), CONTEXT)
 
-    async def use(self, version_name: str) -> None:
-        self.registry.set_current(version_name)
-        await self.state.saved()
+    async def use(self, name: str, content: int) -> None:
+        await self._update(Adapter(name=_name(name), version=self._version(name, content)), "version")
 
-    async def label(self, name: str) -> None:
-        self.registry.update(name, labels={"team": "a"})
-        await self.state.saved()
+    async def pin(self, name: str, content: int, pinned: bool) -> None:
+        await self._update(Adapter(name=self._version(name, content), pinned=pinned), "pinned")
 
-    async def delete(self, name: str) -> None:
-        versions = self.registry.delete(name)
-        await self.state.saved()
-        await self.until(lambda: not any(self.is_there(version) for version in versions))
-        await self.state.saved()
+    async def label(self, name: str, content: int) -> None:
+        await self._update(Adapter(name=self._version(name, content), labels={"team": "a"}), "labels")
+
+    async def change_all(self, name: str, content: int) -> None:
+        changed = Adapter(name=_name(name), version=self._version(name, content), pinned=True, labels={"team": "b"})
+        await self._update(changed, "version", "pinned", "labels")
+
+    async def delete(self, name: str, content: int | None) -> None:
+        deleted = _name(name) if content is None else self._version(name, content)
+        await self.adapters.DeleteAdapter(DeleteAdapterRequest(name=deleted, wait=WAIT), CONTEXT)
+
+    async def route(self, name: str, targets: Sequence[str], fallback: str) -> None:
+        route = Route(name=f"tenants/shared/routes/{name}", targets=[RouteTarget(model=target) for target in targets])
+        if fallback:
+            route.fallback = fallback
+        await self.routes.UpdateRoute(UpdateRouteRequest(route=route, allow_missing=True), CONTEXT)
+
+    async def drop_route(self, name: str) -> None:
+        await self.routes.DeleteRoute(DeleteRouteRequest(name=f"tenants/shared/routes/{name}"), CONTEXT)
 
     # ---- questions -----------------------------------------------------------------------------------------------
 
-    def version(self, version: AdapterVersion) -> AdapterVersion:
-        return self.registry.get(f"{version.name}@{version.key.digest}")
+    def staying(self) -> list[AdapterVersion]:
+        versions = self.registry.list_versions(include_versions=True)
+        return [version for version in versions if version.state is not AdapterState.DELETING]
 
-    def is_there(self, version: AdapterVersion) -> bool:
-        return any(other.key == version.key for other in self.registry.list_versions(include_versions=True))
+    def shape(self) -> Shape:
+        """Everything that was asked for and not taken back; of adapters first which one, and whether it is current."""
+        adapters = [[v.version_name, v.current, v.spec.pinned, dict(v.spec.labels)] for v in self.staying()]
+        routes = [[route.name, [t.model for t in route.targets], route.fallback] for route in self.book.all()]
+        return [*adapters, *routes]
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.0005)
 
-    def shape(self) -> list[list[Any]]:
-        """Every version that is not leaving: its name, and whether it is the current one."""
-        versions = self.registry.list_versions(include_versions=True)
-        return [[v.version_name, v.current] for v in versions if v.state is not AdapterState.DELETING]
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _files(self, content: int) -> Path:
+        return self.directory / f"a{content}"
+
+    def _version(self, name: str, content: int) -> str:
+        return f"{_name(name)}@{digest(self._files(content))[:12]}"
+
+    def _creation(self, name: str, pinned: bool, source: str) -> CreateAdapterRequest:
+        adapter = Adapter(base_model="models/tiny", source=source, pinned=pinned)
+        return CreateAdapterRequest(parent="tenants/shared", adapter_id=name, adapter=adapter, wait=WAIT)
+
+    async def _update(self, adapter: Adapter, *fields: str) -> None:
+        request = UpdateAdapterRequest(adapter=adapter, update_mask=FieldMask(paths=fields))
+        await self.adapters.UpdateAdapter(request, CONTEXT)
+
+
+def _name(adapter: str) -> str:
+    return f"tenants/shared/adapters/{adapter}"
 
 
 class Points:
@@ -149,37 +275,29 @@ class Points:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def _live(directory: Path, points: Points, promise: Callable[[str, Any], None]) -> None:
+async def _live(directory: Path, script: Sequence[Call], points: Points, promise: Callable[[Any], None]) -> None:
     life = Life.begin(directory)
     points.watch(life.state._connection)
-    await life.deployer.reconcile()
-    contents = [directory / "a0", directory / "a1"]
-
-    async def do(what: str, work: Awaitable[None]) -> None:
-        await work
-        promise(what, life.shape())
-
-    await do("upload the first version", life.upload("pirate", contents[0]))
-    first = life.registry.get("tenants/shared/adapters/pirate")
-    await do("upload the second version", life.upload("pirate", contents[1]))
-    second = life.registry.get("tenants/shared/adapters/pirate")
-    await do("move the alias back", life.use(first.version_name))
-    await do("register a directory", life.register("local", "a0"))
-    await do("label it", life.label("tenants/shared/adapters/local"))
-    await do("delete the second version", life.delete(second.version_name))
-    await do("upload the same content again", life.upload("again", contents[1]))
-    await do("delete the whole adapter", life.delete("tenants/shared/adapters/pirate"))
+    await life.start()
+    for method, arguments in script:
+        before = life.shape()
+        try:
+            await getattr(life, method)(*arguments)
+        except LoraplexError as error:
+            if life.shape() != before:
+                raise AssertionError(f"{method} {arguments} failed, and has changed something") from error
+        promise(life.shape())
     await life.end()
 
 
-def live(directory: Path, deadly: int) -> None:
-    """One life in `directory`, to which everything that was promised is written, and how many points there were."""
+def live(directory: Path, script: Sequence[Call], deadly: int) -> None:
+    """One life in `directory`, to which is written what is there after each call, and how many points there were."""
     points = Points(directory / "state", deadly)
-    with (directory / "promises").open("a") as file:
+    with (directory / "promises").open("w") as file:
 
-        def promise(what: str, shape: Any) -> None:
-            file.write(json.dumps([what, shape]) + "\n")
+        def promise(shape: Any) -> None:
+            file.write(json.dumps(shape) + "\n")
             file.flush()
 
-        asyncio.run(_live(directory, points, promise))
-        file.write(json.dumps(["points", points.num]) + "\n")
+        asyncio.run(_live(directory, script, points, promise))
+        promise(points.num)

@@ -455,7 +455,7 @@ class UpdateAdapterRequest(google.protobuf.message.Message):
     @property
     def update_mask(self) -> google.protobuf.field_mask_pb2.FieldMask:
         """The fields to change, of labels, pinned, version; the last moves the alias, needs a bare name, and is how to roll
-        back. Absent: labels and pinned.
+        back: labels and pinned are then those of the version to which it moves. Absent: labels and pinned.
         """
 
     def __init__(

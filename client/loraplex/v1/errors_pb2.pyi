@@ -89,7 +89,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_ADAPTER_PIN_LIMIT: _ErrorReason.ValueType  # 30
     """FAILED_PRECONDITION: pins may take a part of the device's memory for adapters, and others take it. Unpin some."""
     ERROR_REASON_ADAPTER_UNTRUSTED: _ErrorReason.ValueType  # 31
-    """PERMISSION_DENIED: the tenant accepts signed or listed adapters alone, and this one is neither."""
+    """PERMISSION_DENIED: the tenant accepts signed or listed adapters alone, and this one is neither. FAILED_PRECONDITION
+    for a version that it accepted when it was registered, and no longer when the server started.
+    """
     ERROR_REASON_USAGE_RECORD_NOT_FOUND: _ErrorReason.ValueType  # 32
     """NOT_FOUND: no usage file has a record with this id any more. Begin with the oldest one that is there."""
     ERROR_REASON_USAGE_UNWRITABLE: _ErrorReason.ValueType  # 33
@@ -171,7 +173,9 @@ ERROR_REASON_ADAPTER_PINNED: ErrorReason.ValueType  # 29
 ERROR_REASON_ADAPTER_PIN_LIMIT: ErrorReason.ValueType  # 30
 """FAILED_PRECONDITION: pins may take a part of the device's memory for adapters, and others take it. Unpin some."""
 ERROR_REASON_ADAPTER_UNTRUSTED: ErrorReason.ValueType  # 31
-"""PERMISSION_DENIED: the tenant accepts signed or listed adapters alone, and this one is neither."""
+"""PERMISSION_DENIED: the tenant accepts signed or listed adapters alone, and this one is neither. FAILED_PRECONDITION
+for a version that it accepted when it was registered, and no longer when the server started.
+"""
 ERROR_REASON_USAGE_RECORD_NOT_FOUND: ErrorReason.ValueType  # 32
 """NOT_FOUND: no usage file has a record with this id any more. Begin with the oldest one that is there."""
 ERROR_REASON_USAGE_UNWRITABLE: ErrorReason.ValueType  # 33
