@@ -129,6 +129,9 @@ async def wait_until(
 # ---- twice -----------------------------------------------------------------------------------------------------------
 
 
+_Key = tuple[str, str, uuid.UUID]  # tenant, method, request id
+
+
 class Once:
     """Makes calls that carry a request id happen once: a tenant's same id again gets the first result, or waits for it.
 
@@ -137,7 +140,7 @@ class Once:
 
     def __init__(self, capacity: int = REMEMBERED_CALLS) -> None:
         self._capacity = capacity
-        self._calls: OrderedDict[tuple[str, str, uuid.UUID], asyncio.Task[Any]] = OrderedDict()  # by tenant, method, id
+        self._calls: OrderedDict[_Key, asyncio.Future[Any]] = OrderedDict()
 
     async def run(self, method: str, request_id: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """`request_id`: "" for none. Raises InvalidRequest if it is no UUID, and what `work` raises."""
@@ -148,14 +151,20 @@ class Once:
             key = (call.tenant if call else "", method, uuid.UUID(request_id))
         except ValueError:
             raise InvalidRequest.at("request_id", f"{request_id[:80]!r} is no UUID") from None
-        task = self._calls.get(key)
-        if task is None:
-            task = self._calls[key] = asyncio.create_task(work())
+        answer = self._calls.get(key)
+        if answer is None:
+            task = asyncio.create_task(work())
             task.add_done_callback(lambda ended: self._ended(key, ended))
+            answer = self._calls[key] = task
             while len(self._calls) > self._capacity:
                 self._calls.popitem(last=False)
-        return cast(T, await asyncio.shield(task))
+        return cast(T, await asyncio.shield(answer))
 
-    def _ended(self, key: tuple[str, str, uuid.UUID], task: "asyncio.Task[Any]") -> None:
+    def _ended(self, key: _Key, task: "asyncio.Task[Any]") -> None:
+        if self._calls.get(key) is not task:
+            return  # forgotten meanwhile
         if task.cancelled() or task.exception() is not None:
-            self._calls.pop(key, None)
+            del self._calls[key]
+        else:  # a task that has ended still holds its call, and everything that hangs on that
+            answer = self._calls[key] = task.get_loop().create_future()
+            answer.set_result(task.result())

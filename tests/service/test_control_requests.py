@@ -2,7 +2,9 @@
 
 import asyncio
 import uuid
+import weakref
 from itertools import pairwise
+from typing import cast
 
 import pytest
 
@@ -149,3 +151,17 @@ async def test_only_the_latest_calls_are_remembered() -> None:
 
     first, second = str(uuid.uuid4()), str(uuid.uuid4())
     assert [await once.run("Do", request_id, work) for request_id in (first, second, first)] == [1, 2, 3]
+
+
+async def test_of_a_call_that_happened_only_the_answer_is_remembered() -> None:
+    """Its task would hold the call itself, as its context does."""
+    once, tasks = Once(), []
+
+    async def work() -> int:
+        tasks.append(weakref.ref(cast("asyncio.Task[int]", asyncio.current_task())))
+        return 1
+
+    request_id = str(uuid.uuid4())
+    assert [await once.run("Do", request_id, work) for _ in range(2)] == [1, 1]
+    await asyncio.sleep(0)  # the loop lets go of it
+    assert [task() for task in tasks] == [None]
