@@ -6,7 +6,9 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import asyncio
+import ctypes
 import dataclasses
+import gc
 import logging
 import signal
 import sys
@@ -14,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 import click
 import msgspec
@@ -37,6 +39,9 @@ from service.top import watch_load
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+M_ARENA_MAX: Final = -8  # malloc.h of glibc
+MAX_ARENAS: Final = 2
 
 EXISTING = click.Path(path_type=Path, exists=True)
 CONFIG_OPTION = click.option(
@@ -67,13 +72,29 @@ def serve(config: Path | None, insecure: bool) -> None:
     """Run a server until SIGTERM or SIGINT; then let running requests finish, and exit."""
     settings = _settings(config, {"LORAPLEX_INSECURE": "true"} if insecure else {})
     set_up_logging(settings.log_level, settings.log_format, "service", CallFields())
+    _limit_arenas()
     with _start_failures():
         uvloop.run(_serve(settings))
+
+
+def _limit_arenas() -> None:
+    """Have all threads share a few of glibc's arenas. To be called before there are any.
+
+    What one thread has allocated others free, and each arena keeps what was freed in it. By itself glibc makes up to
+    eight a core. After 5,000 requests 17 MiB more lay about in 16 of them than at the start, and none in 2, with the
+    same throughput. Other C libraries have no arenas.
+    """
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, MAX_ARENAS)
 
 
 async def _serve(settings: ServiceConfig) -> None:
     stop = _stop_signal()
     async with running(settings) as (_, addresses):
+        # What is there now stays: the collector need not look at it again while calls wait. Looking at everything took
+        # 20 to 50 ms with it, and takes 1 to 10 without.
+        gc.collect()
+        gc.freeze()
         # The one line on stdout: whoever started the server on port 0 reads here which ports it got.
         ports = {name: address for name, address in dataclasses.asdict(addresses).items() if address is not None}
         print("listening", *(f"{name}={address}" for name, address in ports.items()), flush=True)
