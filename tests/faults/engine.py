@@ -1,7 +1,7 @@
 """`python -m tests.faults.engine FUSE --bus ADDRESS …`: the true engine, with a fault that happens when it is wanted.
 
-Once there is a file FUSE, the engine takes it away and does what it says. Production has no such hook: this replaces
-parts of the engine from outside.
+Once there is a file FUSE, the engine takes it away and does what it says; or as long as it says "leak", keeps something
+of each request. Production has no such hook: this replaces parts of the engine from outside.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import sys
 import threading
 from asyncio.subprocess import PIPE
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -22,6 +23,7 @@ from service.config import ModelConfig
 from service.supervisor import EngineProcess, Launch
 
 FAULTS = ("raise", "out of memory", "device error", "stuck")
+LEAK_BYTES: Final = 16 << 10  # of each request
 LOSSES = ("request lost", "output lost", "last output lost")
 
 
@@ -56,16 +58,26 @@ class Fuse:
         self._file.unlink()
         return fault
 
+    def glows(self) -> bool:
+        """Whether there shall be a leak."""
+        return self._file.exists() and self._file.read_text() == "leak"
+
 
 def sabotage(core: Core, fuse: Fuse) -> None:
-    """Have the model's forward pass fail when the fuse is lit."""
+    """Have the model's forward pass fail when the fuse is lit, and requests be kept while it glows."""
     import torch  # the entry has set the threads by now
 
     from engine.core import EngineCore
     from engine.step import StepPlan, StepResult
 
     assert isinstance(core, EngineCore)
-    execute = core.runner.execute
+    add, execute = core.add, core.runner.execute
+    kept: list[bytes] = []
+
+    def add_and_keep(message: AddRequest) -> None:
+        if fuse.glows():
+            kept.append(b"x" * LEAK_BYTES)
+        add(message)
 
     def execute_or_fail(plan: StepPlan) -> StepResult:
         match fuse.blow(*FAULTS):
@@ -79,6 +91,7 @@ def sabotage(core: Core, fuse: Fuse) -> None:
                 threading.Event().wait()
         return execute(plan)
 
+    core.add = add_and_keep  # type: ignore[method-assign]
     core.runner.execute = execute_or_fail  # type: ignore[method-assign]
 
 

@@ -1,0 +1,38 @@
+"""`python -m tests.faults.server FUSE serve --config FILE`: the true server, which leaks while a file FUSE says "leak".
+
+Production has no such hook: this replaces parts of the service and of its engines from outside.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from service import cli, inference
+from service.app import running
+from tests.faults.engine import LEAK_BYTES, Fuse, engines_with
+
+KEPT: Final[list[bytes]] = []
+
+
+class LeakingRun(inference.Run):
+    """Keeps something of each generation."""
+
+    fuse: Fuse
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.fuse.glows():
+            KEPT.append(b"x" * LEAK_BYTES)
+
+
+def main() -> None:
+    fuse = Path(sys.argv.pop(1))
+    LeakingRun.fuse = Fuse(fuse)
+    inference.Run = LeakingRun  # type: ignore[misc]
+    cli.running = partial(running, launch_for=engines_with(fuse))  # type: ignore[attr-defined]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
