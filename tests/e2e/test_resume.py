@@ -13,11 +13,12 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from loraplex import AsyncClient
 from loraplex.operations.inference import watch_health
-from tests.e2e.conftest import END_SECONDS, MODELS, START_SECONDS, Server, running_server
+from tests.e2e.conftest import MODELS, START_SECONDS, Server, running_server
 
 ROUNDS = int(os.environ.get("LORAPLEX_FAULT_ROUNDS", "1"))  # of each kind of fault
 HEARTBEAT_TIMEOUT_SECONDS = 3.0
 TOKENS = 96
+HANGING_SECONDS = 600.0  # ends what would never end; nothing here is about how fast the machine is
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +89,7 @@ async def test_streams_outlive_their_engine_token_by_token(
 ) -> None:
     """Health turns after the configured seconds, by the server's own clock: another's is late on a busy machine."""
     delays = []
-    async with AsyncClient(server.data, timeout=START_SECONDS) as client:
+    async with AsyncClient(server.data, timeout=HANGING_SECONDS) as client:
         for name in MODELS:
             await client.wait_until_serving(f"models/{name}", timeout=START_SECONDS)
         expected = await asyncio.gather(*(order.run(client) for order in [*STRUCK, *OTHERS]))
@@ -99,13 +100,13 @@ async def test_streams_outlive_their_engine_token_by_token(
             for _ in STRUCK:
                 await begun.acquire()
             others = [asyncio.create_task(order.run(client)) for order in OTHERS]
-            async with client.stream(watch_health("models/storyteller")) as health, asyncio.timeout(END_SECONDS):
+            async with client.stream(watch_health("models/storyteller")) as health, asyncio.timeout(HANGING_SECONDS):
                 assert (await anext(health)).status == HealthCheckResponse.SERVING
                 os.kill(struck, fault)
                 begin = time.monotonic()
                 assert (await anext(health)).status == HealthCheckResponse.NOT_SERVING
                 delays.append(round(time.monotonic() - begin, 2))
-            async with asyncio.timeout(END_SECONDS):
+            async with asyncio.timeout(HANGING_SECONDS):
                 assert await asyncio.gather(*others) == expected[len(STRUCK) :]
                 assert await asyncio.gather(*streams) == expected[: len(STRUCK)]
             assert other in server.engine_pids()
