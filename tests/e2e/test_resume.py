@@ -64,6 +64,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT_SECONDS,
         "restart_delay_seconds": 0.1,
         "stable_seconds": 0.0,
+        "resume_seconds": HANGING_SECONDS,
     }
     with running_server(tmp_path_factory.mktemp("resume"), supervision=supervision) as server:
         yield server
