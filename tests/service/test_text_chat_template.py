@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -216,6 +217,41 @@ async def test_continued_message_may_have_been_trimmed(renderer):
 async def test_mistake_is_named(renderer, source, fields, message):
     with pytest.raises(TemplateError, match=message):
         await render(renderer, source, **fields)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ self._TemplateReference__context }}",
+        "{{ lipsum.__globals__['os'] }}",
+        "{{ joiner['__init__'] }}",
+        "{{ messages['__class__'] }}",
+        "{{ ''|attr('__class__') }}",
+        "{{ ['__class__']|map('attr')|list }}",
+        "{{ [messages]|map(attribute='__class__')|list }}",
+        "{{ '{0.__class__.__mro__}'.format(messages) }}",
+        "{{ ('{0.__class__}'|attr('format'))(messages) }}",
+        "{% set f = '{0.__class__}'.format %}{{ f(messages) }}",
+        "{{ ['{0.__class__}'.format]|map('attr', '__self__')|list }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ strftime_now.__code__ }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{% import 'os' as os %}{{ os }}",
+        "{% extends '/etc/passwd' %}",
+        "{{ __import__('os') }}",
+        "{{ open('/etc/passwd').read() }}",
+        "{{ config }}{{ request }}{{ get_flashed_messages.__globals__ }}",
+        "{% set x = messages.__setitem__(0, 1) %}{{ x.__class__ }}",
+    ],
+)
+async def test_no_template_gets_out_of_its_sandbox(renderer, source):
+    try:
+        text = await render(renderer, source)
+    except TemplateError as error:
+        text = str(error)
+    assert not re.search(r"<(class|module|function|code|built-in)|root:|uid=", text)
 
 
 @pytest.mark.parametrize("message", [{"content": "x"}, {"role": None, "content": "x"}, {"role": 3}])

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -23,6 +24,7 @@ from service.auth.config import AuthConfig
 from service.auth.keys import KeyFile, make_key, write_keys
 from service.auth.principal import Role
 from service.config import AdapterConfig, ModelConfig, ServiceConfig
+from tests.service.auth.provider import Provider
 from tests.service.control_plane import write_adapter
 from tests.service.scripted_engine import ThreadedEngines
 
@@ -131,12 +133,18 @@ async def doors(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator
     tokens["forged"] = tokens["admin"][:-1] + ("A" if tokens["admin"][-1] != "A" else "B")
     tokens["unknown"] = make_key("acme", [Role.ADMIN], None)[0]
     tokens["garbage"] = "lpx_~~ ~"
+    provider = Provider(tmp_path / "jwks.json")
+    roles = [role.value for role in Role]
+    tokens["expired token of the provider"] = provider.token(roles=roles, exp=1)
+    stranger = ec.generate_private_key(ec.SECP256R1())
+    tokens["token of another provider"] = provider.token(roles=roles, key=stranger)
     config = ServiceConfig(
         models=(ModelConfig(name="tiny", model=str(byte_tokenizer_directory)),),
         adapters=(AdapterConfig(name="acme/pirate", model="tiny", source=str(roots / "pirate")),),
         adapter_roots=(str(roots),),
         state_directory="",
-        auth=AuthConfig(keys=str(keys)),
+        auth=AuthConfig(keys=str(keys), jwt=provider.config),
+        health_listen="127.0.0.1:0",
     ).with_free_ports()
     async with running(config, lambda _: ThreadedEngines().launch) as (app, addresses):
         await app.host.get("tiny").wait_settled()
@@ -149,7 +157,18 @@ def test_every_method_has_a_rule_and_a_case_here() -> None:
     assert set(REQUESTS) == paths
 
 
-@pytest.mark.parametrize("who", [None, "expired", "forged", "unknown", "garbage"])
+@pytest.mark.parametrize(
+    "who",
+    [
+        None,
+        "expired",
+        "forged",
+        "unknown",
+        "garbage",
+        "expired token of the provider",
+        "token of another provider",
+    ],
+)
 async def test_without_good_credentials_every_method_is_closed(doors: Doors, who: str | None) -> None:
     codes = await doors.codes(None if who is None else doors.tokens[who])
     assert set(codes.values()) == {"UNAUTHENTICATED"}, codes
@@ -185,6 +204,21 @@ async def test_methods_of_the_admin_port_do_not_exist_on_the_data_port(doors: Do
     for path, method in methods(ADMIN):
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await doors.call(path, method, doors.tokens["admin"], doors.addresses.data)
+        assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_the_health_port_tells_everybody_health_and_has_no_other_method(doors: Doors) -> None:
+    assert doors.addresses.health is not None
+    for path, method in methods(DATA + ADMIN):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await doors.call(path, method, doors.tokens["admin"], doors.addresses.health)
+        assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    async with grpc.aio.insecure_channel(doors.addresses.health) as channel:
+        for service in ("startup", "liveness", "readiness"):
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await reflection.ServerReflectionInfo(iter(())).read()
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
