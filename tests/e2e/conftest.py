@@ -18,6 +18,7 @@ from loraplex import AsyncAdminClient, AsyncClient
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 LORAPLEX = Path(sys.executable).with_name("loraplex")
+SPARE = "spare"  # a model that is not loaded
 MODELS = {"storyteller": ("pirate", "shouting", "formal", "poet"), "quizzer": ("json",)}
 START_SECONDS = 120.0  # two engines on a busy machine
 END_SECONDS = 60.0
@@ -66,7 +67,9 @@ def write_config(directory: Path, **settings: object) -> Path:
                 "kv_cache_bytes": 64 << 20,
             }
             for name in MODELS
-        ],
+        ]
+        + [{"name": SPARE, "model": str(DEMO / "models" / "quizzer"), "load": False}],
+        "usage": {"file": str(directory / "usage.jsonl")},
         "adapters": [
             {"name": adapter, "model": model, "source": str(DEMO / "adapters" / adapter)}
             for model, adapters in MODELS.items()

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from loraplex import (
@@ -18,8 +19,11 @@ from loraplex import (
     InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
+    generate_spec,
 )
+from loraplex.prompts import build_prompt
 from loraplex.v1.adapters_pb2 import Adapter
+from loraplex.v1.generation_pb2 import Constraint
 from tests.e2e.conftest import DEMO, Server
 
 LISTENING = "0A"  # in /proc/net/tcp
@@ -243,6 +247,54 @@ def resident_bytes(pid: int) -> int:
 async def test_no_number_is_too_large_to_be_refused(client: AsyncClient, fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         await client.generate("storyteller", "A fox", **{"max_tokens": 4, **fields})
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"regex": "(a+)+$"},
+        {"regex": "(" * 10_000},
+        {"regex": "a{1000000000}"},
+        {"grammar": "root ::= root root"},
+        {"grammar": "root ::= " + "x" * (1 << 20)},
+        {"json_schema": '{"$ref": "#"}'},
+        {"json_schema": "[" * 100_000},
+        {"json_schema": '{"$ref": "file:///etc/passwd"}'},
+        {"choices": {"values": ["x" * 1000] * 1000}},
+    ],
+    ids=lambda constraint: ascii(constraint)[:40],
+)
+async def test_constraints_made_to_hurt_are_refused_by_name_before_anything_reads_them(
+    client: AsyncClient, constraint: dict[str, Any]
+) -> None:
+    spec = generate_spec("storyteller", "A fox", max_tokens=4)
+    spec.constraint.MergeFrom(Constraint(**constraint))
+    [item] = [item async for item in client.batch_generate([spec])]
+    assert (item.error.code, "spec" in item.error.message) == (grpc.StatusCode.UNIMPLEMENTED.value[0], True)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"messages": []},
+        {"raise_exception": "x", "strftime_now": "x", "range": 1},
+        {"__class__": "x", "self": "x", "loop": "x", "cycler": {"__init__": 1}},
+        {"x": "{{ cycler.__init__.__globals__ }}"},
+        {"x": ["y" * 1000] * 1000},
+        {"\0": "\0", "ü" * 1000: None},
+    ],
+    ids=lambda variables: ascii(variables)[:40],
+)
+async def test_variables_of_a_template_are_data(client: AsyncClient, variables: dict[str, Any]) -> None:
+    """The caller's only way to a template beside its texts: the prompt stays the same, or they are refused."""
+    prompt = build_prompt([{"role": "user", "content": "A fox"}])
+    plain = await client.tokenize("storyteller", prompt, include_text=True)
+    prompt.chat.template_kwargs.update(variables)
+    try:
+        told = await client.tokenize("storyteller", prompt, include_text=True)
+    except InvalidArgument:
+        return
+    assert told.text == plain.text
 
 
 async def test_what_a_user_says_is_no_template(client: AsyncClient) -> None:

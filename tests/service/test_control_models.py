@@ -162,3 +162,8 @@ async def test_a_watch_tells_what_exists_and_then_what_changes(control: ControlP
         assert message.type == WATCH_EVENT_TYPE_CHANGED
         if message.model.name == "models/other" and message.model.state == Model.STATE_ACTIVE:
             break
+
+
+async def test_a_grace_below_zero_is_refused(control: ControlPlane) -> None:
+    with pytest.raises(InvalidArgument, match="grace: must not be negative"):
+        await control.admin.unload_model("tiny", grace=-1.0)
