@@ -90,7 +90,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 @dataclass
 class Oracle:
-    """A base model and adapters of all kinds, as PEFT saved them and as it reads them."""
+    """A base model and adapters for it, as PEFT saved them and as it reads them."""
 
     folder: Path
     keys: dict[str | None, AdapterKey | None]
@@ -105,6 +105,20 @@ class Oracle:
         with torch.inference_mode():
             logits: Tensor = model(input_ids=torch.tensor([tokens]), **options).logits[0, num_prompt - 1 : -1]
         return logits
+
+    def add(self, name: str, fields: Mapping[str, Any], seed: int) -> None:
+        """An adapter with random weights. Raises what PEFT says of a configuration that it does not allow.
+
+        Activated LoRA has a name that begins with "activated".
+        """
+        base = self.models[None]
+        with warnings.catch_warnings(action="ignore"):  # PEFT warns of the odd things that are done here on purpose
+            config = peft.LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6} | dict(fields)))
+            trained = randomised(peft.get_peft_model(copy.deepcopy(base), config), seed)
+            trained.create_or_update_model_card = lambda folder: None  # takes longer than the adapter
+            trained.save_pretrained(self.folder / name)
+            self.models[name] = peft.PeftModel.from_pretrained(copy.deepcopy(base), self.folder / name).eval()
+        self.keys[name] = AdapterKey(f"shared/{name}", digest(self.folder / name))
 
     def add_sum(self, name: str, weights: Mapping[str, float], merged: Mapping[str, Mapping[str, Tensor]]) -> None:
         """A composition: the base's parameters plus the weighted changes of adapters merged into them."""
@@ -148,27 +162,28 @@ def randomised(model: Any, seed: int) -> Any:
 
 def add_all_kinds(folder: Path, base: Any) -> Oracle:
     """An adapter of each kind for a base model, saved by PEFT and read back by it."""
-    base.eval()
-    keys: dict[str | None, AdapterKey | None] = {None: None}
-    models = {None: base}
-    with warnings.catch_warnings(action="ignore"):  # PEFT warns of the odd things that are done here on purpose
-        for seed, (name, fields) in enumerate(KINDS.items(), start=1):
-            config = peft.LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6} | fields))
-            trained = randomised(peft.get_peft_model(copy.deepcopy(base), config), seed)
-            trained.create_or_update_model_card = lambda folder: None  # takes longer than the adapter
-            trained.save_pretrained(folder / name)
-            models[name] = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / name).eval()
-            keys[name] = AdapterKey(f"shared/{name}", digest(folder / name))
-    return Oracle(folder, keys, models)
+    oracle = Oracle(folder, {None: None}, {None: base.eval()})
+    for seed, (name, fields) in enumerate(KINDS.items(), start=1):
+        oracle.add(name, fields, seed)
+    return oracle
+
+
+def make_base(family: str, folder: Path) -> Any:
+    """A small random model of a family, in `folder`/base."""
+    randomised(FAMILIES[family](), 0).save_pretrained(folder / "base")
+    return read_base(folder / "base")
+
+
+def read_base(directory: Path) -> Any:
+    """A model as transformers runs it, in float32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
+    ).eval()
 
 
 def oracle_of(family: str, folder: Path) -> Oracle:
     """A small random model of a family, and adapters of all kinds for it."""
-    randomised(FAMILIES[family](), 0).save_pretrained(folder / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "base", attn_implementation="eager", dtype=torch.float32
-    )
-    return add_all_kinds(folder, base)
+    return add_all_kinds(folder, make_base(family, folder))
 
 
 class RecordingSampler:

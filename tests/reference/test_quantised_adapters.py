@@ -16,9 +16,7 @@ from engine.quantization import round_to_nearest
 from kernels.quantized import dequantize
 from tests.engine.quantization.checkpoints import MODEL, load, make_twins
 from tests.engine.quantization.formats import FORMATS
-from tests.reference.peft_oracle import KINDS, VOCAB, Engine, Oracle, add_all_kinds, random_prompt
-
-transformers = pytest.importorskip("transformers")
+from tests.reference.peft_oracle import KINDS, VOCAB, Engine, Oracle, add_all_kinds, random_prompt, read_base
 
 CHECKPOINTS = ("gptq act-order", "awq gemm", "bitsandbytes nf4", "bitsandbytes int8", "fp8 blocks")
 WHILE_LOADED = {
@@ -51,10 +49,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if options:
         dequantised(folder / "base", twins.dense, **options)
 
-    dense = transformers.AutoModelForCausalLM.from_pretrained(
-        twins.dense, attn_implementation="eager", dtype=torch.float32
-    )
-    oracle = add_all_kinds(folder, dense)
+    oracle = add_all_kinds(folder, read_base(twins.dense))
     parts = {part for weights in SUMS.values() for part in weights}
     merged = {part: copy.deepcopy(oracle.models[part]).merge_and_unload().state_dict() for part in parts}
     for name, weights in SUMS.items():
