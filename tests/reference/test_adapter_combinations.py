@@ -135,7 +135,11 @@ def add_one(oracle: Oracle, fields: dict[str, Any], seed: int) -> None:
     name = f"{'activated-' if 'alora_invocation_tokens' in fields else ''}{seed}"
     try:
         oracle.add(name, fields, seed + 1)
-    except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, TypeError) as error:
         note(f"{name} is refused by PEFT: {error}")
-        return
-    note(f"{name}: {fields}")
+    except RuntimeError as error:
+        if "size mismatch for" not in str(error):
+            raise
+        note(f"{name} cannot be read back by PEFT: {error}")
+    else:
+        note(f"{name}: {fields}")
