@@ -21,9 +21,14 @@ class AdapterKey(msgspec.Struct, frozen=True, array_like=True):
         return f"{self.name}@{self.digest[:12]}"
 
     @property
+    def terms(self) -> tuple[tuple["AdapterKey", float], ...]:
+        """The adapters that it takes, with their weights: itself alone, unless it is a composition."""
+        return self.parts or ((self, 1.0),)
+
+    @property
     def members(self) -> tuple["AdapterKey", ...]:
         """The adapters that it takes: itself, unless it is a composition."""
-        return tuple(key for key, _ in self.parts) if self.parts else (self,)
+        return tuple(key for key, _ in self.terms)
 
 
 def compose(parts: Iterable[tuple[AdapterKey, float]]) -> AdapterKey:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import grpc.aio
 
 from adapters.depot import Depot
 from adapters.key import AdapterKey
-from adapters.registry import AdapterRegistry
+from adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
 from adapters.remote import RemoteSources
 from adapters.source import AdapterSource
 from engine.bus import make_bus_directory
@@ -43,6 +44,7 @@ from service.routing import RouteBook
 from service.server import Health, Service, build_server, drain
 from service.state import StateFile
 from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
+from service.telemetry.records import Observer
 from service.telemetry.setup import Telemetry, telemetry_of
 from service.tenants import Tenants
 from service.text import TemplateRenderer
@@ -134,6 +136,7 @@ def assemble(
     limits = config.limits
     host = ModelHost(config.models, supervise)
     registry = AdapterRegistry()
+    registry.subscribe(partial(_tell_removed, registry, telemetry.observer))
     state_directory = Path(config.state_directory) if config.state_directory else None
     state = StateFile(state_directory)
     depot = Depot((state_directory or bus_directory) / "adapters")
@@ -182,6 +185,12 @@ def assemble(
     return Application(
         config, telemetry, host, registry, state, library, deployer, admission, inference, health, probes, data, admin
     )
+
+
+def _tell_removed(registry: AdapterRegistry, observer: Observer, change: AdapterChange) -> None:
+    """Tell it of an adapter whose last version is gone."""
+    if change.kind is ChangeKind.REMOVED and registry.record(change.version.key.name) is None:
+        observer.adapter_removed(change.version.name)
 
 
 @asynccontextmanager

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import msgspec
 from google.protobuf.duration_pb2 import Duration
 
+from adapters.key import AdapterKey
+from adapters.registry import resource_name
 from engine.client import EngineClient, Generation, SlowConsumerError
 from engine.messages import AddRequest, RequestOutput
 from engine.sampling_params import FinishReason
@@ -21,7 +23,7 @@ from loraplex.v1.inference_pb2 import Completed, Delta, Finished, PromptLogprobs
 from loraplex.v1.routes_pb2 import ResolvedTarget
 from service.errors import EngineError, LoraplexError, SlowConsumer, Unavailable, unusable_adapter
 from service.outputs import OutputBuilder, prompt_logprobs
-from service.telemetry.records import GenerationRecord
+from service.telemetry.records import AppliedAdapter, GenerationRecord
 from service.telemetry.series import Distribution
 from service.text import Tokenizer
 from service.times import duration
@@ -104,6 +106,7 @@ class Run:
     def record(self, status: str, trace_id: str) -> GenerationRecord:
         """What is known of it now. `status`: the name of the one of grpc that it ends with."""
         job, first = self._job, self._job.sequences[0]
+        key = first.adapter
         seconds = asyncio.get_running_loop().time() - job.arrival
         finished = [each.builder.finished for each in self._sequences if each.builder.finished is not None]
         return GenerationRecord(
@@ -113,8 +116,9 @@ class Run:
             tenant=first.tenant,
             model=job.target.model,
             model_revision=job.target.model_revision,
-            adapter=job.target.adapter_version.partition("@")[0],
-            adapter_digest=first.adapter.digest if first.adapter is not None else "",
+            adapter=job.target.adapter_version if key is None or key.parts else resource_name(key),
+            adapter_digest="" if key is None else key.digest,
+            adapters=() if key is None else [_applied(member, weight) for member, weight in key.terms],
             status=status,
             finish_reasons=[inference_pb2.FinishReason.Name(f.reason).removeprefix("FINISH_REASON_") for f in finished],
             prompt_tokens=len(self._prompt),
@@ -292,6 +296,10 @@ class Run:
         if not sampling.greedy:
             completed.seed = sampling.seed
         return completed
+
+
+def _applied(key: AdapterKey, weight: float) -> AppliedAdapter:
+    return AppliedAdapter(resource_name(key), key.digest, weight)
 
 
 def _seconds(duration: Duration) -> float:

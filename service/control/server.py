@@ -23,6 +23,7 @@ from loraplex.v1.server_pb2 import (
     ServerInfo,
     TenantLoad,
     UsageRecord,
+    UsedAdapter,
     WatchLoadRequest,
     WatchLoadResponse,
     WatchUsageRequest,
@@ -125,11 +126,11 @@ def _tenants(metrics: RequestMetrics) -> list[TenantLoad]:
     def load(labels: Labels) -> TenantLoad:
         return loads.setdefault(labels[0], TenantLoad(tenant=f"tenants/{labels[0]}"))
 
-    for labels, count in metrics.requests.values.items():
+    for labels, count in metrics.tenants.requests.values.items():
         load(labels).requests_total += int(count)
-    for labels, tokens in metrics.prompt_tokens.values.items():
+    for labels, tokens in metrics.tenants.prompt_tokens.values.items():
         load(labels).prompt_tokens_total += int(tokens)
-    for labels, tokens in metrics.completion_tokens.values.items():
+    for labels, tokens in metrics.tenants.completion_tokens.values.items():
         load(labels).completion_tokens_total += int(tokens)
     return [loads[tenant] for tenant in sorted(loads)]
 
@@ -152,6 +153,7 @@ def _usage_message(record: GenerationRecord) -> UsageRecord:
         model_revision=record.model_revision,
         adapter=record.adapter,
         adapter_digest=record.adapter_digest,
+        adapters=[UsedAdapter(adapter=used.name, digest=used.digest, weight=used.weight) for used in record.adapters],
         status=record.status,
         finish_reasons=record.finish_reasons,
         prompt_tokens=record.prompt_tokens,

@@ -61,6 +61,9 @@ class AccessLog:
             extra={"fields": call_fields(call) | generation_fields(record)},
         )
 
+    def adapter_removed(self, name: str) -> None:
+        pass
+
 
 def generation_fields(record: GenerationRecord) -> dict[str, object]:
     names = (

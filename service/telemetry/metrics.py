@@ -1,20 +1,38 @@
 """What calls and generations add up to, by tenant, model and adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from service.call import Call
 from service.telemetry.records import CallRecord, GenerationRecord
-from service.telemetry.series import TOKEN_BUCKETS, Counter, Histogram
+from service.telemetry.series import TOKEN_BUCKETS, Counter, Histogram, Labels
 
 
-class RequestMetrics:
-    """An observer that counts. Labels are (tenant, model, adapter) for usage, (model,) for times."""
+class UsageCounters:
+    """How many generations ended, and their tokens, by whatever labels."""
 
     def __init__(self) -> None:
-        self.requests = Counter()  # (tenant, model, adapter, status)
+        self.requests = Counter()  # has the status as one more label, the last
         self.prompt_tokens = Counter()
         self.cached_prompt_tokens = Counter()
         self.completion_tokens = Counter()
+
+    def add(self, labels: Labels, record: GenerationRecord) -> None:
+        self.requests.add((*labels, record.status))
+        self.prompt_tokens.add(labels, record.prompt_tokens)
+        self.cached_prompt_tokens.add(labels, record.cached_prompt_tokens)
+        self.completion_tokens.add(labels, record.completion_tokens)
+
+    def drop(self, is_gone: Callable[[Labels], bool]) -> None:
+        for counter in (self.requests, self.prompt_tokens, self.cached_prompt_tokens, self.completion_tokens):
+            counter.drop(is_gone)
+
+
+class RequestMetrics:
+    """An observer that counts. Times have the label (model,)."""
+
+    def __init__(self) -> None:
+        self.tenants = UsageCounters()  # (tenant, model)
+        self.adapters = UsageCounters()  # (tenant, model, adapter): of a weighted sum, each of its adapters
         self.finished = Counter()  # (model, finish reason)
         self.duration = Histogram()
         self.first_token = Histogram()
@@ -32,11 +50,9 @@ class RequestMetrics:
 
     def generation_ended(self, call: Call, record: GenerationRecord) -> None:
         model = record.model.removeprefix("models/")
-        user = (record.tenant, model, record.adapter)
-        self.requests.add((*user, record.status))
-        self.prompt_tokens.add(user, record.prompt_tokens)
-        self.cached_prompt_tokens.add(user, record.cached_prompt_tokens)
-        self.completion_tokens.add(user, record.completion_tokens)
+        self.tenants.add((record.tenant, model), record)
+        for adapter in record.adapter_names or ("",):
+            self.adapters.add((record.tenant, model, adapter), record)
         for reason in record.finish_reasons:
             self.finished.add((model, reason.lower()))
         self.duration.observe((model,), record.seconds)
@@ -48,3 +64,7 @@ class RequestMetrics:
             self.first_token.observe((model,), record.first_token_seconds)
         if record.seconds_per_token is not None:
             self.per_token.observe((model,), record.seconds_per_token)
+
+    def adapter_removed(self, name: str) -> None:
+        """Its series go, and make room for others': a metric has only so many."""
+        self.adapters.drop(lambda labels: labels[2] == name)

@@ -35,6 +35,7 @@ GENERATION: Final = (
     "gen_ai.response.model",
     "error.type",
 )
+SUM: Final = " + "  # between the adapters of a weighted sum
 USAGE_BUCKETS: Final = tuple(float(4**exponent) for exponent in range(14))  # tokens; the convention's own
 
 # Statuses that are the server's fault, by the conventions for RPC server spans.
@@ -118,8 +119,7 @@ class OtlpTelemetry:
         call.span.end()
 
     def generation_ended(self, call: Call, record: GenerationRecord) -> None:
-        model = record.adapter or record.model
-        labels = (record.operation, PROVIDER, model, record.model, _error_type(record.status))
+        labels = (record.operation, PROVIDER, _requested(record), record.model, _error_type(record.status))
         self._duration.observe(labels, record.seconds)
         if record.first_token_seconds is not None:
             self._first_token.observe(labels, record.first_token_seconds)
@@ -129,13 +129,18 @@ class OtlpTelemetry:
         self._usage.observe((*labels, "output"), record.completion_tokens)
         self._add_span(call, record, labels)
 
+    def adapter_removed(self, name: str) -> None:
+        requested = GENERATION.index("gen_ai.request.model")
+        for series in (self._duration, self._first_token, self._per_token, self._usage):
+            series.drop(lambda labels: name in labels[requested].split(SUM))
+
     def _add_span(self, call: Call, record: GenerationRecord, labels: Labels) -> None:
         assert isinstance(call.span, Span)
         if not call.span.is_recording():
             return
         began = round(1e9 * record.started)
         span = self._tracer.start_span(
-            f"{record.operation} {record.adapter or record.model}",
+            f"{record.operation} {_requested(record)}",
             set_span_in_context(call.span),
             SpanKind.INTERNAL,
             _span_attributes(record) | {name: value for name, value in zip(GENERATION, labels, strict=True) if value},
@@ -160,8 +165,14 @@ def _span_attributes(record: GenerationRecord) -> Attributes:
         "loraplex.tenant": record.tenant,
         "loraplex.model_revision": record.model_revision,
         "loraplex.adapter_digest": record.adapter_digest,
+        "loraplex.adapters": [f"{adapter.name}@{adapter.digest}*{adapter.weight!r}" for adapter in record.adapters],
         "loraplex.adapter_load_seconds": record.adapter_load_seconds,
     }
+
+
+def _requested(record: GenerationRecord) -> str:
+    """The model as callers see it: the adapters, of a sum without their weights, or else the base model."""
+    return SUM.join(record.adapter_names) or record.model
 
 
 def _error_type(status: str) -> str:

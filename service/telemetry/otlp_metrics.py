@@ -37,7 +37,6 @@ class OtlpMetrics:
     def __init__(self, resource: Resource, scope: InstrumentationScope) -> None:
         self._resource = resource
         self._scope = scope
-        self._start = time.time_ns()
         self._instruments: list[_Instrument] = []
 
     def add(self, name: str, unit: str, description: str, attributes: tuple[str, ...], series: Histogram) -> Histogram:
@@ -56,7 +55,7 @@ class OtlpMetrics:
         points = [
             HistogramDataPoint(
                 attributes={name: value for name, value in zip(instrument.attributes, labels, strict=True) if value},
-                start_time_unix_nano=self._start,
+                start_time_unix_nano=distribution.start,
                 time_unix_nano=now,
                 count=sum(distribution.counts),
                 sum=distribution.total,

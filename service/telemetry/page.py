@@ -27,8 +27,6 @@ from service.telemetry.setup import Telemetry
 
 SNAPSHOT_SECONDS = 5.0  # that a scrape waits for the event loop
 
-USER = ("tenant", "model", "adapter")
-
 
 class Served(NamedTuple):
     """Everything on the page is taken from here, on the event loop."""
@@ -88,12 +86,15 @@ async def metrics_server(page: MetricsPage, address: str) -> AsyncIterator[str]:
 
 
 def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
-    yield _counter("loraplex_requests", "Generations that ended.", (*USER, "status"), metrics.requests)
-    yield _counter("loraplex_prompt_tokens", "Prompt tokens of generations.", USER, metrics.prompt_tokens)
-    yield _counter(
-        "loraplex_cached_prompt_tokens", "Of these, found in the prefix cache.", USER, metrics.cached_prompt_tokens
-    )
-    yield _counter("loraplex_completion_tokens", "Tokens generated.", USER, metrics.completion_tokens)
+    for prefix, labels, usage in (
+        ("loraplex_tenant", ("tenant", "model"), metrics.tenants),
+        ("loraplex", ("tenant", "model", "adapter"), metrics.adapters),
+    ):
+        yield _counter(f"{prefix}_requests", "Generations that ended.", (*labels, "status"), usage.requests)
+        yield _counter(f"{prefix}_prompt_tokens", "Prompt tokens of generations.", labels, usage.prompt_tokens)
+        text = "Of these, found in the prefix cache."
+        yield _counter(f"{prefix}_cached_prompt_tokens", text, labels, usage.cached_prompt_tokens)
+        yield _counter(f"{prefix}_completion_tokens", "Tokens generated.", labels, usage.completion_tokens)
     yield _counter(
         "vllm:request_success", "Outputs that finished, by reason.", ("model_name", "finished_reason"), metrics.finished
     )
@@ -253,13 +254,13 @@ def _adapter_moves(clients: Sequence[tuple[str, EngineClient]]) -> Iterator[Metr
 
 
 def _adapter_users(stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
-    rows = [
-        ((model.name, resource_name(key), key.digest[:VERSION_DIGITS]), users)
-        for model, last in stats
-        for key, users in last.adapters
-    ]
+    users = Counter()
+    for model, last in stats:
+        for key, sequences in last.adapters:
+            for member in key.members:
+                users.add((model.name, resource_name(member), member.digest[:VERSION_DIGITS]), sequences)
     text = "Sequences that use an adapter version on the device."
-    return _gauge("loraplex_adapter_requests", text, ("model", "adapter", "version"), rows)
+    return _gauge("loraplex_adapter_requests", text, ("model", "adapter", "version"), users.values.items())
 
 
 def _lora_info(served: Served, stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
@@ -267,7 +268,7 @@ def _lora_info(served: Served, stats: Sequence[tuple[HostedModel, EngineStats]])
     now = time()
     rows = []
     for model, last in stats:
-        running = sorted(key.name for key, users in last.adapters if users)
+        running = sorted({member.name for key, users in last.adapters if users for member in key.members})
         waiting = sorted(
             key.name for key, requests in served.adapter_requests(model.name) if requests and key.name not in running
         )

@@ -8,6 +8,14 @@ import msgspec
 from service.call import Call
 
 
+class AppliedAdapter(msgspec.Struct, frozen=True):
+    """One of the adapters that a generation ran with."""
+
+    name: str  # tenants/{tenant}/adapters/{adapter}
+    digest: str  # the version: sha-256 of its content
+    weight: float  # 1, unless the request gave another
+
+
 class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One generation that the engine has worked for. Names of statuses and reasons are those of the contract."""
 
@@ -17,8 +25,9 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str
     model: str  # models/{model}
     model_revision: str
-    adapter: str  # tenants/{tenant}/adapters/{adapter}; empty: the base model
-    adapter_digest: str  # the version: sha-256 of its content
+    adapter: str  # tenants/{tenant}/adapters/{adapter}; of a weighted sum {version}*{weight} + …; empty: the base model
+    adapter_digest: str  # the version: sha-256 of its content; of a weighted sum, over its members and weights
+    adapters: Sequence[AppliedAdapter] = ()  # all of them: none, one, or the members of a weighted sum
     status: str  # of grpc: OK, CANCELLED, …
     finish_reasons: Sequence[str]  # of the outputs that finished: EOS, STOP, MAX_TOKENS, …
     prompt_tokens: int
@@ -29,6 +38,11 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
     queue_seconds: float | None  # from there to the first step that worked for it; None: there was none
     adapter_load_seconds: float  # waited for the adapter
     first_token_seconds: float | None  # from the call's arrival; None: there was none
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Of its adapters, each once, in order. Metrics go by these: weights are as many as callers think of."""
+        return tuple(sorted({adapter.name for adapter in self.adapters}))
 
     @property
     def seconds_per_token(self) -> float | None:
@@ -47,7 +61,7 @@ class CallRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Observer(Protocol):
-    """Hears of calls and generations, on the event loop. Must return at once, and must not raise."""
+    """Hears of calls, generations and adapters, on the event loop. Must return at once, and must not raise."""
 
     def call_started(self, call: Call, method: str, metadata: Mapping[str, str]) -> None:
         """Before anything is known of the caller. May set the call's `trace_id` and `span`."""
@@ -57,6 +71,9 @@ class Observer(Protocol):
 
     def generation_ended(self, call: Call, record: GenerationRecord) -> None:
         """Before the caller can know. For an item of a batch, `call` is the item's own."""
+
+    def adapter_removed(self, name: str) -> None:
+        """An adapter is gone with all its versions: tenants/{tenant}/adapters/{adapter}. No generation uses it."""
 
 
 class Observers:
@@ -76,6 +93,10 @@ class Observers:
     def generation_ended(self, call: Call, record: GenerationRecord) -> None:
         for observer in self._observers:
             observer.generation_ended(call, record)
+
+    def adapter_removed(self, name: str) -> None:
+        for observer in self._observers:
+            observer.adapter_removed(name)
 
 
 NOBODY = Observers()

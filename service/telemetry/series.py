@@ -4,8 +4,9 @@ prometheus_client's own would do, but each could carry one name only, and severa
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import time_ns
 from typing import Any
 
 MAX_SERIES = 10_000  # of one metric: callers name tenants, and must not fill the memory with them
@@ -27,15 +28,20 @@ class Counter:
         labels = _admitted(labels, self.values)
         self.values[labels] = self.values.get(labels, 0) + amount
 
+    def drop(self, is_gone: Callable[[Labels], bool]) -> None:
+        """Forget the series of these labels."""
+        _drop(self.values, is_gone)
+
 
 class Distribution:
     """How many values fell below each bound (each counted once, in the first bucket that holds it), and their sum."""
 
-    __slots__ = ("_bounds", "counts", "total")
+    __slots__ = ("_bounds", "counts", "start", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
+        self.start = time_ns()  # since the epoch
         self._bounds = bounds
 
     def observe(self, value: float, count: int = 1) -> None:
@@ -62,8 +68,18 @@ class Histogram:
             distribution = self.values[labels] = Distribution(self.bounds)
         return distribution
 
+    def drop(self, is_gone: Callable[[Labels], bool]) -> None:
+        """Forget the series of these labels."""
+        _drop(self.values, is_gone)
+
 
 def _admitted(labels: Labels, known: Mapping[Labels, Any]) -> Labels:
-    if labels in known or len(known) < MAX_SERIES:
+    if labels in known:
         return labels
-    return (OTHER,) * len(labels)
+    other = (OTHER,) * len(labels)
+    return labels if len(known) < MAX_SERIES + (other in known) else other
+
+
+def _drop(values: dict[Labels, Any], is_gone: Callable[[Labels], bool]) -> None:
+    for labels in [labels for labels in values if is_gone(labels)]:
+        del values[labels]

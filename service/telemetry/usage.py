@@ -92,6 +92,9 @@ class UsageLog:
         self.num_waiting += 1
         self._write_out()
 
+    def adapter_removed(self, name: str) -> None:
+        pass
+
     async def keep_trying(self) -> None:
         """Write what waits as soon as that goes, even if no further generation ends. Never returns."""
         while True:

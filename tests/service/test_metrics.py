@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex import NotFound
+from loraplex.v1.adapters_pb2 import Adapter
 from service.telemetry.series import MAX_SERIES, OTHER, Counter, Histogram
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
@@ -65,6 +66,39 @@ async def test_a_generation_counts_for_its_tenant_model_and_adapter(control: Con
     assert page.value("loraplex_adapter_resident", adapter=user["adapter"]) == 1
     assert page.value("loraplex_adapter_loads_total", model="tiny") == 1
     assert page.value("loraplex_adapter_load_seconds_total", model="tiny") > 0
+
+
+async def create(control: ControlPlane, adapter_id: str, seed: int = 0) -> Adapter:
+    source = str(write_adapter(control.roots / f"{adapter_id}-{seed}", seed=seed))
+    return await control.admin.create_adapter(adapter_id, base_model="tiny", source=source, wait=20)
+
+
+async def test_a_weighted_sum_counts_for_each_of_its_adapters_and_once_for_its_tenant(control: ControlPlane) -> None:
+    adapters = [await create(control, "pirate", 0), await create(control, "poet", 1)]
+    await control.client.generate("pirate*0.7 + poet*0.3", "abc", max_tokens=5)
+    page = await scrape(control)
+    for adapter in adapters:
+        assert page.value("loraplex_requests_total", adapter=adapter.name, status="OK") == 1
+        assert page.value("loraplex_completion_tokens_total", adapter=adapter.name) == 5
+    assert page.value("loraplex_tenant_requests_total", tenant="default", model="tiny", status="OK") == 1
+    assert page.value("loraplex_tenant_completion_tokens_total", tenant="default", model="tiny") == 5
+
+
+async def test_the_series_of_an_adapter_end_with_its_last_version(control: ControlPlane) -> None:
+    pirate, poet = await create(control, "pirate", 0), await create(control, "poet", 1)
+    await create(control, "pirate", 2)
+    for model in ("pirate", "poet"):
+        await control.client.generate(model, "abc", max_tokens=5)
+    await control.admin.delete_adapter(pirate.version, wait=20)
+    assert (await scrape(control)).value("loraplex_completion_tokens_total", adapter=pirate.name) == 5
+    await control.admin.delete_adapter("pirate", wait=20)
+    page = await scrape(control)
+    assert pirate.name not in page.text
+    assert page.value("loraplex_requests_total", adapter=poet.name, status="OK") == 1
+    assert page.value("loraplex_completion_tokens_total", adapter=poet.name) == 5
+    assert page.value("loraplex_tenant_completion_tokens_total", tenant="default", model="tiny") == 10
+    [tenant] = (await anext(control.admin.watch_load())).tenants
+    assert (tenant.requests_total, tenant.completion_tokens_total) == (2, 10)
 
 
 async def test_the_times_of_a_generation_are_under_both_names(control: ControlPlane) -> None:
@@ -128,6 +162,17 @@ def test_label_values_of_callers_cannot_fill_the_memory() -> None:
         counter.add((f"tenant-{number}", "tiny"))
     assert len(counter.values) == MAX_SERIES + 1
     assert counter.values[OTHER, OTHER] == 10
+
+
+def test_a_series_that_ends_makes_room_for_another() -> None:
+    counter = Counter()
+    for number in range(MAX_SERIES + 1):
+        counter.add((f"tenant-{number}", "tiny"))
+    counter.drop(lambda labels: labels == ("tenant-7", "tiny"))
+    counter.add(("late", "tiny"))
+    counter.add(("later", "tiny"))
+    assert counter.values["late", "tiny"] == 1
+    assert counter.values[OTHER, OTHER] == 2
 
 
 def test_a_value_falls_into_the_first_bucket_that_holds_it() -> None:

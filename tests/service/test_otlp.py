@@ -29,6 +29,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import HistogramDataPoint
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from loraplex import NotFound
+from loraplex.v1.adapters_pb2 import Adapter
 from service.config import OtlpConfig
 from service.telemetry.trace_context import trace_id_of
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
@@ -154,6 +155,35 @@ async def test_the_histograms_have_the_names_of_the_conventions(setting: Setting
     assert usage == {"input": 3, "output": 5}
     methods = [values(point.attributes)["rpc.method"] for point in setting.collector.points("rpc.server.call.duration")]
     assert "loraplex.v1.InferenceService/StreamGenerate" in methods
+
+
+async def create(control: ControlPlane, adapter_id: str, seed: int) -> Adapter:
+    source = str(write_adapter(control.roots / adapter_id, seed=seed))
+    return await control.admin.create_adapter(adapter_id, base_model="tiny", source=source, wait=20)
+
+
+async def test_a_weighted_sum_is_one_generation_that_names_all_its_adapters(setting: Setting) -> None:
+    async with setting.service() as control:
+        pirate, poet = await create(control, "pirate", 0), await create(control, "poet", 1)
+        await stream(control, "poet*0.3 + pirate*0.7")
+    both = f"{pirate.name} + {poet.name}"
+    [span] = [span for span in setting.collector.spans() if span.name == f"text_completion {both}"]
+    used = {f"{one.name}@{one.digest.removeprefix('sha256:')}*{weight}" for one, weight in ((pirate, 0.7), (poet, 0.3))}
+    assert set(values(span.attributes)["loraplex.adapters"]) == used
+    [point] = setting.collector.points("gen_ai.server.request.duration")
+    assert (values(point.attributes)["gen_ai.request.model"], point.count) == (both, 1)
+
+
+async def test_the_series_of_an_adapter_end_with_it(setting: Setting) -> None:
+    async with setting.service() as control:
+        poet = await create(control, "poet", 1)
+        await create(control, "pirate", 0)
+        for model in ("pirate", "poet", "pirate*0.7 + poet*0.3"):
+            await stream(control, model)
+        await control.admin.delete_adapter("pirate", wait=20)
+    for name in ("gen_ai.server.request.duration", "gen_ai.client.token.usage"):
+        points = setting.collector.points(name)
+        assert {values(point.attributes)["gen_ai.request.model"] for point in points} == {poet.name}
 
 
 async def test_a_refused_call_has_the_type_of_its_error_and_is_not_the_servers_fault(setting: Setting) -> None:

@@ -68,9 +68,27 @@ async def test_a_record_says_who_used_how_much_of_what(control: ControlPlane) ->
     assert (record["tenant"], record["model"], record["status"]) == ("default", "models/tiny", "OK")
     assert record["adapter"] == "tenants/default/adapters/pirate"
     assert record["adapter_digest"].startswith(adapter.version.partition("@")[2])
+    assert record["adapters"] == [{"name": record["adapter"], "digest": record["adapter_digest"], "weight": 1.0}]
     assert record["finish_reasons"] == ["MAX_TOKENS"]
     assert (record["prompt_tokens"], record["cached_prompt_tokens"], record["completion_tokens"]) == (3, 0, 5)
     assert 0 <= record["queue_seconds"] <= record["first_token_seconds"] <= record["seconds"]
+
+
+async def test_the_record_of_a_weighted_sum_names_every_adapter_with_its_version_and_weight(
+    control: ControlPlane,
+) -> None:
+    weights, expected = {"pirate": 0.7, "poet": -0.123456789}, set()
+    for seed, (adapter_id, weight) in enumerate(weights.items()):
+        source = str(write_adapter(control.roots / adapter_id, seed=seed))
+        adapter = await control.admin.create_adapter(adapter_id, base_model="tiny", source=source, tenant="default")
+        expected.add((adapter.name, adapter.digest.removeprefix("sha256:"), weight))
+    response = await control.client.generate("pirate*0.7 + poet*-0.123456789", "abc", max_tokens=5)
+    [record] = records(control.roots / "usage.jsonl")
+    assert {(used["name"], used["digest"], used["weight"]) for used in record["adapters"]} == expected
+    assert record["adapter"] == response.target.adapter_version
+    assert record["adapter_digest"] not in {digest for _, digest, _ in expected}
+    [sent] = (await anext(control.admin.watch_usage(existing_only=True))).records
+    assert {(used.adapter, used.digest, used.weight) for used in sent.adapters} == expected
 
 
 async def test_the_record_is_there_when_the_caller_sees_the_end(control: ControlPlane) -> None:

@@ -335,6 +335,7 @@ class UsageRecord(google.protobuf.message.Message):
     QUEUE_DURATION_FIELD_NUMBER: builtins.int
     ADAPTER_LOAD_DURATION_FIELD_NUMBER: builtins.int
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: builtins.int
+    ADAPTERS_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Unique: the request id that the caller sees. Tells what was seen already."""
     trace_id: builtins.str
@@ -348,9 +349,13 @@ class UsageRecord(google.protobuf.message.Message):
     model_revision: builtins.str
     """The model's revision."""
     adapter: builtins.str
-    """tenants/{tenant}/adapters/{adapter}; empty: the base model."""
+    """tenants/{tenant}/adapters/{adapter}; empty: the base model. Of a weighted sum all of them with their versions, as in
+    ResolvedTarget.adapter_version.
+    """
     adapter_digest: builtins.str
-    """The adapter's version: the sha-256 of its content, in hexadecimal digits."""
+    """The adapter's version: the sha-256 of its content, in hexadecimal digits. Of a weighted sum a digest over its
+    adapters and their weights.
+    """
     status: builtins.str
     """Name of the gRPC status that the generation ended with, such as "OK" or "CANCELLED"."""
     prompt_tokens: builtins.int
@@ -383,6 +388,10 @@ class UsageRecord(google.protobuf.message.Message):
     def time_to_first_token(self) -> google.protobuf.duration_pb2.Duration:
         """From the call's arrival to the first token. Absent: there was none."""
 
+    @property
+    def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UsedAdapter]:
+        """Every adapter that it ran with: none, one, or those of a weighted sum."""
+
     def __init__(
         self,
         *,
@@ -404,8 +413,35 @@ class UsageRecord(google.protobuf.message.Message):
         queue_duration: google.protobuf.duration_pb2.Duration | None = ...,
         adapter_load_duration: google.protobuf.duration_pb2.Duration | None = ...,
         time_to_first_token: google.protobuf.duration_pb2.Duration | None = ...,
+        adapters: collections.abc.Iterable[Global___UsedAdapter] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "queue_duration", b"queue_duration", "start_time", b"start_time", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_load_duration", b"adapter_load_duration", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "finish_reasons", b"finish_reasons", "id", b"id", "model", b"model", "model_revision", b"model_revision", "operation", b"operation", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "start_time", b"start_time", "status", b"status", "tenant", b"tenant", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration", "trace_id", b"trace_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_load_duration", b"adapter_load_duration", "adapters", b"adapters", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "finish_reasons", b"finish_reasons", "id", b"id", "model", b"model", "model_revision", b"model_revision", "operation", b"operation", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "start_time", b"start_time", "status", b"status", "tenant", b"tenant", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration", "trace_id", b"trace_id"]) -> None: ...
 
 Global___UsageRecord: typing_extensions.TypeAlias = UsageRecord
+
+@typing.final
+class UsedAdapter(google.protobuf.message.Message):
+    """An adapter that a generation ran with."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    adapter: builtins.str
+    """tenants/{tenant}/adapters/{adapter}."""
+    digest: builtins.str
+    """Its version: the sha-256 of its content, in hexadecimal digits."""
+    weight: builtins.float
+    """Its weight; 1 unless the request gave another."""
+    def __init__(
+        self,
+        *,
+        adapter: builtins.str = ...,
+        digest: builtins.str = ...,
+        weight: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "digest", b"digest", "weight", b"weight"]) -> None: ...
+
+Global___UsedAdapter: typing_extensions.TypeAlias = UsedAdapter
