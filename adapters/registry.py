@@ -42,6 +42,7 @@ class AdapterState(enum.Enum):
 class ChangeKind(enum.Enum):
     ADDED = "added"
     CHANGED = "changed"
+    MOVED = "moved"  # to another tier: nothing that is kept here has changed
     REMOVED = "removed"
 
 
@@ -324,6 +325,13 @@ class AdapterRegistry:
         self._store(version)
         if version.state is AdapterState.DELETING and not version.num_requests:
             self._publish(AdapterChange(ChangeKind.CHANGED, version))
+
+    def moved(self, key: AdapterKey) -> None:
+        """Its engine has it in another tier now: subscribers hear of that, if the version is known."""
+        adapter = self._adapters.get(key.name)
+        version = None if adapter is None else adapter.versions.get(key.digest)
+        if version is not None:
+            self._publish(AdapterChange(ChangeKind.MOVED, version))
 
     def subscribe(self, callback: Callable[[AdapterChange], None]) -> Callable[[], None]:
         """Call `callback` with every change from now on, in order; it must not block. Returns how to stop that."""

@@ -66,6 +66,7 @@ class EngineClient:
         self.moves = Counter[tuple[Residency, Residency]]()  # from one place to another, adapters one by one
         self.num_loads = 0  # adapters read into host memory
         self.load_seconds = 0.0  # that this took in all, from asking to answer
+        self.moved: Callable[[AdapterKey], None] = lambda key: None  # called when an adapter is in another place
         self._send = send
         self._max_pending_tokens = max_pending_tokens
         self._ids = itertools.count(1)
@@ -219,8 +220,7 @@ class EngineClient:
                 _reject(self._loads.pop(key, None), AdapterRejected(problems, reason))
                 _reject(self._arrivals.pop(key, None), AdapterRejected(problems, reason))
             case AdapterUnloaded(key=key):
-                self.residency.pop(key, None)
-                self._leaving.discard(key)
+                self._leave_memory(key)
                 _resolve(self._unloads.pop(key, None), None)
             case AdapterPinned(key=key):
                 _resolve(self._pins.pop(key, None), message)
@@ -238,7 +238,8 @@ class EngineClient:
         for generation in set(self._generations.values()):
             generation.end(error)
         self.adapters.clear()
-        self.residency.clear()
+        for key in list(self.residency):
+            self._leave_memory(key)
         waiting: tuple[Mapping[Any, asyncio.Future[Any]], ...]
         waiting = (self._loads, self._arrivals, self._unloads, self._pins, self._pings)
         for futures in waiting:
@@ -267,11 +268,18 @@ class EngineClient:
 
     def _move(self, key: AdapterKey, residency: Residency) -> None:
         before = self.residency.get(key, Residency.DISK)
-        if residency is not before:
-            self.moves[before, residency] += 1
         if residency is not Residency.DEVICE:
             self._leaving.discard(key)
         self.residency[key] = residency
+        if residency is not before:
+            self.moves[before, residency] += 1
+            self.moved(key)
+
+    def _leave_memory(self, key: AdapterKey) -> None:
+        """It was unloaded, or its engine is gone: no move from tier to tier, but it is on disk alone now."""
+        self._leaving.discard(key)
+        if self.residency.pop(key, Residency.DISK) is not Residency.DISK:
+            self.moved(key)
 
     def _count_load(self, key: AdapterKey) -> None:
         began = self._load_began.pop(key, None)

@@ -24,6 +24,7 @@ from adapters.registry import (
     AdapterSpec,
     AdapterState,
     AdapterVersion,
+    ChangeKind,
     full_name,
 )
 from adapters.residency import Residency
@@ -275,6 +276,7 @@ class AdapterDeployer:
         if client is None or self._clients.get(model.name) is client:
             return
         self._clients[model.name] = client
+        client.moved = self._registry.moved
         versions = self._registry.list_versions(base_model=model.name, include_versions=True)
         for version in versions:
             if version.state is AdapterState.LOADING and version.key in self._descriptions:
@@ -319,6 +321,8 @@ class AdapterDeployer:
                 self._registry.update(version.full_name, pinned=False)
 
     def _adapter_changed(self, change: AdapterChange) -> None:
+        if change.kind is ChangeKind.MOVED:
+            return
         version = change.version
         key = version.key
         record = self._registry.record(key.name)

@@ -394,9 +394,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
         model = self._host.find(version.spec.base_model)
         client = None if model is None else model.client
-        known = client is not None and version.key in client.adapters
-        residency = client.residency.get(version.key) if client is not None and known else None
-        return RESIDENCIES[residency or Residency.DISK]
+        residency = Residency.DISK if client is None else client.residency.get(version.key, Residency.DISK)
+        return RESIDENCIES[residency]
 
 
 def _check_registration(request: CreateAdapterRequest, is_upload: bool) -> None:

@@ -376,6 +376,17 @@ def test_removal_is_news_too(registry: AdapterRegistry, add: Add) -> None:
     assert [change.kind for change in heard] == [ChangeKind.REMOVED]
 
 
+def test_a_move_is_news_of_a_version_that_is_known_and_no_change_of_it(registry: AdapterRegistry, add: Add) -> None:
+    key = add("a")
+    before = registry.get(BARE)
+    heard: list[AdapterChange] = []
+    registry.subscribe(heard.append)
+    registry.moved(key)
+    registry.moved(AdapterKey(key.name, digest("b")))
+    registry.moved(AdapterKey("acme/nobody", digest("a")))
+    assert heard == [AdapterChange(ChangeKind.MOVED, before)]
+
+
 class RegistryMachine(RuleBasedStateMachine):
     """Any order of calls: what subscribers heard is what there is, and a name means at most one version."""
 

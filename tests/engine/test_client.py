@@ -434,3 +434,16 @@ async def test_moves_of_adapters_between_tiers_are_counted() -> None:
     client.deliver(AdaptersMoved([(KEY, Residency.DEVICE)]))  # it is there already
     client.deliver(AdaptersMoved([(KEY, Residency.HOST)]))
     assert client.moves == {(Residency.DISK, Residency.DEVICE): 1, (Residency.DEVICE, Residency.HOST): 1}
+
+
+async def test_every_change_of_tier_is_told_once_it_has_happened() -> None:
+    client = EngineClient(lambda message: None)
+    heard: list[Residency] = []
+    client.moved = lambda key: heard.append(client.residency.get(key, Residency.DISK))
+    client.deliver(LOADED)
+    client.deliver(AdaptersMoved([(KEY, Residency.HOST)]))  # it is there already
+    client.deliver(AdaptersMoved([(KEY, Residency.DEVICE)]))
+    client.deliver(AdapterUnloaded(KEY))
+    client.deliver(LOADED)
+    client.fail(RuntimeError("gone"))
+    assert heard == [Residency.HOST, Residency.DEVICE, Residency.DISK, Residency.HOST, Residency.DISK]

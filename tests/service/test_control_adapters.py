@@ -22,6 +22,7 @@ from loraplex.v1.adapters_pb2 import (
     ADAPTER_RESIDENCY_DISK,
     ADAPTER_RESIDENCY_HOST,
     Adapter,
+    AdapterResidency,
 )
 from loraplex.v1.watch_pb2 import WATCH_EVENT_TYPE_CHANGED, WATCH_EVENT_TYPE_DELETED, WATCH_EVENT_TYPE_SNAPSHOT_END
 from service.config import AdapterConfig
@@ -478,6 +479,30 @@ async def test_a_watch_tells_of_every_adapter_that_comes_and_goes(control: Contr
         assert message.type == WATCH_EVENT_TYPE_CHANGED
         if message.adapter.state == Adapter.STATE_ACTIVE and message.adapter.current:
             break
+
+
+async def test_a_watch_tells_of_every_tier_that_an_adapter_gets_to(control: ControlPlane) -> None:
+    await create(control)
+    stream = control.admin.watch_adapters()
+    while (await anext(stream)).type != WATCH_EVENT_TYPE_SNAPSHOT_END:
+        pass
+
+    async def told() -> AdapterResidency.ValueType:
+        async with asyncio.timeout(20):
+            message = await anext(stream)
+        assert message.type == WATCH_EVENT_TYPE_CHANGED
+        return message.adapter.residency
+
+    await control.admin.load_adapter("pirate", wait=20)
+    assert await told() == ADAPTER_RESIDENCY_DEVICE
+    await control.admin.unload_adapter("pirate", residency="host", wait=20)
+    assert await told() == ADAPTER_RESIDENCY_HOST
+    await control.admin.unload_adapter("pirate", wait=20)
+    assert await told() == ADAPTER_RESIDENCY_DISK
+    await control.admin.load_adapter("pirate", residency="host", wait=20)
+    assert await told() == ADAPTER_RESIDENCY_HOST
+    await control.admin.unload_model("tiny", wait=20)
+    assert await told() == ADAPTER_RESIDENCY_DISK
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
