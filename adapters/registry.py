@@ -88,6 +88,7 @@ class AdapterVersion:
     directory: str = ""  # of its files
     fingerprint: str = ""  # of its files when they were checked; another one: check them again
     reason: str = ""  # in FAILED: the kind of the problems
+    num_waiting: int = 0  # of num_requests, those that have not had their first token
 
     @property
     def name(self) -> str:
@@ -161,7 +162,7 @@ class AdapterRegistry:
 
     def restore(self, record: AdapterRecord) -> None:
         """Bring back what was under a name in an earlier life. Nobody uses it yet, and nobody is told."""
-        versions = {version.key.digest: replace(version, num_requests=0) for version in record.versions}
+        versions = {version.key.digest: replace(version, num_requests=0, num_waiting=0) for version in record.versions}
         name = record.versions[0].key.name
         self._adapters[name] = _Adapter(versions, dict(record.claims), record.current)
         etags = (int(version.etag) for version in record.versions)
@@ -313,15 +314,30 @@ class AdapterRegistry:
     # ---- use and news ----------------------------------------------------------------------------------------------
 
     def begin_request(self, key: AdapterKey) -> None:
-        """A request that was resolved to this version is being served. Raises AdapterNotFound."""
+        """A request that was resolved to this version is being served, and waits. Raises AdapterNotFound."""
         version = self._version(key)
-        self._store(replace(version, num_requests=version.num_requests + 1, last_use_time=self._clock()))
+        self._store(
+            replace(
+                version,
+                num_requests=version.num_requests + 1,
+                num_waiting=version.num_waiting + 1,
+                last_use_time=self._clock(),
+            )
+        )
 
-    def end_request(self, key: AdapterKey) -> None:
-        """It has ended, however. Subscribers hear of it when it was the last one of a version that is being deleted."""
+    def start_request(self, key: AdapterKey) -> None:
+        """It has its first token, and waits no more."""
+        version = self._version(key)
+        assert version.num_waiting > 0, f"more requests of {key} started than waited"
+        self._store(replace(version, num_waiting=version.num_waiting - 1))
+
+    def end_request(self, key: AdapterKey, started: bool = False) -> None:
+        """It has ended, however; `started`: `start_request` was called for it. Subscribers hear of it when it was
+        the last one of a version that is being deleted."""
         version = self._version(key)
         assert version.num_requests > 0, f"more requests of {key} ended than began"
-        version = replace(version, num_requests=version.num_requests - 1)
+        num_waiting = version.num_waiting if started else version.num_waiting - 1
+        version = replace(version, num_requests=version.num_requests - 1, num_waiting=num_waiting)
         self._store(version)
         if version.state is AdapterState.DELETING and not version.num_requests:
             self._publish(AdapterChange(ChangeKind.CHANGED, version))

@@ -1,7 +1,7 @@
 """What a request's field `model` means, and everything that a request needs of the model that it names."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -192,9 +192,10 @@ class Catalog:
         return await self._models.successor(model)
 
     @contextmanager
-    def using(self, versions: Sequence[AdapterVersion]) -> Iterator[None]:
+    def using(self, versions: Sequence[AdapterVersion]) -> Iterator[Callable[[], None]]:
         """While a request runs, its versions are counted as used: deleting them waits.
 
+        Yields what is to be called once the request has its first token; until then it is counted as waiting.
         Raises NotFound if one has been deleted since it was resolved.
         """
         for version in versions:
@@ -202,11 +203,19 @@ class Catalog:
                 raise _not_found("ADAPTER", version.version_name)
         for version in versions:
             self._adapters.begin_request(version.key)
+        has_started = False
+
+        def start() -> None:
+            nonlocal has_started
+            has_started = True
+            for version in versions:
+                self._adapters.start_request(version.key)
+
         try:
-            yield
+            yield start
         finally:
             for version in versions:
-                self._adapters.end_request(version.key)
+                self._adapters.end_request(version.key, has_started)
 
     def _model(self, tenant: str, name: str) -> LoadedModel:
         """The model of a bare id that could be anything's: who mistypes an adapter is not told of models alone."""

@@ -69,11 +69,13 @@ class Run:
         client: EngineClient,
         successor: Callable[[], Awaitable[EngineClient]],
         token_gaps: Distribution,
+        start: Callable[[], None],
     ) -> None:
         """Hands the sequences to the engine. `close` must follow.
 
         `successor`: waits for the engine that follows one that died, until it has the job's adapter. Raises what the
-        caller is told if none comes. `token_gaps`: observes the seconds between tokens.
+        caller is told if none comes. `token_gaps`: observes the seconds between tokens. `start`: called at the first
+        token.
         """
         self._job = job
         self._prompt = job.sequences[0].prompt_token_ids
@@ -91,6 +93,7 @@ class Run:
         self._generation: Generation = client.generate(*job.sequences)
         self._successor = successor
         self._token_gaps = token_gaps
+        self._tell_started = start
         self._num_resumptions = 0
         self._waiting: asyncio.Future[EngineClient] | None = None  # for the successor
         self._error: Exception | None = None  # given to `end`
@@ -254,6 +257,7 @@ class Run:
     def _start(self, output: RequestOutput) -> Started:
         now, job = asyncio.get_running_loop().time(), self._job
         self._started = True
+        self._tell_started()
         self._cached_tokens = output.num_cached_tokens
         self._timings.queue_duration.CopyFrom(duration(self._submitted - job.arrival + output.queue_seconds))
         self._timings.time_to_first_token.CopyFrom(duration(now - job.arrival))

@@ -201,7 +201,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 tenant.config.weight,
                 call.seconds_left(),
             ),
-            self._catalog.using(target.versions),
+            self._catalog.using(target.versions) as start,
         ):
             adapter, load_seconds = await self._adapter(target, spec.adapter_policy)
             resolved = target.resolved(fell_back_to_base=bool(target.versions) and adapter is None)
@@ -218,7 +218,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 adapter_load_seconds=load_seconds,
             )
             successor = partial(self._successor, target, adapter)
-            run = Run(job, model.client, successor, self._token_gaps.of((model.name,)))
+            run = Run(job, model.client, successor, self._token_gaps.of((model.name,)), start)
             call.usage = run.usage
             self._runs[call.request_id] = (call.tenant, run)
             status = "OK"

@@ -321,10 +321,16 @@ def test_use_is_counted_and_timed_without_a_new_etag(registry: AdapterRegistry, 
     before = registry.get(BARE)
     registry.begin_request(key)
     during = registry.get(BARE)
-    assert (during.num_requests, during.etag) == (1, before.etag)
+    assert (during.num_requests, during.num_waiting, during.etag) == (1, 1, before.etag)
     assert during.last_use_time is not None
+    registry.begin_request(key)
+    registry.start_request(key)
+    during = registry.get(BARE)
+    assert (during.num_requests, during.num_waiting) == (2, 1)
+    registry.end_request(key, started=True)
     registry.end_request(key)
-    assert registry.get(BARE).num_requests == 0
+    after = registry.get(BARE)
+    assert (after.num_requests, after.num_waiting) == (0, 0)
 
 
 # ---- lists and news --------------------------------------------------------------------------------------------------

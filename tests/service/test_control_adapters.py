@@ -242,6 +242,41 @@ async def test_a_running_request_shows(control: ControlPlane) -> None:
     stream.cancel()
 
 
+def in_flight(control: ControlPlane) -> int:
+    return control.app.registry.get("tenants/shared/adapters/pirate").num_requests
+
+
+async def test_a_request_waits_until_its_first_token(control: ControlPlane) -> None:
+    await create(control)
+    await control.admin.unload_adapter("pirate", wait=20)
+    control.core().loads_allowed.clear()
+
+    async def counts() -> tuple[int, int]:
+        adapter = await control.admin.get_adapter("pirate")
+        return adapter.waiting_requests, adapter.running_requests
+
+    started = asyncio.create_task(running_stream(control, "pirate"))
+    await until(lambda: in_flight(control) == 1)
+    assert await counts() == (1, 0)
+    control.core().loads_allowed.set()
+    stream = await started
+    assert await counts() == (0, 1)
+    stream.cancel()
+    await until(lambda: in_flight(control) == 0)
+    assert await counts() == (0, 0)
+
+
+async def test_a_request_that_ends_before_its_first_token_waits_no_more(control: ControlPlane) -> None:
+    await create(control)
+    await control.admin.unload_adapter("pirate", wait=20)
+    control.core().loads_allowed.clear()
+    waiting = asyncio.create_task(control.client.generate("pirate", "abc", max_tokens=5))
+    await until(lambda: in_flight(control) == 1)
+    waiting.cancel()
+    await until(lambda: in_flight(control) == 0)
+    assert (await control.admin.get_adapter("pirate")).waiting_requests == 0
+
+
 # ---- swap ------------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from loraplex.v1 import watch_pb2 as loraplex_dot_v1_dot_watch__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aloraplex/v1/adapters.proto\x12\x0bloraplex.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x17loraplex/v1/watch.proto\"\x97\x07\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12)\n\x05state\x18\x06 \x01(\x0e\x32\x1a.loraplex.v1.Adapter.State\x12\x30\n\tresidency\x18\x07 \x01(\x0e\x32\x1d.loraplex.v1.AdapterResidency\x12\x0f\n\x07\x63urrent\x18\x08 \x01(\x08\x12!\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.google.rpc.Status\x12\x0c\n\x04rank\x18\n \x01(\x05\x12;\n\x0cmodule_ranks\x18\x0b \x03(\x0b\x32%.loraplex.v1.Adapter.ModuleRanksEntry\x12\r\n\x05\x61lpha\x18\x0c \x01(\x01\x12\x16\n\x0etarget_modules\x18\r \x03(\t\x12\x10\n\x08warnings\x18\x0e \x03(\t\x12\x12\n\nsize_bytes\x18\x0f \x01(\x03\x12\x14\n\x0c\x62ytes_loaded\x18\x10 \x01(\x03\x12\x13\n\x0b\x62ytes_total\x18\x11 \x01(\x03\x12\x0e\n\x06pinned\x18\x12 \x01(\x08\x12\x18\n\x10running_requests\x18\x13 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x14 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x16 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06labels\x18\x18 \x03(\x0b\x32 .loraplex.v1.Adapter.LabelsEntry\x12\x0c\n\x04\x65tag\x18\x19 \x01(\t\x1a\x32\n\x10ModuleRanksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"i\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x8e\x01\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x17\n\nbase_model\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x10include_versions\x18\x05 \x01(\x08\x42\r\n\x0b_base_model\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa7\x02\n\x14\x43reateAdapterRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12%\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x14.loraplex.v1.Adapter\x12\x19\n\x0cmake_current\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x30\n\tresidency\x18\x05 \x01(\x0e\x32\x1d.loraplex.v1.AdapterResidency\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\x12\x17\n\nrequest_id\x18\x08 \x01(\tH\x01\x88\x01\x01\x42\x0f\n\r_make_currentB\r\n\x0b_request_id\"\x90\x01\n\x14UploadAdapterRequest\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.loraplex.v1.CreateAdapterRequestH\x00\x12\'\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x17.loraplex.v1.UploadFileH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\t\n\x07payload\".\n\nUploadFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\x96\x01\n\x14UpdateAdapterRequest\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"\x91\x01\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04\x65tag\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_etagB\r\n\x0b_request_id\"\xa5\x01\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\tresidency\x18\x02 \x01(\x0e\x32\x1d.loraplex.v1.AdapterResidency\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"\xa7\x01\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\tresidency\x18\x02 \x01(\x0e\x32\x1d.loraplex.v1.AdapterResidency\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"N\n\x14WatchAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x17\n\nbase_model\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_base_model\"i\n\x15WatchAdaptersResponse\x12)\n\x04type\x18\x01 \x01(\x0e\x32\x1b.loraplex.v1.WatchEventType\x12%\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x14.loraplex.v1.Adapter*\x8b\x01\n\x10\x41\x64\x61pterResidency\x12!\n\x1d\x41\x44\x41PTER_RESIDENCY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_DISK\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_HOST\x10\x02\x12\x1c\n\x18\x41\x44\x41PTER_RESIDENCY_DEVICE\x10\x03\x32\xbd\x05\n\x0e\x41\x64\x61pterService\x12\x42\n\nGetAdapter\x12\x1e.loraplex.v1.GetAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponse\x12H\n\rCreateAdapter\x12!.loraplex.v1.CreateAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12J\n\rUploadAdapter\x12!.loraplex.v1.UploadAdapterRequest\x1a\x14.loraplex.v1.Adapter(\x01\x12H\n\rUpdateAdapter\x12!.loraplex.v1.UpdateAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12H\n\rDeleteAdapter\x12!.loraplex.v1.DeleteAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12\x44\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12H\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12X\n\rWatchAdapters\x12!.loraplex.v1.WatchAdaptersRequest\x1a\".loraplex.v1.WatchAdaptersResponse0\x01\x42\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aloraplex/v1/adapters.proto\x12\x0bloraplex.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x17loraplex/v1/watch.proto\"\x93\x07\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12)\n\x05state\x18\x06 \x01(\x0e\x32\x1a.loraplex.v1.Adapter.State\x12\x30\n\tresidency\x18\x07 \x01(\x0e\x32\x1d.loraplex.v1.AdapterResidency\x12\x0f\n\x07\x63urrent\x18\x08 \x01(\x08\x12!\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.google.rpc.Status\x12\x0c\n\x04rank\x18\n \x01(\x05\x12;\n\x0cmodule_ranks\x18\x0b \x03(\x0b\x32%.loraplex.v1.Adapter.ModuleRanksEntry\x12\r\n\x05\x61lpha\x18\x0c \x01(\x01\x12\x16\n\x0etarget_modules\x18\r \x03(\t\x12\x10\n\x08warnings\x18\x0e \x03(\t\x12\x12\n\nsize_bytes\x18\x0f \x01(\x03\x12\x0e\n\x06pinned\x18\x12 \x01(\x08\x12\x18\n\x10running_requests\x18\x13 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x14 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x16 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06labels\x18\x18 \x03(\x0b\x32 .loraplex.v1.Adapter.LabelsEntry\x12\x0c\n\x04\x65tag\x18\x19 \x01(\t\x1a\x32\n\x10ModuleRanksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"i\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04J\x04\x08\x10\x10\x11J\x04\x08\x11\x10\x12R\x0c\x62ytes_loadedR\x0b\x62ytes_total\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x8e\x01\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x17\n\nbase_model\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x10include_versions\x18\x05 \x01(\x08\x42\r\n\x0b_base_model\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa7\x02\n\x14\x43reateAdapterRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12%\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x14.loraplex.v1.Adapter\x12\x19\n\x0cmake_current\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x30\n\tresidency\x18\x05 \x01(\x0e\x32\x1d.loraplex.v1.AdapterResidency\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\x12\x17\n\nrequest_id\x18\x08 \x01(\tH\x01\x88\x01\x01\x42\x0f\n\r_make_currentB\r\n\x0b_request_id\"\x90\x01\n\x14UploadAdapterRequest\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.loraplex.v1.CreateAdapterRequestH\x00\x12\'\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x17.loraplex.v1.UploadFileH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\t\n\x07payload\".\n\nUploadFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\x96\x01\n\x14UpdateAdapterRequest\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"\x91\x01\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04\x65tag\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_etagB\r\n\x0b_request_id\"\xa5\x01\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\tresidency\x18\x02 \x01(\x0e\x32\x1d.loraplex.v1.AdapterResidency\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"\xa7\x01\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\tresidency\x18\x02 \x01(\x0e\x32\x1d.loraplex.v1.AdapterResidency\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"N\n\x14WatchAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x17\n\nbase_model\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_base_model\"i\n\x15WatchAdaptersResponse\x12)\n\x04type\x18\x01 \x01(\x0e\x32\x1b.loraplex.v1.WatchEventType\x12%\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x14.loraplex.v1.Adapter*\x8b\x01\n\x10\x41\x64\x61pterResidency\x12!\n\x1d\x41\x44\x41PTER_RESIDENCY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_DISK\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_HOST\x10\x02\x12\x1c\n\x18\x41\x44\x41PTER_RESIDENCY_DEVICE\x10\x03\x32\xbd\x05\n\x0e\x41\x64\x61pterService\x12\x42\n\nGetAdapter\x12\x1e.loraplex.v1.GetAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponse\x12H\n\rCreateAdapter\x12!.loraplex.v1.CreateAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12J\n\rUploadAdapter\x12!.loraplex.v1.UploadAdapterRequest\x1a\x14.loraplex.v1.Adapter(\x01\x12H\n\rUpdateAdapter\x12!.loraplex.v1.UpdateAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12H\n\rDeleteAdapter\x12!.loraplex.v1.DeleteAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12\x44\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12H\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12X\n\rWatchAdapters\x12!.loraplex.v1.WatchAdaptersRequest\x1a\".loraplex.v1.WatchAdaptersResponse0\x01\x42\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -31,40 +31,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADAPTER_MODULERANKSENTRY']._serialized_options = b'8\001'
   _globals['_ADAPTER_LABELSENTRY']._loaded_options = None
   _globals['_ADAPTER_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ADAPTERRESIDENCY']._serialized_start=2703
-  _globals['_ADAPTERRESIDENCY']._serialized_end=2842
+  _globals['_ADAPTERRESIDENCY']._serialized_start=2699
+  _globals['_ADAPTERRESIDENCY']._serialized_end=2838
   _globals['_ADAPTER']._serialized_start=193
-  _globals['_ADAPTER']._serialized_end=1112
-  _globals['_ADAPTER_MODULERANKSENTRY']._serialized_start=908
-  _globals['_ADAPTER_MODULERANKSENTRY']._serialized_end=958
-  _globals['_ADAPTER_LABELSENTRY']._serialized_start=960
-  _globals['_ADAPTER_LABELSENTRY']._serialized_end=1005
-  _globals['_ADAPTER_STATE']._serialized_start=1007
-  _globals['_ADAPTER_STATE']._serialized_end=1112
-  _globals['_GETADAPTERREQUEST']._serialized_start=1114
-  _globals['_GETADAPTERREQUEST']._serialized_end=1147
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1150
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1292
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1294
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1381
-  _globals['_CREATEADAPTERREQUEST']._serialized_start=1384
-  _globals['_CREATEADAPTERREQUEST']._serialized_end=1679
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1682
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1826
-  _globals['_UPLOADFILE']._serialized_start=1828
-  _globals['_UPLOADFILE']._serialized_end=1874
-  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1877
-  _globals['_UPDATEADAPTERREQUEST']._serialized_end=2027
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=2030
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=2175
-  _globals['_LOADADAPTERREQUEST']._serialized_start=2178
-  _globals['_LOADADAPTERREQUEST']._serialized_end=2343
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=2346
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=2513
-  _globals['_WATCHADAPTERSREQUEST']._serialized_start=2515
-  _globals['_WATCHADAPTERSREQUEST']._serialized_end=2593
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=2595
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=2700
-  _globals['_ADAPTERSERVICE']._serialized_start=2845
-  _globals['_ADAPTERSERVICE']._serialized_end=3546
+  _globals['_ADAPTER']._serialized_end=1108
+  _globals['_ADAPTER_MODULERANKSENTRY']._serialized_start=865
+  _globals['_ADAPTER_MODULERANKSENTRY']._serialized_end=915
+  _globals['_ADAPTER_LABELSENTRY']._serialized_start=917
+  _globals['_ADAPTER_LABELSENTRY']._serialized_end=962
+  _globals['_ADAPTER_STATE']._serialized_start=964
+  _globals['_ADAPTER_STATE']._serialized_end=1069
+  _globals['_GETADAPTERREQUEST']._serialized_start=1110
+  _globals['_GETADAPTERREQUEST']._serialized_end=1143
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1146
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1288
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1290
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1377
+  _globals['_CREATEADAPTERREQUEST']._serialized_start=1380
+  _globals['_CREATEADAPTERREQUEST']._serialized_end=1675
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1678
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1822
+  _globals['_UPLOADFILE']._serialized_start=1824
+  _globals['_UPLOADFILE']._serialized_end=1870
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1873
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=2023
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2026
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2171
+  _globals['_LOADADAPTERREQUEST']._serialized_start=2174
+  _globals['_LOADADAPTERREQUEST']._serialized_end=2339
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=2342
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=2509
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=2511
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=2589
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=2591
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=2696
+  _globals['_ADAPTERSERVICE']._serialized_start=2841
+  _globals['_ADAPTERSERVICE']._serialized_end=3542
 # @@protoc_insertion_point(module_scope)

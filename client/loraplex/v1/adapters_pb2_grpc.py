@@ -163,7 +163,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """Sends all versions, then every change of one.
+        """Sends all versions, then every change of one, from tier to tier too. How many requests use or wait for a version, and
+        when one last did, is sent with other changes, and is no change by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -293,7 +293,9 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceGetAdapterType, _AdapterS
     """Frees the memory of a version, once no running request uses it. Its next request loads it again."""
 
     WatchAdapters: _AdapterServiceWatchAdaptersType
-    """Sends all versions, then every change of one."""
+    """Sends all versions, then every change of one, from tier to tier too. How many requests use or wait for a version, and
+    when one last did, is sent with other changes, and is no change by itself.
+    """
 
 AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -423,6 +425,8 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.adapters_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.adapters_pb2.WatchAdaptersResponse], collections.abc.AsyncIterator[loraplex.v1.adapters_pb2.WatchAdaptersResponse]]:
-        """Sends all versions, then every change of one."""
+        """Sends all versions, then every change of one, from tier to tier too. How many requests use or wait for a version, and
+        when one last did, is sent with other changes, and is no change by itself.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
