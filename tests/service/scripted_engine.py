@@ -112,7 +112,9 @@ class ScriptedCore:
 
     def stats(self) -> EngineStats:
         used = len(self.requests)
-        return EngineStats(used, 0, 0, LIMITS.total_blocks, LIMITS.total_blocks - used, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0)
+        users = Counter(request.adapter for request in self.requests.values() if request.adapter is not None)
+        free = LIMITS.total_blocks - used
+        return EngineStats(used, 0, 0, LIMITS.total_blocks, free, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, list(users.items()))
 
     def close(self) -> None:
         pass

@@ -540,6 +540,14 @@ async def test_a_watch_tells_of_every_tier_that_an_adapter_gets_to(control: Cont
     assert await told() == ADAPTER_RESIDENCY_DISK
 
 
+async def test_a_move_between_tiers_is_not_saved(control: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    await create(control)
+    saved: list[object] = []
+    monkeypatch.setattr(control.app.state, "put", lambda *change: saved.append(change))
+    loaded = await control.admin.load_adapter("pirate", wait=20)
+    assert (loaded.residency, saved) == (ADAPTER_RESIDENCY_DEVICE, [])
+
+
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,18 @@ async def test_a_weighted_sum_counts_for_each_of_its_adapters_and_once_for_its_t
     assert page.value("loraplex_tenant_completion_tokens_total", tenant="default", model="tiny") == 5
 
 
+async def test_a_weighted_sum_that_runs_shows_at_each_of_its_adapters(control: ControlPlane) -> None:
+    adapters = [await create(control, "pirate", 0), await create(control, "poet", 1)]
+    async with control.client.stream_generate("pirate*0.7 + poet*0.3", "abc", max_tokens=1_000_000) as stream:
+        await anext(stream)
+        page = await scrape(control)
+    for adapter in adapters:
+        assert page.value("loraplex_adapter_requests", model="tiny", adapter=adapter.name) == 1
+    [(info, _)] = page.values("vllm:lora_requests_info")
+    assert info["running_lora_adapters"] == "shared/pirate,shared/poet"
+    assert info["waiting_lora_adapters"] == ""
+
+
 async def test_the_series_of_an_adapter_end_with_its_last_version(control: ControlPlane) -> None:
     pirate, poet = await create(control, "pirate", 0), await create(control, "poet", 1)
     await create(control, "pirate", 2)
