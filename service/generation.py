@@ -189,6 +189,10 @@ class Run:
         self._num_resumptions += 1
         client = await self._next_client()
         while not client.holds(self._job.sequences[0].adapter):  # it died, or the adapter left it, before our turn
+            if client.error is not None:
+                if self._num_resumptions == MAX_RESUMPTIONS:
+                    raise client.error
+                self._num_resumptions += 1
             client = await self._next_client()
         for sequence in self._open.values():  # each engine counts its requests anew
             sequence.request = self._continued(sequence, client.new_request_id())
