@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 << 20
-# mallopt(3) of glibc
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 1 << 30  # more than the results of any layer
 MADV_POPULATE_WRITE = 23  # Linux 5.14, <linux/mman.h>: fault pages in, writable, and leave what is in them
 
 
@@ -51,18 +48,6 @@ def _populate(tensors: list[Tensor]) -> None:
                 ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_POPULATE_WRITE
             ):
                 return
-
-
-def keep_freed_memory() -> None:
-    """Have the allocator keep what is freed for what is allocated next, where the C library can (glibc's mallopt).
-
-    By itself glibc maps what is larger than 32 MB anew each time, and gives what is free at its end back: results of
-    tens of megabytes, as a layer has for prompts, would cost a page fault for every 4 KiB, in every layer.
-    """
-    tune = getattr(_c_library(), "mallopt", None)
-    if tune is not None:
-        tune(M_MMAP_THRESHOLD, KEPT_BYTES)
-        tune(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def release_free_memory() -> None:

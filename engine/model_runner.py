@@ -13,7 +13,7 @@ from engine.batch import StepBatch, narrowed, num_prompt_logprob_rows
 from engine.config import EngineConfig
 from engine.cuda_graph import capture_decoding
 from engine.kv_cache import block_bytes, create_kv_cache, stored_dtype
-from engine.memory import keep_freed_memory, populate
+from engine.memory import populate
 from engine.messages import ModelLimits, TokenLogprobs
 from engine.models import LanguageModel, load_model
 from engine.sampler import Sampler, describe
@@ -60,10 +60,7 @@ class ModelRunner:
             raise ValueError(
                 f"batch_invariant is set, and the {ops.name} kernels cannot promise it: use kernels: cpu, or unset it"
             )
-        model = load_model(config, path, ops, progress)
-        if device.type == "cpu":
-            keep_freed_memory()  # only now: the temporaries of loading are of no use later
-        return cls(model, ops, config)
+        return cls(load_model(config, path, ops, progress), ops, config)
 
     def limits(self, config: EngineConfig) -> ModelLimits:
         """What the loaded model can take, for those who send it requests."""

@@ -1,11 +1,8 @@
-"""What the process does with its own memory: pages provided ahead of their first use, and kept after the last."""
+"""Memory that is provided ahead of its first use."""
 
 from __future__ import annotations
 
 import mmap
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,24 +41,3 @@ def test_what_lies_beside_a_tensor_is_left_alone() -> None:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     populate([whole[100:200], whole[:0]]).join()  # less than a page, and nothing at all
     assert not whole.any()
-
-
-FAULTS_OF_A_SECOND_USE = """
-import resource, sys, torch
-from engine.memory import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-for use in range(2):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(64 << 20, dtype=torch.uint8)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
-    def faults(mode: str) -> int:
-        command = [sys.executable, "-c", FAULTS_OF_A_SECOND_USE, mode]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-    assert faults("kept") < 100 < faults("given back")
