@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak check gpu-check stubs format clean
+.PHONY: demo test explore soak check gpu-check stubs format clean
 
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
 
 test: $(VENV)/.installed-dev  ## every CPU test; with PYTHONFLAGS=-O as an optimised build runs
-	$(BIN)/python $(PYTHONFLAGS) -m pytest -m "not gpu"
+	$(BIN)/python $(PYTHONFLAGS) -m pytest -m "not gpu" --hypothesis-profile=ci
+
+explore: $(VENV)/.installed-dev  ## the tests of properties with new draws: `make test` repeats its own
+	$(BIN)/python -m pytest -m "hypothesis and not gpu"
 
 soak: $(VENV)/.installed-dev  ## two minutes of everything at once: no process may grow; SECONDS=1800 for half an hour
 	LORAPLEX_SOAK_SECONDS=$(or $(SECONDS),120) $(BIN)/python -m pytest -s tests/faults/test_soak.py

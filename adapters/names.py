@@ -41,6 +41,10 @@ _ENDINGS: tuple[tuple[str, Part], ...] = (
 _ADAPTER = r"(?:\.(?P<adapter>(?!weight$)[^.]+))?"
 _TENSORS = tuple((re.compile(r"(?P<module>.+?)" + ending.format(adapter=_ADAPTER)), part) for ending, part in _ENDINGS)
 
+# With bias="all" PEFT saves everything called "bias": of a module that was trained whole also the base's own and, under
+# the wrapper's name, the trained one once more.
+_SPARE_BIAS = re.compile(r"(?P<module>.+)\.(?:original_module|modules_to_save(?:\.[^.]+)?)\.bias")
+
 # What another tensor is for, and why it cannot be served.
 _FOREIGN = (
     (re.compile(r"\.lora_(diag|velora_embed)(\.|$)"), "this LoRA variant is not supported"),
@@ -91,9 +95,15 @@ def base_module_candidates(module: str) -> set[str]:
 
 
 def split_tensor_names(keys: Iterable[str], rest: Rest = no_rest) -> tuple[list[LoraTensorName], list[str]]:
-    """Every key taken apart, and the problems of those that cannot be, or that name more than one adapter."""
-    names, problems = [], []
+    """Every key taken apart, and the problems of those that cannot be, or that name more than one adapter.
+
+    Biases that PEFT has saved twice are left out.
+    """
+    names, problems, keys = [], [], frozenset(keys)
     for key in resting(sorted(keys), rest):
+        spare = _SPARE_BIAS.fullmatch(key)
+        if spare is not None and f"{spare['module']}.bias" in keys:
+            continue
         name = parse_tensor_name(key)
         if name is None:
             problems.append(why_foreign(key))

@@ -129,6 +129,18 @@ def test_two_adapter_names_in_the_keys_are_refused(lora_tensors: TensorMaker, ta
     assert "'other'" in problem
 
 
+@pytest.mark.parametrize("wrapper", ["original_module", "modules_to_save", "modules_to_save.default"])
+def test_a_wrapper_s_bias_is_passed_over_only_beside_the_module_s_own(
+    lora_tensors: TensorMaker, targets: Targets, wrapper: str
+) -> None:
+    """PEFT writes both with bias="all": tests/reference compares what they compute."""
+    spare = {f"base_model.model.{K}.{wrapper}.bias": torch.ones(6)}
+    (problem,) = problems_with(lora_tensors([Q]) | spare, targets)
+    assert "save it again" in problem
+    problems = problems_with(lora_tensors([Q]) | spare | {f"base_model.model.{K}.bias": torch.ones(6)}, targets)
+    assert problems and not any(wrapper in problem for problem in problems)
+
+
 def test_two_spellings_of_one_tensor_are_ambiguous(lora_tensors: TensorMaker, targets: Targets) -> None:
     problems = problems_with(lora_tensors([Q]) | lora_tensors([Q], prefix=""), targets)
     assert len(problems) == 2

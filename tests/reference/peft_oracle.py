@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "saved-norms": {"target_modules": ["up_proj"], "modules_to_save": ["model.norm", "input_layernorm"]},
     "saved-more-norms": {"target_modules": ["up_proj"], "modules_to_save": ["post_attention_layernorm"]},
     "saved-linears": {"target_modules": ["q_proj"], "modules_to_save": ["k_proj", "down_proj"]},
+    "saved-linear-bias-all": {"target_modules": ["q_proj"], "modules_to_save": ["v_proj"], "bias": "all"},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 90]},
     "tokens-of-both": {
         "target_modules": ["q_proj"],
