@@ -49,6 +49,10 @@ _SPARE_BIAS = re.compile(r"(?P<module>.+)\.(?:original_module|modules_to_save(?:
 _FOREIGN = (
     (re.compile(r"\.lora_(diag|velora_embed)(\.|$)"), "this LoRA variant is not supported"),
     (re.compile(r"\.(modules_to_save|original_module)\."), "a wrapper of PEFT that it does not save: save it again"),
+    (
+        re.compile(r"\.token_adapter\.base_layer\."),
+        "modules_to_save and trainable_token_indices both mean this module, which PEFT cannot compute either",
+    ),
     (re.compile(r"\.lora_"), "not a LoRA tensor of a known kind"),
 )
 
@@ -65,7 +69,7 @@ class LoraTensorName:
 
 def parse_tensor_name(key: str) -> LoraTensorName | None:
     """Take a tensor's name apart; None if it is none of those that PEFT saves for LoRA."""
-    if any(pattern.search(key) for pattern, _ in _FOREIGN[:2]):
+    if any(pattern.search(key) for pattern, _ in _FOREIGN[:-1]):
         return None
     for pattern, part in _TENSORS:
         found = pattern.fullmatch(key)

@@ -141,6 +141,12 @@ def test_a_wrapper_s_bias_is_passed_over_only_beside_the_module_s_own(
     assert problems and not any(wrapper in problem for problem in problems)
 
 
+def test_a_module_trained_whole_and_by_rows_is_refused(lora_tensors: TensorMaker, targets: Targets) -> None:
+    twice = {"base_model.model.lm_head.token_adapter.base_layer.weight": torch.ones(4, 8)}
+    (problem,) = problems_with(lora_tensors([Q]) | twice, targets)
+    assert "modules_to_save and trainable_token_indices both" in problem
+
+
 def test_two_spellings_of_one_tensor_are_ambiguous(lora_tensors: TensorMaker, targets: Targets) -> None:
     problems = problems_with(lora_tensors([Q]) | lora_tensors([Q], prefix=""), targets)
     assert len(problems) == 2
