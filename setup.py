@@ -10,6 +10,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("kernels/cpu")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -18,7 +19,8 @@ AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512_BF16}
-    INSTRUCTION_SETS |= {"amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
+    INSTRUCTION_SETS |= {"amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mavx512fp16"]}
+NEWER_FLAGS = {"-mavx512fp16"}  # that GCC 11 does not know: it does without, bytes are then unpacked more slowly
 
 FLAGS = [
     "-std=c++17",
@@ -48,13 +50,24 @@ class BuildLibraries(build_ext):
     def build_extension(self, ext: Extension) -> None:
         # Each instruction set compiles the same sources: keep their objects apart.
         folder = str(Path(self.build_temp, ext.name))
-        flags = ext.extra_compile_args
+        flags = [flag for flag in ext.extra_compile_args if flag not in NEWER_FLAGS or self.knows(flag)]
         objects = self.compiler.compile(ext.sources, output_dir=folder, extra_postargs=flags, depends=ext.depends)
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
             objects, str(library), extra_postargs=ext.extra_link_args, target_lang=ext.language
         )
+
+    def knows(self, flag: str) -> bool:
+        """Whether the compiler takes a flag."""
+        probe = Path(self.build_temp, "probe.cpp")
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        try:
+            self.compiler.compile([str(probe)], output_dir=self.build_temp, extra_postargs=[flag])
+        except CompileError:
+            return False
+        return True
 
 
 setup(

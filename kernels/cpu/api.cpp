@@ -32,7 +32,7 @@ auto with_type(int dtype, F f) {
     }
 }
 
-// f(cache) for the cache of a T that `stored` names: 0 as it is, 1 signed bytes, 2 float8 e4m3.
+// f(cache) for the cache of a T that `stored` names: 0 as it is, 1 signed bytes times 2^24, 2 float8 e4m3.
 template <class T, class F>
 void with_cache(int stored, void* k, void* v, float* k_scale, float* v_scale, int64_t block_shift, int64_t kv_heads,
                 int64_t head_dim, F f) {
@@ -100,7 +100,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 7; }
+EXPORT int loraplex_version() { return 8; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });

@@ -43,11 +43,21 @@ struct TableCodec {
 #endif
 };
 
-// Numbers from -128 to 127.
+// Numbers from -128 to 127, times 2^24: so a byte need not be brought down from the top of its word.
 struct SignedCodec {
     static constexpr int BITS = 8;
     Vec decode(Words words, int at) const { return signed_byte(words, at); }
-#if defined(__AVX512BF16__)
+#if defined(__AVX512FP16__)
+    // By way of float16, which takes a whole vector at once. Of a byte in the upper half of 16 bits its exponent is 23 to
+    // 30, unless it is zero: 1abcd in bits 14 to 10. Bfloat16 has 128 + 16 + abcd then, in bits 14 to 7.
+    __m512bh decode_pair(Words words, int at) const {
+        const __m512i top = at ? _mm512_and_si512(words, _mm512_set1_epi16(int16_t(0xff00))) : _mm512_slli_epi16(words, 8);
+        const __m512i half = _mm512_castph_si512(_mm512_cvtepi16_ph(top));
+        const __m512i low = _mm512_and_si512(_mm512_srli_epi16(half, 3), _mm512_set1_epi16(0x0fff));
+        const __m512i high = _mm512_and_si512(half, _mm512_set1_epi16(int16_t(0xc000)));
+        return reinterpret_cast<__m512bh>(_mm512_or_si512(high, low));
+    }
+#elif defined(__AVX512BF16__)
     __m512bh decode_pair(Words words, int at) const { return pair_up(decode(words, at), decode(words, at + 16)); }
 #endif
 };

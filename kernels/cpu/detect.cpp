@@ -11,13 +11,14 @@
 
 namespace {
 
-// AMX with bfloat16, and the system's permission for this process to keep tiles, which it has to be asked for.
+// AMX with bfloat16, float16 arithmetic as all such processors have it, and the system's permission for this process to keep tiles, which it has to be asked for.
 bool has_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+    constexpr unsigned AMX_BF16 = 1u << 22, AVX512_FP16 = 1u << 23, AMX_TILE = 1u << 24;
+    constexpr unsigned NEEDED = AMX_BF16 | AVX512_FP16 | AMX_TILE;
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_BF16) || !(d & AMX_TILE)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return false;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 #else
     return false;

@@ -14,7 +14,7 @@ from typing import Any
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-VERSION = 7  # of the C interface; kernels/cpu/api.cpp has the same
+VERSION = 8  # of the C interface; kernels/cpu/api.cpp has the same
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "context_create": (c_void_p, (c_int,)),

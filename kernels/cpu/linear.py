@@ -16,6 +16,7 @@ from kernels.quantized import TABLE_SIZE, AffineWeight, Float8Weight, QuantizedW
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TABLE, SIGNED_BYTE, FLOAT8 = 0, 1, 2
 FLOAT8_NAN = 0x7F  # and the same with a sign
+SIGNED_BYTE_FACTOR = 2.0**-24  # the kernels read bytes at the top of words of 32 bits
 FLOAT8_FACTOR = 256.0  # the kernels read e4m3 with the exponent's bias of float16: 2^8 too small
 
 
@@ -90,7 +91,8 @@ def _coded_affine(weight: AffineWeight) -> _Coded:
     middle = 1 << (weight.bits - 1)
     offset = middle - weight.zero if (weight.zero != middle).any() else None
     if weight.bits == 8:
-        return _Coded(SIGNED_BYTE, weight.codes ^ middle, None, weight.group_size, weight.scale, offset)
+        scale, offset = weight.scale * SIGNED_BYTE_FACTOR, offset if offset is None else offset / SIGNED_BYTE_FACTOR
+        return _Coded(SIGNED_BYTE, weight.codes ^ middle, None, weight.group_size, scale, offset)
     table = torch.arange(TABLE_SIZE, dtype=torch.float32) - middle
     return _Coded(TABLE, weight.codes, table, weight.group_size, weight.scale, offset)
 

@@ -142,9 +142,10 @@ inline Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
 inline Words shift_right(Words a, int bits) { return _mm512_srli_epi32(a, unsigned(bits)); }
 // The entry that the low 4 bits of each word name; the others do not matter.
 inline Vec lookup(const Table16& table, Words a) { return _mm512_permutexvar_ps(a, table.entries); }
-// The byte at bit `at` of each word, as a signed number.
+// The byte at bit `at` of each word, as a signed number times 2^24.
 inline Vec signed_byte(Words a, int at) {
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, unsigned(24 - at)), 24));
+    const __m512i top = _mm512_set1_epi32(int(0xff000000));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_slli_epi32(a, unsigned(24 - at)), top));
 }
 // The byte at bit `at` of each word as float8 e4m3 (no NaN), divided by 256: with the exponent's bias of float16.
 inline Vec float8_byte(Words a, int at) {
@@ -238,7 +239,8 @@ inline Vec lookup(const Table16& table, Words a) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, a), _mm256_permutevar8x32_ps(table.high, a), high);
 }
 inline Vec signed_byte(Words a, int at) {
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 24 - at), 24));
+    const __m256i top = _mm256_set1_epi32(int(0xff000000));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_slli_epi32(a, 24 - at), top));
 }
 inline Vec float8_byte(Words a, int at) {
     const __m256i sign_twice = _mm256_srai_epi32(_mm256_slli_epi32(a, 24 - at), 1);
@@ -319,7 +321,7 @@ inline Vec lookup(const Table16& table, Words a) {
     return each([&](int i) { return table.entries[a[i] & 15]; });
 }
 inline Vec signed_byte(Words a, int at) {
-    return each([&](int i) { return float(int8_t(a[i] >> at)); });
+    return each([&](int i) { return float(int32_t(a[i] >> at << 24)); });
 }
 inline Vec float8_byte(Words a, int at) {
     return each([&](int i) {
