@@ -215,27 +215,35 @@ Rows<typename Operand<T>::Type> QuantizedLinear<T, Codec>::gather(Context& conte
     return {copy, width};
 }
 
-// The sums of each row's groups [rows, groups], which offsets are multiplied by; null if there are none.
+// The sums of each row's groups [groups, rows], which offsets are multiplied by; null if there are none.
 template <class T, class Codec>
 const float* QuantizedLinear<T, Codec>::sum_groups(Context& context, const Rows<X>& x, int64_t rows) const {
     if (offsets_.empty()) return nullptr;
     const auto groups = int64_t(groups_.size());
-    float* sums = context.intermediate.get<float>(rows * groups);
+    float* of_groups = context.intermediate.get<float>(rows * groups);
     const int64_t rows_per_chunk = std::max<int64_t>(1, 16384 / x.stride);
     context.pool.run(ceil_div(rows, rows_per_chunk), [&](int64_t chunk) {
         const int64_t end = std::min(rows, (chunk + 1) * rows_per_chunk);
-        for (int64_t r = chunk * rows_per_chunk; r < end; ++r)
-            for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t r = chunk * rows_per_chunk; r < end; ++r) {
+            const auto lanes_of = [&](int64_t g) {
                 const X* from = x.data + r * x.stride + groups_[g].input;
                 const int64_t count = groups_[g].count;
                 Vec total = zero();
                 int64_t i = 0;
                 for (; i + W <= count; i += W) total = total + load(from + i);
                 if (i < count) total = total + load_some(from + i, int(count - i));
-                sums[r * groups + g] = sum(total);
+                return total;
+            };
+            int64_t g = 0;
+            for (; g + 4 <= groups; g += 4) {
+                float four[4];
+                sums(lanes_of(g), lanes_of(g + 1), lanes_of(g + 2), lanes_of(g + 3), four);
+                for (int i = 0; i < 4; ++i) of_groups[(g + i) * rows + r] = four[i];
             }
+            for (; g < groups; ++g) of_groups[g * rows + r] = sum(lanes_of(g));
+        }
     });
-    return sums;
+    return of_groups;
 }
 
 template <class T, class Codec>
@@ -243,17 +251,16 @@ CodeColumns<Codec, typename Operand<T>::Type> QuantizedLinear<T, Codec>::codes(i
     return {units(panel, group), 2 * group.units / PAIR_OF<X>, AHEAD, codec_};
 }
 
-// What takes the products of rows with a group to their totals. sums: of the group's inputs, from the first row on.
+// What takes the products of rows with a group to their totals, from the first row on.
 template <class T, class Codec>
-GroupFactors QuantizedLinear<T, Codec>::factors(int64_t panel, int64_t group, const float* sums) const {
+GroupFactors QuantizedLinear<T, Codec>::factors(int64_t panel, int64_t group, const Input& x, int64_t first) const {
     const auto groups = int64_t(groups_.size());
     GroupFactors factors;
-    factors.sums = sums ? sums + group : nullptr;
-    factors.sums_stride = groups;
+    factors.sums = x.sums ? x.sums + group * x.sums_stride + first : nullptr;
     for (int v = 0; v < CODE_VECTORS; ++v) {
         const int64_t values = (panel * groups + group) * CODE_PANEL + v * W;
         store(factors.scale + v * W, scales_.at(values));
-        if (sums) store(factors.offset + v * W, offsets_.at(values));
+        if (x.sums) store(factors.offset + v * W, offsets_.at(values));
     }
     return factors;
 }
@@ -268,7 +275,7 @@ void QuantizedLinear<T, Codec>::unpack_group(int64_t panel, const Group& group, 
 
 // totals += x times a panel, for few rows: codes are multiplied as they are unpacked.
 template <class T, class Codec>
-void QuantizedLinear<T, Codec>::add_codes(const Input& x, int64_t first, const float* sums, int64_t rows, int64_t panel,
+void QuantizedLinear<T, Codec>::add_codes(const Input& x, int64_t first, int64_t rows, int64_t panel,
                                           float* totals) const {
     alignas(64) float products[FEW_ROWS<X> * CODE_PANEL];
     for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
@@ -278,14 +285,14 @@ void QuantizedLinear<T, Codec>::add_codes(const Input& x, int64_t first, const f
             multiply_codes_by_tiles(inputs, from, products);
         else
             multiply(int(rows), inputs.data, inputs.stride, from, CODE_VECTORS, products, CODE_PANEL, false);
-        factors(panel, g, sums).add(products, CODE_PANEL, 0, CODE_VECTORS, 0, rows, totals);
+        factors(panel, g, x, first).add(products, CODE_PANEL, 0, CODE_VECTORS, 0, rows, totals);
     }
 }
 
 // The same for many rows: each group is unpacked once for all of them.
 template <class T, class Codec>
-void QuantizedLinear<T, Codec>::add_unpacked(const Input& x, int64_t first, const float* sums, int64_t rows,
-                                             int64_t panel, float* totals) const {
+void QuantizedLinear<T, Codec>::add_unpacked(const Input& x, int64_t first, int64_t rows, int64_t panel,
+                                             float* totals) const {
     alignas(64) X unpacked[MAX_GROUP * CODE_PANEL];
     std::array<const X*, CODE_VECTORS> vectors;
     for (int v = 0; v < CODE_VECTORS; ++v) vectors[v] = unpacked + v * W * PAIR_OF<X>;
@@ -294,7 +301,7 @@ void QuantizedLinear<T, Codec>::add_unpacked(const Input& x, int64_t first, cons
     for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
         const Group& group = groups_[g];
         unpack_group(panel, group, unpacked);
-        both[g % 2] = factors(panel, g, sums);
+        both[g % 2] = factors(panel, g, x, first);
         const Columns<X> columns{vectors.data(), CODE_PANEL * PAIR_OF<X>, group.steps, 0};
         products.add(x.from(first, group.input), rows, columns, both[g % 2]);
     }
@@ -306,11 +313,10 @@ template <class T, class Codec>
 void QuantizedLinear<T, Codec>::panel(const Input& x, T* y, int64_t first, int64_t rows, int64_t panel) const {
     alignas(64) float totals[MAX_ROWS * CODE_PANEL];
     std::fill_n(totals, rows * CODE_PANEL, 0.0f);
-    const float* sums = x.sums ? x.sums + first * int64_t(groups_.size()) : nullptr;
     if (x.few)
-        add_codes(x, first, sums, rows, panel, totals);
+        add_codes(x, first, rows, panel, totals);
     else
-        add_unpacked(x, first, sums, rows, panel, totals);
+        add_unpacked(x, first, rows, panel, totals);
     const int64_t column = panel * CODE_PANEL;
     const int64_t columns = std::min<int64_t>(CODE_PANEL, n_ - column);
     for (int64_t r = 0; r < rows; ++r) {
@@ -328,6 +334,7 @@ void QuantizedLinear<T, Codec>::apply(Context& context, const T* x, T* y, int64_
     const auto width = int64_t(inputs_.size());
     Input input{gather(context, x, rows)};
     input.sums = sum_groups(context, input.rows, rows);
+    input.sums_stride = rows;
     input.few = rows <= FEW_ROWS<X>;
     if constexpr (USES_TILES<X>) {
         if (!input.few) {

@@ -47,8 +47,7 @@ class GroupValues {
 struct GroupFactors {
     alignas(64) float scale[CODE_PANEL];
     alignas(64) float offset[CODE_PANEL];
-    const float* sums;  // of the group's inputs, `sums_stride` from row to row; null: there are no offsets
-    int64_t sums_stride;
+    const float* sums;  // of the group's inputs, by row; null: there are no offsets
 
     // totals[r] += scale · (products + offset · sum) for rows first … end - 1 and some vectors of the panel.
     // products: [end - first, stride], totals: [rows, CODE_PANEL]
@@ -74,7 +73,7 @@ struct GroupFactors {
             for (int v = 0; v < 2; ++v) offsets[v] = load(offset + column + v * W);
         for (int64_t r = first; r < end; ++r, products += stride) {
             float* to = totals + r * CODE_PANEL;
-            const Vec sum_of_inputs = OFFSETS ? fill(sums[r * sums_stride]) : zero();
+            const Vec sum_of_inputs = OFFSETS ? fill(sums[r]) : zero();
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
                 Vec product = load(products + v * W);
@@ -114,7 +113,8 @@ class QuantizedLinear {
         Rows<X> rows;
         bool few = true;              // as FEW_ROWS has it
         bool tiled = false;           // as `tile_rows` does it
-        const float* sums = nullptr;  // of the inputs of each group [rows, groups]; null: there are no offsets
+        const float* sums = nullptr;  // of the inputs of each group [groups, sums_stride]; null: there are no offsets
+        int64_t sums_stride = 0;
 
         Rows<X> from(int64_t row, int64_t input) const {
             return {rows.data + row * rows.stride + input * (tiled ? TILED_ROWS : 1), rows.stride};
@@ -128,10 +128,10 @@ class QuantizedLinear {
     void pack(Context& context, const QuantizedMatrix& matrix);
     Rows<X> gather(Context& context, const T* x, int64_t rows) const;
     const float* sum_groups(Context& context, const Rows<X>& x, int64_t rows) const;
-    GroupFactors factors(int64_t panel, int64_t group, const float* sums) const;
+    GroupFactors factors(int64_t panel, int64_t group, const Input& x, int64_t first) const;
     void unpack_group(int64_t panel, const Group& group, X* to) const;
-    void add_codes(const Input& x, int64_t first, const float* sums, int64_t rows, int64_t panel, float* totals) const;
-    void add_unpacked(const Input& x, int64_t first, const float* sums, int64_t rows, int64_t panel, float* totals) const;
+    void add_codes(const Input& x, int64_t first, int64_t rows, int64_t panel, float* totals) const;
+    void add_unpacked(const Input& x, int64_t first, int64_t rows, int64_t panel, float* totals) const;
     void panel(const Input& x, T* y, int64_t first, int64_t rows, int64_t panel) const;
 
     int64_t n_, c_, units_;
