@@ -66,6 +66,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tokens of an identity provider": {
         "auth": {"keysSecret": "", "jwt": {"issuer": "i", "audience": "a", "jwks": "https://identity/keys"}}
     },
+    "an identity provider of one's own": {
+        "auth": {
+            "jwtSecret": "provider",
+            "jwt": {
+                "issuer": "i",
+                "audience": "a",
+                "jwks": "https://identity.internal/keys",
+                "jwks_ca": "/etc/loraplex/jwt/ca.crt",
+            },
+        }
+    },
     "everything": ADAPTERS
     | {
         "gpu": {"enabled": True},
@@ -91,6 +102,8 @@ def config_of(release: Manifests, directory: Path) -> ServiceConfig:
     (directory / "adapters" / "legal").mkdir(parents=True)
     (directory / "keys").mkdir()
     (directory / "keys" / "keys.yaml").touch()
+    (directory / "jwt").mkdir()
+    (directory / "jwt" / "ca.crt").touch()
     return load_config(file, {})
 
 
@@ -117,6 +130,13 @@ def test_the_state_is_kept_on_its_claim(chart: Chart, tmp_path: Path) -> None:
     assert {"name": "state", "mountPath": "/var/lib/loraplex/state", "readOnly": False} in pod_of(release)[
         "containers"
     ][0]["volumeMounts"]
+
+
+def test_the_files_of_an_identity_provider_are_mounted_where_the_configuration_names_them(chart: Chart) -> None:
+    release = chart.render(MODELS | VARIANTS["an identity provider of one's own"])
+    pod = pod_of(release)
+    assert {"name": "jwt", "mountPath": "/etc/loraplex/jwt", "readOnly": True} in pod["containers"][0]["volumeMounts"]
+    assert {"name": "jwt", "secret": {"secretName": "provider"}} in pod["volumes"]
 
 
 def test_nothing_is_written_beside_the_configuration(chart: Chart, tmp_path: Path) -> None:
@@ -218,6 +238,7 @@ def test_the_administration_is_closed_to_other_pods(chart: Chart) -> None:
         ({"tls": {"enabled": True, "secretName": ""}}, "tls.secretName"),
         ({"tls": {"enabled": False}}, "insecure"),
         ({"auth": {"keysSecret": ""}}, "insecure"),
+        ({"auth": {"jwtSecret": "provider"}}, "auth.jwtSecret"),
         ({"config": {"listen": "0.0.0.0:1"}}, "config.listen"),
         ({"autoscaling": {"kind": "vpa"}}, "autoscaling/kind"),
         ({"autoscaling": {"kind": "keda"}}, "autoscaling.prometheusUrl"),

@@ -89,6 +89,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if not (or $closed .Values.insecure) -}}
 {{- fail "insecure: calls would be neither encrypted nor authenticated; set tls.enabled with auth.keysSecret, auth.jwt or tls.requireClientCertificate, or insecure: true where the network is trusted" -}}
 {{- end -}}
+{{- if and .Values.auth.jwtSecret (not .Values.auth.jwt) -}}{{- fail "auth.jwtSecret: it holds files that auth.jwt names, such as jwks_ca: /etc/loraplex/jwt/ca.crt; set auth.jwt" -}}{{- end -}}
 {{- if and .Values.adapters (not .Values.persistence.adapters.enabled) (not (hasKey .Values.config "adapter_roots")) -}}
 {{- fail "adapters: they are read from a volume; set persistence.adapters.enabled: true, or config.adapter_roots" -}}
 {{- end -}}
