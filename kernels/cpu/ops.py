@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.cpu.library import Library, owned
 from kernels.cpu.linear import DTYPE_CODES, CpuLinear, dtype_code, pack_dense, pack_quantized
+from kernels.cpu.results import ResultMemory
 from kernels.ops import (
     QUANTIZED_KV,
     AttentionMetadata,
@@ -118,6 +119,7 @@ class CpuOps:
         self.device = device
         self.library = Library(threads, isa)
         self._context = self.library.context
+        self._results = ResultMemory(self.library)
         self._segments: LoraSegments | None = None
         self._segment_pointers = (0, 0, 0)
 
@@ -139,7 +141,7 @@ class CpuOps:
         assert (x.dtype, x.shape[1]) == (packed.dtype, packed.in_features)
         x = x.contiguous()
         rows = x.shape[0]
-        y = x.new_empty(rows, packed.out_features)
+        y = self._results.empty(x, rows, packed.out_features)
         succeed(self.library.linear(self._context, packed.handle, x.data_ptr(), y.data_ptr(), rows))
         return y
 
@@ -168,7 +170,7 @@ class CpuOps:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         rows, width = x.shape
-        out = torch.empty_like(x)
+        out = self._results.empty(x, rows, width)
         call = self._context, DTYPE_CODES[x.dtype], x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps
         succeed(self.library.rms_norm(*call))
         return out
@@ -177,7 +179,7 @@ class CpuOps:
         assert residual.is_contiguous()
         x = x.contiguous()
         rows, width = x.shape
-        out = torch.empty_like(x)
+        out = self._results.empty(x, rows, width)
         call = self._context, DTYPE_CODES[x.dtype], x.data_ptr(), residual.data_ptr(), weight.data_ptr()
         succeed(self.library.add_rms_norm(*call, out.data_ptr(), rows, width, eps))
         return out
@@ -195,7 +197,7 @@ class CpuOps:
         assert qkv.is_contiguous()
         assert cos_sin.is_contiguous()
         rows = qkv.shape[0]
-        q = qkv.new_empty(rows, shape.num_heads, shape.head_dim)
+        q = self._results.empty(qkv, rows, shape.num_heads, shape.head_dim)
         norm: tuple[int | None, int | None, float] = (None, None, 0.0)
         if qk_norm is not None:
             norm = qk_norm.q_weight.data_ptr(), qk_norm.k_weight.data_ptr(), qk_norm.eps
@@ -228,7 +230,7 @@ class CpuOps:
     ) -> Tensor:
         q = q.contiguous()
         rows, heads, head_dim = q.shape
-        out = q.new_empty(rows, heads * head_dim)
+        out = self._results.empty(q, rows, heads * head_dim)
         tables = metadata.block_tables
         status = self.library.paged_attention(
             self._context,
@@ -289,7 +291,7 @@ class CpuOps:
     def _gate(self, activation: int, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows, width = x.shape
-        out = x.new_empty(rows, width // 2)
+        out = self._results.empty(x, rows, width // 2)
         call = self._context, DTYPE_CODES[x.dtype], activation, x.data_ptr(), out.data_ptr(), rows, width // 2
         succeed(self.library.gate(*call))
         return out

@@ -138,7 +138,8 @@ def test_a_wrapper_s_bias_is_passed_over_only_beside_the_module_s_own(
     (problem,) = problems_with(lora_tensors([Q]) | spare, targets)
     assert "save it again" in problem
     problems = problems_with(lora_tensors([Q]) | spare | {f"base_model.model.{K}.bias": torch.ones(6)}, targets)
-    assert problems and not any(wrapper in problem for problem in problems)
+    assert problems
+    assert not any(wrapper in problem for problem in problems)
 
 
 def test_a_module_trained_whole_and_by_rows_is_refused(lora_tensors: TensorMaker, targets: Targets) -> None:

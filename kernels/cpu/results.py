@@ -1,0 +1,50 @@
+"""Memory for the results of a step's operations."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import Library
+
+SMALLEST = 1 << 20  # bytes; what is smaller malloc keeps by itself
+
+
+class ResultMemory:
+    """Large results lie in memory that is kept for the next ones.
+
+    malloc gives large areas back when they are freed, and each step would have every page of them provided anew, which
+    takes a seventh of a step that computes long prompts. There are never more areas than there were results at a time.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._free: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        """A tensor of the dtype of `like`, with anything in it. Nobody else gets its memory while a view lives."""
+        num_bytes = math.prod(shape) * like.element_size()
+        if num_bytes < SMALLEST:
+            return like.new_empty(shape)
+        area = self._take(num_bytes)
+        held = area[:num_bytes]  # by the tensor's storage, until nothing refers to that any more
+        weakref.finalize(held, self._free.append, area).atexit = False
+        return torch.from_numpy(held).view(like.dtype).view(shape)
+
+    def _take(self, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The smallest area that is free and large enough; else a new one in place of the smallest that is free."""
+        by_size = sorted((area.nbytes, -index) for index, area in enumerate(self._free))
+        for nbytes, index in by_size:
+            if nbytes >= num_bytes:
+                return self._free.pop(-index)  # of equal ones that which was freed last: the caches may hold it
+        if by_size:
+            del self._free[-by_size[0][1]]
+        area = np.frombuffer(mmap.mmap(-1, 1 << (num_bytes - 1).bit_length()), np.uint8)
+        self._library.advise_huge_pages(area.ctypes.data, area.nbytes)
+        return area
