@@ -10,6 +10,10 @@ from typing import TypeVar
 # Work between two rests: about what one kernel of a step takes, so that nothing in a step waits for long.
 WORK_SECONDS = 0.0003
 
+# CPU time of a load that is counted as short. What a longer one does after that goes on at half the share: nobody waits
+# for it but its own callers, and they for long anyway.
+SHORT_SECONDS = 0.025
+
 # Called between small pieces of work, in the thread that does it; may sleep.
 Rest = Callable[[], None]
 
@@ -40,24 +44,25 @@ class Pace:
 
     def begin(self, spent: Callable[[], float] = time.thread_time) -> Rest:
         """For one load, in its own thread: what to call between pieces of its work. spent: CPU seconds, growing."""
-        before = spent()
+        began = before = spent()
 
         def rest() -> None:
             nonlocal before
-            worked = spent() - before
-            if worked >= WORK_SECONDS:
-                self._free.wait(self._pause_after(worked))
+            now = spent()
+            if now - before >= WORK_SECONDS:
+                share = self._share if now - began <= SHORT_SECONDS else self._share / 2
+                self._free.wait(self._pause_after(now - before, share))
                 before = spent()
 
         return rest
 
-    def _pause_after(self, worked: float) -> float:
+    def _pause_after(self, worked: float, share: float) -> float:
         """Seconds."""
         if self._share >= 1.0 or self._free.is_set():
             return 0.0
         with self._lock:
             now = self._clock()
-            self._rested_at = max(now - worked, self._rested_at) + worked / self._share
+            self._rested_at = max(now - worked, self._rested_at) + worked / share
             return self._rested_at - now
 
 

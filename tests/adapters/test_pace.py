@@ -35,6 +35,16 @@ def test_work_beside_requests_gets_its_share_of_the_time(monkeypatch: pytest.Mon
     assert worker.now - began == pytest.approx(10 * 0.002 / 0.1)
 
 
+def test_a_long_load_goes_on_at_half_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(monkeypatch, share=0.1)
+    worker.pace.steps(running=True)
+    rest = worker.pace.begin(lambda: worker.cpu)
+    for _ in range(20):
+        worker.work(0.002)
+        rest()
+    assert worker.pauses == pytest.approx(12 * [0.018] + 8 * [0.038])
+
+
 def test_two_loads_share_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(monkeypatch, share=0.1)
     worker.pace.steps(running=True)
