@@ -123,7 +123,7 @@ class Check:
         import torch
 
         from benchmarks import gpu_kernels
-        from kernels.ops import select_ops
+        from kernels.selection import select_ops
 
         ops = select_ops(device, "triton")
         sizes = gpu_kernels.TINY if self._interpret else gpu_kernels.EIGHT_BILLION

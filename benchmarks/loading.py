@@ -29,8 +29,8 @@ from engine.memory import empty_matrix
 from engine.models import load_model, parse_model_config
 from engine.models.layout import tensor_shapes
 from engine.quantization import round_to_nearest
-from kernels.ops import select_ops
 from kernels.quantized import TableWeight
+from kernels.selection import select_ops
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],

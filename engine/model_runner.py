@@ -18,7 +18,8 @@ from engine.messages import ModelLimits, TokenLogprobs
 from engine.models import LanguageModel, load_model
 from engine.sampler import Sampler, describe
 from engine.step import SampledToken, StepPlan, StepResult
-from kernels.ops import LoraSegments, Ops, select_ops
+from kernels.ops import LoraSegments, Ops
+from kernels.selection import select_ops
 
 logger = logging.getLogger(__name__)
 

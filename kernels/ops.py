@@ -1,7 +1,7 @@
-"""The operations that a model step is made of: what each computes, with which shapes, and who computes it.
+"""The operations that a model step is made of: what each computes, and with which shapes.
 
-A backend is one object with the methods of `Ops`. It is chosen once, by `select_ops`, and handed to whoever needs it:
-no module asks again which device it is on.
+A backend is one object with the methods of `Ops`. It is chosen once, in `kernels.selection`, and given to whoever needs
+it: no module asks again which device it is on.
 
 Letters: T tokens in the step, S sequences, H query heads, K kv heads, D head dim, R rank, B blocks, P block size,
 N output features, C input features, G segments.
@@ -9,7 +9,6 @@ N output features, C input features, G segments.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +17,6 @@ import torch
 from torch import Tensor
 
 from kernels.quantized import QuantizedWeight
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,54 +250,3 @@ class Ops(Protocol):
 
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         """gelu_tanh(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""
-
-
-def select_ops(
-    device: torch.device, backend: str = "auto", *, threads: int | None = None, isa: str | None = None
-) -> Ops:
-    """The backend for a device: `auto` takes the fastest that works here and says in one log line which it took.
-
-    threads: how many the CPU kernels compute with; None: one for each core that the process may use.
-    isa: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "avx512bf16", "amx"); None: the best that
-    the processor has. Raises ValueError for a backend that does not exist or cannot run on this device.
-    """
-    from kernels.cpu.library import LibraryUnavailableError
-    from kernels.cpu.ops import CpuOps
-    from kernels.reference import ReferenceOps
-
-    if backend == "reference":
-        return ReferenceOps(device)
-    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        return _triton_ops(device, required=backend == "triton")
-    if backend not in ("auto", "cpu"):
-        raise ValueError(
-            f"unknown kernel backend {backend!r} for device {device}: choose auto, cpu, triton or reference"
-        )
-    if device.type != "cpu":
-        if backend == "auto":
-            return ReferenceOps(device)
-        raise ValueError(f"kernel backend 'cpu' cannot run on device {device}: choose auto or reference")
-    try:
-        ops = CpuOps(device, threads, isa)
-    except LibraryUnavailableError as error:
-        if backend == "cpu":
-            raise ValueError(f"kernel backend 'cpu' cannot be used: {error}") from error
-        logger.warning("kernels: reference (plain torch, several times slower): %s", error)
-        return ReferenceOps(device)
-    logger.info("kernels: cpu, %s, %d threads", ops.library.isa, ops.library.threads)
-    return ops
-
-
-def _triton_ops(device: torch.device, required: bool) -> Ops:
-    try:
-        from kernels.triton import TritonOps
-    except ImportError as error:
-        if required:
-            raise ValueError(f"kernel backend 'triton' cannot be used: {error}; install triton") from error
-        from kernels.reference import ReferenceOps
-
-        logger.warning("kernels: reference (plain torch, several times slower): %s", error)
-        return ReferenceOps(device)
-    ops = TritonOps(device)
-    logger.info("kernels: triton on %s", device)
-    return ops

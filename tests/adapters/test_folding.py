@@ -13,8 +13,9 @@ from adapters.config import parse_config
 from adapters.layer import LoRALinear
 from adapters.targets import LoraTarget
 from engine.layers.linear import Linear
-from kernels.ops import LoraSegments, Ops, select_ops
+from kernels.ops import LoraSegments, Ops
 from kernels.quantized import AffineWeight, Float8Weight, QuantizedWeight, TableWeight, dequantize
+from kernels.selection import select_ops
 
 C, N, START, R, SCALE = 100, 70, 30, 3, 2.0  # the adapted projection is rows START … N of the linear
 

@@ -2,7 +2,8 @@ import torch
 from torch.nn import functional as F
 
 from adapters.layer import LoRALinear
-from kernels.ops import LoraSegments, LoraSlice, LoraWeights, select_ops
+from kernels.ops import LoraSegments, LoraSlice, LoraWeights
+from kernels.selection import select_ops
 
 
 class Dense:

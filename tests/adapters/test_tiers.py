@@ -21,7 +21,8 @@ from adapters.pool import AdapterPool
 from adapters.source import digest
 from adapters.store import AdapterStore
 from adapters.targets import LoraTarget
-from kernels.ops import LoraSegments, select_ops
+from kernels.ops import LoraSegments
+from kernels.selection import select_ops
 
 IN, OUT, NUM_SLOTS = 4, 6, 3
 TARGETS = {"q": LoraTarget("qk", IN, 0, 4), "k": LoraTarget("qk", IN, 4, 2)}

@@ -17,7 +17,7 @@ from engine.kv_cache import block_bytes, create_kv_cache
 from engine.model_config import ModelError
 from engine.models import LanguageModel, load_model, parse_model_config, read_model_config
 from engine.models.layout import EMBEDDING, HEAD, tensor_shapes
-from kernels.ops import select_ops
+from kernels.selection import select_ops
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

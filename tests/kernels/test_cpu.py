@@ -8,17 +8,9 @@ import torch
 
 from kernels.cpu import library
 from kernels.cpu.ops import CpuOps
-from kernels.ops import (
-    QUANTIZED_KV,
-    AttentionMetadata,
-    HeadShape,
-    LoraSegments,
-    LoraSlice,
-    LoraWeights,
-    QKNorm,
-    select_ops,
-)
+from kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
 from kernels.reference import ReferenceOps
+from kernels.selection import select_ops
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceOps(CPU)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kernels.cpu import library
-from kernels.ops import select_ops
 from kernels.quantized import AffineWeight, Float8Weight, TableWeight, dequantize
 from kernels.reference import ReferenceOps
+from kernels.selection import select_ops
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceOps(CPU)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kernels.cpu import library
-from kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, QKNorm, select_ops
+from kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, QKNorm
 from kernels.reference import ReferenceOps
+from kernels.selection import select_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = ReferenceOps(DEVICE)

@@ -6,17 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.ops import (
-    AttentionMetadata,
-    HeadShape,
-    LayerKV,
-    LoraSegments,
-    LoraSlice,
-    LoraWeights,
-    QKNorm,
-    select_ops,
-)
+from kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraSlice, LoraWeights, QKNorm
 from kernels.reference import ReferenceOps
+from kernels.selection import select_ops
 
 triton = pytest.importorskip("triton")
 

@@ -24,7 +24,8 @@ from engine.batch import StepBatch
 from engine.config import EngineConfig
 from engine.kv_cache import create_kv_cache
 from engine.models import load_model
-from kernels.ops import AttentionMetadata, LoraSegments, select_ops
+from kernels.ops import AttentionMetadata, LoraSegments
+from kernels.selection import select_ops
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -17,7 +17,8 @@ from engine.batch import StepBatch
 from engine.config import EngineConfig
 from engine.kv_cache import create_kv_cache
 from engine.models import LanguageModel, load_model
-from kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights, select_ops
+from kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
+from kernels.selection import select_ops
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from engine.model_config import ModelError
 from engine.models import LanguageModel
 from engine.models.layout import layer_linears
-from kernels.ops import Ops, select_ops
+from kernels.ops import Ops
+from kernels.selection import select_ops
 from tests.engine.quantization.checkpoints import load, logits
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "quantised"

@@ -17,7 +17,8 @@ from engine.config import EngineConfig
 from engine.kv_cache import create_kv_cache
 from engine.models import LanguageModel, load_model, parse_model_config
 from engine.models.layout import HEAD, layer_linears, tensor_shapes
-from kernels.ops import AttentionMetadata, Ops, select_ops
+from kernels.ops import AttentionMetadata, Ops
+from kernels.selection import select_ops
 from tests.engine.quantization.packing import Packer
 
 MODEL: dict[str, Any] = {
