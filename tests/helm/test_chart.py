@@ -238,7 +238,7 @@ def test_the_administration_is_closed_to_other_pods(chart: Chart) -> None:
         ({"tls": {"enabled": True, "secretName": ""}}, "tls.secretName"),
         ({"tls": {"enabled": False}}, "insecure"),
         ({"auth": {"keysSecret": ""}}, "insecure"),
-        ({"auth": {"jwtSecret": "provider"}}, "auth.jwtSecret"),
+        ({"auth": {"keysSecret": "keys", "jwtSecret": "provider"}}, "auth.jwtSecret"),
         ({"config": {"listen": "0.0.0.0:1"}}, "config.listen"),
         ({"autoscaling": {"kind": "vpa"}}, "autoscaling/kind"),
         ({"autoscaling": {"kind": "keda"}}, "autoscaling.prometheusUrl"),
