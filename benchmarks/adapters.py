@@ -43,6 +43,7 @@ RANKS = (8, 16, 32, 64)
 FILES_PER_RANK = 8  # the files of further adapters are links to these, under configurations of their own
 COUNTS = (5, 50, 500, 2000)
 ZIPF = 1.0
+REPEATS = 9  # with each number of adapters; single ones differ by a tenth
 HOT_REQUESTS = 256
 HOST_BYTES = 12 << 30
 
@@ -229,7 +230,7 @@ def many(model: Path, threads: int, root: Path, before: object) -> dict[str, Any
     load_seconds = bench.load_all()
     bench.run(make_work("warm", 32, range(5), 64, 8, ZIPF), 32)
     runs: dict[int, list[dict[str, float]]] = {count: [] for count in COUNTS}
-    for repeat in range(3):
+    for repeat in range(REPEATS):
         for count in COUNTS if repeat % 2 == 0 else reversed(COUNTS):
             # Spread over all ranks, whatever the count: the popular ones are no smaller than the others.
             work = make_work(f"many/{count}/{repeat}", 96, range(count), 64, 32, ZIPF)
