@@ -32,7 +32,7 @@ auto with_type(int dtype, F f) {
     }
 }
 
-// f(cache) for the cache of a T that `stored` names: 0 as it is, 1 signed bytes times 2^24, 2 float8 e4m3.
+// f(cache) for the cache of a T that `stored` names: 0 as it is, 1 signed bytes, 2 float8 e4m3.
 template <class T, class F>
 void with_cache(int stored, void* k, void* v, float* k_scale, float* v_scale, int64_t block_shift, int64_t kv_heads,
                 int64_t head_dim, F f) {
@@ -123,8 +123,8 @@ EXPORT AnyLinear* loraplex_linear_create(Context* context, int dtype, int64_t c,
     });
 }
 
-// codec: 0 entries of a table of 16, 1 signed bytes, 2 float8 e4m3 divided by 256. scale and offset: [groups, n];
-// order: [c]; offset, order and bias may be null, and so may table for the other codecs.
+// codec: 0 entries of a table of 16, 1 signed bytes times 2^24, 2 float8 e4m3 divided by 256. scale and offset: of
+// these values, [groups, n]; order: [c]; offset, order and bias may be null, and so may table for the other codecs.
 EXPORT AnyLinear* loraplex_quantized_create(Context* context, int dtype, int codec, int64_t n, int64_t c,
                                             const uint8_t* codes, const float* table, int64_t group, const float* scale,
                                             const float* offset, const int64_t* order, const void* bias) {

@@ -11,7 +11,8 @@
 
 namespace {
 
-// AMX with bfloat16, float16 arithmetic as all such processors have it, and the system's permission for this process to keep tiles, which it has to be asked for.
+// AMX with bfloat16, float16 arithmetic as all such processors have it, and the system's permission for this process to
+// keep tiles, which it has to be asked for.
 bool has_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;

@@ -19,8 +19,8 @@ SMALLEST = 1 << 20  # bytes; what is smaller malloc keeps by itself
 class ResultMemory:
     """Large results lie in memory that is kept for the next ones.
 
-    malloc gives large areas back when they are freed, and each step would have every page of them provided anew, which
-    takes a seventh of a step that computes long prompts. There are never more areas than there were results at a time.
+    malloc gives large areas back when they are freed, and each step would have every page of them provided anew: of
+    steps that compute prompts that took up to a fifth. There are never more areas than there were results at a time.
     """
 
     def __init__(self, library: Library) -> None:

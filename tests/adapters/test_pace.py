@@ -15,6 +15,13 @@ class Worker:
         self.pace = Pace(share, clock=lambda: self.now)
         monkeypatch.setattr(self.pace._free, "wait", self._wait)
 
+    def load(self, pieces: int, seconds: float) -> None:
+        """All of a load, with a rest after each piece."""
+        rest = self.pace.begin(lambda: self.cpu)
+        for _ in range(pieces):
+            self.work(seconds)
+            rest()
+
     def work(self, seconds: float) -> None:
         self.cpu += seconds
         self.now += seconds
@@ -27,21 +34,15 @@ class Worker:
 def test_work_beside_requests_gets_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(monkeypatch, share=0.1)
     worker.pace.steps(running=True)
-    rest = worker.pace.begin(lambda: worker.cpu)
     began = worker.now
-    for _ in range(10):
-        worker.work(0.002)
-        rest()
+    worker.load(10, 0.002)
     assert worker.now - began == pytest.approx(10 * 0.002 / 0.1)
 
 
 def test_a_long_load_goes_on_at_half_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(monkeypatch, share=0.1)
     worker.pace.steps(running=True)
-    rest = worker.pace.begin(lambda: worker.cpu)
-    for _ in range(20):
-        worker.work(0.002)
-        rest()
+    worker.load(20, 0.002)
     assert worker.pauses == pytest.approx(12 * [0.018] + 8 * [0.038])
 
 
@@ -60,10 +61,7 @@ def test_two_loads_share_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pieces_too_small_to_matter_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(monkeypatch, share=0.5)
     worker.pace.steps(running=True)
-    rest = worker.pace.begin(lambda: worker.cpu)
-    for _ in range(4):
-        worker.work(0.0001)
-        rest()
+    worker.load(4, 0.0001)
     assert worker.pauses == pytest.approx([0.0003])
 
 
@@ -73,9 +71,7 @@ def test_without_requests_or_without_a_limit_nobody_pauses(
 ) -> None:
     worker = Worker(monkeypatch, share)
     worker.pace.steps(running)
-    rest = worker.pace.begin(lambda: worker.cpu)
-    worker.work(5.0)
-    rest()
+    worker.load(1, 5.0)
     assert sum(worker.pauses) == 0.0
 
 
