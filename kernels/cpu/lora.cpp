@@ -8,7 +8,6 @@ namespace loraplex {
 
 namespace {
 
-constexpr int64_t ROWS_PER_PART = 64;
 constexpr int64_t PARTS_PER_THREAD = 4;  // fewer would leave threads without work at the end
 constexpr int64_t RANKS_PER_PIECE = 16;
 constexpr int64_t PANELS_AT_ONCE = 8;
@@ -40,13 +39,9 @@ class Lora {
     }
 
     void shrink(const Part<T>& part, int64_t first_rank, int64_t last_rank) const {
-        const Adapter& adapter = *part.adapter;
         const Rows<X> x{x_ + part.first_row * width_, width_};
-        for (int64_t group = first_rank; group < last_rank; group += RANK_GROUP<T>) {
-            const int ranks = int(std::min<int64_t>(RANK_GROUP<T>, adapter.rank - group));
-            float* to = shrunk_ + part.shrunk + group;
-            shrink_rows(x, part.rows, width_, adapter.a.data() + group * width_, ranks, to, adapter.rank);
-        }
+        const Adapter& adapter = *part.adapter;
+        shrink_rows(x, part.rows, width_, adapter.a.data(), adapter.rank, first_rank, last_rank, shrunk_ + part.shrunk);
     }
 
     void expand(const Part<T>& rows, const Projection& projection, int64_t first_panel, int64_t last_panel) const {
@@ -177,8 +172,8 @@ void segmented_lora(Context& context, const AnyLora* const* adapters, int64_t in
     for (int64_t g = 0; g < segments.count; ++g) {
         const auto* adapter = static_cast<const LoraAdapter<T>*>(adapters[segments.slots[g]]);
         if (!adapter || (adapter->rank == 0 && adapter->gain.size() == 0)) continue;
-        for (int64_t first = segments.starts[g]; first < segments.ends[g]; first += ROWS_PER_PART) {
-            const int64_t count = std::min<int64_t>(ROWS_PER_PART, segments.ends[g] - first);
+        for (int64_t first = segments.starts[g]; first < segments.ends[g]; first += SHRINK_ROWS) {
+            const int64_t count = std::min<int64_t>(SHRINK_ROWS, segments.ends[g] - first);
             parts.push_back({adapter, first, count, shrunk_size});
             shrunk_size += count * adapter->rank;
         }

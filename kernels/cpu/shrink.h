@@ -1,6 +1,6 @@
-// x Aᵀ of LoRA: rows of x times a group of ranks, whose rows of A are one stream. In AMX tiles where the library is
-// compiled for them and the operands are bfloat16, else dot products in vectors. Each sum has an order of its own, the
-// same for any number of rows.
+// x Aᵀ of LoRA: some rows of x times groups of ranks, the rows of A of each of which are one stream. In AMX tiles where the
+// library is compiled for them and the operands are bfloat16, else dot products in vectors. Each sum has an order of its
+// own, the same for any number of rows.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 
 namespace loraplex {
 
+constexpr int64_t SHRINK_ROWS = 64;             // at most, at a time
 constexpr int64_t SHRINK_AHEAD = 8 << 10;      // bytes
 constexpr int DOT_ROWS = HAS_BF16_DOT ? 4 : 2;  // x RANK_GROUP accumulators
 
@@ -64,7 +65,7 @@ void dot_rows(int rows, const X* x, int64_t width, const T* a, float* out, int64
 
 #if defined(__AMX_BF16__)
 
-constexpr int SHRINK_BLOCKS = 4;  // of 16 rows: that many sums hide the time that a product takes
+static_assert(SHRINK_ROWS == 4 * TILE_ROWS, "as many sums, of 16 rows each, hide the time that a product takes");
 
 // Tiles 0 … 3 are sums of 16 rows each but the last, 4 holds a whole block of x, 5 the last one, 6 the ranks.
 struct alignas(64) ShrinkShapes {
@@ -124,19 +125,22 @@ void shrink_tiles(const Rows<bf16>& x, int64_t width, const bf16* a, int ranks, 
     if constexpr (BLOCKS > 3) _tile_stored(3, out + 3 * TILE_ROWS * out_stride, out_bytes);
 }
 
-inline void shrink_by_tiles(const Rows<bf16>& x, int64_t rows, int64_t width, const bf16* a, int ranks, float* out,
-                            int64_t out_stride) {
-    for (int64_t r = 0; r < rows; r += SHRINK_BLOCKS * TILE_ROWS) {
-        const int count = int(std::min<int64_t>(SHRINK_BLOCKS * TILE_ROWS, rows - r));
-        const ShrinkShapes shapes(count, ranks);
-        _tile_loadconfig(&shapes);
-        const Rows<bf16> from{x.data + r * x.stride, x.stride};
-        float* to = out + r * out_stride;
-        switch (ceil_div(count, TILE_ROWS)) {
-            case 1: shrink_tiles<1>(from, width, a, ranks, to, out_stride); break;
-            case 2: shrink_tiles<2>(from, width, a, ranks, to, out_stride); break;
-            case 3: shrink_tiles<3>(from, width, a, ranks, to, out_stride); break;
-            default: shrink_tiles<4>(from, width, a, ranks, to, out_stride);
+inline void shrink_by_tiles(const Rows<bf16>& x, int64_t rows, int64_t width, const bf16* a, int64_t rank, int64_t first,
+                            int64_t last, float* out) {
+    int configured = 0;
+    for (int64_t group = first; group < last; group += RANK_GROUP<bf16>) {
+        const int ranks = int(std::min<int64_t>(RANK_GROUP<bf16>, rank - group));
+        if (ranks != configured) {  // which takes as long as many products
+            const ShrinkShapes shapes(int(rows), ranks);
+            _tile_loadconfig(&shapes);
+            configured = ranks;
+        }
+        const bf16* from = a + group * width;
+        switch (ceil_div(rows, TILE_ROWS)) {
+            case 1: shrink_tiles<1>(x, width, from, ranks, out + group, rank); break;
+            case 2: shrink_tiles<2>(x, width, from, ranks, out + group, rank); break;
+            case 3: shrink_tiles<3>(x, width, from, ranks, out + group, rank); break;
+            default: shrink_tiles<4>(x, width, from, ranks, out + group, rank);
         }
     }
     _tile_release();
@@ -144,21 +148,26 @@ inline void shrink_by_tiles(const Rows<bf16>& x, int64_t rows, int64_t width, co
 
 #endif
 
-// out[rows][ranks] = x · aᵀ for the ranks of one group, laid out as LoraAdapter has them. x: rows of `width`.
+// out[row][first … last - 1] = x · aᵀ for some of an adapter's ranks, whole groups but the last. a: as LoraAdapter has it;
+// x: at most SHRINK_ROWS rows of `width`; out: [rows, rank].
 template <class X, class T>
-void shrink_rows(const Rows<X>& x, int64_t rows, int64_t width, const T* a, int ranks, float* out, int64_t out_stride) {
+void shrink_rows(const Rows<X>& x, int64_t rows, int64_t width, const T* a, int64_t rank, int64_t first, int64_t last,
+                 float* out) {
 #if defined(__AMX_BF16__)
-    if constexpr (USES_TILES<X>) return shrink_by_tiles(x, rows, width, a, ranks, out, out_stride);
+    if constexpr (USES_TILES<X>) return shrink_by_tiles(x, rows, width, a, rank, first, last, out);
 #endif
-    for (int64_t r = 0; r < rows; r += DOT_ROWS) {
-        const int count = int(std::min<int64_t>(DOT_ROWS, rows - r));
-        const X* from = x.data + r * x.stride;
-        float* to = out + r * out_stride;
-        switch (ranks) {
-            case 1: dot_rows<1>(count, from, width, a, to, out_stride); break;
-            case 2: dot_rows<2>(count, from, width, a, to, out_stride); break;
-            case 3: dot_rows<3>(count, from, width, a, to, out_stride); break;
-            default: dot_rows<4>(count, from, width, a, to, out_stride);
+    for (int64_t group = first; group < last; group += RANK_GROUP<T>) {
+        const T* weights = a + group * width;
+        for (int64_t r = 0; r < rows; r += DOT_ROWS) {
+            const int count = int(std::min<int64_t>(DOT_ROWS, rows - r));
+            const X* from = x.data + r * x.stride;
+            float* to = out + r * rank + group;
+            switch (std::min<int64_t>(RANK_GROUP<T>, rank - group)) {
+                case 1: dot_rows<1>(count, from, width, weights, to, rank); break;
+                case 2: dot_rows<2>(count, from, width, weights, to, rank); break;
+                case 3: dot_rows<3>(count, from, width, weights, to, rank); break;
+                default: dot_rows<4>(count, from, width, weights, to, rank);
+            }
         }
     }
 }
