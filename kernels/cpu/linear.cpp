@@ -9,8 +9,10 @@ namespace loraplex {
 namespace {
 
 constexpr int64_t X_BLOCK_BYTES = 384 << 10;  // rows of x that stay in a core's second cache beside a panel
-constexpr int64_t AHEAD = 12 << 10;           // bytes: what a few rows compute on in the time of one memory access
 constexpr int64_t CHUNK_BYTES = 64 << 10;     // weights worth a trip to the chunk counter
+// Bytes: what a few rows compute on in the time of one memory access. No multiple of 4 KiB, which would be fetched into
+// the very sets of the first cache that hold what is read now.
+constexpr int64_t AHEAD = 5 << 10;
 
 }  // namespace
 

@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t PARTS_PER_THREAD = 4;  // fewer would leave threads without work at the end
 constexpr int64_t RANKS_PER_PIECE = 16;
 constexpr int64_t PANELS_AT_ONCE = 8;
-constexpr int64_t AHEAD = 8 << 10;  // bytes
 
 // Some rows of one segment.
 template <class T>
@@ -54,7 +53,7 @@ class Lora {
             const T* vectors[WIDTH / W];
             for (int64_t v = 0; v < panels * PANEL / W; ++v)
                 vectors[v] = projection.b.data() + (p + v * W / PANEL) * part.rank * PANEL + v * W % PANEL;
-            const Columns<T> w{vectors, PANEL, part.rank, AHEAD};
+            const Columns<T> w{vectors, PANEL, part.rank, LORA_AHEAD};
             const int64_t whole = columns / W, rest = columns % W;
             for_row_blocks(rows.rows, [&](int64_t first, int count) {
                 const float* from = shrunk_ + rows.shrunk + first * rank + part.rank_start;

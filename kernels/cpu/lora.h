@@ -13,6 +13,7 @@ constexpr int RANK_GROUP = USES_TILES<typename Operand<T>::Type> ? 16 : 4;
 template <class T>
 constexpr int PIECE = USES_TILES<typename Operand<T>::Type> ? 2 : 32;
 constexpr int SHRINK_WIDTH = 32;  // what columns of A and of x are padded to a multiple of
+constexpr int64_t LORA_AHEAD = 9 << 10;  // bytes to what is prefetched; no multiple of 4 KiB, see linear.cpp
 
 // One projection: y[:, out_start : out_start + n] += (x Aᵀ)[:, rank_start : rank_start + rank] Bᵀ
 struct LoraPart {

@@ -8,9 +8,12 @@ namespace {
 
 constexpr int64_t MAX_GROUP = 256;            // inputs: an unpacked group stays in a core's first or second cache
 constexpr int64_t X_BLOCK_BYTES = 1 << 20;    // rows of x that stay in the second cache beside it
-constexpr int64_t AHEAD = 4 << 10;            // bytes
 constexpr int64_t CHUNK_BYTES = 32 << 10;     // codes worth a trip to the chunk counter
 constexpr int64_t MAX_ROWS = 256;             // whose sums are kept beside them
+// Bytes to what is prefetched: the best of what was tried. Four-bit codes are the faster for not being fetched into the
+// sets of the first cache that hold what is read now (see linear.cpp), eight-bit ones are slower for it.
+template <class Codec>
+constexpr int64_t AHEAD = Codec::BITS == 4 ? 5 << 10 : 4 << 10;
 
 // How many rows are multiplied by codes as they are unpacked. More are multiplied by what was unpacked for all of them.
 template <class X>
@@ -248,7 +251,7 @@ const float* QuantizedLinear<T, Codec>::sum_groups(Context& context, const Rows<
 
 template <class T, class Codec>
 CodeColumns<Codec, typename Operand<T>::Type> QuantizedLinear<T, Codec>::codes(int64_t panel, const Group& group) const {
-    return {units(panel, group), 2 * group.units / PAIR_OF<X>, AHEAD, codec_};
+    return {units(panel, group), 2 * group.units / PAIR_OF<X>, AHEAD<Codec>, codec_};
 }
 
 // What takes the products of rows with a group to their totals, from the first row on.

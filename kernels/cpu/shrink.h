@@ -10,7 +10,6 @@
 namespace loraplex {
 
 constexpr int64_t SHRINK_ROWS = 64;             // at most, at a time
-constexpr int64_t SHRINK_AHEAD = 8 << 10;      // bytes
 constexpr int DOT_ROWS = HAS_BF16_DOT ? 4 : 2;  // x RANK_GROUP accumulators
 
 // acc += the products of SHRINK_WIDTH neighbours, lane by lane.
@@ -38,7 +37,7 @@ void dots(const X* x, int64_t width, const T* a, float* out, int64_t out_stride)
         for (int k = 0; k < RANKS; ++k) acc[r][k] = zero();
     for (int64_t c = 0; c < width; c += SHRINK_WIDTH, a += RANKS * SHRINK_WIDTH) {
         for (int k = 0; k < RANKS; ++k)
-            __builtin_prefetch(reinterpret_cast<const char*>(a + k * SHRINK_WIDTH) + SHRINK_AHEAD);
+            __builtin_prefetch(reinterpret_cast<const char*>(a + k * SHRINK_WIDTH) + LORA_AHEAD);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -99,7 +98,7 @@ void shrink_tiles(const Rows<bf16>& x, int64_t width, const bf16* a, int ranks, 
     if constexpr (BLOCKS > 3) _tile_zero(3);
     for (int64_t c = 0; c < width; c += 2 * TILE_STEPS, a += ranks * 2 * TILE_STEPS) {
         for (int line = 0; line < ranks; ++line)
-            __builtin_prefetch(reinterpret_cast<const char*>(a + line * 32) + SHRINK_AHEAD);
+            __builtin_prefetch(reinterpret_cast<const char*>(a + line * 32) + LORA_AHEAD);
         _tile_loadd(6, a, a_bytes);
         if constexpr (BLOCKS > 1) {
             _tile_loadd(4, at[0] + c, x_bytes);
