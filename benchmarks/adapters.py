@@ -1,9 +1,10 @@
-"""Many adapters, more hot ones than the device holds, and bad neighbours: what each costs everybody else.
+"""Many adapters, mixed ranks, more hot adapters than the device holds, and bad neighbours: what each costs the others.
 
-    python -m benchmarks.adapters --model DIR/llama-160m --out RESULT [--parts many hot beside] [--more]
+    python -m benchmarks.adapters --model DIR/llama-160m --out RESULT [--parts many mixed hot beside] [--more]
 
-DIR is made by benchmarks.models. Adapters of ranks 8 to 64 on q and v are written to a temporary directory. The engine
-runs in this process; its configuration is what `Setup` says, all else is default. Writes RESULT.json, .md and .png.
+DIR is made by benchmarks.models. Adapters of ranks 8 to 64 on q and v, in one part also on all linears, are written to
+a temporary directory. The engine runs in this process; its configuration is what `Setup` says, all else is default.
+Writes RESULT.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,10 @@ from adapters.key import AdapterKey
 from adapters.pace import Rest
 from adapters.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from benchmarks.adapters_report import write_report
-from benchmarks.measure import Record, closed_loop, machine, open_loop, percentile, summarise
-from benchmarks.workload import FIRST_TOKEN_ID, SEED, VOCAB, Work
+from benchmarks.measure import Record, closed_loop, machine, open_loop, percentile, summarise, while_saturated
+from benchmarks.roofline import BF16_BYTES, ModelCost, measure, output_limit
+from benchmarks.workload import FIRST_TOKEN_ID, SCENARIOS, SEED, VOCAB, Work
+from benchmarks.workload import make_work as scenario_work
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.messages import AddRequest, LoadAdapter, StepOutput
@@ -42,8 +46,12 @@ from engine.sampling_params import SamplingParams
 RANKS = (8, 16, 32, 64)
 FILES_PER_RANK = 8  # the files of further adapters are links to these, under configurations of their own
 COUNTS = (5, 50, 500, 2000)
+LENGTHS = (8, 512)  # tokens of prompts and of outputs: those of S-LoRA (arXiv 2311.03285) at 5 and at 2,000 adapters
 ZIPF = 1.0
-REPEATS = 9  # with each number of adapters; single ones differ by a tenth
+MANY_REQUESTS = 96
+MANY_REPEATS = 2 * len(RANKS)
+MIXED_STREAMS = 8  # and adapters, two of each rank
+MIXED_REPEATS = 10
 HOT_REQUESTS = 256
 HOST_BYTES = 12 << 30
 
@@ -66,6 +74,7 @@ class Setup:
     num_adapters: int
     max_resident: int = 256
     max_rank: int = 256
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
 
 
 # ---- adapters on the disk --------------------------------------------------------------------------------------------
@@ -89,12 +98,12 @@ def write_weights(model: dict[str, Any], rank: int, seed: int, targets: Sequence
     save_file(tensors, file)
 
 
-def write_adapters(model: dict[str, Any], count: int, root: Path) -> list[Path]:
+def write_adapters(model: dict[str, Any], count: int, targets: Sequence[str], root: Path) -> list[Path]:
     weights: dict[tuple[int, int], Path] = {}
     for rank in RANKS:
-        for number in range(FILES_PER_RANK):
+        for number in range(min(FILES_PER_RANK, ceil(count / len(RANKS)))):
             weights[rank, number] = root / f"r{rank}-{number}.safetensors"
-            write_weights(model, rank, 100 * rank + number, ("q_proj", "v_proj"), weights[rank, number])
+            write_weights(model, rank, 100 * rank + number, targets, weights[rank, number])
     paths = []
     for index in range(count):
         rank = RANKS[index % len(RANKS)]
@@ -116,12 +125,12 @@ class Bench:
     def __init__(self, model: Path, setup: Setup, threads: int, root: Path) -> None:
         shape = json.loads((model / "base" / "config.json").read_text())
         self.shape = shape
-        self.paths = write_adapters(shape, setup.num_adapters, root)
+        self.paths = write_adapters(shape, setup.num_adapters, setup.targets, root)
         self.keys = [AdapterKey(f"shared/{path.name}", digest(path)) for path in self.paths]
         config = EngineConfig(
             model=str(model / "base"),
             threads=threads,
-            max_model_len=512,
+            max_model_len=2 * LENGTHS[1],
             max_num_seqs=64,
             kv_cache_bytes=512 << 20,
             max_resident_adapters=setup.max_resident,
@@ -212,12 +221,19 @@ class Bench:
         return asyncio.run(go())
 
 
-def make_work(name: str, count: int, adapters: Sequence[int], prompt: int, output: int, zipf: float) -> list[Work]:
-    rng = random.Random(f"{SEED}/{name}")
-    weights = [1 / (1 + rank) ** zipf for rank in range(len(adapters))]
+def make_work(
+    name: str, adapters: Sequence[int], zipf: float, count: int, prompt: tuple[int, int], output: tuple[int, int]
+) -> list[Work]:
+    """Requests whose prompts and outputs have from … to … tokens: the same ones whatever the adapters."""
+    tokens, chooser = random.Random(f"{SEED}/{name}"), random.Random(f"{SEED}/{name}/adapters")
+    weights = [1 / (1 + place) ** zipf for place in range(len(adapters))]
     return [
-        Work([rng.randrange(FIRST_TOKEN_ID, VOCAB) for _ in range(prompt)], output, chosen)
-        for chosen in rng.choices(adapters, weights, k=count)
+        Work(
+            [tokens.randrange(FIRST_TOKEN_ID, VOCAB) for _ in range(tokens.randint(*prompt))],
+            tokens.randint(*output),
+            chosen,
+        )
+        for chosen in chooser.choices(adapters, weights, k=count)
     ]
 
 
@@ -228,16 +244,56 @@ def many(model: Path, threads: int, root: Path, before: object) -> dict[str, Any
     """Throughput over the number of adapters that requests choose from, all of them in host memory."""
     bench = Bench(model, Setup(COUNTS[-1]), threads, root)
     load_seconds = bench.load_all()
-    bench.run(make_work("warm", 32, range(5), 64, 8, ZIPF), 32)
+    bench.run(make_work("warm", range(5), ZIPF, 32, (64, 64), (8, 8)), 32)
     runs: dict[int, list[dict[str, float]]] = {count: [] for count in COUNTS}
-    for repeat in range(REPEATS):
+    for repeat in range(MANY_REPEATS):
         for count in COUNTS if repeat % 2 == 0 else reversed(COUNTS):
-            # Spread over all ranks, whatever the count: the popular ones are no smaller than the others.
-            work = make_work(f"many/{count}/{repeat}", 96, range(count), 64, 32, ZIPF)
-            summary = summarise(bench.run(work, 32))
-            runs[count].append(summary | {"distinct": len({item.adapter for item in work})})
+            adapters = by_popularity(count, repeat)
+            work = make_work(f"many/{repeat}", adapters, ZIPF, MANY_REQUESTS, LENGTHS, LENGTHS)
+            records = bench.run(work, 32)
+            tokens, seconds = while_saturated(records)
+            runs[count].append(
+                {
+                    "tokens": tokens,
+                    "seconds": seconds,
+                    "ttft_p50_seconds": percentile((record.ttft for record in records), 0.5),
+                    "distinct": len({item.adapter for item in work}),
+                }
+            )
     bench.close()
     return {"load_seconds": load_seconds, "host_bytes": bench.core.store.used_bytes, "runs": runs}
+
+
+def by_popularity(count: int, repeat: int) -> list[int]:
+    """`count` adapters, the most popular first. Over len(RANKS) repeats, each place has each rank equally often: the
+    popular ones, which are nearly all of the traffic if there are few, are no smaller than the others."""
+    ranks = len(RANKS)
+    return [place // ranks * ranks + (place + repeat) % ranks for place in range(count)]
+
+
+def mixed(model: Path, threads: int, root: Path, before: object) -> dict[str, Any]:
+    """Throughput of distinct adapters of mixed ranks against that of the base model, in turns."""
+    scenarios = [SCENARIOS[name] for name in ("base", "lora8")]
+    roofline, cost = measure(threads), ModelCost.read(model)
+    cells = {}
+    for name, targets in (("q and v", ("q_proj", "v_proj")), ("all linears", ALL_TARGETS)):
+        folder = root / name
+        folder.mkdir()
+        bench = Bench(model, Setup(MIXED_STREAMS, targets=targets), threads, folder)
+        bench.load_all()
+        bench.run(scenario_work(SCENARIOS["lora8"], MIXED_STREAMS, -1), MIXED_STREAMS)
+        runs: dict[str, list[dict[str, float]]] = {scenario.name: [] for scenario in scenarios}
+        for repeat in range(MIXED_REPEATS):
+            for scenario in scenarios if repeat % 2 == 0 else reversed(scenarios):
+                work = scenario_work(scenario, MIXED_STREAMS, repeat)
+                runs[scenario.name].append(summarise(bench.run(work, MIXED_STREAMS)))
+        num_bytes = bench.core.store.used_bytes
+        bench.close()
+        own = replace(cost, adapter_parameters=num_bytes // BF16_BYTES // MIXED_STREAMS)
+        limits = {scenario.name: output_limit(own, roofline, scenario, MIXED_STREAMS) for scenario in scenarios}
+        cells[name] = {"adapter_bytes": num_bytes, "limits": limits, "runs": runs}
+    base_bytes = BF16_BYTES * (cost.layer_parameters + cost.head_parameters)
+    return {"roofline": asdict(roofline), "base_bytes": base_bytes, "cells": cells}
 
 
 def hot(model: Path, threads: int, root: Path, before: object) -> dict[str, Any]:
@@ -248,9 +304,11 @@ def hot(model: Path, threads: int, root: Path, before: object) -> dict[str, Any]
     cells = {}
     for concurrency in (8, 16, 32):
         for count in (slots, 2 * slots):
-            bench.run(make_work("warm", 32, range(count), 64, 4, 0.0), concurrency)
+            bench.run(make_work("warm", range(count), 0.0, 32, (64, 64), (4, 4)), concurrency)
             bench.slot_waits.clear()
-            records = bench.run(make_work(f"hot/{count}", HOT_REQUESTS, range(count), 64, 16, 0.0), concurrency)
+            records = bench.run(
+                make_work(f"hot/{count}", range(count), 0.0, HOT_REQUESTS, (64, 64), (16, 16)), concurrency
+            )
             waits = {
                 "waited_for_a_slot": len(bench.slot_waits) / HOT_REQUESTS,
                 "slot_wait_p50_seconds": percentile(bench.slot_waits or [0.0], 0.5),
@@ -267,13 +325,13 @@ def beside(model: Path, threads: int, root: Path, before: dict[str, Any] | None)
     for index in range(8):
         bench.core.load_adapter(LoadAdapter(bench.keys[index], str(bench.paths[index])))
     _make_bad(bench)
-    bench.run(make_work("warm", 64, range(8), 64, 4, 0.0), 8)
+    bench.run(make_work("warm", range(8), 0.0, 64, (64, 64), (4, 4)), 8)
     rounds: list[dict[str, Any]] = before["rounds"] if before else []
     count = int(ROUND_SECONDS * ARRIVALS_PER_SECOND)
     until = time.perf_counter() + RUN_SECONDS
     while time.perf_counter() < until:
         number = len(rounds)
-        work = make_work(f"bad/{number}", count, range(8), 32, 4, 0.0)
+        work = make_work(f"bad/{number}", range(8), 0.0, count, (32, 32), (4, 4))
         arms = list(ARMS)
         random.Random(number).shuffle(arms)
         found = {arm: _one_arm(bench, arm, work, number) for arm in arms}
@@ -346,6 +404,7 @@ ARMS: dict[str, Sequence[int]] = {
 }
 PARTS: dict[str, Callable[[Path, int, Path, dict[str, Any] | None], dict[str, Any]]] = {
     "many": many,
+    "mixed": mixed,
     "hot": hot,
     "beside": beside,
 }

@@ -25,12 +25,12 @@ def write_report(report: dict[str, Any], out: Path) -> None:
         f"# Adapters on {report['model']}, {report['date']}",
         "",
         f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB. The engine in one process; ranks "
-        "8, 16, 32 and 64 on q and v, as many of each.",
+        "8, 16, 32 and 64 on q and v, as many of each, if nothing else is said.",
         "",
         *(f"    {part['command']}" for part in report["parts"].values()),
         "",
     ]
-    writers = {"many": _many, "hot": _hot, "beside": _beside}
+    writers = {"many": _many, "mixed": _mixed, "hot": _hot, "beside": _beside}
     for name, found in parts.items():
         lines += [*writers[name](found), ""]
     out.with_name(out.name + ".md").write_text("\n".join(lines).rstrip() + "\n")
@@ -38,29 +38,65 @@ def write_report(report: dict[str, Any], out: Path) -> None:
 
 
 def _rates(found: dict[str, Any]) -> dict[int, float]:
+    """Output tokens per second of all runs with a number of adapters together."""
     return {
-        int(count): statistics.median(run["output_tokens_per_second"] for run in runs)
+        int(count): sum(run["tokens"] for run in runs) / sum(run["seconds"] for run in runs)
         for count, runs in found["runs"].items()
     }
 
 
 def _many(found: dict[str, Any]) -> list[str]:
-    rates = _rates(found)
+    rates, few = _rates(found), found["runs"]["5"]
     lines = [
         "## Registered adapters",
         "",
-        "32 callers, prompts of 64 and outputs of 32 tokens, adapters by Zipf's law (exponent 1), all in host memory "
+        "32 callers, prompts and outputs of 8 to 512 tokens as in the traffic with which S-LoRA (arXiv 2311.03285) was "
+        "measured from 5 to 2,000 adapters, adapters by Zipf's law (exponent 1). All are in host memory "
         f"({found['host_bytes'] / 1e9:.1f} GB, loaded in {found['load_seconds']:.0f} s), at most 256 on the device. "
-        "Medians of three.",
+        f"{len(few)} runs with each number, as long as all callers had work; a run has the same requests whatever the "
+        "number, and the ranks change places in the order of popularity from run to run. In brackets the medians and "
+        "the extremes of the runs one by one.",
         "",
-        "| adapters | different ones in 96 requests | output tokens/s | against 5 | median TTFT |",
+        "| adapters | different ones in a run | output tokens/s | against 5 | median TTFT |",
         "|---|---|---|---|---|",
     ]
     for count, runs in found["runs"].items():
         rate = rates[int(count)]
         distinct = statistics.median(run["distinct"] for run in runs)
         ttft = statistics.median(run["ttft_p50_seconds"] for run in runs)
-        lines.append(f"| {count} | {distinct:.0f} | {rate:.0f} | {rate / rates[5] - 1:+.1%} | {1000 * ttft:.0f} ms |")
+        pairs = zip(runs, few, strict=True)
+        losses = [run["tokens"] / run["seconds"] / (less["tokens"] / less["seconds"]) - 1 for run, less in pairs]
+        spread = f" ({statistics.median(losses):+.1%}; {min(losses):+.1%} to {max(losses):+.1%})" if runs != few else ""
+        lines.append(
+            f"| {count} | {distinct:.0f} | {rate:.0f} | {rate / rates[5] - 1:+.1%}{spread} | {1000 * ttft:.0f} ms |"
+        )
+    return lines
+
+
+def _mixed(found: dict[str, Any]) -> list[str]:
+    roofline = found["roofline"]
+    lines = [
+        "## Distinct adapters of mixed ranks",
+        "",
+        "8 callers, prompts of 128 and outputs of 64 tokens: of the base model, and of 8 adapters, two of each rank, "
+        "in turns. Output tokens/s, medians of the runs. The limit is `benchmarks.roofline`'s, at the "
+        f"{roofline['bytes_per_second'] / 1e9:.1f} GB/s and {roofline['flops_per_second'] / 1e9:.0f} GFLOP/s of this "
+        "run; bytes alone are those of the base's weights over those of base and adapters.",
+        "",
+        "| adapters on | runs | adapters' weights | base | 8 adapters | of base (extremes) | limit | bytes alone |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, cell in found["cells"].items():
+        base, lora = ([run["output_tokens_per_second"] for run in cell["runs"][key]] for key in ("base", "lora8"))
+        ratios = [mine / theirs for mine, theirs in zip(lora, base, strict=True)]
+        limits, num_bytes = cell["limits"], cell["adapter_bytes"]
+        bytes_alone = found["base_bytes"] / (found["base_bytes"] + num_bytes)
+        lines.append(
+            f"| {name} | {len(base)} | {num_bytes / 1e6:.0f} MB | {statistics.median(base):.0f} "
+            f"| {statistics.median(lora):.0f} "
+            f"| {statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%}) "
+            f"| {limits['lora8'] / limits['base']:.1%} | {bytes_alone:.1%} |"
+        )
     return lines
 
 
@@ -140,6 +176,14 @@ def _draw(parts: dict[str, Any], file: Path) -> None:
             rates = _rates(found)
             axis.semilogx(list(rates), list(rates.values()), marker="o")
             axis.set(xlabel="registered adapters", ylabel="output tokens/s", ylim=(0, None))
+        elif name == "mixed":
+            for key, label in (("base", "base model"), ("lora8", "8 adapters")):
+                heights = [
+                    statistics.median(run["output_tokens_per_second"] for run in cell["runs"][key])
+                    for cell in found["cells"].values()
+                ]
+                axis.bar([f"{label},\n{targets}" for targets in found["cells"]], heights)
+            axis.set(ylabel="output tokens/s, 8 callers")
         elif name == "hot":
             for count in (found["slots"], 2 * found["slots"]):
                 cells = {int(k.partition("/")[2]): c for k, c in found["cells"].items() if k.startswith(f"{count}/")}

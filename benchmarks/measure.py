@@ -118,6 +118,13 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
     return summary
 
 
+def while_saturated(records: Sequence[Record]) -> tuple[int, float]:
+    """Output tokens and seconds of a closed loop until its last request was sent: as long as every client had work."""
+    began, ended = (moment(record.sent for record in records) for moment in (min, max))
+    tokens = sum(count for record in records for moment, count in record.arrivals if moment <= ended)
+    return tokens, ended - began
+
+
 def median_of(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Figure by figure over the repeats, with the range of the throughput."""
     medians = {
