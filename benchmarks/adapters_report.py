@@ -197,6 +197,6 @@ def _draw(parts: dict[str, Any], file: Path) -> None:
                 heights = [percentile(_ttfts(found["rounds"], arm), share) for arm in arms]
                 axis.bar(arms, heights, label=f"p{100 * share:.0f}")
             axis.set(xlabel="neighbour", ylabel="TTFT of the others (ms)")
-            axis.legend()
+            axis.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(file, dpi=110, metadata={"Software": None})
