@@ -241,9 +241,8 @@ class EngineSupervisor:
             client.fail(self._stop_reason or Unavailable("ENGINE_RESTARTING", restarting, RESTART_SECONDS))
             if self._stop_reason is not None:
                 bus.send(Shutdown())
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._config.stop_seconds):
-                        await process.wait()
+                # Not asyncio.timeout: before Python 3.11.3 it takes the cancellation that led here for its own end.
+                await asyncio.wait({asyncio.create_task(process.wait())}, timeout=self._config.stop_seconds)
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
