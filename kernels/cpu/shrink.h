@@ -1,6 +1,6 @@
-// x Aᵀ of LoRA: some rows of x times groups of ranks, the rows of A of each of which are one stream. In AMX tiles where the
-// library is compiled for them and the operands are bfloat16, else dot products in vectors. Each sum has an order of its
-// own, the same for any number of rows.
+// x Aᵀ of LoRA: some rows of x times groups of ranks, each of which is one stream through its rows of A. In AMX tiles
+// where the library is compiled for them and the operands are bfloat16, else dot products in vectors. Each sum has an
+// order of its own, the same for any number of rows.
 #pragma once
 
 #include <algorithm>
@@ -124,8 +124,8 @@ void shrink_tiles(const Rows<bf16>& x, int64_t width, const bf16* a, int ranks, 
     if constexpr (BLOCKS > 3) _tile_stored(3, out + 3 * TILE_ROWS * out_stride, out_bytes);
 }
 
-inline void shrink_by_tiles(const Rows<bf16>& x, int64_t rows, int64_t width, const bf16* a, int64_t rank, int64_t first,
-                            int64_t last, float* out) {
+inline void shrink_by_tiles(const Rows<bf16>& x, int64_t rows, int64_t width, const bf16* a, int64_t rank,
+                            int64_t first, int64_t last, float* out) {
     int configured = 0;
     for (int64_t group = first; group < last; group += RANK_GROUP<bf16>) {
         const int ranks = int(std::min<int64_t>(RANK_GROUP<bf16>, rank - group));
@@ -147,8 +147,8 @@ inline void shrink_by_tiles(const Rows<bf16>& x, int64_t rows, int64_t width, co
 
 #endif
 
-// out[row][first … last - 1] = x · aᵀ for some of an adapter's ranks, whole groups but the last. a: as LoraAdapter has it;
-// x: at most SHRINK_ROWS rows of `width`; out: [rows, rank].
+// out[row][first … last - 1] = x · aᵀ for some of an adapter's ranks, whole groups but the last. a: as LoraAdapter has
+// it; x: at most SHRINK_ROWS rows of `width`; out: [rows, rank].
 template <class X, class T>
 void shrink_rows(const Rows<X>& x, int64_t rows, int64_t width, const T* a, int64_t rank, int64_t first, int64_t last,
                  float* out) {
