@@ -11,5 +11,5 @@ if not Path("/dev/nvidiactl").exists():
 
 # pytest rewrites the asserts of test modules, so that `python -O` leaves them in; what tests share is asked for here.
 pytest.register_assert_rewrite(
-    *(f"tests.{room}" for room in ("service", "engine", "adapters", "client", "e2e", "faults", "reference"))
+    *(f"tests.{room}" for room in ("service", "engine", "adapters", "client", "e2e", "faults", "reference", "docs"))
 )
