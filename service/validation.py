@@ -86,7 +86,7 @@ def on_cold(value: int) -> Iterator[tuple[str, str]]:
 RULES: Mapping[str, Rule] = {
     "GenerateSpec.model": length(1, 512),
     "GenerateSpec.priority": between(-100, 100),
-    "GenerateSpec.request_id": length(0, 128),
+    "GenerateSpec.client_request_id": length(0, 128),
     "GenerateSpec.labels": labels,
     "Prompt.text": length(1, 1 << 22),
     "Prompt.truncate_to_tokens": between(1, math.inf),

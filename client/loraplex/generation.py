@@ -70,7 +70,7 @@ class GenerateOptions(TypedDict, total=False):
     max_chunk_delay: float | datetime.timedelta | None  # seconds
     # The request
     priority: int | None
-    request_id: str | None
+    client_request_id: str | None
     labels: Mapping[str, str] | None
 
 
@@ -78,7 +78,7 @@ _PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "stream")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "choices", "grammar")
 _PROMPT = ("add_special_tokens", "truncate_to_tokens")
 _CHAT = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_message")
-_REQUEST = ("priority", "request_id", "labels")
+_REQUEST = ("priority", "client_request_id", "labels")
 
 
 def generate_spec(

@@ -161,7 +161,7 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
     if model.config.enable_prefix_caching:
         message.capabilities.append(MODEL_CAPABILITY_PREFIX_CACHE)
     if client is not None:
-        message.device_bytes = limits.weight_bytes + limits.kv_cache_bytes
+        message.memory_bytes = limits.weight_bytes + limits.kv_cache_bytes
         if client.stats is not None:
             message.running_requests = client.stats.num_running
             message.waiting_requests = client.stats.num_waiting + client.stats.num_waiting_for_adapter

@@ -62,10 +62,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         return await self._once.run("UpdateRoute", request.request_id, lambda: self._update(request))
 
     async def DeleteRoute(self, request: DeleteRouteRequest, context: Context) -> Empty:  # noqa: N802
-        _check_etag(self._get(request.name), request.etag)
-        self._routes.delete(request.name)
-        await self._state.saved()
-        return Empty()
+        return await self._once.run("DeleteRoute", request.request_id, lambda: self._delete(request))
 
     async def ResolveTarget(  # noqa: N802
         self, request: ResolveTargetRequest, context: Context
@@ -100,6 +97,12 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         for target in route.targets:
             self._prefetch_target(route, target.model)
         return route
+
+    async def _delete(self, request: DeleteRouteRequest) -> Empty:
+        _check_etag(self._get(request.name), request.etag)
+        self._routes.delete(request.name)
+        await self._state.saved()
+        return Empty()
 
     def _violations(self, route: Route, fields: Collection[str]) -> Iterator[Violation]:
         """Of the fields that change: a target that has gone since does not stand in the way of others."""

@@ -40,7 +40,7 @@ async def test_generate_round_trip(server: "FakeServer", client: AsyncClient) ->
 
 async def test_metadata_reaches_the_server(server: "FakeServer") -> None:
     async with AsyncClient(server.address, token="secret", tenant="acme") as client:
-        await client.generate("demo", "Once", routing_key="k", request_id="mine")
+        await client.generate("demo", "Once", routing_key="k", client_request_id="mine")
     [metadata] = server.inference.metadata
     sent = {key: metadata[key] for key in ("authorization", "loraplex-tenant", "loraplex-routing-key", "x-request-id")}
     assert sent == {

@@ -33,7 +33,7 @@ VALUES: dict[str, Any] = {
     "bad_words": ["no"],
     "stop": ["end"],
     "on_cold": generation_pb2.ON_COLD_FAIL,
-    "request_id": "mine",
+    "client_request_id": "mine",
     "salt": "s",
     "time_limit": 1.5,
     "max_load_wait": 1.5,
@@ -43,7 +43,7 @@ PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "stream")
 SPEC: Any = generation_pb2.GenerateSpec.DESCRIPTOR
 FIELDS = [(part, field.name) for part in PARTS for field in SPEC.fields_by_name[part].message_type.fields] + [
     (None, "priority"),
-    (None, "request_id"),
+    (None, "client_request_id"),
     (None, "labels"),
 ]
 

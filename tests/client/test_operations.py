@@ -148,5 +148,5 @@ def test_names_in_full_or_as_ids() -> None:
 
 
 def test_the_label_of_a_request_is_also_metadata() -> None:
-    operation = inference.generate("demo", "Once", request_id="mine", metadata={"traceparent": "t"})
+    operation = inference.generate("demo", "Once", client_request_id="mine", metadata={"traceparent": "t"})
     assert operation.call["metadata"] == {"x-request-id": "mine", "traceparent": "t"}

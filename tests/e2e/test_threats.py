@@ -310,7 +310,7 @@ async def test_what_a_user_says_is_no_template(client: AsyncClient) -> None:
 
 async def test_ids_of_callers_are_labels(client: AsyncClient) -> None:
     streams = [
-        client.stream_generate("storyteller", "A fox", max_tokens=20, ignore_eos=True, request_id="same")
+        client.stream_generate("storyteller", "A fox", max_tokens=20, ignore_eos=True, client_request_id="same")
         for _ in range(4)
     ]
     cancelled = await client.cancel_generation(["same"])

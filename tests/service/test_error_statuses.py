@@ -117,7 +117,7 @@ INVALID: list[tuple[Mapping[str, Any], str]] = [
     ({"adapter_policy": {"on_cold": 9}}, "spec.adapter_policy.on_cold"),
     ({"adapter_policy": {"max_load_wait": {"nanos": -1}}}, "spec.adapter_policy.max_load_wait"),
     ({"priority": 101}, "spec.priority"),
-    ({"request_id": "r" * 129}, "spec.request_id"),
+    ({"client_request_id": "r" * 129}, "spec.client_request_id"),
     ({"labels": {"k" * 64: "v"}}, "spec.labels"),
     ({"labels": {"k": "v" * 257}}, "spec.labels[k]"),
     ({"labels": {str(index): "v" for index in range(17)}}, "spec.labels"),

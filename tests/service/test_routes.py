@@ -1,5 +1,6 @@
 """RouteService: names that lead to several targets by weight, stay with a key, fall back, and survive restarts."""
 
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,6 +135,15 @@ async def test_a_route_is_what_it_was_made(control: ControlPlane) -> None:
     with pytest.raises(NotFound) as raised:
         await control.admin.get_route("main")
     assert raised.value.reason == "ROUTE_NOT_FOUND"
+
+
+async def test_a_deletion_that_is_sent_again_deletes_once(control: ControlPlane) -> None:
+    request_id = str(uuid.uuid4())
+    await put(control, route(("models/tiny", 1)))
+    await control.admin.delete_route("main", request_id=request_id)
+    await put(control, route(("models/tiny", 1)))
+    await control.admin.delete_route("main", request_id=request_id)
+    assert (await control.admin.get_route("main")).name == NAME
 
 
 async def test_only_the_fields_of_the_mask_change(control: ControlPlane) -> None:

@@ -73,9 +73,9 @@ def _spec_and_call(
     call = call_options(options)
     rest = {name: value for name, value in options.items() if name not in call}
     built = generate_spec(model, prompt, spec=spec, **cast(GenerateOptions, rest))
-    if built.HasField("request_id"):
+    if built.HasField("client_request_id"):
         # Proxies on the way see metadata only.
-        call["metadata"] = {"x-request-id": built.request_id, **call.get("metadata", {})}
+        call["metadata"] = {"x-request-id": built.client_request_id, **call.get("metadata", {})}
     return built, call
 
 

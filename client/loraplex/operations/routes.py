@@ -46,10 +46,15 @@ def update_route(
 
 
 def delete_route(
-    name: str, *, tenant: str = "shared", etag: str | None = None, **call: Unpack[CallOptions]
+    name: str,
+    *,
+    tenant: str = "shared",
+    etag: str | None = None,
+    request_id: str | None = None,
+    **call: Unpack[CallOptions],
 ) -> Operation[Empty]:
     """Delete a route."""
-    request = routes_pb2.DeleteRouteRequest(name=route_name(name, tenant), etag=etag)
+    request = routes_pb2.DeleteRouteRequest(name=route_name(name, tenant), etag=etag, request_id=request_id or new_id())
     return Operation("/loraplex.v1.RouteService/DeleteRoute", request, Empty, call)
 
 

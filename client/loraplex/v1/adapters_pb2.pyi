@@ -136,8 +136,6 @@ class Adapter(google.protobuf.message.Message):
     TARGET_MODULES_FIELD_NUMBER: builtins.int
     WARNINGS_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
-    BYTES_LOADED_FIELD_NUMBER: builtins.int
-    BYTES_TOTAL_FIELD_NUMBER: builtins.int
     PINNED_FIELD_NUMBER: builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: builtins.int
     WAITING_REQUESTS_FIELD_NUMBER: builtins.int
@@ -170,10 +168,6 @@ class Adapter(google.protobuf.message.Message):
     """Its alpha, as configured."""
     size_bytes: builtins.int
     """Bytes that it takes in memory."""
-    bytes_loaded: builtins.int
-    """Never set: what a loader has read is not known before it is done."""
-    bytes_total: builtins.int
-    """Never set: see size_bytes."""
     pinned: builtins.bool
     """Whether it must stay on the device. Pins may take at most a part of the memory for adapters."""
     running_requests: builtins.int
@@ -234,8 +228,6 @@ class Adapter(google.protobuf.message.Message):
         target_modules: collections.abc.Iterable[builtins.str] | None = ...,
         warnings: collections.abc.Iterable[builtins.str] | None = ...,
         size_bytes: builtins.int = ...,
-        bytes_loaded: builtins.int = ...,
-        bytes_total: builtins.int = ...,
         pinned: builtins.bool = ...,
         running_requests: builtins.int = ...,
         waiting_requests: builtins.int = ...,
@@ -246,7 +238,7 @@ class Adapter(google.protobuf.message.Message):
         etag: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "last_use_time", b"last_use_time", "update_time", b"update_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["alpha", b"alpha", "base_model", b"base_model", "bytes_loaded", b"bytes_loaded", "bytes_total", b"bytes_total", "create_time", b"create_time", "current", b"current", "digest", b"digest", "error", b"error", "etag", b"etag", "labels", b"labels", "last_use_time", b"last_use_time", "module_ranks", b"module_ranks", "name", b"name", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "running_requests", b"running_requests", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "target_modules", b"target_modules", "update_time", b"update_time", "version", b"version", "waiting_requests", b"waiting_requests", "warnings", b"warnings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alpha", b"alpha", "base_model", b"base_model", "create_time", b"create_time", "current", b"current", "digest", b"digest", "error", b"error", "etag", b"etag", "labels", b"labels", "last_use_time", b"last_use_time", "module_ranks", b"module_ranks", "name", b"name", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "running_requests", b"running_requests", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "target_modules", b"target_modules", "update_time", b"update_time", "version", b"version", "waiting_requests", b"waiting_requests", "warnings", b"warnings"]) -> None: ...
 
 Global___Adapter: typing_extensions.TypeAlias = Adapter
 

@@ -31,7 +31,8 @@ if _version_not_supported:
 
 
 class AdapterServiceStub(object):
-    """LoRA adapters, which come and go while the server runs. Admin port.
+    """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
+    for every caller.
 
     An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
     its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
@@ -92,7 +93,8 @@ class AdapterServiceStub(object):
 
 
 class AdapterServiceServicer(object):
-    """LoRA adapters, which come and go while the server runs. Admin port.
+    """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
+    for every caller.
 
     An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
     its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
@@ -227,7 +229,8 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService(object):
-    """LoRA adapters, which come and go while the server runs. Admin port.
+    """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
+    for every caller.
 
     An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
     its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.

@@ -87,7 +87,7 @@ class GenerateSpec(google.protobuf.message.Message):
     ADAPTER_POLICY_FIELD_NUMBER: builtins.int
     STREAM_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
-    REQUEST_ID_FIELD_NUMBER: builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """What generates. Required, at most 512 characters. One of
@@ -105,9 +105,11 @@ class GenerateSpec(google.protobuf.message.Message):
     """
     priority: builtins.int
     """Who goes first under load: higher before lower. Absent: 0. From -100 to 100, cut to the tenant's ceiling."""
-    request_id: builtins.str
-    """The caller's own name for this request: it appears in logs and traces. Not an identity: the server gives each
-    request its own id (metadata loraplex-request-id, Started.request_id). At most 128 characters.
+    client_request_id: builtins.str
+    """The caller's own name for this request. It comes back in the answer, and is in the server's logs, usage records and
+    traces; CancelGeneration takes it. It need not be unique, and makes nothing idempotent: the server gives each
+    request an id of its own (metadata loraplex-request-id, Started.request_id). Absent: the metadata x-request-id.
+    At most 128 characters.
     """
     @property
     def prompt(self) -> loraplex.v1.prompt_pb2.Prompt:
@@ -143,7 +145,9 @@ class GenerateSpec(google.protobuf.message.Message):
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """Labels for the caller's accounting. At most 16; keys up to 63 characters, values up to 256."""
+        """Labels for the caller's accounting: they come back in the answer, and are in logs, usage records and traces. At most
+        16; keys up to 63 characters, values up to 256.
+        """
 
     def __init__(
         self,
@@ -158,15 +162,15 @@ class GenerateSpec(google.protobuf.message.Message):
         adapter_policy: Global___AdapterPolicy | None = ...,
         stream: Global___StreamOptions | None = ...,
         priority: builtins.int | None = ...,
-        request_id: builtins.str | None = ...,
+        client_request_id: builtins.str | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_priority", b"_priority", "_request_id", b"_request_id", "adapter_policy", b"adapter_policy", "cache", b"cache", "constraint", b"constraint", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_priority", b"_priority", "_request_id", b"_request_id", "adapter_policy", b"adapter_policy", "cache", b"cache", "constraint", b"constraint", "labels", b"labels", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "labels", b"labels", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_client_request_id", b"_client_request_id"]) -> typing.Literal["client_request_id"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_priority", b"_priority"]) -> typing.Literal["priority"] | None: ...
-    @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["_request_id", b"_request_id"]) -> typing.Literal["request_id"] | None: ...
 
 Global___GenerateSpec: typing_extensions.TypeAlias = GenerateSpec
 

@@ -12,7 +12,6 @@ import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.rpc.status_pb2
 import loraplex.v1.generation_pb2
-import loraplex.v1.prompt_pb2
 import loraplex.v1.routes_pb2
 import sys
 import typing
@@ -42,10 +41,6 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """The model's context is full."""
     FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 5
     """Stopping.time_limit was reached."""
-    FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 6
-    """The model called tools: see Finished.tool_calls."""
-    FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 7
-    """This output was cancelled while others of the request go on."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why an output ended."""
@@ -62,10 +57,6 @@ FINISH_REASON_CONTEXT_LIMIT: FinishReason.ValueType  # 4
 """The model's context is full."""
 FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 5
 """Stopping.time_limit was reached."""
-FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 6
-"""The model called tools: see Finished.tool_calls."""
-FINISH_REASON_CANCELLED: FinishReason.ValueType  # 7
-"""This output was cancelled while others of the request go on."""
 Global___FinishReason: typing_extensions.TypeAlias = FinishReason
 
 @typing.final
@@ -95,6 +86,22 @@ class GenerateResponse(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: builtins.int
     TARGET_FIELD_NUMBER: builtins.int
     OUTPUTS_FIELD_NUMBER: builtins.int
@@ -102,10 +109,14 @@ class GenerateResponse(google.protobuf.message.Message):
     USAGE_FIELD_NUMBER: builtins.int
     TIMINGS_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The server's id of this request."""
     seed: builtins.int
-    """The seed of the draws; absent when nothing was drawn (greedy)."""
+    """The seed of the draws; absent when nothing was drawn (greedy). Below 2^53 if the server chose it."""
+    client_request_id: builtins.str
+    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
     @property
     def target(self) -> loraplex.v1.routes_pb2.ResolvedTarget:
         """What ran."""
@@ -126,6 +137,10 @@ class GenerateResponse(google.protobuf.message.Message):
     def timings(self) -> Global___Timings:
         """How long it took."""
 
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """As in GenerateSpec.labels."""
+
     def __init__(
         self,
         *,
@@ -136,9 +151,11 @@ class GenerateResponse(google.protobuf.message.Message):
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
         seed: builtins.int | None = ...,
+        client_request_id: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "seed", b"seed", "target", b"target", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "outputs", b"outputs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "seed", b"seed", "target", b"target", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "client_request_id", b"client_request_id", "labels", b"labels", "outputs", b"outputs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "seed", b"seed", "target", b"target", "timings", b"timings", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___GenerateResponse: typing_extensions.TypeAlias = GenerateResponse
@@ -217,7 +234,7 @@ class StreamGenerateResponse(google.protobuf.message.Message):
     """0, 1, 2, ... within the stream."""
     @property
     def started(self) -> Global___Started:
-        """First, exactly once: the request is admitted and begins to run."""
+        """First, exactly once: the request begins to run."""
 
     @property
     def delta(self) -> Global___Delta:
@@ -253,9 +270,25 @@ Global___StreamGenerateResponse: typing_extensions.TypeAlias = StreamGenerateRes
 
 @typing.final
 class Started(google.protobuf.message.Message):
-    """The request is admitted and begins to run."""
+    """The request begins to run."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
     TARGET_FIELD_NUMBER: builtins.int
@@ -263,12 +296,16 @@ class Started(google.protobuf.message.Message):
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     QUEUE_DURATION_FIELD_NUMBER: builtins.int
     ADAPTER_LOAD_DURATION_FIELD_NUMBER: builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The server's id of this request."""
     prompt_tokens: builtins.int
     """Tokens of the prompt, special ones included."""
     cached_prompt_tokens: builtins.int
     """Of these, how many came from the prefix cache."""
+    client_request_id: builtins.str
+    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
     @property
     def target(self) -> loraplex.v1.routes_pb2.ResolvedTarget:
         """What runs."""
@@ -281,6 +318,10 @@ class Started(google.protobuf.message.Message):
     def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
         """Of that, time spent waiting for the adapter. Absent if there was nothing to wait for."""
 
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """As in GenerateSpec.labels."""
+
     def __init__(
         self,
         *,
@@ -290,9 +331,11 @@ class Started(google.protobuf.message.Message):
         cached_prompt_tokens: builtins.int = ...,
         queue_duration: google.protobuf.duration_pb2.Duration | None = ...,
         adapter_load_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        client_request_id: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "queue_duration", b"queue_duration", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "cached_prompt_tokens", b"cached_prompt_tokens", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "request_id", b"request_id", "target", b"target"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "cached_prompt_tokens", b"cached_prompt_tokens", "client_request_id", b"client_request_id", "labels", b"labels", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "request_id", b"request_id", "target", b"target"]) -> None: ...
 
 Global___Started: typing_extensions.TypeAlias = Started
 
@@ -341,7 +384,6 @@ class Finished(google.protobuf.message.Message):
     STOP_FIELD_NUMBER: builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
-    TOOL_CALLS_FIELD_NUMBER: builtins.int
     output_index: builtins.int
     """Which output, from 0 to Sampling.n - 1."""
     reason: Global___FinishReason.ValueType
@@ -352,10 +394,6 @@ class Finished(google.protobuf.message.Message):
     """The stop token."""
     completion_tokens: builtins.int
     """Tokens generated for this output, the one that ended it included."""
-    @property
-    def tool_calls(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[loraplex.v1.prompt_pb2.ToolCall]:
-        """The calls that the model wrote, with FINISH_REASON_TOOL_CALLS."""
-
     def __init__(
         self,
         *,
@@ -364,10 +402,9 @@ class Finished(google.protobuf.message.Message):
         stop: builtins.str = ...,
         stop_token_id: builtins.int = ...,
         completion_tokens: builtins.int = ...,
-        tool_calls: collections.abc.Iterable[loraplex.v1.prompt_pb2.ToolCall] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["matched", b"matched", "stop", b"stop", "stop_token_id", b"stop_token_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "matched", b"matched", "output_index", b"output_index", "reason", b"reason", "stop", b"stop", "stop_token_id", b"stop_token_id", "tool_calls", b"tool_calls"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "matched", b"matched", "output_index", b"output_index", "reason", b"reason", "stop", b"stop", "stop_token_id", b"stop_token_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["matched", b"matched"]) -> typing.Literal["stop", "stop_token_id"] | None: ...
 
 Global___Finished: typing_extensions.TypeAlias = Finished
@@ -382,7 +419,7 @@ class Completed(google.protobuf.message.Message):
     TIMINGS_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     seed: builtins.int
-    """The seed of the draws; absent when nothing was drawn (greedy)."""
+    """The seed of the draws; absent when nothing was drawn (greedy). Below 2^53 if the server chose it."""
     @property
     def usage(self) -> Global___Usage:
         """What was consumed."""
@@ -437,6 +474,7 @@ class TokenLogprob(google.protobuf.message.Message):
     LOGPROB_FIELD_NUMBER: builtins.int
     RANK_FIELD_NUMBER: builtins.int
     TOP_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
     token_id: builtins.int
     """The token."""
     text: builtins.str
@@ -445,6 +483,10 @@ class TokenLogprob(google.protobuf.message.Message):
     """The natural logarithm of its probability. Absent for the first token of a prompt."""
     rank: builtins.int
     """Its place among all tokens by probability, from 1. Absent if not computed."""
+    bytes: builtins.bytes
+    """What the token adds to the text, as UTF-8: the bytes of a character that several tokens share are whole once they
+    are joined.
+    """
     @property
     def top(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
         """The likeliest tokens at this place, likeliest first, as many as were asked for."""
@@ -457,9 +499,10 @@ class TokenLogprob(google.protobuf.message.Message):
         logprob: builtins.float | None = ...,
         rank: builtins.int | None = ...,
         top: collections.abc.Iterable[Global___TopLogprob] | None = ...,
+        bytes: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_logprob", b"_logprob", "_rank", b"_rank", "logprob", b"logprob", "rank", b"rank"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_logprob", b"_logprob", "_rank", b"_rank", "logprob", b"logprob", "rank", b"rank", "text", b"text", "token_id", b"token_id", "top", b"top"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_logprob", b"_logprob", "_rank", b"_rank", "bytes", b"bytes", "logprob", b"logprob", "rank", b"rank", "text", b"text", "token_id", b"token_id", "top", b"top"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_logprob", b"_logprob"]) -> typing.Literal["logprob"] | None: ...
     @typing.overload
@@ -476,20 +519,24 @@ class TopLogprob(google.protobuf.message.Message):
     TOKEN_ID_FIELD_NUMBER: builtins.int
     TEXT_FIELD_NUMBER: builtins.int
     LOGPROB_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
     token_id: builtins.int
     """The token."""
     text: builtins.str
     """The token decoded alone, as in TokenLogprob.text."""
     logprob: builtins.float
     """The natural logarithm of its probability."""
+    bytes: builtins.bytes
+    """What the token adds to the text, as in TokenLogprob.bytes."""
     def __init__(
         self,
         *,
         token_id: builtins.int = ...,
         text: builtins.str = ...,
         logprob: builtins.float = ...,
+        bytes: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "logprob", b"logprob", "text", b"text", "token_id", b"token_id"]) -> None: ...
 
 Global___TopLogprob: typing_extensions.TypeAlias = TopLogprob
 
@@ -611,22 +658,27 @@ Global___BatchGenerateRequest: typing_extensions.TypeAlias = BatchGenerateReques
 
 @typing.final
 class BatchGenerateResponse(google.protobuf.message.Message):
-    """The result of one item of a batch."""
+    """One message of BatchGenerate: first the ids of all items, then the result of one item in each."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     INDEX_FIELD_NUMBER: builtins.int
     RESPONSE_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    STARTED_FIELD_NUMBER: builtins.int
     index: builtins.int
-    """Which item: its index in BatchGenerateRequest.specs."""
+    """Which item a result is of: its index in BatchGenerateRequest.specs."""
     @property
     def response(self) -> Global___GenerateResponse:
-        """It succeeded."""
+        """The item succeeded."""
 
     @property
     def error(self) -> google.rpc.status_pb2.Status:
-        """It failed, with the details that the call Generate would have had."""
+        """The item failed, with the details that the call Generate would have had."""
+
+    @property
+    def started(self) -> Global___BatchStarted:
+        """First, exactly once: no item has been looked at yet."""
 
     def __init__(
         self,
@@ -634,12 +686,33 @@ class BatchGenerateResponse(google.protobuf.message.Message):
         index: builtins.int = ...,
         response: Global___GenerateResponse | None = ...,
         error: google.rpc.status_pb2.Status | None = ...,
+        started: Global___BatchStarted | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["error", b"error", "response", b"response", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["error", b"error", "index", b"index", "response", b"response", "result", b"result"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["response", "error"] | None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error", "response", b"response", "result", b"result", "started", b"started"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "index", b"index", "response", b"response", "result", b"result", "started", b"started"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["response", "error", "started"] | None: ...
 
 Global___BatchGenerateResponse: typing_extensions.TypeAlias = BatchGenerateResponse
+
+@typing.final
+class BatchStarted(google.protobuf.message.Message):
+    """The server has taken a batch."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_IDS_FIELD_NUMBER: builtins.int
+    @property
+    def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The server's id of each item, in the order of BatchGenerateRequest.specs. CancelGeneration takes them from now on."""
+
+    def __init__(
+        self,
+        *,
+        request_ids: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_ids", b"request_ids"]) -> None: ...
+
+Global___BatchStarted: typing_extensions.TypeAlias = BatchStarted
 
 @typing.final
 class CancelGenerationRequest(google.protobuf.message.Message):
@@ -648,16 +721,24 @@ class CancelGenerationRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_IDS_FIELD_NUMBER: builtins.int
+    CLIENT_REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Ids that the server gave (Started.request_id). At least 1, at most 256."""
+        """Ids that the server gave: metadata loraplex-request-id, Started.request_id, BatchStarted.request_ids. Together with
+        client_request_ids at least 1, at most 256.
+        """
+
+    @property
+    def client_request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Ids that the caller gave, GenerateSpec.client_request_id: every generation that has one of them."""
 
     def __init__(
         self,
         *,
         request_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        client_request_ids: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["request_ids", b"request_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_request_ids", b"client_request_ids", "request_ids", b"request_ids"]) -> None: ...
 
 Global___CancelGenerationRequest: typing_extensions.TypeAlias = CancelGenerationRequest
 
@@ -670,7 +751,7 @@ class CancelGenerationResponse(google.protobuf.message.Message):
     CANCELLED_REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def cancelled_request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Those of the ids that were running or waiting, and are cancelled now."""
+        """The server's ids of those that were running or waiting, and are cancelled now."""
 
     def __init__(
         self,

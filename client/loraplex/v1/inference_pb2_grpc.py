@@ -37,11 +37,17 @@ class InferenceServiceStub(object):
     authorization          "Bearer {token}"
     loraplex-tenant        the tenant to act for; only from principals trusted with it
     loraplex-routing-key   requests with the same key go to the same target of a route; gateways may pin replicas by it
-    x-request-id           the caller's label, if GenerateSpec.request_id is absent
+    x-request-id           the client_request_id of a spec that has none
     traceparent, tracestate   W3C trace context
-    Metadata out, sent when the request is admitted, never before:
-    loraplex-request-id        the server's id of this request
+    Metadata out:
+    loraplex-request-id        the server's id of this request, by which CancelGeneration knows it
     loraplex-adapter-version   the adapter version that is used, if any
+
+    Both are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
+    Before it, the caller is known, the spec was found valid, the prompt tokenised, the tenant's quota and the server's
+    queue had room, and with ON_COLD_FAIL the adapter was there; what refuses a request does so before it. After it, the
+    request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by itself only while no initial
+    metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
     ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.
@@ -82,11 +88,17 @@ class InferenceServiceServicer(object):
     authorization          "Bearer {token}"
     loraplex-tenant        the tenant to act for; only from principals trusted with it
     loraplex-routing-key   requests with the same key go to the same target of a route; gateways may pin replicas by it
-    x-request-id           the caller's label, if GenerateSpec.request_id is absent
+    x-request-id           the client_request_id of a spec that has none
     traceparent, tracestate   W3C trace context
-    Metadata out, sent when the request is admitted, never before:
-    loraplex-request-id        the server's id of this request
+    Metadata out:
+    loraplex-request-id        the server's id of this request, by which CancelGeneration knows it
     loraplex-adapter-version   the adapter version that is used, if any
+
+    Both are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
+    Before it, the caller is known, the spec was found valid, the prompt tokenised, the tenant's quota and the server's
+    queue had room, and with ON_COLD_FAIL the adapter was there; what refuses a request does so before it. After it, the
+    request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by itself only while no initial
+    metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
     ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.
@@ -110,16 +122,17 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BatchGenerate(self, request, context):
-        """Generates for many specs and returns each result as it is ready, in no particular order. One that fails fails
-        alone, as that item's error.
+        """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
+        no particular order. One that fails fails alone, as that item's error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelGeneration(self, request, context):
-        """Cancels generations of the caller's own tenant, for when the call itself is out of reach. They end with status
-        CANCELLED. Ids that are unknown, finished or another tenant's are left out of the response without an error.
+        """Cancels generations of the caller's own tenant, for when the call itself is out of reach, by the server's ids or by
+        the caller's own. They end with status CANCELLED, whether they run or wait. Ids that are unknown, finished or another
+        tenant's are left out of the response without an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,11 +176,17 @@ class InferenceService(object):
     authorization          "Bearer {token}"
     loraplex-tenant        the tenant to act for; only from principals trusted with it
     loraplex-routing-key   requests with the same key go to the same target of a route; gateways may pin replicas by it
-    x-request-id           the caller's label, if GenerateSpec.request_id is absent
+    x-request-id           the client_request_id of a spec that has none
     traceparent, tracestate   W3C trace context
-    Metadata out, sent when the request is admitted, never before:
-    loraplex-request-id        the server's id of this request
+    Metadata out:
+    loraplex-request-id        the server's id of this request, by which CancelGeneration knows it
     loraplex-adapter-version   the adapter version that is used, if any
+
+    Both are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
+    Before it, the caller is known, the spec was found valid, the prompt tokenised, the tenant's quota and the server's
+    queue had room, and with ON_COLD_FAIL the adapter was there; what refuses a request does so before it. After it, the
+    request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by itself only while no initial
+    metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
     ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.

@@ -96,11 +96,17 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
       authorization          "Bearer {token}"
       loraplex-tenant        the tenant to act for; only from principals trusted with it
       loraplex-routing-key   requests with the same key go to the same target of a route; gateways may pin replicas by it
-      x-request-id           the caller's label, if GenerateSpec.request_id is absent
+      x-request-id           the client_request_id of a spec that has none
       traceparent, tracestate   W3C trace context
-    Metadata out, sent when the request is admitted, never before:
-      loraplex-request-id        the server's id of this request
+    Metadata out:
+      loraplex-request-id        the server's id of this request, by which CancelGeneration knows it
       loraplex-adapter-version   the adapter version that is used, if any
+
+    Both are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
+    Before it, the caller is known, the spec was found valid, the prompt tokenised, the tenant's quota and the server's
+    queue had room, and with ON_COLD_FAIL the adapter was there; what refuses a request does so before it. After it, the
+    request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by itself only while no initial
+    metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
     ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.
@@ -157,13 +163,14 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     """
 
     BatchGenerate: _InferenceServiceBatchGenerateType
-    """Generates for many specs and returns each result as it is ready, in no particular order. One that fails fails
-    alone, as that item's error.
+    """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
+    no particular order. One that fails fails alone, as that item's error.
     """
 
     CancelGeneration: _InferenceServiceCancelGenerationType
-    """Cancels generations of the caller's own tenant, for when the call itself is out of reach. They end with status
-    CANCELLED. Ids that are unknown, finished or another tenant's are left out of the response without an error.
+    """Cancels generations of the caller's own tenant, for when the call itself is out of reach, by the server's ids or by
+    the caller's own. They end with status CANCELLED, whether they run or wait. Ids that are unknown, finished or another
+    tenant's are left out of the response without an error.
     """
 
 InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
@@ -192,11 +199,17 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
       authorization          "Bearer {token}"
       loraplex-tenant        the tenant to act for; only from principals trusted with it
       loraplex-routing-key   requests with the same key go to the same target of a route; gateways may pin replicas by it
-      x-request-id           the caller's label, if GenerateSpec.request_id is absent
+      x-request-id           the client_request_id of a spec that has none
       traceparent, tracestate   W3C trace context
-    Metadata out, sent when the request is admitted, never before:
-      loraplex-request-id        the server's id of this request
+    Metadata out:
+      loraplex-request-id        the server's id of this request, by which CancelGeneration knows it
       loraplex-adapter-version   the adapter version that is used, if any
+
+    Both are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
+    Before it, the caller is known, the spec was found valid, the prompt tokenised, the tenant's quota and the server's
+    queue had room, and with ON_COLD_FAIL the adapter was there; what refuses a request does so before it. After it, the
+    request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by itself only while no initial
+    metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
     ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.
@@ -228,8 +241,8 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.inference_pb2.BatchGenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.inference_pb2.BatchGenerateResponse], collections.abc.AsyncIterator[loraplex.v1.inference_pb2.BatchGenerateResponse]]:
-        """Generates for many specs and returns each result as it is ready, in no particular order. One that fails fails
-        alone, as that item's error.
+        """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
+        no particular order. One that fails fails alone, as that item's error.
         """
 
     @abc.abstractmethod
@@ -238,8 +251,9 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.inference_pb2.CancelGenerationRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.inference_pb2.CancelGenerationResponse, collections.abc.Awaitable[loraplex.v1.inference_pb2.CancelGenerationResponse]]:
-        """Cancels generations of the caller's own tenant, for when the call itself is out of reach. They end with status
-        CANCELLED. Ids that are unknown, finished or another tenant's are left out of the response without an error.
+        """Cancels generations of the caller's own tenant, for when the call itself is out of reach, by the server's ids or by
+        the caller's own. They end with status CANCELLED, whether they run or wait. Ids that are unknown, finished or another
+        tenant's are left out of the response without an error.
         """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -34,17 +34,13 @@ class _ModelCapabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     """Never sent."""
     MODEL_CAPABILITY_CHAT: _ModelCapability.ValueType  # 1
     """Takes Prompt.chat: it has a chat template."""
-    MODEL_CAPABILITY_TOOLS: _ModelCapability.ValueType  # 2
-    """Its template takes tools, and it can end with FINISH_REASON_TOOL_CALLS."""
-    MODEL_CAPABILITY_ADAPTERS: _ModelCapability.ValueType  # 3
+    MODEL_CAPABILITY_ADAPTERS: _ModelCapability.ValueType  # 2
     """Takes adapters."""
-    MODEL_CAPABILITY_LOGPROBS: _ModelCapability.ValueType  # 4
+    MODEL_CAPABILITY_LOGPROBS: _ModelCapability.ValueType  # 3
     """Takes OutputOptions.logprobs."""
-    MODEL_CAPABILITY_PROMPT_LOGPROBS: _ModelCapability.ValueType  # 5
+    MODEL_CAPABILITY_PROMPT_LOGPROBS: _ModelCapability.ValueType  # 4
     """Takes OutputOptions.prompt_logprobs."""
-    MODEL_CAPABILITY_CONSTRAINTS: _ModelCapability.ValueType  # 6
-    """Takes GenerateSpec.constraint."""
-    MODEL_CAPABILITY_PREFIX_CACHE: _ModelCapability.ValueType  # 7
+    MODEL_CAPABILITY_PREFIX_CACHE: _ModelCapability.ValueType  # 5
     """Reuses prefixes of earlier prompts."""
 
 class ModelCapability(_ModelCapability, metaclass=_ModelCapabilityEnumTypeWrapper):
@@ -54,17 +50,13 @@ MODEL_CAPABILITY_UNSPECIFIED: ModelCapability.ValueType  # 0
 """Never sent."""
 MODEL_CAPABILITY_CHAT: ModelCapability.ValueType  # 1
 """Takes Prompt.chat: it has a chat template."""
-MODEL_CAPABILITY_TOOLS: ModelCapability.ValueType  # 2
-"""Its template takes tools, and it can end with FINISH_REASON_TOOL_CALLS."""
-MODEL_CAPABILITY_ADAPTERS: ModelCapability.ValueType  # 3
+MODEL_CAPABILITY_ADAPTERS: ModelCapability.ValueType  # 2
 """Takes adapters."""
-MODEL_CAPABILITY_LOGPROBS: ModelCapability.ValueType  # 4
+MODEL_CAPABILITY_LOGPROBS: ModelCapability.ValueType  # 3
 """Takes OutputOptions.logprobs."""
-MODEL_CAPABILITY_PROMPT_LOGPROBS: ModelCapability.ValueType  # 5
+MODEL_CAPABILITY_PROMPT_LOGPROBS: ModelCapability.ValueType  # 4
 """Takes OutputOptions.prompt_logprobs."""
-MODEL_CAPABILITY_CONSTRAINTS: ModelCapability.ValueType  # 6
-"""Takes GenerateSpec.constraint."""
-MODEL_CAPABILITY_PREFIX_CACHE: ModelCapability.ValueType  # 7
+MODEL_CAPABILITY_PREFIX_CACHE: ModelCapability.ValueType  # 5
 """Reuses prefixes of earlier prompts."""
 Global___ModelCapability: typing_extensions.TypeAlias = ModelCapability
 
@@ -136,7 +128,7 @@ class Model(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     CAPABILITIES_FIELD_NUMBER: builtins.int
     DEFAULT_SAMPLING_FIELD_NUMBER: builtins.int
-    DEVICE_BYTES_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
     BYTES_LOADED_FIELD_NUMBER: builtins.int
     BYTES_TOTAL_FIELD_NUMBER: builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: builtins.int
@@ -160,9 +152,9 @@ class Model(google.protobuf.message.Message):
     quantization: builtins.str
     """The quantisation of its weights, such as "int8"; empty if none."""
     device: builtins.str
-    """The device it is on, such as "cpu" or "cuda:0"; empty if not loaded."""
-    device_bytes: builtins.int
-    """Device memory that it holds, in bytes: weights, cache and adapters."""
+    """The device it is on, such as "cpu" or "cuda:0"; empty if not loaded. One of ServerInfo.devices."""
+    memory_bytes: builtins.int
+    """Memory of its device that it holds, in bytes: weights and key-value cache."""
     bytes_loaded: builtins.int
     """While loading: bytes of weights read."""
     bytes_total: builtins.int
@@ -211,7 +203,7 @@ class Model(google.protobuf.message.Message):
         limits: Global___ModelLimits | None = ...,
         capabilities: collections.abc.Iterable[Global___ModelCapability.ValueType] | None = ...,
         default_sampling: loraplex.v1.generation_pb2.Sampling | None = ...,
-        device_bytes: builtins.int = ...,
+        memory_bytes: builtins.int = ...,
         bytes_loaded: builtins.int = ...,
         bytes_total: builtins.int = ...,
         running_requests: builtins.int = ...,
@@ -222,7 +214,7 @@ class Model(google.protobuf.message.Message):
         etag: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["default_sampling", b"default_sampling", "error", b"error", "limits", b"limits", "load_time", b"load_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bytes_loaded", b"bytes_loaded", "bytes_total", b"bytes_total", "capabilities", b"capabilities", "default_sampling", b"default_sampling", "device", b"device", "device_bytes", b"device_bytes", "dtype", b"dtype", "error", b"error", "etag", b"etag", "labels", b"labels", "limits", b"limits", "load_time", b"load_time", "name", b"name", "quantization", b"quantization", "revision", b"revision", "running_requests", b"running_requests", "source", b"source", "state", b"state", "waiting_requests", b"waiting_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bytes_loaded", b"bytes_loaded", "bytes_total", b"bytes_total", "capabilities", b"capabilities", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "error", b"error", "etag", b"etag", "labels", b"labels", "limits", b"limits", "load_time", b"load_time", "memory_bytes", b"memory_bytes", "name", b"name", "quantization", b"quantization", "revision", b"revision", "running_requests", b"running_requests", "source", b"source", "state", b"state", "waiting_requests", b"waiting_requests"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
 

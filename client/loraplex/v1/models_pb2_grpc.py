@@ -32,7 +32,8 @@ if _version_not_supported:
 
 class ModelServiceStub(object):
     """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
-    Admin port.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     def __init__(self, channel):
@@ -70,7 +71,8 @@ class ModelServiceStub(object):
 
 class ModelServiceServicer(object):
     """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
-    Admin port.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     def GetModel(self, request, context):
@@ -148,7 +150,8 @@ def add_ModelServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
     """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
-    Admin port.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     @staticmethod

@@ -107,7 +107,8 @@ _ModelServiceWatchModelsType = typing_extensions.TypeVar(
 
 class ModelServiceStub(typing.Generic[_ModelServiceGetModelType, _ModelServiceListModelsType, _ModelServiceLoadModelType, _ModelServiceUnloadModelType, _ModelServiceWatchModelsType]):
     """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
-    Admin port.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     @typing.overload
@@ -202,7 +203,8 @@ ModelServiceAsyncStub: typing_extensions.TypeAlias = ModelServiceStub[
 
 class ModelServiceServicer(metaclass=abc.ABCMeta):
     """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
-    Admin port.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     @abc.abstractmethod

@@ -69,11 +69,11 @@ class Route(google.protobuf.message.Message):
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When it was created. Set by the server."""
+        """When it was created."""
 
     @property
     def update_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When it last changed. Set by the server."""
+        """When it last changed."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
@@ -275,19 +275,26 @@ class DeleteRouteRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     name: builtins.str
     """tenants/{tenant}/routes/{route}. Required."""
     etag: builtins.str
     """Delete only if this is still the route's etag."""
+    request_id: builtins.str
+    """A UUID that makes the call idempotent: the same id again returns the first result."""
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         etag: builtins.str | None = ...,
+        request_id: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_etag", b"_etag", "etag", b"etag"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_etag", b"_etag", "etag", b"etag", "name", b"name"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_etag", b"_etag", "_request_id", b"_request_id", "etag", b"etag", "request_id", b"request_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_etag", b"_etag", "_request_id", b"_request_id", "etag", b"etag", "name", b"name", "request_id", b"request_id"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_etag", b"_etag"]) -> typing.Literal["etag"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_request_id", b"_request_id"]) -> typing.Literal["request_id"] | None: ...
 
 Global___DeleteRouteRequest: typing_extensions.TypeAlias = DeleteRouteRequest
 

@@ -32,7 +32,8 @@ if _version_not_supported:
 
 
 class RouteServiceStub(object):
-    """Routes: stable names that stand for one or several models or adapters. Admin port.
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
     """
 
     def __init__(self, channel):
@@ -69,7 +70,8 @@ class RouteServiceStub(object):
 
 
 class RouteServiceServicer(object):
-    """Routes: stable names that stand for one or several models or adapters. Admin port.
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
     """
 
     def GetRoute(self, request, context):
@@ -145,7 +147,8 @@ def add_RouteServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RouteService(object):
-    """Routes: stable names that stand for one or several models or adapters. Admin port.
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
     """
 
     @staticmethod

@@ -107,7 +107,9 @@ _RouteServiceResolveTargetType = typing_extensions.TypeVar(
 )
 
 class RouteServiceStub(typing.Generic[_RouteServiceGetRouteType, _RouteServiceListRoutesType, _RouteServiceUpdateRouteType, _RouteServiceDeleteRouteType, _RouteServiceResolveTargetType]):
-    """Routes: stable names that stand for one or several models or adapters. Admin port."""
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
+    """
 
     @typing.overload
     def __init__(self: RouteServiceStub[
@@ -198,7 +200,9 @@ RouteServiceAsyncStub: typing_extensions.TypeAlias = RouteServiceStub[
 ]
 
 class RouteServiceServicer(metaclass=abc.ABCMeta):
-    """Routes: stable names that stand for one or several models or adapters. Admin port."""
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
+    """
 
     @abc.abstractmethod
     def GetRoute(

@@ -27,7 +27,6 @@ class ServerInfo(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: builtins.int
-    COMMIT_FIELD_NUMBER: builtins.int
     START_TIME_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     DEVICES_FIELD_NUMBER: builtins.int
@@ -35,8 +34,6 @@ class ServerInfo(google.protobuf.message.Message):
     UNSUPPORTED_FEATURES_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Its version, such as "0.1.0"."""
-    commit: builtins.str
-    """The commit that it was built from; empty if unknown."""
     draining: builtins.bool
     """Whether it is shutting down and takes no new work."""
     max_receive_bytes: builtins.int
@@ -47,17 +44,16 @@ class ServerInfo(google.protobuf.message.Message):
 
     @property
     def devices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Device]:
-        """The devices that it can use."""
+        """The devices that its models are on, ordered by name."""
 
     @property
     def unsupported_features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Fields and methods of this contract that it refuses with FEATURE_UNSUPPORTED, such as "GenerateSpec.constraint"."""
+        """Fields of this contract that it refuses with FEATURE_UNSUPPORTED, such as "GenerateSpec.constraint"."""
 
     def __init__(
         self,
         *,
         version: builtins.str = ...,
-        commit: builtins.str = ...,
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         draining: builtins.bool = ...,
         devices: collections.abc.Iterable[Global___Device] | None = ...,
@@ -65,7 +61,7 @@ class ServerInfo(google.protobuf.message.Message):
         unsupported_features: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["commit", b"commit", "devices", b"devices", "draining", b"draining", "max_receive_bytes", b"max_receive_bytes", "start_time", b"start_time", "unsupported_features", b"unsupported_features", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["devices", b"devices", "draining", b"draining", "max_receive_bytes", b"max_receive_bytes", "start_time", b"start_time", "unsupported_features", b"unsupported_features", "version", b"version"]) -> None: ...
 
 Global___ServerInfo: typing_extensions.TypeAlias = ServerInfo
 
@@ -317,6 +313,22 @@ class UsageRecord(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     ID_FIELD_NUMBER: builtins.int
     TRACE_ID_FIELD_NUMBER: builtins.int
     OPERATION_FIELD_NUMBER: builtins.int
@@ -336,8 +348,10 @@ class UsageRecord(google.protobuf.message.Message):
     ADAPTER_LOAD_DURATION_FIELD_NUMBER: builtins.int
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: builtins.int
     ADAPTERS_FIELD_NUMBER: builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     id: builtins.str
-    """Unique: the request id that the caller sees. Tells what was seen already."""
+    """Unique: the server's id of the request, which the caller sees. Tells what was seen already."""
     trace_id: builtins.str
     """Of the caller's trace, or of the one that began here; empty: neither."""
     operation: builtins.str
@@ -364,6 +378,8 @@ class UsageRecord(google.protobuf.message.Message):
     """Of these, found in the prefix cache."""
     completion_tokens: builtins.int
     """Tokens generated, of all outputs, whether they were read or not."""
+    client_request_id: builtins.str
+    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
     @property
     def finish_reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Of each output that finished, without the prefix FINISH_REASON_, such as "EOS"."""
@@ -392,6 +408,10 @@ class UsageRecord(google.protobuf.message.Message):
     def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UsedAdapter]:
         """Every adapter that it ran with: none, one, or those of a weighted sum."""
 
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """As in GenerateSpec.labels."""
+
     def __init__(
         self,
         *,
@@ -414,9 +434,11 @@ class UsageRecord(google.protobuf.message.Message):
         adapter_load_duration: google.protobuf.duration_pb2.Duration | None = ...,
         time_to_first_token: google.protobuf.duration_pb2.Duration | None = ...,
         adapters: collections.abc.Iterable[Global___UsedAdapter] | None = ...,
+        client_request_id: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "queue_duration", b"queue_duration", "start_time", b"start_time", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_load_duration", b"adapter_load_duration", "adapters", b"adapters", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "finish_reasons", b"finish_reasons", "id", b"id", "model", b"model", "model_revision", b"model_revision", "operation", b"operation", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "start_time", b"start_time", "status", b"status", "tenant", b"tenant", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration", "trace_id", b"trace_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_load_duration", b"adapter_load_duration", "adapters", b"adapters", "cached_prompt_tokens", b"cached_prompt_tokens", "client_request_id", b"client_request_id", "completion_tokens", b"completion_tokens", "finish_reasons", b"finish_reasons", "id", b"id", "labels", b"labels", "model", b"model", "model_revision", b"model_revision", "operation", b"operation", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "start_time", b"start_time", "status", b"status", "tenant", b"tenant", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration", "trace_id", b"trace_id"]) -> None: ...
 
 Global___UsageRecord: typing_extensions.TypeAlias = UsageRecord
 

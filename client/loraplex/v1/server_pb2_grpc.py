@@ -31,7 +31,7 @@ if _version_not_supported:
 
 
 class ServerServiceStub(object):
-    """About the server itself. Admin port.
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller.
     """
 
     def __init__(self, channel):
@@ -58,7 +58,7 @@ class ServerServiceStub(object):
 
 
 class ServerServiceServicer(object):
-    """About the server itself. Admin port.
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller.
     """
 
     def GetServerInfo(self, request, context):
@@ -111,7 +111,7 @@ def add_ServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServerService(object):
-    """About the server itself. Admin port.
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller.
     """
 
     @staticmethod

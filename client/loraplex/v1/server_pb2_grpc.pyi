@@ -74,7 +74,7 @@ _ServerServiceWatchUsageType = typing_extensions.TypeVar(
 )
 
 class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerServiceWatchLoadType, _ServerServiceWatchUsageType]):
-    """About the server itself. Admin port."""
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller."""
 
     @typing.overload
     def __init__(self: ServerServiceStub[
@@ -136,7 +136,7 @@ ServerServiceAsyncStub: typing_extensions.TypeAlias = ServerServiceStub[
 ]
 
 class ServerServiceServicer(metaclass=abc.ABCMeta):
-    """About the server itself. Admin port."""
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller."""
 
     @abc.abstractmethod
     def GetServerInfo(
