@@ -20,8 +20,7 @@ class Depot:
         """Raises OSError for a directory that cannot be made."""
         self._versions = root / "versions"
         self._incoming = root / "incoming"
-        for directory in (self._versions, self._incoming):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_directories()
 
     def path(self, digest: str) -> Path:
         """Where the files of this digest are, or would be."""
@@ -29,6 +28,7 @@ class Depot:
 
     def begin(self) -> Path:
         """A new empty directory, to gather files in."""
+        self._make_directories()
         return Path(tempfile.mkdtemp(dir=self._incoming))
 
     def settle(self, incoming: Path) -> None:
@@ -66,6 +66,11 @@ class Depot:
         for directory in list(self._versions.iterdir()):
             if directory.name not in keep and (withdrawn := self.withdraw(directory.name)) is not None:
                 self.discard(withdrawn)
+
+    def _make_directories(self) -> None:
+        """Again, where a cleaner has removed them."""
+        for directory in (self._versions, self._incoming):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -7,9 +7,10 @@ that no other frame follows.
 """
 
 import asyncio
+import errno
 import logging
+import os
 import struct
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Generic, Self, TypeVar
@@ -22,6 +23,7 @@ from engine.messages import FromEngine, ToEngine
 logger = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES: Final = 256 << 20  # a prompt of 32 MiB and its tokens fit many times
+SPARE_DESCRIPTORS: Final = 32  # a bus and its engine process take less than half of them
 MAX_UNREAD_FRAMES: Final = 16384  # steps that an engine goes ahead of a service that does not read, then it waits
 
 NUMBER: Final = struct.Struct(">Q")  # ahead of each frame: how many its sender has sent before it
@@ -73,11 +75,6 @@ def _bad_request(frame: bytes | memoryview, problem: str) -> BadRequest | None:
         case ["AddRequest", int(request_id), *_]:
             return BadRequest(request_id, problem)
     return None
-
-
-def make_bus_directory() -> tempfile.TemporaryDirectory[str]:
-    """A new directory for bus addresses, mode 0700, removed with `cleanup()`. Short: a socket path has 107 bytes."""
-    return tempfile.TemporaryDirectory(prefix="loraplex-")
 
 
 def bus_address(directory: Path, name: str) -> str:
@@ -173,12 +170,17 @@ class ServiceBus(_Bus):
     """
 
     def __init__(self, address: str) -> None:
-        """Binds the address. Needs a running event loop."""
+        """Binds the address. Needs a running event loop. Raises OSError, zmq.ZMQError."""
+        _check_descriptors()
         super().__init__()
         self._reader = FrameReader[FromEngine](msgspec.msgpack.Decoder(FromEngine))
         self._socket.setsockopt(zmq.SNDHWM, 0)  # admission bounds what is queued
         self._socket.setsockopt(zmq.RCVHWM, MAX_UNREAD_FRAMES)
-        self._socket.bind(address)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError:
+            super().close(0.0)
+            raise
         self._frames: list[bytes] = []
         self._readable = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -221,3 +223,16 @@ class ServiceBus(_Bus):
         while self._has_input():
             self._frames.append(self._socket.recv(zmq.NOBLOCK))
             self._readable.set()
+
+
+def _check_descriptors() -> None:
+    """Raise OSError if this process can open too few more: ZeroMQ aborts a process where it lacks one."""
+    held: list[int] = []
+    try:
+        while len(held) < SPARE_DESCRIPTORS:
+            held += os.pipe()
+    except OSError as error:
+        raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}; raise its limit (ulimit -n)") from error
+    finally:
+        for descriptor in held:
+            os.close(descriptor)

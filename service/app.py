@@ -16,7 +16,7 @@ from adapters.key import AdapterKey
 from adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
 from adapters.remote import RemoteSources
 from adapters.source import AdapterSource
-from engine.bus import make_bus_directory
+from engine.bus_directory import BusDirectory
 from loraplex.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
 from loraplex.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from loraplex.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
@@ -118,7 +118,7 @@ def engine_processes(config: ServiceConfig) -> LaunchFor:
 
 def assemble(
     config: ServiceConfig,
-    bus_directory: Path,
+    bus_directory: BusDirectory,
     renderer: TemplateRenderer,
     launch_for: LaunchFor,
     telemetry: Telemetry,
@@ -139,7 +139,7 @@ def assemble(
     registry.subscribe(partial(_tell_removed, registry, telemetry.observer))
     state_directory = Path(config.state_directory) if config.state_directory else None
     state = StateFile(state_directory)
-    depot = Depot((state_directory or bus_directory) / "adapters")
+    depot = Depot((state_directory or bus_directory.path) / "adapters")
     remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
     library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
     tenants = Tenants(config.tenants, config.other_tenants)
@@ -203,7 +203,7 @@ async def running(
     OSError for files that are not there.
     """
     async with AsyncExitStack() as stack:
-        bus_directory = Path(stack.enter_context(make_bus_directory()))
+        bus_directory = stack.enter_context(BusDirectory())
         renderer = await stack.enter_async_context(TemplateRenderer())
         telemetry = await stack.enter_async_context(telemetry_of(config))
         app = assemble(config, bus_directory, renderer, launch_for or engine_processes(config), telemetry)

@@ -205,7 +205,10 @@ class ModelHost:
 
     def _publish(self, model: HostedModel) -> None:
         for callback in list(self._subscribers):
-            callback(model)
+            try:
+                callback(model)
+            except Exception:  # of one who listens: the supervision that tells it must go on
+                logger.exception("a change of model %s could not be followed", model.name)
 
 
 def _read_text_files(config: ModelConfig) -> tuple[Tokenizer, str]:

@@ -2,7 +2,8 @@
 
 A port of its own that speaks grpc.health.v1 in plaintext and nothing else, because a kubelet's probes know no TLS and
 no credentials. Three names: `startup` serves once every model that is loaded at start has been active; `liveness` while
-the process answers and not every model is given up for good; `readiness` while new requests are admitted.
+the process answers and not every model that is to be loaded is given up for good; `readiness` while new requests are
+admitted.
 """
 
 from collections.abc import Iterable
@@ -50,7 +51,8 @@ class Probes:
 
     async def _update(self) -> None:
         states = self._states.values()
-        given_up = bool(states) and all(state is EngineState.FAILED for state in states)
+        wanted = [state for state in states if state is not EngineState.UNLOADED]
+        given_up = bool(wanted) and all(state is EngineState.FAILED for state in wanted)
         ready = self._admitting and not self._draining and EngineState.ACTIVE in states
         for name, serving in ((STARTUP, not self._not_yet_active), (LIVENESS, not given_up), (READINESS, ready)):
             await self.servicer.set(name, SERVING if serving else NOT_SERVING)

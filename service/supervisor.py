@@ -8,15 +8,15 @@ import sys
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
-from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 
 from engine.bus import FrameLost, ServiceBus, bus_address
+from engine.bus_directory import BusDirectory
 from engine.client import MAX_PENDING_TOKENS, EngineClient
 from engine.config import EngineConfig
 from engine.messages import EngineFailed, EngineReady, LoadProgress, ModelLimits, Shutdown
@@ -78,7 +78,7 @@ class EngineSupervisor:
         self,
         name: str,
         launch: Launch,
-        bus_directory: Path,
+        bus_directory: BusDirectory,
         config: SupervisionConfig,
         changed: Callable[[], None],
         unread_tokens: int = MAX_PENDING_TOKENS,
@@ -110,6 +110,7 @@ class EngineSupervisor:
             self.progress = Progress()
             self._set(EngineState.LOADING)
             self._run = asyncio.create_task(self._keep_alive(), name=f"engine {self.name}")
+            self._run.add_done_callback(self._supervision_ended)
 
     async def wait_settled(self) -> None:
         """Until the engine is ACTIVE, FAILED or UNLOADED."""
@@ -154,31 +155,48 @@ class EngineSupervisor:
             await asyncio.sleep(delay)
             delay = min(2 * delay, self._config.restart_delay_max_seconds)
 
+    def _supervision_ended(self, run: "asyncio.Task[None]") -> None:
+        """By an error that nobody thought of: then the model is FAILED, and not LOADING for ever."""
+        if not run.cancelled() and (error := run.exception()) is not None:
+            logger.critical("the engine of model %s is supervised no more", self.name, exc_info=error)
+            self.error = f"its supervision failed: {error!r}"
+            self._set(EngineState.FAILED)
+
     async def _live(self) -> bool:
         """One process, from its start to its death, of which `error` tells. Returns whether it became ready."""
         self._num_lives += 1
-        address = bus_address(self._directory, f"{self.name}-{self._num_lives}")
-        with ServiceBus(address) as bus:
+        ready = asyncio.Event()
+        with ExitStack() as stack:
             try:
-                process = await self._launch(address)
-            except OSError as error:
+                bus, process = await self._start_process(stack)
+            except Exception as error:  # no descriptors, no memory, no directory, …
                 self.error = f"its process could not be started: {error}"
-                return False
-            self.pid = process.pid
-            ready = asyncio.Event()
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._watch(process))
-                    tasks.create_task(self._listen(bus, ready))
-                    tasks.create_task(self._beat(ready))
-            except* _EngineLost as lost:
-                self.error = str(lost.exceptions[0])
-            except* Exception as failures:  # whatever it is, the model must not stay without an engine in silence
-                logger.error("the engine of model %s said what cannot be", self.name, exc_info=failures)
-                self.error = f"it said what cannot be: {failures.exceptions[0]}"
-            finally:
-                await self._end(process, bus)
-            return ready.is_set()
+            else:
+                await self._accompany(process, bus, ready)
+        return ready.is_set()
+
+    async def _start_process(self, stack: ExitStack) -> tuple[ServiceBus, EngineProcess]:
+        """The process, and the bus that it will connect to, which the stack closes."""
+        self._directory.ensure()
+        address = bus_address(self._directory.path, f"{self.name}-{self._num_lives}")
+        bus = stack.enter_context(ServiceBus(address))
+        return bus, await self._launch(address)
+
+    async def _accompany(self, process: EngineProcess, bus: ServiceBus, ready: asyncio.Event) -> None:
+        """Until the process is gone."""
+        self.pid = process.pid
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._watch(process))
+                tasks.create_task(self._listen(bus, ready))
+                tasks.create_task(self._beat(ready))
+        except* _EngineLost as lost:
+            self.error = str(lost.exceptions[0])
+        except* Exception as failures:  # whatever it is, the model must not stay without an engine in silence
+            logger.error("the engine of model %s said what cannot be", self.name, exc_info=failures)
+            self.error = f"it said what cannot be: {failures.exceptions[0]}"
+        finally:
+            await self._end(process, bus)
 
     async def _watch(self, process: EngineProcess) -> None:
         status = await process.wait()

@@ -1,7 +1,9 @@
 """The bus carries every message unchanged, and nothing that arrives on it can end an engine."""
 
 import asyncio
-import stat
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +23,8 @@ from engine.bus import (
     FrameReader,
     ServiceBus,
     bus_address,
-    make_bus_directory,
 )
+from engine.bus_directory import BusDirectory
 from engine.messages import (
     Abort,
     AdapterLoaded,
@@ -52,9 +54,8 @@ TO_ENGINE: list[ToEngine] = [
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    directory = make_bus_directory()
-    yield bus_address(Path(directory.name), "engine")
-    directory.cleanup()
+    with BusDirectory() as directory:
+        yield bus_address(directory.path, "engine")
 
 
 def new_reader() -> FrameReader[ToEngine]:
@@ -112,10 +113,46 @@ def test_a_request_that_does_not_decode_still_says_whose_it_was() -> None:
     assert "Expected `array`" in message.problem
 
 
-def test_only_the_owner_may_enter_the_directory() -> None:
-    directory = make_bus_directory()
-    assert stat.S_IMODE(Path(directory.name).stat().st_mode) == 0o700
-    directory.cleanup()
+EXHAUSTED = """
+import asyncio, os, resource, sys
+from pathlib import Path
+from engine.bus import ServiceBus, bus_address
+
+async def bind(spare: int, directory: Path) -> None:
+    held = []
+    try:
+        while True:
+            held.append(os.dup(0))
+    except OSError:
+        for descriptor in held[:spare]:
+            os.close(descriptor)
+    try:
+        ServiceBus(bus_address(directory, "engine")).close()
+    except OSError as error:
+        print(error)
+    else:
+        print("bound")
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+asyncio.run(bind(int(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize(("spare", "said"), [*((spare, "Too many open files") for spare in range(8)), (100, "bound")])
+def test_without_descriptors_a_bus_is_an_error_and_not_the_end_of_the_service(
+    tmp_path: Path, spare: int, said: str
+) -> None:
+    command = [sys.executable, "-c", EXHAUSTED, str(spare), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, said in result.stdout) == (0, True), result.stderr
+
+
+async def test_a_bus_that_cannot_be_bound_leaves_nothing_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(zmq.ZMQError):
+            ServiceBus(bus_address(tmp_path / "gone", "engine"))
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_path_that_no_socket_can_have_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import zmq
 
 from adapters.key import AdapterKey
 from engine.__main__ import limit_threads
-from engine.bus import NUMBER, EngineBus, bus_address, make_bus_directory
+from engine.bus import NUMBER, EngineBus, bus_address
+from engine.bus_directory import BusDirectory
 from engine.config import EngineConfig
 from engine.messages import (
     Abort,
@@ -127,9 +128,8 @@ class Peer:
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    directory = make_bus_directory()
-    yield bus_address(Path(directory.name), "engine")
-    directory.cleanup()
+    with BusDirectory() as directory:
+        yield bus_address(directory.path, "engine")
 
 
 @pytest.fixture

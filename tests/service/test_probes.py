@@ -46,6 +46,15 @@ async def test_a_server_is_alive_until_every_model_is_given_up() -> None:
     assert not (await answers(probes))[LIVENESS]
 
 
+async def test_a_model_that_nobody_wants_loaded_does_not_keep_a_server_alive() -> None:
+    probes = Probes(["a"])
+    await probes.set_state("a", EngineState.FAILED)
+    await probes.set_state("b", EngineState.UNLOADED)
+    assert not (await answers(probes))[LIVENESS]
+    await probes.set_state("a", EngineState.UNLOADED)
+    assert (await answers(probes))[LIVENESS]
+
+
 async def test_a_draining_server_is_alive_but_not_ready_whatever_its_models_do() -> None:
     probes = Probes(["a"])
     await probes.set_state("a", EngineState.ACTIVE)

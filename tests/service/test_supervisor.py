@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,13 +11,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.bus import make_bus_directory
+from engine.bus_directory import BusDirectory
 from engine.client import EngineClient
 from engine.messages import AddRequest
 from engine.sampling_params import SamplingParams
 from service.config import SupervisionConfig
 from service.errors import FailedPrecondition, LoraplexError, Unavailable
-from service.supervisor import EngineState, EngineSupervisor, Launch
+from service.supervisor import EngineProcess, EngineState, EngineSupervisor, Launch
 from tests.service.scripted_engine import LIMITS, process_launcher
 
 QUICK = SupervisionConfig(
@@ -32,7 +33,7 @@ UNLOADED = FailedPrecondition("MODEL_UNLOADED", "unloaded")
 class Watched(EngineSupervisor):
     """A supervisor whose history a test can wait for."""
 
-    def __init__(self, launch: Launch, directory: Path, config: SupervisionConfig) -> None:
+    def __init__(self, launch: Launch, directory: BusDirectory, config: SupervisionConfig) -> None:
         self.history: list[EngineState] = []
         self._condition = asyncio.Event()
         super().__init__("tiny", launch, directory, config, self._note)
@@ -51,13 +52,12 @@ class Watched(EngineSupervisor):
 
 @asynccontextmanager
 async def supervisor(*arguments: str, config: SupervisionConfig = QUICK) -> AsyncIterator[Watched]:
-    directory = make_bus_directory()
-    watched = Watched(process_launcher(*arguments), Path(directory.name), config)
-    try:
-        yield watched
-    finally:
-        await watched.stop(UNLOADED)
-        directory.cleanup()
+    with BusDirectory() as directory:
+        watched = Watched(process_launcher(*arguments), directory, config)
+        try:
+            yield watched
+        finally:
+            await watched.stop(UNLOADED)
 
 
 @pytest.fixture
@@ -129,13 +129,62 @@ async def test_a_process_that_cannot_be_started_is_a_failure() -> None:
     async def launch(address: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec("/nowhere/python")
 
-    directory = make_bus_directory()
-    watched = Watched(launch, Path(directory.name), QUICK)
-    watched.start()
-    await watched.wait_settled()
-    assert watched.state is EngineState.FAILED
-    assert "could not be started" in watched.error
-    directory.cleanup()
+    with BusDirectory() as directory:
+        watched = Watched(launch, directory, QUICK)
+        watched.start()
+        await watched.wait_settled()
+        assert watched.state is EngineState.FAILED
+        assert "could not be started" in watched.error
+
+
+async def test_an_engine_comes_back_though_the_directory_of_its_bus_was_removed(active: Watched) -> None:
+    shutil.rmtree(active._directory.path)
+    os.kill(pid_of(active), signal.SIGKILL)
+    await active.until(lambda: active.history[2:] == [EngineState.RESTARTING, EngineState.ACTIVE])
+    await client_of(active).ping()
+
+
+async def test_starts_that_fail_before_there_is_a_process_are_counted_and_logged(
+    active: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = active._directory.path
+    shutil.rmtree(path)
+    path.write_text("in the way")
+    os.kill(pid_of(active), signal.SIGKILL)
+    await active.until(lambda: active.state is EngineState.FAILED)
+    assert "could not be started" in active.error
+    assert caplog.text.count("could not be started") == QUICK.failed_starts
+    path.unlink()
+    active.start()
+    await active.wait_settled()
+    assert active.history[2:] == [EngineState.RESTARTING, EngineState.FAILED, EngineState.LOADING, EngineState.ACTIVE]
+
+
+async def test_whatever_keeps_a_process_from_being_started_is_a_failed_start() -> None:
+    async def launch(address: str) -> EngineProcess:
+        raise RuntimeError("cannot start a thread")
+
+    with BusDirectory() as directory:
+        watched = Watched(launch, directory, QUICK)
+        watched.start()
+        await watched.wait_settled()
+        assert (watched.state, "cannot start a thread" in watched.error) == (EngineState.FAILED, True)
+
+
+async def test_a_supervision_that_breaks_is_a_failure_that_a_start_mends(
+    active: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken() -> bool:
+        raise RuntimeError("what nobody thought of")
+
+    with monkeypatch.context() as breaking:
+        breaking.setattr(active, "_live", broken)
+        os.kill(pid_of(active), signal.SIGKILL)
+        await active.until(lambda: active.state is EngineState.FAILED)
+    assert "what nobody thought of" in active.error
+    active.start()
+    await active.wait_settled()
+    assert active.state is EngineState.ACTIVE
 
 
 async def test_a_killed_engine_ends_its_streams_and_comes_back(active: Watched) -> None:
