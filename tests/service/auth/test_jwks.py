@@ -19,6 +19,7 @@ from service.auth.config import AuthConfig
 from service.auth.door import Caller, Door
 from service.auth.jwks import KEPT_SECONDS, LIFE_SECONDS, RETRY_SECONDS, FileKeys, RemoteKeys
 from service.errors import Unauthenticated, Unavailable
+from tests.own_log import own_records
 from tests.service.auth.provider import Provider, public
 from tests.service.authority import Authority
 
@@ -201,7 +202,7 @@ async def test_while_the_address_is_down_the_last_keys_are_kept_for_an_hour(
     with pytest.raises(Unavailable, match="try again") as raised:
         await keys.find(provider.token())
     assert raised.value.retry_after_seconds == RETRY_SECONDS
-    [said] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    [said] = [record for record in own_records(caplog) if record.levelno == logging.ERROR]
     assert f"the keys at {endpoint.address} cannot be had" in said.getMessage()
     assert "until these are 60 minutes old" in said.getMessage()
     endpoint.start()
