@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc.status_pb2 import Status
 
 from service.auth.access import check_resource
-from service.auth.door import Caller, Door, certificate_names
+from service.auth.door import Caller, Door
 from service.auth.principal import Principal
 from service.call import Call, serving
 from service.errors import EngineError, InvalidRequest, LoraplexError, SlowConsumer, to_status, trailing_metadata
@@ -221,7 +221,8 @@ def _text_metadata(context: Context) -> dict[str, str]:
 
 
 def _caller(context: Context, metadata: Mapping[str, str]) -> Caller:
-    return Caller(metadata, context.peer(), certificate_names(context.auth_context()))
+    certificate = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
+    return Caller(metadata, context.peer(), certificate)
 
 
 def _deadline(context: Context) -> float | None:

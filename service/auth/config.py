@@ -1,6 +1,7 @@
 """The part of the configuration that says who may call."""
 
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -51,10 +52,20 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
 
+class NameKind(StrEnum):
+    """Where in a certificate a name stands: in its alternative names, or in its subject."""
+
+    DNS = "dns"
+    URI = "uri"
+    EMAIL = "email"
+    IP = "ip"
+    COMMON_NAME = "common_name"
+
+
 class CertificateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whose client certificate this is."""
 
-    name: str  # one of its subject alternative names, or its common name
+    name: str  # exactly as it stands in the certificate
     tenant: str
     roles: tuple[Role, ...] = (Role.INFERENCE,)
 
@@ -65,6 +76,7 @@ class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     keys: str | None = None  # the file that `loraplex keys` writes
     jwt: JwtConfig | None = None
     certificates: tuple[CertificateConfig, ...] = ()
+    certificate_names: tuple[NameKind, ...] = (NameKind.DNS, NameKind.COMMON_NAME)  # which of its names count
     trusted_peers: tuple[str, ...] = ()  # networks whose calls are believed the tenant that they name
 
     def with_paths(self, absolute: Callable[[str], str]) -> "AuthConfig":
@@ -81,7 +93,14 @@ class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             yield f"keys: there is no file {self.keys}; make one with `loraplex keys create`"
         if self.jwt is not None:
             yield from self.jwt.problems()
+        if self.certificates and not self.certificate_names:
+            yield "certificate_names: there is none, so that no certificate says who it is"
+        names = [certificate.name for certificate in self.certificates]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"certificates: {name!r} appears {names.count(name)} times; names must differ"
         for certificate in self.certificates:
+            if not certificate.name.isprintable() or not certificate.name:
+                yield f"certificates: name {certificate.name!r} is empty or has a control character"
             if not TENANT_ID.fullmatch(certificate.tenant):
                 yield f"certificates: tenant {certificate.tenant!r} must be {TENANT_ID_RULE}"
         for network in self.trusted_peers:

@@ -1,11 +1,12 @@
 """Makes a principal of what a call shows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from urllib.parse import unquote
 
 from service.auth.access import check_role
+from service.auth.certificates import certificate_names
 from service.auth.config import AuthConfig
 from service.auth.jwt import JwtVerifier
 from service.auth.keys import KeyVerifier
@@ -23,7 +24,7 @@ class Caller:
 
     metadata: Mapping[str, str]
     peer: str = ""  # as gRPC has it: "ipv4:127.0.0.1:50000", "ipv6:%5B::1%5D:50000", "unix:"
-    certificate_names: tuple[str, ...] = ()  # of a client certificate that was checked; the common name comes last
+    certificate: bytes | None = None  # in PEM, of a client whose certificate was checked
 
 
 class Door:
@@ -41,6 +42,7 @@ class Door:
         self._certificates = {
             entry.name: Principal(entry.name, entry.tenant, frozenset(entry.roles)) for entry in config.certificates
         }
+        self._name_kinds = frozenset(config.certificate_names)
         self._trusted = [ip_network(network) for network in config.trusted_peers]
 
     async def enter(self, method: str, caller: Caller) -> Principal:
@@ -65,10 +67,14 @@ class Door:
             if scheme.lower() != "bearer" or not token:
                 raise Unauthenticated(f"the metadata `authorization` holds no bearer token; {_HOW}")
             return await self._verify(token)
-        for name in caller.certificate_names:
-            if name in self._certificates:
-                return self._certificates[name]
-        return None
+        return None if caller.certificate is None else self._owner(caller.certificate)
+
+    def _owner(self, certificate: bytes) -> Principal | None:
+        """Whose certificate it is, by the first of its names that is known; None: nobody's. Raises Unauthenticated."""
+        if not self._certificates:
+            return None
+        names = (name for kind, name in certificate_names(certificate) if kind in self._name_kinds)
+        return next((self._certificates[name] for name in names if name in self._certificates), None)
 
     def _stranger(self, caller: Caller) -> tuple[Principal, bool]:
         """Who shows nothing: let in where the door is open or the peer is trusted; and whether its word counts."""
@@ -108,10 +114,3 @@ def _tenant(principal: Principal, caller: Caller, may_name_others: bool) -> str:
     if not may_name_others:
         raise PermissionDenied(f"{principal.name!r} may not act for tenant {named!r}")
     return named
-
-
-def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
-    """The names in the client certificate of a call, as gRPC gives them."""
-    properties = ("x509_subject_alternative_name", "x509_common_name")
-    values = [value for name in properties for value in auth_context.get(name, ())]
-    return tuple(value.decode(errors="replace") for value in values)

@@ -33,19 +33,23 @@ class Authority:
         builder = _builder(self._name, self._name, self._key).add_extension(constraints, critical=True)
         self.certificate = _pem(builder.sign(self._key, hashes.SHA256()))
 
-    def issue(self, name: str) -> Pair:
-        """For 127.0.0.1 and this name."""
+    def issue(self, name: str, *alternatives: x509.GeneralName, more: tuple[str, ...] = ()) -> Pair:
+        """With this common name and these alternative ones; without any, for 127.0.0.1 and the name.
+
+        `more`: common names.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
-        names = x509.SubjectAlternativeName([x509.DNSName(name), x509.IPAddress(IPv4Address("127.0.0.1"))])
-        builder = _builder(_name(name), self._name, key).add_extension(names, critical=False)
+        names = alternatives or (x509.DNSName(name), x509.IPAddress(IPv4Address("127.0.0.1")))
+        extension = x509.SubjectAlternativeName(names)
+        builder = _builder(_name(name, *more), self._name, key).add_extension(extension, critical=False)
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         return Pair(_pem(builder.sign(self._key, hashes.SHA256())), private)
 
 
-def _name(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+def _name(*names: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names])
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:

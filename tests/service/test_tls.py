@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
 
 from loraplex import AsyncAdminClient, AsyncClient, LoraplexError, PermissionDenied, Unauthenticated
 from service.app import Addresses, running
@@ -111,9 +112,10 @@ async def test_a_caller_is_known_by_its_certificate(byte_tokenizer_directory: Pa
         async with admin(shop) as client:
             with pytest.raises(PermissionDenied):
                 await client.list_models()
-        async with admin(stranger) as client:
-            with pytest.raises(Unauthenticated):
-                await client.list_models()
+        for pair in (stranger, authority.issue("operator\0.evil"), authority.issue("x", x509.DNSName("operator\0.x"))):
+            async with admin(pair) as client:
+                with pytest.raises(Unauthenticated):
+                    await client.list_models()
 
 
 def test_at_the_start_files_that_cannot_be_used_are_an_error(tmp_path: Path) -> None:

@@ -2,21 +2,24 @@
 
 import time
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
 from click.testing import CliRunner
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from service.auth.config import AuthConfig, CertificateConfig, JwtConfig
+from service.auth.config import AuthConfig, CertificateConfig, JwtConfig, NameKind
 from service.auth.door import Caller, Door
 from service.auth.keys import KeyFile, KeyVerifier, make_key, read_keys, write_keys
 from service.auth.principal import Role
 from service.cli import main
 from service.errors import PermissionDenied, Unauthenticated
 from tests.service.auth.provider import Provider
+from tests.service.authority import Authority
 
 GENERATE = "/loraplex.v1.InferenceService/Generate"
 LIST_MODELS = "/loraplex.v1.ModelService/ListModels"
@@ -25,6 +28,11 @@ HERE, ELSEWHERE = "ipv4:127.0.0.1:5000", "ipv4:10.1.2.3:5000"
 
 def bearer(token: str, **metadata: str) -> Caller:
     return Caller({"authorization": f"Bearer {token}", **metadata}, ELSEWHERE)
+
+
+def showing(name: str, *alternatives: x509.GeneralName) -> Caller:
+    """With a certificate for these names."""
+    return Caller({}, ELSEWHERE, Authority("a").issue(name, *alternatives).certificate)
 
 
 async def tenant_of(door: Door, caller: Caller, method: str = GENERATE) -> str:
@@ -81,9 +89,82 @@ async def test_a_token_is_not_worth_more_through_a_trusted_peer(tmp_path: Path) 
 async def test_a_certificate_is_known_by_any_of_its_names() -> None:
     entry = CertificateConfig(name="support.acme", tenant="acme")
     door = Door(AuthConfig(certificates=(entry,)))
-    assert await tenant_of(door, Caller({}, ELSEWHERE, ("x", "support.acme"))) == "acme"
+    assert await tenant_of(door, showing("x", x509.DNSName("y"), x509.DNSName("support.acme"))) == "acme"
+    assert await tenant_of(door, showing("support.acme", x509.DNSName("y"))) == "acme"
     with pytest.raises(Unauthenticated):
-        await door.enter(GENERATE, Caller({}, ELSEWHERE, ("support.acme.evil",)))
+        await door.enter(GENERATE, showing("support.acme.evil"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("operator\0.evil",),
+        ("x", x509.DNSName("operator\0.evil")),
+        ("operator", x509.DNSName("x\0")),
+        ("operator", x509.UniformResourceIdentifier("x\0")),
+        ("operator\n",),
+    ],
+    ids=str,
+)
+async def test_a_certificate_with_a_control_character_in_a_name_is_nobodys(names: tuple[Any, ...]) -> None:
+    door = Door(AuthConfig(certificates=(CertificateConfig(name="operator", tenant="operator"),)))
+    with pytest.raises(Unauthenticated, match="control character"):
+        await door.enter(GENERATE, showing(*names))
+
+
+ALTERNATIVES: dict[NameKind, tuple[str, x509.GeneralName]] = {
+    NameKind.DNS: ("shop.acme", x509.DNSName("shop.acme")),
+    NameKind.URI: ("spiffe://acme/shop", x509.UniformResourceIdentifier("spiffe://acme/shop")),
+    NameKind.EMAIL: ("shop@acme", x509.RFC822Name("shop@acme")),
+    NameKind.IP: ("10.0.0.1", x509.IPAddress(IPv4Address("10.0.0.1"))),
+}
+
+
+@pytest.mark.parametrize("kind", ALTERNATIVES)
+async def test_the_kinds_of_names_that_count_are_configured(kind: NameKind) -> None:
+    name, alternative = ALTERNATIVES[kind]
+    entry = CertificateConfig(name=name, tenant="acme")
+    caller = showing("x", alternative)
+    assert await tenant_of(Door(AuthConfig(certificates=(entry,), certificate_names=(kind,))), caller) == "acme"
+    others = tuple(other for other in NameKind if other is not kind)
+    with pytest.raises(Unauthenticated):
+        await tenant_of(Door(AuthConfig(certificates=(entry,), certificate_names=others)), caller)
+
+
+@pytest.mark.parametrize("kind", [NameKind.URI, NameKind.EMAIL, NameKind.IP])
+async def test_by_itself_no_alternative_name_counts_but_that_of_a_host(kind: NameKind) -> None:
+    name, alternative = ALTERNATIVES[kind]
+    door = Door(AuthConfig(certificates=(CertificateConfig(name=name, tenant="acme"),)))
+    with pytest.raises(Unauthenticated):
+        await tenant_of(door, showing("x", alternative))
+
+
+@pytest.mark.parametrize("certificate", [b"", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+async def test_a_certificate_that_cannot_be_read_is_nobodys(certificate: bytes) -> None:
+    door = Door(AuthConfig(certificates=(CertificateConfig(name="operator", tenant="operator"),)))
+    with pytest.raises(Unauthenticated, match="cannot be read"):
+        await door.enter(GENERATE, Caller({}, ELSEWHERE, certificate))
+
+
+async def test_a_certificate_with_two_common_names_is_nobodys() -> None:
+    entry = CertificateConfig(name="operator", tenant="operator")
+    door = Door(AuthConfig(certificates=(entry,)))
+    certificate = Authority("a").issue("x", more=("operator",)).certificate
+    with pytest.raises(Unauthenticated, match="several common names"):
+        await door.enter(GENERATE, Caller({}, ELSEWHERE, certificate))
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (AuthConfig(certificates=(CertificateConfig(name="a\0", tenant="t"),)), "control character"),
+        (AuthConfig(certificates=(CertificateConfig(name="", tenant="t"),)), "is empty"),
+        (AuthConfig(certificates=(CertificateConfig(name="a", tenant="t"),) * 2), "appears 2 times"),
+        (AuthConfig(certificates=(CertificateConfig(name="a", tenant="t"),), certificate_names=()), "there is none"),
+    ],
+)
+def test_certificates_that_could_not_tell_who_calls_are_not_configured(config: AuthConfig, problem: str) -> None:
+    assert [found for found in config.problems() if problem in found]
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------
