@@ -101,9 +101,10 @@ class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
     finish_reason: FinishReason | None = None  # set on the last output only
     stop_token_id: int | None = None  # the token that ended it, for STOP and EOS
     logprobs: list[TokenLogprobs] | None = None  # one per new token
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # whole prompt, once, with the first token; [0] is None
-    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache (set with the first output)
-    queue_seconds: float = 0.0  # from arrival to first scheduling (set with the first output)
+    # What follows comes once, with the first output.
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # [0] is None; all, if a token has been drawn
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    queue_seconds: float | None = None  # from arrival to first scheduling; None: it ended before that
     adapter_load_seconds: float = 0.0  # of that, waiting for the adapter
     error: str = ""  # with finish_reason ERROR: what went wrong with this request alone
     error_reason: str = ""  # of an error that its adapter has: the kind, a name of loraplex.v1.ErrorReason

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from engine.block_manager import BlockManager
@@ -266,14 +268,10 @@ class Scheduler:
             finish_reason=reason,
             stop_token_id=stopped_by,
             logprobs=None if sampled.logprobs is None else [sampled.logprobs],
-            prompt_logprobs=request.prompt_logprobs if first and request.prompt_logprobs else None,
-            num_cached_tokens=request.num_cached_tokens if first else 0,
-            queue_seconds=self._seconds_since_arrival(request, request.first_scheduled_time) if first else 0.0,
-            adapter_load_seconds=self._seconds_since_arrival(request, request.adapter_ready_time) if first else 0.0,
         )
         if reason is not None:
             self._finish(request, reason)
-        return output
+        return _with_beginning(output, request) if first else output
 
     def _collect_prompt_logprobs(
         self, request: Request, item: ScheduledRequest, logprobs: Sequence[TokenLogprobs] | None
@@ -306,7 +304,8 @@ class Scheduler:
             request = self.requests.get(request_id)
             if request is not None:
                 self._finish(request, FinishReason.TIME_LIMIT)
-                self._outputs.append(RequestOutput(request_id, [], FinishReason.TIME_LIMIT))
+                output = RequestOutput(request_id, [], FinishReason.TIME_LIMIT)
+                self._outputs.append(output if request.num_output_tokens else _with_beginning(output, request))
 
     def fail(self, request: Request, error: str, reason: str = "") -> None:
         """End one request with an error; the next `update` says so. `reason`: of an error that its adapter has."""
@@ -345,5 +344,17 @@ class Scheduler:
         request.finish_reason = reason
         del self.requests[request.request_id]
 
-    def _seconds_since_arrival(self, request: Request, moment: float | None) -> float:
-        return 0.0 if moment is None else moment - request.arrival_time
+
+def _with_beginning(output: RequestOutput, request: Request) -> RequestOutput:
+    """The output with what is told once, with the first one."""
+
+    def since_arrival(moment: float | None) -> float | None:
+        return None if moment is None else moment - request.arrival_time
+
+    return msgspec.structs.replace(
+        output,
+        prompt_logprobs=request.prompt_logprobs or None,
+        num_cached_tokens=request.num_cached_tokens,
+        queue_seconds=since_arrival(request.first_scheduled_time),
+        adapter_load_seconds=since_arrival(request.adapter_ready_time) or 0.0,
+    )

@@ -88,9 +88,14 @@ class Run:
         self._timings = Timings()
         self._cached_tokens = 0
         self._started = False
+        self._computed = False  # a step has worked for it
+        self._has_token = False
         self._submitted = asyncio.get_running_loop().time()
+        limit = job.sequences[0].sampling.time_limit_seconds
+        self._ends_at = None if limit is None else self._submitted + limit
+        self._is_over = limit == 0  # before an engine could begin
         self._client = client
-        self._generation: Generation = client.generate(*job.sequences)
+        self._generation: Generation = client.generate(*(() if self._is_over else job.sequences))
         self._successor = successor
         self._token_gaps = token_gaps
         self._tell_started = start
@@ -129,9 +134,9 @@ class Run:
             completion_tokens=sum(each.builder.num_tokens for each in self._sequences),
             started=time.time() - seconds,
             seconds=seconds,
-            queue_seconds=_seconds(self._timings.queue_duration) if self._started else None,
+            queue_seconds=_seconds(self._timings.queue_duration) if self._computed else None,
             adapter_load_seconds=_seconds(self._timings.adapter_load_duration),
-            first_token_seconds=_seconds(self._timings.time_to_first_token) if self._started else None,
+            first_token_seconds=_seconds(self._timings.time_to_first_token) if self._has_token else None,
         )
 
     def end(self, error: Exception) -> None:
@@ -152,6 +157,9 @@ class Run:
         """
         loop = asyncio.get_running_loop()
         flush_at: float | None = None  # when the first of the held tokens has been held long enough
+        if self._is_over:
+            for event in self._end_at_time_limit():
+                yield event
         while self._open:
             try:
                 output = await self._next(flush_at)
@@ -167,7 +175,12 @@ class Run:
                     raise
                 for event in self._take(everything=True):  # the caller need not wait for what is here
                     yield event
-                await self._resume()
+                try:
+                    async with asyncio.timeout_at(self._ends_at):
+                        await self._resume()
+                except TimeoutError:
+                    for event in self._end_at_time_limit():
+                        yield event
                 continue
             for event in self._push(output):
                 yield event
@@ -217,11 +230,9 @@ class Run:
         sampling = sequence.request.sampling
         if not self._awaits_prompt_logprobs:
             sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
-        if sampling.time_limit_seconds is not None:
-            first = self._job.sequences[0].sampling.time_limit_seconds
-            assert first is not None
-            left = first - (asyncio.get_running_loop().time() - self._submitted)
-            sampling = msgspec.structs.replace(sampling, time_limit_seconds=max(left, 0.0))
+        if self._ends_at is not None:
+            left = max(self._ends_at - asyncio.get_running_loop().time(), 0.0)
+            sampling = msgspec.structs.replace(sampling, time_limit_seconds=left)
         return msgspec.structs.replace(
             sequence.request, request_id=request_id, sampling=sampling, output_token_ids=sequence.token_ids
         )
@@ -229,12 +240,17 @@ class Run:
     def _push(self, output: RequestOutput) -> Iterator[Event]:
         if output.finish_reason is FinishReason.ERROR:
             raise self._failure(output)
+        if output.token_ids and not self._has_token:
+            self._has_token = True
+            seconds = asyncio.get_running_loop().time() - self._job.arrival
+            self._timings.time_to_first_token.CopyFrom(duration(seconds))
         if not self._started:
             yield self._start(output)
         if output.prompt_logprobs is not None:
             yield from prompt_logprobs(output.prompt_logprobs, self._prompt, self._job.tokenizer)
-            self._awaits_prompt_logprobs = False
         sequence = self._open[output.request_id]
+        if sequence is self._sequences[0]:  # they come with its first output, or never
+            self._awaits_prompt_logprobs = False
         sequence.token_ids += output.token_ids
         builder = sequence.builder
         builder.push(output)
@@ -249,6 +265,12 @@ class Run:
             return unusable_adapter(self._job.target.adapter_version, output.error, output.error_reason)
         return EngineError(f"the engine could not go on with request {self._job.request_id}: {output.error}")
 
+    def _end_at_time_limit(self) -> Iterator[Event]:
+        """What an engine would say, where none has the request."""
+        for request_id, sequence in list(self._open.items()):
+            if sequence.builder.finished is None:
+                yield from self._push(RequestOutput(request_id, [], FinishReason.TIME_LIMIT))
+
     def _observe_gaps(self, sequence: _Sequence, num_tokens: int) -> None:
         """Tokens that come together share the time since the one before; before the first there is no gap."""
         now = asyncio.get_running_loop().time()
@@ -259,12 +281,16 @@ class Run:
         sequence.last_token = now
 
     def _start(self, output: RequestOutput) -> Started:
-        now, job = asyncio.get_running_loop().time(), self._job
+        job = self._job
         self._started = True
         self._tell_started()
         self._cached_tokens = output.num_cached_tokens
-        self._timings.queue_duration.CopyFrom(duration(self._submitted - job.arrival + output.queue_seconds))
-        self._timings.time_to_first_token.CopyFrom(duration(now - job.arrival))
+        if output.queue_seconds is None:
+            begun = asyncio.get_running_loop().time()  # it ended without having run: all of its time was waiting
+        else:
+            begun = self._submitted + output.queue_seconds
+            self._computed = True
+        self._timings.queue_duration.CopyFrom(duration(begun - job.arrival))
         load_seconds = job.adapter_load_seconds + output.adapter_load_seconds
         if load_seconds > 0:
             self._timings.adapter_load_duration.CopyFrom(duration(load_seconds))

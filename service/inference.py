@@ -203,7 +203,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ),
             self._catalog.using(target.versions) as start,
         ):
-            adapter, load_seconds = await self._adapter(target, spec.adapter_policy)
+            adapter, load_seconds = await self._adapter(target, spec.adapter_policy, params.time_limit_seconds)
+            params = _after(params, load_seconds)
             resolved = target.resolved(fell_back_to_base=bool(target.versions) and adapter is None)
             if resolved.adapter_version:
                 call.metadata["loraplex-adapter-version"] = resolved.adapter_version
@@ -237,9 +238,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call.recorded = True
         self._observer.generation_ended(call, run.record(status, call.trace_id))
 
-    async def _adapter(self, target: Target, policy: AdapterPolicy) -> tuple[AdapterKey | None, float]:
+    async def _adapter(
+        self, target: Target, policy: AdapterPolicy, time_limit_seconds: float | None
+    ) -> tuple[AdapterKey | None, float]:
         """Have the engine hold the target's adapter, as the policy says: which one (None: go without), seconds waited.
 
+        It waits no longer than the time limit, whether or not the engine holds it then.
         Raises Unavailable (ADAPTER_COLD) and FailedPrecondition (ADAPTER_INVALID).
         """
         client = target.model.client
@@ -250,10 +254,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             return None, 0.0
         began = asyncio.get_running_loop().time()
         missing = cold
-        while missing:  # while one was waited for, another may have been unloaded
-            for version in missing:
-                await self._load(client, version, policy)
-            missing = [version for version in target.versions if version.key not in client.adapters]
+        try:
+            async with asyncio.timeout(time_limit_seconds):
+                while missing:  # while one was waited for, another may have been unloaded
+                    for version in missing:
+                        await self._load(client, version, policy)
+                    missing = [version for version in target.versions if version.key not in client.adapters]
+        except TimeoutError:
+            assert time_limit_seconds is not None
+            return target.adapter_key, time_limit_seconds
         _check_composable(target)
         return target.adapter_key, asyncio.get_running_loop().time() - began if cold else 0.0
 
@@ -298,6 +307,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise Unavailable("ENGINE_RESTARTING", message) from None
         except AdapterRejected as error:
             raise unusable_adapter(target.resolved().adapter_version, str(error), error.reason) from error
+
+
+def _after(params: SamplingParams, seconds: float) -> SamplingParams:
+    """The parameters of a request that has waited so long already."""
+    if params.time_limit_seconds is None:
+        return params
+    return msgspec.structs.replace(params, time_limit_seconds=max(params.time_limit_seconds - seconds, 0.0))
 
 
 def _check_composable(target: Target) -> None:

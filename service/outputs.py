@@ -124,12 +124,15 @@ def token_logprob(entry: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:
 def prompt_logprobs(
     entries: Sequence[TokenLogprobs | None], prompt_token_ids: Sequence[int], tokenizer: Tokenizer
 ) -> Iterator[PromptLogprobs]:
-    """The prompt's tokens in messages of bounded size. Nothing predicts the first token: it has no log-probability."""
+    """The prompt's tokens in messages of bounded size, as many as there are entries.
+
+    Nothing predicts the first token: it has no log-probability.
+    """
     positions = [
         token_logprob(entry, tokenizer)
         if entry is not None
         else TokenLogprob(token_id=token_id, text=tokenizer.token_text(token_id))
-        for entry, token_id in zip(entries, prompt_token_ids, strict=True)
+        for entry, token_id in zip(entries, prompt_token_ids, strict=False)
     ]
     for start in range(0, len(positions), PROMPT_LOGPROBS_PER_MESSAGE):
         yield PromptLogprobs(logprobs=positions[start : start + PROMPT_LOGPROBS_PER_MESSAGE])

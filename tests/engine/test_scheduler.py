@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from adapters.errors import AdapterRejected
 from adapters.key import AdapterKey
 from engine.block_manager import BlockManager
-from engine.messages import AddRequest, RequestOutput
+from engine.messages import AddRequest, RequestOutput, TokenLogprobs
 from engine.request import Request, RequestState
 from engine.sampling_params import FinishReason, SamplingParams
 from engine.scheduler import Scheduler
@@ -234,6 +234,31 @@ def test_time_limit_ends_with_what_there_is():
     bench.step()
     assert bench.reason(1) is FinishReason.TIME_LIMIT
     assert bench.tokens(1) == isolated([5], 1)
+
+
+def test_time_limit_before_the_first_token_gives_what_was_computed():
+    entry = TokenLogprobs(6, -0.5, 1, [], [])
+    bench = Bench(budget=2)
+    bench.add(1, [5, 6, 7], num_prompt_logprobs=0, time_limit_seconds=10.0)
+    bench.clock.now = 3.0
+    plan = bench.scheduler.schedule()
+    bench.scheduler.update(plan, StepResult((None,), {1: [entry]}))
+    bench.clock.now = 11.0
+    bench.step()
+    [output] = bench.outputs[1]
+    assert (output.finish_reason, output.token_ids) == (FinishReason.TIME_LIMIT, [])
+    assert output.prompt_logprobs == [None, entry]
+    assert output.queue_seconds == 3.0
+
+
+def test_what_never_ran_has_no_time_in_which_it_began():
+    bench = Bench()
+    bench.add(1, [5], adapter=KEY, time_limit_seconds=10.0)
+    bench.step()
+    bench.clock.now = 11.0
+    bench.step()
+    [output] = bench.outputs[1]
+    assert (output.finish_reason, output.queue_seconds) == (FinishReason.TIME_LIMIT, None)
 
 
 def test_stop_token_counts_only_after_min_tokens():

@@ -129,7 +129,8 @@ class ScriptedCore:
         finished = number + 1 == request.sampling.max_tokens
         if finished:
             del self.requests[request.request_id]
-        return RequestOutput(request.request_id, [token_id], FinishReason.MAX_TOKENS if finished else None)
+        reason = FinishReason.MAX_TOKENS if finished else None
+        return RequestOutput(request.request_id, [token_id], reason, queue_seconds=None if number else 0.0)
 
     def _adapter_events(self) -> list[FromEngine]:
         events: list[FromEngine] = []

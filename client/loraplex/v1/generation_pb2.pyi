@@ -322,7 +322,8 @@ class Stopping(google.protobuf.message.Message):
 
     @property
     def time_limit(self) -> google.protobuf.duration_pb2.Duration:
-        """End after this time since admission, with what there is, as a success (FINISH_REASON_TIME_LIMIT). The call's
+        """End after this time since admission, with what there is, as a success (FINISH_REASON_TIME_LIMIT). It runs while
+        an adapter is loaded, too, and while an engine is replaced; what there is may be no token at all. The call's
         deadline, in contrast, is an error. Above zero.
         """
 

@@ -127,7 +127,9 @@ class GenerateResponse(google.protobuf.message.Message):
 
     @property
     def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """The prompt's tokens, when OutputOptions.prompt_logprobs asked for them."""
+        """The prompt's tokens, when OutputOptions.prompt_logprobs asked for them. All of them, unless the time limit ended
+        the output before its first token.
+        """
 
     @property
     def usage(self) -> Global___Usage:
@@ -250,7 +252,9 @@ class StreamGenerateResponse(google.protobuf.message.Message):
 
     @property
     def prompt_logprobs(self) -> Global___PromptLogprobs:
-        """Tokens of the prompt with their log-probabilities, in order, before the first Delta."""
+        """Tokens of the prompt with their log-probabilities, in order, before the first Delta. All of them, unless the
+        time limit ended the output before its first token.
+        """
 
     def __init__(
         self,
@@ -312,7 +316,7 @@ class Started(google.protobuf.message.Message):
 
     @property
     def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """Time in the queue."""
+        """Time in the queue: as Timings.queue_duration."""
 
     @property
     def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
@@ -578,7 +582,7 @@ class Timings(google.protobuf.message.Message):
     TOTAL_DURATION_FIELD_NUMBER: builtins.int
     @property
     def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """From arrival until the request began to run."""
+        """From arrival until the request began to run, or ended without having run."""
 
     @property
     def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
@@ -586,7 +590,7 @@ class Timings(google.protobuf.message.Message):
 
     @property
     def time_to_first_token(self) -> google.protobuf.duration_pb2.Duration:
-        """From arrival to the first token."""
+        """From arrival to the first token. Absent if there was none."""
 
     @property
     def total_duration(self) -> google.protobuf.duration_pb2.Duration:
