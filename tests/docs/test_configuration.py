@@ -57,6 +57,8 @@ def default_of(text: str) -> Any:
         return value * UNITS.get(number[2], 1)
     if text in ("none", "any"):
         return None
+    if listed := re.fullmatch(r"`\[([^`]*)\]`", text):
+        return tuple(listed[1].split(", "))
     if quoted := re.fullmatch(r"`([^`]*)`", text):
         return {"true": True, "false": False}.get(quoted[1], quoted[1])
     return BY_ITSELF
