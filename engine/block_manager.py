@@ -126,6 +126,11 @@ class BlockManager:
         for block in request.block_ids[request.num_computed_tokens // self.block_size :]:
             self._forget_content(block)
 
+    def distrust(self, request: Request) -> None:
+        """Let nobody else find any of the request's blocks: what is in them may be no numbers."""
+        for block in request.block_ids:
+            self._forget_content(block)
+
     def release(self, request: Request) -> None:
         """Take back everything a request holds. Its computed count falls to 0; blocks with content stay findable."""
         for block in reversed(request.block_ids):  # a sequence's tail is the first to be evicted

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from engine.model_config import ModelError
 
+FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_TINY = 1.1754943508222875e-38  # the smallest that all devices keep: below, some take numbers for 0
+
 
 class ConfigFields:
     """One object of the file. A null field counts as absent; errors name the file and the field."""
@@ -32,8 +35,8 @@ class ConfigFields:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise self.error(name, value, "a positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not FLOAT32_TINY <= value <= FLOAT32_MAX:
+            raise self.error(name, value, "a positive number within the range of float32")
         return float(value)
 
     def optional_number(self, name: str) -> float | None:
@@ -74,8 +77,8 @@ class ConfigFields:
 
     def signed_number(self, name: str) -> float:
         value = self._raw.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(name, value, "a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -FLOAT32_MAX <= value <= FLOAT32_MAX:
+            raise self.error(name, value, "a number within the range of float32")
         return float(value)
 
     def integers(self, name: str) -> tuple[int, ...]:

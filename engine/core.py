@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from adapters.errors import COLD
+from adapters.key import AdapterKey
 from adapters.pool import AdapterPool
 from adapters.store import AdapterStore
 from engine.adapter_tiers import AdapterTiers
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 # 10.0 instead of 9.2 ms without a limit (llama-160m, 2 cores). On a GPU a step needs few of the cores.
 CPU_LOAD_SHARE = 0.1
 
+NOT_FINITE = "its logits are not finite numbers (NaN or infinite)"
+
 NOTHING_PLANNED = StepPlan(())
 NOTHING_COMPUTED = StepResult((), {})
 
@@ -65,6 +68,7 @@ class EngineCore:
         self._num_steps = 0
         self._num_arrivals = 0
         self._rejected: list[RequestOutput] = []
+        self._not_finite: set[AdapterKey | None] = set()  # whose logits were NaN or infinite; None: the base model's
         self.adapters = AdapterTiers(store, pool)
 
     @classmethod
@@ -151,6 +155,7 @@ class EngineCore:
 
     def unload_adapter(self, message: UnloadAdapter) -> None:
         """Drop an adapter as soon as no accepted request uses it; a later step says so."""
+        self._not_finite.discard(message.key)
         self.adapters.unload(message)
 
     def pin_adapter(self, message: PinAdapter) -> None:
@@ -185,7 +190,7 @@ class EngineCore:
         if not plan.scheduled:
             return NOTHING_COMPUTED
         try:
-            return self.runner.execute(plan)
+            result = self.runner.execute(plan)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -193,6 +198,19 @@ class EngineCore:
             logger.exception("step %d failed; its requests end with an error: %s", self._num_steps, ids)
             self.scheduler.fail_step(plan, f"the engine could not compute this step: {error}")
             return None
+        if result.not_finite:
+            self._fail_not_finite([item.request for item in plan.scheduled], result.not_finite)
+        return result
+
+    def _fail_not_finite(self, requests: Sequence[Request], request_ids: frozenset[int]) -> None:
+        """End the requests with these ids; the log names their model or adapter once."""
+        failed = [request for request in requests if request.request_id in request_ids]
+        users = {member for request in failed for member in (request.adapter.members if request.adapter else (None,))}
+        for user in users - self._not_finite:
+            who = "the base model" if user is None else f"adapter {user}"
+            logger.error("%s: %s; each of its requests that meets it ends so, and this is said once", who, NOT_FINITE)
+        self._not_finite |= users
+        self.scheduler.fail_not_finite(failed, NOT_FINITE)
 
     def stats(self) -> EngineStats:
         scheduler, blocks = self.scheduler, self.blocks
@@ -213,4 +231,5 @@ class EngineCore:
             adapter_device_bytes=self.pool.used_bytes,
             adapter_host_bytes=self.store.used_bytes,
             adapters=self.pool.in_use(),
+            num_not_finite=scheduler.num_not_finite,
         )

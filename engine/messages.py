@@ -129,6 +129,7 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     adapter_device_bytes: int  # that adapters use on the device
     adapter_host_bytes: int  # and in host memory
     adapters: list[tuple[AdapterKey, int]] = []  # that requests use on the device, with how many do
+    num_not_finite: int = 0  # requests that ended because their logits were NaN or infinite, cumulative
 
 
 class StepOutput(Message, frozen=True):

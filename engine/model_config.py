@@ -87,6 +87,7 @@ class ModelConfig:
     attention_scale: float
     attention_soft_cap: float | None = None
     logits_soft_cap: float | None = None
+    fits_float16: bool = True  # whether its activations stay below 65504
     quantization: str = ""  # how the weights are stored, for people; "" for none
     unused_tensors: tuple[str, ...] = ()  # prefixes of checkpoint names that text generation does not read
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -94,8 +95,9 @@ class ModelRunner:
         count = len(sampling)
         lora = batch.logits_lora if count == len(hidden) else narrowed(batch.logits_lora, 0, count)
         drawn = iter(self.sampler.sample(self.model.logits(hidden[:count], lora), sampling) if sampling else ())
-        sampled: list[SampledToken | None] = [next(drawn) if item.samples else None for item in plan.scheduled]
-        return StepResult(tuple(sampled), self._prompt_logprobs(plan, hidden, count, batch.logits_lora))
+        sampled = tuple(next(drawn) if item.samples else None for item in plan.scheduled)
+        prompt_logprobs = self._prompt_logprobs(plan, hidden, count, batch.logits_lora)
+        return StepResult(sampled, prompt_logprobs, _not_finite(plan, sampled, prompt_logprobs))
 
     def _prompt_logprobs(
         self, plan: StepPlan, hidden: torch.Tensor, row: int, lora: LoraSegments | None
@@ -133,6 +135,20 @@ class ModelRunner:
                 "max_model_len"
             )
         return int(num_blocks)
+
+
+def _not_finite(
+    plan: StepPlan, sampled: Sequence[SampledToken | None], prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]]
+) -> frozenset[int]:
+    """The ids of requests that no token was drawn for, or whose prompt has a log-probability that is none."""
+    undrawn = {
+        item.request.request_id
+        for item, token in zip(plan.scheduled, sampled, strict=True)
+        if token is None and item.samples
+    }
+    return frozenset(undrawn).union(
+        request_id for request_id, found in prompt_logprobs.items() if any(math.isnan(one.logprob) for one in found)
+    )
 
 
 def select_device(name: str) -> torch.device:

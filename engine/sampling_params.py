@@ -4,6 +4,9 @@ from enum import IntEnum
 
 import msgspec
 
+# Divided by less than this, logits that differ at all differ so much that only the best token could be drawn.
+GREEDY_BELOW = 1e-5
+
 
 class FinishReason(IntEnum):
     """Why an output ended. The values travel between processes: never renumber."""
@@ -24,7 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     temperature is 0, else temperature, typical_p, top_k, top_p, min_p, and one draw from (seed, position).
     """
 
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0, and what is next to it, is greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
@@ -45,7 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def needs_penalties(self) -> bool:

@@ -75,6 +75,7 @@ class Scheduler:
         self._outputs: list[RequestOutput] = []  # endings that no step computed; `update` hands them out
         self._adapter_changes_seen = -1
         self.num_preemptions = 0
+        self.num_not_finite = 0  # requests that ended so
         self.prompt_tokens = 0  # computed, cumulative
         self.generated_tokens = 0
 
@@ -319,6 +320,13 @@ class Scheduler:
             self.blocks.retract(item.request)
         for item in plan.scheduled:
             self.fail(item.request, error)
+
+    def fail_not_finite(self, requests: Sequence[Request], error: str) -> None:
+        """End the requests whose logits were NaN or infinite. What they left in the cache is used by nobody."""
+        for request in requests:
+            self.blocks.distrust(request)
+            self.fail(request, error)
+        self.num_not_finite += len(requests)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         match request.state:

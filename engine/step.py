@@ -48,3 +48,4 @@ class StepResult:
 
     sampled: tuple[SampledToken | None, ...]  # one per scheduled request; None where it does not sample
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by request id: of the prompt tokens that this step's rows predict
+    not_finite: frozenset[int] = frozenset()  # the ids of requests whose logits were NaN or infinite

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.memory import empty_matrix
 from engine.model_config import ModelError
+from kernels.finite import all_finite
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 
@@ -206,15 +207,27 @@ class Checkpoint:
             )
 
     def stacked(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The rows of several tensors one after another, converted on the way: [N₁ + N₂ + …, C]."""
+        """The rows of several float tensors one after another, converted on the way: [N₁ + N₂ + …, C].
+
+        Raises ModelError, here and in `dense`, naming a tensor with a value that is no finite number.
+        """
         parts = [self._tensors[name] for name in names]
-        rows = sum(part.shape[0] for part in parts)
-        result = empty_matrix((rows, *parts[0].shape[1:]), dtype, device)
+        num_rows = sum(part.shape[0] for part in parts)
+        result = empty_matrix((num_rows, *parts[0].shape[1:]), dtype, device)
         start = 0
         for part in parts:
-            result[start : start + part.shape[0]].copy_(self._read(part))
+            rows = result[start : start + part.shape[0]]
+            rows.copy_(self._read(part))
+            _check_finite(part, rows)
             start += part.shape[0]
         return result
+
+    def dense(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One float tensor, converted. On the CPU it may lie in the mapped file: not to be written to."""
+        stored = self._tensors[name]
+        tensor = self._read(stored).to(device).to(dtype)
+        _check_finite(stored, tensor)
+        return tensor
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """One tensor as it is stored. On the CPU it may lie in the mapped file: not to be written to."""
@@ -249,6 +262,19 @@ class Checkpoint:
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
             nbytes = ITEM_BYTES.get(dtype, 0) * torch.Size(shape).numel()
             self._tensors[name] = StoredTensor(path, stored_name, shape, dtype, nbytes)
+
+
+def _check_finite(stored: StoredTensor, converted: Tensor) -> None:
+    """One value that is not finite makes every answer of the model so."""
+    if all_finite(converted):
+        return
+    with safe_open(stored.path, framework="pt") as file:
+        if all_finite(file.get_tensor(stored.name)):
+            raise ModelError(
+                f"{stored.path}: {stored.name} holds values that are too large for {converted.dtype}: choose bfloat16 "
+                "or float32 as dtype"
+            )
+    raise ModelError(f"{stored.path}: {stored.name} holds NaN or infinite values: it is damaged, fetch it again")
 
 
 def shard_paths(directory: Path, base_names: Sequence[str] = (BASE_NAME,)) -> list[Path]:

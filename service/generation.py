@@ -263,7 +263,12 @@ class Run:
     def _failure(self, output: RequestOutput) -> LoraplexError:
         if output.error_reason:
             return unusable_adapter(self._job.target.adapter_version, output.error, output.error_reason)
-        return EngineError(f"the engine could not go on with request {self._job.request_id}: {output.error}")
+        target = self._job.target
+        with_adapter = f" with {target.adapter_version}" if target.adapter_version else ""
+        return EngineError(
+            f"the engine could not go on with request {self._job.request_id} to {target.model}{with_adapter}: "
+            f"{output.error}"
+        )
 
     def _end_at_time_limit(self) -> Iterator[Event]:
         """What an engine would say, where none has the request."""

@@ -44,6 +44,7 @@ def gemma_config(architecture: str, fields: ConfigFields, layers: tuple[LayerAtt
         embedding_scale=config.hidden_size**0.5,
         attention_scale=fields.number("query_pre_attn_scalar") ** -0.5,
         logits_soft_cap=fields.optional_number("final_logit_softcapping"),
+        fits_float16=False,
     )
 
 

@@ -79,6 +79,11 @@ def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | 
         longest = model_config.max_position_embeddings
         num_positions = min(config.max_model_len or longest, longest)
         dtype = compute_dtype(config.dtype, model_config.dtype, checkpoint.dtype(EMBEDDING))
+        if dtype is torch.float16 and not model_config.fits_float16:
+            raise ModelError(
+                f"{path}: dtype float16 is asked for, and the activations of {model_config.architecture} exceed its "
+                "range: choose bfloat16 or float32"
+            )
         return _Loader(model_config, checkpoint, quantised, ops, dtype, num_positions, config).load()
 
 
@@ -211,7 +216,7 @@ class _Loader:
     def _dense(self, *names: str) -> list[Tensor]:
         """Tensors one above the other: where packing copies them, straight from the mapped file."""
         if self.ops.packing_copies:
-            return [self.checkpoint.tensor(name, self.ops.device).to(self.dtype) for name in names]
+            return [self.checkpoint.dense(name, self.dtype, self.ops.device) for name in names]
         return [self._rows(*names)]
 
     def _head(self, embedding: Tensor) -> AnyLinear:

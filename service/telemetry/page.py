@@ -184,6 +184,12 @@ _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]]
         "Sequences that gave their blocks back to others.",
         lambda s: s.num_preemptions,
     ),
+    (
+        "loraplex_not_finite_requests",
+        None,
+        "Sequences that ended because their logits were NaN or infinite.",
+        lambda s: s.num_not_finite,
+    ),
     ("loraplex_engine_steps", None, "Steps of the engine.", lambda s: s.num_steps),
     ("loraplex_engine_prompt_tokens", "vllm:prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
     (

@@ -31,13 +31,14 @@ VOCAB = 100
 
 
 class FakeRunner:
-    """Every next token is 7; fails when told to."""
+    """Every next token is 7; fails when told to, as a whole or for some requests."""
 
     num_blocks = 32
     max_model_len = 64
 
     def __init__(self) -> None:
         self.error: Exception | None = None
+        self.not_finite: frozenset[int] = frozenset()
 
     def limits(self, config: EngineConfig) -> ModelLimits:
         return ModelLimits("Fake", "float32", "", VOCAB, 64, 16, 8, 32, config.block_size, 0, 0, "fake")
@@ -45,7 +46,11 @@ class FakeRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         if self.error is not None:
             raise self.error
-        return StepResult(tuple(SampledToken(7, None) if item.samples else None for item in plan.scheduled), {})
+        tokens = tuple(
+            SampledToken(7, None) if item.samples and item.request.request_id not in self.not_finite else None
+            for item in plan.scheduled
+        )
+        return StepResult(tokens, {}, self.not_finite)
 
 
 class FakeAdapters:
@@ -184,6 +189,19 @@ def test_a_failed_step_ends_its_requests_and_nobody_else():
     assert bench.finish()[-1].finish_reason is FinishReason.MAX_TOKENS
     stats = bench.core.stats()
     assert stats.free_blocks + stats.cached_blocks == stats.total_blocks
+
+
+def test_a_request_without_finite_logits_fails_alone_and_counts():
+    bench = Bench()
+    bench.add(1)
+    bench.add(2)
+    bench.runner.not_finite = frozenset({1})
+    outputs = bench.step()
+    bench.runner.not_finite = frozenset()
+    outputs += bench.finish()
+    assert [(o.finish_reason, o.token_ids) for o in outputs if o.request_id == 1] == [(FinishReason.ERROR, [])]
+    assert [o.token_ids for o in outputs if o.request_id == 2] == [[7], [7], [7]]
+    assert bench.core.stats().num_not_finite == 1
 
 
 def test_an_error_of_the_device_is_not_survived():

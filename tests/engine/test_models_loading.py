@@ -52,9 +52,9 @@ def change(directory: Path, **tensors: Tensor | None) -> None:
     save_file(kept | added, directory / "model.safetensors")
 
 
-def load(directory: Path, **fields: Any) -> LanguageModel:
+def load(directory: Path, kernels: str = "reference", **fields: Any) -> LanguageModel:
     config = EngineConfig(model=str(directory), max_resident_adapters=2, **fields)
-    return load_model(config, directory, select_ops(torch.device("cpu"), "reference"))
+    return load_model(config, directory, select_ops(torch.device("cpu"), kernels))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,39 @@ def test_weights_that_do_not_fit_are_refused_before_any_is_read(tmp_path: Path) 
             EngineConfig(model="x"), directory, select_ops(torch.device("cpu"), "reference"), lambda *_: seen.append(1)
         )
     assert not seen
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "name",
+    [EMBEDDING, HEAD, "model.norm.weight", "model.layers.1.self_attn.k_proj.bias", "model.layers.1.mlp.up_proj.weight"],
+)
+def test_a_weight_that_is_no_finite_number_is_refused_by_name(
+    tmp_path: Path, name: str, kernels: str, value: float
+) -> None:
+    directory = checkpoint(tmp_path)
+    tensor = load_file(directory / "model.safetensors")[name]
+    tensor.view(-1)[3] = value
+    change(directory, **{name: tensor})
+    with pytest.raises(ModelError, match=rf"{name} holds NaN or infinite values: it is damaged"):
+        load(directory, kernels=kernels)
+
+
+def test_a_weight_that_overflows_the_chosen_dtype_is_refused(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, torch.bfloat16)
+    change(directory, **{HEAD: torch.full((11, 16), 1e5, dtype=torch.bfloat16)})
+    assert load(directory).dtype == torch.bfloat16
+    with pytest.raises(ModelError, match=r"lm_head\.weight holds values that are too large for torch\.float16"):
+        load(directory, dtype="float16")
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM"])
+def test_gemma_is_refused_in_float16(tmp_path: Path, architecture: str) -> None:
+    directory = checkpoint(tmp_path, torch.float16, architectures=[architecture], head_dim=4)
+    assert load(directory).dtype == torch.bfloat16
+    with pytest.raises(ModelError, match=f"activations of {architecture} exceed its range: choose bfloat16"):
+        load(directory, dtype="float16")
 
 
 def test_a_tied_model_needs_no_head(tmp_path: Path) -> None:

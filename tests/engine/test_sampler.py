@@ -164,3 +164,46 @@ def test_logprobs_are_of_the_model_not_of_the_sampler():
     assert math.isclose(details.logprob, expected[0, 11].item(), rel_tol=1e-5)
     assert details.rank == int((expected[0] > expected[0, 11]).sum()) + 1
     assert details.top_ids == expected[0].topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 1e-6, 0.5, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_nothing_is_drawn_from_logits_that_are_no_numbers(temperature, value, everywhere):
+    logits = random_logits(3)
+    if everywhere:
+        logits[1] = value
+    else:
+        logits[1, V - 1] = value
+    requests = [make_request(temperature=temperature, num_logprobs=1) for _ in range(3)]
+    tokens = Sampler().sample(logits, requests)
+    drawable = not everywhere and value == -math.inf  # a probability of 0, among others
+    assert [token is None for token in tokens] == [False, not drawable, False]
+
+
+def test_log_probabilities_that_are_no_numbers_are_not_told():
+    logits = random_logits(2)
+    logits[0, 7] = math.nan
+    request = make_request(allowed_token_ids=(1, 2), num_logprobs=1)
+    first, second = Sampler().sample(logits, [request, request])
+    assert first is None
+    assert second is not None
+
+
+def test_logits_that_overflow_when_divided_by_the_temperature_are_refused():
+    logits = random_logits(1) * 1e36
+    assert Sampler().sample(logits.clone(), [make_request(temperature=1.0)]) != [None]
+    assert Sampler().sample(logits.clone(), [make_request(temperature=0.01)]) == [None]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-6])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = random_logits(4)
+    tokens = Sampler().sample(logits.clone(), [make_request(temperature=temperature, seed=s) for s in range(4)])
+    assert [t.token_id for t in tokens] == logits.argmax(-1).tolist()
+
+
+def test_the_smallest_temperature_that_draws_draws_by_the_distribution():
+    logits = torch.tensor([3.0, 3.0 + 1e-5, -50.0])
+    expected = torch.softmax((logits / 1e-5).double(), -1).float()
+    assert torch.allclose(draw_many(logits, temperature=1e-5), expected, atol=0.045)

@@ -437,6 +437,19 @@ async def test_a_request_that_fails_in_the_engine_fails_alone(plane: DataPlane) 
     assert (await plane.generate(make_spec())).outputs[0].text == "abcab"
 
 
+async def test_an_error_of_the_engine_names_the_model(plane: DataPlane) -> None:
+    plane.engine.errors.append("its logits are not finite numbers")
+    failed = await failure(plane.stream(make_spec()))
+    assert failed.message.endswith(" to models/demo: its logits are not finite numbers")
+
+
+async def test_an_error_of_the_engine_names_the_adapter(plane: DataPlane) -> None:
+    plane.engine.errors.append("its logits are not finite numbers")
+    version = plane.add_adapter()
+    failed = await failure(plane.stream(make_spec(model="pirate")))
+    assert failed.message.endswith(f" to models/demo with {version.version_name}: its logits are not finite numbers")
+
+
 async def test_a_fault_of_the_service_is_internal_and_shows_no_secret(
     plane: DataPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
