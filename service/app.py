@@ -74,6 +74,7 @@ class Application:
     state: StateFile
     library: AdapterLibrary
     deployer: AdapterDeployer
+    tenants: Tenants
     admission: Admission
     inference: InferenceServicer
     health: Health
@@ -161,7 +162,7 @@ def assemble(
         observer=telemetry.observer,
         metrics=telemetry.metrics,
     )
-    tokenizer = TokenizerServicer(catalog, renderer, tenants)
+    tokenizer = TokenizerServicer(catalog, renderer)
     server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex"))
     data = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
@@ -183,7 +184,20 @@ def assemble(
     health = Health([service.name for service in data], [service.name for service in admin])
     probes = Probes(model.name for model in config.models if model.load)
     return Application(
-        config, telemetry, host, registry, state, library, deployer, admission, inference, health, probes, data, admin
+        config,
+        telemetry,
+        host,
+        registry,
+        state,
+        library,
+        deployer,
+        tenants,
+        admission,
+        inference,
+        health,
+        probes,
+        data,
+        admin,
     )
 
 
@@ -266,7 +280,7 @@ def _listeners(
     app: Application, health_address: str | None, metrics_address: str | None
 ) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
     config = app.config
-    interceptor = CallInterceptor(Door(config.auth), config.limits.unread_seconds, app.telemetry.observer)
+    interceptor = CallInterceptor(Door(config.auth), config.limits.unread_seconds, app.telemetry.observer, app.tenants)
 
     def listen(services: tuple[Service, ...], address: str) -> tuple[grpc.aio.Server, int]:
         credentials = None if config.tls is None else server_credentials(config.tls)

@@ -63,9 +63,10 @@ class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
             sampling = json_format.ParseDict(self.default_sampling, Sampling())
         except json_format.ParseError as error:
             raise ValueError(f"default_sampling: {error}") from error
-        problems = [f"{violation.field}: {violation.problem}" for violation in check_message(sampling, "")]
+        found = check_message(sampling, "default_sampling")
+        problems = [f"{violation.field}: {violation.problem}" for violation in found]
         if problems:
-            raise ValueError("; ".join(f"default_sampling{problem}" for problem in problems))
+            raise ValueError("; ".join(problems))
         return sampling
 
 

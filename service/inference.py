@@ -45,13 +45,12 @@ from service.telemetry.metrics import RequestMetrics
 from service.telemetry.records import NOBODY, Observer
 from service.tenants import Tenant, Tenants
 from service.text import TemplateRenderer
-from service.validation import OutputForm, check_spec, derived_seed, duration_seconds, merged_sampling, sampling_params
+from service.times import duration_seconds
+from service.validation import OutputForm, check_item, derived_seed, merged_sampling, sampling_params
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-MAX_BATCH = 256
 BATCH_CONCURRENCY = 16  # where the caller does not say: more would only wait, in a queue that others share
-MAX_CANCELLED_IDS = 256
 
 _FIELD_OF_EVENT: dict[type[Event], str] = {
     Started: "started",
@@ -113,11 +112,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def BatchGenerate(  # noqa: N802
         self, request: BatchGenerateRequest, context: Context
     ) -> AsyncGenerator[BatchGenerateResponse, None]:
-        if not 1 <= len(request.specs) <= MAX_BATCH:
-            raise InvalidRequest.at("specs", f"has {len(request.specs)} entries; 1 to {MAX_BATCH} are allowed")
+        if not request.specs:
+            raise InvalidRequest.at("specs", "is empty; give at least one")
         at_once = request.max_concurrency if request.HasField("max_concurrency") else BATCH_CONCURRENCY
-        if at_once < 1:
-            raise InvalidRequest.at("max_concurrency", f"must be at least 1, is {at_once}")
         slots = asyncio.Semaphore(at_once)
         call = current_call()
         tasks = [
@@ -134,9 +131,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def CancelGeneration(  # noqa: N802
         self, request: CancelGenerationRequest, context: Context
     ) -> CancelGenerationResponse:
-        if not 1 <= len(request.request_ids) <= MAX_CANCELLED_IDS:
-            problem = f"has {len(request.request_ids)} entries; 1 to {MAX_CANCELLED_IDS} are allowed"
-            raise InvalidRequest.at("request_ids", problem)
+        if not request.request_ids:
+            raise InvalidRequest.at("request_ids", "is empty; give at least one")
         response = CancelGenerationResponse()
         for request_id in dict.fromkeys(request.request_ids):
             tenant, run = self._runs.get(request_id, (None, None))
@@ -163,6 +159,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 span=batch.span,
             )
             try:
+                if index > 0:  # the first is counted: it is the call
+                    self._tenants.get(call.tenant).count_request()
+                check_item(spec, f"specs[{index}]")
                 return BatchGenerateResponse(index=index, response=await self._generate(call, spec, f"specs[{index}]"))
             except Exception as error:
                 known = known_error(error, call, f"item {index} of a batch")
@@ -179,8 +178,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _run(self, call: Call, spec: GenerateSpec, path: str, streaming: bool) -> AsyncIterator[Run]:
         """One request from its spec to its run. At the end of the block, however it ends, the engine forgets it."""
         tenant = self._tenants.get(call.tenant)
-        tenant.count_request()
-        check_spec(spec, path, streaming)
         target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model", call.routing_key)
         model = target.model
         self._admission.check(model.name, model.limits, tenant.name, tenant.config.weight)

@@ -21,6 +21,8 @@ from service.call import Call, serving
 from service.errors import EngineError, InvalidRequest, LoraplexError, SlowConsumer, to_status, trailing_metadata
 from service.telemetry.records import NOBODY, CallRecord, Observer
 from service.telemetry.trace_context import trace_id_of
+from service.tenants import Tenants
+from service.validation import check_request
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +69,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     or disappearance reaches it as CancelledError (a generator: or as GeneratorExit), which passes through here.
     """
 
-    def __init__(self, door: Door | None = None, stall_seconds: float = 30.0, observer: Observer = NOBODY) -> None:
-        """`door`: None lets everybody in."""
+    def __init__(
+        self,
+        door: Door | None = None,
+        stall_seconds: float = 30.0,
+        observer: Observer = NOBODY,
+        tenants: Tenants | None = None,
+    ) -> None:
+        """`door`: None lets everybody in. `tenants`: each call counts as a request of its tenant."""
         self._door = door or Door()
+        self._tenants = tenants or Tenants()
         self._observer = observer
         self._stall_seconds = stall_seconds  # how long the caller of a stream may leave a message unread
 
@@ -98,12 +107,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 try:
                     principal = await self._door.enter(method, _caller(context, metadata))
                     call.tenant = principal.tenant
+                    self._tenants.get(principal.tenant).count_request()
                     call.deadline = _deadline(context)
                     call.routing_key = metadata.get("loraplex-routing-key", "")
                     if isinstance(request, AsyncIterator):
                         request = _checked_stream(request, principal, method)
                     else:
-                        check_resource(principal, method, _message(request, method))
+                        message = _message(request, method)
+                        check_resource(principal, method, message)
+                        check_request(message)
                     result = behaviour(request, context)
                     if isinstance(result, AsyncGenerator):
                         return await self._stream(result, call, context)
@@ -192,6 +204,7 @@ async def _checked_stream(
         if is_first:
             check_resource(principal, method, message)
             is_first = False
+        check_request(message)
         yield message
 
 

@@ -16,3 +16,7 @@ def duration(seconds: float) -> Duration:
     message = Duration()
     message.FromMicroseconds(round(seconds * 1e6))
     return message
+
+
+def duration_seconds(duration: Duration) -> float:
+    return float(duration.seconds) + duration.nanos * 1e-9

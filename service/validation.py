@@ -1,193 +1,236 @@
-"""What a GenerateSpec may say: one table of limits, and the way from a valid spec to SamplingParams.
+"""Requests held against the table of limits, and the way from a valid GenerateSpec to SamplingParams.
 
 Nothing here knows a model but `sampling_params`, which merges its defaults and checks ids against its vocabulary.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from engine.messages import ModelLimits
 from engine.sampling_params import SamplingParams
-from loraplex.v1.generation_pb2 import GenerateSpec, OnCold, Sampling
-from loraplex.v1.prompt_pb2 import Prompt
+from loraplex.v1.adapters_pb2 import CreateAdapterRequest
+from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
+from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
+from loraplex.v1.prompt_pb2 import ChatMessage, Prompt
+from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
+from service.control.requests import ID, model_id, tenant_id
 from service.errors import FeatureUnsupported, InvalidRequest, PromptTooLong, Violation
+from service.limits import LIMITS, TOTALS, Entries, Total
+from service.times import duration_seconds
 
 # What the contract has and this server does not. Refused by name; ServerInfo lists them.
 UNSUPPORTED_FIELDS = ("GenerateSpec.constraint", "Sampling.bad_words", "Chat.tools")
 
-# A rule yields (suffix of the path, problem) for everything that is wrong with one field's value.
-Rule = Callable[[Any], Iterator[tuple[str, str]]]
+# Beyond these, fields that the contract does not have are not even looked at one by one: that takes long.
+MAX_UNKNOWN_BYTES = 64 << 10
+_OF_ENTRIES = (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE)
+_UNKNOWN = "is a field that this server's version of the contract does not have"
 
 
-def between(low: float, high: float, *, above: bool = False) -> Rule:
-    """A number from `low` (or above it) to `high`. NaN is in no range."""
-
-    def check(value: float) -> Iterator[tuple[str, str]]:
-        if not low <= value <= high or (above and value == low):
-            least = f"above {low:g}" if above else f"at least {low:g}"
-            yield "", f"must be {least}" + (f" and at most {high:g}" if high < math.inf else "") + f", is {value}"
-
-    return check
+def check_request(request: Message) -> None:
+    """Check everything that needs no model. Raises InvalidRequest with every field at fault, FeatureUnsupported."""
+    _check_unknown(request)
+    _raise(check_message(request))
 
 
-def at_most(count: int, item: Rule | None = None) -> Rule:
-    """At most `count` items (of a map: entries), each of which obeys the rule."""
-
-    def check(values: Any) -> Iterator[tuple[str, str]]:
-        if len(values) > count:
-            yield "", f"has {len(values)} entries; at most {count} are allowed"
-        elif item is not None:
-            entries = values.items() if isinstance(values, Mapping) else enumerate(values)
-            for key, value in entries:
-                for suffix, problem in item(value):
-                    yield f"[{key}]{suffix}", problem
-
-    return check
+def check_item(spec: GenerateSpec, path: str) -> None:
+    """As `check_request`, for one of a batch. `path`: where it is in the request."""
+    _raise([*check_message(spec, path), *_check_unary(spec, path)])
 
 
-def length(low: int, high: int, unit: str = "characters") -> Rule:
-    """A text of `low` to `high` characters or UTF-8 bytes."""
-
-    def check(value: str) -> Iterator[tuple[str, str]]:
-        size = len(value.encode()) if unit == "bytes" else len(value)
-        if not low <= size <= high:
-            yield "", f"has {size} {unit}; {low} to {high} are allowed"
-
-    return check
+def _raise(violations: Iterable[Violation]) -> None:
+    found = tuple(violations)
+    if found:
+        raise InvalidRequest(*found)
 
 
-def seconds(low: float, high: float, *, above: bool = False) -> Rule:
-    """A duration in this range of seconds."""
-    in_range = between(low, high, above=above)
+def check_message(message: Message, path: str = "") -> Iterator[Violation]:
+    """What is wrong with a message's fields and with those of its messages.
 
-    def check(value: Duration) -> Iterator[tuple[str, str]]:
-        return in_range(duration_seconds(value))
-
-    return check
-
-
-def labels(value: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    yield from at_most(16, length(0, 256))(value)
-    yield from (("", f"the key {key[:63]!r}... has more than 63 characters") for key in value if len(key) > 63)
-
-
-def on_cold(value: int) -> Iterator[tuple[str, str]]:
-    if value not in OnCold.values():
-        yield "", f"{value} is no OnCold that this server knows"
-
-
-RULES: Mapping[str, Rule] = {
-    "GenerateSpec.model": length(1, 512),
-    "GenerateSpec.priority": between(-100, 100),
-    "GenerateSpec.client_request_id": length(0, 128),
-    "GenerateSpec.labels": labels,
-    "Prompt.text": length(1, 1 << 22),
-    "Prompt.truncate_to_tokens": between(1, math.inf),
-    "Chat.messages": at_most(1024),
-    "ChatMessage.role": length(1, 64),
-    "Sampling.temperature": between(0, 10),
-    "Sampling.top_p": between(0, 1, above=True),
-    "Sampling.top_k": between(0, math.inf),
-    "Sampling.min_p": between(0, 1),
-    "Sampling.typical_p": between(0, 1, above=True),
-    "Sampling.repetition_penalty": between(0, 10, above=True),
-    "Sampling.presence_penalty": between(-2, 2),
-    "Sampling.frequency_penalty": between(-2, 2),
-    "Sampling.n": between(1, 16),
-    "Sampling.logit_bias": at_most(1024, between(-100, 100)),
-    "Sampling.allowed_token_ids": at_most(1024),
-    "Stopping.max_tokens": between(1, math.inf),
-    "Stopping.min_tokens": between(0, math.inf),
-    "Stopping.stop": at_most(16, length(1, 256, "bytes")),
-    "Stopping.stop_token_ids": at_most(64),
-    "Stopping.time_limit": seconds(0, math.inf, above=True),
-    "OutputOptions.top_logprobs": between(0, 20),
-    "OutputOptions.prompt_logprobs": between(0, 20),
-    "CacheOptions.salt": length(0, 128, "bytes"),
-    "AdapterPolicy.on_cold": on_cold,
-    "AdapterPolicy.max_load_wait": seconds(0, math.inf),
-    "StreamOptions.min_tokens_per_chunk": between(1, 256),
-    "StreamOptions.max_chunk_delay": seconds(0, 10),
-}
-
-
-def check_spec(spec: GenerateSpec, path: str, streaming: bool) -> None:
-    """Check everything that needs no model. `path`: where the spec is in the request, such as "spec".
-
-    Raises FeatureUnsupported for the first field that this server does not support, else InvalidRequest with every
-    field that is at fault.
+    Raises FeatureUnsupported, and InvalidRequest for a message that is too much as a whole.
     """
-    violations = [*check_message(spec, path), *_check_spec(spec, path, streaming)]
-    if violations:
-        raise InvalidRequest(*violations)
-
-
-def check_message(message: Message, path: str) -> Iterator[Violation]:
-    """What the table says of a message's fields and of those of its messages. Raises FeatureUnsupported."""
     kind = message.DESCRIPTOR.name
+    if kind in TOTALS:
+        _check_total(message, TOTALS[kind], path)
     unknown = UnknownFieldSet(message)
     if len(unknown):
-        raise FeatureUnsupported(
-            f"{path}.{unknown[0].field_number}", "is a field that this server's version of the contract does not have"
-        )
+        raise FeatureUnsupported(_at(path, str(unknown[0].field_number)), _UNKNOWN)
     for field, value in message.ListFields():
-        where = f"{path}.{field.name}"
-        if f"{kind}.{field.name}" in UNSUPPORTED_FIELDS:
+        where, name = _at(path, field.name), f"{kind}.{field.name}"
+        if name in UNSUPPORTED_FIELDS:
             raise FeatureUnsupported(where)
-        rule = RULES.get(f"{kind}.{field.name}")
-        if rule is not None:
-            yield from (Violation(where + suffix, problem) for suffix, problem in rule(value))
-        if field.message_type is None or field.message_type.file.package != message.DESCRIPTOR.file.package:
-            continue  # a scalar, or a type of google.protobuf
-        if isinstance(value, Message):
-            yield from check_message(value, where)
-        elif not field.message_type.GetOptions().map_entry:
-            for index, item in enumerate(value):
-                yield from check_message(item, f"{where}[{index}]")
+        limit = LIMITS.get(name)
+        problems = [] if limit is None else list(limit.problems(value))
+        yield from (Violation(where + suffix, problem) for suffix, problem in problems)
+        if not problems and not (isinstance(limit, Entries) and limit.alone):
+            for place, part in _parts(field, value):
+                yield from check_message(part, where + place)
+    if kind in _RULES:
+        yield from _RULES[kind](message, path)
 
 
-def _check_spec(spec: GenerateSpec, path: str, streaming: bool) -> Iterator[Violation]:
-    """What the table cannot say: required fields, and fields that exclude each other."""
+def _check_unknown(request: Message) -> None:
+    """Raises FeatureUnsupported for more of what the contract does not have than may be looked at one by one."""
+    size = request.ByteSize()
+    if size <= MAX_UNKNOWN_BYTES:
+        return
+    known = type(request)()
+    known.CopyFrom(request)
+    known.DiscardUnknownFields()
+    if size - known.ByteSize() > MAX_UNKNOWN_BYTES:
+        raise FeatureUnsupported("request", _UNKNOWN)
+
+
+def _check_total(message: Message, total: Total, path: str) -> None:
+    """Raises InvalidRequest as soon as the message holds more than that."""
+    characters = entries = numbers = 0
+    for field, value in _fields(message):
+        if isinstance(value, str | bytes):
+            characters += len(value)
+        elif isinstance(value, Mapping):
+            entries += len(value)
+            characters += sum(len(text) for text in [*value, *value.values()] if isinstance(text, str))
+        elif isinstance(value, Sequence) and field.cpp_type in _OF_ENTRIES:
+            entries += len(value)
+            characters += sum(len(text) for text in value) if field.message_type is None else 0
+        elif isinstance(value, Sequence):
+            numbers += len(value)
+        if characters > total.characters or entries > total.entries or numbers > total.numbers:
+            raise InvalidRequest.at(path or "request", f"is too much as a whole: {total.words} are allowed")
+
+
+def _fields(message: Message) -> Iterator[tuple[FieldDescriptor, Any]]:
+    """The fields that are set, and those of the messages in them."""
+    for field, value in message.ListFields():
+        yield field, value
+        for _, part in _parts(field, value):
+            yield from _fields(part)
+
+
+def _parts(field: FieldDescriptor, value: Any) -> Iterator[tuple[str, Message]]:
+    """The messages in a field, each with its place there."""
+    if field.message_type is None:
+        return
+    if isinstance(value, Message):
+        yield "", value
+    elif isinstance(value, Mapping):
+        yield from ((f"[{key[:63]}]", item) for key, item in value.items() if isinstance(item, Message))
+    else:
+        yield from ((f"[{index}]", item) for index, item in enumerate(value))
+
+
+def _at(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+# ---- what the table cannot say: required fields, and fields that exclude each other ----------------------------------
+
+
+def _check_spec(spec: GenerateSpec, path: str) -> Iterator[Violation]:
     if not spec.model:
-        yield Violation(f"{path}.model", "is required: name a model, an adapter or a route")
-    yield from check_prompt(spec.prompt, f"{path}.prompt")
+        yield Violation(_at(path, "model"), "is required: name a model, an adapter or a route")
+    if not spec.HasField("prompt"):
+        yield Violation(_at(path, "prompt"), _NO_PROMPT)
     stopping, output = spec.stopping, spec.output
     if stopping.max_tokens > 0 and stopping.min_tokens > stopping.max_tokens:
-        yield Violation(
-            f"{path}.stopping.min_tokens", f"is {stopping.min_tokens}, more than max_tokens, {stopping.max_tokens}"
-        )
+        problem = f"is {stopping.min_tokens}, more than max_tokens, {stopping.max_tokens}"
+        yield Violation(_at(path, "stopping.min_tokens"), problem)
     if output.top_logprobs > 0 and output.HasField("logprobs") and not output.logprobs:
-        yield Violation(f"{path}.output.top_logprobs", "asks for log-probabilities, and logprobs is false")
-    if not streaming and spec.HasField("stream"):
-        yield Violation(f"{path}.stream", "has a meaning for StreamGenerate alone; leave it out")
+        yield Violation(_at(path, "output.top_logprobs"), "asks for log-probabilities, and logprobs is false")
 
 
-def check_prompt(prompt: Prompt, path: str) -> Iterator[Violation]:
-    """A prompt must be there, be one thing, and not be empty (text: the table says so)."""
+def _check_unary(spec: GenerateSpec, path: str) -> Iterator[Violation]:
+    if spec.HasField("stream"):
+        yield Violation(_at(path, "stream"), "has a meaning for StreamGenerate alone; leave it out")
+
+
+def _check_generate(request: GenerateRequest, path: str) -> Iterator[Violation]:
+    yield from _check_stream(request, path)
+    yield from _check_unary(request.spec, _at(path, "spec"))
+
+
+def _check_stream(request: GenerateRequest | StreamGenerateRequest, path: str) -> Iterator[Violation]:
+    if not request.HasField("spec"):
+        yield Violation(_at(path, "spec"), "is required")
+
+
+def _check_prompt(prompt: Prompt, path: str) -> Iterator[Violation]:
+    """A prompt must be one thing, and not be empty (text: the table says so)."""
     match prompt.WhichOneof("content"):
         case None:
-            yield Violation(path, "is required: give text, token_ids or chat")
+            yield Violation(path, _NO_PROMPT)
         case "token_ids":
             if not prompt.token_ids.ids:
-                yield Violation(f"{path}.token_ids", "is empty")
+                yield Violation(_at(path, "token_ids"), "is empty")
             if prompt.HasField("add_special_tokens"):
-                yield Violation(f"{path}.add_special_tokens", "must be absent with token_ids: nothing is added to them")
+                problem = "must be absent with token_ids: nothing is added to them"
+                yield Violation(_at(path, "add_special_tokens"), problem)
         case "chat":
-            chat = prompt.chat
-            if not chat.messages:
-                yield Violation(f"{path}.chat.messages", "is empty")
-            for index, message in enumerate(chat.messages):
-                if not message.role:
-                    yield Violation(f"{path}.chat.messages[{index}].role", "is required")
-            if chat.add_generation_prompt and chat.continue_final_message:
-                yield Violation(f"{path}.chat.continue_final_message", "excludes add_generation_prompt")
+            if not prompt.chat.messages:
+                yield Violation(_at(path, "chat.messages"), "is empty")
+            if prompt.chat.add_generation_prompt and prompt.chat.continue_final_message:
+                yield Violation(_at(path, "chat.continue_final_message"), "excludes add_generation_prompt")
+
+
+def _check_chat_message(message: ChatMessage, path: str) -> Iterator[Violation]:
+    if not message.role:
+        yield Violation(_at(path, "role"), "is required")
+
+
+def _check_tokenize(request: TokenizeRequest, path: str) -> Iterator[Violation]:
+    yield from _check_model(request, path)
+    if not request.HasField("prompt"):
+        yield Violation(_at(path, "prompt"), _NO_PROMPT)
+    elif request.prompt.HasField("token_ids"):
+        yield Violation(_at(path, "prompt.token_ids"), "are tokens already; give text or chat")
+
+
+def _check_model(request: TokenizeRequest | DetokenizeRequest, path: str) -> Iterator[Violation]:
+    if not request.model:
+        yield Violation(_at(path, "model"), "is required: name a model, an adapter or a route")
+
+
+def _check_registration(request: CreateAdapterRequest, path: str) -> Iterator[Violation]:
+    for check, name, field in (
+        (tenant_id, request.parent, "parent"),
+        (model_id, request.adapter.base_model, "adapter.base_model"),
+    ):
+        try:
+            check(name, _at(path, field))
+        except InvalidRequest as error:
+            yield from error.violations
+    if not re.fullmatch(ID, request.adapter_id):
+        problem = "must be 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
+        yield Violation(_at(path, "adapter_id"), problem)
+    if request.adapter.digest and not _DIGEST.fullmatch(request.adapter.digest):
+        yield Violation(_at(path, "adapter.digest"), "must be sha256: and 64 hexadecimal digits")
+    if path and request.adapter.source:
+        yield Violation(_at(path, "adapter.source"), "must be empty: the files are in the upload")
+    elif not path and not request.adapter.source:
+        problem = "is required: the directory of the adapter, under a root that is allowed"
+        yield Violation(_at(path, "adapter.source"), problem)
+
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_NO_PROMPT = "is required: give text, token_ids or chat"
+_RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
+    "GenerateRequest": _check_generate,
+    "StreamGenerateRequest": _check_stream,
+    "TokenizeRequest": _check_tokenize,
+    "DetokenizeRequest": _check_model,
+    "GenerateSpec": _check_spec,
+    "Prompt": _check_prompt,
+    "ChatMessage": _check_chat_message,
+    "CreateAdapterRequest": _check_registration,
+}
 
 
 # ---- from a valid spec to what the engine and the output side need ---------------------------------------------------
@@ -310,10 +353,6 @@ def derived_seed(seed: int, output_index: int) -> int:
     """The seed of an output after the first, which has the request's own: n changes nothing for it."""
     digest = hashlib.blake2b(seed.to_bytes(8) + output_index.to_bytes(4), digest_size=8)
     return int.from_bytes(digest.digest())
-
-
-def duration_seconds(duration: Duration) -> float:
-    return float(duration.seconds) + duration.nanos * 1e-9
 
 
 def _check_vocabulary(spec: GenerateSpec, sampling: Sampling, vocab_size: int, path: str) -> None:

@@ -1,8 +1,7 @@
 """AdapterService: adapters that come and go while the server runs."""
 
 import asyncio
-import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +49,8 @@ from loraplex.v1.watch_pb2 import (
 )
 from service.adapter_files import AdapterFiles, AdapterLibrary
 from service.control.requests import (
-    ID,
     Once,
     adapter_name,
-    check_labels,
     model_id,
     page,
     tenant_id,
@@ -68,7 +65,6 @@ from service.errors import (
     FailedPrecondition,
     InvalidRequest,
     NotFound,
-    Violation,
     to_status,
 )
 from service.hosting import ModelHost
@@ -90,7 +86,6 @@ RESIDENCIES = {
     Residency.DEVICE: ADAPTER_RESIDENCY_DEVICE,
 }
 UPDATABLE = ("labels", "pinned", "version")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
@@ -171,7 +166,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         header = await upload_header(request_iterator)
 
         async def upload() -> Adapter:
-            _check_registration(header, is_upload=True)
             async with self._library.gather() as gathering:
                 await receive_files(request_iterator, gathering, self._max_upload_bytes)
                 return await self._register(header, await gathering.check("upload"))
@@ -179,7 +173,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         return await self._once.run("UploadAdapter", header.request_id, upload)
 
     async def _create(self, request: CreateAdapterRequest) -> Adapter:
-        _check_registration(request, is_upload=False)
         async with self._library.find(request.adapter.source) as files:
             return await self._register(request, files)
 
@@ -249,9 +242,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         fields = _fields_to_change(request.update_mask)
         version = self._get(wanted.name, "adapter.name")
         _check_etag(version, wanted.etag)
-        violations = list(check_labels(wanted.labels, "adapter.labels"))
-        if violations:
-            raise InvalidRequest(*violations)
         if "version" in fields:
             version = self._next_current(wanted)
         if "pinned" in fields and wanted.pinned is not version.spec.pinned:
@@ -397,35 +387,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         client = None if model is None else model.client
         residency = Residency.DISK if client is None else client.residency.get(version.key, Residency.DISK)
         return RESIDENCIES[residency]
-
-
-def _check_registration(request: CreateAdapterRequest, is_upload: bool) -> None:
-    """Raises InvalidRequest naming every field at fault."""
-    violations = list(_registration_violations(request))
-    if is_upload and request.adapter.source:
-        violations.append(Violation("adapter.source", "must be empty: the files are in the upload"))
-    elif not is_upload and not request.adapter.source:
-        problem = "is required: the directory of the adapter, under a root that is allowed"
-        violations.append(Violation("adapter.source", problem))
-    if violations:
-        raise InvalidRequest(*violations)
-
-
-def _registration_violations(request: CreateAdapterRequest) -> Iterator[Violation]:
-    checks: tuple[Callable[[], object], ...] = (
-        lambda: tenant_id(request.parent, "parent"),
-        lambda: model_id(request.adapter.base_model, "adapter.base_model"),
-    )
-    for check in checks:
-        try:
-            check()
-        except InvalidRequest as error:
-            yield from error.violations
-    if not re.fullmatch(ID, request.adapter_id):
-        yield Violation("adapter_id", "must be 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit")
-    if request.adapter.digest and not _DIGEST.fullmatch(request.adapter.digest):
-        yield Violation("adapter.digest", "must be sha256: and 64 hexadecimal digits")
-    yield from check_labels(request.adapter.labels, "adapter.labels")
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -30,11 +30,10 @@ from loraplex.v1.watch_pb2 import (
 )
 from service.control.requests import Once, model_id, page, wait_seconds
 from service.control.watching import Latest
-from service.errors import FailedPrecondition, InvalidRequest, to_status
+from service.errors import FailedPrecondition, to_status
 from service.hosting import HostedModel, ModelHost
 from service.supervisor import EngineState
-from service.times import timestamp
-from service.validation import duration_seconds
+from service.times import duration_seconds, timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -78,8 +77,6 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
         model = self._host.get(model_id(request.name, "name"))
         seconds = wait_seconds(request)
         grace = duration_seconds(request.grace) if request.HasField("grace") else self._unload_grace_seconds
-        if grace < 0:
-            raise InvalidRequest.at("grace", f"must not be negative, is {grace:g} s")
 
         async def unload() -> Model:
             model.unload(grace)

@@ -23,16 +23,14 @@ from loraplex.v1.routes_pb2 import (
 )
 from service.call import current_call
 from service.catalog import Catalog
-from service.control.requests import ID, Once, check_labels, page, tenant_id
+from service.control.requests import ID, Once, page, tenant_id
 from service.errors import Aborted, InvalidRequest, LoraplexError, NotFound, PermissionDenied, Violation
 from service.routing import RouteBook, weight_of
 from service.state import StateFile
 from service.times import timestamp
-from service.validation import check_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-MAX_TARGETS = 32
 UPDATABLE = ("targets", "fallback", "default_sampling", "labels")
 _NAME = re.compile(rf"tenants/({ID})/routes/{ID}")
 
@@ -106,12 +104,9 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
 
     def _violations(self, route: Route, fields: Collection[str]) -> Iterator[Violation]:
         """Of the fields that change: a target that has gone since does not stand in the way of others."""
-        if not 1 <= len(route.targets) <= MAX_TARGETS:
-            yield Violation("route.targets", f"has {len(route.targets)} entries; 1 to {MAX_TARGETS} are allowed")
-        weights = [weight_of(target) for target in route.targets]
-        if any(weight < 0 for weight in weights):
-            yield Violation("route.targets", "has a weight below 0")
-        elif route.targets and not sum(weights):
+        if not route.targets:
+            yield Violation("route.targets", "is empty; give at least one")
+        elif not sum(weight_of(target) for target in route.targets):
             yield Violation("route.targets", "has weights that sum to zero: no request could go anywhere")
         if len({target.model for target in route.targets}) < len(route.targets):
             yield Violation("route.targets", "names a target twice; add the weights")
@@ -119,10 +114,8 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
             yield from self._target_violations(route, target.model, f"route.targets[{index}].model")
         if "fallback" in fields and route.HasField("fallback"):
             yield from self._target_violations(route, route.fallback, "route.fallback")
-        yield from check_message(route.default_sampling, "route.default_sampling")
         if route.default_sampling.HasField("n"):
             yield Violation("route.default_sampling.n", "cannot be set by a route")
-        yield from check_labels(route.labels, "route.labels")
 
     def _target_violations(self, route: Route, name: str, field: str) -> Iterator[Violation]:
         if _NAME.fullmatch(name):

@@ -15,33 +15,22 @@ from loraplex.v1.tokenizer_pb2 import (
 )
 from service.call import current_call
 from service.catalog import Catalog, LoadedModel
-from service.errors import InvalidRequest, Violation
+from service.errors import InvalidRequest
 from service.prompts import adds_special_tokens, prompt_text
-from service.tenants import Tenants
 from service.text import TemplateRenderer, TextError
-from service.validation import check_message, check_prompt
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-MAX_TOKENS = 1 << 20
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     """The tokenizers of the loaded models."""
 
-    def __init__(self, catalog: Catalog, renderer: TemplateRenderer, tenants: Tenants) -> None:
+    def __init__(self, catalog: Catalog, renderer: TemplateRenderer) -> None:
         self._catalog = catalog
         self._renderer = renderer
-        self._tenants = tenants
 
     async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:  # noqa: N802
-        self._tenants.get(current_call().tenant).count_request()
         prompt = request.prompt
-        violations = [*check_message(prompt, "prompt"), *check_prompt(prompt, "prompt")]
-        if prompt.HasField("token_ids"):
-            violations.append(Violation("prompt.token_ids", "are tokens already; give text or chat"))
-        if violations:
-            raise InvalidRequest(*violations)
         model = self._model(request.model)
         text = await prompt_text(prompt, model, self._renderer, "prompt")
         special = adds_special_tokens(prompt)
@@ -58,11 +47,6 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return response
 
     async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:  # noqa: N802
-        self._tenants.get(current_call().tenant).count_request()
-        if len(request.token_ids) > MAX_TOKENS:
-            raise InvalidRequest.at(
-                "token_ids", f"has {len(request.token_ids)} entries; at most {MAX_TOKENS} are allowed"
-            )
         model = self._model(request.model)
         largest = max(request.token_ids, default=0)
         if largest >= model.limits.vocab_size:
@@ -74,6 +58,4 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return DetokenizeResponse(text=text)
 
     def _model(self, name: str) -> LoadedModel:
-        if not name:
-            raise InvalidRequest.at("model", "is required: name a model, an adapter or a route")
         return self._catalog.resolve(current_call().tenant, name, "model").model

@@ -9,8 +9,6 @@ from loraplex.v1.adapters_pb2 import CreateAdapterRequest, UploadAdapterRequest,
 from service.adapter_files import Gathering
 from service.errors import InvalidRequest
 
-MAX_CHUNK_BYTES = 1 << 20
-
 
 async def upload_header(messages: AsyncIterator[UploadAdapterRequest]) -> CreateAdapterRequest:
     """The first message. Raises InvalidRequest if it is no header."""
@@ -63,10 +61,9 @@ class _Files:
         self._left_bytes -= file.size_bytes
 
     def take(self, num_bytes: int) -> None:
-        if num_bytes > min(MAX_CHUNK_BYTES, self._missing_bytes):
+        if num_bytes > self._missing_bytes:
             where = f"of {self.name} " if self.name else ""
-            expected = f"{self._missing_bytes} {where}are missing, and a chunk has at most {MAX_CHUNK_BYTES}"
-            raise InvalidRequest.at("chunk", f"has {num_bytes} bytes; {expected}")
+            raise InvalidRequest.at("chunk", f"has {num_bytes} bytes; {self._missing_bytes} {where}are missing")
         self._missing_bytes -= num_bytes
 
     def end(self) -> None:

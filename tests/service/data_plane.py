@@ -176,6 +176,7 @@ async def data_plane(
     tenants: Tenants | None = None,
 ) -> AsyncIterator[DataPlane]:
     engine = FakeEngine()
+    tenants = tenants or Tenants()
     if max_pending_tokens is not None:
         engine.client._max_pending_tokens = max_pending_tokens
     model = LoadedModel("demo", "r1", engine.limits, engine.client, tokenizer, Sampling())
@@ -186,12 +187,13 @@ async def data_plane(
             admission,
             renderer,
             adapter_path=lambda version: version.spec.source,
-            tenants=tenants or Tenants(),
+            tenants=tenants,
         )
         name = "loraplex.v1.InferenceService"
         health = Health([name])
         services = [Service(name, servicer, add_InferenceServiceServicer_to_server)]
-        server, port = build_server(services, health, CallInterceptor(stall_seconds=stall_seconds), "127.0.0.1:0")
+        interceptor = CallInterceptor(stall_seconds=stall_seconds, tenants=tenants)
+        server, port = build_server(services, health, interceptor, "127.0.0.1:0")
         await health.start()
         await health.set_model("demo", True)
         await server.start()

@@ -165,5 +165,5 @@ async def test_a_watch_tells_what_exists_and_then_what_changes(control: ControlP
 
 
 async def test_a_grace_below_zero_is_refused(control: ControlPlane) -> None:
-    with pytest.raises(InvalidArgument, match="grace: must not be negative"):
+    with pytest.raises(InvalidArgument, match="grace: must be at least 0 s"):
         await control.admin.unload_model("tiny", grace=-1.0)

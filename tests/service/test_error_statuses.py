@@ -456,7 +456,7 @@ async def test_a_fault_of_the_service_is_internal_and_shows_no_secret(
     def broken(*_: object) -> None:
         raise RuntimeError("password")
 
-    monkeypatch.setattr("service.inference.check_spec", broken)
+    monkeypatch.setattr("service.inference.prompt_tokens", broken)
     failed = await failure(plane.stream(make_spec()))
     assert (failed.code, failed.reason) == (Code.INTERNAL, "ENGINE_ERROR")
     assert failed.detail(RequestInfo()).request_id == failed.metadata["loraplex-request-id"]

@@ -173,7 +173,7 @@ async def test_a_missing_route_is_only_made_when_that_is_wanted(control: Control
     [
         (route(), "route.targets"),
         (route(("tiny", 0)), "route.targets"),
-        (route(("tiny", -1)), "route.targets"),
+        (route(("tiny", -1)), "route.targets[0].weight"),
         (route(("tiny", 1), ("tiny", 1)), "route.targets"),
         (route(("nope", 1)), "route.targets[0].model"),
         (route(("tiny", 1), ("tenants/acme/adapters/theirs", 1)), "route.targets[1].model"),

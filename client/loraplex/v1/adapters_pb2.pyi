@@ -54,7 +54,7 @@ Global___AdapterResidency: typing_extensions.TypeAlias = AdapterResidency
 
 @typing.final
 class Adapter(google.protobuf.message.Message):
-    """One version of an adapter."""
+    """One version of an adapter. In all at most 1,048,576 characters and 8192 entries, and 4096 numbers."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -145,17 +145,19 @@ class Adapter(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """tenants/{tenant}/adapters/{adapter}."""
+    """tenants/{tenant}/adapters/{adapter}. At most 512 characters."""
     version: builtins.str
-    """tenants/{tenant}/adapters/{adapter}@{version}. Empty until the digest is known."""
+    """tenants/{tenant}/adapters/{adapter}@{version}. Empty until the digest is known. At most 512 characters."""
     base_model: builtins.str
-    """models/{model}: the model that it adapts. Required to create one."""
+    """models/{model}: the model that it adapts. Required to create one. At most 512 characters."""
     source: builtins.str
     """Where its files are: a path under one of the roots, or s3://{bucket}/{prefix} or hf://{owner}/{name}@{commit} under
-    one of the remote sources, that the operator allows. Empty for an upload.
+    one of the remote sources, that the operator allows. Empty for an upload. At most 8192 characters.
     """
     digest: builtins.str
-    """The digest of its files, "sha256:" and 64 hex digits. If given to create one, the files must have it."""
+    """The digest of its files, "sha256:" and 64 hex digits. If given to create one, the files must have it. At most 128
+    characters.
+    """
     state: Global___Adapter.State.ValueType
     """Where in its life it is."""
     residency: Global___AdapterResidency.ValueType
@@ -177,22 +179,24 @@ class Adapter(google.protobuf.message.Message):
     computed.
     """
     etag: builtins.str
-    """Changes with the version. Sent back in a change, it makes sure that nobody else has changed it since."""
+    """Changes with the version. Sent back in a change, it makes sure that nobody else has changed it since. At most 128
+    characters.
+    """
     @property
     def error(self) -> google.rpc.status_pb2.Status:
         """What went wrong, in STATE_FAILED."""
 
     @property
     def module_ranks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
-        """Ranks of the modules, by module name, only if they differ."""
+        """Ranks of the modules, by module name, only if they differ. At most 4096; keys up to 256 characters."""
 
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The names of the modules that it changes, such as "q_proj"."""
+        """The names of the modules that it changes, such as "q_proj". At most 4096, each at most 256 characters."""
 
     @property
     def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """What was remarkable about its files without being wrong."""
+        """What was remarkable about its files without being wrong. At most 256, each at most 4096 characters."""
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
@@ -250,7 +254,7 @@ class GetAdapterRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required."""
+    """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required. At most 512 characters."""
     def __init__(
         self,
         *,
@@ -272,13 +276,13 @@ class ListAdaptersRequest(google.protobuf.message.Message):
     BASE_MODEL_FIELD_NUMBER: builtins.int
     INCLUDE_VERSIONS_FIELD_NUMBER: builtins.int
     parent: builtins.str
-    """tenants/{tenant}, or tenants/- for all that the caller may see. Required."""
+    """tenants/{tenant}, or tenants/- for all that the caller may see. Required. At most 512 characters."""
     page_size: builtins.int
-    """At most this many in one response. Absent or 0: 100. At most 1000."""
+    """At most this many in one response. Absent or 0: 100. From 0 to 1000."""
     page_token: builtins.str
-    """From the previous response, to go on where it ended."""
+    """From the previous response, to go on where it ended. At most 512 characters."""
     base_model: builtins.str
-    """Only adapters of this model: models/{model}."""
+    """Only adapters of this model: models/{model}. At most 512 characters."""
     include_versions: builtins.bool
     """Every version, instead of only the current one of each adapter."""
     def __init__(
@@ -335,9 +339,11 @@ class CreateAdapterRequest(google.protobuf.message.Message):
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     parent: builtins.str
-    """tenants/{tenant}. Required."""
+    """tenants/{tenant}. Required. At most 512 characters."""
     adapter_id: builtins.str
-    """The adapter's id: from 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit. Required."""
+    """The adapter's id: from 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit. Required. At most 63
+    characters.
+    """
     make_current: builtins.bool
     """Whether the bare name moves to this version as soon as it can be used. Absent: true."""
     residency: Global___AdapterResidency.ValueType
@@ -347,14 +353,14 @@ class CreateAdapterRequest(google.protobuf.message.Message):
     ADAPTER_BASE_MISMATCH, ADAPTER_RANK_TOO_HIGH.
     """
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result."""
+    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
     @property
     def adapter(self) -> Global___Adapter:
         """base_model and source are required; digest, labels and pinned may be set; all else is the server's."""
 
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when the version is there or has failed, or after this time. Absent: return at once."""
+        """Return only when the version is there or has failed, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -387,7 +393,7 @@ class UploadAdapterRequest(google.protobuf.message.Message):
     FILE_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     chunk: builtins.bytes
-    """The next bytes of the file. At most 1 MiB."""
+    """The next bytes of the file. At most 1,048,576 bytes."""
     @property
     def header(self) -> Global___CreateAdapterRequest:
         """First, exactly once: as for CreateAdapter, with no source."""
@@ -418,9 +424,11 @@ class UploadFile(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Its name: "adapter_config.json", "adapter_model.safetensors" or, of a signed adapter, "adapter.sig"."""
+    """Its name: "adapter_config.json", "adapter_model.safetensors" or, of a signed adapter, "adapter.sig". At most 256
+    characters.
+    """
     size_bytes: builtins.int
-    """Its length in bytes."""
+    """Its length in bytes. At least 1."""
     def __init__(
         self,
         *,
@@ -441,7 +449,7 @@ class UpdateAdapterRequest(google.protobuf.message.Message):
     UPDATE_MASK_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result."""
+    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
     @property
     def adapter(self) -> Global___Adapter:
         """Its name, with or without @{version}, says which. An etag, if set, must still be the current one."""
@@ -476,14 +484,14 @@ class DeleteAdapterRequest(google.protobuf.message.Message):
     WAIT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required."""
+    """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required. At most 512 characters."""
     etag: builtins.str
-    """Delete only if this is still its etag."""
+    """Delete only if this is still its etag. At most 128 characters."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result."""
+    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when it is gone, or after this time. Absent: return at once."""
+        """Return only when it is gone, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -513,14 +521,14 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     WAIT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required."""
+    """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required. At most 512 characters."""
     residency: Global___AdapterResidency.ValueType
     """How close to the device: host or device. Absent: device."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result."""
+    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when it is there or has failed, or after this time. Absent: return at once."""
+        """Return only when it is there or has failed, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -547,14 +555,14 @@ class UnloadAdapterRequest(google.protobuf.message.Message):
     WAIT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required."""
+    """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required. At most 512 characters."""
     residency: Global___AdapterResidency.ValueType
     """How far from the device: disk or host. Absent: disk."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result."""
+    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when its memory is free, or after this time. Absent: return at once."""
+        """Return only when its memory is free, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -579,9 +587,9 @@ class WatchAdaptersRequest(google.protobuf.message.Message):
     PARENT_FIELD_NUMBER: builtins.int
     BASE_MODEL_FIELD_NUMBER: builtins.int
     parent: builtins.str
-    """tenants/{tenant}, or tenants/- for all that the caller may see. Required."""
+    """tenants/{tenant}, or tenants/- for all that the caller may see. Required. At most 512 characters."""
     base_model: builtins.str
-    """Only adapters of this model: models/{model}."""
+    """Only adapters of this model: models/{model}. At most 512 characters."""
     def __init__(
         self,
         *,

@@ -237,7 +237,7 @@ class Sampling(google.protobuf.message.Message):
     """How many outputs to generate from the prompt. Default 1. From 1 to 16. Each counts against quota."""
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
-        """Added to the logits, by token id. At most 1024 entries, each from -100 to 100."""
+        """Added to the logits, by token id. At most 1024, each from -100 to 100."""
 
     @property
     def allowed_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -307,7 +307,7 @@ class Stopping(google.protobuf.message.Message):
     At least 1.
     """
     min_tokens: builtins.int
-    """No stop string, stop token or end of sequence before this many tokens. Default 0. At most max_tokens."""
+    """No stop string, stop token or end of sequence before this many tokens. Default 0. At most max_tokens. At least 0."""
     include_stop: builtins.bool
     """Whether the stop string or stop token is part of what comes back. Default false."""
     ignore_eos: builtins.bool
@@ -324,7 +324,7 @@ class Stopping(google.protobuf.message.Message):
     def time_limit(self) -> google.protobuf.duration_pb2.Duration:
         """End after this time since admission, with what there is, as a success (FINISH_REASON_TIME_LIMIT). It runs while
         an adapter is loaded, too, and while an engine is replaced; what there is may be no token at all. The call's
-        deadline, in contrast, is an error. Above zero.
+        deadline, in contrast, is an error. Above 0 s.
         """
 
     def __init__(
@@ -363,11 +363,11 @@ class Constraint(google.protobuf.message.Message):
     CHOICES_FIELD_NUMBER: builtins.int
     GRAMMAR_FIELD_NUMBER: builtins.int
     json_schema: builtins.str
-    """A JSON value that this JSON Schema (as JSON text) accepts. At most 64 KiB."""
+    """A JSON value that this JSON Schema (as JSON text) accepts. At most 65,536 bytes."""
     regex: builtins.str
-    """Text that this regular expression matches as a whole. At most 4 KiB."""
+    """Text that this regular expression matches as a whole. At most 4096 bytes."""
     grammar: builtins.str
-    """Text of this context-free grammar, in GBNF. At most 64 KiB."""
+    """Text of this context-free grammar, in GBNF. At most 65,536 bytes."""
     @property
     def json_object(self) -> Global___JsonObject:
         """Any JSON object."""
@@ -405,14 +405,14 @@ Global___JsonObject: typing_extensions.TypeAlias = JsonObject
 
 @typing.final
 class Choices(google.protobuf.message.Message):
-    """Texts to choose from."""
+    """Texts to choose from. In all at most 65,536 characters and 256 entries."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     VALUES_FIELD_NUMBER: builtins.int
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """At least 1, at most 256, together at most 64 KiB."""
+        """At least 1, at most 256, each at most 65,536 bytes."""
 
     def __init__(
         self,
@@ -515,8 +515,8 @@ class AdapterPolicy(google.protobuf.message.Message):
     """What to do when the adapter is not on the device as the request arrives."""
     @property
     def max_load_wait(self) -> google.protobuf.duration_pb2.Duration:
-        """With ON_COLD_WAIT: how long to wait at most, after which the call fails with ADAPTER_COLD.
-        Absent: the server's limit. At least zero.
+        """With ON_COLD_WAIT: how long to wait at most, after which the call fails with ADAPTER_COLD. Absent: the server's
+        limit. At least 0 s.
         """
 
     def __init__(
@@ -542,7 +542,7 @@ class StreamOptions(google.protobuf.message.Message):
     """Hold tokens back until there are this many, the output ends, or max_chunk_delay is over. Default 1. From 1 to 256."""
     @property
     def max_chunk_delay(self) -> google.protobuf.duration_pb2.Duration:
-        """Hold no token back longer than this. Absent: 100 ms. From zero to 10 s."""
+        """Hold no token back longer than this. Absent: 100 ms. From 0 s to 10 s."""
 
     def __init__(
         self,

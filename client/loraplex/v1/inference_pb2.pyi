@@ -636,14 +636,14 @@ Global___PartialUsage: typing_extensions.TypeAlias = PartialUsage
 
 @typing.final
 class BatchGenerateRequest(google.protobuf.message.Message):
-    """Request of BatchGenerate."""
+    """Request of BatchGenerate. In all at most 8,388,608 characters and 16,384 entries, and 2,097,152 numbers."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SPECS_FIELD_NUMBER: builtins.int
     MAX_CONCURRENCY_FIELD_NUMBER: builtins.int
     max_concurrency: builtins.int
-    """Run at most this many at a time. Absent: the server decides."""
+    """Run at most this many at a time. Absent: the server decides. At least 1."""
     @property
     def specs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[loraplex.v1.generation_pb2.GenerateSpec]:
         """What to generate. At least 1, at most 256."""
@@ -729,12 +729,14 @@ class CancelGenerationRequest(google.protobuf.message.Message):
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Ids that the server gave: metadata loraplex-request-id, Started.request_id, BatchStarted.request_ids. Together with
-        client_request_ids at least 1, at most 256.
+        client_request_ids at least 1. At most 256, each at most 128 characters.
         """
 
     @property
     def client_request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Ids that the caller gave, GenerateSpec.client_request_id: every generation that has one of them."""
+        """Ids that the caller gave, GenerateSpec.client_request_id: every generation that has one of them. At most 256, each
+        at most 128 characters.
+        """
 
     def __init__(
         self,

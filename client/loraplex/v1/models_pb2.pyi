@@ -260,7 +260,7 @@ class GetModelRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """models/{model}. Required."""
+    """models/{model}. Required. At most 512 characters."""
     def __init__(
         self,
         *,
@@ -279,9 +279,9 @@ class ListModelsRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """At most this many in one response. Absent or 0: 100. At most 1000."""
+    """At most this many in one response. Absent or 0: 100. From 0 to 1000."""
     page_token: builtins.str
-    """From the previous response, to go on where it ended."""
+    """From the previous response, to go on where it ended. At most 512 characters."""
     def __init__(
         self,
         *,
@@ -326,12 +326,12 @@ class LoadModelRequest(google.protobuf.message.Message):
     WAIT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """models/{model}. Required."""
+    """models/{model}. Required. At most 512 characters."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result."""
+    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when the model is loaded or has failed, or after this time. Absent: return at once."""
+        """Return only when the model is loaded or has failed, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -357,16 +357,16 @@ class UnloadModelRequest(google.protobuf.message.Message):
     WAIT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """models/{model}. Required."""
+    """models/{model}. Required. At most 512 characters."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result."""
+    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
     @property
     def grace(self) -> google.protobuf.duration_pb2.Duration:
-        """Let running requests go on for this time. Absent: the server's grace for shutting down."""
+        """Let running requests go on for this time. Absent: the server's grace for shutting down. At least 0 s."""
 
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when the model is unloaded, or after this time. Absent: return at once."""
+        """Return only when the model is unloaded, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -390,7 +390,7 @@ class WatchModelsRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Watch only this model: models/{model}. Absent: all."""
+    """Watch only this model: models/{model}. Absent: all. At most 512 characters."""
     def __init__(
         self,
         *,

@@ -31,7 +31,7 @@ class Prompt(google.protobuf.message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     TRUNCATE_TO_TOKENS_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """Plain text, tokenised by the server with the model's tokenizer. At most 4,194,304 characters."""
+    """Plain text, tokenised by the server with the model's tokenizer. From 1 to 4,194,304 characters."""
     add_special_tokens: builtins.bool
     """Whether the tokenizer adds its special tokens (such as the beginning-of-sequence token).
     Absent: true for text, false for chat (templates write their own). Must be absent for token_ids.
@@ -77,7 +77,7 @@ class TokenIds(google.protobuf.message.Message):
     IDS_FIELD_NUMBER: builtins.int
     @property
     def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Each at least 0 and less than the model's vocabulary size."""
+        """Each at least 0 and less than the model's vocabulary size. At most 1,048,576."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ Global___TokenIds: typing_extensions.TypeAlias = TokenIds
 
 @typing.final
 class Chat(google.protobuf.message.Message):
-    """A conversation and how to render it."""
+    """A conversation and how to render it. In all at most 4,194,304 characters and 4096 entries."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -116,7 +116,8 @@ class Chat(google.protobuf.message.Message):
     @property
     def template_kwargs(self) -> google.protobuf.struct_pb2.Struct:
         """Further variables of the template, such as {"enable_thinking": false}. Whole numbers reach the template as
-        integers. They cannot replace messages, tools, nor the switches below.
+        integers. They cannot replace messages, tools, nor the switches below. Each object in them has at most 1024 fields
+        with names up to 1024 characters, each list at most 4096 values, each text at most 1,048,576 characters.
         """
 
     def __init__(
@@ -154,16 +155,16 @@ class ChatMessage(google.protobuf.message.Message):
     at most 64 characters.
     """
     content: builtins.str
-    """What is said. May be absent for an assistant message that only calls tools."""
+    """What is said. May be absent for an assistant message that only calls tools. At most 4,194,304 characters."""
     name: builtins.str
-    """The speaker's name, for templates that show it."""
+    """The speaker's name, for templates that show it. At most 256 characters."""
     reasoning_content: builtins.str
-    """The assistant's earlier reasoning, for templates that show it."""
+    """The assistant's earlier reasoning, for templates that show it. At most 4,194,304 characters."""
     tool_call_id: builtins.str
-    """For role "tool": the id of the call that this message answers."""
+    """For role "tool": the id of the call that this message answers. At most 256 characters."""
     @property
     def tool_calls(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
-        """The tools that an assistant message called."""
+        """The tools that an assistant message called. At most 128."""
 
     def __init__(
         self,
@@ -198,12 +199,12 @@ class Tool(google.protobuf.message.Message):
     DESCRIPTION_FIELD_NUMBER: builtins.int
     PARAMETERS_JSON_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """The function's name. Required."""
+    """The function's name. Required. At most 256 characters."""
     description: builtins.str
-    """What it does, in words for the model."""
+    """What it does, in words for the model. At most 65,536 characters."""
     parameters_json: builtins.str
     """Its parameters: a JSON Schema, as JSON text. Text rather than a Struct because the order of the keys and the
-    spelling of numbers reach the model. At most 64 KiB.
+    spelling of numbers reach the model. At most 65,536 bytes.
     """
     def __init__(
         self,
@@ -231,11 +232,11 @@ class ToolCall(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     ARGUMENTS_JSON_FIELD_NUMBER: builtins.int
     id: builtins.str
-    """Identifies the call within the conversation."""
+    """Identifies the call within the conversation. At most 256 characters."""
     name: builtins.str
-    """The name of the function."""
+    """The name of the function. At most 256 characters."""
     arguments_json: builtins.str
-    """Its arguments: a JSON object, as JSON text."""
+    """Its arguments: a JSON object, as JSON text. At most 1,048,576 characters."""
     def __init__(
         self,
         *,

@@ -52,13 +52,15 @@ class Route(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """tenants/{tenant}/routes/{route}."""
+    """tenants/{tenant}/routes/{route}. At most 512 characters."""
     fallback: builtins.str
-    """Where requests go whose target is not available: a name as in GenerateSpec.model, but not a route.
-    Absent: such requests fail.
+    """Where requests go whose target is not available: a name as in GenerateSpec.model, but not a route. Absent: such
+    requests fail. At most 512 characters.
     """
     etag: builtins.str
-    """Changes with the route. Sent back in an update, it makes sure that nobody else has changed it since."""
+    """Changes with the route. Sent back in an update, it makes sure that nobody else has changed it since. At most 128
+    characters.
+    """
     @property
     def targets(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RouteTarget]:
         """Where requests go. At least 1, at most 32."""
@@ -77,7 +79,7 @@ class Route(google.protobuf.message.Message):
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """Labels for the operator's own use. At most 64."""
+        """Labels for the operator's own use. At most 64; keys up to 63 characters, values up to 256."""
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class RouteTarget(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """A model, an adapter or an adapter version, named as in GenerateSpec.model. Not a route."""
+    """A model, an adapter or an adapter version, named as in GenerateSpec.model. Not a route. At most 512 characters."""
     weight: builtins.int
     """This target's share: weight divided by the sum of weights. Absent: 1. At least 0.
     Requests with the same loraplex-routing-key go to the same target.
@@ -171,7 +173,7 @@ class GetRouteRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """tenants/{tenant}/routes/{route}. Required."""
+    """tenants/{tenant}/routes/{route}. Required. At most 512 characters."""
     def __init__(
         self,
         *,
@@ -191,11 +193,11 @@ class ListRoutesRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     parent: builtins.str
-    """tenants/{tenant}, or tenants/- for all that the caller may see. Required."""
+    """tenants/{tenant}, or tenants/- for all that the caller may see. Required. At most 512 characters."""
     page_size: builtins.int
-    """At most this many in one response. Absent or 0: 100. At most 1000."""
+    """At most this many in one response. Absent or 0: 100. From 0 to 1000."""
     page_token: builtins.str
-    """From the previous response, to go on where it ended."""
+    """From the previous response, to go on where it ended. At most 512 characters."""
     def __init__(
         self,
         *,
@@ -244,7 +246,7 @@ class UpdateRouteRequest(google.protobuf.message.Message):
     allow_missing: builtins.bool
     """Create the route if there is none."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result."""
+    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
     @property
     def route(self) -> Global___Route:
         """The route as it shall be. Its name says which. An etag, if set, must still be the current one."""
@@ -277,11 +279,11 @@ class DeleteRouteRequest(google.protobuf.message.Message):
     ETAG_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """tenants/{tenant}/routes/{route}. Required."""
+    """tenants/{tenant}/routes/{route}. Required. At most 512 characters."""
     etag: builtins.str
-    """Delete only if this is still the route's etag."""
+    """Delete only if this is still the route's etag. At most 128 characters."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result."""
+    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
     def __init__(
         self,
         *,
@@ -308,11 +310,11 @@ class ResolveTargetRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     ROUTING_KEY_FIELD_NUMBER: builtins.int
     parent: builtins.str
-    """tenants/{tenant}: on whose behalf bare ids are looked up. Absent: the caller's tenant."""
+    """tenants/{tenant}: on whose behalf bare ids are looked up. Absent: the caller's tenant. At most 512 characters."""
     model: builtins.str
-    """As in GenerateSpec.model. Required."""
+    """As in GenerateSpec.model. Required. At most 512 characters."""
     routing_key: builtins.str
-    """As in the metadata loraplex-routing-key, which chooses among the targets of a route."""
+    """As in the metadata loraplex-routing-key, which chooses among the targets of a route. At most 8192 characters."""
     def __init__(
         self,
         *,

@@ -112,7 +112,7 @@ class WatchLoadRequest(google.protobuf.message.Message):
     INTERVAL_FIELD_NUMBER: builtins.int
     @property
     def interval(self) -> google.protobuf.duration_pb2.Duration:
-        """Time between two messages. Absent: 1 s. From 100 ms to 60 s."""
+        """Time between two messages. Absent: 1 s. From 0.1 s to 60 s."""
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ class WatchUsageRequest(google.protobuf.message.Message):
     EXISTING_ONLY_FIELD_NUMBER: builtins.int
     after_id: builtins.str
     """Send what was written after the record with this id. Absent: begin with the oldest file that is still there.
-    USAGE_RECORD_NOT_FOUND if no file has it any more.
+    USAGE_RECORD_NOT_FOUND if no file has it any more. At most 128 characters.
     """
     existing_only: builtins.bool
     """End the stream once everything that is in the files has been sent, instead of waiting for more."""

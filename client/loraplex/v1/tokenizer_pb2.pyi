@@ -30,7 +30,7 @@ class TokenizeRequest(google.protobuf.message.Message):
     INCLUDE_OFFSETS_FIELD_NUMBER: builtins.int
     INCLUDE_TEXT_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """Whose tokenizer: any name that GenerateSpec.model takes. Required."""
+    """Whose tokenizer: any name that GenerateSpec.model takes. Required. At most 512 characters."""
     include_offsets: builtins.bool
     """Whether to return where in the text each token is. Default false."""
     include_text: builtins.bool
@@ -124,7 +124,7 @@ class DetokenizeRequest(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """Whose tokenizer: any name that GenerateSpec.model takes. Required."""
+    """Whose tokenizer: any name that GenerateSpec.model takes. Required. At most 512 characters."""
     skip_special_tokens: builtins.bool
     """Whether to leave special tokens out of the text. Default true."""
     @property
