@@ -2,12 +2,16 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from loraplex.v1.inference_pb2 import Usage
+
+
+async def _tells_nobody() -> None:
+    return
 
 
 @dataclass(slots=True)
@@ -18,12 +22,26 @@ class Call:
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # never the caller's: that is a label
     arrival: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     deadline: float | None = None  # of the event loop's clock
+    client_request_id: str = ""  # what the caller calls it; of the spec, else of the metadata x-request-id
+    labels: Mapping[str, str] = field(default_factory=dict)  # of the spec
     routing_key: str = ""  # of the metadata loraplex-routing-key: the same one, the same target of a route
     metadata: dict[str, str] = field(default_factory=dict)  # goes back to the caller, beside loraplex-request-id
+    admit: Callable[[], Awaitable[None]] = _tells_nobody  # sends that metadata, once: it ends the right to retry
     usage: Callable[[], Usage] | None = None  # what a generation has consumed so far: an error carries it
     recorded: bool = False  # its generation has been given to the observer
     trace_id: str = ""  # of the caller's trace, or of the one that began here
     span: object = None  # of whoever traces
+
+    def item(self) -> "Call":
+        """The call that this one would have been for one of its items alone."""
+        return Call(
+            self.tenant,
+            deadline=self.deadline,
+            client_request_id=self.client_request_id,
+            routing_key=self.routing_key,
+            trace_id=self.trace_id,
+            span=self.span,
+        )
 
     def seconds_left(self) -> float | None:
         """Until the caller's deadline; None: there is none."""

@@ -7,7 +7,7 @@ function of its tokens and its seed, so its caller sees one stream without a gap
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -41,6 +41,8 @@ class Job:
     """Everything that is decided before the engine sees the request. Times are the event loop's."""
 
     request_id: str  # what the caller sees; the engine's ids are in `sequences`
+    client_request_id: str
+    labels: Mapping[str, str]
     operation: str  # what telemetry calls it: chat, text_completion
     target: ResolvedTarget
     tokenizer: Tokenizer
@@ -119,6 +121,8 @@ class Run:
         finished = [each.builder.finished for each in self._sequences if each.builder.finished is not None]
         return GenerationRecord(
             id=job.request_id,
+            client_request_id=job.client_request_id,
+            labels=job.labels,
             trace_id=trace_id,
             operation=job.operation,
             tenant=first.tenant,
@@ -301,6 +305,8 @@ class Run:
             self._timings.adapter_load_duration.CopyFrom(duration(load_seconds))
         started = Started(
             request_id=job.request_id,
+            client_request_id=job.client_request_id,
+            labels=job.labels,
             target=job.target,
             prompt_tokens=len(self._prompt),
             cached_prompt_tokens=output.num_cached_tokens,

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPo
 from loraplex.v1.inference_pb2 import (
     BatchGenerateRequest,
     BatchGenerateResponse,
+    BatchStarted,
     CancelGenerationRequest,
     CancelGenerationResponse,
     Completed,
@@ -37,8 +38,9 @@ from loraplex.v1.inference_pb2 import (
 from service.admission import Admission
 from service.call import Call, current_call
 from service.catalog import Catalog, Target
-from service.errors import Cancelled, InvalidRequest, LoraplexError, Unavailable, unusable_adapter
+from service.errors import InvalidRequest, LoraplexError, Unavailable, unusable_adapter
 from service.generation import Event, Job, Run
+from service.in_flight import InFlight, Requests
 from service.interceptors import error_status, known_error, status_name
 from service.prompts import prompt_tokens
 from service.telemetry.metrics import RequestMetrics
@@ -51,6 +53,7 @@ from service.validation import OutputForm, check_item, derived_seed, merged_samp
 Context = grpc.aio.ServicerContext[Any, Any]
 
 BATCH_CONCURRENCY = 16  # where the caller does not say: more would only wait, in a queue that others share
+SEED_BITS = 53  # of a seed that nobody gave: as many as a number of JavaScript holds
 
 _FIELD_OF_EVENT: dict[type[Event], str] = {
     Started: "started",
@@ -89,25 +92,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._resume_seconds = resume_seconds
         self._observer = observer
         self._token_gaps = (metrics or RequestMetrics()).token_gaps
-        self._runs: dict[str, tuple[str, Run]] = {}  # by request id: the tenant, and what runs for it
+        self._requests = Requests()
 
     async def Generate(self, request: GenerateRequest, context: Context) -> GenerateResponse:  # noqa: N802
-        return await self._generate(current_call(), request.spec, "spec")
+        with self._requests.known(current_call()) as known:
+            return await self._generate(known, request.spec, "spec")
 
     async def StreamGenerate(  # noqa: N802
         self, request: StreamGenerateRequest, context: Context
     ) -> AsyncGenerator[StreamGenerateResponse, None]:
         seq = 0
-        async with (
-            self._run(current_call(), request.spec, "spec", streaming=True) as run,
-            aclosing(run.events()) as events,
-        ):
-            async for event in events:
-                if isinstance(event, Completed):
-                    self._record(current_call(), run, "OK")  # before the caller has it: what it knows of, is kept
-                fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
-                yield StreamGenerateResponse(**fields)
-                seq += 1
+        with self._requests.known(current_call()) as known:
+            async with self._run(known, request.spec, "spec", streaming=True) as run, aclosing(run.events()) as events:
+                async for event in events:
+                    if isinstance(event, Completed):
+                        self._record(known.call, run, "OK")  # before the caller has it: what it knows of, is kept
+                    fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
+                    yield StreamGenerateResponse(**fields)
+                    seq += 1
 
     async def BatchGenerate(  # noqa: N802
         self, request: BatchGenerateRequest, context: Context
@@ -116,74 +118,74 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequest.at("specs", "is empty; give at least one")
         at_once = request.max_concurrency if request.HasField("max_concurrency") else BATCH_CONCURRENCY
         slots = asyncio.Semaphore(at_once)
-        call = current_call()
-        tasks = [
-            asyncio.create_task(self._batch_item(index, spec, call, slots)) for index, spec in enumerate(request.specs)
-        ]
-        try:
-            for item in asyncio.as_completed(tasks):
-                yield await item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        calls = [current_call().item() for _ in request.specs]
+        with ExitStack() as all_known:
+            items = [all_known.enter_context(self._requests.known(call)) for call in calls]
+            yield BatchGenerateResponse(started=BatchStarted(request_ids=[call.request_id for call in calls]))
+            tasks = [
+                asyncio.create_task(self._batch_item(index, spec, item, slots))
+                for index, (spec, item) in enumerate(zip(request.specs, items, strict=True))
+            ]
+            try:
+                for result in asyncio.as_completed(tasks):
+                    yield await result
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def CancelGeneration(  # noqa: N802
         self, request: CancelGenerationRequest, context: Context
     ) -> CancelGenerationResponse:
-        if not request.request_ids:
-            raise InvalidRequest.at("request_ids", "is empty; give at least one")
-        response = CancelGenerationResponse()
-        for request_id in dict.fromkeys(request.request_ids):
-            tenant, run = self._runs.get(request_id, (None, None))
-            if run is not None and tenant == current_call().tenant:
-                run.end(Cancelled(f"request {request_id} was cancelled by CancelGeneration"))
-                response.cancelled_request_ids.append(request_id)
-        return response
+        if not request.request_ids and not request.client_request_ids:
+            raise InvalidRequest.at("request_ids", "is empty, and so is client_request_ids; give at least one id")
+        wanted = set(request.request_ids), set(request.client_request_ids) - {""}  # the last: of those that have none
+        return CancelGenerationResponse(cancelled_request_ids=self._requests.cancel(current_call().tenant, *wanted))
 
     def end_all(self, error: LoraplexError) -> None:
         """End every generation in flight with this error."""
-        for _, run in self._runs.values():
-            run.end(error)
+        self._requests.end_all(error)
 
     async def _batch_item(
-        self, index: int, spec: GenerateSpec, batch: Call, slots: asyncio.Semaphore
+        self, index: int, spec: GenerateSpec, item: InFlight, slots: asyncio.Semaphore
     ) -> BatchGenerateResponse:
         """One item of a batch, a request with an id of its own. If it fails, it fails alone."""
-        async with slots:
-            call = Call(
-                batch.tenant,
-                deadline=batch.deadline,
-                routing_key=batch.routing_key,
-                trace_id=batch.trace_id,
-                span=batch.span,
-            )
+        try:
+            async with item.waiting():
+                await slots.acquire()
             try:
                 if index > 0:  # the first is counted: it is the call
-                    self._tenants.get(call.tenant).count_request()
+                    self._tenants.get(item.call.tenant).count_request()
                 check_item(spec, f"specs[{index}]")
-                return BatchGenerateResponse(index=index, response=await self._generate(call, spec, f"specs[{index}]"))
-            except Exception as error:
-                known = known_error(error, call, f"item {index} of a batch")
-                return BatchGenerateResponse(index=index, error=error_status(known, call))
+                response = await self._generate(item, spec, f"specs[{index}]")
+            finally:
+                slots.release()
+            return BatchGenerateResponse(index=index, response=response)
+        except Exception as error:
+            known = known_error(error, item.call, f"item {index} of a batch")
+            return BatchGenerateResponse(index=index, error=error_status(known, item.call))
 
-    async def _generate(self, call: Call, spec: GenerateSpec, path: str) -> GenerateResponse:
+    async def _generate(self, known: InFlight, spec: GenerateSpec, path: str) -> GenerateResponse:
         response = GenerateResponse()
-        async with self._run(call, spec, path, streaming=False) as run, aclosing(run.events()) as events:
+        async with self._run(known, spec, path, streaming=False) as run, aclosing(run.events()) as events:
             async for event in events:
                 _add_to_response(response, event)
         return response
 
     @asynccontextmanager
-    async def _run(self, call: Call, spec: GenerateSpec, path: str, streaming: bool) -> AsyncIterator[Run]:
+    async def _run(self, known: InFlight, spec: GenerateSpec, path: str, streaming: bool) -> AsyncIterator[Run]:
         """One request from its spec to its run. At the end of the block, however it ends, the engine forgets it."""
+        call = known.call
         tenant = self._tenants.get(call.tenant)
+        call.labels = dict(spec.labels)
+        if spec.HasField("client_request_id"):
+            call.client_request_id = spec.client_request_id
         target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model", call.routing_key)
         model = target.model
         self._admission.check(model.name, model.limits, tenant.name, tenant.config.weight)
         prompt = await prompt_tokens(spec.prompt, model, self._renderer, f"{path}.prompt")
         sampling = merged_sampling(spec.sampling, target.default_sampling)
-        seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
+        seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(SEED_BITS)
         params = sampling_params(spec, sampling, model.limits, model.tokenizer.eos_token_ids, len(prompt), seed, path)
         outputs = sampling.n or 1
         with (
@@ -200,13 +202,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ),
             self._catalog.using(target.versions) as start,
         ):
-            adapter, load_seconds = await self._adapter(target, spec.adapter_policy, params.time_limit_seconds)
-            params = _after(params, load_seconds)
-            resolved = target.resolved(fell_back_to_base=bool(target.versions) and adapter is None)
+            _check_composable(target)
+            without = self._goes_without(target, spec.adapter_policy)
+            resolved = target.resolved(fell_back_to_base=without)
             if resolved.adapter_version:
                 call.metadata["loraplex-adapter-version"] = resolved.adapter_version
+            await call.admit()
+            adapter, load_seconds = None, 0.0
+            if not without:
+                limit = params.time_limit_seconds
+                adapter, load_seconds = await self._adapter(known, target, spec.adapter_policy, limit)
+                params = _after(params, load_seconds)
             job = Job(
                 request_id=call.request_id,
+                client_request_id=call.client_request_id,
+                labels=call.labels,
                 operation="chat" if spec.prompt.HasField("chat") else "text_completion",
                 target=resolved,
                 tokenizer=model.tokenizer,
@@ -218,7 +228,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             successor = partial(self._successor, target, adapter)
             run = Run(job, model.client, successor, self._token_gaps.of((model.name,)), start)
             call.usage = run.usage
-            self._runs[call.request_id] = (call.tenant, run)
+            known.runs(run)
             status = "OK"
             try:
                 yield run
@@ -228,47 +238,50 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             finally:
                 if not call.recorded:
                     self._record(call, run, status)
-                del self._runs[call.request_id]
                 run.close()
 
     def _record(self, call: Call, run: Run, status: str) -> None:
         call.recorded = True
         self._observer.generation_ended(call, run.record(status, call.trace_id))
 
+    def _goes_without(self, target: Target, policy: AdapterPolicy) -> bool:
+        """Whether it goes on without its adapters, since they are cold and it would not wait. Raises Unavailable
+        (ADAPTER_COLD) if it would rather fail. Either way they are loaded for the next request.
+        """
+        cold = _cold(target)
+        if not cold or policy.on_cold not in (ON_COLD_FAIL, ON_COLD_USE_BASE):
+            return False
+        for version in cold:
+            target.model.client.start_loading(version.key, self._adapter_path(version))
+        if policy.on_cold == ON_COLD_FAIL:
+            raise Unavailable("ADAPTER_COLD", f"adapter {cold[0].version_name} is not loaded; it loads now, try again")
+        return True
+
     async def _adapter(
-        self, target: Target, policy: AdapterPolicy, time_limit_seconds: float | None
+        self, known: InFlight, target: Target, policy: AdapterPolicy, time_limit_seconds: float | None
     ) -> tuple[AdapterKey | None, float]:
-        """Have the engine hold the target's adapter, as the policy says: which one (None: go without), seconds waited.
+        """Have the engine hold the target's adapter: which one, and how long that took.
 
         It waits no longer than the time limit, whether or not the engine holds it then.
-        Raises Unavailable (ADAPTER_COLD) and FailedPrecondition (ADAPTER_INVALID).
+        Raises Unavailable (ADAPTER_COLD), FailedPrecondition (ADAPTER_INVALID), and what ended the request meanwhile.
         """
-        client = target.model.client
-        cold = [version for version in target.versions if version.key not in client.adapters]
-        if policy.on_cold == ON_COLD_USE_BASE and cold:
-            for version in cold:
-                client.start_loading(version.key, self._adapter_path(version))
-            return None, 0.0
-        began = asyncio.get_running_loop().time()
-        missing = cold
+        began, seconds = asyncio.get_running_loop().time(), 0.0
         try:
-            async with asyncio.timeout(time_limit_seconds):
-                while missing:  # while one was waited for, another may have been unloaded
-                    for version in missing:
-                        await self._load(client, version, policy)
-                    missing = [version for version in target.versions if version.key not in client.adapters]
+            async with known.waiting(), asyncio.timeout(time_limit_seconds):
+                while cold := _cold(target):  # while one was waited for, another may have been unloaded
+                    for version in cold:
+                        await self._load(target.model.client, version, policy)
+                    seconds = asyncio.get_running_loop().time() - began
         except TimeoutError:
             assert time_limit_seconds is not None
             return target.adapter_key, time_limit_seconds
         _check_composable(target)
-        return target.adapter_key, asyncio.get_running_loop().time() - began if cold else 0.0
+        return target.adapter_key, seconds
 
     async def _load(self, client: EngineClient, adapter: AdapterVersion, policy: AdapterPolicy) -> None:
         path = self._adapter_path(adapter)
         wait_seconds = self._max_load_wait_seconds
-        if policy.on_cold == ON_COLD_FAIL:
-            wait_seconds = 0.0
-        elif policy.HasField("max_load_wait"):
+        if policy.HasField("max_load_wait"):
             wait_seconds = min(wait_seconds, duration_seconds(policy.max_load_wait))
         try:
             async with asyncio.timeout(wait_seconds):
@@ -313,6 +326,11 @@ def _after(params: SamplingParams, seconds: float) -> SamplingParams:
     return msgspec.structs.replace(params, time_limit_seconds=max(params.time_limit_seconds - seconds, 0.0))
 
 
+def _cold(target: Target) -> list[AdapterVersion]:
+    """Those of its adapters that the engine does not hold."""
+    return [version for version in target.versions if version.key not in target.model.client.adapters]
+
+
 def _check_composable(target: Target) -> None:
     """Raise InvalidRequest if the target is a weighted sum with an adapter of which none is defined."""
     for version, _ in target.parts:
@@ -354,6 +372,8 @@ def _add_to_response(response: GenerateResponse, event: Event) -> None:
     match event:
         case Started():
             response.request_id = event.request_id
+            response.client_request_id = event.client_request_id
+            response.labels.update(event.labels)
             response.target.CopyFrom(event.target)
         case PromptLogprobs():
             response.prompt_logprobs.extend(event.logprobs)

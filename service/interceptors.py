@@ -26,6 +26,8 @@ from service.validation import check_request
 
 logger = logging.getLogger(__name__)
 
+MAX_CLIENT_REQUEST_ID = 128  # characters
+
 
 def known_error(error: Exception, call: Call, what: str) -> LoraplexError:
     """The error itself if it is for the caller; else EngineError, and what happened goes to the log alone."""
@@ -103,11 +105,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 status = "OK"
                 metadata = _text_metadata(context)
                 call.trace_id = trace_id_of(metadata)
+                call.admit = _Headers(call, context).send
                 self._observer.call_started(call, name, metadata)
                 try:
                     principal = await self._door.enter(method, _caller(context, metadata))
                     call.tenant = principal.tenant
                     self._tenants.get(principal.tenant).count_request()
+                    call.client_request_id = _client_request_id(metadata)
                     call.deadline = _deadline(context)
                     call.routing_key = metadata.get("loraplex-routing-key", "")
                     if isinstance(request, AsyncIterator):
@@ -120,6 +124,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     if isinstance(result, AsyncGenerator):
                         return await self._stream(result, call, context)
                     response = await result
+                    await call.admit()
                     context.set_trailing_metadata(_outgoing(call))
                     return response
                 except grpc.aio.AbortError:
@@ -138,17 +143,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return serve
 
     async def _stream(self, responses: AsyncGenerator[Any, None], call: Call, context: Context) -> None:
-        started = False
         watch = _StallWatch(self._stall_seconds)
         async with watch, aclosing(responses):
             async for response in responses:
-                if not started:  # never before the first response: headers end the client's right to retry
-                    await context.send_initial_metadata(_outgoing(call))
-                    started = True
+                await call.admit()
                 watch.writing()
                 await context.write(response)
                 watch.written()
         context.set_trailing_metadata(_outgoing(call))
+
+
+class _Headers:
+    """The initial metadata of a call."""
+
+    def __init__(self, call: Call, context: Context) -> None:
+        self._call = call
+        self._context = context
+        self._sent = False
+
+    async def send(self) -> None:
+        """At the admission of a request, else with the first response: headers end the client's right to retry."""
+        if not self._sent:
+            self._sent = True
+            await self._context.send_initial_metadata(_outgoing(self._call))
 
 
 class _StallWatch:
@@ -231,6 +248,15 @@ def _tolerant(deserialize: Callable[[bytes], Message] | None) -> Callable[[bytes
 
 def _text_metadata(context: Context) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _client_request_id(metadata: Mapping[str, str]) -> str:
+    """Raises InvalidRequest for one that is too long to be kept."""
+    value = metadata.get("x-request-id", "")
+    if len(value) > MAX_CLIENT_REQUEST_ID:
+        problem = f"has {len(value)} characters; at most {MAX_CLIENT_REQUEST_ID} are allowed"
+        raise InvalidRequest.at("x-request-id", problem)
+    return value
 
 
 def _caller(context: Context, metadata: Mapping[str, str]) -> Caller:

@@ -56,6 +56,8 @@ class GenerationEvents:
         )
         if self.started is not None:
             response.request_id = self.started.request_id
+            response.client_request_id = self.started.client_request_id
+            response.labels.update(self.started.labels)
             response.target.CopyFrom(self.started.target)
         return response
 

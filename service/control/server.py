@@ -162,6 +162,8 @@ def _usage_message(record: GenerationRecord) -> UsageRecord:
         queue_duration=_duration(record.queue_seconds),
         adapter_load_duration=_duration(record.adapter_load_seconds),
         time_to_first_token=_duration(record.first_token_seconds),
+        client_request_id=record.client_request_id,
+        labels=record.labels,
     )
 
 

@@ -23,6 +23,8 @@ def call_fields(call: Call) -> dict[str, object]:
     """What is known of a call by now."""
     fields = {
         "request_id": call.request_id,
+        "client_request_id": call.client_request_id,
+        "labels": dict(call.labels),
         "trace_id": call.trace_id,
         "tenant": call.tenant,
         "adapter": call.metadata.get("loraplex-adapter-version", ""),  # with the digest of its version
@@ -42,12 +44,12 @@ class AccessLog:
             "status": record.status,
             "seconds": round(record.seconds, 6),
         }
-        message = "%s %s %.3f s tenant=%s request_id=%s"
-        values = (record.method, record.status, record.seconds, call.tenant, call.request_id)
+        message = "%s %s %.3f s tenant=%s request_id=%s%s"
+        values = (record.method, record.status, record.seconds, call.tenant, call.request_id, _callers_own(call))
         access.info(message, *values, extra={"fields": fields})
 
     def generation_ended(self, call: Call, record: GenerationRecord) -> None:
-        message = "generation %s %s %.3f s tenant=%s request_id=%s %d prompt tokens (%d cached), %d generated"
+        message = "generation %s %s %.3f s tenant=%s request_id=%s%s %d prompt tokens (%d cached), %d generated"
         access.info(
             message,
             record.adapter or record.model,
@@ -55,6 +57,7 @@ class AccessLog:
             record.seconds,
             record.tenant,
             record.id,
+            _callers_own(call),
             record.prompt_tokens,
             record.cached_prompt_tokens,
             record.completion_tokens,
@@ -63,6 +66,12 @@ class AccessLog:
 
     def adapter_removed(self, name: str) -> None:
         pass
+
+
+def _callers_own(call: Call) -> str:
+    """What the caller calls it, for a line of text: quoted, since it may hold anything."""
+    fields = {"client_request_id": call.client_request_id, "labels": dict(call.labels)}
+    return "".join(f" {name}={value!r}" for name, value in fields.items() if value)
 
 
 def generation_fields(record: GenerationRecord) -> dict[str, object]:

@@ -112,6 +112,7 @@ class OtlpTelemetry:
             "rpc.response.status_code": record.status,
             "error.type": _error_type(record.status),
             "loraplex.tenant": call.tenant,
+            "loraplex.client_request_id": call.client_request_id,
         }
         call.span.set_attributes({name: value for name, value in attributes.items() if value})
         if record.status in SERVER_ERRORS:
@@ -163,6 +164,8 @@ def _span_attributes(record: GenerationRecord) -> Attributes:
         "gen_ai.usage.cache_read.input_tokens": record.cached_prompt_tokens,
         "gen_ai.usage.output_tokens": record.completion_tokens,
         "loraplex.tenant": record.tenant,
+        "loraplex.client_request_id": record.client_request_id,
+        **{f"loraplex.label.{name}": value for name, value in record.labels.items()},
         "loraplex.model_revision": record.model_revision,
         "loraplex.adapter_digest": record.adapter_digest,
         "loraplex.adapters": [f"{adapter.name}@{adapter.digest}*{adapter.weight!r}" for adapter in record.adapters],

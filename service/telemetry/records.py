@@ -20,6 +20,8 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One generation that the engine has worked for. Names of statuses and reasons are those of the contract."""
 
     id: str  # unique; the request id that the caller sees
+    client_request_id: str = ""  # what the caller calls it
+    labels: Mapping[str, str] = {}  # the caller's
     trace_id: str  # of the caller's trace, or of the one that began here; empty: neither
     operation: str  # of GenAI semantic conventions: chat, text_completion
     tenant: str

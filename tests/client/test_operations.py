@@ -101,6 +101,13 @@ def test_an_upload_of_missing_files_fails_before_it_starts(tmp_path: Path) -> No
         adapters.upload_adapter("a", base_model="demo", directory=tmp_path)
 
 
+@pytest.mark.parametrize("own", ["größe", "two\nlines", ""])
+def test_what_metadata_cannot_hold_is_in_the_spec_alone(own: str) -> None:
+    operation = inference.generate("demo", "Once", client_request_id=own)
+    request: Any = operation.request
+    assert (request.spec.client_request_id, operation.call.get("metadata", {})) == (own, {})
+
+
 @pytest.mark.parametrize(
     "operation",
     [operation for operation in OPERATIONS if "request_id" in operation.request.DESCRIPTOR.fields_by_name],

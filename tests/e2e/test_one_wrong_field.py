@@ -180,6 +180,8 @@ async def answer(server: Server, method: MethodDescriptor, on_data: bool, reques
             iter(raw) if method.client_streaming else raw[0], timeout=SECONDS
         )
         try:
+            if method.name == "BatchGenerate":
+                await call.read()  # the ids of its items
             response = await (call.read() if method.server_streaming else call)
         except grpc.aio.AioRpcError as error:
             details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")

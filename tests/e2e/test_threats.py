@@ -269,7 +269,7 @@ async def test_constraints_made_to_hurt_are_refused_by_name_before_anything_read
 ) -> None:
     spec = generate_spec("storyteller", "A fox", max_tokens=4)
     spec.constraint.MergeFrom(Constraint(**constraint))
-    [item] = [item async for item in client.batch_generate([spec])]
+    _, item = [item async for item in client.batch_generate([spec])]
     assert (item.error.code, "spec" in item.error.message) == (grpc.StatusCode.UNIMPLEMENTED.value[0], True)
 
 

@@ -76,6 +76,21 @@ async def test_a_generation_and_its_call_have_a_line_each(control: ControlPlane,
     assert call["method"] == "loraplex.v1.InferenceService/Generate"
 
 
+async def test_lines_have_what_the_caller_calls_the_request(control: ControlPlane, lines: list[dict[str, Any]]) -> None:
+    await control.client.generate("tiny", "abc", max_tokens=5, client_request_id="mine\n", labels={"team": "x"})
+    for line in await accesses(lines, 2):
+        assert (line["client_request_id"], line["labels"]) == ("mine\n", {"team": "x"})
+        assert "client_request_id='mine\\n' labels={'team': 'x'}" in line["message"]  # quoted: a line stays one line
+
+
+async def test_a_call_of_any_method_has_the_name_that_its_metadata_gives_it(
+    control: ControlPlane, lines: list[dict[str, Any]]
+) -> None:
+    await control.admin.get_server_info(metadata={"x-request-id": "theirs"})
+    [line] = await accesses(lines, 1)
+    assert line["client_request_id"] == "theirs"
+
+
 async def test_a_refused_call_has_its_status(control: ControlPlane, lines: list[dict[str, Any]]) -> None:
     with pytest.raises(NotFound):
         await control.client.generate("nobody", "abc", max_tokens=5)

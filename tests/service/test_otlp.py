@@ -138,6 +138,15 @@ async def test_the_span_of_a_generation_is_in_that_of_its_call(setting: Setting)
     assert span.start_time_unix_nano <= span.events[1].time_unix_nano <= span.end_time_unix_nano
 
 
+async def test_both_spans_have_what_the_caller_calls_the_request(setting: Setting) -> None:
+    async with setting.service() as control:
+        await control.client.generate("tiny", "abc", max_tokens=5, client_request_id="mine", labels={"team": "x"})
+    spans = {span.name: values(span.attributes) for span in setting.collector.spans()}
+    generation = spans["text_completion models/tiny"]
+    assert spans["loraplex.v1.InferenceService/Generate"]["loraplex.client_request_id"] == "mine"
+    assert (generation["loraplex.client_request_id"], generation["loraplex.label.team"]) == ("mine", "x")
+
+
 async def test_the_histograms_have_the_names_of_the_conventions(setting: Setting) -> None:
     async with setting.service() as control:
         await stream(control, "tiny")

@@ -1,6 +1,5 @@
 """The stream of one generation: its events, their order, what is in them. The fake engine says the prompt back."""
 
-import asyncio
 import math
 
 import pytest
@@ -42,28 +41,6 @@ async def test_completed_says_what_it_cost(plane: DataPlane) -> None:
     usage = completed.usage
     assert (usage.prompt_tokens, usage.cached_prompt_tokens, usage.completion_tokens) == (3, 2, 5)
     assert completed.timings.total_duration.ToNanoseconds() >= completed.timings.time_to_first_token.ToNanoseconds() > 0
-
-
-async def test_request_id_is_the_servers_and_is_in_event_and_metadata(plane: DataPlane) -> None:
-    call = plane.stub.StreamGenerate(StreamGenerateRequest(spec=make_spec(client_request_id="mine")))
-    events = [event async for event in call]
-    request_id = events[0].started.request_id
-    assert request_id not in ("", "mine")
-    assert dict(await call.initial_metadata())["loraplex-request-id"] == request_id
-    assert dict(await call.trailing_metadata())["loraplex-request-id"] == request_id
-
-
-async def test_no_headers_before_the_engine_runs_the_request(plane: DataPlane) -> None:
-    plane.engine.steps_allowed = 0
-    call = plane.stub.StreamGenerate(StreamGenerateRequest(spec=make_spec()))
-    headers = call.initial_metadata()
-    await plane.engine.until(lambda: bool(plane.engine.sequences))
-    waiting = asyncio.ensure_future(headers)
-    await plane.health.set_model("other", True)  # the server's loop turns meanwhile
-    assert not waiting.done()
-    plane.engine.allow_steps(5)
-    await waiting
-    assert [event async for event in call]
 
 
 async def test_unary_is_the_stream_folded(plane: DataPlane) -> None:

@@ -152,7 +152,7 @@ async def test_every_item_of_a_batch_is_a_request(byte_tokenizer: Tokenizer, clo
     async with plane_of(byte_tokenizer, clock, requests_per_second=1.0, burst_seconds=3.0) as plane:
         call = plane.stub.BatchGenerate(BatchGenerateRequest(specs=[make_spec()] * 5), metadata=ACME)
         items = [item.WhichOneof("result") async for item in call]
-    assert sorted(items) == ["error"] * 2 + ["response"] * 3
+    assert sorted(items) == ["error"] * 2 + ["response"] * 3 + ["started"]
 
 
 async def test_tokens_count_as_they_were_used(byte_tokenizer: Tokenizer, clock: FakeClock) -> None:

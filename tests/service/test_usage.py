@@ -74,6 +74,20 @@ async def test_a_record_says_who_used_how_much_of_what(control: ControlPlane) ->
     assert 0 <= record["queue_seconds"] <= record["first_token_seconds"] <= record["seconds"]
 
 
+async def test_a_record_has_what_the_caller_calls_the_request(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "abc", max_tokens=5, client_request_id="mine", labels={"team": "x"})
+    [record] = records(control.roots / "usage.jsonl")
+    assert (record["client_request_id"], record["labels"]) == ("mine", {"team": "x"})
+    [sent] = (await anext(control.admin.watch_usage(existing_only=True))).records
+    assert (sent.client_request_id, dict(sent.labels)) == ("mine", {"team": "x"})
+
+
+async def test_records_of_a_version_that_did_not_keep_callers_names_are_read() -> None:
+    earlier = json.loads(msgspec.json.encode(RECORD))
+    del earlier["client_request_id"], earlier["labels"]
+    assert msgspec.json.encode(msgspec.convert(earlier, GenerationRecord)) == msgspec.json.encode(RECORD)
+
+
 async def test_the_record_of_a_weighted_sum_names_every_adapter_with_its_version_and_weight(
     control: ControlPlane,
 ) -> None:
@@ -117,7 +131,7 @@ async def test_each_item_of_a_batch_has_a_record(control: ControlPlane) -> None:
     items = [item async for item in control.client.batch_generate(specs)]
     found = records(control.roots / "usage.jsonl")
     assert sorted(record["completion_tokens"] for record in found) == [1, 2, 3]
-    assert {record["id"] for record in found} == {item.response.request_id for item in items}
+    assert {record["id"] for record in found} == set(items[0].started.request_ids)
 
 
 async def test_records_hold_no_text(control: ControlPlane) -> None:

@@ -49,17 +49,19 @@ def batch_generate(
     max_concurrency: int | None = None,
     **call: Unpack[CallOptions],
 ) -> Operation[inference_pb2.BatchGenerateResponse]:
-    """Generate for many specs (see generate_spec) and return each result as it is ready, in no particular order."""
+    """Generate for many specs (see generate_spec): first comes `started` with the ids of all, then each result as it is
+    ready, in no particular order.
+    """
     request = inference_pb2.BatchGenerateRequest(specs=specs, max_concurrency=max_concurrency)
     method = "/loraplex.v1.InferenceService/BatchGenerate"
     return Operation(method, request, inference_pb2.BatchGenerateResponse, call)
 
 
 def cancel_generation(
-    request_ids: Sequence[str], **call: Unpack[CallOptions]
+    request_ids: Sequence[str] = (), *, client_request_ids: Sequence[str] = (), **call: Unpack[CallOptions]
 ) -> Operation[inference_pb2.CancelGenerationResponse]:
-    """Cancel generations by the server's ids, when the calls themselves are out of reach."""
-    request = inference_pb2.CancelGenerationRequest(request_ids=request_ids)
+    """Cancel generations by the server's ids or by your own, when the calls themselves are out of reach."""
+    request = inference_pb2.CancelGenerationRequest(request_ids=request_ids, client_request_ids=client_request_ids)
     method = "/loraplex.v1.InferenceService/CancelGeneration"
     return Operation(method, request, inference_pb2.CancelGenerationResponse, call)
 
@@ -73,9 +75,9 @@ def _spec_and_call(
     call = call_options(options)
     rest = {name: value for name, value in options.items() if name not in call}
     built = generate_spec(model, prompt, spec=spec, **cast(GenerateOptions, rest))
-    if built.HasField("client_request_id"):
-        # Proxies on the way see metadata only.
-        call["metadata"] = {"x-request-id": built.client_request_id, **call.get("metadata", {})}
+    if (own := built.client_request_id) and own.isascii() and own.isprintable():
+        # Proxies on the way see metadata only, which holds no other characters.
+        call["metadata"] = {"x-request-id": own, **call.get("metadata", {})}
     return built, call
 
 

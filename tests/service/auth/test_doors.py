@@ -84,7 +84,7 @@ class Doors:
     tokens: dict[str, str]
 
     async def call(self, path: str, method: MethodDescriptor, token: str | None, address: str = "") -> Message:
-        """The first response. Raises grpc.aio.AioRpcError."""
+        """The first response; of a batch the second, as the first has ids alone. Raises grpc.aio.AioRpcError."""
         address = address or (self.addresses.data if (path, method) in methods(DATA) else self.addresses.admin)
         response_class = GetMessageClass(method.output_type)
         request = GetMessageClass(method.input_type)(**REQUESTS[path])
@@ -102,6 +102,8 @@ class Doors:
                 response_deserializer=response_class.FromString,
             )
             call = start(iter([request]) if method.client_streaming else request, metadata=metadata)
+            if method.name == "BatchGenerate":
+                await call.read()
             return await call.read() if method.server_streaming else await call
 
     async def codes(self, token: str | None) -> dict[str, str]:

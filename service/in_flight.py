@@ -1,0 +1,80 @@
+"""The requests that are under way, by their ids: so that one can be ended from outside, whether it waits or runs."""
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from service.call import Call
+from service.errors import Cancelled, LoraplexError
+from service.generation import Run
+
+
+class InFlight:
+    """One request, from the moment when its id may be known until its end."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self._run: Run | None = None
+        self._waiting: asyncio.Timeout | None = None
+        self._error: LoraplexError | None = None
+
+    def end(self, error: LoraplexError) -> None:
+        """Have it end with this error: at once if it runs or waits, else as soon as it does. The first one counts."""
+        if self._error is not None:
+            return
+        self._error = error
+        if self._run is not None:
+            self._run.end(error)
+        elif self._waiting is not None:
+            self._waiting.reschedule(0)
+
+    @asynccontextmanager
+    async def waiting(self) -> AsyncIterator[None]:
+        """Within the block it waits. Raises what `end` was given."""
+        try:
+            async with asyncio.timeout(None if self._error is None else 0) as self._waiting:
+                yield
+        except TimeoutError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+        finally:
+            self._waiting = None
+
+    def runs(self, run: Run) -> None:
+        """From now on, ending the request is ending this."""
+        self._run = run
+        if self._error is not None:
+            run.end(self._error)
+
+
+class Requests:
+    """All of them."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, InFlight] = {}
+
+    @contextmanager
+    def known(self, call: Call) -> Iterator[InFlight]:
+        """Within the block the request can be ended by its id."""
+        request = self._by_id[call.request_id] = InFlight(call)
+        try:
+            yield request
+        finally:
+            del self._by_id[call.request_id]
+
+    def cancel(self, tenant: str, request_ids: Collection[str], client_request_ids: Collection[str]) -> list[str]:
+        """End those of a tenant that have one of these ids of ours, or one of these of the caller: ours, of all."""
+        chosen = [
+            call.request_id
+            for call in (request.call for request in self._by_id.values())
+            if call.tenant == tenant
+            and (call.request_id in request_ids or call.client_request_id in client_request_ids)
+        ]
+        for request_id in chosen:
+            self._by_id[request_id].end(Cancelled(f"request {request_id} was cancelled by CancelGeneration"))
+        return chosen
+
+    def end_all(self, error: LoraplexError) -> None:
+        for request in self._by_id.values():
+            request.end(error)
