@@ -36,7 +36,7 @@ from service.control.tokenizer import TokenizerServicer
 from service.control.watching import Latest
 from service.deployment import AdapterDeployer
 from service.errors import Unavailable
-from service.hosting import HostedModel, ModelHost
+from service.hosting import HostedModel, ModelHost, revision_of
 from service.inference import InferenceServicer
 from service.interceptors import CallInterceptor
 from service.probes import Probes, build_probe_server
@@ -131,7 +131,13 @@ def assemble(
 
     def supervise(model: ModelConfig, changed: Callable[[], None]) -> EngineSupervisor:
         return EngineSupervisor(
-            model.name, launch_for(model), bus_directory, config.supervision, changed, config.limits.unread_tokens
+            model.name,
+            launch_for(model),
+            partial(revision_of, model),
+            bus_directory,
+            config.supervision,
+            changed,
+            config.limits.unread_tokens,
         )
 
     limits = config.limits

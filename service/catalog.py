@@ -41,8 +41,11 @@ class Models(Protocol):
         ENGINE_RESTARTING).
         """
 
-    async def successor(self, name: str) -> EngineClient:
-        """Wait until the engine that follows one that died serves. Raises what `serving` raises if none will."""
+    async def successor(self, name: str, revision: str) -> EngineClient:
+        """Wait until the engine that follows one that died serves, with this revision of the model.
+
+        Raises what `serving` raises if none will.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +190,9 @@ class Catalog:
             return own
         return self._routes.get(f"tenants/{SHARED_TENANT}/routes/{name}")
 
-    async def successor(self, model: str) -> EngineClient:
-        """Wait for the engine that follows one that died. `model`: the bare id. Raises what `Models.successor` does."""
-        return await self._models.successor(model)
+    async def successor(self, model: LoadedModel) -> EngineClient:
+        """Wait for the engine that follows one that died. Raises what `Models.successor` does."""
+        return await self._models.successor(model.name, model.revision)
 
     @contextmanager
     def using(self, versions: Sequence[AdapterVersion]) -> Iterator[Callable[[], None]]:

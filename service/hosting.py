@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_SECONDS = 0.05
 LOADING_RETRY_SECONDS = 5.0
+REVISED = (".safetensors", ".json", ".jinja", ".model")  # the files of a model that another revision may change
 
 Supervise = Callable[[ModelConfig, Callable[[], None]], EngineSupervisor]  # the callback hears of every change
 
@@ -30,7 +31,7 @@ class HostedModel:
         self.name = config.name
         self.default_sampling: Sampling = config.sampling()
         self.tokenizer: Tokenizer | None = None
-        self.revision = ""  # of the weights; known once loaded
+        self._text_revision = ""  # that the tokenizer is of
         self.num_changes = 0  # of what can be seen here
         self.supervisor = supervise(config, self._change)
         self._changed = changed
@@ -51,6 +52,11 @@ class HostedModel:
         return self._text_error or self.supervisor.error
 
     @property
+    def revision(self) -> str:
+        """Of its files, when its engine last started; known once it has been loaded."""
+        return self.supervisor.revision
+
+    @property
     def client(self) -> EngineClient | None:
         """The way to the engine as long as it lives; a model that is being unloaded still has one."""
         return self.supervisor.client
@@ -62,9 +68,15 @@ class HostedModel:
             return LoadedModel(self.name, self.revision, limits, client, self.tokenizer, self.default_sampling)
         raise self._not_serving(state)
 
-    async def successor(self) -> EngineClient:
-        """Wait until the engine that follows one that died serves. Raises what `serving` raises if none will."""
+    async def successor(self, revision: str) -> EngineClient:
+        """Wait until the engine that follows one that died serves. Raises what `serving` raises if none will.
+
+        Raises Unavailable (ENGINE_RESTARTING) if it has another revision of the model, too.
+        """
         await self.supervisor.wait_settled()
+        if self.supervisor.state is EngineState.ACTIVE and self.revision != revision:
+            message = f"model {self.name!r} was replaced: its revision was {revision}, and is {self.revision} now"
+            raise Unavailable("ENGINE_RESTARTING", f"{message}; what had begun cannot go on, send it again")
         return self.serving().client
 
     def _not_serving(self, state: EngineState) -> LoraplexError:
@@ -119,9 +131,7 @@ class HostedModel:
             self.supervisor.start()
             if not self.config.is_local:
                 await self.supervisor.wait_settled()  # the engine fetches it from the hub
-            if self.supervisor.state is not EngineState.FAILED:
-                self.tokenizer, self.revision = await asyncio.to_thread(_read_text_files, self.config)
-            await self.supervisor.wait_settled()
+            await self._read_text()
         except Exception as error:  # a model without its text must be FAILED, whatever the reason
             known = isinstance(error, TextError | OSError)
             self._text_error = str(error) if known else f"its text files: {type(error).__name__}: {error}"
@@ -130,6 +140,20 @@ class HostedModel:
         finally:
             self._loading = None
             self._change()
+
+    async def _read_text(self) -> None:
+        """The tokenizer of the revision that the engine has loaded. Raises TextError, OSError."""
+        for _ in range(2):  # the files may be replaced between the engine's look and this one
+            if self.supervisor.state is EngineState.FAILED:
+                return
+            self.tokenizer, self._text_revision = await asyncio.to_thread(_read_text_files, self.config)
+            await self.supervisor.wait_settled()
+            if not self._has_other_text():
+                return
+        raise TextError("its files were replaced after its engine had loaded them; load it again")
+
+    def _has_other_text(self) -> bool:
+        return self.supervisor.state is EngineState.ACTIVE and self._text_revision != self.supervisor.revision
 
     async def _unload(self, grace_seconds: float) -> None:
         try:
@@ -146,6 +170,8 @@ class HostedModel:
             self._change()
 
     def _change(self) -> None:
+        if self._loading is None and self._unloading is None and self._has_other_text():  # replaced, and started again
+            self._loading = asyncio.create_task(self._load(), name=f"load {self.name}")
         self.num_changes += 1
         self._changed(self)
 
@@ -189,9 +215,9 @@ class ModelHost:
         """Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.serving` raises."""
         return self.get(name).serving()
 
-    async def successor(self, name: str) -> EngineClient:
-        """Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.serving` raises."""
-        return await self.get(name).successor()
+    async def successor(self, name: str, revision: str) -> EngineClient:
+        """Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.successor` raises."""
+        return await self.get(name).successor(revision)
 
     def start(self) -> None:
         """Load those that are to be loaded at start."""
@@ -219,6 +245,16 @@ def _read_text_files(config: ModelConfig) -> tuple[Tokenizer, str]:
         source = Path(config.chat_template).read_text(encoding="utf-8")
         tokenizer.chat_template = ChatTemplate(source, **tokenizer.special_tokens)
     return tokenizer, _revision(directory)
+
+
+def revision_of(config: ModelConfig) -> str:
+    """Of a model's files as they are now; "": they have not been fetched from the hub yet. Raises OSError."""
+    if config.is_local:
+        return _revision(Path(config.model))
+    try:
+        return _revision(_fetched_directory(config))
+    except FileNotFoundError:
+        return ""
 
 
 def _fetched_directory(config: ModelConfig) -> Path:

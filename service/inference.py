@@ -305,7 +305,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             async with asyncio.timeout(self._resume_seconds):
                 while True:
-                    client = await self._catalog.successor(target.model.name)
+                    client = await self._catalog.successor(target.model)
                     with suppress(Unavailable):  # it died as well
                         while missing := [version for version in versions if version.key not in client.adapters]:
                             for version in missing:

@@ -72,12 +72,15 @@ class EngineSupervisor:
 
     `changed` is called after every change of what can be seen here. Each life of the process has a client of its own,
     and from the moment that it is ACTIVE until the next `changed` nobody else has sent anything through it.
+
+    `read_revision`: of the files that the process loads, as they are now; "": they are not there yet. Runs in threads.
     """
 
     def __init__(
         self,
         name: str,
         launch: Launch,
+        read_revision: Callable[[], str],
         bus_directory: BusDirectory,
         config: SupervisionConfig,
         changed: Callable[[], None],
@@ -87,11 +90,14 @@ class EngineSupervisor:
         self.state = EngineState.UNLOADED
         self.client: EngineClient | None = None  # while ACTIVE or UNLOADING
         self.limits: ModelLimits | None = None  # since it was first loaded
+        self.revision = ""  # of the weights of the present life, or of the last one
         self.progress = Progress()
         self.error = ""  # in FAILED and RESTARTING: why
         self.pid: int | None = None  # of the present life
         self.load_time: float | None = None  # seconds since the epoch
         self._launch = launch
+        self._read_revision = read_revision
+        self._revision_at_start = ""  # of the present life
         self._directory = bus_directory
         self._config = config
         self._changed = changed
@@ -177,6 +183,7 @@ class EngineSupervisor:
 
     async def _start_process(self, stack: ExitStack) -> tuple[ServiceBus, EngineProcess]:
         """The process, and the bus that it will connect to, which the stack closes."""
+        self._revision_at_start = await asyncio.to_thread(self._read_revision)
         self._directory.ensure()
         address = bus_address(self._directory.path, f"{self.name}-{self._num_lives}")
         bus = stack.enter_context(ServiceBus(address))
@@ -219,6 +226,7 @@ class EngineSupervisor:
                     case EngineFailed(reason=reason):
                         raise _EngineLost(reason)
                     case EngineReady(limits=limits):
+                        await self._take_revision()
                         self.client = EngineClient(bus.send, max_pending_tokens=self._unread_tokens)
                         self.limits = limits
                         self.load_time = time.time()
@@ -227,6 +235,18 @@ class EngineSupervisor:
                     case _:
                         assert self.client is not None, f"{type(message).__name__} before EngineReady"
                         self.client.deliver(message)
+
+    async def _take_revision(self) -> None:
+        """What has been loaded now."""
+        try:
+            found = await asyncio.to_thread(self._read_revision)
+        except OSError as error:
+            raise _EngineLost(f"the files that it has loaded cannot be found: {error}") from error
+        if self._revision_at_start not in ("", found):
+            raise _EngineLost("its files were changed while it loaded them")
+        if self.revision not in ("", found):
+            logger.warning("model %s was replaced: its revision is %s now, was %s", self.name, found, self.revision)
+        self.revision = found
 
     async def _beat(self, ready: asyncio.Event) -> None:
         """Ping, and give up when no answer comes. While it loads there is no step loop to answer."""

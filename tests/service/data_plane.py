@@ -58,7 +58,7 @@ class FakeModels:
             raise NotFound("MODEL_NOT_FOUND", f"models/{name}", f"there is no model {name!r}")
         return self.models[name]
 
-    async def successor(self, name: str) -> EngineClient:
+    async def successor(self, name: str, revision: str) -> EngineClient:
         return self.serving(name).client
 
 

@@ -146,7 +146,7 @@ class Lives:
         self._plane = plane
         plane.models.successor = self.successor  # type: ignore[method-assign]
 
-    async def successor(self, name: str) -> EngineClient:
+    async def successor(self, name: str, revision: str) -> EngineClient:
         if len(self.successors) > 1:
             return self.successors.pop(0).client
         return self.successors[0].client
@@ -218,8 +218,8 @@ async def test_a_request_whose_next_engine_dies_at_once_goes_on_with_the_one_aft
     lives = Lives(plane, dying, next_engine)
     running = await begun(plane, "demo")
 
-    async def die_when_asked_for(name: str) -> EngineClient:
-        client = await lives.successor(name)
+    async def die_when_asked_for(name: str, revision: str) -> EngineClient:
+        client = await lives.successor(name, revision)
         if client is dying.client:
             asyncio.get_running_loop().call_soon(client.fail, EngineGone("ENGINE_RESTARTING", "it died as well"))
         return client

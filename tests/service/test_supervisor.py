@@ -34,9 +34,10 @@ class Watched(EngineSupervisor):
     """A supervisor whose history a test can wait for."""
 
     def __init__(self, launch: Launch, directory: BusDirectory, config: SupervisionConfig) -> None:
+        self.files = "r1"  # the revision of what the engine loads
         self.history: list[EngineState] = []
         self._condition = asyncio.Event()
-        super().__init__("tiny", launch, directory, config, self._note)
+        super().__init__("tiny", launch, lambda: self.files, directory, config, self._note)
 
     def _note(self) -> None:
         if self.history[-1:] != [self.state]:
@@ -158,6 +159,24 @@ async def test_starts_that_fail_before_there_is_a_process_are_counted_and_logged
     active.start()
     await active.wait_settled()
     assert active.history[2:] == [EngineState.RESTARTING, EngineState.FAILED, EngineState.LOADING, EngineState.ACTIVE]
+
+
+async def test_files_that_were_replaced_are_another_revision_in_the_next_life(active: Watched) -> None:
+    assert active.revision == "r1"
+    active.files = "r2"
+    assert active.revision == "r1"
+    os.kill(pid_of(active), signal.SIGKILL)
+    await active.until(lambda: active.history[2:] == [EngineState.RESTARTING, EngineState.ACTIVE])
+    assert active.revision == "r2"
+
+
+async def test_files_that_are_replaced_while_they_are_loaded_are_loaded_again(active: Watched) -> None:
+    seen = iter(("r2", "r3"))
+    active._read_revision = lambda: next(seen, "r3")
+    os.kill(pid_of(active), signal.SIGKILL)
+    await active.until(lambda: active.error == "its files were changed while it loaded them")
+    await active.until(lambda: active.state is EngineState.ACTIVE)
+    assert active.revision == "r3"
 
 
 async def test_whatever_keeps_a_process_from_being_started_is_a_failed_start() -> None:

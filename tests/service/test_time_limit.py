@@ -80,7 +80,7 @@ async def test_what_the_wait_for_an_adapter_took_is_no_longer_left(plane: DataPl
 async def test_the_limit_runs_while_there_is_no_engine(plane: DataPlane) -> None:
     never = asyncio.Event()
 
-    async def successor(name: str) -> EngineClient:
+    async def successor(name: str, revision: str) -> EngineClient:
         await never.wait()
         raise AssertionError
 

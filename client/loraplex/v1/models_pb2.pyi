@@ -142,7 +142,7 @@ class Model(google.protobuf.message.Message):
     source: builtins.str
     """Where its weights are from."""
     revision: builtins.str
-    """Which revision of them: a commit or a digest."""
+    """Which revision of them: a commit or a digest. Another one if its files were replaced before its engine started again."""
     state: Global___Model.State.ValueType
     """Where in its life it is."""
     architecture: builtins.str
