@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.messages import TokenLogprobs
 from engine.request import Request
+from engine.sampling_params import SamplingParams
 from engine.step import SampledToken
 
 # Candidates looked at before a full sort. Truncated sampling keeps a handful of tokens in practice; a row that needs
@@ -90,6 +91,7 @@ def _sampled(token_id: int, logprobs: TokenLogprobs | None) -> SampledToken | No
 
 def adjust_logits(logits: Tensor, requests: Sequence[Request]) -> None:
     """Apply penalties, biases and masks in place, each only to the rows that ask for it. logits: float32 [S, V]."""
+    _mask_rows_without_a_token(logits, requests)
     _apply_penalties(logits, requests)
     rows: list[int] = []
     columns: list[int] = []
@@ -115,6 +117,15 @@ def adjust_logits(logits: Tensor, requests: Sequence[Request]) -> None:
             endings = sampling.eos_token_ids + sampling.stop_token_ids
             if endings:
                 logits[row, list(endings)] = -torch.inf
+
+
+def _mask_rows_without_a_token(logits: Tensor, requests: Sequence[Request]) -> None:
+    """What pads the head beyond the tokenizer's ids is never drawn: one slice, if the batch is of one tokenizer."""
+    limits = {request.sampling.num_token_ids or logits.shape[-1] for request in requests}
+    for limit in limits:
+        if limit < logits.shape[-1]:
+            own = [row for row, request in enumerate(requests) if request.sampling.num_token_ids == limit]
+            logits[slice(None) if len(limits) == 1 else own, limit:] = -torch.inf
 
 
 def _apply_penalties(logits: Tensor, requests: Sequence[Request]) -> None:
@@ -152,7 +163,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """One token per row by temperature, top-k, top-p, min-p and typical-p. logits: float32 [S, V]."""
+    """One token per row by temperature, top-k, top-p, min-p and typical-p, in this order. logits: float32 [S, V]."""
     params = [request.sampling for request in requests]
     numbers = [uniform(request.sampling.seed, request.num_tokens) for request in requests]
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=logits.device)
@@ -160,14 +171,15 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
 
     tokens = [-1] * len(params)
     truncated = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0 or p.typical_p < 1]
-    few = [row for row in truncated if params[row].typical_p == 1 and params[row].top_k <= NUM_CANDIDATES]
+    few = [row for row in truncated if _needs_few_candidates(params[row])]
     if few:
         k = min(NUM_CANDIDATES, logits.shape[-1])
         values, ids = torch.topk(logprobs[few], k, dim=-1)
         for row, row_values, row_ids in zip(few, values.double().cpu().numpy(), ids.cpu().numpy(), strict=True):
             keep = _kept_of_sorted(row_values, params[row].top_k, params[row].top_p, params[row].min_p)
             if keep < k or k == logits.shape[-1]:
-                tokens[row] = int(row_ids[_pick(np.exp(row_values[:keep]), numbers[row])])
+                weights = _typical_weights(row_values[:keep], params[row].typical_p)
+                tokens[row] = int(row_ids[_pick(weights, numbers[row])])
     for row in truncated:
         if tokens[row] < 0:
             tokens[row] = _draw_sorted(logprobs[row].double().cpu().numpy(), requests[row], numbers[row])
@@ -177,15 +189,19 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     return tokens
 
 
+def _needs_few_candidates(sampling: SamplingParams) -> bool:
+    """Whether the best tokens of a row may be all that it draws from. typical_p alone may keep unlikely ones."""
+    cuts_the_tail = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    return cuts_the_tail and sampling.top_k <= NUM_CANDIDATES
+
+
 def _draw_sorted(logprobs: np.ndarray, request: Request, number: float) -> int:
     """Draw from a whole row. logprobs: float64 [V]"""
     sampling = request.sampling
-    if sampling.typical_p < 1:
-        logprobs = np.where(_typical(logprobs, sampling.typical_p), logprobs, -np.inf)
-        logprobs = logprobs - np.logaddexp.reduce(logprobs)
     order = np.argsort(-logprobs, kind="stable")
     keep = _kept_of_sorted(logprobs[order], sampling.top_k, sampling.top_p, sampling.min_p)
-    return int(order[_pick(np.exp(logprobs[order[:keep]]), number)])
+    weights = _typical_weights(logprobs[order[:keep]], sampling.typical_p)
+    return int(order[_pick(weights, number)])
 
 
 def _kept_of_sorted(logprobs: np.ndarray, top_k: int, top_p: float, min_p: float) -> int:
@@ -203,15 +219,21 @@ def _kept_of_sorted(logprobs: np.ndarray, top_k: int, top_p: float, min_p: float
     return max(keep, 1)
 
 
-def _typical(logprobs: np.ndarray, mass: float) -> np.ndarray:
-    """The mask of locally typical tokens holding `mass`. Source: Meister et al., arXiv 2202.00666."""
-    probs = np.exp(logprobs)
-    entropy = -np.sum(np.where(probs > 0, probs * logprobs, 0.0))
-    order = np.argsort(np.abs(-logprobs - entropy), kind="stable")
-    keep = int(np.searchsorted(np.cumsum(probs[order]), mass)) + 1
-    mask = np.zeros(len(logprobs), dtype=bool)
-    mask[order[:keep]] = True
-    return mask
+def _typical_weights(logprobs: np.ndarray, mass: float) -> np.ndarray:
+    """The probabilities of these tokens, not normalised: 0 but for the locally typical ones that hold `mass` of them.
+
+    Tokens that are equally typical stay or go together. Source: Meister et al., arXiv 2202.00666.
+    """
+    weights: np.ndarray = np.exp(logprobs)
+    if mass >= 1:
+        return weights
+    probs = weights / weights.sum()
+    surprise = -np.log(probs, where=probs > 0, out=np.full(len(probs), -np.inf))
+    entropy = np.sum(np.multiply(probs, surprise, where=probs > 0, out=np.zeros(len(probs))))
+    distance = np.abs(surprise - entropy)
+    order = np.argsort(distance, kind="stable")
+    last = min(int(np.searchsorted(np.cumsum(probs[order]), mass)), len(order) - 1)
+    return np.where(distance <= distance[order[last]], weights, 0.0)
 
 
 def _pick(weights: np.ndarray, number: float) -> int:

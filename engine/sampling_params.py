@@ -1,5 +1,6 @@
 """What a request asks of the sampler, and how its output ends. Torch-free: the service imports it."""
 
+import sys
 from enum import IntEnum
 
 import msgspec
@@ -24,7 +25,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next token, and when to stop. Already validated: ranges are the service's business.
 
     The order in which they act: penalties and logit_bias, then masks (allowed_token_ids, min_tokens), then greedy if
-    temperature is 0, else temperature, typical_p, top_k, top_p, min_p, and one draw from (seed, position).
+    temperature is 0, else temperature, top_k, top_p, min_p, typical_p, and one draw from (seed, position).
     """
 
     temperature: float = 1.0  # 0, and what is next to it, is greedy
@@ -38,6 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int  # always set; the service draws one where the user gives none, and reports it
     logit_bias: dict[int, float] = {}
     allowed_token_ids: tuple[int, ...] | None = None
+    num_token_ids: int | None = None  # ids from here on have no token in the tokenizer: never drawn; None: all have one
     max_tokens: int
     min_tokens: int = 0  # until then neither EOS nor stop ids can be sampled
     stop_token_ids: tuple[int, ...] = ()
@@ -45,6 +47,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     num_logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely
     num_prompt_logprobs: int | None = None
     time_limit_seconds: float | None = None
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether a token is left that may be drawn before `min_tokens`, when none may be that ends the output."""
+        endings = {*self.eos_token_ids, *self.stop_token_ids} if self.min_tokens else set()
+        limit = self.num_token_ids or sys.maxsize
+        allowed = range(limit) if self.allowed_token_ids is None else self.allowed_token_ids
+        return any(token < limit and token not in endings for token in allowed)
 
     @property
     def greedy(self) -> bool:

@@ -146,9 +146,12 @@ class HostedModel:
         for _ in range(2):  # the files may be replaced between the engine's look and this one
             if self.supervisor.state is EngineState.FAILED:
                 return
-            self.tokenizer, self._text_revision = await asyncio.to_thread(_read_text_files, self.config)
+            tokenizer, self._text_revision = await asyncio.to_thread(_read_text_files, self.config)
+            self.tokenizer = tokenizer
             await self.supervisor.wait_settled()
             if not self._has_other_text():
+                if self.supervisor.limits is not None:
+                    _check_ids(tokenizer, self.default_sampling, self.supervisor.limits.vocab_size)
                 return
         raise TextError("its files were replaced after its engine had loaded them; load it again")
 
@@ -255,6 +258,23 @@ def revision_of(config: ModelConfig) -> str:
         return _revision(_fetched_directory(config))
     except FileNotFoundError:
         return ""
+
+
+def _check_ids(tokenizer: Tokenizer, sampling: Sampling, vocab_size: int) -> None:
+    """Raise TextError unless the ids that the service adds to requests are the model's: else each would fail."""
+    places = {
+        "eos_token of the tokenizer, or eos_token_id of another file": tokenizer.eos_token_ids,
+        "what the tokenizer adds to a text, such as bos_token": tokenizer.encode(""),
+        "default_sampling.logit_bias": sampling.logit_bias,
+        "default_sampling.allowed_token_ids": sampling.allowed_token_ids,
+    }
+    for place, token_ids in places.items():
+        outside = [token_id for token_id in token_ids if token_id >= vocab_size]
+        if outside:
+            raise TextError(
+                f"{place}: {', '.join(map(str, outside))} is none of the model's {vocab_size} token ids. Use the "
+                "tokenizer that belongs to these weights, or correct the id"
+            )
 
 
 def _fetched_directory(config: ModelConfig) -> Path:

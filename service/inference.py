@@ -186,7 +186,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         prompt = await prompt_tokens(spec.prompt, model, self._renderer, f"{path}.prompt")
         sampling = merged_sampling(spec.sampling, target.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(SEED_BITS)
-        params = sampling_params(spec, sampling, model.limits, model.tokenizer.eos_token_ids, len(prompt), seed, path)
+        tokenizer = model.tokenizer
+        params = sampling_params(
+            spec, sampling, model.limits, tokenizer.eos_token_ids, tokenizer.num_token_ids, len(prompt), seed, path
+        )
         outputs = sampling.n or 1
         with (
             tenant.spending(self._admission.expected_tokens(len(prompt), outputs, params.max_tokens), call.used_tokens),

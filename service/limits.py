@@ -169,7 +169,7 @@ LIMITS: Mapping[str, Limit] = {
     "Sampling.top_k": Range(0),
     "Sampling.min_p": Range(0, 1),
     "Sampling.typical_p": Range(0, 1, above=True),
-    "Sampling.repetition_penalty": Range(0, 10, above=True),
+    "Sampling.repetition_penalty": Range(0.01, 10),
     "Sampling.presence_penalty": Range(-2, 2),
     "Sampling.frequency_penalty": Range(-2, 2),
     "Sampling.n": Range(1, 16),

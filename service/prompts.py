@@ -56,7 +56,17 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, renderer: TemplateRe
             raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
         if not token_ids:
             raise InvalidRequest.at(f"{path}.{kind}", "comes to no tokens at all; the model needs at least one")
+        _check_known(token_ids, model, f"{path}.{kind}")
     return token_ids[-prompt.truncate_to_tokens :] if prompt.truncate_to_tokens else token_ids
+
+
+def _check_known(token_ids: list[int], model: LoadedModel, path: str) -> None:
+    """Raise InvalidRequest for a token that was added to the tokenizer, and not to the model."""
+    highest = max(token_ids)
+    if highest >= model.limits.vocab_size:
+        token = model.tokenizer.id_to_token(highest)
+        problem = f"holds {token!r}, token {highest} of the tokenizer; the model has {model.limits.vocab_size} tokens"
+        raise InvalidRequest.at(path, problem)
 
 
 def _conversation(chat: Chat, path: str) -> Conversation:

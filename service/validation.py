@@ -285,11 +285,15 @@ def sampling_params(
     sampling: Sampling,  # merged
     limits: ModelLimits,
     eos_token_ids: tuple[int, ...],
+    num_token_ids: int,  # of the tokenizer: the highest, and 1
     prompt_tokens: int,
     seed: int,
     path: str,
 ) -> SamplingParams:
-    """The parameters of the first output. Raises PromptTooLong and, for ids outside the vocabulary, InvalidRequest."""
+    """The parameters of the first output.
+
+    Raises PromptTooLong and, for ids outside the vocabulary and where no token is left to draw, InvalidRequest.
+    """
     stopping, output = spec.stopping, spec.output
     max_tokens = room_for_output(spec, limits, prompt_tokens, path)
     _check_vocabulary(spec, sampling, limits.vocab_size, path)
@@ -300,7 +304,7 @@ def sampling_params(
     def given(name: str, default: float) -> float:
         return float(getattr(sampling, name)) if sampling.HasField(name) else default  # type: ignore[arg-type]
 
-    return SamplingParams(
+    params = SamplingParams(
         temperature=given("temperature", 1.0),
         top_k=min(sampling.top_k, limits.vocab_size),
         top_p=given("top_p", 1.0),
@@ -312,6 +316,7 @@ def sampling_params(
         seed=seed,
         logit_bias=dict(sampling.logit_bias),
         allowed_token_ids=tuple(sampling.allowed_token_ids) or None,
+        num_token_ids=num_token_ids if num_token_ids < limits.vocab_size else None,
         max_tokens=max_tokens,
         min_tokens=stopping.min_tokens,
         stop_token_ids=tuple(stopping.stop_token_ids),
@@ -320,6 +325,12 @@ def sampling_params(
         num_prompt_logprobs=output.prompt_logprobs if output.HasField("prompt_logprobs") else None,
         time_limit_seconds=duration_seconds(stopping.time_limit) if stopping.HasField("time_limit") else None,
     )
+    if not params.can_draw:
+        raise InvalidRequest.at(
+            f"{path}.sampling.allowed_token_ids",
+            "leaves no token to draw: each of them ends the output, which min_tokens forbids, or has no text",
+        )
+    return params
 
 
 def room_for_output(spec: GenerateSpec, limits: ModelLimits, prompt_tokens: int, path: str) -> int:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,14 @@ class Tokenizer:
         files = ModelFiles.read(path)
         return cls(load_backend(files), files)
 
+    @cached_property
+    def num_token_ids(self) -> int:
+        """The highest id of a token, and 1. A model's head may be padded beyond it."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included. A model's output may be padded beyond it."""
+        """Number of tokens, added ones included: fewer than `num_token_ids` where ids are left out."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

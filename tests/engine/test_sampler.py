@@ -48,36 +48,74 @@ def test_frequencies_follow_the_distribution():
     assert torch.allclose(frequencies, expected, atol=0.045)
 
 
+# In the order in which transformers' generation applies them, after the temperature.
+WARPERS = {
+    "top_k": "TopKLogitsWarper",
+    "top_p": "TopPLogitsWarper",
+    "min_p": "MinPLogitsWarper",
+    "typical_p": "TypicalLogitsWarper",
+}
+
+
 @pytest.mark.parametrize(
-    ("fields", "warpers"),
+    "fields",
     [
-        ({"top_k": 5}, {"top_k": 5}),
-        ({"top_p": 0.8}, {"top_p": 0.8}),
-        ({"min_p": 0.1}, {"min_p": 0.1}),
-        ({"typical_p": 0.6}, {"typical_p": 0.6}),
-        ({"top_k": 10, "top_p": 0.7}, {"top_k": 10, "top_p": 0.7}),
-        ({"top_k": 20, "top_p": 0.9, "min_p": 0.05, "temperature": 1.5}, None),
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"typical_p": 0.6},
+        {"top_k": 10, "top_p": 0.7},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.05, "temperature": 1.5},
+        {"top_k": 8, "typical_p": 0.5},
+        {"top_p": 0.7, "typical_p": 0.5},
+        {"min_p": 0.1, "typical_p": 0.4},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.3, "temperature": 1.5},
+        {"top_k": 3, "top_p": 0.5, "typical_p": 0.9, "temperature": 2.0},
+        {"typical_p": 0.01},
+        {"top_p": 1e-300, "typical_p": 1e-300},
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("num_candidates", [512, 4])  # with and without the fall-back to a whole row
-def test_support_equals_transformers(fields, warpers, num_candidates, monkeypatch):
+def test_support_equals_transformers(fields, num_candidates, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(sampler_module, "NUM_CANDIDATES", num_candidates)
     logits = random_logits(1, seed=3)[0]
     scores = (logits / fields.get("temperature", 1.0))[None]
-    wanted = warpers if warpers is not None else {k: v for k, v in fields.items() if k != "temperature"}
-    makers = {
-        "top_k": transformers.TopKLogitsWarper,
-        "top_p": transformers.TopPLogitsWarper,
-        "min_p": transformers.MinPLogitsWarper,
-        "typical_p": transformers.TypicalLogitsWarper,
-    }
-    for name, value in wanted.items():
-        scores = makers[name](value)(None, scores)
+    for name, warper in WARPERS.items():
+        if name in fields:
+            scores = getattr(transformers, warper)(fields[name])(None, scores)
     expected = torch.softmax(scores[0], -1)
     frequencies = draw_many(logits, **fields)
     assert torch.equal(frequencies > 0, (expected > 0) & (frequencies > 0))  # nothing outside the support
     assert torch.allclose(frequencies, expected, atol=0.045)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 2, 7, 30, 200]),
+    top_p=st.floats(0.05, 1.0),
+    min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    typical_p=st.floats(0.05, 1.0),
+)
+def test_what_is_drawn_is_always_in_the_support_of_transformers(seed, temperature, top_k, top_p, min_p, typical_p):
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits(1, seed=seed)
+    values = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+    scores = logits.double() / temperature
+    for name, warper in WARPERS.items():
+        if values[name] != off[name]:
+            scores = getattr(transformers, warper)(values[name])(None, scores)
+    requests = [make_request(seed=number, temperature=temperature, **values) for number in range(20)]
+    assert torch.isfinite(scores[0, draw(logits.expand(20, -1), requests)]).all()
+
+
+def test_tokens_that_are_equally_typical_stay_together():
+    logits = torch.zeros(8)  # each has the same information, none is nearer to the expected one
+    assert (draw_many(logits, typical_p=0.3) > 0).all()
 
 
 def test_penalties_equal_transformers_and_the_openai_formula():
@@ -207,3 +245,14 @@ def test_the_smallest_temperature_that_draws_draws_by_the_distribution():
     logits = torch.tensor([3.0, 3.0 + 1e-5, -50.0])
     expected = torch.softmax((logits / 1e-5).double(), -1).float()
     assert torch.allclose(draw_many(logits, temperature=1e-5), expected, atol=0.045)
+
+
+def test_rows_of_the_head_without_a_token_are_never_drawn():
+    logits = random_logits(4)
+    logits[:, 40:] += 50.0
+    limits = [40, None, 40, 45]
+    for temperature in (0.0, 1.0):
+        requests = [make_request(temperature=temperature, num_token_ids=limit, num_logprobs=1) for limit in limits]
+        tokens = [token.token_id for token in Sampler().sample(logits.clone(), requests)]
+        assert [token < 40 for token in tokens] == [True, False, True, False]
+        assert tokens[3] < 45

@@ -2,6 +2,7 @@
 
 import uuid
 
+import msgspec
 import pytest
 
 from loraplex import FailedPrecondition, InvalidArgument, NotFound
@@ -12,6 +13,7 @@ from loraplex.v1.watch_pb2 import (
     WATCH_EVENT_TYPE_SNAPSHOT_END,
 )
 from tests.service.control_plane import ControlPlane
+from tests.service.scripted_engine import ScriptedCore
 
 
 async def test_a_loaded_model_says_what_it_is(control: ControlPlane) -> None:
@@ -136,6 +138,19 @@ async def test_a_model_whose_engine_cannot_load_is_failed_and_says_why(control: 
     model = await control.admin.load_model("other", wait=20)
     assert model.state == Model.STATE_FAILED
     assert "no memory is left" in model.error.message
+
+
+async def test_a_model_without_the_end_of_sequence_of_its_tokenizer_is_failed_and_says_why(
+    control: ControlPlane,
+) -> None:
+    def cut(core: ScriptedCore) -> None:
+        core.limits = msgspec.structs.replace(core.limits, vocab_size=257)
+
+    control.engines["other"].prepare = cut
+    model = await control.admin.load_model("other", wait=20)
+    assert model.state == Model.STATE_FAILED
+    assert "eos_token" in model.error.message
+    assert "257 is none of the model's 257 token ids" in model.error.message
 
 
 async def test_an_engine_that_dies_is_replaced_and_its_streams_go_on(control: ControlPlane) -> None:

@@ -1,10 +1,12 @@
 """Every error that a caller of the data plane can get: code, reason, details."""
 
 import asyncio
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo, RequestInfo, ResourceInfo, RetryInfo
@@ -89,6 +91,7 @@ INVALID: list[tuple[Mapping[str, Any], str]] = [
     ({"sampling": {"min_p": 1.5}}, "spec.sampling.min_p"),
     ({"sampling": {"typical_p": 0.0}}, "spec.sampling.typical_p"),
     ({"sampling": {"repetition_penalty": 0.0}}, "spec.sampling.repetition_penalty"),
+    ({"sampling": {"repetition_penalty": 1e-39}}, "spec.sampling.repetition_penalty"),
     ({"sampling": {"presence_penalty": 2.1}}, "spec.sampling.presence_penalty"),
     ({"sampling": {"frequency_penalty": -NAN}}, "spec.sampling.frequency_penalty"),
     ({"sampling": {"n": 0}}, "spec.sampling.n"),
@@ -98,6 +101,11 @@ INVALID: list[tuple[Mapping[str, Any], str]] = [
     ({"sampling": {"logit_bias": {258: 1.0}}}, "spec.sampling.logit_bias"),
     ({"sampling": {"allowed_token_ids": [2**32 - 1]}}, "spec.sampling.allowed_token_ids"),
     ({"sampling": {"allowed_token_ids": range(1025)}}, "spec.sampling.allowed_token_ids"),
+    ({"sampling": {"allowed_token_ids": [257]}, "stopping": {"min_tokens": 2}}, "spec.sampling.allowed_token_ids"),
+    (
+        {"sampling": {"allowed_token_ids": [5, 257]}, "stopping": {"min_tokens": 1, "stop_token_ids": [5]}},
+        "spec.sampling.allowed_token_ids",
+    ),
     ({"stopping": {"max_tokens": 0}}, "spec.stopping.max_tokens"),
     ({"stopping": {"max_tokens": -(2**31)}}, "spec.stopping.max_tokens"),
     ({"stopping": {"max_tokens": 3, "min_tokens": 4}}, "spec.stopping.min_tokens"),
@@ -435,6 +443,33 @@ async def test_a_request_that_fails_in_the_engine_fails_alone(plane: DataPlane) 
     assert (failed.code, failed.reason) == (Code.INTERNAL, "ENGINE_ERROR")
     assert failed.detail(RequestInfo()).request_id == failed.metadata["loraplex-request-id"]
     assert (await plane.generate(make_spec())).outputs[0].text == "abcab"
+
+
+def with_head(plane: DataPlane, vocab_size: int) -> None:
+    """Give the model a head of another size than its tokenizer, which has 258 ids."""
+    model = plane.models.models["demo"]
+    limits = msgspec.structs.replace(model.limits, vocab_size=vocab_size)
+    plane.models.models["demo"] = dataclasses.replace(model, limits=limits)
+
+
+async def test_a_token_that_the_tokenizer_has_and_the_model_lacks_is_named(plane: DataPlane) -> None:
+    with_head(plane, 257)
+    failed = await failure(plane.generate(make_spec(prompt={"text": "a<eos>"})))
+    assert (failed.reason, failed.fields) == ("INVALID_PARAMETER", ["spec.prompt.text"])
+    assert "holds '<eos>', token 257 of the tokenizer; the model has 257 tokens" in failed.message
+
+
+async def test_what_pads_the_head_beyond_the_tokenizer_is_never_drawn(plane: DataPlane) -> None:
+    with_head(plane, 320)
+    await plane.generate(make_spec())
+    assert plane.engine.requests[0].sampling.num_token_ids == 258
+    failed = await failure(plane.generate(make_spec(sampling={"allowed_token_ids": [258, 319]})))
+    assert failed.fields == ["spec.sampling.allowed_token_ids"]
+
+
+async def test_a_head_as_large_as_the_tokenizer_needs_no_mask(plane: DataPlane) -> None:
+    await plane.generate(make_spec())
+    assert plane.engine.requests[0].sampling.num_token_ids is None
 
 
 async def test_an_error_of_the_engine_names_the_model(plane: DataPlane) -> None:

@@ -212,7 +212,7 @@ class Sampling(google.protobuf.message.Message):
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: builtins.int
     BAD_WORDS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
-    """Divides the logits. 0 is greedy: always the likeliest token. Default 1. From 0 to 10."""
+    """Divides the logits. 0 is greedy: always the likeliest token; so is anything below 0.00001. Default 1. From 0 to 10."""
     top_p: builtins.float
     """Keep the smallest set of tokens whose probabilities sum to at least this. Default 1 (off). Above 0, at most 1."""
     top_k: builtins.int
@@ -223,7 +223,7 @@ class Sampling(google.protobuf.message.Message):
     """Keep the tokens closest to the expected information, up to this mass. Default 1 (off). Above 0, at most 1."""
     repetition_penalty: builtins.float
     """Divides positive logits, and multiplies negative ones, of tokens in the prompt or the output.
-    Default 1 (off). Above 0, at most 10.
+    Default 1 (off). From 0.01 to 10.
     """
     presence_penalty: builtins.float
     """Subtracted from the logit of every token that the output holds already. Default 0 (off). From -2 to 2."""
@@ -241,7 +241,9 @@ class Sampling(google.protobuf.message.Message):
 
     @property
     def allowed_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Only these tokens may be chosen. Empty: all. At most 1024."""
+        """Only these tokens may be chosen. Empty: all that the tokenizer has; what pads the model's head beyond them is never
+        chosen. At most 1024. At least one must not end the output, where min_tokens is set.
+        """
 
     @property
     def bad_words(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
