@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -9,6 +11,8 @@ QUANTIZATIONS = ("nf4", "int8", "int4")
 HEAD_QUANTIZATIONS = ("int8",)
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 BACKENDS = ("auto", "reference", "cpu", "triton")
+USUAL_MEMORY_FRACTION = 0.9  # of a GPU. The rest is for contexts of CUDA, about half a GiB an engine, and for others
+DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,9 +28,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     threads: int | None = None  # compute threads on the CPU; None: all cores the process may use
     max_model_len: int | None = None  # tokens; None: what the model was made for
     block_size: int = 16  # tokens
-    kv_cache_bytes: int | None = None  # None: kv_cache_fraction of what the device has left
+    device_memory_fraction: float | None = None  # of a GPU, for all that this model takes there; None: 0.9
+    kv_cache_bytes: int | None = None  # None: on CUDA what is left of that, on the CPU kv_cache_fraction
     kv_cache_dtype: str = "auto"  # auto: the model's. int8, fp8: rounded, with a scale for each head and token
-    kv_cache_fraction: float = 0.5  # of free device memory after loading (CUDA: use 0.9)
+    kv_cache_fraction: float = 0.5  # on the CPU: of the memory that is free after loading
     max_num_seqs: int = 256  # running at once
     max_num_batched_tokens: int = 2048  # tokens computed in one step
     enable_prefix_caching: bool = True
@@ -52,14 +57,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             problems.append(f"head_quantization {self.head_quantization!r} is not {' or '.join(HEAD_QUANTIZATIONS)}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             problems.append(f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
+        if not DEVICE.fullmatch(self.device):
+            problems.append(f"device {self.device!r} is not auto, cpu, cuda or cuda:N")
         if self.kernels not in BACKENDS:
             problems.append(f"kernels {self.kernels!r} is not one of {', '.join(BACKENDS)}")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             problems.append(f"block_size {self.block_size} must be a power of two")
-        if not 0.0 < self.kv_cache_fraction <= 1.0:
-            problems.append(f"kv_cache_fraction {self.kv_cache_fraction} must be in (0, 1]")
-        if self.adapter_load_share is not None and not 0.0 < self.adapter_load_share <= 1.0:
-            problems.append(f"adapter_load_share {self.adapter_load_share} must be in (0, 1]")
+        for name in ("device_memory_fraction", "kv_cache_fraction", "adapter_load_share"):
+            fraction = getattr(self, name)
+            if fraction is not None and not 0.0 < fraction <= 1.0:
+                problems.append(f"{name} {fraction} must be in (0, 1]")
         counts = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,

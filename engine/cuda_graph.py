@@ -110,21 +110,27 @@ class DecodeGraphs:
         inputs: DecodeInputs,
         max_adapter_rank: int,
     ) -> None:
-        """Capture every batch size, without adapters and with those of up to `max_adapter_rank`."""
+        """Nothing is captured yet. The graphs will hold for adapters of up to `max_adapter_rank`."""
+        self.device = ops.device
         self._model = model
         self._ops = ops
         self._kv = kv
         self._inputs = inputs
         self._sizes = batch_sizes(len(inputs.token_ids))
         self._pool = torch.cuda.graph_pool_handle()
-        # The largest first: the smaller ones then find all their memory in the pool.
+        self._captured: dict[tuple[int, bool], _Captured] = {}
         reserve_adapters(model, max_adapter_rank)
-        self._captured = {
-            (size, with_adapters): self._capture(size, with_adapters)
-            for size in reversed(self._sizes)
-            for with_adapters in (True, False)
-        }
+
+    def capture_all(self) -> None:
+        """The largest first: the smaller ones then find all their memory in the pool."""
+        for size in reversed(self._sizes):
+            self.capture(size)
         logger.info("captured CUDA graphs of decoding steps of %s sequences", self._sizes)
+
+    def capture(self, size: int) -> None:
+        """The graphs of one batch size, with adapters and without."""
+        for with_adapters in (True, False):
+            self._captured[size, with_adapters] = self._capture(size, with_adapters)
 
     def forward(self, batch: StepBatch) -> Tensor:
         """The hidden states of every row → [T, C], valid until the next call. Each sequence has one token in `batch`,
@@ -167,10 +173,10 @@ def reserve_adapters(model: LanguageModel, max_rank: int) -> None:
             table.reserve(len(linear.parts), max_rank)
 
 
-def capture_decoding(
+def decode_graphs(
     model: LanguageModel, ops: Ops, kv: Sequence[LayerKV], config: EngineConfig, max_model_len: int
 ) -> DecodeGraphs | None:
-    """The graphs of a model on a CUDA device; None for operations that cannot be captured, or if none are wanted."""
+    """Graphs to be captured, on a CUDA device; None for operations that cannot be captured, or if none are wanted."""
     if not config.cuda_graphs or ops.device.type != "cuda" or ops.name != "triton":
         return None
     from kernels.triton import TritonOps

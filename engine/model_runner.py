@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,9 +11,11 @@ import torch
 
 from engine.batch import StepBatch, narrowed, num_prompt_logprob_rows
 from engine.config import EngineConfig
-from engine.cuda_graph import capture_decoding
+from engine.cuda_graph import DecodeGraphs, decode_graphs
+from engine.device import free_bytes, loading_turn, select_device
 from engine.kv_cache import block_bytes, create_kv_cache, stored_dtype
 from engine.memory import populate
+from engine.memory_profile import cache_budget
 from engine.messages import ModelLimits, TokenLogprobs
 from engine.models import LanguageModel, load_model
 from engine.sampler import Sampler, describe
@@ -43,11 +44,15 @@ class ModelRunner:
                 "that the model was made for: lower it, or leave it out"
             )
         dtype = stored_dtype(config.kv_cache_dtype, model.dtype)
+        self.decode_graphs: DecodeGraphs | None = None
+        self.kv_cache = create_kv_cache(model.config, ops, 1, config.block_size, dtype)
         self.num_blocks = self._num_blocks(config, block_bytes(model.config, ops, config.block_size, dtype))
         self.kv_cache = create_kv_cache(model.config, ops, self.num_blocks, config.block_size, dtype)
         if config.kv_cache_bytes is not None and ops.device.type == "cpu":
             populate([tensor for layer in self.kv_cache for tensor in (layer.k, layer.v)])
-        self.decode_graphs = capture_decoding(model, ops, self.kv_cache, config, self.max_model_len)
+        self.decode_graphs = decode_graphs(model, ops, self.kv_cache, config, self.max_model_len)
+        if self.decode_graphs is not None:
+            self.decode_graphs.capture_all()
 
     @classmethod
     def load(cls, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:
@@ -62,7 +67,8 @@ class ModelRunner:
             raise ValueError(
                 f"batch_invariant is set, and the {ops.name} kernels cannot promise it: use kernels: cpu, or unset it"
             )
-        return cls(load_model(config, path, ops, progress), ops, config)
+        with loading_turn(device):
+            return cls(load_model(config, path, ops, progress), ops, config)
 
     def limits(self, config: EngineConfig) -> ModelLimits:
         """What the loaded model can take, for those who send it requests."""
@@ -123,18 +129,25 @@ class ModelRunner:
     def _num_blocks(self, config: EngineConfig, size: int) -> int:
         """size: bytes of a block"""
         per_sequence = -(-self.max_model_len // self.block_size)
-        budget = config.kv_cache_bytes
-        if budget is None:
-            budget = int(free_device_bytes(self.ops.device) * config.kv_cache_fraction)
+        budget = self._cache_bytes(config)
         useful = per_sequence * config.max_num_seqs  # more could never be in use
         num_blocks = min(budget // size, useful)
         if num_blocks < per_sequence:
+            remedy = f"raise kv_cache_bytes to {per_sequence * size} or lower max_model_len"
+            if config.kv_cache_bytes is None and self.ops.device.type == "cuda":
+                remedy = "raise device_memory_fraction, or lower max_model_len, adapter_device_bytes or max_num_seqs"
             raise ValueError(
                 f"kv cache of {budget} bytes holds {budget // size * self.block_size} tokens, fewer than "
-                f"max_model_len = {self.max_model_len}: raise kv_cache_bytes to {per_sequence * size} or lower "
-                "max_model_len"
+                f"max_model_len = {self.max_model_len}: {remedy}"
             )
-        return int(num_blocks)
+        return num_blocks
+
+    def _cache_bytes(self, config: EngineConfig) -> int:
+        if config.kv_cache_bytes is not None:
+            return config.kv_cache_bytes
+        if self.ops.device.type == "cuda":
+            return cache_budget(self, config)
+        return int(free_bytes(self.ops.device) * config.kv_cache_fraction)
 
 
 def _not_finite(
@@ -149,23 +162,3 @@ def _not_finite(
     return frozenset(undrawn).union(
         request_id for request_id, found in prompt_logprobs.items() if any(math.isnan(one.logprob) for one in found)
     )
-
-
-def select_device(name: str) -> torch.device:
-    """`auto`: CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} asked for, but torch sees no CUDA device: use device: cpu")
-    return device
-
-
-def free_device_bytes(device: torch.device) -> int:
-    """Memory that could be allocated now: the device's, or what the operating system calls available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -21,6 +21,7 @@ from engine.config import EngineConfig
 from engine.logs import LOG_FORMATS
 from loraplex.v1.generation_pb2 import Sampling
 from service.auth.config import AuthConfig, CertificateConfig, JwtConfig
+from service.device_shares import share_problems, with_shares
 from service.tenants import TenantConfig
 from service.validation import check_message
 
@@ -206,7 +207,7 @@ def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceCon
     problems = list(_problems(config))
     if problems:
         raise ConfigError(f"{file}: " + "; ".join(problems))
-    return config
+    return msgspec.structs.replace(config, models=with_shares(config.models))
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -322,6 +323,7 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     yield from _repeated("adapters", [f"{adapter.tenant}/{adapter.adapter_id}" for adapter in config.adapters])
     for index, model in enumerate(config.models):
         yield from (f"models[{index}] {model.name!r}: {problem}" for problem in _model_problems(model))
+    yield from share_problems(config.models)
     names = {model.name for model in config.models}
     for index, adapter in enumerate(config.adapters):
         place = f"adapters[{index}] {adapter.name!r}"

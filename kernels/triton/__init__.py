@@ -1,8 +1,8 @@
 """The CUDA backend, in Triton: attention, segmented LoRA, products with quantised weights, and the small operations
 between. Dense matrix products are cuBLAS's.
 
-The same kernels run on the CPU under Triton's interpreter (TRITON_INTERPRET=1), for tests. Nothing here reads back from
-the device: sizes come from shapes and from the host's fields of the metadata.
+The same kernels run on the CPU under Triton's interpreter (TRITON_INTERPRET=1), for tests; on a GPU they have never run
+yet. Nothing here reads back from the device: sizes come from shapes and from the host's fields of the metadata.
 """
 
 from __future__ import annotations

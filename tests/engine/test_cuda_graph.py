@@ -8,7 +8,7 @@ import torch
 from adapters.layer import LoRALinear
 from engine.batch import StepBatch
 from engine.config import EngineConfig
-from engine.cuda_graph import DecodeInputs, batch_sizes, capture_decoding, reserve_adapters
+from engine.cuda_graph import DecodeInputs, batch_sizes, decode_graphs, reserve_adapters
 from engine.kv_cache import create_kv_cache
 from engine.models import load_model
 from kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
@@ -99,7 +99,7 @@ def test_padding_changes_neither_results_nor_cache(ops, model, with_adapters):
 
 def test_operations_that_cannot_be_captured_have_no_graphs(model):
     config = EngineConfig(model="any")
-    assert capture_decoding(model, ReferenceOps(torch.device("cpu")), [], config, 1) is None
+    assert decode_graphs(model, ReferenceOps(torch.device("cpu")), [], config, 1) is None
 
 
 def test_adapters_within_what_was_reserved_change_no_graph(ops, model):
