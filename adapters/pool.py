@@ -62,8 +62,8 @@ class AdapterPool:
         return self._used_bytes
 
     def holds(self, key: AdapterKey) -> bool:
-        """Whether an adapter is on the device. Does not count as use."""
-        return key in self._residents
+        """Whether an adapter is on the device and takes requests. Does not count as use."""
+        return key in self._residents and not self._residents[key].draining
 
     def in_use(self) -> list[tuple[AdapterKey, int]]:
         """Those that requests use, with the number of requests."""
@@ -111,9 +111,9 @@ class AdapterPool:
         loaded = self._store.get(key)
         if loaded is None or self._victims_for(loaded.nbytes) is not None:
             return
-        candidates = [resident for resident in self._residents.values() if not resident.pinned]
+        candidates = [key for key, resident in self._residents.items() if not resident.pinned]
         if candidates and not any(resident.draining for resident in self._residents.values()):
-            min(candidates, key=lambda resident: resident.num_requests).draining = True
+            self._drain(min(candidates, key=lambda key: self._residents[key].num_requests))
 
     # ---- for the operator ------------------------------------------------------------------------------------------
 
@@ -123,9 +123,10 @@ class AdapterPool:
         False: not there yet, ask again when `changes` has grown. Raises AdapterRejected as `acquire` does.
         """
         resident = self._residents.get(key) or self._bring_in(key)
-        if resident is not None:
-            resident.unloading = False
-        return resident is not None
+        if resident is None or resident.draining:
+            return False
+        resident.unloading = False
+        return True
 
     def unload(self, key: AdapterKey) -> None:
         """Free the room of an adapter, and of compositions that take it, as soon as no request uses them.
@@ -160,13 +161,21 @@ class AdapterPool:
                 f"adapter {key} cannot be pinned: pins may take half of the slots and bytes; unpin others"
             )
         resident.pinned = True
-        resident.draining = False
+        self.recall(key)
 
     def unpin(self, key: AdapterKey) -> None:
         """Let an adapter be evicted again. An adapter that is not pinned is not an error."""
         resident = self._residents.get(key)
         if resident is not None:
             resident.pinned = False
+            self._changes += 1
+
+    def recall(self, key: AdapterKey) -> None:
+        """Let an adapter that was to leave take requests again. An adapter that is not here is not an error."""
+        resident = self._residents.get(key)
+        if resident is not None and resident.draining:
+            resident.draining = False
+            self.moved.add(key)
             self._changes += 1
 
     # ---- room ------------------------------------------------------------------------------------------------------
@@ -216,16 +225,18 @@ class AdapterPool:
             raise AdapterRejected([problem], TOO_LARGE) from error
         resident = self._residents[key] = _Resident(slot, loaded.nbytes, invocation_tokens=loaded.invocation_tokens)
         self._used_bytes += loaded.nbytes
-        if not key.parts:  # nobody asks where a composition is
-            self.moved.add(key)
+        self.moved.add(key)
         return resident
 
     def _drop(self, key: AdapterKey) -> None:
         resident = self._residents.pop(key)
         self._used_bytes -= resident.nbytes
-        if not key.parts:  # nobody asks where a composition is
-            self.moved.add(key)
+        self.moved.add(key)
         self._clear(resident.slot)
+
+    def _drain(self, key: AdapterKey) -> None:
+        self._residents[key].draining = True
+        self.moved.add(key)
 
     def _clear(self, slot: int) -> None:
         for site in self._sites.values():

@@ -42,8 +42,7 @@ class AdapterTiers:
         self._unloading.discard(message.key)
         self._store.register(message.key, Path(message.path))
         if message.residency is Residency.DEVICE:
-            self._bringing[message.key] = None
-            self._changes_seen = -1
+            self.bring(message.key)
 
     def unload(self, message: UnloadAdapter) -> None:
         """Free an adapter's memory, once no accepted request uses it; or at least its room on the device."""
@@ -54,6 +53,11 @@ class AdapterTiers:
             self._unloading.add(message.key)
         else:
             self._pool.unload(message.key)
+
+    def bring(self, key: AdapterKey) -> None:
+        """Have an adapter, or a weighted sum of those that are loaded, on the device as soon as there is room."""
+        self._bringing[key] = None
+        self._changes_seen = -1
 
     def pin(self, message: PinAdapter) -> None:
         """Keep an adapter on the device from when it gets there, or no longer."""
@@ -98,7 +102,7 @@ class AdapterTiers:
         moved = dict.fromkeys([*self._store.moved, *self._pool.moved])
         self._store.moved.clear()
         self._pool.moved.clear()
-        found = [(key, self._residency(key)) for key in moved if self._store.is_registered(key)]
+        found = [(key, self._residency(key)) for key in moved if key.parts or self._store.is_registered(key)]
         return [AdaptersMoved(found)] if found else []
 
     # ---- inside ----------------------------------------------------------------------------------------------------
@@ -114,6 +118,8 @@ class AdapterTiers:
 
     def _try_to_bring(self, key: AdapterKey) -> list[FromEngine]:
         pinning = key in self._pinning
+        if pinning:
+            self._pool.recall(key)
         try:
             if not self._pool.bring_in(key):
                 if pinning:

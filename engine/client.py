@@ -22,6 +22,7 @@ from engine.messages import (
     AdaptersMoved,
     AdapterUnloaded,
     AddRequest,
+    BringAdapter,
     EngineStats,
     LoadAdapter,
     PinAdapter,
@@ -75,6 +76,7 @@ class EngineClient:
         self._load_began: dict[AdapterKey, float] = {}  # by the loop's clock
         self._arrivals: dict[AdapterKey, asyncio.Future[None]] = {}  # on the device
         self._leaving: set[AdapterKey] = set()  # on the device, and told to leave it
+        self._sums: set[AdapterKey] = set()  # weighted sums on the device
         self._unloads: dict[AdapterKey, asyncio.Future[None]] = {}
         self._pins: dict[AdapterKey, asyncio.Future[AdapterPinned]] = {}
         self._pings: dict[int, asyncio.Future[Pong]] = {}
@@ -119,6 +121,12 @@ class EngineClient:
         """Whether a request for this adapter, or this weighted sum, can be sent now. None: the base model alone."""
         return self.error is None and (key is None or all(member in self.adapters for member in key.members))
 
+    def on_device(self, key: AdapterKey) -> bool:
+        """Whether a request for this adapter, or this weighted sum, starts at once."""
+        if key.parts:
+            return key in self._sums
+        return self.residency.get(key) is Residency.DEVICE and key not in self._leaving
+
     def start_loading(self, key: AdapterKey, path: str) -> "asyncio.Future[AdapterLoaded]":
         """Have the engine read an adapter into host memory and bind it to the model, and do not wait.
 
@@ -140,13 +148,19 @@ class EngineClient:
         Raises what `start_loading` ends with, and AdapterRejected (COLD) if it is unloaded meanwhile.
         """
         self._check_alive()
-        if self.residency.get(key) is Residency.DEVICE and key not in self._leaving:
+        if self.on_device(key):
             return
         if key not in self._arrivals:
             self._arrivals[key] = _future()
             self._leaving.discard(key)
             self._send_load(key, path, Residency.DEVICE)
         await asyncio.shield(self._arrivals[key])
+
+    def start_bringing(self, key: AdapterKey) -> None:
+        """Have the engine bring to the device what it was told to load, or a weighted sum of it. Does not wait."""
+        self._check_alive()
+        self._leaving.discard(key)
+        self._send(BringAdapter(key))
 
     async def leave_device(self, key: AdapterKey) -> None:
         """Have an adapter leave the device once no request uses it, and stay in host memory. Does not wait for that."""
@@ -238,6 +252,7 @@ class EngineClient:
         for generation in set(self._generations.values()):
             generation.end(error)
         self.adapters.clear()
+        self._sums.clear()
         for key in list(self.residency):
             self._leave_memory(key)
         waiting: tuple[Mapping[Any, asyncio.Future[Any]], ...]
@@ -262,6 +277,9 @@ class EngineClient:
 
     def _take_moves(self, moves: list[tuple[AdapterKey, Residency]]) -> None:
         for key, residency in moves:
+            if key.parts:  # counts for no tier: it is made of adapters that do
+                (self._sums.add if residency is Residency.DEVICE else self._sums.discard)(key)
+                continue
             self._move(key, residency)
             if residency is Residency.DEVICE:
                 _resolve(self._arrivals.pop(key, None), None)

@@ -18,6 +18,7 @@ from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.messages import (
     AddRequest,
+    BringAdapter,
     EngineStats,
     FromEngine,
     LoadAdapter,
@@ -157,6 +158,10 @@ class EngineCore:
         """Drop an adapter as soon as no accepted request uses it; a later step says so."""
         self._not_finite.discard(message.key)
         self.adapters.unload(message)
+
+    def bring_adapter(self, message: BringAdapter) -> None:
+        """Bring an adapter to the device ahead of its requests; a later step says so."""
+        self.adapters.bring(message.key)
 
     def pin_adapter(self, message: PinAdapter) -> None:
         """Keep an adapter on the device, or no longer; a later step says so."""

@@ -30,6 +30,7 @@ class AddRequest(Message, frozen=True):
     priority: int = 0  # lower runs first; equal: tenants by their shares, and of one tenant first come, first served
     tenant: str = ""  # who shares the engine with others
     weight: float = 1.0  # of its share; above 0
+    adapter_wait_seconds: float | None = None  # that it may wait for its adapter once it is its turn; None: for ever
     output_token_ids: list[int] = []  # what another engine has generated already: go on from there
 
 
@@ -60,6 +61,15 @@ class UnloadAdapter(Message, frozen=True):
     residency: Residency = Residency.DISK
 
 
+class BringAdapter(Message, frozen=True):
+    """Bring an adapter that was loaded, or a weighted sum of such, to the device as soon as there is room.
+
+    Answered by `AdaptersMoved`, or by `AdapterFailed`.
+    """
+
+    key: AdapterKey
+
+
 class PinAdapter(Message, frozen=True):
     """Bring an adapter that was loaded to the device and keep it there, or let it go. Answered by `AdapterPinned`."""
 
@@ -77,7 +87,7 @@ class Shutdown(Message, frozen=True):
     """Leave the loop and exit with status 0. Running requests end without an answer: drain first."""
 
 
-ToEngine = AddRequest | Abort | LoadAdapter | UnloadAdapter | PinAdapter | Ping | Shutdown
+ToEngine = AddRequest | Abort | LoadAdapter | UnloadAdapter | BringAdapter | PinAdapter | Ping | Shutdown
 
 
 # ---- engine → service ----------------------------------------------------------------------------------------------
@@ -208,7 +218,10 @@ class AdapterPinned(Message, frozen=True):
 
 
 class AdaptersMoved(Message, frozen=True):
-    """Where adapters are now that were elsewhere. What was never told of is on disk."""
+    """Where adapters, and weighted sums of them, are now that were elsewhere. What was never told of is on disk.
+
+    What is on the device but takes no more requests, so that another gets its room, counts as in host memory.
+    """
 
     moves: list[tuple[AdapterKey, Residency]]
 

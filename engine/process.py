@@ -14,6 +14,7 @@ from engine.messages import (
     Abort,
     AdapterFailed,
     AddRequest,
+    BringAdapter,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -53,6 +54,8 @@ class Core(Protocol):
     def load_adapter(self, message: LoadAdapter) -> None: ...
 
     def unload_adapter(self, message: UnloadAdapter) -> None: ...
+
+    def bring_adapter(self, message: BringAdapter) -> None: ...
 
     def pin_adapter(self, message: PinAdapter) -> None: ...
 
@@ -127,6 +130,8 @@ def handle(core: Core, message: ToEngine | BadRequest) -> FromEngine | None:
                 return AdapterFailed(key, [str(error)])
         case UnloadAdapter():
             core.unload_adapter(message)
+        case BringAdapter():
+            core.bring_adapter(message)
         case PinAdapter():
             core.pin_adapter(message)
         case Ping(nonce=nonce):

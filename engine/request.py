@@ -31,6 +31,8 @@ class Request:
         "adapter_ready_time",
         "adapter_slot",
         "adapter_start",
+        "adapter_wait_seconds",
+        "adapter_wanted_time",
         "arrival_time",
         "block_hashes",
         "block_ids",
@@ -60,6 +62,7 @@ class Request:
         self.cache_salt = message.cache_salt
         # Prompt log-probabilities need every position computed, so there is nothing to take from the cache.
         self.bypass_prefix_cache = message.bypass_prefix_cache or sampling.num_prompt_logprobs is not None
+        self.adapter_wait_seconds = message.adapter_wait_seconds
         self.tenant = message.tenant
         self.weight = message.weight
         self.order = (message.priority, arrival_number)  # who goes first
@@ -78,7 +81,8 @@ class Request:
         self.adapter_start: int | None = 0  # the first token that the adapter applies to; None: it was not invoked
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first scheduling
         self.first_scheduled_time: float | None = None
-        self.adapter_ready_time: float | None = None  # set if it had to wait for it
+        self.adapter_wanted_time: float | None = None  # set if it had to wait for it
+        self.adapter_ready_time: float | None = None  # and then had it
         self.prompt_logprobs: list[TokenLogprobs | None] = []
 
     def invoke_adapter(self, tokens: Sequence[int]) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
 
-from adapters.errors import AdapterRejected
+from adapters.errors import COLD, AdapterRejected
 from adapters.key import AdapterKey
 from engine.block_manager import BlockManager
 from engine.fairness import FairQueue
@@ -71,7 +71,8 @@ class Scheduler:
         self.waiting = FairQueue()
         self.waiting_for_adapter: dict[AdapterKey, dict[int, Request]] = {}
         self.adapter_users: Counter[AdapterKey] = Counter()  # accepted requests by adapter version, wherever they are
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines: list[tuple[float, int]] = []  # of requests
+        self._adapter_deadlines: list[tuple[float, int]] = []  # of their waits for adapters
         self._outputs: list[RequestOutput] = []  # endings that no step computed; `update` hands them out
         self._adapter_changes_seen = -1
         self.num_preemptions = 0
@@ -111,6 +112,7 @@ class Scheduler:
         """Choose who runs and how far, and reserve blocks for it. The plan may be empty."""
         self._expire()
         self._retry_adapters()
+        self._end_adapter_waits()
         budget = self.max_num_batched_tokens
         scheduled: list[ScheduledRequest] = []
         preempted = False
@@ -198,11 +200,18 @@ class Scheduler:
                 return False
         if slot is None:
             self.waiting.remove(request)
-            request.state = RequestState.WAITING_FOR_ADAPTER
-            self.waiting_for_adapter.setdefault(key, {})[request.request_id] = request
+            self._set_aside(request, key)
             return False
         self._give_adapter(request, slot)
         return True
+
+    def _set_aside(self, request: Request, key: AdapterKey) -> None:
+        request.state = RequestState.WAITING_FOR_ADAPTER
+        request.adapter_wanted_time = self.clock()
+        self.waiting_for_adapter.setdefault(key, {})[request.request_id] = request
+        if request.adapter_wait_seconds is not None:
+            ends_at = request.adapter_wanted_time + request.adapter_wait_seconds
+            heapq.heappush(self._adapter_deadlines, (ends_at, request.request_id))
 
     def _give_adapter(self, request: Request, slot: int) -> None:
         assert request.adapter is not None
@@ -231,6 +240,14 @@ class Scheduler:
                 self.waiting.push(request)
             if not requests:
                 self.waiting_for_adapter.pop(key, None)
+
+    def _end_adapter_waits(self) -> None:
+        """Fail the requests that have waited for their adapters as long as they may."""
+        for request_id in _due(self._adapter_deadlines, self.clock()):
+            request = self.requests.get(request_id)
+            if request is not None and request.state is RequestState.WAITING_FOR_ADAPTER:
+                problem = f"it is not on the device after a wait of {request.adapter_wait_seconds:g} s; try again"
+                self.fail(request, problem, COLD)
 
     def _relieve_the_oldest(self) -> None:
         """Whoever waits longest must not starve behind adapters that are always in use."""
@@ -272,7 +289,7 @@ class Scheduler:
         )
         if reason is not None:
             self._finish(request, reason)
-        return _with_beginning(output, request) if first else output
+        return self._with_beginning(output, request) if first else output
 
     def _collect_prompt_logprobs(
         self, request: Request, item: ScheduledRequest, logprobs: Sequence[TokenLogprobs] | None
@@ -299,14 +316,12 @@ class Scheduler:
 
     def _expire(self) -> None:
         """Finish the requests whose own time limit has passed, in whatever state, with what they have."""
-        now = self.clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
+        for request_id in _due(self._deadlines, self.clock()):
             request = self.requests.get(request_id)
             if request is not None:
                 self._finish(request, FinishReason.TIME_LIMIT)
                 output = RequestOutput(request_id, [], FinishReason.TIME_LIMIT)
-                self._outputs.append(output if request.num_output_tokens else _with_beginning(output, request))
+                self._outputs.append(output if request.num_output_tokens else self._with_beginning(output, request))
 
     def fail(self, request: Request, error: str, reason: str = "") -> None:
         """End one request with an error; the next `update` says so. `reason`: of an error that its adapter has."""
@@ -352,17 +367,19 @@ class Scheduler:
         request.finish_reason = reason
         del self.requests[request.request_id]
 
+    def _with_beginning(self, output: RequestOutput, request: Request) -> RequestOutput:
+        """The output with what is told once, with the first one."""
+        began, wanted, ready = request.first_scheduled_time, request.adapter_wanted_time, request.adapter_ready_time
+        return msgspec.structs.replace(
+            output,
+            prompt_logprobs=request.prompt_logprobs or None,
+            num_cached_tokens=request.num_cached_tokens,
+            queue_seconds=None if began is None else began - request.arrival_time,
+            adapter_load_seconds=0.0 if wanted is None else (self.clock() if ready is None else ready) - wanted,
+        )
 
-def _with_beginning(output: RequestOutput, request: Request) -> RequestOutput:
-    """The output with what is told once, with the first one."""
 
-    def since_arrival(moment: float | None) -> float | None:
-        return None if moment is None else moment - request.arrival_time
-
-    return msgspec.structs.replace(
-        output,
-        prompt_logprobs=request.prompt_logprobs or None,
-        num_cached_tokens=request.num_cached_tokens,
-        queue_seconds=since_arrival(request.first_scheduled_time),
-        adapter_load_seconds=since_arrival(request.adapter_ready_time) or 0.0,
-    )
+def _due(heap: list[tuple[float, int]], now: float) -> Iterator[int]:
+    """Take those out whose time has come."""
+    while heap and heap[0][0] <= now:
+        yield heapq.heappop(heap)[1]

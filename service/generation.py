@@ -238,7 +238,11 @@ class Run:
             left = max(self._ends_at - asyncio.get_running_loop().time(), 0.0)
             sampling = msgspec.structs.replace(sampling, time_limit_seconds=left)
         return msgspec.structs.replace(
-            sequence.request, request_id=request_id, sampling=sampling, output_token_ids=sequence.token_ids
+            sequence.request,
+            request_id=request_id,
+            sampling=sampling,
+            output_token_ids=sequence.token_ids,
+            adapter_wait_seconds=None,  # what the caller said of that was of its arrival
         )
 
     def _push(self, output: RequestOutput) -> Iterator[Event]:

@@ -17,7 +17,7 @@ from engine.client import EngineClient
 from engine.messages import AddRequest
 from engine.sampling_params import SamplingParams
 from loraplex.v1 import inference_pb2_grpc
-from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPolicy, GenerateSpec
+from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import (
     BatchGenerateRequest,
     BatchGenerateResponse,
@@ -38,6 +38,7 @@ from loraplex.v1.inference_pb2 import (
 from service.admission import Admission
 from service.call import Call, current_call
 from service.catalog import Catalog, Target
+from service.cold_adapters import NO_WAIT, ColdAdapters, Wait
 from service.errors import InvalidRequest, LoraplexError, Unavailable, unusable_adapter
 from service.generation import Event, Job, Run
 from service.in_flight import InFlight, Requests
@@ -47,7 +48,6 @@ from service.telemetry.metrics import RequestMetrics
 from service.telemetry.records import NOBODY, Observer
 from service.tenants import Tenant, Tenants
 from service.text import TemplateRenderer
-from service.times import duration_seconds
 from service.validation import OutputForm, check_item, derived_seed, merged_sampling, sampling_params
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -88,7 +88,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._renderer = renderer
         self._adapter_path = adapter_path
         self._tenants = tenants
-        self._max_load_wait_seconds = max_load_wait_seconds
+        self._cold_adapters = ColdAdapters(adapter_path, max_load_wait_seconds)
         self._resume_seconds = resume_seconds
         self._observer = observer
         self._token_gaps = (metrics or RequestMetrics()).token_gaps
@@ -205,17 +205,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ),
             self._catalog.using(target.versions) as start,
         ):
-            _check_composable(target)
-            without = self._goes_without(target, spec.adapter_policy)
+            without = self._cold_adapters.goes_without(target, spec.adapter_policy)
             resolved = target.resolved(fell_back_to_base=without)
             if resolved.adapter_version:
                 call.metadata["loraplex-adapter-version"] = resolved.adapter_version
             await call.admit()
-            adapter, load_seconds = None, 0.0
-            if not without:
-                limit = params.time_limit_seconds
-                adapter, load_seconds = await self._adapter(known, target, spec.adapter_policy, limit)
-                params = _after(params, load_seconds)
+            adapter, wait = None if without else target.adapter_key, NO_WAIT
+            if adapter is not None:
+                async with known.waiting():
+                    wait = await self._cold_adapters.load(target, spec.adapter_policy, params.time_limit_seconds)
             job = Job(
                 request_id=call.request_id,
                 client_request_id=call.client_request_id,
@@ -224,9 +222,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 target=resolved,
                 tokenizer=model.tokenizer,
                 form=OutputForm.of(spec, streaming),
-                sequences=_sequences(tenant, spec, model.client, prompt, params, adapter, outputs),
+                sequences=_sequences(tenant, spec, model.client, prompt, _after(params, wait), adapter, wait, outputs),
                 arrival=call.arrival,
-                adapter_load_seconds=load_seconds,
+                adapter_load_seconds=wait.seconds,
             )
             successor = partial(self._successor, target, adapter)
             run = Run(job, model.client, successor, self._token_gaps.of((model.name,)), start)
@@ -246,57 +244,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def _record(self, call: Call, run: Run, status: str) -> None:
         call.recorded = True
         self._observer.generation_ended(call, run.record(status, call.trace_id))
-
-    def _goes_without(self, target: Target, policy: AdapterPolicy) -> bool:
-        """Whether it goes on without its adapters, since they are cold and it would not wait. Raises Unavailable
-        (ADAPTER_COLD) if it would rather fail. Either way they are loaded for the next request.
-        """
-        cold = _cold(target)
-        if not cold or policy.on_cold not in (ON_COLD_FAIL, ON_COLD_USE_BASE):
-            return False
-        for version in cold:
-            target.model.client.start_loading(version.key, self._adapter_path(version))
-        if policy.on_cold == ON_COLD_FAIL:
-            raise Unavailable("ADAPTER_COLD", f"adapter {cold[0].version_name} is not loaded; it loads now, try again")
-        return True
-
-    async def _adapter(
-        self, known: InFlight, target: Target, policy: AdapterPolicy, time_limit_seconds: float | None
-    ) -> tuple[AdapterKey | None, float]:
-        """Have the engine hold the target's adapter: which one, and how long that took.
-
-        It waits no longer than the time limit, whether or not the engine holds it then.
-        Raises Unavailable (ADAPTER_COLD), FailedPrecondition (ADAPTER_INVALID), and what ended the request meanwhile.
-        """
-        began, seconds = asyncio.get_running_loop().time(), 0.0
-        try:
-            async with known.waiting(), asyncio.timeout(time_limit_seconds):
-                while cold := _cold(target):  # while one was waited for, another may have been unloaded
-                    for version in cold:
-                        await self._load(target.model.client, version, policy)
-                    seconds = asyncio.get_running_loop().time() - began
-        except TimeoutError:
-            assert time_limit_seconds is not None
-            return target.adapter_key, time_limit_seconds
-        _check_composable(target)
-        return target.adapter_key, seconds
-
-    async def _load(self, client: EngineClient, adapter: AdapterVersion, policy: AdapterPolicy) -> None:
-        path = self._adapter_path(adapter)
-        wait_seconds = self._max_load_wait_seconds
-        if policy.HasField("max_load_wait"):
-            wait_seconds = min(wait_seconds, duration_seconds(policy.max_load_wait))
-        try:
-            async with asyncio.timeout(wait_seconds):
-                while adapter.key not in client.adapters:  # it may be unloaded again before this task has its turn
-                    await client.load_adapter(adapter.key, path)
-        except TimeoutError:
-            raise Unavailable(
-                "ADAPTER_COLD",
-                f"adapter {adapter.version_name} is not loaded after {wait_seconds:g} s; it goes on loading, try again",
-            ) from None
-        except AdapterRejected as error:
-            raise unusable_adapter(adapter.version_name, str(error), error.reason) from error
 
     async def _successor(self, target: Target, adapter: AdapterKey | None) -> EngineClient:
         """The engine that follows one that died, once it holds the request's adapters.
@@ -322,24 +269,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise unusable_adapter(target.resolved().adapter_version, str(error), error.reason) from error
 
 
-def _after(params: SamplingParams, seconds: float) -> SamplingParams:
-    """The parameters of a request that has waited so long already."""
+def _after(params: SamplingParams, wait: Wait) -> SamplingParams:
+    """The parameters of a request that has waited."""
     if params.time_limit_seconds is None:
         return params
-    return msgspec.structs.replace(params, time_limit_seconds=max(params.time_limit_seconds - seconds, 0.0))
-
-
-def _cold(target: Target) -> list[AdapterVersion]:
-    """Those of its adapters that the engine does not hold."""
-    return [version for version in target.versions if version.key not in target.model.client.adapters]
-
-
-def _check_composable(target: Target) -> None:
-    """Raise InvalidRequest if the target is a weighted sum with an adapter of which none is defined."""
-    for version, _ in target.parts:
-        loaded = target.model.client.adapters.get(version.key)
-        if loaded is not None and loaded.whole:
-            raise InvalidRequest.at("spec.model", f"adapter {version.version_name} cannot be composed: {loaded.whole}")
+    return msgspec.structs.replace(params, time_limit_seconds=max(params.time_limit_seconds - wait.seconds, 0.0))
 
 
 def _sequences(
@@ -349,6 +283,7 @@ def _sequences(
     prompt: list[int],
     params: SamplingParams,
     adapter: AdapterKey | None,
+    wait: Wait,
     outputs: int,
 ) -> list[AddRequest]:
     """One request to the engine for each output. The prompt's log-probabilities are the first one's business."""
@@ -362,6 +297,7 @@ def _sequences(
         priority=-tenant.priority(spec.priority),  # the caller's higher is the engine's lower
         tenant=tenant.name,
         weight=tenant.config.weight,
+        adapter_wait_seconds=wait.seconds_left,
     )
     sequences = [first]
     for index in range(1, outputs):

@@ -260,6 +260,28 @@ def test_a_pin_ends_the_draining_of_an_adapter(pool: AdapterPool, store: FakeSto
     assert pool.holds(key("b"))
 
 
+def test_an_adapter_that_has_to_leave_counts_as_gone_until_it_is_called_back(
+    pool: AdapterPool, store: FakeStore
+) -> None:
+    for name in "abc":
+        store.finish(key(name))
+    for name in "aab":
+        pool.acquire(key(name))
+    pool.moved.clear()
+    pool.make_room(key("c"))
+    assert (pool.holds(key("b")), pool.bring_in(key("b")), pool.moved) == (False, False, {key("b")})
+    pool.moved.clear()
+    pool.recall(key("b"))
+    assert (pool.holds(key("b")), pool.bring_in(key("b")), pool.moved) == (True, True, {key("b")})
+
+
+def test_a_composition_that_comes_to_the_device_is_told_of(pool: AdapterPool, store: FakeStore) -> None:
+    both = compose([(key("a"), 0.5), (key("b"), 0.5)])
+    store.finish(both)
+    assert pool.bring_in(both)
+    assert pool.moved == {both}
+
+
 def test_a_pinned_adapter_never_leaves(pool: AdapterPool, store: FakeStore) -> None:
     for name in "abc":
         store.finish(key(name))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterConflict, AdapterRejected
-from adapters.key import AdapterKey
+from adapters.key import AdapterKey, compose
 from adapters.residency import Residency
 from adapters.store import FinishedLoad
 from engine.adapter_tiers import AdapterTiers
@@ -62,6 +62,7 @@ class FakePool:
         self.resident: set[AdapterKey] = set()
         self.pinned: set[AdapterKey] = set()
         self.wanted_room: list[AdapterKey] = []
+        self.recalled: list[AdapterKey] = []
         self.problems: list[str] = []
         self.pins_allowed = True
 
@@ -76,6 +77,9 @@ class FakePool:
         self.resident.add(key)
         self.moved.add(key)
         return True
+
+    def recall(self, key: AdapterKey) -> None:
+        self.recalled.append(key)
 
     def make_room(self, key: AdapterKey) -> None:
         self.wanted_room.append(key)
@@ -135,6 +139,25 @@ def test_an_adapter_that_can_never_be_there_is_failed_with_the_reason() -> None:
     bench.tiers.load(TO_DEVICE)
     assert bench.events()[0] == AdapterFailed(KEY, ["it needs more than there is"], "ADAPTER_TOO_LARGE")
     assert not bench.tiers.has_work()
+
+
+def test_a_weighted_sum_is_brought_to_the_device_and_that_is_told() -> None:
+    bench = Bench()
+    both = compose([(KEY, 0.5), (OTHER, 0.5)])
+    bench.tiers.bring(both)
+    assert bench.events() == [AdaptersMoved([(both, Residency.DEVICE)])]
+    bench.pool.unload(both)
+    [moved] = bench.events()
+    assert isinstance(moved, AdaptersMoved)
+    assert moved.moves[0] != (both, Residency.DEVICE)
+
+
+def test_a_pin_calls_an_adapter_back_that_had_to_leave() -> None:
+    bench = Bench()
+    bench.store.register(KEY, Path("somewhere"))
+    bench.tiers.pin(PinAdapter(KEY, True))
+    bench.events()
+    assert bench.pool.recalled == [KEY]
 
 
 def test_a_pin_brings_the_adapter_in_first() -> None:

@@ -436,6 +436,18 @@ async def test_moves_of_adapters_between_tiers_are_counted() -> None:
     assert client.moves == {(Residency.DISK, Residency.DEVICE): 1, (Residency.DEVICE, Residency.HOST): 1}
 
 
+async def test_a_weighted_sum_is_on_the_device_apart_from_its_adapters_and_counts_for_no_tier() -> None:
+    client = EngineClient(lambda message: None)
+    both = compose([(KEY, 0.5)])
+    client.deliver(AdaptersMoved([(KEY, Residency.DEVICE)]))
+    assert (client.on_device(KEY), client.on_device(both)) == (True, False)
+    client.deliver(AdaptersMoved([(both, Residency.DEVICE), (KEY, Residency.HOST)]))
+    assert (client.on_device(KEY), client.on_device(both)) == (False, True)
+    assert both not in client.residency
+    client.deliver(AdaptersMoved([(both, Residency.DISK)]))
+    assert not client.on_device(both)
+
+
 async def test_every_change_of_tier_is_told_once_it_has_happened() -> None:
     client = EngineClient(lambda message: None)
     heard: list[Residency] = []

@@ -21,6 +21,7 @@ from engine.messages import (
     AdapterFailed,
     AdapterLoaded,
     AddRequest,
+    BringAdapter,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -71,6 +72,9 @@ class FakeCore:
             raise ValueError("no path")
         self.idle_steps_left = 2  # read by a thread of its own, as it were
         self.events.append(AdapterLoaded(message.key, 8, 100, ["q_proj"], []))
+
+    def bring_adapter(self, message: BringAdapter) -> None:
+        raise NotImplementedError
 
     def pin_adapter(self, message: PinAdapter) -> None:
         raise NotImplementedError

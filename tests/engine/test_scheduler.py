@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapters.errors import AdapterRejected
+from adapters.errors import COLD, AdapterRejected
 from adapters.key import AdapterKey
 from engine.block_manager import BlockManager
 from engine.messages import AddRequest, RequestOutput, TokenLogprobs
@@ -94,7 +94,8 @@ class Bench:
 
     def add(self, request_id: int, prompt: list[int], **fields: object) -> Request:
         adapter = fields.pop("adapter", None)
-        place = {name: fields.pop(name) for name in ("priority", "tenant", "weight") if name in fields}
+        names = ("priority", "tenant", "weight", "adapter_wait_seconds")
+        place = {name: fields.pop(name) for name in names if name in fields}
         sampling = SamplingParams(**({"seed": 0, "max_tokens": 3} | fields))  # type: ignore[arg-type]
         message = AddRequest(request_id, prompt, sampling, adapter, **place)  # type: ignore[arg-type]
         self.arrivals += 1
@@ -259,6 +260,56 @@ def test_what_never_ran_has_no_time_in_which_it_began():
     bench.step()
     [output] = bench.outputs[1]
     assert (output.finish_reason, output.queue_seconds) == (FinishReason.TIME_LIMIT, None)
+
+
+def test_a_request_waits_for_its_adapter_as_long_as_it_may():
+    bench = Bench()
+    bench.add(1, [5], adapter=KEY, adapter_wait_seconds=2.0)
+    bench.add(2, [5], adapter=KEY)
+    bench.step()
+    bench.clock.now = 1.9
+    bench.step()
+    assert bench.outputs == {}
+    bench.clock.now = 2.0
+    bench.step()
+    [output] = bench.outputs.pop(1)
+    assert (output.finish_reason, output.error_reason) == (FinishReason.ERROR, COLD)
+    assert bench.outputs == {}
+
+
+def test_the_wait_for_an_adapter_begins_when_it_is_the_requests_turn():
+    bench = Bench(max_num_seqs=1)
+    bench.add(1, [5], max_tokens=3)
+    bench.add(2, [5], adapter=KEY, adapter_wait_seconds=2.0)
+    for bench.clock.now in (0.0, 5.0, 6.0):
+        bench.step()
+    bench.slots.arrive(KEY)
+    bench.clock.now = 7.0
+    bench.finish()
+    assert bench.reason(2) is FinishReason.MAX_TOKENS
+
+
+def test_an_adapter_that_comes_as_the_wait_ends_is_used():
+    bench = Bench()
+    bench.add(1, [5], adapter=KEY, adapter_wait_seconds=2.0)
+    bench.step()
+    bench.slots.arrive(KEY)
+    bench.clock.now = 3.0
+    bench.finish()
+    assert bench.reason(1) is FinishReason.MAX_TOKENS
+
+
+def test_the_time_in_which_others_ran_is_no_wait_for_the_adapter():
+    bench = Bench(max_num_seqs=1)
+    bench.add(1, [5], max_tokens=1)
+    bench.add(2, [5], adapter=KEY)
+    bench.step()
+    bench.clock.now = 5.0
+    bench.step()
+    bench.slots.arrive(KEY)
+    bench.clock.now = 7.0
+    bench.finish()
+    assert (bench.outputs[2][0].queue_seconds, bench.outputs[2][0].adapter_load_seconds) == (7.0, 2.0)
 
 
 def test_stop_token_counts_only_after_min_tokens():

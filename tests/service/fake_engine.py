@@ -20,6 +20,7 @@ from engine.messages import (
     AdaptersMoved,
     AdapterUnloaded,
     AddRequest,
+    BringAdapter,
     EngineStats,
     LoadAdapter,
     ModelLimits,
@@ -83,7 +84,7 @@ class FakeEngine:
         self.rejected_adapters: dict[str, list[str]] = {}  # problems, by path
         self.whole_adapters: dict[str, str] = {}  # why they cannot be composed, by path
         self.loads_allowed = True  # else loads wait until `allow_loads`
-        self._waiting_loads: list[LoadAdapter] = []
+        self._waiting_loads: list[LoadAdapter | BringAdapter] = []
         self._script_of: dict[int, Sequence[int]] = {}
         self._error_of: dict[int, str] = {}
         self._changed = asyncio.Event()
@@ -101,8 +102,8 @@ class FakeEngine:
 
     def allow_loads(self) -> None:
         self.loads_allowed = True
-        for load in self._waiting_loads:
-            self._load(load)
+        for message in self._waiting_loads:
+            self._load(message)
         self._waiting_loads.clear()
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -133,7 +134,7 @@ class FakeEngine:
                 self.aborted += request_ids
                 for request_id in request_ids:
                     self.sequences.pop(request_id, None)
-            case LoadAdapter():
+            case LoadAdapter() | BringAdapter():
                 if self.loads_allowed:
                     self._load(message)
                 else:
@@ -203,8 +204,10 @@ class FakeEngine:
             queue_seconds=0.25 if first else 0.0,
         )
 
-    def _load(self, message: LoadAdapter) -> None:
-        if message.path in self.rejected_adapters:
+    def _load(self, message: LoadAdapter | BringAdapter) -> None:
+        if isinstance(message, BringAdapter):
+            self._deliver(AdaptersMoved([(message.key, Residency.DEVICE)]))
+        elif message.path in self.rejected_adapters:
             self._deliver(AdapterFailed(message.key, self.rejected_adapters[message.path]))
         else:
             self.adapters.add(message.key)

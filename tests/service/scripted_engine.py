@@ -25,6 +25,7 @@ from engine.messages import (
     AdaptersMoved,
     AdapterUnloaded,
     AddRequest,
+    BringAdapter,
     EngineStats,
     FromEngine,
     LoadAdapter,
@@ -95,6 +96,9 @@ class ScriptedCore:
             self._unloading.add(message.key)
         else:
             self._moved.append((message.key, Residency.HOST))
+
+    def bring_adapter(self, message: BringAdapter) -> None:
+        self._moved.append((message.key, Residency.DEVICE))
 
     def pin_adapter(self, message: PinAdapter) -> None:
         self._pinning.append(message)

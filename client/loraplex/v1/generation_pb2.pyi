@@ -32,9 +32,13 @@ class _OnColdEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     ON_COLD_WAIT: _OnCold.ValueType  # 1
     """Load it and wait for it. Other requests go on meanwhile."""
     ON_COLD_FAIL: _OnCold.ValueType  # 2
-    """Fail at once with UNAVAILABLE (ADAPTER_COLD), and load it for the next call."""
+    """Fail at once with UNAVAILABLE (ADAPTER_COLD), and bring it to the device for the next call, as soon as there is
+    room that no request uses.
+    """
     ON_COLD_USE_BASE: _OnCold.ValueType  # 3
-    """Use the base model without the adapter, and say so in ResolvedTarget.fell_back_to_base."""
+    """Use the base model without the adapter, say so in ResolvedTarget.fell_back_to_base, and bring the adapter to the
+    device as with ON_COLD_FAIL.
+    """
 
 class OnCold(_OnCold, metaclass=_OnColdEnumTypeWrapper):
     """What to do when an adapter is not on the device."""
@@ -44,9 +48,13 @@ ON_COLD_UNSPECIFIED: OnCold.ValueType  # 0
 ON_COLD_WAIT: OnCold.ValueType  # 1
 """Load it and wait for it. Other requests go on meanwhile."""
 ON_COLD_FAIL: OnCold.ValueType  # 2
-"""Fail at once with UNAVAILABLE (ADAPTER_COLD), and load it for the next call."""
+"""Fail at once with UNAVAILABLE (ADAPTER_COLD), and bring it to the device for the next call, as soon as there is
+room that no request uses.
+"""
 ON_COLD_USE_BASE: OnCold.ValueType  # 3
-"""Use the base model without the adapter, and say so in ResolvedTarget.fell_back_to_base."""
+"""Use the base model without the adapter, say so in ResolvedTarget.fell_back_to_base, and bring the adapter to the
+device as with ON_COLD_FAIL.
+"""
 Global___OnCold: typing_extensions.TypeAlias = OnCold
 
 @typing.final
@@ -517,8 +525,9 @@ class AdapterPolicy(google.protobuf.message.Message):
     """What to do when the adapter is not on the device as the request arrives."""
     @property
     def max_load_wait(self) -> google.protobuf.duration_pb2.Duration:
-        """With ON_COLD_WAIT: how long to wait at most, after which the call fails with ADAPTER_COLD. Absent: the server's
-        limit. At least 0 s.
+        """With ON_COLD_WAIT: how long to wait for it at most, after which the call fails with ADAPTER_COLD: until it is read,
+        and from when it is the request's turn until it is on the device. Absent: the server's limit, which is also the
+        most. At least 0 s.
         """
 
     def __init__(

@@ -1,0 +1,102 @@
+"""What becomes of a request whose adapter is not on the device."""
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+from adapters.errors import AdapterRejected
+from adapters.registry import AdapterVersion
+from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPolicy
+from service.catalog import Target
+from service.errors import InvalidRequest, Unavailable, unusable_adapter
+from service.times import duration_seconds
+
+
+class Wait(NamedTuple):
+    """A request's wait for its adapter."""
+
+    seconds: float  # so far
+    seconds_left: float | None  # that it may still wait; None: for ever
+
+
+NO_WAIT = Wait(0.0, None)  # of a request without an adapter
+
+
+class ColdAdapters:
+    """Has engines load what requests need, and lets requests wait as long as their policies say."""
+
+    def __init__(self, adapter_path: Callable[[AdapterVersion], str], max_load_wait_seconds: float) -> None:
+        """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read."""
+        self._adapter_path = adapter_path
+        self._max_load_wait_seconds = max_load_wait_seconds
+
+    def goes_without(self, target: Target, policy: AdapterPolicy) -> bool:
+        """Whether the request goes on with the base model alone, since its adapter is cold and it would not wait.
+
+        What it would not wait for to the end is brought to the device all the same, for the next one. Raises
+        Unavailable (ADAPTER_COLD) if it would rather fail, and InvalidRequest for a sum of which none is defined.
+        """
+        _check_composable(target)
+        key, client = target.adapter_key, target.model.client
+        if key is None or client.on_device(key):
+            return False
+        if policy.on_cold in (ON_COLD_FAIL, ON_COLD_USE_BASE) or policy.HasField("max_load_wait"):
+            for version in target.versions:
+                if version.key not in client.adapters:
+                    client.start_loading(version.key, self._adapter_path(version))
+            client.start_bringing(key)
+        if policy.on_cold == ON_COLD_FAIL:
+            raise _cold(target, "is not on the device; it is being brought there")
+        return policy.on_cold == ON_COLD_USE_BASE
+
+    async def load(self, target: Target, policy: AdapterPolicy, time_limit_seconds: float | None) -> Wait:
+        """Have the engine read the target's adapters into host memory; they come to the device as their turn comes.
+
+        At the request's time limit it has waited long enough, whether or not they are there.
+        Raises Unavailable (ADAPTER_COLD), what `unusable_adapter` says, and InvalidRequest for a sum of which none is
+        defined.
+        """
+        may_wait = self._wait_seconds(policy)
+        try:
+            async with asyncio.timeout(time_limit_seconds):
+                waited = await self._load(target, may_wait)
+        except TimeoutError:
+            assert time_limit_seconds is not None
+            waited = time_limit_seconds
+        _check_composable(target)
+        return Wait(waited, max(may_wait - waited, 0.0))
+
+    def _wait_seconds(self, policy: AdapterPolicy) -> float:
+        if policy.on_cold == ON_COLD_FAIL:
+            return 0.0  # it was on the device when the request arrived
+        if policy.HasField("max_load_wait"):
+            return min(self._max_load_wait_seconds, duration_seconds(policy.max_load_wait))
+        return self._max_load_wait_seconds
+
+    async def _load(self, target: Target, wait_seconds: float) -> float:
+        """Returns the seconds that it took."""
+        client, loop = target.model.client, asyncio.get_running_loop()
+        began, seconds = loop.time(), 0.0
+        try:
+            async with asyncio.timeout(wait_seconds):
+                while missing := [version for version in target.versions if version.key not in client.adapters]:
+                    for version in missing:  # while one is waited for, another may be unloaded
+                        await client.load_adapter(version.key, self._adapter_path(version))
+                    seconds = loop.time() - began
+        except TimeoutError:
+            raise _cold(target, f"is not loaded after {wait_seconds:g} s; it goes on loading") from None
+        except AdapterRejected as error:
+            raise unusable_adapter(version.version_name, str(error), error.reason) from error
+        return seconds
+
+
+def _check_composable(target: Target) -> None:
+    """Raise InvalidRequest if the target is a weighted sum with an adapter of which none is defined."""
+    for version, _ in target.parts:
+        loaded = target.model.client.adapters.get(version.key)
+        if loaded is not None and loaded.whole:
+            raise InvalidRequest.at("spec.model", f"adapter {version.version_name} cannot be composed: {loaded.whole}")
+
+
+def _cold(target: Target, problem: str) -> Unavailable:
+    return Unavailable("ADAPTER_COLD", f"adapter {target.resolved().adapter_version} {problem}, try again")
