@@ -1,6 +1,8 @@
 """From the tokens of one output to what the caller gets: text, log-probabilities, and the reason why it ended."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from engine.messages import RequestOutput, TokenLogprobs
 from engine.sampling_params import FinishReason
@@ -12,8 +14,21 @@ from service.validation import OutputForm
 PROMPT_LOGPROBS_PER_MESSAGE = 256  # 20 likeliest tokens each: about 150 KB
 
 
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """A token whose text could be part of a stop string, or come behind one."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    start: int  # characters of the output before its own
+
+
 class OutputBuilder:
-    """Gathers what the engine gives one output, until it is taken as a Delta."""
+    """Gathers what the engine gives one output, until it is taken as a Delta.
+
+    Tokens end where the text ends: with the one that holds its last character. So with stop strings a token waits until
+    something of its text, or of a later one's, may be sent on.
+    """
 
     def __init__(self, index: int, form: OutputForm, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
         self.finished: Finished | None = None
@@ -26,6 +41,9 @@ class OutputBuilder:
         if form.text or form.stop:
             self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids, form.skip_special_tokens)
         self._stops = StopStrings(form.stop, form.include_stop)
+        self._num_chars = 0  # of the output's text
+        self._num_sent_chars = 0  # of these, not held back by `_stops`
+        self._waiting: deque[_Token] = deque()
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -37,19 +55,19 @@ class OutputBuilder:
         token_ids = output.token_ids
         if output.stop_token_id is not None and not self._form.include_stop:
             token_ids = token_ids[:-1]  # the engine gives the token that ended the output; it counts, and is not shown
-        matched = self._push_text(token_ids)
-        if matched is None:
-            self._take_tokens(token_ids, output.logprobs)
+        stop = None
+        if self._detokenizer is None or not self._form.stop:
+            self._push_freely(token_ids, output.logprobs)
+        else:
+            stop = self._push_watched(self._detokenizer, token_ids, output.logprobs)
+        if stop is None:
             self.num_tokens += len(output.token_ids) - len(token_ids)
             if output.finish_reason is not None:
-                self._text.append(self._flush_text())
-                self._finish(output.finish_reason, output.stop_token_id)
-        else:
-            stop, position = matched
-            self._take_tokens(token_ids[: position + 1], output.logprobs)
-            self._finish(FinishReason.STOP, None)
-            assert self.finished is not None
-            self.finished.stop = stop
+                stop = self._flush()
+        if stop is not None:
+            self._finish(FinishReason.STOP, None).stop = stop
+        elif output.finish_reason is not None:
+            self._finish(output.finish_reason, output.stop_token_id)
 
     def take(self) -> Delta | None:
         """What has gathered since the last time; None if there is nothing that the caller asked for."""
@@ -66,37 +84,63 @@ class OutputBuilder:
         self.num_held_tokens = 0
         return delta if delta.text or delta.token_ids or delta.logprobs else None
 
-    def _push_text(self, token_ids: Sequence[int]) -> tuple[str, int] | None:
-        """Decode; with stop strings one token at a time, to know which one completes a match: (stop, its position)."""
-        if self._detokenizer is None:
-            return None
-        if not self._form.stop:
+    def _push_freely(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> None:
+        """All of them at once: no text ends the output."""
+        if self._detokenizer is not None:
             self._text.append(self._detokenizer.push(token_ids))
-            return None
-        for position, token_id in enumerate(token_ids):
-            text = self._detokenizer.push((token_id,))
-            if self.num_tokens + position + 1 < self._form.min_tokens:
-                self._text.append(text)
-                continue
-            result = self._stops.push(text)
-            self._text.append(result.text)
-            if result.matched is not None:
-                return result.matched, position
-        return None
-
-    def _flush_text(self) -> str:
-        if self._detokenizer is None:
-            return ""
-        return self._stops.push(self._detokenizer.flush()).text + self._stops.flush()
-
-    def _take_tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> None:
         self.num_tokens += len(token_ids)
         self.num_held_tokens += len(token_ids)
         self._token_ids.extend(token_ids)
         if logprobs is not None:
             self._logprobs.extend(logprobs[: len(token_ids)])
 
-    def _finish(self, reason: FinishReason, stop_token_id: int | None) -> None:
+    def _push_watched(
+        self, detokenizer: IncrementalDetokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None
+    ) -> str | None:
+        """One token at a time, to know which one completes a stop string. Returns that string."""
+        for position, token_id in enumerate(token_ids):
+            self.num_tokens += 1
+            self.num_held_tokens += 1
+            detail = None if logprobs is None else logprobs[position]
+            self._waiting.append(_Token(token_id, detail, self._num_chars))
+            text = detokenizer.push((token_id,))
+            self._num_chars += len(text)
+            stop = self._watch(text)
+            if stop is not None:
+                return stop
+        return None
+
+    def _watch(self, text: str) -> str | None:
+        """Send what is no part of a stop string. Returns the one that this text completes."""
+        result = self._stops.push(text, may_end=self.num_tokens >= self._form.min_tokens)
+        self._send(result.text)
+        return result.matched
+
+    def _send(self, text: str) -> None:
+        """Let text go, with the tokens that it begins in."""
+        self._text.append(text)
+        self._num_sent_chars += len(text)
+        while self._waiting and self._waiting[0].start < self._num_sent_chars:
+            self._let_go(self._waiting.popleft())
+
+    def _let_go(self, token: _Token) -> None:
+        self._token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            self._logprobs.append(token.logprobs)
+
+    def _flush(self) -> str | None:
+        """Let everything go that was held back, unless the end of the text completes a stop string. Returns that."""
+        if self._detokenizer is not None:
+            stop = self._watch(self._detokenizer.flush())
+            if stop is not None:
+                return stop
+            self._send(self._stops.flush())
+        for token in self._waiting:
+            self._let_go(token)
+        self._waiting.clear()
+        return None
+
+    def _finish(self, reason: FinishReason, stop_token_id: int | None) -> Finished:
         if reason is FinishReason.MAX_TOKENS and self._form.fills_context:
             reason = FinishReason.CONTEXT_LIMIT
         self.finished = Finished(
@@ -106,6 +150,7 @@ class OutputBuilder:
         )
         if reason is FinishReason.STOP and stop_token_id is not None:
             self.finished.stop_token_id = stop_token_id
+        return self.finished
 
 
 def token_logprob(entry: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:

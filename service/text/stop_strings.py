@@ -48,8 +48,11 @@ class StopStrings:
         self._held = ""
         self._matched: str | None = None
 
-    def push(self, text: str) -> StopResult:
-        """The part of the text seen so far that may be sent on. After a match everything is discarded."""
+    def push(self, text: str, may_end: bool = True) -> StopResult:
+        """The part of the text seen so far that may be sent on. After a match everything is discarded.
+
+        `may_end`: whether a stop string that ends in this piece counts; wherever it begins.
+        """
         if self._matched is not None:
             return StopResult("", self._matched, len(text))
         root, node = self._root, self._node
@@ -59,7 +62,7 @@ class StopStrings:
             while char not in node.next and node is not root:
                 node = node.fail
             node = node.next.get(char, root)
-            if node.match is not None:
+            if node.match is not None and may_end:
                 return self._end(node.match, text, position + 1)
         self._node = node
         seen = self._held + text

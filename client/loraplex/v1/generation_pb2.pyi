@@ -317,9 +317,14 @@ class Stopping(google.protobuf.message.Message):
     At least 1.
     """
     min_tokens: builtins.int
-    """No stop string, stop token or end of sequence before this many tokens. Default 0. At most max_tokens. At least 0."""
+    """No stop string, stop token or end of sequence ends the output before this many tokens. A stop string counts if it
+    ends behind them, wherever it begins. Default 0. At most max_tokens. At least 0.
+    """
     include_stop: builtins.bool
-    """Whether the stop string or stop token is part of what comes back. Default false."""
+    """Whether the stop string or stop token is part of what comes back. Default false. Tokens and their
+    log-probabilities end where the text ends: with the token that holds the text's last character, even if part of a
+    stop string, or what follows it, is in that token as well.
+    """
     ignore_eos: builtins.bool
     """Whether to go on past the model's end-of-sequence token. Default false."""
     @property

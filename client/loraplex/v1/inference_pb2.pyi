@@ -356,7 +356,9 @@ class Delta(google.protobuf.message.Message):
     output_index: builtins.int
     """Which output, from 0 to Sampling.n - 1."""
     text: builtins.str
-    """New text: always whole characters, held back while it could begin a stop string. May be empty while tokens are not."""
+    """New text: always whole characters, held back while it could begin a stop string, as are the tokens that it is in.
+    May be empty while tokens are not.
+    """
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The new tokens, if asked for."""
