@@ -27,7 +27,7 @@ from service.adapter_files import AdapterLibrary
 from service.admission import Admission, AdmissionLimits
 from service.auth.door import Door
 from service.catalog import Catalog
-from service.config import ModelConfig, ServiceConfig
+from service.config import LimitsConfig, ModelConfig, ServiceConfig
 from service.control.adapters import AdapterServicer
 from service.control.models import ModelServicer
 from service.control.routes import RouteServicer
@@ -38,10 +38,11 @@ from service.deployment import AdapterDeployer
 from service.errors import Unavailable
 from service.hosting import HostedModel, ModelHost, revision_of
 from service.inference import InferenceServicer
-from service.interceptors import CallInterceptor
+from service.interceptors import CallInterceptor, CallLimits
 from service.probes import Probes, build_probe_server
+from service.receiving import ReceiveLimits
 from service.routing import RouteBook
-from service.server import Health, Service, build_server, drain
+from service.server import ConnectionLimits, Health, Service, build_server, drain
 from service.state import StateFile
 from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
 from service.telemetry.records import Observer
@@ -169,7 +170,7 @@ def assemble(
         metrics=telemetry.metrics,
     )
     tokenizer = TokenizerServicer(catalog, renderer)
-    server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex"))
+    server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex"), limits)
     data = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
         Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
@@ -286,17 +287,32 @@ def _listeners(
     app: Application, health_address: str | None, metrics_address: str | None
 ) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
     config = app.config
-    interceptor = CallInterceptor(Door(config.auth), config.limits.unread_seconds, app.telemetry.observer, app.tenants)
+    call_limits, connections = _call_limits(config.limits), _connection_limits(config.limits)
+    interceptor = CallInterceptor(Door(config.auth), call_limits, app.telemetry.observer, app.tenants)
 
     def listen(services: tuple[Service, ...], address: str) -> tuple[grpc.aio.Server, int]:
         credentials = None if config.tls is None else server_credentials(config.tls)
-        return build_server(services, app.health, interceptor, address, credentials)
+        return build_server(services, app.health, interceptor, address, credentials, connections)
 
     data, data_port = listen(app.data, config.listen)
     admin, admin_port = listen(app.admin, config.admin_listen)
     hosts = [address.rpartition(":")[0] for address in (config.listen, config.admin_listen)]
     own = (f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}")
     return data, admin, Addresses(*own, health_address, metrics_address)
+
+
+def _call_limits(limits: LimitsConfig) -> CallLimits:
+    return CallLimits(
+        receive=ReceiveLimits(limits.request_bytes, limits.batch_bytes, limits.message_seconds),
+        calls_per_tenant=limits.calls_per_tenant,
+        unread_seconds=limits.unread_seconds,
+        answer_bytes=limits.answer_bytes,
+        unread_bytes=limits.unread_bytes,
+    )
+
+
+def _connection_limits(limits: LimitsConfig) -> ConnectionLimits:
+    return ConnectionLimits(limits.connections, limits.calls_per_connection, limits.idle_connection_seconds)
 
 
 async def _end(task: "asyncio.Task[None]") -> None:

@@ -99,13 +99,22 @@ class TlsConfig(_Section, frozen=True):
 
 
 class LimitsConfig(_Section, frozen=True):
-    """What may be in flight for one model, and how long anybody waits."""
+    """What may be in flight, how large messages may be, and how long anybody waits."""
 
     in_flight_sequences: float = 4.0  # times max_num_seqs; past it requests are refused as OVERLOADED
     in_flight_cache_tokens: float = 4.0  # times the tokens that the key-value cache holds
     expected_output_tokens: int = 512  # outputs count with at most this
     unread_tokens: int = 8192  # of one stream; past it the caller reads too slowly, and is cut
     unread_seconds: float = 30.0  # that a message of a stream may stay unread
+    unread_bytes: int = 256 << 20  # of answers to unary calls that one tenant has not read
+    answer_bytes: int = 32 << 20  # of one of them
+    request_bytes: int = 4 << 20  # of a request of the data port, once it is decompressed
+    batch_bytes: int = 16 << 20  # of a BatchGenerate
+    message_seconds: float = 30.0  # that a message which a call still owes is waited for
+    calls_per_tenant: int = 2048  # in progress on one port
+    calls_per_connection: int = 256
+    connections: int = 1024  # to one port
+    idle_connection_seconds: float = 300.0  # without a call
     adapter_load_wait_seconds: float = 60.0  # that a request waits for its adapter at most
     upload_bytes: int = 2 << 30  # of the files of one adapter that the server gathers itself
 

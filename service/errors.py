@@ -33,6 +33,7 @@ from loraplex.v1.inference_pb2 import PartialUsage, Usage
 # ├── Aborted               ABORTED              ETAG_MISMATCH
 # ├── QuotaExceeded         RESOURCE_EXHAUSTED   TENANT_QUOTA: what for, retry_after
 # ├── SlowConsumer          RESOURCE_EXHAUSTED   SLOW_CONSUMER
+# ├── MessageTooLarge       RESOURCE_EXHAUSTED   MESSAGE_TOO_LARGE: how many bytes, how many are allowed
 # ├── Unavailable           UNAVAILABLE          OVERLOADED, ADAPTER_COLD, ADAPTER_UNREADABLE, MODEL_LOADING, DRAINING,
 # │                                              ENGINE_RESTARTING, USAGE_UNWRITABLE: retry_after
 # ├── DeadlineExceeded      DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
@@ -192,6 +193,15 @@ class SlowConsumer(LoraplexError):
 
     def __init__(self, message: str) -> None:
         super().__init__("SLOW_CONSUMER", message)
+
+
+class MessageTooLarge(LoraplexError):
+    """A request, or the answer to one, has more bytes than a message of its method may have."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, problem: str, size: int, limit: int) -> None:
+        super().__init__("MESSAGE_TOO_LARGE", problem, bytes=str(size), limit_bytes=str(limit))
 
 
 class Unavailable(LoraplexError):

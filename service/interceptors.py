@@ -6,27 +6,43 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 
-from service.auth.access import check_resource
+from service.auth.access import check_resource, is_public
 from service.auth.door import Caller, Door
-from service.auth.principal import Principal
+from service.auth.principal import ANYBODY, Principal
 from service.call import Call, serving
-from service.errors import EngineError, InvalidRequest, LoraplexError, SlowConsumer, to_status, trailing_metadata
+from service.errors import (
+    EngineError,
+    FeatureUnsupported,
+    InvalidRequest,
+    LoraplexError,
+    MessageTooLarge,
+    SlowConsumer,
+    to_status,
+    trailing_metadata,
+)
+from service.limits import LIMITS, Entries
+from service.places import Places, UnreadAnswers
+from service.receiving import ReceiveLimits, Receiver
 from service.telemetry.records import NOBODY, CallRecord, Observer
 from service.telemetry.trace_context import trace_id_of
 from service.tenants import Tenants
 from service.validation import check_request
+from service.wire import WireCheck
 
 logger = logging.getLogger(__name__)
 
 MAX_CLIENT_REQUEST_ID = 128  # characters
+PUBLIC_CALLS_PER_HOST = 256  # of methods that ask for no credentials: health, which may be watched for ever
 
 
 def known_error(error: Exception, call: Call, what: str) -> LoraplexError:
@@ -54,27 +70,63 @@ def status_name(error: BaseException, call: Call) -> str:
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any] | AsyncGenerator[Any, None]]
-
-_HANDLERS: Mapping[tuple[bool, bool], tuple[str, Callable[..., grpc.RpcMethodHandler[Any, Any]]]] = {
+_BEHAVIOURS: Mapping[tuple[bool, bool], str] = {
     # (request is a stream, response is a stream)
-    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
-    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
-    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
-    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """What one caller may take of the server."""
+
+    receive: ReceiveLimits = field(default_factory=ReceiveLimits)
+    calls_per_tenant: int = 2048  # in progress
+    unread_seconds: float = 30.0  # that a message of a stream may stay unread
+    answer_bytes: int = 32 << 20  # of the answer to a unary call
+    unread_bytes: int = 256 << 20  # of such answers that one tenant has not read yet
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """One method, as it is served."""
+
+    path: str
+    behaviour: Behaviour
+    receiver: Receiver
+    takes_many: bool  # messages
+    serialize: Callable[[Any], bytes]
+    observer: Observer
+
+    @property
+    def name(self) -> str:
+        return self.path.removeprefix("/")
+
+    async def request(self, principal: Principal, context: Context) -> Any:
+        """What the behaviour is given: a message, or an iterator of them. Raises PermissionDenied."""
+        if self.takes_many:
+            return _checked(self.receiver.all(context), principal, self.path)
+        message = await self.receiver.one(context)
+        check_resource(principal, self.path, message)
+        check_request(message)
+        return message
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Gives each call its `Call`, and each error its status.
 
-    A handler returns its response, or is an asynchronous generator of responses. Its caller's cancellation, deadline
-    or disappearance reaches it as CancelledError (a generator: or as GeneratorExit), which passes through here.
+    To gRPC every method takes a stream: so nothing of a call is received before its caller is let in. A handler returns
+    its response, or is an asynchronous generator of responses. Its caller's cancellation, deadline or disappearance
+    reaches it as CancelledError (a generator: or as GeneratorExit), which passes through here.
     """
 
     def __init__(
         self,
         door: Door | None = None,
-        stall_seconds: float = 30.0,
+        limits: CallLimits | None = None,
         observer: Observer = NOBODY,
         tenants: Tenants | None = None,
     ) -> None:
@@ -82,55 +134,67 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._door = door or Door()
         self._tenants = tenants or Tenants()
         self._observer = observer
-        self._stall_seconds = stall_seconds  # how long the caller of a stream may leave a message unread
+        self.limits = limits or CallLimits()
+        self._wire = WireCheck({name: limit.most for name, limit in LIMITS.items() if isinstance(limit, Entries)})
+        self._places = Places(self.limits.calls_per_tenant)
+        self._public_places = Places(PUBLIC_CALLS_PER_HOST)
+        self._unread = UnreadAnswers(self.limits.unread_bytes)
+        self._served: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by path
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith("/grpc.health.v1."):
-            return handler  # unknown, or health, which says the same to everybody
-        attribute, make = _HANDLERS[handler.request_streaming, handler.response_streaming]
-        wrapped = self._wrap(getattr(handler, attribute), handler_call_details.method)
-        return make(wrapped, _tolerant(handler.request_deserializer), handler.response_serializer)
+        path = handler_call_details.method
+        if handler is None:
+            return grpc.stream_unary_rpc_method_handler(partial(_refuse_unknown, path))
+        served = self._served.get(path)
+        if served is None:
+            served = self._served[path] = self._handler(path, handler)
+        return served
 
-    def _wrap(self, behaviour: Behaviour, method: str) -> Behaviour:
-        name = method.removeprefix("/")
+    def _handler(self, path: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        if handler.request_deserializer is None or handler.response_serializer is None:
+            raise TypeError("a method of protocol buffers has a serializer and a deserializer")
+        method = _Method(
+            path=path,
+            behaviour=getattr(handler, _BEHAVIOURS[handler.request_streaming, handler.response_streaming]),
+            receiver=Receiver(path, handler.request_deserializer, self.limits.receive, self._wire),
+            takes_many=handler.request_streaming,
+            serialize=handler.response_serializer,
+            observer=NOBODY if is_public(path) else self._observer,
+        )
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(self._serving(method), None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(self._serving(method))
 
-        async def serve(request: Any, context: Context) -> Any:
+    def _serving(self, method: _Method) -> Callable[[object, Context], Awaitable[Any]]:
+        async def serve(_: object, context: Context) -> Any:
             call = Call(tenant="")
             with serving(call):
                 status = "OK"
                 metadata = _text_metadata(context)
                 call.trace_id = trace_id_of(metadata)
                 call.admit = _Headers(call, context).send
-                self._observer.call_started(call, name, metadata)
+                method.observer.call_started(call, method.name, metadata)
                 try:
-                    principal = await self._door.enter(method, _caller(context, metadata))
+                    caller = _caller(context, metadata)
+                    principal = await self._principal(method.path, caller)
                     call.tenant = principal.tenant
-                    self._tenants.get(principal.tenant).count_request()
+                    self._count(principal, caller)
                     call.client_request_id = _client_request_id(metadata)
                     call.deadline = _deadline(context)
                     call.routing_key = metadata.get("loraplex-routing-key", "")
-                    if isinstance(request, AsyncIterator):
-                        request = _checked_stream(request, principal, method)
-                    else:
-                        message = _message(request, method)
-                        check_resource(principal, method, message)
-                        check_request(message)
-                    result = behaviour(request, context)
+                    result = method.behaviour(await method.request(principal, context), context)
                     if isinstance(result, AsyncGenerator):
                         return await self._stream(result, call, context)
-                    response = await result
-                    await call.admit()
-                    context.set_trailing_metadata(_outgoing(call))
-                    return response
+                    return await self._answer(await result, method, call, context)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
-                    known = known_error(error, call, method)
+                    known = known_error(error, call, method.path)
                     status = known.code.name
                     await _abort(known, call, context)
                 except BaseException as error:
@@ -138,12 +202,49 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     raise
                 finally:
                     seconds = asyncio.get_running_loop().time() - call.arrival
-                    self._observer.call_ended(call, CallRecord(method=name, status=status, seconds=seconds))
+                    method.observer.call_ended(call, CallRecord(method=method.name, status=status, seconds=seconds))
 
         return serve
 
+    async def _principal(self, path: str, caller: Caller) -> Principal:
+        """Who calls. Raises what `Door.enter` does, and Unavailable."""
+        if is_public(path):
+            return ANYBODY
+        self._places.enter("")
+        try:
+            return await self._door.enter(path, caller)
+        finally:
+            self._places.leave("")
+
+    def _count(self, principal: Principal, caller: Caller) -> None:
+        """Give the call a place until it is over. Raises Unavailable, QuotaExceeded."""
+        if principal is ANYBODY:
+            places, who = self._public_places, caller.host
+        else:
+            places, who = self._places, principal.tenant
+            self._tenants.get(principal.tenant).count_request()
+        places.enter(who)
+        _at_end(lambda _: places.leave(who))
+
+    async def _answer(self, response: Any, method: _Method, call: Call, context: Context) -> bytes | None:
+        """The answer to a unary call, serialised. Raises MessageTooLarge, SlowConsumer."""
+        if response is None:
+            return None  # a stream that its behaviour has written
+        answer = method.serialize(response)
+        if len(answer) > self.limits.answer_bytes:
+            problem = (
+                f"the answer would have {len(answer)} bytes, and one message has at most {self.limits.answer_bytes}"
+            )
+            hint = "stream it, or ask for less"
+            raise MessageTooLarge(f"{problem}: {hint}", len(answer), self.limits.answer_bytes)
+        self._unread.send(call.tenant, len(answer))
+        _at_end(lambda _: self._unread.sent(call.tenant, len(answer)))
+        await call.admit()
+        context.set_trailing_metadata(_outgoing(call))
+        return answer
+
     async def _stream(self, responses: AsyncGenerator[Any, None], call: Call, context: Context) -> None:
-        watch = _StallWatch(self._stall_seconds)
+        watch = _StallWatch(self.limits.unread_seconds)
         async with watch, aclosing(responses):
             async for response in responses:
                 await call.admit()
@@ -211,39 +312,27 @@ class _StallWatch:
             self._timer = self._loop.call_at(due, self._look)
 
 
-async def _checked_stream(
-    requests: AsyncIterator[Message | bytes], principal: Principal, method: str
-) -> AsyncIterator[Message]:
+async def _checked(messages: AsyncIterator[Message], principal: Principal, path: str) -> AsyncIterator[Message]:
     """The messages of a caller, of which the first says what they are about."""
     is_first = True
-    async for request in requests:
-        message = _message(request, method)
+    async for message in messages:
         if is_first:
-            check_resource(principal, method, message)
+            check_resource(principal, path, message)
             is_first = False
         check_request(message)
         yield message
 
 
-def _message(request: Message | bytes, method: str) -> Message:
-    """Raises InvalidRequest for what is no message."""
-    if isinstance(request, bytes):
-        raise InvalidRequest.at("request", f"{len(request)} bytes that are no message of {method}")
-    return request
+async def _refuse_unknown(path: str, _: object, context: Context) -> None:
+    problem = "is no method of this port of this server; see which services it has by reflection"
+    await _abort(FeatureUnsupported(path[:200], problem), Call(tenant=""), context)
 
 
-def _tolerant(deserialize: Callable[[bytes], Message] | None) -> Callable[[bytes], Message | bytes]:
-    """Leaves bytes that are no message as they are, where gRPC would blame the server for them."""
-    if deserialize is None:
-        raise TypeError("a method of protocol buffers has a deserializer")
-
-    def read(data: bytes) -> Message | bytes:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            return data
-
-    return read
+def _at_end(callback: Callable[[object], None]) -> None:
+    """Have this called once the call is over: its answer has been read, or its caller is gone."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.add_done_callback(callback)
 
 
 def _text_metadata(context: Context) -> dict[str, str]:

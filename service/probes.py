@@ -12,7 +12,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 
-from service.server import NOT_SERVING, OPTIONS, SERVING
+from service.interceptors import CallInterceptor
+from service.server import NOT_SERVING, SERVING, ConnectionLimits, options
 from service.supervisor import EngineState
 
 STARTUP, LIVENESS, READINESS = "startup", "liveness", "readiness"
@@ -60,6 +61,8 @@ class Probes:
 
 def build_probe_server(probes: Probes, address: str) -> tuple[grpc.aio.Server, int]:
     """The port, not started, and its number. Raises RuntimeError if the address is taken."""
-    server = grpc.aio.server(options=OPTIONS)
+    interceptor = CallInterceptor()
+    largest = interceptor.limits.receive.largest([])
+    server = grpc.aio.server(interceptors=[interceptor], options=options(ConnectionLimits(), largest))
     health_pb2_grpc.add_HealthServicer_to_server(probes.servicer, server)
     return server, server.add_insecure_port(address)

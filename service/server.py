@@ -17,14 +17,17 @@ from service.interceptors import CallInterceptor
 
 logger = logging.getLogger(__name__)
 
-MAX_RECEIVE_BYTES = 32 << 20
 MAX_METADATA_BYTES = 8 << 10
-MAX_CONCURRENT_RPCS = 16384  # a backstop: past it calls end with a bare status. Admission comes far earlier.
+NEVER = (1 << 31) - 1  # the largest number that an option takes
 
-OPTIONS = (
+_OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server takes half of the calls of the first, in silence
-    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
     ("grpc.max_send_message_length", -1),
+    # Calls that wait to be looked at. Past these gRPC would cancel calls by chance, whosever they are, and not say why;
+    # how many there can be is up to the connections.
+    ("grpc.server.max_pending_requests", NEVER),
+    ("grpc.server.max_pending_requests_hard_limit", NEVER),
+    ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
     ("grpc.keepalive_time_ms", 60_000),  # finds callers that vanished without a word
@@ -36,6 +39,15 @@ OPTIONS = (
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 FLUSH_SECONDS = 1.0  # for the last messages of calls that have ended, and for watchers, which never end by themselves
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What callers may open on one port."""
+
+    connections: int = 1024
+    calls: int = 256  # in progress on one connection; clients wait with more, or open another
+    idle_seconds: float = 300.0  # without a call; then it is closed, and clients open another when they need it
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +104,35 @@ class Health:
         await self.servicer.set(name, SERVING if serving and self._admitting else NOT_SERVING)
 
 
+def options(limits: ConnectionLimits, receive_bytes: int) -> list[tuple[str, int]]:
+    """Of a port that receives messages of at most so many bytes, before and after decompression."""
+    return [
+        *_OPTIONS,
+        ("grpc.max_receive_message_length", receive_bytes),
+        ("grpc.max_concurrent_streams", limits.calls),
+        # Calls that have ended and are still held here: their callers have opened others by then. Past these gRPC
+        # refuses streams without saying why, which is what stops callers that open and reset them.
+        ("grpc.http2.max_deallocating_streams", 2 * limits.calls),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.max_connection_idle_ms", round(limits.idle_seconds * 1000)),
+    ]
+
+
 def build_server(
     services: Sequence[Service],
     health: Health,
     interceptor: CallInterceptor,
     address: str,
     credentials: grpc.ServerCredentials | None = None,
+    limits: ConnectionLimits | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """One port with these services, health and reflection; not started. Returns the server and the port number.
 
     `address`: "host:port"; port 0 takes a free one. `credentials`: None is plaintext. Raises RuntimeError if the
     address is taken.
     """
-    server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS)
+    largest = interceptor.limits.receive.largest(service.name for service in services)
+    server = grpc.aio.server(interceptors=[interceptor], options=options(limits or ConnectionLimits(), largest))
     for service in services:
         service.add(service.servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)

@@ -13,7 +13,7 @@ from service.errors import PermissionDenied
 class Rule:
     """What a method asks of its caller. An ADMIN is asked for nothing more."""
 
-    role: Role
+    role: Role | None  # None: nothing, not even credentials
     resource: str = ""  # the path of the field that names something under tenants/{tenant}; "": the data plane looks
     reads: bool = False  # what belongs to the tenant `shared` may be read by all
     own_if_absent: bool = False  # without a name it is about the caller's own tenant
@@ -28,6 +28,8 @@ def _writes(resource: str) -> Rule:
 
 
 INFERENCE, ADMIN = Rule(Role.INFERENCE), Rule(Role.ADMIN)
+
+PUBLIC = Rule(None)
 
 RULES: Mapping[str, Rule] = {
     "/loraplex.v1.InferenceService/Generate": INFERENCE,
@@ -58,8 +60,17 @@ RULES: Mapping[str, Rule] = {
     "/loraplex.v1.ServerService/GetServerInfo": ADMIN,
     "/loraplex.v1.ServerService/WatchLoad": ADMIN,
     "/loraplex.v1.ServerService/WatchUsage": ADMIN,
+    "/grpc.health.v1.Health/Check": PUBLIC,
+    "/grpc.health.v1.Health/List": PUBLIC,
+    "/grpc.health.v1.Health/Watch": PUBLIC,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": INFERENCE,
 }
+
+
+def is_public(method: str) -> bool:
+    """Whether it says the same to everybody."""
+    rule = RULES.get(method)
+    return rule is not None and rule.role is None
 
 
 def check_role(principal: Principal, method: str) -> None:
@@ -67,7 +78,7 @@ def check_role(principal: Principal, method: str) -> None:
     rule = RULES.get(method)
     if rule is None:
         raise PermissionDenied(f"{method} is open to nobody")
-    if not principal.has(rule.role):
+    if rule.role is not None and not principal.has(rule.role):
         raise PermissionDenied(f"{method} needs the role {rule.role.value!r}, which {principal.name!r} does not have")
 
 

@@ -26,6 +26,11 @@ class Caller:
     peer: str = ""  # as gRPC has it: "ipv4:127.0.0.1:50000", "ipv6:%5B::1%5D:50000", "unix:"
     certificate: bytes | None = None  # in PEM, of a client whose certificate was checked
 
+    @property
+    def host(self) -> str:
+        """The peer without its port: an address, or nothing."""
+        return unquote(self.peer).partition(":")[2].rpartition(":")[0].strip("[]").partition("%")[0]
+
 
 class Door:
     """Lets calls in, or not. For one event loop."""
@@ -78,7 +83,7 @@ class Door:
 
     def _stranger(self, caller: Caller) -> tuple[Principal, bool]:
         """Who shows nothing: let in where the door is open or the peer is trusted; and whether its word counts."""
-        trusted = self._is_trusted(caller.peer)
+        trusted = self._is_trusted(caller)
         if self._open:
             return Principal("anybody", DEFAULT_TENANT, frozenset((Role.ADMIN,))), trusted
         if trusted and "loraplex-tenant" in caller.metadata:
@@ -92,12 +97,11 @@ class Door:
             return await self._jwt.verify(token)
         raise Unauthenticated("the bearer token is none that this server knows")
 
-    def _is_trusted(self, peer: str) -> bool:
-        if peer.startswith("unix:"):
+    def _is_trusted(self, caller: Caller) -> bool:
+        if caller.peer.startswith("unix:"):
             return self._open
-        host = unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]").partition("%")[0]
         try:
-            address = ip_address(host)
+            address = ip_address(caller.host)
         except ValueError:
             return False
         address = getattr(address, "ipv4_mapped", None) or address

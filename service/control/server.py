@@ -29,9 +29,9 @@ from loraplex.v1.server_pb2 import (
     WatchUsageRequest,
     WatchUsageResponse,
 )
+from service.config import LimitsConfig
 from service.errors import FeatureUnsupported
 from service.hosting import HostedModel, ModelHost
-from service.server import MAX_RECEIVE_BYTES
 from service.telemetry.metrics import RequestMetrics
 from service.telemetry.records import GenerationRecord
 from service.telemetry.series import Labels
@@ -46,8 +46,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     """Figures of the engines' last steps or heartbeats; nothing here waits for an engine."""
 
-    def __init__(self, host: ModelHost, is_draining: Callable[[], bool], telemetry: Telemetry, version: str) -> None:
+    def __init__(
+        self,
+        host: ModelHost,
+        is_draining: Callable[[], bool],
+        telemetry: Telemetry,
+        version: str,
+        limits: LimitsConfig,
+    ) -> None:
         self._host = host
+        self._limits = limits
         self._telemetry = telemetry
         self._version = version
         self._is_draining = is_draining
@@ -59,7 +67,8 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             start_time=timestamp(self._start_time),
             draining=self._is_draining(),
             devices=[_cpu()],
-            max_receive_bytes=MAX_RECEIVE_BYTES,
+            max_receive_bytes=self._limits.request_bytes,
+            max_batch_receive_bytes=self._limits.batch_bytes,
             unsupported_features=UNSUPPORTED_FIELDS,
         )
 

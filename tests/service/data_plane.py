@@ -27,10 +27,11 @@ from loraplex.v1.inference_pb2 import (
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub, add_InferenceServiceServicer_to_server
 from loraplex.v1.prompt_pb2 import Prompt
 from service.admission import Admission, AdmissionLimits
+from service.auth.door import Door
 from service.catalog import Catalog, LoadedModel
 from service.errors import LoraplexError, NotFound
 from service.inference import InferenceServicer
-from service.interceptors import CallInterceptor
+from service.interceptors import CallInterceptor, CallLimits
 from service.routing import RouteBook
 from service.server import Health, Service, build_server
 from service.state import StateFile
@@ -171,9 +172,10 @@ class ErrorLog(logging.Handler):
 async def data_plane(
     tokenizer: Tokenizer,
     admission_limits: AdmissionLimits | None = None,
-    stall_seconds: float = 30.0,
+    limits: CallLimits | None = None,
     max_pending_tokens: int | None = None,
     tenants: Tenants | None = None,
+    door: Door | None = None,
 ) -> AsyncIterator[DataPlane]:
     engine = FakeEngine()
     tenants = tenants or Tenants()
@@ -192,7 +194,7 @@ async def data_plane(
         name = "loraplex.v1.InferenceService"
         health = Health([name])
         services = [Service(name, servicer, add_InferenceServiceServicer_to_server)]
-        interceptor = CallInterceptor(stall_seconds=stall_seconds, tenants=tenants)
+        interceptor = CallInterceptor(door, limits, tenants=tenants)
         server, port = build_server(services, health, interceptor, "127.0.0.1:0")
         await health.start()
         await health.set_model("demo", True)

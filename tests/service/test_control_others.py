@@ -93,7 +93,7 @@ async def test_the_server_says_what_it_is(control: ControlPlane) -> None:
     assert info.version
     assert not info.draining
     assert info.devices[0].memory_bytes > 0
-    assert info.max_receive_bytes == 32 << 20
+    assert (info.max_receive_bytes, info.max_batch_receive_bytes) == (4 << 20, 16 << 20)
     assert "GenerateSpec.constraint" in info.unsupported_features
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from loraplex.v1.inference_pb2 import CancelGenerationRequest, GenerateRequest, StreamGenerateRequest
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub
+from service.interceptors import CallLimits
 from service.text import Tokenizer
 from tests.service.data_plane import DataPlane, data_plane, failure, make_spec
 
@@ -172,7 +173,7 @@ async def test_cancel_generation_takes_1_to_256_ids(plane: DataPlane, count: int
 
 
 async def test_a_caller_that_does_not_read_is_cut_and_its_blocks_are_free(byte_tokenizer: Tokenizer) -> None:
-    async with data_plane(byte_tokenizer, stall_seconds=0.2, max_pending_tokens=1 << 40) as plane:
+    async with data_plane(byte_tokenizer, limits=CallLimits(unread_seconds=0.2), max_pending_tokens=1 << 40) as plane:
         plane.endless()
         request = StreamGenerateRequest(spec=make_spec("x" * 50, stopping={}, output={"top_logprobs": 20}))
         call = plane.stub.StreamGenerate(request)

@@ -9,17 +9,20 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
 from service.interceptors import CallInterceptor
-from service.server import MAX_METADATA_BYTES, MAX_RECEIVE_BYTES, build_server, drain
+from service.receiving import ReceiveLimits
+from service.server import MAX_METADATA_BYTES, build_server, drain
 from tests.service.data_plane import DataPlane, failure, make_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = "loraplex.v1.InferenceService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
+RECEIVE = ReceiveLimits()
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -68,13 +71,19 @@ async def test_reflection_lists_the_services(plane: DataPlane) -> None:
     assert file.file_descriptor_response.file_descriptor_proto
 
 
-async def test_a_prompt_of_many_megabytes_is_received_and_refused_in_peace(plane: DataPlane) -> None:
-    failed = await failure(plane.generate(make_spec("x" * (MAX_RECEIVE_BYTES - 1000))))
+async def test_a_prompt_of_megabytes_is_received_and_refused_in_peace(plane: DataPlane) -> None:
+    failed = await failure(plane.generate(make_spec("x" * (RECEIVE.request_bytes - 1000))))
     assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_a_message_beyond_its_methods_limit_is_refused_with_the_limit(plane: DataPlane) -> None:
+    failed = await failure(plane.generate(make_spec("x" * RECEIVE.request_bytes)))
+    assert (failed.code, failed.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE")
+    assert failed.detail(ErrorInfo()).metadata["limit_bytes"] == str(RECEIVE.request_bytes)
+
+
 @pytest.mark.parametrize(
-    ("size", "metadata"), [(MAX_RECEIVE_BYTES + 1, []), (1, [("x-flood", "x" * 3 * MAX_METADATA_BYTES)])]
+    ("size", "metadata"), [(RECEIVE.batch_bytes + 1, []), (1, [("x-flood", "x" * 3 * MAX_METADATA_BYTES)])]
 )
 async def test_floods_are_refused_before_they_are_looked_at(
     plane: DataPlane, size: int, metadata: list[tuple[str, str]]
@@ -87,9 +96,8 @@ async def test_floods_are_refused_before_they_are_looked_at(
 
 async def test_unknown_method_is_unimplemented(plane: DataPlane) -> None:
     call = plane.channel.unary_unary("/loraplex.v1.InferenceService/Nothing")
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await call(b"")
-    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    failed = await failure(call(b""))
+    assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNSUPPORTED")
 
 
 async def test_two_servers_never_share_a_port(plane: DataPlane) -> None:

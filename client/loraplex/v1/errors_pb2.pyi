@@ -73,7 +73,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_ENGINE_RESTARTING: _ErrorReason.ValueType  # 23
     """UNAVAILABLE: the model's engine ended and is starting again. RetryInfo."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 24
-    """DEADLINE_EXCEEDED: the call's deadline passed."""
+    """DEADLINE_EXCEEDED: the call's deadline passed, or a message of the call did not come in time."""
     ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 25
     """CANCELLED: the call was cancelled by CancelGeneration."""
     ERROR_REASON_ENGINE_ERROR: _ErrorReason.ValueType  # 26
@@ -96,12 +96,18 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """NOT_FOUND: no usage file has a record with this id any more. Begin with the oldest one that is there."""
     ERROR_REASON_USAGE_UNWRITABLE: _ErrorReason.ValueType  # 33
     """UNAVAILABLE: too many usage records wait to be written, since their file cannot be. RetryInfo."""
+    ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 34
+    """RESOURCE_EXHAUSTED: a request has more bytes than a message of its method may have (ServerInfo says how many), or
+    the answer to a unary call would have. ErrorInfo.metadata holds `bytes` and `limit_bytes`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
 
-    Every error status carries a google.rpc.ErrorInfo whose domain is "loraplex" and whose reason is one of these names
-    without the prefix ERROR_REASON_, for example "PROMPT_TOO_LONG". The status code alone decides what a caller does:
+    Every error status of the server carries a google.rpc.ErrorInfo whose domain is "loraplex" and whose reason is one of
+    these names without the prefix ERROR_REASON_, for example "PROMPT_TOO_LONG". What gRPC itself refuses before the
+    server sees it has none: metadata or messages beyond what any method takes, compression that it does not know, and
+    what a proxy or the caller's own library says. The status code alone decides what a caller does:
     UNAVAILABLE means "try again, perhaps another replica" and is the only code to retry automatically. All details of a
     status together are smaller than 4 KiB.
     """
@@ -157,7 +163,7 @@ ERROR_REASON_DRAINING: ErrorReason.ValueType  # 22
 ERROR_REASON_ENGINE_RESTARTING: ErrorReason.ValueType  # 23
 """UNAVAILABLE: the model's engine ended and is starting again. RetryInfo."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 24
-"""DEADLINE_EXCEEDED: the call's deadline passed."""
+"""DEADLINE_EXCEEDED: the call's deadline passed, or a message of the call did not come in time."""
 ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 25
 """CANCELLED: the call was cancelled by CancelGeneration."""
 ERROR_REASON_ENGINE_ERROR: ErrorReason.ValueType  # 26
@@ -180,4 +186,8 @@ ERROR_REASON_USAGE_RECORD_NOT_FOUND: ErrorReason.ValueType  # 32
 """NOT_FOUND: no usage file has a record with this id any more. Begin with the oldest one that is there."""
 ERROR_REASON_USAGE_UNWRITABLE: ErrorReason.ValueType  # 33
 """UNAVAILABLE: too many usage records wait to be written, since their file cannot be. RetryInfo."""
+ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 34
+"""RESOURCE_EXHAUSTED: a request has more bytes than a message of its method may have (ServerInfo says how many), or
+the answer to a unary call would have. ErrorInfo.metadata holds `bytes` and `limit_bytes`.
+"""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason

@@ -31,13 +31,19 @@ class ServerInfo(google.protobuf.message.Message):
     DRAINING_FIELD_NUMBER: builtins.int
     DEVICES_FIELD_NUMBER: builtins.int
     MAX_RECEIVE_BYTES_FIELD_NUMBER: builtins.int
+    MAX_BATCH_RECEIVE_BYTES_FIELD_NUMBER: builtins.int
     UNSUPPORTED_FEATURES_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Its version, such as "0.1.0"."""
     draining: builtins.bool
     """Whether it is shutting down and takes no new work."""
     max_receive_bytes: builtins.int
-    """The largest message that it receives, in bytes."""
+    """The largest request of the data port, in bytes once it is decompressed: the operator's `limits.request_bytes`. The
+    admin port takes 64 KiB, and a message of an upload 1 MiB and 64 KiB. More than 32768 fields in one request, with all
+    that is in it, are refused too.
+    """
+    max_batch_receive_bytes: builtins.int
+    """The same of a BatchGenerate: `limits.batch_bytes`."""
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it started."""
@@ -58,10 +64,11 @@ class ServerInfo(google.protobuf.message.Message):
         draining: builtins.bool = ...,
         devices: collections.abc.Iterable[Global___Device] | None = ...,
         max_receive_bytes: builtins.int = ...,
+        max_batch_receive_bytes: builtins.int = ...,
         unsupported_features: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["devices", b"devices", "draining", b"draining", "max_receive_bytes", b"max_receive_bytes", "start_time", b"start_time", "unsupported_features", b"unsupported_features", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["devices", b"devices", "draining", b"draining", "max_batch_receive_bytes", b"max_batch_receive_bytes", "max_receive_bytes", b"max_receive_bytes", "start_time", b"start_time", "unsupported_features", b"unsupported_features", "version", b"version"]) -> None: ...
 
 Global___ServerInfo: typing_extensions.TypeAlias = ServerInfo
 

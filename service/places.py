@@ -1,0 +1,56 @@
+"""How many calls may be in progress for one tenant, and how much of their answers may lie unread."""
+
+from collections import Counter
+
+from service.errors import SlowConsumer, Unavailable
+
+
+class Places:
+    """Counts the calls in progress by whom they are for: nobody takes the places of others. For one event loop."""
+
+    def __init__(self, most: int, retry_after_seconds: float = 1.0) -> None:
+        """`most`: of one."""
+        self._most = most
+        self._retry_after_seconds = retry_after_seconds
+        self._taken: Counter[str] = Counter()
+
+    def enter(self, who: str) -> None:
+        """Raises Unavailable (OVERLOADED)."""
+        if self._taken[who] >= self._most:
+            raise Unavailable(
+                "OVERLOADED",
+                f"{self._most} calls are in progress for {who or 'callers whose credentials are being checked'}, and "
+                "more are not taken now; try again, or another replica",
+                self._retry_after_seconds,
+            )
+        self._taken[who] += 1
+
+    def leave(self, who: str) -> None:
+        self._taken[who] -= 1
+        if not self._taken[who]:
+            del self._taken[who]
+
+
+class UnreadAnswers:
+    """Counts the bytes of answers that are on their way, by tenant: gRPC keeps them until they are read.
+
+    It cannot take one back. So a tenant that does not read its answers gets no more of them.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        """`most_bytes`: of one tenant. A single answer may have more."""
+        self._most_bytes = most_bytes
+        self._bytes: Counter[str] = Counter()
+
+    def send(self, tenant: str, size: int) -> None:
+        """Raises SlowConsumer."""
+        unread = self._bytes[tenant]
+        if unread and unread + size > self._most_bytes:
+            raise SlowConsumer(f"{unread} bytes of earlier answers wait to be read; read them, or stream the answers")
+        self._bytes[tenant] += size
+
+    def sent(self, tenant: str, size: int) -> None:
+        """It has been read, or its caller is gone."""
+        self._bytes[tenant] -= size
+        if not self._bytes[tenant]:
+            del self._bytes[tenant]

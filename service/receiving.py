@@ -1,0 +1,99 @@
+"""How a message comes to a method: asked for once the caller may call, in time, within a size, and looked at first."""
+
+from __future__ import annotations  # grpc's classes are generic to mypy, and not when they run
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError, Message
+
+from service.errors import DeadlineExceeded, InvalidRequest, MessageTooLarge
+from service.wire import SMALL_BYTES, WireCheck
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_DATA = "/loraplex.v1.InferenceService/", "/loraplex.v1.TokenizerService/"
+_BATCH = "/loraplex.v1.InferenceService/BatchGenerate"
+_UPLOAD = "/loraplex.v1.AdapterService/UploadAdapter"
+_UPLOAD_BYTES = (1 << 20) + (64 << 10)  # a chunk, or a header
+_OTHER_BYTES = 64 << 10  # names, labels, targets
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveLimits:
+    """How large a message may be, once it is decompressed, and how long it may be waited for."""
+
+    request_bytes: int = 4 << 20  # of a request of the data port
+    batch_bytes: int = 16 << 20  # of a BatchGenerate
+    message_seconds: float = 30.0  # for each message that is waited for
+
+    def bytes_of(self, method: str) -> int:
+        """`method`: its path."""
+        if method == _BATCH:
+            return self.batch_bytes
+        if method == _UPLOAD:
+            return _UPLOAD_BYTES
+        return self.request_bytes if method.startswith(_DATA) else _OTHER_BYTES
+
+    def largest(self, services: Iterable[str]) -> int:
+        """Of any method of these services, by their full names."""
+        found = [descriptor_pool.Default().FindServiceByName(name) for name in services]
+        methods = [f"/{service.full_name}/{method.name}" for service in found for method in service.methods]
+        return max(map(self.bytes_of, methods), default=_OTHER_BYTES)
+
+
+class Receiver:
+    """Takes the messages of one method. Nothing is received before it is asked for."""
+
+    def __init__(self, method: str, parse: Callable[[bytes], Message], limits: ReceiveLimits, wire: WireCheck) -> None:
+        """`method`: its path."""
+        self._method = method
+        self._kind = _input_of(method)
+        self._parse = parse
+        self._max_bytes = limits.bytes_of(method)
+        self._seconds = limits.message_seconds
+        self._wire = wire
+
+    async def one(self, context: Context) -> Message:
+        """The only message of a caller."""
+        message = await self._next(context)
+        if message is None:
+            raise InvalidRequest.at("request", f"is missing: {self._method} takes one message")
+        return message
+
+    async def all(self, context: Context) -> AsyncIterator[Message]:
+        """The messages of a caller, as they are asked for."""
+        while (message := await self._next(context)) is not None:
+            yield message
+
+    async def _next(self, context: Context) -> Message | None:
+        """None: there are no more. Raises InvalidRequest, MessageTooLarge, DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                data = await context.read()
+        except TimeoutError:
+            problem = f"no message of the call came for {self._seconds:g} s; send it with the call"
+            raise DeadlineExceeded(problem) from None
+        if data is grpc.aio.EOF:
+            return None
+        if len(data) > self._max_bytes:
+            problem = f"{self._method} takes messages of at most {self._max_bytes} bytes, and this one has {len(data)}"
+            raise MessageTooLarge(problem, len(data), self._max_bytes)
+        try:
+            if len(data) > SMALL_BYTES:  # in a thread: the loop has others to serve
+                await asyncio.to_thread(self._wire.check, data, self._kind)
+            return self._parse(data)
+        except DecodeError as error:
+            raise InvalidRequest.at("request", f"{len(data)} bytes that are no message of {self._method}") from error
+
+
+def _input_of(method: str) -> Descriptor:
+    """What the method takes."""
+    found = descriptor_pool.Default().FindMethodByName(method.removeprefix("/").replace("/", "."))
+    return found.input_type
