@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 
@@ -27,6 +28,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kernels: str = "auto"
     threads: int | None = None  # compute threads on the CPU; None: all cores the process may use
     max_model_len: int | None = None  # tokens; None: what the model was made for
+    rope_scaling: dict[str, Any] | None = None  # in place of config.json's, and spelt as there
     block_size: int = 16  # tokens
     device_memory_fraction: float | None = None  # of a GPU, for all that this model takes there; None: 0.9
     kv_cache_bytes: int | None = None  # None: on CUDA what is left of that, on the CPU kv_cache_fraction

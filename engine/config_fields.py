@@ -21,6 +21,10 @@ class ConfigFields:
         """The same fields over a family's defaults. A field that is there and null hides the default."""
         return ConfigFields({**defaults, **self._raw}, self.where)
 
+    def changed_by(self, other: ConfigFields) -> ConfigFields:
+        """The same fields, those of the other object in their place."""
+        return ConfigFields({**self._raw, **other._raw}, self.where)
+
     def has(self, name: str) -> bool:
         return self._raw.get(name) is not None
 
@@ -41,6 +45,10 @@ class ConfigFields:
 
     def optional_number(self, name: str) -> float | None:
         return self.number(name) if self.has(name) else None
+
+    def number_or_zero(self, name: str) -> float:
+        """A field whose 0 stands for its absence."""
+        return self.number(name) if self._raw.get(name) else 0.0
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self._get(name, default)
@@ -97,6 +105,11 @@ class ConfigFields:
         if not isinstance(value, dict):
             raise self.error(name, value, "an object")
         return ConfigFields(value, f"{self.where}: {name}")
+
+    def filled_section(self, name: str) -> ConfigFields | None:
+        """None for an empty one, too."""
+        section = self.section(name)
+        return section if section is not None and section.names() else None
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A field that is one id, a list of them, or absent."""

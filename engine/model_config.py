@@ -22,6 +22,14 @@ class LinearScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class DynamicScaling:
+    """A larger base for contexts beyond the original one: it grows with the longest sequence (NTK-aware)."""
+
+    factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
 class Llama3Scaling:
     """Long wavelengths slowed by a factor, short ones kept, those between interpolated (Llama 3.1)."""
 
@@ -48,7 +56,7 @@ class Rope:
     """How positions become angles in one kind of layer."""
 
     theta: float
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    scaling: LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from engine.model_config import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from engine.model_config import DynamicScaling, LinearScaling, Llama3Scaling, ModelError, Rope, YarnScaling
+from kernels.finite import all_finite
 
 
 def cos_sin_table(rope: Rope, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
@@ -16,19 +17,27 @@ def cos_sin_table(rope: Rope, head_dim: int, num_positions: int, device: torch.d
     float32 throughout, in the order of transformers' own arithmetic: an angle at position 100 000 amplifies a frequency
     that is one bit off.
     """
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inverse_frequencies(rope, head_dim))
+    frequencies = inverse_frequencies(rope, head_dim, num_positions)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
     table = torch.stack((angles.cos(), angles.sin()), dim=1)
     if isinstance(rope.scaling, YarnScaling):
         table *= rope.scaling.attention_factor
+    if not all_finite(table):
+        raise ModelError(f"{rope}: its angles are not finite numbers; correct rope_theta or rope_scaling")
     return table.to(device)
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """θ^(−2i/D), scaled as the model asks → float32 [D/2]"""
+def inverse_frequencies(rope: Rope, head_dim: int, num_positions: int) -> Tensor:
+    """θ^(−2i/D), scaled as the model asks → float32 [D/2]
+
+    num_positions: of the longest sequence that may be asked for.
+    """
+    if isinstance(rope.scaling, DynamicScaling):
+        rope = Rope(_dynamic_theta(rope.theta, rope.scaling, head_dim, num_positions))
     powers: Tensor = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     frequencies = 1.0 / powers
     match rope.scaling:
-        case None:
+        case None | DynamicScaling():
             return frequencies
         case LinearScaling(factor):
             return frequencies / factor
@@ -36,6 +45,15 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
             return _llama3(frequencies, scaling)
         case YarnScaling() as scaling:
             return _yarn(powers, scaling, rope.theta, head_dim)
+
+
+def _dynamic_theta(theta: float, scaling: DynamicScaling, head_dim: int, num_positions: int) -> float:
+    """The base for sequences of `num_positions`, for shorter ones too, as vLLM has it: a cached key was turned once.
+
+    transformers takes a new base whenever a sequence grows beyond the original length, and keeps the cached keys.
+    """
+    growth = scaling.factor * max(num_positions / scaling.original_max_positions, 1.0) - (scaling.factor - 1.0)
+    return float(theta * growth ** (head_dim / max(head_dim - 2, 1)))
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:

@@ -36,16 +36,21 @@ VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower."
 
 
 def read_ropes(fields: ConfigFields) -> tuple[Rope, Rope]:
-    """Of the global and of the local layers. `rope_scaling`, the older spelling, is about the global ones."""
+    """Of the global and of the local layers. `rope_scaling`, the older spelling, changes the global ones."""
     global_theta, local_theta = fields.number("rope_theta"), fields.number("rope_local_base_freq")
-    nested = fields.section("rope_parameters")
-    if nested is None:
-        scaling = fields.section("rope_scaling")
-        return (rope_from(scaling, fields, global_theta) if scaling else Rope(global_theta)), Rope(local_theta)
-    full, sliding = nested.section("full_attention"), nested.section("sliding_attention")
-    if full is None or sliding is None:
-        raise nested.error("full_attention and sliding_attention", None, "an object each, with a rope_theta")
-    return rope_from(full, fields, global_theta), rope_from(sliding, fields, local_theta)
+    nested = fields.filled_section("rope_parameters")
+    full = sliding = None
+    if nested is not None:
+        full, sliding = nested.section("full_attention"), nested.section("sliding_attention")
+        if full is None and sliding is None:
+            raise nested.error("full_attention and sliding_attention", None, "an object each, with a rope_theta")
+    scaling = fields.filled_section("rope_scaling")
+    if scaling is not None:
+        full = scaling if full is None else full.changed_by(scaling)
+    return (
+        Rope(global_theta) if full is None else rope_from(full, fields, global_theta),
+        Rope(local_theta) if sliding is None else rope_from(sliding, fields, local_theta),
+    )
 
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
@@ -58,7 +63,12 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
         LayerAttention(local_rope if slides else global_rope, window if slides else None)
         for slides in sliding_layers(fields, pattern)
     )
-    return replace(gemma_config(architecture, fields, layers), qk_norm=True, unused_tensors=VISION)
+    return replace(
+        gemma_config(architecture, fields, layers),
+        max_position_embeddings=fields.integer("max_position_embeddings"),  # which has the scaling in it
+        qk_norm=True,
+        unused_tensors=VISION,
+    )
 
 
 FAMILY = Family(("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), ("gemma3_text", "gemma3"), read)

@@ -52,7 +52,7 @@ def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | 
 
     Raises ModelError if it is of no known family, or its weights are not all that its config.json asks for.
     """
-    model_config = read_model_config(path)
+    model_config = read_model_config(path, config.rope_scaling)
     raw = read_json(path / "config.json")
     spec = read_spec(path, raw)
     if spec is not None and config.quantization is not None:

@@ -1,10 +1,11 @@
-"""Mistral: Llama's shape, every layer looking through a sliding window (the first version; null later)."""
+"""Mistral: Llama's shape, every layer looking through a sliding window (the first version; null later), or those that
+`layer_types` names (Ministral)."""
 
 from __future__ import annotations
 
 from engine.config_fields import ConfigFields
 from engine.model_config import LayerAttention, ModelConfig
-from engine.models.reading import Family, decoder_config
+from engine.models.reading import Family, decoder_config, sliding_layers
 from engine.models.rope_reading import read_rope
 
 DEFAULTS = {
@@ -18,9 +19,9 @@ DEFAULTS = {
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     fields = fields.with_defaults(DEFAULTS)
-    layers = (LayerAttention(read_rope(fields), fields.optional_integer("sliding_window")),) * fields.integer(
-        "num_hidden_layers"
-    )
+    rope, window = read_rope(fields), fields.optional_integer("sliding_window")
+    pattern = (True,) * fields.integer("num_hidden_layers")
+    layers = tuple(LayerAttention(rope, window if slides else None) for slides in sliding_layers(fields, pattern))
     return decoder_config(architecture, fields, layers)
 
 

@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from engine.config_fields import ConfigFields
-from engine.model_config import Activation, LayerAttention, ModelConfig, YarnScaling
+from engine.model_config import (
+    Activation,
+    DynamicScaling,
+    LayerAttention,
+    LinearScaling,
+    ModelConfig,
+    Rope,
+    YarnScaling,
+)
 
 # transformers' names of the two activations that the kernels have
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -16,6 +24,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+MAX_POSITIONS = 1 << 28  # a context that no machine holds the keys of: the file is wrong
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -84,14 +93,22 @@ def sliding_layers(fields: ConfigFields, pattern: tuple[bool, ...]) -> tuple[boo
 
 
 def _max_positions(fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> int:
-    """What the file states, or more where YaRN was switched on without changing that field, as Qwen's manual says."""
+    """What the file states times what its scaling stretches it by, as vLLM counts; YaRN states what it stretches."""
     stated = fields.integer("max_position_embeddings")
-    scalings = {layer.rope.scaling for layer in layers}
-    return max(
-        stated,
-        *(int(part.factor * part.original_max_positions) for part in scalings if isinstance(part, YarnScaling)),
-        1,
-    )
+    longest = max(int(_stretched(layer.rope, stated)) for layer in layers)
+    if longest > MAX_POSITIONS:
+        raise fields.error("max_position_embeddings, with rope_scaling,", longest, f"at most {MAX_POSITIONS}")
+    return longest
+
+
+def _stretched(rope: Rope, stated: int) -> float:
+    match rope.scaling:
+        case LinearScaling(factor) | DynamicScaling(factor):
+            return max(1.0, factor) * stated
+        case YarnScaling(factor=factor, original_max_positions=original):
+            return max(factor * original, stated)
+        case _:  # Llama 3's files state what they are stretched to
+            return stated
 
 
 def _activation(fields: ConfigFields) -> Activation:

@@ -10,6 +10,7 @@ from engine.config_fields import ConfigFields
 from engine.model_config import ModelConfig, ModelError
 from engine.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
 from engine.models.reading import Family, text_fields
+from engine.models.rope_reading import with_rope_scaling
 from engine.weights import read_json
 
 FAMILIES: tuple[Family, ...] = (
@@ -22,13 +23,18 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def read_model_config(directory: Path) -> ModelConfig:
+def read_model_config(directory: Path, rope_scaling: Mapping[str, object] | None = None) -> ModelConfig:
     """The model in a directory. Raises ModelError if it is of no known family, or its config.json makes no sense.
+
+    rope_scaling: counts in place of the file's.
 
     Ends of sequence are those of config.json and of generation_config.json together: instruction-tuned models often
     state the end of a turn only in the latter.
     """
-    config = parse_model_config(read_json(directory / "config.json"), str(directory / "config.json"))
+    raw = read_json(directory / "config.json")
+    if rope_scaling is not None:
+        raw = with_rope_scaling(raw, rope_scaling)
+    config = parse_model_config(raw, str(directory / "config.json"))
     generation = directory / "generation_config.json"
     if not generation.exists():
         return config

@@ -4,18 +4,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from engine.config_fields import ConfigFields
-from engine.model_config import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from engine.model_config import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+TEXT_ALONE = ("default", "mrope")  # positions in three dimensions are equal ones for text
 
 
 def read_rope(fields: ConfigFields, default_theta: float = 10_000.0) -> Rope:
-    """The one rotary embedding of a model whose layers share it."""
-    section = fields.section("rope_scaling") or fields.section("rope_parameters")
+    """The one rotary embedding of a model whose layers share it. An empty section counts as absent."""
+    section = fields.filled_section("rope_scaling") or fields.filled_section("rope_parameters")
     theta = fields.number("rope_theta", default_theta)
     return rope_from(section, fields, theta) if section else Rope(theta)
+
+
+def with_rope_scaling(raw: Mapping[str, object], scaling: Mapping[str, object]) -> dict[str, object]:
+    """What config.json would hold with this `rope_scaling`. Of what it holds the base of the angles alone stays."""
+    text = raw.get("text_config")
+    part = text if isinstance(text, dict) else raw
+    sections = (part.get("rope_scaling"), part.get("rope_parameters"))
+    stated = [section for section in sections if isinstance(section, dict) and "rope_theta" in section]
+    theta = {"rope_theta": stated[0]["rope_theta"]} if stated else {}
+    changed = {**part, "rope_scaling": {**theta, **scaling}}
+    return {**raw, "text_config": changed} if part is text else changed
 
 
 def rope_from(section: ConfigFields, fields: ConfigFields, default_theta: float) -> Rope:
@@ -38,17 +51,20 @@ def rope_from(section: ConfigFields, fields: ConfigFields, default_theta: float)
             ),
         )
     if kind == "yarn":
-        return Rope(theta, _yarn(section, fields))
-    # `dynamic` changes the angles only beyond max_position_embeddings, where no request gets.
-    if kind in ("default", "dynamic"):
+        return Rope(theta, _yarn(section, fields, theta))
+    if kind == "dynamic":
+        return Rope(theta, DynamicScaling(section.number("factor"), fields.integer("max_position_embeddings")))
+    if kind in TEXT_ALONE:
         return Rope(theta)
     raise section.error(name, kind, f"one of {', '.join(KINDS)}")
 
 
-def _yarn(section: ConfigFields, fields: ConfigFields) -> YarnScaling:
+def _yarn(section: ConfigFields, fields: ConfigFields, theta: float) -> YarnScaling:
+    if theta == 1.0:
+        raise section.error("rope_theta", theta, "another one for yarn, which divides by its logarithm")
     original = _original_max_positions(section, fields)
     factor = section.number("factor", fields.integer("max_position_embeddings") / original)
-    mscale, mscale_all_dim = section.optional_number("mscale"), section.optional_number("mscale_all_dim")
+    mscale, mscale_all_dim = section.number_or_zero("mscale"), section.number_or_zero("mscale_all_dim")
     if mscale and mscale_all_dim:
         attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
     else:

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from engine.model_config import LayerAttention, LinearScaling, Llama3Scaling, ModelConfig, ModelError, Rope, YarnScaling
+from engine.model_config import (
+    DynamicScaling,
+    LayerAttention,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    ModelError,
+    Rope,
+    YarnScaling,
+)
 from engine.models import parse_model_config, read_model_config
 from engine.models.registry import FAMILIES
 
@@ -152,10 +161,10 @@ def test_all_spellings_of_a_scaled_rope(spelling: dict[str, Any]) -> None:
     assert parse(LLAMA, **spelling).layers[0].rope == Rope(5e5, Llama3Scaling(8.0, 1.0, 4.0, 500))
 
 
-def test_dynamic_scaling_changes_nothing_within_the_stated_positions() -> None:
+def test_dynamic_scaling_extends_the_positions() -> None:
     config = parse(LLAMA, rope_scaling={"type": "dynamic", "factor": 4.0})
-    assert config.layers[0].rope == Rope(10_000.0)
-    assert config.max_position_embeddings == 1000
+    assert config.layers[0].rope == Rope(10_000.0, DynamicScaling(4.0, 1000))
+    assert config.max_position_embeddings == 4000
 
 
 def test_yarn_extends_the_positions() -> None:
@@ -165,11 +174,30 @@ def test_yarn_extends_the_positions() -> None:
     assert config.max_position_embeddings == 4000
 
 
-def test_linear_scaling_does_not_extend_the_positions() -> None:
-    # Checkpoints disagree on whether max_position_embeddings is before or after: only the smaller reading is safe.
+def test_linear_scaling_extends_the_positions() -> None:
     config = parse(LLAMA, rope_scaling={"type": "linear", "factor": 4.0})
     assert config.layers[0].rope.scaling == LinearScaling(4.0)
-    assert config.max_position_embeddings == 1000
+    assert config.max_position_embeddings == 4000
+
+
+def test_gemma3_states_its_positions_with_the_scaling_in_them() -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    assert of("Gemma3ForCausalLM", rope_scaling=scaling, num_key_value_heads=2).max_position_embeddings == 1000
+
+
+def test_more_positions_than_any_machine_holds_are_refused() -> None:
+    with pytest.raises(ModelError, match="max_position_embeddings, with rope_scaling, is 1000000000000"):
+        parse(LLAMA, rope_scaling={"type": "linear", "factor": 1e9})
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_configuration_may_have_a_scaling_of_its_own(tmp_path: Path, nested: bool) -> None:
+    raw = {**LLAMA, "rope_parameters": {**LLAMA3, "rope_type": "llama3", "rope_theta": 5e5}}
+    outer = {"architectures": raw["architectures"], "text_config": raw} if nested else raw
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    config = read_model_config(tmp_path, {"rope_type": "linear", "factor": 2.0})
+    assert config.layers[0].rope == Rope(5e5, LinearScaling(2.0))
+    assert config.max_position_embeddings == 2000
 
 
 def windows(config: ModelConfig) -> list[int | None]:
@@ -179,6 +207,12 @@ def windows(config: ModelConfig) -> list[int | None]:
 def test_mistral_slides_everywhere_unless_null() -> None:
     assert windows(of("MistralForCausalLM", num_key_value_heads=2)) == [4096] * 4
     assert windows(of("MistralForCausalLM", num_key_value_heads=2, sliding_window=None)) == [None] * 4
+
+
+def test_mistral_slides_where_layer_types_says() -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = of("MistralForCausalLM", num_key_value_heads=2, layer_types=kinds, sliding_window=64)
+    assert windows(config) == [64, None, 64, None]
 
 
 def test_qwen_slides_in_the_upper_layers_if_switched_on() -> None:

@@ -160,6 +160,14 @@ def test_size_counts_every_parameter(tmp_path: Path) -> None:
     assert load(directory).nbytes == stored + cos_sin
 
 
+def test_the_engine_may_be_given_a_scaling_of_its_own(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path)
+    assert load(directory).config.max_position_embeddings == 32
+    scaled = load(directory, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    assert scaled.config.max_position_embeddings == 128
+    assert scaled.nbytes - load(directory).nbytes == (128 - 32) * 4 * 4
+
+
 def test_tables_reach_only_as_far_as_requests_may(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path)
     assert load(directory).nbytes - load(directory, max_model_len=8).nbytes == (32 - 8) * 4 * 4
