@@ -45,7 +45,8 @@ class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
     name: str  # "llama-8b": requests name it so, or models/llama-8b
     load: bool = True  # at start; else by LoadModel
-    default_sampling: dict[str, Any] = {}  # fields of loraplex.v1.Sampling, for requests that leave them out
+    # Fields of loraplex.v1.Sampling, for requests that leave them out; "none": not even the model's own files give any.
+    default_sampling: dict[str, Any] | Literal["none"] | None = None
     chat_template: str | None = None  # a Jinja file that replaces the model's own
     labels: dict[str, str] = {}
 
@@ -60,6 +61,8 @@ class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
     def sampling(self) -> Sampling:
         """`default_sampling` as the contract has it. Raises ValueError naming the field at fault."""
+        if self.default_sampling is None or self.default_sampling == "none":
+            return Sampling()
         try:
             sampling = json_format.ParseDict(self.default_sampling, Sampling())
         except json_format.ParseError as error:

@@ -3,16 +3,19 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from engine.client import EngineClient
 from loraplex.v1.generation_pb2 import Sampling
 from service.catalog import LoadedModel
 from service.config import ModelConfig
 from service.errors import FailedPrecondition, LoraplexError, NotFound, Unavailable
+from service.generation_defaults import default_sampling, unread
 from service.supervisor import EngineState, EngineSupervisor
 from service.text import ChatTemplate, TextError, Tokenizer
+from service.validation import merged_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +151,23 @@ class HostedModel:
                 return
             tokenizer, self._text_revision = await asyncio.to_thread(_read_text_files, self.config)
             self.tokenizer = tokenizer
+            self._take_defaults(tokenizer.generation_config)
             await self.supervisor.wait_settled()
             if not self._has_other_text():
                 if self.supervisor.limits is not None:
                     _check_ids(tokenizer, self.default_sampling, self.supervisor.limits.vocab_size)
                 return
         raise TextError("its files were replaced after its engine had loaded them; load it again")
+
+    def _take_defaults(self, generation_config: Mapping[str, Any]) -> None:
+        """The configuration's defaults, and for what it leaves out the model's own. Raises TextError."""
+        if self.config.default_sampling == "none":
+            return
+        own = default_sampling(generation_config)
+        self.default_sampling = merged_sampling(self.config.sampling(), own)
+        if missing := unread(generation_config):
+            message = "model %s: generation_config.json sets %s, which this server does not have: requests go without"
+            logger.warning(message, self.name, ", ".join(missing))
 
     def _has_other_text(self) -> bool:
         return self.supervisor.state is EngineState.ACTIVE and self._text_revision != self.supervisor.revision

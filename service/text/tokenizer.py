@@ -28,6 +28,7 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, files: ModelFiles) -> None:
         self._backend = backend.tokenizer
+        self.generation_config: Mapping[str, Any] = files.generation_config  # what lies beside it, as it is
         named = files.named_special_tokens()
         bos = files.special_token("bos_token", backend.bos_token)
         eos = files.special_token("eos_token", backend.eos_token)

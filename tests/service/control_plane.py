@@ -60,12 +60,19 @@ async def control_plane(
     object_store: dict[str, str] | None = None,
     models: tuple[str, ...] = ("tiny", "other"),
     tenants: dict[str, TenantConfig] | None = None,
+    default_sampling: Any = None,
     **settings: Any,
 ) -> AsyncIterator[ControlPlane]:
     """Two models, "tiny" which is loaded and "other" which is not. `settings`: more of the configuration."""
     config = ServiceConfig(
         models=tuple(
-            ModelConfig(name=name, model=str(model_directory), labels={"team": "a"}, load=name == "tiny")
+            ModelConfig(
+                name=name,
+                model=str(model_directory),
+                labels={"team": "a"},
+                load=name == "tiny",
+                default_sampling=default_sampling,
+            )
             for name in models
         ),
         state_directory=state_directory,

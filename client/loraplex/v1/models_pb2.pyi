@@ -175,7 +175,9 @@ class Model(google.protobuf.message.Message):
 
     @property
     def default_sampling(self) -> loraplex.v1.generation_pb2.Sampling:
-        """Its sampling defaults."""
+        """Its sampling defaults: those of the configuration, and where that says nothing those of the model's own
+        generation_config.json, known once it is loaded. `default_sampling: none` in the configuration turns both off.
+        """
 
     @property
     def load_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
