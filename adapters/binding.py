@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from adapters.config import LoRAConfig
+from adapters.copies import contradictions, half_tied, settle, tell_copies, trained_twice
 from adapters.errors import BASE_MISMATCH, INVALID, AdapterRejected
-from adapters.folding import Values, replaced_parameters, stacked
-from adapters.names import Part, base_module_candidates, split_tensor_names
+from adapters.folding import Values, replaced_parameters, stacked, trained_ids
+from adapters.names import Part, SplitNames, base_module_candidates, split_tensor_names
 from adapters.pace import Rest, no_rest, resting
 from adapters.replaced import ReplacedParameters
-from adapters.targets import HEAD_MODULE, LoraTarget, Module, TargetKind
+from adapters.targets import HEAD_MODULE, LoraTarget, Module, TargetKind, named_by
 from kernels.ops import LoraWeights
+
+MAX_LISTED = 10  # patterns in a warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class BoundAdapter:
     replaced: ReplacedParameters | None = None
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it applies from their last occurrence in the prompt on
     whole: str = ""  # why it cannot be one of several in a composition; "": it can
+    warnings: tuple[str, ...] = ()
 
 
 def bind(
@@ -46,15 +50,25 @@ def bind(
     """
     problems: list[str] = []
     mismatches: list[str] = []  # shapes of another base model
-    modules = _place(tensors, targets, problems, rest)
-    for module in resting(modules, rest):
-        problems.extend(_part_problems(module, config))
-        problems.extend(_shape_problems(module, tensors, config, max_rank, mismatches))
-    problems.extend(_overlaps(modules))
-    problems.extend(_unmet(modules, config))
+    split = split_tensor_names(tensors, rest)
+    placed = _place(split, targets, problems, rest)
+    saved, ambiguous = tell_copies(placed, config)
+    problems.extend([*ambiguous, *trained_twice(placed, saved)])
+    for module in resting(placed.values(), rest):
+        problems.extend(_part_problems(module, config, saved))
+        embedding = placed.get(module.target.tied_to or "") if config.ensure_weight_tying else None
+        shaped_as = embedding or module  # a tied head's LoRA is the embedding's, transposed
+        problems.extend(_shape_problems(module, shaped_as, tensors, config, max_rank, mismatches))
+    problems.extend(_overlaps(list(placed.values())))
+    problems.extend(_unmet(placed, targets, split.towers, config))
+    problems.extend(half_tied(placed, targets, config))
+    if not mismatches and not problems:
+        problems.extend(contradictions(placed, tensors, config))
     if mismatches or problems:
         raise AdapterRejected([*mismatches, *problems], BASE_MISMATCH if mismatches else INVALID)
     values = Values(tensors, dtype, problems, rest)
+    settle(placed, targets, config, values)
+    modules = list(placed.values())
     replaced = replaced_parameters(modules, config, targets, values)
     by_site: dict[str, list[Module]] = {}
     for module in modules:
@@ -69,23 +83,22 @@ def bind(
         ReplacedParameters(replaced) if replaced else None,
         config.invocation_tokens,
         _why_whole(config, bool(replaced)),
+        (*split.warnings, *_idle(modules, weights, config, rest)),
     )
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
 
-def _place(
-    tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget], problems: list[str], rest: Rest
-) -> list[Module]:
-    """The modules that the adapter changes; what cannot be placed goes to `problems`."""
-    names, unparsed = split_tensor_names(tensors, rest)
-    problems.extend(unparsed)
+def _place(split: SplitNames, targets: Mapping[str, LoraTarget], problems: list[str], rest: Rest) -> dict[str, Module]:
+    """The modules that the adapter changes, by the model's name; what cannot be placed goes to `problems`."""
+    problems.extend(split.problems)
     modules: dict[str, Module] = {}
-    for name in resting(names, rest):
+    for name in resting(split.names, rest):
         reached = sorted(base_module_candidates(name.module) & targets.keys())
         if not reached:
-            more = "" if name.part in _A_OR_B else " (norms over the heads of queries and keys cannot be replaced)"
+            head_norm = name.module.endswith(("q_norm", "k_norm"))
+            more = " (norms over the heads of queries and keys cannot be replaced)" if head_norm else ""
             problems.append(f"{name.key}: binds to no projection of this model{more}")
             continue
         if len(reached) > 1:
@@ -106,29 +119,28 @@ def _place(
             problems.append(f"{name.key}: ambiguous, {parts[part].key} means the same tensor")
             continue
         parts[part] = name
-    if not any(name.part in _A_OR_B for name in names) and not problems:
-        problems.append("the adapter holds no LoRA tensors")
-    return list(modules.values())
+    if not any(name.part in _A_OR_B for name in split.names) and not problems:
+        problems.append(f"the adapter holds no LoRA tensors{' of the text model' * bool(split.towers)}")
+    return modules
 
 
 _A_OR_B = ("A", "B", "embedding_A", "embedding_B")
 _PARTS_OF: Mapping[TargetKind, frozenset[Part]] = {
-    TargetKind.LINEAR: frozenset(("A", "B", "lora_bias", "magnitude", "weight", "bias", "tokens")),
-    TargetKind.EMBEDDING: frozenset(("magnitude", "weight", "tokens")),  # and A and B of its own kind
-    TargetKind.NORM: frozenset(("weight",)),
+    TargetKind.LINEAR: frozenset(("A", "B", "lora_bias", "magnitude", "weight", "bias", "tokens", "base", "again")),
+    TargetKind.EMBEDDING: frozenset(("magnitude", "weight", "tokens", "base", "again")),  # and A and B of its own kind
+    TargetKind.NORM: frozenset(("weight", "base", "again")),
 }
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _part_problems(module: Module, config: LoRAConfig) -> Iterator[str]:
+def _part_problems(module: Module, config: LoRAConfig, saved: frozenset[str]) -> Iterator[str]:
     """Parts without those that belong to them, and what config and file say of each other."""
     parts = module.parts
     if module.is_adapted != ("B" in parts):
         present: Part = "A" if module.is_adapted else "B"
         yield f"{module.key(present)}: its lora_{'B' if present == 'A' else 'A'} is missing"
-    any_key = module.parts[next(iter(parts))].key
     declared: tuple[tuple[Part, bool, str], ...] = (
         ("magnitude", config.use_dora, "use_dora"),
         ("lora_bias", config.lora_bias, "lora_bias"),
@@ -137,28 +149,36 @@ def _part_problems(module: Module, config: LoRAConfig) -> Iterator[str]:
         if part in parts and not (wanted and module.is_adapted):
             yield f"{module.parts[part].key}: adapter_config.json says {field_name}=false, or there is no lora_A"
         elif wanted and module.is_adapted and "B" in parts and part not in parts:
-            yield f"{any_key}: adapter_config.json says {field_name}=true, but its tensor is missing"
-    saved = module.is_one_of(config.modules_to_save)
+            yield f"{module.any_key}: adapter_config.json says {field_name}=true, but its tensor is missing"
+    trained_whole = module.name in saved
     whole_vocabulary = module.target.kind is TargetKind.EMBEDDING or module.name == HEAD_MODULE
-    if "weight" in parts and not saved and not whole_vocabulary:
-        yield f"{module.key('weight')}: a full copy of a base weight that modules_to_save does not name"
-    if "bias" in parts and not saved and not config.trains_bias:
+    if "base" in parts and not trained_whole and not whole_vocabulary:
+        yield f"{module.key('base')}: a full copy of a base weight that modules_to_save does not name"
+    if "bias" in parts and not trained_whole and not config.trains_bias:
         yield f"{module.key('bias')}: a trained bias, but adapter_config.json says bias='none'"
-    if "tokens" in parts and module.is_one_of(config.trained_tokens) is None:
+    if "tokens" in parts and not trained_ids(module, config):
         yield f"{module.key('tokens')}: trained rows of tokens that trainable_token_indices does not name"
     if config.invocation_tokens and module.target.kind is TargetKind.EMBEDDING:
-        yield f"{any_key}: activated LoRA is not defined on an embedding"
+        yield f"{module.any_key}: activated LoRA is not defined on an embedding"
     base = module.target.base
-    if base is None and (parts.keys() & {"magnitude", "bias"} or ("weight" in parts and not saved)):
-        yield f"{any_key}: needs the base's own weights, which are not at hand"
+    if base is None and parts.keys() & {"magnitude", "bias", "base"}:
+        yield f"{module.any_key}: needs the base's own weights, which are not at hand"
     elif "bias" in parts and base is not None and base.bias is None:
         yield f"{module.key('bias')}: the base has no bias there"
 
 
 def _shape_problems(
-    module: Module, tensors: Mapping[str, Tensor], config: LoRAConfig, max_rank: int, mismatches: list[str]
+    module: Module,
+    shaped_as: Module,
+    tensors: Mapping[str, Tensor],
+    config: LoRAConfig,
+    max_rank: int,
+    mismatches: list[str],
 ) -> list[str]:
-    """What is wrong with a module's tensors, whatever the base; sizes that are not the base's go to `mismatches`."""
+    """What is wrong with a module's tensors, whatever the base; sizes that are not the base's go to `mismatches`.
+
+    shaped_as: the module whose rank it has.
+    """
     target, problems, num_mismatches = module.target, [], len(mismatches)
     expected: dict[Part, tuple[object, ...]] = {
         "A": ("rank", target.in_features),
@@ -166,12 +186,15 @@ def _shape_problems(
         "magnitude": (target.out_features,),
         "lora_bias": (target.out_features,),
         "bias": (target.out_features,),
-        "weight": _weight_shape(target),
+        **dict.fromkeys(("weight", "base", "again"), _weight_shape(target)),
     }
     for part, name in module.parts.items():
         tensor = tensors[name.key]
         if not tensor.dtype.is_floating_point:
             problems.append(f"{name.key}: dtype {tensor.dtype}, a float is expected")
+        if tuple(tensor.shape) == (0,):
+            problems.append(f"{name.key}: empty, {_SHARDED}")
+            continue
         if part == "tokens":
             problems.extend(_token_problems(module, tensor, config))
             continue
@@ -186,7 +209,7 @@ def _shape_problems(
     if problems or len(mismatches) > num_mismatches or not module.is_adapted or "B" not in module.parts:
         return problems
     a, b = tensors[module.key("A")], tensors[module.key("B")]
-    rank, configured = a.shape[0], config.rank_of(module.trained_name)
+    rank, configured = a.shape[0], config.rank_of(shaped_as.trained_name)
     if b.shape[1] != rank:
         problems.append(
             f"{module.key('B')}: shape {list(b.shape)} has rank {b.shape[1]}, its lora_A {list(a.shape)} has {rank}"
@@ -194,8 +217,14 @@ def _shape_problems(
     elif rank != configured:
         problems.append(f"{module.key('A')}: rank {rank} by its shape, but {configured} by adapter_config.json")
     elif rank > max_rank:
-        problems.append(f"{module.key('A')}: rank {rank}, this server allows at most {max_rank}")
+        problems.append(f"{module.key('A')}: rank {rank}, this model takes at most {max_rank} (max_adapter_rank)")
     return problems
+
+
+_SHARDED = (
+    "as DeepSpeed ZeRO-3 and FSDP leave what is saved without being gathered: gather it, or save the adapter with "
+    "save_embedding_layers=False if this was not trained"
+)
 
 
 def _weight_shape(target: LoraTarget) -> tuple[int, ...]:
@@ -211,6 +240,11 @@ def _weight_shape(target: LoraTarget) -> tuple[int, ...]:
 
 def _resized(module: Module, part: Part) -> str:
     embedding = module.target.kind is TargetKind.EMBEDDING
+    if part in ("base", "again"):
+        return (
+            "; if the vocabulary was resized, serve that base model, or save the adapter with "
+            "save_embedding_layers=False if the new tokens were not trained"
+        )
     if (embedding and part in ("A", "weight")) or (module.name == HEAD_MODULE and part in ("B", "weight")):
         return "; if it was trained with another vocabulary, serve the base model with that vocabulary"
     return ""
@@ -219,7 +253,7 @@ def _resized(module: Module, part: Part) -> str:
 def _token_problems(module: Module, tensor: Tensor, config: LoRAConfig) -> Iterator[str]:
     key, target = module.key("tokens"), module.target
     vocabulary, width = _weight_shape(target)
-    ids = config.trained_tokens.get(module.is_one_of(config.trained_tokens) or "", ())
+    ids = trained_ids(module, config)
     if tensor.shape != (len(ids), width):
         yield f"{key}: shape {list(tensor.shape)}, adapter_config.json and this model need [{len(ids)}, {width}]"
     elif max(ids, default=0) >= vocabulary:
@@ -241,15 +275,39 @@ def _overlaps(modules: list[Module]) -> list[str]:
     return problems
 
 
-def _unmet(modules: list[Module], config: LoRAConfig) -> Iterator[str]:
+def _unmet(
+    placed: Mapping[str, Module], targets: Mapping[str, LoraTarget], towers: Iterable[str], config: LoRAConfig
+) -> Iterator[str]:
     """What adapter_config.json says was trained, and the file does not hold."""
+    modules = placed.values()
     for end in config.modules_to_save:
-        if not any("weight" in module.parts and module.is_one_of((end,)) for module in modules):
+        held = any("weight" in module.parts and module.is_one_of((end,)) for module in modules)
+        if not held and not any(named_by(tower, (end,)) for tower in towers):
             yield f"adapter_config.json: modules_to_save names {end!r}, of which this model and the file hold no weight"
-    for end in config.trained_tokens:
+    head = targets.get(HEAD_MODULE)
+    embedding = placed.get(head.tied_to or "") if head is not None else None
+    for end, ids in config.trained_tokens.items():
         holds = any("tokens" in module.parts and module.is_one_of((end,)) for module in modules)
-        if not holds and end != HEAD_MODULE:  # a tied head's rows are saved with the embedding
+        # A tied head's rows are saved with the embedding.
+        shares = named_by(HEAD_MODULE, (end,)) and embedding is not None and trained_ids(embedding, config) == ids
+        if not holds and not shares:
             yield f"adapter_config.json: trainable_token_indices names {end!r}, of which the file holds no rows"
+
+
+def _idle(modules: list[Module], weights: Mapping[str, LoraWeights], config: LoRAConfig, rest: Rest) -> Iterator[str]:
+    """What was probably meant to do something, and does not."""
+    if all(not part.b.any() for site in weights.values() for part in site.slices):
+        yield "every lora_B is zero, as before training: LoRA changes nothing"
+    adapted = [module.trained_name for module in modules if module.is_adapted]
+    for field_name, patterns in (("rank_pattern", config.rank_patterns), ("alpha_pattern", config.alpha_patterns)):
+        idle = [
+            repr(pattern.pattern)
+            for pattern, _ in resting(patterns, rest)
+            if not any(pattern.matches(name) for name in adapted)
+        ]
+        if idle:
+            listed = ", ".join([*idle[:MAX_LISTED], "…"] if len(idle) > MAX_LISTED else idle)
+            yield f"{field_name}: no module with LoRA is matched by {listed}"
 
 
 def _why_whole(config: LoRAConfig, replaces: bool) -> str:

@@ -26,7 +26,6 @@ _HARMLESS = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",
-        "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
         "fan_in_fan_out",
@@ -35,7 +34,13 @@ _HARMLESS = frozenset(
         "layers_to_transform",
         "loftq_config",
         "lora_dropout",
+        "lora_dtype",
         "lora_ga_config",
+        "lora_plus_lr_ratio",
+        "loraplus_lr_embedding",
+        "loraplus_lr_ratio",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
         "megatron_core",
         "merge_weights",
         "peft_version",
@@ -66,6 +71,7 @@ _UNDERSTOOD = frozenset(
         "alora_invocation_tokens",
         "alpha_pattern",
         "bias",
+        "ensure_weight_tying",
         "init_lora_weights",
         "lora_alpha",
         "lora_bias",
@@ -101,6 +107,7 @@ class LoRAConfig:
     trains_bias: bool = False  # of the base's linears
     modules_to_save: tuple[str, ...] = ()  # trained whole: the ends of module paths
     trained_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # ids by the end of a module path
+    ensure_weight_tying: bool = False  # where the model ties the head to the embedding, so is what was trained of them
     invocation_tokens: tuple[int, ...] = ()  # activated LoRA: nothing of it before their last occurrence in the prompt
 
     def rank_of(self, module: str) -> int:
@@ -143,6 +150,7 @@ def parse_config(raw: bytes) -> LoRAConfig:
         trains_bias=reader.trains_bias(),
         modules_to_save=reader.names("modules_to_save"),
         trained_tokens=reader.trained_tokens(),
+        ensure_weight_tying=reader.flag("ensure_weight_tying"),
         invocation_tokens=reader.token_ids("alora_invocation_tokens", MAX_INVOCATION_TOKENS),
     )
     reader.check_init()
@@ -185,6 +193,8 @@ def _load_json(raw: bytes) -> dict[str, object]:
 def _require_lora(fields: dict[str, object]) -> None:
     """Say nothing about single fields of something that is no LoRA adapter of PEFT at all."""
     peft_type = fields.get("peft_type")
+    if peft_type is None and fields.keys() & {"fine_tune_type", "lora_parameters"}:
+        _reject("peft_type is missing: this is an adapter of MLX-LM, laid out in another way: convert it to PEFT")
     if peft_type is None:
         _reject("peft_type is missing: this is not the config of a PEFT adapter")
     if peft_type != "LORA":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from adapters.config import LoRAConfig
-from adapters.pace import Rest, resting
+from adapters.pace import Rest
 from adapters.replaced import ReplacedRows
-from adapters.targets import LoraTarget, Module, TargetKind
+from adapters.targets import LoraTarget, Module, TargetKind, named_by
 from kernels.finite import all_finite
 from kernels.ops import LoraSlice, LoraWeights
 
@@ -115,10 +114,11 @@ def _rows(module: Module, values: Values, start: int, end: int) -> Tensor:
     if "weight" in module.parts:
         copy = values.float32(module.key("weight"))
         return copy[:, start:end].t() if module.target.kind is TargetKind.EMBEDDING else copy[start:end]
-    return _base_rows(module.target, start, end)
+    return base_rows(module.target, start, end)
 
 
-def _base_rows(target: LoraTarget, start: int, end: int) -> Tensor:
+def base_rows(target: LoraTarget, start: int, end: int) -> Tensor:
+    """Rows of the base's weight: float32 [end − start, C]"""
     assert target.base is not None, "checked before"
     return target.base.dequantize(target.out_start + start, target.out_start + end).cpu()
 
@@ -134,39 +134,20 @@ def replaced_parameters(
 
     for module in modules:
         target = module.target
-        if "weight" in module.parts and not _is_the_base(module, config, values):
+        if "weight" in module.parts:
             norm = target.kind is TargetKind.NORM
             weight = values.float32(module.key("weight")) if norm else values.converted(module.key("weight"))
-            if not module.is_one_of(config.modules_to_save) and _is_tied(target, targets):
-                values.problems.append(
-                    f"{module.key('weight')}: a copy of the base's weight that differs from it, and that embedding and "
-                    "head share: name it in modules_to_save, or serve that base model"
-                )
             add(target.site, slice(0, len(weight)) if target.kind is not TargetKind.LINEAR else target.columns, weight)
         if "tokens" in module.parts:
-            ids = config.trained_tokens[module.is_one_of(config.trained_tokens) or ""]
-            add(target.site, torch.tensor(ids), values.converted(module.key("tokens")))
+            add(target.site, torch.tensor(trained_ids(module, config)), values.converted(module.key("tokens")))
     _share_tokens(replaced, modules, targets)
     return replaced
 
 
-def _is_the_base(module: Module, config: LoRAConfig, values: Values) -> bool:
-    """PEFT saves the base's weight beside LoRA on an embedding or head, whether it was changed or not."""
-    if module.is_one_of(config.modules_to_save):
-        return False
-    copy, target = values.converted(module.key("weight")), module.target
-    copy = copy.t() if target.kind is TargetKind.EMBEDDING else copy
-    base_rows = partial(_base_rows, target)
-    rows_at_once = max(1, WEIGHT_ELEMENTS // target.in_features)
-    return all(
-        torch.equal(copy[start : start + rows_at_once].float(), base_rows(start, min(start + rows_at_once, len(copy))))
-        for start in resting(range(0, len(copy), rows_at_once), values.rest)
-    )
-
-
-def _is_tied(target: LoraTarget, targets: Mapping[str, LoraTarget]) -> bool:
-    heads = [head for head in targets.values() if head.tied_to is not None]
-    return any(target in (head, targets.get(head.tied_to or "")) for head in heads)
+def trained_ids(module: Module, config: LoRAConfig) -> tuple[int, ...]:
+    """The tokens whose rows were trained in a module; in a tied head the embedding's, unless it has others."""
+    named = module.is_one_of(config.trained_tokens) or named_by(module.target.tied_to or "", config.trained_tokens)
+    return config.trained_tokens.get(named or "", ())
 
 
 def _share_tokens(

@@ -133,18 +133,25 @@ def digest_of(config: bytes, weights: Iterable[bytes | memoryview]) -> str:
 
 def module_ranks(tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, int], list[str]]:
     """The rank of each adapted module by the shapes of its A, and what is wrong with the names or shapes."""
-    names, problems = split_tensor_names(tensors)
+    split = split_tensor_names(tensors)
+    problems = split.problems
     ranks = {
-        name.module: _rank(name, tensors[name.key], problems) for name in names if name.part in ("A", "embedding_A")
+        name.module: _rank(name, tensors[name.key], problems)
+        for name in split.names
+        if name.part in ("A", "embedding_A")
     }
     if not ranks and not problems:
-        problems.append(f"{WEIGHTS_FILE}: it holds no LoRA tensors")
+        problems.append(f"{WEIGHTS_FILE}: it holds no LoRA tensors{' of the text model' * bool(split.towers)}")
     return ranks, problems
 
 
 def _rank(name: LoraTensorName, entry: TensorEntry, problems: list[str]) -> int:
     if len(entry.shape) != 2 or entry.shape[0] == 0:
-        problems.append(f"{name.key}: shape {list(entry.shape)}, expected [rank, inputs] with rank > 0")
+        sharded = "; DeepSpeed ZeRO-3 and FSDP leave this when the adapter is saved without being gathered"
+        problems.append(
+            f"{name.key}: shape {list(entry.shape)}, expected [rank, inputs] with rank > 0"
+            f"{sharded if entry.shape == (0,) else ''}"
+        )
         return 0
     return entry.shape[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -45,6 +45,7 @@ class LoraTarget:
     kind: TargetKind = TargetKind.LINEAR
     base: BaseWeight | None = None  # needed for DoRA, trained biases and copies of base weights
     tied_to: str | None = None  # the embedding whose weight this head shares
+    rounding: Callable[[Tensor], Tensor] | None = None  # what became of the checkpoint's rows when the model was loaded
 
     @property
     def columns(self) -> slice:
@@ -65,6 +66,11 @@ class Module:
         return next(iter(self.parts.values())).module
 
     @property
+    def any_key(self) -> str:
+        """To name it by in a message."""
+        return next(iter(self.parts.values())).key
+
+    @property
     def is_adapted(self) -> bool:
         return "A" in self.parts
 
@@ -72,5 +78,13 @@ class Module:
         return self.parts[part].key
 
     def is_one_of(self, ends: Iterable[str]) -> str | None:
-        """Which of these is how the module's path ends: as PEFT sees it, "norm" is every module that ends so."""
-        return next((end for end in ends if self.name.endswith(end)), None)
+        """Which of these names the module; by the trained model's path, or else by its own."""
+        return named_by(self.trained_name, ends) or named_by(self.name, ends)
+
+
+def named_by(module: str, ends: Iterable[str]) -> str | None:
+    """Which of these is how a module's path ends, or the path of one that holds it: as PEFT sees it, "norm" is every
+    module that ends so, and "mlp" all that is in one."""
+    parts = module.split(".")
+    paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((end for end in ends if any(path.endswith(end) for path in paths)), None)

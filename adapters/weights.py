@@ -77,7 +77,8 @@ def load_adapter(
     tensors, config = _read(key, directory, rest)
     bound = bind(tensors, config, targets, dtype, max_rank, rest)
     packed = pack_adapter(bound, pack, rest)
-    return LoadedAdapter(key, packed, bound.ranks, config.warnings, bound.invocation_tokens, bound.whole)
+    warnings = (*config.warnings, *bound.warnings)
+    return LoadedAdapter(key, packed, bound.ranks, warnings, bound.invocation_tokens, bound.whole)
 
 
 def load_composition(

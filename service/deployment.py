@@ -110,7 +110,10 @@ class AdapterDeployer:
         limits = self._models.get(base_model).supervisor.limits
         if files.description is None or limits is None or files.description.rank <= limits.max_adapter_rank:
             return files
-        problem = f"rank {files.description.rank}: model {base_model!r} takes at most {limits.max_adapter_rank}"
+        problem = (
+            f"rank {files.description.rank}: model {base_model!r} takes at most {limits.max_adapter_rank} "
+            "(max_adapter_rank)"
+        )
         return replace(files, description=None, problems=(problem,), reason="ADAPTER_RANK_TOO_HIGH")
 
     async def validate(self, tenant: str, adapter_id: str, base_model: str, files: AdapterFiles) -> AdapterLoaded:
@@ -405,7 +408,7 @@ def adapter_info(description: AdapterDescription, loaded: AdapterLoaded) -> Adap
         target_modules=tuple(loaded.target_modules),
         alpha=description.config.alpha,
         module_ranks=ranks if len(set(ranks.values())) > 1 else {},
-        warnings=(*description.config.warnings, *loaded.warnings),
+        warnings=tuple(loaded.warnings),
     )
 
 

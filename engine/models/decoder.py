@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from adapters.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear, Site
 from adapters.replaced import REPLACED_SITE, ReplacementSite
-from adapters.targets import LoraTarget
+from adapters.targets import BaseWeight, LoraTarget
 from engine.batch import StepBatch
 from engine.model_config import ModelConfig
-from engine.models.layout import HEAD_SITE, layer_linears, lora_targets, site_name
+from engine.models.layout import HEAD_MODULE, HEAD_SITE, layer_linears, lora_targets, site_name
 from kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
 
 
@@ -52,6 +52,7 @@ class LanguageModel:
         head: LoRALinear,
         replaced: ReplacementSite,
         nbytes: int,
+        head_rounding: Callable[[Tensor], Tensor] | None = None,  # of the checkpoint's rows, while they were loaded
     ) -> None:
         self.config = config
         self.dtype = embedding.weight.dtype
@@ -61,6 +62,7 @@ class LanguageModel:
         self._layers = tuple(layers)
         self._final_norm = final_norm
         self._head = head
+        self._head_rounding = head_rounding
         self._replaced = replaced
         self._shape = config.head_shape
         self._activate = ops.silu_and_mul if config.activation == "silu" else ops.gelu_tanh_and_mul
@@ -108,11 +110,12 @@ class LanguageModel:
 
     def lora_targets(self) -> dict[str, LoraTarget]:
         """The modules that an adapter may change, by their path in the Hugging Face model."""
-        bases = {site: linear.linear for site, linear in self._linears().items()}
-        return {
-            path: replace(target, base=self._embedding if target.site == EMBEDDING_SITE else bases.get(target.site))
-            for path, target in lora_targets(self.config).items()
+        bases: dict[str, BaseWeight] = {site: linear.linear for site, linear in self._linears().items()}
+        bases[EMBEDDING_SITE] = self._embedding
+        targets = {
+            path: replace(target, base=bases.get(target.site)) for path, target in lora_targets(self.config).items()
         }
+        return {**targets, HEAD_MODULE: replace(targets[HEAD_MODULE], rounding=self._head_rounding)}
 
     def lora_sites(self) -> dict[str, Site]:
         """Where adapters are placed, by the names that the targets refer to."""

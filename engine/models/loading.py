@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from engine.models.registry import read_model_config
 from engine.quantization import LinearShape, QuantizedReader, QuantSpec, base_names, read_spec, round_to_nearest
 from engine.weights import Checkpoint, Progress, read_json
 from kernels.ops import Ops, QKNorm
-from kernels.quantized import QuantizedWeight, concatenate
+from kernels.quantized import QuantizedWeight, concatenate, dequantize
 
 DTYPES = {
     "float64": torch.float64,
@@ -118,6 +119,10 @@ def compute_dtype(requested: str, stated: str | None, stored: torch.dtype) -> to
     return torch.bfloat16 if checkpoint_dtype.itemsize == 2 else torch.float32
 
 
+def _rounded(method: str, rows: Tensor) -> Tensor:
+    return dequantize(round_to_nearest(rows, method))
+
+
 class _Loader:
     """What the steps of loading one model share. Each tensor is read once, straight to its place."""
 
@@ -154,8 +159,17 @@ class _Loader:
         final_norm = self._adapted_norm(FINAL_NORM_SITE, FINAL_NORM)
         self.nbytes += embedding.nbytes
         adapted_embedding = LoRAEmbedding(embedding, self.replaced.table.at(EMBEDDING_SITE))
-        replaced, nbytes = self.replaced, self.nbytes
-        return LanguageModel(self.config, self.ops, adapted_embedding, layers, final_norm, head, replaced, nbytes)
+        return LanguageModel(
+            self.config,
+            self.ops,
+            adapted_embedding,
+            layers,
+            final_norm,
+            head,
+            self.replaced,
+            self.nbytes,
+            partial(_rounded, self.head_rounding) if self.head_rounding is not None else None,
+        )
 
     def _layer(self, index: int) -> DecoderLayer:
         prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], layer_norms(self.config)

@@ -148,6 +148,102 @@ def test_a_module_trained_whole_and_by_rows_is_refused(lora_tensors: TensorMaker
     assert "modules_to_save and trainable_token_indices both" in problem
 
 
+@pytest.mark.parametrize("wrapped", ["language_model.lm_head", "lm_head"])
+def test_the_head_binds_beside_a_wrapped_decoder(lora_tensors: TensorMaker, targets: Targets, wrapped: str) -> None:
+    head = {"lm_head": LoraTarget("lm_head", 8, 0, 9)}
+    tensors = {key.replace("lm_head", wrapped): value for key, value in _lora_of_the_head().items()}
+    assert bound(tensors, targets | head).ranks == {"lm_head": 4}
+
+
+def _lora_of_the_head() -> dict[str, torch.Tensor]:
+    prefix = "base_model.model.lm_head"
+    return {f"{prefix}.lora_A.weight": torch.ones(4, 8), f"{prefix}.lora_B.weight": torch.ones(9, 4)}
+
+
+@pytest.mark.parametrize(
+    ("tower", "module"),
+    [
+        ("model.visual", "model.visual.blocks.0.attn.qkv"),
+        ("visual", "visual.merger.mlp.0"),
+        ("model.vision_tower", "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"),
+        ("model.multi_modal_projector", "model.multi_modal_projector.linear_1"),
+    ],
+)
+def test_lora_beside_the_decoder_is_left_out_with_one_warning(
+    lora_tensors: TensorMaker, targets: Targets, tower: str, module: str
+) -> None:
+    beside = {f"base_model.model.{module}.lora_{part}.weight": torch.ones(3, 3) for part in "AB"}
+    adapter = bound(lora_tensors([Q]) | beside, targets)
+    assert adapter.ranks == {Q: 4}
+    assert adapter.warnings == (f"{tower}: left out, because text alone is served",)
+
+
+def test_lora_beside_the_decoder_alone_is_no_adapter(targets: Targets) -> None:
+    beside = {f"base_model.model.visual.blocks.0.attn.qkv.lora_{part}.weight": torch.ones(3, 3) for part in "AB"}
+    (problem,) = problems_with(beside, targets)
+    assert "no LoRA tensors of the text model" in problem
+
+
+def test_a_saved_part_beside_the_decoder_is_left_out_too(lora_tensors: TensorMaker, targets: Targets) -> None:
+    beside = {"base_model.model.model.multi_modal_projector.linear_1.weight": torch.ones(3, 3)}
+    adapter = bound(lora_tensors([Q]) | beside, targets, modules_to_save=["multi_modal_projector"])
+    assert len(adapter.warnings) == 1
+
+
+def test_every_module_of_a_container_is_trained_whole(lora_tensors: TensorMaker, targets: Targets) -> None:
+    parts = {"gate_proj": (10, 8), "up_proj": (10, 8), "down_proj": (8, 10)}
+    saved = {f"base_model.model.model.layers.0.mlp.{part}.weight": torch.ones(shape) for part, shape in parts.items()}
+    adapter = bound(lora_tensors([Q]) | saved, targets, modules_to_save=["mlp"])
+    assert adapter.replaced is not None
+    assert set(adapter.replaced.sites) == {"0.gate_up", "0.down"}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "_orig_mod.base_model.model.{}",
+        "module.base_model.model.{}",
+        "module._orig_mod.base_model.model.{}",
+        "base_model.model._orig_mod.{}",
+        "_fsdp_wrapped_module.base_model.model.{}",
+    ],
+)
+def test_what_trainers_put_into_names_is_stripped(lora_tensors: TensorMaker, targets: Targets, spelling: str) -> None:
+    tensors = {spelling.format(key): value for key, value in lora_tensors([Q], prefix="").items()}
+    assert bound(tensors, targets, rank_pattern={"^model.layers.0.self_attn.q_proj": 4}, r=8).ranks == {Q: 4}
+
+
+def test_wrappers_within_the_path_are_stripped(lora_tensors: TensorMaker, targets: Targets) -> None:
+    tensors = {
+        key.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."): value
+        for key, value in lora_tensors([Q]).items()
+    }
+    assert bound(tensors, targets).ranks == {Q: 4}
+
+
+def test_an_untrained_adapter_is_warned_of(lora_tensors: TensorMaker, targets: Targets) -> None:
+    assert bound(lora_tensors([Q]), targets).warnings == ()
+    (warning,) = bound(lora_tensors([Q]) | {B: torch.zeros(12, 4)}, targets).warnings
+    assert "every lora_B is zero" in warning
+
+
+def test_patterns_that_match_nothing_are_warned_of(lora_tensors: TensorMaker, targets: Targets) -> None:
+    patterns = {"rank_pattern": {"q_proj": 4, "query": 8}, "alpha_pattern": {"o_proj": 2.0}}
+    warnings = bound(lora_tensors([Q]), targets, **patterns).warnings
+    assert warnings == (
+        "rank_pattern: no module with LoRA is matched by 'query'",
+        "alpha_pattern: no module with LoRA is matched by 'o_proj'",
+    )
+
+
+def test_only_norms_over_heads_are_said_to_be_such(lora_tensors: TensorMaker, targets: Targets) -> None:
+    stray = {f"base_model.model.model.layers.0.self_attn.{name}.weight": torch.ones(4) for name in ("q_norm", "rotary")}
+    problems = problems_with(lora_tensors([Q]) | stray, targets, modules_to_save=["q_norm", "rotary"])
+    assert [problem.partition(".weight: ")[0].rpartition(".")[2] for problem in problems if "heads" in problem] == [
+        "q_norm"
+    ]
+
+
 def test_two_spellings_of_one_tensor_are_ambiguous(lora_tensors: TensorMaker, targets: Targets) -> None:
     problems = problems_with(lora_tensors([Q]) | lora_tensors([Q], prefix=""), targets)
     assert len(problems) == 2

@@ -259,3 +259,14 @@ def test_real_configs_are_read_as_they_are_or_refused_by_name() -> None:
             assert config.modules_to_save == HEADS_OF_OTHER_TASKS.get(path.name, ()), path.name
             num_accepted += 1
     assert num_accepted >= 50
+
+
+def test_an_adapter_of_mlx_is_called_so() -> None:
+    with pytest.raises(AdapterRejected, match="MLX-LM"):
+        parse_config(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}, "num_layers": 16}).encode())
+
+
+@pytest.mark.parametrize("field", ["lora_plus_lr_ratio", "lorap_lr_ratio", "loraplus_lr_ratio", "lora_dtype"])
+def test_fields_of_training_alone_change_nothing(field: str) -> None:
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    assert parse_config(json.dumps(fields | {field: 16.0}).encode()) == parse_config(json.dumps(fields).encode())

@@ -112,13 +112,22 @@ class Oracle:
 
         Activated LoRA has a name that begins with "activated".
         """
-        base = self.models[None]
+        self.write(name, fields, seed)
+        self.read(name)
+
+    def write(self, name: str, fields: Mapping[str, Any], seed: int, **options: Any) -> None:
+        """Have PEFT save an adapter with random weights; `options`: of `save_pretrained`."""
         with warnings.catch_warnings(action="ignore"):  # PEFT warns of the odd things that are done here on purpose
             config = peft.LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6} | dict(fields)))
-            trained = randomised(peft.get_peft_model(copy.deepcopy(base), config), seed)
+            trained = randomised(peft.get_peft_model(copy.deepcopy(self.models[None]), config), seed)
             trained.create_or_update_model_card = lambda folder: None  # takes longer than the adapter
-            trained.save_pretrained(self.folder / name)
-            self.models[name] = peft.PeftModel.from_pretrained(copy.deepcopy(base), self.folder / name).eval()
+            trained.save_pretrained(self.folder / name, **options)
+
+    def read(self, name: str) -> None:
+        """Have PEFT read the adapter of that name, as it is on disk now."""
+        with warnings.catch_warnings(action="ignore"):
+            base = copy.deepcopy(self.models[None])
+            self.models[name] = peft.PeftModel.from_pretrained(base, self.folder / name).eval()
         self.keys[name] = AdapterKey(f"shared/{name}", digest(self.folder / name))
 
     def add_sum(self, name: str, weights: Mapping[str, float], merged: Mapping[str, Mapping[str, Tensor]]) -> None:

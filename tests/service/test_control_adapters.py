@@ -113,7 +113,7 @@ async def test_an_adapter_of_too_high_a_rank_is_failed(control: ControlPlane) ->
     write_adapter(control.roots / "big", rank=16)
     adapter = await create(control, source="big")
     assert adapter.state == Adapter.STATE_FAILED
-    assert adapter.error.message == "rank 16: model 'tiny' takes at most 8"
+    assert adapter.error.message == "rank 16: model 'tiny' takes at most 8 (max_adapter_rank)"
     assert control.core().loaded == []
 
 
