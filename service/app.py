@@ -37,7 +37,7 @@ from service.control.watching import Latest
 from service.deployment import AdapterDeployer
 from service.errors import Unavailable
 from service.hosting import HostedModel, ModelHost, revision_of
-from service.inference import InferenceServicer
+from service.inference import InferenceServicer, keeps_nothing
 from service.interceptors import CallInterceptor, CallLimits
 from service.probes import Probes, build_probe_server
 from service.receiving import ReceiveLimits
@@ -168,6 +168,7 @@ def assemble(
         resume_seconds=config.supervision.resume_seconds,
         observer=telemetry.observer,
         metrics=telemetry.metrics,
+        recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,
     )
     tokenizer = TokenizerServicer(catalog, renderer)
     server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex"), limits)

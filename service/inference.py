@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -64,6 +64,10 @@ _FIELD_OF_EVENT: dict[type[Event], str] = {
 }
 
 
+async def keeps_nothing() -> None:
+    return
+
+
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Generates text. Every accepted request ends with one Completed, or with one status."""
 
@@ -78,10 +82,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         resume_seconds: float = 60.0,
         observer: Observer = NOBODY,
         metrics: RequestMetrics | None = None,
+        recorded: Callable[[], Awaitable[None]] = keeps_nothing,
     ) -> None:
         """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read.
         `resume_seconds`: how long a request that has begun waits for the engine that follows one that died.
-        `metrics`: gets the gaps between tokens; what else it counts, it hears of as an observer.
+        `metrics`: gets the gaps between tokens; what else it counts, it hears of as an observer. `recorded`: waits
+        until what observers keep of generations that have ended is kept: callers see the end only then.
         """
         self._catalog = catalog
         self._admission = admission
@@ -91,6 +97,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._cold_adapters = ColdAdapters(adapter_path, max_load_wait_seconds)
         self._resume_seconds = resume_seconds
         self._observer = observer
+        self._recorded = recorded
         self._token_gaps = (metrics or RequestMetrics()).token_gaps
         self._requests = Requests()
 
@@ -106,7 +113,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with self._run(known, request.spec, "spec", streaming=True) as run, aclosing(run.events()) as events:
                 async for event in events:
                     if isinstance(event, Completed):
-                        self._record(known.call, run, "OK")  # before the caller has it: what it knows of, is kept
+                        self._record(known.call, run, "OK")
+                        await self._recorded()  # before the caller has it: what it knows of, is kept
                     fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
                     yield StreamGenerateResponse(**fields)
                     seq += 1
@@ -230,16 +238,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             run = Run(job, model.client, successor, self._token_gaps.of((model.name,)), start)
             call.usage = run.usage
             known.runs(run)
-            status = "OK"
+            status, caller_waits = "OK", True
             try:
                 yield run
             except BaseException as error:
-                status = status_name(error, call)
+                status, caller_waits = status_name(error, call), isinstance(error, Exception)
                 raise
             finally:
                 if not call.recorded:
                     self._record(call, run, status)
                 run.close()
+                if caller_waits:
+                    await self._recorded()
 
     def _record(self, call: Call, run: Run, status: str) -> None:
         call.recorded = True

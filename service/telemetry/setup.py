@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,8 @@ async def telemetry_of(config: ServiceConfig) -> AsyncIterator[Telemetry]:
         usage: UsageLog | None = None
         if config.usage is not None:
             usage = UsageLog(Path(config.usage.file), config.usage.rotate_bytes, config.usage.max_waiting_records)
-            observers.append(stack.enter_context(closing(usage)))
+            stack.push_async_callback(usage.close)
+            observers.append(usage)
             trying = asyncio.create_task(usage.keep_trying(), name="usage")
             stack.callback(trying.cancel)
         if config.access_log:

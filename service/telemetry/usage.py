@@ -5,47 +5,64 @@ the service afterwards, kill -9 included, the record of every generation that a 
 machine that loses power may lose what its kernel had not written out yet.) A generation that was under way when the
 service was killed has no record: nobody was told that it ended.
 
-While the file cannot be written, records wait in memory and generations go on; the log says so. Once too many wait, no
-generation is begun until they have been written.
+While the file cannot be written, or takes long, records wait in memory and generations go on; the log says so. Once too
+many wait, no generation is begun until they have been written. A thread of its own writes, so that a disk that does not
+answer holds up nobody.
 """
 
 import asyncio
 import logging
-import os
-import re
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
 
 import msgspec
 
 from service.call import Call
 from service.errors import Unavailable
 from service.telemetry.records import CallRecord, GenerationRecord
+from service.telemetry.usage_files import UsageFiles
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
 RETRY_SECONDS = 1.0  # between two attempts to write what waits
-SET_ASIDE = re.compile(r"\.\d{8}T\d{6}Z-\d{9}")  # what the name of a full file ends with: sorts by time
+STUCK_SECONDS = 1.0  # that the end of a generation waits for its record at most
+READERS = 2  # threads for all who read records back
 
 
 class UsageLog:
-    """An observer that appends. The file belongs to one process; full ones are nobody's, to be taken away or kept."""
+    """An observer that appends, for one event loop. The file belongs to one process; full ones are nobody's, to be
+    taken away or kept."""
 
     def __init__(self, file: Path, rotate_bytes: int, max_waiting: int = 10_000) -> None:
         """Raises OSError if the file cannot be opened for appending."""
-        self.num_waiting = 0  # records that are not in the file, or not whole
+        self.files = UsageFiles(file, rotate_bytes)
         self._file = file
-        self._rotate_bytes = rotate_bytes
         self._max_waiting = max_waiting
         self._encoder = msgspec.json.Encoder()
-        self._waiting = bytearray()  # what could not be written
+        self._lines: list[bytes] = []  # that the writer has not been given
+        self._num_noted = self._num_given = self._num_written = 0  # records
         self._watchers: set[asyncio.Event] = set()
         self._tell_full: Callable[[bool], None] = lambda full: None
         self._was_full = self._fails = False
-        self._open()
+        self._loop = asyncio.get_running_loop()
+        self._writing = self._loop.create_future()  # what the writer has been given last
+        self._writing.set_result(None)
+        self._batches: SimpleQueue[list[bytes] | None] = SimpleQueue()
+        self._readers = ThreadPoolExecutor(READERS, "usage-read")
+        # A daemon: a write that never ends must not keep the service from ending.
+        threading.Thread(target=self._write_batches, name="usage-write", daemon=True).start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Records that are not in the file, or not whole."""
+        return self._num_noted - self._num_written
 
     @property
     def full(self) -> bool:
@@ -65,11 +82,17 @@ class UsageLog:
         """Have it told, on the event loop, whenever `full` changes."""
         self._tell_full = tell
 
-    def files(self) -> list[Path]:
-        """Those that are still there, the oldest first. Call it on the event loop, where they are set aside."""
-        siblings = (path for path in self._file.parent.iterdir() if path.name.startswith(self._file.name))
-        aside = (path for path in siblings if SET_ASIDE.fullmatch(path.name.removeprefix(self._file.name)))
-        return [*sorted(aside), *([self._file] if self._file.exists() else [])]
+    async def written(self) -> None:
+        """Until the file has all that was noted before; no longer than STUCK_SECONDS, and not while it fails."""
+        wanted = self._num_noted
+        while self._num_written < wanted and not self._fails:
+            done, _ = await asyncio.wait({self._writing}, timeout=STUCK_SECONDS)
+            if not done:
+                self._say_failing(f"it has taken longer than {STUCK_SECONDS:g} s")
+
+    async def reading(self, read: Callable[[], T]) -> T:
+        """What `read` returns, called in a thread that is there for that. Raises what it raises."""
+        return await self._loop.run_in_executor(self._readers, read)
 
     @contextmanager
     def growth(self) -> Iterator[asyncio.Event]:
@@ -88,71 +111,84 @@ class UsageLog:
         pass
 
     def generation_ended(self, call: Call, record: GenerationRecord) -> None:
-        self._waiting += self._encoder.encode(record) + b"\n"
-        self.num_waiting += 1
-        self._write_out()
+        self._lines.append(self._encoder.encode(record) + b"\n")
+        self._num_noted += 1
+        self._write_soon()
+        self._tell_if_full()
 
     def adapter_removed(self, name: str) -> None:
         pass
 
     async def keep_trying(self) -> None:
-        """Write what waits as soon as that goes, even if no further generation ends. Never returns."""
+        """Write what waits as soon as that goes, and make the file again if it was taken away, even if no further
+        generation ends. Never returns."""
         while True:
             await asyncio.sleep(RETRY_SECONDS)
-            if self._waiting:
-                self._write_out()
+            self._write_soon()
 
-    def close(self) -> None:
-        if self._waiting:
-            self._write_out()
+    async def close(self) -> None:
+        """Write what waits, if that goes at once."""
+        done, _ = await asyncio.wait({self._writing}, timeout=STUCK_SECONDS)
+        if done and self.num_waiting:
+            self._write_soon()
+            await asyncio.wait({self._writing}, timeout=STUCK_SECONDS)
         if self.num_waiting:
             logger.error("%d usage records could not be written to %s, and are lost", self.num_waiting, self._file)
-        os.close(self._descriptor)
+        self._batches.put(None)
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
-    def _open(self) -> None:
-        self._descriptor = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        self._size = os.fstat(self._descriptor).st_size
-        if self._size and os.pread(self._descriptor, 1, self._size - 1) != b"\n":
-            self._waiting[:0] = b"\n"  # an earlier life was stopped in the middle of a line, or the disk was full
+    # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _write_out(self) -> None:
-        try:
-            self._write()
-            if self._size >= self._rotate_bytes:
-                self._rotate()
-        except OSError as error:
-            if not self._fails:
-                logger.error(
-                    "usage records cannot be written to %s (%s): they wait in memory, and are lost if the service ends "
-                    "before that is mended. Once %d wait, no generation is begun",
-                    self._file,
-                    error.strerror,
-                    self._max_waiting,
-                )
-            self._fails = True
+    def _write_soon(self) -> None:
+        if self._writing.done():
+            lines, self._lines = self._lines, []
+            self._num_given = self._num_noted
+            self._writing = self._loop.create_future()
+            self._batches.put(lines)
+
+    def _write_batches(self) -> None:
+        """In a thread of its own, until it is given None."""
+        while (lines := self._batches.get()) is not None:
+            failure = None
+            try:
+                self.files.append(lines)
+            except OSError as error:
+                failure = error.strerror or str(error)
+            with suppress(RuntimeError):  # the loop was closed while the disk did not answer
+                self._loop.call_soon_threadsafe(self._written_out, failure)
+        self.files.close()
+
+    def _written_out(self, failure: str | None) -> None:
+        self._writing.set_result(None)
+        if failure is None:
+            self._say_written()
         else:
-            if self._fails:
-                logger.info("usage records can be written to %s again", self._file)
-            self._fails = False
+            self._say_failing(failure)
+        self._tell_if_full()
+
+    def _say_written(self) -> None:
+        if self._fails:
+            logger.info("usage records can be written to %s again", self._file)
+        self._fails = False
+        if self._num_written < self._num_given:
+            self._num_written = self._num_given
+            for grown in self._watchers:
+                grown.set()
+        if self._lines:
+            self._write_soon()
+
+    def _say_failing(self, why: str) -> None:
+        if not self._fails:
+            logger.error(
+                "usage records cannot be written to %s (%s): they wait in memory, and are lost if the service ends "
+                "before that is mended. Once %d wait, no generation is begun",
+                self._file,
+                why,
+                self._max_waiting,
+            )
+        self._fails = True
+
+    def _tell_if_full(self) -> None:
         if self.full is not self._was_full:
             self._was_full = self.full
             self._tell_full(self.full)
-
-    def _write(self) -> None:
-        while self._waiting:
-            written = os.write(self._descriptor, self._waiting)
-            del self._waiting[:written]
-            self._size += written
-        self.num_waiting = 0
-        for grown in self._watchers:
-            grown.set()
-
-    def _rotate(self) -> None:
-        """Under a name that sorts by time and that nothing has yet."""
-        now = time.time_ns()
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now // 10**9))
-        with suppress(FileNotFoundError):  # taken away, or set aside already when no new one could be made
-            os.rename(self._file, self._file.with_name(f"{self._file.name}.{stamp}-{now % 10**9:09}"))
-        before = self._descriptor
-        self._open()
-        os.close(before)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import mmap
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import closing
-from pathlib import Path
-from typing import BinaryIO
+from functools import partial
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
-from service.errors import NotFound
+from service.errors import NotFound, Unavailable
 from service.telemetry.records import GenerationRecord
-from service.telemetry.usage import UsageLog
+from service.telemetry.usage import RETRY_SECONDS, UsageLog
+from service.telemetry.usage_files import UsageFiles
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BATCH_BYTES = 256 << 10  # of a file, read at once
 
@@ -28,14 +30,13 @@ async def usage_records(
     """The records after the one with this id ("": all), in order, some at a time; then those that are being written.
 
     Ends, if `existing_only`, when it has come to the last. Raises NotFound (USAGE_RECORD_NOT_FOUND) if the record, or a
-    file that was being read, has been taken away.
+    file that was being read, has been taken away, and Unavailable (USAGE_UNREADABLE) if there are no files that can be
+    read.
     """
-    with log.growth() as grown, closing(_Reader(log)) as reader:
-        if after_id:
-            await reader.seek(after_id)
+    with log.growth() as grown, closing(await _reading(log, partial(_Reader, log.files, after_id))) as reader:
         while True:
             grown.clear()
-            if records := await reader.read():
+            if records := await _reading(log, reader.read):
                 yield records
             elif existing_only:
                 return
@@ -43,46 +44,58 @@ async def usage_records(
                 await grown.wait()
 
 
-class _Reader:
-    """A place in the files of a log. Threads read; files are found and opened on the event loop, which names them."""
+async def _reading(log: UsageLog, read: Callable[[], T]) -> T:
+    try:
+        return await log.reading(read)
+    except OSError as error:
+        raise _unreadable(str(error)) from error
 
-    def __init__(self, log: UsageLog) -> None:
-        """Begins with the oldest."""
-        self._log = log
+
+class _Reader:
+    """A place in the files of a log. For one thread at a time."""
+
+    def __init__(self, files: UsageFiles, after_id: str) -> None:
+        """Begins with the oldest record, or behind the one with this id. Raises NotFound, Unavailable, OSError."""
+        self._files = files
         self._decoder = msgspec.json.Decoder(GenerationRecord)
-        self._file = _open(log.files()[0])
+        self._file = self._behind(after_id) if after_id else self._oldest()
 
     def close(self) -> None:
         self._file.close()
 
-    async def seek(self, after_id: str) -> None:
-        """Go on behind the record with this id. Raises NotFound."""
-        for path in reversed(self._log.files()):  # the newest, which alone may be renamed, is opened before any waiting
-            try:
-                file = _open(path)
-            except FileNotFoundError:
-                continue  # taken away meanwhile
-            self._file.close()
-            self._file = file
-            place = await asyncio.to_thread(_place_after, file, after_id)
-            if place is not None:
-                file.seek(place)
-                return
-        raise _gone(f"no usage file has a record {after_id[:100]!r}", after_id)
-
-    async def read(self) -> list[GenerationRecord]:
-        """The next records; none: there are no more by now. Raises NotFound."""
-        while True:
-            if records := await asyncio.to_thread(self._read):
-                return records
+    def read(self) -> list[GenerationRecord]:
+        """The next records; none: there are no more by now. Raises NotFound, OSError."""
+        while not (records := self._read()):
             following = self._following()
             if following is None:
                 return []
-            if records := await asyncio.to_thread(self._read):  # written between the first look and the next file
+            if records := self._read():  # written between the first look and the next file
                 following.close()
                 return records
             self._file.close()
             self._file = following
+        return records
+
+    def _oldest(self) -> BinaryIO:
+        file = self._files.oldest()
+        if file is None:
+            raise _unreadable("there are none now")
+        return file
+
+    def _behind(self, after_id: str) -> BinaryIO:
+        for file in self._files.newest_first():
+            place = _place_after(file, after_id)
+            if place is not None:
+                file.seek(place)
+                return file
+            file.close()
+        raise _gone(f"no usage file has a record {after_id[:100]!r}", after_id)
+
+    def _following(self) -> BinaryIO | None:
+        try:
+            return self._files.following(self._file)
+        except LookupError as error:
+            raise _gone(str(error.args[0]), self._file.name) from error
 
     def _read(self) -> list[GenerationRecord]:
         while lines := self._file.readlines(BATCH_BYTES):
@@ -101,19 +114,6 @@ class _Reader:
             logger.warning("a line of %s is no usage record, and passed over: %s", self._file.name, error)
             return None
 
-    def _following(self) -> BinaryIO | None:
-        """The file after the one that is being read; None: there is none yet. Raises NotFound."""
-        own, following = os.fstat(self._file.fileno()), None
-        for path in reversed(self._log.files()):
-            if os.path.samestat(path.stat(), own):
-                return None if following is None else _open(following)
-            following = path
-        raise _gone(f"the usage file {self._file.name} was taken away while it was being read", self._file.name)
-
-
-def _open(path: Path) -> BinaryIO:
-    return path.open("rb")
-
 
 def _place_after(file: BinaryIO, record_id: str) -> int | None:
     """Of the line after the record's; None: it is not there."""
@@ -130,3 +130,7 @@ def _place_after(file: BinaryIO, record_id: str) -> int | None:
 
 def _gone(problem: str, name: str) -> NotFound:
     return NotFound("USAGE_RECORD_NOT_FOUND", name, f"{problem}; leave after_id out to begin with the oldest there is")
+
+
+def _unreadable(why: str) -> Unavailable:
+    return Unavailable("USAGE_UNREADABLE", f"the files of the usage records cannot be read: {why}", RETRY_SECONDS)

@@ -1,13 +1,14 @@
 """Usage records: what is in one, and that none is missing or doubled, whatever happened to the service."""
 
 import asyncio
+import errno
 import json
 import os
 import sys
 from asyncio.subprocess import PIPE
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from service.config import UsageConfig
 from service.errors import NotFound as RecordNotFound
 from service.telemetry.records import GenerationRecord
 from service.telemetry.usage import UsageLog
+from service.telemetry.usage_files import UsageFiles
 from service.telemetry.usage_reader import usage_records
 from tests.service import usage_life
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
@@ -254,21 +256,100 @@ async def test_a_reader_passes_over_cut_lines_and_waits_for_whole_ones(tmp_path:
     file.write_bytes(b'{"id": "cut\n' + line + b"\n" + line[:20])
     log = UsageLog(file, 1 << 20)
     found = [record.id async for batch in usage_records(log, "", existing_only=True) for record in batch]
-    log.close()
+    await log.close()
     assert found == ["1"]
+
+
+def set_aside(file: Path) -> list[Path]:
+    return list(file.parent.glob(f"{file.name}.*"))
+
+
+def fill(pipe: int) -> None:
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"x" * 65536)
+
+
+async def noted(log: UsageLog, *ids: str) -> None:
+    """Generations with these ids have ended."""
+    for name in ids:
+        log.generation_ended(Call("default", arrival=0.0), msgspec.structs.replace(RECORD, id=name))
+    await log.written()
+
+
+async def read_back(log: UsageLog, after_id: str = "") -> list[str]:
+    return [record.id async for batch in usage_records(log, after_id, existing_only=True) for record in batch]
 
 
 async def test_a_consumer_of_a_file_that_is_taken_away_is_told(tmp_path: Path) -> None:
     file = tmp_path / "usage.jsonl"
     log = UsageLog(file, 1)  # each record has a file
-    log.generation_ended(Call("default", arrival=0.0), RECORD)
+    await noted(log, "1")
     batches = usage_records(log, "", existing_only=True)
     await anext(batches)
-    for aside in log.files()[:-1]:
+    for aside in set_aside(file):
         aside.unlink()
     with pytest.raises(RecordNotFound, match="taken away"):
         await anext(batches)
-    log.close()
+    await log.close()
+
+
+async def test_who_watches_where_no_files_are_left_is_told_to_come_again(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "abc", max_tokens=1)
+    folder = control.roots / "aside"
+    folder.mkdir()
+    log = control.app.telemetry.usage
+    assert log is not None
+    log._write_soon = lambda: None  # type: ignore[method-assign]  # nothing makes the file again meanwhile
+    (control.roots / "usage.jsonl").rename(folder / "usage.jsonl")
+    with pytest.raises(Unavailable) as raised:
+        await anext(control.admin.watch_usage())
+    assert raised.value.reason == "USAGE_UNREADABLE"
+
+
+async def test_a_file_that_was_taken_away_is_made_again_with_the_next_record(tmp_path: Path) -> None:
+    file = tmp_path / "usage.jsonl"
+    log = UsageLog(file, 1 << 20)
+    await noted(log, "1")
+    file.unlink()
+    await noted(log, "2")
+    assert [record["id"] for record in records(file)] == ["2"]
+    await log.close()
+
+
+async def test_records_are_in_order_though_the_clock_was_set_back(tmp_path: Path) -> None:
+    file, times = tmp_path / "usage.jsonl", [3 * 10**18, 2 * 10**18, 10**18]
+    for time in times:  # each in a life of its own
+        log = UsageLog(file, 1)
+        log.files._clock = lambda time=time: time  # type: ignore[misc]
+        await noted(log, str(time))
+        await log.close()
+    log = UsageLog(file, 1)
+    assert await read_back(log) == [str(time) for time in times]
+    assert await read_back(log, after_id=str(times[0])) == [str(time) for time in times[1:]]
+    await log.close()
+
+
+async def test_a_file_that_takes_no_bytes_and_gives_no_error_stops_nobody(
+    byte_tokenizer_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = tmp_path / "usage.jsonl"
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    fill(held)
+    usage = UsageConfig(file=str(pipe), max_waiting_records=3)
+    async with control_plane(byte_tokenizer_directory, tmp_path, usage=usage) as control:
+        async with asyncio.timeout(30):
+            for _ in range(3):
+                await control.client.generate("tiny", "abc", max_tokens=1)
+            with pytest.raises(Unavailable) as raised:
+                await control.client.generate("tiny", "abc", max_tokens=1)
+        assert raised.value.reason == "USAGE_UNWRITABLE"
+        assert "it has taken longer than" in caplog.text
+        with pytest.raises(Unavailable) as raised:  # and who reads it back does not wait for it, nor takes of it
+            await anext(control.admin.watch_usage())
+        assert raised.value.reason == "USAGE_UNREADABLE"
+    os.close(held)
 
 
 async def test_while_no_more_records_may_wait_generations_are_refused(
@@ -291,9 +372,8 @@ async def test_while_no_more_records_may_wait_generations_are_refused(
             await until(probes, "readiness", serving=False)
             assert await probes.is_serving("liveness")
             await until(control.client, "models/tiny", serving=False)
-            mended = os.open(tmp_path / "mended.jsonl", os.O_WRONLY | os.O_CREAT)
-            os.dup2(mended, log._descriptor)  # there is room on the disk again
-            os.close(mended)
+            file.unlink()
+            file.symlink_to(tmp_path / "mended.jsonl")  # there is room on the disk again
             await until(probes, "readiness", serving=True)
         await until(control.client, "models/tiny", serving=True)
         await control.client.generate("tiny", "abc", max_tokens=1)
@@ -306,28 +386,49 @@ async def until(client: AsyncClient, service: str, serving: bool) -> None:
             await asyncio.sleep(0)
 
 
-def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path: Path) -> None:
+async def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path: Path) -> None:
     file = tmp_path / "usage.jsonl"
     file.write_text('{"id": "cut')
     log = UsageLog(file, 1 << 20)
-    log.generation_ended(Call("default", arrival=0.0), RECORD)
-    log.close()
+    await noted(log, "1")
+    await log.close()
     assert [json.loads(line)["id"] for line in file.read_text().splitlines()[1:]] == ["1"]
 
 
-def test_a_full_file_is_set_aside_whole(tmp_path: Path) -> None:
+async def test_a_full_file_is_set_aside_whole(tmp_path: Path) -> None:
     file = tmp_path / "usage.jsonl"
     log = UsageLog(file, 500)
-    for number in range(5):
-        log.generation_ended(Call("default", arrival=0.0), msgspec.structs.replace(RECORD, id=str(number)))
-    log.close()
-    assert sorted(record["id"] for record in records(file)) == ["0", "1", "2", "3", "4"]
-    assert len(list(tmp_path.glob("usage.jsonl.*"))) == 2
+    await noted(log, "0", "1", "2", "3", "4")
+    await log.close()
+    assert [record["id"] for record in records(file)] == ["0", "1", "2", "3", "4"]
+    assert len(set_aside(file)) == 2
 
 
-def test_what_cannot_be_written_waits_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_cannot_be_written_waits_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     log = UsageLog(Path("/dev/full"), 1 << 20)
-    log.generation_ended(Call("default", arrival=0.0), RECORD)
-    log.close()
+    await noted(log, "1")
+    await log.close()
     assert "No space left on device" in caplog.text
     assert "wait in memory" in caplog.text
+
+
+def test_a_line_that_is_half_in_a_file_that_is_taken_away_is_whole_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "usage.jsonl"
+    files = UsageFiles(file, 1 << 20)
+    write = os.write
+
+    def write_half(descriptor: int, data: bytes) -> int:
+        if len(data) < 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[:5])
+
+    monkeypatch.setattr("os.write", write_half)
+    with pytest.raises(OSError, match="No space"):
+        files.append([b"12345678\n"])
+    monkeypatch.undo()
+    file.unlink()
+    files.append([b"next\n"])
+    files.close()
+    assert file.read_text() == "12345678\nnext\n"

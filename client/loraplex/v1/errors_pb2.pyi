@@ -100,6 +100,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """RESOURCE_EXHAUSTED: a request has more bytes than a message of its method may have (ServerInfo says how many), or
     the answer to a unary call would have. ErrorInfo.metadata holds `bytes` and `limit_bytes`.
     """
+    ERROR_REASON_USAGE_UNREADABLE: _ErrorReason.ValueType  # 35
+    """UNAVAILABLE: the usage files cannot be read now: there are none, or the disk fails. RetryInfo."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
@@ -190,4 +192,6 @@ ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 34
 """RESOURCE_EXHAUSTED: a request has more bytes than a message of its method may have (ServerInfo says how many), or
 the answer to a unary call would have. ErrorInfo.metadata holds `bytes` and `limit_bytes`.
 """
+ERROR_REASON_USAGE_UNREADABLE: ErrorReason.ValueType  # 35
+"""UNAVAILABLE: the usage files cannot be read now: there are none, or the disk fails. RetryInfo."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
