@@ -40,6 +40,7 @@ from service.hosting import HostedModel, ModelHost, revision_of
 from service.inference import InferenceServicer, keeps_nothing
 from service.interceptors import CallInterceptor, CallLimits
 from service.probes import Probes, build_probe_server
+from service.prompts import TextWork
 from service.receiving import ReceiveLimits
 from service.routing import RouteBook
 from service.server import ConnectionLimits, Health, Service, build_server, drain
@@ -48,7 +49,7 @@ from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
 from service.telemetry.records import Observer
 from service.telemetry.setup import Telemetry, telemetry_of
 from service.tenants import Tenants
-from service.text import TemplateRenderer
+from service.text import TemplateLimits, TemplateRenderer
 from service.tls import server_credentials
 
 LaunchFor = Callable[[ModelConfig], Launch]  # how the engine of a model is started
@@ -121,7 +122,7 @@ def engine_processes(config: ServiceConfig) -> LaunchFor:
 def assemble(
     config: ServiceConfig,
     bus_directory: BusDirectory,
-    renderer: TemplateRenderer,
+    texts: TextWork,
     launch_for: LaunchFor,
     telemetry: Telemetry,
 ) -> Application:
@@ -161,7 +162,7 @@ def assemble(
     inference = InferenceServicer(
         catalog,
         admission,
-        renderer,
+        texts,
         deployer.directory,
         tenants,
         max_load_wait_seconds=limits.adapter_load_wait_seconds,
@@ -170,7 +171,7 @@ def assemble(
         metrics=telemetry.metrics,
         recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,
     )
-    tokenizer = TokenizerServicer(catalog, renderer)
+    tokenizer = TokenizerServicer(catalog, texts, tenants)
     server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex"), limits)
     data = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
@@ -226,9 +227,11 @@ async def running(
     """
     async with AsyncExitStack() as stack:
         bus_directory = stack.enter_context(BusDirectory())
-        renderer = await stack.enter_async_context(TemplateRenderer())
+        workers = TemplateLimits(workers=config.limits.template_workers)
+        renderer = await stack.enter_async_context(TemplateRenderer(workers))
+        texts = TextWork.of(renderer, config.limits.waiting_text_bytes)
         telemetry = await stack.enter_async_context(telemetry_of(config))
-        app = assemble(config, bus_directory, renderer, launch_for or engine_processes(config), telemetry)
+        app = assemble(config, bus_directory, texts, launch_for or engine_processes(config), telemetry)
         health_address = await _start_probes(app, stack)
         metrics_address = await _start_metrics(app, stack)
         data, admin, addresses = _listeners(app, health_address, metrics_address)

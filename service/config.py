@@ -119,6 +119,8 @@ class LimitsConfig(_Section, frozen=True):
     connections: int = 1024  # to one port
     idle_connection_seconds: float = 300.0  # without a call
     adapter_load_wait_seconds: float = 60.0  # that a request waits for its adapter at most
+    template_workers: int = 2  # processes that render chat templates
+    waiting_text_bytes: int = 32 << 20  # of long texts in work or waiting; past it more are refused as OVERLOADED
     upload_bytes: int = 2 << 30  # of the files of one adapter that the server gathers itself
 
 
@@ -363,6 +365,8 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     if config.log_format not in LOG_FORMATS:
         yield f"log_format {config.log_format!r} is not one of {', '.join(LOG_FORMATS)}"
     yield from _telemetry_problems(config)
+    if config.limits.template_workers < 1:
+        yield f"limits: template_workers {config.limits.template_workers} must be at least 1"
     for section in (config, config.limits, config.supervision):
         for name in section.__struct_fields__:
             value = getattr(section, name)

@@ -91,6 +91,15 @@ class PromptTooLong(InvalidRequest):
             Violation(field, problem), reason="PROMPT_TOO_LONG", prompt_tokens=str(tokens), limit_tokens=str(limit)
         )
 
+    @classmethod
+    def of(cls, field: str, tokens: int, max_model_len: int, least: str = "") -> "PromptTooLong":
+        """A prompt that has these many tokens, or `least` that many, and leaves no room for an output."""
+        problem = (
+            f"has {least}{tokens} tokens; the context of {max_model_len}, less one for the output, takes "
+            f"{max_model_len - 1}. Shorten it, or set truncate_to_tokens"
+        )
+        return cls(field, problem, tokens, max_model_len - 1)
+
 
 class FeatureUnsupported(LoraplexError):
     """This server, model or device cannot do what the field asks. Never ignored, always refused."""

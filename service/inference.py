@@ -43,11 +43,10 @@ from service.errors import InvalidRequest, LoraplexError, Unavailable, unusable_
 from service.generation import Event, Job, Run
 from service.in_flight import InFlight, Requests
 from service.interceptors import error_status, known_error, status_name
-from service.prompts import prompt_tokens
+from service.prompts import TextWork, prompt_tokens
 from service.telemetry.metrics import RequestMetrics
 from service.telemetry.records import NOBODY, Observer
 from service.tenants import Tenant, Tenants
-from service.text import TemplateRenderer
 from service.validation import OutputForm, check_item, derived_seed, merged_sampling, sampling_params
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -75,7 +74,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self,
         catalog: Catalog,
         admission: Admission,
-        renderer: TemplateRenderer,
+        texts: TextWork,
         adapter_path: Callable[[AdapterVersion], str],
         tenants: Tenants,
         max_load_wait_seconds: float = 60.0,
@@ -91,7 +90,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """
         self._catalog = catalog
         self._admission = admission
-        self._renderer = renderer
+        self._texts = texts
         self._adapter_path = adapter_path
         self._tenants = tenants
         self._cold_adapters = ColdAdapters(adapter_path, max_load_wait_seconds)
@@ -191,7 +190,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model", call.routing_key)
         model = target.model
         self._admission.check(model.name, model.limits, tenant.name, tenant.config.weight)
-        prompt = await prompt_tokens(spec.prompt, model, self._renderer, f"{path}.prompt")
+        prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")
         sampling = merged_sampling(spec.sampling, target.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(SEED_BITS)
         tokenizer = model.tokenizer

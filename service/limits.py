@@ -193,7 +193,7 @@ LIMITS: Mapping[str, Limit] = {
     "StreamOptions.min_tokens_per_chunk": Range(1, 256),
     "StreamOptions.max_chunk_delay": Seconds(0, 10),
     # ---- prompt.proto
-    "Prompt.text": Text(1 << 22, least=1),
+    "Prompt.text": Text(1 << 22, least=1, unit="bytes"),
     "Prompt.truncate_to_tokens": Range(1),
     "TokenIds.ids": Entries(_TOKENS),
     "Chat.messages": Entries(1024),

@@ -1,35 +1,66 @@
 """From a valid Prompt to the tokens that the model reads."""
 
-import asyncio
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.struct_pb2 import Value
 
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, ToolCall
 from service.catalog import LoadedModel
-from service.errors import InvalidRequest, Unavailable
-from service.text import Conversation, RendererError, TemplateRenderer, TextError
+from service.errors import InvalidRequest, PromptTooLong, Unavailable
+from service.tenants import Tenant
+from service.text import ArgumentsError, Conversation, RendererError, TemplateRenderer, TextError, TooManyTokensError
+from service.turns import TurnLimits, Turns
 
 # Shorter texts take less time to tokenise than to hand to another thread.
-_INLINE_CHARS = 8192
+_INLINE_BYTES = 8192
+# Of one text, in UTF-8. Tokenising takes some 150 bytes of memory for each, and a second for each million.
+MAX_TEXT_BYTES = 4 << 20
 
 
-async def prompt_text(prompt: Prompt, model: LoadedModel, renderer: TemplateRenderer, path: str) -> str:
+@dataclass(frozen=True, slots=True)
+class TextWork:
+    """Where texts are worked on, each tenant in its turn."""
+
+    renderer: TemplateRenderer
+    rendering: Turns
+    threads: Turns
+
+    @classmethod
+    def of(cls, renderer: TemplateRenderer, waiting_bytes: int = 32 << 20) -> "TextWork":
+        """`waiting_bytes`: of texts that wait or are worked on, for each of the two; past it more are refused."""
+        limits = TurnLimits(at_once=2, size_at_once=MAX_TEXT_BYTES, size_in_all=waiting_bytes)
+        rendering = TurnLimits(renderer.workers, size_at_once=4 * MAX_TEXT_BYTES, size_in_all=waiting_bytes)
+        return cls(
+            renderer,
+            Turns("chat templates cannot be rendered", rendering),
+            Turns("long texts cannot be tokenised", limits),
+        )
+
+
+async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> str:
     """The text of a prompt that is text or chat; for chat what the model's template makes of it.
 
     `path`: where the prompt is in the request. Raises InvalidRequest, Unavailable.
     """
     if prompt.WhichOneof("content") == "text":
         return prompt.text
-    conversation = _conversation(prompt.chat, f"{path}.chat")
-    try:
-        return await renderer.render(model.tokenizer.chat_template, conversation)
-    except TextError as error:
-        raise InvalidRequest.at(f"{path}.chat", str(error)) from error
-    except RendererError as error:
-        raise Unavailable("OVERLOADED", f"chat templates cannot be rendered now: {error}") from error
+    size = prompt.chat.ByteSize()
+    async with work.rendering.turn(tenant.name, tenant.config.weight, size):
+        conversation = _conversation(prompt.chat)
+        try:
+            text = await work.renderer.render(model.tokenizer.chat_template, conversation, size > _INLINE_BYTES)
+        except ArgumentsError as error:
+            raise InvalidRequest.at(f"{path}.chat.{error.field}", str(error)) from error
+        except TextError as error:
+            raise InvalidRequest.at(f"{path}.chat", str(error)) from error
+        except RendererError as error:
+            raise Unavailable("OVERLOADED", f"chat templates cannot be rendered now: {error}") from error
+    size = len(text.encode(errors="surrogatepass"))
+    if size > MAX_TEXT_BYTES:
+        raise InvalidRequest.at(f"{path}.chat", f"comes to {size} bytes of text; {MAX_TEXT_BYTES} are allowed")
+    return text
 
 
 def adds_special_tokens(prompt: Prompt) -> bool:
@@ -39,25 +70,39 @@ def adds_special_tokens(prompt: Prompt) -> bool:
     return prompt.WhichOneof("content") == "text"
 
 
-async def prompt_tokens(prompt: Prompt, model: LoadedModel, renderer: TemplateRenderer, path: str) -> list[int]:
-    """The tokens of a prompt, cut to the last `truncate_to_tokens`. At least one. Raises InvalidRequest."""
-    kind = prompt.WhichOneof("content")
+async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> list[int]:
+    """The tokens of a prompt, cut to the last `truncate_to_tokens`. At least one.
+
+    Raises PromptTooLong for more than the model can hold, as early as that is certain; InvalidRequest, Unavailable.
+    """
+    kind, last = prompt.WhichOneof("content"), prompt.truncate_to_tokens
+    most = None if last else model.limits.max_model_len - 1
     if kind == "token_ids":
-        token_ids = list(prompt.token_ids.ids)
-    else:
-        text = await prompt_text(prompt, model, renderer, path)
-        special = adds_special_tokens(prompt)
-        try:
-            if len(text) <= _INLINE_CHARS:
-                token_ids = model.tokenizer.encode(text, special)
-            else:
-                token_ids = await asyncio.to_thread(model.tokenizer.encode, text, special)
-        except TextError as error:
-            raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
-        if not token_ids:
-            raise InvalidRequest.at(f"{path}.{kind}", "comes to no tokens at all; the model needs at least one")
-        _check_known(token_ids, model, f"{path}.{kind}")
-    return token_ids[-prompt.truncate_to_tokens :] if prompt.truncate_to_tokens else token_ids
+        ids = prompt.token_ids.ids
+        if most is not None and len(ids) > most:
+            raise PromptTooLong.of(path, len(ids), model.limits.max_model_len)
+        return list(ids[-last:] if last else ids)
+    text = await prompt_text(prompt, model, work, tenant, path)
+    size = len(text.encode(errors="surrogatepass"))
+    least = model.tokenizer.least_tokens(size)
+    if most is not None and least > most:
+        raise PromptTooLong.of(path, least, model.limits.max_model_len, "at least ")
+    special = adds_special_tokens(prompt)
+    try:
+        if size <= _INLINE_BYTES:
+            token_ids = model.tokenizer.encode(text, special, most)
+        else:
+            token_ids = await work.threads.in_thread(
+                tenant.name, tenant.config.weight, size, lambda: model.tokenizer.encode(text, special, most)
+            )
+    except TooManyTokensError as error:
+        raise PromptTooLong.of(path, error.count, model.limits.max_model_len) from error
+    except TextError as error:
+        raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
+    if not token_ids:
+        raise InvalidRequest.at(f"{path}.{kind}", "comes to no tokens at all; the model needs at least one")
+    _check_known(token_ids, model, f"{path}.{kind}")
+    return token_ids[-last:] if last else token_ids
 
 
 def _check_known(token_ids: list[int], model: LoadedModel, path: str) -> None:
@@ -69,38 +114,32 @@ def _check_known(token_ids: list[int], model: LoadedModel, path: str) -> None:
         raise InvalidRequest.at(path, problem)
 
 
-def _conversation(chat: Chat, path: str) -> Conversation:
+def _conversation(chat: Chat) -> Conversation:
     continue_final = chat.continue_final_message
     opens = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not continue_final
     return Conversation(
-        messages=[_message(message, f"{path}.messages[{index}]") for index, message in enumerate(chat.messages)],
+        messages=[_message(message) for message in chat.messages],
         add_generation_prompt=opens,
         continue_final_message=continue_final,
         variables=_variables(chat),
     )
 
 
-def _message(message: ChatMessage, path: str) -> Mapping[str, Any]:
+def _message(message: ChatMessage) -> Mapping[str, Any]:
     """As templates know it. What is absent stays absent: many ask whether a key is there."""
     fields: dict[str, Any] = {"role": message.role}
     for name in ("content", "name", "reasoning_content", "tool_call_id"):
         if message.HasField(name):
             fields[name] = getattr(message, name)
     if message.tool_calls:
-        fields["tool_calls"] = [
-            _tool_call(call, f"{path}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls)
-        ]
+        fields["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return fields
 
 
-def _tool_call(call: ToolCall, path: str) -> Mapping[str, Any]:
-    try:
-        arguments = json.loads(call.arguments_json or "{}")
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest.at(f"{path}.arguments_json", f"is not JSON: {error}") from error
-    if not isinstance(arguments, dict):
-        raise InvalidRequest.at(f"{path}.arguments_json", "must be a JSON object")
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+def _tool_call(call: ToolCall) -> Mapping[str, Any]:
+    """With its arguments as text: what renders the template reads them, for what that takes is the caller's choice."""
+    function = {"name": call.name, "arguments_json": call.arguments_json}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _variables(chat: Chat) -> Mapping[str, Any]:

@@ -340,13 +340,7 @@ def room_for_output(spec: GenerateSpec, limits: ModelLimits, prompt_tokens: int,
     """
     room = limits.max_model_len - prompt_tokens
     if room < 1:
-        raise PromptTooLong(
-            f"{path}.prompt",
-            f"has {prompt_tokens} tokens; the context of {limits.max_model_len}, less one for the output, takes "
-            f"{limits.max_model_len - 1}. Shorten it, or set truncate_to_tokens",
-            prompt_tokens,
-            limits.max_model_len - 1,
-        )
+        raise PromptTooLong.of(f"{path}.prompt", prompt_tokens, limits.max_model_len)
     if not spec.stopping.HasField("max_tokens"):
         return room
     if spec.stopping.max_tokens > room:

@@ -1,6 +1,5 @@
 """TokenizerService: text to the tokens that a model would see, and back."""
 
-import asyncio
 from typing import Any
 
 import grpc.aio
@@ -16,46 +15,82 @@ from loraplex.v1.tokenizer_pb2 import (
 from service.call import current_call
 from service.catalog import Catalog, LoadedModel
 from service.errors import InvalidRequest
-from service.prompts import adds_special_tokens, prompt_text
-from service.text import TemplateRenderer, TextError
+from service.prompts import TextWork, adds_special_tokens, prompt_text
+from service.tenants import Tenants
+from service.text import IncrementalDetokenizer, TextError
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+MAX_OFFSETS_BYTES = 128 << 10  # of a text whose tokens' places are told
+MAX_TEXT_CHARS = 4 << 20  # of detokenised text
+_CHUNK = 1 << 14  # tokens that are worked on before other threads have their turn
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     """The tokenizers of the loaded models."""
 
-    def __init__(self, catalog: Catalog, renderer: TemplateRenderer) -> None:
+    def __init__(self, catalog: Catalog, texts: TextWork, tenants: Tenants) -> None:
         self._catalog = catalog
-        self._renderer = renderer
+        self._texts = texts
+        self._tenants = tenants
 
     async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:  # noqa: N802
-        prompt = request.prompt
+        prompt, tenant = request.prompt, self._tenants.get(current_call().tenant)
         model = self._model(request.model)
-        text = await prompt_text(prompt, model, self._renderer, "prompt")
-        special = adds_special_tokens(prompt)
+        text = await prompt_text(prompt, model, self._texts, tenant, "prompt")
+        size = len(text.encode(errors="surrogatepass"))
+        if request.include_offsets and size > MAX_OFFSETS_BYTES:
+            problem = f"are given for texts of at most {MAX_OFFSETS_BYTES} bytes; this one has {size}"
+            raise InvalidRequest.at("include_offsets", problem)
         try:
-            encoding = await asyncio.to_thread(model.tokenizer.encode_with_offsets, text, special)
+            return await self._texts.threads.in_thread(
+                tenant.name, tenant.config.weight, size, lambda: _tokenized(request, model, text)
+            )
         except TextError as error:
             raise InvalidRequest.at("prompt", str(error)) from error
-        kept = slice(-prompt.truncate_to_tokens or None, None)
-        response = TokenizeResponse(token_ids=encoding.token_ids[kept], max_context_tokens=model.limits.max_model_len)
-        if request.include_offsets:
-            response.offsets.extend(TokenOffset(start=start, end=end) for start, end in encoding.offsets[kept])
-        if request.include_text:
-            response.text = text
-        return response
 
     async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:  # noqa: N802
+        tenant = self._tenants.get(current_call().tenant)
         model = self._model(request.model)
-        largest = max(request.token_ids, default=0)
-        if largest >= model.limits.vocab_size:
-            raise InvalidRequest.at(
-                "token_ids", f"holds {largest}, and the vocabulary has {model.limits.vocab_size} tokens"
-            )
-        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        text = await asyncio.to_thread(model.tokenizer.decode, list(request.token_ids), skip)
-        return DetokenizeResponse(text=text)
+        return await self._texts.threads.in_thread(
+            tenant.name, tenant.config.weight, len(request.token_ids), lambda: _detokenized(request, model)
+        )
 
     def _model(self, name: str) -> LoadedModel:
         return self._catalog.resolve(current_call().tenant, name, "model").model
+
+
+def _tokenized(request: TokenizeRequest, model: LoadedModel, text: str) -> TokenizeResponse:
+    special = adds_special_tokens(request.prompt)
+    kept = slice(-request.prompt.truncate_to_tokens or None, None)
+    response = TokenizeResponse(max_context_tokens=model.limits.max_model_len)
+    if request.include_offsets:
+        encoding = model.tokenizer.encode_with_offsets(text, special)
+        token_ids = encoding.token_ids[kept]
+        response.offsets.extend(TokenOffset(start=start, end=end) for start, end in encoding.offsets[kept])
+    else:
+        token_ids = model.tokenizer.encode(text, special)[kept]
+    for start in range(0, len(token_ids), _CHUNK):
+        response.token_ids.extend(token_ids[start : start + _CHUNK])
+    if request.include_text:
+        response.text = text
+    return response
+
+
+def _detokenized(request: DetokenizeRequest, model: LoadedModel) -> DetokenizeResponse:
+    """Raises InvalidRequest."""
+    skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+    detokenizer = IncrementalDetokenizer(model.tokenizer, (), skip)
+    text: list[str] = []
+    length = 0
+    for start in range(0, len(request.token_ids), _CHUNK):
+        token_ids = request.token_ids[start : start + _CHUNK]
+        if max(token_ids) >= model.limits.vocab_size:
+            problem = f"holds {max(token_ids)}, and the vocabulary has {model.limits.vocab_size} tokens"
+            raise InvalidRequest.at("token_ids", problem)
+        text.append(detokenizer.push(token_ids))
+        length += len(text[-1])
+        if length > MAX_TEXT_CHARS:
+            raise InvalidRequest.at("token_ids", f"come to more than {MAX_TEXT_CHARS} characters of text")
+    return DetokenizeResponse(text="".join([*text, detokenizer.flush()]))

@@ -6,13 +6,22 @@ turns a `Conversation` into a prompt with the model's `ChatTemplate`, in a proce
 or an operator can get wrong is a `TextError`.
 """
 
-from service.text.chat_template import ChatTemplate, Conversation, TemplateLimits, TemplateRenderer
+from service.text.chat_template import ChatTemplate, Conversation, TemplateRenderer
 from service.text.detokenizer import IncrementalDetokenizer
-from service.text.errors import RendererError, TemplateError, TextError, TokenizerError
+from service.text.errors import (
+    ArgumentsError,
+    RendererError,
+    TemplateError,
+    TextError,
+    TokenizerError,
+    TooManyTokensError,
+)
 from service.text.stop_strings import StopResult, StopStrings
+from service.text.template_process import TemplateLimits
 from service.text.tokenizer import Encoding, Tokenizer
 
 __all__ = [
+    "ArgumentsError",
     "ChatTemplate",
     "Conversation",
     "Encoding",
@@ -26,4 +35,5 @@ __all__ = [
     "TextError",
     "Tokenizer",
     "TokenizerError",
+    "TooManyTokensError",
 ]

@@ -1,27 +1,20 @@
-"""Conversations to prompts, with the model's own Jinja template, in a process that can be killed.
+"""Conversations to prompts, with the model's own Jinja template, in processes that can be killed.
 
 Templates belong to the operator, but what they are given comes from users: a template may loop or grow without bound on
 input that its author never tried. So they run in `template_worker.py`, under limits of time, memory and output.
 """
 
 import asyncio
-import json
-import os
 import secrets
-import sys
-from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from service.text.errors import RendererError, TemplateError
+from service.text.errors import ArgumentsError, TemplateError
+from service.text.template_process import TemplateLimits, TemplateProcess, encode
 
-_WORKER = Path(__file__).with_name("template_worker.py")
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # one thing, under the names that clients use
-_WORKER_DIED = (OSError, asyncio.IncompleteReadError)
-_START_SECONDS = 60.0  # to start an interpreter on a machine that is busy loading models
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +53,20 @@ class ChatTemplate:
         return self.sources[name]
 
 
-@dataclass(frozen=True, slots=True)
-class TemplateLimits:
-    """What one rendering may take. Past a limit the request fails, alone."""
-
-    seconds: float = 2.0
-    source_chars: int = 1 << 20
-    output_chars: int = 4 << 20
-    memory_bytes: int = 1 << 30  # address space of the worker process
-
-
 class TemplateRenderer:
-    """Renders templates, one at a time, in a worker process: started at first use, replaced after it had to be killed.
+    """Renders templates in worker processes, each one at a time.
 
     Belongs to the event loop that uses it. `async with` closes it.
     """
 
     def __init__(self, limits: TemplateLimits | None = None) -> None:
         self._limits = limits or TemplateLimits()
-        self._lock = asyncio.Lock()
-        self._worker: Process | None = None
-        self._running: set[asyncio.Task[str]] = set()
-        self._closed = False
+        self.workers = self._limits.workers
+        self._workers = [TemplateProcess(self._limits) for _ in range(self._limits.workers)]
+        self._idle: asyncio.LifoQueue[TemplateProcess] = asyncio.LifoQueue()  # the last used is the warm one
+        for worker in reversed(self._workers):
+            self._idle.put_nowait(worker)
+        self._running: set[asyncio.Task[dict[str, str]]] = set()
 
     async def __aenter__(self) -> "TemplateRenderer":
         return self
@@ -89,8 +74,8 @@ class TemplateRenderer:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    async def render(self, template: ChatTemplate | None, conversation: Conversation) -> str:
-        """The prompt.
+    async def render(self, template: ChatTemplate | None, conversation: Conversation, is_long: bool = False) -> str:
+        """The prompt. `is_long`: keep the work on what goes to the process and comes back off the event loop.
 
         Raises TemplateError, with the template's own message where it raised one, and RendererError.
         """
@@ -103,108 +88,37 @@ class TemplateRenderer:
             )
         variables = _variables(template, conversation)
         if not conversation.continue_final_message:
-            return await self._render(source, variables)
+            return await self._render(source, variables, is_long)
         final, marker = _mark_final_message(variables["messages"])
-        return _cut_at_marker(await self._render(source, variables), final, marker)
+        return _cut_at_marker(await self._render(source, variables, is_long), final, marker)
 
     async def close(self) -> None:
-        """End the worker. Renderings under way or waiting end with RendererError."""
-        self._closed = True
-        if self._worker is not None and self._worker.returncode is None:
-            self._worker.kill()
+        """End the workers. Renderings under way or waiting end with RendererError."""
+        for worker in self._workers:
+            worker.stop()
         await asyncio.gather(*self._running, return_exceptions=True)
-        if self._worker is not None:
-            await self._kill(self._worker)
+        await asyncio.gather(*(worker.close() for worker in self._workers))
 
-    async def _render(self, source: str, variables: Mapping[str, Any]) -> str:
-        try:
-            line = json.dumps({"source": source, "variables": variables}).encode() + b"\n"
-        except (TypeError, ValueError, RecursionError) as error:
-            raise TemplateError(f"the conversation is not JSON: {error}.") from error
+    async def _render(self, source: str, variables: Mapping[str, Any], is_long: bool) -> str:
+        request = {"source": source, "variables": variables}
+        line = await asyncio.to_thread(encode, request) if is_long else encode(request)
+        worker = await self._idle.get()
         # A caller that goes away must not leave an answer in the pipe for the next one, nor cost a worker.
-        task = asyncio.create_task(self._exchange(line))
+        task = asyncio.create_task(worker.render(line, is_long))
         self._running.add(task)
-        task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
-
-    def _forget(self, task: asyncio.Task[str]) -> None:
-        self._running.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen, even if its caller went away
-
-    async def _exchange(self, line: bytes) -> str:
-        async with self._lock:
-            try:
-                answer = await self._ask(line)
-            except _WORKER_DIED:  # maybe while it was idle, and not of this template: one more try tells
-                try:
-                    answer = await self._ask(line)
-                except _WORKER_DIED as error:
-                    raise TemplateError("the chat template ended the process that renders it.") from error
+        task.add_done_callback(lambda ended: self._ended(ended, worker))
+        answer = await asyncio.shield(task)
+        if "field" in answer:
+            raise ArgumentsError(answer["field"], answer["error"])
         if "error" in answer:
             raise TemplateError(f"chat template: {answer['error']}")
         return answer["text"]
 
-    async def _ask(self, line: bytes) -> dict[str, str]:
-        """Send one request to the worker and wait for its answer. Whatever goes wrong, the worker is not used again."""
-        worker = await self._started()
-        assert worker.stdin is not None
-        try:
-            async with asyncio.timeout(self._limits.seconds):
-                worker.stdin.write(line)
-                await worker.stdin.drain()
-                return await _read_answer(worker)
-        except TimeoutError:
-            await self._kill(worker)
-            raise TemplateError(
-                f"the chat template was still rendering after {self._limits.seconds:g} s and was stopped. Shorten the "
-                "conversation, or correct the template."
-            ) from None
-        except BaseException:
-            await self._kill(worker)
-            raise
-
-    async def _started(self) -> Process:
-        if self._closed:
-            raise RendererError("chat templates are no longer rendered: the service is shutting down.")
-        if self._worker is not None and self._worker.returncode is None:
-            return self._worker
-        limits = self._limits
-        arguments = [str(limits.seconds), str(limits.output_chars), str(limits.memory_bytes)]
-        # -I: neither this folder nor the environment decides what the worker imports. Nor does it see any secret in it.
-        environment = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "TZ") if name in os.environ}
-        self._worker = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            str(_WORKER),
-            *arguments,
-            stdin=PIPE,
-            stdout=PIPE,
-            env=environment,
-            limit=12 * limits.output_chars + 1024,  # a character is at most two \\uXXXX escapes in JSON
-        )
-        try:
-            async with asyncio.timeout(_START_SECONDS):
-                await _read_answer(self._worker)
-        except (TimeoutError, asyncio.IncompleteReadError) as error:
-            await self._kill(self._worker)
-            raise RendererError(
-                f"the process that renders chat templates does not start ({sys.executable} with jinja2)."
-            ) from error
-        return self._worker
-
-    async def _kill(self, worker: Process) -> None:
-        if worker is self._worker:
-            self._worker = None
-        if worker.returncode is None:
-            worker.kill()
-        await worker.communicate()
-
-
-async def _read_answer(worker: Process) -> dict[str, str]:
-    assert worker.stdout is not None
-    answer: dict[str, str] = json.loads(await worker.stdout.readuntil(b"\n"))
-    return answer
+    def _ended(self, task: "asyncio.Task[dict[str, str]]", worker: TemplateProcess) -> None:
+        self._running.discard(task)
+        self._idle.put_nowait(worker)
+        if not task.cancelled():
+            task.exception()  # seen, even if its caller went away
 
 
 # ---- what the template sees ----------------------------------------------------------------------------------------

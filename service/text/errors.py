@@ -2,7 +2,9 @@
 
 # TextError
 # ├── TokenizerError      a model directory has no tokenizer that can be read
+# ├── TooManyTokensError  a text that is longer than its reader can use
 # └── TemplateError       a chat template is missing, refused the conversation, or ran over its limits
+#     └── ArgumentsError  the call of a tool is not what it should be
 # RendererError           nobody's text is at fault
 
 
@@ -18,5 +20,21 @@ class TemplateError(TextError):
     """A conversation cannot be turned into a prompt. Carries the template's own message where it raised one."""
 
 
+class ArgumentsError(TemplateError):
+    """The arguments of a tool's call are no JSON object. `field`: which, from the conversation on."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(problem)
+        self.field = field
+
+
+class TooManyTokensError(TextError):
+    """A text comes to more tokens than it may."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"the text comes to {count} tokens.")
+        self.count = count
+
+
 class RendererError(RuntimeError):
-    """The process that renders chat templates cannot be started, or the service is shutting down. Try again later."""
+    """The process that renders chat templates does not start or answer, or the service is shutting down. Try again."""

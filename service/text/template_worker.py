@@ -11,7 +11,7 @@ import json
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -82,10 +82,39 @@ def render(source: str, variables: Mapping[str, Any], max_output_chars: int) -> 
     return "".join(parts)
 
 
+class _ArgumentsError(Exception):
+    """The arguments of a tool's call are no JSON object."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(problem)
+        self.field = field
+
+
+def _read_arguments(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Read the JSON that callers send as text: here, since they choose what it takes. Raises _ArgumentsError."""
+    for number, message in enumerate(messages):
+        for place, call in enumerate(message.get("tool_calls") or ()):
+            function = call.get("function") if isinstance(call, dict) else None
+            if not isinstance(function, dict) or "arguments_json" not in function:
+                continue
+            field = f"messages[{number}].tool_calls[{place}].arguments_json"
+            try:
+                arguments = json.loads(function.pop("arguments_json") or "{}")
+            except (ValueError, RecursionError) as error:
+                raise _ArgumentsError(field, f"is not JSON: {error}") from error
+            if not isinstance(arguments, dict):
+                raise _ArgumentsError(field, "must be a JSON object")
+            function["arguments"] = arguments
+
+
 def _answer(line: bytes, max_output_chars: int) -> dict[str, str]:
     try:
-        request = json.loads(line)
-        return {"text": render(request["source"], request["variables"], max_output_chars)}
+        request = json.loads(line.decode(errors="surrogatepass"))
+        variables = request["variables"]
+        _read_arguments(variables.get("messages", ()))
+        return {"text": render(request["source"], variables, max_output_chars)}
+    except _ArgumentsError as error:
+        return {"field": error.field, "error": str(error)[:MAX_ERROR_CHARS]}
     except jinja2.TemplateSyntaxError as error:
         message = f"syntax error in line {error.lineno}: {error.message}"
     except jinja2.TemplateError as error:
@@ -102,10 +131,10 @@ def main() -> None:
     _limit_memory(max_memory_bytes)
     _reply({"text": "ready"})
     for line in sys.stdin.buffer:
-        # Twice the deadline: the parent kills at the deadline and says so; this is for when there is no parent.
-        signal.setitimer(signal.ITIMER_REAL, 2 * deadline_seconds)
+        # Of the processor: how busy the machine is, is not the template's fault. Ends the process by SIGPROF.
+        signal.setitimer(signal.ITIMER_PROF, deadline_seconds)
         _reply(_answer(line, max_output_chars))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _limit_memory(max_bytes: int) -> None:
@@ -116,7 +145,7 @@ def _limit_memory(max_bytes: int) -> None:
 
 
 def _reply(answer: Mapping[str, str]) -> None:
-    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+    sys.stdout.buffer.write(json.dumps(answer, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
     sys.stdout.buffer.flush()
 
 

@@ -10,9 +10,10 @@ from typing import Any
 from service.text.backends import Backend, load_backend
 from service.text.chat_template import ChatTemplate
 from service.text.detokenizer import IncrementalDetokenizer
-from service.text.errors import TextError, TokenizerError
+from service.text.errors import TextError, TokenizerError, TooManyTokensError
 from service.text.model_files import ModelFiles
 from service.text.token_decoders import PieceTable, token_decoder
+from service.text.token_lengths import longest_token_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Tokenizer:
             raise TokenizerError(f"{files.directory}: {error}") from error
         self._pieces = PieceTable(self.id_to_token, decoder)
         self._pieces_without_special = PieceTable(self.id_to_token, decoder, skipped=self.special_token_ids)
+        self._longest_bytes = longest_token_bytes(self._backend)
         known = {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token is not None}
         self.special_tokens: Mapping[str, str] = known | named  # by name (bos_token …), as chat templates want them
         self.chat_template: ChatTemplate | None = (
@@ -75,13 +77,22 @@ class Tokenizer:
         """Number of tokens, added ones included: fewer than `num_token_ids` where ids are left out."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text; with BOS and EOS where the model's tokenizer puts them. Raises TextError.
+    def least_tokens(self, num_bytes: int) -> int:
+        """How many tokens a text of so many UTF-8 bytes has at least; 0 where the tokenizer may drop any part of it."""
+        return 0 if self._longest_bytes is None else -(-num_bytes // self._longest_bytes)
+
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """The ids of a text; with BOS and EOS where the model's tokenizer puts them.
+
+        Raises TextError, and TooManyTokensError for more than `most`.
 
         Takes about a second per million characters and leaves the interpreter to other threads meanwhile: call it in a
         thread of its own for long texts.
         """
-        token_ids: list[int] = self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
+        encoding = self._encode(self._backend.encode_batch_fast, text, add_special_tokens)
+        if most is not None and len(encoding) > most:
+            raise TooManyTokensError(len(encoding))
+        token_ids: list[int] = encoding.ids
         return token_ids
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> Encoding:

@@ -32,6 +32,7 @@ from service.catalog import Catalog, LoadedModel
 from service.errors import LoraplexError, NotFound
 from service.inference import InferenceServicer
 from service.interceptors import CallInterceptor, CallLimits
+from service.prompts import TextWork
 from service.routing import RouteBook
 from service.server import Health, Service, build_server
 from service.state import StateFile
@@ -187,7 +188,7 @@ async def data_plane(
         servicer = InferenceServicer(
             Catalog(hosted, registry, RouteBook(StateFile(None))),
             admission,
-            renderer,
+            TextWork.of(renderer),
             adapter_path=lambda version: version.spec.source,
             tenants=tenants,
         )

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from service.text import (
+    ArgumentsError,
     ChatTemplate,
     Conversation,
     RendererError,
     TemplateError,
     TemplateLimits,
     TemplateRenderer,
-    chat_template,
+    template_process,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -324,7 +325,7 @@ async def test_template_source_is_limited():
 
 async def test_caller_that_goes_away_leaves_no_answer_behind_and_costs_no_worker(renderer):
     await render(renderer, "start")
-    worker = renderer._worker
+    process = renderer._workers[0].process
     gone = asyncio.create_task(render(renderer, "{% for i in range(9999) %}x{% endfor %}"))
     for _ in range(5):  # until it waits for its answer
         await asyncio.sleep(0)
@@ -332,7 +333,7 @@ async def test_caller_that_goes_away_leaves_no_answer_behind_and_costs_no_worker
     with pytest.raises(asyncio.CancelledError):
         await gone
     assert await render(renderer, "mine") == "mine"
-    assert renderer._worker is worker
+    assert renderer._workers[0].process is process
 
 
 async def test_many_at_once_each_get_their_own(renderer):
@@ -345,7 +346,7 @@ async def test_many_at_once_each_get_their_own(renderer):
 async def test_worker_sees_no_secret_of_the_service(renderer, monkeypatch):
     monkeypatch.setenv("LORAPLEX_SECRET", "s3cret")
     await render(renderer, "start")
-    assert b"s3cret" not in environment_of(renderer._worker.pid)
+    assert b"s3cret" not in environment_of(renderer._workers[0].process.pid)
 
 
 def environment_of(pid):
@@ -354,7 +355,7 @@ def environment_of(pid):
 
 async def test_worker_that_was_killed_is_replaced(renderer):
     await render(renderer, "start")
-    os.kill(renderer._worker.pid, signal.SIGKILL)
+    os.kill(renderer._workers[0].process.pid, signal.SIGKILL)
     assert await render(renderer, "fine") == "fine"
 
 
@@ -367,7 +368,7 @@ async def test_worker_that_was_killed_is_replaced(renderer):
 )
 async def test_worker_that_always_ends_is_given_up(tmp_path, monkeypatch, script, error, message):
     (tmp_path / "worker.py").write_text(script)
-    monkeypatch.setattr(chat_template, "_WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(template_process, "WORKER", tmp_path / "worker.py")
     async with TemplateRenderer() as renderer:
         with pytest.raises(error, match=message):
             await render(renderer, "x")
@@ -387,9 +388,33 @@ async def test_closing_ends_what_is_under_way_and_what_waits():
 async def test_closed_renderer_leaves_no_process():
     async with TemplateRenderer() as renderer:
         await render(renderer, "x")
-        pid = renderer._worker.pid
+        pid = renderer._workers[0].process.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_worker_that_is_stopped_blames_neither_template_nor_caller():
+    async with TemplateRenderer(TemplateLimits(stalled_seconds=0.3)) as renderer:
+        await render(renderer, "start")
+        os.kill(renderer._workers[0].process.pid, signal.SIGSTOP)
+        with pytest.raises(RendererError, match=r"did not answer for 0\.3 s"):
+            await render(renderer, "fine")
+        assert await render(renderer, "fine") == "fine"
+
+
+async def test_one_that_hangs_holds_up_nobody_while_there_are_other_workers():
+    async with TemplateRenderer(TemplateLimits(workers=2, seconds=30.0)) as renderer:
+        hanging = asyncio.create_task(render(renderer, HANG))
+        assert await render(renderer, "fine") == "fine"
+        assert not hanging.done()
+        hanging.cancel()
+
+
+async def test_arguments_that_are_no_json_are_named(renderer):
+    call = {"type": "function", "function": {"name": "f", "arguments_json": "[" * 100_000}}
+    with pytest.raises(ArgumentsError) as raised:
+        await render(renderer, "x", {"role": "user", "content": ""}, {"role": "assistant", "tool_calls": [call]})
+    assert raised.value.field == "messages[1].tool_calls[0].arguments_json"
 
 
 async def test_worker_that_hangs_without_a_parent_ends_itself():
@@ -398,7 +423,7 @@ async def test_worker_that_hangs_without_a_parent_ends_itself():
     )
     request = {"source": HANG, "variables": {}}
     await worker.communicate(json.dumps(request).encode() + b"\n")
-    assert worker.returncode == -signal.SIGALRM
+    assert worker.returncode == -signal.SIGPROF
 
 
 async def test_worker_imports_jinja2_and_no_more():

@@ -31,7 +31,7 @@ class Prompt(google.protobuf.message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     TRUNCATE_TO_TOKENS_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """Plain text, tokenised by the server with the model's tokenizer. From 1 to 4,194,304 characters."""
+    """Plain text, tokenised by the server with the model's tokenizer. From 1 to 4,194,304 bytes."""
     add_special_tokens: builtins.bool
     """Whether the tokenizer adds its special tokens (such as the beginning-of-sequence token).
     Absent: true for text, false for chat (templates write their own). Must be absent for token_ids.
@@ -90,7 +90,7 @@ Global___TokenIds: typing_extensions.TypeAlias = TokenIds
 
 @typing.final
 class Chat(google.protobuf.message.Message):
-    """A conversation and how to render it. In all at most 4,194,304 characters and 4096 entries."""
+    """A conversation and how to render it. What it is rendered to may have 4,194,304 bytes. In all at most 4,194,304 characters and 4096 entries."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -32,7 +32,9 @@ class TokenizeRequest(google.protobuf.message.Message):
     model: builtins.str
     """Whose tokenizer: any name that GenerateSpec.model takes. Required. At most 512 characters."""
     include_offsets: builtins.bool
-    """Whether to return where in the text each token is. Default false."""
+    """Whether to return where in the text each token is. Default false. Then the text, or what the template rendered, has at
+    most 131,072 bytes.
+    """
     include_text: builtins.bool
     """Whether to return the text that was tokenised; for chat, what the template rendered. Default false."""
     @property
@@ -129,7 +131,7 @@ class DetokenizeRequest(google.protobuf.message.Message):
     """Whether to leave special tokens out of the text. Default true."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The tokens. At most 1,048,576."""
+        """The tokens. At most 1,048,576, and no more than 4,194,304 characters of text."""
 
     def __init__(
         self,

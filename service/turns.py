@@ -1,0 +1,131 @@
+"""Long work on texts by turns: a few at a time, next is whoever was served least, and only so much may wait."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from service.errors import Unavailable
+
+T = TypeVar("T")
+
+SMALLEST = 4096  # what a piece of work counts with at least: many small ones take their time, too
+
+
+@dataclass(frozen=True, slots=True)
+class TurnLimits:
+    """Sizes are bytes of text."""
+
+    at_once: int
+    size_at_once: int  # that run together; one alone may be larger
+    size_in_all: int  # that run or wait
+
+
+@dataclass(slots=True)
+class _Tenant:
+    served: float  # by its weight, so far
+    held: int = 0  # of what runs or waits
+    waiting: "deque[_Work]" = field(default_factory=deque)
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    tenant: str
+    size: int
+    cost: float
+    turn: asyncio.Future[None]
+
+
+class Turns:
+    """For one event loop.
+
+    One tenant may fill the queue. The others are still let in, up to their shares of it, so the most that can wait is
+    twice the limit.
+    """
+
+    def __init__(self, what: str, limits: TurnLimits) -> None:
+        """`what` cannot be done now, as a caller is told."""
+        self._what = what
+        self._limits = limits
+        self._tenants: dict[str, _Tenant] = {}  # that have something here
+        self._held = 0
+        self._running = 0
+        self._running_size = 0
+
+    @asynccontextmanager
+    async def turn(self, tenant: str, weight: float, size: int) -> AsyncIterator[None]:
+        """Wait for a turn; the block is the turn. Raises Unavailable (OVERLOADED) at once where too much waits."""
+        work = await self._begin(tenant, weight, size)
+        try:
+            yield
+        finally:
+            self._end(work)
+
+    async def in_thread(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
+        """Do something in a thread, for a turn. Who goes away ends the wait, and not what has begun."""
+        work = await self._begin(tenant, weight, size)
+        doing = asyncio.get_running_loop().run_in_executor(None, do)
+
+        def ended(future: asyncio.Future[T]) -> None:
+            self._end(work)
+            future.exception()  # seen, even if its caller went away
+
+        doing.add_done_callback(ended)
+        return await asyncio.shield(doing)
+
+    async def _begin(self, tenant: str, weight: float, size: int) -> _Work:
+        size = max(size, SMALLEST)
+        self._check_room(tenant, size)
+        own = self._tenants.get(tenant)
+        if own is None:
+            own = _Tenant(min((other.served for other in self._tenants.values()), default=0.0))
+            self._tenants[tenant] = own
+        work = _Work(tenant, size, size / weight, asyncio.get_running_loop().create_future())
+        own.held += size
+        self._held += size
+        own.waiting.append(work)
+        self._give_turns()
+        try:
+            await work.turn
+        except BaseException:
+            self._end(work)
+            raise
+        return work
+
+    def _check_room(self, tenant: str, size: int) -> None:
+        limit, own = self._limits.size_in_all, self._tenants.get(tenant, _Tenant(0.0))
+        share = limit / (len(self._tenants) + (tenant not in self._tenants))
+        all_fits = not self._held or self._held + size <= limit
+        if not all_fits and (own.held + size > share or self._held + size > 2 * limit):
+            raise Unavailable("OVERLOADED", f"{self._what} now: too much waits. Try again, or another replica")
+
+    def _give_turns(self) -> None:
+        while self._running < self._limits.at_once:
+            waiting = [tenant for tenant in self._tenants.values() if tenant.waiting]
+            if not waiting:
+                return
+            tenant = min(waiting, key=lambda one: one.served)
+            work = tenant.waiting[0]
+            if self._running and self._running_size + work.size > self._limits.size_at_once:
+                return
+            tenant.waiting.popleft()
+            tenant.served += work.cost
+            self._running += 1
+            self._running_size += work.size
+            if not work.turn.done():  # its caller may have gone this moment
+                work.turn.set_result(None)
+
+    def _end(self, work: _Work) -> None:
+        own = self._tenants[work.tenant]
+        if work in own.waiting:
+            own.waiting.remove(work)
+        else:
+            self._running -= 1
+            self._running_size -= work.size
+        own.held -= work.size
+        self._held -= work.size
+        if own.held == 0:
+            del self._tenants[work.tenant]
+        self._give_turns()

@@ -1,0 +1,174 @@
+"""Texts that are too long, or many at once: refused before anything is done with them, or each in its turn."""
+
+import asyncio
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+
+from loraplex import InvalidArgument
+from loraplex.v1.tokenizer_pb2 import TokenizeRequest
+from service.errors import InvalidRequest, PromptTooLong
+from service.prompts import TextWork
+from service.text import Tokenizer
+from service.text.token_decoders import BYTE_ALPHABET
+from service.text.token_lengths import longest_token_bytes
+from service.turns import TurnLimits, Turns
+from service.validation import check_request
+from tests.service.control_plane import ControlPlane
+from tests.service.data_plane import DataPlane, data_plane, failure, make_spec
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+REAL = [*sorted((REPOSITORY / ".." / "shared" / "data" / "tokenizers").glob("*/"))]
+
+
+@pytest.fixture
+def never_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("it was tokenised")
+
+    monkeypatch.setattr(Tokenizer, "_encode", never)
+
+
+@pytest.mark.usefixtures("never_tokenised")
+async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(plane: DataPlane) -> None:
+    failed = await failure(plane.generate(make_spec("x" * 10_000)))
+    assert (failed.code, failed.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG")
+    assert "at least 2000 tokens" in failed.message  # the longest of this vocabulary has five bytes
+
+
+@pytest.mark.usefixtures("never_tokenised")
+async def test_a_conversation_that_cannot_fit_is_refused_before_it_is_tokenised(plane: DataPlane) -> None:
+    chat = {"messages": [{"role": "user", "content": "x" * 10_000}]}
+    failed = await failure(plane.generate(make_spec(prompt={"chat": chat})))
+    assert failed.reason == "PROMPT_TOO_LONG"
+
+
+def test_a_text_of_more_bytes_than_any_may_have_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="from 1 to 4194304 bytes"):
+        check_request(TokenizeRequest(model="demo", prompt={"text": "é" * (2 << 20) + "x"}))
+
+
+async def test_a_long_text_that_is_cut_to_its_end_is_tokenised(plane: DataPlane) -> None:
+    await plane.generate(make_spec(prompt={"text": "x" * 10_000 + "end", "truncate_to_tokens": 3}))
+    assert plane.engine.requests[0].prompt_token_ids == list(b"end")
+
+
+async def test_token_ids_that_are_too_many_are_refused_by_their_number(plane: DataPlane) -> None:
+    failed = await failure(plane.generate(make_spec(prompt={"token_ids": {"ids": [1] * 1000}})))
+    assert (failed.reason, "has 1000 tokens" in failed.message) == ("PROMPT_TOO_LONG", True)
+
+
+async def test_long_texts_of_one_tenant_do_not_keep_out_anothers(byte_tokenizer: Tokenizer) -> None:
+    go_on = threading.Event()
+    encode = byte_tokenizer.encode
+
+    class Held:
+        """The tokenizer, with texts of x that take as long as the test wants."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(byte_tokenizer, name)
+
+        def encode(self, text: str, *rest: Any) -> list[int]:
+            if text[0] == "x":
+                go_on.wait(10)
+            return encode(text, *rest)
+
+    async with data_plane(byte_tokenizer) as plane:
+        model = replace(plane.models.models["demo"], tokenizer=Held())  # type: ignore[arg-type]
+        plane.models.models["demo"] = model
+        plane.servicer._texts = TextWork(
+            plane.servicer._texts.renderer,
+            plane.servicer._texts.rendering,
+            Turns("texts cannot be tokenised", TurnLimits(at_once=2, size_at_once=1 << 20, size_in_all=40_000)),
+        )
+
+        def spec(letter: str) -> Any:
+            return make_spec(prompt={"text": letter * 9000, "truncate_to_tokens": 3})
+
+        acme = [("loraplex-tenant", "acme")]
+        many = [asyncio.ensure_future(plane.generate(spec("x"), metadata=acme)) for _ in range(6)]
+        done, _ = await asyncio.wait(many, return_when=asyncio.FIRST_COMPLETED)
+        assert isinstance(done.pop().exception(), grpc.aio.AioRpcError)
+        other = asyncio.ensure_future(plane.generate(spec("y")))
+        await asyncio.wait([other], timeout=0.1)
+        go_on.set()
+        await other
+        ends = await asyncio.gather(*many, return_exceptions=True)
+    refused = [end for end in ends if isinstance(end, grpc.aio.AioRpcError)]
+    assert {end.code() for end in refused} == {grpc.StatusCode.UNAVAILABLE}
+    assert 0 < len(refused) < len(ends)
+
+
+async def test_places_of_tokens_are_told_for_texts_of_some_length_alone(control: ControlPlane) -> None:
+    with pytest.raises(InvalidArgument, match="131072 bytes"):
+        await control.client.tokenize("tiny", "x" * 131_073, include_offsets=True)
+    assert len((await control.client.tokenize("tiny", "x" * 131_073)).token_ids) == 131_073
+
+
+async def test_tokens_that_come_to_too_much_text_are_refused(control: ControlPlane) -> None:
+    with pytest.raises(InvalidArgument, match="4194304 characters"):
+        await control.client.detokenize("tiny", [256] * (1 << 20), skip_special_tokens=False)
+
+
+# ---- how long a token can be -----------------------------------------------------------------------------------------
+
+
+def byte_level(**changes: Any) -> tokenizers.Tokenizer:
+    vocabulary = {char: byte for char, byte in BYTE_ALPHABET.items()} | {"Ġ" * 100: 256}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    for name, value in changes.items():
+        setattr(backend, name, value)
+    return backend
+
+
+def test_the_longest_token_of_a_vocabulary_of_bytes() -> None:
+    assert longest_token_bytes(byte_level()) == 100
+
+
+def test_a_text_that_is_composed_may_be_longer() -> None:
+    assert longest_token_bytes(byte_level(normalizer=normalizers.NFC())) == 400
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": normalizers.Strip()},
+        {"normalizer": normalizers.NFKC()},
+        {"normalizer": normalizers.Replace("ab", "")},
+        {"pre_tokenizer": pre_tokenizers.Whitespace()},
+        {"pre_tokenizer": pre_tokenizers.Split(" ", "removed")},
+        {"model": models.WordLevel({"a": 0}, "a")},
+        {"model": models.BPE({"a": 0}, [])},
+    ],
+    ids=str,
+)
+def test_what_may_drop_text_has_no_longest_token(changes: dict[str, Any]) -> None:
+    assert longest_token_bytes(byte_level(**changes)) is None
+
+
+def test_a_token_that_takes_the_space_around_it_has_no_length() -> None:
+    backend = byte_level()
+    backend.add_tokens([AddedToken("<mask>", lstrip=True)])
+    assert longest_token_bytes(backend) is None
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.name)
+@pytest.mark.parametrize("text", [" " * 5000, "ÃĥÃĤ" * 900, "각" * 999, "административ " * 300, "\n" * 3000])
+def test_no_text_has_fewer_tokens_than_its_length_says(path: Path, text: str) -> None:
+    tokenizer = Tokenizer.load(path)
+    assert len(tokenizer.encode(text)) >= tokenizer.least_tokens(len(text.encode()))
+
+
+def test_a_refusal_says_how_many_tokens_there_are_at_least() -> None:
+    error = PromptTooLong.of("spec.prompt", 7, 5, "at least ")
+    assert str(error).startswith(
+        "spec.prompt: has at least 7 tokens; the context of 5, less one for the output, takes 4"
+    )
