@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -49,6 +49,7 @@ def load_backend(files: ModelFiles) -> Backend:
             "there, or vocab.json with merges.txt, or tokenizer.model."
         )
     _mark_special_tokens(backend.tokenizer, files)
+    _use_prefix_space(backend.tokenizer, files)
     _use_llama_spacing(backend.tokenizer, files)
     backend.tokenizer.encode_special_tokens = bool(files.tokenizer_config.get("split_special_tokens", False))
     return backend
@@ -107,18 +108,17 @@ def _byte_level_bpe(files: ModelFiles) -> Backend:
         backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:
         raise TokenizerError(f"{vocab}, {merges}: cannot be read as byte-level BPE ({error}).") from error
-    prefix_space = bool(files.tokenizer_config.get("add_prefix_space") or False)
     is_qwen2 = name == "Qwen2Tokenizer"
     if is_qwen2:
         backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(_QWEN2_PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=False),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
     else:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(_known(backend, [_ENDOFTEXT]))
     return Backend(backend, bos_token=None if is_qwen2 else _ENDOFTEXT, eos_token=_ENDOFTEXT)
@@ -183,18 +183,44 @@ _OLDEST_SPACING = {
 }
 
 
+def _use_prefix_space(backend: tokenizers.Tokenizer, files: ModelFiles) -> None:
+    """The byte-level classes take from tokenizer_config.json whether a text gets a space before it (absent: no),
+    whatever tokenizer.json says, as transformers 5 does: but for Mistral's models, which have a class of their own."""
+    if files.tokenizer_class not in (*_BYTE_LEVEL_CLASSES, "GPTNeoXTokenizer") or files.model_type == "mistral":
+        return
+    rule = backend.pre_tokenizer
+    # The library's types do not say that a sequence can be iterated.
+    steps: list[Any] = list(cast(Any, rule)) if isinstance(rule, pre_tokenizers.Sequence) else [rule]
+    for step in steps:
+        if isinstance(step, pre_tokenizers.ByteLevel):
+            step.add_prefix_space = bool(files.tokenizer_config.get("add_prefix_space"))
+
+
 def _use_llama_spacing(backend: tokenizers.Tokenizer, files: ModelFiles) -> None:
     """Llama tokenizers put ▁ before a text that has none, in "legacy" form also behind every special token.
 
-    The files keep an older rule, and tokenizer_config.json says which of the two holds (absent: not legacy), as
-    transformers 5 reads it. Only Llama's own class has this switch; a model type that merely borrows the class (phi3,
-    mistral) goes by its tokenizer.json.
+    tokenizer_config.json says which of the two holds (absent: not legacy), or that neither does (add_prefix_space),
+    whatever rule tokenizer.json keeps, as transformers 5 reads it. Only Llama's own class has these switches; a model
+    type that merely borrows the class (phi3, mistral) goes by its tokenizer.json.
     """
     if files.tokenizer_class != "LlamaTokenizer" or files.model_type not in (None, "llama"):
         return
-    if backend.normalizer is None or backend.pre_tokenizer is not None:
+    if not _marks_spaces(backend):
         return
-    if json.loads(backend.normalizer.__getstate__()) == _OLDEST_SPACING:
+    has_prefix = files.tokenizer_config.get("add_prefix_space")
+    if has_prefix is not None and not has_prefix:
+        scheme = "never"
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse()]  # strips no space that was put
+        )
+    else:
         scheme = "always" if files.tokenizer_config.get("legacy") else "first"
-        backend.normalizer = None
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, prepend_scheme=scheme, split=False)
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, prepend_scheme=scheme, split=False)
+
+
+def _marks_spaces(backend: tokenizers.Tokenizer) -> bool:
+    """Whether spaces become ▁, and one is put before a text, in the newer or in the older of two spellings."""
+    if backend.pre_tokenizer is not None:
+        return isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace)
+    return backend.normalizer is not None and json.loads(backend.normalizer.__getstate__()) == _OLDEST_SPACING

@@ -87,6 +87,67 @@ def test_text_of_encoded_texts_equals_transformers(pair, skip):
         assert ours.decode(token_ids, skip) == theirs.decode(token_ids, skip_special_tokens=skip), text
 
 
+def spaced(pre_tokenizer: object, normalizer: object = None) -> dict[str, object]:
+    """A tokenizer.json of letters, with both signs for a space, in which a text begins as these two say."""
+    vocab = {piece: index for index, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "Ġ", *"abcdehlorstwHT"])}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": None,
+        "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"},
+    }
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+METASPACE_RULE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+OLDEST_RULE = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize("prefix", [None, True, False])
+@pytest.mark.parametrize(
+    ("tokenizer_class", "backend"),
+    [
+        ("GPT2Tokenizer", spaced(BYTE_LEVEL)),
+        ("GPT2TokenizerFast", spaced({**BYTE_LEVEL, "add_prefix_space": False})),
+        ("GPTNeoXTokenizerFast", spaced(BYTE_LEVEL)),
+        ("PreTrainedTokenizerFast", spaced(BYTE_LEVEL)),
+        ("LlamaTokenizerFast", spaced(METASPACE_RULE)),
+        ("LlamaTokenizer", spaced({**METASPACE_RULE, "prepend_scheme": "never"})),
+        ("LlamaTokenizer", spaced(None, OLDEST_RULE)),
+        ("LlamaTokenizerFast", spaced(BYTE_LEVEL)),
+    ],
+)
+def test_the_space_before_a_text_is_that_of_transformers(tmp_path, tokenizer_class, backend, prefix, legacy):
+    transformers = pytest.importorskip("transformers")
+    config = {"tokenizer_class": tokenizer_class, "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {} if prefix is None else {"add_prefix_space": prefix}
+    config |= {} if legacy is None else {"legacy": legacy}
+    write(tmp_path, tokenizer=backend, tokenizer_config=config, config={"model_type": "llama"})
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the cats", " the cats", "the</s>cats", "</s> the"):
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+def test_where_no_space_is_put_none_is_taken_away(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_prefix_space": False}
+    decoder = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+    write(tmp_path, tokenizer={**spaced(METASPACE_RULE), "decoder": decoder}, tokenizer_config=config)
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+    token_ids = ours.encode(" the cats")
+    assert ours.decode(token_ids) == theirs.decode(token_ids) == " the cats"
+
+
 def test_vocabulary_equals_transformers(pair):
     ours, theirs = pair
     assert ours.vocab_size == len(theirs)
