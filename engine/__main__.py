@@ -1,7 +1,8 @@
 """`python -m engine --bus ADDRESS`: one engine process. The first line of its stdin is its EngineConfig, as JSON.
 
-It ends on Shutdown, on SIGTERM, and when its parent is gone: the end of its stdin says so. SIGINT is ignored: a Ctrl-C
-reaches the whole terminal, and the service decides what becomes of the requests.
+It ends on Shutdown, on SIGTERM, and when its parent is gone: the end of its stdin says so. SIGINT and SIGHUP are
+ignored: a Ctrl-C, or the end of a terminal, reaches all processes there, and the service decides what becomes of the
+requests.
 """
 
 import argparse
@@ -32,7 +33,8 @@ def main() -> None:
     arguments = parser.parse_args()
     process = f"engine[{arguments.name}:{os.getpid()}]"
     set_up_logging(arguments.log_level, arguments.log_format, process)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     config_json = sys.stdin.buffer.readline()
     threading.Thread(target=exit_at_end, args=(sys.stdin.fileno(),), daemon=True, name="parent-watch").start()

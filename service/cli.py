@@ -69,7 +69,7 @@ main.add_command(quantize)
 @CONFIG_OPTION
 @click.option("--insecure", is_flag=True, help="Allow addresses that other machines reach without TLS or credentials.")
 def serve(config: Path | None, insecure: bool) -> None:
-    """Run a server until SIGTERM or SIGINT; then let running requests finish, and exit."""
+    """Run a server until SIGTERM, SIGINT or SIGHUP; then let running requests finish, and exit."""
     settings = _settings(config, {"LORAPLEX_INSECURE": "true"} if insecure else {})
     set_up_logging(settings.log_level, settings.log_format, "service", CallFields())
     _limit_arenas()
@@ -138,8 +138,12 @@ def _start_failures() -> Iterator[None]:
 
 
 def _stop_signal() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT. The second ends the process at once, and its engines with it."""
+    """Set by the first SIGTERM, SIGINT or SIGHUP. A later one ends the process at once, and its engines with it.
+
+    Not so SIGHUP, of which a closed terminal may send several. Where it is ignored, as under nohup, it stays so.
+    """
     stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
         if stop.is_set():
@@ -147,7 +151,9 @@ def _stop_signal() -> asyncio.Event:
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        loop.add_signal_handler(signal.SIGHUP, stop.set)
     return stop
 
 

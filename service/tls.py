@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import grpc
+from cryptography import x509
 
 from service.config import TlsConfig
 from service.files import Reloaded
@@ -40,11 +41,20 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
 
 def _read(tls: TlsConfig) -> grpc.ServerCertificateConfiguration:
     pair = (Path(tls.key).read_bytes(), Path(tls.certificate).read_bytes())
-    client_ca = None if tls.client_ca is None else Path(tls.client_ca).read_bytes()
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)  # they fit together
-        if client_ca is not None:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=client_ca.decode())
-    except (ssl.SSLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{tls.certificate}, {tls.key} or the client_ca: {error}") from error
-    return grpc.ssl_server_certificate_configuration([pair], client_ca)
+    except ssl.SSLError as error:
+        raise ValueError(f"{tls.certificate} and {tls.key}: {error}") from error
+    return grpc.ssl_server_certificate_configuration([pair], _authorities(tls.client_ca))
+
+
+def _authorities(file: str | None) -> bytes | None:
+    """What a file with certificates holds. Raises ValueError if that is none: it would shut everybody out; OSError."""
+    if file is None:
+        return None
+    content = Path(file).read_bytes()
+    try:
+        x509.load_pem_x509_certificates(content)
+    except ValueError as error:
+        raise ValueError(f"client_ca: {file} holds no certificates in PEM: {error}") from error
+    return content

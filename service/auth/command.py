@@ -38,7 +38,7 @@ def create_key(file: Path, tenant: str, roles: tuple[str, ...], days: int | None
         raise click.BadParameter(f"{tenant!r} must be {TENANT_ID_RULE}", param_hint="--tenant")
     expires = None if days is None else (datetime.now(UTC) + timedelta(days=days)).replace(microsecond=0)
     token, key = make_key(tenant, map(Role, roles), expires, comment)
-    content = _read(file) if file.exists() else KeyFile()
+    content = _read(file) if file.exists() and file.stat().st_size else KeyFile()
     write_keys(file, KeyFile(keys=(*content.keys, key)))
     click.echo(token)
 

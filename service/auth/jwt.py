@@ -1,6 +1,7 @@
 """Bearer tokens of an identity provider (RFC 7519), checked against its published keys (RFC 7517)."""
 
 import hashlib
+import math
 import time
 from collections import OrderedDict
 from typing import Any
@@ -32,7 +33,7 @@ class JwtVerifier:
         if principal is not None and time.time() < until:
             return principal
         try:
-            claims = await self._claims(token)
+            claims = self._claims(token, await self._keys.find(token))
         except jwt.ExpiredSignatureError:
             raise Unauthenticated("the bearer token has expired") from None
         except jwt.PyJWTError as error:
@@ -41,18 +42,25 @@ class JwtVerifier:
         self._remember(digest, min(claims["exp"], time.time() + REMEMBERED_SECONDS), principal)
         return principal
 
-    async def _claims(self, token: str) -> dict[str, Any]:
+    def _claims(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
+        """Raises jwt.PyJWTError."""
         config = self._config
-        key = await self._keys.find(token)
-        return jwt.decode(
-            token,
-            key,
-            algorithms=list(config.algorithms),
-            issuer=config.issuer,
-            audience=config.audience,
-            leeway=config.leeway_seconds,
-            options={"require": ["exp", "iss", "aud"]},
-        )
+        try:
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=list(config.algorithms),
+                issuer=config.issuer,
+                audience=config.audience,
+                leeway=config.leeway_seconds,
+                options={"require": ["exp", "iss", "aud"]},
+            )
+        except (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
+            raise jwt.InvalidTokenError("a claim in it is of another type than it must be") from error
+        for name in ("exp", "nbf", "iat"):
+            if name in claims and not _is_time(claims[name]):
+                raise jwt.InvalidTokenError(f"its claim {name!r} is not a number of seconds")
+        return claims
 
     def _principal(self, claims: dict[str, Any]) -> Principal:
         tenant = claims.get(self._config.tenant_claim)
@@ -69,3 +77,7 @@ class JwtVerifier:
         self._good.move_to_end(digest)
         if len(self._good) > REMEMBERED_TOKENS:
             self._good.popitem(last=False)
+
+
+def _is_time(claim: object) -> bool:
+    return isinstance(claim, int | float) and not isinstance(claim, bool) and math.isfinite(claim)

@@ -45,7 +45,10 @@ class KeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def read_keys(file: Path) -> KeyFile:
     """Raises ValueError saying what is wrong with the file, OSError."""
     try:
-        content = msgspec.convert(yaml.safe_load(file.read_text()) or {}, KeyFile)
+        fields = yaml.safe_load(file.read_text())
+        if fields is None:  # perhaps it is being written
+            raise ValueError(f"{file}: it is empty; `keys: []` says that nobody has a key")
+        content = msgspec.convert(fields, KeyFile)
     except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: {error}") from error
     ids = [key.id for key in content.keys]

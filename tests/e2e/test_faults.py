@@ -61,7 +61,10 @@ async def test_a_killed_engine_is_missed_by_nobody_else_and_comes_back(server: S
     assert answer.outputs[0].text == expected.outputs[0].text
 
 
-async def test_sigterm_lets_running_streams_finish_and_refuses_new_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_running_streams_finish_and_refuses_new_ones(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     with running_server(tmp_path) as server:
         async with AsyncClient(server.data, timeout=END_SECONDS) as client:
             await until_serving(client)
@@ -69,7 +72,10 @@ async def test_sigterm_lets_running_streams_finish_and_refuses_new_ones(tmp_path
             streams = [client.stream_generate(name, "Once", max_tokens=LONG, ignore_eos=True) for name in MODELS]
             for stream in streams:
                 await anext(stream)
-            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(number)
+            if number is signal.SIGHUP:  # a terminal that is closed tells all, and perhaps twice
+                for pid in (server.process.pid, *engines):
+                    os.kill(pid, number)
             refused = None
             while refused is None:
                 try:

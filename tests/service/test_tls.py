@@ -89,6 +89,19 @@ async def test_who_may_call_can_be_changed_without_a_restart(byte_tokenizer_dire
         assert await answer_to(addresses.data, server, old.issue("me")) == "Unavailable"
 
 
+@pytest.mark.parametrize("content", [b"", b"\n", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+async def test_authorities_that_are_emptied_shut_nobody_out(
+    byte_tokenizer_directory: Path, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority("a")
+    authority.issue("server").write(tmp_path, "server")
+    async with listening(byte_tokenizer_directory, tmp_path, client_ca=authority) as addresses:
+        (tmp_path / "client-ca.crt").write_bytes(content)
+        assert await answer_to(addresses.data, authority, authority.issue("me")) == "OK"
+        assert await answer_to(addresses.data, authority) == "Unavailable"
+    assert "client-ca.crt holds no certificates" in caplog.text
+
+
 async def test_a_caller_is_known_by_its_certificate(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
     authority = Authority("a")
     authority.issue("server").write(tmp_path, "server")
@@ -124,5 +137,12 @@ def test_at_the_start_files_that_cannot_be_used_are_an_error(tmp_path: Path) -> 
     (tmp_path / "server.key").write_bytes(authority.issue("server").key)
     with pytest.raises(ValueError, match=r"server\.crt"):
         server_credentials(TlsConfig(certificate=str(tmp_path / "server.crt"), key=str(tmp_path / "server.key")))
+    authority.issue("server").write(tmp_path, "server")
+    (tmp_path / "ca.crt").touch()
+    files = {name: str(tmp_path / name) for name in ("server.crt", "server.key", "ca.crt")}
+    with pytest.raises(ValueError, match=r"ca\.crt holds no certificates"):
+        server_credentials(
+            TlsConfig(certificate=files["server.crt"], key=files["server.key"], client_ca=files["ca.crt"])
+        )
     with pytest.raises(OSError, match="gone"):
         server_credentials(TlsConfig(certificate=str(tmp_path / "gone"), key=str(tmp_path / "server.key")))

@@ -195,12 +195,34 @@ def test_an_unknown_id_matches_nothing(tmp_path: Path, hash_of_none: str) -> Non
         ("keys: [{id: a, sha256: b, tenant: t, roles: []}, {id: a, sha256: b, tenant: t, roles: []}]", "twice"),
         ("keys: [{id: a, sha256: b, tenant: t, roles: [], expires: '2027-01-01T00:00:00'}]", "time zone"),
         ("keys: [", "keys.yaml"),
+        ("", "it is empty"),
+        ("# nobody", "it is empty"),
     ],
 )
 def test_what_is_wrong_with_a_key_file_is_said(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "keys.yaml").write_text(text)
     with pytest.raises(ValueError, match=problem):
         read_keys(tmp_path / "keys.yaml")
+
+
+def test_a_file_that_is_emptied_shuts_nobody_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.yaml"
+    token, key = make_key("acme", [Role.INFERENCE], None)
+    write_keys(file, KeyFile(keys=(key,)))
+    verifier = KeyVerifier(str(file))
+    file.write_text("")
+    assert verifier.verify(token).tenant == "acme"
+    assert "what was read before stays" in caplog.text
+
+
+def test_the_last_key_can_be_revoked(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    token, key = make_key("acme", [Role.INFERENCE], None)
+    write_keys(file, KeyFile(keys=(key,)))
+    verifier = KeyVerifier(str(file))
+    write_keys(file, KeyFile())
+    with pytest.raises(Unauthenticated):
+        verifier.verify(token)
 
 
 def test_keys_are_made_listed_and_revoked_on_the_command_line(tmp_path: Path) -> None:
@@ -257,6 +279,20 @@ async def test_a_token_of_the_provider_names_tenant_and_roles(provider: Provider
         {"tenant": 7},
         {"roles": "admin"},
         {"nbf": time.time() + 3600},
+        {"exp": "1795253612"},
+        {"exp": "tomorrow"},
+        {"exp": True},
+        {"exp": [4000000000]},
+        {"exp": {"at": 4000000000}},
+        {"exp": float("inf")},
+        {"exp": float("nan")},
+        {"nbf": "0"},
+        {"nbf": float("-inf")},
+        {"iat": {}},
+        {"aud": {"loraplex": 1}},
+        {"aud": [7, "loraplex"]},
+        {"roles": {"admin": 1}},
+        {"tenant": ["acme"]},
     ],
     ids=str,
 )
