@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test explore soak check gpu-check stubs format clean
+.PHONY: demo test explore soak check gpu-check gpu-packages stubs format clean
 
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
@@ -29,6 +29,10 @@ check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generat
 
 gpu-check:  ## on a machine with a GPU, with its own Python: tests, kernels and throughput in under nine minutes
 	$(PYTHON) -m benchmarks.gpu_check --out gpu-check
+
+gpu-packages:  ## wheels of what gpu-check needs and such a machine may lack, for its Python; bring the folder there
+	for version in 3.11 3.12 3.13; do $(PYTHON) -m pip download --quiet --no-deps --only-binary :all: \
+		--platform manylinux2014_x86_64 --python-version $$version --dest gpu-packages msgspec || exit 1; done
 
 stubs:  ## generate client/loraplex/v1 from proto/
 	proto/stubs.sh generate

@@ -1,10 +1,11 @@
 """Everything that only a GPU can say, in one call of under nine minutes: tests, kernels, throughput.
 
-    python -m benchmarks.gpu_check [--out DIR] [--seconds 520] [--models llama-1b llama-8b]
+    python -m benchmarks.gpu_check [--out DIR] [--seconds 520] [--models llama-1b llama-8b] [--packages DIR]
 
 Writes DIR/gpu_check.json and DIR/gpu_check.md after each part, so that an interrupted run keeps what it has. Ends with
-status 1 if a test failed or a part was left out. Needs torch, triton, numpy, safetensors, pytest, transformers and
-msgspec; where msgspec is not installed, put a directory that holds it on PYTHONPATH.
+status 1 if a test failed or a part was left out. Needs torch, triton, numpy, safetensors, pytest, transformers, peft
+and msgspec, and nothing of the service. A machine with a GPU has most of them; what it lacks is taken from the wheels
+in --packages, which `make gpu-packages` fetches where there is a package index.
 
 --interpret runs the same on the CPU under Triton's interpreter with tiny shapes: it shows that the script works, and
 its times mean nothing.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "msgspec")
+NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "peft", "msgspec")
 TESTS = (
     "tests/kernels/test_triton_codes.py",
     "tests/kernels/test_triton_quantized.py",
@@ -45,14 +46,36 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-check"))
     parser.add_argument("--seconds", type=float, default=520.0, help="start nothing new after this long")
     parser.add_argument("--models", nargs="*", default=["llama-1b", "llama-8b"])
+    parser.add_argument("--packages", type=Path, default=Path("gpu-packages"), help="wheels of what is not installed")
     parser.add_argument("--interpret", action="store_true")
     args = parser.parse_args()
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        parser.error(f"not installed: {', '.join(missing)}")
-    if args.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    return Check(args.out, args.seconds, args.interpret).run(["tiny"] if args.interpret else args.models)
+    with tempfile.TemporaryDirectory() as folder:
+        missing = take_from_wheels(missing_packages(), args.packages, folder)
+        if missing:
+            print(
+                f"gpu_check: not installed, and no wheel for this Python in {args.packages}: {', '.join(missing)}; run "
+                "`make gpu-packages` where packages can be fetched, and bring the folder here",
+                file=sys.stderr,
+            )
+            return 2
+        if args.interpret:
+            os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+        return Check(args.out, args.seconds, args.interpret).run(["tiny"] if args.interpret else args.models)
+
+
+def missing_packages() -> list[str]:
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+def take_from_wheels(names: list[str], wheels: Path, folder: str) -> list[str]:
+    """Unpack packages into `folder`, for this process and those that it starts. Returns those that no wheel has."""
+    for name in names:
+        found = f"--find-links={wheels}", f"--target={folder}"
+        subprocess.run([sys.executable, "-m", "pip", "install", "-qq", "--no-index", "--no-deps", *found, name])
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+    importlib.invalidate_caches()
+    return missing_packages()
 
 
 class Check:
@@ -98,6 +121,7 @@ class Check:
             "-o",
             "markers=gpu",
             "-q",
+            "-rs",
             "--maxfail=20",
             "-k",
             f"not ({ON_THE_CPU})",
@@ -110,11 +134,10 @@ class Check:
             result = subprocess.run(
                 command, cwd=ROOT, capture_output=True, text=True, timeout=self._seconds * TESTS_SHARE, check=False
             )
-            status, output = result.returncode, result.stdout
-            print(output, result.stderr, flush=True)
+            status, output = result.returncode, result.stdout + result.stderr
         except subprocess.TimeoutExpired as error:
             status, output = -1, (error.stdout or b"").decode() + "\ntimed out"
-            print(output, flush=True)
+        print(output, flush=True)
         tail = [line for line in output.splitlines() if line.strip()][-25:]
         self._report["tests"] = {"status": status, "seconds": time.monotonic() - started, "tail": tail}
         self._write()

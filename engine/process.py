@@ -7,7 +7,7 @@ state of the engine or of the device is no longer known: the process ends, and t
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 from engine.bus import BadRequest, EngineBus
 from engine.messages import (
@@ -32,11 +32,9 @@ from engine.messages import (
     UnloadAdapter,
 )
 from engine.sampling_params import FinishReason
+from engine.step import STALLED_SECONDS
 
 logger = logging.getLogger(__name__)
-
-# How long to listen before the next step when the last one did nothing, because another thread reads what it needs.
-STALLED_SECONDS: Final = 0.002
 
 Progress = Callable[[int, int], None]  # bytes loaded, bytes in all
 

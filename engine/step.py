@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from engine.messages import TokenLogprobs
 from engine.request import Request
+
+# How long to listen before the next step when the last one did nothing, because another thread reads what it needs.
+STALLED_SECONDS: Final = 0.002
 
 
 @dataclass(frozen=True, slots=True)

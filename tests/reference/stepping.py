@@ -4,7 +4,7 @@ import time
 
 from engine.core import EngineCore
 from engine.messages import FromEngine
-from engine.process import STALLED_SECONDS
+from engine.step import STALLED_SECONDS
 
 
 def step(core: EngineCore) -> list[FromEngine]:
