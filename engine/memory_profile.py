@@ -33,6 +33,8 @@ def cache_budget(runner: ModelRunner, config: EngineConfig) -> int:
     """
     device = runner.ops.device
     graphs = _graph_bytes(runner, config)
+    gc.collect()
+    torch.cuda.empty_cache()  # what loading and capturing have left behind
     _run_largest_step(runner, config)
     taken = torch.cuda.memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -86,9 +88,6 @@ def _graph_bytes(runner: ModelRunner, config: EngineConfig) -> int:
         return 0
     sizes = batch_sizes(config.max_num_seqs)
     first, *others = [_bytes_of_capturing(graphs, size) for size in sizes[:-3:-1]]
-    del graphs
-    gc.collect()
-    torch.cuda.empty_cache()
     return first + (len(sizes) - 1) * max(others, default=0)
 
 

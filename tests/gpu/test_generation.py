@@ -78,6 +78,13 @@ def test_forward_pass_never_waits_for_the_device(make_engine, monkeypatch):
     engine.generate(requests(NAMES), 8)
 
 
+def test_the_cache_gets_what_is_left_beside_the_largest_step_and_the_graphs(make_engine):
+    share, (_, total) = 0.1, torch.cuda.mem_get_info()
+    engine = loaded(make_engine(**ON_GPU, kv_cache_bytes=None, device_memory_fraction=share))
+    assert engine.generate(requests(NAMES), 8) == loaded(make_engine(**ON_CPU)).generate(requests(NAMES), 8)
+    assert torch.cuda.memory_reserved() <= share * total
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_generates(make_engine, dtype):
     """Roundings differ, so tokens may. By chance alone, one in a thousand would be the same."""
