@@ -72,7 +72,10 @@ def run_engine(load: Callable[[Progress], Core], bus: EngineBus) -> int:
     try:
         core = load(_ProgressReport(bus))
     except Exception as error:
-        logger.exception("the model could not be loaded")
+        # Of what the operator can do something about, the message says all; the stack is for faults of ours.
+        known = isinstance(error, ValueError | OSError)
+        logger.error("the model could not be loaded: %s", error, exc_info=not known)
+        logger.debug("where the load ended", exc_info=known)
         bus.send(EngineFailed(f"{type(error).__name__}: {error}"))
         return 1
     # What is loaded stays: the collector need not look at it again in the middle of a step.

@@ -42,20 +42,30 @@ BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias")
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOATS = tuple(STORED_DTYPES)
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+LFS_POINTER = b"version https://git-lfs"
 MAX_LISTED = 8  # tensors named in one error; the rest are counted
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ModelError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; a model directory needs one") from None
-    except ValueError as error:
+    _check_fetched(path, data)
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _check_fetched(path: Path, data: bytes) -> None:
+    """data: the file's first bytes, or all. Raises ModelError if Git has left a note of where the file is instead."""
+    if data.startswith(LFS_POINTER):
+        raise ModelError(f"{path}: is a Git LFS pointer, not the file: run `git lfs pull` in {path.parent}")
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
@@ -246,6 +256,9 @@ class Checkpoint:
         except FileNotFoundError:
             raise ModelError(f"{path}: named by the index, but not there: complete the download") from None
         except (SafetensorError, OSError) as error:
+            if path.is_file():
+                with path.open("rb") as damaged:
+                    _check_fetched(path, damaged.read(len(LFS_POINTER)))
             raise ModelError(f"{path}: not a valid safetensors file ({error}): fetch it again") from error
         self._files[path] = file
         for stored_name in file.keys():  # noqa: SIM118 (not a mapping)

@@ -62,4 +62,14 @@ def _family(fields: ConfigFields) -> tuple[Family, str]:
                 return family, family.architectures[0]
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     stated = ", ".join(architectures) or (f"model_type {model_type}" if model_type else "none stated")
-    raise ModelError(f"{fields.where}: architecture not supported: {stated}; the known ones are {known}")
+    raise ModelError(
+        f"{fields.where}: architecture not supported: {stated}{_wrapped(fields)}; the known ones are {known}"
+    )
+
+
+def _wrapped(fields: ConfigFields) -> str:
+    """What the reader of an error may take for a model that is known."""
+    inner = fields.section("text_config")
+    if inner is None:
+        return ""
+    return f", which wraps a text model ({inner.text('model_type', 'unnamed')}): save that one by itself"

@@ -146,8 +146,9 @@ def _scheme(group: ConfigFields, file_format: str) -> Scheme:
     packed = name == "pack-quantized"
     if kind not in ("int", "float") or (kind == "float" and (packed or bits != 8)):
         raise weights.error("type", f"{kind} of {bits} bits", "int, or float of 8 bits")
-    if kind == "int" and bits not in (PACKED_BITS if packed else (8,)):
-        raise weights.error("num_bits", bits, f"one of {', '.join(map(str, PACKED_BITS))}, and 8 unless packed")
+    widths = PACKED_BITS if packed else (8,)
+    if kind == "int" and bits not in widths:
+        raise weights.error("num_bits", bits, f"{' or '.join(map(str, widths))} where the format is {name}")
     group_size = weights.optional_group("group_size")
     strategy = weights.text("strategy", "tensor" if group_size is None else "group")
     block = read_block(weights, "block_structure") if strategy == "block" else None

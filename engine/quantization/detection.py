@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from engine.config_fields import ConfigFields
+from engine.model_config import ModelError
 from engine.quantization import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from engine.quantization.spec import QuantSpec
 from engine.weights import BASE_NAME, read_json
@@ -24,6 +25,7 @@ FORMATS: Mapping[str, Callable[[ConfigFields], QuantSpec]] = {
 SECTIONS = ("quantization_config", "compression_config")  # of config.json; the second is an old spelling
 # Files of their own, beside a config.json that says nothing: AutoGPTQ's and AutoAWQ's, and what they imply.
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+MODELOPT_FILE = "hf_quant_config.json"
 NAME_FIELD = "model_file_base_name"
 COMPARED = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
 
@@ -36,6 +38,7 @@ def read_spec(directory: Path, raw: Mapping[str, object]) -> QuantSpec | None:
     """
     stated, own = _section(raw, str(directory / "config.json")), _own_file(directory)
     if stated is None:
+        _check_modelopt(directory)
         return None if own is None else parse(own)
     if own is not None:
         both = [name for name in COMPARED if own.has(name) and stated.has(name)]
@@ -70,6 +73,20 @@ def parse(fields: ConfigFields) -> QuantSpec:
     if method not in FORMATS:
         raise fields.error("quant_method", method or None, f"one of {', '.join(FORMATS)}")
     return FORMATS[method](fields)
+
+
+def _check_modelopt(directory: Path) -> None:
+    """Raise ModelError if ModelOpt has quantised the model, and says so in a file of its own alone."""
+    path = directory / MODELOPT_FILE
+    if not path.exists():
+        return
+    section = ConfigFields(read_json(path), str(path)).section("quantization")
+    algorithm = None if section is None else section.text_or_none("quant_algo")
+    if algorithm is not None:
+        raise ModelError(
+            f"{path}: the model is quantised by ModelOpt ({algorithm}), whose format is not supported; the known ones "
+            f"are {', '.join(FORMATS)}. Use one of them, or the unquantised model"
+        )
 
 
 def _own_file(directory: Path) -> ConfigFields | None:

@@ -13,6 +13,8 @@ from service.text.model_files import ModelFiles, read_file
 from service.text.sentencepiece_model import read_sentencepiece
 from service.text.token_decoders import METASPACE
 
+_TEKKEN = "tekken.json"
+
 
 class Backend(NamedTuple):
     """A vocabulary with its rules, and the tokens that it names itself where no configuration does."""
@@ -43,6 +45,11 @@ def load_backend(files: ModelFiles) -> Backend:
         _add_tokens(backend.tokenizer, files)
         _add_bos_and_eos(backend, files)
     else:
+        if (directory / _TEKKEN).is_file():
+            raise TokenizerError(
+                f"{directory / _TEKKEN}: is in Mistral's own format, which is not read. Put the tokenizer.json of the "
+                "same model there: its repository in Hugging Face layout has one."
+            )
         found = sorted(entry.name for entry in directory.iterdir() if "token" in entry.name or "vocab" in entry.name)
         raise TokenizerError(
             f"{directory}: holds no tokenizer (found: {', '.join(found) or 'none of its files'}). Put tokenizer.json "

@@ -108,6 +108,12 @@ def test_unknown_architecture_lists_the_known_ones() -> None:
         of("MambaForCausalLM")
 
 
+def test_a_wrapper_of_a_known_model_is_told_from_it() -> None:
+    raw = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {**LLAMA, "model_type": "mistral"}}
+    with pytest.raises(ModelError, match=r"Mistral3ForConditionalGeneration, which wraps a text model \(mistral\)"):
+        parse_model_config(raw, "config.json")
+
+
 def test_model_type_stands_in_for_an_absent_architecture() -> None:
     config = parse(LLAMA, architectures=None, model_type="qwen3", num_key_value_heads=2)
     assert config.architecture == "Qwen3ForCausalLM"

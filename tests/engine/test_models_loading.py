@@ -89,6 +89,23 @@ def test_progress_reaches_the_size_of_the_checkpoint(tmp_path: Path) -> None:
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+    directory = checkpoint(tmp_path)
+    (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(ModelError, match=rf"{name}: is a Git LFS pointer, not the file: run `git lfs pull`"):
+        load(directory)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", b"\xff" * 100, b"{" * 100_000, b"[" * 100_000, b"[" * 8 + b"\0" * 8])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    directory = checkpoint(tmp_path)
+    (directory / name).write_bytes(content)
+    with pytest.raises(ModelError, match=name):
+        load(directory)
+
+
 def test_weights_that_do_not_fit_are_refused_before_any_is_read(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path)
     change(directory, **{"model.norm.weight": None, "model.extra": torch.zeros(1)})

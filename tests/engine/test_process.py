@@ -214,6 +214,23 @@ def test_a_model_that_cannot_be_loaded_is_reported_with_the_reason(peer: Peer, a
     assert engine.join() == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "traced"),
+    [(ValueError("no such model"), False), (OSError("disk"), False), (KeyError("a fault of ours"), True)],
+    ids=repr,
+)
+def test_the_stack_is_logged_for_faults_of_ours_alone(
+    peer: Peer, address: str, caplog: pytest.LogCaptureFixture, error: Exception, traced: bool
+) -> None:
+    def load(progress: Progress) -> FakeCore:
+        raise error
+
+    Engine(load, address).join()
+    (record,) = [record for record in caplog.records if record.name == "engine.process"]
+    assert record.getMessage() == f"the model could not be loaded: {error}"
+    assert bool(record.exc_info) == traced
+
+
 def test_every_step_is_one_message(ready: Engine, peer: Peer) -> None:
     peer.send(request(1, max_tokens=3))
     steps = [outputs(peer.receive()) for _ in range(3)]

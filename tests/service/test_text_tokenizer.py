@@ -137,6 +137,12 @@ def test_the_space_before_a_text_is_that_of_transformers(tmp_path, tokenizer_cla
         assert ours.encode(text) == theirs.encode(text), text
 
 
+def test_mistrals_own_format_is_named(tmp_path):
+    write(tmp_path, tekken={"vocab": []})
+    with pytest.raises(TokenizerError, match=r"tekken\.json: is in Mistral's own format, .*Put the tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
 def test_where_no_space_is_put_none_is_taken_away(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_prefix_space": False}

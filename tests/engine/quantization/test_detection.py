@@ -116,3 +116,15 @@ def test_modules_of_one_name_may_have_a_scheme_of_their_own() -> None:
 def test_a_section_that_is_no_object(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="quantization_config is 'gptq'; it must be an object"):
         read_spec(tmp_path, {"quantization_config": "gptq"})
+
+
+def test_a_file_of_modelopt_alone_is_named(tmp_path: Path) -> None:
+    content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"hf_quant_config\.json: the model is quantised by ModelOpt \(FP8\)"):
+        read_spec(tmp_path, {})
+
+
+def test_a_file_of_modelopt_that_quantised_nothing_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None}}))
+    assert read_spec(tmp_path, {}) is None

@@ -51,7 +51,7 @@ PACKED = compressed("pack-quantized", **INT4)
         (compressed("nvfp4-pack-quantized", num_bits=4, type="float"), "format is 'nvfp4-pack-quantized'"),
         (compressed("pack-quantized", **{**INT4, "actorder": "group"}), "actorder is 'group'"),
         (compressed("pack-quantized", **{**INT4, "num_bits": 3}), "num_bits is 3"),
-        (compressed("int-quantized", **INT4), "num_bits is 4"),
+        (compressed("int-quantized", **INT4), "num_bits is 4; it must be 8 where the format is int-quantized"),
         (compressed("pack-quantized", **{**INT4, "group_size": None}), "group_size is missing"),
         (compressed("float-quantized", **FP8, strategy="block"), "strategy is 'block'"),
         (
