@@ -157,10 +157,16 @@ def token_logprob(entry: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:
     return TokenLogprob(
         token_id=entry.token_id,
         text=tokenizer.token_text(entry.token_id),
+        bytes=tokenizer.token_bytes(entry.token_id),
         logprob=entry.logprob,
         rank=entry.rank,
         top=[
-            TopLogprob(token_id=token_id, text=tokenizer.token_text(token_id), logprob=logprob)
+            TopLogprob(
+                token_id=token_id,
+                text=tokenizer.token_text(token_id),
+                bytes=tokenizer.token_bytes(token_id),
+                logprob=logprob,
+            )
             for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
         ],
     )
@@ -176,7 +182,7 @@ def prompt_logprobs(
     positions = [
         token_logprob(entry, tokenizer)
         if entry is not None
-        else TokenLogprob(token_id=token_id, text=tokenizer.token_text(token_id))
+        else TokenLogprob(token_id=token_id, text=tokenizer.token_text(token_id), bytes=tokenizer.token_bytes(token_id))
         for entry, token_id in zip(entries, prompt_token_ids, strict=False)
     ]
     for start in range(0, len(positions), PROMPT_LOGPROBS_PER_MESSAGE):

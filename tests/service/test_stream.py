@@ -263,7 +263,7 @@ async def test_logprobs_name_tokens_and_the_likeliest(plane: DataPlane) -> None:
     first, second = (entry for event in events for entry in event.delta.logprobs)
     assert (first.token_id, first.text, first.rank) == (ord("a"), "a", 1)
     assert first.logprob == pytest.approx(-ord("a") / 256)
-    assert [(top.token_id, top.text) for top in first.top] == [(0, "\0"), (1, "\1")]
+    assert [(top.token_id, top.text, top.bytes) for top in first.top] == [(0, "\0", b"\0"), (1, "\1", b"\1")]
     assert second.text == "b"
 
 
@@ -276,7 +276,9 @@ async def test_logprobs_of_the_token_alone(plane: DataPlane) -> None:
 async def test_part_of_a_character_is_shown_as_such_in_logprobs(plane: DataPlane) -> None:
     plane.engine.scripts.append("é".encode())
     events = await plane.stream(make_spec(stopping={"max_tokens": 2}, output={"logprobs": True}))
-    assert [entry.text for event in events for entry in event.delta.logprobs] == ["�", "�"]
+    entries = [entry for event in events for entry in event.delta.logprobs]
+    assert [entry.text for entry in entries] == ["�", "�"]
+    assert b"".join(entry.bytes for entry in entries) == "é".encode()
 
 
 async def test_prompt_logprobs_come_before_the_first_delta(plane: DataPlane) -> None:

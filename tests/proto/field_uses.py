@@ -1,0 +1,115 @@
+"""Which fields of the contract the service reads and sets, by the types that mypy finds for its expressions.
+
+By types, because names alone would lie: something called `labels` is read in many places.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mypy.build import build
+from mypy.modulefinder import BuildSource
+from mypy.options import Options
+from mypy.types import CallableType, Instance, Type, TypeVarType, UnionType, get_proper_type
+
+PACKAGE = "loraplex.v1."
+TYPED = ("service", "adapters", "loraplex", "google.protobuf")  # what the types of messages and of their fields need
+SETTERS = ("append", "add", "extend", "update", "CopyFrom", "MergeFrom")
+
+Field = tuple[str, str]  # (message, field), such as ("Adapter", "name")
+Place = tuple[int, int, int | None, int | None]  # of an expression
+_FILE_LINES = 5000  # each file begins at a multiple: mypy says where expressions are, but not in which file
+
+
+@dataclass(slots=True)
+class Uses:
+    """What code does with fields."""
+
+    read: set[Field] = field(default_factory=set)
+    given: set[Field] = field(default_factory=set)  # set, or made with
+
+
+def field_uses(files: list[Path]) -> Uses:
+    """Of all fields, in these files of the service. Takes seconds."""
+    options = Options()
+    options.export_types = options.preserve_asts = options.explicit_package_bases = options.namespace_packages = True
+    options.incremental, options.ignore_missing_imports = False, True
+    options.python_executable, options.mypy_path = sys.executable, ["client"]
+    options.follow_imports = "skip"
+    options.per_module_options = {f"{name}.*": {"follow_imports": "silent"} for name in TYPED}
+    texts = {path: "\n" * _FILE_LINES * number + path.read_text() for number, path in enumerate(files, 1)}
+    result = build([BuildSource(str(path), _module(path), text) for path, text in texts.items()], options)
+    types = {
+        (expression.line, expression.column, expression.end_line, expression.end_column): kind
+        for expression, kind in result.types.items()
+    }
+    uses = Uses()
+    for text in texts.values():
+        _Finder(types, uses).visit(ast.parse(text))
+    return uses
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+class _Finder(ast.NodeVisitor):
+    def __init__(self, types: Mapping[Place, Type], uses: Uses) -> None:
+        self._types = types
+        self._uses = uses
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        used = self._uses.read if isinstance(node.ctx, ast.Load) else self._uses.given
+        used |= self._fields(node)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        callee = get_proper_type(self._type(node.func))
+        if isinstance(callee, CallableType):
+            for message in _messages(callee.ret_type) if callee.is_type_obj() else ():
+                self._uses.given |= {(message, argument.arg) for argument in node.keywords if argument.arg}
+            self._protocols(callee, node)
+        if isinstance(node.func, ast.Attribute):
+            self._method(node.func, node.args)
+        else:
+            self.visit(node.func)
+        for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
+            self.visit(argument)
+
+    def _method(self, method: ast.Attribute, arguments: list[ast.expr]) -> None:
+        if method.attr in SETTERS and isinstance(method.value, ast.Attribute):
+            self._uses.given |= self._fields(method.value)  # and is not read by that
+            self.visit(method.value.value)
+            return
+        if method.attr == "HasField" and isinstance(arguments[0], ast.Constant):
+            self._uses.read |= {(message, str(arguments[0].value)) for message in _messages(self._type(method.value))}
+        self.visit(method.value)
+
+    def _protocols(self, callee: CallableType, call: ast.Call) -> None:
+        """A function that takes anything with certain fields reads those of what it is given."""
+        for position, argument in enumerate(call.args):
+            formal = callee.argument_by_position(position)
+            kind = get_proper_type(formal.typ) if formal is not None else None
+            if isinstance(kind, Instance) and kind.type.is_protocol:
+                messages = set(_messages(self._type(argument)))
+                self._uses.read |= {(message, name) for message in messages for name in kind.type.protocol_members}
+
+    def _fields(self, node: ast.Attribute) -> set[Field]:
+        return {(message, node.attr) for message in _messages(self._type(node.value))}
+
+    def _type(self, node: ast.expr) -> Type | None:
+        return self._types.get((node.lineno, node.col_offset, node.end_lineno, node.end_col_offset))
+
+
+def _messages(kind: Type | None) -> Iterator[str]:
+    """The names in the contract of the messages that something of this type may be."""
+    proper = get_proper_type(kind)
+    if isinstance(proper, UnionType):
+        for item in proper.items:
+            yield from _messages(item)
+    elif isinstance(proper, TypeVarType):
+        yield from _messages(proper.upper_bound)
+    elif isinstance(proper, Instance) and proper.type.fullname.startswith(PACKAGE):
+        yield proper.type.fullname.removeprefix(PACKAGE).partition(".")[2]

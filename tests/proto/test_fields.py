@@ -1,0 +1,139 @@
+"""Every field of the contract is read, answered or refused; every enumerator of an answer is given."""
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from google.api.field_behavior_pb2 import FieldBehavior, field_behavior
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, MethodDescriptor
+
+from engine.sampling_params import FinishReason
+from loraplex.v1.errors_pb2 import ErrorReason
+from service.validation import UNSUPPORTED_FIELDS
+from tests.proto.contract import FILES
+from tests.proto.field_uses import Field, Uses, field_uses
+
+CLIENTS = ("service/commands", "service/cli.py", "service/top.py", "service/demo.py")  # they call servers
+SERVER = [path for path in sorted(Path("service").rglob("*.py")) if not str(path).startswith(CLIENTS)]
+OUTPUT_ONLY = FieldBehavior.Value("OUTPUT_ONLY")
+
+# Fields that are read by a name that is data where they are read: the file in which the name is written.
+READ_BY_NAME = {
+    "Sampling": Path("service/validation.py"),  # `given("temperature")`: all of them alike
+    "ChatMessage": Path("service/prompts.py"),  # handed to templates under their own names, where present
+}
+
+# Fields that are set by a name that is data where they are set, likewise.
+SET_BY_NAME = {"StreamGenerateResponse": Path("service/inference.py")}  # its events, by their types
+
+# What is kept and comes back as it was given: nothing needs to look at it.
+KEPT = {("Route", "labels")}
+
+
+@pytest.fixture(scope="module")
+def uses() -> Uses:
+    return field_uses(SERVER)
+
+
+def methods() -> Iterator[MethodDescriptor]:
+    for file in FILES:
+        for service in file.services_by_name.values():
+            yield from service.methods
+
+
+def reachable(roots: Iterator[Descriptor], through: Callable[[FieldDescriptor], bool]) -> set[Descriptor]:
+    """The messages of the contract that these are made of, by fields of that kind."""
+    found: set[Descriptor] = set()
+    waiting = list(roots)
+    while waiting:
+        message = waiting.pop()
+        is_ours = message.full_name.startswith("loraplex.v1.") and not message.GetOptions().map_entry
+        if message in found or not is_ours:
+            continue
+        found.add(message)
+        waiting += [field.message_type for field in message.fields if field.message_type is not None and through(field)]
+    return found
+
+
+def is_output(field: FieldDescriptor) -> bool:
+    return OUTPUT_ONLY in field.GetOptions().Extensions[field_behavior]
+
+
+def is_refused(field: FieldDescriptor) -> bool:
+    return f"{field.containing_type.name}.{field.name}" in UNSUPPORTED_FIELDS
+
+
+def key(field: FieldDescriptor) -> Field:
+    return field.containing_type.full_name.removeprefix("loraplex.v1."), field.name
+
+
+def strings(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def by_name(files: Mapping[str, Path]) -> set[Field]:
+    return {(message, name) for message, path in files.items() for name in strings(path)}
+
+
+def asked() -> set[Descriptor]:
+    inputs = (method.input_type for method in methods())
+    return reachable(inputs, lambda field: not is_output(field) and not is_refused(field))
+
+
+def answered() -> set[Descriptor]:
+    return reachable((method.output_type for method in methods()), lambda field: True)
+
+
+@pytest.mark.slow
+def test_every_field_of_a_request_is_read_or_refused(uses: Uses) -> None:
+    fields = [
+        field for message in asked() for field in message.fields if not is_output(field) and not is_refused(field)
+    ]
+    assert sorted({key(field) for field in fields} - uses.read - by_name(READ_BY_NAME) - KEPT) == []
+
+
+@pytest.mark.slow
+def test_every_field_of_an_answer_is_set(uses: Uses) -> None:
+    requests = asked()
+    fields = [
+        field for message in answered() for field in message.fields if message not in requests or is_output(field)
+    ]
+    assert sorted({key(field) for field in fields} - uses.given - by_name(SET_BY_NAME)) == []
+
+
+# ---- enumerators -----------------------------------------------------------------------------------------------------
+
+ROOMS = [*SERVER, *Path("adapters").rglob("*.py"), *Path("engine").rglob("*.py")]
+
+
+def words() -> set[str]:
+    """Every name and every text in the code."""
+    found: set[str] = set()
+    for path in ROOMS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Name(id=word) | ast.Attribute(attr=word) | ast.Constant(value=str(word)):
+                    found.add(word)
+    return found
+
+
+def enums_of_answers() -> set[EnumDescriptor]:
+    return {field.enum_type for message in answered() for field in message.fields if field.enum_type is not None}
+
+
+def test_every_enumerator_of_an_answer_is_given_somewhere() -> None:
+    by_engine = {f"FINISH_REASON_{reason.name}" for reason in FinishReason}  # `OutputBuilder` makes them of these
+    named = {
+        value.name
+        for enum in enums_of_answers()
+        for value in enum.values
+        if not value.name.endswith("_UNSPECIFIED") and enum.full_name != "loraplex.v1.OnCold"  # asked for, never given
+    }
+    assert sorted(named - words() - by_engine) == []
+
+
+def test_every_reason_of_an_error_is_given_somewhere() -> None:
+    reasons = {name.removeprefix("ERROR_REASON_") for name in ErrorReason.keys()} - {"UNSPECIFIED"}  # noqa: SIM118 - an enum
+    assert sorted(reasons - words()) == []
