@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from engine.messages import Device
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,15 @@ def select_device(name: str) -> torch.device:
     if device.index >= count:
         raise ValueError(f"device {name!r} asked for, but torch sees {count}: cuda:0 to cuda:{count - 1}")
     return device
+
+
+def described(device: torch.device) -> Device:
+    """What callers are told of it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return Device(str(device), properties.name, properties.total_memory)
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device(str(device), platform.processor() or platform.machine(), memory_bytes)
 
 
 def free_bytes(device: torch.device) -> int:

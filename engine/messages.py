@@ -149,6 +149,14 @@ class StepOutput(Message, frozen=True):
     stats: EngineStats
 
 
+class Device(msgspec.Struct, array_like=True, frozen=True):
+    """What an engine computes on."""
+
+    name: str  # "cpu", "cuda:0"
+    description: str  # as its driver calls it
+    memory_bytes: int  # all that it has
+
+
 class ModelLimits(msgspec.Struct, array_like=True, frozen=True):
     """What the loaded model can take."""
 
@@ -164,6 +172,7 @@ class ModelLimits(msgspec.Struct, array_like=True, frozen=True):
     weight_bytes: int
     kv_cache_bytes: int
     kernel_backend: str
+    device: Device
 
 
 class EngineReady(Message, frozen=True):

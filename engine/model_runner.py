@@ -12,7 +12,7 @@ import torch
 from engine.batch import StepBatch, narrowed, num_prompt_logprob_rows
 from engine.config import EngineConfig
 from engine.cuda_graph import DecodeGraphs, decode_graphs
-from engine.device import free_bytes, loading_turn, select_device
+from engine.device import described, free_bytes, loading_turn, select_device
 from engine.kv_cache import block_bytes, create_kv_cache, stored_dtype
 from engine.memory import populate
 from engine.memory_profile import cache_budget
@@ -86,6 +86,7 @@ class ModelRunner:
             weight_bytes=model.nbytes,
             kv_cache_bytes=sum(layer.nbytes for layer in self.kv_cache),
             kernel_backend=self.ops.name,
+            device=described(self.ops.device),
         )
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ from benchmarks.workload import FIRST_TOKEN_ID, VOCAB
 from engine.bus import EngineBus
 from engine.messages import (
     AddRequest,
+    Device,
     EngineStats,
     FromEngine,
     LoadAdapter,
@@ -41,6 +42,7 @@ LIMITS = ModelLimits(
     weight_bytes=0,
     kv_cache_bytes=0,
     kernel_backend="none",
+    device=Device("cpu", "none", 1 << 30),
 )
 
 

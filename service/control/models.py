@@ -158,6 +158,7 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
     if model.config.enable_prefix_caching:
         message.capabilities.append(MODEL_CAPABILITY_PREFIX_CACHE)
     if client is not None:
+        message.device = limits.device.name
         message.memory_bytes = limits.weight_bytes + limits.kv_cache_bytes
         if client.stats is not None:
             message.running_requests = client.stats.num_running

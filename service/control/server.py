@@ -1,10 +1,8 @@
 """ServerService: about the server itself, and its load."""
 
 import asyncio
-import os
-import platform
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -66,7 +64,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             version=self._version,
             start_time=timestamp(self._start_time),
             draining=self._is_draining(),
-            devices=[_cpu()],
+            devices=_devices(self._host.all()),
             max_receive_bytes=self._limits.request_bytes,
             max_batch_receive_bytes=self._limits.batch_bytes,
             unsupported_features=UNSUPPORTED_FIELDS,
@@ -142,12 +140,14 @@ def _tenants(metrics: RequestMetrics) -> list[TenantLoad]:
     return [loads[tenant] for tenant in sorted(loads)]
 
 
-def _cpu() -> Device:
-    return Device(
-        name="cpu",
-        description=platform.processor() or platform.machine(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+def _devices(models: Iterable[HostedModel]) -> list[Device]:
+    """Those that models are on. Several models may share one."""
+    limits = [model.supervisor.limits for model in models if model.client is not None]
+    devices = {one.device.name: one.device for one in limits if one is not None}
+    return [
+        Device(name=name, description=device.description, memory_bytes=device.memory_bytes)
+        for name, device in sorted(devices.items())
+    ]
 
 
 def _usage_message(record: GenerationRecord) -> UsageRecord:

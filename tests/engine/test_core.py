@@ -17,6 +17,7 @@ from engine.messages import (
     AdapterFailed,
     AdapterUnloaded,
     AddRequest,
+    Device,
     LoadAdapter,
     ModelLimits,
     RequestOutput,
@@ -41,7 +42,9 @@ class FakeRunner:
         self.not_finite: frozenset[int] = frozenset()
 
     def limits(self, config: EngineConfig) -> ModelLimits:
-        return ModelLimits("Fake", "float32", "", VOCAB, 64, 16, 8, 32, config.block_size, 0, 0, "fake")
+        return ModelLimits(
+            "Fake", "float32", "", VOCAB, 64, 16, 8, 32, config.block_size, 0, 0, "fake", Device("cpu", "fake", 1)
+        )
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self.error is not None:

@@ -17,9 +17,9 @@ from adapters.key import AdapterKey
 from adapters.source import digest
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.device import loading_turn, select_device
+from engine.device import described, loading_turn, select_device
 from engine.memory_profile import cache_budget, largest_step
-from engine.messages import AddRequest, LoadAdapter, StepOutput
+from engine.messages import AddRequest, Device, LoadAdapter, StepOutput
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.step import StepPlan, StepResult
@@ -84,6 +84,10 @@ def test_a_model_loads_onto_the_device_by_its_index(cuda: StandIn, checkpoint: P
     assert runner.ops.name == "triton"
     assert runner.ops.device == torch.device("cuda", 0)
     assert cuda.selected == [0]
+
+
+def test_callers_are_told_which_device_it_is(cuda: StandIn) -> None:
+    assert described(select_device("cuda")) == Device("cuda:0", "stand-in", TOTAL_BYTES)
 
 
 def test_a_second_device_is_selected_by_its_own_index(cuda: StandIn) -> None:

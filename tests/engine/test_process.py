@@ -22,6 +22,7 @@ from engine.messages import (
     AdapterLoaded,
     AddRequest,
     BringAdapter,
+    Device,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -42,7 +43,7 @@ from engine.process import Core, Progress, run_engine
 from engine.sampling_params import FinishReason, SamplingParams
 
 KEY = AdapterKey("shared/pirate", "ab" * 32)
-LIMITS = ModelLimits("Fake", "float32", "", 100, 64, 8, 4, 10, 16, 1000, 2000, "fake")
+LIMITS = ModelLimits("Fake", "float32", "", 100, 64, 8, 4, 10, 16, 1000, 2000, "fake", Device("cpu", "fake", 1))
 
 
 class FakeCore:

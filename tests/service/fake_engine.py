@@ -21,6 +21,7 @@ from engine.messages import (
     AdapterUnloaded,
     AddRequest,
     BringAdapter,
+    Device,
     EngineStats,
     LoadAdapter,
     ModelLimits,
@@ -48,6 +49,7 @@ LIMITS = ModelLimits(
     weight_bytes=1,
     kv_cache_bytes=1,
     kernel_backend="none",
+    device=Device("cpu", "none", 1 << 30),
 )
 
 

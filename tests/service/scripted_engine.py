@@ -26,6 +26,7 @@ from engine.messages import (
     AdapterUnloaded,
     AddRequest,
     BringAdapter,
+    Device,
     EngineStats,
     FromEngine,
     LoadAdapter,
@@ -53,6 +54,7 @@ LIMITS = ModelLimits(
     weight_bytes=1000,
     kv_cache_bytes=2000,
     kernel_backend="none",
+    device=Device("cpu", "none", 1 << 30),
 )
 STEP_SECONDS = 0.001  # so that an endless request does not take the processor from everybody else
 REJECTED = "rejected"  # an adapter in a directory of this name does not fit the model

@@ -24,7 +24,7 @@ async def test_a_loaded_model_says_what_it_is(control: ControlPlane) -> None:
     assert model.limits.max_context_tokens == 1 << 20
     assert model.limits.max_adapter_rank == 8
     assert {MODEL_CAPABILITY_CHAT, MODEL_CAPABILITY_ADAPTERS} <= set(model.capabilities)
-    assert model.memory_bytes == 3000
+    assert (model.device, model.memory_bytes) == ("cpu", 3000)
     assert model.revision.startswith("local-")
     assert dict(model.labels) == {"team": "a"}
     assert model.HasField("load_time")
