@@ -62,7 +62,7 @@ def status_name(error: BaseException, call: Call) -> str:
     """The name of the status that the caller sees for what ended its call."""
     if isinstance(error, LoraplexError):
         return error.code.name
-    if isinstance(error, Exception):
+    if isinstance(error, Exception) and not isinstance(error, grpc.aio.InternalError):
         return grpc.StatusCode.INTERNAL.name
     left = call.seconds_left()  # grpc cancels what has missed its deadline, too
     return "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
@@ -192,6 +192,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         return await self._stream(result, call, context)
                     return await self._answer(await result, method, call, context)
                 except grpc.aio.AbortError:
+                    raise
+                except grpc.aio.InternalError as error:  # what was to be sent cannot be: the caller is gone
+                    status = status_name(error, call)
                     raise
                 except Exception as error:
                     known = known_error(error, call, method.path)

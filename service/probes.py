@@ -10,10 +10,11 @@ from collections.abc import Iterable
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
+from service.health import NOT_SERVING, SERVING, HealthServicer
 from service.interceptors import CallInterceptor
-from service.server import NOT_SERVING, SERVING, ConnectionLimits, options
+from service.server import ConnectionLimits, options
 from service.supervisor import EngineState
 
 STARTUP, LIVENESS, READINESS = "startup", "liveness", "readiness"
@@ -23,7 +24,7 @@ class Probes:
     """The three answers, kept up to date."""
 
     def __init__(self, loaded_at_start: Iterable[str]) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self.servicer = HealthServicer()
         self._not_yet_active = set(loaded_at_start)
         self._states: dict[str, EngineState] = {}
         self._draining = False
@@ -56,7 +57,7 @@ class Probes:
         given_up = bool(wanted) and all(state is EngineState.FAILED for state in wanted)
         ready = self._admitting and not self._draining and EngineState.ACTIVE in states
         for name, serving in ((STARTUP, not self._not_yet_active), (LIVENESS, not given_up), (READINESS, ready)):
-            await self.servicer.set(name, SERVING if serving else NOT_SERVING)
+            self.servicer.set(name, SERVING if serving else NOT_SERVING)
 
 
 def build_probe_server(probes: Probes, address: str) -> tuple[grpc.aio.Server, int]:

@@ -2,31 +2,31 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from service.admission import Admission
 from service.errors import LoraplexError, Unavailable
+from service.health import NOT_SERVING, SERVING, HealthServicer
 from service.interceptors import CallInterceptor
 
 logger = logging.getLogger(__name__)
 
 MAX_METADATA_BYTES = 8 << 10
-NEVER = (1 << 31) - 1  # the largest number that an option takes
+MAX_WAITING_CALLS = 16384
 
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server takes half of the calls of the first, in silence
     ("grpc.max_send_message_length", -1),
-    # Calls that wait to be looked at. Past these gRPC would cancel calls by chance, whosever they are, and not say why;
-    # how many there can be is up to the connections.
-    ("grpc.server.max_pending_requests", NEVER),
-    ("grpc.server.max_pending_requests_hard_limit", NEVER),
+    # Calls that wait to be looked at, 15 KB each. Past these gRPC cancels others, whosever they are, without a reason.
+    ("grpc.server.max_pending_requests", MAX_WAITING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_WAITING_CALLS),
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
@@ -36,8 +36,6 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # callers may ping while they wait for a first token
 )
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 FLUSH_SECONDS = 1.0  # for the last messages of calls that have ended, and for watchers, which never end by themselves
 
 
@@ -56,7 +54,20 @@ class Service:
 
     name: str  # in full, such as "loraplex.v1.InferenceService"
     servicer: Any
-    add: Callable[[Any, grpc.aio.Server], None]  # the generated add_…Servicer_to_server
+    add: Callable[[Any, Any], None]  # the generated add_…Servicer_to_server
+
+
+class OneQueue:
+    """A server whose methods are not known to gRPC by themselves, which would give each a queue of its own.
+
+    So there is one limit for the calls that wait, and one future to wait for where there would be one for each method.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """They have come as generic handlers, too."""
 
 
 class Health:
@@ -67,7 +78,7 @@ class Health:
     """
 
     def __init__(self, data_services: Sequence[str], admin_services: Sequence[str] = ()) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self.servicer = HealthServicer()
         self._data = ("", *data_services)
         self._admin = tuple(admin_services)
         self._models: dict[str, bool] = {}
@@ -76,7 +87,7 @@ class Health:
     async def start(self) -> None:
         """Say what is so before any model has loaded."""
         for name in self._admin:
-            await self.servicer.set(name, SERVING)
+            self.servicer.set(name, SERVING)
         await self._update_data()
 
     async def set_model(self, name: str, serving: bool) -> None:
@@ -94,14 +105,14 @@ class Health:
 
     async def drain(self) -> None:
         """NOT_SERVING from now on, whatever is said afterwards."""
-        await self.servicer.enter_graceful_shutdown()
+        self.servicer.end()
 
     async def _update_data(self) -> None:
         for name in self._data:
             await self._say(name, any(self._models.values()))
 
     async def _say(self, name: str, serving: bool) -> None:
-        await self.servicer.set(name, SERVING if serving and self._admitting else NOT_SERVING)
+        self.servicer.set(name, SERVING if serving and self._admitting else NOT_SERVING)
 
 
 def options(limits: ConnectionLimits, receive_bytes: int) -> list[tuple[str, int]]:
@@ -133,11 +144,13 @@ def build_server(
     """
     largest = interceptor.limits.receive.largest(service.name for service in services)
     server = grpc.aio.server(interceptors=[interceptor], options=options(limits or ConnectionLimits(), largest))
+    queue: Any = OneQueue(server)
     for service in services:
-        service.add(service.servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+        service.add(service.servicer, queue)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, queue)
     names = [service.name for service in services]
-    reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
+    reflector = reflection.aio.ReflectionServicer([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME])
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflector, queue)  # type: ignore[no-untyped-call]
     if credentials is None:
         return server, server.add_insecure_port(address)
     return server, server.add_secure_port(address, credentials)

@@ -34,7 +34,7 @@ from service.inference import InferenceServicer
 from service.interceptors import CallInterceptor, CallLimits
 from service.prompts import TextWork
 from service.routing import RouteBook
-from service.server import Health, Service, build_server
+from service.server import ConnectionLimits, Health, Service, build_server
 from service.state import StateFile
 from service.tenants import Tenants
 from service.text import TemplateRenderer, Tokenizer
@@ -177,6 +177,7 @@ async def data_plane(
     max_pending_tokens: int | None = None,
     tenants: Tenants | None = None,
     door: Door | None = None,
+    connections: ConnectionLimits | None = None,
 ) -> AsyncIterator[DataPlane]:
     engine = FakeEngine()
     tenants = tenants or Tenants()
@@ -196,7 +197,7 @@ async def data_plane(
         health = Health([name])
         services = [Service(name, servicer, add_InferenceServiceServicer_to_server)]
         interceptor = CallInterceptor(door, limits, tenants=tenants)
-        server, port = build_server(services, health, interceptor, "127.0.0.1:0")
+        server, port = build_server(services, health, interceptor, "127.0.0.1:0", limits=connections)
         await health.start()
         await health.set_model("demo", True)
         await server.start()

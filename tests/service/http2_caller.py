@@ -67,6 +67,9 @@ class Http2Caller:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._socket.close()
 
     def send(self, data: bytes) -> None:
@@ -92,6 +95,13 @@ class Http2Caller:
             if kind == PING and flags & ACK:
                 return seen
             seen[kind] += 1
+
+    def until(self, kind: int, count: int = 1) -> Counter[int]:
+        """Wait for so many frames of a kind: the kinds of all that came meanwhile, counted."""
+        seen: Counter[int] = Counter()
+        while seen[kind] < count:
+            seen[self._frame()[0]] += 1
+        return seen
 
     def _frame(self) -> tuple[int, int]:
         header = self._read(9)
