@@ -5,7 +5,6 @@ the environment: LORAPLEX_LISTEN, LORAPLEX_LOG_LEVEL, LORAPLEX_DRAIN_GRACE_SECON
 with LORAPLEX_ are passed over, because Kubernetes sets some for every service of that name.
 """
 
-import difflib
 import logging
 import re
 from collections.abc import Hashable, Iterator, Mapping
@@ -21,6 +20,7 @@ from engine.config import EngineConfig
 from engine.logs import LOG_FORMATS
 from loraplex.v1.generation_pb2 import Sampling
 from service.auth.config import AuthConfig, CertificateConfig, JwtConfig
+from service.config_checks import Shape, number_problems
 from service.device_shares import share_problems, with_shares
 from service.tenants import TenantConfig
 from service.validation import check_message
@@ -29,7 +29,6 @@ ENVIRONMENT_PREFIX = "LORAPLEX_"
 ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 STATE_DIRECTORY = ".loraplex"
 LOOPBACK_HOSTS = frozenset(("127.0.0.1", "[::1]", "localhost"))
-_UNKNOWN_KEY = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<place>.*)`)?")
 
 
 class ConfigError(ValueError):
@@ -211,14 +210,16 @@ def default_config_file() -> Path:
 def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceConfig:
     """Read a file (None: the embedded default) and the environment. Raises ConfigError naming everything at fault."""
     file = (default_config_file() if file is None else file).absolute()
-    fields = _read_yaml(file)
-    overrides = _overrides(environment)
+    overrides, problems = _overrides(environment)
+    shape = Shape({name for section in SECTIONS for name in section.__struct_fields__})
+    fields = shape.pruned(_read_yaml(file) | overrides, ServiceConfig)
+    problems += shape.mistakes
     try:
-        config = msgspec.convert(fields | overrides, ServiceConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{file}: {_explain(str(error))}") from error
+        config = msgspec.convert(fields, ServiceConfig)
+    except msgspec.ValidationError as error:  # it is one of the mistakes
+        raise ConfigError(f"{file}: " + "; ".join(problems)) from error
     config = _with_absolute_paths(config, file.parent.resolve())
-    problems = list(_problems(config))
+    problems += _problems(config)
     if problems:
         raise ConfigError(f"{file}: " + "; ".join(problems))
     return msgspec.structs.replace(config, models=with_shares(config.models))
@@ -254,8 +255,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return fields
 
 
-def _overrides(environment: Mapping[str, str]) -> dict[str, Any]:
+def _overrides(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """What the environment says, and what is wrong with it."""
     overrides: dict[str, Any] = {}
+    problems: list[str] = []
     for field in msgspec.structs.fields(ServiceConfig):
         variable = ENVIRONMENT_PREFIX + field.name.upper()
         if field.type not in (str, bool, int, float, str | None) or variable not in environment:
@@ -263,19 +266,8 @@ def _overrides(environment: Mapping[str, str]) -> dict[str, Any]:
         try:
             overrides[field.name] = msgspec.convert(environment[variable], field.type, strict=False)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{variable}={environment[variable]!r} in the environment: {error}") from error
-    return overrides
-
-
-def _explain(error: str) -> str:
-    """msgspec's message, in the words of the file."""
-    found = _UNKNOWN_KEY.fullmatch(error)
-    if found is None:
-        return error.replace(" - at `$.", " - at `")
-    known = sorted({name for section in SECTIONS for name in section.__struct_fields__})
-    similar = difflib.get_close_matches(found["key"], known, n=1)
-    hint = f"; did you mean {similar[0]!r}?" if similar else ""
-    return f"unknown key {found['key']!r} in {found['place'] or 'the top level'}{hint}"
+            problems.append(f"{variable}={environment[variable]!r} in the environment: {error}")
+    return overrides, problems
 
 
 # ---- checking --------------------------------------------------------------------------------------------------------
@@ -367,11 +359,7 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     yield from _telemetry_problems(config)
     if config.limits.template_workers < 1:
         yield f"limits: template_workers {config.limits.template_workers} must be at least 1"
-    for section in (config, config.limits, config.supervision):
-        for name in section.__struct_fields__:
-            value = getattr(section, name)
-            if isinstance(value, int | float) and value < 0:
-                yield f"{name} {value} must not be negative"
+    yield from number_problems(config)
 
 
 def _telemetry_problems(config: ServiceConfig) -> Iterator[str]:
@@ -385,10 +373,8 @@ def _telemetry_problems(config: ServiceConfig) -> Iterator[str]:
     if config.otlp is not None:
         if not config.otlp.endpoint.startswith(("http://", "https://")):
             yield f"otlp: endpoint {config.otlp.endpoint!r}: http://host:4317 is expected, or https:"
-        if not 0.0 <= config.otlp.trace_ratio <= 1.0:
+        if config.otlp.trace_ratio > 1.0:
             yield f"otlp: trace_ratio {config.otlp.trace_ratio} must be from 0 to 1"
-        if not config.otlp.metrics_seconds > 0:
-            yield f"otlp: metrics_seconds {config.otlp.metrics_seconds} must be above 0"
 
 
 _ID_RULE = "1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"

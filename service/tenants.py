@@ -36,15 +36,9 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache_group: str | None = None  # tenants with the same group share cached prefixes; None: with nobody
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the values."""
-        if not 0 < self.weight < float("inf"):
-            yield f"weight {self.weight} must be above 0"
+        """What is wrong with the values, but for numbers that none may be."""
         if not -100 <= self.max_priority <= 100:
             yield f"max_priority {self.max_priority} must be from -100 to 100"
-        for name in ("requests_per_second", "tokens_per_second", "burst_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                yield f"{name} {value} must be above 0"
         for digest in self.adapter_digests:
             if not re.fullmatch("(sha256:)?[0-9a-f]{64}", digest):
                 yield f"adapter_digests: {digest[:80]!r} is no digest: 64 hexadecimal digits are expected"
@@ -53,10 +47,6 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 public_key(Path(file).read_bytes())
             except (OSError, ValueError) as error:
                 yield f"adapter_keys: {file}: {error}"
-        for name in ("max_adapters", "max_adapter_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                yield f"{name} {value} must not be negative"
 
 
 class TokenBucket:

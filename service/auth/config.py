@@ -35,8 +35,6 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 yield f"jwt.algorithms: {algorithm!r} is not one of {', '.join(ALGORITHMS)}"
         if not self.algorithms:
             yield "jwt.algorithms: there is none"
-        if self.leeway_seconds < 0:
-            yield f"jwt.leeway_seconds {self.leeway_seconds} must not be negative"
         if not self.is_remote and not Path(self.jwks).is_file():
             yield f"jwt.jwks: there is no file {self.jwks}, and it is no https:// address"
         if self.jwks_ca is not None and not self.is_remote:

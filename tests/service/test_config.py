@@ -1,6 +1,7 @@
 """The configuration file: what it gives, and that every mistake in it is named with its place."""
 
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ from service.config import (
     ServiceConfig,
     load_config,
 )
+from service.config_checks import MAY_BE_ZERO
 
 
 @pytest.fixture
@@ -189,6 +191,71 @@ def test_a_mistake_is_named_with_its_file_and_place(directory: Path, text: str, 
 def test_all_mistakes_are_named_at_once(directory: Path) -> None:
     message = error_of(directory, MODEL + "    block_size: 3\nlisten: nonsense\nlog_level: LOUD")
     assert all(part in message for part in ("block_size 3", "listen 'nonsense'", "log_level 'LOUD'"))
+
+
+def test_all_keys_that_do_not_exist_are_named_beside_other_mistakes(directory: Path) -> None:
+    text = MODEL + "    max_seqs: 3\n    threds: 2\nlisen: x\nlimits: {x: 1}\nother_tenants: {wait: 1}\nlog_level: LOUD"
+    message = error_of(directory, text)
+    unknown = ("'max_seqs' in models[0]", "'threds' in models[0]", "'lisen' in the top", "'x' in limits")
+    for part in (*unknown, "'wait' in other_tenants", "log_level 'LOUD'"):
+        assert part in message
+
+
+def test_all_values_of_a_wrong_type_are_named(directory: Path) -> None:
+    text = "models: [{model: 3, threads: many}, {name: b, x: 1}]\ntls: yes\ntenants: {a: {weight: x}, b: 3}\nlimits: []"
+    message = error_of(directory, text, LORAPLEX_LAME_DUCK_SECONDS="soon")
+    for part in (
+        "missing required field `name` in models[0]",
+        "at `models[0].model`",
+        "at `models[0].threads`",
+        "missing required field `model` in models[1]",
+        "unknown key 'x' in models[1]",
+        "at `tls`",
+        "at `tenants.a.weight`",
+        "at `tenants.b`",
+        "at `limits`",
+        "LORAPLEX_LAME_DUCK_SECONDS='soon'",
+    ):
+        assert part in message
+
+
+def floats() -> list[tuple[str, str]]:
+    """Every float that the file can have, and how it is written down, with {} for its value."""
+    section_texts = {
+        "ServiceConfig": MODEL + "{}",
+        "ModelConfig": MODEL + "    {}",
+        "TenantConfig": MODEL + "tenants: {{acme: {{{}}}}}",
+        "LimitsConfig": MODEL + "limits: {{{}}}",
+        "SupervisionConfig": MODEL + "supervision: {{{}}}",
+        "OtlpConfig": MODEL + "otlp: {{endpoint: 'http://a:1', {}}}",
+        "JwtConfig": MODEL + "auth: {{jwt: {{issuer: i, audience: a, jwks: 'https://a', {}}}}}",
+    }
+    return [
+        (field.name, section_texts[section.__name__].format(f"{field.name}: {{}}"))
+        for section in SECTIONS
+        for field in msgspec.structs.fields(section)
+        if float in (field.type, *get_args(field.type))
+    ]
+
+
+@pytest.mark.parametrize(("name", "text"), floats())
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "-1", "-0.5"])
+def test_a_float_that_is_no_amount_is_refused_by_name(directory: Path, name: str, text: str, value: str) -> None:
+    assert f"{name} " in error_of(directory, text.replace("{}", value))
+
+
+@pytest.mark.parametrize(("name", "text"), floats())
+def test_nothing_that_must_take_time_or_room_is_0(directory: Path, name: str, text: str) -> None:
+    if name in MAY_BE_ZERO:
+        load(directory, text.replace("{}", "0"))
+    else:
+        assert f"{name} 0.0 must be" in error_of(directory, text.replace("{}", "0"))
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [".nan", ".inf", "'NaN'", "'Infinity'", "'-Infinity'"])
+def test_sampling_defaults_that_are_no_numbers_are_refused_by_name(directory: Path, name: str, value: str) -> None:
+    assert name in error_of(directory, MODEL + f"    default_sampling: {{{name}: {value}}}")
 
 
 def test_listeners_with_tls_and_credentials_may_be_reached_from_anywhere(directory: Path) -> None:
