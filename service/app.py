@@ -39,6 +39,7 @@ from service.errors import Unavailable
 from service.hosting import HostedModel, ModelHost, revision_of
 from service.inference import InferenceServicer, keeps_nothing
 from service.interceptors import CallInterceptor, CallLimits
+from service.memory import keep_giving_back
 from service.probes import Probes, build_probe_server
 from service.prompts import TextWork
 from service.receiving import ReceiveLimits
@@ -46,6 +47,7 @@ from service.routing import RouteBook
 from service.server import ConnectionLimits, Health, Service, build_server, drain
 from service.state import StateFile
 from service.supervisor import EngineState, EngineSupervisor, Launch, launcher
+from service.telemetry.lag import observe_lag
 from service.telemetry.records import Observer
 from service.telemetry.setup import Telemetry, telemetry_of
 from service.tenants import Tenants
@@ -239,7 +241,8 @@ async def running(
         stack.push_async_callback(app.host.close, shutting_down)
         stack.push_async_callback(app.state.close)
         stack.push_async_callback(app.deployer.close)
-        for keep in (app.keep_health, app.keep_admitting):
+        lag = partial(observe_lag, telemetry.metrics.loop_lag.of(()))
+        for keep in (app.keep_health, app.keep_admitting, lag, keep_giving_back):
             stack.push_async_callback(_end, asyncio.create_task(keep(), name="health"))
         await app.health.start()
         await app.deployer.reconcile()

@@ -37,7 +37,7 @@ from service.telemetry.records import NOBODY, CallRecord, Observer
 from service.telemetry.trace_context import trace_id_of
 from service.tenants import Tenants
 from service.validation import check_request
-from service.wire import WireCheck
+from service.wire import SMALL_BYTES, WireCheck
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,10 @@ class _Method:
             return _checked(self.receiver.all(context), principal, self.path)
         message = await self.receiver.one(context)
         check_resource(principal, self.path, message)
-        check_request(message)
+        if message.ByteSize() > SMALL_BYTES:  # in a thread: the loop has others to serve
+            await asyncio.to_thread(check_request, message)
+        else:
+            check_request(message)
         return message
 
 

@@ -1,8 +1,9 @@
 """From a valid Prompt to the tokens that the model reads."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.struct_pb2 import Value
 
@@ -13,8 +14,11 @@ from service.tenants import Tenant
 from service.text import ArgumentsError, Conversation, RendererError, TemplateRenderer, TextError, TooManyTokensError
 from service.turns import TurnLimits, Turns
 
-# Shorter texts take less time to tokenise than to hand to another thread.
-_INLINE_BYTES = 8192
+T = TypeVar("T")
+
+# In bytes, or tokens. Shorter texts take less time to tokenise than to hand to another thread.
+_INLINE_SIZE = 8192
+_CHUNK = 1 << 14  # tokens
 # Of one text, in UTF-8. Tokenising takes some 150 bytes of memory for each, and a second for each million.
 MAX_TEXT_BYTES = 4 << 20
 
@@ -38,6 +42,12 @@ class TextWork:
             Turns("long texts cannot be tokenised", limits),
         )
 
+    async def on(self, tenant: Tenant, size: int, do: Callable[[], T]) -> T:
+        """Do something with a text, or with tokens: at once where that is shorter than to hand it to a thread."""
+        if size <= _INLINE_SIZE:
+            return do()
+        return await self.threads.in_thread(tenant.name, tenant.config.weight, size, do)
+
 
 async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> str:
     """The text of a prompt that is text or chat; for chat what the model's template makes of it.
@@ -48,9 +58,12 @@ async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant
         return prompt.text
     size = prompt.chat.ByteSize()
     async with work.rendering.turn(tenant.name, tenant.config.weight, size):
-        conversation = _conversation(prompt.chat)
+        is_long = size > _INLINE_SIZE
         try:
-            text = await work.renderer.render(model.tokenizer.chat_template, conversation, size > _INLINE_BYTES)
+            conversation = (
+                await asyncio.to_thread(_conversation, prompt.chat) if is_long else _conversation(prompt.chat)
+            )
+            text = await work.renderer.render(model.tokenizer.chat_template, conversation, is_long)
         except ArgumentsError as error:
             raise InvalidRequest.at(f"{path}.chat.{error.field}", str(error)) from error
         except TextError as error:
@@ -81,7 +94,7 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tena
         ids = prompt.token_ids.ids
         if most is not None and len(ids) > most:
             raise PromptTooLong.of(path, len(ids), model.limits.max_model_len)
-        return list(ids[-last:] if last else ids)
+        return await work.on(tenant, min(len(ids), last or len(ids)), lambda: _given(ids, last, model, path))
     text = await prompt_text(prompt, model, work, tenant, path)
     size = len(text.encode(errors="surrogatepass"))
     least = model.tokenizer.least_tokens(size)
@@ -89,29 +102,35 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tena
         raise PromptTooLong.of(path, least, model.limits.max_model_len, "at least ")
     special = adds_special_tokens(prompt)
     try:
-        if size <= _INLINE_BYTES:
-            token_ids = model.tokenizer.encode(text, special, most)
-        else:
-            token_ids = await work.threads.in_thread(
-                tenant.name, tenant.config.weight, size, lambda: model.tokenizer.encode(text, special, most)
-            )
+        return await work.on(tenant, size, lambda: _tokens(text, special, most, last, model, f"{path}.{kind}"))
     except TooManyTokensError as error:
         raise PromptTooLong.of(path, error.count, model.limits.max_model_len) from error
     except TextError as error:
         raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
+
+
+def _given(ids: Sequence[int], last: int, model: LoadedModel, path: str) -> list[int]:
+    """Those that are kept, a few at a time: other threads have their turn between."""
+    token_ids: list[int] = []
+    for start in range(max(0, len(ids) - last) if last else 0, len(ids), _CHUNK):
+        token_ids += ids[start : start + _CHUNK]
+    if (largest := max(token_ids)) >= model.limits.vocab_size:
+        problem = f"holds {largest}, and the vocabulary has {model.limits.vocab_size} tokens"
+        raise InvalidRequest.at(f"{path}.token_ids.ids", problem)
+    return token_ids
+
+
+def _tokens(text: str, special: bool, most: int | None, last: int, model: LoadedModel, path: str) -> list[int]:
+    """Raises TextError, and InvalidRequest for a text of no tokens, or with one that the model does not have."""
+    token_ids = model.tokenizer.encode(text, special, most)
     if not token_ids:
-        raise InvalidRequest.at(f"{path}.{kind}", "comes to no tokens at all; the model needs at least one")
-    _check_known(token_ids, model, f"{path}.{kind}")
-    return token_ids[-last:] if last else token_ids
-
-
-def _check_known(token_ids: list[int], model: LoadedModel, path: str) -> None:
-    """Raise InvalidRequest for a token that was added to the tokenizer, and not to the model."""
+        raise InvalidRequest.at(path, "comes to no tokens at all; the model needs at least one")
     highest = max(token_ids)
     if highest >= model.limits.vocab_size:
         token = model.tokenizer.id_to_token(highest)
         problem = f"holds {token!r}, token {highest} of the tokenizer; the model has {model.limits.vocab_size} tokens"
         raise InvalidRequest.at(path, problem)
+    return token_ids[-last:] if last else token_ids
 
 
 def _conversation(chat: Chat) -> Conversation:

@@ -93,6 +93,8 @@ def _check_total(message: Message, total: Total, path: str) -> None:
     """Raises InvalidRequest as soon as the message holds more than that."""
     characters = entries = numbers = 0
     for field, value in _fields(message):
+        if isinstance(value, Message):
+            continue  # its fields come by themselves; a Struct is a Mapping, too
         if isinstance(value, str | bytes):
             characters += len(value)
         elif isinstance(value, Mapping):
@@ -365,7 +367,6 @@ def _check_vocabulary(spec: GenerateSpec, sampling: Sampling, vocab_size: int, p
         "sampling.logit_bias": sampling.logit_bias,
         "sampling.allowed_token_ids": sampling.allowed_token_ids,
         "stopping.stop_token_ids": spec.stopping.stop_token_ids,
-        "prompt.token_ids.ids": spec.prompt.token_ids.ids,
     }
     for place, token_ids in places.items():
         largest = max(token_ids, default=0)

@@ -122,8 +122,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             model_id(request.base_model, "base_model") if request.HasField("base_model") else None,
             request.include_versions,
         )
-        shown, token = page(versions, lambda version: version.version_name, request)
-        return ListAdaptersResponse(adapters=[self._message(version) for version in shown], next_page_token=token)
+        shown, token = page(versions, lambda version: version.version_name, self._message, request)
+        return ListAdaptersResponse(adapters=shown, next_page_token=token)
 
     async def WatchAdapters(  # noqa: N802
         self, request: WatchAdaptersRequest, context: Context

@@ -59,8 +59,8 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
         return model_message(self._host.get(model_id(request.name, "name")))
 
     async def ListModels(self, request: ListModelsRequest, context: Context) -> ListModelsResponse:  # noqa: N802
-        models, token = page(self._host.all(), lambda model: f"models/{model.name}", request)
-        return ListModelsResponse(models=[model_message(model) for model in models], next_page_token=token)
+        models, token = page(self._host.all(), lambda model: f"models/{model.name}", model_message, request)
+        return ListModelsResponse(models=models, next_page_token=token)
 
     async def LoadModel(self, request: LoadModelRequest, context: Context) -> Model:  # noqa: N802
         model = self._host.get(model_id(request.name, "name"))

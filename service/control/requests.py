@@ -5,19 +5,24 @@ import base64
 import binascii
 import re
 import uuid
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
+from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from service.call import find_call
 from service.errors import InvalidRequest
 from service.times import duration_seconds
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 DEFAULT_PAGE_SIZE = 100
+PAGE_BYTES = 1 << 20  # of messages; the last one may go beyond: to build and to send them holds up others
 REMEMBERED_CALLS = 1024
 
 ID = r"[a-z0-9][a-z0-9._-]{0,62}"
@@ -63,20 +68,29 @@ class PageRequest(Protocol):
     def page_token(self) -> str: ...
 
 
-def page(items: Sequence[T], name: Callable[[T], str], request: PageRequest) -> tuple[Sequence[T], str]:
-    """One page of items that are ordered by name, and the token of the next. Raises InvalidRequest.
+def page(
+    items: Sequence[T], name: Callable[[T], str], message: Callable[[T], M], request: PageRequest
+) -> tuple[list[M], str]:
+    """One page of items that are ordered by name, as messages, and the token of the next. Raises InvalidRequest.
 
-    The token says after which name to go on, so pages stay right while items come and go.
+    It ends early where the messages are large. The token says after which name to go on, so pages stay right while
+    items come and go.
     """
     size = request.page_size or DEFAULT_PAGE_SIZE
     try:
         after = base64.b64decode(request.page_token.encode(), b"-_", validate=True).decode()
     except (binascii.Error, UnicodeDecodeError):
         raise InvalidRequest.at("page_token", "is no token of an earlier response; leave it out to begin") from None
-    rest = [item for item in items if name(item) > after]
-    if len(rest) <= size:
-        return rest, ""
-    return rest[:size], base64.urlsafe_b64encode(name(rest[size - 1]).encode()).decode()
+    start = bisect_right(items, after, key=name)
+    shown: list[M] = []
+    num_bytes = 0
+    for item in islice(items, start, start + size):
+        shown.append(message(item))
+        num_bytes += shown[-1].ByteSize()
+        if num_bytes > PAGE_BYTES:
+            break
+    end = start + len(shown)
+    return shown, "" if end == len(items) else base64.urlsafe_b64encode(name(items[end - 1]).encode()).decode()
 
 
 # ---- waiting ---------------------------------------------------------------------------------------------------------

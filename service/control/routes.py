@@ -53,7 +53,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
 
     async def ListRoutes(self, request: ListRoutesRequest, context: Context) -> ListRoutesResponse:  # noqa: N802
         routes = self._routes.all(tenant_id(request.parent, "parent", all_allowed=True))
-        shown, token = page(routes, lambda route: route.name, request)
+        shown, token = page(routes, lambda route: route.name, lambda route: route, request)
         return ListRoutesResponse(routes=shown, next_page_token=token)
 
     async def UpdateRoute(self, request: UpdateRouteRequest, context: Context) -> Route:  # noqa: N802

@@ -24,7 +24,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_OFFSETS_BYTES = 128 << 10  # of a text whose tokens' places are told
 MAX_TEXT_CHARS = 4 << 20  # of detokenised text
-_CHUNK = 1 << 14  # tokens that are worked on before other threads have their turn
+_CHUNK = 1 << 14  # tokens that are worked on before other threads have theirs
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from service.call import Call
+from service.telemetry.lag import LAG_BUCKETS
 from service.telemetry.records import CallRecord, GenerationRecord
 from service.telemetry.series import TOKEN_BUCKETS, Counter, Histogram, Labels
 
@@ -41,6 +42,7 @@ class RequestMetrics:
         self.queue = Histogram()
         self.adapter_wait = Histogram()
         self.calls = Histogram()  # (method, status)
+        self.loop_lag = Histogram(LAG_BUCKETS)  # ()
 
     def call_started(self, call: Call, method: str, metadata: Mapping[str, str]) -> None:
         pass

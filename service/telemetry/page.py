@@ -135,6 +135,8 @@ def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
     text = "That generations waited for an adapter which was not in the engine's memory."
     yield _histogram("loraplex_adapter_wait_seconds", text, ("model",), metrics.adapter_wait)
     yield _histogram("loraplex_rpc_duration_seconds", "Calls of any method.", ("method", "status"), metrics.calls)
+    text = "How much later than it should the service's event loop came to a task: while it is held, nobody is served."
+    yield _histogram("loraplex_event_loop_lag_seconds", text, (), metrics.loop_lag)
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------------

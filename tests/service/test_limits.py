@@ -173,6 +173,12 @@ def test_token_ids_of_a_batch_are_too_many_together() -> None:
         check_request(BatchGenerateRequest(specs=[spec] * 3))
 
 
+def test_variables_of_a_template_count_once() -> None:
+    chat = Chat(messages=[ChatMessage(role="user")])
+    chat.template_kwargs.update({"x": [{"a": "b"}] * 2000})
+    check_request(tokenizer_pb2.TokenizeRequest(model="demo", prompt=Prompt(chat=chat)))
+
+
 def test_items_of_a_batch_are_left_to_fail_alone() -> None:
     check_request(BatchGenerateRequest(specs=[GenerateSpec(model="x" * 600)]))
 

@@ -281,7 +281,7 @@ class ListModelsRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """At most this many in one response. Absent or 0: 100. From 0 to 1000."""
+    """At most this many in one response; fewer where they are large. Absent or 0: 100. From 0 to 1000."""
     page_token: builtins.str
     """From the previous response, to go on where it ended. At most 512 characters."""
     def __init__(

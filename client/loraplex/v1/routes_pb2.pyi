@@ -195,7 +195,7 @@ class ListRoutesRequest(google.protobuf.message.Message):
     parent: builtins.str
     """tenants/{tenant}, or tenants/- for all that the caller may see. Required. At most 512 characters."""
     page_size: builtins.int
-    """At most this many in one response. Absent or 0: 100. From 0 to 1000."""
+    """At most this many in one response; fewer where they are large. Absent or 0: 100. From 0 to 1000."""
     page_token: builtins.str
     """From the previous response, to go on where it ended. At most 512 characters."""
     def __init__(

@@ -1,0 +1,28 @@
+"""A whole service as a process of its own, to be watched: how long its event loop is held, and what memory it takes.
+
+Prints the addresses of its two ports, then answers each line of its standard input with one of its own: for how long
+its loop was held at most since the line before, in milliseconds of CPU time.
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import uvloop
+
+from tests.service.control_plane import control_plane
+from tests.service.guarded_server import HeldLoop
+
+
+async def serve(tokenizer: Path, roots: Path) -> None:
+    async with control_plane(tokenizer, roots) as control:
+        held = HeldLoop()
+        commands = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+        print(control.addresses.data, control.addresses.admin, flush=True)
+        while await commands.readline():
+            print(held.take() * 1000, flush=True)
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(Path(sys.argv[1]), Path(sys.argv[2])))
