@@ -169,6 +169,7 @@ def assemble(
         tenants,
         max_load_wait_seconds=limits.adapter_load_wait_seconds,
         resume_seconds=config.supervision.resume_seconds,
+        answer_bytes=limits.answer_bytes,
         observer=telemetry.observer,
         metrics=telemetry.metrics,
         recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,

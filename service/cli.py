@@ -34,7 +34,7 @@ from service.commands.usage import usage
 from service.config import ConfigError, ServiceConfig, load_config
 from service.demo import play_demo
 from service.quantize import quantize
-from service.telemetry.logs import CallFields
+from service.telemetry.logs import CallersThatLeft, CallFields
 from service.top import watch_load
 
 P = ParamSpec("P")
@@ -71,7 +71,7 @@ main.add_command(quantize)
 def serve(config: Path | None, insecure: bool) -> None:
     """Run a server until SIGTERM, SIGINT or SIGHUP; then let running requests finish, and exit."""
     settings = _settings(config, {"LORAPLEX_INSECURE": "true"} if insecure else {})
-    set_up_logging(settings.log_level, settings.log_format, "service", CallFields())
+    set_up_logging(settings.log_level, settings.log_format, "service", CallFields(), CallersThatLeft())
     _limit_arenas()
     with _start_failures():
         uvloop.run(_serve(settings))

@@ -212,6 +212,12 @@ class MessageTooLarge(LoraplexError):
     def __init__(self, problem: str, size: int, limit: int) -> None:
         super().__init__("MESSAGE_TOO_LARGE", problem, bytes=str(size), limit_bytes=str(limit))
 
+    @classmethod
+    def answer(cls, size: int, limit: int) -> "MessageTooLarge":
+        return cls(
+            f"the answer has {size} bytes, and one message has at most {limit}; stream it, or ask for less", size, limit
+        )
+
 
 class Unavailable(LoraplexError):
     """Try again, perhaps another replica. The only error that clients retry by themselves."""

@@ -39,7 +39,7 @@ from service.admission import Admission
 from service.call import Call, current_call
 from service.catalog import Catalog, Target
 from service.cold_adapters import NO_WAIT, ColdAdapters, Wait
-from service.errors import InvalidRequest, LoraplexError, Unavailable, unusable_adapter
+from service.errors import InvalidRequest, LoraplexError, MessageTooLarge, Unavailable, unusable_adapter
 from service.generation import Event, Job, Run
 from service.in_flight import InFlight, Requests
 from service.interceptors import error_status, known_error, status_name
@@ -82,11 +82,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         observer: Observer = NOBODY,
         metrics: RequestMetrics | None = None,
         recorded: Callable[[], Awaitable[None]] = keeps_nothing,
+        answer_bytes: int = 32 << 20,
     ) -> None:
         """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read.
         `resume_seconds`: how long a request that has begun waits for the engine that follows one that died.
         `metrics`: gets the gaps between tokens; what else it counts, it hears of as an observer. `recorded`: waits
-        until what observers keep of generations that have ended is kept: callers see the end only then.
+        until what observers keep of generations that have ended is kept: callers see the end only then. `answer_bytes`:
+        of an answer in one piece, and of each item of a batch.
         """
         self._catalog = catalog
         self._admission = admission
@@ -95,6 +97,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._tenants = tenants
         self._cold_adapters = ColdAdapters(adapter_path, max_load_wait_seconds)
         self._resume_seconds = resume_seconds
+        self._answer_bytes = answer_bytes
         self._observer = observer
         self._recorded = recorded
         self._token_gaps = (metrics or RequestMetrics()).token_gaps
@@ -125,17 +128,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequest.at("specs", "is empty; give at least one")
         at_once = request.max_concurrency if request.HasField("max_concurrency") else BATCH_CONCURRENCY
         slots = asyncio.Semaphore(at_once)
+        results: asyncio.Queue[BatchGenerateResponse] = asyncio.Queue(1)  # who has a slot keeps it until there is room
         calls = [current_call().item() for _ in request.specs]
         with ExitStack() as all_known:
             items = [all_known.enter_context(self._requests.known(call)) for call in calls]
             yield BatchGenerateResponse(started=BatchStarted(request_ids=[call.request_id for call in calls]))
             tasks = [
-                asyncio.create_task(self._batch_item(index, spec, item, slots))
+                asyncio.create_task(self._batch_item(index, spec, item, slots, results))
                 for index, (spec, item) in enumerate(zip(request.specs, items, strict=True))
             ]
             try:
-                for result in asyncio.as_completed(tasks):
-                    yield await result
+                for _ in tasks:
+                    yield await results.get()
             finally:
                 for task in tasks:
                     task.cancel()
@@ -154,29 +158,44 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._requests.end_all(error)
 
     async def _batch_item(
-        self, index: int, spec: GenerateSpec, item: InFlight, slots: asyncio.Semaphore
-    ) -> BatchGenerateResponse:
+        self,
+        index: int,
+        spec: GenerateSpec,
+        item: InFlight,
+        slots: asyncio.Semaphore,
+        results: "asyncio.Queue[BatchGenerateResponse]",
+    ) -> None:
         """One item of a batch, a request with an id of its own. If it fails, it fails alone."""
         try:
             async with item.waiting():
                 await slots.acquire()
-            try:
-                if index > 0:  # the first is counted: it is the call
-                    self._tenants.get(item.call.tenant).count_request()
-                check_item(spec, f"specs[{index}]")
-                response = await self._generate(item, spec, f"specs[{index}]")
-            finally:
-                slots.release()
-            return BatchGenerateResponse(index=index, response=response)
         except Exception as error:
-            known = known_error(error, item.call, f"item {index} of a batch")
-            return BatchGenerateResponse(index=index, error=error_status(known, item.call))
+            await results.put(_failed_item(index, error, item.call))
+            return
+        try:
+            await results.put(await self._item_result(index, spec, item))
+        finally:
+            slots.release()
+
+    async def _item_result(self, index: int, spec: GenerateSpec, item: InFlight) -> BatchGenerateResponse:
+        try:
+            if index > 0:  # the first is counted: it is the call
+                self._tenants.get(item.call.tenant).count_request()
+            check_item(spec, f"specs[{index}]")
+            return BatchGenerateResponse(index=index, response=await self._generate(item, spec, f"specs[{index}]"))
+        except Exception as error:
+            return _failed_item(index, error, item.call)
 
     async def _generate(self, known: InFlight, spec: GenerateSpec, path: str) -> GenerateResponse:
-        response = GenerateResponse()
+        response, size = GenerateResponse(), 0
         async with self._run(known, spec, path, streaming=False) as run, aclosing(run.events()) as events:
             async for event in events:
+                size += event.ByteSize()
+                if size > self._answer_bytes:
+                    raise MessageTooLarge.answer(size, self._answer_bytes)
                 _add_to_response(response, event)
+                if isinstance(event, PromptLogprobs):  # all of them are there at once, and others have a turn
+                    await asyncio.sleep(0)
         return response
 
     @asynccontextmanager
@@ -314,6 +333,12 @@ def _sequences(
         sampling = msgspec.structs.replace(params, seed=seed, num_prompt_logprobs=None)
         sequences.append(msgspec.structs.replace(first, request_id=client.new_request_id(), sampling=sampling))
     return sequences
+
+
+def _failed_item(index: int, error: Exception, call: Call) -> BatchGenerateResponse:
+    return BatchGenerateResponse(
+        index=index, error=error_status(known_error(error, call, f"item {index} of a batch"), call)
+    )
 
 
 def _add_to_response(response: GenerateResponse, event: Event) -> None:

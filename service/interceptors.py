@@ -238,11 +238,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None  # a stream that its behaviour has written
         answer = method.serialize(response)
         if len(answer) > self.limits.answer_bytes:
-            problem = (
-                f"the answer would have {len(answer)} bytes, and one message has at most {self.limits.answer_bytes}"
-            )
-            hint = "stream it, or ask for less"
-            raise MessageTooLarge(f"{problem}: {hint}", len(answer), self.limits.answer_bytes)
+            raise MessageTooLarge.answer(len(answer), self.limits.answer_bytes)
         self._unread.send(call.tenant, len(answer))
         _at_end(lambda _: self._unread.sent(call.tenant, len(answer)))
         await call.admit()

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from engine.messages import RequestOutput, TokenLogprobs
 from engine.sampling_params import FinishReason
@@ -179,11 +180,11 @@ def prompt_logprobs(
 
     Nothing predicts the first token: it has no log-probability.
     """
-    positions = [
+    positions = (
         token_logprob(entry, tokenizer)
         if entry is not None
         else TokenLogprob(token_id=token_id, text=tokenizer.token_text(token_id), bytes=tokenizer.token_bytes(token_id))
         for entry, token_id in zip(entries, prompt_token_ids, strict=False)
-    ]
-    for start in range(0, len(positions), PROMPT_LOGPROBS_PER_MESSAGE):
-        yield PromptLogprobs(logprobs=positions[start : start + PROMPT_LOGPROBS_PER_MESSAGE])
+    )
+    while some := list(islice(positions, PROMPT_LOGPROBS_PER_MESSAGE)):
+        yield PromptLogprobs(logprobs=some)

@@ -31,6 +31,7 @@ UNSUPPORTED_FIELDS = ("GenerateSpec.constraint", "Sampling.bad_words", "Chat.too
 
 # Beyond these, fields that the contract does not have are not even looked at one by one: that takes long.
 MAX_UNKNOWN_BYTES = 64 << 10
+TOKENS_AT_ONCE = 256  # of an answer in one piece: they take less room in it than while they are held back
 _OF_ENTRIES = (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE)
 _UNKNOWN = "is a field that this server's version of the contract does not have"
 
@@ -250,7 +251,7 @@ class OutputForm:
     include_stop: bool
     min_tokens: int  # before these no stop string counts
     fills_context: bool  # the caller set no max_tokens: running into it is the context's limit
-    chunk_tokens: float  # hold tokens back until there are this many; inf: until the output ends
+    chunk_tokens: int  # hold tokens back until there are this many
     chunk_delay_seconds: float  # but no longer than this
 
     @classmethod
@@ -267,7 +268,7 @@ class OutputForm:
             include_stop=stopping.include_stop,
             min_tokens=stopping.min_tokens,
             fills_context=not stopping.HasField("max_tokens"),
-            chunk_tokens=max(1, stream.min_tokens_per_chunk) if streaming else math.inf,
+            chunk_tokens=max(1, stream.min_tokens_per_chunk) if streaming else TOKENS_AT_ONCE,
             chunk_delay_seconds=delay if streaming else math.inf,
         )
 

@@ -19,6 +19,13 @@ class CallFields(logging.Filter):
         return True
 
 
+class CallersThatLeft(logging.Filter):
+    """Keeps back what gRPC logs, as an error, of callers who left while they were answered: anybody may."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.name == "grpc._cython.cygrpc" and str(record.msg).startswith("ExecuteBatchError raised"))
+
+
 def call_fields(call: Call) -> dict[str, object]:
     """What is known of a call by now."""
     fields = {

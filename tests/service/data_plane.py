@@ -36,6 +36,7 @@ from service.prompts import TextWork
 from service.routing import RouteBook
 from service.server import ConnectionLimits, Health, Service, build_server
 from service.state import StateFile
+from service.telemetry.logs import CallersThatLeft
 from service.tenants import Tenants
 from service.text import TemplateRenderer, Tokenizer
 from tests.own_log import is_of_closed_loop
@@ -162,6 +163,7 @@ class ErrorLog(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
+        self.addFilter(CallersThatLeft())
         self.records: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -192,6 +194,7 @@ async def data_plane(
             TextWork.of(renderer),
             adapter_path=lambda version: version.spec.source,
             tenants=tenants,
+            answer_bytes=(limits or CallLimits()).answer_bytes,
         )
         name = "loraplex.v1.InferenceService"
         health = Health([name])

@@ -61,7 +61,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_TENANT_QUOTA: _ErrorReason.ValueType  # 17
     """RESOURCE_EXHAUSTED: the tenant is over its quota. QuotaFailure and RetryInfo. Other replicas will say the same."""
     ERROR_REASON_SLOW_CONSUMER: _ErrorReason.ValueType  # 18
-    """RESOURCE_EXHAUSTED: the caller reads its stream too slowly, and it was cut."""
+    """RESOURCE_EXHAUSTED: the caller reads its stream too slowly, and it was cut; or the tenant has left so many answers
+    unread that it gets no more.
+    """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 19
     """UNAVAILABLE: the queue is full, or the deadline cannot be met. RetryInfo."""
     ERROR_REASON_ADAPTER_COLD: _ErrorReason.ValueType  # 20
@@ -153,7 +155,9 @@ ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 16
 ERROR_REASON_TENANT_QUOTA: ErrorReason.ValueType  # 17
 """RESOURCE_EXHAUSTED: the tenant is over its quota. QuotaFailure and RetryInfo. Other replicas will say the same."""
 ERROR_REASON_SLOW_CONSUMER: ErrorReason.ValueType  # 18
-"""RESOURCE_EXHAUSTED: the caller reads its stream too slowly, and it was cut."""
+"""RESOURCE_EXHAUSTED: the caller reads its stream too slowly, and it was cut; or the tenant has left so many answers
+unread that it gets no more.
+"""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 19
 """UNAVAILABLE: the queue is full, or the deadline cannot be met. RetryInfo."""
 ERROR_REASON_ADAPTER_COLD: ErrorReason.ValueType  # 20

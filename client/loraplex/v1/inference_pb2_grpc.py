@@ -50,7 +50,8 @@ class InferenceServiceStub(object):
     metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
-    ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.
+    ErrorReason. How large a message may be is in ServerInfo, larger ones are MESSAGE_TOO_LARGE; metadata up to 8 KiB are
+    received. 256 calls may be in progress on a connection: open another one for more.
     """
 
     def __init__(self, channel):
@@ -101,11 +102,13 @@ class InferenceServiceServicer(object):
     metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
-    ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.
+    ErrorReason. How large a message may be is in ServerInfo, larger ones are MESSAGE_TOO_LARGE; metadata up to 8 KiB are
+    received. 256 calls may be in progress on a connection: open another one for more.
     """
 
     def Generate(self, request, context):
-        """Generates and returns everything at the end.
+        """Generates and returns everything at the end. An answer of more than 32 MiB, such as the log-probabilities of long
+        outputs, ends the call as MESSAGE_TOO_LARGE: stream it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,7 +126,8 @@ class InferenceServiceServicer(object):
 
     def BatchGenerate(self, request, context):
         """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
-        no particular order. One that fails fails alone, as that item's error.
+        no particular order. One that fails fails alone, as that item's error; so does one whose result is too large. While
+        results are not read, no further items begin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,7 +193,8 @@ class InferenceService(object):
     metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
-    ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.
+    ErrorReason. How large a message may be is in ServerInfo, larger ones are MESSAGE_TOO_LARGE; metadata up to 8 KiB are
+    received. 256 calls may be in progress on a connection: open another one for more.
     """
 
     @staticmethod

@@ -109,7 +109,8 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
-    ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.
+    ErrorReason. How large a message may be is in ServerInfo, larger ones are MESSAGE_TOO_LARGE; metadata up to 8 KiB are
+    received. 256 calls may be in progress on a connection: open another one for more.
     """
 
     @typing.overload
@@ -153,7 +154,9 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _InferenceServiceGenerateType
-    """Generates and returns everything at the end."""
+    """Generates and returns everything at the end. An answer of more than 32 MiB, such as the log-probabilities of long
+    outputs, ends the call as MESSAGE_TOO_LARGE: stream it.
+    """
 
     StreamGenerate: _InferenceServiceStreamGenerateType
     """Generates and returns tokens as they come:
@@ -164,7 +167,8 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
 
     BatchGenerate: _InferenceServiceBatchGenerateType
     """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
-    no particular order. One that fails fails alone, as that item's error.
+    no particular order. One that fails fails alone, as that item's error; so does one whose result is too large. While
+    results are not read, no further items begin.
     """
 
     CancelGeneration: _InferenceServiceCancelGenerationType
@@ -212,7 +216,8 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
     metadata has come: a request that was refused, and never one that may have begun.
 
     To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
-    ErrorReason. Messages up to 32 MiB and metadata up to 8 KiB are received.
+    ErrorReason. How large a message may be is in ServerInfo, larger ones are MESSAGE_TOO_LARGE; metadata up to 8 KiB are
+    received. 256 calls may be in progress on a connection: open another one for more.
     """
 
     @abc.abstractmethod
@@ -221,7 +226,9 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.inference_pb2.GenerateResponse, collections.abc.Awaitable[loraplex.v1.inference_pb2.GenerateResponse]]:
-        """Generates and returns everything at the end."""
+        """Generates and returns everything at the end. An answer of more than 32 MiB, such as the log-probabilities of long
+        outputs, ends the call as MESSAGE_TOO_LARGE: stream it.
+        """
 
     @abc.abstractmethod
     def StreamGenerate(
@@ -242,7 +249,8 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.inference_pb2.BatchGenerateResponse], collections.abc.AsyncIterator[loraplex.v1.inference_pb2.BatchGenerateResponse]]:
         """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
-        no particular order. One that fails fails alone, as that item's error.
+        no particular order. One that fails fails alone, as that item's error; so does one whose result is too large. While
+        results are not read, no further items begin.
         """
 
     @abc.abstractmethod
