@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from adapters.depot import Depot
 from adapters.errors import AdapterRejected, SourceNotAllowed
@@ -21,6 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 READERS = 2  # adapters whose files are checked at once
+CLEARING_SECONDS = 5.0  # that the end of the server waits for; the next start clears the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,12 @@ class AdapterLibrary:
         self._depot = depot
         # Threads of their own: reading gigabytes must not hold up the prompts that are tokenised in the common ones.
         self._readers = ThreadPoolExecutor(READERS, "adapter-inspect")
+        self._clearing: set[asyncio.Task[None]] = set()
 
-    def close(self) -> None:
-        """Wait for nothing any more."""
+    async def close(self) -> None:
+        """Wait for what is being removed, a while, and for nothing else."""
+        if self._clearing:
+            await asyncio.wait(self._clearing, timeout=CLEARING_SECONDS)
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
@@ -61,18 +65,18 @@ class AdapterLibrary:
         """
         if RemoteSources.is_remote(reference):
             async with self.gather() as gathering:
-                await self._fetch(reference, gathering.directory)
+                await self._fetch(reference, gathering)
                 yield await gathering.check(f"source {reference!r}")
             return
         try:
             directory = await self._in_thread(self._source.resolve, reference)
         except SourceNotAllowed as error:
             raise PermissionDenied(str(error), "SOURCE_NOT_ALLOWED") from error
-        yield await self._checked(directory, f"source {reference!r}", gathered=False)
+        yield await self._checked(directory, f"source {reference!r}")
 
-    async def _fetch(self, reference: str, directory: Path) -> None:
+    async def _fetch(self, reference: str, gathering: "Gathering") -> None:
         try:
-            await self._in_thread(self._remote.fetch, reference, directory)
+            await gathering.do(self._remote.fetch, reference, gathering.directory)
         except SourceNotAllowed as error:
             raise PermissionDenied(str(error), "SOURCE_NOT_ALLOWED") from error
         except AdapterRejected as error:
@@ -80,12 +84,15 @@ class AdapterLibrary:
 
     @asynccontextmanager
     async def gather(self) -> AsyncIterator["Gathering"]:
-        """A place for files that somebody sends. What is not kept by the end of the block is removed."""
-        directory = await self._in_thread(self._depot.begin)
+        """A place for files that somebody sends. What is not kept by the end of the block goes, however it ends."""
+        gathering = Gathering(self._readers, self._depot)
         try:
-            yield Gathering(directory, self)
+            yield await gathering.made()
         finally:
-            await self._in_thread(self._depot.discard, directory)
+            clearing = asyncio.create_task(gathering.discard())
+            self._clearing.add(clearing)
+            clearing.add_done_callback(self._clearing.discard)
+            await asyncio.shield(clearing)  # who was cancelled may be cancelled once more
 
     async def check_trust(self, tenant: Tenant, digest: str, directory: Path) -> None:
         """Raises PermissionDenied (ADAPTER_UNTRUSTED) for files that a tenant does not accept. `digest`: theirs."""
@@ -127,7 +134,7 @@ class AdapterLibrary:
     async def recheck(self, version: AdapterVersion) -> AdapterFiles:
         """The files of a version as they are now. Raises FailedPrecondition if there are none."""
         directory = self.directory(version)
-        files = await self._checked(directory, "its files", gathered=False)
+        files = await self._checked(directory, "its files")
         if files.digest != version.key.digest:
             found = f"its files have the digest {files.digest[:12]}… now: they were changed"
             return AdapterFiles(directory, version.key.digest, None, (found,))
@@ -137,9 +144,9 @@ class AdapterLibrary:
         found = fingerprint(self.directory(version))
         return found != version.fingerprint if version.directory else found is None
 
-    async def _checked(self, directory: Path, where: str, gathered: bool) -> AdapterFiles:
+    async def _checked(self, directory: Path, where: str) -> AdapterFiles:
         try:
-            return await self._in_thread(_read, directory, gathered)
+            return await self._in_thread(_read, directory, False)
         except (AdapterRejected, OSError) as error:
             raise FailedPrecondition("ADAPTER_INVALID", f"{where}: {error}") from error
 
@@ -148,21 +155,57 @@ class AdapterLibrary:
 
 
 class Gathering:
-    """Files of one adapter on their way to the server."""
+    """Files of one adapter on their way to the server.
 
-    def __init__(self, directory: Path, library: AdapterLibrary) -> None:
-        self.directory = directory
-        self._library = library
+    A thread does not end with the call that it works for: what it still does when that is cancelled goes on here.
+    """
+
+    directory: Path  # once it is made
+
+    def __init__(self, threads: ThreadPoolExecutor, depot: Depot) -> None:
+        self._threads = threads
+        self._depot = depot
+        self._doing: set[asyncio.Future[Any]] = set()
+        self._made = self._start(depot.begin)
+
+    async def made(self) -> Self:
+        """Itself, once it has a directory."""
+        self.directory = await asyncio.shield(self._made)
+        return self
 
     async def append(self, name: str, chunk: bytes) -> None:
         """Write the next bytes of a file."""
-        await self._library._in_thread(_append, self.directory / name, chunk)
+        await self.do(_append, self.directory / name, chunk)
 
     async def check(self, where: str) -> AdapterFiles:
         """All files are there: see what they are. Raises FailedPrecondition (ADAPTER_INVALID)."""
-        files = await self._library._checked(self.directory, where, gathered=True)
-        await self._library._in_thread(self._library._depot.settle, self.directory)
+        try:
+            files = await self.do(_read, self.directory, True)
+        except (AdapterRejected, OSError) as error:
+            raise FailedPrecondition("ADAPTER_INVALID", f"{where}: {error}") from error
+        await self.do(self._depot.settle, self.directory)
         return files
+
+    async def do(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Do something with the files in a thread."""
+        return await asyncio.shield(self._start(work, *args, **kwargs))
+
+    async def discard(self) -> None:
+        """Remove what was not kept, once nothing is written any more."""
+        await asyncio.wait(self._doing | {self._made})
+        if self._made.exception() is None:
+            await self.do(self._depot.discard, self._made.result())
+
+    def _start(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "asyncio.Future[R]":
+        doing = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+        self._doing.add(doing)
+        doing.add_done_callback(self._ended)
+        return doing
+
+    def _ended(self, doing: "asyncio.Future[Any]") -> None:
+        self._doing.discard(doing)
+        if not doing.cancelled():
+            doing.exception()  # seen, even if its caller has gone
 
 
 def _read(directory: Path, gathered: bool) -> AdapterFiles:

@@ -30,6 +30,7 @@ from service.catalog import Catalog
 from service.config import LimitsConfig, ModelConfig, ServiceConfig
 from service.control.adapters import AdapterServicer
 from service.control.models import ModelServicer
+from service.control.quota import AdapterQuota
 from service.control.routes import RouteServicer
 from service.control.server import ServerServicer
 from service.control.tokenizer import TokenizerServicer
@@ -79,6 +80,7 @@ class Application:
     library: AdapterLibrary
     deployer: AdapterDeployer
     tenants: Tenants
+    quota: AdapterQuota
     admission: Admission
     inference: InferenceServicer
     health: Health
@@ -180,9 +182,10 @@ def assemble(
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
         Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
     )
-    adapters = AdapterServicer(registry, deployer, library, host, state, tenants, limits.upload_bytes)
+    quota = AdapterQuota(registry, library, tenants, state)
+    adapters = AdapterServicer(registry, deployer, library, host, state, tenants, quota, limits.upload_bytes)
     models = ModelServicer(host, config.drain_grace_seconds)
-    route_servicer = RouteServicer(catalog, routes, state, deployer.prefetch)
+    route_servicer = RouteServicer(catalog, routes, state, tenants, deployer.prefetch)
     admin = (
         Service("loraplex.v1.ModelService", models, add_ModelServiceServicer_to_server),
         Service("loraplex.v1.AdapterService", adapters, add_AdapterServiceServicer_to_server),
@@ -204,6 +207,7 @@ def assemble(
         library,
         deployer,
         tenants,
+        quota,
         admission,
         inference,
         health,

@@ -217,7 +217,7 @@ class AdapterDeployer:
 
     async def close(self) -> None:
         """Wait for nothing any more."""
-        self._library.close()
+        await self._library.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -29,6 +29,10 @@ class RouteBook:
         prefix = "tenants/" if tenant is None else f"tenants/{tenant}/"
         return [self._routes[name] for name in sorted(self._routes) if name.startswith(prefix)]
 
+    def count(self, tenant: str) -> int:
+        """How many a tenant has."""
+        return sum(name.startswith(f"tenants/{tenant}/") for name in self._routes)
+
     def put(self, route: Route) -> None:
         """Requests that come from now on follow this route; `saved` of the state says when a restart does too."""
         self._routes[route.name] = route

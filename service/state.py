@@ -8,6 +8,7 @@ caller waits for `saved` first.
 import asyncio
 import logging
 import sqlite3
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,9 @@ class StateFile:
         """
         self._connection = _open(directory)
         self._writer = ThreadPoolExecutor(1, "state")
+        self._sizes: defaultdict[str, dict[_Key, int]] = defaultdict(dict)  # of bodies, by tenant
+        for kind, name, size in self._connection.execute("SELECT kind, name, length(body) FROM resources").fetchall():
+            self._sizes[_tenant_of(name)][kind, name] = size
         self._changes: dict[_Key, bytes | None] = {}  # noted and not yet being written; None: deleted
         self._num_noted = 0
         self._num_saved = 0
@@ -49,6 +53,10 @@ class StateFile:
     def delete(self, kind: str, name: str) -> None:
         """Note that a resource is gone."""
         self._note((kind, name), None)
+
+    def size(self, tenant: str) -> int:
+        """Bytes of all resources that are under a tenant."""
+        return sum(self._sizes[tenant].values()) if tenant in self._sizes else 0
 
     async def saved(self) -> None:
         """Until everything that was noted before the call is on the disk.
@@ -70,6 +78,11 @@ class StateFile:
 
     def _note(self, key: _Key, body: bytes | None) -> None:
         self._changes[key] = body
+        sizes = self._sizes[_tenant_of(key[1])]
+        if body is None:
+            sizes.pop(key, None)
+        else:
+            sizes[key] = len(body)
         self._num_noted += 1
         self._write_soon()
 
@@ -101,6 +114,11 @@ class StateFile:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany("DELETE FROM resources WHERE kind = ? AND name = ?", gone)
             self._connection.executemany("INSERT OR REPLACE INTO resources VALUES (?, ?, ?)", there)
+
+
+def _tenant_of(name: str) -> str:
+    """In tenants/{tenant}/…, or in {tenant}/…."""
+    return name.removeprefix("tenants/").partition("/")[0]
 
 
 def _open(directory: Path | None) -> sqlite3.Connection:

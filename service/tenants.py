@@ -29,8 +29,11 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     requests_per_second: float | None = None
     tokens_per_second: float | None = None  # of prompts and outputs together
     burst_seconds: float = 10.0  # so many seconds' worth of both may come at once
-    max_adapters: int | None = None  # versions
+    max_adapters: int | None = None  # versions, by name, and uploads in progress
     max_adapter_bytes: int | None = None  # of the weights of all versions together, on disk
+    max_uploads: int | None = 4  # in progress at once
+    max_routes: int | None = 1000
+    max_state_bytes: int | None = 16 << 20  # of what the server keeps of its routes and adapters, labels and all
     adapter_digests: tuple[str, ...] = ()  # with either of these two, adapters must be listed here,
     adapter_keys: tuple[str, ...] = ()  # or signed with one of these Ed25519 public keys: PEM files
     cache_group: str | None = None  # tenants with the same group share cached prefixes; None: with nobody
@@ -118,13 +121,25 @@ class Tenant:
 
     def check_adapters(self, count: int, size_bytes: int) -> None:
         """Raises QuotaExceeded if the tenant may not have so many versions, or so many bytes of them."""
-        for what, limit, value in (
-            ("adapter versions", self.config.max_adapters, count),
-            ("bytes of adapters", self.config.max_adapter_bytes, size_bytes),
-        ):
-            if limit is not None and value > limit:
-                message = f"with this one tenant {self.name!r} would have {value} {what}, and it may have {limit}"
-                raise QuotaExceeded(f"tenants/{self.name}: {what}", f"{message}; delete some first", 0.0)
+        self._check_amount("adapter versions", count, self.config.max_adapters)
+        self._check_amount("bytes of adapters", size_bytes, self.config.max_adapter_bytes)
+
+    def check_uploads(self, count: int) -> None:
+        """Raises QuotaExceeded if it may not have so many in progress."""
+        self._check_amount("uploads in progress", count, self.config.max_uploads)
+
+    def check_routes(self, count: int) -> None:
+        """Raises QuotaExceeded if it may not have so many."""
+        self._check_amount("routes", count, self.config.max_routes)
+
+    def check_state(self, size_bytes: int) -> None:
+        """Raises QuotaExceeded if the server may not keep so many bytes about its routes and adapters."""
+        self._check_amount("bytes of routes and of what is known of adapters", size_bytes, self.config.max_state_bytes)
+
+    def _check_amount(self, what: str, value: int, limit: int | None) -> None:
+        if limit is not None and value > limit:
+            message = f"with this one tenant {self.name!r} would have {value} {what}, and it may have {limit}"
+            raise QuotaExceeded(f"tenants/{self.name}: {what}", f"{message}; delete some first", 0.0)
 
     def priority(self, wanted: int) -> int:
         """The priority of a request that wants this one."""

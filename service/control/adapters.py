@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -20,7 +20,6 @@ from adapters.registry import (
     full_name,
 )
 from adapters.residency import Residency
-from adapters.source import WEIGHTS_FILE
 from loraplex.v1 import adapters_pb2_grpc
 from loraplex.v1.adapters_pb2 import (
     ADAPTER_RESIDENCY_DEVICE,
@@ -48,6 +47,7 @@ from loraplex.v1.watch_pb2 import (
     WATCH_EVENT_TYPE_SNAPSHOT_END,
 )
 from service.adapter_files import AdapterFiles, AdapterLibrary
+from service.control.quota import AdapterQuota, Incoming
 from service.control.requests import (
     Once,
     adapter_name,
@@ -99,6 +99,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         host: ModelHost,
         state: StateFile,
         tenants: Tenants,
+        quota: AdapterQuota,
         max_upload_bytes: int,
     ) -> None:
         self._registry = registry
@@ -108,6 +109,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self._state = state
         self._tenants = tenants
         self._max_upload_bytes = max_upload_bytes
+        self._quota = quota
         self._once = Once()
 
     # ---- looking -----------------------------------------------------------------------------------------------------
@@ -166,9 +168,13 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         header = await upload_header(request_iterator)
 
         async def upload() -> Adapter:
-            async with self._library.gather() as gathering:
-                await receive_files(request_iterator, gathering, self._max_upload_bytes)
-                return await self._register(header, await gathering.check("upload"))
+            tenant = tenant_id(header.parent, "header.parent")
+            assert tenant is not None, "tenants/- is refused before"
+            with self._quota.upload(tenant) as incoming:
+                announce = partial(self._quota.announce, incoming)
+                async with self._library.gather() as gathering:
+                    await receive_files(request_iterator, gathering, self._max_upload_bytes, announce)
+                    return await self._register(header, await gathering.check("upload"), incoming)
 
         return await self._once.run("UploadAdapter", header.request_id, upload)
 
@@ -176,7 +182,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         async with self._library.find(request.adapter.source) as files:
             return await self._register(request, files)
 
-    async def _register(self, request: CreateAdapterRequest, files: AdapterFiles) -> Adapter:
+    async def _register(
+        self, request: CreateAdapterRequest, files: AdapterFiles, incoming: Incoming | None = None
+    ) -> Adapter:
         """Register, or only validate, a version whose files have been found."""
         residency = _residency(request.residency, Residency.HOST, (Residency.HOST, Residency.DEVICE))
         tenant = tenant_id(request.parent, "parent")
@@ -196,7 +204,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         files = self._deployer.check_rank(files, spec.base_model)
         if request.validate_only:
             return await self._validated(tenant, request.adapter_id, spec, files)
-        self._check_quota(tenant, files)
+        key = AdapterKey(f"{tenant}/{request.adapter_id}", files.digest)
+        self._quota.check(key, files.directory, request.adapter.ByteSize(), incoming)
         version = self._deployer.create(tenant, request.adapter_id, spec, files)
         await self._state.saved()
         deadline = asyncio.get_running_loop().time() + seconds
@@ -242,6 +251,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         fields = _fields_to_change(request.update_mask)
         version = self._get(wanted.name, "adapter.name")
         _check_etag(version, wanted.etag)
+        if "labels" in fields:
+            more = Adapter(labels=wanted.labels).ByteSize() - Adapter(labels=version.spec.labels).ByteSize()
+            self._quota.check_state(version.key.name.partition("/")[0], more)
         if "version" in fields:
             version = self._next_current(wanted)
         if "pinned" in fields and wanted.pinned is not version.spec.pinned:
@@ -342,13 +354,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         await wait_until(is_over, self._registry.subscribe, seconds)
         return self._find(version.key) or version
 
-    def _check_quota(self, tenant: str, files: AdapterFiles) -> None:
-        """Raises QuotaExceeded if the tenant may not have these files too. To be called right before they are taken."""
-        held = self._registry.list_versions({tenant}, include_versions=True)
-        others = [version for version in held if version.key.digest != files.digest]
-        directories = [files.directory, *(self._library.directory(version) for version in others)]
-        self._tenants.get(tenant).check_adapters(len(directories), sum(map(_weight_bytes, directories)))
-
     def _message(self, version: AdapterVersion) -> Adapter:
         message = Adapter(
             name=version.name,
@@ -387,13 +392,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         client = None if model is None else model.client
         residency = Residency.DISK if client is None else client.residency.get(version.key, Residency.DISK)
         return RESIDENCIES[residency]
-
-
-def _weight_bytes(directory: Path) -> int:
-    try:
-        return (directory / WEIGHTS_FILE).stat().st_size
-    except OSError:
-        return 0  # the files have gone: then they take no room
 
 
 def _fields_to_change(mask: FieldMask) -> set[str]:

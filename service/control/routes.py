@@ -27,6 +27,7 @@ from service.control.requests import ID, Once, page, tenant_id
 from service.errors import Aborted, InvalidRequest, LoraplexError, NotFound, PermissionDenied, Violation
 from service.routing import RouteBook, weight_of
 from service.state import StateFile
+from service.tenants import Tenants
 from service.times import timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,12 +40,18 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
     """What the book says, as resources; a change is in force, and saved, when its call returns."""
 
     def __init__(
-        self, catalog: Catalog, routes: RouteBook, state: StateFile, prefetch: Callable[[AdapterVersion], None]
+        self,
+        catalog: Catalog,
+        routes: RouteBook,
+        state: StateFile,
+        tenants: Tenants,
+        prefetch: Callable[[AdapterVersion], None],
     ) -> None:
         """`prefetch` hears of every adapter to which requests may come soon."""
         self._catalog = catalog
         self._routes = routes
         self._state = state
+        self._tenants = tenants
         self._prefetch = prefetch
         self._once = Once()
 
@@ -90,6 +97,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
             raise InvalidRequest(*violations)
         route.update_time.CopyFrom(timestamp(now))
         route.etag = f"{time.time_ns():x}"
+        self._check_quota(route, known)
         self._routes.put(route)
         await self._state.saved()
         for target in route.targets:
@@ -101,6 +109,16 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         self._routes.delete(request.name)
         await self._state.saved()
         return Empty()
+
+    def _check_quota(self, route: Route, known: Route | None) -> None:
+        """Raises QuotaExceeded if its tenant may not have this route, too, or no more of it."""
+        owner = _owner(route)
+        tenant = self._tenants.get(owner)
+        if known is None:
+            tenant.check_routes(self._routes.count(owner) + 1)
+        more = route.ByteSize() - (0 if known is None else known.ByteSize())
+        if more > 0:
+            tenant.check_state(self._state.size(owner) + more)
 
     def _violations(self, route: Route, fields: Collection[str]) -> Iterator[Violation]:
         """Of the fields that change: a target that has gone since does not stand in the way of others."""

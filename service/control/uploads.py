@@ -1,6 +1,6 @@
 """The stream of an upload: a header, then each file as its start and its chunks."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from adapters.config import MAX_CONFIG_BYTES
 from adapters.source import CONFIG_FILE, WEIGHTS_FILE
@@ -19,13 +19,22 @@ async def upload_header(messages: AsyncIterator[UploadAdapterRequest]) -> Create
     raise InvalidRequest.at("payload", "the first message of an upload must be its header")
 
 
-async def receive_files(messages: AsyncIterator[UploadAdapterRequest], gathering: Gathering, max_bytes: int) -> None:
-    """Write what the messages carry until they end. Raises InvalidRequest, with everything beyond a limit unwritten."""
+async def receive_files(
+    messages: AsyncIterator[UploadAdapterRequest],
+    gathering: Gathering,
+    max_bytes: int,
+    announce: Callable[[int], None],
+) -> None:
+    """Write what the messages carry until they end. `announce` hears of each file's size before it is written.
+
+    Raises InvalidRequest, with everything beyond a limit unwritten, and what `announce` raises.
+    """
     files = _Files(max_bytes)
     async for message in messages:
         match message.WhichOneof("payload"):
             case "file":
                 files.begin(message.file)
+                announce(message.file.size_bytes)
                 await gathering.append(files.name, b"")
             case "chunk":
                 files.take(len(message.chunk))

@@ -74,3 +74,17 @@ async def test_a_change_that_cannot_be_written_is_an_error_and_is_tried_again(
     await state.saved()
     assert state.read("adapter") == {"a": b"1"}
     await state.close()
+
+
+async def test_it_knows_how_much_it_keeps_for_a_tenant_in_the_next_life_too(tmp_path: Path) -> None:
+    state = StateFile(tmp_path)
+    state.put("adapter", "acme/a", b"123")
+    state.put("route", "tenants/acme/routes/r", b"4567")
+    state.put("route", "tenants/other/routes/r", b"x")
+    state.put("route", "tenants/acme/routes/gone", b"x")
+    state.delete("route", "tenants/acme/routes/gone")
+    assert state.size("acme") == 7
+    await state.close()
+    state = StateFile(tmp_path)
+    assert (state.size("acme"), state.size("other"), state.size("nobody")) == (7, 1, 0)
+    await state.close()

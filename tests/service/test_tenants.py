@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from loraplex import ResourceExhausted
 from loraplex.v1.inference_pb2 import BatchGenerateRequest
+from loraplex.v1.routes_pb2 import Route, RouteTarget
 from service.errors import QuotaExceeded
 from service.tenants import Tenant, TenantConfig, Tenants, TokenBucket
 from service.text import Tokenizer
@@ -213,3 +214,57 @@ async def test_a_tenant_has_no_more_adapters_than_it_may(
         await create(2, tenant="other")
         await control.admin.delete_adapter("a0", tenant="acme", wait=10)
         await create(2)
+
+
+async def test_the_same_files_under_several_names_are_as_many_versions(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "same")
+    tenants = {"acme": TenantConfig(max_adapters=2)}
+    async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
+
+        async def create(name: str) -> None:
+            await control.admin.create_adapter(name, base_model="tiny", source="same", tenant="acme", wait=10)
+
+        await create("a")
+        await create("b")
+        await create("b")  # it is there already
+        with pytest.raises(ResourceExhausted, match="3 adapter versions"):
+            await create("c")
+
+
+async def test_a_tenant_has_no_more_routes_than_it_may(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
+    tenants = {"acme": TenantConfig(max_routes=2)}
+    async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
+        for name in ("a", "b", "a"):
+            await control.admin.update_route(route_of(name), allow_missing=True)
+        with pytest.raises(ResourceExhausted, match="3 routes"):
+            await control.admin.update_route(route_of("c"), allow_missing=True)
+        await control.admin.delete_route("a", tenant="acme")
+        await control.admin.update_route(route_of("c"), allow_missing=True)
+
+
+async def test_what_the_server_keeps_for_a_tenant_is_limited(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a")
+    tenants = {"acme": TenantConfig(max_state_bytes=4000)}
+    labels = {str(number): "x" * 250 for number in range(16)}
+    async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
+        with pytest.raises(ResourceExhausted, match="what is known of adapters"):
+            await control.admin.update_route(route_of("a", **labels), allow_missing=True)
+        await control.admin.create_adapter("a", base_model="tiny", source="a", tenant="acme", wait=10)
+        with pytest.raises(ResourceExhausted):
+            await control.admin.update_adapter("a", labels=labels, tenant="acme")
+        await control.admin.update_adapter("a", labels={"small": "enough"}, tenant="acme")
+
+
+def route_of(name: str, **labels: str) -> Route:
+    return Route(name=f"tenants/acme/routes/{name}", targets=[RouteTarget(model="tiny")], labels=labels)
+
+
+async def test_calls_of_the_admin_port_count_as_requests(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
+    tenants = {"default": TenantConfig(requests_per_second=0.001, burst_seconds=2000.0)}
+    async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
+        await control.admin.list_routes()
+        await control.admin.update_route(route_of("a"), allow_missing=True)
+        with pytest.raises(ResourceExhausted, match="requests per second"):
+            await control.admin.list_routes()

@@ -1,16 +1,20 @@
 """UploadAdapter: files that callers send become adapters, or nothing at all."""
 
 import asyncio
-from collections.abc import Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from adapters.source import CONFIG_FILE, WEIGHTS_FILE, digest
-from loraplex import InvalidArgument
+from loraplex import InvalidArgument, ResourceExhausted
 from loraplex.operations.base import Upload
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, UploadAdapterRequest, UploadFile
-from tests.service.control_plane import ControlPlane, write_adapter
+from loraplex.v1.adapters_pb2_grpc import AdapterServiceStub
+from service.tenants import TenantConfig
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 METHOD = "/loraplex.v1.AdapterService/UploadAdapter"
 HEADER = UploadAdapterRequest(
@@ -108,3 +112,99 @@ async def test_a_stream_that_is_no_upload_is_refused_and_leaves_nothing(
     with pytest.raises(InvalidArgument, match=problem):
         await send(control, *messages)
     assert kept(control) == []
+
+
+# ---- uploads that do not end -----------------------------------------------------------------------------------------
+
+BEGUN = (HEADER, begin(CONFIG_FILE, 1), chunk(b"x"), begin(WEIGHTS_FILE, 1 << 20), chunk(bytes(1000)))
+
+
+class Begun:
+    """An upload that has sent something, and waits."""
+
+    def __init__(self, channel: grpc.aio.Channel, *messages: UploadAdapterRequest) -> None:
+        self.sent = asyncio.Event()
+
+        async def requests() -> AsyncIterator[UploadAdapterRequest]:
+            for message in messages:
+                yield message
+            self.sent.set()
+            await asyncio.Event().wait()
+
+        self.call = AdapterServiceStub(channel).UploadAdapter(requests())
+
+
+async def begin_many(control: ControlPlane, channel: grpc.aio.Channel, count: int) -> list[Begun]:
+    uploads = [Begun(channel, *BEGUN) for _ in range(count)]
+    for upload in uploads:
+        await upload.sent.wait()
+    await until(lambda: len(kept(control)) == count)
+    return uploads
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - the depot has no event
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def open_control(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    """Where the tenant shared may upload as much as it likes at once."""
+    tenants = {"shared": TenantConfig(max_uploads=None)}
+    async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
+        yield control
+
+
+async def test_uploads_that_are_cancelled_together_leave_nothing(open_control: ControlPlane) -> None:
+    async with grpc.aio.insecure_channel(open_control.addresses.admin) as channel:
+        for upload in await begin_many(open_control, channel, 40):
+            upload.call.cancel()
+        await until(lambda: not kept(open_control))
+
+
+async def test_uploads_whose_connection_ends_leave_nothing(open_control: ControlPlane) -> None:
+    channel = grpc.aio.insecure_channel(open_control.addresses.admin)
+    await begin_many(open_control, channel, 10)
+    await channel.close()
+    await until(lambda: not kept(open_control))
+
+
+async def test_an_upload_with_an_id_leaves_nothing_when_it_is_cancelled(open_control: ControlPlane) -> None:
+    header = UploadAdapterRequest(header=HEADER.header)
+    header.header.request_id = str(uuid.uuid4())
+    async with grpc.aio.insecure_channel(open_control.addresses.admin) as channel:
+        upload = Begun(channel, header, *BEGUN[1:])
+        await until(lambda: len(kept(open_control)) == 1)
+        upload.call.cancel()
+        await until(lambda: not kept(open_control))
+
+
+async def test_uploads_in_progress_are_limited(control: ControlPlane) -> None:
+    async with grpc.aio.insecure_channel(control.addresses.admin) as channel:
+        uploads = await begin_many(control, channel, 4)
+        with pytest.raises(ResourceExhausted, match="5 uploads in progress"):
+            await send(control, *BEGUN)
+        uploads[0].call.cancel()
+        await until(lambda: len(kept(control)) == 3)
+        with pytest.raises(InvalidArgument, match="bytes of"):
+            await send(control, *BEGUN)
+
+
+@pytest.mark.parametrize("limit", [{"max_adapters": 2}, {"max_adapter_bytes": 1 << 20}])
+async def test_what_is_being_uploaded_counts_in_the_quota(
+    byte_tokenizer_directory: Path, tmp_path: Path, limit: dict[str, int]
+) -> None:
+    tenants = {"shared": TenantConfig(**limit)}  # type: ignore[arg-type]
+    async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
+        count = limit.get("max_adapters", 1)
+        files = write_adapter(tmp_path / "one", seed=1)
+        async with grpc.aio.insecure_channel(control.addresses.admin) as channel:
+            uploads = [Begun(channel, HEADER, begin(WEIGHTS_FILE, 1 << 20)) for _ in range(count)]
+            await until(lambda: [one.size_bytes for one in control.app.quota._incoming] == [1 << 20] * count)
+            with pytest.raises(ResourceExhausted):
+                await control.admin.upload_adapter("one", base_model="tiny", directory=files)
+            for upload in uploads:
+                upload.call.cancel()
+            await until(lambda: not control.app.quota._incoming)
+            await control.admin.upload_adapter("one", base_model="tiny", directory=files)

@@ -1,0 +1,78 @@
+"""What tenants have of adapters, and of uploads that may become some."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.key import AdapterKey
+from adapters.registry import AdapterRegistry, AdapterVersion
+from adapters.source import WEIGHTS_FILE
+from service.adapter_files import AdapterLibrary
+from service.state import StateFile
+from service.tenants import Tenants
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """An upload in progress, as far as its files have been announced."""
+
+    tenant: str
+    size_bytes: int = 0
+
+
+class AdapterQuota:
+    """Raises QuotaExceeded before a tenant has more than it may. For one event loop."""
+
+    def __init__(self, registry: AdapterRegistry, library: AdapterLibrary, tenants: Tenants, state: StateFile) -> None:
+        self._registry = registry
+        self._library = library
+        self._tenants = tenants
+        self._state = state
+        self._incoming: list[Incoming] = []
+
+    @contextmanager
+    def upload(self, tenant: str) -> Iterator[Incoming]:
+        """In the block there is one more."""
+        self._tenants.get(tenant).check_uploads(1 + sum(one.tenant == tenant for one in self._incoming))
+        incoming = Incoming(tenant)
+        self._incoming.append(incoming)
+        try:
+            yield incoming
+        finally:
+            self._incoming.remove(incoming)
+
+    def announce(self, incoming: Incoming, size_bytes: int) -> None:
+        """An upload will have so many bytes more."""
+        incoming.size_bytes += size_bytes
+        self._check(incoming.tenant, self._held(incoming.tenant), incoming.size_bytes, incoming)
+
+    def check(self, key: AdapterKey, directory: Path, state_bytes: int, incoming: Incoming | None = None) -> None:
+        """Right before a version is registered, which may be there already. `state_bytes`: what is kept of it."""
+        tenant = key.name.partition("/")[0]
+        others = [version for version in self._held(tenant) if version.key != key]
+        size = 0 if any(version.key.digest == key.digest for version in others) else _weight_bytes(directory)
+        self._check(tenant, others, size, incoming)
+        self.check_state(tenant, state_bytes)
+
+    def check_state(self, tenant: str, more_bytes: int) -> None:
+        """Before so many bytes more are kept about what a tenant has."""
+        if more_bytes > 0:
+            self._tenants.get(tenant).check_state(self._state.size(tenant) + more_bytes)
+
+    def _held(self, tenant: str) -> list[AdapterVersion]:
+        return self._registry.list_versions({tenant}, include_versions=True)
+
+    def _check(self, tenant: str, held: list[AdapterVersion], size: int, incoming: Incoming | None) -> None:
+        """With one more, of this size. The same files under several names are on the disk once."""
+        others = [one for one in self._incoming if one.tenant == tenant and one is not incoming]
+        directories = {version.key.digest: self._library.directory(version) for version in held}
+        on_disk = sum(map(_weight_bytes, directories.values())) + sum(one.size_bytes for one in others)
+        self._tenants.get(tenant).check_adapters(len(held) + len(others) + 1, on_disk + size)
+
+
+def _weight_bytes(directory: Path) -> int:
+    try:
+        return (directory / WEIGHTS_FILE).stat().st_size
+    except OSError:
+        return 0  # the files have gone: then they take no room
