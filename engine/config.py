@@ -11,6 +11,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8", "int4")
 HEAD_QUANTIZATIONS = ("int8",)
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
+LEAST_FRACTION = 0.0001  # of a core, or of a device's memory: less is nothing
 BACKENDS = ("auto", "reference", "cpu", "triton")
 USUAL_MEMORY_FRACTION = 0.9  # of a GPU. The rest is for contexts of CUDA, about half a GiB an engine, and for others
 DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?")
@@ -67,8 +68,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             problems.append(f"block_size {self.block_size} must be a power of two")
         for name in ("device_memory_fraction", "kv_cache_fraction", "adapter_load_share"):
             fraction = getattr(self, name)
-            if fraction is not None and not 0.0 < fraction <= 1.0:
-                problems.append(f"{name} {fraction} must be in (0, 1]")
+            if fraction is not None and not LEAST_FRACTION <= fraction <= 1.0:
+                problems.append(f"{name} {fraction} must be in (0, 1], at least {LEAST_FRACTION}")
         counts = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,

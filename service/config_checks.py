@@ -28,6 +28,9 @@ MAY_BE_ZERO = frozenset(
         "trace_ratio",
     )
 )
+# Of floats other than 0: beyond these, timers spin or overflow, and sums forget what is added to them.
+AMOUNTS = (1e-6, 1e9)
+SECONDS = (1e-3, 2e6)  # gRPC counts milliseconds in 32 bits
 MAY_BE_NEGATIVE = frozenset(("max_priority",))
 
 Section = type[msgspec.Struct]
@@ -99,6 +102,10 @@ def _wrong(name: str, value: float) -> Iterator[str]:
         yield "must be above 0"
     elif value < 0 and name not in MAY_BE_NEGATIVE:
         yield "must not be negative" if name in MAY_BE_ZERO or isinstance(value, int) else "must be above 0"
+    elif isinstance(value, float) and value > 0:
+        low, high = SECONDS if name.endswith("_seconds") else AMOUNTS
+        if not low <= value <= high:
+            yield f"must be from {low:g} to {high:g}"
 
 
 def _section(kind: Any) -> Section | None:

@@ -260,6 +260,7 @@ class EngineError(LoraplexError):
 # ---- the map to google.rpc -------------------------------------------------------------------------------------------
 
 DOMAIN = "loraplex"
+LONGEST_RETRY_SECONDS = 86_400.0  # who must wait for longer may as well ask once a day
 MAX_STATUS_BYTES = 4096  # at 20 KB the details, and the last message before them, were lost
 _MAX_MESSAGE_BYTES = 1024  # as it travels, percent-encoded
 _MAX_VIOLATIONS = 8
@@ -319,7 +320,7 @@ def _resource_info(resource_type: str, name: str, message: str) -> ResourceInfo:
 
 def _retry_info(seconds: float) -> RetryInfo:
     delay = Duration()
-    delay.FromMilliseconds(round(seconds * 1000))
+    delay.FromMilliseconds(round(min(seconds, LONGEST_RETRY_SECONDS) * 1000))
     return RetryInfo(retry_delay=delay)
 
 

@@ -21,6 +21,10 @@ from service.errors import QuotaExceeded
 REMEMBERED_TENANTS = 4096  # of those that the configuration does not name
 
 
+# The counters of tenants so far apart can still be told from one another after years.
+LIGHTEST, HEAVIEST = 0.001, 1000.0
+
+
 class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one tenant may use. None: as much as it wants."""
 
@@ -40,6 +44,8 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, but for numbers that none may be."""
+        if not LIGHTEST <= self.weight <= HEAVIEST:
+            yield f"weight {self.weight} must be from {LIGHTEST:g} to {HEAVIEST:g}"
         if not -100 <= self.max_priority <= 100:
             yield f"max_priority {self.max_priority} must be from -100 to 100"
         for digest in self.adapter_digests:

@@ -245,6 +245,19 @@ def test_a_float_that_is_no_amount_is_refused_by_name(directory: Path, name: str
 
 
 @pytest.mark.parametrize(("name", "text"), floats())
+@pytest.mark.parametrize("value", ["5.0e-324", "1.0e-300", "1.0e-40", "1.0e+10", "1.0e+300"])
+def test_an_amount_that_is_next_to_nothing_or_beyond_all_bounds_is_refused_by_name(
+    directory: Path, name: str, text: str, value: str
+) -> None:
+    assert f"{name} {float(value)} must be" in error_of(directory, text.replace("{}", value))
+
+
+@pytest.mark.parametrize("weight", ["0.0005", "2000"])
+def test_a_weight_that_no_counter_could_follow_is_refused(directory: Path, weight: str) -> None:
+    assert "must be from 0.001 to 1000" in error_of(directory, MODEL + f"tenants: {{acme: {{weight: {weight}}}}}")
+
+
+@pytest.mark.parametrize(("name", "text"), floats())
 def test_nothing_that_must_take_time_or_room_is_0(directory: Path, name: str, text: str) -> None:
     if name in MAY_BE_ZERO:
         load(directory, text.replace("{}", "0"))

@@ -127,6 +127,15 @@ async def plane_of(tokenizer: Tokenizer, clock: FakeClock, **config: object) -> 
 ACME = [("loraplex-tenant", "acme")]
 
 
+async def test_the_slowest_rate_that_may_be_has_callers_ask_once_a_day(
+    byte_tokenizer: Tokenizer, clock: FakeClock
+) -> None:
+    async with plane_of(byte_tokenizer, clock, requests_per_second=1e-6) as plane:
+        await plane.generate(make_spec(), metadata=ACME)
+        failed = await failure(plane.generate(make_spec(), metadata=ACME))
+        assert failed.detail(RetryInfo()).retry_delay.ToSeconds() == 86_400
+
+
 async def test_too_many_requests_are_refused_and_told_when_to_come_again(
     byte_tokenizer: Tokenizer, clock: FakeClock
 ) -> None:
