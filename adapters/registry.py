@@ -88,6 +88,7 @@ class AdapterVersion:
     directory: str = ""  # of its files
     fingerprint: str = ""  # of its files when they were checked; another one: check them again
     reason: str = ""  # in FAILED: the kind of the problems
+    text_digest: str = ""  # of the files of its text; "": it has the base's
     num_waiting: int = 0  # of num_requests, those that have not had their first token
 
     @property
@@ -180,7 +181,14 @@ class AdapterRegistry:
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def register(
-        self, tenant: str, adapter_id: str, digest: str, spec: AdapterSpec, directory: str = "", fingerprint: str = ""
+        self,
+        tenant: str,
+        adapter_id: str,
+        digest: str,
+        spec: AdapterSpec,
+        directory: str = "",
+        fingerprint: str = "",
+        text_digest: str = "",
     ) -> AdapterVersion:
         """Make a version known, in LOADING. The same digest again returns it as it is, with its files where they are
         now; if it had FAILED it is retried.
@@ -205,7 +213,20 @@ class AdapterRegistry:
             return adapter.versions[digest]
         now = self._clock()
         version = AdapterVersion(
-            key, spec, AdapterState.LOADING, False, None, (), 0, now, now, None, "", directory, fingerprint
+            key,
+            spec,
+            AdapterState.LOADING,
+            False,
+            None,
+            (),
+            0,
+            now,
+            now,
+            None,
+            "",
+            directory,
+            fingerprint,
+            text_digest=text_digest,
         )
         return self._save(version, ChangeKind.ADDED if known is None else ChangeKind.CHANGED)
 

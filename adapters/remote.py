@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from adapters.config import MAX_CONFIG_BYTES
 from adapters.errors import INVALID, UNREADABLE, AdapterRejected, SourceNotAllowed
-from adapters.source import CONFIG_FILE, MAX_REFERENCE_LENGTH, WEIGHTS_FILE
+from adapters.source import CONFIG_FILE, MAX_REFERENCE_LENGTH, TEXT_FILES, WEIGHTS_FILE
 from adapters.trust import MAX_SIGNATURE_BYTES, SIGNATURE_FILE
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._=-]{0,127}"
@@ -40,6 +40,7 @@ class RemoteSources:
             CONFIG_FILE: MAX_CONFIG_BYTES,
             WEIGHTS_FILE: max_bytes,
             SIGNATURE_FILE: MAX_SIGNATURE_BYTES,
+            **TEXT_FILES,
         }
         self._hub_endpoint = hub_endpoint
 
@@ -122,5 +123,5 @@ class RemoteSources:
             raise AdapterRejected([f"{name}: {num_bytes} bytes, at most {self._limits[name]} are allowed"], INVALID)
 
     def _check_optional(self, name: str, error: Exception) -> None:
-        if name != SIGNATURE_FILE:
+        if name in (CONFIG_FILE, WEIGHTS_FILE):
             raise AdapterRejected([f"{name} is missing"], INVALID) from error

@@ -1,7 +1,8 @@
 """Where adapters come from: directories under allow-listed roots, checked before a single tensor is read.
 
-An adapter directory holds adapter_config.json and adapter_model.safetensors; nothing else in it is looked at. What
-arrives from outside is hostile until shown otherwise: every size is capped before anything is parsed.
+An adapter directory holds adapter_config.json and adapter_model.safetensors, and maybe the files of its text; nothing
+else in it is looked at. What arrives from outside is hostile until shown otherwise: every size is capped before
+anything is parsed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,17 @@ from adapters.safetensors import TensorEntry, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# How its text is tokenised, and its bytes at most. What it needs of them is for the service to say.
+TEXT_FILES: Mapping[str, int] = {
+    "added_tokens.json": 8 << 20,
+    "chat_template.jinja": 4 << 20,
+    "special_tokens_map.json": 8 << 20,
+    "tokenizer.json": 64 << 20,
+    "tokenizer_config.json": 8 << 20,
+}
 MAX_WEIGHT_BYTES = 16 << 30
 MAX_REFERENCE_LENGTH = 1024
+FILES = (CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES)
 
 _COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -67,7 +77,7 @@ class AdapterSource:
                 )
         try:
             directory = root.joinpath(*components).resolve()
-            followed = [directory, *((directory / name).resolve() for name in (CONFIG_FILE, WEIGHTS_FILE))]
+            followed = [directory, *((directory / name).resolve() for name in FILES)]
         except (OSError, RuntimeError):  # links in a circle
             return None
         return directory if all(target.is_relative_to(root) for target in followed) else None
@@ -77,7 +87,8 @@ class AdapterSource:
 class AdapterDescription:
     """What can be said about an adapter without loading it."""
 
-    digest: str  # hex SHA-256 over config and weights
+    digest: str  # hex SHA-256 over config, weights and the files of its text
+    text_digest: str  # over the last alone; "": there are none
     config: LoRAConfig
     module_ranks: Mapping[str, int]  # by module path in the trained model
     target_modules: tuple[str, ...]  # short names, sorted: "q_proj", …
@@ -99,36 +110,54 @@ def describe(directory: Path) -> AdapterDescription:
     with open_weights(directory) as file:
         header = read_header(file)
         file.seek(0)
-        digest = digest_of(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""))
+        text = text_digest(directory)
+        digest = digest_of(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""), text)
     ranks, problems = module_ranks(header.tensors)
     if problems:
         raise AdapterRejected(problems)
     short = {module.rpartition(".")[2] for module in ranks}
-    return AdapterDescription(digest, config, ranks, tuple(sorted(short)), header.data_bytes)
+    return AdapterDescription(digest, text, config, ranks, tuple(sorted(short)), header.data_bytes)
 
 
 def digest(directory: Path) -> str:
-    """Hex SHA-256 over the content of an adapter: its config's bytes and its weights' bytes."""
+    """Hex SHA-256 over the content of an adapter: the bytes of its config, of its weights and of its text's files."""
     with open_weights(directory) as file:
-        return digest_of(read_config_bytes(directory), iter(lambda: file.read(_HASH_CHUNK), b""))
+        weights = iter(lambda: file.read(_HASH_CHUNK), b"")
+        return digest_of(read_config_bytes(directory), weights, text_digest(directory))
+
+
+def text_digest(directory: Path) -> str:
+    """Hex SHA-256 over the names and the content of the files of its text; "" if there are none.
+
+    Raises AdapterRejected for one that is too large or no plain file, OSError.
+    """
+    hasher, found = hashlib.sha256(), False
+    for name, max_bytes in TEXT_FILES.items():
+        if os.path.lexists(directory / name):
+            with _open(directory, name, max_bytes) as file:
+                hasher.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            found = True
+    return hasher.hexdigest() if found else ""
 
 
 def fingerprint(directory: Path) -> str | None:
     """Sizes and times of an adapter's files; None: they are not there. Another one says that they may have changed."""
     try:
         found = [(directory / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        found += [(directory / name).stat() for name in TEXT_FILES if (directory / name).exists()]
     except OSError:
         return None
     return " ".join(f"{status.st_size}:{status.st_mtime_ns}" for status in found)
 
 
-def digest_of(config: bytes, weights: Iterable[bytes | memoryview]) -> str:
-    """The same, of the config's bytes and the weights' in pieces of any length."""
+def digest_of(config: bytes, weights: Iterable[bytes | memoryview], text: str = "") -> str:
+    """The same, of the config's bytes, the weights' in pieces of any length and the digest of the text's files."""
     hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
     hasher.update(config)
     for chunk in weights:
         hasher.update(chunk)
-    return hasher.hexdigest()
+    digest = hasher.hexdigest()
+    return hashlib.sha256(f"{digest} {text}".encode()).hexdigest() if text else digest
 
 
 def module_ranks(tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, int], list[str]]:

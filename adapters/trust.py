@@ -1,7 +1,7 @@
 """Whose adapters a tenant accepts: those whose digest is listed, and those that somebody trusted has signed.
 
 A signature is Ed25519 (RFC 8032) over the line "loraplex-adapter sha256:{digest}", in base64, in the file adapter.sig
-beside the weights. The digest covers config and weights, so nothing of an adapter can change under its signature.
+beside the weights. The digest covers every file that is used, so nothing of an adapter can change under its signature.
 """
 
 from __future__ import annotations

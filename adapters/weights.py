@@ -19,7 +19,7 @@ from adapters.layer import EMBEDDING_SITE, EmbeddingLora
 from adapters.pace import Rest, no_rest, resting
 from adapters.replaced import REPLACED_SITE
 from adapters.safetensors import TensorEntry, read_header
-from adapters.source import digest_of, open_weights, read_config_bytes
+from adapters.source import digest_of, open_weights, read_config_bytes, text_digest
 from adapters.targets import LoraTarget
 from kernels.ops import LoraWeights, PackedLora
 
@@ -122,7 +122,8 @@ def _read(key: AdapterKey, directory: Path, rest: Rest) -> tuple[dict[str, Tenso
         # Not a bytearray: Python would fill it with zeros first, and hold up all other threads meanwhile.
         content = torch.empty(header.data_start + header.data_bytes, dtype=torch.uint8)
         pieces = [content[start : start + PIECE_BYTES] for start in range(0, len(content), PIECE_BYTES)]
-        found = digest_of(config_bytes, resting((_filled(piece, file, directory) for piece in pieces), rest))
+        weights = resting((_filled(piece, file, directory) for piece in pieces), rest)
+        found = digest_of(config_bytes, weights, text_digest(directory))
     if found != key.digest:
         raise AdapterRejected([f"the files have the digest {found[:12]}…, not {key.digest[:12]}…: they were changed"])
     data = content[header.data_start :]

@@ -24,6 +24,7 @@ from loraplex.v1.routes_pb2_grpc import add_RouteServiceServicer_to_server
 from loraplex.v1.server_pb2_grpc import add_ServerServiceServicer_to_server
 from loraplex.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
 from service.adapter_files import AdapterLibrary
+from service.adapter_texts import AdapterTexts
 from service.admission import Admission, AdmissionLimits
 from service.auth.door import Door
 from service.catalog import Catalog
@@ -156,7 +157,8 @@ def assemble(
     remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
     library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
     tenants = Tenants(config.tenants, config.other_tenants)
-    deployer = AdapterDeployer(registry, library, host, state, tenants)
+    adapter_texts = AdapterTexts(lambda version: str(library.directory(version)))
+    deployer = AdapterDeployer(registry, library, host, state, tenants, adapter_texts)
     routes = RouteBook(state)
     catalog = Catalog(host, registry, routes)
     admission = Admission(
@@ -174,9 +176,10 @@ def assemble(
         answer_bytes=limits.answer_bytes,
         observer=telemetry.observer,
         metrics=telemetry.metrics,
+        adapter_texts=adapter_texts,
         recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,
     )
-    tokenizer = TokenizerServicer(catalog, texts, tenants)
+    tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)
     server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex"), limits)
     data = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),

@@ -7,7 +7,7 @@ longer current leaves the engine's memory; one that is being deleted goes once n
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -32,6 +32,7 @@ from adapters.source import AdapterDescription
 from engine.client import EngineClient
 from engine.messages import AdapterLoaded
 from service.adapter_files import AdapterFiles, AdapterLibrary
+from service.adapter_texts import AdapterTexts
 from service.config import AdapterConfig
 from service.errors import (
     AlreadyExists,
@@ -44,6 +45,7 @@ from service.errors import (
 from service.hosting import HostedModel, ModelHost
 from service.state import StateFile
 from service.tenants import Tenants
+from service.text import AdapterText
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class AdapterDeployer:
         models: ModelHost,
         state: StateFile,
         tenants: Tenants,
+        texts: AdapterTexts,
     ) -> None:
         """Brings the registry back to what the state says. `reconcile` makes the rest follow."""
         self._registry = registry
@@ -68,6 +71,7 @@ class AdapterDeployer:
         self._models = models
         self._state = state
         self._tenants = tenants
+        self._texts = texts
         self._descriptions: dict[AdapterKey, AdapterDescription] = {}  # of versions that are LOADING
         self._current: dict[str, AdapterKey] = {}  # by key name: what the bare name last meant
         self._clients: dict[str, EngineClient] = {}  # by model: the life of its engine that has been given adapters
@@ -141,7 +145,10 @@ class AdapterDeployer:
         directory, fingerprint = ("", "") if files.gathered else (str(files.directory), files.fingerprint)
         try:
             self._library.keep(files)
-            version = self._registry.register(tenant, adapter_id, files.digest, spec, directory, fingerprint)
+            text_digest = files.description.text_digest if files.description is not None else ""
+            version = self._registry.register(
+                tenant, adapter_id, files.digest, spec, directory, fingerprint, text_digest
+            )
         except AdapterConflict as error:
             self._spawn(self._library.remove(files.digest, lambda: not self._is_kept(files.digest)))
             name = f"tenants/{tenant}/adapters/{adapter_id}@{files.digest[:12]}"
@@ -269,9 +276,27 @@ class AdapterDeployer:
             except LoraplexError:
                 return  # the engine ended; its next life is given the adapter again
             else:
+                version = self._version(key)
+                warnings = await self._text_warnings(version)
                 if self._version(key).state is AdapterState.LOADING:
-                    version = self._registry.activate(key, adapter_info(self._descriptions.pop(key), loaded))
-                    self._bring_closer(version)
+                    info = adapter_info(self._descriptions.pop(key), loaded, warnings)
+                    self._bring_closer(self._registry.activate(key, info))
+
+    async def _text_warnings(self, version: AdapterVersion) -> tuple[str, ...]:
+        """What of the text of a LOADING version is not as its files or its training have it."""
+        model = self._models.find(version.spec.base_model)
+        if version.state is not AdapterState.LOADING or model is None or model.tokenizer is None:
+            return ()
+        trained = self._descriptions[version.key].config.trained_tokens.values()
+        text = AdapterText(model.tokenizer)
+        if version.text_digest:
+            try:
+                text = await self._texts.text(version, model.tokenizer)
+            except Unavailable as error:
+                return (error.message,)
+        num_named = text.tokenizer.num_token_ids
+        unnamed = sorted({token_id for ids in trained for token_id in ids if token_id >= num_named})
+        return (*text.warnings, *([_unnamed(unnamed)] if unnamed else []))
 
     def _model_changed(self, model: HostedModel) -> None:
         """Give a new life of an engine its adapters."""
@@ -399,7 +424,12 @@ class AdapterDeployer:
             logger.error("a change of the adapters could not be completed", exc_info=error)
 
 
-def adapter_info(description: AdapterDescription, loaded: AdapterLoaded) -> AdapterInfo:
+def _unnamed(token_ids: Sequence[int]) -> str:
+    listed = ", ".join(map(str, token_ids[:5])) + (" …" if len(token_ids) > 5 else "")
+    return f"tokens {listed} were trained, and no tokenizer has them: keep tokenizer.json beside the weights"
+
+
+def adapter_info(description: AdapterDescription, loaded: AdapterLoaded, warnings: Sequence[str] = ()) -> AdapterInfo:
     """What the files and the engine say of a version together."""
     ranks = description.module_ranks
     return AdapterInfo(
@@ -408,7 +438,7 @@ def adapter_info(description: AdapterDescription, loaded: AdapterLoaded) -> Adap
         target_modules=tuple(loaded.target_modules),
         alpha=description.config.alpha,
         module_ranks=ranks if len(set(ranks.values())) > 1 else {},
-        warnings=tuple(loaded.warnings),
+        warnings=(*loaded.warnings, *warnings),
     )
 
 

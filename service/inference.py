@@ -35,6 +35,7 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateRequest,
     StreamGenerateResponse,
 )
+from service.adapter_texts import AdapterTexts
 from service.admission import Admission
 from service.call import Call, current_call
 from service.catalog import Catalog, Target
@@ -81,6 +82,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         resume_seconds: float = 60.0,
         observer: Observer = NOBODY,
         metrics: RequestMetrics | None = None,
+        adapter_texts: AdapterTexts | None = None,
         recorded: Callable[[], Awaitable[None]] = keeps_nothing,
         answer_bytes: int = 32 << 20,
     ) -> None:
@@ -95,6 +97,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._texts = texts
         self._adapter_path = adapter_path
         self._tenants = tenants
+        self._adapter_texts = adapter_texts or AdapterTexts(adapter_path)
         self._cold_adapters = ColdAdapters(adapter_path, max_load_wait_seconds)
         self._resume_seconds = resume_seconds
         self._answer_bytes = answer_bytes
@@ -207,6 +210,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if spec.HasField("client_request_id"):
             call.client_request_id = spec.client_request_id
         target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model", call.routing_key)
+        target = await self._adapter_texts.dressed(target)
         model = target.model
         self._admission.check(model.name, model.limits, tenant.name, tenant.config.weight)
         prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")

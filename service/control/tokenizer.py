@@ -12,6 +12,7 @@ from loraplex.v1.tokenizer_pb2 import (
     TokenizeResponse,
     TokenOffset,
 )
+from service.adapter_texts import AdapterTexts
 from service.call import current_call
 from service.catalog import Catalog, LoadedModel
 from service.errors import InvalidRequest
@@ -28,16 +29,17 @@ _CHUNK = 1 << 14  # tokens that are worked on before other threads have theirs
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
-    """The tokenizers of the loaded models."""
+    """The tokenizers of the loaded models, and of adapters with a text of their own."""
 
-    def __init__(self, catalog: Catalog, texts: TextWork, tenants: Tenants) -> None:
+    def __init__(self, catalog: Catalog, texts: TextWork, tenants: Tenants, adapter_texts: AdapterTexts) -> None:
         self._catalog = catalog
+        self._adapter_texts = adapter_texts
         self._texts = texts
         self._tenants = tenants
 
     async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:  # noqa: N802
         prompt, tenant = request.prompt, self._tenants.get(current_call().tenant)
-        model = self._model(request.model)
+        model = await self._model(request.model)
         text = await prompt_text(prompt, model, self._texts, tenant, "prompt")
         size = len(text.encode(errors="surrogatepass"))
         if request.include_offsets and size > MAX_OFFSETS_BYTES:
@@ -52,13 +54,14 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:  # noqa: N802
         tenant = self._tenants.get(current_call().tenant)
-        model = self._model(request.model)
+        model = await self._model(request.model)
         return await self._texts.threads.in_thread(
             tenant.name, tenant.config.weight, len(request.token_ids), lambda: _detokenized(request, model)
         )
 
-    def _model(self, name: str) -> LoadedModel:
-        return self._catalog.resolve(current_call().tenant, name, "model").model
+    async def _model(self, name: str) -> LoadedModel:
+        target = self._catalog.resolve(current_call().tenant, name, "model")
+        return (await self._adapter_texts.dressed(target)).model
 
 
 def _tokenized(request: TokenizeRequest, model: LoadedModel, text: str) -> TokenizeResponse:

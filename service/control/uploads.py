@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 
 from adapters.config import MAX_CONFIG_BYTES
-from adapters.source import CONFIG_FILE, WEIGHTS_FILE
+from adapters.source import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from adapters.trust import MAX_SIGNATURE_BYTES, SIGNATURE_FILE
 from loraplex.v1.adapters_pb2 import CreateAdapterRequest, UploadAdapterRequest, UploadFile
 from service.adapter_files import Gathering
@@ -55,6 +55,7 @@ class _Files:
             CONFIG_FILE: MAX_CONFIG_BYTES,
             WEIGHTS_FILE: max_bytes,
             SIGNATURE_FILE: MAX_SIGNATURE_BYTES,
+            **TEXT_FILES,
         }
 
     def begin(self, file: UploadFile) -> None:
@@ -77,7 +78,7 @@ class _Files:
 
     def end(self) -> None:
         self._check_whole()
-        missing = [name for name in self._limits if name != SIGNATURE_FILE]
+        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name in self._limits]
         if missing:
             raise InvalidRequest.at("file.name", f"missing: {', '.join(missing)}")
 

@@ -6,6 +6,7 @@ turns a `Conversation` into a prompt with the model's `ChatTemplate`, in a proce
 or an operator can get wrong is a `TextError`.
 """
 
+from service.text.adapted import AdapterText, adapter_text
 from service.text.chat_template import ChatTemplate, Conversation, TemplateRenderer
 from service.text.detokenizer import IncrementalDetokenizer
 from service.text.errors import (
@@ -21,6 +22,7 @@ from service.text.template_process import TemplateLimits
 from service.text.tokenizer import Encoding, Tokenizer
 
 __all__ = [
+    "AdapterText",
     "ArgumentsError",
     "ChatTemplate",
     "Conversation",
@@ -36,4 +38,5 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "TooManyTokensError",
+    "adapter_text",
 ]

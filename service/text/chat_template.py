@@ -1,7 +1,8 @@
 """Conversations to prompts, with the model's own Jinja template, in processes that can be killed.
 
-Templates belong to the operator, but what they are given comes from users: a template may loop or grow without bound on
-input that its author never tried. So they run in `template_worker.py`, under limits of time, memory and output.
+Templates belong to the operator, or to whoever registered an adapter, and what they are given comes from users: one may
+loop or grow without bound, on purpose or on input that its author never tried. So they run in `template_worker.py`,
+under limits of time, memory and output.
 """
 
 import asyncio

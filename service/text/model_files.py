@@ -44,6 +44,24 @@ class ModelFiles:
             chat_templates=_chat_templates(directory, tokenizer_config),
         )
 
+    @classmethod
+    def read_beside_adapter(cls, directory: Path) -> "ModelFiles":
+        """The files that the digest of an adapter covers alone. Raises TokenizerError."""
+        config = _json_object(directory / "tokenizer_config.json")
+        special_tokens_map = (
+            {} if "added_tokens_decoder" in config else _json_object(directory / "special_tokens_map.json")
+        )
+        template = directory / "chat_template.jinja"
+        return cls(
+            directory,
+            config,
+            special_tokens_map,
+            _added_tokens(directory, config, special_tokens_map),
+            model_config={},
+            generation_config={},
+            chat_templates={"default": _read_text(template)} if template.is_file() else _declared(directory, config),
+        )
+
     @property
     def tokenizer_class(self) -> str | None:
         """The declared class, without "Fast": the two spellings name one tokenizer."""
@@ -190,8 +208,11 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
         templates["default"] = _read_text(path)
     for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = _read_text(path)
-    if templates:
-        return templates
+    return templates or _declared(directory, config)
+
+
+def _declared(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The templates of tokenizer_config.json, by name."""
     declared = config.get("chat_template")
     if declared is None:
         return {}

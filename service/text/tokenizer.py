@@ -28,6 +28,7 @@ class Tokenizer:
     """One model's vocabulary and rules. Shared by all its requests; may be called from any thread."""
 
     def __init__(self, backend: Backend, files: ModelFiles) -> None:
+        self.directory = files.directory
         self._backend = backend.tokenizer
         self.generation_config: Mapping[str, Any] = files.generation_config  # what lies beside it, as it is
         named = files.named_special_tokens()
@@ -76,6 +77,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included: fewer than `num_token_ids` where ids are left out."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def added_token_ids(self) -> frozenset[int]:
+        """Of tokens that stand for themselves, beside the vocabulary's pieces of words."""
+        return frozenset(self._backend.get_added_tokens_decoder())
 
     def least_tokens(self, num_bytes: int) -> int:
         """How many tokens a text of so many UTF-8 bytes has at least; 0 where the tokenizer may drop any part of it."""

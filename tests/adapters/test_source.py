@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapters.errors import AdapterRejected, SourceNotAllowed
-from adapters.source import AdapterSource, describe, digest, digest_of
+from adapters.source import AdapterSource, describe, digest, digest_of, fingerprint
 
 AdapterMaker = Callable[..., Path]
 
@@ -244,3 +244,41 @@ def test_extra_files_are_not_looked_at(make_adapter: AdapterMaker) -> None:
     (directory / "README.md").write_text(json.dumps({}))
     save_file({"x": torch.ones(1)}, directory / "other.safetensors")
     assert digest(directory) == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_the_digest_and_the_fingerprint_cover_the_files_of_its_text(make_adapter: AdapterMaker, name: str) -> None:
+    directory = make_adapter()
+    seen = {(digest(directory), fingerprint(directory))}
+    for content in ("{}", "{ }"):
+        (directory / name).write_text(content)
+        seen.add((digest(directory), fingerprint(directory)))
+        assert describe(directory).digest == digest(directory)
+    assert len({found for found, _ in seen}) == len({found for _, found in seen}) == 3
+
+
+def test_content_cannot_move_between_the_files_of_its_text(make_adapter: AdapterMaker) -> None:
+    digests = set()
+    for index, (first, second) in enumerate([("ab", "c"), ("a", "bc"), ("abc", "")]):
+        directory = make_adapter(f"adapter{index}")
+        (directory / "added_tokens.json").write_text(first)
+        (directory / "chat_template.jinja").write_text(second)
+        digests.add(digest(directory))
+    assert len(digests) == 3
+
+
+def test_a_file_of_its_text_that_is_too_large_is_refused_unread(make_adapter: AdapterMaker) -> None:
+    directory = make_adapter()
+    with (directory / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(AdapterRejected, match=r"tokenizer\.json: .* at most"):
+        describe(directory)
+
+
+def test_a_file_of_its_text_may_not_lead_out_of_the_roots(make_adapter: AdapterMaker, tmp_path: Path) -> None:
+    directory = make_adapter()
+    outside = tmp_path.parent / f"{tmp_path.name}-outside.json"
+    outside.write_text("{}")
+    (directory / "tokenizer.json").symlink_to(outside)
+    with pytest.raises(SourceNotAllowed):
+        AdapterSource([tmp_path]).resolve(directory.name)

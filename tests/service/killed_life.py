@@ -36,6 +36,7 @@ from loraplex.v1.adapters_pb2 import (
 from loraplex.v1.generation_pb2 import Sampling
 from loraplex.v1.routes_pb2 import DeleteRouteRequest, Route, RouteTarget, UpdateRouteRequest
 from service.adapter_files import AdapterLibrary
+from service.adapter_texts import AdapterTexts
 from service.catalog import Catalog, LoadedModel
 from service.control.adapters import AdapterServicer
 from service.control.routes import RouteServicer
@@ -154,7 +155,9 @@ class Life:
         depot = Depot(directory / "state" / "adapters")
         library = AdapterLibrary(AdapterSource([directory]), RemoteSources((), {}, 0), depot)
         host = cast(ModelHost, fake)
-        deployer = AdapterDeployer(registry, library, host, state, tenants)
+        deployer = AdapterDeployer(
+            registry, library, host, state, tenants, AdapterTexts(lambda version: str(library.directory(version)))
+        )
         book = RouteBook(state)
         catalog = Catalog(fake, registry, book)  # type: ignore[arg-type]  # no engine follows its engine
         adapters = AdapterServicer(registry, deployer, library, host, state, tenants, 1 << 30)

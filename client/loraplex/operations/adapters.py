@@ -20,7 +20,15 @@ from loraplex.operations.base import (
 from loraplex.v1 import adapters_pb2
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-SIGNATURE_FILE = "adapter.sig"  # sent too if it is there
+# Sent too if they are there: the signature, and how its text is tokenised.
+MORE_FILES = (
+    "adapter.sig",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 CHUNK_BYTES = 1024 * 1024
 Residency: TypeAlias = adapters_pb2.AdapterResidency.ValueType | str  # or "disk", "host", "device"
 
@@ -92,9 +100,7 @@ def upload_adapter(
     Raises FileNotFoundError, before anything is sent, if one of the two files is not there.
     """
     files = [Path(directory) / name for name in FILES]
-    signature = Path(directory) / SIGNATURE_FILE
-    if signature.exists():
-        files.append(signature)
+    files += [file for name in MORE_FILES if (file := Path(directory) / name).exists()]
     sizes = [file.stat().st_size for file in files]
     header = _registration(adapter_id, base_model, tenant, options)
 

@@ -424,8 +424,9 @@ class UploadFile(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Its name: "adapter_config.json", "adapter_model.safetensors" or, of a signed adapter, "adapter.sig". At most 256
-    characters.
+    """Its name: "adapter_config.json", "adapter_model.safetensors"; of a signed adapter "adapter.sig"; of one with a text
+    of its own "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json" and
+    "chat_template.jinja". At most 256 characters.
     """
     size_bytes: builtins.int
     """Its length in bytes. At least 1."""

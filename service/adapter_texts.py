@@ -1,0 +1,77 @@
+"""Which tokenizer and chat template the requests of an adapter use: its base's, with what its own files add."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapters.errors import AdapterRejected
+from adapters.key import AdapterKey
+from adapters.registry import AdapterVersion
+from adapters.source import text_digest
+from service.catalog import Target
+from service.errors import Unavailable
+from service.text import AdapterText, TextError, Tokenizer, adapter_text
+
+MAX_HELD_CHARS = 64 << 20  # of the templates and tokens of all adapters whose texts are kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    base: Tokenizer
+    text: AdapterText
+
+
+class AdapterTexts:
+    """Reads the texts of adapters in threads, and keeps those that were used last. For one event loop."""
+
+    def __init__(self, directory: Callable[[AdapterVersion], str]) -> None:
+        """directory: of a version's files."""
+        self._directory = directory
+        self._held: OrderedDict[AdapterKey, _Held] = OrderedDict()
+        self._reading: dict[tuple[AdapterKey, int], asyncio.Task[AdapterText]] = {}
+
+    async def dressed(self, target: Target) -> Target:
+        """The target with the tokenizer that its requests use. A weighted sum has its base's.
+
+        Raises Unavailable (ADAPTER_UNREADABLE) if the files are not what they were, or cannot be read.
+        """
+        if target.adapter is None or not target.adapter.text_digest:
+            return target
+        text = await self.text(target.adapter, target.model.tokenizer)
+        return replace(target, model=replace(target.model, tokenizer=text.tokenizer))
+
+    async def text(self, version: AdapterVersion, base: Tokenizer) -> AdapterText:
+        """The text of a version that has files for it. Raises what `dressed` does."""
+        held = self._held.get(version.key)
+        if held is not None and held.base is base:
+            self._held.move_to_end(version.key)
+            return held.text
+        reading = (version.key, id(base))
+        if reading not in self._reading:
+            self._reading[reading] = asyncio.create_task(self._read(version, base))
+            self._reading[reading].add_done_callback(lambda task: self._reading.pop(reading))
+        return await asyncio.shield(self._reading[reading])
+
+    async def _read(self, version: AdapterVersion, base: Tokenizer) -> AdapterText:
+        directory = Path(self._directory(version))
+        try:
+            text = await asyncio.to_thread(_read, directory, version.text_digest, base)
+        except (AdapterRejected, OSError) as error:
+            message = f"adapter {version.version_name}: the files of its text cannot be read: {error}"
+            raise Unavailable("ADAPTER_UNREADABLE", message) from error
+        self._held[version.key] = _Held(base, text)
+        while len(self._held) > 1 and sum(held.text.num_chars for held in self._held.values()) > MAX_HELD_CHARS:
+            self._held.popitem(last=False)
+        return text
+
+
+def _read(directory: Path, digest: str, base: Tokenizer) -> AdapterText:
+    if text_digest(directory) != digest:
+        raise AdapterRejected(["they were changed"])
+    try:
+        return adapter_text(directory, base)
+    except TextError as error:
+        reason = str(error).replace(f"{directory}/", "").replace(f"{directory}", "the adapter")
+        return AdapterText(base, (f"its own text is not used: {reason}",))
