@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engine.messages import ModelLimits
-from service.errors import Unavailable
+from service.errors import DeadlineExceeded, Unavailable
 
 FADING = 0.98  # of what was seen, with each request that leaves: some fifty of them count
 MAX_RETRY_AFTER_SECONDS = 30.0
@@ -131,8 +131,13 @@ class Admission:
         """Hold a place for one request while it is in flight. Raises Unavailable as `check` does.
 
         A request alone is always let in: what it asks for was checked against the model before. `seconds_left`: until
-        its deadline. Who would still be waiting then is refused now, while there is time to go elsewhere.
+        its deadline. Who would still be waiting then is refused now, while there is time to go elsewhere. Raises
+        DeadlineExceeded where there is none.
         """
+        if seconds_left is not None and seconds_left <= 0:
+            raise DeadlineExceeded(
+                "the deadline of the call passed before the request could be let in; allow more time"
+            )
         self.check_open()
         more = _Amount(outputs, self.expected_tokens(prompt_tokens, outputs, max_tokens))
         self._check_room(model, limits, tenant, weight, more)

@@ -4,7 +4,7 @@ from __future__ import annotations  # grpc's classes are generic to mypy, and no
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from service.errors import (
     LoraplexError,
     MessageTooLarge,
     SlowConsumer,
+    Unauthenticated,
     to_status,
     trailing_metadata,
 )
@@ -178,11 +179,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call = Call(tenant="")
             with serving(call):
                 status = "OK"
-                metadata = _text_metadata(context)
+                pairs = context.invocation_metadata() or ()
+                metadata = {key: value for key, value in pairs if isinstance(value, str)}
                 call.trace_id = trace_id_of(metadata)
                 call.admit = _Headers(call, context).send
                 method.observer.call_started(call, method.name, metadata)
                 try:
+                    _check_credentials_once(pairs)
                     caller = _caller(context, metadata)
                     principal = await self._principal(method.path, caller)
                     call.tenant = principal.tenant
@@ -337,8 +340,12 @@ def _at_end(callback: Callable[[object], None]) -> None:
     task.add_done_callback(callback)
 
 
-def _text_metadata(context: Context) -> dict[str, str]:
-    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+def _check_credentials_once(pairs: Iterable[tuple[str, str | bytes]]) -> None:
+    """Raises Unauthenticated where a proxy and this server could each believe another one."""
+    keys = [key for key, _ in pairs]
+    for key in ("authorization", "loraplex-tenant"):
+        if keys.count(key) > 1:
+            raise Unauthenticated(f"the metadata `{key}` is there {keys.count(key)} times; send it once")
 
 
 def _client_request_id(metadata: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from service.admission import Admission, AdmissionLimits
-from service.errors import Unavailable
+from service.errors import DeadlineExceeded, Unavailable
 from tests.service.fake_engine import LIMITS
 
 SMALL = msgspec.structs.replace(LIMITS, max_num_seqs=2, total_blocks=4, block_size=16)  # 64 tokens
@@ -152,6 +152,11 @@ def test_who_would_still_wait_at_the_deadline_is_refused_at_once() -> None:
     assert refusal(queue.policy, "m", 1, tenant="a", seconds_left=4.0) == "OVERLOADED"
     assert refusal(queue.policy, "m", 1, tenant="a", seconds_left=7.0) == ""
     assert refusal(queue.policy, "m", 1, tenant="a") == ""
+
+
+def test_who_has_no_time_left_has_missed_its_deadline_and_is_not_told_of_a_queue() -> None:
+    with pytest.raises(DeadlineExceeded), admission().enter("m", SMALL, 1, 1, 1, seconds_left=-0.001):
+        pass
 
 
 def test_who_comes_to_its_share_is_not_judged_by_the_queue_of_another() -> None:

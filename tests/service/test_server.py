@@ -100,6 +100,23 @@ async def test_unknown_method_is_unimplemented(plane: DataPlane) -> None:
     assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNSUPPORTED")
 
 
+@pytest.mark.parametrize("key", ["authorization", "loraplex-tenant"])
+async def test_credentials_that_are_there_twice_are_none(plane: DataPlane, key: str) -> None:
+    failed = await failure(plane.generate(make_spec(), metadata=[(key, "one"), (key, "two")]))
+    assert (failed.code, failed.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+
+
+async def test_a_name_of_health_that_nobody_knows_is_not_found_with_a_reason(plane: DataPlane) -> None:
+    failed = await failure(health_of(plane, "models/none"))
+    assert (failed.code, failed.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
+
+
+async def test_health_lists_its_names(plane: DataPlane) -> None:
+    answer = await plane.channel.unary_unary("/grpc.health.v1.Health/List")(b"")
+    statuses = health_pb2.HealthListResponse.FromString(answer).statuses
+    assert statuses["models/demo"].status == SERVING
+
+
 async def test_two_servers_never_share_a_port(plane: DataPlane) -> None:
     with pytest.raises(RuntimeError):
         build_server([], plane.health, CallInterceptor(), plane.address)
