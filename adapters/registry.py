@@ -24,6 +24,7 @@ from adapters.residency import Residency
 
 SHARED_TENANT = "shared"
 VERSION_DIGITS = 12  # of the digest, in a version's name
+NO_DIGEST = "0" * 64  # of what stands for an adapter whose files have not been found
 
 _ID = r"[a-z0-9][a-z0-9._-]{0,62}"
 _NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/(?P<adapter>{_ID})(?:@(?P<version>[0-9a-f]{{12,64}}))?")
@@ -96,6 +97,11 @@ class AdapterVersion:
         return resource_name(self.key)
 
     @property
+    def is_missing(self) -> bool:
+        """Whether it stands for an adapter whose files have not been found."""
+        return self.key.digest == NO_DIGEST
+
+    @property
     def version_name(self) -> str:
         return f"{self.name}@{self.key.digest[:VERSION_DIGITS]}"
 
@@ -157,16 +163,23 @@ class AdapterRegistry:
     def record(self, key_name: str) -> AdapterRecord | None:
         """What `restore` needs to bring a name back; None: there is nothing under it."""
         adapter = self._adapters.get(key_name)
-        if adapter is None:
+        versions = () if adapter is None else tuple(v for v in adapter.versions.values() if not v.is_missing)
+        if adapter is None or not versions:
             return None
-        return AdapterRecord(tuple(adapter.versions.values()), dict(adapter.claims), adapter.current)
+        return AdapterRecord(versions, dict(adapter.claims), adapter.current)
 
-    def restore(self, record: AdapterRecord) -> None:
-        """Bring back what was under a name in an earlier life. Nobody uses it yet, and nobody is told."""
+    def restore(self, name: str, record: AdapterRecord) -> None:
+        """Bring back what was under a name in an earlier life. Nobody uses it yet, and nobody is told.
+
+        Raises ValueError for a record that cannot be.
+        """
         versions = {version.key.digest: replace(version, num_requests=0, num_waiting=0) for version in record.versions}
-        name = record.versions[0].key.name
+        if not versions or {version.key.name for version in record.versions} != {name}:
+            raise ValueError(f"it is not about {name!r} alone")
+        if not {*record.claims, record.current or next(iter(versions))} <= versions.keys():
+            raise ValueError("it names versions that it does not have")
+        etags = [int(version.etag) for version in record.versions]
         self._adapters[name] = _Adapter(versions, dict(record.claims), record.current)
-        etags = (int(version.etag) for version in record.versions)
         self._sequence = max(self._sequence, *etags, *record.claims.values())
 
     def recheck(self, key: AdapterKey) -> AdapterVersion:
@@ -198,6 +211,9 @@ class AdapterRegistry:
         """
         key = _checked_key(tenant, adapter_id, digest)
         adapter = self._adapters.setdefault(key.name, _Adapter())
+        missing = adapter.versions.pop(NO_DIGEST, None)
+        if missing is not None:
+            self._publish(AdapterChange(ChangeKind.REMOVED, missing))
         known = adapter.versions.get(digest)
         if known is not None:
             _check_same(known, spec)
@@ -229,6 +245,19 @@ class AdapterRegistry:
             text_digest=text_digest,
         )
         return self._save(version, ChangeKind.ADDED if known is None else ChangeKind.CHANGED)
+
+    def register_missing(
+        self, tenant: str, adapter_id: str, spec: AdapterSpec, problems: Sequence[str], reason: str
+    ) -> AdapterVersion:
+        """Make known, in FAILED, that an adapter should be there and is not. It goes when files are registered.
+
+        Raises AdapterNotFound for an id that could never exist.
+        """
+        key = _checked_key(tenant, adapter_id, NO_DIGEST)
+        self._adapters.setdefault(key.name, _Adapter())
+        now = self._clock()
+        version = AdapterVersion(key, spec, AdapterState.FAILED, False, None, tuple(problems), 0, now, now, None, "")
+        return self._save(replace(version, reason=reason), ChangeKind.ADDED)
 
     def activate(self, key: AdapterKey, info: AdapterInfo) -> AdapterVersion:
         """A version can be used; the alias moves to it if it was the last to claim it. Raises AdapterNotFound."""

@@ -45,7 +45,7 @@ class AdapterSource:
 
     def __init__(self, roots: Sequence[Path]) -> None:
         """Raises OSError for a root that does not exist."""
-        self._roots = tuple(root.resolve(strict=True) for root in roots)
+        self.roots = tuple(root.resolve(strict=True) for root in roots)
 
     def resolve(self, reference: str) -> Path:
         """The adapter directory that `reference` names: a path relative to a root ("team/legal-v2"), first root first.
@@ -54,7 +54,7 @@ class AdapterSource:
         under a root too. Raises SourceNotAllowed; which files exist outside the roots cannot be told from it.
         """
         relative = reference.removeprefix("file://")
-        candidates = [self._under(root, relative) for root in self._roots]
+        candidates = [self._under(root, relative) for root in self.roots]
         for directory in candidates:
             if directory is not None and directory.is_dir():
                 return directory

@@ -48,6 +48,11 @@ class AdapterLibrary:
         self._readers = ThreadPoolExecutor(READERS, "adapter-inspect")
         self._clearing: set[asyncio.Task[None]] = set()
 
+    @property
+    def where(self) -> str:
+        """Where adapters may lie, for whoever looks for one."""
+        return ", ".join(map(str, self._source.roots)) or "no root at all"
+
     async def close(self) -> None:
         """Wait for what is being removed, a while, and for nothing else."""
         if self._clearing:
@@ -147,8 +152,11 @@ class AdapterLibrary:
     async def _checked(self, directory: Path, where: str) -> AdapterFiles:
         try:
             return await self._in_thread(_read, directory, False)
-        except (AdapterRejected, OSError) as error:
+        except AdapterRejected as error:
             raise FailedPrecondition("ADAPTER_INVALID", f"{where}: {error}") from error
+        except OSError as error:  # whose own text has the whole path, which is nothing for tenants
+            problem = f"{Path(error.filename or directory).name}: {error.strerror or type(error).__name__}"
+            raise FailedPrecondition("ADAPTER_INVALID", f"{where}: {problem}") from error
 
     async def _in_thread(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: work(*args, **kwargs))

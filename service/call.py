@@ -19,6 +19,7 @@ class Call:
     """One call, from its arrival to its status."""
 
     tenant: str
+    is_admin: bool = False  # its caller may do everything, for every tenant
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # never the caller's: that is a label
     arrival: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     deadline: float | None = None  # of the event loop's clock
@@ -76,3 +77,9 @@ def serving(call: Call) -> Iterator[None]:
         yield
     finally:
         _CALL.reset(token)
+
+
+def sees_inside(owner: str) -> bool:
+    """Whether the caller may know how things of this tenant fare, and where they are; yes outside of a call."""
+    call = find_call()
+    return call is None or call.is_admin or call.tenant == owner

@@ -13,6 +13,7 @@ from engine.client import EngineClient
 from engine.messages import ModelLimits
 from loraplex.v1.generation_pb2 import Sampling
 from loraplex.v1.routes_pb2 import ResolvedTarget, Route
+from service.call import sees_inside
 from service.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Unavailable
 from service.routing import RouteBook, choose
 from service.text import Tokenizer
@@ -235,7 +236,8 @@ class Catalog:
         except AdapterNotFound:
             return None
         if version.state is AdapterState.FAILED:
-            problems = "; ".join(version.problems)
+            owner = version.key.name.partition("/")[0]
+            problems = "; ".join(version.problems) if sees_inside(owner) else "its operator is told why"
             raise FailedPrecondition(version.reason, f"adapter {version.version_name} cannot be served: {problems}")
         return version if version.state is not AdapterState.DELETING else None
 

@@ -77,8 +77,8 @@ class AdapterDeployer:
         self._clients: dict[str, EngineClient] = {}  # by model: the life of its engine that has been given adapters
         self._removing: set[AdapterKey] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        for body in state.read(STATE_KIND).values():
-            registry.restore(msgspec.json.decode(body, type=AdapterRecord))
+        damaged = [name for name, body in state.read(STATE_KIND).items() if not self._restore(name, body)]
+        self._may_sweep = not damaged  # else files might go that belong to what cannot be read
         self._current = {v.key.name: v.key for v in registry.list_versions(include_versions=True) if v.current}
         registry.subscribe(self._adapter_changed)
         models.subscribe(self._model_changed)
@@ -94,8 +94,9 @@ class AdapterDeployer:
         """
         versions = self._registry.list_versions(include_versions=True)
         leaving = [version for version in versions if version.state is AdapterState.DELETING]
-        staying = [version for version in versions if version.state is not AdapterState.DELETING]
-        await self._library.sweep({version.key.digest for version in staying if not version.directory})
+        staying = [v for v in versions if v.state is not AdapterState.DELETING and not v.is_missing]
+        if self._may_sweep:
+            await self._library.sweep({version.key.digest for version in staying if not version.directory})
         for version in leaving:
             self._begin_removing(version)
         changed = {version.key for version in await self._library.changed(staying)}
@@ -179,7 +180,11 @@ class AdapterDeployer:
                 version = self.create(adapter.tenant, adapter.adapter_id, spec, self.check_rank(files, adapter.model))
                 self._state.put(CONFIGURED_KIND, adapter.name, files.digest.encode())
         except LoraplexError as error:
-            logger.error("adapter %s of the configuration is not registered: %s", adapter.name, error)
+            problem = error.message
+            if error.reason == "SOURCE_NOT_ALLOWED":  # which does not say where, since callers may ask
+                problem += f"; {adapter.source} was looked for under {self._library.where}"
+            logger.error("adapter %s of the configuration is not registered: %s", adapter.name, problem)
+            self._registry.register_missing(adapter.tenant, adapter.adapter_id, spec, [problem], error.reason)
             return
         if version.state is AdapterState.FAILED:
             logger.error("adapter %s of the configuration is not valid: %s", adapter.name, "; ".join(version.problems))
@@ -240,6 +245,19 @@ class AdapterDeployer:
         client = self._client(version)
         if client is not None:  # else when the model is loaded
             self._deploy(client, version)
+
+    def _restore(self, name: str, body: bytes) -> bool:
+        """Whether a record of the state could be read. Else its adapter is FAILED, and the record stays as it is."""
+        try:
+            self._registry.restore(name, msgspec.json.decode(body, type=AdapterRecord))
+        except (msgspec.MsgspecError, ValueError) as error:
+            problem = self._state.set_aside(STATE_KIND, name, body, error)
+            with suppress(AdapterNotFound):  # not even its name can be one
+                tenant, _, adapter_id = name.partition("/")
+                spec = AdapterSpec(base_model="", source="")
+                self._registry.register_missing(tenant, adapter_id, spec, [problem], "ADAPTER_UNREADABLE")
+            return False
+        return True
 
     async def _untrusted(self, version: AdapterVersion) -> PermissionDenied | None:
         """Why its tenant does not accept a version, whatever it did in an earlier life; None: it accepts it."""

@@ -18,7 +18,7 @@ from google.rpc.status_pb2 import Status
 
 from service.auth.access import check_resource, is_public
 from service.auth.door import Caller, Door
-from service.auth.principal import ANYBODY, Principal
+from service.auth.principal import ANYBODY, Principal, Role
 from service.call import Call, serving
 from service.errors import (
     EngineError,
@@ -188,7 +188,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     _check_credentials_once(pairs)
                     caller = _caller(context, metadata)
                     principal = await self._principal(method.path, caller)
-                    call.tenant = principal.tenant
+                    call.tenant, call.is_admin = principal.tenant, principal.has(Role.ADMIN)
                     self._count(principal, caller)
                     call.client_request_id = _client_request_id(metadata)
                     call.deadline = _deadline(context)

@@ -4,6 +4,8 @@ import math
 import secrets
 from hashlib import blake2b
 
+from google.protobuf.message import DecodeError
+
 from loraplex.v1.routes_pb2 import Route, RouteTarget
 from service.state import StateFile
 
@@ -18,7 +20,19 @@ class RouteBook:
 
     def __init__(self, state: StateFile) -> None:
         self._state = state
-        self._routes = {name: Route.FromString(body) for name, body in state.read(STATE_KIND).items()}
+        read = {name: self._read(name, body) for name, body in state.read(STATE_KIND).items()}
+        self._routes = {name: route for name, route in read.items() if route is not None}
+
+    def _read(self, name: str, body: bytes) -> Route | None:
+        """None for a body that is no route of this name: the others go on."""
+        try:
+            route = Route.FromString(body)
+            if route.name != name or not route.targets:
+                raise ValueError(f"it is not a route {name!r}")
+        except (DecodeError, ValueError) as error:
+            self._state.set_aside(STATE_KIND, name, body, error)
+            return None
+        return route
 
     def get(self, name: str) -> Route | None:
         """`name`: tenants/{tenant}/routes/{route}."""

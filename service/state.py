@@ -12,6 +12,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from service.errors import EngineError
 
@@ -31,10 +32,11 @@ class StateFile:
 
         Raises OSError for a file that cannot be used, also because another server uses it.
         """
-        self._connection = _open(directory)
+        self._file = ":memory:" if directory is None else str(directory / FILE_NAME)
+        self._connection = _open(self._file, directory)
         self._writer = ThreadPoolExecutor(1, "state")
         self._sizes: defaultdict[str, dict[_Key, int]] = defaultdict(dict)  # of bodies, by tenant
-        for kind, name, size in self._connection.execute("SELECT kind, name, length(body) FROM resources").fetchall():
+        for kind, name, size in self._select("SELECT kind, name, length(body) FROM resources"):
             self._sizes[_tenant_of(name)][kind, name] = size
         self._changes: dict[_Key, bytes | None] = {}  # noted and not yet being written; None: deleted
         self._num_noted = 0
@@ -42,9 +44,19 @@ class StateFile:
         self._writing: asyncio.Task[sqlite3.Error | None] | None = None
 
     def read(self, kind: str) -> dict[str, bytes]:
-        """The bodies of all resources of a kind, by name, as they were saved last."""
-        rows = self._connection.execute("SELECT name, body FROM resources WHERE kind = ? ORDER BY name", (kind,))
-        return dict(rows.fetchall())
+        """The bodies of all resources of a kind, by name, as they were saved last. Raises OSError if they cannot be."""
+        query = "SELECT name, CAST(body AS BLOB) FROM resources WHERE kind = ? ORDER BY name"
+        return dict(self._select(query, kind))
+
+    def set_aside(self, kind: str, name: str, body: bytes, error: Exception) -> str:
+        """Keep a copy of a body that cannot be read, in the log's sight. Returns the problem.
+
+        The body itself stays until something else is saved under its name.
+        """
+        problem = f"its record in {self._file} ({kind} {name!r}) is damaged: {error}"
+        logger.error("%s %s cannot be brought back: %s; a copy is kept as 'damaged %s'", kind, name, problem, kind)
+        self.put(f"damaged {kind}", name, body)
+        return f"{problem}; register it again, or delete it"
 
     def put(self, kind: str, name: str, body: bytes) -> None:
         """Note what a resource is now. It is written together with all else that the caller notes before it waits."""
@@ -75,6 +87,12 @@ class StateFile:
             await self.saved()
         self._writer.shutdown()
         self._connection.close()
+
+    def _select(self, query: str, *values: str) -> list[Any]:
+        try:
+            return self._connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise OSError(f"state_directory: {self._file} is damaged: {error}") from error
 
     def _note(self, key: _Key, body: bytes | None) -> None:
         self._changes[key] = body
@@ -121,8 +139,7 @@ def _tenant_of(name: str) -> str:
     return name.removeprefix("tenants/").partition("/")[0]
 
 
-def _open(directory: Path | None) -> sqlite3.Connection:
-    file = ":memory:" if directory is None else str(directory / FILE_NAME)
+def _open(file: str, directory: Path | None) -> sqlite3.Connection:
     try:
         if directory is not None:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -47,6 +47,7 @@ from loraplex.v1.watch_pb2 import (
     WATCH_EVENT_TYPE_SNAPSHOT_END,
 )
 from service.adapter_files import AdapterFiles, AdapterLibrary
+from service.call import sees_inside
 from service.control.quota import AdapterQuota, Incoming
 from service.control.requests import (
     Once,
@@ -133,10 +134,13 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         tenant = tenant_id(request.parent, "parent", all_allowed=True)
         base_model = model_id(request.base_model, "base_model") if request.HasField("base_model") else None
         changes = Latest[AdapterChange]()
+        sees = {owner: sees_inside(owner) for owner in (tenant,) if owner is not None}  # all, for who may ask for all
 
         def put(change: AdapterChange) -> None:
             version = change.version
-            if tenant in (None, version.key.name.partition("/")[0]) and base_model in (None, version.spec.base_model):
+            if change.kind is ChangeKind.MOVED and not sees.get(_owner(version), True):
+                return
+            if tenant in (None, _owner(version)) and base_model in (None, version.spec.base_model):
                 changes.put(version.version_name, change)
 
         unsubscribe = self._registry.subscribe(put)
@@ -153,7 +157,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     def _watch_message(self, change: AdapterChange) -> WatchAdaptersResponse:
         version = change.version
         if change.kind is ChangeKind.REMOVED:
-            gone = Adapter(name=version.name, version=version.version_name)
+            gone = Adapter(name=version.name, version=_version_name(version))
             return WatchAdaptersResponse(type=WATCH_EVENT_TYPE_DELETED, adapter=gone)
         return WatchAdaptersResponse(type=WATCH_EVENT_TYPE_CHANGED, adapter=self._message(version))
 
@@ -357,26 +361,23 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     def _message(self, version: AdapterVersion) -> Adapter:
         message = Adapter(
             name=version.name,
-            version=version.version_name,
-            base_model=f"models/{version.spec.base_model}",
-            source=version.spec.source,
-            digest=f"sha256:{version.key.digest}",
+            version=_version_name(version),
+            base_model=f"models/{version.spec.base_model}" if version.spec.base_model else "",
+            digest="" if version.is_missing else f"sha256:{version.key.digest}",
             state=STATES[version.state],
-            residency=self._residency(version),
             current=version.current,
             pinned=version.spec.pinned,
-            running_requests=version.num_requests - version.num_waiting,
-            waiting_requests=version.num_waiting,
             create_time=timestamp(version.create_time),
             update_time=timestamp(version.update_time),
             labels=version.spec.labels,
             etag=version.etag,
         )
-        if version.last_use_time is not None:
-            message.last_use_time.CopyFrom(timestamp(version.last_use_time))
+        inside = sees_inside(_owner(version))
+        if inside:
+            self._add_what_is_inside(message, version)
         if version.state is AdapterState.FAILED:
-            error = FailedPrecondition(version.reason, "; ".join(version.problems))
-            message.error.CopyFrom(to_status(error, ""))
+            problems = "; ".join(version.problems) if inside else "its operator is told why"
+            message.error.CopyFrom(to_status(FailedPrecondition(version.reason, problems), ""))
         info = version.info
         if info is not None:
             message.rank = info.rank
@@ -387,11 +388,28 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             message.size_bytes = info.size_bytes
         return message
 
+    def _add_what_is_inside(self, message: Adapter, version: AdapterVersion) -> None:
+        """Where it is, and who uses it how much: of a shared adapter nothing for other tenants."""
+        message.source = version.spec.source
+        message.residency = self._residency(version)
+        message.running_requests = version.num_requests - version.num_waiting
+        message.waiting_requests = version.num_waiting
+        if version.last_use_time is not None:
+            message.last_use_time.CopyFrom(timestamp(version.last_use_time))
+
     def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
         model = self._host.find(version.spec.base_model)
         client = None if model is None else model.client
         residency = Residency.DISK if client is None else client.residency.get(version.key, Residency.DISK)
         return RESIDENCIES[residency]
+
+
+def _version_name(version: AdapterVersion) -> str:
+    return "" if version.is_missing else version.version_name
+
+
+def _owner(version: AdapterVersion) -> str:
+    return version.key.name.partition("/")[0]
 
 
 def _fields_to_change(mask: FieldMask) -> set[str]:

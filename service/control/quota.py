@@ -61,7 +61,8 @@ class AdapterQuota:
             self._tenants.get(tenant).check_state(self._state.size(tenant) + more_bytes)
 
     def _held(self, tenant: str) -> list[AdapterVersion]:
-        return self._registry.list_versions({tenant}, include_versions=True)
+        versions = self._registry.list_versions({tenant}, include_versions=True)
+        return [version for version in versions if not version.is_missing]
 
     def _check(self, tenant: str, held: list[AdapterVersion], size: int, incoming: Incoming | None) -> None:
         """With one more, of this size. The same files under several names are on the disk once."""

@@ -561,6 +561,8 @@ async def test_adapters_of_the_configuration_are_there_from_the_start(
         AdapterConfig(name="gone", model="tiny", source=str(tmp_path / "gone")),
     )
     async with control_plane(byte_tokenizer_directory, tmp_path, adapters=configured) as control:
-        names = [adapter.name for adapter in await control.admin.list_adapters()]
-        assert names == ["tenants/acme/adapters/own", "tenants/shared/adapters/good"]
+        found = {adapter.name: adapter.state for adapter in await control.admin.list_adapters()}
+        gone = found.pop("tenants/shared/adapters/gone")
+        assert set(found) == {"tenants/acme/adapters/own", "tenants/shared/adapters/good"}
+        assert gone == Adapter.STATE_FAILED
         assert (await control.client.generate("good", "ab", max_tokens=2)).usage.completion_tokens == 2

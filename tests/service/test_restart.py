@@ -1,8 +1,9 @@
 """A service that starts again knows what it knew, and makes the rest follow."""
 
 import shutil
+import sqlite3
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from grpc import StatusCode
 
 from loraplex import FailedPrecondition
 from loraplex.v1.adapters_pb2 import Adapter
+from loraplex.v1.routes_pb2 import Route, RouteTarget
 from service.config import AdapterConfig
+from service.state import FILE_NAME
 from service.tenants import TenantConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
@@ -192,3 +195,104 @@ async def test_what_a_tightened_policy_does_not_accept_is_not_served_and_comes_b
     async with start() as control:
         answer = await control.client.generate("dropped", "abc", max_tokens=1)
         assert answer.target.adapter_version == dropped.version
+
+
+# ---- what is missing or damaged --------------------------------------------------------------------------------------
+
+
+OTHER_NAMES = "CAST(replace(replace(body, 'pirate', 'others'), 'routes/r', 'routes/o') AS BLOB)"
+
+
+def change_records(state: Path, change: str) -> None:
+    """An SQL expression over `body`, for the records of all resources."""
+    with closing(sqlite3.connect(state / FILE_NAME, isolation_level=None)) as connection:
+        connection.execute(f"UPDATE resources SET body = {change} WHERE kind IN ('adapter', 'route')")
+
+
+async def test_a_configured_adapter_that_is_not_there_is_failed_with_where_it_was_looked_for(
+    start: Start, tmp_path: Path
+) -> None:
+    gone = str(tmp_path / "roots" / "gone")
+    configured = (AdapterConfig(name="legal", model="tiny", source=gone),)
+    async with start(configured) as control:
+        [adapter] = await control.admin.list_adapters()
+        assert (adapter.name, adapter.state) == ("tenants/shared/adapters/legal", Adapter.STATE_FAILED)
+        assert (adapter.version, adapter.digest) == ("", "")
+        assert f"{gone} was looked for under {tmp_path / 'roots'}" in adapter.error.message
+        with pytest.raises(FailedPrecondition, match="looked for") as raised:
+            await control.client.generate("legal", "abc", max_tokens=1)
+        assert raised.value.reason == "SOURCE_NOT_ALLOWED"
+
+
+async def test_a_configured_adapter_that_is_there_at_the_next_start_is_active_and_alone(
+    start: Start, tmp_path: Path
+) -> None:
+    directory = tmp_path / "roots" / "legal"
+    configured = (AdapterConfig(name="legal", model="tiny", source=str(directory)),)
+    async with start(configured):
+        pass
+    write_adapter(directory)
+    async with start(configured) as control:
+        await settled(control)
+        [adapter] = await control.admin.list_adapters(include_versions=True)
+        assert adapter.state == Adapter.STATE_ACTIVE
+
+
+async def test_what_is_not_there_goes_when_its_files_are_registered(start: Start, tmp_path: Path) -> None:
+    configured = (AdapterConfig(name="pirate", model="tiny", source=str(tmp_path / "roots" / "gone")),)
+    async with start(configured) as control:
+        adapter = await register(control)
+        assert [a.version for a in await control.admin.list_adapters(include_versions=True)] == [adapter.version]
+
+
+async def test_what_is_not_there_can_be_deleted(start: Start, tmp_path: Path) -> None:
+    configured = (AdapterConfig(name="pirate", model="tiny", source=str(tmp_path / "roots" / "gone")),)
+    async with start(configured) as control:
+        await control.admin.delete_adapter("pirate", wait=20.0)
+        assert await control.admin.list_adapters() == []
+
+
+@pytest.mark.parametrize("change", ["x'00ff'", "substr(body, 1, 40)", "'{}'", OTHER_NAMES, "''"])
+async def test_a_damaged_record_is_named_and_failed_and_keeps_nothing_else_down(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    async with start() as control:
+        await register(control)
+        await control.admin.update_route(
+            Route(name="tenants/shared/routes/r", targets=[RouteTarget(model="pirate")]), allow_missing=True
+        )
+    change_records(tmp_path / "state", change)
+    async with start() as control:
+        adapter = await control.admin.get_adapter("pirate")
+        assert adapter.state == Adapter.STATE_FAILED
+        for part in (FILE_NAME, "shared/pirate", "damaged"):
+            assert part in adapter.error.message
+        assert "route tenants/shared/routes/r cannot be brought back" in caplog.text
+        await control.client.generate("tiny", "abc", max_tokens=1)
+        assert (await register(control)).state == Adapter.STATE_ACTIVE  # which mends it
+    async with start() as control:
+        assert (await settled(control)).state == Adapter.STATE_ACTIVE
+
+
+async def test_the_files_of_an_adapter_whose_record_is_damaged_stay(start: Start, tmp_path: Path) -> None:
+    async with start() as control:
+        files = write_adapter(tmp_path / "files")
+        adapter = await control.admin.upload_adapter("pirate", base_model="tiny", directory=files, wait=20.0)
+    change_records(tmp_path / "state", "x'00'")
+    async with start():
+        pass
+    kept = tmp_path / "state" / "adapters" / "versions" / adapter.digest.removeprefix("sha256:")
+    assert sorted(file.name for file in kept.iterdir()) == sorted(file.name for file in files.iterdir())
+
+
+async def test_a_state_file_whose_pages_are_damaged_is_refused_by_name(start: Start, tmp_path: Path) -> None:
+    async with start() as control:
+        for seed in range(8):
+            await register(control, seed, labels={"x": "y" * 60})
+    file = tmp_path / "state" / FILE_NAME
+    content = bytearray(file.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    file.write_bytes(content)
+    with pytest.raises(OSError, match=FILE_NAME):
+        async with start():
+            pass

@@ -54,7 +54,11 @@ Global___AdapterResidency: typing_extensions.TypeAlias = AdapterResidency
 
 @typing.final
 class Adapter(google.protobuf.message.Message):
-    """One version of an adapter. In all at most 1,048,576 characters and 8192 entries, and 4096 numbers."""
+    """One version of an adapter. In all at most 1,048,576 characters and 8192 entries, and 4096 numbers.
+
+    Of an adapter of the tenant `shared`, other tenants see neither source, residency, requests and last_use_time, nor why it
+    FAILED.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -71,7 +75,7 @@ class Adapter(google.protobuf.message.Message):
         STATE_ACTIVE: Adapter._State.ValueType  # 2
         """Can be used."""
         STATE_FAILED: Adapter._State.ValueType  # 3
-        """Could not be read or is not valid: see error."""
+        """Could not be found or read, or is not valid: see error."""
         STATE_DELETING: Adapter._State.ValueType  # 4
         """Takes no new requests, and is gone when the running ones have ended."""
 
@@ -85,7 +89,7 @@ class Adapter(google.protobuf.message.Message):
     STATE_ACTIVE: Adapter.State.ValueType  # 2
     """Can be used."""
     STATE_FAILED: Adapter.State.ValueType  # 3
-    """Could not be read or is not valid: see error."""
+    """Could not be found or read, or is not valid: see error."""
     STATE_DELETING: Adapter.State.ValueType  # 4
     """Takes no new requests, and is gone when the running ones have ended."""
 

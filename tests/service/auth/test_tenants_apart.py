@@ -221,3 +221,43 @@ async def test_the_request_id_of_another_tenant_gets_nothing_of_its_answer(house
             )
         )
     assert [adapter.name for adapter in made] == ["tenants/acme/adapters/once", "tenants/rival/adapters/once"]
+
+
+# ---- what is shared --------------------------------------------------------------------------------------------------
+
+
+async def test_of_a_shared_adapter_a_tenant_sees_neither_others_use_nor_where_it_lies(house: House) -> None:
+    async with house.client("acme") as busy, house.admin("rival") as rival, house.admin("operator") as operator:
+        stream = busy.stream_generate("formal", "abc", max_tokens=1 << 18)
+        await anext(stream)
+        seen = await rival.get_adapter("formal")
+        assert (seen.state, seen.rank) == (Adapter.STATE_ACTIVE, 4)
+        assert (seen.source, seen.residency, seen.running_requests) == ("", 0, 0)
+        assert not seen.HasField("last_use_time")
+        assert [listed for listed in await rival.list_adapters(tenant="shared")] == [seen]
+        everything = await operator.get_adapter("formal")
+        assert everything.source.endswith("formal")
+        assert everything.running_requests == 1
+        stream.cancel()
+
+
+async def test_who_watches_shared_adapters_is_not_told_when_others_use_them(house: House) -> None:
+    async with house.client("acme") as busy, house.admin("rival") as rival, house.admin("operator") as operator:
+        watch = rival.watch_adapters(tenant="shared")
+        for _ in range(2):
+            await anext(watch)
+        await busy.generate("formal", "abc", max_tokens=1)  # it moves to the device
+        await operator.update_adapter("formal", labels={"a": "label"})
+        assert dict((await anext(watch)).adapter.labels) == {"a": "label"}
+        watch.cancel()
+
+
+async def test_why_a_shared_adapter_cannot_be_served_is_its_operators_business(house: House) -> None:
+    key = house.control.app.registry.get("tenants/shared/adapters/formal").key
+    house.control.app.registry.fail(key, ["/srv/secret/place: gone"])
+    async with house.admin("rival") as rival, house.client("rival") as caller, house.admin("operator") as operator:
+        seen = await rival.get_adapter("formal")
+        assert seen.state == Adapter.STATE_FAILED
+        assert "secret" not in seen.error.message
+        assert "secret" not in str(await error_of(caller, "formal"))
+        assert "secret" in (await operator.get_adapter("formal")).error.message
