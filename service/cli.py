@@ -33,6 +33,7 @@ from service.commands.shared import Target, call_failures, print_json, print_tab
 from service.commands.usage import usage
 from service.config import ConfigError, ServiceConfig, load_config
 from service.demo import play_demo
+from service.descriptors import descriptors_needed, raise_descriptor_limit
 from service.quantize import quantize
 from service.telemetry.logs import CallersThatLeft, CallFields
 from service.top import watch_load
@@ -73,6 +74,7 @@ def serve(config: Path | None, insecure: bool) -> None:
     settings = _settings(config, {"LORAPLEX_INSECURE": "true"} if insecure else {})
     set_up_logging(settings.log_level, settings.log_format, "service", CallFields(), CallersThatLeft())
     _limit_arenas()
+    raise_descriptor_limit(descriptors_needed(settings))
     with _start_failures():
         uvloop.run(_serve(settings))
 

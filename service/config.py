@@ -357,6 +357,9 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     if config.log_format not in LOG_FORMATS:
         yield f"log_format {config.log_format!r} is not one of {', '.join(LOG_FORMATS)}"
     yield from _telemetry_problems(config)
+    for name in _COUNTS_OF_GRPC:
+        if not 1 <= getattr(config.limits, name) <= _MOST_OF_GRPC:
+            yield f"limits: {name} {getattr(config.limits, name)} must be from 1 to {_MOST_OF_GRPC}"
     if config.limits.template_workers < 1:
         yield f"limits: template_workers {config.limits.template_workers} must be at least 1"
     yield from number_problems(config)
@@ -377,6 +380,15 @@ def _telemetry_problems(config: ServiceConfig) -> Iterator[str]:
             yield f"otlp: trace_ratio {config.otlp.trace_ratio} must be from 0 to 1"
 
 
+_COUNTS_OF_GRPC = (
+    "connections",
+    "calls_per_connection",
+    "calls_per_tenant",
+    "request_bytes",
+    "batch_bytes",
+    "answer_bytes",
+)
+_MOST_OF_GRPC = 1 << 30  # its options are of 32 bits
 _ID_RULE = "1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
 
 

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_METADATA_BYTES = 8 << 10
 MAX_WAITING_CALLS = 16384
+NEVER = (1 << 31) - 1  # milliseconds, to gRPC
 
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server takes half of the calls of the first, in silence
@@ -125,7 +126,7 @@ def options(limits: ConnectionLimits, receive_bytes: int) -> list[tuple[str, int
         # refuses streams without saying why, which is what stops callers that open and reset them.
         ("grpc.http2.max_deallocating_streams", 2 * limits.calls),
         ("grpc.max_allowed_incoming_connections", limits.connections),
-        ("grpc.max_connection_idle_ms", round(limits.idle_seconds * 1000)),
+        ("grpc.max_connection_idle_ms", min(round(limits.idle_seconds * 1000), NEVER)),
     ]
 
 

@@ -118,6 +118,10 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
         ),
         pytest.param(MODEL + "lisen: x", "unknown key 'lisen' in the top level; did you mean 'listen'?", id="top key"),
         pytest.param(MODEL + "limits: {x: 1}", "unknown key 'x' in limits", id="key of a section"),
+        pytest.param(MODEL + "limits: {connections: 0}", "limits: connections 0 must be from 1 to", id="no connection"),
+        pytest.param(
+            MODEL + "limits: {calls_per_connection: 4294967296}", "limits: calls_per_connection", id="calls without end"
+        ),
         pytest.param(
             MODEL + "    threads: many", "Expected `int | null`, got `str` - at `models[0].threads`", id="type"
         ),

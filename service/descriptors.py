@@ -1,0 +1,32 @@
+"""The files and sockets that the process may have open."""
+
+import logging
+import resource
+
+from service.config import ServiceConfig
+
+logger = logging.getLogger(__name__)
+
+SPARE = 512  # for models, engines, files of adapters, logs
+
+
+def descriptors_needed(config: ServiceConfig) -> int:
+    """When all connections are there that the configuration allows."""
+    listeners = (config.listen, config.admin_listen, config.health_listen, config.metrics_listen)
+    return config.limits.connections * sum(listener is not None for listener in listeners) + SPARE
+
+
+def raise_descriptor_limit(needed: int) -> None:
+    """As far as the system lets this process. Without descriptors a server takes no connection and starts no engine."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        logger.warning(
+            "the process may open %d files and sockets, and limits.connections lets callers take up to %d: raise the "
+            "limit (ulimit -n), or lower limits.connections",
+            allowed,
+            needed,
+        )
