@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ MAX_WEIGHT_BYTES = 16 << 30
 MAX_REFERENCE_LENGTH = 1024
 FILES = (CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES)
 
-_COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HASH_CHUNK = 1 << 20
 
@@ -50,37 +48,34 @@ class AdapterSource:
     def resolve(self, reference: str) -> Path:
         """The adapter directory that `reference` names: a path relative to a root ("team/legal-v2"), first root first.
 
-        An absolute path or file:// URI is taken if it lies under a root. Symbolic links are followed, and must end
-        under a root too. Raises SourceNotAllowed; which files exist outside the roots cannot be told from it.
+        An absolute path or file:// URI is taken if it lies under a root. It may be written in any way, and links are
+        followed, but it must end under a root. Raises SourceNotAllowed; which files exist outside the roots cannot be
+        told from it.
         """
-        relative = reference.removeprefix("file://")
-        candidates = [self._under(root, relative) for root in self.roots]
+        if len(reference) > MAX_REFERENCE_LENGTH:
+            raise SourceNotAllowed(f"source of {len(reference)} characters: at most {MAX_REFERENCE_LENGTH} are allowed")
+        path = reference.removeprefix("file://")
+        candidates = [_under(root, path) for root in self.roots]
         for directory in candidates:
             if directory is not None and directory.is_dir():
                 return directory
-        raise SourceNotAllowed(f"source {reference[:200]!r}: no such directory under the allowed roots")
+        raise SourceNotAllowed(
+            f"source {reference[:200]!r}: no such directory under the allowed roots; give a path relative to one of "
+            "adapter_roots or an absolute one, or upload the adapter"
+        )
 
-    def _under(self, root: Path, path: str) -> Path | None:
-        """`path` below `root` with links followed; None if it, or a file that would be read, leads elsewhere."""
-        if len(path) > MAX_REFERENCE_LENGTH:
-            raise SourceNotAllowed(f"source of {len(path)} characters: at most {MAX_REFERENCE_LENGTH} are allowed")
-        if path.startswith("/"):
-            if not path.startswith(f"{root}/"):
-                return None
-            path = path.removeprefix(f"{root}/")
-        components = path.rstrip("/").split("/")
-        for component in components:
-            if not _COMPONENT.fullmatch(component):
-                raise SourceNotAllowed(
-                    f"source {path!r}: {component!r} is not allowed in it; use letters, digits, '.', '_' and '-', "
-                    "beginning with a letter or digit"
-                )
-        try:
-            directory = root.joinpath(*components).resolve()
-            followed = [directory, *((directory / name).resolve() for name in FILES)]
-        except (OSError, RuntimeError):  # links in a circle
-            return None
-        return directory if all(target.is_relative_to(root) for target in followed) else None
+
+def _under(root: Path, path: str) -> Path | None:
+    """`path`, absolute or below `root`, with links followed; None if it, or a file to be read, leads elsewhere."""
+    try:
+        directory = root.joinpath(path).resolve()
+        files = [(directory / name).resolve() for name in FILES]
+    except (OSError, RuntimeError, ValueError):  # links in a circle, names that cannot be
+        return None
+    # The files of a snapshot in the hub's cache are links to what lies beside all snapshots.
+    allowed = (root, root.parent / "blobs") if root.name == "snapshots" else (root,)
+    inside = directory != root and directory.is_relative_to(root)
+    return directory if inside and all(any(file.is_relative_to(place) for place in allowed) for file in files) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +112,12 @@ def describe(directory: Path) -> AdapterDescription:
         raise AdapterRejected(problems)
     short = {module.rpartition(".")[2] for module in ranks}
     return AdapterDescription(digest, text, config, ranks, tuple(sorted(short)), header.data_bytes)
+
+
+def check_there(directory: Path) -> None:
+    """Raises AdapterRejected, which says what is there instead, for a directory without an adapter's files."""
+    read_config_bytes(directory)
+    open_weights(directory).close()
 
 
 def digest(directory: Path) -> str:

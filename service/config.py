@@ -6,6 +6,7 @@ with LORAPLEX_ are passed over, because Kubernetes sets some for every service o
 """
 
 import logging
+import os
 import re
 from collections.abc import Hashable, Iterator, Mapping
 from importlib import resources
@@ -288,6 +289,11 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
     def tenant(item: TenantConfig) -> TenantConfig:
         return msgspec.structs.replace(item, adapter_keys=tuple(absolute(file) for file in item.adapter_keys))
 
+    def adapter_source(source: str) -> str:
+        """Under the first root that has it, as for everybody who names a source, or else beside the file."""
+        under = [os.path.join(absolute(root), source) for root in config.adapter_roots]
+        return next(filter(os.path.isdir, under), absolute(source))
+
     tls = config.tls
     if tls is not None:
         client_ca = None if tls.client_ca is None else absolute(tls.client_ca)
@@ -299,7 +305,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         config,
         models=tuple(model(item) for item in config.models),
         adapters=tuple(
-            item if _is_remote(item) else msgspec.structs.replace(item, source=absolute(item.source))
+            item if _is_remote(item) else msgspec.structs.replace(item, source=adapter_source(item.source))
             for item in config.adapters
         ),
         tenants={name: tenant(item) for name, item in config.tenants.items()},

@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from adapters.errors import AdapterRejected
-from adapters.source import digest
+from adapters.source import check_there, digest
 from adapters.trust import SIGNATURE_FILE, sign
-from loraplex.v1.adapters_pb2 import AdapterResidency
+from loraplex import PermissionDenied
+from loraplex.v1.adapters_pb2 import Adapter, AdapterResidency
 from service.commands.shared import EXISTING, Target, print_json, print_table, reaches_server, state_of
 
 
@@ -68,9 +69,11 @@ def create_adapter(
     keep_current: bool,
     wait: float,
 ) -> None:
-    """Register the adapter in SOURCE: a directory under one of the server's adapter roots."""
-    with target.admin() as admin:
-        created = admin.create_adapter(
+    """Register the adapter in SOURCE, which the server can reach: a directory under one of its adapter roots, relative
+    to one or to here, or s3://… or hf://…"""
+
+    def create(source: str) -> Adapter:
+        return admin.create_adapter(
             adapter_id,
             base_model=base_model,
             source=source,
@@ -79,8 +82,15 @@ def create_adapter(
             make_current=not keep_current,
             wait=wait,
         )
-    print_json(created)
-    sys.exit(1 if created.state == created.STATE_FAILED else 0)
+
+    with target.admin() as admin:
+        try:
+            created = create(source)
+        except PermissionDenied as error:
+            if error.reason != "SOURCE_NOT_ALLOWED" or Path(source).is_absolute() or not Path(source).is_dir():
+                raise
+            created = create(str(Path(source).resolve()))
+    _print_created(created)
 
 
 @adapters.command("use")
@@ -114,6 +124,8 @@ def upload_adapter(
     target: Target, adapter_id: str, directory: Path, base_model: str, keep_current: bool, wait: float
 ) -> None:
     """Send the adapter in DIRECTORY, on this machine, to the server and register it."""
+    with _file_failures():
+        check_there(directory)
     with target.admin() as admin:
         created = admin.upload_adapter(
             adapter_id,
@@ -123,8 +135,7 @@ def upload_adapter(
             make_current=not keep_current,
             wait=wait,
         )
-    print_json(created)
-    sys.exit(1 if created.state == created.STATE_FAILED else 0)
+    _print_created(created)
 
 
 @adapters.command("pin")
@@ -183,6 +194,12 @@ def sign_adapter(directory: Path, key: Path) -> None:
     with _file_failures():
         (directory / SIGNATURE_FILE).write_bytes(sign(digest(directory), key.read_bytes()))
     click.echo(directory / SIGNATURE_FILE)
+
+
+def _print_created(adapter: Adapter) -> None:
+    """And exit as it went: an error is of the adapter, or of the model that it waits for."""
+    print_json(adapter)
+    sys.exit(1 if adapter.HasField("error") else 0)
 
 
 @contextmanager

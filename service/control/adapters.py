@@ -1,7 +1,7 @@
 """AdapterService: adapters that come and go while the server runs."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
@@ -70,6 +70,7 @@ from service.errors import (
 )
 from service.hosting import ModelHost
 from service.state import StateFile
+from service.supervisor import EngineState
 from service.tenants import Tenants
 from service.times import timestamp
 
@@ -353,9 +354,18 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def _wait_while(self, version: AdapterVersion, state: AdapterState, seconds: float) -> AdapterVersion:
         def is_over() -> bool:
             now = self._find(version.key)
-            return now is None or now.state is not state
+            return now is None or now.state is not state or self._stuck(now) is not None
 
-        await wait_until(is_over, self._registry.subscribe, seconds)
+        def subscribe(changed: Callable[[object], None]) -> Callable[[], None]:
+            leave_registry, leave_host = self._registry.subscribe(changed), self._host.subscribe(changed)
+
+            def leave() -> None:
+                leave_registry()
+                leave_host()
+
+            return leave
+
+        await wait_until(is_over, subscribe, seconds)
         return self._find(version.key) or version
 
     def _message(self, version: AdapterVersion) -> Adapter:
@@ -375,9 +385,12 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         inside = sees_inside(_owner(version))
         if inside:
             self._add_what_is_inside(message, version)
+        error = self._stuck(version)
         if version.state is AdapterState.FAILED:
-            problems = "; ".join(version.problems) if inside else "its operator is told why"
-            message.error.CopyFrom(to_status(FailedPrecondition(version.reason, problems), ""))
+            error = FailedPrecondition(version.reason, "; ".join(version.problems))
+        if error is not None:
+            shown = error if inside else FailedPrecondition(error.reason, "its operator is told why")
+            message.error.CopyFrom(to_status(shown, ""))
         info = version.info
         if info is not None:
             message.rank = info.rank
@@ -396,6 +409,13 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         message.waiting_requests = version.num_waiting
         if version.last_use_time is not None:
             message.last_use_time.CopyFrom(timestamp(version.last_use_time))
+
+    def _stuck(self, version: AdapterVersion) -> FailedPrecondition | None:
+        """Why a version stays LOADING, if it does: its model could not be loaded."""
+        model = self._host.find(version.spec.base_model)
+        if version.state is not AdapterState.LOADING or model is None or model.state is not EngineState.FAILED:
+            return None
+        return FailedPrecondition("MODEL_UNLOADED", f"model {model.name!r} could not be loaded: {model.error}")
 
     def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
         model = self._host.find(version.spec.base_model)

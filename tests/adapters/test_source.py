@@ -54,8 +54,6 @@ def test_a_root_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> None:
         "..",
         "../secret",
         "a/../../secret",
-        "a/./b",
-        "a//b",
         ".hidden",
         "a\0b",
         "a b",
@@ -78,6 +76,34 @@ def test_what_is_not_under_a_root_is_refused(tmp_path: Path, reference: str) -> 
     (tmp_path / "secret").mkdir()
     with pytest.raises(SourceNotAllowed):
         AdapterSource([tmp_path / "root"]).resolve(reference)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["a/b", "./a/b", "a/./b", "a//b", "a/b/", "a/../a/b", "{root}/a/b", "{root}/../root/a/b"]
+)
+def test_a_directory_under_a_root_is_found_however_it_is_written(tmp_path: Path, spelling: str) -> None:
+    (tmp_path / "root/a/b").mkdir(parents=True)
+    found = AdapterSource([tmp_path / "root"]).resolve(spelling.format(root=tmp_path / "root"))
+    assert found == tmp_path / "root/a/b"
+
+
+@pytest.mark.parametrize("name", ["with space", "ä", ".hidden", "-x", "a" * 200])
+def test_a_directory_under_a_root_is_found_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    assert AdapterSource([tmp_path]).resolve(name) == tmp_path / name
+
+
+def test_the_snapshots_of_the_hub_s_cache_can_be_a_root(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    for directory in (snapshot, blobs):
+        directory.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (blobs / name).write_text("{}")
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+    assert AdapterSource([snapshot.parent]).resolve("0123") == snapshot
+    (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceNotAllowed):
+        AdapterSource([snapshot.parent]).resolve("0123")
 
 
 def test_an_absolute_path_with_dots_is_refused(tmp_path: Path) -> None:

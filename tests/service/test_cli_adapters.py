@@ -49,6 +49,54 @@ async def test_an_adapter_is_preloaded_and_unloaded(run: Run, control: ControlPl
     assert unloaded["residency"] == "ADAPTER_RESIDENCY_DISK"
 
 
+async def test_a_source_may_be_named_from_here(
+    run: Run, control: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(control.roots / "team/pirate")
+    monkeypatch.chdir(control.roots / "team")
+    for number, source in enumerate(("pirate", "./pirate", "../team/pirate", "team/pirate")):
+        created = await run("adapters", "create", f"mine{number}", source, "--base-model", "tiny")
+        assert json.loads(created.output)["state"] == "STATE_ACTIVE"
+
+
+async def test_a_directory_under_no_root_is_refused_with_the_way_out(control: ControlPlane, tmp_path: Path) -> None:
+    outside = write_adapter(tmp_path.parent / f"{tmp_path.name}-outside")
+    arguments = ["adapters", "create", "mine", str(outside), "--base-model", "tiny"]
+    result = await asyncio.to_thread(CliRunner().invoke, main, [*arguments, "--admin-server", control.addresses.admin])
+    assert result.exit_code == 1
+    assert "or upload the adapter" in result.output
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (["adapter_config.json", "adapter_model.bin"], "adapter_model.bin: pickled weights can run code"),
+        (["adapter_config.json", "model.safetensors"], "weights under another name or in shards are not read"),
+        (["adapter_config.json"], "adapter_model.safetensors is missing"),
+        ([], "adapter_config.json is missing"),
+    ],
+)
+def test_an_upload_of_no_adapter_says_what_is_there_instead(tmp_path: Path, files: list[str], reason: str) -> None:
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    result = CliRunner().invoke(main, ["adapters", "upload", "mine", str(tmp_path), "--base-model", "tiny"])
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert reason in result.output
+
+
+async def test_an_adapter_of_a_model_that_failed_says_so_at_once(
+    tmp_path: Path, control: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = control.app.host.get("other")
+    monkeypatch.setattr(model, "_text_error", "its tokenizer is broken")
+    arguments = ["adapters", "upload", "mine", str(write_adapter(tmp_path / "mine")), "--base-model", "other"]
+    result = await asyncio.to_thread(CliRunner().invoke, main, [*arguments, "--admin-server", control.addresses.admin])
+    assert result.exit_code == 1
+    answer = json.loads(result.output)
+    assert answer["state"] == "STATE_LOADING"
+    assert answer["error"]["message"] == "model 'other' could not be loaded: its tokenizer is broken"
+
+
 async def test_a_route_is_set_resolved_and_deleted(run: Run) -> None:
     made = json.loads((await run("routes", "set", "main", "tiny=3", "models/other", "--fallback", "tiny")).output)
     assert [target["weight"] for target in made["targets"]] == [3, 1]

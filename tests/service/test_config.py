@@ -59,6 +59,18 @@ def test_relative_paths_are_relative_to_the_file(directory: Path, monkeypatch: p
     assert config.adapters[0].source == str(directory / "adapters/pirate")
 
 
+def test_the_source_of_an_adapter_is_looked_for_under_the_roots_and_then_beside_the_file(directory: Path) -> None:
+    for path in ("own/asjson", "own/adapters", "adapters"):
+        (directory / path).mkdir(parents=True, exist_ok=True)
+    sources = {"asjson": "own/asjson", "../own/asjson": "own/../own/asjson", "own/asjson": "own/asjson"}
+    sources |= {"adapters": "own/adapters", "absent": "absent"}
+    for written, found in sources.items():
+        config = load(
+            directory, MODEL + f"adapter_roots: [own]\nadapters: [{{name: p, model: tiny, source: {written}}}]"
+        )
+        assert config.adapters[0].source == str(directory / found)
+
+
 def test_a_model_that_is_no_directory_is_the_id_of_a_hub(directory: Path) -> None:
     config = load(directory, "models: [{name: qwen, model: Qwen/Qwen3-0.6B}]")
     assert config.models[0].model == "Qwen/Qwen3-0.6B"

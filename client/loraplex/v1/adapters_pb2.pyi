@@ -155,8 +155,9 @@ class Adapter(google.protobuf.message.Message):
     base_model: builtins.str
     """models/{model}: the model that it adapts. Required to create one. At most 512 characters."""
     source: builtins.str
-    """Where its files are: a path under one of the roots, or s3://{bucket}/{prefix} or hf://{owner}/{name}@{commit} under
-    one of the remote sources, that the operator allows. Empty for an upload. At most 8192 characters.
+    """Where its files are: a directory under one of the roots that the operator allows, relative to a root or absolute; or
+    s3://{bucket}/{prefix} or hf://{owner}/{name}@{commit}, with or without /{folder}, under one of the remote sources.
+    Empty for an upload. At most 8192 characters.
     """
     digest: builtins.str
     """The digest of its files, "sha256:" and 64 hex digits. If given to create one, the files must have it. At most 128
@@ -188,7 +189,7 @@ class Adapter(google.protobuf.message.Message):
     """
     @property
     def error(self) -> google.rpc.status_pb2.Status:
-        """What went wrong, in STATE_FAILED."""
+        """What went wrong, in STATE_FAILED; in STATE_LOADING that its model could not be loaded, which it waits for."""
 
     @property
     def module_ranks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
