@@ -31,14 +31,13 @@ from service.errors import (
     to_status,
     trailing_metadata,
 )
-from service.limits import LIMITS, Entries
 from service.places import Places, UnreadAnswers
 from service.receiving import ReceiveLimits, Receiver
 from service.telemetry.records import NOBODY, CallRecord, Observer
 from service.telemetry.trace_context import trace_id_of
 from service.tenants import Tenants
 from service.validation import check_request
-from service.wire import SMALL_BYTES, WireCheck
+from service.wire import SMALL_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +138,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._tenants = tenants or Tenants()
         self._observer = observer
         self.limits = limits or CallLimits()
-        self._wire = WireCheck({name: limit.most for name, limit in LIMITS.items() if isinstance(limit, Entries)})
         self._places = Places(self.limits.calls_per_tenant)
         self._public_places = Places(PUBLIC_CALLS_PER_HOST)
         self._unread = UnreadAnswers(self.limits.unread_bytes)
@@ -165,7 +163,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = _Method(
             path=path,
             behaviour=getattr(handler, _BEHAVIOURS[handler.request_streaming, handler.response_streaming]),
-            receiver=Receiver(path, handler.request_deserializer, self.limits.receive, self._wire),
+            receiver=Receiver(path, handler.request_deserializer, self.limits.receive),
             takes_many=handler.request_streaming,
             serialize=handler.response_serializer,
             observer=NOBODY if is_public(path) else self._observer,

@@ -14,7 +14,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
 from service.errors import DeadlineExceeded, InvalidRequest, MessageTooLarge
-from service.wire import SMALL_BYTES, WireCheck
+from service.wire import SMALL_BYTES, check_wire
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -51,14 +51,13 @@ class ReceiveLimits:
 class Receiver:
     """Takes the messages of one method. Nothing is received before it is asked for."""
 
-    def __init__(self, method: str, parse: Callable[[bytes], Message], limits: ReceiveLimits, wire: WireCheck) -> None:
+    def __init__(self, method: str, parse: Callable[[bytes], Message], limits: ReceiveLimits) -> None:
         """`method`: its path."""
         self._method = method
         self._kind = _input_of(method)
         self._parse = parse
         self._max_bytes = limits.bytes_of(method)
         self._seconds = limits.message_seconds
-        self._wire = wire
 
     async def one(self, context: Context) -> Message:
         """The only message of a caller."""
@@ -87,7 +86,7 @@ class Receiver:
             raise MessageTooLarge(problem, len(data), self._max_bytes)
         try:
             if len(data) > SMALL_BYTES:  # in a thread: the loop has others to serve
-                await asyncio.to_thread(self._wire.check, data, self._kind)
+                await asyncio.to_thread(check_wire, data, self._kind)
             return self._parse(data)
         except DecodeError as error:
             raise InvalidRequest.at("request", f"{len(data)} bytes that are no message of {self._method}") from error
