@@ -30,6 +30,7 @@ class LoadedModel:
     client: EngineClient
     tokenizer: Tokenizer
     default_sampling: Sampling  # fields that are absent have the contract's defaults
+    literal_content: bool = False  # of chats that do not say
 
 
 class Models(Protocol):

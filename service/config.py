@@ -48,6 +48,7 @@ class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     # Fields of loraplex.v1.Sampling, for requests that leave them out; "none": not even the model's own files give any.
     default_sampling: dict[str, Any] | Literal["none"] | None = None
     chat_template: str | None = None  # a Jinja file that replaces the model's own
+    literal_content: bool = False  # what chats say never becomes control tokens, unless a request says otherwise
     labels: dict[str, str] = {}
 
     @property

@@ -68,7 +68,8 @@ class HostedModel:
         """What a new request needs. Raises FailedPrecondition (MODEL_UNLOADED) or Unavailable (MODEL_LOADING, …)."""
         state, client, limits = self.state, self.client, self.supervisor.limits
         if state is EngineState.ACTIVE and client is not None and limits is not None and self.tokenizer is not None:
-            return LoadedModel(self.name, self.revision, limits, client, self.tokenizer, self.default_sampling)
+            sampling, literal = self.default_sampling, self.config.literal_content
+            return LoadedModel(self.name, self.revision, limits, client, self.tokenizer, sampling, literal)
         raise self._not_serving(state)
 
     async def successor(self, revision: str) -> EngineClient:

@@ -251,7 +251,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 operation="chat" if spec.prompt.HasField("chat") else "text_completion",
                 target=resolved,
                 tokenizer=model.tokenizer,
-                form=OutputForm.of(spec, streaming),
+                form=OutputForm.of(spec, streaming, params.max_tokens),
                 sequences=_sequences(tenant, spec, model.client, prompt, _after(params, wait), adapter, wait, outputs),
                 arrival=call.arrival,
                 adapter_load_seconds=wait.seconds,

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.struct_pb2 import Value
 
@@ -11,7 +11,15 @@ from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, ToolCall
 from service.catalog import LoadedModel
 from service.errors import InvalidRequest, PromptTooLong, Unavailable
 from service.tenants import Tenant
-from service.text import ArgumentsError, Conversation, RendererError, TemplateRenderer, TextError, TooManyTokensError
+from service.text import (
+    ArgumentsError,
+    Conversation,
+    RendererError,
+    Span,
+    TemplateRenderer,
+    TextError,
+    TooManyTokensError,
+)
 from service.turns import TurnLimits, Turns
 
 T = TypeVar("T")
@@ -49,13 +57,21 @@ class TextWork:
         return await self.threads.in_thread(tenant.name, tenant.config.weight, size, do)
 
 
-async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> str:
+class PromptText(NamedTuple):
+    """The text of a prompt, and the parts of it of which no control token may come."""
+
+    text: str
+    literal: Sequence[Span]
+
+
+async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> PromptText:
     """The text of a prompt that is text or chat; for chat what the model's template makes of it.
 
     `path`: where the prompt is in the request. Raises InvalidRequest, Unavailable.
     """
     if prompt.WhichOneof("content") == "text":
-        return prompt.text
+        return PromptText(prompt.text, [(0, len(prompt.text))] if prompt.literal_content else ())
+    literal = prompt.literal_content if prompt.HasField("literal_content") else model.literal_content
     size = prompt.chat.ByteSize()
     async with work.rendering.turn(tenant.name, tenant.config.weight, size):
         is_long = size > _INLINE_SIZE
@@ -63,17 +79,21 @@ async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant
             conversation = (
                 await asyncio.to_thread(_conversation, prompt.chat) if is_long else _conversation(prompt.chat)
             )
-            text = await work.renderer.render(model.tokenizer.chat_template, conversation, is_long)
+            given = model.tokenizer.chat_template, conversation, is_long
+            if literal:
+                rendered = PromptText(*await work.renderer.render_literally(*given))
+            else:
+                rendered = PromptText(await work.renderer.render(*given), ())
         except ArgumentsError as error:
             raise InvalidRequest.at(f"{path}.chat.{error.field}", str(error)) from error
         except TextError as error:
             raise InvalidRequest.at(f"{path}.chat", str(error)) from error
         except RendererError as error:
             raise Unavailable("OVERLOADED", f"chat templates cannot be rendered now: {error}") from error
-    size = len(text.encode(errors="surrogatepass"))
+    size = len(rendered.text.encode(errors="surrogatepass"))
     if size > MAX_TEXT_BYTES:
         raise InvalidRequest.at(f"{path}.chat", f"comes to {size} bytes of text; {MAX_TEXT_BYTES} are allowed")
-    return text
+    return rendered
 
 
 def adds_special_tokens(prompt: Prompt) -> bool:
@@ -84,7 +104,7 @@ def adds_special_tokens(prompt: Prompt) -> bool:
 
 
 async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> list[int]:
-    """The tokens of a prompt, cut to the last `truncate_to_tokens`. At least one.
+    """The tokens of a prompt, cut to `truncate_to_tokens`. At least one.
 
     Raises PromptTooLong for more than the model can hold, as early as that is certain; InvalidRequest, Unavailable.
     """
@@ -95,14 +115,15 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tena
         if most is not None and len(ids) > most:
             raise PromptTooLong.of(path, len(ids), model.limits.max_model_len)
         return await work.on(tenant, min(len(ids), last or len(ids)), lambda: _given(ids, last, model, path))
-    text = await prompt_text(prompt, model, work, tenant, path)
-    size = len(text.encode(errors="surrogatepass"))
+    rendered = await prompt_text(prompt, model, work, tenant, path)
+    size = len(rendered.text.encode(errors="surrogatepass"))
     least = model.tokenizer.least_tokens(size)
     if most is not None and least > most:
         raise PromptTooLong.of(path, least, model.limits.max_model_len, "at least ")
-    special = adds_special_tokens(prompt)
+    if rendered.literal:
+        size = max(size, _INLINE_SIZE + 1)  # the first such text may take a tokenizer's twin, and that a second
     try:
-        return await work.on(tenant, size, lambda: _tokens(text, special, most, last, model, f"{path}.{kind}"))
+        return await work.on(tenant, size, lambda: _tokens(prompt, rendered, most, model, f"{path}.{kind}"))
     except TooManyTokensError as error:
         raise PromptTooLong.of(path, error.count, model.limits.max_model_len) from error
     except TextError as error:
@@ -120,9 +141,9 @@ def _given(ids: Sequence[int], last: int, model: LoadedModel, path: str) -> list
     return token_ids
 
 
-def _tokens(text: str, special: bool, most: int | None, last: int, model: LoadedModel, path: str) -> list[int]:
+def _tokens(prompt: Prompt, rendered: PromptText, most: int | None, model: LoadedModel, path: str) -> list[int]:
     """Raises TextError, and InvalidRequest for a text of no tokens, or with one that the model does not have."""
-    token_ids = model.tokenizer.encode(text, special, most)
+    token_ids = model.tokenizer.encode(rendered.text, adds_special_tokens(prompt), most, rendered.literal)
     if not token_ids:
         raise InvalidRequest.at(path, "comes to no tokens at all; the model needs at least one")
     highest = max(token_ids)
@@ -130,7 +151,20 @@ def _tokens(text: str, special: bool, most: int | None, last: int, model: Loaded
         token = model.tokenizer.id_to_token(highest)
         problem = f"holds {token!r}, token {highest} of the tokenizer; the model has {model.limits.vocab_size} tokens"
         raise InvalidRequest.at(path, problem)
-    return token_ids[-last:] if last else token_ids
+    if not prompt.truncate_to_tokens:
+        return token_ids
+    return [token_id for part in kept_parts(prompt, model, token_ids) for token_id in token_ids[part]]
+
+
+def kept_parts(prompt: Prompt, model: LoadedModel, token_ids: Sequence[int]) -> tuple[slice, slice]:
+    """Which of a text's tokens `truncate_to_tokens` leaves: those in front of the text, and the last of the others."""
+    front = model.tokenizer.num_in_front if adds_special_tokens(prompt) else 0
+    if not front and token_ids[:1] == [model.tokenizer.bos_token_id]:
+        front = 1
+    last = prompt.truncate_to_tokens or len(token_ids)
+    if front >= last or last >= len(token_ids):
+        front = 0
+    return slice(0, front), slice(max(0, len(token_ids) - last + front), None)
 
 
 def _conversation(chat: Chat) -> Conversation:

@@ -176,6 +176,9 @@ def _check_prompt(prompt: Prompt, path: str) -> Iterator[Violation]:
             if prompt.HasField("add_special_tokens"):
                 problem = "must be absent with token_ids: nothing is added to them"
                 yield Violation(_at(path, "add_special_tokens"), problem)
+            if prompt.HasField("literal_content"):
+                problem = "must be absent with token_ids: they are what they are"
+                yield Violation(_at(path, "literal_content"), problem)
         case "chat":
             if not prompt.chat.messages:
                 yield Violation(_at(path, "chat.messages"), "is empty")
@@ -250,12 +253,13 @@ class OutputForm:
     stop: tuple[str, ...]
     include_stop: bool
     min_tokens: int  # before these no stop string counts
-    fills_context: bool  # the caller set no max_tokens: running into it is the context's limit
+    fills_context: bool  # the output may be as long as the context leaves room for: running into that is its limit
     chunk_tokens: int  # hold tokens back until there are this many
     chunk_delay_seconds: float  # but no longer than this
 
     @classmethod
-    def of(cls, spec: GenerateSpec, streaming: bool) -> "OutputForm":
+    def of(cls, spec: GenerateSpec, streaming: bool, max_tokens: int) -> "OutputForm":
+        """`max_tokens`: that each output may have."""
         output, stopping, stream = spec.output, spec.stopping, spec.stream
         text = output.text if output.HasField("text") else True
         delay = duration_seconds(stream.max_chunk_delay) if stream.HasField("max_chunk_delay") else 0.1
@@ -267,7 +271,7 @@ class OutputForm:
             stop=tuple(dict.fromkeys(stopping.stop)),
             include_stop=stopping.include_stop,
             min_tokens=stopping.min_tokens,
-            fills_context=not stopping.HasField("max_tokens"),
+            fills_context=not stopping.HasField("max_tokens") or max_tokens < stopping.max_tokens,
             chunk_tokens=max(1, stream.min_tokens_per_chunk) if streaming else TOKENS_AT_ONCE,
             chunk_delay_seconds=delay if streaming else math.inf,
         )
@@ -329,15 +333,13 @@ def sampling_params(
         time_limit_seconds=duration_seconds(stopping.time_limit) if stopping.HasField("time_limit") else None,
     )
     if not params.can_draw:
-        raise InvalidRequest.at(
-            f"{path}.sampling.allowed_token_ids",
-            "leaves no token to draw: each of them ends the output, which min_tokens forbids, or has no text",
-        )
+        problem = "leaves no token to draw: each of them ends the output, which min_tokens forbids, or has no text"
+        raise InvalidRequest(_of_sampling(spec, "allowed_token_ids", problem, path))
     return params
 
 
 def room_for_output(spec: GenerateSpec, limits: ModelLimits, prompt_tokens: int, path: str) -> int:
-    """The most tokens an output may have: what the caller asked for, else what the context leaves.
+    """The most tokens an output may have: what the caller asked for, cut if it may be, else what the context leaves.
 
     Raises PromptTooLong.
     """
@@ -346,15 +348,15 @@ def room_for_output(spec: GenerateSpec, limits: ModelLimits, prompt_tokens: int,
         raise PromptTooLong.of(f"{path}.prompt", prompt_tokens, limits.max_model_len)
     if not spec.stopping.HasField("max_tokens"):
         return room
-    if spec.stopping.max_tokens > room:
+    if spec.stopping.max_tokens > room and not spec.stopping.fit_max_tokens:
         raise PromptTooLong(
             f"{path}.stopping.max_tokens",
             f"is {spec.stopping.max_tokens}; behind a prompt of {prompt_tokens} tokens the context of "
-            f"{limits.max_model_len} has room for {room}. Ask for less, or leave max_tokens out",
+            f"{limits.max_model_len} has room for {room}. Ask for less, set fit_max_tokens, or leave max_tokens out",
             prompt_tokens,
             limits.max_model_len,
         )
-    return spec.stopping.max_tokens
+    return min(spec.stopping.max_tokens, room)
 
 
 def derived_seed(seed: int, output_index: int) -> int:
@@ -364,12 +366,20 @@ def derived_seed(seed: int, output_index: int) -> int:
 
 
 def _check_vocabulary(spec: GenerateSpec, sampling: Sampling, vocab_size: int, path: str) -> None:
-    places = {
-        "sampling.logit_bias": sampling.logit_bias,
-        "sampling.allowed_token_ids": sampling.allowed_token_ids,
-        "stopping.stop_token_ids": spec.stopping.stop_token_ids,
-    }
-    for place, token_ids in places.items():
+    def problem(token_ids: Iterable[int]) -> str:
         largest = max(token_ids, default=0)
-        if largest >= vocab_size:
-            raise InvalidRequest.at(f"{path}.{place}", f"holds {largest}, and the vocabulary has {vocab_size} tokens")
+        return f"holds {largest}, and the vocabulary has {vocab_size} tokens" if largest >= vocab_size else ""
+
+    merged = {"logit_bias": sampling.logit_bias, "allowed_token_ids": sampling.allowed_token_ids}
+    violations = [
+        *(_of_sampling(spec, name, problem(ids), path) for name, ids in merged.items()),
+        Violation(f"{path}.stopping.stop_token_ids", problem(spec.stopping.stop_token_ids)),
+    ]
+    _raise(violation for violation in violations if violation.problem)
+
+
+def _of_sampling(spec: GenerateSpec, name: str, problem: str, path: str) -> Violation:
+    """What is wrong with a field of the caller's, or with a default that what the caller named has brought with it."""
+    if getattr(spec.sampling, name):
+        return Violation(f"{path}.sampling.{name}", problem)
+    return Violation(f"{path}.model", f"has a default sampling whose {name} {problem}" if problem else "")

@@ -20,6 +20,7 @@ class GenerateOptions(TypedDict, total=False):
     # The prompt
     add_special_tokens: bool | None
     truncate_to_tokens: int | None
+    literal_content: bool | None
     tools: Sequence[Tool] | None
     template_kwargs: Mapping[str, Any] | None
     add_generation_prompt: bool | None
@@ -45,6 +46,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     include_stop: bool | None
     ignore_eos: bool | None
+    fit_max_tokens: bool | None
     time_limit: float | datetime.timedelta | None  # seconds
     # What comes back
     text: bool | None
@@ -76,7 +78,7 @@ class GenerateOptions(TypedDict, total=False):
 
 _PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "stream")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "choices", "grammar")
-_PROMPT = ("add_special_tokens", "truncate_to_tokens")
+_PROMPT = ("add_special_tokens", "truncate_to_tokens", "literal_content")
 _CHAT = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_message")
 _REQUEST = ("priority", "client_request_id", "labels")
 

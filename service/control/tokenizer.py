@@ -16,7 +16,7 @@ from service.adapter_texts import AdapterTexts
 from service.call import current_call
 from service.catalog import Catalog, LoadedModel
 from service.errors import InvalidRequest
-from service.prompts import TextWork, adds_special_tokens, prompt_text
+from service.prompts import PromptText, TextWork, adds_special_tokens, kept_parts, prompt_text
 from service.tenants import Tenants
 from service.text import IncrementalDetokenizer, TextError
 
@@ -38,10 +38,10 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self._tenants = tenants
 
     async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:  # noqa: N802
-        prompt, tenant = request.prompt, self._tenants.get(current_call().tenant)
+        tenant = self._tenants.get(current_call().tenant)
         model = await self._model(request.model)
-        text = await prompt_text(prompt, model, self._texts, tenant, "prompt")
-        size = len(text.encode(errors="surrogatepass"))
+        text = await prompt_text(request.prompt, model, self._texts, tenant, "prompt")
+        size = len(text.text.encode(errors="surrogatepass"))
         if request.include_offsets and size > MAX_OFFSETS_BYTES:
             problem = f"are given for texts of at most {MAX_OFFSETS_BYTES} bytes; this one has {size}"
             raise InvalidRequest.at("include_offsets", problem)
@@ -64,18 +64,20 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return (await self._adapter_texts.dressed(target)).model
 
 
-def _tokenized(request: TokenizeRequest, model: LoadedModel, text: str) -> TokenizeResponse:
-    special = adds_special_tokens(request.prompt)
-    kept = slice(-request.prompt.truncate_to_tokens or None, None)
+def _tokenized(request: TokenizeRequest, model: LoadedModel, prompt: PromptText) -> TokenizeResponse:
+    special, (text, literal) = adds_special_tokens(request.prompt), prompt
     response = TokenizeResponse(max_context_tokens=model.limits.max_model_len)
     if request.include_offsets:
-        encoding = model.tokenizer.encode_with_offsets(text, special)
-        token_ids = encoding.token_ids[kept]
-        response.offsets.extend(TokenOffset(start=start, end=end) for start, end in encoding.offsets[kept])
+        encoding = model.tokenizer.encode_with_offsets(text, special, literal)
+        token_ids = encoding.token_ids
+        for part in kept_parts(request.prompt, model, token_ids):
+            response.offsets.extend(TokenOffset(start=start, end=end) for start, end in encoding.offsets[part])
     else:
-        token_ids = model.tokenizer.encode(text, special)[kept]
-    for start in range(0, len(token_ids), _CHUNK):
-        response.token_ids.extend(token_ids[start : start + _CHUNK])
+        token_ids = model.tokenizer.encode(text, special, literal=literal)
+    for part in kept_parts(request.prompt, model, token_ids):
+        kept = token_ids[part]
+        for start in range(0, len(kept), _CHUNK):
+            response.token_ids.extend(kept[start : start + _CHUNK])
     if request.include_text:
         response.text = text
     return response

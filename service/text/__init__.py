@@ -17,6 +17,7 @@ from service.text.errors import (
     TokenizerError,
     TooManyTokensError,
 )
+from service.text.literal import Span
 from service.text.stop_strings import StopResult, StopStrings
 from service.text.template_process import TemplateLimits
 from service.text.tokenizer import Encoding, Tokenizer
@@ -29,6 +30,7 @@ __all__ = [
     "Encoding",
     "IncrementalDetokenizer",
     "RendererError",
+    "Span",
     "StopResult",
     "StopStrings",
     "TemplateError",

@@ -7,6 +7,7 @@ vocabulary and its rules stay the base's. So an adapter takes kilobytes, not the
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, models
 
 from service.text.chat_template import ChatTemplate
 from service.text.errors import TokenizerError, TooManyTokensError
+from service.text.literal import LiteralEncoder, Span
 from service.text.model_files import ModelFiles, read_file
 from service.text.token_decoders import PieceTable
 from service.text.tokenizer import Encoding, Tokenizer
@@ -112,24 +114,26 @@ class AdaptedTokenizer(Tokenizer):
     def least_tokens(self, num_bytes: int) -> int:
         return 0 if self._added else self._base.least_tokens(num_bytes)
 
-    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, most: int | None = None, literal: Sequence[Span] = ()
+    ) -> list[int]:
         if self._splitter is None:
-            return self._base.encode(text, add_special_tokens, most)
+            return super().encode(text, add_special_tokens, most, literal)
         token_ids = list(self._before) if add_special_tokens else []
-        for token_id, start, end in self._split(text):
-            token_ids.extend(self._piece(text, start, end).token_ids if token_id is None else [token_id])
+        for token_id, start, end in self._split(text, literal):
+            token_ids.extend(self._piece(text, start, end, literal).token_ids if token_id is None else [token_id])
         token_ids.extend(self._behind if add_special_tokens else [])
         if most is not None and len(token_ids) > most:
             raise TooManyTokensError(len(token_ids))
         return token_ids
 
-    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> Encoding:
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True, literal: Sequence[Span] = ()) -> Encoding:
         if self._splitter is None:
-            return self._base.encode_with_offsets(text, add_special_tokens)
+            return super().encode_with_offsets(text, add_special_tokens, literal)
         found = Encoding([], [])
-        for token_id, start, end in self._split(text):
+        for token_id, start, end in self._split(text, literal):
             part = Encoding([token_id], [(0, end - start)]) if token_id is not None else None
-            part = part or self._piece(text, start, end)
+            part = part or self._piece(text, start, end, literal)
             found.token_ids.extend(part.token_ids)
             found.offsets.extend((start + first, start + last) for first, last in part.offsets)
         if not add_special_tokens:
@@ -144,11 +148,18 @@ class AdaptedTokenizer(Tokenizer):
     def id_to_token(self, token_id: int) -> str | None:
         return self._added.get(token_id) or self._base.id_to_token(token_id)
 
-    def _split(self, text: str) -> Iterator[tuple[int | None, int, int]]:
-        """The added tokens in a text, and None for what is between: id, and where it begins and ends."""
+    @cached_property
+    def _literal_splitter(self) -> LiteralEncoder:
         assert self._splitter is not None
-        encoding, done = self._encode(self._splitter.encode_batch, text, False), 0
-        for found, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        return LiteralEncoder(self._splitter, self.chat_template.sources.values() if self.chat_template else ())
+
+    def _split(self, text: str, literal: Sequence[Span]) -> Iterator[tuple[int | None, int, int]]:
+        """The added tokens in a text, and None for what is between: id, and where it begins and ends."""
+        encoder, done = self._literal_splitter, 0
+        ids, offsets = encoder.encode(
+            text, literal, lambda splitter, text: self._encode(splitter.encode_batch, text, False)
+        )
+        for found, (start, end) in zip(ids, offsets, strict=True):
             if found == _GAP_ID:  # the places of what was normalised are not exact: a gap is what is left
                 continue
             if start > done:
@@ -158,10 +169,12 @@ class AdaptedTokenizer(Tokenizer):
         if done < len(text):
             yield None, done, len(text)
 
-    def _piece(self, text: str, start: int, end: int) -> Encoding:
+    def _piece(self, text: str, start: int, end: int, literal: Sequence[Span]) -> Encoding:
         """Text between added tokens; behind one of them, where the beginning of a text is treated in its own way."""
         lead = self._lead if start else ""
-        found = self._base.encode_with_offsets(lead + text[start:end], False)
+        shift = len(lead) - start
+        inside = [(max(a, start) + shift, min(b, end) + shift) for a, b in literal if a < end and b > start]
+        found = super().encode_with_offsets(lead + text[start:end], False, inside)
         if not lead:
             return found
         shifted = [(first - len(lead), last - len(lead)) for first, last in found.offsets[1:]]

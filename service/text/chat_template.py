@@ -6,12 +6,14 @@ under limits of time, memory and output.
 """
 
 import asyncio
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from service.text.errors import ArgumentsError, TemplateError
+from service.text.literal import Span
 from service.text.template_process import TemplateLimits, TemplateProcess, encode
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
@@ -67,7 +69,7 @@ class TemplateRenderer:
         self._idle: asyncio.LifoQueue[TemplateProcess] = asyncio.LifoQueue()  # the last used is the warm one
         for worker in reversed(self._workers):
             self._idle.put_nowait(worker)
-        self._running: set[asyncio.Task[dict[str, str]]] = set()
+        self._running: set[asyncio.Task[dict[str, Any]]] = set()
 
     async def __aenter__(self) -> "TemplateRenderer":
         return self
@@ -80,6 +82,34 @@ class TemplateRenderer:
 
         Raises TemplateError, with the template's own message where it raised one, and RendererError.
         """
+        source, variables = self._given(template, conversation)
+        if not conversation.continue_final_message:
+            return str((await self._render(source, variables, is_long))["text"])
+        final, marker = _mark_final_message(variables["messages"])
+        return _cut_at_marker((await self._render(source, variables, is_long))["text"], final, marker)
+
+    async def render_literally(
+        self, template: ChatTemplate | None, conversation: Conversation, is_long: bool = False
+    ) -> tuple[str, list[Span]]:
+        """As `render`, and which parts of the prompt are what the conversation says; its roles are the template's.
+
+        Raises TemplateError for a template that does with what is said what cannot be followed, as well.
+        """
+        source, variables = self._given(template, conversation)
+        for index, message in enumerate(conversation.messages):
+            if not re.fullmatch(r"[\w-]+", message["role"]):
+                raise TemplateError(f"messages[{index}].role: with literal_content it must be one word.")
+        said = ["messages", "tools", "documents", *conversation.variables]
+        if not conversation.continue_final_message:
+            answer = await self._render(source, variables, is_long, said)
+            return answer["text"], [(start, end) for start, end in answer["said"]]
+        final, marker = _mark_final_message(variables["messages"])
+        answer = await self._render(source, variables, is_long, said)
+        text = _cut_at_marker(answer["text"], final, marker)
+        return text, [(start, min(end, len(text))) for start, end in answer["said"] if start < len(text)]
+
+    def _given(self, template: ChatTemplate | None, conversation: Conversation) -> tuple[str, dict[str, Any]]:
+        """The template's source, and its variables."""
         if template is None:
             raise TemplateError("the model has no chat template. Send the prompt as text or as token ids.")
         source = template.select(conversation.template, bool(conversation.tools))
@@ -87,11 +117,7 @@ class TemplateRenderer:
             raise TemplateError(
                 f"the chat template has {len(source)} characters; {self._limits.source_chars} are allowed."
             )
-        variables = _variables(template, conversation)
-        if not conversation.continue_final_message:
-            return await self._render(source, variables, is_long)
-        final, marker = _mark_final_message(variables["messages"])
-        return _cut_at_marker(await self._render(source, variables, is_long), final, marker)
+        return source, _variables(template, conversation)
 
     async def close(self) -> None:
         """End the workers. Renderings under way or waiting end with RendererError."""
@@ -100,8 +126,10 @@ class TemplateRenderer:
         await asyncio.gather(*self._running, return_exceptions=True)
         await asyncio.gather(*(worker.close() for worker in self._workers))
 
-    async def _render(self, source: str, variables: Mapping[str, Any], is_long: bool) -> str:
-        request = {"source": source, "variables": variables}
+    async def _render(
+        self, source: str, variables: Mapping[str, Any], is_long: bool, said: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        request = {"source": source, "variables": variables} | ({} if said is None else {"said": said})
         line = await asyncio.to_thread(encode, request) if is_long else encode(request)
         worker = await self._idle.get()
         # A caller that goes away must not leave an answer in the pipe for the next one, nor cost a worker.
@@ -113,9 +141,9 @@ class TemplateRenderer:
             raise ArgumentsError(answer["field"], answer["error"])
         if "error" in answer:
             raise TemplateError(f"chat template: {answer['error']}")
-        return answer["text"]
+        return answer
 
-    def _ended(self, task: "asyncio.Task[dict[str, str]]", worker: TemplateProcess) -> None:
+    def _ended(self, task: "asyncio.Task[dict[str, Any]]", worker: TemplateProcess) -> None:
         self._running.discard(task)
         self._idle.put_nowait(worker)
         if not task.cancelled():

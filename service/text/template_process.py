@@ -42,7 +42,7 @@ class TemplateProcess:
         self._limits = limits
         self._closed = False
 
-    async def render(self, line: bytes, is_long: bool) -> dict[str, str]:
+    async def render(self, line: bytes, is_long: bool) -> dict[str, Any]:
         """The answer to a request. `is_long`: read it in a thread. Raises TemplateError, RendererError."""
         try:
             answer = await self._ask(line)
@@ -144,6 +144,6 @@ def encode(request: Mapping[str, Any]) -> bytes:
         raise TemplateError(f"the conversation is not JSON: {error}.") from error
 
 
-def decode(line: bytes) -> dict[str, str]:
-    answer: dict[str, str] = json.loads(line.decode(errors="surrogatepass"))
+def decode(line: bytes) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(line.decode(errors="surrogatepass"))
     return answer

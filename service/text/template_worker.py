@@ -1,19 +1,25 @@
 """Renders chat templates in a process of its own: a script that chat_template.py starts, and that imports only jinja2.
 
 Reads one JSON object per line, {"source": template, "variables": {...}}, and answers each with one line, {"text": ...}
-or {"error": ...}. A template that hangs or grows without bound takes only this process with it: memory is limited by
-the kernel, and an alarm ends it even when nobody is left to kill it.
+or {"error": ...}. With "said": [names], the variables of these names are what the caller says, but for the roles of
+messages, and the answer has "said": [[start, end], ...], the parts of the text that are theirs.
+
+A template that hangs or grows without bound takes only this process with it: memory is limited by the kernel, and an
+alarm ends it even when nobody is left to kill it.
 
 The environment is that of transformers' apply_chat_template, which templates are written for.
 """
 
+import importlib.util
 import json
 import resource
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import jinja2
@@ -23,6 +29,19 @@ import jinja2.parser
 import jinja2.sandbox
 
 MAX_ERROR_CHARS = 1000  # a template writes its own messages, and they travel in gRPC headers
+
+
+def _neighbour(name: str) -> ModuleType:
+    """A module of this folder, from which nothing is imported by name: the folder must not decide what others mean."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+said = _neighbour("said")
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -55,31 +74,50 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _environment(literally: bool) -> jinja2.Environment:
+    kind = said.FollowingEnvironment if literally else jinja2.sandbox.ImmutableSandboxedEnvironment
+    environment: jinja2.Environment = kind(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    if isinstance(environment, said.FollowingEnvironment):
+        environment.follow(_raise_exception)
     return environment
 
 
 @lru_cache(maxsize=64)
-def _compiled(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
+def _compiled(source: str, literally: bool) -> jinja2.Template:
+    return _environment(literally).from_string(source)
 
 
 def render(source: str, variables: Mapping[str, Any], max_output_chars: int) -> str:
     """The text that a template makes of its variables. Raises jinja2.TemplateError, and whatever else it raises."""
-    parts: list[str] = []
+    return "".join(_parts(_compiled(source, literally=False), variables, max_output_chars))
+
+
+def render_literally(
+    source: str, variables: Mapping[str, Any], names: Sequence[str], max_output_chars: int
+) -> tuple[str, list[tuple[int, int]]]:
+    """As `render`, and which parts of the text are what the variables of these names say."""
+    variables = {"strftime_now": datetime.now().strftime, **variables}  # one time for both renderings
+    marked = {name: said.marked(value) if name in names else value for name, value in variables.items()}
+    for message, plain in zip(marked["messages"], variables["messages"], strict=True):
+        message["role"] = plain["role"]  # the application's word: templates spell control tokens with it
+    text = said.concat(_parts(_compiled(source, literally=True), marked, max_output_chars))
+    if text != render(source, variables, max_output_chars):
+        said.refuse("something of its own")
+    return text, said.spans(text)
+
+
+def _parts(template: jinja2.Template, variables: Mapping[str, Any], max_chars: int) -> Iterator[str]:
     length = 0
-    for part in _compiled(source).generate(variables):
-        parts.append(part)
+    for part in template.generate(variables):
+        yield part
         length += len(part)
-        if length > max_output_chars:
-            raise jinja2.TemplateError(f"the rendered text is longer than {max_output_chars} characters")
-    return "".join(parts)
+        if length > max_chars:
+            raise jinja2.TemplateError(f"the rendered text is longer than {max_chars} characters")
 
 
 class _ArgumentsError(Exception):
@@ -107,12 +145,15 @@ def _read_arguments(messages: Sequence[Mapping[str, Any]]) -> None:
             function["arguments"] = arguments
 
 
-def _answer(line: bytes, max_output_chars: int) -> dict[str, str]:
+def _answer(line: bytes, max_output_chars: int) -> dict[str, Any]:
     try:
         request = json.loads(line.decode(errors="surrogatepass"))
         variables = request["variables"]
         _read_arguments(variables.get("messages", ()))
-        return {"text": render(request["source"], variables, max_output_chars)}
+        if "said" not in request:
+            return {"text": render(request["source"], variables, max_output_chars)}
+        text, spans = render_literally(request["source"], variables, request["said"], max_output_chars)
+        return {"text": text, "said": spans}
     except _ArgumentsError as error:
         return {"field": error.field, "error": str(error)[:MAX_ERROR_CHARS]}
     except jinja2.TemplateSyntaxError as error:
@@ -144,7 +185,7 @@ def _limit_memory(max_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _reply(answer: Mapping[str, str]) -> None:
+def _reply(answer: Mapping[str, Any]) -> None:
     sys.stdout.buffer.write(json.dumps(answer, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
     sys.stdout.buffer.flush()
 

@@ -11,6 +11,7 @@ from service.text.backends import Backend, load_backend
 from service.text.chat_template import ChatTemplate
 from service.text.detokenizer import IncrementalDetokenizer
 from service.text.errors import TextError, TokenizerError, TooManyTokensError
+from service.text.literal import LiteralEncoder, Span
 from service.text.model_files import ModelFiles
 from service.text.token_decoders import PieceTable, token_decoder
 from service.text.token_lengths import longest_token_bytes
@@ -87,24 +88,46 @@ class Tokenizer:
         """How many tokens a text of so many UTF-8 bytes has at least; 0 where the tokenizer may drop any part of it."""
         return 0 if self._longest_bytes is None else -(-num_bytes // self._longest_bytes)
 
-    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
-        """The ids of a text; with BOS and EOS where the model's tokenizer puts them.
+    @cached_property
+    def num_in_front(self) -> int:
+        """How many tokens it puts in front of a text."""
+        added = self._encode(self._backend.encode_batch, "a", add_special_tokens=True).sequence_ids
+        return next((place for place, sequence in enumerate(added) if sequence is not None), 0)
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, most: int | None = None, literal: Sequence[Span] = ()
+    ) -> list[int]:
+        """The ids of a text; with BOS and EOS where the model's tokenizer puts them. Of its literal parts no control
+        token comes.
 
         Raises TextError, and TooManyTokensError for more than `most`.
 
         Takes about a second per million characters and leaves the interpreter to other threads meanwhile: call it in a
         thread of its own for long texts.
         """
-        encoding = self._encode(self._backend.encode_batch_fast, text, add_special_tokens)
-        if most is not None and len(encoding) > most:
-            raise TooManyTokensError(len(encoding))
-        token_ids: list[int] = encoding.ids
+        token_ids: list[int]
+        if literal:
+            token_ids = self.encode_with_offsets(text, add_special_tokens, literal).token_ids
+        else:
+            token_ids = self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
+        if most is not None and len(token_ids) > most:
+            raise TooManyTokensError(len(token_ids))
         return token_ids
 
-    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> Encoding:
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True, literal: Sequence[Span] = ()) -> Encoding:
         """The ids of a text and where in it each comes from. Raises TextError."""
+        if literal:
+            return Encoding(
+                *self._literal_encoder.encode(
+                    text, literal, lambda backend, text: self._encode(backend.encode_batch, text, add_special_tokens)
+                )
+            )
         encoding = self._encode(self._backend.encode_batch, text, add_special_tokens)
         return Encoding(encoding.ids, encoding.offsets)
+
+    @cached_property
+    def _literal_encoder(self) -> LiteralEncoder:
+        return LiteralEncoder(self._backend, self.chat_template.sources.values() if self.chat_template else ())
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence: what an IncrementalDetokenizer without a prompt gives in total.

@@ -37,7 +37,7 @@ def shown(
 ) -> tuple[OutputBuilder, Delta]:
     """The builder at the end, and all of its deltas as one."""
     spec = GenerateSpec(stopping=stopping, output={"token_ids": True, "logprobs": True})
-    builder, whole = OutputBuilder(0, OutputForm.of(spec, streaming=True), tokenizer, [0]), Delta()
+    builder, whole = OutputBuilder(0, OutputForm.of(spec, True, stopping.max_tokens), tokenizer, [0]), Delta()
     for start, end in zip([0, *steps], [*steps, len(token_ids)], strict=True):
         part, reason = token_ids[start:end], FinishReason.MAX_TOKENS if end == len(token_ids) else None
         logprobs = [TokenLogprobs(token_id, -1.0, 1, [], []) for token_id in part]

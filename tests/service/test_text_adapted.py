@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 
 from service.text import Tokenizer, TokenizerError, adapter_text
 from service.text.detokenizer import IncrementalDetokenizer
+from service.text.literal import LiteralEncoder
 
 Write = Callable[..., Path]
 NEW = [
@@ -108,6 +109,20 @@ def test_tokens_and_offsets_are_those_of_the_library(
     assert adapted.encode(text, special) == expected.ids
     found = adapted.encode_with_offsets(text, special)
     assert (found.token_ids, found.offsets) == (expected.ids, expected.offsets)
+
+
+@settings(max_examples=200)
+@given(text=TEXTS, cut=st.tuples(st.integers(0, 30), st.integers(0, 30)))
+def test_no_control_token_comes_of_a_literal_part(
+    adapted: Tokenizer, with_tokens: tokenizers.Tokenizer, text: str, cut: tuple[int, int]
+) -> None:
+    start, end = sorted(min(place, len(text)) for place in cut)
+    literal = [(start, end)] if start < end else []
+    one_tokenizer = LiteralEncoder(with_tokens, ["of the base"])
+    ids, offsets = one_tokenizer.encode(text, literal, lambda backend, text: backend.encode(text))
+    found = adapted.encode_with_offsets(text, literal=literal)
+    assert (found.token_ids, found.offsets) == (ids, offsets)
+    assert adapted.encode(text, literal=literal) == ids
 
 
 @settings(max_examples=100)

@@ -312,6 +312,7 @@ class Stopping(google.protobuf.message.Message):
     INCLUDE_STOP_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
     TIME_LIMIT_FIELD_NUMBER: builtins.int
+    FIT_MAX_TOKENS_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
     """At most this many tokens per output. Absent: as many as the context and the model's limit leave room for.
     At least 1.
@@ -327,6 +328,10 @@ class Stopping(google.protobuf.message.Message):
     """
     ignore_eos: builtins.bool
     """Whether to go on past the model's end-of-sequence token. Default false."""
+    fit_max_tokens: builtins.bool
+    """Whether max_tokens is cut to the room that the prompt leaves in the context, where that is less: as many as fit, at
+    most max_tokens. Default false: such a request is refused with PROMPT_TOO_LONG.
+    """
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Strings that end the output. At most 16, each from 1 to 256 bytes."""
@@ -352,9 +357,12 @@ class Stopping(google.protobuf.message.Message):
         include_stop: builtins.bool | None = ...,
         ignore_eos: builtins.bool | None = ...,
         time_limit: google.protobuf.duration_pb2.Duration | None = ...,
+        fit_max_tokens: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_max_tokens", b"_max_tokens", "_min_tokens", b"_min_tokens", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "time_limit", b"time_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_max_tokens", b"_max_tokens", "_min_tokens", b"_min_tokens", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "time_limit", b"time_limit"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_fit_max_tokens", b"_fit_max_tokens", "_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_max_tokens", b"_max_tokens", "_min_tokens", b"_min_tokens", "fit_max_tokens", b"fit_max_tokens", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "time_limit", b"time_limit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_fit_max_tokens", b"_fit_max_tokens", "_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_max_tokens", b"_max_tokens", "_min_tokens", b"_min_tokens", "fit_max_tokens", b"fit_max_tokens", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "time_limit", b"time_limit"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_fit_max_tokens", b"_fit_max_tokens"]) -> typing.Literal["fit_max_tokens"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_ignore_eos", b"_ignore_eos"]) -> typing.Literal["ignore_eos"] | None: ...
     @typing.overload

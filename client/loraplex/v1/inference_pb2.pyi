@@ -38,7 +38,7 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_MAX_TOKENS: _FinishReason.ValueType  # 3
     """Stopping.max_tokens was reached."""
     FINISH_REASON_CONTEXT_LIMIT: _FinishReason.ValueType  # 4
-    """The model's context is full."""
+    """The model's context is full: also where Stopping.fit_max_tokens cut max_tokens."""
     FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 5
     """Stopping.time_limit was reached."""
 
@@ -54,7 +54,7 @@ FINISH_REASON_EOS: FinishReason.ValueType  # 2
 FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 3
 """Stopping.max_tokens was reached."""
 FINISH_REASON_CONTEXT_LIMIT: FinishReason.ValueType  # 4
-"""The model's context is full."""
+"""The model's context is full: also where Stopping.fit_max_tokens cut max_tokens."""
 FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 5
 """Stopping.time_limit was reached."""
 Global___FinishReason: typing_extensions.TypeAlias = FinishReason

@@ -30,6 +30,7 @@ class Prompt(google.protobuf.message.Message):
     CHAT_FIELD_NUMBER: builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     TRUNCATE_TO_TOKENS_FIELD_NUMBER: builtins.int
+    LITERAL_CONTENT_FIELD_NUMBER: builtins.int
     text: builtins.str
     """Plain text, tokenised by the server with the model's tokenizer. From 1 to 4,194,304 bytes."""
     add_special_tokens: builtins.bool
@@ -37,8 +38,18 @@ class Prompt(google.protobuf.message.Message):
     Absent: true for text, false for chat (templates write their own). Must be absent for token_ids.
     """
     truncate_to_tokens: builtins.int
-    """Keep only this many tokens, the last ones, when the prompt is longer. Absent: a prompt that is longer than the
-    context is refused with PROMPT_TOO_LONG. At least 1.
+    """Keep only this many tokens when the prompt is longer: those that the tokenizer puts in front of a text, or a
+    beginning-of-sequence token that the chat template does, and of the others the last ones. Of token_ids: the last
+    ones. Absent: a prompt that is longer than the context is refused with PROMPT_TOO_LONG. At least 1.
+    """
+    literal_content: builtins.bool
+    """Whether what people say stays what they say: no control token comes of the text, nor, with chat, of anything that
+    the conversation says (contents, names, tool calls, template_kwargs; not roles, which are the application's), while
+    the chat template writes its own. Control tokens are the tokenizer's special tokens, and those added tokens that the
+    chat template writes, such as <tool_call>: their spelling in what is said is tokenised as any other text. Prompts
+    that spell none are tokenised as ever. A chat template that does with what is said what cannot be followed
+    (formats it with %, prints a list of it whole) is refused with INVALID_ARGUMENT. Absent: false for text, for chat
+    what the model's configuration says (`literal_content`). Must be absent for token_ids.
     """
     @property
     def token_ids(self) -> Global___TokenIds:
@@ -56,11 +67,14 @@ class Prompt(google.protobuf.message.Message):
         chat: Global___Chat | None = ...,
         add_special_tokens: builtins.bool | None = ...,
         truncate_to_tokens: builtins.int | None = ...,
+        literal_content: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "_truncate_to_tokens", b"_truncate_to_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "content", b"content", "text", b"text", "token_ids", b"token_ids", "truncate_to_tokens", b"truncate_to_tokens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "_truncate_to_tokens", b"_truncate_to_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "content", b"content", "text", b"text", "token_ids", b"token_ids", "truncate_to_tokens", b"truncate_to_tokens"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "_literal_content", b"_literal_content", "_truncate_to_tokens", b"_truncate_to_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "content", b"content", "literal_content", b"literal_content", "text", b"text", "token_ids", b"token_ids", "truncate_to_tokens", b"truncate_to_tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "_literal_content", b"_literal_content", "_truncate_to_tokens", b"_truncate_to_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "content", b"content", "literal_content", b"literal_content", "text", b"text", "token_ids", b"token_ids", "truncate_to_tokens", b"truncate_to_tokens"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_add_special_tokens", b"_add_special_tokens"]) -> typing.Literal["add_special_tokens"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_literal_content", b"_literal_content"]) -> typing.Literal["literal_content"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_truncate_to_tokens", b"_truncate_to_tokens"]) -> typing.Literal["truncate_to_tokens"] | None: ...
     @typing.overload
