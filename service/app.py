@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +55,14 @@ from service.telemetry.setup import Telemetry, telemetry_of
 from service.tenants import Tenants
 from service.text import TemplateLimits, TemplateRenderer
 from service.tls import server_credentials
+
+# What callers of the data port may look at: they need not reach the admin port to know what they can ask for.
+READS = {
+    "loraplex.v1.ModelService": ("GetModel", "ListModels"),
+    "loraplex.v1.AdapterService": ("GetAdapter", "ListAdapters"),
+    "loraplex.v1.RouteService": ("GetRoute", "ListRoutes", "ResolveTarget"),
+    "loraplex.v1.ServerService": ("GetServerInfo",),
+}
 
 LaunchFor = Callable[[ModelConfig], Launch]  # how the engine of a model is started
 
@@ -181,7 +189,7 @@ def assemble(
     )
     tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)
     server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex"), limits)
-    data = (
+    inferring = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
         Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
     )
@@ -199,7 +207,8 @@ def assemble(
         ),
         Service("loraplex.v1.ServerService", server, add_ServerServiceServicer_to_server),
     )
-    health = Health([service.name for service in data], [service.name for service in admin])
+    data = (*inferring, *(replace(service, methods=READS[service.name]) for service in admin))
+    health = Health([service.name for service in inferring], [service.name for service in admin])
     probes = Probes(model.name for model in config.models if model.load)
     return Application(
         config,

@@ -38,10 +38,10 @@ class RouteBook:
         """`name`: tenants/{tenant}/routes/{route}."""
         return self._routes.get(name)
 
-    def all(self, tenant: str | None = None) -> list[Route]:
-        """Ordered by name; `tenant` None: of all."""
-        prefix = "tenants/" if tenant is None else f"tenants/{tenant}/"
-        return [self._routes[name] for name in sorted(self._routes) if name.startswith(prefix)]
+    def all(self, tenants: set[str] | None = None) -> list[Route]:
+        """Ordered by name; `tenants` None: of all."""
+        names = [name for name in sorted(self._routes) if tenants is None or name.split("/")[1] in tenants]
+        return [self._routes[name] for name in names]
 
     def count(self, tenant: str) -> int:
         """How many a tenant has."""

@@ -1,20 +1,22 @@
 """The two ports: what hangs on them, what health says, and how they are shut without losing anything in flight."""
 
+from __future__ import annotations  # grpc's classes are generic to mypy, and not when they run
+
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from service.admission import Admission
 from service.errors import LoraplexError, Unavailable
 from service.health import NOT_SERVING, SERVING, HealthServicer
 from service.interceptors import CallInterceptor
+from service.reflection import add_reflection
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,11 @@ class Service:
     name: str  # in full, such as "loraplex.v1.InferenceService"
     servicer: Any
     add: Callable[[Any, Any], None]  # the generated add_…Servicer_to_server
+    methods: tuple[str, ...] = ()  # those alone, if any are named
+
+    def hang_on(self, server: grpc.aio.Server) -> None:
+        paths = {f"/{self.name}/{method}" for method in self.methods}
+        self.add(self.servicer, OneQueue(server, paths))
 
 
 class OneQueue:
@@ -64,11 +71,28 @@ class OneQueue:
     So there is one limit for the calls that wait, and one future to wait for where there would be one for each method.
     """
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+    def __init__(self, server: grpc.aio.Server, paths: Collection[str] = ()) -> None:
+        """`paths`: of the methods that are served; none: all."""
+        self._server = server
+        self._paths = paths
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        chosen = [_Some(handler, self._paths) for handler in handlers] if self._paths else handlers
+        self._server.add_generic_rpc_handlers(chosen)
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """They have come as generic handlers, too."""
+
+
+class _Some(grpc.GenericRpcHandler):
+    """Some methods of a service."""
+
+    def __init__(self, handler: grpc.GenericRpcHandler, paths: Collection[str]) -> None:
+        self._handler = handler
+        self._paths = paths
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        return self._handler.service(handler_call_details) if handler_call_details.method in self._paths else None
 
 
 class Health:
@@ -147,11 +171,10 @@ def build_server(
     server = grpc.aio.server(interceptors=[interceptor], options=options(limits or ConnectionLimits(), largest))
     queue: Any = OneQueue(server)
     for service in services:
-        service.add(service.servicer, queue)
+        service.hang_on(server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, queue)
     names = [service.name for service in services]
-    reflector = reflection.aio.ReflectionServicer([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME])
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflector, queue)  # type: ignore[no-untyped-call]
+    add_reflection([*names, "grpc.health.v1.Health"], queue)
     if credentials is None:
         return server, server.add_insecure_port(address)
     return server, server.add_secure_port(address, credentials)

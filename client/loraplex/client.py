@@ -4,8 +4,21 @@ from loraplex import awaiting, blocking
 from loraplex.operations import adapters, inference, models, routes, server
 
 
-class AsyncClient(awaiting.AsyncCaller):
-    """The data port, with asyncio: generates text, tokenises."""
+class _AsyncReader(awaiting.AsyncCaller):
+    """What both ports answer: which models, adapters and routes there are, and what the server takes."""
+
+    get_model = awaiting.runs(models.get_model)
+    list_models = awaiting.lists(models.list_models)
+    get_adapter = awaiting.runs(adapters.get_adapter)
+    list_adapters = awaiting.lists(adapters.list_adapters)
+    get_route = awaiting.runs(routes.get_route)
+    list_routes = awaiting.lists(routes.list_routes)
+    resolve_target = awaiting.runs(routes.resolve_target)
+    get_server_info = awaiting.runs(server.get_server_info)
+
+
+class AsyncClient(_AsyncReader):
+    """The data port, with asyncio: generates text, tokenises, looks at what there is."""
 
     generate = awaiting.runs(inference.generate)
     stream_generate = awaiting.streams_generation(inference.stream_generate)
@@ -15,17 +28,13 @@ class AsyncClient(awaiting.AsyncCaller):
     detokenize = awaiting.runs(inference.detokenize)
 
 
-class AsyncAdminClient(awaiting.AsyncCaller):
+class AsyncAdminClient(_AsyncReader):
     """The admin port, with asyncio: models, adapters and routes that come and go, and the server itself."""
 
-    get_model = awaiting.runs(models.get_model)
-    list_models = awaiting.lists(models.list_models)
     load_model = awaiting.runs(models.load_model)
     unload_model = awaiting.runs(models.unload_model)
     watch_models = awaiting.streams(models.watch_models)
 
-    get_adapter = awaiting.runs(adapters.get_adapter)
-    list_adapters = awaiting.lists(adapters.list_adapters)
     create_adapter = awaiting.runs(adapters.create_adapter)
     upload_adapter = awaiting.uploads(adapters.upload_adapter)
     update_adapter = awaiting.runs(adapters.update_adapter)
@@ -34,19 +43,28 @@ class AsyncAdminClient(awaiting.AsyncCaller):
     unload_adapter = awaiting.runs(adapters.unload_adapter)
     watch_adapters = awaiting.streams(adapters.watch_adapters)
 
-    get_route = awaiting.runs(routes.get_route)
-    list_routes = awaiting.lists(routes.list_routes)
     update_route = awaiting.runs(routes.update_route)
     delete_route = awaiting.runs(routes.delete_route)
-    resolve_target = awaiting.runs(routes.resolve_target)
 
-    get_server_info = awaiting.runs(server.get_server_info)
     watch_load = awaiting.streams(server.watch_load)
     watch_usage = awaiting.streams(server.watch_usage)
 
 
-class Client(blocking.Caller):
-    """The data port: generates text, tokenises. May be shared between threads."""
+class _Reader(blocking.Caller):
+    """What both ports answer: which models, adapters and routes there are, and what the server takes."""
+
+    get_model = blocking.runs(models.get_model)
+    list_models = blocking.lists(models.list_models)
+    get_adapter = blocking.runs(adapters.get_adapter)
+    list_adapters = blocking.lists(adapters.list_adapters)
+    get_route = blocking.runs(routes.get_route)
+    list_routes = blocking.lists(routes.list_routes)
+    resolve_target = blocking.runs(routes.resolve_target)
+    get_server_info = blocking.runs(server.get_server_info)
+
+
+class Client(_Reader):
+    """The data port: generates text, tokenises, looks at what there is. May be shared between threads."""
 
     generate = blocking.runs(inference.generate)
     stream_generate = blocking.streams_generation(inference.stream_generate)
@@ -56,17 +74,13 @@ class Client(blocking.Caller):
     detokenize = blocking.runs(inference.detokenize)
 
 
-class AdminClient(blocking.Caller):
+class AdminClient(_Reader):
     """The admin port: models, adapters and routes that come and go, and the server itself."""
 
-    get_model = blocking.runs(models.get_model)
-    list_models = blocking.lists(models.list_models)
     load_model = blocking.runs(models.load_model)
     unload_model = blocking.runs(models.unload_model)
     watch_models = blocking.streams(models.watch_models)
 
-    get_adapter = blocking.runs(adapters.get_adapter)
-    list_adapters = blocking.lists(adapters.list_adapters)
     create_adapter = blocking.runs(adapters.create_adapter)
     upload_adapter = blocking.uploads(adapters.upload_adapter)
     update_adapter = blocking.runs(adapters.update_adapter)
@@ -75,12 +89,8 @@ class AdminClient(blocking.Caller):
     unload_adapter = blocking.runs(adapters.unload_adapter)
     watch_adapters = blocking.streams(adapters.watch_adapters)
 
-    get_route = blocking.runs(routes.get_route)
-    list_routes = blocking.lists(routes.list_routes)
     update_route = blocking.runs(routes.update_route)
     delete_route = blocking.runs(routes.delete_route)
-    resolve_target = blocking.runs(routes.resolve_target)
 
-    get_server_info = blocking.runs(server.get_server_info)
     watch_load = blocking.streams(server.watch_load)
     watch_usage = blocking.streams(server.watch_usage)

@@ -14,20 +14,21 @@ class Rule:
     """What a method asks of its caller. An ADMIN is asked for nothing more."""
 
     role: Role | None  # None: nothing, not even credentials
+    or_role: Role | None = None  # does as well
     resource: str = ""  # the path of the field that names something under tenants/{tenant}; "": the data plane looks
     reads: bool = False  # what belongs to the tenant `shared` may be read by all
     own_if_absent: bool = False  # without a name it is about the caller's own tenant
 
 
 def _reads(resource: str, own_if_absent: bool = False) -> Rule:
-    return Rule(Role.ADAPTERS, resource, reads=True, own_if_absent=own_if_absent)
+    return Rule(Role.INFERENCE, Role.ADAPTERS, resource, reads=True, own_if_absent=own_if_absent)
 
 
 def _writes(resource: str) -> Rule:
-    return Rule(Role.ADAPTERS, resource)
+    return Rule(Role.ADAPTERS, resource=resource)
 
 
-INFERENCE, ADMIN = Rule(Role.INFERENCE), Rule(Role.ADMIN)
+INFERENCE, ADMIN, ANY = Rule(Role.INFERENCE), Rule(Role.ADMIN), Rule(Role.INFERENCE, Role.ADAPTERS)
 
 PUBLIC = Rule(None)
 
@@ -52,18 +53,19 @@ RULES: Mapping[str, Rule] = {
     "/loraplex.v1.RouteService/ResolveTarget": _reads("parent", own_if_absent=True),
     "/loraplex.v1.RouteService/UpdateRoute": _writes("route.name"),
     "/loraplex.v1.RouteService/DeleteRoute": _writes("name"),
-    "/loraplex.v1.ModelService/GetModel": ADMIN,
-    "/loraplex.v1.ModelService/ListModels": ADMIN,
+    "/loraplex.v1.ModelService/GetModel": ANY,
+    "/loraplex.v1.ModelService/ListModels": ANY,
     "/loraplex.v1.ModelService/WatchModels": ADMIN,
     "/loraplex.v1.ModelService/LoadModel": ADMIN,
     "/loraplex.v1.ModelService/UnloadModel": ADMIN,
-    "/loraplex.v1.ServerService/GetServerInfo": ADMIN,
+    "/loraplex.v1.ServerService/GetServerInfo": ANY,
     "/loraplex.v1.ServerService/WatchLoad": ADMIN,
     "/loraplex.v1.ServerService/WatchUsage": ADMIN,
     "/grpc.health.v1.Health/Check": PUBLIC,
     "/grpc.health.v1.Health/List": PUBLIC,
     "/grpc.health.v1.Health/Watch": PUBLIC,
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": INFERENCE,
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": ANY,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": ANY,
 }
 
 
@@ -78,8 +80,9 @@ def check_role(principal: Principal, method: str) -> None:
     rule = RULES.get(method)
     if rule is None:
         raise PermissionDenied(f"{method} is open to nobody")
-    if rule.role is not None and not principal.has(rule.role):
-        raise PermissionDenied(f"{method} needs the role {rule.role.value!r}, which {principal.name!r} does not have")
+    if rule.role is None or any(role is not None and principal.has(role) for role in (rule.role, rule.or_role)):
+        return
+    raise PermissionDenied(f"{method} needs the role {rule.role.value!r}, which {principal.name!r} does not have")
 
 
 def check_resource(principal: Principal, method: str, request: Any) -> None:
@@ -93,6 +96,8 @@ def check_resource(principal: Principal, method: str, request: Any) -> None:
     if not name and rule.own_if_absent:
         return
     tenant = _tenant_of(name)
+    if rule.reads and tenant == "-":
+        return  # all that the caller may see, which is for the method to tell
     if tenant != principal.tenant and not (rule.reads and tenant == SHARED_TENANT):
         raise PermissionDenied(
             f"{principal.name!r} acts for tenant {principal.tenant!r} alone, and {rule.resource} is {name[:200]!r}"

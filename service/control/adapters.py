@@ -58,6 +58,7 @@ from service.control.requests import (
     wait_seconds,
     wait_until,
 )
+from service.control.sight import seen_tenants
 from service.control.uploads import receive_files, upload_header
 from service.control.watching import Latest
 from service.deployment import AdapterDeployer, adapter_info
@@ -120,9 +121,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         return self._message(self._get(request.name))
 
     async def ListAdapters(self, request: ListAdaptersRequest, context: Context) -> ListAdaptersResponse:  # noqa: N802
-        tenant = tenant_id(request.parent, "parent", all_allowed=True)
         versions = self._registry.list_versions(
-            None if tenant is None else {tenant},
+            seen_tenants(request.parent),
             model_id(request.base_model, "base_model") if request.HasField("base_model") else None,
             request.include_versions,
         )
@@ -132,21 +132,21 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def WatchAdapters(  # noqa: N802
         self, request: WatchAdaptersRequest, context: Context
     ) -> AsyncGenerator[WatchAdaptersResponse, None]:
-        tenant = tenant_id(request.parent, "parent", all_allowed=True)
+        tenants = seen_tenants(request.parent)
         base_model = model_id(request.base_model, "base_model") if request.HasField("base_model") else None
         changes = Latest[AdapterChange]()
-        sees = {owner: sees_inside(owner) for owner in (tenant,) if owner is not None}  # all, for who may ask for all
+        sees = {owner: sees_inside(owner) for owner in tenants or ()}  # all, for who may ask for all
 
         def put(change: AdapterChange) -> None:
             version = change.version
-            if change.kind is ChangeKind.MOVED and not sees.get(_owner(version), True):
+            owner = _owner(version)
+            if change.kind is ChangeKind.MOVED and not sees.get(owner, True):
                 return
-            if tenant in (None, _owner(version)) and base_model in (None, version.spec.base_model):
+            if (tenants is None or owner in tenants) and base_model in (None, version.spec.base_model):
                 changes.put(version.version_name, change)
 
         unsubscribe = self._registry.subscribe(put)
         try:
-            tenants = None if tenant is None else {tenant}
             for version in self._registry.list_versions(tenants, base_model, include_versions=True):
                 yield WatchAdaptersResponse(type=WATCH_EVENT_TYPE_EXISTING, adapter=self._message(version))
             yield WatchAdaptersResponse(type=WATCH_EVENT_TYPE_SNAPSHOT_END)

@@ -29,6 +29,7 @@ from loraplex.v1.watch_pb2 import (
     WATCH_EVENT_TYPE_SNAPSHOT_END,
 )
 from service.control.requests import Once, model_id, page, wait_seconds
+from service.control.sight import seen_model
 from service.control.watching import Latest
 from service.errors import FailedPrecondition, to_status
 from service.hosting import HostedModel, ModelHost
@@ -111,7 +112,7 @@ async def _settle(model: HostedModel, seconds: float) -> None:
 
 
 def model_message(model: HostedModel) -> Model:
-    """The resource."""
+    """The resource, as the present caller may see it."""
     supervisor, state = model.supervisor, model.state
     message = Model(
         name=f"models/{model.name}",
@@ -131,7 +132,7 @@ def model_message(model: HostedModel) -> Model:
     if supervisor.load_time is not None:
         message.load_time.CopyFrom(timestamp(supervisor.load_time))
     _add_what_is_loaded(message, model)
-    return message
+    return seen_model(message)
 
 
 def _add_what_is_loaded(message: Model, model: HostedModel) -> None:

@@ -24,6 +24,7 @@ from loraplex.v1.routes_pb2 import (
 from service.call import current_call
 from service.catalog import Catalog
 from service.control.requests import ID, Once, page, tenant_id
+from service.control.sight import seen_tenants
 from service.errors import Aborted, InvalidRequest, LoraplexError, NotFound, PermissionDenied, Violation
 from service.routing import RouteBook, weight_of
 from service.state import StateFile
@@ -59,7 +60,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         return self._get(request.name)
 
     async def ListRoutes(self, request: ListRoutesRequest, context: Context) -> ListRoutesResponse:  # noqa: N802
-        routes = self._routes.all(tenant_id(request.parent, "parent", all_allowed=True))
+        routes = self._routes.all(seen_tenants(request.parent))
         shown, token = page(routes, lambda route: route.name, lambda route: route, request)
         return ListRoutesResponse(routes=shown, next_page_token=token)
 

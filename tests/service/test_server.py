@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
 from service.interceptors import CallInterceptor
@@ -20,6 +20,7 @@ from service.server import MAX_METADATA_BYTES, build_server, drain
 from tests.service.data_plane import DataPlane, failure, make_spec
 
 ROOT = Path(__file__).resolve().parents[2]
+BUF = ROOT / ".venv-stubs/bin/buf"
 SERVICE = "loraplex.v1.InferenceService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 RECEIVE = ReceiveLimits()
@@ -58,17 +59,39 @@ async def test_health_watch_sends_every_change(plane: DataPlane) -> None:
     watch.cancel()
 
 
-async def test_reflection_lists_the_services(plane: DataPlane) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(plane.channel)
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_lists_the_services(plane: DataPlane, version: str) -> None:
+    own = f"grpc.reflection.{version}.ServerReflection"
+    reflect = plane.channel.stream_stream(
+        f"/{own}/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
 
     async def ask() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
         yield reflection_pb2.ServerReflectionRequest(list_services="")
         yield reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE)
+        yield reflection_pb2.ServerReflectionRequest(
+            file_containing_symbol=f"grpc.reflection.{version}.ServerReflection"
+        )
 
-    services, file = [response async for response in stub.ServerReflectionInfo(ask())]
+    services, file, itself = [response async for response in reflect(ask())]
     names = {service.name for service in services.list_services_response.service}
-    assert {SERVICE, "grpc.health.v1.Health"} <= names
+    assert {SERVICE, "grpc.health.v1.Health", own} <= names
     assert file.file_descriptor_response.file_descriptor_proto
+    assert itself.file_descriptor_response.file_descriptor_proto
+
+
+@pytest.mark.skipif(not BUF.exists(), reason="buf comes with proto/stubs.sh")
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_buf_calls_methods_that_it_knows_by_reflection(plane: DataPlane, version: str) -> None:
+    request = '{"specs": [{"model": "demo"}]}'
+    url = f"http://{plane.address}/{SERVICE}/BatchGenerate"
+    options = ("--protocol", "grpc", "--http2-prior-knowledge", "--reflect-protocol", f"grpc-{version}")
+    buf = await asyncio.create_subprocess_exec(BUF, "curl", *options, "-d", request, url, stdout=subprocess.PIPE)
+    answer, _ = await asyncio.wait_for(buf.communicate(), 60)
+    assert b"requestIds" in answer
+    assert buf.returncode == 0
 
 
 async def test_a_prompt_of_megabytes_is_received_and_refused_in_peace(plane: DataPlane) -> None:

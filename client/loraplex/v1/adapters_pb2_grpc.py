@@ -32,7 +32,8 @@ if _version_not_supported:
 
 class AdapterServiceStub(object):
     """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
-    for every caller.
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
     An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
     its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
@@ -94,7 +95,8 @@ class AdapterServiceStub(object):
 
 class AdapterServiceServicer(object):
     """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
-    for every caller.
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
     An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
     its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
@@ -230,7 +232,8 @@ def add_AdapterServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterService(object):
     """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
-    for every caller.
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
     An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
     its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.

@@ -171,7 +171,8 @@ _AdapterServiceWatchAdaptersType = typing_extensions.TypeVar(
 
 class AdapterServiceStub(typing.Generic[_AdapterServiceGetAdapterType, _AdapterServiceListAdaptersType, _AdapterServiceCreateAdapterType, _AdapterServiceUploadAdapterType, _AdapterServiceUpdateAdapterType, _AdapterServiceDeleteAdapterType, _AdapterServiceLoadAdapterType, _AdapterServiceUnloadAdapterType, _AdapterServiceWatchAdaptersType]):
     """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
-    for every caller.
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
     An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
     its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
@@ -339,7 +340,8 @@ AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
 
 class AdapterServiceServicer(metaclass=abc.ABCMeta):
     """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
-    for every caller.
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
     An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
     its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.

@@ -22,7 +22,7 @@ from tests.service.auth.provider import Provider
 from tests.service.authority import Authority
 
 GENERATE = "/loraplex.v1.InferenceService/Generate"
-LIST_MODELS = "/loraplex.v1.ModelService/ListModels"
+LOAD_MODEL = "/loraplex.v1.ModelService/LoadModel"
 HERE, ELSEWHERE = "ipv4:127.0.0.1:5000", "ipv4:10.1.2.3:5000"
 
 
@@ -67,7 +67,7 @@ async def test_a_trusted_peer_names_the_tenant_and_gets_no_further_than_inferenc
     caller = Caller({"loraplex-tenant": "acme"}, ELSEWHERE)
     assert await tenant_of(door, caller) == "acme"
     with pytest.raises(PermissionDenied):
-        await door.enter(LIST_MODELS, caller)
+        await door.enter(LOAD_MODEL, caller)
     for stranger in (Caller({"loraplex-tenant": "acme"}, HERE), Caller({}, ELSEWHERE)):
         with pytest.raises(Unauthenticated):
             await door.enter(GENERATE, stranger)
@@ -259,7 +259,7 @@ async def test_a_token_of_the_provider_names_tenant_and_roles(provider: Provider
     door = Door(AuthConfig(jwt=provider.config))
     principal = await door.enter(GENERATE, bearer(provider.token()))
     assert (principal.name, principal.tenant, principal.roles) == ("joe", "acme", {Role.INFERENCE})
-    admin = await door.enter(LIST_MODELS, bearer(provider.token(roles=["admin", "baker"])))
+    admin = await door.enter(LOAD_MODEL, bearer(provider.token(roles=["admin", "baker"])))
     assert admin.roles == {Role.ADMIN}
     with pytest.raises(PermissionDenied):
         await door.enter(GENERATE, bearer(provider.token(roles=["baker"])))

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex import AsyncAdminClient, AsyncClient, Unauthenticated
 from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
+from service import app
 from service.app import Addresses, running
 from service.auth.access import RULES
 from service.auth.config import AuthConfig
@@ -64,8 +65,17 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "/loraplex.v1.ServerService/WatchLoad": {},
     "/loraplex.v1.ServerService/WatchUsage": {},
 }
-# They answer another tenant too, and tell it nothing: of no request but its own, of each item by itself.
-ANSWERED = {"/loraplex.v1.InferenceService/CancelGeneration", "/loraplex.v1.InferenceService/BatchGenerate"}
+READS = {f"/{service}/{method}" for service, methods in app.READS.items() for method in methods}
+WATCHED = {"/loraplex.v1.AdapterService/WatchAdapters"}  # may be looked at, on the admin port alone
+# They answer another tenant too, and tell it nothing: of no request but its own, of each item by itself, of what all
+# tenants have in common.
+ANSWERED = {
+    "/loraplex.v1.InferenceService/CancelGeneration",
+    "/loraplex.v1.InferenceService/BatchGenerate",
+    "/loraplex.v1.ModelService/GetModel",
+    "/loraplex.v1.ModelService/ListModels",
+    "/loraplex.v1.ServerService/GetServerInfo",
+}
 
 
 def methods(modules: tuple[Any, ...]) -> Iterator[tuple[str, MethodDescriptor]]:
@@ -189,10 +199,16 @@ async def test_what_is_answered_to_another_tenant_tells_it_nothing(doors: Doors)
     assert item.error.code == grpc.StatusCode.PERMISSION_DENIED.value[0]  # type: ignore[attr-defined]
 
 
-async def test_the_role_to_infer_opens_no_method_of_the_admin_port(doors: Doors) -> None:
+async def test_the_role_to_infer_opens_of_the_admin_port_what_may_be_looked_at(doors: Doors) -> None:
     codes = await doors.codes(doors.tokens["caller"])
-    assert {codes[path] for path, _ in methods(ADMIN)} == {"PERMISSION_DENIED"}
+    assert {path for path, _ in methods(ADMIN) if codes[path] != "PERMISSION_DENIED"} == READS | WATCHED
     assert {codes[path] for path, _ in methods(DATA)} == {"OK"}
+
+
+async def test_what_may_be_looked_at_is_on_the_data_port_too(doors: Doors) -> None:
+    for path, method in methods(ADMIN):
+        if path in READS - {"/loraplex.v1.RouteService/GetRoute"}:  # there is no route
+            assert await doors.call(path, method, doors.tokens["caller"], doors.addresses.data)
 
 
 async def test_a_tenant_manages_its_own_adapters_and_nothing_of_the_server(doors: Doors) -> None:
@@ -202,8 +218,10 @@ async def test_a_tenant_manages_its_own_adapters_and_nothing_of_the_server(doors
     assert "UNAUTHENTICATED" not in codes.values()
 
 
-async def test_methods_of_the_admin_port_do_not_exist_on_the_data_port(doors: Doors) -> None:
+async def test_other_methods_of_the_admin_port_do_not_exist_on_the_data_port(doors: Doors) -> None:
     for path, method in methods(ADMIN):
+        if path in READS:
+            continue
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await doors.call(path, method, doors.tokens["admin"], doors.addresses.data)
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -11,6 +11,7 @@ import pytest
 from loraplex import AsyncAdminClient, AsyncClient, InvalidArgument, LoraplexError, NotFound, PermissionDenied
 from loraplex.operations.base import Upload
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, UploadAdapterRequest
+from loraplex.v1.models_pb2 import Model
 from loraplex.v1.routes_pb2 import Route, RouteTarget
 from service.auth.config import AuthConfig
 from service.auth.keys import KeyFile, make_key, write_keys
@@ -150,9 +151,50 @@ async def test_who_watches_sees_changes_of_the_own_tenant_alone(house: House, tm
         change = await anext(watch)
         assert (change.adapter.name, dict(change.adapter.labels)) == ("tenants/rival/adapters/poet", {"own": "label"})
         watch.cancel()
-        for tenant in ("acme", "-"):
-            with pytest.raises(PermissionDenied):
-                await anext(rival.watch_adapters(tenant=tenant))
+        with pytest.raises(PermissionDenied):
+            await anext(rival.watch_adapters(tenant="acme"))
+
+
+async def test_all_tenants_are_the_own_and_the_shared_one_to_who_is_no_operator(house: House) -> None:
+    async with house.admin("rival") as rival, house.admin("acme") as acme, house.admin("operator") as operator:
+        await acme.update_route(route("tenants/acme/routes/r", "pirate"), allow_missing=True)
+        seen = ["tenants/rival/adapters/poet", "tenants/shared/adapters/formal"]
+        assert [adapter.name for adapter in await rival.list_adapters(tenant="-")] == seen
+        assert [(await anext(watch)).adapter.name for watch in [rival.watch_adapters(tenant="-")] for _ in seen] == seen
+        assert await rival.list_routes(tenant="-") == []
+        assert len(await operator.list_adapters(tenant="-")) == 3
+
+
+# ---- looking ---------------------------------------------------------------------------------------------------------
+
+
+async def test_who_infers_knows_what_there_is_from_the_data_port(house: House) -> None:
+    async with house.client("acme") as acme:
+        [model] = [model for model in await acme.list_models() if model.state == Model.STATE_ACTIVE]
+        assert (model.name, model.limits.max_context_tokens) == ("models/tiny", 1 << 20)
+        assert [adapter.name for adapter in await acme.list_adapters(tenant="acme")] == [ACMES]
+        assert "GenerateSpec.constraint" in (await acme.get_server_info()).unsupported_features
+        assert (await acme.resolve_target("pirate")).target.model == "models/tiny"
+
+
+async def test_a_model_tells_tenants_nothing_of_the_server_and_of_its_other_callers(house: House) -> None:
+    async with house.client("acme") as acme, house.client("operator") as operator:
+        stream = operator.stream_generate("tiny", "abc", max_tokens=100_000)
+        while not (await anext(stream)).HasField("delta"):
+            pass
+        told, whole = await acme.get_model("tiny"), await operator.get_model("tiny")
+        stream.cancel()
+    assert (told.source, told.memory_bytes, told.running_requests) == ("", 0, 0)
+    assert (whole.running_requests, whole.memory_bytes > 0) == (1, True)
+    assert whole.source
+
+
+async def test_a_shared_adapter_tells_tenants_nothing_of_the_server_and_of_its_other_callers(house: House) -> None:
+    async with house.client("rival") as rival, house.client("acme") as acme:
+        await rival.generate("formal", "abc", max_tokens=1)
+        shared, own = await acme.get_adapter("formal"), await acme.get_adapter("pirate", tenant="acme")
+    assert (shared.source, shared.HasField("last_use_time")) == ("", False)
+    assert own.source
 
 
 # ---- usage records ---------------------------------------------------------------------------------------------------

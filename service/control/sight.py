@@ -1,0 +1,29 @@
+"""What callers see of what they share with others: not who else uses it, nor the server's files."""
+
+from adapters.registry import SHARED_TENANT
+from loraplex.v1.models_pb2 import Model
+from service.call import find_call
+from service.control.requests import tenant_id
+
+_INSIDE_A_MODEL = ("source", "memory_bytes", "running_requests", "waiting_requests", "error")
+
+
+def seen_model(model: Model) -> Model:
+    """The model, as the present caller may see it. Changes what it is given."""
+    call = find_call()
+    if call is not None and not call.is_admin:
+        for name in _INSIDE_A_MODEL:
+            model.ClearField(name)  # type: ignore[arg-type]  # it is a name of a field
+    return model
+
+
+def seen_tenants(parent: str) -> set[str] | None:
+    """Whose things tenants/{tenant}, or tenants/- for all that the present caller may see, stands for. None: all.
+
+    Raises InvalidRequest.
+    """
+    tenant = tenant_id(parent, "parent", all_allowed=True)
+    if tenant is not None:
+        return {tenant}
+    call = find_call()
+    return None if call is None or call.is_admin else {call.tenant, SHARED_TENANT}

@@ -1,0 +1,38 @@
+"""Server reflection, as v1 and as v1alpha: clients ask for either. They differ by their package alone.
+
+grpcio-reflection has v1alpha; its servicer serves both.
+"""
+
+from __future__ import annotations  # grpc's classes are generic to mypy, and not when they run
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pool, text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+V1ALPHA = reflection.SERVICE_NAME
+V1 = V1ALPHA.replace("v1alpha", "v1")
+
+
+def add_reflection(names: Sequence[str], server: Any) -> None:
+    """`names`: of the services that it tells of, beside itself."""
+    _describe_v1()
+    servicer = reflection.aio.ReflectionServicer([*names, V1, V1ALPHA])
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = [grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler}) for name in (V1, V1ALPHA)]
+    server.add_generic_rpc_handlers(handlers)
+
+
+def _describe_v1() -> None:
+    """Make v1 known to the descriptor pool: whoever lists services wants to be told what they are."""
+    file = FileDescriptorProto()
+    reflection_pb2.DESCRIPTOR.CopyToProto(file)
+    text = text_format.MessageToString(file).replace("v1alpha", "v1")
+    descriptor_pool.Default().Add(text_format.Parse(text, FileDescriptorProto()))
