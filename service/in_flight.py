@@ -5,8 +5,12 @@ from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from service.call import Call
-from service.errors import Cancelled, LoraplexError
+from service.errors import Cancelled, DeadlineExceeded, LoraplexError
 from service.generation import Run
+
+# At its deadline gRPC ends a call at both of its ends, and nothing that the server says arrives any more.
+MAX_MARGIN_SECONDS = 0.02  # before it: what a status may take to the caller
+MARGIN_SHARE = 0.05  # of the time that the caller gave, where that is less
 
 
 class InFlight:
@@ -17,6 +21,11 @@ class InFlight:
         self._run: Run | None = None
         self._waiting: asyncio.Timeout | None = None
         self._error: LoraplexError | None = None
+
+    @property
+    def missed_deadline(self) -> DeadlineExceeded | None:
+        """What it was ended with, if that was its deadline."""
+        return self._error if isinstance(self._error, DeadlineExceeded) else None
 
     def end(self, error: LoraplexError) -> None:
         """Have it end with this error: at once if it runs or waits, else as soon as it does. The first one counts."""
@@ -48,6 +57,13 @@ class InFlight:
             run.end(self._error)
 
 
+def end_before(deadline: float, request: InFlight) -> asyncio.TimerHandle:
+    """End it so long before its deadline that the caller still hears of it: what came of it, and what that took."""
+    margin = min(MAX_MARGIN_SECONDS, MARGIN_SHARE * (deadline - request.call.arrival))
+    problem = "the call's deadline is over; ask for fewer tokens, set a time_limit below it, or give it longer"
+    return asyncio.get_running_loop().call_at(deadline - margin, request.end, DeadlineExceeded(problem))
+
+
 class Requests:
     """All of them."""
 
@@ -58,9 +74,12 @@ class Requests:
     def known(self, call: Call) -> Iterator[InFlight]:
         """Within the block the request can be ended by its id."""
         request = self._by_id[call.request_id] = InFlight(call)
+        timer = None if call.deadline is None else end_before(call.deadline, request)
         try:
             yield request
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._by_id[call.request_id]
 
     def cancel(self, tenant: str, request_ids: Collection[str], client_request_ids: Collection[str]) -> list[str]:

@@ -143,6 +143,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             try:
                 for _ in tasks:
                     yield await results.get()
+                for item in items:
+                    if item.missed_deadline is not None:
+                        raise item.missed_deadline
             finally:
                 for task in tasks:
                     task.cancel()

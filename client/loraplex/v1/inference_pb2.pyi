@@ -613,7 +613,11 @@ Global___Timings: typing_extensions.TypeAlias = Timings
 
 @typing.final
 class PartialUsage(google.protobuf.message.Message):
-    """What a request had consumed when it failed. Sent among the details of the call's status, never in a stream."""
+    """What a request had consumed when it failed. Sent among the details of the call's status, never in a stream.
+    At its deadline gRPC ends a call at both ends, and nothing arrives any more. So the server ends a generation itself
+    shortly before (by a twentieth of the time that the caller gave, at most 20 ms), with DEADLINE_EXCEEDED and this. Where
+    a status takes longer than that to the caller, what was consumed is in the server's usage records alone.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -127,7 +127,8 @@ class InferenceServiceServicer(object):
     def BatchGenerate(self, request, context):
         """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
         no particular order. One that fails fails alone, as that item's error; so does one whose result is too large. While
-        results are not read, no further items begin.
+        results are not read, no further items begin. At the call's deadline each item that has not ended fails, with what it
+        consumed (PartialUsage), and then the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

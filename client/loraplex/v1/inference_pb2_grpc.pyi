@@ -168,7 +168,8 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     BatchGenerate: _InferenceServiceBatchGenerateType
     """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
     no particular order. One that fails fails alone, as that item's error; so does one whose result is too large. While
-    results are not read, no further items begin.
+    results are not read, no further items begin. At the call's deadline each item that has not ended fails, with what it
+    consumed (PartialUsage), and then the call.
     """
 
     CancelGeneration: _InferenceServiceCancelGenerationType
@@ -250,7 +251,8 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.inference_pb2.BatchGenerateResponse], collections.abc.AsyncIterator[loraplex.v1.inference_pb2.BatchGenerateResponse]]:
         """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
         no particular order. One that fails fails alone, as that item's error; so does one whose result is too large. While
-        results are not read, no further items begin.
+        results are not read, no further items begin. At the call's deadline each item that has not ended fails, with what it
+        consumed (PartialUsage), and then the call.
         """
 
     @abc.abstractmethod
