@@ -41,7 +41,7 @@ class ModelRunner:
         if self.max_model_len > model.config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len {self.max_model_len} is more than the {model.config.max_position_embeddings} positions "
-                "that the model was made for: lower it, or leave it out"
+                "that the model was made for: lower it, or leave it out, or stretch them by rope_scaling"
             )
         dtype = stored_dtype(config.kv_cache_dtype, model.dtype)
         self.decode_graphs: DecodeGraphs | None = None

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.layers.linear import AnyLinear, Linear, SideBySide
 from engine.layers.rotary import cos_sin_table
 from engine.memory import release_free_memory
-from engine.model_config import ModelConfig, ModelError
+from engine.model_config import LayerAttention, ModelConfig, ModelError
 from engine.models.decoder import DecoderLayer, LanguageModel
 from engine.models.layout import (
     EMBEDDING,
@@ -141,6 +141,7 @@ class _Loader:
         self.quantised = quantised
         self.ops = ops
         self.dtype = dtype
+        self.num_positions = num_positions
         self.num_slots = engine.max_resident_adapters
         self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
         self.head_rounding = engine.head_quantization
@@ -192,8 +193,13 @@ class _Loader:
             norm_after_mlp=self._layer_norm_if(index, norms.after_mlp),
             qk_norm=qk_norm,
             cos_sin=self.cos_sin[attention.rope],
-            window=attention.window,
+            window=self._window(attention),
         )
+
+    def _window(self, attention: LayerAttention) -> int | None:
+        """None too where no sequence is longer: files have windows that no kernel could count to."""
+        window = attention.window
+        return None if window is None or window >= self.num_positions else window
 
     def _fused(self, index: int, prefix: str, linear: FusedLinear) -> LoRALinear:
         paths = [prefix + part for part, _ in linear.parts]

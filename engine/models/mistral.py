@@ -25,4 +25,4 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     return decoder_config(architecture, fields, layers)
 
 
-FAMILY = Family(("MistralForCausalLM",), ("mistral",), read)
+FAMILY = Family(("MistralForCausalLM", "MinistralForCausalLM"), ("mistral", "ministral"), read)

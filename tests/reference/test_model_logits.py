@@ -66,6 +66,10 @@ def mistral(**changes: Any) -> Any:
     return transformers.MistralForCausalLM(transformers.MistralConfig(**{**SMALL, **changes}))
 
 
+def ministral(**changes: Any) -> Any:
+    return transformers.MinistralForCausalLM(transformers.MinistralConfig(**{**SMALL, **changes}))
+
+
 def qwen2(**changes: Any) -> Any:
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**SMALL, **changes}))
 
@@ -109,6 +113,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama_yarn_rope": lambda: llama(rope_parameters=YARN_ROPE),
     "mistral_window": lambda: mistral(sliding_window=5),
     "mistral_no_window": lambda: mistral(sliding_window=None, head_dim=12),
+    "ministral_alternates": lambda: ministral(
+        layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=5, head_dim=8
+    ),
+    "ministral_slides": lambda: ministral(sliding_window=5, head_dim=12),
     "qwen2": qwen2,
     "qwen2_upper_layers_slide": lambda: qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen2_tied_yarn": lambda: qwen2(tie_word_embeddings=True, rope_parameters=YARN_ROPE),
@@ -164,7 +172,9 @@ def randomised(model: Any) -> Any:
 
 def load(path: Path, dtype: str = "float32") -> LanguageModel:
     ops = select_ops(torch.device("cpu"), "reference")
-    return load_model(EngineConfig(model=str(path), dtype=dtype, max_resident_adapters=4), path, ops)
+    # Dynamic scaling turns by the longest sequence that may come: here none is beyond the original length.
+    config = EngineConfig(model=str(path), dtype=dtype, max_resident_adapters=4, max_model_len=64)
+    return load_model(config, path, ops)
 
 
 def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
