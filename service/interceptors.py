@@ -42,6 +42,7 @@ from service.wire import SMALL_BYTES
 logger = logging.getLogger(__name__)
 
 MAX_CLIENT_REQUEST_ID = 128  # characters
+SMALL_ANSWER_BYTES = 16 << 10  # unread, they are bounded by the number of calls
 PUBLIC_CALLS_PER_HOST = 256  # of methods that ask for no credentials: health, which may be watched for ever
 
 
@@ -240,8 +241,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         answer = method.serialize(response)
         if len(answer) > self.limits.answer_bytes:
             raise MessageTooLarge.answer(len(answer), self.limits.answer_bytes)
-        self._unread.send(call.tenant, len(answer))
-        _at_end(lambda _: self._unread.sent(call.tenant, len(answer)))
+        if len(answer) > SMALL_ANSWER_BYTES:
+            self._unread.send(call.tenant, len(answer))
+            _at_end(lambda _: self._unread.sent(call.tenant, len(answer)))
         await call.admit()
         context.set_trailing_metadata(_outgoing(call))
         return answer

@@ -66,11 +66,11 @@ async def test_an_item_of_a_batch_beyond_the_limit_fails_alone(byte_tokenizer: T
 
 
 async def answers_of(plane: DataPlane, tenant: str) -> AsyncIterator[str]:
-    """What one small call after the other gets: "OK", or why not."""
+    """What one call after the other gets: "OK", or why not."""
     async with asyncio.timeout(20):
         while True:
             try:
-                await plane.generate(make_spec(), metadata=[("loraplex-tenant", tenant)])
+                await plane.generate(make_spec(**LARGE), metadata=[("loraplex-tenant", tenant)])
                 yield "OK"
             except grpc.aio.AioRpcError as error:
                 yield f"{error.code().name}: {error.details()}"
