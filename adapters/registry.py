@@ -168,6 +168,16 @@ class AdapterRegistry:
             return None
         return AdapterRecord(versions, dict(adapter.claims), adapter.current)
 
+    def foresee(self, key_name: str, change: Callable[[AdapterRegistry], object]) -> AdapterRecord | None:
+        """What `record` will be once a change is made of what is under a name. Raises what the change raises."""
+        copy = AdapterRegistry(self._clock)
+        copy._sequence = self._sequence
+        adapter = self._adapters.get(key_name)
+        if adapter is not None:
+            copy._adapters[key_name] = _Adapter(dict(adapter.versions), dict(adapter.claims), adapter.current)
+        change(copy)
+        return copy.record(key_name)
+
     def restore(self, name: str, record: AdapterRecord) -> None:
         """Bring back what was under a name in an earlier life. Nobody uses it yet, and nobody is told.
 

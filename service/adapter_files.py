@@ -1,9 +1,10 @@
 """The files of adapters: found where the operator allows it, or gathered by the server itself, and checked."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
@@ -14,8 +15,11 @@ from adapters.registry import AdapterVersion
 from adapters.remote import RemoteSources
 from adapters.source import AdapterDescription, AdapterSource, describe, digest, fingerprint
 from adapters.trust import SIGNATURE_FILE, is_trusted
-from service.errors import FailedPrecondition, PermissionDenied
+from service.errors import FailedPrecondition, PermissionDenied, Unavailable
+from service.state import RETRY_SECONDS
 from service.tenants import Tenant
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -114,9 +118,10 @@ class AdapterLibrary:
             raise PermissionDenied(message, "ADAPTER_UNTRUSTED")
 
     def keep(self, files: AdapterFiles) -> None:
-        """Have gathered files stay, for a version that is registered before anything else happens."""
+        """Have gathered files stay, for a version that is to be registered. Raises Unavailable (STATE_UNWRITABLE)."""
         if files.gathered:
-            self._depot.admit(files.directory, files.digest)
+            with _writing():
+                self._depot.admit(files.directory, files.digest)
 
     def directory(self, version: AdapterVersion) -> Path:
         """Where a version's files are."""
@@ -177,21 +182,27 @@ class Gathering:
         self._made = self._start(depot.begin)
 
     async def made(self) -> Self:
-        """Itself, once it has a directory."""
-        self.directory = await asyncio.shield(self._made)
+        """Itself, once it has a directory. Raises Unavailable (STATE_UNWRITABLE)."""
+        with _writing():
+            self.directory = await asyncio.shield(self._made)
         return self
 
     async def append(self, name: str, chunk: bytes) -> None:
-        """Write the next bytes of a file."""
-        await self.do(_append, self.directory / name, chunk)
+        """Write the next bytes of a file. Raises Unavailable (STATE_UNWRITABLE)."""
+        with _writing():
+            await self.do(_append, self.directory / name, chunk)
 
     async def check(self, where: str) -> AdapterFiles:
-        """All files are there: see what they are. Raises FailedPrecondition (ADAPTER_INVALID)."""
+        """All files are there: see what they are.
+
+        Raises FailedPrecondition (ADAPTER_INVALID), Unavailable (STATE_UNWRITABLE).
+        """
         try:
             files = await self.do(_read, self.directory, True)
         except (AdapterRejected, OSError) as error:
             raise FailedPrecondition("ADAPTER_INVALID", f"{where}: {error}") from error
-        await self.do(self._depot.settle, self.directory)
+        with _writing():
+            await self.do(self._depot.settle, self.directory)
         return files
 
     async def do(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -214,6 +225,17 @@ class Gathering:
         self._doing.discard(doing)
         if not doing.cancelled():
             doing.exception()  # seen, even if its caller has gone
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """A disk that takes no more is nothing that the caller has done wrong."""
+    try:
+        yield
+    except OSError as error:
+        logger.error("the files of an adapter cannot be kept: %s", error)
+        message = f"the server cannot keep the files now ({error.strerror or error}); try again later"
+        raise Unavailable("STATE_UNWRITABLE", message, RETRY_SECONDS) from error
 
 
 def _read(directory: Path, gathered: bool) -> AdapterFiles:

@@ -7,10 +7,10 @@ longer current leaves the engine's memory; one that is being deleted goes once n
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -48,6 +48,8 @@ from service.tenants import Tenants
 from service.text import AdapterText
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STATE_KIND = "adapter"
 CONFIGURED_KIND = "configured"  # by name of an adapter of the configuration: the digest that it had
@@ -138,28 +140,57 @@ class AdapterDeployer:
             self._spawn(_unload(client, key))
         return loaded
 
+    async def create_saved(
+        self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles, check: Callable[[], None]
+    ) -> AdapterVersion:
+        """As `create`, once the state has it. `check` raises what is against it, when nothing else changes any more.
+
+        Raises Unavailable (STATE_UNWRITABLE), too.
+        """
+        self._library.keep(files)  # before the state says that they are there
+        try:
+            return await self.change(
+                f"{tenant}/{adapter_id}",
+                lambda registry: _register(registry, tenant, adapter_id, spec, files),
+                check,
+                lambda: self.create(tenant, adapter_id, spec, files),
+            )
+        except LoraplexError:
+            self._spawn(self._library.remove(files.digest, lambda: not self._is_kept(files.digest)))
+            raise
+
     def create(self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles) -> AdapterVersion:
         """Register a version; it is LOADING until its engine has read it. Known already: it is returned as it is.
 
         Raises AlreadyExists, InvalidRequest for an id that cannot be.
         """
-        directory, fingerprint = ("", "") if files.gathered else (str(files.directory), files.fingerprint)
         try:
             self._library.keep(files)
-            text_digest = files.description.text_digest if files.description is not None else ""
-            version = self._registry.register(
-                tenant, adapter_id, files.digest, spec, directory, fingerprint, text_digest
-            )
-        except AdapterConflict as error:
+            version = _register(self._registry, tenant, adapter_id, spec, files)
+        except AlreadyExists:
             self._spawn(self._library.remove(files.digest, lambda: not self._is_kept(files.digest)))
-            name = f"tenants/{tenant}/adapters/{adapter_id}@{files.digest[:12]}"
-            raise AlreadyExists("Adapter", name, str(error)) from error
-        except AdapterNotFound as error:
-            raise InvalidRequest.at("adapter_id", str(error)) from error
+            raise
         if version.state is not AdapterState.LOADING:
             return version
         self._check(version, files)
         return self._version(version.key)
+
+    async def change(
+        self,
+        key_name: str,
+        change: Callable[[AdapterRegistry], T],
+        check: Callable[[], None],
+        make: Callable[[], T] | None = None,
+    ) -> T:
+        """Make a change of the registry once the state has it: one after the other, also if its caller goes away.
+
+        `check` raises what is against it, when nothing else changes any more. `make`: the change with all that it
+        takes; without one it is the registry's alone. Raises Unavailable (STATE_UNWRITABLE), and what these raise: then
+        it is not made.
+        """
+        return await self._state.change(
+            lambda: self._change(key_name, change, check, make or (lambda: change(self._registry)))
+        )
 
     async def create_configured(self, adapter: AdapterConfig) -> None:
         """Register an adapter of the configuration file. What is wrong with it is logged: the others go on."""
@@ -216,8 +247,9 @@ class AdapterDeployer:
         leaving = _unload(client, version.key) if residency is Residency.DISK else client.leave_device(version.key)
         return self._spawn(leaving)
 
-    async def pin(self, version: AdapterVersion, pinned: bool) -> AdapterVersion:
-        """Keep a version on the device, now and in every later life of its engine, or no longer.
+    async def pin(self, version: AdapterVersion, pinned: bool) -> None:
+        """Have its engine keep a version on the device, or no longer. That it is to be so in later lives, too, the
+        registry must be told.
 
         Raises FailedPrecondition (ADAPTER_PIN_LIMIT, or what is wrong with the adapter), and Unavailable (ADAPTER_COLD)
         if it is unloaded meanwhile.
@@ -225,7 +257,6 @@ class AdapterDeployer:
         client = self._client(version)
         if client is not None and version.state is AdapterState.ACTIVE:
             await self._pin(client, version, pinned)
-        return self._registry.update(version.full_name, pinned=pinned)
 
     async def close(self) -> None:
         """Wait for nothing any more."""
@@ -235,6 +266,27 @@ class AdapterDeployer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    async def _change(
+        self, key_name: str, change: Callable[[AdapterRegistry], T], check: Callable[[], None], make: Callable[[], T]
+    ) -> T:
+        check()
+        record = self._registry.foresee(key_name, change)
+        await self._state.save(STATE_KIND, key_name, None if record is None else msgspec.json.encode(record))
+        try:
+            made = make()
+        finally:
+            self._note(key_name)  # also what has happened by itself meanwhile
+        with suppress(Unavailable):  # the change itself is on the disk
+            await self._state.saved()
+        return made
+
+    def _note(self, key_name: str) -> None:
+        record = self._registry.record(key_name)
+        if record is None:
+            self._state.delete(STATE_KIND, key_name)
+        else:
+            self._state.put(STATE_KIND, key_name, msgspec.json.encode(record))
 
     def _check(self, version: AdapterVersion, files: AdapterFiles) -> None:
         """A LOADING version's files have been looked at: its engine has the last word."""
@@ -371,11 +423,7 @@ class AdapterDeployer:
             return
         version = change.version
         key = version.key
-        record = self._registry.record(key.name)
-        if record is None:
-            self._state.delete(STATE_KIND, key.name)
-        else:
-            self._state.put(STATE_KIND, key.name, msgspec.json.encode(record))
+        self._note(key.name)
         if version.current and self._current.get(key.name) != key:
             before = self._current.get(key.name)
             self._current[key.name] = key
@@ -445,6 +493,21 @@ class AdapterDeployer:
 def _unnamed(token_ids: Sequence[int]) -> str:
     listed = ", ".join(map(str, token_ids[:5])) + (" …" if len(token_ids) > 5 else "")
     return f"tokens {listed} were trained, and no tokenizer has them: keep tokenizer.json beside the weights"
+
+
+def _register(
+    registry: AdapterRegistry, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles
+) -> AdapterVersion:
+    """Raises AlreadyExists, InvalidRequest for an id that cannot be."""
+    directory, fingerprint = ("", "") if files.gathered else (str(files.directory), files.fingerprint)
+    text_digest = files.description.text_digest if files.description is not None else ""
+    try:
+        return registry.register(tenant, adapter_id, files.digest, spec, directory, fingerprint, text_digest)
+    except AdapterConflict as error:
+        name = f"tenants/{tenant}/adapters/{adapter_id}@{files.digest[:12]}"
+        raise AlreadyExists("Adapter", name, str(error)) from error
+    except AdapterNotFound as error:
+        raise InvalidRequest.at("adapter_id", str(error)) from error
 
 
 def adapter_info(description: AdapterDescription, loaded: AdapterLoaded, warnings: Sequence[str] = ()) -> AdapterInfo:

@@ -35,7 +35,8 @@ from loraplex.v1.inference_pb2 import PartialUsage, Usage
 # ├── SlowConsumer          RESOURCE_EXHAUSTED   SLOW_CONSUMER
 # ├── MessageTooLarge       RESOURCE_EXHAUSTED   MESSAGE_TOO_LARGE: how many bytes, how many are allowed
 # ├── Unavailable           UNAVAILABLE          OVERLOADED, ADAPTER_COLD, ADAPTER_UNREADABLE, MODEL_LOADING, DRAINING,
-# │                                              ENGINE_RESTARTING, USAGE_UNWRITABLE, USAGE_UNREADABLE: retry_after
+# │                                              ENGINE_RESTARTING, USAGE_UNWRITABLE, USAGE_UNREADABLE,
+# │                                              STATE_UNWRITABLE: retry_after
 # ├── DeadlineExceeded      DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
 # ├── Cancelled             CANCELLED            CANCELLED: by CancelGeneration, not by the call
 # └── EngineError           INTERNAL             ENGINE_ERROR: the id to quote

@@ -47,15 +47,15 @@ class RouteBook:
         """How many a tenant has."""
         return sum(name.startswith(f"tenants/{tenant}/") for name in self._routes)
 
-    def put(self, route: Route) -> None:
-        """Requests that come from now on follow this route; `saved` of the state says when a restart does too."""
+    async def put(self, route: Route) -> None:
+        """Once it is saved, requests follow this route. Raises Unavailable (STATE_UNWRITABLE): then they do not."""
+        await self._state.save(STATE_KIND, route.name, route.SerializeToString(deterministic=True))
         self._routes[route.name] = route
-        self._state.put(STATE_KIND, route.name, route.SerializeToString(deterministic=True))
 
-    def delete(self, name: str) -> None:
-        """Requests that it routed go on."""
+    async def delete(self, name: str) -> None:
+        """Requests that it routed go on. Raises Unavailable (STATE_UNWRITABLE): then it is there still."""
+        await self._state.save(STATE_KIND, name, None)
         del self._routes[name]
-        self._state.delete(STATE_KIND, name)
 
 
 def weight_of(target: RouteTarget) -> int:

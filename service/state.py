@@ -1,26 +1,29 @@
 """What survives a restart: the bodies of resources, by kind and name, in one SQLite file.
 
 Changes are noted in memory and written by a thread of its own, everything noted at one moment in one transaction: what
-the file holds is always what the service knew at some moment, whenever it is killed. Whoever promises a change to a
-caller waits for `saved` first.
+the file holds is always what the service knew at some moment, whenever it is killed. A change that a caller asks for is
+written first (`save`), and only then in force.
 """
 
 import asyncio
 import logging
 import sqlite3
 from collections import defaultdict
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from service.errors import EngineError
+from service.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "state.sqlite3"
 SCHEMA_VERSION = 1
+RETRY_SECONDS = 5.0  # after which callers may try again
 
+T = TypeVar("T")
 _Key = tuple[str, str]  # kind, name
 
 
@@ -39,6 +42,8 @@ class StateFile:
         for kind, name, size in self._select("SELECT kind, name, length(body) FROM resources"):
             self._sizes[_tenant_of(name)][kind, name] = size
         self._changes: dict[_Key, bytes | None] = {}  # noted and not yet being written; None: deleted
+        self._changing = asyncio.Lock()
+        self._under_way: set[asyncio.Task[Any]] = set()
         self._num_noted = 0
         self._num_saved = 0
         self._writing: asyncio.Task[sqlite3.Error | None] | None = None
@@ -66,6 +71,35 @@ class StateFile:
         """Note that a resource is gone."""
         self._note((kind, name), None)
 
+    async def change(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do what a caller asks for after what others have asked for before, also if it goes away meanwhile."""
+
+        async def alone() -> T:
+            async with self._changing:
+                return await work()
+
+        task = asyncio.create_task(alone())
+        self._under_way.add(task)
+        task.add_done_callback(self._changed)
+        return await asyncio.shield(task)
+
+    def _changed(self, task: "asyncio.Task[Any]") -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, even if its caller went away
+
+    async def save(self, kind: str, name: str, body: bytes | None) -> None:
+        """Have on the disk what a resource is about to be; None: gone. Raises Unavailable (STATE_UNWRITABLE)."""
+        key = (kind, name)
+        superseded = {key: self._changes.pop(key)} if key in self._changes else {}
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._commit, {key: body})
+        except sqlite3.Error as error:
+            self._changes = superseded | self._changes
+            logger.error("a change of the %s %s cannot be saved, and is refused: %s", kind, name, error)
+            raise _unwritable(error) from error
+        self._keep_size(key, body)
+
     def size(self, tenant: str) -> int:
         """Bytes of all resources that are under a tenant."""
         return sum(self._sizes[tenant].values()) if tenant in self._sizes else 0
@@ -73,17 +107,19 @@ class StateFile:
     async def saved(self) -> None:
         """Until everything that was noted before the call is on the disk.
 
-        Raises EngineError if it cannot be written; it stays noted, and the next call or change tries again.
+        Raises Unavailable (STATE_UNWRITABLE) if it cannot be written; it stays noted, and the next call or change tries
+        again.
         """
         wanted = self._num_noted
         while self._num_saved < wanted:
             error = await asyncio.shield(self._write_soon())
             if error is not None:
-                raise EngineError(f"the server could not save the change: {error}") from error
+                raise _unwritable(error) from error
 
     async def close(self) -> None:
         """Save what is left and let go of the file."""
-        with suppress(EngineError):  # it is in the log
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+        with suppress(Unavailable):  # it is in the log
             await self.saved()
         self._writer.shutdown()
         self._connection.close()
@@ -96,13 +132,16 @@ class StateFile:
 
     def _note(self, key: _Key, body: bytes | None) -> None:
         self._changes[key] = body
+        self._keep_size(key, body)
+        self._num_noted += 1
+        self._write_soon()
+
+    def _keep_size(self, key: _Key, body: bytes | None) -> None:
         sizes = self._sizes[_tenant_of(key[1])]
         if body is None:
             sizes.pop(key, None)
         else:
             sizes[key] = len(body)
-        self._num_noted += 1
-        self._write_soon()
 
     def _write_soon(self) -> "asyncio.Task[sqlite3.Error | None]":
         if self._writing is None:
@@ -132,6 +171,11 @@ class StateFile:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany("DELETE FROM resources WHERE kind = ? AND name = ?", gone)
             self._connection.executemany("INSERT OR REPLACE INTO resources VALUES (?, ?, ?)", there)
+
+
+def _unwritable(error: sqlite3.Error) -> Unavailable:
+    message = f"the server cannot save the change now ({error}), so it is not in force; try again later"
+    return Unavailable("STATE_UNWRITABLE", message, RETRY_SECONDS)
 
 
 def _tenant_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,9 @@ from service.errors import (
     Aborted,
     FailedPrecondition,
     InvalidRequest,
+    LoraplexError,
     NotFound,
+    Unavailable,
     to_status,
 )
 from service.hosting import ModelHost
@@ -210,12 +213,12 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if request.validate_only:
             return await self._validated(tenant, request.adapter_id, spec, files)
         key = AdapterKey(f"{tenant}/{request.adapter_id}", files.digest)
-        self._quota.check(key, files.directory, request.adapter.ByteSize(), incoming)
-        version = self._deployer.create(tenant, request.adapter_id, spec, files)
-        await self._state.saved()
+        check = partial(self._quota.check, key, files.directory, request.adapter.ByteSize(), incoming)
+        version = await self._deployer.create_saved(tenant, request.adapter_id, spec, files, check)
         deadline = asyncio.get_running_loop().time() + seconds
         version = await self._wait_while(version, AdapterState.LOADING, seconds)
-        await self._state.saved()  # that the name means it, too
+        with suppress(Unavailable):  # it is registered: a restart reads it again, and the name means it then
+            await self._state.saved()
         if version.state is AdapterState.ACTIVE and (spec.pinned or residency is Residency.DEVICE):
             loading = self._deployer.load(version, Residency.DEVICE)
             await asyncio.wait({loading}, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
@@ -245,32 +248,34 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def UpdateAdapter(self, request: UpdateAdapterRequest, context: Context) -> Adapter:  # noqa: N802
         async def update() -> Adapter:
-            version = await self._update(request)
-            await self._state.saved()
-            return self._message(version)
+            return self._message(await self._update(request.adapter, _fields_to_change(request.update_mask)))
 
         return await self._once.run("UpdateAdapter", request.request_id, update)
 
-    async def _update(self, request: UpdateAdapterRequest) -> AdapterVersion:
-        wanted = request.adapter
-        fields = _fields_to_change(request.update_mask)
+    async def _update(self, wanted: Adapter, fields: set[str]) -> AdapterVersion:
         version = self._get(wanted.name, "adapter.name")
         _check_etag(version, wanted.etag)
-        if "labels" in fields:
-            more = Adapter(labels=wanted.labels).ByteSize() - Adapter(labels=version.spec.labels).ByteSize()
-            self._quota.check_state(version.key.name.partition("/")[0], more)
         if "version" in fields:
             version = self._next_current(wanted)
-        if "pinned" in fields and wanted.pinned is not version.spec.pinned:
-            version = await self._deployer.pin(version, wanted.pinned)  # what may fail comes before what does not
-        if "version" in fields:
-            try:
-                version = self._registry.set_current(version.full_name)
-            except AdapterConflict as error:  # it has failed, or is being deleted, since it was looked at
-                raise FailedPrecondition("ADAPTER_INVALID", str(error)) from error
+        repins = "pinned" in fields and wanted.pinned is not version.spec.pinned
+        if repins:
+            await self._deployer.pin(version, wanted.pinned)  # what may fail comes before what does not
+        try:
+            return await self._deployer.change(
+                version.key.name,
+                lambda registry: _updated(registry, version, wanted, fields),
+                partial(self._check_update, version, wanted, fields),
+            )
+        except LoraplexError:
+            if repins:
+                await self._deployer.pin(version, version.spec.pinned)
+            raise
+
+    def _check_update(self, version: AdapterVersion, wanted: Adapter, fields: set[str]) -> None:
+        _check_etag(self._get(wanted.name, "adapter.name"), wanted.etag)
         if "labels" in fields:
-            version = self._registry.update(version.full_name, labels=wanted.labels)
-        return version
+            more = Adapter(labels=wanted.labels).ByteSize() - Adapter(labels=version.spec.labels).ByteSize()
+            self._quota.check_state(_owner(version), more)
 
     def _next_current(self, wanted: Adapter) -> AdapterVersion:
         """The version to which an alias is to move. Raises InvalidRequest, NotFound, FailedPrecondition."""
@@ -291,13 +296,17 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         version = self._get(request.name)
         _check_etag(version, request.etag)
         try:
-            versions = self._registry.delete(request.name)
+            versions = await self._deployer.change(
+                version.key.name,
+                lambda registry: registry.delete(request.name),
+                lambda: _check_etag(self._get(request.name), request.etag),
+            )
         except AdapterConflict as error:
             raise FailedPrecondition("ADAPTER_IS_CURRENT", str(error)) from error
-        await self._state.saved()
         keys = [other.key for other in versions]
         await wait_until(lambda: not any(self._find(key) for key in keys), self._registry.subscribe, seconds)
-        await self._state.saved()
+        with suppress(Unavailable):  # a restart goes on with what is being deleted
+            await self._state.saved()
         return self._message(self._find(version.key) or next(other for other in versions if other.key == version.key))
 
     async def LoadAdapter(self, request: LoadAdapterRequest, context: Context) -> Adapter:  # noqa: N802
@@ -422,6 +431,21 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         client = None if model is None else model.client
         residency = Residency.DISK if client is None else client.residency.get(version.key, Residency.DISK)
         return RESIDENCIES[residency]
+
+
+def _updated(registry: AdapterRegistry, version: AdapterVersion, wanted: Adapter, fields: set[str]) -> AdapterVersion:
+    """The version with its new fields. Raises FailedPrecondition."""
+    name = version.full_name
+    if "pinned" in fields:
+        version = registry.update(name, pinned=wanted.pinned)
+    if "version" in fields:
+        try:
+            version = registry.set_current(name)
+        except AdapterConflict as error:  # it has failed, or is being deleted, since it was looked at
+            raise FailedPrecondition("ADAPTER_INVALID", str(error)) from error
+    if "labels" in fields:
+        version = registry.update(name, labels=wanted.labels)
+    return version
 
 
 def _version_name(version: AdapterVersion) -> str:

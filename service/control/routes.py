@@ -2,8 +2,8 @@
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from typing import Any, TypeVar
 
 import grpc.aio
 from google.protobuf.empty_pb2 import Empty
@@ -32,6 +32,9 @@ from service.tenants import Tenants
 from service.times import timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+R = TypeVar("R")
+T = TypeVar("T")
 
 UPDATABLE = ("targets", "fallback", "default_sampling", "labels")
 _NAME = re.compile(rf"tenants/({ID})/routes/{ID}")
@@ -65,10 +68,10 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         return ListRoutesResponse(routes=shown, next_page_token=token)
 
     async def UpdateRoute(self, request: UpdateRouteRequest, context: Context) -> Route:  # noqa: N802
-        return await self._once.run("UpdateRoute", request.request_id, lambda: self._update(request))
+        return await self._once.run("UpdateRoute", request.request_id, lambda: self._changed(self._update, request))
 
     async def DeleteRoute(self, request: DeleteRouteRequest, context: Context) -> Empty:  # noqa: N802
-        return await self._once.run("DeleteRoute", request.request_id, lambda: self._delete(request))
+        return await self._once.run("DeleteRoute", request.request_id, lambda: self._changed(self._delete, request))
 
     async def ResolveTarget(  # noqa: N802
         self, request: ResolveTargetRequest, context: Context
@@ -79,6 +82,9 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         assert tenant is not None, "tenants/- is refused above"
         target = self._catalog.resolve(tenant, request.model, "model", request.routing_key)
         return ResolveTargetResponse(target=target.resolved())
+
+    async def _changed(self, change: Callable[[R], Coroutine[Any, Any, T]], request: R) -> T:
+        return await self._state.change(lambda: change(request))
 
     async def _update(self, request: UpdateRouteRequest) -> Route:
         wanted = request.route
@@ -99,16 +105,14 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         route.update_time.CopyFrom(timestamp(now))
         route.etag = f"{time.time_ns():x}"
         self._check_quota(route, known)
-        self._routes.put(route)
-        await self._state.saved()
+        await self._routes.put(route)
         for target in route.targets:
             self._prefetch_target(route, target.model)
         return route
 
     async def _delete(self, request: DeleteRouteRequest) -> Empty:
         _check_etag(self._get(request.name), request.etag)
-        self._routes.delete(request.name)
-        await self._state.saved()
+        await self._routes.delete(request.name)
         return Empty()
 
     def _check_quota(self, route: Route, known: Route | None) -> None:

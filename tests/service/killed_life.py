@@ -39,6 +39,7 @@ from service.adapter_files import AdapterLibrary
 from service.adapter_texts import AdapterTexts
 from service.catalog import Catalog, LoadedModel
 from service.control.adapters import AdapterServicer
+from service.control.quota import AdapterQuota
 from service.control.routes import RouteServicer
 from service.deployment import AdapterDeployer
 from service.errors import LoraplexError, NotFound
@@ -106,7 +107,7 @@ class FakeHost:
     def __init__(self, engine: FakeEngine) -> None:
         config = SimpleNamespace(adapter_host_bytes=1 << 30)
         self._model = SimpleNamespace(
-            name="tiny", client=None, supervisor=SimpleNamespace(limits=LIMITS), config=config
+            name="tiny", client=None, tokenizer=None, supervisor=SimpleNamespace(limits=LIMITS), config=config
         )
         self._engine = engine
         self._subscribers: list[Callable[[Any], None]] = []
@@ -160,8 +161,9 @@ class Life:
         )
         book = RouteBook(state)
         catalog = Catalog(fake, registry, book)  # type: ignore[arg-type]  # no engine follows its engine
-        adapters = AdapterServicer(registry, deployer, library, host, state, tenants, 1 << 30)
-        routes = RouteServicer(catalog, book, state, deployer.prefetch)
+        quota = AdapterQuota(registry, library, tenants, state)
+        adapters = AdapterServicer(registry, deployer, library, host, state, tenants, quota, 1 << 30)
+        routes = RouteServicer(catalog, book, state, tenants, deployer.prefetch)
         return cls(directory, state, registry, deployer, fake, book, catalog, adapters, routes, engine)
 
     async def start(self) -> None:

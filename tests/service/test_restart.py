@@ -1,15 +1,16 @@
 """A service that starts again knows what it knew, and makes the rest follow."""
 
+import dataclasses
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, closing
 from pathlib import Path
 
 import pytest
 from grpc import StatusCode
 
-from loraplex import FailedPrecondition
+from loraplex import AsyncAdminClient, FailedPrecondition, Unavailable
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.routes_pb2 import Route, RouteTarget
 from service.config import AdapterConfig
@@ -296,3 +297,75 @@ async def test_a_state_file_whose_pages_are_damaged_is_refused_by_name(start: St
     with pytest.raises(OSError, match=FILE_NAME):
         async with start():
             pass
+
+
+# ---- a disk that is full ---------------------------------------------------------------------------------------------
+
+
+def refuse(changes: object) -> None:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+def route(target: str) -> Route:
+    return Route(name="tenants/shared/routes/r", targets=[RouteTarget(model=target)])
+
+
+Change = Callable[[ControlPlane, list[Adapter]], Awaitable[object]]
+
+CHANGES: dict[str, Change] = {
+    "create": lambda control, known: control.admin.create_adapter("new", base_model="tiny", source="pirate-1"),
+    "upload": lambda control, known: control.admin.upload_adapter(
+        "new", base_model="tiny", directory=write_adapter(control.roots.parent / "up", seed=5)
+    ),
+    "alias": lambda control, known: control.admin.update_adapter("pirate", version=known[0].version),
+    "pin": lambda control, known: control.admin.update_adapter("pirate", pinned=True),
+    "labels": lambda control, known: control.admin.update_adapter("pirate", labels={"a": "b"}),
+    "delete": lambda control, known: control.admin.delete_adapter("pirate"),
+    "change route": lambda control, known: control.admin.update_route(route("tiny")),
+    "delete route": lambda control, known: control.admin.delete_route("tenants/shared/routes/r"),
+}
+
+
+async def everything(control: ControlPlane) -> list[object]:
+    adapters = await control.admin.list_adapters(include_versions=True)
+    return [
+        [(a.version, a.state, a.current, a.pinned, dict(a.labels)) for a in adapters],
+        await control.admin.list_routes(),
+        set(control.core().pinned),
+    ]
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+async def test_a_change_that_cannot_be_saved_is_refused_and_not_in_force(
+    start: Start, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    async with start() as control:
+        known = [await register(control, 0), await register(control, 1)]
+        await control.admin.update_route(route("pirate"), allow_missing=True)
+        before = await everything(control)
+        with monkeypatch.context() as full:
+            full.setattr(control.app.state, "_commit", refuse)
+            async with AsyncAdminClient(control.addresses.admin, options={"grpc.enable_retries": 0}) as admin:
+                once = dataclasses.replace(control, admin=admin)
+                with pytest.raises(Unavailable) as raised:
+                    await CHANGES[kind](once, known)
+            assert raised.value.reason == "STATE_UNWRITABLE"
+            assert await everything(control) == before
+        await CHANGES[kind](control, known)
+        assert await everything(control) != before
+    async with start() as control:
+        assert (await control.client.generate("tiny", "abc", max_tokens=1)).usage.completion_tokens == 1
+
+
+async def test_what_could_not_be_saved_is_not_there_after_a_restart_either(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with start() as control:
+        await register(control)
+        with monkeypatch.context() as full:
+            full.setattr(control.app.state, "_commit", refuse)
+            async with AsyncAdminClient(control.addresses.admin, options={"grpc.enable_retries": 0}) as admin:
+                with pytest.raises(Unavailable):
+                    await admin.update_adapter("pirate", labels={"a": "b"})
+    async with start() as control:
+        assert dict((await control.admin.get_adapter("pirate")).labels) == {}

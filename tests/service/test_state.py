@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import EngineError
+from service.errors import Unavailable
 from service.state import FILE_NAME, StateFile
 
 
@@ -68,7 +68,7 @@ async def test_a_change_that_cannot_be_written_is_an_error_and_is_tried_again(
 
     monkeypatch.setattr(state, "_commit", fail)
     state.put("adapter", "a", b"1")
-    with pytest.raises(EngineError, match="disk is full"):
+    with pytest.raises(Unavailable, match="disk is full"):
         await state.saved()
     monkeypatch.setattr(state, "_commit", commit)
     await state.saved()
@@ -88,3 +88,42 @@ async def test_it_knows_how_much_it_keeps_for_a_tenant_in_the_next_life_too(tmp_
     state = StateFile(tmp_path)
     assert (state.size("acme"), state.size("other"), state.size("nobody")) == (7, 1, 0)
     await state.close()
+
+
+async def test_what_is_saved_first_and_cannot_be_is_not_there_later_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StateFile(tmp_path)
+    await state.save("adapter", "a", b"1")
+    with monkeypatch.context() as full:
+        full.setattr(state, "_commit", refuse)
+        with pytest.raises(Unavailable, match="not in force") as raised:
+            await state.save("adapter", "a", b"2")
+        assert raised.value.reason == "STATE_UNWRITABLE"
+        state.put("adapter", "b", b"3")
+        with pytest.raises(Unavailable):
+            await state.saved()
+    await state.close()
+    state = StateFile(tmp_path)
+    assert state.read("adapter") == {"a": b"1", "b": b"3"}
+    await state.close()
+
+
+async def test_what_was_noted_before_is_noted_still_when_what_should_follow_cannot_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StateFile(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(state, "_commit", refuse)
+        state.put("adapter", "a", b"1")
+        for change in (state.save("adapter", "a", b"2"), state.saved()):
+            with pytest.raises(Unavailable):
+                await change
+    await state.close()
+    state = StateFile(tmp_path)
+    assert state.read("adapter") == {"a": b"1"}
+    await state.close()
+
+
+def refuse(changes: object) -> None:
+    raise sqlite3.OperationalError("database or disk is full")

@@ -1,6 +1,7 @@
 """UploadAdapter: files that callers send become adapters, or nothing at all."""
 
 import asyncio
+import errno
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import grpc.aio
 import pytest
 
 from adapters.source import CONFIG_FILE, WEIGHTS_FILE, digest
-from loraplex import InvalidArgument, ResourceExhausted
+from loraplex import AsyncAdminClient, InvalidArgument, ResourceExhausted, Unavailable
 from loraplex.operations.base import Upload
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, UploadAdapterRequest, UploadFile
 from loraplex.v1.adapters_pb2_grpc import AdapterServiceStub
@@ -208,3 +209,23 @@ async def test_what_is_being_uploaded_counts_in_the_quota(
                 upload.call.cancel()
             await until(lambda: not control.app.quota._incoming)
             await control.admin.upload_adapter("one", base_model="tiny", directory=files)
+
+
+@pytest.mark.parametrize(
+    "step", ["adapters.depot.Depot.begin", "service.adapter_files._append", "adapters.depot._sync"]
+)
+async def test_an_upload_that_the_disk_does_not_take_is_refused_for_now_and_leaves_nothing(
+    control: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = write_adapter(tmp_path / "files")
+    with monkeypatch.context() as full:
+        full.setattr(step, fail)
+        async with AsyncAdminClient(control.addresses.admin, options={"grpc.enable_retries": 0}) as admin:
+            with pytest.raises(Unavailable, match="No space left") as raised:
+                await admin.upload_adapter("pirate", base_model="tiny", directory=files)
+    assert raised.value.reason == "STATE_UNWRITABLE"
+    assert (await control.admin.list_adapters(), kept(control)) == ([], [])
+    await control.admin.upload_adapter("pirate", base_model="tiny", directory=files, wait=20.0)

@@ -104,6 +104,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """
     ERROR_REASON_USAGE_UNREADABLE: _ErrorReason.ValueType  # 35
     """UNAVAILABLE: the usage files cannot be read now: there are none, or the disk fails. RetryInfo."""
+    ERROR_REASON_STATE_UNWRITABLE: _ErrorReason.ValueType  # 36
+    """UNAVAILABLE: the change cannot be saved now, since the disk is full or fails; it is not in force. RetryInfo."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
@@ -198,4 +200,6 @@ the answer to a unary call would have. ErrorInfo.metadata holds `bytes` and `lim
 """
 ERROR_REASON_USAGE_UNREADABLE: ErrorReason.ValueType  # 35
 """UNAVAILABLE: the usage files cannot be read now: there are none, or the disk fails. RetryInfo."""
+ERROR_REASON_STATE_UNWRITABLE: ErrorReason.ValueType  # 36
+"""UNAVAILABLE: the change cannot be saved now, since the disk is full or fails; it is not in force. RetryInfo."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
