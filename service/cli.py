@@ -24,12 +24,12 @@ import uvloop
 from rich.console import Console
 
 from engine.logs import set_up_logging
-from loraplex import GenerateOptions
+from loraplex import GenerateOptions, enum_name
 from service.app import running
 from service.auth.command import keys
 from service.commands.adapters import adapters
 from service.commands.routes import routes
-from service.commands.shared import Target, call_failures, print_json, print_table, reaches_server, state_of
+from service.commands.shared import Target, call_failures, print_json, print_table, reaches_server
 from service.commands.usage import usage
 from service.config import ConfigError, ServiceConfig, load_config
 from service.demo import play_demo
@@ -236,7 +236,9 @@ def list_models(target: Target) -> None:
     """List all models."""
     with target.admin() as admin:
         found = admin.list_models()
-    rows = [(m.name, state_of(m), m.architecture, m.dtype, str(m.limits.max_context_tokens or "")) for m in found]
+    rows = [
+        (m.name, enum_name(m, "state"), m.architecture, m.dtype, str(m.limits.max_context_tokens or "")) for m in found
+    ]
     print_table(("model", "state", "architecture", "type", "context"), rows)
 
 

@@ -12,6 +12,8 @@ its fields; answers are the messages of `loraplex.v1`. A failed call raises a `L
         async for piece in stream.text():
             print(piece, end="")
 
+Enumerators are numbers in Python; `enum_name(answer.outputs[0].finished, "reason")` is "MAX_TOKENS".
+
 Leaving the loop early, in whatever way, cancels the generation and frees what the server holds for it.
 """
 
@@ -39,6 +41,7 @@ from loraplex.errors import (
     raise_for_error,
 )
 from loraplex.generation import GenerateOptions, generate_spec
+from loraplex.names import enum_name
 
 __all__ = [
     "Aborted",
@@ -66,6 +69,7 @@ __all__ = [
     "Unavailable",
     "Unsupported",
     "Violation",
+    "enum_name",
     "from_status",
     "generate_spec",
     "raise_for_error",

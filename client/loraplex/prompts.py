@@ -39,23 +39,44 @@ def build_prompt(prompt: PromptLike) -> prompt_pb2.Prompt:
 
 
 def build_message(message: Message) -> prompt_pb2.ChatMessage:
-    """A ChatMessage from a mapping with the keys role, content, name, reasoning_content, tool_calls, tool_call_id."""
+    """A ChatMessage from a mapping with the keys role, content, name, reasoning_content, tool_calls, tool_call_id.
+
+    Content is text, or a list of parts {"type": "text", "text": ...}, which are joined as they are. Raises ValueError
+    for parts of other types.
+    """
     if isinstance(message, prompt_pb2.ChatMessage):
         return message
     if not isinstance(message, Mapping):
         raise TypeError(f"a chat message is a ChatMessage or a mapping, not {type(message).__name__}: {message!r}")
     _refuse_unknown("chat message", message, _MESSAGE_KEYS)
-    if not isinstance(message.get("content"), str | None):
-        raise TypeError(f"the content of a chat message is text, not {type(message['content']).__name__}")
     built = prompt_pb2.ChatMessage(
         role=message["role"],
-        content=message.get("content"),
+        content=_content(message.get("content")),
         name=message.get("name"),
         reasoning_content=message.get("reasoning_content"),
         tool_call_id=message.get("tool_call_id"),
     )
     built.tool_calls.extend(_build_tool_call(call) for call in message.get("tool_calls") or ())
     return built
+
+
+def _content(content: object) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise TypeError(f"the content of a chat message is text or a list of parts, not {type(content).__name__}")
+    return "".join(_part_text(index, part) for index, part in enumerate(content))
+
+
+def _part_text(index: int, part: object) -> str:
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        raise TypeError(f'content[{index}] is no part of a chat message: {{"type": "text", "text": ...}} is')
+    if part["type"] != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(
+            f"content[{index}] is of type {part['type']!r}: parts of type 'text', with their text, are taken"
+        )
+    text: str = part["text"]
+    return text
 
 
 def build_tool(tool: Tool) -> prompt_pb2.Tool:

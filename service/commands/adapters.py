@@ -10,9 +10,9 @@ import click
 from adapters.errors import AdapterRejected
 from adapters.source import check_there, digest
 from adapters.trust import SIGNATURE_FILE, sign
-from loraplex import PermissionDenied
+from loraplex import PermissionDenied, enum_name
 from loraplex.v1.adapters_pb2 import Adapter, AdapterResidency
-from service.commands.shared import EXISTING, Target, print_json, print_table, reaches_server, state_of
+from service.commands.shared import EXISTING, Target, print_json, print_table, reaches_server
 
 
 @click.group()
@@ -32,7 +32,7 @@ def list_adapters(target: Target, base_model: str | None, versions: bool) -> Non
         (
             a.version,
             a.base_model,
-            state_of(a),
+            enum_name(a, "state"),
             AdapterResidency.Name(a.residency).removeprefix("ADAPTER_RESIDENCY_").lower(),
             str(a.rank or ""),
             "*" if a.current else "",

@@ -92,12 +92,6 @@ def call_failures() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
-def state_of(resource: Any) -> str:
-    """The name of its state, without the prefix."""
-    name: str = type(resource).State.Name(resource.state)
-    return name.removeprefix("STATE_")
-
-
 def print_json(message: Message) -> None:
     click.echo(json.dumps(MessageToDict(message, preserving_proto_field_name=True), indent=2, ensure_ascii=False))
 

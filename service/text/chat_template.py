@@ -16,7 +16,7 @@ from service.text.errors import ArgumentsError, TemplateError
 from service.text.literal import Span
 from service.text.template_process import TemplateLimits, TemplateProcess, encode
 
-_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # one thing, under the names that clients use
 
 
@@ -99,7 +99,7 @@ class TemplateRenderer:
         for index, message in enumerate(conversation.messages):
             if not re.fullmatch(r"[\w-]+", message["role"]):
                 raise TemplateError(f"messages[{index}].role: with literal_content it must be one word.")
-        said = ["messages", "tools", "documents", *conversation.variables]
+        said = list(dict.fromkeys(["messages", "tools", "documents", *conversation.variables]))
         if not conversation.continue_final_message:
             answer = await self._render(source, variables, is_long, said)
             return answer["text"], [(start, end) for start, end in answer["said"]]
@@ -164,10 +164,10 @@ def _variables(template: ChatTemplate, conversation: Conversation) -> dict[str, 
         raise TemplateError("the conversation has no messages. Send at least one.")
     return {
         **template.special_tokens,
+        "documents": list(conversation.documents) or None,
         **conversation.variables,
         "messages": [_message(index, message) for index, message in enumerate(conversation.messages)],
         "tools": list(conversation.tools) or None,  # None: templates ask whether there are tools at all
-        "documents": list(conversation.documents) or None,
         "add_generation_prompt": conversation.add_generation_prompt,
     }
 

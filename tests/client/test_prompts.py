@@ -67,6 +67,18 @@ def test_keys_that_no_message_has_are_named() -> None:
         build_message({"role": "user", "contents": "Hi"})
 
 
-def test_content_must_be_text() -> None:
-    with pytest.raises(TypeError, match="not list"):
-        build_message({"role": "user", "content": [{"type": "image"}]})
+def test_parts_of_text_are_joined() -> None:
+    parts = [{"type": "text", "text": "Once "}, {"type": "text", "text": "upon"}]
+    assert build_message({"role": "user", "content": parts}).content == "Once upon"
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_parts_that_are_no_text_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"content\[1\] is of type '{kind}'"):
+        build_message({"role": "user", "content": [{"type": "text", "text": "Look"}, {"type": kind, kind: {}}]})
+
+
+@pytest.mark.parametrize("content", [7, b"x", {"type": "text"}, [7], ["text"], [{"text": "x"}]])
+def test_content_is_text_or_a_list_of_parts(content: Any) -> None:
+    with pytest.raises(TypeError):
+        build_message({"role": "user", "content": content})

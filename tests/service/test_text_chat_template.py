@@ -196,6 +196,11 @@ async def test_continued_message_may_have_been_trimmed(renderer):
 # ---- the user's mistakes -------------------------------------------------------------------------------------------
 
 
+async def test_documents_are_a_variable_like_others_that_a_caller_may_give(renderer):
+    given = {"documents": [{"title": "T"}]}
+    assert await render(renderer, "{{ documents[0].title }}", variables=given) == "T"
+
+
 @pytest.mark.parametrize(
     ("source", "fields", "message"),
     [

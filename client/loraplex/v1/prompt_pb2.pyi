@@ -130,7 +130,8 @@ class Chat(google.protobuf.message.Message):
     @property
     def template_kwargs(self) -> google.protobuf.struct_pb2.Struct:
         """Further variables of the template, such as {"enable_thinking": false}. Whole numbers reach the template as
-        integers. They cannot replace messages, tools, nor the switches below. Each object in them has at most 1024 fields
+        integers. They cannot replace messages, tools, nor the switches below; "documents", a list of objects, is what
+        templates for retrieval read. Each object in them has at most 1024 fields
         with names up to 1024 characters, each list at most 4096 values, each text at most 1,048,576 characters.
         """
 
