@@ -59,12 +59,19 @@ class Depot:
             return None
         return target
 
-    def sweep(self, keep: Collection[str]) -> None:
-        """Remove everything but these digests: what an earlier life had begun, or had not finished removing. Slow."""
+    def sweep(self, keep: Collection[str] | None) -> None:
+        """Remove everything but these digests: what an earlier life had begun, or had not finished removing. Slow.
+
+        `keep`: None for all of them.
+        """
         for directory in self._incoming.iterdir():
             self.discard(directory)
         for directory in list(self._versions.iterdir()):
-            if directory.name not in keep and (withdrawn := self.withdraw(directory.name)) is not None:
+            if (
+                keep is not None
+                and directory.name not in keep
+                and (withdrawn := self.withdraw(directory.name)) is not None
+            ):
                 self.discard(withdrawn)
 
     def _make_directories(self) -> None:

@@ -133,8 +133,8 @@ class AdapterLibrary:
         if withdrawn is not None:
             await self._in_thread(self._depot.discard, withdrawn)
 
-    async def sweep(self, keep: Collection[str]) -> None:
-        """Remove what the server keeps of other digests than these, and whatever was half there."""
+    async def sweep(self, keep: Collection[str] | None) -> None:
+        """Remove what the server keeps of other digests than these, if any are given, and whatever was half there."""
         await self._in_thread(self._depot.sweep, keep)
 
     async def changed(self, versions: Iterable[AdapterVersion]) -> list[AdapterVersion]:

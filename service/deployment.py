@@ -80,7 +80,7 @@ class AdapterDeployer:
         self._removing: set[AdapterKey] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         damaged = [name for name, body in state.read(STATE_KIND).items() if not self._restore(name, body)]
-        self._may_sweep = not damaged  # else files might go that belong to what cannot be read
+        self._knows_all = not damaged  # else files might go that belong to what cannot be read
         self._current = {v.key.name: v.key for v in registry.list_versions(include_versions=True) if v.current}
         registry.subscribe(self._adapter_changed)
         models.subscribe(self._model_changed)
@@ -97,8 +97,8 @@ class AdapterDeployer:
         versions = self._registry.list_versions(include_versions=True)
         leaving = [version for version in versions if version.state is AdapterState.DELETING]
         staying = [v for v in versions if v.state is not AdapterState.DELETING and not v.is_missing]
-        if self._may_sweep:
-            await self._library.sweep({version.key.digest for version in staying if not version.directory})
+        kept = {version.key.digest for version in staying if not version.directory}
+        await self._library.sweep(kept if self._knows_all else None)
         for version in leaving:
             self._begin_removing(version)
         changed = {version.key for version in await self._library.changed(staying)}

@@ -1,7 +1,8 @@
 """One admitted request: its sequences in the engine, and the events that its caller sees.
 
-When the engine dies, a request goes on with its successor from the tokens that it has: what a request draws is a
-function of its tokens and its seed, so its caller sees one stream without a gap, and no token twice.
+When the engine dies, a request goes on with its successor from the tokens that it has, so its caller sees one stream
+without a gap, and no token twice. What it draws is a function of its tokens and its seed: with kernels that are not
+batch-invariant but for near ties, where the bits of a row decide.
 """
 
 import asyncio

@@ -20,6 +20,7 @@ from service.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "state.sqlite3"
+IN_MEMORY = ":memory:"
 SCHEMA_VERSION = 1
 RETRY_SECONDS = 5.0  # after which callers may try again
 
@@ -35,7 +36,7 @@ class StateFile:
 
         Raises OSError for a file that cannot be used, also because another server uses it.
         """
-        self._file = ":memory:" if directory is None else str(directory / FILE_NAME)
+        self._file = IN_MEMORY if directory is None else str(directory / FILE_NAME)
         self._connection = _open(self._file, directory)
         self._writer = ThreadPoolExecutor(1, "state")
         self._sizes: defaultdict[str, dict[_Key, int]] = defaultdict(dict)  # of bodies, by tenant
@@ -165,6 +166,8 @@ class StateFile:
         return None
 
     def _commit(self, changes: dict[_Key, bytes | None]) -> None:
+        if self._file != IN_MEMORY and not Path(self._file).exists():  # SQLite would go on writing what nobody finds
+            raise sqlite3.OperationalError(f"{self._file} was removed; start the server again to have a new one")
         gone = [key for key, body in changes.items() if body is None]
         there = [(*key, body) for key, body in changes.items() if body is not None]
         with self._connection:  # one transaction

@@ -127,3 +127,12 @@ async def test_what_was_noted_before_is_noted_still_when_what_should_follow_cann
 
 def refuse(changes: object) -> None:
     raise sqlite3.OperationalError("database or disk is full")
+
+
+async def test_a_file_that_was_removed_takes_no_changes(tmp_path: Path) -> None:
+    state = StateFile(tmp_path)
+    await state.save("adapter", "a", b"1")
+    (tmp_path / FILE_NAME).unlink()
+    with pytest.raises(Unavailable, match="was removed"):
+        await state.save("adapter", "a", b"2")
+    await state.close()
