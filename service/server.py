@@ -22,12 +22,14 @@ logger = logging.getLogger(__name__)
 
 MAX_METADATA_BYTES = 8 << 10
 MAX_WAITING_CALLS = 16384
-NEVER = (1 << 31) - 1  # milliseconds, to gRPC
+NEVER = (1 << 31) - 1  # seconds or milliseconds, to gRPC
 
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server takes half of the calls of the first, in silence
     ("grpc.max_send_message_length", -1),
     # Calls that wait to be looked at, 15 KB each. Past these gRPC cancels others, whosever they are, without a reason.
+    # So it does with those that have waited for 30 s, unless it is told not to: a call has a deadline of its own.
+    ("grpc.server_max_unrequested_time_in_server", NEVER),
     ("grpc.server.max_pending_requests", MAX_WAITING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_WAITING_CALLS),
     ("grpc.server_handshake_timeout_ms", 10_000),
