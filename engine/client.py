@@ -46,6 +46,7 @@ Running = StepOutput | AdapterLoaded | AdapterFailed | AdapterUnloaded | Adapter
 
 # A caller that lets this many tokens wait has stopped reading: at 100 tokens a second it is 80 seconds behind.
 MAX_PENDING_TOKENS = 8192
+MAX_REFUSED = 64  # adapters, of which callers may think of as many weighted sums as they like
 
 
 class SlowConsumerError(Exception):
@@ -77,6 +78,7 @@ class EngineClient:
         self._arrivals: dict[AdapterKey, asyncio.Future[None]] = {}  # on the device
         self._leaving: set[AdapterKey] = set()  # on the device, and told to leave it
         self._sums: set[AdapterKey] = set()  # weighted sums on the device
+        self._refused: dict[AdapterKey, AdapterRejected] = {}  # the latest that could not be loaded, or brought
         self._unloads: dict[AdapterKey, asyncio.Future[None]] = {}
         self._pins: dict[AdapterKey, asyncio.Future[AdapterPinned]] = {}
         self._pings: dict[int, asyncio.Future[Pong]] = {}
@@ -157,8 +159,13 @@ class EngineClient:
         await asyncio.shield(self._arrivals[key])
 
     def start_bringing(self, key: AdapterKey) -> None:
-        """Have the engine bring to the device what it was told to load, or a weighted sum of it. Does not wait."""
+        """Have the engine bring to the device what it was told to load, or a weighted sum of it. Does not wait.
+
+        Raises AdapterRejected instead, once, if that came to nothing the last time.
+        """
         self._check_alive()
+        if key in self._refused:
+            raise self._refused.pop(key)
         self._leaving.discard(key)
         self._send(BringAdapter(key))
 
@@ -226,13 +233,17 @@ class EngineClient:
                 pass  # answers a load from before that unload: who asks twice may be answered twice
             case AdapterLoaded(key=key):
                 self.adapters[key] = message
+                self._refused.pop(key, None)
                 self._move(key, max(Residency.HOST, self.residency.get(key, Residency.DISK)))
                 self._count_load(key)
                 _resolve(self._loads.pop(key, None), message)
             case AdapterFailed(key=key, problems=problems, reason=reason):
                 self._load_began.pop(key, None)
-                _reject(self._loads.pop(key, None), AdapterRejected(problems, reason))
-                _reject(self._arrivals.pop(key, None), AdapterRejected(problems, reason))
+                rejected = self._refused[key] = AdapterRejected(problems, reason)
+                if len(self._refused) > MAX_REFUSED:
+                    del self._refused[next(iter(self._refused))]
+                _reject(self._loads.pop(key, None), rejected)
+                _reject(self._arrivals.pop(key, None), rejected)
             case AdapterUnloaded(key=key):
                 self._leave_memory(key)
                 _resolve(self._unloads.pop(key, None), None)

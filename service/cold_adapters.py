@@ -34,7 +34,8 @@ class ColdAdapters:
         """Whether the request goes on with the base model alone, since its adapter is cold and it would not wait.
 
         What it would not wait for to the end is brought to the device all the same, for the next one. Raises
-        Unavailable (ADAPTER_COLD) if it would rather fail, and InvalidRequest for a sum of which none is defined.
+        Unavailable (ADAPTER_COLD) if it would rather fail, what `unusable_adapter` says of one that could not be
+        brought there, and InvalidRequest for a sum of which none is defined.
         """
         _check_composable(target)
         key, client = target.adapter_key, target.model.client
@@ -44,7 +45,11 @@ class ColdAdapters:
             for version in target.versions:
                 if version.key not in client.adapters:
                     client.start_loading(version.key, self._adapter_path(version))
-            client.start_bringing(key)
+            try:
+                client.start_bringing(key)
+            except AdapterRejected as error:
+                if policy.on_cold == ON_COLD_FAIL:  # else each call would be told to try again
+                    raise unusable_adapter(target.resolved().adapter_version, str(error), error.reason) from error
         if policy.on_cold == ON_COLD_FAIL:
             raise _cold(target, "is not on the device; it is being brought there")
         return policy.on_cold == ON_COLD_USE_BASE

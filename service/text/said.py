@@ -10,7 +10,6 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial, wraps
-from itertools import groupby
 from typing import Any, NoReturn, SupportsIndex
 
 import jinja2
@@ -396,8 +395,7 @@ def _repr(text: Said) -> Said:
 def _escaped(text: Said, ensure_ascii: bool) -> str:
     """As between the quotes of JSON."""
     parts: list[str] = []
-    for mark, run in groupby(range(len(text)), text.mask.__getitem__):
-        places = list(run)
-        written = json.dumps(str.__getitem__(text, slice(places[0], places[-1] + 1)), ensure_ascii=ensure_ascii)[1:-1]
-        parts.append(Said(written, bytes([mark]) * len(written)))
+    for run in re.finditer(b"\0+|\1+", text.mask):
+        written = json.dumps(str.__getitem__(text, slice(*run.span())), ensure_ascii=ensure_ascii)[1:-1]
+        parts.append(Said(written, run[0][:1] * len(written)))
     return concat(parts)

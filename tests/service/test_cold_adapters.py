@@ -3,9 +3,9 @@
 import pytest
 from grpc import StatusCode as Code
 
-from adapters.errors import COLD
+from adapters.errors import COLD, TOO_LARGE
 from adapters.residency import Residency
-from engine.messages import AdaptersMoved, BringAdapter
+from engine.messages import AdapterFailed, AdaptersMoved, BringAdapter
 from tests.service.data_plane import DataPlane, failure, make_spec
 
 POLICIES = {"fails": {"on_cold": "ON_COLD_FAIL"}, "goes without": {"on_cold": "ON_COLD_USE_BASE"}}
@@ -32,6 +32,17 @@ async def test_one_that_would_rather_fail_fails_at_once_and_brings_it_to_the_dev
     assert (plane.engine.requests, len(brought(plane))) == ([], 1)
     response = await plane.generate(spec)
     assert response.target.adapter_version
+
+
+async def test_one_that_can_never_be_there_is_told_why_and_not_to_try_again(plane: DataPlane, model: str) -> None:
+    spec = make_spec(model=model, adapter_policy=POLICIES["fails"])
+    plane.engine.loads_allowed = False
+    await failure(plane.generate(spec))
+    [message] = [message for message in plane.engine.received if isinstance(message, BringAdapter)]
+    plane.engine.client.deliver(AdapterFailed(message.key, ["it needs 9 bytes on the device"], TOO_LARGE))
+    failed = await failure(plane.generate(spec))
+    assert (failed.code, failed.reason) == (Code.FAILED_PRECONDITION, TOO_LARGE)
+    assert (await failure(plane.generate(spec))).reason == COLD  # it is tried again
 
 
 async def test_one_that_would_rather_go_without_does_and_brings_it_to_the_device(plane: DataPlane, model: str) -> None:

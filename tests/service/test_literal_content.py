@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
@@ -192,6 +192,7 @@ def encoded(kind: str, text: str, literal: Sequence[Span]) -> tuple[list[int], l
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
+@settings(deadline=None)
 @given(parts=st.lists(st.tuples(st.booleans(), pieces_of_texts.map("".join)), max_size=6))
 def test_control_tokens_come_of_the_other_parts_alone(kind: str, parts: list[tuple[bool, str]]) -> None:
     text, literal = "", list[Span]()
@@ -207,6 +208,7 @@ def test_control_tokens_come_of_the_other_parts_alone(kind: str, parts: list[tup
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
+@settings(deadline=None)
 @given(said=pieces_of_texts.map("".join))
 def test_the_control_tokens_of_the_template_all_come(kind: str, said: str) -> None:
     front, back = "<|im_start|>user ", "<|im_end|><think>"
@@ -216,6 +218,7 @@ def test_the_control_tokens_of_the_template_all_come(kind: str, said: str) -> No
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
+@settings(deadline=None)
 @given(said=st.text(alphabet="hi s>m_é", max_size=12), before=st.lists(st.sampled_from(CONTROL), max_size=4))
 def test_the_twin_encodes_a_text_that_spells_none_as_ever(kind: str, said: str, before: list[str]) -> None:
     backend, encoder = made(kind)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -63,6 +63,7 @@ def first_stop(words: list[str], stops: list[str], min_tokens: int) -> tuple[int
     return None
 
 
+@settings(deadline=None)
 @given(
     token_ids=st.lists(st.integers(0, len(WORDS) - 1), min_size=1, max_size=10),
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),

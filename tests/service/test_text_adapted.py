@@ -111,7 +111,7 @@ def test_tokens_and_offsets_are_those_of_the_library(
     assert (found.token_ids, found.offsets) == (expected.ids, expected.offsets)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(text=TEXTS, cut=st.tuples(st.integers(0, 30), st.integers(0, 30)))
 def test_no_control_token_comes_of_a_literal_part(
     adapted: Tokenizer, with_tokens: tokenizers.Tokenizer, text: str, cut: tuple[int, int]
