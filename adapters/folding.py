@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adapters.config import LoRAConfig
+from adapters.names import base_module_candidates
 from adapters.pace import Rest
 from adapters.replaced import ReplacedRows
 from adapters.targets import LoraTarget, Module, TargetKind, named_by
@@ -146,7 +147,12 @@ def replaced_parameters(
 
 def trained_ids(module: Module, config: LoRAConfig) -> tuple[int, ...]:
     """The tokens whose rows were trained in a module; in a tied head the embedding's, unless it has others."""
-    named = module.is_one_of(config.trained_tokens) or named_by(module.target.tied_to or "", config.trained_tokens)
+    named = module.is_one_of(config.trained_tokens)
+    if named is None and (embedding := module.target.tied_to):
+        ends = config.trained_tokens
+        named = next(
+            (end for end in ends if named_by(embedding, (end,)) or embedding in base_module_candidates(end)), None
+        )
     return config.trained_tokens.get(named or "", ())
 
 

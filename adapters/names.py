@@ -106,9 +106,8 @@ class SplitNames:
 
     @property
     def warnings(self) -> list[str]:
-        """One for each tower."""
-        paths = {".".join(module.split(".")[: _tower_depth(module)]) for module in self.towers}
-        return [f"{path}: left out, because text alone is served" for path in sorted(paths)]
+        paths = sorted({".".join(module.split(".")[: _tower_depth(module)]) for module in self.towers})
+        return [f"{', '.join(paths)}: left out, because text alone is served"] if paths else []
 
 
 def parse_tensor_name(key: str) -> LoraTensorName | None:

@@ -51,8 +51,13 @@ class AdapterTexts:
         reading = (version.key, id(base))
         if reading not in self._reading:
             self._reading[reading] = asyncio.create_task(self._read(version, base))
-            self._reading[reading].add_done_callback(lambda task: self._reading.pop(reading))
+            self._reading[reading].add_done_callback(lambda task: self._forget(reading, task))
         return await asyncio.shield(self._reading[reading])
+
+    def _forget(self, reading: tuple[AdapterKey, int], task: asyncio.Task[AdapterText]) -> None:
+        del self._reading[reading]
+        if not task.cancelled():
+            task.exception()  # seen, even if its callers went away
 
     async def _read(self, version: AdapterVersion, base: Tokenizer) -> AdapterText:
         directory = Path(self._directory(version))

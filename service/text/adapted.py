@@ -20,6 +20,7 @@ from service.text.errors import TokenizerError, TooManyTokensError
 from service.text.literal import LiteralEncoder, Span
 from service.text.model_files import ModelFiles, read_file
 from service.text.token_decoders import PieceTable
+from service.text.token_lengths import NFC_FACTOR
 from service.text.tokenizer import Encoding, Tokenizer
 
 MAX_ADDED_TOKENS = 4096
@@ -87,6 +88,7 @@ class AdaptedTokenizer(Tokenizer):
         self._splitter = _splitter(self._backend, added) if added else None
         written = self._splitter.get_added_tokens_decoder() if self._splitter is not None else {}
         self._split_ids = {found: self.token_to_id(token.content) for found, token in written.items()}
+        self._longest_bytes = _longest_bytes(base, added)
         self._lead = _lead(base)
         self._before, self._behind = _surroundings(base)
         named = files.named_special_tokens()
@@ -110,9 +112,6 @@ class AdaptedTokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return self._base.vocab_size + sum(self._base.id_to_token(token_id) is None for token_id in self._added)
-
-    def least_tokens(self, num_bytes: int) -> int:
-        return 0 if self._added else self._base.least_tokens(num_bytes)
 
     def encode(
         self, text: str, add_special_tokens: bool = True, most: int | None = None, literal: Sequence[Span] = ()
@@ -241,6 +240,13 @@ def _splitter(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken]) ->
     splitter.add_tokens([token for token_id, token in base.items() if token_id not in renamed] + list(added.values()))
     splitter.encode_special_tokens = backend.encode_special_tokens
     return splitter
+
+
+def _longest_bytes(base: Tokenizer, added: Mapping[int, AddedToken]) -> int | None:
+    """As `longest_token_bytes`; None where a token takes all the space around it."""
+    if base._longest_bytes is None or any(token.lstrip or token.rstrip for token in added.values()):
+        return None
+    return max([base._longest_bytes, *(NFC_FACTOR * len(token.content.encode()) for token in added.values())])
 
 
 def _surroundings(base: Tokenizer) -> tuple[list[int], list[int]]:

@@ -9,7 +9,7 @@ import tokenizers
 from service.text.token_decoders import BYTE_ALPHABET
 
 # Composing characters makes a text shorter: three Hangul letters of 3 bytes become one syllable of 3, no more.
-_NFC_FACTOR = 4
+NFC_FACTOR = 4
 _KEEPING = ("ByteLevel", "Metaspace", "Digits")  # pre-tokenizers that cut a text and drop nothing of it
 
 
@@ -40,7 +40,7 @@ def _shrinking(normalizer: Mapping[str, Any] | None) -> int | None:
     for stage in _stages(normalizer, "normalizers"):
         pattern = stage.get("pattern", {}).get("String", "")
         if stage["type"] == "NFC":
-            factor *= _NFC_FACTOR
+            factor *= NFC_FACTOR
         elif stage["type"] == "Replace" and pattern and len(stage["content"].encode()) >= len(pattern.encode()):
             continue
         elif stage["type"] != "Prepend":

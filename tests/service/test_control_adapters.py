@@ -1,6 +1,7 @@
 """AdapterService on a running service: adapters come, change, and go while requests run."""
 
 import asyncio
+import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,14 @@ async def test_a_created_adapter_says_what_it_is(control: ControlPlane) -> None:
     assert adapter.residency == ADAPTER_RESIDENCY_HOST
     assert list(adapter.warnings) == ["a warning"]
     assert dict(adapter.labels) == {"team": "a"}
+
+
+async def test_a_warning_of_its_config_comes_from_the_engine_alone(control: ControlPlane) -> None:
+    directory = write_adapter(control.roots / "classifier")
+    config = json.loads((directory / "adapter_config.json").read_text()) | {"task_type": "SEQ_CLS"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    adapter = await control.admin.create_adapter("classifier", base_model="tiny", source="classifier", wait=20.0)
+    assert list(adapter.warnings) == ["a warning"]
 
 
 async def test_a_created_adapter_can_be_used(control: ControlPlane) -> None:

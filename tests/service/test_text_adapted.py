@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from service.text import Tokenizer, TokenizerError, adapter_text
+from service.text import TextError, Tokenizer, TokenizerError, TooManyTokensError, adapter_text
 from service.text.detokenizer import IncrementalDetokenizer
 from service.text.literal import LiteralEncoder
 
@@ -100,7 +100,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(text=TEXTS, special=st.booleans())
 def test_tokens_and_offsets_are_those_of_the_library(
     adapted: Tokenizer, with_tokens: tokenizers.Tokenizer, text: str, special: bool
@@ -125,7 +125,7 @@ def test_no_control_token_comes_of_a_literal_part(
     assert adapted.encode(text, literal=literal) == ids
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
 def test_texts_are_written_as_they_were_read(adapted: Tokenizer, with_tokens: tokenizers.Tokenizer, text: str) -> None:
     token_ids = with_tokens.encode(text, add_special_tokens=False).ids
@@ -140,6 +140,24 @@ def test_its_tokens_can_be_drawn_and_have_text(adapted: Tokenizer, base: Tokeniz
     assert adapted.token_text(260) == "<think>"
     assert adapted.token_to_id("</think>") == 261
     assert 261 in adapted.special_token_ids
+
+
+def test_the_longest_token_may_be_its_own(base: Tokenizer, adapted: Tokenizer, write: Write) -> None:
+    assert adapted.least_tokens(1000) == 0  # <tool> takes all the space around it
+    assert base.least_tokens(1000) > 0
+    text = adapter_text(write(added_tokens__json={"<" * 100: 260}), base)
+    assert text.tokenizer.least_tokens(1000) <= len(text.tokenizer.encode("<" * 1000, False)) == 10
+
+
+def test_more_tokens_than_are_allowed_are_refused(adapted: Tokenizer) -> None:
+    assert len(adapted.encode("a<think>a", False, most=3)) == 3
+    with pytest.raises(TooManyTokensError):
+        adapted.encode("a<think>a", True, most=3)
+
+
+def test_half_a_surrogate_pair_is_refused(adapted: Tokenizer) -> None:
+    with pytest.raises(TextError, match="half a surrogate pair at character 7"):
+        adapted.encode("<think>\ud800")
 
 
 def test_the_older_files_name_tokens_too(base: Tokenizer, write: Write) -> None:
