@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.errors import COLD
 from adapters.key import AdapterKey, compose
+from adapters.residency import Residency
 from adapters.source import digest
-from engine.messages import AddRequest, StepOutput
-from engine.sampling_params import SamplingParams
+from engine.messages import AdaptersMoved, AddRequest, BringAdapter, StepOutput
+from engine.sampling_params import FinishReason, SamplingParams
 from tests.reference.peft_oracle import (
     FAMILIES,
     KINDS,
@@ -154,6 +156,34 @@ def test_the_same_weights_share_cached_prefixes_and_others_do_not(composed: Orac
         cached.append(engine.cached[number])
     engine.core.close()
     assert cached == [0, 20, 0]
+
+
+def test_a_wait_for_the_only_slot_ends_and_who_holds_it_goes_on(composed: Oracle) -> None:
+    engine = Engine(composed, kernels="reference", max_resident_adapters=1)
+    sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=40)
+    engine.core.add(AddRequest(0, [5, 6], sampling, composed.keys["plain"]))
+    engine.core.add(AddRequest(1, [5, 6], sampling, composed.keys["one-layer"], adapter_wait_seconds=0.0))
+    ended = []
+    while engine.core.has_work():
+        messages = [message for message in step(engine.core) if isinstance(message, StepOutput)]
+        ended += [output for message in messages for output in message.outputs if output.finish_reason is not None]
+    engine.core.close()
+    assert [(output.request_id, output.finish_reason) for output in ended] == [
+        (1, FinishReason.ERROR),
+        (0, FinishReason.MAX_TOKENS),
+    ]
+    assert ended[0].error_reason == COLD
+
+
+def test_a_composition_can_be_brought_to_the_device_ahead_of_its_requests(composed: Oracle) -> None:
+    engine = Engine(composed, kernels="reference")
+    key = compose([(composed.keys["plain"], 0.5), (composed.keys["one-layer"], 0.5)])
+    engine.core.bring_adapter(BringAdapter(key))
+    moves = []
+    while engine.core.has_work():
+        moves += [message.moves for message in step(engine.core) if isinstance(message, AdaptersMoved)]
+    engine.core.close()
+    assert [(key, Residency.DEVICE)] in moves
 
 
 @pytest.mark.parametrize("kind", ["dora", "activated", "bias-all", "saved-head", "tokens"])
