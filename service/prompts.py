@@ -63,6 +63,12 @@ class PromptText(NamedTuple):
     text: str
     literal: Sequence[Span]
 
+    @property
+    def work_size(self) -> int:
+        """Bytes; more than a few where the first such text may take a tokenizer's twin, and that a second."""
+        size = len(self.text.encode(errors="surrogatepass"))
+        return max(size, _INLINE_SIZE + 1) if self.literal else size
+
 
 async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> PromptText:
     """The text of a prompt that is text or chat; for chat what the model's template makes of it.
@@ -120,10 +126,10 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tena
     least = model.tokenizer.least_tokens(size)
     if most is not None and least > most:
         raise PromptTooLong.of(path, least, model.limits.max_model_len, "at least ")
-    if rendered.literal:
-        size = max(size, _INLINE_SIZE + 1)  # the first such text may take a tokenizer's twin, and that a second
     try:
-        return await work.on(tenant, size, lambda: _tokens(prompt, rendered, most, model, f"{path}.{kind}"))
+        return await work.on(
+            tenant, rendered.work_size, lambda: _tokens(prompt, rendered, most, model, f"{path}.{kind}")
+        )
     except TooManyTokensError as error:
         raise PromptTooLong.of(path, error.count, model.limits.max_model_len) from error
     except TextError as error:

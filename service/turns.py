@@ -19,8 +19,12 @@ class TurnLimits:
     """Sizes are bytes of text."""
 
     at_once: int
-    size_at_once: int  # that run together; one alone may be larger
+    size_at_once: int  # of large ones that run together; one alone may be larger
     size_in_all: int  # that run or wait
+
+    def is_large(self, size: int) -> bool:
+        """Large ones leave a place free, so that the others need not wait for the end of any of them."""
+        return 8 * size > self.size_at_once
 
 
 @dataclass(slots=True)
@@ -51,8 +55,7 @@ class Turns:
         self._limits = limits
         self._tenants: dict[str, _Tenant] = {}  # that have something here
         self._held = 0
-        self._running = 0
-        self._running_size = 0
+        self._running: list[_Work] = []
 
     @asynccontextmanager
     async def turn(self, tenant: str, weight: float, size: int) -> AsyncIterator[None]:
@@ -102,28 +105,29 @@ class Turns:
             raise Unavailable("OVERLOADED", f"{self._what} now: too much waits. Try again, or another replica")
 
     def _give_turns(self) -> None:
-        while self._running < self._limits.at_once:
-            waiting = [tenant for tenant in self._tenants.values() if tenant.waiting]
-            if not waiting:
+        while len(self._running) < self._limits.at_once:
+            ready = [one for one in self._tenants.values() if one.waiting and self._may_run(one.waiting[0])]
+            if not ready:
                 return
-            tenant = min(waiting, key=lambda one: one.served)
-            work = tenant.waiting[0]
-            if self._running and self._running_size + work.size > self._limits.size_at_once:
-                return
-            tenant.waiting.popleft()
+            tenant = min(ready, key=lambda one: one.served)
+            work = tenant.waiting.popleft()
             tenant.served += work.cost
-            self._running += 1
-            self._running_size += work.size
+            self._running.append(work)
             if not work.turn.done():  # its caller may have gone this moment
                 work.turn.set_result(None)
+
+    def _may_run(self, work: _Work) -> bool:
+        large = [one.size for one in self._running if self._limits.is_large(one.size)]
+        if not large or not self._limits.is_large(work.size):
+            return True
+        return len(large) < self._limits.at_once - 1 and sum(large) + work.size <= self._limits.size_at_once
 
     def _end(self, work: _Work) -> None:
         own = self._tenants[work.tenant]
         if work in own.waiting:
             own.waiting.remove(work)
         else:
-            self._running -= 1
-            self._running_size -= work.size
+            self._running.remove(work)
         own.held -= work.size
         self._held -= work.size
         if own.held == 0:

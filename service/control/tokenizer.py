@@ -46,18 +46,14 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             problem = f"are given for texts of at most {MAX_OFFSETS_BYTES} bytes; this one has {size}"
             raise InvalidRequest.at("include_offsets", problem)
         try:
-            return await self._texts.threads.in_thread(
-                tenant.name, tenant.config.weight, size, lambda: _tokenized(request, model, text)
-            )
+            return await self._texts.on(tenant, text.work_size, lambda: _tokenized(request, model, text))
         except TextError as error:
             raise InvalidRequest.at("prompt", str(error)) from error
 
     async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:  # noqa: N802
         tenant = self._tenants.get(current_call().tenant)
         model = await self._model(request.model)
-        return await self._texts.threads.in_thread(
-            tenant.name, tenant.config.weight, len(request.token_ids), lambda: _detokenized(request, model)
-        )
+        return await self._texts.on(tenant, len(request.token_ids), lambda: _detokenized(request, model))
 
     async def _model(self, name: str) -> LoadedModel:
         target = self._catalog.resolve(current_call().tenant, name, "model")

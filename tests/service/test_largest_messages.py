@@ -1,8 +1,5 @@
 """The largest message of every method that may be sent: what comes of it, it holds nobody up."""
 
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,26 +8,18 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import BatchGenerateRequest, CancelGenerationRequest, GenerateRequest
 from loraplex.v1.prompt_pb2 import ChatMessage, Prompt, ToolCall
 from loraplex.v1.routes_pb2 import Route, UpdateRouteRequest
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
+from tests.service.watched import Watched, watched_server
 
 MOST_HELD_MS = 100.0
-START_SECONDS = 120.0
 MIB = 1 << 20
 ROOM = 4096  # of a message, for what is around its largest field
 
-MODULES = (adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2)
-METHODS = {
-    method.name: f"/{service.full_name}/{method.name}"
-    for module in MODULES
-    for service in module.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
 NAME = "x" * 512
 LABELS = {f"{number:02d}".ljust(63, "k"): "v" * 256 for number in range(64)}
 WIDE = ChatMessage(role="assistant", tool_calls=[ToolCall(id="i" * 256, name="n" * 256, arguments_json="{}")] * 2)
@@ -122,67 +111,18 @@ MESSAGES: dict[str, tuple[str, Message]] = {
 }
 
 
-class Watched:
-    """A running service."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._stdin, self._stdout = process.stdin, process.stdout
-        self.data, self.admin = self._stdout.readline().split()
-
-    def held_ms(self) -> float:
-        """Since this was asked last."""
-        self._stdin.write("\n")
-        self._stdin.flush()
-        return float(self._stdout.readline())
-
-    def call(self, method: str, message: Message) -> tuple[grpc.StatusCode, str]:
-        path = METHODS[method]
-        address = self.data if "Inference" in path or "Tokenizer" in path else self.admin
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        with grpc.insecure_channel(address, options=options) as channel:
-            call = channel.unary_stream(path)(message.SerializeToString(), timeout=100)
-            try:
-                list(call)
-            except grpc.RpcError as error:
-                return error.code(), error.details() or ""
-            return grpc.StatusCode.OK, ""
-
-
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer_directory: Path) -> Iterator[Watched]:
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "tests.service.watched_server",
-            str(byte_tokenizer_directory),
-            str(tmp_path_factory.mktemp("roots")),
-        ],
-        cwd=Path(__file__).resolve().parents[2],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    watchdog = threading.Timer(START_SECONDS, process.kill)
-    watchdog.start()
-    try:
-        watched = Watched(process)
-        watchdog.cancel()
-        watched.call("Tokenize", TokenizeRequest(model="tiny", prompt=chat([ChatMessage(role="user")])))  # warm
-        watched.held_ms()
+    with watched_server(byte_tokenizer_directory, tmp_path_factory.mktemp("roots")) as watched:
+        watched.call(TokenizeRequest(model="tiny", prompt=chat([ChatMessage(role="user")])), "Tokenize")  # warm
         yield watched
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_the_largest_messages_do_not_hold_the_event_loop(watched: Watched, name: str) -> None:
     watched.held_ms()
-    code, problem = watched.call(*MESSAGES[name])
+    method, message = MESSAGES[name]
+    code, problem = watched.call(message, method)
     held = watched.held_ms()
     assert code not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED)
     assert held <= MOST_HELD_MS, (code, problem)

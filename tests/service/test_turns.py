@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, suppress
 import pytest
 
 from service.errors import Unavailable
-from service.turns import TurnLimits, Turns
+from service.turns import SMALLEST, TurnLimits, Turns
 
 MIB = 1 << 20
 
@@ -65,8 +65,18 @@ async def test_shares_go_by_weight() -> None:
     assert waiting.order[:6].count("heavy") == 4
 
 
-async def test_no_more_at_once_than_fit_together() -> None:
+async def test_a_large_one_leaves_a_place_to_others() -> None:
     turns = turns_of(at_once=2)
+    waiting = Waiting(turns)
+    async with turns.turn("a", 1.0, MIB):
+        await waiting.add("a", size=MIB)
+        await waiting.add("b", size=SMALLEST)
+        assert waiting.order == ["b"]
+    await waiting.end()
+
+
+async def test_no_more_at_once_than_fit_together() -> None:
+    turns = turns_of(at_once=3)
     waiting = Waiting(turns)
     async with turns.turn("a", 1.0, 3 * MIB):
         await waiting.add("b", size=2 * MIB)

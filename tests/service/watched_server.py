@@ -10,6 +10,7 @@ from pathlib import Path
 
 import uvloop
 
+from service.cli import _limit_arenas
 from tests.service.control_plane import control_plane
 from tests.service.guarded_server import HeldLoop
 
@@ -25,4 +26,5 @@ async def serve(tokenizer: Path, roots: Path) -> None:
 
 
 if __name__ == "__main__":
+    _limit_arenas()  # as `loraplex serve` does
     uvloop.run(serve(Path(sys.argv[1]), Path(sys.argv[2])))
