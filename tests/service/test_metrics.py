@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -111,6 +112,14 @@ async def test_the_series_of_an_adapter_end_with_its_last_version(control: Contr
     assert page.value("loraplex_tenant_completion_tokens_total", tenant="default", model="tiny") == 10
     [tenant] = (await anext(control.admin.watch_load())).tenants
     assert (tenant.requests_total, tenant.completion_tokens_total) == (2, 10)
+
+
+async def test_requests_without_finite_logits_are_counted_by_model(control: ControlPlane) -> None:
+    core = control.core()
+    stats = core.stats
+    core.stats = lambda: msgspec.structs.replace(stats(), num_not_finite=3)
+    await control.client.generate("tiny", "abc", max_tokens=5)
+    assert (await scrape(control)).value("loraplex_not_finite_requests_total", model="tiny") == 3
 
 
 async def test_the_times_of_a_generation_are_under_both_names(control: ControlPlane) -> None:
