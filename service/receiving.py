@@ -20,9 +20,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _DATA = "/loraplex.v1.InferenceService/", "/loraplex.v1.TokenizerService/"
 _BATCH = "/loraplex.v1.InferenceService/BatchGenerate"
-_UPLOAD = "/loraplex.v1.AdapterService/UploadAdapter"
-_UPLOAD_BYTES = (1 << 20) + (64 << 10)  # a chunk, or a header
-_OTHER_BYTES = 64 << 10  # names, labels, targets
+_ADAPTERS = "/loraplex.v1.AdapterService/"
+_ADAPTER_BYTES = 2 << 20  # a chunk of an upload; an adapter with the names of all of its modules
+_OTHER_BYTES = 256 << 10  # names, labels, targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class ReceiveLimits:
         """`method`: its path."""
         if method == _BATCH:
             return self.batch_bytes
-        if method == _UPLOAD:
-            return _UPLOAD_BYTES
+        if method.startswith(_ADAPTERS):
+            return _ADAPTER_BYTES
         return self.request_bytes if method.startswith(_DATA) else _OTHER_BYTES
 
     def largest(self, services: Iterable[str]) -> int:
