@@ -15,7 +15,6 @@ from typing import Any, Literal, Self
 
 import msgspec
 import yaml
-from google.protobuf import json_format
 
 from engine.config import EngineConfig
 from engine.logs import LOG_FORMATS
@@ -24,7 +23,7 @@ from service.auth.config import AuthConfig, CertificateConfig, JwtConfig
 from service.config_checks import Shape, number_problems
 from service.device_shares import share_problems, with_shares
 from service.tenants import TenantConfig
-from service.validation import check_message
+from service.validation import sampling_of_file
 
 ENVIRONMENT_PREFIX = "LORAPLEX_"
 ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -64,15 +63,7 @@ class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
         """`default_sampling` as the contract has it. Raises ValueError naming the field at fault."""
         if self.default_sampling is None or self.default_sampling == "none":
             return Sampling()
-        try:
-            sampling = json_format.ParseDict(self.default_sampling, Sampling())
-        except json_format.ParseError as error:
-            raise ValueError(f"default_sampling: {error}") from error
-        found = check_message(sampling, "default_sampling")
-        problems = [f"{violation.field}: {violation.problem}" for violation in found]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return sampling
+        return sampling_of_file(self.default_sampling, "default_sampling")
 
 
 class AdapterConfig(_Section, frozen=True):

@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from google.protobuf import json_format
-
 from loraplex.v1.generation_pb2 import Sampling
 from service.text import TextError
-from service.validation import check_message
+from service.validation import sampling_of_file
 
 # Fields that both contracts have, under one name and with one meaning.
 _READ = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
@@ -47,21 +45,11 @@ def default_sampling(generation_config: Mapping[str, Any]) -> Sampling:
     if isinstance(values.get("top_k"), int):
         values["top_k"] = max(values["top_k"], 0)  # -1, too, is how files say that it is off
     try:
-        sampling = json_format.ParseDict(values, Sampling())
-    except json_format.ParseError as error:
-        raise _wrong(str(error)) from error
-    problems = [f"{violation.field} {violation.problem}" for violation in check_message(sampling)]
-    if problems:
-        raise _wrong("; ".join(problems))
-    return sampling
+        return sampling_of_file(values, "generation_config.json")
+    except ValueError as error:
+        raise TextError(f"{error}. Correct it, or have the configuration say `default_sampling: none`") from error
 
 
 def unread(generation_config: Mapping[str, Any]) -> list[str]:
     """The fields that would choose other tokens, and that this server does not have."""
     return [name for name in UNREAD if generation_config.get(name) not in (None, False, 0, 1, [], {})]
-
-
-def _wrong(problem: str) -> TextError:
-    return TextError(
-        f"generation_config.json: {problem}. Correct it, or have the configuration say `default_sampling: none`"
-    )

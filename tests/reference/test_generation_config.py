@@ -43,10 +43,10 @@ def test_a_negative_top_k_is_off() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"top_p": 7}, {"temperature": "hot"}, {"temperature": float("nan")}, {"top_k": 2.5}]
+    "values", [{"top_p": 7}, {"temperature": "hot"}, {"temperature": float("nan")}, {"top_k": 2.5}, {"min_p": 10**400}]
 )
 def test_a_value_that_no_request_could_ask_for_is_refused_with_its_field(values: dict[str, Any]) -> None:
-    with pytest.raises(TextError, match=rf"generation_config.json: .*{next(iter(values))}"):
+    with pytest.raises(TextError, match=rf"generation_config.json.*{next(iter(values))}"):
         default_sampling(values)
 
 
