@@ -124,7 +124,7 @@ async def test_a_caller_is_known_by_its_certificate(byte_tokenizer_directory: Pa
             assert [model.name for model in await client.list_models()] == ["models/tiny"]
         async with admin(shop) as client:
             with pytest.raises(PermissionDenied):
-                await client.list_models()
+                await client.load_model("tiny")
         for pair in (stranger, authority.issue("operator\0.evil"), authority.issue("x", x509.DNSName("operator\0.x"))):
             async with admin(pair) as client:
                 with pytest.raises(Unauthenticated):
