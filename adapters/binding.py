@@ -63,7 +63,7 @@ def bind(
     problems.extend(_unmet(placed, targets, split.towers, config))
     problems.extend(half_tied(placed, targets, config))
     if not mismatches and not problems:
-        problems.extend(contradictions(placed, tensors, config))
+        problems.extend(contradictions(placed, tensors, config, dtype))
     if mismatches or problems:
         raise AdapterRejected([*mismatches, *problems], BASE_MISMATCH if mismatches else INVALID)
     values = Values(tensors, dtype, problems, rest)

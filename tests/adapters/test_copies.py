@@ -68,6 +68,17 @@ def test_lora_that_the_config_ties_is_the_embedding_s_transposed(lora_tensors: T
     assert problem.startswith(f"{HEAD}.lora_A.weight: differs from {EMBEDDING}.lora_embedding_B")
 
 
+def test_lora_that_the_config_ties_has_come_apart_on_a_16_bit_base(tied: Targets) -> None:
+    """As PEFT has it: tests/reference shows that it reads each as it is."""
+    embedding = {
+        f"{EMBEDDING}.lora_embedding_A": torch.ones(4, VOCABULARY),
+        f"{EMBEDDING}.lora_embedding_B": torch.ones(WIDTH, 4),
+    }
+    head = {f"{HEAD}.lora_A.weight": torch.full((4, WIDTH), 2.0), f"{HEAD}.lora_B.weight": torch.ones(VOCABULARY, 4)}
+    weights = bound(embedding | head, tied, torch.bfloat16, ensure_weight_tying=True).weights
+    assert torch.equal(weights["lm_head"].a, torch.full((4, WIDTH), 2.0, dtype=torch.bfloat16))
+
+
 def test_half_of_what_the_config_ties_is_refused(lora_tensors: TensorMaker, tied: Targets) -> None:
     saved = {"modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True}
     (problem,) = problems_with(lora_tensors([Q]) | {f"{EMBEDDING}.weight": WEIGHT}, tied, **saved)

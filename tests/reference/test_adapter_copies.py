@@ -129,3 +129,20 @@ def test_copies_are_compared_with_the_head_that_was_loaded_not_with_what_it_was_
     engine.core.close()
     assert HEAD_SITE in loaded.packed
     assert REPLACED_SITE not in loaded.packed
+
+
+@pytest.mark.parametrize(("dtype", "own"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_peft_ties_lora_in_float32_alone(tmp_path: Path, dtype: torch.dtype, own: bool) -> None:
+    """What `contradictions` goes by: on a 16-bit base embedding and head have each their own."""
+    base = FAMILIES["qwen3-tied"]().to(dtype)
+    oracle = Oracle(tmp_path, {None: None}, {None: base})
+    oracle.write("both", {"target_modules": BOTH, "ensure_weight_tying": True}, seed=1)
+    file = tmp_path / "both/adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.lm_head.lora_A.weight"
+    tensors[key] = tensors[key] + 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    oracle.read("both")
+    embedding = oracle.models["both"].base_model.model.model.embed_tokens.lora_embedding_B["default"]
+    saved = tensors["base_model.model.model.embed_tokens.lora_embedding_B"]
+    assert torch.equal(embedding.float(), saved.float()) is own
