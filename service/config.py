@@ -22,8 +22,8 @@ from loraplex.v1.generation_pb2 import Sampling
 from service.auth.config import AuthConfig, CertificateConfig, JwtConfig
 from service.config_checks import Shape, number_problems
 from service.device_shares import share_problems, with_shares
+from service.generation_defaults import sampling_of_file
 from service.tenants import TenantConfig
-from service.validation import sampling_of_file
 
 ENVIRONMENT_PREFIX = "LORAPLEX_"
 ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

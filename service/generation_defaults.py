@@ -1,11 +1,14 @@
-"""How a model's own files want its tokens chosen: generation_config.json, as transformers reads it."""
+"""How files want tokens chosen: our configuration, and a model's generation_config.json as transformers reads it."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from google.protobuf import json_format
+
 from loraplex.v1.generation_pb2 import Sampling
+from service.errors import LoraplexError
 from service.text import TextError
-from service.validation import sampling_of_file
+from service.validation import check_message
 
 # Fields that both contracts have, under one name and with one meaning.
 _READ = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
@@ -31,6 +34,23 @@ UNREAD = (
     "forced_eos_token_id",
     "watermarking_config",
 )
+
+
+def sampling_of_file(values: Mapping[str, Any], place: str) -> Sampling:
+    """The message that these values of a file make. Raises ValueError naming, at `place`, what no request may have."""
+    large = [name for name, value in values.items() if isinstance(value, int) and abs(value) >= 1 << 64]
+    if large:  # of these the parser says nothing but that they overflow
+        raise ValueError(f"{place}: {', '.join(large)}: the number is too large")
+    try:
+        sampling = json_format.ParseDict(dict(values), Sampling())
+        problems = [f"{violation.field}: {violation.problem}" for violation in check_message(sampling, place)]
+    except json_format.ParseError as error:
+        raise ValueError(f"{place}: {error}") from error
+    except LoraplexError as error:
+        raise ValueError(error.message) from error
+    if problems:
+        raise ValueError("; ".join(problems))
+    return sampling
 
 
 def default_sampling(generation_config: Mapping[str, Any]) -> Sampling:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -23,7 +22,7 @@ from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
 from loraplex.v1.prompt_pb2 import ChatMessage, Prompt
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from service.control.requests import ID, model_id, tenant_id
-from service.errors import FeatureUnsupported, InvalidRequest, LoraplexError, PromptTooLong, Violation
+from service.errors import FeatureUnsupported, InvalidRequest, PromptTooLong, Violation
 from service.limits import LIMITS, TOTALS, Entries, Total
 from service.times import duration_seconds
 
@@ -276,23 +275,6 @@ class OutputForm:
             chunk_tokens=max(1, stream.min_tokens_per_chunk) if streaming else TOKENS_AT_ONCE,
             chunk_delay_seconds=delay if streaming else math.inf,
         )
-
-
-def sampling_of_file(values: Mapping[str, Any], place: str) -> Sampling:
-    """The message that these values of a file make. Raises ValueError naming, at `place`, what no request may have."""
-    large = [name for name, value in values.items() if isinstance(value, int) and abs(value) >= 1 << 64]
-    if large:  # of these the parser says nothing but that they overflow
-        raise ValueError(f"{place}: {', '.join(large)}: the number is too large")
-    try:
-        sampling = json_format.ParseDict(dict(values), Sampling())
-        problems = [f"{violation.field}: {violation.problem}" for violation in check_message(sampling, place)]
-    except json_format.ParseError as error:
-        raise ValueError(f"{place}: {error}") from error
-    except LoraplexError as error:
-        raise ValueError(error.message) from error
-    if problems:
-        raise ValueError("; ".join(problems))
-    return sampling
 
 
 def merged_sampling(spec: Sampling, defaults: Sampling) -> Sampling:
