@@ -43,6 +43,7 @@ R = TypeVar("R")
 
 M_ARENA_MAX: Final = -8  # malloc.h of glibc
 MAX_ARENAS: Final = 2
+SWITCH_SECONDS: Final = 0.0005  # after which a thread that works on a long text lets the event loop go on
 
 EXISTING = click.Path(path_type=Path, exists=True)
 CONFIG_OPTION = click.option(
@@ -74,6 +75,7 @@ def serve(config: Path | None, insecure: bool) -> None:
     settings = _settings(config, {"LORAPLEX_INSECURE": "true"} if insecure else {})
     set_up_logging(settings.log_level, settings.log_format, "service", CallFields(), CallersThatLeft())
     _limit_arenas()
+    sys.setswitchinterval(SWITCH_SECONDS)
     raise_descriptor_limit(descriptors_needed(settings))
     with _start_failures():
         uvloop.run(_serve(settings))

@@ -23,7 +23,7 @@ from service.text import IncrementalDetokenizer, TextError
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-MAX_OFFSETS_BYTES = 128 << 10  # of a text whose tokens' places are told
+MAX_OFFSETS_BYTES = 32 << 10  # of a text whose tokens' places are told
 MAX_TEXT_CHARS = 4 << 20  # of detokenised text
 _CHUNK = 1 << 14  # tokens that are worked on before other threads have theirs
 

@@ -80,7 +80,7 @@ MESSAGES: dict[str, tuple[str, Message]] = {
     "Tokenize every token": ("Tokenize", TokenizeRequest(model="tiny", prompt={"text": "x" * (4 * MIB - ROOM)})),
     "Tokenize offsets": (
         "Tokenize",
-        TokenizeRequest(model="tiny", prompt={"text": "x" * (128 << 10)}, include_offsets=True),
+        TokenizeRequest(model="tiny", prompt={"text": "x" * (32 << 10)}, include_offsets=True),
     ),
     "Detokenize": ("Detokenize", DetokenizeRequest(model="tiny", token_ids=[97] * MIB)),
     "UpdateRoute": (

@@ -106,9 +106,9 @@ async def test_long_texts_of_one_tenant_do_not_keep_out_anothers(byte_tokenizer:
 
 
 async def test_places_of_tokens_are_told_for_texts_of_some_length_alone(control: ControlPlane) -> None:
-    with pytest.raises(InvalidArgument, match="131072 bytes"):
-        await control.client.tokenize("tiny", "x" * 131_073, include_offsets=True)
-    assert len((await control.client.tokenize("tiny", "x" * 131_073)).token_ids) == 131_073
+    with pytest.raises(InvalidArgument, match="32768 bytes"):
+        await control.client.tokenize("tiny", "x" * 32_769, include_offsets=True)
+    assert len((await control.client.tokenize("tiny", "x" * 32_769)).token_ids) == 32_769
 
 
 async def test_tokens_that_come_to_too_much_text_are_refused(control: ControlPlane) -> None:

@@ -33,7 +33,7 @@ class TokenizeRequest(google.protobuf.message.Message):
     """Whose tokenizer: any name that GenerateSpec.model takes. Required. At most 512 characters."""
     include_offsets: builtins.bool
     """Whether to return where in the text each token is. Default false. Then the text, or what the template rendered, has at
-    most 131,072 bytes.
+    most 32,768 bytes.
     """
     include_text: builtins.bool
     """Whether to return the text that was tokenised; for chat, what the template rendered. Default false."""
