@@ -59,13 +59,17 @@ class AdapterTexts:
         if not task.cancelled():
             task.exception()  # seen, even if its callers went away
 
+    async def read(self, name: str, directory: Path, digest: str, base: Tokenizer) -> AdapterText:
+        """The text in a directory whose text files have this digest. Raises what `dressed` does."""
+        try:
+            return await asyncio.to_thread(_read, directory, digest, base)
+        except (AdapterRejected, OSError) as error:
+            message = f"adapter {name}: the files of its text cannot be read: {error}"
+            raise Unavailable("ADAPTER_UNREADABLE", message) from error
+
     async def _read(self, version: AdapterVersion, base: Tokenizer) -> AdapterText:
         directory = Path(self._directory(version))
-        try:
-            text = await asyncio.to_thread(_read, directory, version.text_digest, base)
-        except (AdapterRejected, OSError) as error:
-            message = f"adapter {version.version_name}: the files of its text cannot be read: {error}"
-            raise Unavailable("ADAPTER_UNREADABLE", message) from error
+        text = await self.read(version.version_name, directory, version.text_digest, base)
         self._held[version.key] = _Held(base, text)
         while len(self._held) > 1 and sum(held.text.num_chars for held in self._held.values()) > MAX_HELD_CHARS:
             self._held.popitem(last=False)

@@ -123,22 +123,27 @@ class AdapterDeployer:
         )
         return replace(files, description=None, problems=(problem,), reason="ADAPTER_RANK_TOO_HIGH")
 
-    async def validate(self, tenant: str, adapter_id: str, base_model: str, files: AdapterFiles) -> AdapterLoaded:
+    async def validate(self, tenant: str, adapter_id: str, base_model: str, files: AdapterFiles) -> AdapterInfo:
         """Have the model's engine read and bind an adapter that is not registered, and forget it again.
 
-        Raises FailedPrecondition (ADAPTER_INVALID, ADAPTER_RANK_TOO_HIGH), and what `ModelHost.serving` raises.
+        Raises FailedPrecondition (ADAPTER_INVALID, ADAPTER_RANK_TOO_HIGH), what `ModelHost.serving` raises, and what
+        `AdapterTexts.read` does.
         """
-        if files.description is None:
+        description = files.description
+        if description is None:
             raise FailedPrecondition(files.reason, "; ".join(files.problems))
-        client = self._models.serving(base_model).client
+        model = self._models.serving(base_model)
         key = AdapterKey(f"{tenant}/{adapter_id}", files.digest)
         try:
-            loaded = await client.load_adapter(key, str(files.directory))
+            loaded = await model.client.load_adapter(key, str(files.directory))
         except AdapterRejected as error:
             raise FailedPrecondition(error.reason, str(error)) from error
         if not self._is_registered(key):
-            self._spawn(_unload(client, key))
-        return loaded
+            self._spawn(_unload(model.client, key))
+        text = AdapterText(model.tokenizer)
+        if description.text_digest:
+            text = await self._texts.read(str(key), files.directory, description.text_digest, model.tokenizer)
+        return adapter_info(description, loaded, _text_warnings(text, description))
 
     async def create_saved(
         self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles, check: Callable[[], None]
@@ -347,26 +352,23 @@ class AdapterDeployer:
                 return  # the engine ended; its next life is given the adapter again
             else:
                 version = self._version(key)
-                warnings = await self._text_warnings(version)
+                warnings = await self._warnings_of_text(version)
                 if self._version(key).state is AdapterState.LOADING:
                     info = adapter_info(self._descriptions.pop(key), loaded, warnings)
                     self._bring_closer(self._registry.activate(key, info))
 
-    async def _text_warnings(self, version: AdapterVersion) -> tuple[str, ...]:
+    async def _warnings_of_text(self, version: AdapterVersion) -> tuple[str, ...]:
         """What of the text of a LOADING version is not as its files or its training have it."""
         model = self._models.find(version.spec.base_model)
         if version.state is not AdapterState.LOADING or model is None or model.tokenizer is None:
             return ()
-        trained = self._descriptions[version.key].config.trained_tokens.values()
-        text = AdapterText(model.tokenizer)
+        description, text = self._descriptions[version.key], AdapterText(model.tokenizer)
         if version.text_digest:
             try:
                 text = await self._texts.text(version, model.tokenizer)
             except Unavailable as error:
                 return (error.message,)
-        num_named = text.tokenizer.num_token_ids
-        unnamed = sorted({token_id for ids in trained for token_id in ids if token_id >= num_named})
-        return (*text.warnings, *([_unnamed(unnamed)] if unnamed else []))
+        return _text_warnings(text, description)
 
     def _model_changed(self, model: HostedModel) -> None:
         """Give a new life of an engine its adapters."""
@@ -490,9 +492,15 @@ class AdapterDeployer:
             logger.error("a change of the adapters could not be completed", exc_info=error)
 
 
-def _unnamed(token_ids: Sequence[int]) -> str:
-    listed = ", ".join(map(str, token_ids[:5])) + (" …" if len(token_ids) > 5 else "")
-    return f"tokens {listed} were trained, and no tokenizer has them: keep tokenizer.json beside the weights"
+def _text_warnings(text: AdapterText, description: AdapterDescription) -> tuple[str, ...]:
+    """What of an adapter's text is not as its files or its training have it."""
+    trained = {token_id for ids in description.config.trained_tokens.values() for token_id in ids}
+    unnamed = sorted(token_id for token_id in trained if token_id >= text.tokenizer.num_token_ids)
+    if not unnamed:
+        return text.warnings
+    listed = ", ".join(map(str, unnamed[:5])) + (" …" if len(unnamed) > 5 else "")
+    problem = f"tokens {listed} were trained, and no tokenizer has them: keep tokenizer.json beside the weights"
+    return (*text.warnings, problem)
 
 
 def _register(

@@ -62,7 +62,7 @@ from service.control.requests import (
 from service.control.sight import seen_tenants
 from service.control.uploads import receive_files, upload_header
 from service.control.watching import Latest
-from service.deployment import AdapterDeployer, adapter_info
+from service.deployment import AdapterDeployer
 from service.errors import (
     Aborted,
     FailedPrecondition,
@@ -225,9 +225,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         return self._message(self._find(version.key) or version)
 
     async def _validated(self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles) -> Adapter:
-        loaded = await self._deployer.validate(tenant, adapter_id, spec.base_model, files)
-        assert files.description is not None, "else it is not valid"
-        info = adapter_info(files.description, loaded)
+        info = await self._deployer.validate(tenant, adapter_id, spec.base_model, files)
         name = f"tenants/{tenant}/adapters/{adapter_id}"
         return Adapter(
             name=name,
