@@ -3,8 +3,8 @@
     python -m benchmarks.neighbours
     python -m benchmarks.neighbours --callers 8 --seconds 10
 
-Serves the demo's models and measures a small call of one tenant, again and again: alone, and while callers of
-another tenant send messages as large as they may be, of one kind at a time.
+Serves the demo's models and measures a small call of one tenant, again and again: alone, and while callers of another
+tenant send messages as large as they may be, of one kind at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import grpc
 
 from benchmarks.measure import machine
 from loraplex import Client, LoraplexError
@@ -66,28 +64,41 @@ def latencies(client: Client, seconds: float) -> list[float]:
     return measured
 
 
-@contextmanager
-def sending(address: str, call: Call, callers: int) -> Iterator[None]:
-    """While so many callers send one large message after another. What is refused is sent again after a while."""
-    stop = threading.Event()
+def send(address: str, kind: str, callers: int) -> None:
+    """One large message after another from so many callers. What is refused is sent again after a while."""
 
-    def send() -> None:
+    def go_on() -> None:
         with Client(address) as client:
-            while not stop.is_set():
+            while True:
                 try:
-                    call(client)
-                except (LoraplexError, grpc.RpcError):
-                    stop.wait(0.1)
+                    LARGE_CALLS[kind](client)
+                except LoraplexError:
+                    time.sleep(0.1)
 
-    threads = [threading.Thread(target=send) for _ in range(callers)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+    for _ in range(callers):
+        threading.Thread(target=go_on).start()
+
+
+@contextmanager
+def sending(address: str, kind: str, callers: int) -> Iterator[None]:
+    """While a process of its own does that: this one only measures."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.neighbours",
+        "--send",
+        kind,
+        "--to",
+        address,
+        "--callers",
+        str(callers),
+    ]
+    with subprocess.Popen(command) as process:
+        time.sleep(5.0)
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def show(name: str, measured: list[float], alone: float | None = None) -> float:
@@ -102,17 +113,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--callers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each kind")
+    parser.add_argument("--send", choices=LARGE_CALLS, help=argparse.SUPPRESS)
+    parser.add_argument("--to", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.send is not None:
+        send(args.to, args.send, args.callers)
+        return
     print(machine())
     with served() as address, Client(address) as client:
         client.wait_until_serving(f"models/{MODEL}", timeout=120)
         latencies(client, 1.0)
-        for name, call in LARGE_CALLS.items():
+        for kind in LARGE_CALLS:
             alone = show("alone", latencies(client, args.seconds))
-            with sending(address, call, args.callers):
-                time.sleep(1.0)
+            with sending(address, kind, args.callers):
                 measured = latencies(client, args.seconds)
-            show(name, measured, alone)
+            show(kind, measured, alone)
 
 
 if __name__ == "__main__":
