@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.ops import AttentionMetadata, LayerKV
 from kernels.triton.codes import PLAIN, as_codes, coding_of, decode
-from kernels.triton.primitives import dot, locate_tile
+from kernels.triton.primitives import LEAST_STEP, Tile, dot, locate_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_SPLIT_KEYS = tl.constexpr(256)  # fewer keys than this are not worth a program of their own
@@ -248,27 +248,17 @@ def _combine(
     tl.store(place, attended.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """The tile of one kind of launch, and how the compiler is to spread it."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def _choose_tile(decode: bool, group: int, head_dim: int, dtype: torch.dtype) -> _Tile:
+def _choose_tile(q: Tensor, cache: LayerKV, decode: bool) -> Tile:
     """Such that the accumulators fit in registers and the keys and values of `num_stages` steps in 99 KiB of shared
     memory, the least that a GPU since Ampere offers."""
-    smallest = triton.next_power_of_2(group)
-    if dtype == torch.float32:  # multiplied without tensor cores, which takes registers
-        return _Tile(max(16 if decode else 32, smallest), 16, num_warps=8, num_stages=2)
-    wide = head_dim > 128
-    num_stages = 2 if wide else 3
+    smallest = triton.next_power_of_2(q.shape[1] // cache.k.shape[1])
+    if q.dtype == torch.float32:  # multiplied without tensor cores, which takes the registers to run ahead with
+        return Tile(max(16 if decode else 32, smallest), 16, num_warps=8, num_stages=1)
+    wide, rounded = q.shape[2] > 128, cache.k_scale is not None  # rounded keys take registers on their way
     if decode:
-        return _Tile(max(16, smallest), 64, num_warps=4, num_stages=num_stages)
-    return _Tile(max(64 if wide else 128, smallest), 32 if wide else 64, num_warps=8, num_stages=num_stages)
+        return Tile(max(16, smallest), 32 if wide and rounded else 64, num_warps=4, num_stages=2 if wide else 3)
+    block_n, num_stages = (32, 2) if wide or rounded else (64, 3)
+    return Tile(max(64 if wide else 128, smallest), block_n, num_warps=8, num_stages=num_stages)
 
 
 def _choose_splits(num_tiles: int, max_seq_len: int, num_multiprocessors: int) -> int:
@@ -319,7 +309,7 @@ def paged_attention(
                 NUM_HEADS=num_heads,
                 HEAD_DIM=head_dim,
                 SPLITS=splits,
-                BLOCK_N=_choose_tile(True, num_heads // cache.k.shape[1], head_dim, q.dtype).block_n,
+                BLOCK_N=_choose_tile(q, cache, decode=True).block_n,
                 BLOCK_D=triton.next_power_of_2(head_dim),
             )
     return out.flatten(1)
@@ -338,7 +328,7 @@ def _launch(
     num_tokens, num_heads, head_dim = q.shape
     num_sequences, num_kv_heads = len(metadata.seq_lens), cache.k.shape[1]
     group = num_heads // num_kv_heads
-    tile = _choose_tile(decode, group, head_dim, q.dtype)
+    tile = _choose_tile(q, cache, decode)
     num_tiles = num_sequences if decode else num_tokens // (tile.block_m // group) + num_sequences
     _attention[(num_tiles, num_kv_heads, splits)](
         q,
@@ -365,7 +355,7 @@ def _launch(
         SPLITS=splits,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=max(LEAST_STEP, triton.next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -1,14 +1,27 @@
-"""What several kernels share: finding the rows of a tile, and the product of two tiles."""
+"""What several kernels share: what a tile is, finding its rows, and the product of two tiles."""
 
 # ruff: noqa: N803  (what is fixed when a kernel is compiled is upper case, as everywhere in Triton)
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+LEAST_STEP = 16  # what tensor cores multiply at a time
+
 # The interpreter (TRITON_INTERPRET=1) multiplies bfloat16 tiles as if they were integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Tile(NamedTuple):
+    """The tile of one kind of launch, and how the compiler is to spread it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
 @triton.jit

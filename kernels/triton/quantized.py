@@ -19,12 +19,10 @@ from torch import Tensor
 
 from kernels.quantized import AffineWeight, Float8Weight, QuantizedWeight, TableWeight
 from kernels.triton.codes import FLOAT8, PLAIN, as_codes, coding_of, decode
-from kernels.triton.primitives import dot
+from kernels.triton.primitives import LEAST_STEP, Tile, dot
 
 WIDEST_STEP = 64  # columns multiplied at a time
-LEAST_STEP = 16  # what tensor cores multiply at a time
 FEW_ROWS = 16
-BLOCK_N = 128
 TABLE_SIZE = tl.constexpr(16)
 MAX_SPLITS = 16
 
@@ -254,8 +252,8 @@ def quantized_linear(x: Tensor, packed: TritonQuantizedLinear, num_multiprocesso
     y = torch.empty((num_rows, out_features), dtype=x.dtype, device=x.device)
     if not num_rows:
         return y
-    block_m, num_warps = (FEW_ROWS, 4) if num_rows <= FEW_ROWS else (64, 8)
-    tiles = triton.cdiv(out_features, BLOCK_N), triton.cdiv(num_rows, block_m)
+    tile = _choose_tile(num_rows, x.dtype, packed.uniform)
+    tiles = triton.cdiv(out_features, tile.block_n), triton.cdiv(num_rows, tile.block_m)
     splits = _choose_splits(tiles[0] * tiles[1], packed, num_multiprocessors)
     parts = y if splits == 1 else y.new_empty((splits, num_rows, out_features), dtype=torch.float32)
     _quantized_linear[(*tiles, splits)](
@@ -280,10 +278,10 @@ def quantized_linear(x: Tensor, packed: TritonQuantizedLinear, num_multiprocesso
         UNIFORM=packed.uniform,
         STEP=packed.step,
         SPLITS=splits,
-        BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N,
-        num_warps=num_warps,
-        num_stages=3,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     if splits > 1:
         _add_splits[(num_rows, triton.cdiv(out_features, 1024))](
@@ -297,6 +295,16 @@ def quantized_linear(x: Tensor, packed: TritonQuantizedLinear, num_multiprocesso
             BLOCK_N=1024,
         )
     return y
+
+
+def _choose_tile(num_rows: int, dtype: torch.dtype, uniform: bool) -> Tile:
+    """Such that what the steps run ahead with fits in 99 KiB of shared memory, the least since Ampere. Where groups end
+    within a step, it has a scale and a zero for each of its numbers, and no room for that."""
+    few, num_stages = num_rows <= FEW_ROWS, 3 if uniform else 1
+    if dtype == torch.float32:  # multiplied without tensor cores, which takes the registers to run ahead with
+        return Tile(FEW_ROWS, 128, num_warps=8, num_stages=1) if few else Tile(32, 64, num_warps=8, num_stages=1)
+    block_m, num_warps = (FEW_ROWS, 4) if few else (64, 8)
+    return Tile(block_m, 128, num_warps, num_stages)
 
 
 def _choose_splits(num_tiles: int, packed: TritonQuantizedLinear, num_multiprocessors: int) -> int:

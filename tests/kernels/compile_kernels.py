@@ -1,6 +1,6 @@
 """Compile every kernel for a GPU that is not there, and print what each takes of it: one JSON object a line.
 
-    python compile_kernels.py 90
+    python compile_kernels.py 90 bfloat16
 
 A process of its own, because Triton either interprets or compiles. It stands in for the CUDA driver: launches end after
 compiling, so the operations run as ever, on CPU tensors, and compute nothing.
@@ -25,7 +25,6 @@ from kernels.quantized import AffineWeight, Float8Weight, TableWeight
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_MULTIPROCESSORS = 132
-DTYPE = torch.bfloat16
 
 
 class Utils:
@@ -40,8 +39,9 @@ class Utils:
             file.flush()
             command = [CUOBJDUMP, "--dump-resource-usage", file.name]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        print(json.dumps({"kernel": name, "shared": shared, "registers": registers, "stack": stack}))
+        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
+        used = {"shared": shared, "registers": registers, "spilled": stack + local}
+        print(json.dumps({"kernel": name} | used), flush=True)
         return 1, 1, registers, 0, 1024  # module, function, registers, spills, threads at most
 
 
@@ -80,57 +80,83 @@ class Driver(DriverBase):
         raise NotImplementedError
 
 
-def attention(ops, shape, new, lengths, window=None, soft_cap=None, stored=DTYPE):
-    cache = ops.allocate_kv(4, 16, shape, stored)
-    starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32)
-    lens = torch.tensor(lengths, dtype=torch.int32)
-    tables, slots = torch.zeros(len(new), 4, dtype=torch.int32), torch.zeros(sum(new), dtype=torch.long)
-    metadata = AttentionMetadata(starts, lens, tables, slots, max(new), max(lengths))
-    q = torch.zeros(sum(new), shape.num_heads, shape.head_dim, dtype=DTYPE)
-    ops.paged_attention(q, cache, metadata, 0.1, window, soft_cap)
+class Launches:
+    """Calls of the operations with activations of one type, such that every kernel is launched in every variant."""
 
+    def __init__(self, ops, dtype):
+        self.ops = ops
+        self.dtype = dtype
 
-def lora(ops, in_features, out_features, ranks, rows):
-    table, part = ops.lora_table(in_features, out_features, 1), out_features // len(ranks)
-    slices, total = [], 0
-    for index, rank in enumerate(ranks):
-        slices.append(LoraSlice(total, index * part, torch.zeros(part, rank, dtype=DTYPE)))
-        total += rank
-    affine = torch.zeros(2, out_features)
-    table.put(0, ops.pack_lora(LoraWeights(torch.zeros(total, in_features, dtype=DTYPE), tuple(slices), affine)))
-    segments = LoraSegments(((0, 0, rows),), *torch.tensor([[0], [0], [rows]], dtype=torch.int32))
-    y, x = torch.zeros(rows, out_features, dtype=DTYPE), torch.zeros(rows, in_features, dtype=DTYPE)
-    ops.segmented_lora(y, x, segments, table)
+    def zeros(self, *shape):
+        return torch.zeros(shape, dtype=self.dtype)
 
+    def attention(self, shape, new, lengths, window=None, soft_cap=None, stored=None):
+        cache = self.ops.allocate_kv(4, 16, shape, stored or self.dtype)
+        starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32)
+        lens = torch.tensor(lengths, dtype=torch.int32)
+        tables, slots = torch.zeros(len(new), 4, dtype=torch.int32), torch.zeros(sum(new), dtype=torch.long)
+        metadata = AttentionMetadata(starts, lens, tables, slots, max(new), max(lengths))
+        q = self.zeros(sum(new), shape.num_heads, shape.head_dim)
+        self.ops.paged_attention(q, cache, metadata, 0.1, window, soft_cap)
 
-def quantised(ops, in_features, out_features, rows):
-    """Four bits in groups with act-order, eight bits, nf4 and block fp8; few groups and many."""
+    def lora(self, in_features, out_features, ranks, rows):
+        table, part = self.ops.lora_table(in_features, out_features, 1), out_features // len(ranks)
+        slices, total = [], 0
+        for index, rank in enumerate(ranks):
+            slices.append(LoraSlice(total, index * part, self.zeros(part, rank)))
+            total += rank
+        affine = torch.zeros(2, out_features)
+        table.put(0, self.ops.pack_lora(LoraWeights(self.zeros(total, in_features), tuple(slices), affine)))
+        segments = LoraSegments(((0, 0, rows),), *torch.tensor([[0], [0], [rows]], dtype=torch.int32))
+        self.ops.segmented_lora(self.zeros(rows, out_features), self.zeros(rows, in_features), segments, table)
 
-    def ones(*shape):
-        return torch.ones(shape)
+    def quantised(self, in_features, out_features, rows):
+        """Four bits in groups, with act-order, eight bits, nf4 and block fp8; few groups and many; with bias or not."""
+        codes, order = torch.zeros(out_features, in_features, dtype=torch.uint8), torch.arange(in_features)
+        wide, blocks = (in_features // 128, out_features), (out_features // 128, in_features // 128)
+        narrow = torch.ones(in_features // 24 + 1, out_features)  # a step crosses the ends of such groups
+        records = (
+            AffineWeight(codes, 4, torch.ones(wide), torch.ones(wide), 128),
+            AffineWeight(codes, 4, torch.ones(wide) * 0.3, torch.ones(wide), 128, order),
+            AffineWeight(codes, 4, narrow, narrow, 24),
+            AffineWeight(codes, 8, torch.ones(1, out_features), torch.ones(1, out_features), in_features),
+            TableWeight(codes, torch.arange(16).float(), torch.ones(codes.numel() // 64), 64),
+            Float8Weight(codes.view(torch.float8_e4m3fn), torch.ones(blocks), (128, 128)),
+        )
+        for index, record in enumerate(records):
+            packed = self.ops.pack_quantized(record, self.zeros(out_features) if index % 2 else None, self.dtype)
+            for count in rows:
+                self.ops.linear(self.zeros(count, in_features), packed)
 
-    codes, order = torch.zeros(out_features, in_features, dtype=torch.uint8), torch.arange(in_features)
-    wide, blocks = (in_features // 128, out_features), (out_features // 128, in_features // 128)
-    for record in (
-        AffineWeight(codes, 4, ones(*wide), ones(*wide), 128),
-        AffineWeight(codes, 4, ones(*wide) * 0.3, ones(*wide), 128, order),
-        AffineWeight(codes, 8, ones(1, out_features), ones(1, out_features), in_features),
-        TableWeight(codes, torch.arange(16).float(), ones(codes.numel() // 64), 64),
-        Float8Weight(codes.view(torch.float8_e4m3fn), ones(*blocks), (128, 128)),
-    ):
-        packed = ops.pack_quantized(record, torch.zeros(out_features, dtype=DTYPE), DTYPE)
-        for count in rows:
-            ops.linear(torch.zeros(count, in_features, dtype=DTYPE), packed)
+    def small(self, shape, width):
+        weight = torch.zeros(shape.head_dim)
+        qkv = self.zeros(2, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
+        cos_sin, positions = torch.zeros(4, 2, shape.head_dim // 2), torch.zeros(2, dtype=torch.long)
+        for stored in (self.dtype, *QUANTIZED_KV):
+            cache = self.ops.allocate_kv(4, 16, shape, stored)
+            for norm in (None, QKNorm(weight, weight, 1e-6)):
+                self.ops.rotary_store_kv(qkv, shape, norm, positions, cos_sin, cache, positions)
+        x = self.zeros(2, width)
+        self.ops.rms_norm(x, torch.zeros(width), 1e-6)
+        self.ops.add_rms_norm(x, x.clone(), torch.zeros(width), 1e-6)
+        self.ops.silu_and_mul(x)
+        self.ops.gelu_tanh_and_mul(x)
 
-
-def small(ops, shape, width):
-    norm, x = QKNorm(torch.zeros(shape.head_dim), torch.zeros(shape.head_dim), 1e-6), torch.zeros(2, width, dtype=DTYPE)
-    qkv = torch.zeros(2, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=DTYPE)
-    cos_sin, positions = torch.zeros(4, 2, shape.head_dim // 2), torch.zeros(2, dtype=torch.long)
-    for stored in (DTYPE, *QUANTIZED_KV):
-        ops.rotary_store_kv(qkv, shape, norm, positions, cos_sin, ops.allocate_kv(4, 16, shape, stored), positions)
-    ops.add_rms_norm(x, x.clone(), torch.zeros(width), 1e-6)
-    ops.gelu_tanh_and_mul(x)
+    def all(self):
+        eight_billion, gemma, tiny = HeadShape(32, 8, 128), HeadShape(8, 4, 256), HeadShape(2, 2, 8)
+        for stored in (self.dtype, *QUANTIZED_KV):
+            self.attention(eight_billion, [1], [30000], stored=stored)
+            self.attention(eight_billion, [300], [900], stored=stored)
+            self.attention(gemma, [1], [9000], 512, 50.0, stored=stored)
+            self.attention(gemma, [300], [900], 512, 50.0, stored=stored)
+        self.attention(HeadShape(14, 2, 64), [1] * 64, [900] * 64)  # so many that no sequence is split
+        self.attention(tiny, [1], [40])
+        self.attention(tiny, [30], [40])
+        self.lora(4096, 6144, (16, 16, 16), 8)
+        self.lora(4096, 28672, (64, 64), 2048)
+        self.lora(4096, 4097, (256,), 200)
+        self.quantised(2048, 1024, (1, 300))
+        self.small(eight_billion, 8192)
 
 
 def main():
@@ -138,18 +164,7 @@ def main():
     triton.knobs.runtime.interpret = True  # too late to interpret anything; it lets the operations take CPU tensors
     kernels.triton.INTERPRETED_MULTIPROCESSORS = NUM_MULTIPROCESSORS
     ops = kernels.triton.TritonOps(torch.device("cpu"))
-    eight_billion, gemma = HeadShape(32, 8, 128), HeadShape(8, 4, 256)
-    attention(ops, eight_billion, [1], [30000])
-    attention(ops, eight_billion, [300], [900])
-    attention(ops, gemma, [300], [900], 512, 50.0)
-    attention(ops, gemma, [1], [9000], 512, 50.0)
-    for stored in QUANTIZED_KV:
-        attention(ops, eight_billion, [1], [30000], stored=stored)
-        attention(ops, gemma, [300], [900], 512, 50.0, stored=stored)
-    lora(ops, 4096, 6144, (16, 16, 16), 8)
-    lora(ops, 4096, 28672, (64, 64), 2048)
-    quantised(ops, 2048, 1024, (1, 300))
-    small(ops, eight_billion, 8192)
+    Launches(ops, getattr(torch, sys.argv[2])).all()
 
 
 if __name__ == "__main__":

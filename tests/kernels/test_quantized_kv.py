@@ -87,13 +87,19 @@ LOADS = {
     "decoding": ([30, 9, 1], [1, 1, 1], (4, 1, 64)),
     "both": ([30, 9, 20, 12], [1, 9, 3, 1], (3, 3, 80)),
     "one long enough to be split": ([530, 2], [1, 1], (2, 1, 16)),
+    "wide heads": ([600, 2], [1, 1], (2, 1, 256)),
 }
 
 
 @pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize(
     ("load", "dtype"),
-    [*((load, torch.float32) for load in LOADS), ("both", torch.float16), ("both", torch.bfloat16)],
+    [
+        *((load, torch.float32) for load in LOADS),
+        ("both", torch.float16),
+        ("both", torch.bfloat16),
+        ("wide heads", torch.float16),
+    ],
 )
 def test_backend_equals_the_reference(random, ops, stored, dtype, load):
     """Everything is stored first, then the last tokens attend: storing and attending must agree on every layout."""
