@@ -179,7 +179,11 @@ async def test_adapters_of_the_configuration_are_accepted_as_others_are(
         AdapterConfig(name=f"acme/{files.name}", model="tiny", source=str(files)) for files in (listed, other)
     )
     async with control_plane(byte_tokenizer_directory, tmp_path, adapters=configured, tenants=tenants) as control:
-        assert [adapter.name for adapter in await control.admin.list_adapters()] == ["tenants/acme/adapters/listed"]
+        adapters = {adapter.name.rpartition("/")[2]: adapter for adapter in await control.admin.list_adapters()}
+    assert adapters.keys() == {"listed", "other"}
+    assert not adapters["listed"].HasField("error")
+    assert adapters["other"].state == Adapter.STATE_FAILED
+    assert "accepts listed and signed adapters alone" in adapters["other"].error.message
 
 
 async def test_a_tenant_with_keys_accepts_signed_adapters_alone(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
