@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test explore soak check gpu-check gpu-packages stubs format clean
+.PHONY: demo test test-long explore soak check gpu-check gpu-packages stubs format clean
 
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
 
-test: $(VENV)/.installed-dev  ## every CPU test; with PYTHONFLAGS=-O as an optimised build runs
-	$(BIN)/python $(PYTHONFLAGS) -m pytest -m "not gpu" --hypothesis-profile=ci
+test: $(VENV)/.installed-dev  ## the CPU tests; with PYTHONFLAGS=-O as an optimised build runs
+	$(BIN)/python $(PYTHONFLAGS) -m pytest -m "not gpu and not long" --hypothesis-profile=ci
+
+test-long: $(VENV)/.installed-dev  ## those that take minutes each: every kernel for every GPU, gpu-check on a bare machine
+	$(BIN)/python -m pytest -m "long and not gpu" --hypothesis-profile=ci
 
 explore: $(VENV)/.installed-dev  ## the tests of properties with new draws: `make test` repeats its own
 	$(BIN)/python -m pytest -m "hypothesis and not gpu"

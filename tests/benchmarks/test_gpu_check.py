@@ -79,7 +79,7 @@ def gpu_check(tmp_path: Path) -> GpuCheck:
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_part_runs_with_the_packages_of_a_bare_machine(gpu_check: GpuCheck, tmp_path: Path) -> None:
     result = gpu_check(CARRIED, options=("--seconds", "7200"))
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]

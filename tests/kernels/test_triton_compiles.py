@@ -38,9 +38,16 @@ if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdum
     pytest.skip("this build of triton brings no compiler for CUDA", allow_module_level=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", SPILLED_BYTES)
-@pytest.mark.parametrize("capability", SHARED_BYTES)
+def case(capability, dtype):
+    """One capability with one type. What every run has is bfloat16 for two: each case takes a minute or more."""
+    in_every_run = dtype == "bfloat16" and capability in (80, 90)
+    return pytest.param(capability, dtype, marks=pytest.mark.slow if in_every_run else pytest.mark.long)
+
+
+CASES = [case(capability, dtype) for capability in SHARED_BYTES for dtype in SPILLED_BYTES]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), CASES)
 def test_every_kernel_compiles_and_fits(capability, dtype, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
