@@ -41,6 +41,7 @@ from service.errors import (
     LoraplexError,
     PermissionDenied,
     Unavailable,
+    unknown_adapter,
 )
 from service.hosting import HostedModel, ModelHost
 from service.state import StateFile
@@ -190,12 +191,16 @@ class AdapterDeployer:
         """Make a change of the registry once the state has it: one after the other, also if its caller goes away.
 
         `check` raises what is against it, when nothing else changes any more. `make`: the change with all that it
-        takes; without one it is the registry's alone. Raises Unavailable (STATE_UNWRITABLE), and what these raise: then
-        it is not made.
+        takes; without one it is the registry's alone. Raises Unavailable (STATE_UNWRITABLE), what these raise, and
+        NotFound if what is to change is gone by the time that the state has it: then it is not made.
         """
-        return await self._state.change(
-            lambda: self._change(key_name, change, check, make or (lambda: change(self._registry)))
-        )
+        try:
+            return await self._state.change(
+                lambda: self._change(key_name, change, check, make or (lambda: change(self._registry)))
+            )
+        except AdapterNotFound as error:
+            tenant, _, adapter_id = key_name.partition("/")
+            raise unknown_adapter(f"tenants/{tenant}/adapters/{adapter_id}", error) from error
 
     async def create_configured(self, adapter: AdapterConfig) -> None:
         """Register an adapter of the configuration file. What is wrong with it is logged: the others go on."""

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RequestInfo, ResourceInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from adapters.errors import COLD, UNREADABLE
+from adapters.errors import COLD, UNREADABLE, AdapterNotFound
 from loraplex.v1.inference_pb2 import PartialUsage, Usage
 
 # LoraplexError
@@ -188,6 +188,11 @@ class QuotaExceeded(LoraplexError):
     def details(self) -> list[Message]:
         violation = QuotaFailure.Violation(subject=_clip(self.subject, 200), description=_clip(self.message, 400))
         return [QuotaFailure(violations=[violation]), _retry_info(self.retry_after_seconds)]
+
+
+def unknown_adapter(name: str, error: AdapterNotFound) -> NotFound:
+    """What a caller is told that names an adapter which is not there."""
+    return NotFound("ADAPTER_NOT_FOUND", name, f"{error}; list those there are, or check its spelling")
 
 
 def unusable_adapter(name: str, problems: str, reason: str) -> LoraplexError:

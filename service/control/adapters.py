@@ -71,6 +71,7 @@ from service.errors import (
     NotFound,
     Unavailable,
     to_status,
+    unknown_adapter,
 )
 from service.hosting import ModelHost
 from service.state import StateFile
@@ -339,9 +340,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         try:
             return self._registry.get(adapter_name(name, field))
         except AdapterNotFound as error:
-            raise NotFound(
-                "ADAPTER_NOT_FOUND", name, f"{error}; list those there are, or check its spelling"
-            ) from error
+            raise unknown_adapter(name, error) from error
 
     def _usable(self, name: str) -> AdapterVersion:
         """Raises InvalidRequest, NotFound, and FailedPrecondition for a version that cannot be used."""

@@ -406,6 +406,29 @@ async def test_running_requests_end_in_peace_before_their_adapter_goes(control: 
     assert control.core().adapters == set()
 
 
+async def test_a_deletion_whose_adapter_goes_while_it_is_saved_says_that_there_is_none(
+    control: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(control)
+    stream = control.client.stream_generate("pirate", "abc", max_tokens=400)
+    await anext(stream)
+    watch = control.admin.watch_adapters()
+    await control.admin.delete_adapter("pirate")  # which waits for the stream
+    save = control.app.state.save
+
+    async def save_while_it_goes(kind: str, name: str, body: bytes | None) -> None:
+        await save(kind, name, body)
+        await stream.collect()
+        async for message in watch:
+            if message.type == WATCH_EVENT_TYPE_DELETED:
+                break
+
+    monkeypatch.setattr(control.app.state, "save", save_while_it_goes)
+    with pytest.raises(NotFound, match="there is no adapter"):
+        await control.admin.delete_adapter("pirate")
+    assert control.app.state.read("adapter") == {}
+
+
 async def test_the_current_version_cannot_go_while_there_are_others(control: ControlPlane) -> None:
     first, second = await create(control), await create(control, seed=1)
     with pytest.raises(FailedPrecondition, match="move the alias") as raised:
