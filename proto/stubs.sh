@@ -5,7 +5,7 @@
 #   proto/stubs.sh check             fail if the stubs are not what the .proto files say
 #   proto/stubs.sh lint              buf lint, and buf format without changing anything
 #   proto/stubs.sh format            buf format in place
-#   proto/stubs.sh breaking [REF]    fail if callers built against REF (default: origin/main, else main) would break
+#   proto/stubs.sh breaking [REF]    fail if callers built against REF (default: the last release) would break
 #
 # Everything runs from a virtual environment of its own, which is made on first use.
 set -euo pipefail
@@ -75,11 +75,12 @@ case "${1:-}" in
     (cd proto && "../$venv/bin/buf" format --write)
     ;;
   breaking)
-    ref=$(git rev-parse --verify --quiet "${2:-origin/main}" || git rev-parse --verify "${2:-main}")
-    if ! git cat-file -e "$ref:proto/loraplex" 2>/dev/null; then
-      echo "At $ref there is no contract yet, so there is nothing to break."
+    release=$(git describe --tags --abbrev=0 --match 'v*' 2>/dev/null || true)
+    if [[ -z ${2:-$release} ]]; then
+      echo "There is no release yet, so there is no contract to break."
       exit
     fi
+    ref=$(git rev-parse --verify "${2:-$release}")
     mkdir "$scratch/before"
     git archive "$ref" proto | tar -x -C "$scratch/before"
     image proto "$scratch/now.binpb"
