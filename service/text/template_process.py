@@ -7,6 +7,7 @@ import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from service.text.errors import RendererError, TemplateError
 
 WORKER = Path(__file__).with_name("template_worker.py")
 _START_SECONDS = 60.0  # to start an interpreter on a machine that is busy loading models
+_END_SECONDS = 5.0  # to be gone, once its output is closed
 _LARGE_BYTES = 1 << 20  # a process does not give back the memory that so large a conversation took: it is replaced
 
 
@@ -82,7 +84,7 @@ class TemplateProcess:
                 f"the process that renders chat templates did not answer for {self._limits.stalled_seconds:g} s."
             ) from None
         except (OSError, asyncio.IncompleteReadError) as error:
-            await self._kill()
+            await self._let_end(process)
             if process.returncode == -signal.SIGPROF:
                 raise TemplateError(
                     f"the chat template was still rendering after {self._limits.seconds:g} s and was stopped. Shorten "
@@ -126,6 +128,13 @@ class TemplateProcess:
     def _check_open(self) -> None:
         if self._closed:
             raise RendererError("chat templates are no longer rendered: the service is shutting down.")
+
+    async def _let_end(self, process: Process) -> None:
+        """Wait for a process that has closed its output. To kill it asks for its status first, and loses that."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                await process.wait()
+        await self._kill()
 
     async def _kill(self) -> None:
         process, self.process = self.process, None
