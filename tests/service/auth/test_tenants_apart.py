@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.registry import AdapterState
 from loraplex import AsyncAdminClient, AsyncClient, InvalidArgument, LoraplexError, NotFound, PermissionDenied
 from loraplex.operations.base import Upload
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, UploadAdapterRequest
@@ -17,6 +18,7 @@ from service.auth.config import AuthConfig
 from service.auth.keys import KeyFile, make_key, write_keys
 from service.auth.principal import Role
 from service.config import AdapterConfig, UsageConfig
+from service.control.requests import wait_until
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 ACMES = "tenants/acme/adapters/pirate"
@@ -58,6 +60,12 @@ async def house(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator
         auth=AuthConfig(keys=str(tmp_path / "keys.yaml")),
         usage=UsageConfig(file=str(tmp_path / "usage.jsonl")),
     ) as control:
+        registry = control.app.registry
+        await wait_until(
+            lambda: all(version.state is AdapterState.ACTIVE for version in registry.list_versions(None, None, True)),
+            registry.subscribe,
+            20.0,
+        )
         yield House(control, {name: token for name, (token, _) in made.items()})
 
 
