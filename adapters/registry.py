@@ -371,6 +371,11 @@ class AdapterRegistry:
         matching = [version for version in found if base_model in (None, version.spec.base_model)]
         return sorted(matching, key=lambda version: version.version_name)
 
+    def requests(self, base_model: str) -> list[tuple[AdapterKey, int]]:
+        """How many requests each version of this model has, if it has any."""
+        versions = (version for adapter in self._adapters.values() for version in adapter.versions.values())
+        return [(v.key, v.num_requests) for v in versions if v.num_requests and v.spec.base_model == base_model]
+
     # ---- use and news ----------------------------------------------------------------------------------------------
 
     def begin_request(self, key: AdapterKey) -> None:

@@ -1,7 +1,7 @@
 """Puts the service together from its configuration, and takes it apart again without losing anything in flight."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,6 @@ import grpc
 import grpc.aio
 
 from adapters.depot import Depot
-from adapters.key import AdapterKey
 from adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
 from adapters.remote import RemoteSources
 from adapters.source import AdapterSource
@@ -298,11 +297,7 @@ async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
         return None
     from service.telemetry.page import MetricsPage, Served, metrics_server  # with it comes an HTTP server
 
-    def adapter_requests(model: str) -> Iterable[tuple[AdapterKey, int]]:
-        versions = app.registry.list_versions(base_model=model, include_versions=True)
-        return [(version.key, version.num_requests) for version in versions]
-
-    served = Served(app.telemetry, app.host.all, adapter_requests, lambda: app.admission.draining)
+    served = Served(app.telemetry, app.host.all, app.registry.requests, lambda: app.admission.draining)
     page = MetricsPage(served, asyncio.get_running_loop())
     return await stack.enter_async_context(metrics_server(page, app.config.metrics_listen))
 

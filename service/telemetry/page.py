@@ -4,8 +4,9 @@ Dashboards, autoscalers and gateways read the `vllm:` names already; each stands
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from itertools import accumulate
 from time import time
 from typing import NamedTuple
@@ -33,35 +34,94 @@ class Served(NamedTuple):
 
     telemetry: Telemetry
     models: Callable[[], Sequence[HostedModel]]
-    adapter_requests: Callable[[str], Iterable[tuple[AdapterKey, int]]]  # of a model: requests in flight, by version
+    adapter_requests: Callable[[str], Sequence[tuple[AdapterKey, int]]]  # of a model: in flight, by version
     draining: Callable[[], bool]
+
+    def snapshot(self) -> "Snapshot":
+        usage = self.telemetry.usage
+        return Snapshot(
+            deepcopy(self.telemetry.metrics),
+            None if usage is None else usage.num_waiting,
+            self.draining(),
+            [_model(model, self.adapter_requests(model.name)) for model in self.models()],
+        )
+
+
+class Snapshot(NamedTuple):
+    """What the page shows, as it was at one moment. It does not change, so that any thread can make a page of it."""
+
+    metrics: RequestMetrics
+    usage_waiting: int | None  # None: no records are kept
+    draining: bool
+    models: Sequence["ModelSnapshot"]
+
+
+class ModelSnapshot(NamedTuple):
+    name: str
+    active: bool
+    load_time: float | None
+    max_resident_adapters: int
+    adapter_requests: Sequence[tuple[AdapterKey, int]]
+    engine: "EngineSnapshot | None"  # None: it has none
+
+
+class EngineSnapshot(NamedTuple):
+    stats: EngineStats | None  # None: it has not told any
+    adapters: Sequence[AdapterKey]
+    residency: Mapping[AdapterKey, Residency]
+    moves: Mapping[tuple[Residency, Residency], int]
+    num_loads: int
+    load_seconds: float
+
+
+def _model(model: HostedModel, requests: Sequence[tuple[AdapterKey, int]]) -> ModelSnapshot:
+    return ModelSnapshot(
+        model.name,
+        model.state is EngineState.ACTIVE,
+        model.supervisor.load_time,
+        model.config.max_resident_adapters,
+        requests,
+        None if model.client is None else _engine(model.client),
+    )
+
+
+def _engine(client: EngineClient) -> EngineSnapshot:
+    return EngineSnapshot(
+        client.stats,
+        list(client.adapters),
+        client.residency.copy(),
+        client.moves.copy(),
+        client.num_loads,
+        client.load_seconds,
+    )
 
 
 class MetricsPage(Collector):
-    """Shows a snapshot. `families` is for the event loop; `collect` for prometheus_client's threads."""
+    """Shows a snapshot. Only that is made on the event loop: a page of thousands of adapters would hold it."""
 
     def __init__(self, served: Served, loop: asyncio.AbstractEventLoop) -> None:
         self._served = served
         self._loop = loop
 
     def collect(self) -> Iterable[Metric]:
-        async def snapshot() -> list[Metric]:
-            return list(self.families())
+        """For prometheus_client's threads."""
 
-        return asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SNAPSHOT_SECONDS)
+        async def snapshot() -> Snapshot:
+            return self._served.snapshot()
+
+        return families(asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SNAPSHOT_SECONDS))
 
     def describe(self) -> Iterable[Metric]:
         return ()  # registering must not wait for the loop that it runs on
 
-    def families(self) -> Iterator[Metric]:
-        yield from _request_families(self._served.telemetry.metrics)
-        usage = self._served.telemetry.usage
-        text = "Usage records that are not in their file yet."
-        yield _gauge("loraplex_usage_records_waiting", text, (), [] if usage is None else [((), usage.num_waiting)])
-        yield _gauge(
-            "loraplex_draining", "1 once the server takes no new requests.", (), [((), self._served.draining())]
-        )
-        yield from _engine_families(self._served)
+
+def families(shown: Snapshot) -> Iterator[Metric]:
+    """The whole page."""
+    yield from _request_families(shown.metrics)
+    waiting = [] if shown.usage_waiting is None else [((), shown.usage_waiting)]
+    yield _gauge("loraplex_usage_records_waiting", "Usage records that are not in their file yet.", (), waiting)
+    yield _gauge("loraplex_draining", "1 once the server takes no new requests.", (), [((), shown.draining)])
+    yield from _engine_families(shown.models)
 
 
 @asynccontextmanager
@@ -203,15 +263,14 @@ _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]]
 )
 
 
-def _engine_families(served: Served) -> Iterator[Metric]:
-    models = served.models()
-    up = [((model.name,), model.state is EngineState.ACTIVE) for model in models]
+def _engine_families(models: Sequence[ModelSnapshot]) -> Iterator[Metric]:
+    up = [((model.name,), model.active) for model in models]
     yield _gauge("loraplex_model_up", "1 while the model serves.", ("model",), up)
-    loaded = [((model.name,), at) for model in models if (at := model.supervisor.load_time) is not None]
+    loaded = [((model.name,), model.load_time) for model in models if model.load_time is not None]
     text = "When the engine was last loaded, in seconds since the epoch: it changes with each restart."
     yield _gauge("loraplex_model_load_time_seconds", text, ("model",), loaded)
-    running = [(model, model.client.stats) for model in models if model.client is not None]
-    stats = [(model, stats) for model, stats in running if stats is not None]
+    engines = [(model, model.engine) for model in models if model.engine is not None]
+    stats = [(model, engine.stats) for model, engine in engines if engine.stats is not None]
     for name, alias, text, value in _GAUGES:
         values = [((model.name,), value(stats)) for model, stats in stats]
         yield _gauge(name, text, ("model",), values)
@@ -223,45 +282,42 @@ def _engine_families(served: Served) -> Iterator[Metric]:
         yield _counter(name, text, ("model",), counter)
         if alias is not None:
             yield _counter(alias, text, ("model_name",), counter)
-    yield from _adapters_by_tier(models)
-    yield from _adapter_moves([(model.name, model.client) for model in models if model.client is not None])
+    yield from _adapters_by_tier(engines)
+    yield from _adapter_moves(engines)
     yield _adapter_users(stats)
-    yield _lora_info(served, stats)
+    yield _lora_info(stats)
     yield _cache_info(stats)
 
 
-def _adapters_by_tier(models: Sequence[HostedModel]) -> Iterator[Metric]:
+def _adapters_by_tier(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Iterator[Metric]:
     """The heat map of residency, which version is where; and how many are."""
     rows, counts = [], []
-    for model in models:
-        if model.client is None:
-            continue
-        residency = model.client.residency
-        for key in model.client.adapters:
-            tier = residency.get(key, Residency.DISK).name.lower()
+    for model, engine in engines:
+        for key in engine.adapters:
+            tier = engine.residency.get(key, Residency.DISK).name.lower()
             rows.append(((model.name, resource_name(key), key.digest[:VERSION_DIGITS], tier), 1.0))
         for where in (Residency.HOST, Residency.DEVICE):
-            count = sum(one is where for one in residency.values())
+            count = sum(one is where for one in engine.residency.values())
             counts.append(((model.name, where.name.lower()), float(count)))
     text = "1 for each adapter version that an engine has been given, with the tier that it is in."
     yield _gauge("loraplex_adapter_resident", text, ("model", "adapter", "version", "tier"), rows)
     yield _gauge("loraplex_adapters", "Adapter versions in each tier.", ("model", "tier"), counts)
 
 
-def _adapter_moves(clients: Sequence[tuple[str, EngineClient]]) -> Iterator[Metric]:
+def _adapter_moves(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Iterator[Metric]:
     moves, loads, seconds = Counter(), Counter(), Counter()
-    for model, client in clients:
-        for (before, after), count in client.moves.items():
-            moves.add((model, before.name.lower(), after.name.lower()), count)
-        loads.add((model,), client.num_loads)
-        seconds.add((model,), client.load_seconds)
+    for model, engine in engines:
+        for (before, after), count in engine.moves.items():
+            moves.add((model.name, before.name.lower(), after.name.lower()), count)
+        loads.add((model.name,), engine.num_loads)
+        seconds.add((model.name,), engine.load_seconds)
     text = "Adapters that went from one tier to another; away from the device are evictions."
     yield _counter("loraplex_adapter_moves", text, ("model", "from", "to"), moves)
     yield _counter("loraplex_adapter_loads", "Adapters read into host memory.", ("model",), loads)
     yield _counter("loraplex_adapter_load_seconds", "That reading them took in all.", ("model",), seconds)
 
 
-def _adapter_users(stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
+def _adapter_users(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
     users = Counter()
     for model, last in stats:
         for key, sequences in last.adapters:
@@ -271,22 +327,20 @@ def _adapter_users(stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
     return _gauge("loraplex_adapter_requests", text, ("model", "adapter", "version"), users.values.items())
 
 
-def _lora_info(served: Served, stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
+def _lora_info(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
     """What a gateway chooses a replica by. As with vLLM, the value is the time, and the newest counts."""
     now = time()
     rows = []
     for model, last in stats:
         running = sorted({member.name for key, users in last.adapters if users for member in key.members})
-        waiting = sorted(
-            key.name for key, requests in served.adapter_requests(model.name) if requests and key.name not in running
-        )
-        labels = (str(model.config.max_resident_adapters), ",".join(running), ",".join(waiting))
+        others = {key.name for key, requests in model.adapter_requests if requests}.difference(running)
+        labels = (str(model.max_resident_adapters), ",".join(running), ",".join(sorted(others)))
         rows.append(((model.name, *labels), now))
     names = ("model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters")
     return _gauge("vllm:lora_requests_info", "Adapters with requests, and how many fit on the device.", names, rows)
 
 
-def _cache_info(stats: Sequence[tuple[HostedModel, EngineStats]]) -> Metric:
+def _cache_info(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
     rows = [((model.name, str(last.block_size), str(last.total_blocks)), 1.0) for model, last in stats]
     return _gauge("vllm:cache_config_info", "Size of the cache.", ("model_name", "block_size", "num_gpu_blocks"), rows)
 

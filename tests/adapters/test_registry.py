@@ -316,6 +316,14 @@ def test_the_alias_cannot_move_to_a_version_that_cannot_be_used(registry: Adapte
         registry.set_current(version_name("b"))
 
 
+def test_the_versions_of_a_model_that_are_used_are_told(registry: AdapterRegistry, add: Add) -> None:
+    add("a")
+    key = add("b")
+    registry.begin_request(key)
+    assert registry.requests("demo") == [(key, 1)]
+    assert registry.requests("other") == []
+
+
 def test_use_is_counted_and_timed_without_a_new_etag(registry: AdapterRegistry, add: Add) -> None:
     key = add("a")
     before = registry.get(BARE)

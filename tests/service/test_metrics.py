@@ -2,8 +2,10 @@
 
 import asyncio
 import re
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import msgspec
@@ -12,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex import NotFound
 from loraplex.v1.adapters_pb2 import Adapter
+from service.telemetry.metrics import RequestMetrics
 from service.telemetry.series import MAX_SERIES, OTHER, Counter, Histogram
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
@@ -35,12 +38,13 @@ class Page:
         return value
 
 
-async def scrape(control: ControlPlane) -> Page:
-    def get() -> str:
-        with urllib.request.urlopen(f"http://{control.addresses.metrics}/metrics", timeout=10) as response:
-            return str(response.read().decode())
+def get_page(control: ControlPlane) -> bytes:
+    with urllib.request.urlopen(f"http://{control.addresses.metrics}/metrics", timeout=10) as response:
+        return bytes(response.read())
 
-    return Page(await asyncio.to_thread(get))
+
+async def scrape(control: ControlPlane) -> Page:
+    return Page((await asyncio.to_thread(get_page, control)).decode())
 
 
 @pytest.fixture
@@ -120,6 +124,30 @@ async def test_requests_without_finite_logits_are_counted_by_model(control: Cont
     core.stats = lambda: msgspec.structs.replace(stats(), num_not_finite=3)
     await control.client.generate("tiny", "abc", max_tokens=5)
     assert (await scrape(control)).value("loraplex_not_finite_requests_total", model="tiny") == 3
+
+
+async def test_a_page_of_thousands_of_adapters_hardly_holds_the_event_loop(control: ControlPlane) -> None:
+    counters = control.app.telemetry.metrics.adapters
+    for number in range(MAX_SERIES):
+        labels = ("default", "tiny", f"tenants/default/adapters/number-{number}")
+        counters.requests.add((*labels, "OK"))
+        for counter in (counters.prompt_tokens, counters.cached_prompt_tokens, counters.completion_tokens):
+            counter.add(labels)
+    before = time.thread_time()  # of this thread, the loop's: what other threads do does not count
+    page = await asyncio.to_thread(get_page, control)
+    assert time.thread_time() - before < 0.05
+    assert page.count(b"\nloraplex_completion_tokens_total{") == MAX_SERIES
+
+
+def test_what_is_counted_later_is_not_in_a_snapshot() -> None:
+    metrics = RequestMetrics()
+    metrics.finished.add(("tiny", "stop"))
+    metrics.queue.observe(("tiny",), 1.0)
+    snapshot = deepcopy(metrics)
+    metrics.finished.add(("tiny", "stop"))
+    metrics.queue.observe(("tiny",), 2.0)
+    assert snapshot.finished.values["tiny", "stop"] == 1
+    assert snapshot.queue.values["tiny",].total == sum(snapshot.queue.values["tiny",].counts) == 1
 
 
 async def test_the_times_of_a_generation_are_under_both_names(control: ControlPlane) -> None:
