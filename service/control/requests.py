@@ -23,7 +23,8 @@ M = TypeVar("M", bound=Message)
 
 DEFAULT_PAGE_SIZE = 100
 PAGE_BYTES = 1 << 20  # of messages; the last one may go beyond: to build and to send them holds up others
-REMEMBERED_CALLS = 1024
+REMEMBERED_ANSWERS = 1024  # of each service
+REMEMBERED_BYTES = 8 << 20  # of these answers, as they are sent
 
 ID = r"[a-z0-9][a-z0-9._-]{0,62}"
 _MODEL = re.compile(rf"models/({ID})")
@@ -132,14 +133,18 @@ _Key = tuple[str, str, uuid.UUID]  # tenant, method, request id
 class Once:
     """Makes calls that carry a request id happen once: a tenant's same id again gets the first result, or waits for it.
 
-    A caller that goes away does not stop what it began. Failures are not remembered. For one event loop.
+    A caller that goes away does not stop what it began. The latest answers are remembered, as many as there is room
+    for; failures are not. For one event loop.
     """
 
-    def __init__(self, capacity: int = REMEMBERED_CALLS) -> None:
+    def __init__(self, capacity: int = REMEMBERED_ANSWERS, max_bytes: int = REMEMBERED_BYTES) -> None:
         self._capacity = capacity
-        self._calls: OrderedDict[_Key, asyncio.Future[Any]] = OrderedDict()
+        self._max_bytes = max_bytes
+        self._running: dict[_Key, asyncio.Task[Any]] = {}
+        self._answers: OrderedDict[_Key, Message] = OrderedDict()
+        self._num_bytes = 0  # of the answers
 
-    async def run(self, method: str, request_id: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def run(self, method: str, request_id: str, work: Callable[[], Coroutine[Any, Any, M]]) -> M:
         """`request_id`: "" for none. Raises InvalidRequest if it is no UUID, and what `work` raises."""
         if not request_id:
             return await work()
@@ -148,20 +153,21 @@ class Once:
             key = (call.tenant if call else "", method, uuid.UUID(request_id))
         except ValueError:
             raise InvalidRequest.at("request_id", f"{request_id[:80]!r} is no UUID") from None
-        answer = self._calls.get(key)
-        if answer is None:
-            task = asyncio.create_task(work())
+        if key in self._answers:
+            return cast(M, self._answers[key])
+        if key not in self._running:
+            task = self._running[key] = asyncio.create_task(work())
             task.add_done_callback(lambda ended: self._ended(key, ended))
-            answer = self._calls[key] = task
-            while len(self._calls) > self._capacity:
-                self._calls.popitem(last=False)
-        return cast(T, await asyncio.shield(answer))
+        return cast(M, await asyncio.shield(self._running[key]))
 
-    def _ended(self, key: _Key, task: "asyncio.Task[Any]") -> None:
-        if self._calls.get(key) is not task:
-            return  # forgotten meanwhile
-        if task.cancelled() or task.exception() is not None:
-            del self._calls[key]
-        else:  # a task that has ended still holds its call, and everything that hangs on that
-            answer = self._calls[key] = task.get_loop().create_future()
-            answer.set_result(task.result())
+    def _ended(self, key: _Key, task: "asyncio.Task[M]") -> None:
+        del self._running[key]
+        if not task.cancelled() and task.exception() is None:
+            self._remember(key, task.result())  # not the task: it holds its call, and everything that hangs on that
+
+    def _remember(self, key: _Key, answer: Message) -> None:
+        self._answers[key] = answer
+        self._num_bytes += answer.ByteSize()
+        while len(self._answers) > self._capacity or self._num_bytes > self._max_bytes:
+            _, forgotten = self._answers.popitem(last=False)
+            self._num_bytes -= forgotten.ByteSize()

@@ -358,7 +358,9 @@ class CreateAdapterRequest(google.protobuf.message.Message):
     ADAPTER_BASE_MISMATCH, ADAPTER_RANK_TOO_HIGH.
     """
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
+    """
     @property
     def adapter(self) -> Global___Adapter:
         """base_model and source are required; digest, labels and pinned may be set; all else is the server's."""
@@ -455,7 +457,9 @@ class UpdateAdapterRequest(google.protobuf.message.Message):
     UPDATE_MASK_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
+    """
     @property
     def adapter(self) -> Global___Adapter:
         """Its name, with or without @{version}, says which. An etag, if set, must still be the current one."""
@@ -494,7 +498,9 @@ class DeleteAdapterRequest(google.protobuf.message.Message):
     etag: builtins.str
     """Delete only if this is still its etag. At most 128 characters."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
+    """
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
         """Return only when it is gone, or after this time. Absent: return at once. At least 0 s."""
@@ -531,7 +537,9 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     residency: Global___AdapterResidency.ValueType
     """How close to the device: host or device. Absent: device."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
+    """
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
         """Return only when it is there or has failed, or after this time. Absent: return at once. At least 0 s."""
@@ -565,7 +573,9 @@ class UnloadAdapterRequest(google.protobuf.message.Message):
     residency: Global___AdapterResidency.ValueType
     """How far from the device: disk or host. Absent: disk."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
+    """
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
         """Return only when its memory is free, or after this time. Absent: return at once. At least 0 s."""

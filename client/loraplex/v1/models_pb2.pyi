@@ -330,7 +330,9 @@ class LoadModelRequest(google.protobuf.message.Message):
     name: builtins.str
     """models/{model}. Required. At most 512 characters."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
+    """
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
         """Return only when the model is loaded or has failed, or after this time. Absent: return at once. At least 0 s."""
@@ -361,7 +363,9 @@ class UnloadModelRequest(google.protobuf.message.Message):
     name: builtins.str
     """models/{model}. Required. At most 512 characters."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
+    """
     @property
     def grace(self) -> google.protobuf.duration_pb2.Duration:
         """Let running requests go on for this time. Absent: the server's grace for shutting down. At least 0 s."""

@@ -246,7 +246,9 @@ class UpdateRouteRequest(google.protobuf.message.Message):
     allow_missing: builtins.bool
     """Create the route if there is none."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
+    """
     @property
     def route(self) -> Global___Route:
         """The route as it shall be. Its name says which. An etag, if set, must still be the current one."""
@@ -283,7 +285,9 @@ class DeleteRouteRequest(google.protobuf.message.Message):
     etag: builtins.str
     """Delete only if this is still the route's etag. At most 128 characters."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: the same id again returns the first result. At most 64 characters."""
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
+    """
     def __init__(
         self,
         *,
