@@ -8,7 +8,7 @@ with LORAPLEX_ are passed over, because Kubernetes sets some for every service o
 import logging
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -203,10 +203,11 @@ def default_config_file() -> Path:
 def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceConfig:
     """Read a file (None: the embedded default) and the environment. Raises ConfigError naming everything at fault."""
     file = (default_config_file() if file is None else file).absolute()
-    overrides, problems = _overrides(environment)
+    fields, problems = _read_yaml(file)
+    overrides, more_problems = _overrides(environment)
     shape = Shape({name for section in SECTIONS for name in section.__struct_fields__})
-    fields = shape.pruned(_read_yaml(file) | overrides, ServiceConfig)
-    problems += shape.mistakes
+    fields = shape.pruned(fields | overrides, ServiceConfig)
+    problems += more_problems + shape.mistakes
     try:
         config = msgspec.convert(fields, ServiceConfig)
     except msgspec.ValidationError as error:  # it is one of the mistakes
@@ -221,31 +222,37 @@ def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceCon
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that appears twice is an error, and not a silent choice of the second."""
+class _Loader(yaml.SafeLoader):
+    """Notes the keys that appear twice in a mapping, of which YAML would take the last in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} appears twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.problems: list[str] = []
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name = self.construct_object(key) if key.tag in self.yaml_constructors else key.value  # such as <<
+            line = key.start_mark.line + 1
+            if name in lines:
+                self.problems.append(f"the key {name!r} appears twice, in line {lines[name]} and in line {line}")
+            lines.setdefault(name, line)
+        return node
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """What the file says, and which of its keys appear twice. Raises ConfigError."""
     try:
-        fields = yaml.load(file.read_text(), Loader=_StrictLoader)
+        loader = _Loader(file.read_text())
+        fields = loader.get_single_data()
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{file}: a mapping is expected, with at least `models:`")
-    return fields
+    return fields, loader.problems
 
 
 def _overrides(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:

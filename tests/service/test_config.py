@@ -142,6 +142,10 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
         pytest.param("listen: x", "missing required field `models`", id="no models key"),
         pytest.param("[1, 2]", "a mapping is expected", id="no mapping"),
         pytest.param("models: [", "not valid YAML", id="no YAML"),
+        pytest.param("listen: 2024-13-45", "not valid YAML: month must be in 1..12", id="no date"),
+        pytest.param("listen: " + "[" * 10_000, "not valid YAML: maximum recursion depth", id="too deep"),
+        pytest.param("limits: {1: a, 0x1: b}", "the key 1 appears twice", id="a number twice"),
+        pytest.param("{[1]: 2}", "found unhashable key", id="a key that is a list"),
         pytest.param("listen: a:1\nlisten: b:1", "the key 'listen' appears twice", id="a key twice"),
         pytest.param("models: [{name: A b, model: x/y}]", "the name must be 1 to 63 of a-z", id="name of a model"),
         pytest.param("models: [{name: a, model: ./nowhere}]", "there is no directory", id="no such directory"),
@@ -221,6 +225,27 @@ def test_all_keys_that_do_not_exist_are_named_beside_other_mistakes(directory: P
     unknown = ("'max_seqs' in models[0]", "'threds' in models[0]", "'lisen' in the top", "'x' in limits")
     for part in (*unknown, "'wait' in other_tenants", "log_level 'LOUD'"):
         assert part in message
+
+
+def test_all_keys_that_appear_twice_are_named_with_their_lines_beside_other_mistakes(directory: Path) -> None:
+    text = (
+        MODEL
+        + "listen: a:1\nlimits: {calls_per_connection: 1,\n  calls_per_connection: 2}\nlisten: b:1\nlisten: c:1\nx: 1"
+    )
+    error = error_of(directory, text)
+    first = MODEL.count("\n") + 1
+    for key, line, again in (
+        ("calls_per_connection", first + 1, first + 2),
+        ("listen", first, first + 3),
+        ("listen", first, first + 4),
+    ):
+        assert f"the key {key!r} appears twice, in line {line} and in line {again}" in error
+    assert "unknown key 'x'" in error
+
+
+def test_a_mapping_may_be_merged_into_another(directory: Path) -> None:
+    text = MODEL + "tenants:\n  a: &a {weight: 2.0}\n  b: {<<: *a, max_priority: 1}"
+    assert load(directory, text).tenants["b"].weight == 2.0
 
 
 def test_all_values_of_a_wrong_type_are_named(directory: Path) -> None:
