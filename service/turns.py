@@ -76,7 +76,10 @@ class Turns:
             future.exception()  # seen, even if its caller went away
 
         doing.add_done_callback(ended)
-        return await asyncio.shield(doing)
+        try:
+            return await asyncio.shield(doing)
+        finally:
+            del doing  # or what it raises, and all that was at hand there, waits for the collector of cycles
 
     async def _begin(self, tenant: str, weight: float, size: int) -> _Work:
         size = max(size, SMALLEST)

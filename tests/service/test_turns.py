@@ -1,7 +1,9 @@
 """Turns: how many at once, who is next, and how much may wait."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from contextlib import AsyncExitStack, suppress
 
 import pytest
@@ -136,3 +138,21 @@ async def test_a_thread_keeps_its_turn_though_its_caller_is_gone() -> None:
     go_on.set()
     await waiting.end()
     assert waiting.order == ["b"]
+
+
+async def test_nothing_stays_of_what_a_thread_had_at_hand_when_it_failed() -> None:
+    turns, at_hand = turns_of(), []
+
+    def fail() -> None:
+        large = threading.Event()
+        at_hand.append(weakref.ref(large))
+        raise ValueError
+
+    gc.disable()
+    try:
+        with suppress(ValueError):
+            await turns.in_thread("a", 1.0, MIB, fail)
+        await ticks()
+        assert at_hand[0]() is None
+    finally:
+        gc.enable()
