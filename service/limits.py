@@ -155,8 +155,8 @@ _ETAG = Text(128)
 _PAGE_TOKEN = Text(512)
 _PAGE_SIZE = Range(0, 1000)
 _LABELS = Entries(64, Text(256), keys=Text(63, least=1))
-_PROMPT = Text(1 << 22)
-_TOKENS = 1 << 20
+_PROMPT = Text(1 << 21)  # eight bytes for each of the tokens that a prompt may have
+_TOKENS = 1 << 18  # to read or write as many takes the interpreter lock for 3 ms
 
 LIMITS: Mapping[str, Limit] = {
     # ---- generation.proto
@@ -193,7 +193,7 @@ LIMITS: Mapping[str, Limit] = {
     "StreamOptions.min_tokens_per_chunk": Range(1, 256),
     "StreamOptions.max_chunk_delay": Seconds(0, 10),
     # ---- prompt.proto
-    "Prompt.text": Text(1 << 22, least=1, unit="bytes"),
+    "Prompt.text": Text(1 << 21, least=1, unit="bytes"),
     "Prompt.truncate_to_tokens": Range(1),
     "TokenIds.ids": Entries(_TOKENS),
     "Chat.messages": Entries(1024),
@@ -301,8 +301,8 @@ LIMITS: Mapping[str, Limit] = {
 }
 
 TOTALS: Mapping[str, Total] = {
-    "Chat": Total(characters=1 << 22, entries=4096),
+    "Chat": Total(characters=1 << 21, entries=4096),
     "Choices": Total(characters=65536, entries=256),
-    "BatchGenerateRequest": Total(characters=1 << 23, entries=16384, numbers=1 << 21),
+    "BatchGenerateRequest": Total(characters=1 << 22, entries=16384, numbers=1 << 19),
     "Adapter": Total(characters=1 << 20, entries=8192, numbers=4096),
 }

@@ -12,6 +12,7 @@ from service.catalog import LoadedModel
 from service.errors import InvalidRequest, PromptTooLong, Unavailable
 from service.tenants import Tenant
 from service.text import (
+    MAX_TOKENS,
     ArgumentsError,
     Conversation,
     RendererError,
@@ -26,9 +27,9 @@ T = TypeVar("T")
 
 # In bytes, or tokens. Shorter texts take less time to tokenise than to hand to another thread.
 _INLINE_SIZE = 8192
-_CHUNK = 1 << 14  # tokens
+_CHUNK = 1 << 12  # tokens
 # Of one text, in UTF-8. Tokenising takes some 150 bytes of memory for each, and a second for each million.
-MAX_TEXT_BYTES = 4 << 20
+MAX_TEXT_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +116,24 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tena
     Raises PromptTooLong for more than the model can hold, as early as that is certain; InvalidRequest, Unavailable.
     """
     kind, last = prompt.WhichOneof("content"), prompt.truncate_to_tokens
-    most = None if last else model.limits.max_model_len - 1
+    most = MAX_TOKENS if last else model.limits.max_model_len - 1
     if kind == "token_ids":
         ids = prompt.token_ids.ids
-        if most is not None and len(ids) > most:
+        if len(ids) > most:
             raise PromptTooLong.of(path, len(ids), model.limits.max_model_len)
         return await work.on(tenant, min(len(ids), last or len(ids)), lambda: _given(ids, last, model, path))
     rendered = await prompt_text(prompt, model, work, tenant, path)
     size = len(rendered.text.encode(errors="surrogatepass"))
     least = model.tokenizer.least_tokens(size)
-    if most is not None and least > most:
+    if not last and least > most:
         raise PromptTooLong.of(path, least, model.limits.max_model_len, "at least ")
     try:
         return await work.on(
             tenant, rendered.work_size, lambda: _tokens(prompt, rendered, most, model, f"{path}.{kind}")
         )
     except TooManyTokensError as error:
+        if last or error.count <= most:
+            raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
         raise PromptTooLong.of(path, error.count, model.limits.max_model_len) from error
     except TextError as error:
         raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
@@ -147,9 +150,10 @@ def _given(ids: Sequence[int], last: int, model: LoadedModel, path: str) -> list
     return token_ids
 
 
-def _tokens(prompt: Prompt, rendered: PromptText, most: int | None, model: LoadedModel, path: str) -> list[int]:
+def _tokens(prompt: Prompt, rendered: PromptText, most: int, model: LoadedModel, path: str) -> list[int]:
     """Raises TextError, and InvalidRequest for a text of no tokens, or with one that the model does not have."""
-    token_ids = model.tokenizer.encode(rendered.text, adds_special_tokens(prompt), most, rendered.literal)
+    special, most = adds_special_tokens(prompt), min(most, MAX_TOKENS)
+    token_ids = model.tokenizer.encode(rendered.text, special, most, rendered.literal)
     if not token_ids:
         raise InvalidRequest.at(path, "comes to no tokens at all; the model needs at least one")
     highest = max(token_ids)

@@ -30,7 +30,7 @@ class ReceiveLimits:
     """How large a message may be, once it is decompressed, and how long it may be waited for."""
 
     request_bytes: int = 4 << 20  # of a request of the data port
-    batch_bytes: int = 16 << 20  # of a BatchGenerate
+    batch_bytes: int = 8 << 20  # of a BatchGenerate
     message_seconds: float = 30.0  # for each message that is waited for
 
     def bytes_of(self, method: str) -> int:

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from service.errors import InvalidRequest
 
 MAX_FIELDS = 1 << 15  # of a message with all that is in it; a packed list of numbers is one
-MAX_NUMBERS = 1 << 22  # in packed lists
+MAX_NUMBERS = 1 << 19  # in packed lists
 MAX_DEPTH = 64  # of messages in messages
 SMALL_BYTES = 16 << 10  # no message of so few holds enough to hurt
 

@@ -10,7 +10,6 @@ from loraplex.v1.tokenizer_pb2 import (
     DetokenizeResponse,
     TokenizeRequest,
     TokenizeResponse,
-    TokenOffset,
 )
 from service.adapter_texts import AdapterTexts
 from service.call import current_call
@@ -24,8 +23,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 MAX_OFFSETS_BYTES = 32 << 10  # of a text whose tokens' places are told
-MAX_TEXT_CHARS = 4 << 20  # of detokenised text
-_CHUNK = 1 << 14  # tokens that are worked on before other threads have theirs
+MAX_TEXT_CHARS = 2 << 20  # of detokenised text
+_CHUNK = 1 << 12  # tokens that are worked on before other threads have theirs
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
@@ -67,7 +66,9 @@ def _tokenized(request: TokenizeRequest, model: LoadedModel, prompt: PromptText)
         encoding = model.tokenizer.encode_with_offsets(text, special, literal)
         token_ids = encoding.token_ids
         for part in kept_parts(request.prompt, model, token_ids):
-            response.offsets.extend(TokenOffset(start=start, end=end) for start, end in encoding.offsets[part])
+            starts, ends = zip(*encoding.offsets[part], strict=True) if encoding.offsets[part] else ((), ())
+            response.token_starts.extend(starts)
+            response.token_ends.extend(ends)
     else:
         token_ids = model.tokenizer.encode(text, special, literal=literal)
     for part in kept_parts(request.prompt, model, token_ids):

@@ -20,9 +20,10 @@ from service.text.errors import (
 from service.text.literal import Span
 from service.text.stop_strings import StopResult, StopStrings
 from service.text.template_process import TemplateLimits
-from service.text.tokenizer import Encoding, Tokenizer
+from service.text.tokenizer import MAX_TOKENS, Encoding, Tokenizer
 
 __all__ = [
+    "MAX_TOKENS",
     "AdapterText",
     "ArgumentsError",
     "ChatTemplate",

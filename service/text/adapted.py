@@ -16,12 +16,12 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from service.text.chat_template import ChatTemplate
-from service.text.errors import TokenizerError, TooManyTokensError
+from service.text.errors import TokenizerError
 from service.text.literal import LiteralEncoder, Span
 from service.text.model_files import ModelFiles, read_file
 from service.text.token_decoders import PieceTable
 from service.text.token_lengths import NFC_FACTOR
-from service.text.tokenizer import Encoding, Tokenizer
+from service.text.tokenizer import MAX_TOKENS, Encoding, Tokenizer, check_count
 
 MAX_ADDED_TOKENS = 4096
 MAX_TOKEN_CHARS = 1024
@@ -114,7 +114,7 @@ class AdaptedTokenizer(Tokenizer):
         return self._base.vocab_size + sum(self._base.id_to_token(token_id) is None for token_id in self._added)
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, most: int | None = None, literal: Sequence[Span] = ()
+        self, text: str, add_special_tokens: bool = True, most: int = MAX_TOKENS, literal: Sequence[Span] = ()
     ) -> list[int]:
         if self._splitter is None:
             return super().encode(text, add_special_tokens, most, literal)
@@ -122,8 +122,7 @@ class AdaptedTokenizer(Tokenizer):
         for token_id, start, end in self._split(text, literal):
             token_ids.extend(self._piece(text, start, end, literal).token_ids if token_id is None else [token_id])
         token_ids.extend(self._behind if add_special_tokens else [])
-        if most is not None and len(token_ids) > most:
-            raise TooManyTokensError(len(token_ids))
+        check_count(len(token_ids), most)
         return token_ids
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True, literal: Sequence[Span] = ()) -> Encoding:
@@ -138,6 +137,7 @@ class AdaptedTokenizer(Tokenizer):
         if not add_special_tokens:
             return found
         before, behind = [(0, 0)] * len(self._before), [(0, 0)] * len(self._behind)
+        check_count(len(found.token_ids))
         return Encoding([*self._before, *found.token_ids, *self._behind], [*before, *found.offsets, *behind])
 
     def token_to_id(self, token: str) -> int | None:

@@ -31,8 +31,8 @@ class ArgumentsError(TemplateError):
 class TooManyTokensError(TextError):
     """A text comes to more tokens than it may."""
 
-    def __init__(self, count: int) -> None:
-        super().__init__(f"the text comes to {count} tokens.")
+    def __init__(self, count: int, most: int) -> None:
+        super().__init__(f"comes to {count} tokens; {most} are allowed")
         self.count = count
 
 

@@ -28,7 +28,7 @@ class TemplateLimits:
     seconds: float = 2.0  # of the processor
     stalled_seconds: float = 20.0  # of time: then it is the machine that is slow, and not the template
     source_chars: int = 1 << 20
-    output_chars: int = 4 << 20
+    output_chars: int = 2 << 20
     memory_bytes: int = 1 << 30  # address space of a worker process
 
 

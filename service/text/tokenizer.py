@@ -16,6 +16,9 @@ from service.text.model_files import ModelFiles
 from service.text.token_decoders import PieceTable, token_decoder
 from service.text.token_lengths import longest_token_bytes
 
+# Of one text. To take more from the library, or to drop them, would hold the interpreter lock for too long.
+MAX_TOKENS = 1 << 18
+
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
@@ -95,7 +98,7 @@ class Tokenizer:
         return next((place for place, sequence in enumerate(added) if sequence is not None), 0)
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, most: int | None = None, literal: Sequence[Span] = ()
+        self, text: str, add_special_tokens: bool = True, most: int = MAX_TOKENS, literal: Sequence[Span] = ()
     ) -> list[int]:
         """The ids of a text; with BOS and EOS where the model's tokenizer puts them. Of its literal parts no control
         token comes.
@@ -109,17 +112,18 @@ class Tokenizer:
         if literal:
             token_ids = self.encode_with_offsets(text, add_special_tokens, literal).token_ids
         else:
-            token_ids = self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
-        if most is not None and len(token_ids) > most:
-            raise TooManyTokensError(len(token_ids))
+            token_ids = self._encode(self._backend.encode_batch_fast, text, add_special_tokens, most).ids
+        check_count(len(token_ids), most)
         return token_ids
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True, literal: Sequence[Span] = ()) -> Encoding:
-        """The ids of a text and where in it each comes from. Raises TextError."""
+        """The ids of a text and where in it each comes from. Raises TextError, TooManyTokensError."""
         if literal:
             return Encoding(
                 *self._literal_encoder.encode(
-                    text, literal, lambda backend, text: self._encode(backend.encode_batch, text, add_special_tokens)
+                    text,
+                    literal,
+                    lambda backend, text: self._encode(backend.encode_batch, text, add_special_tokens),
                 )
             )
         encoding = self._encode(self._backend.encode_batch, text, add_special_tokens)
@@ -162,10 +166,10 @@ class Tokenizer:
         return self._pieces_without_special if skip_special_tokens else self._pieces
 
     @staticmethod
-    def _encode(encode_batch: Callable[..., Any], text: str, add_special_tokens: bool) -> Any:
+    def _encode(encode_batch: Callable[..., Any], text: str, add_special_tokens: bool, most: int = MAX_TOKENS) -> Any:
         # A batch of one, because the library gives up the interpreter lock for batches alone.
         try:
-            return encode_batch([text], add_special_tokens=add_special_tokens)[0]
+            encoding = encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except TypeError as error:
             position = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
             if position is None:
@@ -173,7 +177,18 @@ class Tokenizer:
             raise TextError(
                 f"text: half a surrogate pair at character {position}, which is no Unicode text. Remove it."
             ) from error
+        count = len(encoding)
+        if count > most:
+            del encoding  # an error keeps what its frames hold, and this is hundreds of bytes for each token
+        check_count(count, most)
+        return encoding
 
     def _ids(self, token: str | None) -> list[int]:
         token_id = None if token is None else self._backend.token_to_id(token)
         return [] if token_id is None else [token_id]
+
+
+def check_count(count: int, most: int = MAX_TOKENS) -> None:
+    """Raises TooManyTokensError for more tokens than these."""
+    if count > most:
+        raise TooManyTokensError(count, most)

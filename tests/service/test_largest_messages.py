@@ -14,11 +14,12 @@ from loraplex.v1.inference_pb2 import BatchGenerateRequest, CancelGenerationRequ
 from loraplex.v1.prompt_pb2 import ChatMessage, Prompt, ToolCall
 from loraplex.v1.routes_pb2 import Route, UpdateRouteRequest
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
+from service.text import MAX_TOKENS
 from tests.service.watched import Watched, watched_server
 
 MOST_HELD_MS = 100.0
-MIB = 1 << 20
-ROOM = 4096  # of a message, for what is around its largest field
+MOST_BYTES = 2 << 20  # of a text
+ROOM = 4096  # of a conversation, for what its template writes
 
 NAME = "x" * 512
 LABELS = {f"{number:02d}".ljust(63, "k"): "v" * 256 for number in range(64)}
@@ -36,11 +37,14 @@ def chat(messages: list[ChatMessage], **variables: Any) -> Prompt:
 
 
 PROMPTS = {
-    "text": Prompt(text="x" * (4 * MIB - ROOM), truncate_to_tokens=1),
-    "tokens": Prompt(token_ids={"ids": [1] * MIB}, truncate_to_tokens=1),
-    "long message": chat([ChatMessage(role="user", content="x" * (4 * MIB - ROOM))]),
+    "text": Prompt(text="x" * MOST_BYTES, truncate_to_tokens=1),
+    "text of every token": Prompt(text="x" * MAX_TOKENS, truncate_to_tokens=1),
+    "literal text": Prompt(text="x" * MOST_BYTES, truncate_to_tokens=1, literal_content=True),
+    "literal text of every token": Prompt(text="x" * MAX_TOKENS, truncate_to_tokens=1, literal_content=True),
+    "tokens": Prompt(token_ids={"ids": [100] * MAX_TOKENS}, truncate_to_tokens=1),
+    "long message": chat([ChatMessage(role="user", content="x" * (MOST_BYTES - ROOM))]),
     "calls": chat([WIDE] * 1024),
-    "messages": chat([ChatMessage(role="user", content="x" * 3000)] * 1024),
+    "messages": chat([ChatMessage(role="user", content="x" * 2000)] * 1024),
     "variables": chat([ChatMessage(role="user")], x=[{"a": "b" * 100}] * 2000),
     "arguments": chat(
         [ChatMessage(role="assistant", tool_calls=[ToolCall(arguments_json='{"a": [' + "[]," * 300_000 + "1]}")] * 4)]
@@ -63,7 +67,7 @@ MESSAGES: dict[str, tuple[str, Message]] = {
         "BatchGenerate",
         BatchGenerateRequest(specs=[spec(prompt={"text": "a"}, sampling=WIDE_SAMPLING)] * 7),
     ),
-    "BatchGenerate texts": ("BatchGenerate", BatchGenerateRequest(specs=[spec(prompt={"text": "a" * 30_000})] * 256)),
+    "BatchGenerate texts": ("BatchGenerate", BatchGenerateRequest(specs=[spec(prompt={"text": "a" * 16_000})] * 256)),
     "BatchGenerate tokens": (
         "BatchGenerate",
         BatchGenerateRequest(specs=[spec(prompt=PROMPTS["tokens"])] * 2),
@@ -77,12 +81,12 @@ MESSAGES: dict[str, tuple[str, Message]] = {
         for name, prompt in PROMPTS.items()
         if name != "tokens"
     },
-    "Tokenize every token": ("Tokenize", TokenizeRequest(model="tiny", prompt={"text": "x" * (4 * MIB - ROOM)})),
+    "Tokenize every token": ("Tokenize", TokenizeRequest(model="tiny", prompt={"text": "x" * MAX_TOKENS})),
     "Tokenize offsets": (
         "Tokenize",
         TokenizeRequest(model="tiny", prompt={"text": "x" * (32 << 10)}, include_offsets=True),
     ),
-    "Detokenize": ("Detokenize", DetokenizeRequest(model="tiny", token_ids=[97] * MIB)),
+    "Detokenize": ("Detokenize", DetokenizeRequest(model="tiny", token_ids=[97] * MAX_TOKENS)),
     "UpdateRoute": (
         "UpdateRoute",
         UpdateRouteRequest(

@@ -12,10 +12,11 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from loraplex import InvalidArgument
+from loraplex.v1.prompt_pb2 import Prompt
 from loraplex.v1.tokenizer_pb2 import TokenizeRequest
 from service.errors import InvalidRequest, PromptTooLong
 from service.prompts import TextWork
-from service.text import Tokenizer
+from service.text import MAX_TOKENS, Tokenizer
 from service.text.token_decoders import BYTE_ALPHABET
 from service.text.token_lengths import longest_token_bytes
 from service.turns import TurnLimits, Turns
@@ -50,13 +51,31 @@ async def test_a_conversation_that_cannot_fit_is_refused_before_it_is_tokenised(
 
 
 def test_a_text_of_more_bytes_than_any_may_have_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="from 1 to 4194304 bytes"):
-        check_request(TokenizeRequest(model="demo", prompt={"text": "é" * (2 << 20) + "x"}))
+    with pytest.raises(InvalidRequest, match="from 1 to 2097152 bytes"):
+        check_request(TokenizeRequest(model="demo", prompt={"text": "é" * (1 << 20) + "x"}))
 
 
 async def test_a_long_text_that_is_cut_to_its_end_is_tokenised(plane: DataPlane) -> None:
     await plane.generate(make_spec(prompt={"text": "x" * 10_000 + "end", "truncate_to_tokens": 3}))
     assert plane.engine.requests[0].prompt_token_ids == list(b"end")
+
+
+async def test_a_text_of_more_tokens_than_any_prompt_may_have_is_refused_even_if_few_are_kept(plane: DataPlane) -> None:
+    prompt = {"text": "x" * (MAX_TOKENS + 1), "truncate_to_tokens": 3}
+    failed = await failure(plane.generate(make_spec(prompt=prompt)))
+    assert failed.reason == "INVALID_PARAMETER"
+    assert "spec.prompt.text: comes to 262145 tokens; 262144 are allowed" in failed.message
+
+
+@pytest.mark.parametrize("literal", [False, True])
+async def test_a_text_of_more_tokens_than_are_told_is_refused(control: ControlPlane, literal: bool) -> None:
+    prompt = Prompt(text="x" * (MAX_TOKENS + 1), literal_content=literal)
+    with pytest.raises(InvalidArgument, match="262145 tokens; 262144 are allowed"):
+        await control.client.tokenize("tiny", prompt)
+
+
+async def test_a_text_of_as_many_tokens_as_a_prompt_may_have_is_told_whole(control: ControlPlane) -> None:
+    assert len((await control.client.tokenize("tiny", "x" * MAX_TOKENS)).token_ids) == MAX_TOKENS
 
 
 async def test_token_ids_that_are_too_many_are_refused_by_their_number(plane: DataPlane) -> None:
@@ -111,9 +130,12 @@ async def test_places_of_tokens_are_told_for_texts_of_some_length_alone(control:
     assert len((await control.client.tokenize("tiny", "x" * 32_769)).token_ids) == 32_769
 
 
-async def test_tokens_that_come_to_too_much_text_are_refused(control: ControlPlane) -> None:
-    with pytest.raises(InvalidArgument, match="4194304 characters"):
-        await control.client.detokenize("tiny", [256] * (1 << 20), skip_special_tokens=False)
+async def test_tokens_that_come_to_too_much_text_are_refused(
+    control: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.control.tokenizer.MAX_TEXT_CHARS", 1 << 20)  # the longest token here has five
+    with pytest.raises(InvalidArgument, match="1048576 characters"):
+        await control.client.detokenize("tiny", [256] * (1 << 18), skip_special_tokens=False)
 
 
 # ---- how long a token can be -----------------------------------------------------------------------------------------

@@ -20,9 +20,11 @@ KEPT_BYTES = 64 << 20
 RECOVERY_SECONDS = 10.0
 AT_ONCE = 24
 
-LARGE = (4 << 20) - 4096
+LARGE = 2 << 20
 TEXT = Prompt(text="\U0001f600" * (LARGE // 4), truncate_to_tokens=1)
-CHAT = Prompt(chat={"messages": [ChatMessage(role="user", content="\U0001f600" * (LARGE // 4))]}, truncate_to_tokens=1)
+CHAT = Prompt(
+    chat={"messages": [ChatMessage(role="user", content="\U0001f600" * (LARGE // 4 - 1024))]}, truncate_to_tokens=1
+)
 
 
 def generate(prompt: Prompt) -> GenerateRequest:
@@ -38,13 +40,18 @@ HOSTILE: dict[str, tuple[Message, str]] = {
     "texts": (generate(TEXT), "Generate"),
     "chats": (generate(CHAT), "Generate"),
     "texts that are told": (TokenizeRequest(model="tiny", prompt=TEXT, include_text=True), "Tokenize"),
-    "tokens": (DetokenizeRequest(model="tiny", token_ids=[97] * (1 << 20)), "Detokenize"),
+    "tokens": (DetokenizeRequest(model="tiny", token_ids=[97] * (1 << 18)), "Detokenize"),
     "batches": (
-        BatchGenerateRequest(specs=[spec(Prompt(text="x" * 30_000, truncate_to_tokens=1))] * 256),
+        BatchGenerateRequest(specs=[spec(Prompt(text="x" * 16_000, truncate_to_tokens=1))] * 256),
         "BatchGenerate",
     ),
 }
-EXPECTED = {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
+EXPECTED = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,  # of a text that has, once it is tokenised, more tokens than a prompt may
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
 
 
 @pytest.fixture(scope="module")

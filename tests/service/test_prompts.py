@@ -47,7 +47,7 @@ async def read(plane: DataPlane, prompt: Prompt) -> list[int]:
     read = plane.engine.requests[-1].prompt_token_ids
     told = await tokenized(plane, prompt)
     assert list(told.token_ids) == read
-    assert len(told.offsets) == len(read)
+    assert len(told.token_starts) == len(told.token_ends) == len(read)
     return read
 
 

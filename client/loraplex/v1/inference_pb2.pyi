@@ -642,7 +642,7 @@ Global___PartialUsage: typing_extensions.TypeAlias = PartialUsage
 
 @typing.final
 class BatchGenerateRequest(google.protobuf.message.Message):
-    """Request of BatchGenerate. In all at most 8,388,608 characters and 16,384 entries, and 2,097,152 numbers."""
+    """Request of BatchGenerate. In all at most 4,194,304 characters and 16,384 entries, and 524,288 numbers."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -21,7 +21,9 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
 class Prompt(google.protobuf.message.Message):
-    """What the model reads. Exactly one of text, token_ids and chat must be set, and it must not be empty."""
+    """What the model reads. Exactly one of text, token_ids and chat must be set, and it must not be empty. In whatever form,
+    it has at most 262,144 tokens, before truncate_to_tokens leaves fewer of them.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -32,7 +34,7 @@ class Prompt(google.protobuf.message.Message):
     TRUNCATE_TO_TOKENS_FIELD_NUMBER: builtins.int
     LITERAL_CONTENT_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """Plain text, tokenised by the server with the model's tokenizer. From 1 to 4,194,304 bytes."""
+    """Plain text, tokenised by the server with the model's tokenizer. From 1 to 2,097,152 bytes."""
     add_special_tokens: builtins.bool
     """Whether the tokenizer adds its special tokens (such as the beginning-of-sequence token).
     Absent: true for text, false for chat (templates write their own). Must be absent for token_ids.
@@ -91,7 +93,7 @@ class TokenIds(google.protobuf.message.Message):
     IDS_FIELD_NUMBER: builtins.int
     @property
     def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Each at least 0 and less than the model's vocabulary size. At most 1,048,576."""
+        """Each at least 0 and less than the model's vocabulary size. At most 262,144."""
 
     def __init__(
         self,
@@ -104,7 +106,9 @@ Global___TokenIds: typing_extensions.TypeAlias = TokenIds
 
 @typing.final
 class Chat(google.protobuf.message.Message):
-    """A conversation and how to render it. What it is rendered to may have 4,194,304 bytes. In all at most 4,194,304 characters and 4096 entries."""
+    """A conversation and how to render it. What it is rendered to may have 2,097,152 bytes. In all at most 2,097,152
+    characters and 4096 entries.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -170,11 +174,11 @@ class ChatMessage(google.protobuf.message.Message):
     at most 64 characters.
     """
     content: builtins.str
-    """What is said. May be absent for an assistant message that only calls tools. At most 4,194,304 characters."""
+    """What is said. May be absent for an assistant message that only calls tools. At most 2,097,152 characters."""
     name: builtins.str
     """The speaker's name, for templates that show it. At most 256 characters."""
     reasoning_content: builtins.str
-    """The assistant's earlier reasoning, for templates that show it. At most 4,194,304 characters."""
+    """The assistant's earlier reasoning, for templates that show it. At most 2,097,152 characters."""
     tool_call_id: builtins.str
     """For role "tool": the id of the call that this message answers. At most 256 characters."""
     @property

@@ -40,7 +40,7 @@ class ServerInfo(google.protobuf.message.Message):
     max_receive_bytes: builtins.int
     """The largest request of the data port, in bytes once it is decompressed: the operator's `limits.request_bytes`. The
     AdapterService takes 2 MiB, other services 256 KiB. A request that holds more than 32,768 fields, with all that is in
-    it, or more than 4,194,304 numbers is refused too, before anything reads it.
+    it, or more than 524,288 numbers is refused too, before anything reads it.
     """
     max_batch_receive_bytes: builtins.int
     """The same of a BatchGenerate: `limits.batch_bytes`."""

@@ -16,7 +16,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from loraplex.v1 import prompt_pb2 as loraplex_dot_v1_dot_prompt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloraplex/v1/tokenizer.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x18loraplex/v1/prompt.proto\"\xad\x01\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12(\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.loraplex.v1.PromptB\x03\xe0\x41\x02\x12\x1c\n\x0finclude_offsets\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x19\n\x0cinclude_text\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x12\n\x10_include_offsetsB\x0f\n\r_include_text\"\x88\x01\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12)\n\x07offsets\x18\x02 \x03(\x0b\x32\x18.loraplex.v1.TokenOffset\x12\x11\n\x04text\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\x05\x42\x07\n\x05_text\")\n\x0bTokenOffset\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05\"t\n\x11\x44\x65tokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xaa\x01\n\x10TokenizerService\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.loraplex.v1.DetokenizeRequest\x1a\x1f.loraplex.v1.DetokenizeResponseB\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloraplex/v1/tokenizer.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x18loraplex/v1/prompt.proto\"\xad\x01\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12(\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.loraplex.v1.PromptB\x03\xe0\x41\x02\x12\x1c\n\x0finclude_offsets\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x19\n\x0cinclude_text\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x12\n\x10_include_offsetsB\x0f\n\r_include_text\"\x87\x01\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x14\n\x0ctoken_starts\x18\x02 \x03(\r\x12\x12\n\ntoken_ends\x18\x03 \x03(\r\x12\x11\n\x04text\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\x05\x42\x07\n\x05_text\"t\n\x11\x44\x65tokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xaa\x01\n\x10TokenizerService\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.loraplex.v1.DetokenizeRequest\x1a\x1f.loraplex.v1.DetokenizeResponseB\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZEREQUEST']._serialized_start=104
   _globals['_TOKENIZEREQUEST']._serialized_end=277
   _globals['_TOKENIZERESPONSE']._serialized_start=280
-  _globals['_TOKENIZERESPONSE']._serialized_end=416
-  _globals['_TOKENOFFSET']._serialized_start=418
-  _globals['_TOKENOFFSET']._serialized_end=459
-  _globals['_DETOKENIZEREQUEST']._serialized_start=461
-  _globals['_DETOKENIZEREQUEST']._serialized_end=577
-  _globals['_DETOKENIZERESPONSE']._serialized_start=579
-  _globals['_DETOKENIZERESPONSE']._serialized_end=613
-  _globals['_TOKENIZERSERVICE']._serialized_start=616
-  _globals['_TOKENIZERSERVICE']._serialized_end=786
+  _globals['_TOKENIZERESPONSE']._serialized_end=415
+  _globals['_DETOKENIZEREQUEST']._serialized_start=417
+  _globals['_DETOKENIZEREQUEST']._serialized_end=533
+  _globals['_DETOKENIZERESPONSE']._serialized_start=535
+  _globals['_DETOKENIZERESPONSE']._serialized_end=569
+  _globals['_TOKENIZERSERVICE']._serialized_start=572
+  _globals['_TOKENIZERSERVICE']._serialized_end=742
 # @@protoc_insertion_point(module_scope)

@@ -65,7 +65,8 @@ class TokenizeResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: builtins.int
-    OFFSETS_FIELD_NUMBER: builtins.int
+    TOKEN_STARTS_FIELD_NUMBER: builtins.int
+    TOKEN_ENDS_FIELD_NUMBER: builtins.int
     TEXT_FIELD_NUMBER: builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: builtins.int
     text: builtins.str
@@ -77,44 +78,27 @@ class TokenizeResponse(google.protobuf.message.Message):
         """The tokens."""
 
     @property
-    def offsets(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenOffset]:
-        """One for each token, if asked for."""
+    def token_starts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Where in the text each token begins, in Unicode code points, if asked for: one for each token."""
+
+    @property
+    def token_ends(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """One past where it ends. Equal to where it begins for a token that was added."""
 
     def __init__(
         self,
         *,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
-        offsets: collections.abc.Iterable[Global___TokenOffset] | None = ...,
+        token_starts: collections.abc.Iterable[builtins.int] | None = ...,
+        token_ends: collections.abc.Iterable[builtins.int] | None = ...,
         text: builtins.str | None = ...,
         max_context_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_text", b"_text", "text", b"text"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_text", b"_text", "max_context_tokens", b"max_context_tokens", "offsets", b"offsets", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_text", b"_text", "max_context_tokens", b"max_context_tokens", "text", b"text", "token_ends", b"token_ends", "token_ids", b"token_ids", "token_starts", b"token_starts"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_text", b"_text"]) -> typing.Literal["text"] | None: ...
 
 Global___TokenizeResponse: typing_extensions.TypeAlias = TokenizeResponse
-
-@typing.final
-class TokenOffset(google.protobuf.message.Message):
-    """Where in the text a token is: [start, end), in Unicode code points. Empty for a token that was added."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    START_FIELD_NUMBER: builtins.int
-    END_FIELD_NUMBER: builtins.int
-    start: builtins.int
-    """The first code point."""
-    end: builtins.int
-    """One past the last code point."""
-    def __init__(
-        self,
-        *,
-        start: builtins.int = ...,
-        end: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["end", b"end", "start", b"start"]) -> None: ...
-
-Global___TokenOffset: typing_extensions.TypeAlias = TokenOffset
 
 @typing.final
 class DetokenizeRequest(google.protobuf.message.Message):
@@ -131,7 +115,7 @@ class DetokenizeRequest(google.protobuf.message.Message):
     """Whether to leave special tokens out of the text. Default true."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The tokens. At most 1,048,576, and no more than 4,194,304 characters of text."""
+        """The tokens. At most 262,144, and no more than 2,097,152 characters of text."""
 
     def __init__(
         self,
