@@ -21,11 +21,12 @@ explore: $(VENV)/.installed-dev  ## the tests of properties with new draws: `mak
 soak: $(VENV)/.installed-dev  ## two minutes of everything at once: no process may grow; SECONDS=1800 for half an hour
 	LORAPLEX_SOAK_SECONDS=$(or $(SECONDS),120) $(BIN)/python -m pytest -s tests/faults/test_soak.py
 
-check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generated stubs
+check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generated stubs and clients
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python client/generate.py check
 	proto/stubs.sh check
 	proto/stubs.sh lint
 	proto/stubs.sh breaking
@@ -37,8 +38,9 @@ gpu-packages:  ## wheels of what gpu-check needs and such a machine may lack, fo
 	for version in 3.11 3.12 3.13; do $(PYTHON) -m pip download --quiet --no-deps --only-binary :all: \
 		--platform manylinux2014_x86_64 --python-version $$version --dest gpu-packages msgspec || exit 1; done
 
-stubs:  ## generate client/loraplex/v1 from proto/
+stubs: $(VENV)/.installed-dev  ## generate client/loraplex/v1 from proto/, and the client's methods with all options
 	proto/stubs.sh generate
+	$(BIN)/python client/generate.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -2,7 +2,7 @@
 
 `AsyncClient` and `Client` generate text and tokenise, over the data port. `AsyncAdminClient` and `AdminClient` manage
 models, adapters and routes, over the admin port. Every method is one call of the contract, with keyword arguments for
-its fields; answers are the messages of `loraplex.v1`. A failed call raises a `LoraplexError`.
+its fields; answers are the messages of `loraplex.v1`. A call that fails raises a `LoraplexError`.
 
     async with AsyncClient("localhost:50051") as client:
         answer = await client.generate("demo", "Once upon a time", max_tokens=32, temperature=0)
@@ -12,14 +12,15 @@ its fields; answers are the messages of `loraplex.v1`. A failed call raises a `L
         async for piece in stream.text():
             print(piece, end="")
 
-Enumerators are numbers in Python; `enum_name(answer.outputs[0].finished, "reason")` is "MAX_TOKENS".
+Enumerators are numbers that print as their names, such as FINISH_REASON_MAX_TOKENS; `enum_name` leaves the prefix out.
 
 Leaving the loop early, in whatever way, cancels the generation and frees what the server holds for it.
 """
 
+from loraplex.async_client import AsyncAdminClient, AsyncClient
 from loraplex.awaiting import AsyncGenerateStream, AsyncStream
 from loraplex.blocking import GenerateStream, Stream
-from loraplex.client import AdminClient, AsyncAdminClient, AsyncClient, Client
+from loraplex.client import AdminClient, Client
 from loraplex.errors import (
     Aborted,
     AlreadyExists,
@@ -40,8 +41,9 @@ from loraplex.errors import (
     from_status,
     raise_for_error,
 )
-from loraplex.generation import GenerateOptions, generate_spec
+from loraplex.generation import GenerateOptions
 from loraplex.names import enum_name
+from loraplex.specs import generate_spec
 
 __all__ = [
     "Aborted",

@@ -1,77 +1,64 @@
-"""Running operations with asyncio: the caller, the streams it returns, and methods made of operations."""
+"""Awaits answers: the streams that calls return, and what all asynchronous clients have in common.
 
-import asyncio
-import functools
-import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+blocking.py is this file without `await`; client/generate.py writes it.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, Unpack
+from typing import Generic, Protocol, Self, TypeVar
 
 import grpc
-import grpc.aio
 from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2
 
-from loraplex.channel import CallOptions, Connection
-from loraplex.errors import Cancelled, from_call, local
+from loraplex.channel import Connection, Timeout
+from loraplex.errors import from_call
 from loraplex.events import GenerationEvents
 from loraplex.operations import inference
-from loraplex.operations.base import Listing, Operation, Upload, serialize
+from loraplex.operations.base import GenerationOperation, Listing, Operation, StreamOperation, Upload, serialize
 from loraplex.v1 import inference_pb2
 
-P = ParamSpec("P")
 MessageT = TypeVar("MessageT", bound=Message)
 MessageT_co = TypeVar("MessageT_co", bound=Message, covariant=True)
 
 
-class _StreamCall(Protocol[MessageT_co]):
-    """What a stream needs of grpc's call."""
+class _Call(Protocol[MessageT_co]):
+    """What a stream needs of its call."""
 
-    def cancel(self) -> bool: ...
-    def __aiter__(self) -> AsyncIterator[MessageT_co]: ...
+    def cancel(self) -> object: ...
+    async def __anext__(self) -> MessageT_co: ...
 
 
 class AsyncStream(Generic[MessageT]):
-    """The messages of a call, as they come. Cancels the call as soon as nobody can read them any more.
+    """The messages of a call, as they come. The call is cancelled as soon as nobody can read them any more.
 
-    That is: when a loop over it is left by break, return or an exception; at the end of its `async with`; on cancel();
-    and when it is dropped. (grpc's own call goes on after a break, and the server with it.) `anext(stream)` reads one
-    message and leaves the call running, so that messages can be read one by one before a loop.
+    That is: when a loop over the stream is left by break, return or an exception; at the end of its `async with`; on
+    cancel(); and when the stream is dropped. `await anext(stream)` reads one message and leaves the call running, so
+    that messages can be read one by one before a loop.
 
     Reading raises a LoraplexError if the call failed, and Cancelled after cancel().
     """
 
-    def __init__(self, call: _StreamCall[MessageT], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, call: _Call[MessageT]) -> None:
         self._call = call
-        self._messages = call.__aiter__()
-        self._loop = loop
         self._ended = False
 
     def cancel(self) -> None:
-        """End the call now, if it has not ended. May be called more than once, from the loop's own thread."""
-        # Without its loop a call is over, and cancelling it would raise.
-        if not self._ended and not self._loop.is_closed():
+        """End the call now, if it has not ended. May be called more than once, from the event loop's thread."""
+        if not self._ended:
             self._call.cancel()
 
     async def __anext__(self) -> MessageT:
         if self._ended:
             raise StopAsyncIteration
         try:
-            message = await self._messages.__anext__()
+            message = await anext(self._call)
         except StopAsyncIteration:
             self._ended = True
             self._check_end()
             raise
-        except grpc.aio.AioRpcError as error:
+        except grpc.RpcError as error:
             self._ended = True
             raise from_call(error) from None
-        except asyncio.CancelledError:
-            self._ended = True
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                self._call.cancel()
-                raise
-            raise local(Cancelled, grpc.StatusCode.CANCELLED, "the stream was cancelled by this side") from None
         self._received(message)
         return message
 
@@ -86,10 +73,6 @@ class AsyncStream(Generic[MessageT]):
     ) -> None:
         self.cancel()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_ended"):  # else it was never made
-            self.cancel()
-
     def _received(self, message: MessageT) -> None:
         """Take note of a message."""
 
@@ -98,7 +81,7 @@ class AsyncStream(Generic[MessageT]):
 
 
 class _AsyncLoop(Generic[MessageT]):
-    """One loop over a stream. Python drops it when the loop is left, in whatever way; then the call is cancelled."""
+    """One loop over a stream. Python drops the loop when it is left, in whatever way; then the call is cancelled."""
 
     def __init__(self, stream: AsyncStream[MessageT]) -> None:
         self._stream = stream
@@ -106,8 +89,8 @@ class _AsyncLoop(Generic[MessageT]):
     def __aiter__(self) -> Self:
         return self
 
-    def __anext__(self) -> Coroutine[Any, Any, MessageT]:
-        return self._stream.__anext__()
+    async def __anext__(self) -> MessageT:
+        return await anext(self._stream)
 
     def __del__(self) -> None:
         self._stream.cancel()
@@ -119,32 +102,28 @@ class AsyncGenerateStream(AsyncStream[inference_pb2.StreamGenerateResponse]):
     Reading to the end raises IncompleteStream if Completed did not come.
     """
 
-    def __init__(
-        self,
-        call: _StreamCall[inference_pb2.StreamGenerateResponse],
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        super().__init__(call, loop)
+    def __init__(self, call: _Call[inference_pb2.StreamGenerateResponse]) -> None:
+        super().__init__(call)
         self._events = GenerationEvents()
 
     @property
     def started(self) -> inference_pb2.Started | None:
-        """The first event, once it has been read."""
+        """The first event. None: it has not been read yet."""
         return self._events.started
 
     @property
     def completed(self) -> inference_pb2.Completed | None:
-        """The last event, once it has been read."""
+        """The last event. None: it has not been read yet."""
         return self._events.completed
 
     async def text(self, output_index: int = 0) -> AsyncGenerator[str, None]:
-        """The text of one output, piece by piece."""
+        """Read the text of one output, piece by piece."""
         async for message in self:
             if message.HasField("delta") and message.delta.output_index == output_index and message.delta.text:
                 yield message.delta.text
 
     async def collect(self) -> inference_pb2.GenerateResponse:
-        """Read to the end, and return what Generate would have, what was read before included."""
+        """Read to the end and return what `generate` would have, with what was read before."""
         async for _ in self:
             pass
         return self._events.response()
@@ -156,11 +135,8 @@ class AsyncGenerateStream(AsyncStream[inference_pb2.StreamGenerateResponse]):
         self._events.check_complete()
 
 
-StreamT = TypeVar("StreamT", bound=AsyncStream[Any])
-
-
 class AsyncCaller:
-    """Runs operations over one channel. To be made, used and closed in one running event loop."""
+    """Runs operations over one channel. It is made, used and closed in one running event loop."""
 
     def __init__(
         self,
@@ -172,17 +148,21 @@ class AsyncCaller:
         timeout: float | None = None,
         options: Mapping[str, str | int] | None = None,
     ) -> None:
-        """See Connection for what the arguments mean. Raises RuntimeError where no event loop is running."""
-        self._loop = asyncio.get_running_loop()
+        """Open a channel; the first call connects it. Raises RuntimeError where no event loop is running.
+
+        Args:
+            address: "host:port", or any name that gRPC resolves, such as "dns:///loraplex:50051" or "unix:/run/x.sock".
+            credentials: Result of grpc.ssl_channel_credentials(). None: no TLS.
+            token: Bearer token, or a function that returns it and is called before every call. None: no token.
+            tenant: Tenant to act for, if the token is trusted with several. None: the token's own.
+            timeout: Seconds for calls that do not say otherwise. None: no limit.
+            options: Further gRPC channel options. None: no options.
+        """
         self._connection = Connection(address, credentials, token, tenant, timeout, options or {})
         self._channel = self._connection.open_async()
-        # grpc's close() finds only calls that a task is waiting for; a stream between two reads would go on.
-        self._streams: weakref.WeakSet[AsyncStream[Any]] = weakref.WeakSet()
 
     async def close(self) -> None:
         """Cancel every call that is still running, and close the channel."""
-        for stream in self._streams:
-            stream.cancel()
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -194,21 +174,38 @@ class AsyncCaller:
         await self.close()
 
     async def is_serving(self, service: str = "") -> bool:
-        """Whether the server (or one of its services, or "models/{model}") can be used now.
+        """Say whether the server can be used now. Raises NotFound for a name that the server does not know.
 
-        Raises NotFound for a name that the server does not know.
+        Args:
+            service: Name of one of the server's services, or "models/{model}". "": the server as a whole.
         """
-        response = await self.run(inference.check_health(service))
-        return response.status == health_pb2.HealthCheckResponse.SERVING
+        response = await self._run(inference.check_health(service))
+        return response.value == inference.SERVING
 
-    async def wait_until_serving(self, service: str = "", **call: Unpack[CallOptions]) -> None:
-        """Return as soon as it can be used, waiting for a server that is not up yet. DeadlineExceeded on timeout."""
-        call["wait_for_ready"] = True
-        async for response in self.stream(inference.watch_health(service, **call)):
-            if response.status == health_pb2.HealthCheckResponse.SERVING:
+    async def wait_until_serving(
+        self,
+        service: str = "",
+        *,
+        timeout: Timeout = "client",
+        routing_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Return as soon as the server can be used. A server that is not up yet is waited for.
+
+        Args:
+            service: Name of one of the server's services, or "models/{model}". "": the server as a whole.
+            timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
+            routing_key: Key of requests that go to the same replica. None: to any.
+            metadata: Further metadata, such as traceparent. None: no metadata.
+        """
+        watch = inference.watch_health(
+            service, timeout=timeout, routing_key=routing_key, metadata=metadata, wait_for_ready=True
+        )
+        async for response in self._stream(watch):
+            if response.value == inference.SERVING:
                 return
 
-    async def run(self, operation: Operation[MessageT]) -> MessageT:
+    async def _run(self, operation: Operation[MessageT]) -> MessageT:
         method = self._channel.unary_unary(
             operation.method,
             request_serializer=serialize,
@@ -216,10 +213,10 @@ class AsyncCaller:
         )
         try:
             return await method(operation.request, **self._connection.arguments(operation.call))
-        except grpc.aio.AioRpcError as error:
+        except grpc.RpcError as error:
             raise from_call(error) from None
 
-    async def upload(self, upload: Upload[MessageT]) -> MessageT:
+    async def _upload(self, upload: Upload[MessageT]) -> MessageT:
         method = self._channel.stream_unary(
             upload.method,
             request_serializer=serialize,
@@ -227,83 +224,28 @@ class AsyncCaller:
         )
         try:
             return await method(upload.requests, **self._connection.arguments(upload.call))
-        except grpc.aio.AioRpcError as error:
+        except grpc.RpcError as error:
             raise from_call(error) from None
 
-    async def list(self, listing: Listing[MessageT]) -> list[MessageT]:
+    async def _list(self, listing: Listing[MessageT]) -> list[MessageT]:
         items: list[MessageT] = []
         token = ""
         while True:
-            page = await self.run(listing.page(token))
+            page = await self._run(listing.page(token))
             items.extend(listing.items(page))
             if not (token := page.next_page_token):
                 return items
 
-    def stream(self, operation: Operation[MessageT]) -> AsyncStream[MessageT]:
-        return self._keep(AsyncStream(self._start(operation), self._loop))
+    def _stream(self, operation: StreamOperation[MessageT]) -> AsyncStream[MessageT]:
+        return AsyncStream(self._start(operation))
 
-    def stream_generation(self, operation: Operation[inference_pb2.StreamGenerateResponse]) -> AsyncGenerateStream:
-        return self._keep(AsyncGenerateStream(self._start(operation), self._loop))
+    def _stream_generation(self, operation: GenerationOperation) -> AsyncGenerateStream:
+        return AsyncGenerateStream(self._start(operation))
 
-    def _keep(self, stream: StreamT) -> StreamT:
-        self._streams.add(stream)
-        return stream
-
-    def _start(self, operation: Operation[MessageT]) -> _StreamCall[MessageT]:
+    def _start(self, operation: StreamOperation[MessageT]) -> _Call[MessageT]:
         method = self._channel.unary_stream(
             operation.method,
             request_serializer=serialize,
             response_deserializer=operation.response.FromString,
         )
         return method(operation.request, **self._connection.arguments(operation.call))
-
-
-# Methods made of operations: same arguments, same documentation, run by the caller whose method they are.
-
-
-def runs(
-    build: Callable[P, Operation[MessageT]],
-) -> Callable[Concatenate[AsyncCaller, P], Coroutine[Any, Any, MessageT]]:
-    @functools.wraps(build)
-    async def method(self: AsyncCaller, /, *args: P.args, **kwargs: P.kwargs) -> MessageT:
-        return await self.run(build(*args, **kwargs))
-
-    return method
-
-
-def uploads(
-    build: Callable[P, Upload[MessageT]],
-) -> Callable[Concatenate[AsyncCaller, P], Coroutine[Any, Any, MessageT]]:
-    @functools.wraps(build)
-    async def method(self: AsyncCaller, /, *args: P.args, **kwargs: P.kwargs) -> MessageT:
-        return await self.upload(build(*args, **kwargs))
-
-    return method
-
-
-def lists(
-    build: Callable[P, Listing[MessageT]],
-) -> Callable[Concatenate[AsyncCaller, P], Coroutine[Any, Any, list[MessageT]]]:
-    @functools.wraps(build)
-    async def method(self: AsyncCaller, /, *args: P.args, **kwargs: P.kwargs) -> list[MessageT]:
-        return await self.list(build(*args, **kwargs))
-
-    return method
-
-
-def streams(build: Callable[P, Operation[MessageT]]) -> Callable[Concatenate[AsyncCaller, P], AsyncStream[MessageT]]:
-    @functools.wraps(build)
-    def method(self: AsyncCaller, /, *args: P.args, **kwargs: P.kwargs) -> AsyncStream[MessageT]:
-        return self.stream(build(*args, **kwargs))
-
-    return method
-
-
-def streams_generation(
-    build: Callable[P, Operation[inference_pb2.StreamGenerateResponse]],
-) -> Callable[Concatenate[AsyncCaller, P], AsyncGenerateStream]:
-    @functools.wraps(build)
-    def method(self: AsyncCaller, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerateStream:
-        return self.stream_generation(build(*args, **kwargs))
-
-    return method

@@ -1,52 +1,49 @@
-"""Running operations and waiting for them: the caller, the streams it returns, and methods made of operations.
+"""Waits for answers: the streams that calls return, and what all blocking clients have in common.
 
-The same as awaiting.py, without asyncio; what the calls are and what their answers mean is shared.
+Written by client/generate.py from awaiting.py: change that, not this.
 """
 
-import functools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from types import TracebackType
-from typing import Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, Unpack
+from typing import Generic, Protocol, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2
 
-from loraplex.channel import CallOptions, Connection
+from loraplex.channel import Connection, Timeout
 from loraplex.errors import from_call
 from loraplex.events import GenerationEvents
 from loraplex.operations import inference
-from loraplex.operations.base import Listing, Operation, Upload, serialize
+from loraplex.operations.base import GenerationOperation, Listing, Operation, StreamOperation, Upload, serialize
 from loraplex.v1 import inference_pb2
 
-P = ParamSpec("P")
 MessageT = TypeVar("MessageT", bound=Message)
 MessageT_co = TypeVar("MessageT_co", bound=Message, covariant=True)
 
 
-class _StreamCall(Protocol[MessageT_co]):
-    """What a stream needs of grpc's call."""
+class _Call(Protocol[MessageT_co]):
+    """What a stream needs of its call."""
 
-    def cancel(self) -> bool: ...
+    def cancel(self) -> object: ...
     def __next__(self) -> MessageT_co: ...
 
 
 class Stream(Generic[MessageT]):
-    """The messages of a call, as they come. Cancels the call as soon as nobody can read them any more.
+    """The messages of a call, as they come. The call is cancelled as soon as nobody can read them any more.
 
-    That is: when a loop over it is left by break, return or an exception; at the end of its `with`; on cancel(), which
-    any thread may call; and when it is dropped, to which grpc's own call sees. `next(stream)` reads one message and
-    leaves the call running.
+    That is: when a loop over the stream is left by break, return or an exception; at the end of its `with`; on
+    cancel(); and when the stream is dropped. `next(stream)` reads one message and leaves the call running, so
+    that messages can be read one by one before a loop.
 
     Reading raises a LoraplexError if the call failed, and Cancelled after cancel().
     """
 
-    def __init__(self, call: _StreamCall[MessageT]) -> None:
+    def __init__(self, call: _Call[MessageT]) -> None:
         self._call = call
         self._ended = False
 
     def cancel(self) -> None:
-        """End the call now, if it has not ended. May be called more than once."""
+        """End the call now, if it has not ended. May be called more than once, from any thread."""
         if not self._ended:
             self._call.cancel()
 
@@ -84,7 +81,7 @@ class Stream(Generic[MessageT]):
 
 
 class _Loop(Generic[MessageT]):
-    """One loop over a stream. Python drops it when the loop is left, in whatever way; then the call is cancelled."""
+    """One loop over a stream. Python drops the loop when it is left, in whatever way; then the call is cancelled."""
 
     def __init__(self, stream: Stream[MessageT]) -> None:
         self._stream = stream
@@ -105,28 +102,28 @@ class GenerateStream(Stream[inference_pb2.StreamGenerateResponse]):
     Reading to the end raises IncompleteStream if Completed did not come.
     """
 
-    def __init__(self, call: _StreamCall[inference_pb2.StreamGenerateResponse]) -> None:
+    def __init__(self, call: _Call[inference_pb2.StreamGenerateResponse]) -> None:
         super().__init__(call)
         self._events = GenerationEvents()
 
     @property
     def started(self) -> inference_pb2.Started | None:
-        """The first event, once it has been read."""
+        """The first event. None: it has not been read yet."""
         return self._events.started
 
     @property
     def completed(self) -> inference_pb2.Completed | None:
-        """The last event, once it has been read."""
+        """The last event. None: it has not been read yet."""
         return self._events.completed
 
     def text(self, output_index: int = 0) -> Generator[str, None, None]:
-        """The text of one output, piece by piece."""
+        """Read the text of one output, piece by piece."""
         for message in self:
             if message.HasField("delta") and message.delta.output_index == output_index and message.delta.text:
                 yield message.delta.text
 
     def collect(self) -> inference_pb2.GenerateResponse:
-        """Read to the end, and return what Generate would have, what was read before included."""
+        """Read to the end and return what `generate` would have, with what was read before."""
         for _ in self:
             pass
         return self._events.response()
@@ -139,7 +136,7 @@ class GenerateStream(Stream[inference_pb2.StreamGenerateResponse]):
 
 
 class Caller:
-    """Runs operations over one channel. May be shared between threads."""
+    """Runs operations over one channel. It may be shared between threads."""
 
     def __init__(
         self,
@@ -151,7 +148,16 @@ class Caller:
         timeout: float | None = None,
         options: Mapping[str, str | int] | None = None,
     ) -> None:
-        """See Connection for what the arguments mean."""
+        """Open a channel; the first call connects it.
+
+        Args:
+            address: "host:port", or any name that gRPC resolves, such as "dns:///loraplex:50051" or "unix:/run/x.sock".
+            credentials: Result of grpc.ssl_channel_credentials(). None: no TLS.
+            token: Bearer token, or a function that returns it and is called before every call. None: no token.
+            tenant: Tenant to act for, if the token is trusted with several. None: the token's own.
+            timeout: Seconds for calls that do not say otherwise. None: no limit.
+            options: Further gRPC channel options. None: no options.
+        """
         self._connection = Connection(address, credentials, token, tenant, timeout, options or {})
         self._channel = self._connection.open()
 
@@ -168,20 +174,38 @@ class Caller:
         self.close()
 
     def is_serving(self, service: str = "") -> bool:
-        """Whether the server (or one of its services, or "models/{model}") can be used now.
+        """Say whether the server can be used now. Raises NotFound for a name that the server does not know.
 
-        Raises NotFound for a name that the server does not know.
+        Args:
+            service: Name of one of the server's services, or "models/{model}". "": the server as a whole.
         """
-        return self.run(inference.check_health(service)).status == health_pb2.HealthCheckResponse.SERVING
+        response = self._run(inference.check_health(service))
+        return response.value == inference.SERVING
 
-    def wait_until_serving(self, service: str = "", **call: Unpack[CallOptions]) -> None:
-        """Return as soon as it can be used, waiting for a server that is not up yet. DeadlineExceeded on timeout."""
-        call["wait_for_ready"] = True
-        for response in self.stream(inference.watch_health(service, **call)):
-            if response.status == health_pb2.HealthCheckResponse.SERVING:
+    def wait_until_serving(
+        self,
+        service: str = "",
+        *,
+        timeout: Timeout = "client",
+        routing_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Return as soon as the server can be used. A server that is not up yet is waited for.
+
+        Args:
+            service: Name of one of the server's services, or "models/{model}". "": the server as a whole.
+            timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
+            routing_key: Key of requests that go to the same replica. None: to any.
+            metadata: Further metadata, such as traceparent. None: no metadata.
+        """
+        watch = inference.watch_health(
+            service, timeout=timeout, routing_key=routing_key, metadata=metadata, wait_for_ready=True
+        )
+        for response in self._stream(watch):
+            if response.value == inference.SERVING:
                 return
 
-    def run(self, operation: Operation[MessageT]) -> MessageT:
+    def _run(self, operation: Operation[MessageT]) -> MessageT:
         method = self._channel.unary_unary(
             operation.method,
             request_serializer=serialize,
@@ -192,7 +216,7 @@ class Caller:
         except grpc.RpcError as error:
             raise from_call(error) from None
 
-    def upload(self, upload: Upload[MessageT]) -> MessageT:
+    def _upload(self, upload: Upload[MessageT]) -> MessageT:
         method = self._channel.stream_unary(
             upload.method,
             request_serializer=serialize,
@@ -203,70 +227,25 @@ class Caller:
         except grpc.RpcError as error:
             raise from_call(error) from None
 
-    def list(self, listing: Listing[MessageT]) -> list[MessageT]:
+    def _list(self, listing: Listing[MessageT]) -> list[MessageT]:
         items: list[MessageT] = []
         token = ""
         while True:
-            page = self.run(listing.page(token))
+            page = self._run(listing.page(token))
             items.extend(listing.items(page))
             if not (token := page.next_page_token):
                 return items
 
-    def stream(self, operation: Operation[MessageT]) -> Stream[MessageT]:
+    def _stream(self, operation: StreamOperation[MessageT]) -> Stream[MessageT]:
         return Stream(self._start(operation))
 
-    def stream_generation(self, operation: Operation[inference_pb2.StreamGenerateResponse]) -> GenerateStream:
+    def _stream_generation(self, operation: GenerationOperation) -> GenerateStream:
         return GenerateStream(self._start(operation))
 
-    def _start(self, operation: Operation[MessageT]) -> _StreamCall[MessageT]:
+    def _start(self, operation: StreamOperation[MessageT]) -> _Call[MessageT]:
         method = self._channel.unary_stream(
             operation.method,
             request_serializer=serialize,
             response_deserializer=operation.response.FromString,
         )
         return method(operation.request, **self._connection.arguments(operation.call))
-
-
-# Methods made of operations: same arguments, same documentation, run by the caller whose method they are.
-
-
-def runs(build: Callable[P, Operation[MessageT]]) -> Callable[Concatenate[Caller, P], MessageT]:
-    @functools.wraps(build)
-    def method(self: Caller, /, *args: P.args, **kwargs: P.kwargs) -> MessageT:
-        return self.run(build(*args, **kwargs))
-
-    return method
-
-
-def uploads(build: Callable[P, Upload[MessageT]]) -> Callable[Concatenate[Caller, P], MessageT]:
-    @functools.wraps(build)
-    def method(self: Caller, /, *args: P.args, **kwargs: P.kwargs) -> MessageT:
-        return self.upload(build(*args, **kwargs))
-
-    return method
-
-
-def lists(build: Callable[P, Listing[MessageT]]) -> Callable[Concatenate[Caller, P], list[MessageT]]:
-    @functools.wraps(build)
-    def method(self: Caller, /, *args: P.args, **kwargs: P.kwargs) -> list[MessageT]:
-        return self.list(build(*args, **kwargs))
-
-    return method
-
-
-def streams(build: Callable[P, Operation[MessageT]]) -> Callable[Concatenate[Caller, P], Stream[MessageT]]:
-    @functools.wraps(build)
-    def method(self: Caller, /, *args: P.args, **kwargs: P.kwargs) -> Stream[MessageT]:
-        return self.stream(build(*args, **kwargs))
-
-    return method
-
-
-def streams_generation(
-    build: Callable[P, Operation[inference_pb2.StreamGenerateResponse]],
-) -> Callable[Concatenate[Caller, P], GenerateStream]:
-    @functools.wraps(build)
-    def method(self: Caller, /, *args: P.args, **kwargs: P.kwargs) -> GenerateStream:
-        return self.stream_generation(build(*args, **kwargs))
-
-    return method

@@ -1,4 +1,4 @@
-"""GenerateSpec from keyword arguments."""
+"""Options of a generation, and the GenerateSpec that they make. client/generate.py spells them out in signatures."""
 
 import datetime
 import json
@@ -8,72 +8,124 @@ from typing import Any, TypedDict, Unpack
 from google.protobuf.duration_pb2 import Duration
 
 from loraplex.prompts import PromptLike, Tool, build_prompt, build_tool
-from loraplex.v1 import generation_pb2
+from loraplex.v1 import generation_pb2, prompt_pb2
 
 
-class GenerateOptions(TypedDict, total=False):
+class PromptOptions(TypedDict, total=False):
+    """How a prompt becomes tokens. None is the same as leaving an option out."""
+
+    add_special_tokens: bool | None
+    """Whether the tokenizer adds its special tokens. None: yes for text, no for chat."""
+    truncate_to_tokens: int | None
+    """How many tokens to keep of a longer prompt: the last ones. None: a prompt that is too long is refused."""
+    literal_content: bool | None
+    """Whether text that spells a control token stays text. None: no for text; as the model is configured for chat."""
+    tools: Sequence[Tool] | None
+    """Tools that the model may call, in a chat. None: no tools."""
+    template_kwargs: Mapping[str, object] | None
+    """Further variables of the chat template. None: no variables."""
+    add_generation_prompt: bool | None
+    """Whether a chat ends with the opening of an assistant message. None: yes, unless continue_final_message."""
+    continue_final_message: bool | None
+    """Whether the model continues the last message of a chat. None: no."""
+
+
+class GenerateOptions(PromptOptions, total=False):
     """Everything that a generation can be told, by the names of the contract; see loraplex/v1/generation.proto.
 
-    None is the same as leaving it out: the server's default. Zero is zero.
+    None is the same as leaving an option out. Zero is zero.
     """
 
-    # The prompt
-    add_special_tokens: bool | None
-    truncate_to_tokens: int | None
-    literal_content: bool | None
-    tools: Sequence[Tool] | None
-    template_kwargs: Mapping[str, Any] | None
-    add_generation_prompt: bool | None
-    continue_final_message: bool | None
     # How tokens are chosen
     temperature: float | None
+    """Divisor of the logits. 0 takes the likeliest token each time. None: 1."""
     top_p: float | None
+    """Total probability of the likeliest tokens to keep. None: 1, which keeps all."""
     top_k: int | None
+    """Number of the likeliest tokens to keep. 0 keeps all. None: 0."""
     min_p: float | None
+    """Smallest probability to keep, as a fraction of the likeliest token's. None: 0, which keeps all."""
     typical_p: float | None
+    """Total probability of the most typical tokens to keep. None: 1, which keeps all."""
     repetition_penalty: float | None
+    """Factor against tokens of the prompt and the output. None: 1, which changes nothing."""
     presence_penalty: float | None
+    """Amount to take from the logit of each token that the output has. None: 0."""
     frequency_penalty: float | None
+    """Amount to take from a token's logit for each time that the output has the token. None: 0."""
     seed: int | None
+    """Number that makes the draws repeatable. None: the server chooses one and reports it."""
     n: int | None
+    """Number of outputs to generate from the prompt. None: 1."""
     logit_bias: Mapping[int, float] | None
+    """Amounts to add to the logits, by token id. None: no amounts."""
     allowed_token_ids: Sequence[int] | None
+    """Token ids that may be chosen. None: all."""
     bad_words: Sequence[str] | None
+    """Words that are never written. None: no words."""
     # When an output ends
     max_tokens: int | None
+    """Most tokens of an output. None: as many as the context and the model's limit leave room for."""
     min_tokens: int | None
+    """Number of tokens before which nothing ends an output. None: 0."""
     stop: str | Sequence[str] | None
+    """String or strings that end an output. None: no strings."""
     stop_token_ids: Sequence[int] | None
+    """Token ids that end an output. None: only the model's end of sequence."""
     include_stop: bool | None
+    """Whether the stop string or stop token is part of the output. None: no."""
     ignore_eos: bool | None
+    """Whether to go on past the model's end of sequence. None: no."""
     fit_max_tokens: bool | None
-    time_limit: float | datetime.timedelta | None  # seconds
+    """Whether to cut max_tokens to the room that the prompt leaves. None: no, and such a request is refused."""
+    time_limit: float | datetime.timedelta | None
+    """Seconds after which the outputs end as they are, without an error. None: no limit."""
     # What comes back
     text: bool | None
+    """Whether to return text. None: yes."""
     token_ids: bool | None
+    """Whether to return token ids. None: no, unless text is False."""
     logprobs: bool | None
+    """Whether to return the log-probability of each token. None: no."""
     top_logprobs: int | None
+    """Number of the likeliest tokens to return beside each token. None: 0."""
     prompt_logprobs: int | None
+    """Number of the likeliest tokens to return beside each token of the prompt. None: nothing of the prompt."""
     skip_special_tokens: bool | None
+    """Whether to leave special tokens out of the text. None: yes."""
     # What form the text must have: at most one
-    json_schema: str | Mapping[str, Any] | None
+    json_schema: str | Mapping[str, object] | None
+    """JSON Schema that the text must satisfy, as JSON text or as a mapping. None: any text."""
     json_object: bool | None
+    """Whether the text must be a JSON object. None: no."""
     regex: str | None
+    """Regular expression that the whole text must match. None: any text."""
     choices: Sequence[str] | None
+    """Texts, one of which the output must be. None: any text."""
     grammar: str | None
+    """Grammar that the text must follow, in GBNF. None: any text."""
     # The prefix cache
     bypass_prefix_cache: bool | None
+    """Whether to compute the whole prompt anew and leave nothing in the cache. None: no."""
     salt: str | None
+    """Text without which no other request shares cached prefixes with this one. None: no salt."""
     # An adapter that is not on the device
-    on_cold: generation_pb2.OnCold.ValueType | str | None  # or "wait", "fail", "use_base"
-    max_load_wait: float | datetime.timedelta | None  # seconds
+    on_cold: generation_pb2.OnCold.ValueType | str | None
+    """What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait."""
+    max_load_wait: float | datetime.timedelta | None
+    """Seconds to wait for an adapter at most. None: the server's limit."""
     # How a stream is cut into messages
     min_tokens_per_chunk: int | None
-    max_chunk_delay: float | datetime.timedelta | None  # seconds
+    """Number of tokens to gather into one message of a stream. None: 1."""
+    max_chunk_delay: float | datetime.timedelta | None
+    """Seconds to hold tokens back at most. None: 0.1."""
     # The request
     priority: int | None
+    """Rank under load: higher goes before lower. None: 0."""
     client_request_id: str | None
+    """Your name for this request, which comes back in the answer and in the server's logs. None: no name."""
     labels: Mapping[str, str] | None
+    """Labels for your accounting, which come back in the answer. None: no labels."""
 
 
 _PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "stream")
@@ -83,17 +135,25 @@ _CHAT = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_me
 _REQUEST = ("priority", "client_request_id", "labels")
 
 
-def generate_spec(
+def build_spec(
     model: str | None = None,
     prompt: PromptLike | None = None,
     *,
     spec: generation_pb2.GenerateSpec | None = None,
     **options: Unpack[GenerateOptions],
 ) -> generation_pb2.GenerateSpec:
-    """What to generate: a copy of `spec`, if given, with everything else that is given put in its place.
+    """Build a GenerateSpec: a copy of `spec`, if given, in which everything else that is given replaces what it says.
 
-    Raises TypeError or ValueError for options that do not exist or do not fit their field, and ValueError for a spec
-    without a model or a prompt. Ranges are the server's to check.
+    An option that is None is as in `spec`. Where `spec` leaves it out too, the route's default holds, else the model's,
+    else what is stated here.
+
+    Raises TypeError or ValueError for a value that does not fit its field, and ValueError for a spec without a model or
+    a prompt. The server checks ranges.
+
+    Args:
+        model: Name of a model, an adapter, an adapter version or a route. None: that of `spec`.
+        prompt: Text, token ids or chat messages. None: that of `spec`.
+        spec: Spec to begin with. None: an empty one.
     """
     built = generation_pb2.GenerateSpec()
     if spec is not None:
@@ -106,21 +166,18 @@ def generate_spec(
         raise ValueError("no model: pass model=, or a spec that has one")
     if not built.prompt.HasField("content"):
         raise ValueError("no prompt: pass prompt=, or a spec that has one")
-    given = {name: value for name, value in options.items() if value is not None}
+    given = given_options(options)
     for name in _PARTS:
         part = getattr(built, name)
-        _put(part, {field: given.pop(field) for field in part.DESCRIPTOR.fields_by_name if field in given})
-    _put(built.prompt, {name: given.pop(name) for name in _PROMPT if name in given})
-    _put_chat(built, {name: given.pop(name) for name in _CHAT if name in given})
-    _put_constraint(built, {name: given.pop(name) for name in _CONSTRAINTS if name in given})
-    _put(built, {name: given.pop(name) for name in _REQUEST if name in given})
-    if given:
-        raise TypeError(f"a generation has no option {', '.join(sorted(given))}")
+        _put(part, {field: given[field] for field in part.DESCRIPTOR.fields_by_name if field in given})
+    put_prompt_options(built.prompt, given)
+    _put_constraint(built, {name: given[name] for name in _CONSTRAINTS if name in given})
+    _put(built, {name: given[name] for name in _REQUEST if name in given})
     return built
 
 
 def duration(value: float | datetime.timedelta) -> Duration:
-    """A Duration from seconds or a timedelta."""
+    """Convert seconds or a timedelta to a Duration."""
     seconds = value.total_seconds() if isinstance(value, datetime.timedelta) else value
     built = Duration()
     built.FromNanoseconds(round(seconds * 1e9))
@@ -148,17 +205,28 @@ def _convert(field: Any, value: Any) -> Any:
     return value
 
 
-def _put_chat(spec: generation_pb2.GenerateSpec, values: dict[str, Any]) -> None:
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out options that are None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def put_prompt_options(prompt: prompt_pb2.Prompt, given: Mapping[str, Any]) -> None:
+    """Set what these options say of the prompt. Options that are not PromptOptions are passed over."""
+    _put(prompt, {name: given[name] for name in _PROMPT if name in given})
+    _put_chat(prompt, {name: given[name] for name in _CHAT if name in given})
+
+
+def _put_chat(prompt: prompt_pb2.Prompt, values: dict[str, Any]) -> None:
     if not values:
         return
-    if spec.prompt.WhichOneof("content") != "chat":
+    if prompt.WhichOneof("content") != "chat":
         raise ValueError(f"{', '.join(values)} only go with chat messages, and the prompt is not chat")
     if "tools" in values:
         values["tools"] = [build_tool(tool) for tool in values["tools"]]
     if (kwargs := values.pop("template_kwargs", None)) is not None:
-        spec.prompt.chat.template_kwargs.Clear()
-        spec.prompt.chat.template_kwargs.update(kwargs)
-    _put(spec.prompt.chat, values)
+        prompt.chat.template_kwargs.Clear()
+        prompt.chat.template_kwargs.update(kwargs)
+    _put(prompt.chat, values)
 
 
 def _put_constraint(spec: generation_pb2.GenerateSpec, values: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 from loraplex.v1 import prompt_pb2
 
-Message: TypeAlias = prompt_pb2.ChatMessage | Mapping[str, Any]
-Tool: TypeAlias = prompt_pb2.Tool | Mapping[str, Any]
+Message: TypeAlias = prompt_pb2.ChatMessage | Mapping[str, object]
+Tool: TypeAlias = prompt_pb2.Tool | Mapping[str, object]
 PromptLike: TypeAlias = str | Sequence[int] | Sequence[Message] | prompt_pb2.Prompt
 
 _MESSAGE_KEYS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"}
@@ -15,7 +15,7 @@ _FUNCTION_KEYS = {"name", "description", "parameters"}
 
 
 def build_prompt(prompt: PromptLike) -> prompt_pb2.Prompt:
-    """The Prompt that `prompt` means.
+    """Build the Prompt that `prompt` means.
 
     A string is text, integers are token ids, anything else in a sequence is a chat message: a ChatMessage or a mapping
     such as {"role": "user", "content": "Hello"}.
@@ -39,7 +39,7 @@ def build_prompt(prompt: PromptLike) -> prompt_pb2.Prompt:
 
 
 def build_message(message: Message) -> prompt_pb2.ChatMessage:
-    """A ChatMessage from a mapping with the keys role, content, name, reasoning_content, tool_calls, tool_call_id.
+    """Build a ChatMessage from a mapping with keys of a ChatMessage, such as role and content.
 
     Content is text, or a list of parts {"type": "text", "text": ...}, which are joined as they are. Raises ValueError
     for parts of other types.
@@ -49,14 +49,15 @@ def build_message(message: Message) -> prompt_pb2.ChatMessage:
     if not isinstance(message, Mapping):
         raise TypeError(f"a chat message is a ChatMessage or a mapping, not {type(message).__name__}: {message!r}")
     _refuse_unknown("chat message", message, _MESSAGE_KEYS)
+    given: Mapping[str, Any] = message
     built = prompt_pb2.ChatMessage(
-        role=message["role"],
-        content=_content(message.get("content")),
-        name=message.get("name"),
-        reasoning_content=message.get("reasoning_content"),
-        tool_call_id=message.get("tool_call_id"),
+        role=given["role"],
+        content=_content(given.get("content")),
+        name=given.get("name"),
+        reasoning_content=given.get("reasoning_content"),
+        tool_call_id=given.get("tool_call_id"),
     )
-    built.tool_calls.extend(_build_tool_call(call) for call in message.get("tool_calls") or ())
+    built.tool_calls.extend(_build_tool_call(call) for call in given.get("tool_calls") or ())
     return built
 
 
@@ -80,10 +81,14 @@ def _part_text(index: int, part: object) -> str:
 
 
 def build_tool(tool: Tool) -> prompt_pb2.Tool:
-    """A Tool from a mapping with the keys name, description, parameters; or {"type": "function", "function": it}."""
+    """Build a Tool from a mapping with the keys name, description and parameters.
+
+    Such a mapping may also be the value of "function" in {"type": "function", "function": ...}.
+    """
     if isinstance(tool, prompt_pb2.Tool):
         return tool
-    function = tool.get("function", tool)
+    given: Mapping[str, Any] = tool
+    function = given.get("function", given)
     _refuse_unknown("tool", function, _FUNCTION_KEYS)
     return prompt_pb2.Tool(
         name=function["name"],

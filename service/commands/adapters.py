@@ -11,7 +11,7 @@ from adapters.errors import AdapterRejected
 from adapters.source import check_there, digest
 from adapters.trust import SIGNATURE_FILE, sign
 from loraplex import PermissionDenied, enum_name
-from loraplex.v1.adapters_pb2 import Adapter, AdapterResidency
+from loraplex.v1.adapters_pb2 import Adapter
 from service.commands.shared import EXISTING, Target, print_json, print_table, reaches_server
 
 
@@ -33,7 +33,7 @@ def list_adapters(target: Target, base_model: str | None, versions: bool) -> Non
             a.version,
             a.base_model,
             enum_name(a, "state"),
-            AdapterResidency.Name(a.residency).removeprefix("ADAPTER_RESIDENCY_").lower(),
+            enum_name(a, "residency").lower(),
             str(a.rank or ""),
             "*" if a.current else "",
             "*" if a.pinned else "",

@@ -160,7 +160,7 @@ def test_a_value_that_does_not_fit_is_named(options: Any, message: str) -> None:
 
 def test_an_unknown_option_is_named() -> None:
     options: Any = {"temprature": 0}
-    with pytest.raises(TypeError, match="no option temprature"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
         generate_spec("demo", "Once", **options)
 
 

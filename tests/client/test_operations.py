@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from google.protobuf import descriptor_pool
 
-from loraplex.client import AdminClient, AsyncAdminClient, AsyncClient, Client
+from loraplex import AdminClient, AsyncAdminClient, AsyncClient, Client
 from loraplex.operations import adapters, inference, models, routes, server
 from loraplex.operations.base import Listing, Operation, Upload, adapter_name, model_name, route_name, tenant_name
 from loraplex.v1 import adapters_pb2, routes_pb2

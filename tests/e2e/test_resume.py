@@ -101,11 +101,11 @@ async def test_streams_outlive_their_engine_token_by_token(
             for _ in STRUCK:
                 await begun.acquire()
             others = [asyncio.create_task(order.run(client)) for order in OTHERS]
-            async with client.stream(watch_health("models/storyteller")) as health, asyncio.timeout(HANGING_SECONDS):
-                assert (await anext(health)).status == HealthCheckResponse.SERVING
+            async with client._stream(watch_health("models/storyteller")) as health, asyncio.timeout(HANGING_SECONDS):
+                assert (await anext(health)).value == HealthCheckResponse.SERVING
                 os.kill(struck, fault)
                 begin = time.monotonic()
-                assert (await anext(health)).status == HealthCheckResponse.NOT_SERVING
+                assert (await anext(health)).value == HealthCheckResponse.NOT_SERVING
                 delays.append(round(time.monotonic() - begin, 2))
             async with asyncio.timeout(HANGING_SECONDS):
                 assert await asyncio.gather(*others) == expected[len(STRUCK) :]

@@ -35,7 +35,7 @@ async def send(control: ControlPlane, *messages: UploadAdapterRequest) -> Adapte
     def requests() -> Iterator[UploadAdapterRequest]:
         yield from messages
 
-    return await control.admin.upload(Upload(METHOD, requests(), Adapter, {}))
+    return await control.admin._upload(Upload(METHOD, requests(), Adapter, {}))
 
 
 def kept(control: ControlPlane) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, Unpack
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
@@ -10,6 +10,7 @@ from loraplex.channel import CallOptions, call_options
 from loraplex.operations.base import (
     Listing,
     Operation,
+    StreamOperation,
     Upload,
     adapter_name,
     model_name,
@@ -33,21 +34,38 @@ CHUNK_BYTES = 1024 * 1024
 Residency: TypeAlias = adapters_pb2.AdapterResidency.ValueType | str  # or "disk", "host", "device"
 
 
-class RegisterOptions(CallOptions, total=False):
+class RegisterOptions(TypedDict, total=False):
     """What a new adapter version can be told."""
 
-    digest: str | None  # the files must have this digest
+    digest: str | None
+    """Digest that the files must have, "sha256:" and 64 hex digits. None: any."""
     labels: Mapping[str, str] | None
-    pinned: bool | None  # keep it on the device
-    make_current: bool | None  # move the bare name to it once it can be used; absent: yes
-    residency: Residency | None  # how close to the device to bring it
-    wait: float | None  # return when it is there or has failed, or after this time
-    validate_only: bool  # read and check, register nothing
-    request_id: str | None  # a UUID for idempotence; absent: a new one
+    """Labels for the operator's own use. None: no labels."""
+    pinned: bool | None
+    """Whether the version must stay on the device. None: no."""
+    make_current: bool | None
+    """Whether the bare name moves to the version as soon as it can be used. None: yes."""
+    residency: Residency | None
+    """How close to the device to bring the version: "disk", "host" or "device". None: host."""
+    wait: float | None
+    """Seconds to wait at most until the version is there or has failed. None: return at once."""
+    validate_only: bool | None
+    """Whether to read and check the files and register nothing. None: no."""
+    request_id: str | None
+    """UUID by which the server knows a repeated call again. None: a new one."""
+
+
+class RegisterArguments(RegisterOptions, CallOptions, total=False):
+    """What a new adapter version can be told, and how the method is called."""
 
 
 def get_adapter(name: str, *, tenant: str = "shared", **call: Unpack[CallOptions]) -> Operation[adapters_pb2.Adapter]:
-    """One version of an adapter as it is now: the current one for a name without @version."""
+    """Return one version of an adapter as it is now: the current one for a name without @{version}.
+
+    Args:
+        name: Id of the adapter or its full name, tenants/{tenant}/adapters/{adapter}, with or without @{version}.
+        tenant: Id of the tenant that has it, unless `name` is a full name.
+    """
     request = adapters_pb2.GetAdapterRequest(name=adapter_name(name, tenant))
     return Operation("/loraplex.v1.AdapterService/GetAdapter", request, adapters_pb2.Adapter, call)
 
@@ -59,7 +77,13 @@ def list_adapters(
     include_versions: bool = False,
     **call: Unpack[CallOptions],
 ) -> Listing[adapters_pb2.Adapter]:
-    """The adapters of a tenant, or of all that the caller may see; only the current versions unless told otherwise."""
+    """Return the adapters of a tenant, ordered by name.
+
+    Args:
+        tenant: Id of the tenant. "-": all tenants that the caller may see.
+        base_model: Only adapters of this model. None: of all models.
+        include_versions: Whether to return every version, instead of only the current one of each adapter.
+    """
 
     def page(token: str) -> Operation[adapters_pb2.ListAdaptersResponse]:
         request = adapters_pb2.ListAdaptersRequest(
@@ -79,9 +103,16 @@ def create_adapter(
     base_model: str,
     source: str,
     tenant: str = "shared",
-    **options: Unpack[RegisterOptions],
+    **options: Unpack[RegisterArguments],
 ) -> Operation[adapters_pb2.Adapter]:
-    """Register a version from files that the server can reach."""
+    """Register a version from files that the server can reach, and return it.
+
+    Args:
+        adapter_id: Id of the adapter.
+        base_model: Model that the adapter is for.
+        source: Directory under one of the server's roots, or s3://{bucket}/{prefix} or hf://{owner}/{name}@{commit}.
+        tenant: Id of the tenant that shall have the adapter.
+    """
     request = _registration(adapter_id, base_model, tenant, options)
     request.adapter.source = source
     return Operation("/loraplex.v1.AdapterService/CreateAdapter", request, adapters_pb2.Adapter, call_options(options))
@@ -93,11 +124,18 @@ def upload_adapter(
     base_model: str,
     directory: str | Path,
     tenant: str = "shared",
-    **options: Unpack[RegisterOptions],
+    **options: Unpack[RegisterArguments],
 ) -> Upload[adapters_pb2.Adapter]:
-    """Register a version from files in a local directory, which are sent to the server.
+    """Register a version from files in a local directory, which are sent to the server, and return it.
 
-    Raises FileNotFoundError, before anything is sent, if one of the two files is not there.
+    Raises FileNotFoundError, before anything is sent, if adapter_config.json or adapter_model.safetensors is not
+    there.
+
+    Args:
+        adapter_id: Id of the adapter.
+        base_model: Model that the adapter is for.
+        directory: Directory with the adapter's files.
+        tenant: Id of the tenant that shall have the adapter.
     """
     files = [Path(directory) / name for name in FILES]
     files += [file for name in MORE_FILES if (file := Path(directory) / name).exists()]
@@ -126,7 +164,17 @@ def update_adapter(
     request_id: str | None = None,
     **call: Unpack[CallOptions],
 ) -> Operation[adapters_pb2.Adapter]:
-    """Change what is given: labels, pinning, or the version that the bare name means ("legal@1a2b3c4d5e6f")."""
+    """Change what is given of an adapter, and return it as it is then. Raises ValueError if nothing is given.
+
+    Args:
+        name: Id of the adapter or its full name, tenants/{tenant}/adapters/{adapter}, with or without @{version}.
+        tenant: Id of the tenant that has it, unless `name` is a full name.
+        labels: Labels that replace all others. None: unchanged.
+        pinned: Whether the version must stay on the device. None: unchanged.
+        version: Version that the bare name shall mean, such as "legal@1a2b3c4d5e6f". None: unchanged.
+        etag: Change only if this is still its etag. "": change in any case.
+        request_id: UUID by which the server knows a repeated call again. None: a new one.
+    """
     changes: dict[str, Any] = {"labels": labels, "pinned": pinned}
     changes["version"] = None if version is None else adapter_name(version, tenant)
     changes = {field: value for field, value in changes.items() if value is not None}
@@ -149,7 +197,15 @@ def delete_adapter(
     request_id: str | None = None,
     **call: Unpack[CallOptions],
 ) -> Operation[adapters_pb2.Adapter]:
-    """Delete a version, or for a bare name all versions, once running requests have ended."""
+    """Start to delete a version, or all versions for a bare name. Running requests end first.
+
+    Args:
+        name: Id of the adapter or its full name, tenants/{tenant}/adapters/{adapter}, with or without @{version}.
+        tenant: Id of the tenant that has it, unless `name` is a full name.
+        etag: Delete only if this is still its etag. None: delete in any case.
+        wait: Seconds to wait at most until it is gone. None: return at once.
+        request_id: UUID by which the server knows a repeated call again. None: a new one.
+    """
     request = adapters_pb2.DeleteAdapterRequest(
         name=adapter_name(name, tenant), etag=etag, wait=optional_duration(wait), request_id=request_id or new_id()
     )
@@ -165,7 +221,15 @@ def load_adapter(
     request_id: str | None = None,
     **call: Unpack[CallOptions],
 ) -> Operation[adapters_pb2.Adapter]:
-    """Bring a version closer to the device; with `wait`, return when it is there or has failed, or after that time."""
+    """Bring a version closer to the device, ahead of its first request.
+
+    Args:
+        name: Id of the adapter or its full name, tenants/{tenant}/adapters/{adapter}, with or without @{version}.
+        tenant: Id of the tenant that has it, unless `name` is a full name.
+        residency: How close to the device: "host" or "device". None: device.
+        wait: Seconds to wait at most until it is there or has failed. None: return at once.
+        request_id: UUID by which the server knows a repeated call again. None: a new one.
+    """
     request = adapters_pb2.LoadAdapterRequest(
         name=adapter_name(name, tenant),
         residency=residency_value(residency),
@@ -184,7 +248,15 @@ def unload_adapter(
     request_id: str | None = None,
     **call: Unpack[CallOptions],
 ) -> Operation[adapters_pb2.Adapter]:
-    """Free the memory of a version, once no request uses it; with `wait`, return when done or after that time."""
+    """Free the memory of a version, once no request uses it.
+
+    Args:
+        name: Id of the adapter or its full name, tenants/{tenant}/adapters/{adapter}, with or without @{version}.
+        tenant: Id of the tenant that has it, unless `name` is a full name.
+        residency: How far from the device: "disk" or "host". None: disk.
+        wait: Seconds to wait at most until its memory is free. None: return at once.
+        request_id: UUID by which the server knows a repeated call again. None: a new one.
+    """
     request = adapters_pb2.UnloadAdapterRequest(
         name=adapter_name(name, tenant),
         residency=residency_value(residency),
@@ -196,12 +268,19 @@ def unload_adapter(
 
 def watch_adapters(
     *, tenant: str = "-", base_model: str | None = None, **call: Unpack[CallOptions]
-) -> Operation[adapters_pb2.WatchAdaptersResponse]:
-    """All versions, then every change."""
+) -> StreamOperation[adapters_pb2.WatchAdaptersResponse]:
+    """Receive all versions, and then every change.
+
+    Args:
+        tenant: Id of the tenant. "-": all tenants that the caller may see.
+        base_model: Only adapters of this model. None: of all models.
+    """
     request = adapters_pb2.WatchAdaptersRequest(
         parent=tenant_name(tenant), base_model=None if base_model is None else model_name(base_model)
     )
-    return Operation("/loraplex.v1.AdapterService/WatchAdapters", request, adapters_pb2.WatchAdaptersResponse, call)
+    return StreamOperation(
+        "/loraplex.v1.AdapterService/WatchAdapters", request, adapters_pb2.WatchAdaptersResponse, call
+    )
 
 
 def _registration(
@@ -219,7 +298,7 @@ def _registration(
         make_current=options.get("make_current"),
         residency=residency_value(options.get("residency")),
         wait=optional_duration(options.get("wait")),
-        validate_only=options.get("validate_only", False),
+        validate_only=options.get("validate_only") or False,
         request_id=options.get("request_id") or new_id(),
     )
 

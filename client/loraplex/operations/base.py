@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from loraplex.channel import CallOptions
 from loraplex.generation import duration
+from loraplex.v1 import inference_pb2
 
 ResponseT = TypeVar("ResponseT", bound=Message)
 ItemT = TypeVar("ItemT", bound=Message)
@@ -17,12 +18,20 @@ ItemT = TypeVar("ItemT", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Operation(Generic[ResponseT]):
-    """One request to one method, which answers once or with a stream."""
+    """One request to one method, which answers once."""
 
     method: str  # "/package.Service/Method"
     request: Message
     response: type[ResponseT]
     call: CallOptions
+
+
+class StreamOperation(Operation[ResponseT]):
+    """One request to one method, which answers with a stream."""
+
+
+class GenerationOperation(StreamOperation[inference_pb2.StreamGenerateResponse]):
+    """One request to StreamGenerate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +57,22 @@ def serialize(request: Message) -> bytes:
 
 
 def model_name(model: str) -> str:
-    """The full name, such as "models/demo" for "demo". A full name is returned as it is, here and below."""
+    """Return the full name, such as "models/demo" for "demo". A full name is returned as it is, here and below."""
     return model if "/" in model else f"models/{model}"
 
 
 def tenant_name(tenant: str) -> str:
-    """The full name, such as "tenants/acme" for "acme"."""
+    """Return the full name, such as "tenants/acme" for "acme"."""
     return tenant if "/" in tenant else f"tenants/{tenant}"
 
 
 def adapter_name(adapter: str, tenant: str = "shared") -> str:
-    """The full name, such as "tenants/acme/adapters/legal" for "legal" of "acme", and likewise with "@version"."""
+    """Return the full name, such as "tenants/acme/adapters/legal" for "legal" of "acme", with or without "@version"."""
     return adapter if "/" in adapter else f"{tenant_name(tenant)}/adapters/{adapter}"
 
 
 def route_name(route: str, tenant: str = "shared") -> str:
-    """The full name, such as "tenants/acme/routes/main" for "main" of "acme"."""
+    """Return the full name, such as "tenants/acme/routes/main" for "main" of "acme"."""
     return route if "/" in route else f"{tenant_name(tenant)}/routes/{route}"
 
 
@@ -72,5 +81,5 @@ def optional_duration(seconds: float | None) -> Duration | None:
 
 
 def new_id() -> str:
-    """An id that makes a mutation idempotent, so that retrying it is safe."""
+    """Make an id by which the server knows a change again, so that retrying is safe."""
     return str(uuid.uuid4())

@@ -3,17 +3,25 @@
 from collections.abc import Iterable, Sequence
 from typing import Unpack, cast
 
-from grpc_health.v1 import health_pb2
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from loraplex.channel import CallOptions, call_options
-from loraplex.generation import GenerateOptions, generate_spec
-from loraplex.operations.base import Operation
+from loraplex.generation import GenerateOptions, PromptOptions, build_spec, given_options, put_prompt_options
+from loraplex.operations.base import GenerationOperation, Operation, StreamOperation
 from loraplex.prompts import PromptLike, build_prompt
 from loraplex.v1 import generation_pb2, inference_pb2, tokenizer_pb2
 
+# HealthCheckRequest and HealthCheckResponse have one field each, and are the same bytes as these messages. So health
+# needs no further package.
+SERVING = 1  # HealthCheckResponse.SERVING
+
 
 class GenerateArguments(GenerateOptions, CallOptions, total=False):
-    """What a generation can be told, and how it is called."""
+    """What a generation can be told, and how the method is called."""
+
+
+class TokenizeArguments(PromptOptions, CallOptions, total=False):
+    """How a prompt becomes tokens, and how the method is called."""
 
 
 def generate(
@@ -23,7 +31,16 @@ def generate(
     spec: generation_pb2.GenerateSpec | None = None,
     **options: Unpack[GenerateArguments],
 ) -> Operation[inference_pb2.GenerateResponse]:
-    """Generate from a prompt (text, token ids, or chat messages) and return everything at the end."""
+    """Generate from a prompt, and return everything at the end.
+
+    An option that is None is as in `spec`. Where `spec` leaves it out too, the route's default holds, else the
+    model's, else what is stated here.
+
+    Args:
+        model: Name of a model, an adapter, an adapter version or a route. None: that of `spec`.
+        prompt: Text, token ids or chat messages. None: that of `spec`.
+        spec: Spec to begin with. None: an empty one.
+    """
     built, call = _spec_and_call(model, prompt, spec, options)
     request = inference_pb2.GenerateRequest(spec=built)
     return Operation("/loraplex.v1.InferenceService/Generate", request, inference_pb2.GenerateResponse, call)
@@ -35,12 +52,21 @@ def stream_generate(
     *,
     spec: generation_pb2.GenerateSpec | None = None,
     **options: Unpack[GenerateArguments],
-) -> Operation[inference_pb2.StreamGenerateResponse]:
-    """Generate from a prompt (text, token ids, or chat messages) and return tokens as they come."""
+) -> GenerationOperation:
+    """Generate from a prompt, and return tokens as they come.
+
+    An option that is None is as in `spec`. Where `spec` leaves it out too, the route's default holds, else the
+    model's, else what is stated here.
+
+    Args:
+        model: Name of a model, an adapter, an adapter version or a route. None: that of `spec`.
+        prompt: Text, token ids or chat messages. None: that of `spec`.
+        spec: Spec to begin with. None: an empty one.
+    """
     built, call = _spec_and_call(model, prompt, spec, options)
     request = inference_pb2.StreamGenerateRequest(spec=built)
     method = "/loraplex.v1.InferenceService/StreamGenerate"
-    return Operation(method, request, inference_pb2.StreamGenerateResponse, call)
+    return GenerationOperation(method, request, inference_pb2.StreamGenerateResponse, call)
 
 
 def batch_generate(
@@ -48,19 +74,27 @@ def batch_generate(
     *,
     max_concurrency: int | None = None,
     **call: Unpack[CallOptions],
-) -> Operation[inference_pb2.BatchGenerateResponse]:
-    """Generate for many specs (see generate_spec): first comes `started` with the ids of all, then each result as it is
-    ready, in no particular order.
+) -> StreamOperation[inference_pb2.BatchGenerateResponse]:
+    """Generate for many specs. First comes `started` with the ids of all, then each result as soon as it is ready.
+
+    Args:
+        specs: What to generate; see generate_spec.
+        max_concurrency: Number of specs to run at a time at most. None: the server decides.
     """
     request = inference_pb2.BatchGenerateRequest(specs=specs, max_concurrency=max_concurrency)
     method = "/loraplex.v1.InferenceService/BatchGenerate"
-    return Operation(method, request, inference_pb2.BatchGenerateResponse, call)
+    return StreamOperation(method, request, inference_pb2.BatchGenerateResponse, call)
 
 
 def cancel_generation(
     request_ids: Sequence[str] = (), *, client_request_ids: Sequence[str] = (), **call: Unpack[CallOptions]
 ) -> Operation[inference_pb2.CancelGenerationResponse]:
-    """Cancel generations by the server's ids or by your own, when the calls themselves are out of reach."""
+    """Cancel generations by their ids, when the calls themselves are out of reach.
+
+    Args:
+        request_ids: Ids that the server gave.
+        client_request_ids: Ids that you gave.
+    """
     request = inference_pb2.CancelGenerationRequest(request_ids=request_ids, client_request_ids=client_request_ids)
     method = "/loraplex.v1.InferenceService/CancelGeneration"
     return Operation(method, request, inference_pb2.CancelGenerationResponse, call)
@@ -74,10 +108,10 @@ def _spec_and_call(
 ) -> tuple[generation_pb2.GenerateSpec, CallOptions]:
     call = call_options(options)
     rest = {name: value for name, value in options.items() if name not in call}
-    built = generate_spec(model, prompt, spec=spec, **cast(GenerateOptions, rest))
+    built = build_spec(model, prompt, spec=spec, **cast(GenerateOptions, rest))
     if (own := built.client_request_id) and own.isascii() and own.isprintable():
         # Proxies on the way see metadata only, which holds no other characters.
-        call["metadata"] = {"x-request-id": own, **call.get("metadata", {})}
+        call["metadata"] = {"x-request-id": own, **(call.get("metadata") or {})}
     return built, call
 
 
@@ -87,13 +121,22 @@ def tokenize(
     *,
     include_offsets: bool | None = None,
     include_text: bool | None = None,
-    **call: Unpack[CallOptions],
+    **options: Unpack[TokenizeArguments],
 ) -> Operation[tokenizer_pb2.TokenizeResponse]:
-    """Tokenise text or chat messages exactly as a generation would."""
+    """Tokenise text or chat messages exactly as a generation would.
+
+    Args:
+        model: Name of a model, an adapter, an adapter version or a route, whose tokenizer is used.
+        prompt: Text or chat messages.
+        include_offsets: Whether to return where in the text each token is. None: no.
+        include_text: Whether to return the text that was tokenised, as the chat template rendered it. None: no.
+    """
     request = tokenizer_pb2.TokenizeRequest(
         model=model, prompt=build_prompt(prompt), include_offsets=include_offsets, include_text=include_text
     )
-    return Operation("/loraplex.v1.TokenizerService/Tokenize", request, tokenizer_pb2.TokenizeResponse, call)
+    put_prompt_options(request.prompt, given_options(options))
+    method = "/loraplex.v1.TokenizerService/Tokenize"
+    return Operation(method, request, tokenizer_pb2.TokenizeResponse, call_options(options))
 
 
 def detokenize(
@@ -103,18 +146,22 @@ def detokenize(
     skip_special_tokens: bool | None = None,
     **call: Unpack[CallOptions],
 ) -> Operation[tokenizer_pb2.DetokenizeResponse]:
-    """Turn tokens into text."""
+    """Turn tokens into text.
+
+    Args:
+        model: Name of a model, an adapter, an adapter version or a route, whose tokenizer is used.
+        token_ids: Tokens to turn into text.
+        skip_special_tokens: Whether to leave special tokens out of the text. None: yes.
+    """
     request = tokenizer_pb2.DetokenizeRequest(model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens)
     return Operation("/loraplex.v1.TokenizerService/Detokenize", request, tokenizer_pb2.DetokenizeResponse, call)
 
 
-def check_health(service: str = "", **call: Unpack[CallOptions]) -> Operation[health_pb2.HealthCheckResponse]:
-    """Whether the server ("", the default), one of its services, or "models/{model}" can be used now."""
-    request = health_pb2.HealthCheckRequest(service=service)
-    return Operation("/grpc.health.v1.Health/Check", request, health_pb2.HealthCheckResponse, call)
+def check_health(service: str = "", **call: Unpack[CallOptions]) -> Operation[Int32Value]:
+    """Say whether the server ("", the default), one of its services, or "models/{model}" can be used now."""
+    return Operation("/grpc.health.v1.Health/Check", StringValue(value=service), Int32Value, call)
 
 
-def watch_health(service: str = "", **call: Unpack[CallOptions]) -> Operation[health_pb2.HealthCheckResponse]:
-    """The same, then every change."""
-    request = health_pb2.HealthCheckRequest(service=service)
-    return Operation("/grpc.health.v1.Health/Watch", request, health_pb2.HealthCheckResponse, call)
+def watch_health(service: str = "", **call: Unpack[CallOptions]) -> StreamOperation[Int32Value]:
+    """Receive the same now, and then at every change."""
+    return StreamOperation("/grpc.health.v1.Health/Watch", StringValue(value=service), Int32Value, call)

@@ -12,13 +12,22 @@ from loraplex.v1 import routes_pb2
 
 
 def get_route(name: str, *, tenant: str = "shared", **call: Unpack[CallOptions]) -> Operation[routes_pb2.Route]:
-    """One route."""
+    """Return one route.
+
+    Args:
+        name: Id of the route, or its full name "tenants/{tenant}/routes/{route}".
+        tenant: Id of the tenant that has it, unless `name` is a full name.
+    """
     request = routes_pb2.GetRouteRequest(name=route_name(name, tenant))
     return Operation("/loraplex.v1.RouteService/GetRoute", request, routes_pb2.Route, call)
 
 
 def list_routes(*, tenant: str = "-", **call: Unpack[CallOptions]) -> Listing[routes_pb2.Route]:
-    """The routes of a tenant, or of all that the caller may see, ordered by name."""
+    """Return the routes of a tenant, ordered by name.
+
+    Args:
+        tenant: Id of the tenant. "-": all tenants that the caller may see.
+    """
 
     def page(token: str) -> Operation[routes_pb2.ListRoutesResponse]:
         request = routes_pb2.ListRoutesRequest(parent=tenant_name(tenant), page_token=token)
@@ -35,7 +44,14 @@ def update_route(
     request_id: str | None = None,
     **call: Unpack[CallOptions],
 ) -> Operation[routes_pb2.Route]:
-    """Change a route, or create it with allow_missing."""
+    """Change a route, and return it as it is then.
+
+    Args:
+        route: Route as it shall be. Its name says which route to change.
+        update_mask: Fields to change, of targets, fallback, default_sampling and labels. None: all of these.
+        allow_missing: Whether to create the route if there is none.
+        request_id: UUID by which the server knows a repeated call again. None: a new one.
+    """
     request = routes_pb2.UpdateRouteRequest(
         route=route,
         update_mask=None if update_mask is None else FieldMask(paths=update_mask),
@@ -53,7 +69,14 @@ def delete_route(
     request_id: str | None = None,
     **call: Unpack[CallOptions],
 ) -> Operation[Empty]:
-    """Delete a route."""
+    """Delete a route. Requests that it routed go on.
+
+    Args:
+        name: Id of the route, or its full name "tenants/{tenant}/routes/{route}".
+        tenant: Id of the tenant that has it, unless `name` is a full name.
+        etag: Delete only if this is still its etag. None: delete in any case.
+        request_id: UUID by which the server knows a repeated call again. None: a new one.
+    """
     request = routes_pb2.DeleteRouteRequest(name=route_name(name, tenant), etag=etag, request_id=request_id or new_id())
     return Operation("/loraplex.v1.RouteService/DeleteRoute", request, Empty, call)
 
@@ -65,7 +88,13 @@ def resolve_target(
     target_key: str | None = None,
     **call: Unpack[CallOptions],
 ) -> Operation[routes_pb2.ResolveTargetResponse]:
-    """What the `model` of a generation would mean, on behalf of a tenant and with a routing key."""
+    """Say what the `model` of a generation would mean, without running anything.
+
+    Args:
+        model: Name of a model, an adapter, an adapter version or a route.
+        tenant: Id of the tenant in which ids are looked up. None: the caller's own.
+        target_key: Routing key that chooses among the targets of a route. None: no key.
+    """
     request = routes_pb2.ResolveTargetRequest(
         model=model, parent=None if tenant is None else tenant_name(tenant), routing_key=target_key
     )

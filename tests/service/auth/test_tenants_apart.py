@@ -243,7 +243,7 @@ async def test_nothing_is_uploaded_for_another_tenant(house: House, tmp_path: Pa
             with pytest.raises(PermissionDenied):
                 await rival.upload_adapter("x", base_model="tiny", directory=files, tenant=tenant)
         with pytest.raises(InvalidArgument):  # the first header says whose it is; a second one says nothing
-            await rival.upload(Upload("/loraplex.v1.AdapterService/UploadAdapter", iter(headers), Adapter, {}))
+            await rival._upload(Upload("/loraplex.v1.AdapterService/UploadAdapter", iter(headers), Adapter, {}))
         names = [adapter.name for adapter in await operator.list_adapters()]
     assert sorted(names) == sorted(f"tenants/{tenant}/adapters/{name}" for tenant, name in OF_TENANTS.items())
 
