@@ -30,7 +30,7 @@ CLEARING_SECONDS = 5.0  # that the end of the server waits for; the next start c
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """The files of a version: where they are, and what they say."""
+    """The files of one adapter version: the directory that holds them, and what was read from them."""
 
     directory: Path
     digest: str
@@ -42,7 +42,7 @@ class AdapterFiles:
 
 
 class AdapterLibrary:
-    """For one event loop. Files are read in threads."""
+    """Finds, receives and checks the files of adapters, in threads. For one event loop."""
 
     def __init__(self, source: AdapterSource, remote: RemoteSources, depot: Depot) -> None:
         self._source = source
@@ -54,20 +54,20 @@ class AdapterLibrary:
 
     @property
     def where(self) -> str:
-        """Where adapters may lie, for whoever looks for one."""
+        """The allowed places of adapters, as text for error messages."""
         return ", ".join(map(str, self._source.roots)) or "no root at all"
 
     async def close(self) -> None:
-        """Wait for what is being removed, a while, and for nothing else."""
+        """Wait a while for removals under way, and for nothing else."""
         if self._clearing:
             await asyncio.wait(self._clearing, timeout=CLEARING_SECONDS)
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def find(self, reference: str) -> AsyncIterator[AdapterFiles]:
-        """The files that a reference names, checked as far as can be without their model.
+        """Find the files that a reference names, and check them as far as possible without their model.
 
-        What lies elsewhere is fetched first, and removed at the end of the block unless it is kept.
+        Files in a remote source are fetched first, and removed at the end of the block unless `keep` was called.
 
         Raises PermissionDenied (SOURCE_NOT_ALLOWED), and FailedPrecondition (ADAPTER_INVALID) for files so wrong that
         they have not even a digest, or (ADAPTER_UNREADABLE) that cannot be fetched.
@@ -93,7 +93,10 @@ class AdapterLibrary:
 
     @asynccontextmanager
     async def gather(self) -> AsyncIterator["Gathering"]:
-        """A place for files that somebody sends. What is not kept by the end of the block goes, however it ends."""
+        """Yield a place for files that a caller sends.
+
+        Unless `keep` was called, they are removed when the block ends.
+        """
         gathering = Gathering(self._readers, self._depot)
         try:
             yield await gathering.made()
@@ -104,7 +107,7 @@ class AdapterLibrary:
             await asyncio.shield(clearing)  # who was cancelled may be cancelled once more
 
     async def check_trust(self, tenant: Tenant, digest: str, directory: Path) -> None:
-        """Raises PermissionDenied (ADAPTER_UNTRUSTED) for files that a tenant does not accept. `digest`: theirs."""
+        """Raise PermissionDenied (ADAPTER_UNTRUSTED) if the tenant does not accept files with this digest."""
         config = tenant.config
         if not config.adapter_digests and not config.adapter_keys:
             return
@@ -118,31 +121,31 @@ class AdapterLibrary:
             raise PermissionDenied(message, "ADAPTER_UNTRUSTED")
 
     def keep(self, files: AdapterFiles) -> None:
-        """Have gathered files stay, for a version that is to be registered. Raises Unavailable (STATE_UNWRITABLE)."""
+        """Keep gathered files for a version that is about to be registered. Raises Unavailable (STATE_UNWRITABLE)."""
         if files.gathered:
             with _writing():
                 self._depot.admit(files.directory, files.digest)
 
     def directory(self, version: AdapterVersion) -> Path:
-        """Where a version's files are."""
+        """The directory of a version's files."""
         return Path(version.directory) if version.directory else self._depot.path(version.key.digest)
 
     async def remove(self, digest: str, is_unused: Callable[[], bool]) -> None:
-        """Remove the files that the server keeps of a digest, if it does and nobody uses them."""
+        """Remove the server's own copy of the files with this digest, if it has one and nobody uses it."""
         withdrawn = self._depot.withdraw(digest) if is_unused() else None
         if withdrawn is not None:
             await self._in_thread(self._depot.discard, withdrawn)
 
     async def sweep(self, keep: Collection[str] | None) -> None:
-        """Remove what the server keeps of other digests than these, if any are given, and whatever was half there."""
+        """Remove unfinished files, and the server's own copies of digests that are not in `keep`; None: of none."""
         await self._in_thread(self._depot.sweep, keep)
 
     async def changed(self, versions: Iterable[AdapterVersion]) -> list[AdapterVersion]:
-        """Those whose files are not as they were when they were checked, or not there."""
+        """The versions whose files have changed since they were checked, or are gone."""
         return await self._in_thread(lambda: [version for version in versions if self._has_changed(version)])
 
     async def recheck(self, version: AdapterVersion) -> AdapterFiles:
-        """The files of a version as they are now. Raises FailedPrecondition if there are none."""
+        """Read and check a version's files again. Raises FailedPrecondition if they are gone."""
         directory = self.directory(version)
         files = await self._checked(directory, "its files")
         if files.digest != version.key.digest:
@@ -170,7 +173,7 @@ class AdapterLibrary:
 class Gathering:
     """Files of one adapter on their way to the server.
 
-    A thread does not end with the call that it works for: what it still does when that is cancelled goes on here.
+    A cancelled call does not stop the thread that writes for it; the files stay here until the thread is done.
     """
 
     directory: Path  # once it is made
@@ -182,7 +185,7 @@ class Gathering:
         self._made = self._start(depot.begin)
 
     async def made(self) -> Self:
-        """Itself, once it has a directory. Raises Unavailable (STATE_UNWRITABLE)."""
+        """Make the directory and return this object. Raises Unavailable (STATE_UNWRITABLE)."""
         with _writing():
             self.directory = await asyncio.shield(self._made)
         return self
@@ -193,7 +196,7 @@ class Gathering:
             await self.do(_append, self.directory / name, chunk)
 
     async def check(self, where: str) -> AdapterFiles:
-        """All files are there: see what they are.
+        """Check the files, once all of them have arrived.
 
         Raises FailedPrecondition (ADAPTER_INVALID), Unavailable (STATE_UNWRITABLE).
         """
@@ -206,11 +209,11 @@ class Gathering:
         return files
 
     async def do(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Do something with the files in a thread."""
+        """Run work on the files in a thread."""
         return await asyncio.shield(self._start(work, *args, **kwargs))
 
     async def discard(self) -> None:
-        """Remove what was not kept, once nothing is written any more."""
+        """Remove files that were not kept, once no thread writes any more."""
         await asyncio.wait(self._doing | {self._made})
         if self._made.exception() is None:
             await self.do(self._depot.discard, self._made.result())
@@ -229,7 +232,7 @@ class Gathering:
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """A disk that takes no more is nothing that the caller has done wrong."""
+    """Turn an OSError while writing into Unavailable (STATE_UNWRITABLE): a full disk is no mistake of the caller."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which tokenizer and chat template the requests of an adapter use: its base's, with what its own files add."""
+"""Tokenizers and chat templates for the requests of adapters: the base model's, with what the adapter's files add."""
 
 import asyncio
 from collections import OrderedDict
@@ -27,13 +27,13 @@ class AdapterTexts:
     """Reads the texts of adapters in threads, and keeps those that were used last. For one event loop."""
 
     def __init__(self, directory: Callable[[AdapterVersion], str]) -> None:
-        """directory: of a version's files."""
+        """`directory`: returns the directory of a version's files."""
         self._directory = directory
         self._held: OrderedDict[AdapterKey, _Held] = OrderedDict()
         self._reading: dict[tuple[AdapterKey, int], asyncio.Task[AdapterText]] = {}
 
     async def dressed(self, target: Target) -> Target:
-        """The target with the tokenizer that its requests use. A weighted sum has its base's.
+        """Return the target with the tokenizer that its requests use. A weighted sum uses its base model's.
 
         Raises Unavailable (ADAPTER_UNREADABLE) if the files are not what they were, or cannot be read.
         """

@@ -1,4 +1,4 @@
-"""How much work a model takes on before the service says "later". The only home of that policy."""
+"""The limit on work per model: beyond it the service refuses requests. This policy is in no other file."""
 
 import asyncio
 import time
@@ -35,7 +35,7 @@ class _Amount:
 
 
 class _InFlight:
-    """What one model has in flight, for whom, and how fast it gets done with it."""
+    """The work that one model has in flight, by tenant, and the rate at which it finishes."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.all = _Amount()
@@ -47,12 +47,12 @@ class _InFlight:
         self._last_exit = 0.0
 
     def share(self, tenant: str, weight: float) -> float:
-        """Of the model, that is the tenant's beside those who have something in flight."""
+        """The tenant's share of the model, beside the tenants that have requests in flight."""
         others = sum(self._weights.values()) - self._weights.get(tenant, 0.0)
         return weight / (weight + others)
 
     def wait_seconds(self, limits: ModelLimits, tenant: str, weight: float, more: _Amount) -> float:
-        """How long the tenant would wait for its turn with more, by what was seen so far: 0 if nothing was."""
+        """The expected wait of one more request of this tenant, by the rate seen so far; 0 before any was seen."""
         own = self.tenants.get(tenant, _Amount())
         alone = _load(limits, own, more) / self.share(tenant, weight)  # as if everybody else took all of their shares
         ahead = min(_load(limits, self.all, more), alone) - 1
@@ -80,16 +80,16 @@ class _InFlight:
 
 
 def _load(limits: ModelLimits, *amounts: _Amount) -> float:
-    """What these take together, as a share of what runs at once."""
+    """The size of these requests together, as a share of what the model can run at once."""
     sequences, tokens = sum(amount.sequences for amount in amounts), sum(amount.tokens for amount in amounts)
     return max(sequences / limits.max_num_seqs, tokens / (limits.total_blocks * limits.block_size))
 
 
 class Admission:
-    """Counts what is in flight, by model, and refuses what is too much: a bounded queue is a short one.
+    """Counts the requests in flight by model, and refuses those above the limits, so that queues stay short.
 
     Where one tenant has filled the queue, others still get in up to their shares of it, so that the engine has
-    something of theirs to choose: twice the limits is the most that there can be. For one event loop.
+    requests of theirs to choose from: at most twice the limits can be in flight. For one event loop.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
         check_records: Callable[[], None] = lambda: None,
     ) -> None:
-        """`check_records`: raises Unavailable while it cannot be recorded what a request uses."""
+        """`check_records`: raises Unavailable while usage records cannot be written."""
         self._check_records = check_records
         self.limits = limits or AdmissionLimits()
         self.draining = False
@@ -108,11 +108,11 @@ class Admission:
         self._idle.set()
 
     def expected_tokens(self, prompt_tokens: int, outputs: int, max_tokens: int) -> int:
-        """Of the cache, that a request counts with."""
+        """The cache tokens that a request counts for."""
         return prompt_tokens + outputs * min(max_tokens, self.limits.expected_output_tokens)
 
     def check(self, model: str, limits: ModelLimits, tenant: str = "", weight: float = 1.0) -> None:
-        """Raises Unavailable (DRAINING, USAGE_UNWRITABLE, OVERLOADED) where `enter` would refuse anything."""
+        """Raise Unavailable (DRAINING, USAGE_UNWRITABLE, OVERLOADED) if `enter` would refuse every request."""
         self.check_open()
         self._check_room(model, limits, tenant, weight, _Amount(1, 1))
 
@@ -128,11 +128,11 @@ class Admission:
         weight: float = 1.0,
         seconds_left: float | None = None,
     ) -> Iterator[None]:
-        """Hold a place for one request while it is in flight. Raises Unavailable as `check` does.
+        """Hold a place for one request for the length of the block. Raises Unavailable as `check` does.
 
-        A request alone is always let in: what it asks for was checked against the model before. `seconds_left`: until
-        its deadline. Who would still be waiting then is refused now, while there is time to go elsewhere. Raises
-        DeadlineExceeded where there is none.
+        A request without others in flight is always let in: its size was checked before. `seconds_left`: the time until
+        its deadline. A request that would still wait then is refused now, while it can go to another replica. Raises
+        DeadlineExceeded if no time is left.
         """
         if seconds_left is not None and seconds_left <= 0:
             raise DeadlineExceeded(
@@ -184,17 +184,17 @@ class Admission:
         )
 
     def _retry_after(self, seconds: float) -> float:
-        """At least what is configured, and never so long that a quick recovery would be missed."""
+        """The seconds to wait before a retry: at least the configured ones, capped lest callers miss a recovery."""
         return max(self.limits.retry_after_seconds, min(seconds, MAX_RETRY_AFTER_SECONDS))
 
     def check_open(self) -> None:
-        """Raises Unavailable: DRAINING once the server is shutting down, USAGE_UNWRITABLE."""
+        """Raise Unavailable: DRAINING while the server shuts down, USAGE_UNWRITABLE while records cannot be written."""
         if self.draining:
             raise Unavailable("DRAINING", "the server is shutting down; try another replica")
         self._check_records()
 
     def close(self) -> None:
-        """Let nothing in any more. What is in flight stays."""
+        """Refuse all requests from now on. Those in flight go on."""
         self.draining = True
 
     @property
@@ -203,5 +203,5 @@ class Admission:
         return self._num_requests == 0
 
     async def wait_idle(self) -> None:
-        """Until nothing is in flight."""
+        """Wait until nothing is in flight."""
         await self._idle.wait()

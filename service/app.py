@@ -68,7 +68,7 @@ LaunchFor = Callable[[ModelConfig], Launch]  # how the engine of a model is star
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the two ports are, with the ports that were taken where the configuration says 0."""
+    """The addresses of the two listeners, with the actual port where the configuration says 0."""
 
     data: str
     admin: str
@@ -97,11 +97,11 @@ class Application:
     admin: tuple[Service, ...]
 
     async def register_configured(self) -> None:
-        """The adapters of the configuration file, all at once."""
+        """Register the adapters of the configuration file, all at once."""
         await asyncio.gather(*(self.deployer.create_configured(adapter) for adapter in self.config.adapters))
 
     async def keep_admitting(self) -> None:
-        """Say whether requests are let in, whenever that changes. Returns if that never changes."""
+        """Publish whether requests are admitted, after every change. Returns at once if that can never change."""
         usage = self.telemetry.usage
         if usage is None:
             return
@@ -112,7 +112,7 @@ class Application:
             await self.health.set_admitting(not full)
 
     async def keep_health(self) -> None:
-        """Say of each model whether it serves, whenever that changes. Never returns."""
+        """Publish whether each model serves, after every change. Never returns."""
         changes = Latest[HostedModel]()
         self.host.subscribe(lambda model: changes.put(model.name, model))
         said: dict[str, bool] = {}
@@ -127,7 +127,7 @@ class Application:
 
 
 def engine_processes(config: ServiceConfig) -> LaunchFor:
-    """Each engine is a process of its own."""
+    """Launch each engine as a process of its own."""
     return lambda model: launcher(model.engine(), model.name, config.log_level, config.log_format)
 
 
@@ -138,9 +138,9 @@ def assemble(
     launch_for: LaunchFor,
     telemetry: Telemetry,
 ) -> Application:
-    """All parts, connected; nothing runs yet, but what an earlier life knew is known.
+    """Connect all parts and read the saved state. Nothing runs yet.
 
-    Raises OSError for an adapter root that is not there, or a state that cannot be used.
+    Raises OSError for an adapter root that does not exist, or a state that cannot be used.
     """
 
     def supervise(model: ModelConfig, changed: Callable[[], None]) -> EngineSupervisor:
@@ -229,7 +229,7 @@ def assemble(
 
 
 def _tell_removed(registry: AdapterRegistry, observer: Observer, change: AdapterChange) -> None:
-    """Tell it of an adapter whose last version is gone."""
+    """Tell the observer when the last version of an adapter is gone."""
     if change.kind is ChangeKind.REMOVED and registry.record(change.version.key.name) is None:
         observer.adapter_removed(change.version.name)
 
@@ -238,10 +238,10 @@ def _tell_removed(registry: AdapterRegistry, observer: Observer, change: Adapter
 async def running(
     config: ServiceConfig, launch_for: LaunchFor | None = None
 ) -> AsyncIterator[tuple[Application, Addresses]]:
-    """A service that listens, while its models may still be loading. At the end of the block it is drained.
+    """Run a service that listens, while its models may still be loading. The end of the block drains it.
 
-    `launch_for`: how engines are started; None: as processes. Raises RuntimeError for an address that cannot be had,
-    OSError for files that are not there.
+    `launch_for`: starts engines; None: as processes. Raises RuntimeError for an address that is taken,
+    OSError for missing files.
     """
     async with AsyncExitStack() as stack:
         bus_directory = stack.enter_context(BusDirectory())
@@ -280,7 +280,7 @@ async def running(
 
 
 async def _start_probes(app: Application, stack: AsyncExitStack) -> str | None:
-    """The first port to open and the last to close: it tells how far the others are. Returns its address, if any."""
+    """Open the probe port, if configured: first to open, last to close. Returns its address, or None."""
     address = app.config.health_listen
     if address is None:
         return None
@@ -292,7 +292,7 @@ async def _start_probes(app: Application, stack: AsyncExitStack) -> str | None:
 
 
 async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
-    """Returns the address of the metrics page, if any."""
+    """Serve the metrics page, if configured. Returns its address, or None."""
     if app.config.metrics_listen is None:
         return None
     from service.telemetry.page import MetricsPage, Served, metrics_server  # with it comes an HTTP server

@@ -1,4 +1,4 @@
-"""One call, and how the code that serves it finds it."""
+"""The state of one call, and access to it from the code that serves the call."""
 
 import asyncio
 import secrets
@@ -34,7 +34,7 @@ class Call:
     span: object = None  # of whoever traces
 
     def item(self) -> "Call":
-        """The call that this one would have been for one of its items alone."""
+        """A call for one item of this batch, as if the item had been sent alone."""
         return Call(
             self.tenant,
             deadline=self.deadline,
@@ -45,11 +45,11 @@ class Call:
         )
 
     def seconds_left(self) -> float | None:
-        """Until the caller's deadline; None: there is none."""
+        """Seconds until the caller's deadline; None: it set none."""
         return None if self.deadline is None else self.deadline - asyncio.get_running_loop().time()
 
     def used_tokens(self) -> int:
-        """Of prompt and outputs, so far."""
+        """Tokens of the prompt and the outputs so far."""
         if self.usage is None:
             return 0
         usage = self.usage()
@@ -60,18 +60,18 @@ _CALL: ContextVar[Call] = ContextVar("call")
 
 
 def current_call() -> Call:
-    """The call that the running task serves. Raises LookupError outside of one."""
+    """The call that the running task serves. Raises LookupError if it serves none."""
     return _CALL.get()
 
 
 def find_call() -> Call | None:
-    """As `current_call`; None outside of one."""
+    """The call that the running task serves; None: it serves none."""
     return _CALL.get(None)
 
 
 @contextmanager
 def serving(call: Call) -> Iterator[None]:
-    """Within the block this is the current call."""
+    """Make this the current call for the length of the block."""
     token = _CALL.set(call)
     try:
         yield
@@ -80,6 +80,8 @@ def serving(call: Call) -> Iterator[None]:
 
 
 def sees_inside(owner: str) -> bool:
-    """Whether the caller may know how things of this tenant fare, and where they are; yes outside of a call."""
+    """Whether the caller may see paths and usage of this tenant's resources: True for its own, for an ADMIN, and
+    outside of a call.
+    """
     call = find_call()
     return call is None or call.is_admin or call.tenant == owner

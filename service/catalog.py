@@ -1,4 +1,4 @@
-"""What a request's field `model` means, and everything that a request needs of the model that it names."""
+"""Resolve a request's field `model` to a base model, adapter versions and all that the request needs of them."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from service.validation import merged_sampling
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A base model that serves: a snapshot, good for the life of one request. A restarted engine makes a new one."""
+    """A base model that serves: a snapshot for the life of one request. A restarted engine makes a new one."""
 
     name: str  # bare id: "demo", not "models/demo"
     revision: str  # of the weights: a commit or a digest
@@ -46,13 +46,13 @@ class Models(Protocol):
     async def successor(self, name: str, revision: str) -> EngineClient:
         """Wait until the engine that follows one that died serves, with this revision of the model.
 
-        Raises what `serving` raises if none will.
+        Raises what `serving` raises if no engine will.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a request runs on."""
+    """The model and the adapter versions that a request runs on."""
 
     model: LoadedModel
     adapter: AdapterVersion | None = None  # None: the base model alone, or a composition
@@ -61,24 +61,27 @@ class Target:
 
     @property
     def versions(self) -> tuple[AdapterVersion, ...]:
-        """All adapters that a request uses."""
+        """The adapter versions that a request uses."""
         return (self.adapter,) if self.adapter is not None else tuple(version for version, _ in self.parts)
 
     @property
     def adapter_key(self) -> AdapterKey | None:
-        """What the engine applies; None: the base model alone."""
+        """The key of the adapter, or of the weighted sum; None: the base model alone."""
         if self.parts:
             return compose((version.key, weight) for version, weight in self.parts)
         return None if self.adapter is None else self.adapter.key
 
     @property
     def default_sampling(self) -> Sampling:
-        """For what a request leaves out: of the route, else of the model."""
+        """The sampling defaults for absent fields of a request: the route's, else the model's."""
         defaults = self.model.default_sampling
         return defaults if self.route is None else merged_sampling(self.route.default_sampling, defaults)
 
     def resolved(self, fell_back_to_base: bool = False) -> ResolvedTarget:
-        """What the caller is told. `fell_back_to_base`: the adapter was cold, and the request allowed to go without."""
+        """The message that tells the caller what runs.
+
+        `fell_back_to_base`: the adapter was cold, the request allowed it.
+        """
         adapter_version = "" if self.adapter is None else self.adapter.version_name
         if self.parts:
             adapter_version = " + ".join(f"{version.version_name}*{weight:g}" for version, weight in self.parts)
@@ -111,10 +114,10 @@ class Catalog:
         self._routes = routes
 
     def resolve(self, tenant: str, name: str, path: str, routing_key: str = "") -> Target:
-        """What `name` means to this tenant: a route, which has its say first, or what `target` finds.
+        """Resolve `name` for this tenant: a route of that name first, else what `target` finds.
 
-        A route goes to its fallback if the target that it chose cannot be used now. `routing_key`: requests with the
-        same one go to the same target of a route. Raises what `target` does.
+        A route uses its fallback if the chosen target cannot be used now. `routing_key`: requests with the
+        same key go to the same target of a route. Raises what `target` does.
         """
         route = self._route(tenant, name)
         if route is None:
@@ -129,12 +132,12 @@ class Catalog:
         return replace(target, route=route)
 
     def target(self, tenant: str, name: str, path: str) -> Target:
-        """The model or adapter of this name; bare ids are looked up with the tenant, then as shared, then as a model.
+        """Find a model or adapter. A bare id means the tenant's adapter, else a shared one, else a model.
 
-        An adapter may still be LOADING: its engine is asked for it, and waits as it would for a cold one.
+        An adapter may still be LOADING: the request then waits for it as for a cold one.
 
         `path`: the field that holds the name. Raises InvalidRequest, NotFound, PermissionDenied (before looking),
-        FailedPrecondition (ADAPTER_INVALID, …) for a version that proved unusable, and what `Models.serving` raises.
+        FailedPrecondition (ADAPTER_INVALID, …) for an unusable version, and what `Models.serving` raises.
         """
         if "*" in name or "+" in name:
             return self._composition(tenant, name, path)
@@ -160,7 +163,7 @@ class Catalog:
         return Target(self._models.serving(adapter.spec.base_model), adapter)
 
     def _composition(self, tenant: str, name: str, path: str) -> Target:
-        """A weighted sum of adapters, or a weight on one: "a*0.7 + b*0.3"."""
+        """The target of a weighted sum, or of one weighted adapter: "a*0.7 + b*0.3"."""
         terms = [_term(term, path) for term in name.split("+")]
         if len(terms) > MAX_PARTS:
             raise InvalidRequest.at(path, f"composes {len(terms)} adapters; at most {MAX_PARTS} are allowed")
@@ -178,7 +181,7 @@ class Catalog:
         return Target(self._models.serving(bases[0]), parts=tuple(parts.values()))
 
     def _route(self, tenant: str, name: str) -> Route | None:
-        """None: it is the name of something else. A bare id that a nearer adapter has is no shared route's."""
+        """The route of this name; None: it names something else. The tenant's own adapter hides a shared route."""
         if match := _ROUTE_NAME.fullmatch(name):
             _check_may_see(tenant, match["tenant"])
             route = self._routes.get(name)
@@ -198,10 +201,10 @@ class Catalog:
 
     @contextmanager
     def using(self, versions: Sequence[AdapterVersion]) -> Iterator[Callable[[], None]]:
-        """While a request runs, its versions are counted as used: deleting them waits.
+        """Count the versions of a request as used for the length of the block, so that deleting them waits.
 
-        Yields what is to be called once the request has its first token; until then it is counted as waiting.
-        Raises NotFound if one has been deleted since it was resolved.
+        Yields a function to call at the request's first token; until then the request counts as waiting.
+        Raises NotFound if a version was deleted after it was resolved.
         """
         for version in versions:
             if self._adapter(version.version_name) is None:
@@ -223,7 +226,7 @@ class Catalog:
                 self._adapters.end_request(version.key, has_started)
 
     def _model(self, tenant: str, name: str) -> LoadedModel:
-        """The model of a bare id that could be anything's: who mistypes an adapter is not told of models alone."""
+        """The model of a bare id. Its NotFound mentions adapters too, since a bare id may mean one."""
         try:
             return self._models.serving(name)
         except NotFound as error:
@@ -231,7 +234,7 @@ class Catalog:
             raise NotFound(error.reason, error.resource_name, message) from None
 
     def _adapter(self, name: str) -> AdapterVersion | None:
-        """The version that a full name means, if requests may use it."""
+        """The version of this full name; None: there is none. Raises FailedPrecondition for one that cannot be used."""
         try:
             version = self._adapters.get(name)
         except AdapterNotFound:
@@ -244,7 +247,7 @@ class Catalog:
 
 
 def _term(term: str, path: str) -> tuple[str, float]:
-    """One adapter of a composition and its weight; without one it is 1."""
+    """Parse one term of a weighted sum: an adapter and its weight, by default 1."""
     adapter_name, _, weight = (piece.strip() for piece in term.partition("*"))
     if not adapter_name or ("*" in term and not _WEIGHT.fullmatch(weight)):
         raise InvalidRequest.at(path, f"{term.strip()[:200]!r} is no weighted adapter: write {{adapter}}*{{number}}")

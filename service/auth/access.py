@@ -1,4 +1,4 @@
-"""Which role each method asks for, and whose things it touches. What is not in the table is refused."""
+"""The role that each method requires, and the tenant whose resources it touches. Other methods are refused."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from service.errors import PermissionDenied
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a method asks of its caller. An ADMIN is asked for nothing more."""
+    """The role and the tenant that a method requires of its caller. ADMIN may call everything."""
 
     role: Role | None  # None: nothing, not even credentials
     or_role: Role | None = None  # does as well
@@ -70,13 +70,13 @@ RULES: Mapping[str, Rule] = {
 
 
 def is_public(method: str) -> bool:
-    """Whether it says the same to everybody."""
+    """Whether the method gives every caller the same answer, and so needs no credentials."""
     rule = RULES.get(method)
     return rule is not None and rule.role is None
 
 
 def check_role(principal: Principal, method: str) -> None:
-    """Raises PermissionDenied if the caller may not call this method at all."""
+    """Raise PermissionDenied if the caller may not call this method at all."""
     rule = RULES.get(method)
     if rule is None:
         raise PermissionDenied(f"{method} is open to nobody")
@@ -86,7 +86,7 @@ def check_role(principal: Principal, method: str) -> None:
 
 
 def check_resource(principal: Principal, method: str, request: Any) -> None:
-    """Raises PermissionDenied if the request is about something of another tenant, whether it exists or not."""
+    """Raise PermissionDenied if the request names a resource of another tenant, whether it exists or not."""
     rule = RULES[method]
     if not rule.resource or principal.has(Role.ADMIN):
         return

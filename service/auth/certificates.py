@@ -1,7 +1,7 @@
-"""The names in a caller's certificate that say who it is.
+"""Read the names in a client certificate.
 
-gRPC gives the names of a certificate as text, whatever their kind, and that text may hold a NUL. So they are read from
-the certificate itself, which gRPC has checked.
+gRPC passes the names on as text without their kind, and the text may hold a NUL. So the names are read from
+the certificate itself, which gRPC has verified.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def certificate_names(certificate: bytes) -> tuple[tuple[NameKind, str], ...]:
 
 
 def _read_names(certificate: x509.Certificate) -> Iterator[tuple[NameKind, str]]:
-    """Raises what cryptography raises for a certificate that it cannot read, and ValueError."""
+    """Read the names. Raises ValueError, and the errors of cryptography for a certificate that it cannot read."""
     try:
         alternatives = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:

@@ -13,7 +13,7 @@ ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES
 
 
 class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Tokens of an identity provider. Only with signatures by public keys: a server holds nothing to forge them."""
+    """Tokens of an identity provider, with asymmetric signatures only: the server holds nothing that could sign."""
 
     issuer: str
     audience: str
@@ -29,7 +29,7 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.jwks.startswith("https://")
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the values."""
+        """Describe every value that is out of range; empty: none is."""
         for algorithm in self.algorithms:
             if algorithm not in ALGORITHMS:
                 yield f"jwt.algorithms: {algorithm!r} is not one of {', '.join(ALGORITHMS)}"
@@ -43,7 +43,7 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             yield f"jwt.jwks_ca: there is no file {self.jwks_ca}"
 
     def with_paths(self, absolute: Callable[[str], str]) -> "JwtConfig":
-        """The same, with absolute paths."""
+        """Return a copy with absolute paths."""
         jwks = self.jwks if self.is_remote else absolute(self.jwks)
         return msgspec.structs.replace(
             self, jwks=jwks, jwks_ca=None if self.jwks_ca is None else absolute(self.jwks_ca)
@@ -51,7 +51,7 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class NameKind(StrEnum):
-    """Where in a certificate a name stands: in its alternative names, or in its subject."""
+    """The place of a name in a certificate: a kind of alternative name, or the subject."""
 
     DNS = "dns"
     URI = "uri"
@@ -61,7 +61,7 @@ class NameKind(StrEnum):
 
 
 class CertificateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whose client certificate this is."""
+    """A name in client certificates, and the tenant and roles that it stands for."""
 
     name: str  # exactly as it stands in the certificate
     tenant: str
@@ -69,7 +69,7 @@ class CertificateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a caller may show; one of these is enough. Who shows nothing is refused."""
+    """The kinds of credentials that the server accepts; a caller needs one. Callers without any are refused."""
 
     keys: str | None = None  # the file that `loraplex keys` writes
     jwt: JwtConfig | None = None
@@ -78,13 +78,13 @@ class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     trusted_peers: tuple[str, ...] = ()  # networks whose calls are believed the tenant that they name
 
     def with_paths(self, absolute: Callable[[str], str]) -> "AuthConfig":
-        """The same, with absolute paths."""
+        """Return a copy with absolute paths."""
         keys = None if self.keys is None else absolute(self.keys)
         jwt = None if self.jwt is None else self.jwt.with_paths(absolute)
         return msgspec.structs.replace(self, keys=keys, jwt=jwt)
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the values."""
+        """Describe every value that is out of range; empty: none is."""
         if not (self.keys or self.jwt or self.certificates or self.trusted_peers):
             yield "there is nothing that a caller could show: name keys, jwt, certificates or trusted_peers"
         if self.keys is not None and not Path(self.keys).is_file():

@@ -1,4 +1,4 @@
-"""Makes a principal of what a call shows."""
+"""Turn the credentials of a call into a principal."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ _HOW = "send a bearer token in the metadata `authorization`"
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """What a call says of where it comes from."""
+    """The metadata, peer and certificate of a call."""
 
     metadata: Mapping[str, str]
     peer: str = ""  # as gRPC has it: "ipv4:127.0.0.1:50000", "ipv6:%5B::1%5D:50000", "unix:"
@@ -28,15 +28,15 @@ class Caller:
 
     @property
     def host(self) -> str:
-        """The peer without its port: an address, or nothing."""
+        """The peer's address without its port; "": the peer has none (a Unix socket)."""
         return unquote(self.peer).partition(":")[2].rpartition(":")[0].strip("[]").partition("%")[0]
 
 
 class Door:
-    """Lets calls in, or not. For one event loop."""
+    """Authenticates calls and checks their role. For one event loop."""
 
     def __init__(self, config: AuthConfig | None = None) -> None:
-        """`config`: None lets everybody in, and believes peers on this machine the tenant that they name.
+        """`config`: None: authentication is off, and callers on this machine may name the tenant that they act for.
 
         Raises ValueError, OSError for files that cannot be used.
         """
@@ -51,9 +51,9 @@ class Door:
         self._trusted = [ip_network(network) for network in config.trusted_peers]
 
     async def enter(self, method: str, caller: Caller) -> Principal:
-        """Who calls, allowed to call this method, and for which tenant.
+        """Authenticate the caller, check its role for this method and choose its tenant.
 
-        Raises Unauthenticated, PermissionDenied, and Unavailable where it cannot be checked.
+        Raises Unauthenticated, PermissionDenied, and Unavailable if a token cannot be checked now.
         """
         principal = await self._credential(caller)
         if principal is not None:
@@ -65,7 +65,7 @@ class Door:
         return principal
 
     async def _credential(self, caller: Caller) -> Principal | None:
-        """Whom the call shows to be; None if it shows nothing."""
+        """The principal that the call's credentials stand for; None: it has none."""
         authorization = caller.metadata.get("authorization")
         if authorization is not None and not self._open:
             scheme, _, token = authorization.partition(" ")
@@ -75,14 +75,14 @@ class Door:
         return None if caller.certificate is None else self._owner(caller.certificate)
 
     def _owner(self, certificate: bytes) -> Principal | None:
-        """Whose certificate it is, by the first of its names that is known; None: nobody's. Raises Unauthenticated."""
+        """The owner of the certificate, by its first known name; None: no name is known. Raises Unauthenticated."""
         if not self._certificates:
             return None
         names = (name for kind, name in certificate_names(certificate) if kind in self._name_kinds)
         return next((self._certificates[name] for name in names if name in self._certificates), None)
 
     def _stranger(self, caller: Caller) -> tuple[Principal, bool]:
-        """Who shows nothing: let in where the door is open or the peer is trusted; and whether its word counts."""
+        """The principal of a call without credentials, and whether it may name a tenant. Raises Unauthenticated."""
         trusted = self._is_trusted(caller)
         if self._open:
             return Principal("anybody", DEFAULT_TENANT, frozenset((Role.ADMIN,))), trusted
@@ -109,7 +109,7 @@ class Door:
 
 
 def _tenant(principal: Principal, caller: Caller, may_name_others: bool) -> str:
-    """The tenant that the call acts for: another than its own only for those who may."""
+    """The tenant that the call acts for. Only callers with the right to do so may name another than their own."""
     named = caller.metadata.get("loraplex-tenant")
     if named is None or named == principal.tenant:
         return principal.tenant

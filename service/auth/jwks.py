@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class FileKeys:
-    """Those of a file, which may change."""
+    """The public keys in a file, which is read again when it changes."""
 
     def __init__(self, file: str) -> None:
-        """Raises ValueError, OSError for a file that cannot be used."""
+        """Read the file. Raises ValueError, OSError for a file that cannot be used."""
         self._keys = Reloaded([file], lambda: _read_keys(Path(file)))
 
     async def find(self, token: str) -> jwt.PyJWK:
@@ -39,14 +39,14 @@ class FileKeys:
 
 
 class RemoteKeys:
-    """Those of an https address: fetched when they are first needed, and when a token comes after their life is over.
+    """The public keys at an https address: fetched at first use, and again for the first token after they expire.
 
-    While the address gives none, the last ones stay in use for KEPT_SECONDS, and the log says so; nobody waits for it
-    more than once. For one event loop.
+    While fetching fails, the last keys stay in use for KEPT_SECONDS, and the log says so; a call waits for it at most
+    once. For one event loop.
     """
 
     def __init__(self, address: str, ca: str | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """`ca`: a PEM file with who may have signed the address's certificate; None: the authorities of the system.
+        """`ca`: a PEM file of the authorities to trust for the address; None: those of the system.
 
         Raises ValueError, OSError for a file that cannot be used.
         """
@@ -78,7 +78,7 @@ class RemoteKeys:
         return self._clock() - self._fetched
 
     async def _refresh(self, wait: bool) -> None:
-        """One fetch at a time, for all callers, and not too often: anybody may invent the name of a key."""
+        """Fetch the keys: one fetch at a time for all callers, and not too often, since a token may name any key."""
         if self._fetching is None or self._fetching.done():
             if self._clock() - self._tried < RETRY_SECONDS:
                 return
@@ -117,7 +117,7 @@ def _client(address: str, ca: str | None) -> jwt.PyJWKClient:
 
 
 def _key_of(token: str, keys: jwt.PyJWKSet) -> jwt.PyJWK | None:
-    """A token may leave out the name of the only key."""
+    """The key with this id. A set of one key needs no id."""
     key_id = jwt.get_unverified_header(token).get("kid")
     signing = [key for key in keys.keys if key.public_key_use in ("sig", None)]
     if key_id is None:

@@ -18,16 +18,16 @@ REMEMBERED_SECONDS = 60.0  # that a token outlives the key that it was checked w
 
 
 class JwtVerifier:
-    """Checks tokens, and remembers for a while which were good. For one event loop."""
+    """Checks tokens, and remembers valid ones for a while. For one event loop."""
 
     def __init__(self, config: JwtConfig) -> None:
-        """Raises ValueError, OSError for a file that cannot be used."""
+        """Read the keys, if they are in a file. Raises ValueError, OSError for a file that cannot be used."""
         self._config = config
         self._keys = RemoteKeys(config.jwks, config.jwks_ca) if config.is_remote else FileKeys(config.jwks)
         self._good: OrderedDict[bytes, tuple[float, Principal]] = OrderedDict()  # until when; oldest first
 
     async def verify(self, token: str) -> Principal:
-        """Raises Unauthenticated, and Unavailable if the provider's keys cannot be had."""
+        """Return the principal of a token. Raises Unauthenticated, and Unavailable if the keys cannot be fetched."""
         digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
         until, principal = self._good.get(digest, (0.0, None))
         if principal is not None and time.time() < until:
@@ -43,7 +43,7 @@ class JwtVerifier:
         return principal
 
     def _claims(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
-        """Raises jwt.PyJWTError."""
+        """The verified claims of a token. Raises jwt.PyJWTError."""
         config = self._config
         try:
             claims = jwt.decode(

@@ -1,4 +1,4 @@
-"""Bearer tokens of a file, which holds their hashes alone.
+"""Bearer tokens in a key file, which holds only their hashes.
 
 A token is `lpx_{id}_{secret}`: the id finds its entry, the secret has 256 random bits. So a plain hash protects it:
 there is nothing to guess, and nothing to slow down (passwords are another matter).
@@ -26,7 +26,7 @@ _NO_HASH = "0" * 64  # what a token with an unknown id is compared with
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One entry of the file."""
+    """One token, as its entry in the key file describes it."""
 
     id: str
     sha256: str  # of the whole token, hexadecimal
@@ -37,13 +37,13 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class KeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The file."""
+    """The content of a key file."""
 
     keys: tuple[Key, ...] = ()
 
 
 def read_keys(file: Path) -> KeyFile:
-    """Raises ValueError saying what is wrong with the file, OSError."""
+    """Read a key file. Raises ValueError saying what is wrong with the file, OSError."""
     try:
         fields = yaml.safe_load(file.read_text())
         if fields is None:  # perhaps it is being written
@@ -63,7 +63,7 @@ def read_keys(file: Path) -> KeyFile:
 
 
 def write_keys(file: Path, content: KeyFile) -> None:
-    """All or nothing, and readable by nobody else."""
+    """Replace the key file atomically, with access for its owner only."""
     text = yaml.safe_dump(msgspec.to_builtins(content), sort_keys=False)
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -78,7 +78,7 @@ def write_keys(file: Path, content: KeyFile) -> None:
 
 
 def make_key(tenant: str, roles: Iterable[Role], expires: datetime | None, comment: str = "") -> tuple[str, Key]:
-    """A new token, to be shown once, and what is kept of it."""
+    """Make a token, to be shown once, and the entry that is kept of it."""
     key_id = secrets.token_hex(6)
     token = f"{PREFIX}{key_id}_{secrets.token_urlsafe(32)}"
     return token, Key(
@@ -87,19 +87,19 @@ def make_key(tenant: str, roles: Iterable[Role], expires: datetime | None, comme
 
 
 class KeyVerifier:
-    """Checks tokens against a file, which may change."""
+    """Checks tokens against a key file, which is read again when it changes."""
 
     def __init__(self, file: str) -> None:
-        """Raises ValueError, OSError."""
+        """Read the key file. Raises ValueError, OSError."""
         self._keys = Reloaded([file], lambda: {key.id: key for key in read_keys(Path(file)).keys})
 
     @staticmethod
     def takes(token: str) -> bool:
-        """Whether the token is one of this kind."""
+        """Whether the token has the form of a key-file token."""
         return token.startswith(PREFIX)
 
     def verify(self, token: str) -> Principal:
-        """Raises Unauthenticated."""
+        """Return the principal of a token. Raises Unauthenticated."""
         key = self._keys.get().get(token.removeprefix(PREFIX).partition("_")[0])
         # Always one hash and one comparison, in constant time: how long it takes says nothing about the keys.
         is_it = compare_digest(_hash(token), _NO_HASH if key is None else key.sha256)

@@ -1,4 +1,4 @@
-"""Who calls."""
+"""Principals: the authenticated callers."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ TENANT_ID_RULE = "1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or
 
 
 class Role(StrEnum):
-    """What somebody may do. ADMIN may do everything, for every tenant."""
+    """The rights of a caller. ADMIN may do everything, for every tenant."""
 
     INFERENCE = "inference"  # generate and tokenise, with the tenant's own adapters and the shared ones
     ADAPTERS = "adapters"  # manage the tenant's own adapters and routes; not read them from the server's directories
@@ -18,7 +18,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Somebody, on behalf of a tenant."""
+    """An authenticated caller, and the tenant that it acts for."""
 
     name: str  # for logs: the id of the key, the subject of the token, the name in the certificate
     tenant: str
