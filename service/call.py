@@ -44,6 +44,11 @@ class Call:
             span=self.span,
         )
 
+    def let_go(self) -> None:
+        """Of what leads back to the call, once it has ended: so that it goes at once, and all that hangs on it."""
+        self.admit = _tells_nobody
+        self.usage = None
+
     def seconds_left(self) -> float | None:
         """Seconds until the caller's deadline; None: it set none."""
         return None if self.deadline is None else self.deadline - asyncio.get_running_loop().time()

@@ -31,7 +31,7 @@ from service.errors import (
     to_status,
     trailing_metadata,
 )
-from service.places import Places, UnreadAnswers
+from service.places import Places, Refusals, UnreadAnswers
 from service.receiving import ReceiveLimits, Receiver
 from service.telemetry.records import NOBODY, CallRecord, Observer
 from service.telemetry.trace_context import trace_id_of
@@ -142,6 +142,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._places = Places(self.limits.calls_per_tenant)
         self._public_places = Places(PUBLIC_CALLS_PER_HOST)
         self._unread = UnreadAnswers(self.limits.unread_bytes)
+        self._refusals = Refusals()
         self._served: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by path
 
     async def intercept_service(
@@ -152,7 +153,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         path = handler_call_details.method
         if handler is None:
-            return grpc.stream_unary_rpc_method_handler(partial(_refuse_unknown, path))
+            return grpc.stream_unary_rpc_method_handler(partial(self._refuse_unknown, path))
         served = self._served.get(path)
         if served is None:
             served = self._served[path] = self._handler(path, handler)
@@ -204,6 +205,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 except Exception as error:
                     known = known_error(error, call, method.path)
                     status = known.code.name
+                    if not call.tenant:  # nobody whom this server knows
+                        await self._refusals.turn()
                     await _abort(known, call, context)
                 except BaseException as error:
                     status = status_name(error, call)
@@ -211,8 +214,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 finally:
                     seconds = asyncio.get_running_loop().time() - call.arrival
                     method.observer.call_ended(call, CallRecord(method=method.name, status=status, seconds=seconds))
+                    call.let_go()
 
         return serve
+
+    async def _refuse_unknown(self, path: str, _: object, context: Context) -> None:
+        problem = "is no method of this port of this server; see which services it has by reflection"
+        await self._refusals.turn()
+        await _abort(FeatureUnsupported(path[:200], problem), Call(tenant=""), context)
 
     async def _principal(self, path: str, caller: Caller) -> Principal:
         """Who calls. Raises what `Door.enter` does, and Unavailable."""
@@ -328,11 +337,6 @@ async def _checked(messages: AsyncIterator[Message], principal: Principal, path:
         yield message
 
 
-async def _refuse_unknown(path: str, _: object, context: Context) -> None:
-    problem = "is no method of this port of this server; see which services it has by reflection"
-    await _abort(FeatureUnsupported(path[:200], problem), Call(tenant=""), context)
-
-
 def _at_end(callback: Callable[[object], None]) -> None:
     """Have this called once the call is over: its answer has been read, or its caller is gone."""
     task = asyncio.current_task()
@@ -373,4 +377,17 @@ def _outgoing(call: Call) -> tuple[tuple[str, str], ...]:
 
 async def _abort(error: LoraplexError, call: Call, context: Context) -> None:
     status = error_status(error, call)
-    await context.abort(error.code, status.message, (*_outgoing(call), *trailing_metadata(error, status)))
+    try:
+        await context.abort(error.code, status.message, (*_outgoing(call), *trailing_metadata(error, status)))
+    except grpc.aio.AbortError as aborted:
+        _at_end(partial(_let_go, aborted, error))
+        raise
+
+
+def _let_go(aborted: grpc.aio.AbortError, error: LoraplexError, _: object) -> None:
+    """Have them go with their call: gRPC keeps the one in the call, and their frames keep the call.
+
+    Else the call stays, with all that gRPC has of it, until the collector looks at everything: that holds the loop.
+    """
+    aborted.__context__ = None
+    aborted.__traceback__ = error.__traceback__ = None

@@ -1,5 +1,6 @@
-"""How many calls may be in progress for one tenant, and how much of their answers may lie unread."""
+"""What one caller may take of what all share: places for calls, memory for answers, time for refusals."""
 
+import asyncio
 from collections import Counter
 
 from service.errors import SlowConsumer, Unavailable
@@ -29,6 +30,31 @@ class Places:
         self._taken[who] -= 1
         if not self._taken[who]:
             del self._taken[who]
+
+
+class Refusals:
+    """Gives those who are refused their turns, with a pause before each: so most of the loop's time is for others.
+
+    A call that waits takes a place of its connection, which brings no other instead. For one event loop.
+    """
+
+    def __init__(self, pause_seconds: float = 0.001, most_waiting: int = 256) -> None:
+        """`most_waiting`: they take 22 KiB each. Past these, nobody waits."""
+        self._pause_seconds = pause_seconds
+        self._most_waiting = most_waiting
+        self._waiting = 0
+        self._turn = asyncio.Lock()
+
+    async def turn(self) -> None:
+        """Wait for it."""
+        if self._waiting >= self._most_waiting:
+            return
+        self._waiting += 1
+        try:
+            async with self._turn:
+                await asyncio.sleep(self._pause_seconds)
+        finally:
+            self._waiting -= 1
 
 
 class UnreadAnswers:

@@ -5,6 +5,7 @@ line before, in milliseconds of CPU time, so that what else runs on the machine 
 """
 
 import asyncio
+import gc
 import sys
 import time
 from pathlib import Path
@@ -41,11 +42,14 @@ class HeldLoop:
 async def serve(tokenizer: Path, keys: str) -> None:
     door = Door(AuthConfig(keys=keys))
     async with data_plane(Tokenizer.load(tokenizer), door=door) as plane:
+        gc.collect()
+        gc.freeze()  # as `loraplex serve` does
         held = HeldLoop()
         commands = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
         print(plane.address, flush=True)
         while await commands.readline():
+            plane.engine.forget()
             print(held.take() * 1000, flush=True)
         plane.errors.records.clear()
 
