@@ -27,7 +27,7 @@ NEVER = (1 << 31) - 1  # seconds or milliseconds, to gRPC
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server takes half of the calls of the first, in silence
     ("grpc.max_send_message_length", -1),
-    # Calls that wait to be looked at, 15 KB each. Past these gRPC cancels others, whosever they are, without a reason.
+    # Calls that wait to be looked at, 16 KiB each. Past these gRPC cancels others, whosever they are, without a reason.
     # So it does with those that have waited for 30 s, unless it is told not to: a call has a deadline of its own.
     ("grpc.server_max_unrequested_time_in_server", NEVER),
     ("grpc.server.max_pending_requests", MAX_WAITING_CALLS),
@@ -49,7 +49,7 @@ class ConnectionLimits:
     """What callers may open on one port."""
 
     connections: int = 1024
-    calls: int = 256  # in progress on one connection; clients wait with more, or open another
+    calls: int = 64  # in progress on one connection; clients wait with more, or open another
     idle_seconds: float = 300.0  # without a call; then it is closed, and clients open another when they need it
 
 
