@@ -55,7 +55,7 @@ CLASSES = (
     ClientClass(
         "_AsyncReader",
         "AsyncCaller",
-        "What both ports answer: which models, adapters and routes there are, and what the server takes.",
+        "Calls that both ports answer: which models, adapters and routes there are, and what the server takes.",
         {
             "models": ("get_model", "list_models"),
             "adapters": ("get_adapter", "list_adapters"),
@@ -81,7 +81,7 @@ CLASSES = (
     ClientClass(
         "AsyncAdminClient",
         "_AsyncReader",
-        "The admin port: models, adapters and routes that come and go, and the server itself.",
+        "The admin port: models, adapters, routes and the server itself. Made, used and closed in one event loop.",
         {
             "models": ("load_model", "unload_model", "watch_models"),
             "adapters": (
@@ -143,7 +143,7 @@ class Parameter:
 
 
 class Sources:
-    """What the hand-written files define: functions, groups of options, and defaults of options."""
+    """Definitions in the hand-written files: functions, groups of options, and defaults of options."""
 
     def __init__(self) -> None:
         self.functions: dict[str, ast.FunctionDef] = {}

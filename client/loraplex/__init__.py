@@ -1,8 +1,9 @@
-"""What other services import to talk to Loraplex.
+"""Clients of Loraplex, for other services to import.
 
 `AsyncClient` and `Client` generate text and tokenise, over the data port. `AsyncAdminClient` and `AdminClient` manage
 models, adapters and routes, over the admin port. Every method is one call of the contract, with keyword arguments for
 its fields; answers are the messages of `loraplex.v1`. A call that fails raises a `LoraplexError`.
+`help(Client.generate)` shows every option, and so for the other methods.
 
     async with AsyncClient("localhost:50051") as client:
         answer = await client.generate("demo", "Once upon a time", max_tokens=32, temperature=0)

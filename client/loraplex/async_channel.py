@@ -1,4 +1,4 @@
-"""Lets streams of grpc.aio end as those of grpc do, so that one source serves both kinds of client."""
+"""Channel of grpc.aio whose streams end as those of grpc do, so that one source serves both kinds of client."""
 
 import asyncio
 import weakref
@@ -14,7 +14,7 @@ MessageT_co = TypeVar("MessageT_co", bound=Message, covariant=True)
 
 
 class _GrpcCall(Protocol[MessageT_co]):
-    """What a stream needs of grpc's call."""
+    """Part of gRPC's call that a stream needs."""
 
     def cancel(self) -> bool: ...
     def cancelled(self) -> bool: ...

@@ -18,7 +18,7 @@ from loraplex.v1 import adapters_pb2, generation_pb2, inference_pb2, models_pb2,
 
 
 class _AsyncReader(AsyncCaller):
-    """What both ports answer: which models, adapters and routes there are, and what the server takes."""
+    """Calls that both ports answer: which models, adapters and routes there are, and what the server takes."""
 
     async def get_model(
         self,
@@ -783,7 +783,7 @@ class AsyncClient(_AsyncReader):
 
 
 class AsyncAdminClient(_AsyncReader):
-    """The admin port: models, adapters and routes that come and go, and the server itself."""
+    """The admin port: models, adapters, routes and the server itself. Made, used and closed in one event loop."""
 
     async def load_model(
         self,

@@ -22,7 +22,7 @@ MessageT_co = TypeVar("MessageT_co", bound=Message, covariant=True)
 
 
 class _Call(Protocol[MessageT_co]):
-    """What a stream needs of its call."""
+    """Part of a call that a stream needs."""
 
     def cancel(self) -> object: ...
     def __next__(self) -> MessageT_co: ...

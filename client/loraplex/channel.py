@@ -1,4 +1,4 @@
-"""How a client reaches a server: address, credentials, retries, what accompanies every call."""
+"""Way to a server: address, credentials, retries, what accompanies every call."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ Timeout: TypeAlias = float | Literal["client"] | None
 
 
 class CallOptions(TypedDict, total=False):
-    """What every method takes besides its own arguments."""
+    """Options that every method takes besides its own."""
 
     timeout: Timeout
     """Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit."""
@@ -59,7 +59,7 @@ def call_options(arguments: Mapping[str, Any]) -> CallOptions:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where the server is, and who calls it."""
+    """Address of a server, and who calls it."""
 
     address: str  # "host:port", or any name that gRPC resolves, such as "dns:///loraplex:50051" or "unix:/run/x.sock"
     credentials: grpc.ChannelCredentials | None = None  # from grpc.ssl_channel_credentials(). None: no TLS
@@ -69,6 +69,7 @@ class Connection:
     options: Mapping[str, str | int] = field(default_factory=dict)  # further gRPC channel options
 
     def open(self) -> grpc.Channel:
+        """Open a channel; the first call connects it."""
         if self.credentials is None:
             return grpc.insecure_channel(self.address, options=self.channel_options())
         return grpc.secure_channel(self.address, self.credentials, options=self.channel_options())

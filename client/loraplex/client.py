@@ -18,7 +18,7 @@ from loraplex.v1 import adapters_pb2, generation_pb2, inference_pb2, models_pb2,
 
 
 class _Reader(Caller):
-    """What both ports answer: which models, adapters and routes there are, and what the server takes."""
+    """Calls that both ports answer: which models, adapters and routes there are, and what the server takes."""
 
     def get_model(
         self,
@@ -783,7 +783,7 @@ class Client(_Reader):
 
 
 class AdminClient(_Reader):
-    """The admin port: models, adapters and routes that come and go, and the server itself."""
+    """The admin port: models, adapters, routes and the server itself. May be shared between threads."""
 
     def load_model(
         self,

@@ -1,4 +1,4 @@
-"""What can go wrong with a call, decoded from its status and the google.rpc details that Loraplex sends with it.
+"""Errors of calls, decoded from a status and the google.rpc details that Loraplex sends with it.
 
     LoraplexError
     ├── InvalidArgument      a field is outside its limits: `violations` says which and why
@@ -61,12 +61,12 @@ class LoraplexError(Exception):
 
     @property
     def message(self) -> str:
-        """What the server wrote for people."""
+        """Text that the server wrote for people."""
         return self.status.message
 
     @property
     def reason(self) -> str:
-        """An ErrorReason without its prefix; empty if the status is not Loraplex's, but a proxy's or grpc's own."""
+        """Name of an ErrorReason without its prefix. "": the status is not Loraplex's, but a proxy's or gRPC's own."""
         info = self._detail(error_details_pb2.ErrorInfo)
         return info.reason if info is not None and info.domain == DOMAIN else ""
 
@@ -78,25 +78,25 @@ class LoraplexError(Exception):
 
     @property
     def violations(self) -> list[Violation]:
-        """The fields that are at fault."""
+        """Fields that are at fault."""
         request = self._detail(error_details_pb2.BadRequest)
         return [Violation(v.field, v.description) for v in request.field_violations] if request is not None else []
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds to wait before the next attempt, if the server said so."""
+        """Seconds to wait before the next attempt. None: the server did not say."""
         retry = self._detail(error_details_pb2.RetryInfo)
         return retry.retry_delay.ToNanoseconds() / 1e9 if retry is not None else None
 
     @property
     def resource(self) -> str:
-        """The name of the resource that the error is about; empty if there is none."""
+        """Name of the resource that the error is about. "": there is none."""
         resource = self._detail(error_details_pb2.ResourceInfo)
         return resource.resource_name if resource is not None else ""
 
     @property
     def request_id(self) -> str:
-        """The server's id of the request, for support; empty if it had none yet."""
+        """The server's id of the request, for support. "": the request had none yet."""
         request = self._detail(error_details_pb2.RequestInfo)
         if request is not None:
             return request.request_id
@@ -104,7 +104,7 @@ class LoraplexError(Exception):
 
     @property
     def partial_usage(self) -> inference_pb2.PartialUsage | None:
-        """What a generation had consumed when it failed."""
+        """Tokens that a generation had consumed when it failed. None: the server did not say."""
         return self._detail(inference_pb2.PartialUsage)
 
     def _detail(self, kind: type[_DetailT]) -> _DetailT | None:
@@ -190,7 +190,7 @@ _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.Statu
 
 
 class FailedCall(Protocol):
-    """The part of grpc's errors, synchronous or not, that says what went wrong."""
+    """Part of gRPC's errors, of either kind of client, that says what went wrong."""
 
     def code(self) -> grpc.StatusCode: ...
     def details(self) -> str | None: ...
@@ -198,7 +198,7 @@ class FailedCall(Protocol):
 
 
 def from_call(call: FailedCall) -> LoraplexError:
-    """The error of a call that grpc says has failed."""
+    """Make the error of a call that gRPC says has failed."""
     code = call.code()
     status = status_pb2.Status(code=code.value[0], message=call.details() or "")
     for key, value in call.trailing_metadata() or ():
@@ -212,25 +212,25 @@ def from_call(call: FailedCall) -> LoraplexError:
 
 
 def from_status(status: status_pb2.Status) -> LoraplexError:
-    """The error that a status inside a message means: an item of a batch, or a resource that failed."""
+    """Make the error that a status inside a message means. An item of a batch or a resource that failed has one."""
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
     return _CLASSES.get(code, LoraplexError)(code, status)
 
 
 def local(kind: type[LoraplexError], code: grpc.StatusCode, message: str) -> LoraplexError:
-    """An error that this side finds out by itself."""
+    """Make an error that this side finds out by itself."""
     return kind(code, status_pb2.Status(code=code.value[0], message=message))
 
 
 class HasError(Protocol):
-    """A resource that says why it failed: a Model or an Adapter."""
+    """Resource that says why it failed: a Model or an Adapter."""
 
     @property
     def error(self) -> status_pb2.Status: ...
 
 
 def raise_for_error(resource: HasError) -> None:
-    """Raise what a model or an adapter in STATE_FAILED failed with; do nothing for one that has not."""
+    """Raise the error of a model or an adapter that failed. Nothing is raised for one that did not fail."""
     if resource.error.code != grpc.StatusCode.OK.value[0]:
         raise from_status(resource.error)
 

@@ -1,4 +1,4 @@
-"""What the events of a generation add up to, and whether they are complete."""
+"""Sum of the events of a generation."""
 
 import grpc
 
@@ -7,9 +7,10 @@ from loraplex.v1 import inference_pb2
 
 
 class GenerationEvents:
-    """Takes the events of one stream in order, and gives what Generate would have returned.
+    """Collects the events of one stream, in order.
 
-    started: set by the first event; completed: set by the last. A stream without it did not succeed.
+    `started` is None until the first event has come, and `completed` until the last one has. A stream without its last
+    event did not succeed.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class GenerationEvents:
             )
 
     def response(self) -> inference_pb2.GenerateResponse:
-        """What Generate would have returned. Raises IncompleteStream unless the last event has come."""
+        """Build what Generate would have returned. Raises IncompleteStream unless the last event has come."""
         self.check_complete()
         assert self.completed is not None
         response = inference_pb2.GenerateResponse(

@@ -12,7 +12,7 @@ from loraplex.v1 import generation_pb2, prompt_pb2
 
 
 class PromptOptions(TypedDict, total=False):
-    """How a prompt becomes tokens. None is the same as leaving an option out."""
+    """Options of how a prompt becomes tokens. None is the same as leaving an option out."""
 
     add_special_tokens: bool | None
     """Whether the tokenizer adds its special tokens. None: yes for text, no for chat."""
@@ -31,7 +31,7 @@ class PromptOptions(TypedDict, total=False):
 
 
 class GenerateOptions(PromptOptions, total=False):
-    """Everything that a generation can be told, by the names of the contract; see loraplex/v1/generation.proto.
+    """Options of a generation, by the names of the contract; see loraplex/v1/generation.proto.
 
     None is the same as leaving an option out. Zero is zero.
     """
@@ -142,7 +142,7 @@ def build_spec(
     spec: generation_pb2.GenerateSpec | None = None,
     **options: Unpack[GenerateOptions],
 ) -> generation_pb2.GenerateSpec:
-    """Build a GenerateSpec: a copy of `spec`, if given, in which everything else that is given replaces what it says.
+    """Build a GenerateSpec. What is given replaces what `spec` says.
 
     An option that is None is as in `spec`. Where `spec` leaves it out too, the route's default holds, else the model's,
     else what is stated here.

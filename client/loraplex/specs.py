@@ -65,7 +65,7 @@ def generate_spec(
     client_request_id: str | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> generation_pb2.GenerateSpec:
-    """Build a GenerateSpec: a copy of `spec`, if given, in which everything else that is given replaces what it says.
+    """Build a GenerateSpec. What is given replaces what `spec` says.
 
     An option that is None is as in `spec`. Where `spec` leaves it out too, the route's default holds, else the model's,
     else what is stated here.

@@ -1,4 +1,5 @@
-"""Every call of the contract, described once: which method, with which request, answered by what.
+"""Calls of the contract, each described once: method, request, answer.
 
 An operation says nothing about how it is run: `Client` runs it and waits, `AsyncClient` runs it and is awaited.
+Their methods are made from here by client/generate.py.
 """

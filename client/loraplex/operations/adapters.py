@@ -35,7 +35,7 @@ Residency: TypeAlias = adapters_pb2.AdapterResidency.ValueType | str  # or "disk
 
 
 class RegisterOptions(TypedDict, total=False):
-    """What a new adapter version can be told."""
+    """Options of a new adapter version."""
 
     digest: str | None
     """Digest that the files must have, "sha256:" and 64 hex digits. None: any."""
@@ -56,7 +56,7 @@ class RegisterOptions(TypedDict, total=False):
 
 
 class RegisterArguments(RegisterOptions, CallOptions, total=False):
-    """What a new adapter version can be told, and how the method is called."""
+    """Options of a new adapter version, and of the call."""
 
 
 def get_adapter(name: str, *, tenant: str = "shared", **call: Unpack[CallOptions]) -> Operation[adapters_pb2.Adapter]:

@@ -1,4 +1,4 @@
-"""What an operation is, and the names and times that all of them take."""
+"""Kinds of operations, and the names and times that all of them take."""
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The data port: generation, tokenizer. And health, which both ports have."""
+"""The data port: generation and tokenizer. Health is here too, and both ports have it."""
 
 from collections.abc import Iterable, Sequence
 from typing import Unpack, cast
@@ -17,11 +17,11 @@ SERVING = 1  # HealthCheckResponse.SERVING
 
 
 class GenerateArguments(GenerateOptions, CallOptions, total=False):
-    """What a generation can be told, and how the method is called."""
+    """Options of a generation, and of the call."""
 
 
 class TokenizeArguments(PromptOptions, CallOptions, total=False):
-    """How a prompt becomes tokens, and how the method is called."""
+    """Options of a prompt, and of the call."""
 
 
 def generate(
