@@ -120,7 +120,7 @@ class AdaptedTokenizer(Tokenizer):
             return super().encode(text, add_special_tokens, most, literal)
         token_ids = list(self._before) if add_special_tokens else []
         for token_id, start, end in self._split(text, literal):
-            token_ids.extend(self._piece(text, start, end, literal).token_ids if token_id is None else [token_id])
+            token_ids.extend(self._piece_ids(text, start, end, literal) if token_id is None else [token_id])
         token_ids.extend(self._behind if add_special_tokens else [])
         check_count(len(token_ids), most)
         return token_ids
@@ -155,9 +155,7 @@ class AdaptedTokenizer(Tokenizer):
     def _split(self, text: str, literal: Sequence[Span]) -> Iterator[tuple[int | None, int, int]]:
         """The added tokens in a text, and None for what is between: id, and where it begins and ends."""
         encoder, done = self._literal_splitter, 0
-        ids, offsets = encoder.encode(
-            text, literal, lambda splitter, text: self._encode(splitter.encode_batch, text, False)
-        )
+        ids, offsets = encoder.encode(text, literal, self._run(add_special_tokens=False))
         for found, (start, end) in zip(ids, offsets, strict=True):
             if found == _GAP_ID:  # the places of what was normalised are not exact: a gap is what is left
                 continue
@@ -169,15 +167,26 @@ class AdaptedTokenizer(Tokenizer):
             yield None, done, len(text)
 
     def _piece(self, text: str, start: int, end: int, literal: Sequence[Span]) -> Encoding:
-        """Text between added tokens; behind one of them, where the beginning of a text is treated in its own way."""
-        lead = self._lead if start else ""
-        shift = len(lead) - start
-        inside = [(max(a, start) + shift, min(b, end) + shift) for a, b in literal if a < end and b > start]
+        """Text between added tokens."""
+        lead, inside = self._inside(start, end, literal)
         found = super().encode_with_offsets(lead + text[start:end], False, inside)
         if not lead:
             return found
         shifted = [(first - len(lead), last - len(lead)) for first, last in found.offsets[1:]]
         return Encoding(found.token_ids[1:], shifted)
+
+    def _piece_ids(self, text: str, start: int, end: int, literal: Sequence[Span]) -> list[int]:
+        """As `_piece`, without the offsets."""
+        lead, inside = self._inside(start, end, literal)
+        token_ids = super().encode(lead + text[start:end], False, literal=inside)
+        return token_ids[1:] if lead else token_ids
+
+    def _inside(self, start: int, end: int, literal: Sequence[Span]) -> tuple[str, list[Span]]:
+        """What goes before text behind an added token, where the beginning of a text is treated in its own way; and
+        which parts of both together are literal."""
+        lead = self._lead if start else ""
+        shift = len(lead) - start
+        return lead, [(max(a, start) + shift, min(b, end) + shift) for a, b in literal if a < end and b > start]
 
     def _ids(self, token: str | None) -> list[int]:
         token_id = None if token is None else self.token_to_id(token)

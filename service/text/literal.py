@@ -45,25 +45,36 @@ class LiteralEncoder:
 
         Raises TokenizerError for a tokenizer that makes a control token of a literal part whatever is done.
         """
-        encoding = run(self._tokenizer, text)
-        ids, offsets = encoding.ids, encoding.offsets
-        if self._spelled(text, literal, ids, offsets) is None:
-            return ids, offsets
+        encoding, places = self._encoded(text, literal, run)
+        return encoding.ids, [places.original(span) for span in encoding.offsets]
+
+    def ids(self, text: str, literal: Sequence[Span], run: Callable[[tokenizers.Tokenizer, str], Any]) -> list[int]:
+        """As `encode`, without the offsets: all of them at once hold the interpreter lock for long."""
+        ids: list[int] = self._encoded(text, literal, run)[0].ids
+        return ids
+
+    def _encoded(
+        self, text: str, literal: Sequence[Span], run: Callable[[tokenizers.Tokenizer, str], Any]
+    ) -> tuple[Any, "_Places"]:
+        """What the library makes of the text, and where in it that is."""
+        encoding, places = run(self._tokenizer, text), _Places(())
+        if self._spelled(text, literal, encoding, places) is None:
+            return encoding, places
         renamed, places = self._renamed(text, literal)
         encoding = run(self._twin, renamed)
-        ids, offsets = encoding.ids, [places.original(span) for span in encoding.offsets]
-        wrong = self._spelled(text, literal, ids, offsets)
+        wrong = self._spelled(text, literal, encoding, places)
         if wrong is not None:
             raise TokenizerError(f"the tokenizer makes the control token {wrong!r} of text that is to be literal.")
-        return ids, offsets
+        return encoding, places
 
-    def _spelled(self, text: str, literal: Sequence[Span], ids: Sequence[int], offsets: Sequence[Span]) -> str | None:
+    def _spelled(self, text: str, literal: Sequence[Span], encoding: Any, places: "_Places") -> str | None:
         """A control token that came of a literal part, or of a part of one; None if there is none."""
         starts = [start for start, _ in literal]
-        for token_id, (start, end) in zip(ids, offsets, strict=True):
+        for index, token_id in enumerate(encoding.ids):
             name = self._names.get(token_id)
             if name is None:
                 continue
+            start, end = places.original(encoding.token_to_chars(index) or (0, 0))  # none: the tokenizer added it
             said = text[start:end]
             if token_id == self._unknown_id and said.strip() != name:
                 continue  # what the vocabulary does not have is unknown wherever it is

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from service.text.backends import Backend, load_backend
 from service.text.chat_template import ChatTemplate
 from service.text.detokenizer import IncrementalDetokenizer
@@ -110,7 +112,7 @@ class Tokenizer:
         """
         token_ids: list[int]
         if literal:
-            token_ids = self.encode_with_offsets(text, add_special_tokens, literal).token_ids
+            token_ids = self._literal_encoder.ids(text, literal, self._run(add_special_tokens))
         else:
             token_ids = self._encode(self._backend.encode_batch_fast, text, add_special_tokens, most).ids
         check_count(len(token_ids), most)
@@ -119,13 +121,7 @@ class Tokenizer:
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True, literal: Sequence[Span] = ()) -> Encoding:
         """The ids of a text and where in it each comes from. Raises TextError, TooManyTokensError."""
         if literal:
-            return Encoding(
-                *self._literal_encoder.encode(
-                    text,
-                    literal,
-                    lambda backend, text: self._encode(backend.encode_batch, text, add_special_tokens),
-                )
-            )
+            return Encoding(*self._literal_encoder.encode(text, literal, self._run(add_special_tokens)))
         encoding = self._encode(self._backend.encode_batch, text, add_special_tokens)
         return Encoding(encoding.ids, encoding.offsets)
 
@@ -164,6 +160,9 @@ class Tokenizer:
     def pieces(self, skip_special_tokens: bool) -> PieceTable:
         """The piece of text of every token, for detokenizers."""
         return self._pieces_without_special if skip_special_tokens else self._pieces
+
+    def _run(self, add_special_tokens: bool) -> Callable[[tokenizers.Tokenizer, str], Any]:
+        return lambda backend, text: self._encode(backend.encode_batch, text, add_special_tokens)
 
     @staticmethod
     def _encode(encode_batch: Callable[..., Any], text: str, add_special_tokens: bool, most: int = MAX_TOKENS) -> Any:

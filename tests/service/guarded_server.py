@@ -8,6 +8,7 @@ import asyncio
 import gc
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import uvloop
@@ -23,9 +24,11 @@ TICK_SECONDS = 0.001
 class HeldLoop:
     """Watches how long the loop goes without coming back to its timers."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        """`clock`: of what the loop itself does, or of the whole process, whose threads may keep the interpreter."""
         self._longest = 0.0
-        self._last = time.thread_time()
+        self._clock = clock
+        self._last = clock()
         self._tick()
 
     def take(self) -> float:
@@ -33,7 +36,7 @@ class HeldLoop:
         return longest
 
     def _tick(self) -> None:
-        now = time.thread_time()
+        now = self._clock()
         self._longest = max(self._longest, now - self._last)
         self._last = now
         asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)

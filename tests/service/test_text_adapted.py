@@ -243,6 +243,7 @@ def test_text_behind_an_added_token_does_not_begin_anew(
         expected = sentence_pieces.encode(text)
         found = adapted.encode_with_offsets(text)
         assert (found.token_ids, found.offsets) == (expected.ids, expected.offsets), text
+        assert adapted.encode(text) == expected.ids, text
 
 
 def test_where_the_beginning_counts_and_nothing_can_stand_there_the_text_is_not_used(

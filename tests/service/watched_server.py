@@ -1,11 +1,13 @@
 """A whole service as a process of its own, to be watched: how long its event loop is held, and what memory it takes.
 
 Prints the addresses of its two ports, then answers each line of its standard input with one of its own: for how long
-its loop was held at most since the line before, in milliseconds of CPU time.
+its loop was held at most since the line before, by itself or by a thread that kept the interpreter, in milliseconds of
+the process's CPU time.
 """
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 
 import uvloop
@@ -17,7 +19,7 @@ from tests.service.guarded_server import HeldLoop
 
 async def serve(tokenizer: Path, roots: Path) -> None:
     async with control_plane(tokenizer, roots) as control:
-        held = HeldLoop()
+        held = HeldLoop(time.process_time)
         commands = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
         print(control.addresses.data, control.addresses.admin, flush=True)
