@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import cpu_seconds_of, machine, process_tree
+from benchmarks.measure import cpu_seconds_of, machine, percentile, process_tree
 from loraplex import Client, LoraplexError
 from loraplex.prompts import build_prompt
 from service.control.tokenizer import MAX_OFFSETS_BYTES
@@ -158,7 +158,7 @@ class Bench:
 
 def percentiles(waits: Sequence[float]) -> tuple[float, float]:
     """The 50th and the 99th, in milliseconds."""
-    return statistics.median(waits) * 1e3, statistics.quantiles(waits, n=100)[98] * 1e3
+    return percentile(waits, 0.5) * 1e3, percentile(waits, 0.99) * 1e3
 
 
 def show(kind: str, rounds: Sequence[dict[str, Waits]]) -> None:
