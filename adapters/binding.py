@@ -24,7 +24,7 @@ MAX_LISTED = 10  # patterns in a warning
 
 @dataclass(frozen=True, slots=True)
 class BoundAdapter:
-    """An adapter in the shape in which a model applies it."""
+    """An adapter in the form in which a model applies it."""
 
     weights: Mapping[str, LoraWeights]  # by site
     ranks: Mapping[str, int]  # by the model's own name of the projection
@@ -91,7 +91,7 @@ def bind(
 
 
 def _place(split: SplitNames, targets: Mapping[str, LoraTarget], problems: list[str], rest: Rest) -> dict[str, Module]:
-    """The modules that the adapter changes, by the model's name; what cannot be placed goes to `problems`."""
+    """The modules that the adapter changes, by the model's names. Tensors without a place go to `problems`."""
     problems.extend(split.problems)
     modules: dict[str, Module] = {}
     for name in resting(split.names, rest):
@@ -136,7 +136,7 @@ _PARTS_OF: Mapping[TargetKind, frozenset[Part]] = {
 
 
 def _part_problems(module: Module, config: LoRAConfig, saved: frozenset[str]) -> Iterator[str]:
-    """Parts without those that belong to them, and what config and file say of each other."""
+    """Problems with missing counterparts of tensors, and contradictions between config and file."""
     parts = module.parts
     if module.is_adapted != ("B" in parts):
         present: Part = "A" if module.is_adapted else "B"
@@ -175,9 +175,9 @@ def _shape_problems(
     max_rank: int,
     mismatches: list[str],
 ) -> list[str]:
-    """What is wrong with a module's tensors, whatever the base; sizes that are not the base's go to `mismatches`.
+    """Problems with a module's tensors, whatever the base. Sizes that differ from the base's go to `mismatches`.
 
-    shaped_as: the module whose rank it has.
+    shaped_as: the module whose rank applies.
     """
     target, problems, num_mismatches = module.target, [], len(mismatches)
     expected: dict[Part, tuple[object, ...]] = {
@@ -228,7 +228,7 @@ _SHARDED = (
 
 
 def _weight_shape(target: LoraTarget) -> tuple[int, ...]:
-    """Of the module's weight in a checkpoint."""
+    """The shape of the module's weight in a checkpoint."""
     match target.kind:
         case TargetKind.NORM:
             return (target.out_features,)
@@ -264,7 +264,7 @@ def _token_problems(module: Module, tensor: Tensor, config: LoRAConfig) -> Itera
 
 
 def _overlaps(modules: list[Module]) -> list[str]:
-    """Modules that change the same outputs: a fused projection beside one of its parts."""
+    """Problems with modules that change the same outputs: a fused projection beside one of its parts."""
     problems = []
     changing = [module for module in modules if module.parts.keys() & {"A", "weight"}]
     ordered = sorted(changing, key=lambda module: (module.target.site, module.target.out_start))
@@ -278,7 +278,7 @@ def _overlaps(modules: list[Module]) -> list[str]:
 def _unmet(
     placed: Mapping[str, Module], targets: Mapping[str, LoraTarget], towers: Iterable[str], config: LoRAConfig
 ) -> Iterator[str]:
-    """What adapter_config.json says was trained, and the file does not hold."""
+    """Problems with modules that adapter_config.json says were trained, and that the file does not hold."""
     modules = placed.values()
     for end in config.modules_to_save:
         held = any("weight" in module.parts and module.is_one_of((end,)) for module in modules)
@@ -295,7 +295,7 @@ def _unmet(
 
 
 def _idle(modules: list[Module], weights: Mapping[str, LoraWeights], config: LoRAConfig, rest: Rest) -> Iterator[str]:
-    """What was probably meant to do something, and does not."""
+    """Warnings about parts of the adapter that have no effect."""
     if all(not part.b.any() for site in weights.values() for part in site.slices):
         yield "every lora_B is zero, as before training: LoRA changes nothing"
     adapted = [module.trained_name for module in modules if module.is_adapted]
@@ -311,7 +311,7 @@ def _idle(modules: list[Module], weights: Mapping[str, LoraWeights], config: LoR
 
 
 def _why_whole(config: LoRAConfig, replaces: bool) -> str:
-    """Why a weighted sum with other adapters is not defined."""
+    """The reason why a weighted sum with other adapters is not defined; "": it is."""
     reasons = {
         "it is a DoRA adapter": config.use_dora,
         "it is an activated LoRA adapter": bool(config.invocation_tokens),

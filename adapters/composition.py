@@ -21,7 +21,7 @@ from kernels.ops import LoraSlice, LoraWeights
 def combine(parts: Sequence[tuple[str, BoundAdapter, float]], rest: Rest = no_rest) -> BoundAdapter:
     """The weighted sum of adapters of one model, each with its name and weight.
 
-    Raises AdapterRejected naming those of which a weighted sum is not defined, or sites whose values overflow.
+    Raises AdapterRejected naming adapters that cannot be part of a sum, or sites whose values overflow.
     """
     problems = [f"{name} cannot be composed: {adapter.whole}" for name, adapter, _ in parts if adapter.whole]
     if problems:
@@ -44,7 +44,7 @@ def combine(parts: Sequence[tuple[str, BoundAdapter, float]], rest: Rest = no_re
 
 
 def _sum(parts: list[tuple[LoraWeights, float]]) -> LoraWeights:
-    """At one linear. Outputs are cut where any of the projections begins or ends, so that no column is written twice:
+    """Sum at one linear. Outputs are cut where any projection begins or ends, so that no column is written twice:
     one adapter may have the fused projection, another a part of it."""
     edges = {edge for weights, _ in parts for part in weights.slices for edge in _columns(part)}
     stacked: list[Tensor] = []
@@ -78,7 +78,7 @@ def _between(parts: list[tuple[LoraWeights, float]], start: int, end: int) -> It
 
 
 def _offsets(parts: list[tuple[LoraWeights, float]]) -> Tensor | None:
-    """Biases of B add up as the products do. No adapter that can be composed has gains."""
+    """The weighted sum of the biases of B. No adapter that can be composed has gains."""
     offsets = [weights.affine[1] * weight for weights, weight in parts if weights.affine is not None]
     if not offsets:
         return None

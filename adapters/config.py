@@ -1,4 +1,4 @@
-"""adapter_config.json: parsed strictly, so that what cannot be served exactly is refused by name."""
+"""adapter_config.json, parsed strictly: a setting that cannot be served exactly is refused by name."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ _INIT_KEEPS_BASE = frozenset(("gaussian", "eva", "orthogonal", "mica"))
 
 @dataclass(frozen=True, slots=True)
 class LoRAConfig:
-    """What adapter_config.json says about the arithmetic of an adapter."""
+    """The settings in adapter_config.json that affect the arithmetic of an adapter."""
 
     rank: int
     alpha: float
@@ -118,7 +118,7 @@ class LoRAConfig:
         return next((alpha for pattern, alpha in self.alpha_patterns if pattern.matches(module)), self.alpha)
 
     def scale_of(self, module: str) -> float:
-        """What B is multiplied by: alpha / rank, or with rsLoRA alpha / √rank; both are the module's own.
+        """The factor of B: alpha / rank, or with rsLoRA alpha / √rank, both of the module itself.
 
         Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732).
         """
@@ -161,7 +161,7 @@ def parse_config(raw: bytes) -> LoRAConfig:
 
 
 def _undefined(config: LoRAConfig) -> Iterator[str]:
-    """Combinations that PEFT does not define either."""
+    """Problems with combinations of settings that PEFT does not define either."""
     if config.use_dora and config.lora_bias:
         yield "lora_bias=true: DoRA has no bias of lora_B"
     beside = {
@@ -191,7 +191,7 @@ def _load_json(raw: bytes) -> dict[str, object]:
 
 
 def _require_lora(fields: dict[str, object]) -> None:
-    """Say nothing about single fields of something that is no LoRA adapter of PEFT at all."""
+    """Raise AdapterRejected at once if this is no LoRA adapter of PEFT: single fields then mean nothing."""
     peft_type = fields.get("peft_type")
     if peft_type is None and fields.keys() & {"fine_tune_type", "lora_parameters"}:
         _reject("peft_type is missing: this is an adapter of MLX-LM, laid out in another way: convert it to PEFT")
@@ -218,7 +218,7 @@ def _no_constants(name: str) -> NoReturn:
 
 
 def _is_set(value: object) -> bool:
-    """Zero counts as set: it may well be a layer or a token."""
+    """Whether a field is set. Zero counts as set: it may be a layer or a token."""
     return not (value is None or value is False or value in ("", [], {}))
 
 
@@ -295,7 +295,7 @@ class _Reader:
         return self._token_ids(name, self._fields.get(name), most)
 
     def trained_tokens(self) -> dict[str, tuple[int, ...]]:
-        """By module; a list alone is about the embedding."""
+        """The trained token ids, by module; a plain list means the embedding."""
         name = "trainable_token_indices"
         value = self._fields.get(name) or {}
         if isinstance(value, dict) and len(value) <= MAX_PATTERNS:

@@ -1,7 +1,7 @@
-"""Copies of weights that PEFT writes beside what was trained, and what the tie of embedding and head does to them.
+"""Copies of weights that PEFT writes beside trained tensors, and the effect of a tied embedding and head on them.
 
-PEFT loads a copy of a base's weight into the very parameter that it was taken from, which a tied head shares with the
-embedding. One that is equal to the served base's changes nothing; another takes its place, for both.
+PEFT loads a copy of a base weight into the parameter that it was taken from, which a tied head shares with the
+embedding. A copy equal to the served base's weight changes nothing; any other copy replaces it, for both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Targets = Mapping[str, LoraTarget]
 
 
 def tell_copies(modules: Modules, config: LoRAConfig) -> tuple[frozenset[str], list[str]]:
-    """Call weights that were not trained copies of the base's. → which modules were trained whole, and problems."""
+    """Tell copies of base weights from trained weights. Returns the modules that were trained whole, and problems."""
     saved = {name for name, module in modules.items() if module.is_one_of(config.modules_to_save)}
     if config.ensure_weight_tying:
         saved |= {name for name, module in modules.items() if module.target.tied_to in saved}
@@ -36,7 +36,7 @@ def tell_copies(modules: Modules, config: LoRAConfig) -> tuple[frozenset[str], l
 
 
 def trained_twice(modules: Modules, saved: frozenset[str]) -> Iterator[str]:
-    """Modules that were trained whole and in another way, too."""
+    """Problems with modules that were trained whole and in another way, too."""
     for name in sorted(saved):
         module = modules[name]
         embedding = modules.get(module.target.tied_to or "")
@@ -49,9 +49,9 @@ def trained_twice(modules: Modules, saved: frozenset[str]) -> Iterator[str]:
 def contradictions(
     modules: Modules, tensors: Mapping[str, Tensor], config: LoRAConfig, dtype: torch.dtype
 ) -> Iterator[str]:
-    """Tensors that are one and the same in PEFT on a base of this dtype, and differ in the file.
+    """Problems with tensors that PEFT shares on a base of this dtype, and that differ in the file.
 
-    LoRA that ensure_weight_tying ties is so in float32 alone: PEFT casts that of a 16-bit base, and so takes it apart.
+    ensure_weight_tying shares LoRA tensors in float32 alone: on a 16-bit base PEFT casts them into separate tensors.
     """
     for module in modules.values():
         if "again" in module.parts:
@@ -70,7 +70,7 @@ def contradictions(
 
 
 def half_tied(modules: Modules, targets: Targets, config: LoRAConfig) -> Iterator[str]:
-    """What embedding and head share by ensure_weight_tying, and the file holds for one of them alone."""
+    """Problems with tensors that ensure_weight_tying shares, and that the file holds for embedding or head alone."""
     tied = [(name, target.tied_to) for name, target in targets.items() if target.tied_to]
     for pair in tied if config.ensure_weight_tying else ():
         held = [modules[name] for name in pair if name in modules]
@@ -82,7 +82,7 @@ def half_tied(modules: Modules, targets: Targets, config: LoRAConfig) -> Iterato
 
 
 def settle(modules: Modules, targets: Targets, config: LoRAConfig, values: Values) -> None:
-    """Leave those copies alone that take the place of a base's weight, as the weights of their modules."""
+    """Keep only the copies that replace a base weight, as the weights of their modules."""
     for module in modules.values():
         module.parts.pop("again", None)
         embedding = modules.get(module.target.tied_to or "")
@@ -106,20 +106,20 @@ def _parts(modules: Modules, name: str) -> Mapping[Part, object]:
 
 
 def _sharing(name: str, targets: Targets) -> list[str]:
-    """The modules that read the same parameter as this one, itself included."""
+    """The modules that read the same parameter as this module, including itself."""
     shared = targets[name].tied_to or name
     return [shared, *(head for head, target in targets.items() if target.tied_to == shared)]
 
 
 def _shares_tokens(head: Module, embedding: Module, config: LoRAConfig) -> bool:
-    """Whether a tied head has the embedding's trained rows: it does unless it was given others."""
+    """Whether a tied head uses the embedding's trained rows: it does unless it has rows of its own."""
     return "tokens" in embedding.parts and trained_ids(head, config) == trained_ids(embedding, config)
 
 
 def _unequal(
     module: Module, part: Part, other: Module, other_part: Part, tensors: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    """A problem if both parts are there and differ; A and B of a tied head are the embedding's B and A, transposed."""
+    """A problem if both parts exist and differ. A and B of a tied head are the embedding's B and A, transposed."""
     if part not in module.parts or other_part not in other.parts:
         return
     own, same = tensors[module.key(part)], tensors[other.key(other_part)]
@@ -131,7 +131,7 @@ def _unequal(
 
 
 def _is_the_base(key: str, target: LoraTarget, targets: Targets, values: Values) -> bool:
-    """Whether a copy is the served base's weight, or what that was loaded from: a head may have been rounded since."""
+    """Whether a copy equals the served base's weight, or the stored one: a head may be quantised while it is loaded."""
     target = targets[target.tied_to] if target.tied_to is not None else target
     copy = values.converted(key)
     copy = copy.t() if target.kind is TargetKind.EMBEDDING else copy

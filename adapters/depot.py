@@ -1,7 +1,7 @@
-"""Adapters whose files the server keeps itself: those that were uploaded to it, or fetched from elsewhere.
+"""The server's own copies of adapter files that were uploaded, or fetched from remote sources.
 
-One directory for each digest, which is whole or not there at all: files are gathered under another name and moved in
-at one moment, and moved out again before they are removed.
+Each digest has one directory, which is whole or absent: files are gathered under another name and moved in atomically,
+and moved out again before they are removed.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from pathlib import Path
 
 
 class Depot:
-    """A directory of adapter directories by digest. Methods that say so take as long as the disk does."""
+    """A directory of adapter directories by digest. Methods marked slow take as long as the disk does."""
 
     def __init__(self, root: Path) -> None:
-        """Raises OSError for a directory that cannot be made."""
+        """Make the directory. Raises OSError."""
         self._versions = root / "versions"
         self._incoming = root / "incoming"
         self._make_directories()
 
     def path(self, digest: str) -> Path:
-        """Where the files of this digest are, or would be."""
+        """The directory for files of this digest, whether it exists or not."""
         return self._versions / digest
 
     def begin(self) -> Path:
-        """A new empty directory, to gather files in."""
+        """Make a new empty directory, to gather files in."""
         self._make_directories()
         return Path(tempfile.mkdtemp(dir=self._incoming))
 
     def settle(self, incoming: Path) -> None:
-        """Have the gathered files on the disk. Slow."""
+        """Flush the gathered files to the disk. Slow."""
         for file in incoming.iterdir():
             _sync(file)
         _sync(incoming)
 
     def admit(self, incoming: Path, digest: str) -> Path:
-        """Move settled files in. If the digest is there already, that stays; `discard` what was gathered either way."""
+        """Move settled files in. An existing copy of the digest stays. Call `discard` on the directory either way."""
         final = self.path(digest)
         if not final.exists():
             incoming.rename(final)
@@ -46,11 +46,11 @@ class Depot:
         return final
 
     def discard(self, incoming: Path) -> None:
-        """Forget what was gathered. Slow. A directory that was admitted or discarded already is not an error."""
+        """Remove a directory of gathered files. Slow. One that was admitted or discarded already is not an error."""
         shutil.rmtree(incoming, ignore_errors=True)
 
     def withdraw(self, digest: str) -> Path | None:
-        """Move a digest's files out, for `discard`. None: they are not there."""
+        """Move a digest's files out, to a directory for `discard`; None: there are none."""
         target = self.begin()
         try:
             self.path(digest).rename(target)
@@ -60,9 +60,9 @@ class Depot:
         return target
 
     def sweep(self, keep: Collection[str] | None) -> None:
-        """Remove everything but these digests: what an earlier life had begun, or had not finished removing. Slow.
+        """Remove everything but these digests, including the unfinished work of an earlier process. Slow.
 
-        `keep`: None for all of them.
+        `keep`: None: all digests.
         """
         for directory in self._incoming.iterdir():
             self.discard(directory)
@@ -75,7 +75,7 @@ class Depot:
                 self.discard(withdrawn)
 
     def _make_directories(self) -> None:
-        """Again, where a cleaner has removed them."""
+        """Make the directories, again if a cleaner has removed them."""
         for directory in (self._versions, self._incoming):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 

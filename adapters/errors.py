@@ -1,4 +1,4 @@
-"""What can be wrong with an adapter, or with a call about one."""
+"""Errors about adapters."""
 
 # AdapterError
 # ├── AdapterRejected      the files are not an adapter that can serve here: every problem is named
@@ -17,11 +17,11 @@ MAX_PROBLEMS = 1000  # a file can hold tens of thousands of tensors that are all
 
 
 class AdapterError(Exception):
-    """Base of all of them. The message says what is wrong, where, and what to do."""
+    """Base of all errors about adapters. The message says what is wrong, where, and what to do."""
 
 
 class AdapterRejected(AdapterError):  # noqa: N818 - it is a verdict, and reads as one where it is raised
-    """The adapter cannot serve. `problems` names every field, file or tensor at fault, `reason` their kind."""
+    """The adapter cannot be served. `problems` names every field, file or tensor at fault, `reason` their kind."""
 
     def __init__(self, problems: list[str], reason: str = INVALID) -> None:
         if len(problems) > MAX_PROBLEMS:
@@ -40,4 +40,4 @@ class SourceNotAllowed(AdapterError):  # noqa: N818
 
 
 class AdapterConflict(AdapterError):  # noqa: N818
-    """The adapter is not in a state in which this can be done."""
+    """The adapter's state does not allow the operation."""

@@ -1,4 +1,4 @@
-"""From the tensors of an adapter to what kernels multiply by: scales folded in, magnitudes and biases worked out."""
+"""Turns an adapter's tensors into the kernels' weights: folds scales in, and works out magnitudes and biases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHT_ELEMENTS = 1 << 22  # of a base weight that are looked at at once, in flo
 
 
 class Values:
-    """The file's tensors, converted; those that do not survive it go to `problems`."""
+    """The file's tensors, converted. Tensors whose values do not survive the conversion go to `problems`."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, problems: list[str], rest: Rest) -> None:
         self.problems = problems
@@ -146,7 +146,7 @@ def replaced_parameters(
 
 
 def trained_ids(module: Module, config: LoRAConfig) -> tuple[int, ...]:
-    """The tokens whose rows were trained in a module; in a tied head the embedding's, unless it has others."""
+    """The tokens whose rows were trained in a module; a tied head has the embedding's, unless it has its own."""
     named = module.is_one_of(config.trained_tokens)
     if named is None and (embedding := module.target.tied_to):
         ends = config.trained_tokens

@@ -22,12 +22,12 @@ class AdapterKey(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def terms(self) -> tuple[tuple["AdapterKey", float], ...]:
-        """The adapters that it takes, with their weights: itself alone, unless it is a composition."""
+        """The adapters of a composition with their weights; of a single adapter, itself."""
         return self.parts or ((self, 1.0),)
 
     @property
     def members(self) -> tuple["AdapterKey", ...]:
-        """The adapters that it takes: itself, unless it is a composition."""
+        """The adapters of a composition; of a single adapter, itself."""
         return tuple(key for key, _ in self.terms)
 
 

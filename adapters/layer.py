@@ -36,7 +36,7 @@ class Linear(Protocol):
 
 
 class Site(Protocol):
-    """A place in the model where adapters are put."""
+    """A place in the model where adapters are applied."""
 
     @property
     def table(self) -> LoraTable: ...
@@ -45,9 +45,9 @@ class Site(Protocol):
 class LoRALinear:
     """A linear layer and the adapters resident beside it.
 
-    y[t] = gain ⊙ (linear(x[t]) + (x[t] Aᵀ) Bᵀ) + offset, all of them those of the adapter that row t belongs to;
-    nothing happens to rows of the base model, which stay bit-identical to the linear alone. Where an adapter replaces
-    rows of the weight, these are what `linear` multiplies its rows by.
+    y[t] = gain ⊙ (linear(x[t]) + (x[t] Aᵀ) Bᵀ) + offset, with A, B, gain and offset of the adapter of row t;
+    rows of the base model are not touched, and stay bit-identical to the linear alone. Where an adapter replaces
+    rows of the weight, `linear` multiplies the adapter's rows by these.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class LoRAEmbedding:
 
 
 def _look_up(x: Tensor, token_ids: Tensor, part: ReplacedRows) -> None:
-    """Put an adapter's own rows where its tokens are."""
+    """Replace the embedding rows of an adapter's trained tokens by its own."""
     if isinstance(part.rows, slice):
         x.copy_(F.embedding(token_ids, part.weight))
         return

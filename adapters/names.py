@@ -1,4 +1,4 @@
-"""How the tensors of an adapter are named: which module, which part of it."""
+"""The tensor names of adapters: the module, and the part of it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class SplitNames:
 
 
 def parse_tensor_name(key: str) -> LoraTensorName | None:
-    """Take a tensor's name apart; None if it is none of those that PEFT saves for LoRA."""
+    """Take a tensor's name apart; None: PEFT saves no tensor of that name for LoRA."""
     for pattern, part in _TENSORS:
         found = pattern.fullmatch(key)
         if found is not None:
@@ -123,7 +123,7 @@ def parse_tensor_name(key: str) -> LoraTensorName | None:
 
 
 def why_foreign(key: str) -> str:
-    """What to say about a tensor that has no place in a LoRA adapter."""
+    """The reason why a tensor has no place in a LoRA adapter."""
     for pattern, reason in _FOREIGN:
         if pattern.search(key):
             return f"{key}: {reason}"
@@ -133,7 +133,7 @@ def why_foreign(key: str) -> str:
 def base_module_candidates(module: str) -> set[str]:
     """The names under which the serving model may know a module of the trained model.
 
-    A prefix of PEFT that is left over (wrapped twice in training) is dropped first.
+    A second prefix of PEFT (from wrapping twice in training) is dropped first.
     """
     inner = module.removeprefix(PEFT_PREFIX)
     return {new + inner.removeprefix(old) for old, new in _WRAPPERS if inner.startswith(old)}
@@ -166,7 +166,7 @@ def split_tensor_names(keys: Iterable[str], rest: Rest = no_rest) -> SplitNames:
 
 
 def _tower_depth(module: str) -> int:
-    """Of how many components the path of the tower is that a module belongs to; 0: it is of none."""
+    """The number of path components of the tower that a module belongs to; 0: it belongs to no tower."""
     for depth, component in enumerate(module.removeprefix(PEFT_PREFIX).split("."), start=1):
         if component in _TOWERS:
             return depth

@@ -1,4 +1,4 @@
-"""How fast adapters are read beside a step that needs the same cores, and the same interpreter."""
+"""Limits how fast adapters are read beside steps that need the same cores and the same interpreter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 class Pace:
-    """Holds all loads together to a share of one core while requests run. While none does, they take what they can.
+    """Holds all loads together to a share of one core while requests run. Without requests there is no limit.
 
     A step waits for the slowest of its threads, and after each of its kernels for Python's interpreter: work that takes
     a core or the interpreter for a while holds up every request, at whatever priority it runs. Short pieces with pauses
@@ -29,7 +29,7 @@ class Pace:
     """
 
     def __init__(self, share: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """share: of one core, up to 1, which is no limit."""
+        """share: of one core, up to 1; 1: no limit."""
         self._share = share
         self._clock = clock
         self._lock = threading.Lock()
@@ -38,12 +38,15 @@ class Pace:
         self._free.set()
 
     def steps(self, running: bool) -> None:
-        """Say whether requests run from now on. Loads that rest go on at once when none does."""
+        """Note whether requests run from now on. Resting loads go on at once when none does."""
         if running == self._free.is_set():
             self._free.clear() if running else self._free.set()
 
     def begin(self, spent: Callable[[], float] = time.thread_time) -> Rest:
-        """For one load, in its own thread: what to call between pieces of its work. spent: CPU seconds, growing."""
+        """Begin a load in its own thread. Returns a function to call between pieces of work.
+
+        spent: its CPU seconds so far.
+        """
         began = before = spent()
 
         def rest() -> None:
@@ -57,7 +60,7 @@ class Pace:
         return rest
 
     def _pause_after(self, worked: float, share: float) -> float:
-        """Seconds."""
+        """The pause after a piece of work, in seconds."""
         if self._share >= 1.0 or self._free.is_set():
             return 0.0
         with self._lock:
@@ -67,11 +70,11 @@ class Pace:
 
 
 def no_rest() -> None:
-    """For work that holds up nobody."""
+    """Do nothing: the pace of work that delays no request."""
 
 
 def resting(items: Iterable[_T], rest: Rest) -> Iterator[_T]:
-    """The same items, with a rest after each."""
+    """Yield the items, with a rest after each."""
     for item in items:
         yield item
         rest()

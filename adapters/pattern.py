@@ -2,7 +2,7 @@
 
 A pattern comes with the adapter, and Python's `re` can be made to run for ever while it holds the interpreter lock that
 the step loop needs. Here a pattern is matched by following all alternatives at once: the work is bounded by the size
-of the pattern times the length of the name. Every single-character piece is still judged by `re` itself, so that
+of the pattern times the length of the name. Every single-character piece is still matched by `re` itself, so that
 classes and escapes mean what they mean there. Look-around, back-references and possessive repeats are refused by name.
 """
 
@@ -128,7 +128,7 @@ class _Parser:
 
 
 def _counts(quantifier: re.Match[str]) -> tuple[int, int | None]:
-    """The fewest and the most times; None: no limit."""
+    """The bounds of a repeat: the fewest and the most times; None: no limit."""
     text, least, comma, most = quantifier.group(0, 1, 2, 3)
     if text[0] != "{":
         return int(text == "+"), 1 if text == "?" else None

@@ -1,4 +1,4 @@
-"""The device tier: who has a slot on the device, who may take one, who has to leave."""
+"""The device tier: which adapters have a slot on the device, which may take one, and which must leave."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class AdapterPool:
         return key in self._residents and not self._residents[key].draining
 
     def in_use(self) -> list[tuple[AdapterKey, int]]:
-        """Those that requests use, with the number of requests."""
+        """The adapters that requests use, with the number of requests."""
         return [(key, resident.num_requests) for key, resident in self._residents.items() if resident.num_requests]
 
     def residents(self) -> list[tuple[AdapterKey, int]]:
-        """Who is on the device, with the number of requests that use each; least recently used first."""
+        """The adapters on the device, with the number of requests that use each; least recently used first."""
         return [(key, resident.num_requests) for key, resident in self._residents.items()]
 
     # ---- for requests ----------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class AdapterPool:
         return resident.slot
 
     def release(self, key: AdapterKey) -> None:
-        """One request less uses the adapter."""
+        """Note that one request less uses the adapter."""
         resident = self._residents[key]
         assert resident.num_requests > 0, f"adapter {key} is released more often than acquired"
         resident.num_requests -= 1
@@ -99,14 +99,14 @@ class AdapterPool:
         self._changes += 1
 
     def invocation_tokens(self, key: AdapterKey) -> tuple[int, ...]:
-        """What in a prompt invokes an adapter that is held; empty for one that applies to all tokens."""
+        """The tokens in a prompt that invoke a held adapter; empty: it applies to all tokens."""
         return self._residents[key].invocation_tokens
 
     def make_room(self, key: AdapterKey) -> None:
-        """For an adapter that has waited too long: let the resident with the fewest requests drain and leave.
+        """Make room for an adapter that has waited too long: let the resident with the fewest requests drain and leave.
 
-        It takes no new requests until it is gone. While one drains, no other begins to; nothing happens as long as room
-        is not what the adapter waits for.
+        The resident takes no new requests until it is gone. Only one drains at a time. Nothing happens if room is not
+        what the adapter waits for.
         """
         loaded = self._store.get(key)
         if loaded is None or self._victims_for(loaded.nbytes) is not None:
@@ -118,9 +118,10 @@ class AdapterPool:
     # ---- for the operator ------------------------------------------------------------------------------------------
 
     def bring_in(self, key: AdapterKey) -> bool:
-        """Bring an adapter to the device ahead of its requests, in the room of one that no request uses.
+        """Bring an adapter to the device ahead of its requests, in place of one that no request uses.
 
-        False: not there yet, ask again when `changes` has grown. Raises AdapterRejected as `acquire` does.
+        Returns False if it is not there yet: ask again when `changes` has grown. Raises AdapterRejected as `acquire`
+        does.
         """
         resident = self._residents.get(key) or self._bring_in(key)
         if resident is None or resident.draining:
@@ -129,7 +130,7 @@ class AdapterPool:
         return True
 
     def unload(self, key: AdapterKey) -> None:
-        """Free the room of an adapter, and of compositions that take it, as soon as no request uses them.
+        """Free the room of an adapter, and of compositions that contain it, as soon as no request uses them.
 
         An adapter that is not here is not an error.
         """
@@ -202,7 +203,7 @@ class AdapterPool:
             raise AdapterRejected([f"it needs {loaded.nbytes} bytes on the device; {limits}"], TOO_LARGE)
 
     def _victims_for(self, nbytes: int) -> list[AdapterKey] | None:
-        """Who must leave so that a slot and `nbytes` are free; None: those who could leave are not enough."""
+        """The adapters that must leave to free a slot and `nbytes`; None: those that may leave are not enough."""
         free_bytes, free_slots = self._budget_bytes - self._used_bytes, len(self._free_slots)
         victims: list[AdapterKey] = []
         for key, resident in self._residents.items():

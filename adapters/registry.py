@@ -1,8 +1,8 @@
-"""What adapters exist: their versions, which one a name means, and where each is in its life.
+"""The adapters that exist: their versions, the version that each name means, and the state of each.
 
-A version is its content: it is named by the digest and never changes. The bare name is an alias that moves in one
-moment. A new version is loaded while the alias still means the old one, and takes it over when it can be used; if it
-cannot, the alias stays.
+A version is named by the digest of its content and never changes. The bare name is an alias that moves atomically. A
+new version is loaded while the alias still means the old one, and gets the alias when it can be used; if it cannot be
+used, the alias stays.
 
 LOADING ──► ACTIVE ──► DELETING ──► gone
    │  ▲                   ▲
@@ -32,7 +32,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class AdapterState(enum.Enum):
-    """Where in its life a version is."""
+    """The state of a version."""
 
     LOADING = "loading"  # being read and checked
     ACTIVE = "active"  # can be used
@@ -49,7 +49,7 @@ class ChangeKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What is known of a version once it has been read."""
+    """The facts about a version that has been read."""
 
     rank: int  # the largest
     size_bytes: int
@@ -61,7 +61,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """What is asked for when a version is registered."""
+    """The arguments of a registration."""
 
     base_model: str  # the model that it adapts, by the name under which it is served
     source: str  # as the caller gave it; "" for an upload
@@ -98,7 +98,7 @@ class AdapterVersion:
 
     @property
     def is_missing(self) -> bool:
-        """Whether it stands for an adapter whose files have not been found."""
+        """Whether the version stands for an adapter whose files have not been found."""
         return self.key.digest == NO_DIGEST
 
     @property
@@ -107,7 +107,7 @@ class AdapterVersion:
 
     @property
     def full_name(self) -> str:
-        """With the whole digest: what `AdapterRegistry.get` finds no other version by."""
+        """The name with the whole digest, by which `AdapterRegistry.get` finds no other version."""
         return full_name(self.key)
 
 
@@ -119,7 +119,7 @@ class AdapterChange:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """All that there is under one name, as it survives a restart."""
+    """The versions and the alias of one name, in the form that survives a restart."""
 
     versions: tuple[AdapterVersion, ...]
     claims: Mapping[str, int]
@@ -147,7 +147,7 @@ def full_name(key: AdapterKey) -> str:
 
 
 class AdapterRegistry:
-    """All adapters of all tenants. Does no I/O: whoever reads and loads says here how that went.
+    """All adapters of all tenants. Does no I/O: the code that reads and loads reports the outcome here.
 
     Called from one thread.
     """
@@ -161,7 +161,7 @@ class AdapterRegistry:
     # ---- restarts --------------------------------------------------------------------------------------------------
 
     def record(self, key_name: str) -> AdapterRecord | None:
-        """What `restore` needs to bring a name back; None: there is nothing under it."""
+        """The record from which `restore` brings a name back; None: there is nothing under the name."""
         adapter = self._adapters.get(key_name)
         versions = () if adapter is None else tuple(v for v in adapter.versions.values() if not v.is_missing)
         if adapter is None or not versions:
@@ -169,7 +169,7 @@ class AdapterRegistry:
         return AdapterRecord(versions, dict(adapter.claims), adapter.current)
 
     def foresee(self, key_name: str, change: Callable[[AdapterRegistry], object]) -> AdapterRecord | None:
-        """What `record` will be once a change is made of what is under a name. Raises what the change raises."""
+        """The record that a name will have after a change. Raises what the change raises."""
         copy = AdapterRegistry(self._clock)
         copy._sequence = self._sequence
         adapter = self._adapters.get(key_name)
@@ -179,9 +179,9 @@ class AdapterRegistry:
         return copy.record(key_name)
 
     def restore(self, name: str, record: AdapterRecord) -> None:
-        """Bring back what was under a name in an earlier life. Nobody uses it yet, and nobody is told.
+        """Bring back the versions of a name from an earlier process. Subscribers are not told.
 
-        Raises ValueError for a record that cannot be.
+        Raises ValueError for an inconsistent record.
         """
         versions = {version.key.digest: replace(version, num_requests=0, num_waiting=0) for version in record.versions}
         if not versions or {version.key.name for version in record.versions} != {name}:
@@ -193,7 +193,7 @@ class AdapterRegistry:
         self._sequence = max(self._sequence, *etags, *record.claims.values())
 
     def recheck(self, key: AdapterKey) -> AdapterVersion:
-        """A version's files are to be read and checked again, so it is LOADING; what it is said to be stays.
+        """Set a version to LOADING, because its files will be read and checked again. Its labels, pin and alias stay.
 
         Raises AdapterNotFound.
         """
@@ -217,7 +217,7 @@ class AdapterRegistry:
         now; if it had FAILED it is retried.
 
         Raises AdapterConflict if the digest is registered for another model or is being deleted, or if another digest
-        has the same first digits; AdapterNotFound for an id that could never exist.
+        has the same first digits; AdapterNotFound for a malformed id.
         """
         key = _checked_key(tenant, adapter_id, digest)
         adapter = self._adapters.setdefault(key.name, _Adapter())
@@ -259,9 +259,9 @@ class AdapterRegistry:
     def register_missing(
         self, tenant: str, adapter_id: str, spec: AdapterSpec, problems: Sequence[str], reason: str
     ) -> AdapterVersion:
-        """Make known, in FAILED, that an adapter should be there and is not. It goes when files are registered.
+        """Add a FAILED version for a configured adapter that is missing. It goes when files are registered.
 
-        Raises AdapterNotFound for an id that could never exist.
+        Raises AdapterNotFound for a malformed id.
         """
         key = _checked_key(tenant, adapter_id, NO_DIGEST)
         self._adapters.setdefault(key.name, _Adapter())
@@ -270,7 +270,7 @@ class AdapterRegistry:
         return self._save(replace(version, reason=reason), ChangeKind.ADDED)
 
     def activate(self, key: AdapterKey, info: AdapterInfo) -> AdapterVersion:
-        """A version can be used; the alias moves to it if it was the last to claim it. Raises AdapterNotFound."""
+        """Set a version to ACTIVE. The alias moves to it if it was the last to claim it. Raises AdapterNotFound."""
         version = self._version(key)
         if version.state is AdapterState.DELETING:
             return version
@@ -279,9 +279,9 @@ class AdapterRegistry:
         return self._version(key)
 
     def fail(self, key: AdapterKey, problems: Sequence[str], reason: str = "ADAPTER_INVALID") -> AdapterVersion:
-        """A version cannot be used; `reason`: a name of loraplex.v1.ErrorReason.
+        """Set a version to FAILED. `reason`: a name of loraplex.v1.ErrorReason.
 
-        If the alias meant it, it goes on to: a name never means another version by accident. Raises AdapterNotFound.
+        An alias that meant it stays on it: a name never means another version by accident. Raises AdapterNotFound.
         """
         version = self._version(key)
         if version.state is AdapterState.DELETING:
@@ -289,7 +289,7 @@ class AdapterRegistry:
         return self._save(replace(version, state=AdapterState.FAILED, problems=tuple(problems), reason=reason))
 
     def delete(self, name: str, etag: str | None = None) -> list[AdapterVersion]:
-        """Take a version, or for a bare name all of them, out of service: no new requests. `remove` ends it.
+        """Take a version, or all versions of a bare name, out of service: new requests are refused. `remove` follows.
 
         Raises AdapterNotFound; AdapterConflict for another etag, or for the current version while others are there.
         """
@@ -324,7 +324,7 @@ class AdapterRegistry:
         pinned: bool | None = None,
         etag: str | None = None,
     ) -> AdapterVersion:
-        """Change labels or pinning; None leaves as it is. Raises AdapterNotFound, AdapterConflict for another etag."""
+        """Change labels or pinning; None: leave as it is. Raises AdapterNotFound, AdapterConflict for another etag."""
         version = self.get(name)
         _check_etag(version, etag)
         spec = version.spec
@@ -361,7 +361,7 @@ class AdapterRegistry:
     def list_versions(
         self, tenants: set[str] | None = None, base_model: str | None = None, include_versions: bool = False
     ) -> list[AdapterVersion]:
-        """By name, then version: every version, or the one that `get` returns of each name. `tenants` None: all."""
+        """Every version, or only the one that `get` returns of each name, by name and version. `tenants` None: all."""
         found: list[AdapterVersion] = []
         for key_name, adapter in self._adapters.items():
             if tenants is not None and key_name.partition("/")[0] not in tenants:
@@ -372,14 +372,14 @@ class AdapterRegistry:
         return sorted(matching, key=lambda version: version.version_name)
 
     def requests(self, base_model: str) -> list[tuple[AdapterKey, int]]:
-        """How many requests each version of this model has, if it has any."""
+        """The number of requests of each version of this model that has any."""
         versions = (version for adapter in self._adapters.values() for version in adapter.versions.values())
         return [(v.key, v.num_requests) for v in versions if v.num_requests and v.spec.base_model == base_model]
 
     # ---- use and news ----------------------------------------------------------------------------------------------
 
     def begin_request(self, key: AdapterKey) -> None:
-        """A request that was resolved to this version is being served, and waits. Raises AdapterNotFound."""
+        """Count a request that was resolved to this version; it waits. Raises AdapterNotFound."""
         version = self._version(key)
         self._store(
             replace(
@@ -391,13 +391,13 @@ class AdapterRegistry:
         )
 
     def start_request(self, key: AdapterKey) -> None:
-        """It has its first token, and waits no more."""
+        """Note that a request has its first token, and no longer waits."""
         version = self._version(key)
         assert version.num_waiting > 0, f"more requests of {key} started than waited"
         self._store(replace(version, num_waiting=version.num_waiting - 1))
 
     def end_request(self, key: AdapterKey, started: bool = False) -> None:
-        """It has ended, however; `started`: `start_request` was called for it. Subscribers hear of it when it was
+        """Note the end of a request. `started`: `start_request` was called for it. Subscribers are told if it was
         the last one of a version that is being deleted."""
         version = self._version(key)
         assert version.num_requests > 0, f"more requests of {key} ended than began"
@@ -408,14 +408,14 @@ class AdapterRegistry:
             self._publish(AdapterChange(ChangeKind.CHANGED, version))
 
     def moved(self, key: AdapterKey) -> None:
-        """Its engine has it in another tier now: subscribers hear of that, if the version is known."""
+        """Tell subscribers that a version is in another tier of its engine now, if the version is known."""
         adapter = self._adapters.get(key.name)
         version = None if adapter is None else adapter.versions.get(key.digest)
         if version is not None:
             self._publish(AdapterChange(ChangeKind.MOVED, version))
 
     def subscribe(self, callback: Callable[[AdapterChange], None]) -> Callable[[], None]:
-        """Call `callback` with every change from now on, in order; it must not block. Returns how to stop that."""
+        """Call `callback`, which must not block, with every change, in order. Returns a function that ends this."""
         number = self._next()
         self._subscribers[number] = callback
 
@@ -427,7 +427,7 @@ class AdapterRegistry:
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _named(self, name: str) -> tuple[_Adapter, list[AdapterVersion]]:
-        """The adapter of a resource name, and its versions that the name covers: one, or all that are not leaving."""
+        """The adapter of a resource name, and the versions that the name covers: one, or all that are not DELETING."""
         found = _NAME.fullmatch(name)
         if found is not None:
             adapter = self._adapters.get(f"{found['tenant']}/{found['adapter']}")

@@ -1,6 +1,6 @@
-"""Adapters that lie elsewhere: in S3-compatible object stores and in repositories of the hub, under allowed prefixes.
+"""Adapters in S3-compatible object stores and in repositories of the hub, under allowed prefixes.
 
-Where a store is and who asks comes from the operator alone: a reference names a bucket or a repository, never a host.
+Only the operator sets a store's host and credentials: a reference names a bucket or a repository, never a host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CHUNK = 8 << 20
 
 
 class RemoteSources:
-    """Fetches adapters. Its methods wait for the network: not for a thread that must not."""
+    """Fetches adapters. Its methods wait for the network, so call them in a thread that may block."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class RemoteSources:
     def fetch(self, reference: str, directory: Path) -> None:
         """Bring the files of an adapter into an empty directory.
 
-        Raises SourceNotAllowed, and AdapterRejected for files that are not there, too large, or cannot be had now.
+        Raises SourceNotAllowed, and AdapterRejected for files that are missing, too large, or cannot be fetched now.
         """
         objects, repository = _OBJECTS.fullmatch(reference), _REPOSITORY.fullmatch(reference)
         if len(reference) > MAX_REFERENCE_LENGTH or (objects is None and repository is None):

@@ -1,4 +1,4 @@
-"""Parameters that an adapter brings along in place of the base's own: full copies, and rows of single tokens."""
+"""Parameters of an adapter that replace the base's own: full copies, and rows of single tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPLACED_SITE = "replaced"  # the one site that keeps all of an adapter's replac
 
 @dataclass(frozen=True, slots=True)
 class ReplacedRows:
-    """Some rows of one parameter: of a linear's weight the outputs, of an embedding the tokens, of a norm all."""
+    """Some rows of one parameter: outputs of a linear's weight, tokens of an embedding, or a whole norm."""
 
     rows: slice | Tensor  # which; int64 indices if they do not lie together
     weight: Tensor  # [rows, C]; of a norm float32 [C], as the checkpoint has it
@@ -39,7 +39,7 @@ class ReplacedParameters:
 
 
 class ReplacementTable:
-    """The replaced parameters of the adapters on the device, by slot; each layer looks at those of its own site."""
+    """The replaced parameters of the adapters on the device, by slot. Each layer reads those of its own site."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -47,7 +47,7 @@ class ReplacementTable:
         self.slots: set[int] = set()  # those with anything in here
 
     def at(self, site: str) -> Mapping[int, tuple[ReplacedRows, ...]]:
-        """What is replaced at one site, by slot: stays up to date, and is empty as long as nothing is."""
+        """The parameters replaced at one site, by slot: a live view, empty while nothing is replaced."""
         return self._sites.setdefault(site, {})
 
     def put(self, slot: int, packed: object) -> None:
@@ -64,7 +64,7 @@ class ReplacementTable:
 
 
 class ReplacementSite:
-    """Where the pool puts an adapter's replaced parameters."""
+    """The pool's interface for an adapter's replaced parameters."""
 
     def __init__(self, device: torch.device) -> None:
         self.table = ReplacementTable(device)

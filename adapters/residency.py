@@ -1,10 +1,10 @@
-"""Where an adapter is, from far to near."""
+"""The tiers in which an adapter may be, from far to near."""
 
 import enum
 
 
 class Residency(enum.IntEnum):
-    """The closest place to the device. The numbers are those of loraplex.v1.AdapterResidency."""
+    """The tier nearest to the device that holds the adapter. Numbers as in loraplex.v1.AdapterResidency."""
 
     DISK = 1  # registered only
     HOST = 2  # in host memory, bound to the model

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read with caps of our own before anything of it is believed.
+"""The header of a safetensors file, read and checked within limits of our own.
 
 Layout: 8 bytes little-endian header length, the header as JSON, then the data. The header maps each name to a dtype, a
 shape and the half-open byte range in the data. Source: the safetensors format description.
@@ -27,7 +27,7 @@ _ITEM_BYTES = FLOAT_BYTES | _NO_FLOAT_BYTES
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the header says about one tensor."""
+    """The header's entry of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -91,7 +91,7 @@ def _check_entry(name: str, entry: TensorEntry) -> None:
 
 
 def _check_tiling(tensors: Mapping[str, TensorEntry], data_bytes: int) -> None:
-    """Every byte belongs to exactly one tensor: a file cannot mean different things to different readers."""
+    """Check that every byte belongs to exactly one tensor, so that no two readers can read a file differently."""
     covered = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets

@@ -1,8 +1,7 @@
-"""Where adapters come from: directories under allow-listed roots, checked before a single tensor is read.
+"""Adapter directories under allow-listed roots, checked before a single tensor is read.
 
-An adapter directory holds adapter_config.json and adapter_model.safetensors, and maybe the files of its text; nothing
-else in it is looked at. What arrives from outside is hostile until shown otherwise: every size is capped before
-anything is parsed.
+An adapter directory holds adapter_config.json and adapter_model.safetensors, and maybe tokenizer files; no other file
+is read. Files from outside count as hostile: every size is capped before anything is parsed.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ class AdapterSource:
     """Turns a reference from a request into a directory, if the operator allows it."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
-        """Raises OSError for a root that does not exist."""
+        """`roots`: the allowed directories. Raises OSError for one that does not exist."""
         self.roots = tuple(root.resolve(strict=True) for root in roots)
 
     def resolve(self, reference: str) -> Path:
         """The adapter directory that `reference` names: a path relative to a root ("team/legal-v2"), first root first.
 
-        An absolute path or file:// URI is taken if it lies under a root. It may be written in any way, and links are
+        An absolute path or file:// URI is accepted if it lies under a root. It may be written in any way, and links are
         followed, but it must end under a root. Raises SourceNotAllowed; which files exist outside the roots cannot be
         told from it.
         """
@@ -66,7 +65,7 @@ class AdapterSource:
 
 
 def _under(root: Path, path: str) -> Path | None:
-    """`path`, absolute or below `root`, with links followed; None if it, or a file to be read, leads elsewhere."""
+    """`path`, absolute or below `root`, with links followed; None: it, or a file in it, leads out of the root."""
     try:
         directory = root.joinpath(path).resolve()
         files = [(directory / name).resolve() for name in FILES]
@@ -80,7 +79,7 @@ def _under(root: Path, path: str) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class AdapterDescription:
-    """What can be said about an adapter without loading it."""
+    """The facts about an adapter that need no loading."""
 
     digest: str  # hex SHA-256 over config, weights and the files of its text
     text_digest: str  # over the last alone; "": there are none
@@ -91,14 +90,14 @@ class AdapterDescription:
 
     @property
     def rank(self) -> int:
-        """The largest."""
+        """The largest rank."""
         return max(self.module_ranks.values())
 
 
 def describe(directory: Path) -> AdapterDescription:
-    """Check an adapter's files as far as can be without its base model.
+    """Check an adapter's files as far as possible without its base model.
 
-    Reads every byte once (for the digest): not for a thread that must not wait. Raises AdapterRejected, OSError.
+    Reads every byte once, for the digest, so call it in a thread that may block. Raises AdapterRejected, OSError.
     """
     config_bytes = read_config_bytes(directory)
     config = parse_config(config_bytes)
@@ -115,7 +114,7 @@ def describe(directory: Path) -> AdapterDescription:
 
 
 def check_there(directory: Path) -> None:
-    """Raises AdapterRejected, which says what is there instead, for a directory without an adapter's files."""
+    """Raise AdapterRejected if the directory lacks an adapter's files; the message says what is there instead."""
     read_config_bytes(directory)
     open_weights(directory).close()
 
@@ -142,7 +141,7 @@ def text_digest(directory: Path) -> str:
 
 
 def fingerprint(directory: Path) -> str | None:
-    """Sizes and times of an adapter's files; None: they are not there. Another one says that they may have changed."""
+    """Sizes and times of an adapter's files; None: they are missing. A changed fingerprint means changed files."""
     try:
         found = [(directory / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
         found += [(directory / name).stat() for name in TEXT_FILES if (directory / name).exists()]
@@ -152,7 +151,7 @@ def fingerprint(directory: Path) -> str | None:
 
 
 def digest_of(config: bytes, weights: Iterable[bytes | memoryview], text: str = "") -> str:
-    """The same, of the config's bytes, the weights' in pieces of any length and the digest of the text's files."""
+    """The digest from the config's bytes, the weights' bytes in pieces of any length, and the text digest."""
     hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
     hasher.update(config)
     for chunk in weights:
@@ -193,7 +192,7 @@ def read_config_bytes(directory: Path) -> bytes:
 
 
 def open_weights(directory: Path) -> BufferedReader:
-    """adapter_model.safetensors, open for reading. Raises AdapterRejected if there is none or it is no plain file."""
+    """Open adapter_model.safetensors for reading. Raises AdapterRejected if it is missing or no plain file."""
     if not (directory / WEIGHTS_FILE).exists():
         _explain_missing_weights(directory)
     return _open(directory, WEIGHTS_FILE, MAX_WEIGHT_BYTES)

@@ -1,4 +1,4 @@
-"""The host tier: adapters in host memory, read by threads of its own, least recently used first out."""
+"""The host tier: adapters in host memory, read by its own threads; the least recently used is dropped first."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOADER_NICENESS = 15  # a few per cent of a core beside a busy thread, all of an
 
 @dataclass(frozen=True, slots=True)
 class FinishedLoad:
-    """How one load ended: `loaded`, or the problems that it has."""
+    """The outcome of one load: `loaded`, or the problems."""
 
     key: AdapterKey
     loaded: LoadedAdapter | None
@@ -44,7 +44,7 @@ class FinishedLoad:
 
 @dataclass(slots=True)
 class _Source:
-    """Where a registered adapter is read from, or those that a composition takes, and how that went so far."""
+    """A registered adapter's directory, or a composition's members, and the state of its load."""
 
     paths: tuple[Path, ...]
     loading: bool = False
@@ -56,7 +56,7 @@ class _Source:
 
 
 def compute_alone(default: int) -> None:
-    """Let torch use no other threads for what this thread asks of it; new threads get `default` as before.
+    """Make torch compute in this thread alone for this thread; new threads get `default` threads as before.
 
     Many small operations that each wait for a team of threads, beside a step that keeps all cores busy, took 46 s
     where one thread alone took 0.6 s (84 MB adapter, 2 cores, both busy). Torch keeps the number per thread, but a
@@ -70,7 +70,7 @@ def compute_alone(default: int) -> None:
 
 
 def give_way() -> None:
-    """Let the step's threads have the cores first, on Linux, where each thread has a niceness of its own.
+    """Lower this thread's priority below the step's threads, on Linux, where each thread has its own niceness.
 
     A step waits for the slowest of its threads: one that shares its core with a loader holds up all requests. Beside
     loads without a pause the median step took 42 % longer at niceness 0 and 11 % at 10, at half of the loads
@@ -133,7 +133,7 @@ class AdapterStore:
     # ---- what exists -----------------------------------------------------------------------------------------------
 
     def register(self, key: AdapterKey, path: Path) -> None:
-        """Make an adapter known and read it into memory. `poll` says how that went, each time anew."""
+        """Register an adapter and read it into memory. `poll` reports the outcome, each time anew."""
         source = self._sources.setdefault(key, _Source((path,)))
         source.paths = (path,)
         if key in self._loaded:
@@ -143,7 +143,7 @@ class AdapterStore:
             self._start(key, source)
 
     def unregister(self, key: AdapterKey) -> None:
-        """Forget an adapter; what is still being read of it will be dropped. An unknown key is not an error."""
+        """Forget an adapter; a load under way is dropped. An unknown key is not an error."""
         composed = [other for other in self._sources if other.parts and key in other.members]
         for known in (key, *composed):
             if self._sources.pop(known, None) is not None:
@@ -151,7 +151,7 @@ class AdapterStore:
                 self.changes += 1
 
     def is_registered(self, key: AdapterKey) -> bool:
-        """Of a composition: whether all of its members are."""
+        """Whether an adapter, or every member of a composition, is registered."""
         return all(member in self._sources for member in key.members)
 
     def holds(self, key: AdapterKey) -> bool:
@@ -159,7 +159,7 @@ class AdapterStore:
         return key in self._loaded
 
     def residents(self) -> list[AdapterKey]:
-        """What is in memory, least recently used first."""
+        """The adapters in memory, least recently used first."""
         return list(self._loaded)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class AdapterStore:
         return loaded
 
     def request(self, key: AdapterKey, may_evict: bool = True) -> None:
-        """See to it that an adapter gets into memory, if it is not there yet; returns at once.
+        """Start to read an adapter, if it is not in memory yet, and return at once.
 
         With `may_evict` False an adapter that is known not to fit beside the others is left alone. Raises
         AdapterRejected if it is not registered, or if it failed and the pause before the next try is not over.
@@ -190,11 +190,11 @@ class AdapterStore:
             self._start(key, source)
 
     def is_loading(self) -> bool:
-        """Whether `poll` will have something to take in."""
+        """Whether a load is under way or waits to be polled."""
         return self._num_in_flight > 0
 
     def poll(self) -> list[FinishedLoad]:
-        """What has ended since the last call; never waits."""
+        """The loads that have ended since the last call. Never waits."""
         arrived: list[FinishedLoad] = []
         while not self._finished.empty():
             source, finished = self._finished.get()
@@ -208,7 +208,7 @@ class AdapterStore:
         return arrived
 
     def _compose(self, key: AdapterKey) -> _Source:
-        """Know a composition by what it takes, until it leaves the memory; of those that failed, only the latest."""
+        """Register a composition by its members until it leaves the memory; of failed ones only the latest stays."""
         failed = [other for other, source in self._sources.items() if other.parts and source.problems]
         for other in failed[:-MAX_FAILED_COMPOSITIONS]:
             del self._sources[other]
@@ -222,7 +222,7 @@ class AdapterStore:
         self._executor.submit(self._read, key, source)
 
     def _read(self, key: AdapterKey, source: _Source) -> None:
-        """In a loader thread."""
+        """Read an adapter, in a loader thread."""
         started = time.perf_counter()
         rest = self.pace.begin()
         try:
@@ -269,8 +269,8 @@ class AdapterStore:
     # ---- room ------------------------------------------------------------------------------------------------------
 
     def _evict(self, keep: set[AdapterKey]) -> None:
-        """Drop the least recently used until the budget holds. Those in `keep` have just come: whoever waits for them
-        gets to see them before they can be dropped, however small the budget."""
+        """Drop the least recently used until the budget holds. Adapters in `keep` have just come: the requests that
+        wait for them see them before they can be dropped, however small the budget."""
         for key in list(self._loaded):
             if self._used_bytes <= self._budget_bytes:
                 return

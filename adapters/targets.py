@@ -1,4 +1,4 @@
-"""The modules that adapters may name, as a model describes itself, and what an adapter holds for one of them."""
+"""The modules that adapters may name, described by the model, and an adapter's tensors for one module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEAD_MODULE = "lm_head"
 
 
 class BaseWeight(Protocol):
-    """What the model itself has where an adapter is placed."""
+    """The model's own weight at the place of an adapter."""
 
     @property
     def bias(self) -> Tensor | None: ...  # [N] of the whole linear
@@ -62,12 +62,12 @@ class Module:
 
     @property
     def trained_name(self) -> str:
-        """As PEFT's patterns see it."""
+        """The module's path in the trained model, which PEFT's patterns match."""
         return next(iter(self.parts.values())).module
 
     @property
     def any_key(self) -> str:
-        """To name it by in a message."""
+        """Any of the module's keys, to name it in a message."""
         return next(iter(self.parts.values())).key
 
     @property
@@ -78,12 +78,12 @@ class Module:
         return self.parts[part].key
 
     def is_one_of(self, ends: Iterable[str]) -> str | None:
-        """Which of these names the module; by the trained model's path, or else by its own."""
+        """The name among these that means the module, by its path in the trained model or else in the served one."""
         return named_by(self.trained_name, ends) or named_by(self.name, ends)
 
 
 def named_by(module: str, ends: Iterable[str]) -> str | None:
-    """Which of these is how a module's path ends, or the path of one that holds it: as PEFT sees it, "norm" is every
+    """The name among these that ends a module's path, or the path of a module around it: as in PEFT, "norm" is every
     module that ends so, and "mlp" all that is in one."""
     parts = module.split(".")
     paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]

@@ -1,4 +1,4 @@
-"""Whose adapters a tenant accepts: those whose digest is listed, and those that somebody trusted has signed.
+"""The adapters that a tenant accepts: those with a listed digest, and those signed by a trusted key.
 
 A signature is Ed25519 (RFC 8032) over the line "loraplex-adapter sha256:{digest}", in base64, in the file adapter.sig
 beside the weights. The digest covers every file that is used, so nothing of an adapter can change under its signature.
@@ -20,7 +20,7 @@ MAX_SIGNATURE_BYTES = 1024
 
 
 def public_key(pem: bytes) -> Ed25519PublicKey:
-    """Raises ValueError for what is no Ed25519 public key in PEM."""
+    """Read an Ed25519 public key in PEM. Raises ValueError if it is something else."""
     key = load_pem_public_key(pem)
     if not isinstance(key, Ed25519PublicKey):
         raise ValueError("it is no Ed25519 key")
@@ -28,7 +28,10 @@ def public_key(pem: bytes) -> Ed25519PublicKey:
 
 
 def sign(digest: str, private_key_pem: bytes) -> bytes:
-    """What belongs into adapter.sig. Raises ValueError for what is no Ed25519 private key in PEM without password."""
+    """The content of adapter.sig.
+
+    Raises ValueError unless the key is an Ed25519 private key in PEM without password.
+    """
     try:
         key = load_pem_private_key(private_key_pem, password=None)
     except TypeError as error:

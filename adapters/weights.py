@@ -1,4 +1,4 @@
-"""The files of an adapter → its weights, bound to a model. Runs in the store's loader threads, never in a step."""
+"""Reads an adapter's files and binds its weights to a model. Runs in the store's loader threads, never in a step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """An adapter in host memory, bound to the model, as the kernels take it."""
+    """An adapter in host memory, bound to the model and laid out for the kernels."""
 
     key: AdapterKey
     packed: Mapping[str, PackedLora]  # by site
@@ -92,7 +92,8 @@ def load_composition(
 ) -> LoadedAdapter:
     """Read the parts of a composition and lay their weighted sum out for the kernels, as one adapter.
 
-    directories: of each of the key's parts. max_rank: of each part. Raises AdapterRejected; OSError if the disk fails.
+    directories: one for each of the key's parts. max_rank: the limit of each part. Raises AdapterRejected; OSError if
+    the disk fails.
     """
     parts = []
     for (member, weight), directory in zip(key.parts, directories, strict=True):
@@ -142,7 +143,7 @@ def _filled(piece: Tensor, file: BufferedReader, directory: Path) -> memoryview:
 def pack_adapter(
     bound: BoundAdapter, pack: Callable[[LoraWeights], PackedLora], rest: Rest = no_rest
 ) -> dict[str, PackedLora]:
-    """What each site's table takes."""
+    """The packed weights for each site's table."""
     packed: dict[str, PackedLora] = {}
     for site, weights in resting(bound.weights.items(), rest):
         packed[site] = EmbeddingLora(weights) if site == EMBEDDING_SITE else pack(weights)

@@ -58,7 +58,7 @@ def load_core(config_json: bytes, progress: Progress) -> Core:
 
 
 def limit_threads(threads: int | None, environment: MutableMapping[str, str]) -> None:
-    """Have OpenMP, and what is built on it, use this many threads. None leaves their own choice: all cores."""
+    """Make OpenMP, and libraries built on it, use this many threads; None: their own choice, all cores."""
     if threads is not None:
         environment.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
 

@@ -1,4 +1,4 @@
-"""What the service asks for adapters, done between steps: load, bring to the device, pin, unload."""
+"""The service's orders about adapters, carried out between steps: load, bring to the device, pin, unload."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from engine.messages import (
 
 
 class AdapterTiers:
-    """Notes what is asked for, and does it as soon as it can be done. Nothing here waits for a file."""
+    """Notes orders, and carries each out as soon as possible. No method waits for a file."""
 
     def __init__(self, store: AdapterStore, pool: AdapterPool) -> None:
         self._store = store
@@ -38,7 +38,7 @@ class AdapterTiers:
     # ---- what is asked for -----------------------------------------------------------------------------------------
 
     def load(self, message: LoadAdapter) -> None:
-        """Start reading an adapter, and have it on the device too if that is asked for."""
+        """Start reading an adapter, and then bring it to the device if that is asked for."""
         self._unloading.discard(message.key)
         self._store.register(message.key, Path(message.path))
         if message.residency is Residency.DEVICE:
@@ -55,7 +55,7 @@ class AdapterTiers:
             self._pool.unload(message.key)
 
     def bring(self, key: AdapterKey) -> None:
-        """Have an adapter, or a weighted sum of those that are loaded, on the device as soon as there is room."""
+        """Bring an adapter, or a weighted sum of loaded ones, to the device as soon as there is room."""
         self._bringing[key] = None
         self._changes_seen = -1
 
@@ -83,7 +83,7 @@ class AdapterTiers:
         )
 
     def advance(self, users: Container[AdapterKey]) -> list[FromEngine]:
-        """Take in what the loader threads finished, and do what has become possible. `users`: adapters in use."""
+        """Take in finished loads, and carry out the orders that are possible now. `users`: the adapters in use."""
         events, self._answers = self._answers, []
         events.extend(_load_event(finished) for finished in self._store.poll() if not finished.key.parts)
         for key in [key for key in self._unloading if key not in users]:
@@ -98,7 +98,7 @@ class AdapterTiers:
         return events
 
     def moves(self) -> list[FromEngine]:
-        """Which adapters have come closer to the device or gone away from it since the last call."""
+        """The adapters whose tier has changed since the last call."""
         moved = dict.fromkeys([*self._store.moved, *self._pool.moved])
         self._store.moved.clear()
         self._pool.moved.clear()

@@ -17,7 +17,7 @@ PACKED_ALIGNMENT = 16  # bytes: what a GPU reads at once
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """What a model's forward pass reads. The rows of one sequence are adjacent; base rows come before adapter rows."""
+    """The input of a forward pass. The rows of one sequence are adjacent; base rows come before adapter rows."""
 
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
@@ -84,7 +84,7 @@ def pack(arrays: Sequence[np.ndarray], pinned: bool) -> Tensor:
 
 
 def unpack(packed: Tensor, arrays: Sequence[np.ndarray]) -> list[Tensor]:
-    """What `pack` made of `arrays`, as tensors that share its memory."""
+    """The tensors that `pack` made of `arrays`; they share its memory."""
     tensors, start = [], 0
     for array in arrays:
         dtype = torch.from_numpy(array[:0]).dtype

@@ -1,9 +1,9 @@
-"""Blocks of the paged cache: who holds them, which can be shared, which can be taken back.
+"""Blocks of the paged cache: which request holds them, which can be shared, which can be taken back.
 
-A block is used (someone holds it), cached (nobody holds it, but its content may be asked for again) or free. Content is
-named by a chain of hashes: a block's hash covers its tokens and everything before them, starting from a root that names
-the salt; the adapter version enters at the first block that the adapter applies to. Two requests share a block only if
-all of that is equal.
+A block is used (a request holds it), cached (no request holds it, but its content may be asked for again) or free.
+Content is named by a chain of hashes: a block's hash covers its tokens and everything before them, starting from a root
+that names the salt; the adapter version enters at the first block that the adapter applies to. Two requests share a
+block only if all of that is equal.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class BlockManager:
             self._forget_content(block)
 
     def distrust(self, request: Request) -> None:
-        """Let nobody else find any of the request's blocks: what is in them may be no numbers."""
+        """Let no other request find any of the request's blocks: they may hold NaN."""
         for block in request.block_ids:
             self._forget_content(block)
 

@@ -1,9 +1,9 @@
 """Frames between the service and an engine: typed msgpack over one ZeroMQ pair socket per engine process. Torch-free.
 
 The address is an ipc:// path in a directory that only its owner may enter. A frame that does not decode into the closed
-set of its direction is logged, counted and dropped. Frames are numbered: a gap means that one is lost and somebody may
-wait for it, which raises `FrameLost` before anything behind the gap is handed out. The heartbeat's frames find a gap
-that no other frame follows.
+set of its direction is logged, counted and dropped. Frames are numbered. A gap means that a frame is lost that a caller
+may wait for: `FrameLost` is raised before any frame after the gap is handed out. The heartbeat's frames find a gap that
+no other frame follows.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class FrameLost(Exception):  # noqa: N818  (what happened)
 
 
 class BadRequest(msgspec.Struct, frozen=True):
-    """Stands for an AddRequest frame that did not decode, but still said whose it was: so it can be answered."""
+    """An AddRequest frame that did not decode, except for its request id: so it can be answered."""
 
     request_id: int
     problem: str
@@ -54,7 +54,7 @@ class FrameReader(Generic[T]):
         self._decoder = decoder
 
     def read(self, frame: bytes | memoryview) -> T | BadRequest | None:
-        """The message, or None for a frame that is none. Never raises."""
+        """The message in a frame; None: the frame holds none. Never raises."""
         try:
             return self._decoder.decode(frame)
         # Whatever a hostile frame provokes (MsgspecError, RecursionError, UnicodeDecodeError, …) is its own fault.
@@ -88,7 +88,7 @@ def bus_address(directory: Path, name: str) -> str:
 
 
 class _Bus:
-    """What both ends share: a pair socket and an encoder."""
+    """The common part of both ends: a pair socket and an encoder."""
 
     def __init__(self) -> None:
         self._context = zmq.Context(io_threads=1)
@@ -99,7 +99,7 @@ class _Bus:
         self._num_received = 0
 
     def close(self, linger_seconds: float = 1.0) -> None:
-        """Send what is still queued, for at most this time, and close. Closing twice is harmless."""
+        """Send the queued messages, for at most this time, and close. Closing twice is harmless."""
         if not self._socket.closed:
             self._socket.close(linger=round(1000 * linger_seconds))
             self._context.term()
@@ -141,9 +141,9 @@ class EngineBus(_Bus):
         return self._reader.num_bad_frames
 
     def receive(self, timeout_seconds: float | None) -> list[ToEngine | BadRequest]:
-        """All messages that are there. If there are none, wait for the first: None means for ever, 0 not at all.
+        """Return all messages received so far. If there are none, wait for the first; None: for ever, 0: not at all.
 
-        Raises FrameLost: what the service believes of this engine is wrong, and it must be replaced.
+        Raises FrameLost: the service's view of this engine is then wrong, and the engine must be replaced.
         """
         messages: list[ToEngine | BadRequest] = []
         if timeout_seconds != 0 and not self._has_input():
@@ -165,8 +165,8 @@ class EngineBus(_Bus):
 class ServiceBus(_Bus):
     """The service's end, for one event loop. `send` never waits: an abort can be sent while a task is cancelled.
 
-    The socket's descriptor reports edges, not levels: it says once that something has happened, and each look at the
-    socket may swallow that. So after every receive and send whatever is readable is taken at once.
+    The socket's descriptor reports edges, not levels: it reports an event once, and each access to the socket may clear
+    the report. So after every receive and send all readable frames are taken at once.
     """
 
     def __init__(self, address: str) -> None:
@@ -192,8 +192,8 @@ class ServiceBus(_Bus):
         return self._reader.num_bad_frames
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message. Without an engine at the other end it is dropped: whoever waits for an answer learns of that
-        from the process's death. So send nothing before the engine has said that it is ready.
+        """Queue a message. Without an engine at the other end it is dropped, and calls that wait for an answer fail
+        when the process is found dead. So send nothing before the engine has sent EngineReady.
         """
         if self._socket.closed:
             return
@@ -204,7 +204,7 @@ class ServiceBus(_Bus):
         self._take_frames()
 
     async def receive(self) -> list[FromEngine]:
-        """Wait for a frame, and return all messages that are there, in order: none if it was no message.
+        """Wait for a frame, and return all messages received so far, in order; empty: the frame held no message.
 
         Raises FrameLost.
         """
@@ -226,7 +226,7 @@ class ServiceBus(_Bus):
 
 
 def _check_descriptors() -> None:
-    """Raise OSError if this process can open too few more: ZeroMQ aborts a process where it lacks one."""
+    """Raise OSError if too few descriptors are left: ZeroMQ aborts a process that runs out of them."""
     held: list[int] = []
     try:
         while len(held) < SPARE_DESCRIPTORS:

@@ -1,8 +1,8 @@
 """The directory of a service's bus addresses: for its owner alone, made again if it is removed, never left behind.
 
-Its service holds a lock on it, which ends with the process, however that ends. So the next service finds what a killed
-one has left, and takes nothing from one that lives. Cleaners of /tmp that know such locks, as systemd's does, pass it
-over. Torch-free.
+The service holds a lock on the directory, which ends with the process, however that ends. So the next service can
+remove what killed services have left, and nothing of a running one. Cleaners of /tmp that respect such locks, as
+systemd's does, pass it over. Torch-free.
 """
 
 import fcntl
@@ -19,15 +19,15 @@ ATTEMPTS: Final = 10  # to make one that no other service has taken for abandone
 
 
 class BusDirectory:
-    """A new one, mode 0700. Short: a socket path has 107 bytes. `with` removes it at the end."""
+    """A new directory, mode 0700, with a short name: a socket path has 107 bytes. The end of a `with` removes it."""
 
     def __init__(self) -> None:
-        """Removes what killed services of this user have left, too. Raises OSError."""
+        """Make the directory, and remove those of this user's killed services. Raises OSError."""
         _remove_abandoned(Path(tempfile.gettempdir()))
         self.path, self._lock = _make()
 
     def ensure(self) -> None:
-        """Make it again if it is gone. Raises OSError, also where somebody else has taken its name."""
+        """Make the directory again if it is gone. Raises OSError, also if another user has taken its name."""
         if not _is_locked_by(self._lock, self.path):
             self.path.mkdir(mode=0o700, exist_ok=True)
             lost, self._lock = self._lock, _lock(self.path)
@@ -35,7 +35,7 @@ class BusDirectory:
             os.fchmod(self._lock, 0o700)  # which the owner alone may do
 
     def close(self) -> None:
-        """Remove it with all that is in it."""
+        """Remove the directory with all that is in it."""
         if _is_locked_by(self._lock, self.path):
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
@@ -59,7 +59,10 @@ def _make() -> tuple[Path, int]:
 
 
 def _lock(path: Path) -> int:
-    """Raises BlockingIOError if it is locked, other OSErrors if it is no directory or cannot be entered."""
+    """Lock a directory.
+
+    Raises BlockingIOError if it is locked, other OSErrors if it is no directory or not accessible.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

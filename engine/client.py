@@ -86,7 +86,7 @@ class EngineClient:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def new_request_id(self) -> int:
-        """An id that no other request to this engine has."""
+        """A request id that is new to this engine."""
         return next(self._ids)
 
     @property
@@ -111,7 +111,7 @@ class EngineClient:
     def abort(self, request_ids: Iterable[int]) -> None:
         """Have the engine forget these requests. Those that finished already, or never were, are passed over.
 
-        A `Generation` does this by itself when it is closed; here nothing is said to whoever reads it.
+        A `Generation` does this by itself when it is closed. This method does not end the iteration of its reader.
         """
         running = [request_id for request_id in request_ids if self._generations.pop(request_id, None)]
         if running and self.error is None:
@@ -176,7 +176,7 @@ class EngineClient:
         self._send(UnloadAdapter(key, Residency.HOST))
 
     async def pin_adapter(self, key: AdapterKey, pinned: bool) -> None:
-        """Keep a loaded adapter on the device or let it go, and wait until that is so.
+        """Pin a loaded adapter to the device, or unpin it, and wait for the engine's confirmation.
 
         Raises AdapterConflict if there are too many pins, and AdapterRejected if it cannot get there, or (COLD) is
         unloaded meanwhile.
@@ -253,7 +253,8 @@ class EngineClient:
                 self._take_moves(moves)
 
     def fail(self, error: Exception) -> None:
-        """The engine is gone: every stream and every call that waits ends with this error, and so does every later one.
+        """Note that the engine is gone: every stream and waiting call ends with this error, and so does every later
+        one.
 
         Only the first error counts.
         """
@@ -281,7 +282,7 @@ class EngineClient:
         self._send(LoadAdapter(key, path, residency))
 
     def _call_back(self, key: AdapterKey) -> None:
-        """An engine that is told to unload an adapter forgets that it was to bring it to the device."""
+        """Fail waits for an adapter that is unloaded: its engine then forgets the order to bring it to the device."""
         if self.residency.get(key) is Residency.DEVICE:
             self._leaving.add(key)
         _reject(self._arrivals.pop(key, None), AdapterRejected(["it was unloaded meanwhile"], COLD))
@@ -305,7 +306,7 @@ class EngineClient:
             self.moved(key)
 
     def _leave_memory(self, key: AdapterKey) -> None:
-        """It was unloaded, or its engine is gone: no move from tier to tier, but it is on disk alone now."""
+        """Note that an adapter is on disk alone: it was unloaded, or its engine is gone. This counts as no move."""
         self._leaving.discard(key)
         if self.residency.pop(key, Residency.DISK) is not Residency.DISK:
             self.moved(key)
@@ -369,7 +370,7 @@ class Generation:
         return output
 
     def abort(self, request_id: int) -> None:
-        """End one sequence, and forget what came of it and was not read. The others go on."""
+        """End one sequence, and drop its unread outputs. The others go on."""
         self._running.discard(request_id)
         for output in self._pending.pop(request_id, ()):
             self._num_pending_tokens -= len(output.token_ids)
@@ -398,7 +399,7 @@ class Generation:
 
 
 def _merge(outputs: list[RequestOutput]) -> RequestOutput:
-    """What one sequence gave in several steps, as one output."""
+    """Merge the outputs of one sequence from several steps."""
     if len(outputs) == 1:
         return outputs[0]
     first, last = outputs[0], outputs[-1]

@@ -1,4 +1,4 @@
-"""How one engine is set up. Torch-free: the service builds it, the engine process reads it."""
+"""The configuration of one engine. Torch-free: the service builds it, the engine process reads it."""
 
 from __future__ import annotations
 

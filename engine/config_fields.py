@@ -22,7 +22,7 @@ class ConfigFields:
         return ConfigFields({**defaults, **self._raw}, self.where)
 
     def changed_by(self, other: ConfigFields) -> ConfigFields:
-        """The same fields, those of the other object in their place."""
+        """The same fields, with those of the other object replacing them."""
         return ConfigFields({**self._raw, **other._raw}, self.where)
 
     def has(self, name: str) -> bool:
@@ -107,7 +107,7 @@ class ConfigFields:
         return ConfigFields(value, f"{self.where}: {name}")
 
     def filled_section(self, name: str) -> ConfigFields | None:
-        """None for an empty one, too."""
+        """A section; None: it is absent or empty."""
         section = self.section(name)
         return section if section is not None and section.names() else None
 

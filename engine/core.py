@@ -76,7 +76,7 @@ class EngineCore:
     def load(
         cls, config: EngineConfig, progress: Callable[[int, int], None] = lambda loaded, total: None
     ) -> EngineCore:
-        """Load the model that `config` names. Raises ValueError or OSError with what the operator can do about it."""
+        """Load the model that `config` names. Raises ValueError or OSError whose text says what the operator can do."""
         config.check()
         runner = ModelRunner.load(config, resolve_model(config.model, config.revision), progress)
         model = runner.model
@@ -121,7 +121,10 @@ class EngineCore:
             self.scheduler.abort(request_id)
 
     def _problem_with(self, message: AddRequest) -> str:
-        """The service has checked all of this; it is checked again because one request must never end the engine."""
+        """The reason to refuse a request, or None.
+
+        The service has checked all this; one request must never end the engine.
+        """
         limits, sampling = self.limits, message.sampling
         count, num_outputs = len(message.prompt_token_ids), len(message.output_token_ids)
         if message.request_id in self.scheduler.requests:
@@ -174,7 +177,7 @@ class EngineCore:
         return bool(self.scheduler.requests or self._rejected or self.adapters.has_work())
 
     def step(self) -> list[FromEngine]:
-        """Run one step: whoever is ready gets computed, and everything that happened is returned."""
+        """Run one step: compute the requests that are ready, and return everything that happened."""
         events = self.adapters.advance(self.scheduler.adapter_users)
         plan = self.scheduler.schedule()
         self.store.pace.steps(running=bool(plan.scheduled))

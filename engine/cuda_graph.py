@@ -98,8 +98,9 @@ class _Captured:
 class DecodeGraphs:
     """The forward pass of every step in which each sequence has one new token.
 
-    Steps with and without adapters have graphs of their own, so that the latter do nothing about adapters. A graph
-    with adapters holds for all that its tables have room for: which are there, and how wide, is read on the device.
+    Steps with and without adapters have graphs of their own, so that steps without them do no work for adapters. A
+    graph with adapters holds for all adapters that its tables have room for: their slots and ranks are read on the
+    device.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class DecodeGraphs:
         inputs: DecodeInputs,
         max_adapter_rank: int,
     ) -> None:
-        """Nothing is captured yet. The graphs will hold for adapters of up to `max_adapter_rank`."""
+        """Capture nothing yet. The graphs will hold for adapters of up to `max_adapter_rank`."""
         self.device = ops.device
         self._model = model
         self._ops = ops
@@ -122,13 +123,13 @@ class DecodeGraphs:
         reserve_adapters(model, max_adapter_rank)
 
     def capture_all(self) -> None:
-        """The largest first: the smaller ones then find all their memory in the pool."""
+        """Capture the largest size first: the smaller ones then find all their memory in the pool."""
         for size in reversed(self._sizes):
             self.capture(size)
         logger.info("captured CUDA graphs of decoding steps of %s sequences", self._sizes)
 
     def capture(self, size: int) -> None:
-        """The graphs of one batch size, with adapters and without."""
+        """Capture the graphs of one batch size, with adapters and without."""
         for with_adapters in (True, False):
             self._captured[size, with_adapters] = self._capture(size, with_adapters)
 
@@ -176,7 +177,7 @@ def reserve_adapters(model: LanguageModel, max_rank: int) -> None:
 def decode_graphs(
     model: LanguageModel, ops: Ops, kv: Sequence[LayerKV], config: EngineConfig, max_model_len: int
 ) -> DecodeGraphs | None:
-    """Graphs to be captured, on a CUDA device; None for operations that cannot be captured, or if none are wanted."""
+    """Graphs to be captured on a CUDA device; None: the operations cannot be captured, or no graphs are wanted."""
     if not config.cuda_graphs or ops.device.type != "cuda" or ops.name != "triton":
         return None
     from kernels.triton import TritonOps

@@ -1,4 +1,4 @@
-"""The device that an engine computes on: which one, what it has left, and whose turn it is to load onto it."""
+"""The device of an engine: its selection, its free memory, and turns of engines to load onto it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def select_device(name: str) -> torch.device:
 
 
 def described(device: torch.device) -> Device:
-    """What callers are told of it."""
+    """The device as callers are told of it."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return Device(str(device), properties.name, properties.total_memory)
@@ -56,7 +56,7 @@ def free_bytes(device: torch.device) -> int:
 
 @contextmanager
 def loading_turn(device: torch.device) -> Iterator[None]:
-    """While it lasts, no other engine of this user loads onto the same GPU: what one finds free, it gets.
+    """Keep other engines of this user from loading onto the same GPU, so that memory found free stays free.
 
     The lock is the operating system's: it ends with the process, however that ends.
     """

@@ -1,9 +1,9 @@
-"""Whose turn it is among those who wait: tenants share the engine's tokens by their weights.
+"""Fairness between waiting tenants: they share the engine's tokens by their weights.
 
 Virtual token counters: each tenant has a counter of what it was served, prompt tokens at one price and output tokens
-at another, divided by its weight; the tenant with the lowest counter is next. Work-conserving: a share that nobody asks
-for goes to the others. A tenant that comes back is lifted to the lowest counter of those who wait, so that it gets its
-share from now on and none for the time in which it asked for nothing.
+at another, divided by its weight; the tenant with the lowest counter is next. Work-conserving: a share that no tenant
+asks for goes to the others. A tenant that comes back is lifted to the lowest counter of waiting tenants, so that it
+gets its share from now on and none for the time in which it asked for nothing.
 Source: Fairness in Serving Large Language Models (Sheng et al., OSDI 2024, arXiv 2401.00588), algorithm 2.
 """
 
@@ -112,7 +112,7 @@ class FairQueue:
             self._forget_oldest()
 
     def peek(self) -> Request | None:
-        """Whose turn it is."""
+        """The request whose turn it is."""
         for priority in sorted(self._levels):
             request = self._levels[priority].peek()
             if request is not None:

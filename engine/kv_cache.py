@@ -1,4 +1,4 @@
-"""The cached keys and values of all layers: how much a block takes, and the storage itself."""
+"""The cached keys and values of all layers: the size of a block, and the storage."""
 
 from __future__ import annotations
 

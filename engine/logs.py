@@ -1,4 +1,4 @@
-"""How both processes log: lines for people, or an object of JSON a line for machines. Torch-free."""
+"""Logging of both processes: text lines for people, or one JSON object a line for machines. Torch-free."""
 
 import logging
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str, log_format: str, process: str, *filters: logging.Filter) -> None:
-    """To stderr. `process` tells the lines of several apart; `filters` may add `fields` to a record."""
+    """Log to stderr. `process`: a name that tells the lines of several processes apart; `filters` may add `fields`."""
     handler = logging.StreamHandler()
     for one in filters:
         handler.addFilter(one)

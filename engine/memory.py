@@ -1,4 +1,4 @@
-"""The process's own memory, where what the allocator does with it shows."""
+"""The process's memory, where the allocator's behaviour costs time or space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a GPU is left for the cache: everything else is made, or made once, and then measured.
+"""The GPU memory that is left for the cache, found by allocating everything else once and measuring it.
 
 A model takes its weights, the temporaries of its steps, the adapters that are put on the device, and captured graphs.
 The largest step that may come is run once; torch keeps what it took for the steps to come.
@@ -50,7 +50,7 @@ def cache_budget(runner: ModelRunner, config: EngineConfig) -> int:
 
 
 def largest_step(config: EngineConfig, max_model_len: int, block_size: int) -> StepPlan:
-    """As many tokens as a step may have, of as many sequences as may run, with an adapter and all log-probabilities."""
+    """The largest step: the most tokens, of the most sequences, with an adapter and all log-probabilities."""
     count = min(config.max_num_seqs, config.max_num_batched_tokens)
     share, rest = divmod(config.max_num_batched_tokens, count)
     lengths = [min(share + (index < rest), max_model_len - 1) for index in range(count)]
@@ -58,7 +58,7 @@ def largest_step(config: EngineConfig, max_model_len: int, block_size: int) -> S
 
 
 def _prompt(request_id: int, length: int, block_size: int) -> ScheduledRequest:
-    """A whole prompt, drawn from in the dearest way. All of its blocks are the first one."""
+    """A request with a whole prompt and the costliest sampling. All of its blocks are the first one."""
     sampling = SamplingParams(
         seed=0, max_tokens=1, top_k=1, repetition_penalty=2.0, num_logprobs=1, num_prompt_logprobs=1
     )
@@ -82,7 +82,7 @@ def _run_largest_step(runner: ModelRunner, config: EngineConfig) -> None:
 
 
 def _graph_bytes(runner: ModelRunner, config: EngineConfig) -> int:
-    """What all graphs will take, from those of the two largest sizes: the first brings the memory that all share."""
+    """The bytes of all graphs, estimated from the two largest: the first includes the memory that all share."""
     graphs = decode_graphs(runner.model, runner.ops, runner.kv_cache, config, runner.max_model_len)
     if graphs is None:
         return 0

@@ -1,4 +1,4 @@
-"""What the service and an engine say to each other. Typed, versionless (both ends are one release), never pickled.
+"""The messages between the service and an engine. Typed, versionless (both ends are one release), never pickled.
 
 Every message is one frame. `ToEngine` and `FromEngine` are the two closed sets: a decoder accepts nothing else.
 """
@@ -43,7 +43,7 @@ class Abort(Message, frozen=True):
 class LoadAdapter(Message, frozen=True):
     """Read an adapter into host memory. Answered by `AdapterLoaded` or `AdapterFailed`; repeating it is harmless.
 
-    With DEVICE it then goes on to the device as soon as there is room, which `AdaptersMoved` tells.
+    With DEVICE the adapter then goes to the device as soon as there is room, which `AdaptersMoved` reports.
     """
 
     key: AdapterKey
@@ -54,7 +54,7 @@ class LoadAdapter(Message, frozen=True):
 class UnloadAdapter(Message, frozen=True):
     """Drop an adapter once no request uses it. Requests already accepted keep it. Answered by `AdapterUnloaded`.
 
-    With HOST it only leaves the device, which `AdaptersMoved` tells. It is no longer pinned.
+    With HOST the adapter only leaves the device, which `AdaptersMoved` reports. It is no longer pinned.
     """
 
     key: AdapterKey
@@ -104,7 +104,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
-    """What one step gave one request."""
+    """The result of one step for one request."""
 
     request_id: int
     token_ids: list[int]  # new tokens; a stop or EOS token that ended the output is included
@@ -150,7 +150,7 @@ class StepOutput(Message, frozen=True):
 
 
 class Device(msgspec.Struct, array_like=True, frozen=True):
-    """What an engine computes on."""
+    """The device that an engine computes on."""
 
     name: str  # "cpu", "cuda:0"
     description: str  # as its driver calls it
@@ -158,7 +158,7 @@ class Device(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ModelLimits(msgspec.Struct, array_like=True, frozen=True):
-    """What the loaded model can take."""
+    """The limits of the loaded model."""
 
     architecture: str
     dtype: str
@@ -188,7 +188,7 @@ class EngineFailed(Message, frozen=True):
 
 
 class LoadProgress(Message, frozen=True):
-    """While the model loads."""
+    """The progress of loading, sent while the model loads."""
 
     bytes_loaded: int
     bytes_total: int
@@ -227,9 +227,9 @@ class AdapterPinned(Message, frozen=True):
 
 
 class AdaptersMoved(Message, frozen=True):
-    """Where adapters, and weighted sums of them, are now that were elsewhere. What was never told of is on disk.
+    """The new tiers of adapters, and of weighted sums of them, that have moved. An adapter never reported is on disk.
 
-    What is on the device but takes no more requests, so that another gets its room, counts as in host memory.
+    An adapter that is on the device but takes no more requests, to make room for another, counts as in host memory.
     """
 
     moves: list[tuple[AdapterKey, Residency]]

@@ -1,4 +1,4 @@
-"""What a decoder is made of, as data."""
+"""The structure of a decoder, as data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Activation = Literal["silu", "gelu_tanh"]
 
 
 class ModelError(ValueError):
-    """A model that cannot be served as it is: says which, what is wrong with it, and what to do."""
+    """The model cannot be served as it is. The message says which model, what is wrong with it, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Everything the shared decoder needs to know. A family file fills it in."""
+    """Everything that the shared decoder needs to know. A family file fills it in."""
 
     architecture: str
     vocab_size: int  # V

@@ -71,7 +71,7 @@ class ModelRunner:
             return cls(load_model(config, path, ops, progress), ops, config)
 
     def limits(self, config: EngineConfig) -> ModelLimits:
-        """What the loaded model can take, for those who send it requests."""
+        """The limits of the loaded model, for the service that sends it requests."""
         model = self.model
         return ModelLimits(
             architecture=model.config.architecture,
@@ -109,7 +109,7 @@ class ModelRunner:
     def _prompt_logprobs(
         self, plan: StepPlan, hidden: torch.Tensor, row: int, lora: LoraSegments | None
     ) -> dict[int, list[TokenLogprobs]]:
-        """hidden: from `row` on those rows that predict prompt tokens, in plan order"""
+        """hidden: the rows that predict prompt tokens begin at `row`, in plan order."""
         found: dict[int, list[TokenLogprobs]] = {}
         for item in plan.scheduled:
             request, end = item.request, row + num_prompt_logprob_rows(item)
@@ -128,7 +128,7 @@ class ModelRunner:
         return found
 
     def _num_blocks(self, config: EngineConfig, size: int) -> int:
-        """size: bytes of a block"""
+        """The number of blocks that fit. size: bytes of a block."""
         per_sequence = -(-self.max_model_len // self.block_size)
         budget = self._cache_bytes(config)
         useful = per_sequence * config.max_num_seqs  # more could never be in use
@@ -154,7 +154,9 @@ class ModelRunner:
 def _not_finite(
     plan: StepPlan, sampled: Sequence[SampledToken | None], prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]]
 ) -> frozenset[int]:
-    """The ids of requests that no token was drawn for, or whose prompt has a log-probability that is none."""
+    """The ids of requests for which no token could be drawn, or whose prompt has a log-probability that is not
+    finite.
+    """
     undrawn = {
         item.request.request_id
         for item, token in zip(plan.scheduled, sampled, strict=True)

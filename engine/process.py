@@ -1,4 +1,4 @@
-"""The loop around the core: drain the inbox, take a step, send what came of it.
+"""The loop around the core: drain the inbox, take a step, send the results.
 
 A request that cannot be taken is answered and fails alone. An exception that leaves `EngineCore.step` means that the
 state of the engine or of the device is no longer known: the process ends, and the supervisor starts another one.
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]  # bytes loaded, bytes in all
 
 
 class Core(Protocol):
-    """What the loop needs of `EngineCore`."""
+    """The part of `EngineCore` that the loop uses."""
 
     @property
     def limits(self) -> ModelLimits: ...
@@ -68,7 +68,7 @@ class Core(Protocol):
 
 
 def run_engine(load: Callable[[Progress], Core], bus: EngineBus) -> int:
-    """Load, say how it went, serve until told to stop. Returns the exit status of the process."""
+    """Load, report the outcome, serve until told to stop. Returns the exit status of the process."""
     try:
         core = load(_ProgressReport(bus))
     except Exception as error:
@@ -145,7 +145,7 @@ def _request_failed(core: Core, request_id: int, error: str) -> StepOutput:
 
 
 class _ProgressReport:
-    """Tells the service how far loading is, about a hundred times in all."""
+    """Reports the progress of loading to the service, about a hundred times in all."""
 
     def __init__(self, bus: EngineBus) -> None:
         self._bus = bus

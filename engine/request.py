@@ -11,7 +11,7 @@ from engine.sampling_params import FinishReason, SamplingParams
 
 
 class RequestState(Enum):
-    """Where a request is. Only the scheduler moves it."""
+    """The state of a request. Only the scheduler changes it."""
 
     WAITING = auto()  # for a turn, or for blocks; also after a preemption
     WAITING_FOR_ADAPTER = auto()
@@ -20,7 +20,7 @@ class RequestState(Enum):
 
 
 class Request:
-    """The tokens of a sequence, how many of them are computed, and what it holds meanwhile.
+    """One sequence: its tokens, how many of them are computed, and the blocks and adapter that it holds.
 
     There is no prefill or decode state: a request always catches up `num_computed_tokens` with `len(token_ids)`, many
     at a time or one.
@@ -86,9 +86,9 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs | None] = []
 
     def invoke_adapter(self, tokens: Sequence[int]) -> None:
-        """Have the adapter apply from the last occurrence of these tokens in the prompt on; none: from the start.
+        """Apply the adapter from the last occurrence of these tokens in the prompt on; empty: from the start.
 
-        What was generated invokes nothing. Source: Activated LoRA (arXiv 2504.12397), as PEFT applies it.
+        Generated tokens do not invoke it. Source: Activated LoRA (arXiv 2504.12397), as PEFT applies it.
         """
         if not tokens:
             return

@@ -1,4 +1,4 @@
-"""From logits to tokens, for all rows of a step at once.
+"""Draws tokens from logits, for all rows of a step at once.
 
 A row's token depends on that row alone: its logits, its history, its parameters, and one random number that is a
 function of (seed, position). So a sampled stream is the same whoever shares the batch, after a preemption too.
@@ -26,7 +26,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class Sampler:
-    """Draws one token per row. Stateless: whatever it needs to know of the past is in the requests."""
+    """Draws one token per row. Stateless: the history is in the requests."""
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
         """Draw the next token of each request; None where the logits are NaN or infinite.
@@ -41,7 +41,7 @@ class Sampler:
         return [_sampled(token, detail) for token, detail in zip(token_ids, details, strict=True)]
 
     def _draw(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
-        """-1 stands for a row that nothing can be drawn from."""
+        """Draw one token per row; -1: nothing can be drawn from the row."""
         token_ids = [
             token if _is_drawable(logit, request) else -1
             for (token, logit), request in zip(most_likely(logits), requests, strict=True)
@@ -72,7 +72,7 @@ def most_likely(logits: Tensor) -> list[tuple[int, float]]:
 
 
 def _is_drawable(best: float, request: Request) -> bool:
-    """Whether a row with this best logit is a distribution, divided by the temperature too.
+    """Whether a row with this best logit is a distribution, also after division by the temperature.
 
     The best is NaN if any logit is, and -inf if nothing is left. A single -inf below it is a probability of 0.
     """
@@ -120,7 +120,7 @@ def adjust_logits(logits: Tensor, requests: Sequence[Request]) -> None:
 
 
 def _mask_rows_without_a_token(logits: Tensor, requests: Sequence[Request]) -> None:
-    """What pads the head beyond the tokenizer's ids is never drawn: one slice, if the batch is of one tokenizer."""
+    """Mask the padding of the head beyond the tokenizer's ids: with one slice, if all rows have the same tokenizer."""
     limits = {request.sampling.num_token_ids or logits.shape[-1] for request in requests}
     for limit in limits:
         if limit < logits.shape[-1]:
@@ -190,7 +190,7 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
 
 
 def _needs_few_candidates(sampling: SamplingParams) -> bool:
-    """Whether the best tokens of a row may be all that it draws from. typical_p alone may keep unlikely ones."""
+    """Whether a row can be drawn from its best few tokens. Only typical_p may keep unlikely ones."""
     cuts_the_tail = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     return cuts_the_tail and sampling.top_k <= NUM_CANDIDATES
 
@@ -263,7 +263,7 @@ def _sampled_logprobs(
 
 
 def describe(logprobs: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """What the distribution of each row says of its token, and its `num_top` most likely ones. logprobs: [S, V]."""
+    """The log-probability of each row's token, and of its `num_top` most likely ones. logprobs: [S, V]."""
     chosen = torch.tensor(token_ids, device=logprobs.device)[:, None]
     own = logprobs.gather(-1, chosen)
     ranks = (logprobs > own).sum(dim=-1) + 1

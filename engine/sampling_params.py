@@ -1,4 +1,4 @@
-"""What a request asks of the sampler, and how its output ends. Torch-free: the service imports it."""
+"""The sampling parameters and stop conditions of a request. Torch-free: the service imports them."""
 
 import sys
 from enum import IntEnum
@@ -22,7 +22,7 @@ class FinishReason(IntEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose the next token, and when to stop. Already validated: ranges are the service's business.
+    """How to choose the next token, and when to stop. The service has checked the ranges.
 
     The order in which they act: penalties and logit_bias, then masks (allowed_token_ids, min_tokens), then greedy if
     temperature is 0, else temperature, top_k, top_p, min_p, typical_p, and one draw from (seed, position).
@@ -50,7 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def can_draw(self) -> bool:
-        """Whether a token is left that may be drawn before `min_tokens`, when none may be that ends the output."""
+        """Whether any token may be drawn before `min_tokens`, when tokens that end the output are forbidden."""
         endings = {*self.eos_token_ids, *self.stop_token_ids} if self.min_tokens else set()
         limit = self.num_token_ids or sys.maxsize
         allowed = range(limit) if self.allowed_token_ids is None else self.allowed_token_ids

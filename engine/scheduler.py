@@ -1,8 +1,8 @@
-"""Who runs next. The only home of that policy.
+"""Decides which requests run next. This policy is in no other file.
 
-Iteration-level (continuous) batching: every step takes whoever is ready, within a budget of tokens. Running requests go
-first, so that a stream once begun keeps flowing; a long prompt is computed in chunks that fill what is left. Who joins
-them next is a matter of fairness between tenants (`fairness`).
+Iteration-level (continuous) batching: every step takes the requests that are ready, within a budget of tokens. Running
+requests go first, so that a stream once begun keeps flowing; a long prompt is computed in chunks that fill the
+rest. Fairness between tenants (`fairness`) decides which requests join them next.
 Source: Orca (OSDI 2022), Sarathi-Serve (arXiv 2403.02310), vLLM V1's unified schedule.
 """
 
@@ -29,7 +29,7 @@ ADAPTER_PATIENCE_SECONDS = 2.0
 
 
 class AdapterSlots(Protocol):
-    """What the scheduler needs of the adapters on the device."""
+    """The part of the adapter pool that the scheduler uses."""
 
     @property
     def changes(self) -> int:
@@ -41,14 +41,14 @@ class AdapterSlots(Protocol):
     def release(self, key: AdapterKey) -> None: ...
 
     def invocation_tokens(self, key: AdapterKey) -> Sequence[int]:
-        """What in a prompt invokes an adapter that is held; empty for one that applies to all tokens."""
+        """The tokens in a prompt that invoke a held adapter; empty: it applies to all tokens."""
 
     def make_room(self, key: AdapterKey) -> None:
-        """See to it that the adapter gets room before long, if that is what it waits for."""
+        """Make room for an adapter that waits for room on the device."""
 
 
 class Scheduler:
-    """Decides who runs, keeps every request's state, and turns results into outputs. Knows no tensors."""
+    """Decides which requests run, keeps their states, and turns results into outputs. Knows no tensors."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Scheduler:
     # ---- one step --------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Choose who runs and how far, and reserve blocks for it. The plan may be empty."""
+        """Choose the requests to run and their tokens, and reserve blocks for them. The plan may be empty."""
         self._expire()
         self._retry_adapters()
         self._end_adapter_waits()
@@ -173,7 +173,7 @@ class Scheduler:
         self.running.insert(index, request)
 
     def _claim(self, request: Request) -> tuple[int, float, int]:
-        """Who may keep its blocks when they are short: the largest value loses them first."""
+        """The order in which requests lose their blocks when these are short: the largest value first."""
         priority, arrival_number = request.order
         return priority, self.waiting.served(request.tenant), arrival_number
 
@@ -187,7 +187,7 @@ class Scheduler:
     # ---- adapters --------------------------------------------------------------------------------------------------
 
     def _hold_adapter(self, request: Request) -> bool:
-        """Make sure that the request at the head holds its adapter, else move it aside so that others go on."""
+        """Make sure that the request at the head holds its adapter, else set it aside so that others go on."""
         key = request.adapter
         if key is None or request.adapter_slot is not None:
             return True
@@ -242,7 +242,7 @@ class Scheduler:
                 self.waiting_for_adapter.pop(key, None)
 
     def _end_adapter_waits(self) -> None:
-        """Fail the requests that have waited for their adapters as long as they may."""
+        """Fail the requests whose wait for their adapter is over."""
         for request_id in _due(self._adapter_deadlines, self.clock()):
             request = self.requests.get(request_id)
             if request is not None and request.state is RequestState.WAITING_FOR_ADAPTER:
@@ -250,7 +250,7 @@ class Scheduler:
                 self.fail(request, problem, COLD)
 
     def _relieve_the_oldest(self) -> None:
-        """Whoever waits longest must not starve behind adapters that are always in use."""
+        """Make room for the adapter of the request that waits longest, lest adapters in constant use starve it."""
         key = next(iter(self.waiting_for_adapter), None)
         if key is None:
             return
@@ -315,7 +315,7 @@ class Scheduler:
         return None
 
     def _expire(self) -> None:
-        """Finish the requests whose own time limit has passed, in whatever state, with what they have."""
+        """Finish the requests whose own time limit has passed, in any state, with the tokens that they have."""
         for request_id in _due(self._deadlines, self.clock()):
             request = self.requests.get(request_id)
             if request is not None:
@@ -324,7 +324,7 @@ class Scheduler:
                 self._outputs.append(output if request.num_output_tokens else self._with_beginning(output, request))
 
     def fail(self, request: Request, error: str, reason: str = "") -> None:
-        """End one request with an error; the next `update` says so. `reason`: of an error that its adapter has."""
+        """End one request with an error, which the next `update` reports. `reason`: set if its adapter is at fault."""
         self._finish(request, FinishReason.ERROR)
         output = RequestOutput(request.request_id, [], FinishReason.ERROR, error=error, error_reason=reason)
         self._outputs.append(output)
@@ -337,7 +337,7 @@ class Scheduler:
             self.fail(item.request, error)
 
     def fail_not_finite(self, requests: Sequence[Request], error: str) -> None:
-        """End the requests whose logits were NaN or infinite. What they left in the cache is used by nobody."""
+        """End the requests whose logits were NaN or infinite. No other request uses their cached blocks."""
         for request in requests:
             self.blocks.distrust(request)
             self.fail(request, error)
@@ -368,7 +368,7 @@ class Scheduler:
         del self.requests[request.request_id]
 
     def _with_beginning(self, output: RequestOutput, request: Request) -> RequestOutput:
-        """The output with what is told once, with the first one."""
+        """Add the facts that only the first output carries."""
         began, wanted, ready = request.first_scheduled_time, request.adapter_wanted_time, request.adapter_ready_time
         return msgspec.structs.replace(
             output,
@@ -380,6 +380,6 @@ class Scheduler:
 
 
 def _due(heap: list[tuple[float, int]], now: float) -> Iterator[int]:
-    """Take those out whose time has come."""
+    """Remove and return the requests whose time has come."""
     while heap and heap[0][0] <= now:
         yield heapq.heappop(heap)[1]

@@ -1,4 +1,4 @@
-"""What a step is: the plan that the scheduler makes and the result that the runner returns."""
+"""The data of a step: the plan that the scheduler makes, and the result that the runner returns."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Who runs in a step. Base requests come first, then those of each adapter slot together: an adapter's rows are one
-    range of the batch, whatever mixture of prefill and decode they are."""
+    """The requests of a step. Base requests come first, then those of each adapter slot together: an adapter's rows are
+    one range of the batch, whatever mixture of prefill and decode they are."""
 
     scheduled: tuple[ScheduledRequest, ...]
 
@@ -48,7 +48,7 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came out, aligned with the plan."""
+    """The result of a step, aligned with the plan."""
 
     sampled: tuple[SampledToken | None, ...]  # one per scheduled request; None where it does not sample
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by request id: of the prompt tokens that this step's rows predict

@@ -1,4 +1,4 @@
-"""From a model's files to its parameters: find the directory, open its safetensors, read one tensor at a time."""
+"""Reads a model's parameters from its files: finds the directory, opens its safetensors, reads one tensor at a time."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies and what it is, before any of it is read."""
+    """The place, dtype and shape of a tensor, before any of it is read."""
 
     path: Path
     name: str  # in the file
@@ -115,7 +115,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedTensor:
-    """What a tensor of the checkpoint must be, where that is not just a float tensor of one shape."""
+    """The dtypes and shape of an expected tensor, where it is not just a float tensor of one shape."""
 
     shape: tuple[int | None, ...] | None  # None: any, or any length of that dimension
     dtypes: tuple[str, ...]  # the format's codes
@@ -150,7 +150,7 @@ class Checkpoint:
         progress: Progress | None = None,
         base_names: Sequence[str] = (BASE_NAME,),
     ) -> None:
-        """base_names: as `shard_paths` has them.
+        """base_names: as in `shard_paths`.
 
         Raises ModelError if there are no safetensors, or one of them is damaged or missing.
         """
@@ -278,7 +278,7 @@ class Checkpoint:
 
 
 def _check_finite(stored: StoredTensor, converted: Tensor) -> None:
-    """One value that is not finite makes every answer of the model so."""
+    """Raise ModelError if a value is not finite: it would make every answer of the model so."""
     if all_finite(converted):
         return
     with safe_open(stored.path, framework="pt") as file:
@@ -293,7 +293,7 @@ def _check_finite(stored: StoredTensor, converted: Tensor) -> None:
 def shard_paths(directory: Path, base_names: Sequence[str] = (BASE_NAME,)) -> list[Path]:
     """The safetensors files that make up the model in `directory`. Raises ModelError if there are none.
 
-    base_names: what they may be called, without an ending; the first that is there counts.
+    base_names: possible names without the suffix; the first that exists counts.
     """
     for name in base_names:
         if (directory / single_file(name)).exists():

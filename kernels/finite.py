@@ -1,4 +1,4 @@
-"""Whether numbers that came from a file, or from arithmetic on them, are numbers at all."""
+"""Checks that values from a file, or computed from them, are finite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite.
 
-    The lowest and the highest value say it, NaN being both: that is read at 10 GB/s where `isfinite` takes 40 times as
+    The lowest and the highest value decide it, since a NaN is both. This reads 10 GB/s; `isfinite` takes 40 times as
     long.
     """
     if not tensor.numel():

@@ -1,7 +1,7 @@
 """The operations that a model step is made of: what each computes, and with which shapes.
 
-A backend is one object with the methods of `Ops`. It is chosen once, in `kernels.selection`, and given to whoever needs
-it: no module asks again which device it is on.
+A backend is one object with the methods of `Ops`. It is chosen once, in `kernels.selection`, and passed to the code
+that needs it: no module asks again which device it is on.
 
 Letters: T tokens in the step, S sequences, H query heads, K kv heads, D head dim, R rank, B blocks, P block size,
 N output features, C input features, G segments.
@@ -143,7 +143,7 @@ class PackedLinear(Protocol):
 
 
 class Ops(Protocol):
-    """What a backend offers. Every operation accumulates in float32; results have the dtype of their input.
+    """The operations of a backend. Each accumulates in float32; results have the dtype of their input.
 
     A row's result does not depend on the other rows, except where a backend says so (see `batch_invariant`).
     """
@@ -162,28 +162,28 @@ class Ops(Protocol):
     def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
         """Lay out a quantised weight [N, C] and bias [N] for `linear` of inputs of `dtype`.
 
-        weight: its tensors on this backend's device. Nothing of it is needed afterwards: the result may share memory
-        with it. A backend takes every record that there is, or raises NotImplementedError naming what it lacks.
+        weight: a record with its tensors on this backend's device. The caller gives it up: the result may share memory
+        with it. A backend takes every kind of record, or raises NotImplementedError naming what it lacks.
         """
 
     def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
         """Rows start … end of the weight, without the bias: float32 [end − start, C], columns as x has them.
 
-        Of either kind of packed linear. For what needs the base's weights once (a norm, a test), not for steps. Any
-        thread may call it.
+        Works for both kinds of packed linear. For uses that need the base's weights once (a norm, a test), not for
+        steps. Any thread may call it.
         """
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """y[t, n] = Σ_c x[t, c] · weight[n, c] + bias[n].  x: [T, C] → [T, N]
 
-        A quantised weight is what `kernels.quantized.dequantize` makes of it, exact in float32; kernels may round it
-        to the dtype of x before they multiply.
+        A quantised weight stands for what `kernels.quantized.dequantize` returns, exact in float32; kernels may round
+        it to the dtype of x before they multiply.
         """
 
     def pack_lora(self, weights: LoraWeights) -> PackedLora:
         """Lay out one adapter for `LoraTable.put`, in host memory: loader threads call this beside the step.
 
-        Raises ValueError if a slice reads ranks that are not there, or two write the same column.
+        Raises ValueError if a slice reads ranks that A does not have, or two slices write the same column.
         """
 
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> LoraTable:
@@ -241,8 +241,8 @@ class Ops(Protocol):
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
         """Zeroed key and value storage for one layer.
 
-        dtype: that of the activations, or one of QUANTIZED_KV. Raises ValueError for a shape that this backend cannot
-        store.
+        dtype: the dtype of the activations, or one of QUANTIZED_KV. Raises ValueError for a shape that this backend
+        cannot store.
         """
 
     def silu_and_mul(self, x: Tensor) -> Tensor:

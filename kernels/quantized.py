@@ -1,7 +1,7 @@
-"""Quantised weight matrices in canonical form: whatever a checkpoint's format packed, unpacked to one of three records.
+"""Quantised weight matrices in canonical form: every checkpoint format is unpacked into one of three records.
 
-A loader makes records, a backend's `Ops.pack_quantized` lays them out for its kernels, and `dequantize` says what each
-stands for. Codes take a byte each here; they only live until they are packed.
+A loader makes records, a backend's `Ops.pack_quantized` lays them out for its kernels, and `dequantize` defines the
+value of each. Codes take a byte each here, and live only until they are packed.
 
 Letters: N output features, C input features, G groups.
 """
@@ -23,7 +23,7 @@ class _Record:
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors, as they are: one byte per code."""
+        """The bytes of all its tensors, at one byte per code."""
         values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
         return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
@@ -34,7 +34,7 @@ class AffineWeight(_Record):
 
     With `input_order` (GPTQ's act-order, its columns sorted by group) column j of `codes` is input feature
     input_order[j]:  y[t] = Σ_j W[:, j] · x[t, input_order[j]].  A row of x is never reordered outside the base product:
-    an adapter sees it as it is.
+    an adapter reads x in its own order.
 
     Scales are 16-bit floats in nearly all files, and zeros whole numbers below 2^bits in all but AWQ's gemv_fast.
     """
@@ -119,10 +119,10 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
 
 
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-    """One record with the rows of all, one after another; None if they differ in what a record has once.
+    """One record with the rows of all, one after another; None: they differ in a property that a record has once.
 
-    That is: their kind, bits, group or block size, table, and order of input features; and, for blocks that span rows,
-    where a part's rows are no whole number of blocks.
+    Such properties are kind, bits, group or block size, table, and order of input features. Blocks that span rows also
+    give None where a part's rows are no whole number of blocks.
     """
     first = weights[0]
     if len(weights) == 1:

@@ -1,4 +1,4 @@
-"""Every operation in plain torch: the definition of what is right, and the backend that works everywhere."""
+"""Every operation in plain torch: the definition of correct results, and the backend that works everywhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_ATTENTION_ELEMENTS = 1 << 24
 
 
 class ReferenceLinear:
-    """A weight matrix as it came. Shares memory with what it was made from."""
+    """A dense weight matrix. Shares memory with its source tensors."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight  # [N, C]
@@ -39,7 +39,7 @@ class ReferenceLinear:
 
 
 class ReferenceQuantizedLinear:
-    """A quantised matrix as its record, a byte per code: dequantised anew in each product."""
+    """A quantised matrix, kept as its record with a byte per code and dequantised anew in each product."""
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         self.weight = weight
@@ -49,7 +49,7 @@ class ReferenceQuantizedLinear:
 
 
 class ReferenceLora:
-    """Float32 copies: both products accumulate in float32 and round once, and small float32 products are quickest.
+    """Float32 copies of A and B: both products accumulate in float32 and round once, and small ones are quickest so.
 
     A 16-bit adapter takes twice its own bytes.
     """
@@ -92,7 +92,7 @@ class ReferenceLoraTable:
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
-    """What a linear must have for an adapter to fit it. Checked for every backend alike."""
+    """The shape of an adapter at one linear, checked alike for every backend."""
 
     rank: int  # sum of R
     in_features: int
@@ -101,7 +101,10 @@ class LoraShape:
 
     @classmethod
     def of(cls, weights: LoraWeights) -> LoraShape:
-        """Raises ValueError if a projection reads ranks that A does not have, or two write the same column."""
+        """The shape of these weights.
+
+        Raises ValueError if a projection reads ranks that A lacks, or two write one column.
+        """
         rank, in_features = weights.a.shape
         for part in weights.slices:
             end = part.rank_start + part.b.shape[1]
@@ -114,7 +117,7 @@ class LoraShape:
         return cls(rank, in_features, tuple(columns), None if weights.affine is None else tuple(weights.affine.shape))
 
     def check_fits(self, in_features: int, out_features: int) -> None:
-        """Raise ValueError unless a linear of that shape has what is read and written."""
+        """Raise ValueError unless the linear has the input features and columns that the adapter uses."""
         if self.in_features != in_features:
             raise ValueError(
                 f"LoRA A is [{self.rank}, {self.in_features}] but the linear has {in_features} input features"

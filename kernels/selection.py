@@ -1,4 +1,4 @@
-"""Which backend computes on a device."""
+"""The choice of a backend for a device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 def select_ops(
     device: torch.device, backend: str = "auto", *, threads: int | None = None, isa: str | None = None
 ) -> Ops:
-    """The backend for a device: `auto` takes the fastest that works here and says in one log line which it took.
+    """The backend for a device. `auto` takes the fastest that works, and logs its choice in one line.
 
-    threads: how many the CPU kernels compute with; None: one for each core that the process may use.
+    threads: the number of threads of the CPU kernels; None: one for each core that the process may use.
     isa: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "avx512bf16", "amx"); None: the best that
     the processor has. Raises ValueError for a backend that does not exist or cannot run on this device.
     """

@@ -1,4 +1,4 @@
-"""What becomes of a request whose adapter is not on the device."""
+"""Requests whose adapter is not on the device: they wait, go without, or fail, as their policy says."""
 
 import asyncio
 from collections.abc import Callable
@@ -23,7 +23,7 @@ NO_WAIT = Wait(0.0, None)  # of a request without an adapter
 
 
 class ColdAdapters:
-    """Has engines load what requests need, and lets requests wait as long as their policies say."""
+    """Has engines load the adapters that requests need, and lets each request wait as long as its policy says."""
 
     def __init__(self, adapter_path: Callable[[AdapterVersion], str], max_load_wait_seconds: float) -> None:
         """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read."""
@@ -31,11 +31,12 @@ class ColdAdapters:
         self._max_load_wait_seconds = max_load_wait_seconds
 
     def goes_without(self, target: Target, policy: AdapterPolicy) -> bool:
-        """Whether the request goes on with the base model alone, since its adapter is cold and it would not wait.
+        """Whether the request goes on with the base model alone, because its adapter is cold and its policy is not to
+        wait.
 
-        What it would not wait for to the end is brought to the device all the same, for the next one. Raises
-        Unavailable (ADAPTER_COLD) if it would rather fail, what `unusable_adapter` says of one that could not be
-        brought there, and InvalidRequest for a sum of which none is defined.
+        The adapter is brought to the device all the same, for later requests. Raises Unavailable (ADAPTER_COLD) if the
+        policy is to fail, what `unusable_adapter` returns for an adapter that failed to load, and InvalidRequest for a
+        sum that is not defined.
         """
         _check_composable(target)
         key, client = target.adapter_key, target.model.client
@@ -55,11 +56,10 @@ class ColdAdapters:
         return policy.on_cold == ON_COLD_USE_BASE
 
     async def load(self, target: Target, policy: AdapterPolicy, time_limit_seconds: float | None) -> Wait:
-        """Have the engine read the target's adapters into host memory; they come to the device as their turn comes.
+        """Have the engine read the target's adapters into host memory. The scheduler brings them to the device later.
 
-        At the request's time limit it has waited long enough, whether or not they are there.
-        Raises Unavailable (ADAPTER_COLD), what `unusable_adapter` says, and InvalidRequest for a sum of which none is
-        defined.
+        The wait ends at the request's time limit at the latest, whether or not the adapters have been read. Raises
+        Unavailable (ADAPTER_COLD), what `unusable_adapter` returns, and InvalidRequest for a sum that is not defined.
         """
         may_wait = self._wait_seconds(policy)
         try:
@@ -79,7 +79,7 @@ class ColdAdapters:
         return self._max_load_wait_seconds
 
     async def _load(self, target: Target, wait_seconds: float) -> float:
-        """Returns the seconds that it took."""
+        """Load the adapters. Returns the seconds that it took."""
         client, loop = target.model.client, asyncio.get_running_loop()
         began, seconds = loop.time(), 0.0
         try:
@@ -96,7 +96,7 @@ class ColdAdapters:
 
 
 def _check_composable(target: Target) -> None:
-    """Raise InvalidRequest if the target is a weighted sum with an adapter of which none is defined."""
+    """Raise InvalidRequest if the target is a weighted sum with an adapter that cannot be part of a sum."""
     for version, _ in target.parts:
         loaded = target.model.client.adapters.get(version.key)
         if loaded is not None and loaded.whole:

@@ -32,7 +32,7 @@ LOOPBACK_HOSTS = frozenset(("127.0.0.1", "[::1]", "localhost"))
 
 
 class ConfigError(ValueError):
-    """What is wrong with the configuration, and where."""
+    """The configuration cannot be used. The message names each mistake and its place."""
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,7 +40,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One base model: its name in the API, how its engine is set up, and what its requests get by default."""
+    """One base model: its name in the API, the settings of its engine, and the defaults of its requests."""
 
     name: str  # "llama-8b": requests name it so, or models/llama-8b
     load: bool = True  # at start; else by LoadModel
@@ -52,15 +52,15 @@ class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def is_local(self) -> bool:
-        """Whether `model` is a directory, absolute once the file is read, and not the id of a hub."""
+        """Whether `model` is a directory (an absolute path, once the file is read) rather than a hub id."""
         return self.model.startswith("/")
 
     def engine(self) -> EngineConfig:
-        """What the engine process is told."""
+        """The configuration for the engine process."""
         return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})
 
     def sampling(self) -> Sampling:
-        """`default_sampling` as the contract has it. Raises ValueError naming the field at fault."""
+        """`default_sampling` as a message of the contract. Raises ValueError naming the field at fault."""
         if self.default_sampling is None or self.default_sampling == "none":
             return Sampling()
         return sampling_of_file(self.default_sampling, "default_sampling")
@@ -94,7 +94,7 @@ class TlsConfig(_Section, frozen=True):
 
 
 class LimitsConfig(_Section, frozen=True):
-    """What may be in flight, how large messages may be, and how long anybody waits."""
+    """Limits on requests in flight, on message sizes, and on waiting times."""
 
     in_flight_sequences: float = 4.0  # times max_num_seqs; past it requests are refused as OVERLOADED
     in_flight_cache_tokens: float = 4.0  # times the tokens that the key-value cache holds
@@ -117,7 +117,7 @@ class LimitsConfig(_Section, frozen=True):
 
 
 class SupervisionConfig(_Section, frozen=True):
-    """When an engine counts as stuck, and how it is started again."""
+    """When an engine counts as stuck, and how often it is started again."""
 
     heartbeat_seconds: float = 2.0  # between two signs of life
     heartbeat_timeout_seconds: float = 60.0  # longer than the longest step: the engine answers between steps
@@ -138,7 +138,7 @@ class UsageConfig(_Section, frozen=True):
 
 
 class OtlpConfig(_Section, frozen=True):
-    """Where traces and metrics are sent, by OTLP over gRPC."""
+    """The collector of traces and metrics, reached by OTLP over gRPC."""
 
     endpoint: str  # http://host:4317, or https:
     headers: dict[str, str] = {}  # such as the credentials that the collector asks for
@@ -175,7 +175,7 @@ class ServiceConfig(_Section, frozen=True):
     supervision: SupervisionConfig = SupervisionConfig()
 
     def with_free_ports(self) -> Self:
-        """The same on loopback ports that are free, whatever the file says."""
+        """Return a copy that listens on free loopback ports, whatever the file says."""
         return msgspec.structs.replace(self, listen="127.0.0.1:0", admin_listen="127.0.0.1:0")
 
 
@@ -196,7 +196,7 @@ SECTIONS = (
 
 
 def default_config_file() -> Path:
-    """The embedded models and adapters, small enough for any machine."""
+    """The path of the embedded configuration, with models and adapters small enough for any machine."""
     return Path(str(resources.files("demo"))) / "loraplex.yaml"
 
 
@@ -223,7 +223,7 @@ def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceCon
 
 
 class _Loader(yaml.SafeLoader):
-    """Notes the keys that appear twice in a mapping, of which YAML would take the last in silence."""
+    """Notes keys that appear twice in a mapping: YAML would use the last one without a word."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -242,7 +242,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
-    """What the file says, and which of its keys appear twice. Raises ConfigError."""
+    """Return the content of the file, and its keys that appear twice. Raises ConfigError."""
     try:
         loader = _Loader(file.read_text())
         fields = loader.get_single_data()
@@ -256,7 +256,7 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _overrides(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """What the environment says, and what is wrong with it."""
+    """Return the settings in the environment, and what is wrong with them."""
     overrides: dict[str, Any] = {}
     problems: list[str] = []
     for field in msgspec.structs.fields(ServiceConfig):
@@ -289,7 +289,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         return msgspec.structs.replace(item, adapter_keys=tuple(absolute(file) for file in item.adapter_keys))
 
     def adapter_source(source: str) -> str:
-        """Under the first root that has it, as for everybody who names a source, or else beside the file."""
+        """Find an adapter's directory under the first root that has it, as for any request, else beside the file."""
         under = [os.path.join(absolute(root), source) for root in config.adapter_roots]
         return next(filter(os.path.isdir, under), absolute(source))
 

@@ -1,6 +1,6 @@
-"""What can be wrong with a configuration whatever its keys mean, each mistake with its place.
+"""Checks of a configuration that do not depend on the meaning of its keys. Each mistake is reported with its place.
 
-Keys that no section has, values of another type, and numbers that are no amounts.
+Checked are unknown keys, values of a wrong type, and numbers out of range.
 """
 
 import difflib
@@ -37,15 +37,15 @@ Section = type[msgspec.Struct]
 
 
 class Shape:
-    """Compares what a file says with the sections that there are."""
+    """Compares the content of a file with the sections that the configuration has."""
 
     def __init__(self, known_keys: Collection[str]) -> None:
-        """`known_keys`: of all sections, for who has mistyped one."""
+        """`known_keys`: the keys of all sections, to suggest one for a mistyped key."""
         self.mistakes: list[str] = []
         self._known_keys = sorted(known_keys)
 
     def pruned(self, value: Any, kind: Any, place: str = "") -> Any:
-        """The value without keys that do not exist. `kind`: the type that it must have."""
+        """Return the value without unknown keys, which are noted. `kind`: the type that the value must have."""
         if get_origin(kind) is tuple and isinstance(value, list):
             return [self.pruned(item, get_args(kind)[0], f"{place}[{index}]") for index, item in enumerate(value)]
         if get_origin(kind) is dict and isinstance(value, dict) and (section := _section(get_args(kind)[1])):
@@ -75,7 +75,7 @@ class Shape:
 
 
 def number_problems(section: msgspec.Struct, place: str = "") -> Iterator[str]:
-    """Of a section and those in it, but for what engines check themselves."""
+    """Problems with the numbers of a section and the sections in it, except those that engines check themselves."""
     for name in section.__struct_fields__:
         value = getattr(section, name)
         inside = _inside(place, name)
@@ -109,7 +109,7 @@ def _wrong(name: str, value: float) -> Iterator[str]:
 
 
 def _section(kind: Any) -> Section | None:
-    """The section that a type is, or is if it is not None."""
+    """The section class of a type that is a section or an optional section; None: it is neither."""
     kinds = [one for one in (get_args(kind) if get_origin(kind) is not None else (kind,)) if one is not NoneType]
     sections = [one for one in kinds if isinstance(one, type) and issubclass(one, msgspec.Struct)]
     return sections[0] if sections == kinds else None

@@ -24,7 +24,7 @@ FRAMES_PER_SECOND = 20
 
 @dataclass(slots=True)
 class Answer:
-    """What one model or adapter has said so far."""
+    """The text that one model or adapter has generated so far."""
 
     target: str  # what the request names
     model: str  # the base model that runs
@@ -47,7 +47,7 @@ class Answer:
 
 
 class Show:
-    """All answers as they grow."""
+    """Shows all answers as they grow."""
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self.answers = answers
@@ -92,7 +92,7 @@ async def play_demo(
 
 
 def all_answers(config: ServiceConfig) -> list[Answer]:
-    """Each model, and after it its adapters."""
+    """An empty answer for each model and, after it, for each of its adapters."""
     answers = []
     for model in config.models:
         answers.append(Answer(f"models/{model.name}", model.name, f"{model.name} (base model)"))

@@ -1,8 +1,8 @@
 """Brings registered adapters onto the engines, and away from them again.
 
-The registry says what exists, the host which engines there are; here the one is made to follow the other: a new version
-is checked, read by its engine and then active; an engine that starts again gets its adapters back; a version that is no
-longer current leaves the engine's memory; one that is being deleted goes once nobody uses it.
+The registry says which versions exist, the host which engines run. The deployer makes the engines follow: a new version
+is checked, read by its engine and then active; a restarted engine gets its adapters back; a version that is no longer
+current leaves the engine's memory; a deleted version goes once no request uses it.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ CONFIGURED_KIND = "configured"  # by name of an adapter of the configuration: th
 
 
 class AdapterDeployer:
-    """For one event loop. Long work runs in threads and in tasks of its own."""
+    """Makes engines follow the registry. For one event loop; long work runs in threads and in tasks of its own."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class AdapterDeployer:
         tenants: Tenants,
         texts: AdapterTexts,
     ) -> None:
-        """Brings the registry back to what the state says. `reconcile` makes the rest follow."""
+        """Restore the registry from the saved state. `reconcile` makes the rest follow."""
         self._registry = registry
         self._library = library
         self._models = models
@@ -87,13 +87,13 @@ class AdapterDeployer:
         models.subscribe(self._model_changed)
 
     def directory(self, version: AdapterVersion) -> str:
-        """Where a version's files are, for its engine to read."""
+        """The directory of a version's files, for its engine to read."""
         return str(self._library.directory(version))
 
     async def reconcile(self) -> None:
-        """After a restart: finish what had begun, check again what is not as it was, and whether it is trusted still.
+        """Finish interrupted work after a restart, and check changed files and trust again.
 
-        To be called before engines start: they are given nothing that this life does not accept.
+        Call it before engines start, so that they get only versions that this configuration accepts.
         """
         versions = self._registry.list_versions(include_versions=True)
         leaving = [version for version in versions if version.state is AdapterState.DELETING]
@@ -114,7 +114,10 @@ class AdapterDeployer:
                 self._spawn(self._recheck(self._registry.recheck(version.key)))
 
     def check_rank(self, files: AdapterFiles, base_model: str) -> AdapterFiles:
-        """The same, with the problem if the model takes no such rank. Raises NotFound for the model."""
+        """Return the files, with a problem added if the rank is above the model's limit.
+
+        Raises NotFound for the model.
+        """
         limits = self._models.get(base_model).supervisor.limits
         if files.description is None or limits is None or files.description.rank <= limits.max_adapter_rank:
             return files
@@ -149,7 +152,8 @@ class AdapterDeployer:
     async def create_saved(
         self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles, check: Callable[[], None]
     ) -> AdapterVersion:
-        """As `create`, once the state has it. `check` raises what is against it, when nothing else changes any more.
+        """Do as `create`, once the change is saved. `check` runs when no other change is under way, and raises
+        objections.
 
         Raises Unavailable (STATE_UNWRITABLE), too.
         """
@@ -166,9 +170,9 @@ class AdapterDeployer:
             raise
 
     def create(self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles) -> AdapterVersion:
-        """Register a version; it is LOADING until its engine has read it. Known already: it is returned as it is.
+        """Register a version. It is LOADING until its engine has read it. A known version is returned as it is.
 
-        Raises AlreadyExists, InvalidRequest for an id that cannot be.
+        Raises AlreadyExists, and InvalidRequest for a malformed id.
         """
         try:
             self._library.keep(files)
@@ -188,11 +192,11 @@ class AdapterDeployer:
         check: Callable[[], None],
         make: Callable[[], T] | None = None,
     ) -> T:
-        """Make a change of the registry once the state has it: one after the other, also if its caller goes away.
+        """Save a change of the registry, then make it. Changes run one after the other, even if their caller goes away.
 
-        `check` raises what is against it, when nothing else changes any more. `make`: the change with all that it
-        takes; without one it is the registry's alone. Raises Unavailable (STATE_UNWRITABLE), what these raise, and
-        NotFound if what is to change is gone by the time that the state has it: then it is not made.
+        `check` runs when no other change is under way, and raises objections. `make`: the change with all that it
+        takes; None: the registry's change alone. Raises Unavailable (STATE_UNWRITABLE), what these two raise, and
+        NotFound if the version is gone by the time that the change is saved; the change is then not made.
         """
         try:
             return await self._state.change(
@@ -203,7 +207,7 @@ class AdapterDeployer:
             raise unknown_adapter(f"tenants/{tenant}/adapters/{adapter_id}", error) from error
 
     async def create_configured(self, adapter: AdapterConfig) -> None:
-        """Register an adapter of the configuration file. What is wrong with it is logged: the others go on."""
+        """Register an adapter of the configuration file. Errors are logged, and the other adapters go on."""
         spec = AdapterSpec(
             base_model=adapter.model,
             source=adapter.source,
@@ -233,15 +237,15 @@ class AdapterDeployer:
     def load(self, version: AdapterVersion, residency: Residency = Residency.HOST) -> "asyncio.Task[None]":
         """Begin to bring a version into the memory of its engine, or on to the device.
 
-        Raises what `ModelHost.serving` raises; the task FailedPrecondition if the adapter cannot get to the device, and
-        Unavailable (ADAPTER_COLD) if it is unloaded meanwhile.
+        Raises what `ModelHost.serving` raises. The task raises FailedPrecondition if the adapter cannot get to the
+        device, and Unavailable (ADAPTER_COLD) if it is unloaded meanwhile.
         """
         client = self._models.serving(version.spec.base_model).client
         loading = self._deploy(client, version)
         return loading if residency is Residency.HOST else self._spawn(self._bring(client, version))
 
     def prefetch(self, version: AdapterVersion) -> None:
-        """Requests may come soon: have the version in host memory, if its model runs and there is any need."""
+        """Load a version into host memory ahead of its requests, if its model runs and the version is not there."""
         client = self._client(version)
         if client is not None and version.key not in client.adapters and version.state is AdapterState.ACTIVE:
             self._deploy(client, version)
@@ -249,7 +253,7 @@ class AdapterDeployer:
     def unload(self, version: AdapterVersion, residency: Residency = Residency.DISK) -> "asyncio.Task[None] | None":
         """Begin to free the memory of a version, or with HOST its room on the device, once no running request uses it.
 
-        None: it has no engine anyway.
+        Returns None if the model has no engine.
         """
         client = self._client(version)
         if client is None:
@@ -258,8 +262,8 @@ class AdapterDeployer:
         return self._spawn(leaving)
 
     async def pin(self, version: AdapterVersion, pinned: bool) -> None:
-        """Have its engine keep a version on the device, or no longer. That it is to be so in later lives, too, the
-        registry must be told.
+        """Have the engine keep a version on the device, or no longer. For later lives of the engine, the
+        registry must be told as well.
 
         Raises FailedPrecondition (ADAPTER_PIN_LIMIT, or what is wrong with the adapter), and Unavailable (ADAPTER_COLD)
         if it is unloaded meanwhile.
@@ -269,7 +273,7 @@ class AdapterDeployer:
             await self._pin(client, version, pinned)
 
     async def close(self) -> None:
-        """Wait for nothing any more."""
+        """Cancel all waiting work."""
         await self._library.close()
         for task in self._tasks:
             task.cancel()
@@ -299,7 +303,7 @@ class AdapterDeployer:
             self._state.put(STATE_KIND, key_name, msgspec.json.encode(record))
 
     def _check(self, version: AdapterVersion, files: AdapterFiles) -> None:
-        """A LOADING version's files have been looked at: its engine has the last word."""
+        """Pass a LOADING version whose files have been checked on to its engine, which decides."""
         if files.description is None:
             self._registry.fail(version.key, files.problems, files.reason)
             return
@@ -309,7 +313,10 @@ class AdapterDeployer:
             self._deploy(client, version)
 
     def _restore(self, name: str, body: bytes) -> bool:
-        """Whether a record of the state could be read. Else its adapter is FAILED, and the record stays as it is."""
+        """Restore one saved record.
+
+        False: it could not be read; its adapter is FAILED and the record stays as it is.
+        """
         try:
             self._registry.restore(name, msgspec.json.decode(body, type=AdapterRecord))
         except (msgspec.MsgspecError, ValueError) as error:
@@ -322,7 +329,7 @@ class AdapterDeployer:
         return True
 
     async def _untrusted(self, version: AdapterVersion) -> PermissionDenied | None:
-        """Why its tenant does not accept a version, whatever it did in an earlier life; None: it accepts it."""
+        """The error that says why the tenant does not accept a version now; None: it accepts the version."""
         tenant = self._tenants.get(version.key.name.partition("/")[0])
         try:
             await self._library.check_trust(tenant, version.key.digest, self._library.directory(version))
@@ -341,7 +348,9 @@ class AdapterDeployer:
                 self._check(version, self.check_rank(files, version.spec.base_model))
 
     def _deploy(self, client: EngineClient, version: AdapterVersion) -> "asyncio.Task[None]":
-        """Say so to the engine now, so that whatever follows finds the adapter registered; take its answer later."""
+        """Send the load to the engine now, so that later messages find the adapter registered; take the answer
+        later.
+        """
         loading = client.start_loading(version.key, self.directory(version))
         return self._spawn(self._take_answer(version.key, loading))
 
@@ -363,7 +372,7 @@ class AdapterDeployer:
                     self._bring_closer(self._registry.activate(key, info))
 
     async def _warnings_of_text(self, version: AdapterVersion) -> tuple[str, ...]:
-        """What of the text of a LOADING version is not as its files or its training have it."""
+        """Warnings about the tokenizer and template of a LOADING version."""
         model = self._models.find(version.spec.base_model)
         if version.state is not AdapterState.LOADING or model is None or model.tokenizer is None:
             return ()
@@ -391,7 +400,7 @@ class AdapterDeployer:
             self._bring_closer(version)
 
     def _bring_closer(self, version: AdapterVersion) -> None:
-        """Have an active version where it is to be ahead of its requests."""
+        """Bring an active version to the tier in which it belongs ahead of its requests."""
         client = self._client(version)
         if client is None:
             return
@@ -417,7 +426,7 @@ class AdapterDeployer:
             raise FailedPrecondition("ADAPTER_PIN_LIMIT", str(error)) from error
 
     async def _pin_again(self, client: EngineClient, version: AdapterVersion) -> None:
-        """Pin what is to be pinned. What cannot be is not said to be."""
+        """Pin a version again in a new engine. If that fails, the registry no longer says that it is pinned."""
         try:
             await self._pin(client, version, True)
         except FailedPrecondition as error:
@@ -445,7 +454,7 @@ class AdapterDeployer:
             self._spawn(self._remove(version))
 
     def _retire(self, key: AdapterKey) -> None:
-        """Free the memory of a version that the name has left. A request for that very version loads it again."""
+        """Free the memory of a version that its alias has left. A request for that version loads it again."""
         version = self._version(key)
         if version.state is AdapterState.ACTIVE and not version.spec.pinned:
             self.unload(version)
@@ -464,7 +473,7 @@ class AdapterDeployer:
             await self._library.remove(version.key.digest, lambda: not self._is_kept(version.key.digest))
 
     def _is_kept(self, digest: str) -> bool:
-        """Whether any version has files with this digest that the server keeps itself."""
+        """Whether any version uses the server's own copy of files with this digest."""
         versions = self._registry.list_versions(include_versions=True)
         return any(version.key.digest == digest and not version.directory for version in versions)
 
@@ -498,7 +507,7 @@ class AdapterDeployer:
 
 
 def _text_warnings(text: AdapterText, description: AdapterDescription) -> tuple[str, ...]:
-    """What of an adapter's text is not as its files or its training have it."""
+    """Warnings about the parts of an adapter's tokenizer and template that are not used as they were trained."""
     trained = {token_id for ids in description.config.trained_tokens.values() for token_id in ids}
     unnamed = sorted(token_id for token_id in trained if token_id >= text.tokenizer.num_token_ids)
     if not unnamed:
@@ -511,7 +520,7 @@ def _text_warnings(text: AdapterText, description: AdapterDescription) -> tuple[
 def _register(
     registry: AdapterRegistry, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles
 ) -> AdapterVersion:
-    """Raises AlreadyExists, InvalidRequest for an id that cannot be."""
+    """Register a version. Raises AlreadyExists, and InvalidRequest for a malformed id."""
     directory, fingerprint = ("", "") if files.gathered else (str(files.directory), files.fingerprint)
     text_digest = files.description.text_digest if files.description is not None else ""
     try:
@@ -524,7 +533,7 @@ def _register(
 
 
 def adapter_info(description: AdapterDescription, loaded: AdapterLoaded, warnings: Sequence[str] = ()) -> AdapterInfo:
-    """What the files and the engine say of a version together."""
+    """Combine what is known of a version from its files and from the engine."""
     ranks = description.module_ranks
     return AdapterInfo(
         rank=loaded.rank,
@@ -537,8 +546,8 @@ def adapter_info(description: AdapterDescription, loaded: AdapterLoaded, warning
 
 
 def _worth_having(versions: list[AdapterVersion], budget_bytes: int) -> list[AdapterVersion]:
-    """Which active versions a new engine is given ahead of their requests: those that are to be on the device, then
-    the last used ones, as many as fit."""
+    """The active versions that a new engine loads ahead of their requests: those that belong on the device, then the
+    most recently used, as many as fit."""
     found: list[AdapterVersion] = []
     active = [version for version in versions if version.state is AdapterState.ACTIVE]
 

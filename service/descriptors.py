@@ -1,4 +1,4 @@
-"""The files and sockets that the process may have open."""
+"""The limit on files and sockets that the process may have open."""
 
 import logging
 import resource
@@ -11,13 +11,16 @@ SPARE = 512  # for models, engines, files of adapters, logs
 
 
 def descriptors_needed(config: ServiceConfig) -> int:
-    """When all connections are there that the configuration allows."""
+    """The number of descriptors that the process needs when all allowed connections are open."""
     listeners = (config.listen, config.admin_listen, config.health_listen, config.metrics_listen)
     return config.limits.connections * sum(listener is not None for listener in listeners) + SPARE
 
 
 def raise_descriptor_limit(needed: int) -> None:
-    """As far as the system lets this process. Without descriptors a server takes no connection and starts no engine."""
+    """Raise the limit as far as the system allows.
+
+    Without descriptors no connection is accepted and no engine starts.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= needed:
         return

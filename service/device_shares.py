@@ -1,4 +1,4 @@
-"""How models that are on one GPU divide its memory between them."""
+"""The division of a GPU's memory between the models on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def share_problems(models: Sequence[ModelConfig]) -> Iterator[str]:
-    """GPUs of which the models would take more than there is."""
+    """Problems with GPUs whose models would take more than the whole memory."""
     for gpu, together in _by_gpu(models).items():
         named, unnamed = _named(together), _unnamed(together)
         total = sum(named.values())
@@ -32,7 +32,7 @@ def share_problems(models: Sequence[ModelConfig]) -> Iterator[str]:
 
 
 def with_shares(models: Sequence[ModelConfig]) -> tuple[ModelConfig, ...]:
-    """Each model that shares a GPU with others has a fraction of it: its own, or an equal part of what is left."""
+    """Give each model that shares a GPU a fraction of it: the configured one, or an equal part of the rest."""
     shares: dict[str, float | None] = {}
     for together in _by_gpu(models).values():
         named, unnamed = _named(together), _unnamed(together)

@@ -1,5 +1,5 @@
 # ruff: noqa: N818  (named for what happened, as httpx does: a caller reads `except NotFound`)
-"""Everything that can be wrong with a call, and the one map from there to google.rpc.
+"""The errors of calls, and their one mapping to google.rpc.
 
 Raise these anywhere in the service; the interceptor turns them into the status of the call. Each message says what is
 wrong, where, and what to do: it is written for the caller, and shows nothing that the caller may not see.
@@ -43,7 +43,7 @@ from loraplex.v1.inference_pb2 import PartialUsage, Usage
 
 
 class LoraplexError(Exception):
-    """Something that the caller is told. `reason` is a name of loraplex.v1.ErrorReason without its prefix."""
+    """An error that the caller is told. `reason`: a name of loraplex.v1.ErrorReason without its prefix."""
 
     code = grpc.StatusCode.INTERNAL
 
@@ -54,7 +54,7 @@ class LoraplexError(Exception):
         self.metadata = metadata  # of ErrorInfo: what a program may want to read without parsing the message
 
     def details(self) -> list[Message]:
-        """What google.rpc has a message for, beside ErrorInfo."""
+        """The details that google.rpc defines a message for, besides ErrorInfo."""
         return []
 
 
@@ -94,7 +94,9 @@ class PromptTooLong(InvalidRequest):
 
     @classmethod
     def of(cls, field: str, tokens: int, max_model_len: int, least: str = "") -> "PromptTooLong":
-        """A prompt that has these many tokens, or `least` that many, and leaves no room for an output."""
+        """The error for a prompt of so many tokens (with `least`: at least so many) that leaves no room for an
+        output.
+        """
         problem = (
             f"has {least}{tokens} tokens; the context of {max_model_len}, less one for the output, takes "
             f"{max_model_len - 1}. Shorten it, or set truncate_to_tokens"
@@ -191,12 +193,12 @@ class QuotaExceeded(LoraplexError):
 
 
 def unknown_adapter(name: str, error: AdapterNotFound) -> NotFound:
-    """What a caller is told that names an adapter which is not there."""
+    """The error for a caller that names an adapter which does not exist."""
     return NotFound("ADAPTER_NOT_FOUND", name, f"{error}; list those there are, or check its spelling")
 
 
 def unusable_adapter(name: str, problems: str, reason: str) -> LoraplexError:
-    """What a request is told whose adapter the engine cannot use. `reason`: one of those in adapters/errors.py."""
+    """The error for a request whose adapter the engine cannot use. `reason`: one of those in adapters/errors.py."""
     message = f"adapter {name} cannot be served: {problems}"
     return Unavailable(reason, message) if reason in (UNREADABLE, COLD) else FailedPrecondition(reason, message)
 
@@ -226,7 +228,7 @@ class MessageTooLarge(LoraplexError):
 
 
 class Unavailable(LoraplexError):
-    """Try again, perhaps another replica. The only error that clients retry by themselves."""
+    """A retry, perhaps at another replica, may succeed. The only error that clients retry by themselves."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
@@ -248,7 +250,7 @@ class DeadlineExceeded(LoraplexError):
 
 
 class Cancelled(LoraplexError):
-    """Somebody of the same tenant called CancelGeneration."""
+    """A caller of the same tenant ended the request with CancelGeneration."""
 
     code = grpc.StatusCode.CANCELLED
 
@@ -273,7 +275,7 @@ _MAX_VIOLATIONS = 8
 
 
 def to_status(error: LoraplexError, request_id: str, usage: Usage | None = None) -> Status:
-    """The status of a call that ends with this error; `usage`: what a generation that had begun had consumed.
+    """The status of a call that ends with this error. `usage`: the tokens that its generation had consumed.
 
     Always carries ErrorInfo. Smaller than MAX_STATUS_BYTES, whatever the error quotes from the request.
     """
@@ -289,7 +291,7 @@ def to_status(error: LoraplexError, request_id: str, usage: Usage | None = None)
 
 
 def trailing_metadata(error: LoraplexError, status: Status) -> tuple[tuple[str, str | bytes], ...]:
-    """How the status travels beside its code and message, and when a client should come again by itself."""
+    """The trailing metadata with the status's details, and with the seconds after which a client should retry."""
     metadata: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
     if isinstance(error, Unavailable):
         metadata.append(("grpc-retry-pushback-ms", str(round(error.retry_after_seconds * 1000))))

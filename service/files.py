@@ -12,14 +12,14 @@ logger = logging.getLogger(__name__)
 
 
 class Reloaded(Generic[T]):
-    """What some files say, read again when one of them has changed.
+    """The content of some files, read again when one of them has changed.
 
-    A change that cannot be read is logged, and what was read before stays in force: half-written files and mistakes do
-    not shut anybody out. For any thread.
+    If the changed files cannot be read, that is logged and the earlier content stays in force: half-written files do
+    not lock callers out. For any thread.
     """
 
     def __init__(self, paths: Sequence[str], read: Callable[[], T]) -> None:
-        """Raises what `read` raises."""
+        """Read the files. Raises what `read` raises."""
         self._paths = [Path(path) for path in paths]
         self._read = read
         self._lock = threading.Lock()
@@ -27,7 +27,7 @@ class Reloaded(Generic[T]):
         self._content = read()
 
     def get(self) -> T:
-        """What the files say now."""
+        """The present content."""
         with self._lock:
             state = self._look()
             if state != self._state:

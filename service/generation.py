@@ -1,8 +1,8 @@
 """One admitted request: its sequences in the engine, and the events that its caller sees.
 
-When the engine dies, a request goes on with its successor from the tokens that it has, so its caller sees one stream
-without a gap, and no token twice. What it draws is a function of its tokens and its seed: with kernels that are not
-batch-invariant but for near ties, where the bits of a row decide.
+When the engine dies, its requests go on with the next engine from the tokens that they have: the caller sees one stream
+without a gap, and no token twice. A drawn token is a function of the tokens and the seed. With kernels that are not
+batch-invariant, near ties are the exception: there the last bits of a row decide.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ Event = Started | PromptLogprobs | Delta | Finished | Completed
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything that is decided before the engine sees the request. Times are the event loop's."""
+    """All that is decided before the engine sees the request. Times are the event loop's."""
 
     request_id: str  # what the caller sees; the engine's ids are in `sequences`
     client_request_id: str
@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(slots=True)
 class _Sequence:
-    """One output: how the engine was asked for it, and what came of it."""
+    """One output: the request to the engine, and the tokens received so far."""
 
     request: AddRequest
     builder: OutputBuilder
@@ -64,7 +64,7 @@ class _Sequence:
 
 
 class Run:
-    """Turns what the engine gives a job into Started, PromptLogprobs*, (Delta | Finished)*, Completed."""
+    """Turns the engine's outputs for a job into Started, PromptLogprobs*, (Delta | Finished)*, Completed."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class Run:
         token_gaps: Distribution,
         start: Callable[[], None],
     ) -> None:
-        """Hands the sequences to the engine. `close` must follow.
+        """Hand the sequences to the engine. `close` must follow.
 
-        `successor`: waits for the engine that follows one that died, until it has the job's adapter. Raises what the
+        `successor`: waits for the next engine after one has died, until it holds the job's adapter; raises what the
         caller is told if none comes. `token_gaps`: observes the seconds between tokens. `start`: called at the first
         token.
         """
@@ -107,7 +107,7 @@ class Run:
         self._error: Exception | None = None  # given to `end`
 
     def usage(self) -> Usage:
-        """What has been consumed so far."""
+        """The tokens consumed so far."""
         return Usage(
             prompt_tokens=len(self._prompt),
             cached_prompt_tokens=self._cached_tokens,
@@ -115,7 +115,7 @@ class Run:
         )
 
     def record(self, status: str, trace_id: str) -> GenerationRecord:
-        """What is known of it now. `status`: the name of the one of grpc that it ends with."""
+        """The generation's record. `status`: the name of the gRPC status that it ends with."""
         job, first = self._job, self._job.sequences[0]
         key = first.adapter
         seconds = asyncio.get_running_loop().time() - job.arrival
@@ -145,7 +145,7 @@ class Run:
         )
 
     def end(self, error: Exception) -> None:
-        """Stop the engine's work at once, and have `events` raise this error."""
+        """Stop the engine's work at once, and make `events` raise this error."""
         self._error = error
         self._generation.end(error)
         if self._waiting is not None:
@@ -156,9 +156,10 @@ class Run:
         self._generation.close()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Everything, in order.
+        """Yield all events, in order.
 
-        Raises EngineError, SlowConsumer, what `unusable_adapter` says, and what ended the engine or was given to `end`.
+        Raises EngineError, SlowConsumer, what `unusable_adapter` returns, the engine's error, and the one given to
+        `end`.
         """
         loop = asyncio.get_running_loop()
         flush_at: float | None = None  # when the first of the held tokens has been held long enough
@@ -196,14 +197,14 @@ class Run:
         yield self._completed()
 
     async def _next(self, flush_at: float | None) -> RequestOutput:
-        """Raises TimeoutError at `flush_at`."""
+        """The engine's next output. Raises TimeoutError at `flush_at`."""
         if flush_at is None:  # most of the time; a timeout that never comes costs as much as one that does
             return await anext(self._generation)
         async with asyncio.timeout_at(flush_at):
             return await anext(self._generation)
 
     async def _resume(self) -> None:
-        """Go on with the next engine. What this one gave last, and nobody has read, is generated once more."""
+        """Go on with the next engine. Tokens of the old one that were not read yet are generated again."""
         self._num_resumptions += 1
         client = await self._next_client()
         while not client.holds(self._job.sequences[0].adapter):  # it died, or the adapter left it, before our turn
@@ -280,7 +281,7 @@ class Run:
         )
 
     def _end_at_time_limit(self) -> Iterator[Event]:
-        """What an engine would say, where none has the request."""
+        """End the outputs as an engine would at the time limit, while no engine has the request."""
         for request_id, sequence in list(self._open.items()):
             if sequence.builder.finished is None:
                 yield from self._push(RequestOutput(request_id, [], FinishReason.TIME_LIMIT))
@@ -322,7 +323,10 @@ class Run:
         return started
 
     def _take(self, everything: bool) -> Iterator[Event]:
-        """What is due: outputs that ended, or hold enough tokens. Nothing before the prompt's log-probabilities."""
+        """The events that are due: of outputs that ended or hold enough tokens.
+
+        The prompt's log-probabilities come first.
+        """
         if self._awaits_prompt_logprobs:
             return
         for request_id, sequence in list(self._open.items()):

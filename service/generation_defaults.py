@@ -1,4 +1,4 @@
-"""How files want tokens chosen: our configuration, and a model's generation_config.json as transformers reads it."""
+"""Sampling defaults in files: our configuration, and a model's generation_config.json as transformers reads it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +37,10 @@ UNREAD = (
 
 
 def sampling_of_file(values: Mapping[str, Any], place: str) -> Sampling:
-    """The message that these values of a file make. Raises ValueError naming, at `place`, what no request may have."""
+    """The sampling message with a file's values.
+
+    Raises ValueError naming, at `place`, values that no request may have.
+    """
     large = [name for name, value in values.items() if isinstance(value, int) and abs(value) >= 1 << 64]
     if large:  # of these the parser says nothing but that they overflow
         raise ValueError(f"{place}: {', '.join(large)}: the number is too large")
@@ -54,7 +57,7 @@ def sampling_of_file(values: Mapping[str, Any], place: str) -> Sampling:
 
 
 def default_sampling(generation_config: Mapping[str, Any]) -> Sampling:
-    """The defaults that generation_config.json gives. What is null there is absent.
+    """The defaults in generation_config.json. A null value counts as absent.
 
     `do_sample: false` is greedy, whatever the temperature; where it is left out, the other fields count as they stand.
     Raises TextError for a value that no request could ask for.
@@ -71,5 +74,5 @@ def default_sampling(generation_config: Mapping[str, Any]) -> Sampling:
 
 
 def unread(generation_config: Mapping[str, Any]) -> list[str]:
-    """The fields that would choose other tokens, and that this server does not have."""
+    """The fields that would change the sampling, and that this server does not support."""
     return [name for name in UNREAD if generation_config.get(name) not in (None, False, 0, 1, [], {})]

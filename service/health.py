@@ -1,4 +1,4 @@
-"""grpc.health.v1, told so that nobody waits for a caller who does not read.
+"""grpc.health.v1, so written that no watcher can block the others.
 
 The servicer of grpcio-health-checking holds a lock while it writes: one watcher without a flow-control window stops
 every change for everybody.
@@ -22,7 +22,7 @@ NOT_SERVING: int = HealthCheckResponse.NOT_SERVING
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Says of each name what was said of it last."""
+    """Reports the last status set for each name."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
@@ -30,7 +30,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._is_final = False
 
     def set(self, name: str, status: int) -> None:
-        """Say this of a name from now on."""
+        """Set the status of a name."""
         if self._is_final or self._statuses.get(name) == status:
             return
         self._statuses[name] = status
@@ -38,7 +38,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
             watcher.put(name, status)
 
     def end(self) -> None:
-        """NOT_SERVING for every name, whatever is said afterwards."""
+        """Report NOT_SERVING for every name, whatever is set afterwards."""
         for name in self._statuses:
             self.set(name, NOT_SERVING)
         self._is_final = True

@@ -27,7 +27,7 @@ Supervise = Callable[[ModelConfig, Callable[[], None]], EngineSupervisor]  # the
 
 
 class HostedModel:
-    """One model over all the lives of its engine. For one event loop."""
+    """One model, through all restarts of its engine. For one event loop."""
 
     def __init__(self, config: ModelConfig, supervise: Supervise, changed: Callable[["HostedModel"], None]) -> None:
         self.config = config
@@ -56,16 +56,19 @@ class HostedModel:
 
     @property
     def revision(self) -> str:
-        """Of its files, when its engine last started; known once it has been loaded."""
+        """The revision of the files that the engine loaded last; known once it has loaded."""
         return self.supervisor.revision
 
     @property
     def client(self) -> EngineClient | None:
-        """The way to the engine as long as it lives; a model that is being unloaded still has one."""
+        """The client of the running engine; None: there is none. A model that is being unloaded still has one."""
         return self.supervisor.client
 
     def serving(self) -> LoadedModel:
-        """What a new request needs. Raises FailedPrecondition (MODEL_UNLOADED) or Unavailable (MODEL_LOADING, …)."""
+        """The snapshot for a new request.
+
+        Raises FailedPrecondition (MODEL_UNLOADED) or Unavailable (MODEL_LOADING, …).
+        """
         state, client, limits = self.state, self.client, self.supervisor.limits
         if state is EngineState.ACTIVE and client is not None and limits is not None and self.tokenizer is not None:
             sampling, literal = self.default_sampling, self.config.literal_content
@@ -73,9 +76,9 @@ class HostedModel:
         raise self._not_serving(state)
 
     async def successor(self, revision: str) -> EngineClient:
-        """Wait until the engine that follows one that died serves. Raises what `serving` raises if none will.
+        """Wait until the next engine after one that died serves. Raises what `serving` raises if none will.
 
-        Raises Unavailable (ENGINE_RESTARTING) if it has another revision of the model, too.
+        Also raises Unavailable (ENGINE_RESTARTING) if the next engine has another revision of the model.
         """
         await self.supervisor.wait_settled()
         if self.supervisor.state is EngineState.ACTIVE and self.revision != revision:
@@ -113,18 +116,21 @@ class HostedModel:
             self._loading = asyncio.create_task(self._load(), name=f"load {self.name}")
 
     def unload(self, grace_seconds: float) -> None:
-        """Begin to unload: nothing new is taken, what runs may go on for the grace. Unloaded already: nothing."""
+        """Begin to unload: refuse new requests, and let running ones go on for the grace.
+
+        An unloaded model stays so.
+        """
         if self._unloading is None and self.state is not EngineState.UNLOADED:
             self._unloading = asyncio.create_task(self._unload(grace_seconds), name=f"unload {self.name}")
 
     async def wait_settled(self) -> None:
-        """Until what `load` or `unload` began has come to its end, well or not."""
+        """Wait until the work that `load` or `unload` began has ended, well or not."""
         for task in (self._loading, self._unloading):
             if task is not None:
                 await asyncio.wait({task})
 
     async def close(self, reason: LoraplexError) -> None:
-        """End the engine now, and what still runs on it with `reason`."""
+        """End the engine now, and the requests that still run on it with `reason`."""
         if self._unloading is not None:
             self._unloading.cancel()
             await asyncio.wait({self._unloading})
@@ -146,7 +152,7 @@ class HostedModel:
             self._change()
 
     async def _read_text(self) -> None:
-        """The tokenizer of the revision that the engine has loaded. Raises TextError, OSError."""
+        """Read the tokenizer of the revision that the engine has loaded. Raises TextError, OSError."""
         for _ in range(2):  # the files may be replaced between the engine's look and this one
             if self.supervisor.state is EngineState.FAILED:
                 return
@@ -161,7 +167,7 @@ class HostedModel:
         raise TextError("its files were replaced after its engine had loaded them; load it again")
 
     def _take_defaults(self, generation_config: Mapping[str, Any]) -> None:
-        """The configuration's defaults, and for what it leaves out the model's own. Raises TextError."""
+        """Set the sampling defaults: the configuration's, and for absent fields the model's own. Raises TextError."""
         if self.config.default_sampling == "none":
             return
         own = default_sampling(generation_config)
@@ -209,16 +215,16 @@ class ModelHost:
         self._models = {config.name: HostedModel(config, supervise, self._publish) for config in configs}
 
     def subscribe(self, callback: Callable[[HostedModel], None]) -> Callable[[], None]:
-        """Call `callback` after every change of a model; it must not block. Returns how to stop that."""
+        """Call `callback`, which must not block, after every change of a model. Returns a function that ends this."""
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
     def all(self) -> list[HostedModel]:
-        """Ordered by name."""
+        """All models, ordered by name."""
         return [self._models[name] for name in sorted(self._models)]
 
     def get(self, name: str) -> HostedModel:
-        """Raises NotFound (MODEL_NOT_FOUND). `name`: the bare id."""
+        """The model with this bare id. Raises NotFound (MODEL_NOT_FOUND)."""
         if name not in self._models:
             there_are = ", ".join(sorted(self._models))
             message = f"there is no model {name!r}; there are: {there_are}"
@@ -226,25 +232,25 @@ class ModelHost:
         return self._models[name]
 
     def find(self, name: str) -> HostedModel | None:
-        """None: there is no such model. `name`: the bare id."""
+        """The model with this bare id; None: there is none."""
         return self._models.get(name)
 
     def serving(self, name: str) -> LoadedModel:
-        """Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.serving` raises."""
+        """The snapshot of this model. Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.serving` raises."""
         return self.get(name).serving()
 
     async def successor(self, name: str, revision: str) -> EngineClient:
-        """Raises NotFound (MODEL_NOT_FOUND), and what `HostedModel.successor` raises."""
+        """Wait as `HostedModel.successor` does. Raises NotFound (MODEL_NOT_FOUND), and what `successor` raises."""
         return await self.get(name).successor(revision)
 
     def start(self) -> None:
-        """Load those that are to be loaded at start."""
+        """Begin to load the models that are configured to load at start."""
         for model in self._models.values():
             if model.config.load:
                 model.load()
 
     async def close(self, reason: LoraplexError) -> None:
-        """End all engines; what still runs ends with `reason`."""
+        """End all engines, and the requests that still run with `reason`."""
         await asyncio.gather(*(model.close(reason) for model in self._models.values()))
 
     def _publish(self, model: HostedModel) -> None:
@@ -256,7 +262,7 @@ class ModelHost:
 
 
 def _read_text_files(config: ModelConfig) -> tuple[Tokenizer, str]:
-    """The tokenizer and the revision. Raises TextError, OSError."""
+    """Read the tokenizer and the revision. Raises TextError, OSError."""
     directory = Path(config.model) if config.is_local else _fetched_directory(config)
     tokenizer = Tokenizer.load(directory)
     if config.chat_template is not None:
@@ -266,7 +272,7 @@ def _read_text_files(config: ModelConfig) -> tuple[Tokenizer, str]:
 
 
 def revision_of(config: ModelConfig) -> str:
-    """Of a model's files as they are now; "": they have not been fetched from the hub yet. Raises OSError."""
+    """The revision of a model's files now; "": they have not been fetched from the hub yet. Raises OSError."""
     if config.is_local:
         return _revision(Path(config.model))
     try:
@@ -276,7 +282,7 @@ def revision_of(config: ModelConfig) -> str:
 
 
 def _check_ids(tokenizer: Tokenizer, sampling: Sampling, vocab_size: int) -> None:
-    """Raise TextError unless the ids that the service adds to requests are the model's: else each would fail."""
+    """Raise TextError if the model lacks a token id that the service adds to requests: else each would fail."""
     places = {
         "eos_token of the tokenizer, or eos_token_id of another file": tokenizer.eos_token_ids,
         "what the tokenizer adds to a text, such as bos_token": tokenizer.encode(""),
@@ -293,16 +299,16 @@ def _check_ids(tokenizer: Tokenizer, sampling: Sampling, vocab_size: int) -> Non
 
 
 def _fetched_directory(config: ModelConfig) -> Path:
-    """Where the engine has put a model from the hub."""
+    """The directory into which the engine has fetched a model from the hub."""
     from huggingface_hub import snapshot_download  # only where it is needed: it takes a third of a second to import
 
     return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
 
 
 def _revision(directory: Path) -> str:
-    """The commit of a snapshot from the hub; of another directory a digest over its files' names, sizes and times.
+    """The commit of a hub snapshot; for other directories a digest over the files' names, sizes and times.
 
-    Not over their content: that would read every byte of the weights once more.
+    The content is not digested: that would read every byte of the weights once more.
     """
     if directory.parent.name == "snapshots":
         return directory.name

@@ -1,4 +1,4 @@
-"""The requests that are under way, by their ids: so that one can be ended from outside, whether it waits or runs."""
+"""The requests in flight, by their ids, so that one can be ended from outside, whether it waits or runs."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterator
@@ -24,11 +24,14 @@ class InFlight:
 
     @property
     def missed_deadline(self) -> DeadlineExceeded | None:
-        """What it was ended with, if that was its deadline."""
+        """The error that ended the request, if that was its deadline; else None."""
         return self._error if isinstance(self._error, DeadlineExceeded) else None
 
     def end(self, error: LoraplexError) -> None:
-        """Have it end with this error: at once if it runs or waits, else as soon as it does. The first one counts."""
+        """End the request with this error: at once if it runs or waits, else as soon as it does.
+
+        The first error counts.
+        """
         if self._error is not None:
             return
         self._error = error
@@ -39,7 +42,7 @@ class InFlight:
 
     @asynccontextmanager
     async def waiting(self) -> AsyncIterator[None]:
-        """Within the block it waits. Raises what `end` was given."""
+        """Mark the request as waiting for the length of the block. Raises the error given to `end`."""
         try:
             async with asyncio.timeout(None if self._error is None else 0) as self._waiting:
                 yield
@@ -51,28 +54,28 @@ class InFlight:
             self._waiting = None
 
     def runs(self, run: Run) -> None:
-        """From now on, ending the request is ending this."""
+        """Note that the request runs: `end` ends this run from now on."""
         self._run = run
         if self._error is not None:
             run.end(self._error)
 
 
 def end_before(deadline: float, request: InFlight) -> asyncio.TimerHandle:
-    """End it so long before its deadline that the caller still hears of it: what came of it, and what that took."""
+    """End the request shortly before its deadline, so that the caller still receives the status and the usage."""
     margin = min(MAX_MARGIN_SECONDS, MARGIN_SHARE * (deadline - request.call.arrival))
     problem = "the call's deadline is over; ask for fewer tokens, set a time_limit below it, or give it longer"
     return asyncio.get_running_loop().call_at(deadline - margin, request.end, DeadlineExceeded(problem))
 
 
 class Requests:
-    """All of them."""
+    """All requests in flight."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, InFlight] = {}
 
     @contextmanager
     def known(self, call: Call) -> Iterator[InFlight]:
-        """Within the block the request can be ended by its id."""
+        """Make the request known by its ids for the length of the block."""
         request = self._by_id[call.request_id] = InFlight(call)
         timer = None if call.deadline is None else end_before(call.deadline, request)
         try:
@@ -83,7 +86,7 @@ class Requests:
             del self._by_id[call.request_id]
 
     def cancel(self, tenant: str, request_ids: Collection[str], client_request_ids: Collection[str]) -> list[str]:
-        """End those of a tenant that have one of these ids of ours, or one of these of the caller: ours, of all."""
+        """End the tenant's requests with one of these ids, the server's or the caller's. Returns their request ids."""
         chosen = [
             call.request_id
             for call in (request.call for request in self._by_id.values())

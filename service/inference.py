@@ -87,7 +87,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         answer_bytes: int = 32 << 20,
     ) -> None:
         """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read.
-        `resume_seconds`: how long a request that has begun waits for the engine that follows one that died.
+        `resume_seconds`: how long a request that has begun waits for the next engine after one has died.
         `metrics`: gets the gaps between tokens; what else it counts, it hears of as an observer. `recorded`: waits
         until what observers keep of generations that have ended is kept: callers see the end only then. `answer_bytes`:
         of an answer in one piece, and of each item of a batch.
@@ -171,7 +171,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         slots: asyncio.Semaphore,
         results: "asyncio.Queue[BatchGenerateResponse]",
     ) -> None:
-        """One item of a batch, a request with an id of its own. If it fails, it fails alone."""
+        """Run one item of a batch, a request with an id of its own. Its failure leaves the other items alone."""
         try:
             async with item.waiting():
                 await slots.acquire()
@@ -206,7 +206,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     @asynccontextmanager
     async def _run(self, known: InFlight, spec: GenerateSpec, path: str, streaming: bool) -> AsyncIterator[Run]:
-        """One request from its spec to its run. At the end of the block, however it ends, the engine forgets it."""
+        """Take one request from its spec to its run. However the block ends, the engine then forgets the request."""
         call = known.call
         tenant = self._tenants.get(call.tenant)
         call.labels = dict(spec.labels)
@@ -281,7 +281,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._observer.generation_ended(call, run.record(status, call.trace_id))
 
     async def _successor(self, target: Target, adapter: AdapterKey | None) -> EngineClient:
-        """The engine that follows one that died, once it holds the request's adapters.
+        """Wait for the next engine after one has died, until it holds the request's adapters.
 
         Raises Unavailable (ENGINE_RESTARTING) if it takes too long, and what `Catalog.successor` and `unusable_adapter`
         raise.
@@ -305,7 +305,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def _after(params: SamplingParams, wait: Wait) -> SamplingParams:
-    """The parameters of a request that has waited."""
+    """The parameters of a request that has waited: its time limit is shorter by the wait."""
     if params.time_limit_seconds is None:
         return params
     return msgspec.structs.replace(params, time_limit_seconds=max(params.time_limit_seconds - wait.seconds, 0.0))
@@ -321,7 +321,7 @@ def _sequences(
     wait: Wait,
     outputs: int,
 ) -> list[AddRequest]:
-    """One request to the engine for each output. The prompt's log-probabilities are the first one's business."""
+    """One request to the engine for each output. Only the first one asks for the prompt's log-probabilities."""
     first = AddRequest(
         request_id=client.new_request_id(),
         prompt_token_ids=prompt,

@@ -1,4 +1,4 @@
-"""What every call passes through: who calls, the request's id, and the way of every error into a status."""
+"""The interceptor of every call: authentication, the request id, and the mapping of errors to a status."""
 
 from __future__ import annotations  # grpc's classes are generic to mypy, and not when they run
 
@@ -47,7 +47,7 @@ PUBLIC_CALLS_PER_HOST = 256  # of methods that ask for no credentials: health, w
 
 
 def known_error(error: Exception, call: Call, what: str) -> LoraplexError:
-    """The error itself if it is for the caller; else EngineError, and what happened goes to the log alone."""
+    """Return the error if it is meant for the caller; else log it, and return an EngineError in its place."""
     if isinstance(error, LoraplexError):
         return error
     logger.error("%s failed, request_id=%s", what, call.request_id, exc_info=error)
@@ -55,12 +55,12 @@ def known_error(error: Exception, call: Call, what: str) -> LoraplexError:
 
 
 def error_status(error: LoraplexError, call: Call) -> Status:
-    """With what the call had consumed."""
+    """The gRPC status of an error, with the tokens that the call had consumed."""
     return to_status(error, call.request_id, call.usage() if call.usage is not None else None)
 
 
 def status_name(error: BaseException, call: Call) -> str:
-    """The name of the status that the caller sees for what ended its call."""
+    """The name of the status that the caller sees for the exception that ended the call."""
     if isinstance(error, LoraplexError):
         return error.code.name
     if isinstance(error, Exception) and not isinstance(error, grpc.aio.InternalError):
@@ -82,7 +82,7 @@ _BEHAVIOURS: Mapping[tuple[bool, bool], str] = {
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """What one caller may take of the server."""
+    """Limits on what one caller may take of the server."""
 
     receive: ReceiveLimits = field(default_factory=ReceiveLimits)
     calls_per_tenant: int = 2048  # in progress
@@ -93,7 +93,7 @@ class CallLimits:
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """One method, as it is served."""
+    """One method and its behaviour, as it is served."""
 
     path: str
     behaviour: Behaviour
@@ -107,7 +107,7 @@ class _Method:
         return self.path.removeprefix("/")
 
     async def request(self, principal: Principal, context: Context) -> Any:
-        """What the behaviour is given: a message, or an iterator of them. Raises PermissionDenied."""
+        """The argument of the behaviour: a message, or an iterator of messages. Raises PermissionDenied."""
         if self.takes_many:
             return _checked(self.receiver.all(context), principal, self.path)
         message = await self.receiver.one(context)
@@ -120,11 +120,11 @@ class _Method:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Gives each call its `Call`, and each error its status.
+    """Gives each call its `Call` object, and each error its status.
 
-    To gRPC every method takes a stream: so nothing of a call is received before its caller is let in. A handler returns
-    its response, or is an asynchronous generator of responses. Its caller's cancellation, deadline or disappearance
-    reaches it as CancelledError (a generator: or as GeneratorExit), which passes through here.
+    To gRPC every method takes a stream, so that no message is received before its caller is authenticated. A handler
+    returns its response, or is an asynchronous generator of responses. Its caller's cancellation, deadline or
+    disappearance reaches it as CancelledError (a generator: or as GeneratorExit), which passes through here.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         observer: Observer = NOBODY,
         tenants: Tenants | None = None,
     ) -> None:
-        """`door`: None lets everybody in. `tenants`: each call counts as a request of its tenant."""
+        """`door`: None: calls need no credentials. `tenants`: each call counts as a request of its tenant."""
         self._door = door or Door()
         self._tenants = tenants or Tenants()
         self._observer = observer
@@ -224,7 +224,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         await _abort(FeatureUnsupported(path[:200], problem), Call(tenant=""), context)
 
     async def _principal(self, path: str, caller: Caller) -> Principal:
-        """Who calls. Raises what `Door.enter` does, and Unavailable."""
+        """Authenticate the caller. Raises what `Door.enter` raises, and Unavailable."""
         if is_public(path):
             return ANYBODY
         self._places.enter("")
@@ -277,16 +277,19 @@ class _Headers:
         self._sent = False
 
     async def send(self) -> None:
-        """At the admission of a request, else with the first response: headers end the client's right to retry."""
+        """Send the headers: once the request is admitted, else with the first response.
+
+        They end the client's right to retry.
+        """
         if not self._sent:
             self._sent = True
             await self._context.send_initial_metadata(_outgoing(self._call))
 
 
 class _StallWatch:
-    """Ends its block with SlowConsumer once a single write in it takes too long.
+    """Ends its block with SlowConsumer once a single write takes too long.
 
-    One timer for a whole stream, looked at when it rings: a timer for each message would cost more than the message.
+    One timer serves a whole stream and checks the current write when it fires: a timer for each message would cost more
     """
 
     def __init__(self, seconds: float) -> None:
@@ -327,7 +330,7 @@ class _StallWatch:
 
 
 async def _checked(messages: AsyncIterator[Message], principal: Principal, path: str) -> AsyncIterator[Message]:
-    """The messages of a caller, of which the first says what they are about."""
+    """The messages of a stream, after checking the caller's right to the resource that the first one names."""
     is_first = True
     async for message in messages:
         if is_first:
@@ -338,14 +341,14 @@ async def _checked(messages: AsyncIterator[Message], principal: Principal, path:
 
 
 def _at_end(callback: Callable[[object], None]) -> None:
-    """Have this called once the call is over: its answer has been read, or its caller is gone."""
+    """Register a callback for the end of the call: its answer has been read, or its caller is gone."""
     task = asyncio.current_task()
     assert task is not None
     task.add_done_callback(callback)
 
 
 def _check_credentials_once(pairs: Iterable[tuple[str, str | bytes]]) -> None:
-    """Raises Unauthenticated where a proxy and this server could each believe another one."""
+    """Raise Unauthenticated for credentials sent twice: a proxy and this server could each use another of them."""
     keys = [key for key, _ in pairs]
     for key in ("authorization", "loraplex-tenant"):
         if keys.count(key) > 1:
@@ -353,7 +356,7 @@ def _check_credentials_once(pairs: Iterable[tuple[str, str | bytes]]) -> None:
 
 
 def _client_request_id(metadata: Mapping[str, str]) -> str:
-    """Raises InvalidRequest for one that is too long to be kept."""
+    """The request id that the caller chose. Raises InvalidRequest if it is too long to be kept."""
     value = metadata.get("x-request-id", "")
     if len(value) > MAX_CLIENT_REQUEST_ID:
         problem = f"has {len(value)} characters; at most {MAX_CLIENT_REQUEST_ID} are allowed"

@@ -1,7 +1,7 @@
-"""The limits of the contract: one table for all methods, by "Message.field", and sums where many things add up.
+"""The limits of the contract: one table for all methods, by "Message.field", and limits on whole messages.
 
-Each limit says itself in words; the comment of the field in `proto/` has the same words. A field without presence that
-is zero or empty counts as absent, and is not asked: what is required is said where it is needed.
+Each limit has a text form, and the comment of the field in `proto/` uses the same words. A field without presence that
+is zero or empty counts as absent and is not checked here: required fields are checked where they are needed.
 """
 
 import math
@@ -18,14 +18,14 @@ Problems = Iterator[tuple[str, str]]  # (suffix of the field's path, what is wro
 
 
 class Limit(Protocol):
-    """What one field may say."""
+    """The values that one field may have."""
 
     @property
     def words(self) -> str:
-        """As the comment of the field says it."""
+        """The limit in the words of the field's comment."""
 
     def problems(self, value: Any) -> Problems:
-        """Everything that is wrong with a value."""
+        """Describe everything that is wrong with a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text of at most so many characters, or UTF-8 bytes; or so many bytes that are none."""
+    """A text with a limit in characters or UTF-8 bytes, or a bytes field."""
 
     most: int
     least: int = 0
@@ -89,7 +89,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """A list or a map of at most so many, each within a limit of its own."""
+    """A list or a map with a limit on its length and on each entry."""
 
     most: int
     of: Limit | None = None
@@ -121,7 +121,7 @@ class Entries:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """An enumerator that this server knows."""
+    """An enum value that this server knows."""
 
     values: Callable[[], Sequence[int]]
 
@@ -136,7 +136,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What a message may hold with everything in it, where many things within their limits are still too much."""
+    """A limit on a whole message, where many fields within their own limits would still be too much."""
 
     characters: int
     entries: int  # of lists and maps, but for numbers

@@ -1,4 +1,4 @@
-"""Gives memory back to the system that a burst of large requests has left free, and the allocator keeps."""
+"""Returns memory to the system that the allocator still keeps after a burst of large requests."""
 
 import asyncio
 import ctypes
@@ -13,7 +13,7 @@ _STATM = Path("/proc/self/statm")
 
 
 async def keep_giving_back() -> None:
-    """Trim the heap while the process is larger than it was. Never returns, but where nothing can be trimmed."""
+    """Trim the heap whenever the process has grown. Returns only where trimming is not possible."""
     trim, usual = getattr(ctypes.CDLL(None), "malloc_trim", None), _resident_bytes()
     if trim is None or usual is None:
         return
@@ -26,7 +26,7 @@ async def keep_giving_back() -> None:
 
 
 def _resident_bytes() -> int | None:
-    """None where the system does not say."""
+    """The resident memory of this process in bytes; None: the system does not say."""
     try:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -1,4 +1,4 @@
-"""From the tokens of one output to what the caller gets: text, log-probabilities, and the reason why it ended."""
+"""Turns the tokens of one output into text, log-probabilities and a finish reason for the caller."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ PROMPT_LOGPROBS_PER_MESSAGE = 256  # 20 likeliest tokens each: about 150 KB
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """A token whose text could be part of a stop string, or come behind one."""
+    """A token that is held back: its text could be part of a stop string, or follow one."""
 
     token_id: int
     logprobs: TokenLogprobs | None
@@ -25,10 +25,10 @@ class _Token:
 
 
 class OutputBuilder:
-    """Gathers what the engine gives one output, until it is taken as a Delta.
+    """Gathers the engine's results for one output until they are taken as a Delta.
 
-    Tokens end where the text ends: with the one that holds its last character. So with stop strings a token waits until
-    something of its text, or of a later one's, may be sent on.
+    The last token is the one that holds the text's last character. So with stop strings a token waits until some of its
+    own text, or of a later token's, may be sent.
     """
 
     def __init__(self, index: int, form: OutputForm, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
@@ -50,8 +50,8 @@ class OutputBuilder:
         self._logprobs: list[TokenLogprobs] = []
 
     def push(self, output: RequestOutput) -> None:
-        """Take what one step, or several, gave. Sets `finished` once the output has ended, by a stop string even where
-        the engine goes on.
+        """Add the results of one or several steps. Sets `finished` once the output has ended. A stop string ends it
+        even if the engine goes on.
         """
         token_ids = output.token_ids
         if output.stop_token_id is not None and not self._form.include_stop:
@@ -71,7 +71,7 @@ class OutputBuilder:
             self._finish(output.finish_reason, output.stop_token_id)
 
     def take(self) -> Delta | None:
-        """What has gathered since the last time; None if there is nothing that the caller asked for."""
+        """The Delta gathered since the last call; None: nothing that the caller asked for."""
         delta = Delta(output_index=self._index)
         if self._form.text:
             delta.text = "".join(self._text)
@@ -86,7 +86,7 @@ class OutputBuilder:
         return delta if delta.text or delta.token_ids or delta.logprobs else None
 
     def _push_freely(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> None:
-        """All of them at once: no text ends the output."""
+        """Add all tokens at once: there are no stop strings to find."""
         if self._detokenizer is not None:
             self._text.append(self._detokenizer.push(token_ids))
         self.num_tokens += len(token_ids)
@@ -98,7 +98,7 @@ class OutputBuilder:
     def _push_watched(
         self, detokenizer: IncrementalDetokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None
     ) -> str | None:
-        """One token at a time, to know which one completes a stop string. Returns that string."""
+        """Add tokens one at a time, to know which one completes a stop string. Returns that string, or None."""
         for position, token_id in enumerate(token_ids):
             self.num_tokens += 1
             self.num_held_tokens += 1
@@ -112,13 +112,13 @@ class OutputBuilder:
         return None
 
     def _watch(self, text: str) -> str | None:
-        """Send what is no part of a stop string. Returns the one that this text completes."""
+        """Send the text that is no part of a stop string. Returns the stop string that it completes, or None."""
         result = self._stops.push(text, may_end=self.num_tokens >= self._form.min_tokens)
         self._send(result.text)
         return result.matched
 
     def _send(self, text: str) -> None:
-        """Let text go, with the tokens that it begins in."""
+        """Release text, with the tokens in which it begins."""
         self._text.append(text)
         self._num_sent_chars += len(text)
         while self._waiting and self._waiting[0].start < self._num_sent_chars:
@@ -130,7 +130,10 @@ class OutputBuilder:
             self._logprobs.append(token.logprobs)
 
     def _flush(self) -> str | None:
-        """Let everything go that was held back, unless the end of the text completes a stop string. Returns that."""
+        """Release all that was held back, unless the end of the text completes a stop string.
+
+        Returns that string, or None.
+        """
         if self._detokenizer is not None:
             stop = self._watch(self._detokenizer.flush())
             if stop is not None:

@@ -7,16 +7,16 @@ from service.errors import SlowConsumer, Unavailable
 
 
 class Places:
-    """Counts the calls in progress by whom they are for: nobody takes the places of others. For one event loop."""
+    """Counts the calls in progress by tenant, so that no tenant takes the places of others. For one event loop."""
 
     def __init__(self, most: int, retry_after_seconds: float = 1.0) -> None:
-        """`most`: of one."""
+        """`most`: calls in progress of one tenant."""
         self._most = most
         self._retry_after_seconds = retry_after_seconds
         self._taken: Counter[str] = Counter()
 
     def enter(self, who: str) -> None:
-        """Raises Unavailable (OVERLOADED)."""
+        """Take a place. Raises Unavailable (OVERLOADED) if the tenant has none left."""
         if self._taken[who] >= self._most:
             raise Unavailable(
                 "OVERLOADED",
@@ -58,25 +58,25 @@ class Refusals:
 
 
 class UnreadAnswers:
-    """Counts the bytes of answers that are on their way, by tenant: gRPC keeps them until they are read.
+    """Counts the bytes of sent answers by tenant: gRPC keeps them in memory until they are read.
 
-    It cannot take one back. So a tenant that does not read its answers gets no more of them.
+    gRPC cannot drop an answer once it has it. So a tenant that does not read its answers gets no more of them.
     """
 
     def __init__(self, most_bytes: int) -> None:
-        """`most_bytes`: of one tenant. A single answer may have more."""
+        """`most_bytes`: unread bytes of one tenant. A single answer may be larger."""
         self._most_bytes = most_bytes
         self._bytes: Counter[str] = Counter()
 
     def send(self, tenant: str, size: int) -> None:
-        """Raises SlowConsumer."""
+        """Count an answer that is about to be sent. Raises SlowConsumer if too many bytes are unread."""
         unread = self._bytes[tenant]
         if unread and unread + size > self._most_bytes:
             raise SlowConsumer(f"{unread} bytes of earlier answers wait to be read; read them, or stream the answers")
         self._bytes[tenant] += size
 
     def sent(self, tenant: str, size: int) -> None:
-        """It has been read, or its caller is gone."""
+        """Forget an answer: it has been read, or its caller is gone."""
         self._bytes[tenant] -= size
         if not self._bytes[tenant]:
             del self._bytes[tenant]

@@ -1,4 +1,4 @@
-"""What an orchestrator asks of a server: has it started, is it alive, is it ready?
+"""The probes of an orchestrator: startup, liveness and readiness.
 
 A port of its own that speaks grpc.health.v1 in plaintext and nothing else, because a kubelet's probes know no TLS and
 no credentials. Three names: `startup` serves once every model that is loaded at start has been active; `liveness` while
@@ -31,23 +31,23 @@ class Probes:
         self._admitting = True
 
     async def start(self) -> None:
-        """Say what is so before any model has loaded."""
+        """Set the statuses that hold before any model has loaded."""
         await self._update()
 
     async def set_state(self, model: str, state: EngineState) -> None:
-        """`model`: the bare id."""
+        """Note the state of a model. `model`: the bare id."""
         self._states[model] = state
         if state is EngineState.ACTIVE:
             self._not_yet_active.discard(model)
         await self._update()
 
     async def set_admitting(self, admitting: bool) -> None:
-        """Whether requests are let in at all."""
+        """Note whether new requests are admitted."""
         self._admitting = admitting
         await self._update()
 
     async def drain(self) -> None:
-        """Not ready any more, but alive: whoever watches must not end what still runs."""
+        """Report not ready but alive, so that the orchestrator does not kill requests that still run."""
         self._draining = True
         await self._update()
 
@@ -61,7 +61,7 @@ class Probes:
 
 
 def build_probe_server(probes: Probes, address: str) -> tuple[grpc.aio.Server, int]:
-    """The port, not started, and its number. Raises RuntimeError if the address is taken."""
+    """Build the probe server, not started. Returns it and its port. Raises RuntimeError if the address is taken."""
     interceptor = CallInterceptor()
     largest = interceptor.limits.receive.largest([])
     server = grpc.aio.server(interceptors=[interceptor], options=options(ConnectionLimits(), largest))

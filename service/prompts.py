@@ -1,4 +1,4 @@
-"""From a valid Prompt to the tokens that the model reads."""
+"""Turns a valid Prompt into the tokens that the model reads."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ MAX_TEXT_BYTES = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class TextWork:
-    """Where texts are worked on, each tenant in its turn."""
+    """The turns for work on texts: rendering of chat templates and tokenisation."""
 
     renderer: TemplateRenderer
     rendering: Turns
@@ -42,7 +42,7 @@ class TextWork:
 
     @classmethod
     def of(cls, renderer: TemplateRenderer, waiting_bytes: int = 32 << 20) -> "TextWork":
-        """`waiting_bytes`: of texts that wait or are worked on, for each of the two; past it more are refused."""
+        """`waiting_bytes`: the limit on texts that wait or are worked on, for each kind of work."""
         limits = TurnLimits(at_once=2, size_at_once=MAX_TEXT_BYTES, size_in_all=waiting_bytes)
         rendering = TurnLimits(renderer.workers, size_at_once=4 * MAX_TEXT_BYTES, size_in_all=waiting_bytes)
         return cls(
@@ -52,27 +52,30 @@ class TextWork:
         )
 
     async def on(self, tenant: Tenant, size: int, do: Callable[[], T]) -> T:
-        """Do something with a text, or with tokens: at once where that is shorter than to hand it to a thread."""
+        """Run work on a text or on tokens: here if that is shorter than to hand it to a thread, else in a turn."""
         if size <= _INLINE_SIZE:
             return do()
         return await self.threads.in_thread(tenant.name, tenant.config.weight, size, do)
 
 
 class PromptText(NamedTuple):
-    """The text of a prompt, and the parts of it of which no control token may come."""
+    """The text of a prompt, and the parts of it that must not become control tokens."""
 
     text: str
     literal: Sequence[Span]
 
     @property
     def work_size(self) -> int:
-        """Bytes; more than a few where the first such text may take a tokenizer's twin, and that a second."""
+        """The size of the work in bytes.
+
+        It is large where the text may need the tokenizer's twin, made in about a second.
+        """
         size = len(self.text.encode(errors="surrogatepass"))
         return max(size, _INLINE_SIZE + 1) if self.literal else size
 
 
 async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> PromptText:
-    """The text of a prompt that is text or chat; for chat what the model's template makes of it.
+    """The text of a text prompt, or of a chat prompt as the model's template renders it.
 
     `path`: where the prompt is in the request. Raises InvalidRequest, Unavailable.
     """
@@ -104,16 +107,17 @@ async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant
 
 
 def adds_special_tokens(prompt: Prompt) -> bool:
-    """Whether the tokenizer adds its special tokens. Templates write their own; plain text gets them."""
+    """Whether the tokenizer adds its special tokens: to plain text it does, while templates write their own."""
     if prompt.HasField("add_special_tokens"):
         return prompt.add_special_tokens
     return prompt.WhichOneof("content") == "text"
 
 
 async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> list[int]:
-    """The tokens of a prompt, cut to `truncate_to_tokens`. At least one.
+    """The tokens of a prompt, at least one, cut to `truncate_to_tokens`.
 
-    Raises PromptTooLong for more than the model can hold, as early as that is certain; InvalidRequest, Unavailable.
+    Raises PromptTooLong for a prompt above the model's context, as early as that is certain; InvalidRequest,
+    Unavailable.
     """
     kind, last = prompt.WhichOneof("content"), prompt.truncate_to_tokens
     most = MAX_TOKENS if last else model.limits.max_model_len - 1
@@ -140,7 +144,7 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tena
 
 
 def _given(ids: Sequence[int], last: int, model: LoadedModel, path: str) -> list[int]:
-    """Those that are kept, a few at a time: other threads have their turn between."""
+    """Check and cut given token ids, a few at a time so that other threads get their turn."""
     token_ids: list[int] = []
     for start in range(max(0, len(ids) - last) if last else 0, len(ids), _CHUNK):
         token_ids += ids[start : start + _CHUNK]
@@ -151,7 +155,7 @@ def _given(ids: Sequence[int], last: int, model: LoadedModel, path: str) -> list
 
 
 def _tokens(prompt: Prompt, rendered: PromptText, most: int, model: LoadedModel, path: str) -> list[int]:
-    """Raises TextError, and InvalidRequest for a text of no tokens, or with one that the model does not have."""
+    """Tokenise a text. Raises TextError, and InvalidRequest for no tokens or for one that the model lacks."""
     special, most = adds_special_tokens(prompt), min(most, MAX_TOKENS)
     token_ids = model.tokenizer.encode(rendered.text, special, most, rendered.literal)
     if not token_ids:
@@ -167,7 +171,7 @@ def _tokens(prompt: Prompt, rendered: PromptText, most: int, model: LoadedModel,
 
 
 def kept_parts(prompt: Prompt, model: LoadedModel, token_ids: Sequence[int]) -> tuple[slice, slice]:
-    """Which of a text's tokens `truncate_to_tokens` leaves: those in front of the text, and the last of the others."""
+    """The tokens that `truncate_to_tokens` keeps: those that the tokenizer puts in front, and the last of the text."""
     front = model.tokenizer.num_in_front if adds_special_tokens(prompt) else 0
     if not front and token_ids[:1] == [model.tokenizer.bos_token_id]:
         front = 1
@@ -189,7 +193,7 @@ def _conversation(chat: Chat) -> Conversation:
 
 
 def _message(message: ChatMessage) -> Mapping[str, Any]:
-    """As templates know it. What is absent stays absent: many ask whether a key is there."""
+    """The message in the form that templates know. Absent fields have no key, since many templates ask for that."""
     fields: dict[str, Any] = {"role": message.role}
     for name in ("content", "name", "reasoning_content", "tool_call_id"):
         if message.HasField(name):
@@ -200,7 +204,7 @@ def _message(message: ChatMessage) -> Mapping[str, Any]:
 
 
 def _tool_call(call: ToolCall) -> Mapping[str, Any]:
-    """With its arguments as text: what renders the template reads them, for what that takes is the caller's choice."""
+    """The tool call, with its arguments as text. The template's process parses them: the caller decides their cost."""
     function = {"name": call.name, "arguments_json": call.arguments_json}
     return {"id": call.id, "type": "function", "function": function}
 
@@ -210,7 +214,7 @@ def _variables(chat: Chat) -> Mapping[str, Any]:
 
 
 def _value(value: Value) -> Any:
-    """A Struct has no integers: whole numbers become them again, as templates compare and print them."""
+    """The value of a Struct field. Whole numbers become integers, as templates compare and print them."""
     match value.WhichOneof("kind"):
         case "number_value":
             return int(value.number_value) if value.number_value.is_integer() else value.number_value

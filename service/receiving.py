@@ -1,4 +1,4 @@
-"""How a message comes to a method: asked for once the caller may call, in time, within a size, and looked at first."""
+"""Receives the messages of a call: only of callers that may call, in time, within a size, checked before parsing."""
 
 from __future__ import annotations  # grpc's classes are generic to mypy, and not when they run
 
@@ -27,7 +27,7 @@ _OTHER_BYTES = 256 << 10  # names, labels, targets
 
 @dataclass(frozen=True, slots=True)
 class ReceiveLimits:
-    """How large a message may be, once it is decompressed, and how long it may be waited for."""
+    """Limits on the decompressed size of a message, and on the wait for it."""
 
     request_bytes: int = 4 << 20  # of a request of the data port
     batch_bytes: int = 8 << 20  # of a BatchGenerate
@@ -42,14 +42,14 @@ class ReceiveLimits:
         return self.request_bytes if method.startswith(_DATA) else _OTHER_BYTES
 
     def largest(self, services: Iterable[str]) -> int:
-        """Of any method of these services, by their full names."""
+        """The largest limit of any method of these services, given by full names."""
         found = [descriptor_pool.Default().FindServiceByName(name) for name in services]
         methods = [f"/{service.full_name}/{method.name}" for service in found for method in service.methods]
         return max(map(self.bytes_of, methods), default=_OTHER_BYTES)
 
 
 class Receiver:
-    """Takes the messages of one method. Nothing is received before it is asked for."""
+    """Receives the messages of one method. No message is received before it is asked for."""
 
     def __init__(self, method: str, parse: Callable[[bytes], Message], limits: ReceiveLimits) -> None:
         """`method`: its path."""
@@ -67,12 +67,12 @@ class Receiver:
         return message
 
     async def all(self, context: Context) -> AsyncIterator[Message]:
-        """The messages of a caller, as they are asked for."""
+        """The messages of a caller, each received when it is asked for."""
         while (message := await self._next(context)) is not None:
             yield message
 
     async def _next(self, context: Context) -> Message | None:
-        """None: there are no more. Raises InvalidRequest, MessageTooLarge, DeadlineExceeded."""
+        """The next message; None: there are no more. Raises InvalidRequest, MessageTooLarge, DeadlineExceeded."""
         try:
             async with asyncio.timeout(self._seconds):
                 data = await context.read()
@@ -93,6 +93,6 @@ class Receiver:
 
 
 def _input_of(method: str) -> Descriptor:
-    """What the method takes."""
+    """The message type that the method takes."""
     found = descriptor_pool.Default().FindMethodByName(method.removeprefix("/").replace("/", "."))
     return found.input_type

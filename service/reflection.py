@@ -1,4 +1,4 @@
-"""Server reflection, as v1 and as v1alpha: clients ask for either. They differ by their package alone.
+"""Server reflection, as v1 and as v1alpha, which differ only in their package: clients use either.
 
 grpcio-reflection has v1alpha; its servicer serves both.
 """
@@ -18,7 +18,7 @@ V1 = V1ALPHA.replace("v1alpha", "v1")
 
 
 def add_reflection(names: Sequence[str], server: Any) -> None:
-    """`names`: of the services that it tells of, beside itself."""
+    """Add reflection to a server. `names`: the services that it lists, besides itself."""
     _describe_v1()
     servicer = reflection.aio.ReflectionServicer([*names, V1, V1ALPHA])
     handler = grpc.stream_stream_rpc_method_handler(
@@ -31,7 +31,7 @@ def add_reflection(names: Sequence[str], server: Any) -> None:
 
 
 def _describe_v1() -> None:
-    """Make v1 known to the descriptor pool: whoever lists services wants to be told what they are."""
+    """Add v1 to the descriptor pool, so that clients that list services can describe it."""
     file = FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
     text = text_format.MessageToString(file).replace("v1alpha", "v1")

@@ -15,7 +15,7 @@ STATE_KIND = "route"
 class RouteBook:
     """All routes of all tenants, as the contract has them, by name. They survive restarts with the state.
 
-    What is handed out is not to be changed: `put` a new one.
+    Do not change a returned route: `put` a new one.
     """
 
     def __init__(self, state: StateFile) -> None:
@@ -24,7 +24,7 @@ class RouteBook:
         self._routes = {name: route for name, route in read.items() if route is not None}
 
     def _read(self, name: str, body: bytes) -> Route | None:
-        """None for a body that is no route of this name: the others go on."""
+        """Decode a saved route; None: the body is no route of this name, which is logged."""
         try:
             route = Route.FromString(body)
             if route.name != name or not route.targets:
@@ -35,25 +35,25 @@ class RouteBook:
         return route
 
     def get(self, name: str) -> Route | None:
-        """`name`: tenants/{tenant}/routes/{route}."""
+        """The route with this name (tenants/{tenant}/routes/{route}); None: there is none."""
         return self._routes.get(name)
 
     def all(self, tenants: set[str] | None = None) -> list[Route]:
-        """Ordered by name; `tenants` None: of all."""
+        """The routes of these tenants, ordered by name; None: of all tenants."""
         names = [name for name in sorted(self._routes) if tenants is None or name.split("/")[1] in tenants]
         return [self._routes[name] for name in names]
 
     def count(self, tenant: str) -> int:
-        """How many a tenant has."""
+        """The number of routes that a tenant has."""
         return sum(name.startswith(f"tenants/{tenant}/") for name in self._routes)
 
     async def put(self, route: Route) -> None:
-        """Once it is saved, requests follow this route. Raises Unavailable (STATE_UNWRITABLE): then they do not."""
+        """Save a route; requests then follow it. Raises Unavailable (STATE_UNWRITABLE), and nothing has changed."""
         await self._state.save(STATE_KIND, route.name, route.SerializeToString(deterministic=True))
         self._routes[route.name] = route
 
     async def delete(self, name: str) -> None:
-        """Requests that it routed go on. Raises Unavailable (STATE_UNWRITABLE): then it is there still."""
+        """Delete a route; requests that it routed go on. Raises Unavailable (STATE_UNWRITABLE), and the route stays."""
         await self._state.save(STATE_KIND, name, None)
         del self._routes[name]
 
@@ -65,7 +65,7 @@ def weight_of(target: RouteTarget) -> int:
 def choose(route: Route, routing_key: str) -> str:
     """The target of a request: by weight, and always the same for one key as long as its target has its share.
 
-    When weights change, only the keys that a target must give up move. Without a key, drawn anew each time. Source:
+    When weights change, only the keys that a target must give up move. Without a key the target is drawn anew. Source:
     weighted rendezvous hashing (Schindelhauer and Schomaker, 2005).
     """
     key = routing_key or secrets.token_hex(16)

@@ -1,4 +1,4 @@
-"""The two ports: what hangs on them, what health says, and how they are shut without losing anything in flight."""
+"""The two ports: their services, their health, and their shutdown without losing requests in flight."""
 
 from __future__ import annotations  # grpc's classes are generic to mypy, and not when they run
 
@@ -46,7 +46,7 @@ FLUSH_SECONDS = 1.0  # for the last messages of calls that have ended, and for w
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What callers may open on one port."""
+    """Limits on the connections and streams of one port."""
 
     connections: int = 1024
     calls: int = 64  # in progress on one connection; clients wait with more, or open another
@@ -55,7 +55,7 @@ class ConnectionLimits:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A servicer, and how to hang it on a server."""
+    """A servicer, and the function that adds it to a server."""
 
     name: str  # in full, such as "loraplex.v1.InferenceService"
     servicer: Any
@@ -68,13 +68,13 @@ class Service:
 
 
 class OneQueue:
-    """A server whose methods are not known to gRPC by themselves, which would give each a queue of its own.
+    """A server that registers no single methods with gRPC, which would give each method a queue of its own.
 
-    So there is one limit for the calls that wait, and one future to wait for where there would be one for each method.
+    So one limit covers all waiting calls, and one future is awaited rather than one for each method.
     """
 
     def __init__(self, server: grpc.aio.Server, paths: Collection[str] = ()) -> None:
-        """`paths`: of the methods that are served; none: all."""
+        """`paths`: the methods to serve; empty: all."""
         self._server = server
         self._paths = paths
 
@@ -83,11 +83,11 @@ class OneQueue:
         self._server.add_generic_rpc_handlers(chosen)
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """They have come as generic handlers, too."""
+        """Do nothing: the same methods are added as generic handlers, too."""
 
 
 class _Some(grpc.GenericRpcHandler):
-    """Some methods of a service."""
+    """A part of the methods of a service."""
 
     def __init__(self, handler: grpc.GenericRpcHandler, paths: Collection[str]) -> None:
         self._handler = handler
@@ -98,10 +98,10 @@ class _Some(grpc.GenericRpcHandler):
 
 
 class Health:
-    """What grpc.health.v1 says. Names: "" and each service of the data port, each service of the admin port, models.
+    """The statuses of grpc.health.v1. Names: "", each service of the data port and of the admin port, models/{model}.
 
-    A model serves when it says so; the data port serves while any model does; neither while no request is admitted. The
-    admin port serves until it is drained.
+    A model serves while its engine is active; the data port while any model serves; neither while no request is
+    admitted. The admin port serves until it is drained.
     """
 
     def __init__(self, data_services: Sequence[str], admin_services: Sequence[str] = ()) -> None:
@@ -118,7 +118,7 @@ class Health:
         await self._update_data()
 
     async def set_model(self, name: str, serving: bool) -> None:
-        """`name`: the bare id."""
+        """Set whether a model serves. `name`: the bare id."""
         self._models[name] = serving
         await self._say(f"models/{name}", serving)
         await self._update_data()
@@ -131,7 +131,7 @@ class Health:
         await self._update_data()
 
     async def drain(self) -> None:
-        """NOT_SERVING from now on, whatever is said afterwards."""
+        """Report NOT_SERVING from now on, whatever is set afterwards."""
         self.servicer.end()
 
     async def _update_data(self) -> None:
@@ -143,7 +143,7 @@ class Health:
 
 
 def options(limits: ConnectionLimits, receive_bytes: int) -> list[tuple[str, int]]:
-    """Of a port that receives messages of at most so many bytes, before and after decompression."""
+    """The gRPC options of a port. `max_bytes` limits messages before and after decompression."""
     return [
         *_OPTIONS,
         ("grpc.max_receive_message_length", receive_bytes),
@@ -164,7 +164,7 @@ def build_server(
     credentials: grpc.ServerCredentials | None = None,
     limits: ConnectionLimits | None = None,
 ) -> tuple[grpc.aio.Server, int]:
-    """One port with these services, health and reflection; not started. Returns the server and the port number.
+    """Build a port with these services, health and reflection, not started. Returns the server and the port number.
 
     `address`: "host:port"; port 0 takes a free one. `credentials`: None is plaintext. Raises RuntimeError if the
     address is taken.
@@ -183,10 +183,10 @@ def build_server(
 
 
 class Endable(Protocol):
-    """Something with generations in flight."""
+    """An object with generations in flight."""
 
     def end_all(self, error: LoraplexError) -> None:
-        """End them all with this error."""
+        """End all generations with this error."""
 
 
 async def drain(
@@ -200,7 +200,7 @@ async def drain(
     """Shut down without losing anything in flight.
 
     Say NOT_SERVING; keep taking requests for the lame-duck time, in which balancers notice; then refuse new ones
-    (DRAINING) and let running ones finish. Those that still run after the grace end with DRAINING too.
+    (DRAINING) and let running ones finish. Requests that still run after the grace end with DRAINING too.
     """
     await health.drain()
     await asyncio.sleep(lame_duck_seconds)

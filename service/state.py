@@ -1,8 +1,8 @@
-"""What survives a restart: the bodies of resources, by kind and name, in one SQLite file.
+"""The state that survives a restart: the bodies of resources, by kind and name, in one SQLite file.
 
-Changes are noted in memory and written by a thread of its own, everything noted at one moment in one transaction: what
-the file holds is always what the service knew at some moment, whenever it is killed. A change that a caller asks for is
-written first (`save`), and only then in force.
+Changes are noted in memory and written by a separate thread; changes noted together are written in one transaction. So
+the file always holds a state that the service had at some moment, whenever it is killed. A change that a caller asks
+for is written first (`save`), and comes into force after that.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ _Key = tuple[str, str]  # kind, name
 
 
 class StateFile:
-    """For one event loop; SQLite is used by one thread at a time."""
+    """The state file. For one event loop; one thread at a time uses SQLite."""
 
     def __init__(self, directory: Path | None) -> None:
-        """`directory`: None keeps everything in memory, and nothing survives.
+        """`directory`: None: everything is kept in memory alone, and nothing survives.
 
-        Raises OSError for a file that cannot be used, also because another server uses it.
+        Raises OSError for a file that cannot be used, for example because another server uses it.
         """
         self._file = IN_MEMORY if directory is None else str(directory / FILE_NAME)
         self._connection = _open(self._file, directory)
@@ -50,14 +50,14 @@ class StateFile:
         self._writing: asyncio.Task[sqlite3.Error | None] | None = None
 
     def read(self, kind: str) -> dict[str, bytes]:
-        """The bodies of all resources of a kind, by name, as they were saved last. Raises OSError if they cannot be."""
+        """The saved bodies of all resources of a kind, by name. Raises OSError if they cannot be read."""
         query = "SELECT name, CAST(body AS BLOB) FROM resources WHERE kind = ? ORDER BY name"
         return dict(self._select(query, kind))
 
     def set_aside(self, kind: str, name: str, body: bytes, error: Exception) -> str:
-        """Keep a copy of a body that cannot be read, in the log's sight. Returns the problem.
+        """Keep a copy of a body that cannot be read, and log that. Returns the problem as text.
 
-        The body itself stays until something else is saved under its name.
+        The body itself stays until another is saved under its name.
         """
         problem = f"its record in {self._file} ({kind} {name!r}) is damaged: {error}"
         logger.error("%s %s cannot be brought back: %s; a copy is kept as 'damaged %s'", kind, name, problem, kind)
@@ -65,7 +65,7 @@ class StateFile:
         return f"{problem}; register it again, or delete it"
 
     def put(self, kind: str, name: str, body: bytes) -> None:
-        """Note what a resource is now. It is written together with all else that the caller notes before it waits."""
+        """Note the new body of a resource. Changes noted before the caller next awaits are written together."""
         self._note((kind, name), body)
 
     def delete(self, kind: str, name: str) -> None:
@@ -73,7 +73,7 @@ class StateFile:
         self._note((kind, name), None)
 
     async def change(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do what a caller asks for after what others have asked for before, also if it goes away meanwhile."""
+        """Run a change after all earlier ones have ended, even if its caller goes away meanwhile."""
 
         async def alone() -> T:
             async with self._changing:
@@ -90,7 +90,10 @@ class StateFile:
             task.exception()  # seen, even if its caller went away
 
     async def save(self, kind: str, name: str, body: bytes | None) -> None:
-        """Have on the disk what a resource is about to be; None: gone. Raises Unavailable (STATE_UNWRITABLE)."""
+        """Write the coming body of a resource to the disk; None: its deletion.
+
+        Raises Unavailable (STATE_UNWRITABLE).
+        """
         key = (kind, name)
         superseded = {key: self._changes.pop(key)} if key in self._changes else {}
         try:
@@ -102,14 +105,14 @@ class StateFile:
         self._keep_size(key, body)
 
     def size(self, tenant: str) -> int:
-        """Bytes of all resources that are under a tenant."""
+        """The bytes of all resources of a tenant."""
         return sum(self._sizes[tenant].values()) if tenant in self._sizes else 0
 
     async def saved(self) -> None:
-        """Until everything that was noted before the call is on the disk.
+        """Wait until everything that was noted before the call is on the disk.
 
-        Raises Unavailable (STATE_UNWRITABLE) if it cannot be written; it stays noted, and the next call or change tries
-        again.
+        Raises Unavailable (STATE_UNWRITABLE) if writing fails. The changes stay noted, and the next call or change
+        tries again.
         """
         wanted = self._num_noted
         while self._num_saved < wanted:
@@ -118,7 +121,7 @@ class StateFile:
                 raise _unwritable(error) from error
 
     async def close(self) -> None:
-        """Save what is left and let go of the file."""
+        """Write what is left and close the file."""
         await asyncio.gather(*self._under_way, return_exceptions=True)
         with suppress(Unavailable):  # it is in the log
             await self.saved()
@@ -182,7 +185,7 @@ def _unwritable(error: sqlite3.Error) -> Unavailable:
 
 
 def _tenant_of(name: str) -> str:
-    """In tenants/{tenant}/…, or in {tenant}/…."""
+    """The tenant in a name of the form tenants/{tenant}/… or {tenant}/…."""
     return name.removeprefix("tenants/").partition("/")[0]
 
 

@@ -31,7 +31,7 @@ RESTART_SECONDS: Final = 5.0  # after which callers may try again
 
 
 class EngineState(Enum):
-    """Where an engine is in its life."""
+    """The state of an engine."""
 
     UNLOADED = auto()  # not wanted
     LOADING = auto()
@@ -42,7 +42,7 @@ class EngineState(Enum):
 
 
 class EngineProcess(Protocol):
-    """What the supervisor needs of asyncio.subprocess.Process."""
+    """The part of asyncio.subprocess.Process that the supervisor uses."""
 
     @property
     def pid(self) -> int: ...
@@ -57,23 +57,24 @@ Launch = Callable[[str], Awaitable[EngineProcess]]  # from a bus address to a pr
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far loading is, in bytes of weights."""
+    """The progress of loading, in bytes of weights."""
 
     bytes_loaded: int = 0
     bytes_total: int = 0
 
 
 class _EngineLost(Exception):  # noqa: N818  (what happened, for the log and for `error`)
-    """The process ended, was stuck, or said that it cannot load."""
+    """The process ended, was stuck, or reported that it cannot load."""
 
 
 class EngineSupervisor:
     """One engine, over all its lives. `start` and `stop` may be called again and again; for one event loop.
 
-    `changed` is called after every change of what can be seen here. Each life of the process has a client of its own,
-    and from the moment that it is ACTIVE until the next `changed` nobody else has sent anything through it.
+    `changed` is called after every change of a public attribute. Each life of the process has a client of its own.
+    When `changed` reports ACTIVE, no message has been sent through that client yet.
 
-    `read_revision`: of the files that the process loads, as they are now; "": they are not there yet. Runs in threads.
+    `read_revision`: returns the present revision of the files that the process loads; "": they do not exist yet. It
+    runs
     """
 
     def __init__(
@@ -119,18 +120,18 @@ class EngineSupervisor:
             self._run.add_done_callback(self._supervision_ended)
 
     async def wait_settled(self) -> None:
-        """Until the engine is ACTIVE, FAILED or UNLOADED."""
+        """Wait until the engine is ACTIVE, FAILED or UNLOADED."""
         while self.state not in (EngineState.ACTIVE, EngineState.FAILED, EngineState.UNLOADED):
             self._news.clear()
             await self._news.wait()
 
     def begin_unloading(self) -> None:
-        """Whoever asks is told from now on that the model is being unloaded. What runs goes on until `stop`."""
+        """Set the state to being unloaded, so that new requests are refused. Running ones go on until `stop`."""
         if self.state is EngineState.ACTIVE:
             self._set(EngineState.UNLOADING)
 
     async def stop(self, reason: LoraplexError) -> None:
-        """End the process, in peace if it can. What still runs on it ends with `reason`."""
+        """End the process, by Shutdown if possible. Requests that still run on it end with `reason`."""
         self._stop_reason = reason
         if self._run is not None:
             self._run.cancel()
@@ -140,7 +141,7 @@ class EngineSupervisor:
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     async def _keep_alive(self) -> None:
-        """One life after another, until it is hopeless or not wanted any more."""
+        """Start the process again and again, until it has failed too often or is no longer wanted."""
         clock = asyncio.get_running_loop().time
         delay = self._config.restart_delay_seconds
         failed_starts = 0
@@ -162,14 +163,20 @@ class EngineSupervisor:
             delay = min(2 * delay, self._config.restart_delay_max_seconds)
 
     def _supervision_ended(self, run: "asyncio.Task[None]") -> None:
-        """By an error that nobody thought of: then the model is FAILED, and not LOADING for ever."""
+        """Handle the end of supervision.
+
+        After an unexpected error the model is FAILED, rather than LOADING for ever.
+        """
         if not run.cancelled() and (error := run.exception()) is not None:
             logger.critical("the engine of model %s is supervised no more", self.name, exc_info=error)
             self.error = f"its supervision failed: {error!r}"
             self._set(EngineState.FAILED)
 
     async def _live(self) -> bool:
-        """One process, from its start to its death, of which `error` tells. Returns whether it became ready."""
+        """Run one process from its start to its death; `error` then tells the cause.
+
+        Returns whether it became ready.
+        """
         self._num_lives += 1
         ready = asyncio.Event()
         with ExitStack() as stack:
@@ -182,7 +189,7 @@ class EngineSupervisor:
         return ready.is_set()
 
     async def _start_process(self, stack: ExitStack) -> tuple[ServiceBus, EngineProcess]:
-        """The process, and the bus that it will connect to, which the stack closes."""
+        """Start the process and bind the bus that it will connect to. The stack closes both."""
         self._revision_at_start = await asyncio.to_thread(self._read_revision)
         self._directory.ensure()
         address = bus_address(self._directory.path, f"{self.name}-{self._num_lives}")
@@ -190,7 +197,7 @@ class EngineSupervisor:
         return bus, await self._launch(address)
 
     async def _accompany(self, process: EngineProcess, bus: ServiceBus, ready: asyncio.Event) -> None:
-        """Until the process is gone."""
+        """Take messages and check the heartbeat until the process is gone."""
         self.pid = process.pid
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -237,7 +244,7 @@ class EngineSupervisor:
                         self.client.deliver(message)
 
     async def _take_revision(self) -> None:
-        """What has been loaded now."""
+        """Note the revision that the process has loaded."""
         try:
             found = await asyncio.to_thread(self._read_revision)
         except OSError as error:
@@ -249,7 +256,10 @@ class EngineSupervisor:
         self.revision = found
 
     async def _beat(self, ready: asyncio.Event) -> None:
-        """Ping, and give up when no answer comes. While it loads there is no step loop to answer."""
+        """Ping the engine, and give up on it when no answer comes.
+
+        A loading engine has no step loop and is not pinged.
+        """
         await ready.wait()
         assert self.client is not None
         while True:
@@ -270,7 +280,7 @@ class EngineSupervisor:
             ping.cancel()
 
     async def _end(self, process: EngineProcess, bus: ServiceBus) -> None:
-        """Tell everybody who waits for this life, and see that its process is gone."""
+        """Fail all requests that wait for this life, and make sure that its process is gone."""
         client, self.client = self.client, None
         if self.state is EngineState.ACTIVE and self._stop_reason is None:
             self._set(EngineState.RESTARTING)  # before anybody is told, and looks
@@ -304,7 +314,7 @@ def _describe_status(status: int) -> str:
 
 
 def launcher(config: EngineConfig, name: str, log_level: str, log_format: str) -> Launch:
-    """Starts `python -m engine` with this interpreter, and with the import path of this process."""
+    """A launcher of `python -m engine` with this interpreter and this process's import path."""
     import_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # -P: the working directory must not come before it.
     options = ("--name", name, "--log-level", log_level, "--log-format", log_format)

@@ -1,4 +1,4 @@
-"""Tenants: what each may use, and what sets one apart from the others.
+"""Tenants: the quota of each, and what separates it from the others.
 
 A tenant's requests and tokens per second come out of buckets that fill at its rates. Its weight and its priority go to
 the engines, which share their steps by them (`engine/fairness.py`).
@@ -26,7 +26,7 @@ LIGHTEST, HEAVIEST = 0.001, 1000.0
 
 
 class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one tenant may use. None: as much as it wants."""
+    """The quota of one tenant. None: no limit."""
 
     weight: float = 1.0  # of its share of an engine, when tenants ask for more than there is
     max_priority: int = 0  # requests that ask for more get this
@@ -43,7 +43,7 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache_group: str | None = None  # tenants with the same group share cached prefixes; None: with nobody
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the values, but for numbers that none may be."""
+        """Describe every value that is out of range; the general checks of numbers are made elsewhere."""
         if not LIGHTEST <= self.weight <= HEAVIEST:
             yield f"weight {self.weight} must be from {LIGHTEST:g} to {HEAVIEST:g}"
         if not -100 <= self.max_priority <= 100:
@@ -59,7 +59,7 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class TokenBucket:
-    """Fills at a rate, up to what a burst may take. What costs more than that is let in when it is full, on credit."""
+    """Fills at a rate up to the size of a burst. A larger cost is let in when the bucket is full, on credit."""
 
     def __init__(self, rate: float, burst_seconds: float, clock: Callable[[], float]) -> None:
         self._rate = rate
@@ -69,7 +69,10 @@ class TokenBucket:
         self._time = clock()
 
     def take(self, amount: float) -> float:
-        """Take so much: 0; or, if there is too little, leave it and say in how many seconds there will be enough."""
+        """Take this amount and return 0.
+
+        With too little left, take nothing and return the seconds until there is enough.
+        """
         self._fill()
         missing = min(amount, self._capacity) - self._level
         if missing > 0:
@@ -78,7 +81,7 @@ class TokenBucket:
         return 0.0
 
     def give_back(self, amount: float) -> None:
-        """What was taken and not used; negative: what was used beyond it."""
+        """Give back an amount that was taken and not used; negative: take what was used beyond it."""
         self._fill()
         self._level = min(self._capacity, self._level + amount)
 
@@ -89,12 +92,12 @@ class TokenBucket:
 
 
 class Tenant:
-    """One tenant: its limits, and how much of them is left. For one event loop."""
+    """One tenant: its limits, and how much is left of each. For one event loop."""
 
     def __init__(
         self, name: str, config: TenantConfig, cache_key: bytes, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`cache_key`: secret, and the same for all tenants of a server."""
+        """`cache_key`: a secret, the same for all tenants of a server."""
         self.name = name
         self.config = config
         self._cache_key = cache_key
@@ -103,14 +106,14 @@ class Tenant:
         self._requests, self._tokens = (None if rate is None else TokenBucket(rate, burst, clock) for rate in rates)
 
     def count_request(self) -> None:
-        """Raises QuotaExceeded if there are too many. To be asked before anything is done for a request."""
+        """Count a request before any work for it. Raises QuotaExceeded if there are too many."""
         seconds = self._requests.take(1) if self._requests is not None else 0.0
         if seconds > 0:
             raise self._exceeded("requests per second", f"{self.config.requests_per_second:g}", seconds)
 
     @contextmanager
     def spending(self, expected_tokens: int, used_tokens: Callable[[], int]) -> Iterator[None]:
-        """While a request runs it holds the tokens that it is expected to use; at its end it pays for those it used.
+        """Hold the tokens that a request is expected to use; at the end of the block charge those that it used.
 
         Raises QuotaExceeded.
         """
@@ -126,20 +129,20 @@ class Tenant:
             self._tokens.give_back(expected_tokens - used_tokens())
 
     def check_adapters(self, count: int, size_bytes: int) -> None:
-        """Raises QuotaExceeded if the tenant may not have so many versions, or so many bytes of them."""
+        """Raise QuotaExceeded if the tenant may not have so many versions, or so many bytes of them."""
         self._check_amount("adapter versions", count, self.config.max_adapters)
         self._check_amount("bytes of adapters", size_bytes, self.config.max_adapter_bytes)
 
     def check_uploads(self, count: int) -> None:
-        """Raises QuotaExceeded if it may not have so many in progress."""
+        """Raise QuotaExceeded if the tenant may not have so many uploads in progress."""
         self._check_amount("uploads in progress", count, self.config.max_uploads)
 
     def check_routes(self, count: int) -> None:
-        """Raises QuotaExceeded if it may not have so many."""
+        """Raise QuotaExceeded if the tenant may not have so many routes."""
         self._check_amount("routes", count, self.config.max_routes)
 
     def check_state(self, size_bytes: int) -> None:
-        """Raises QuotaExceeded if the server may not keep so many bytes about its routes and adapters."""
+        """Raise QuotaExceeded if the tenant may not have so many bytes of routes and adapter records."""
         self._check_amount("bytes of routes and of what is known of adapters", size_bytes, self.config.max_state_bytes)
 
     def _check_amount(self, what: str, value: int, limit: int | None) -> None:
@@ -148,13 +151,13 @@ class Tenant:
             raise QuotaExceeded(f"tenants/{self.name}: {what}", f"{message}; delete some first", 0.0)
 
     def priority(self, wanted: int) -> int:
-        """The priority of a request that wants this one."""
+        """The priority for a request that asks for this one, within the tenant's limit."""
         return min(wanted, self.config.max_priority)
 
     def cache_salt(self, salt: str) -> str:
-        """What the engine names this tenant's cached prefixes by, beside the adapter and the tokens.
+        """The salt in the hashes of this tenant's cached prefixes, beside the adapter and the tokens.
 
-        Keyed, so that no caller can make a salt that names the prefixes of another tenant.
+        A keyed hash, so that no caller can make the salt of another tenant's prefixes.
         """
         group = self.config.cache_group
         owner = (f"tenant {self.name}" if group is None else f"group {group}").encode()

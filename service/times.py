@@ -1,18 +1,18 @@
-"""Times as the contract has them."""
+"""Conversion of times to the messages of the contract."""
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 
 def timestamp(seconds: float) -> Timestamp:
-    """From seconds since the epoch."""
+    """Convert seconds since the epoch."""
     message = Timestamp()
     message.FromMicroseconds(round(seconds * 1e6))
     return message
 
 
 def duration(seconds: float) -> Duration:
-    """From seconds."""
+    """Convert seconds."""
     message = Duration()
     message.FromMicroseconds(round(seconds * 1e6))
     return message

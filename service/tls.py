@@ -12,10 +12,10 @@ from service.files import Reloaded
 
 
 def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    """For one port: each handshake sees the files as they are then. Connections that there are stay.
+    """The credentials of one port. Each handshake uses the files as they are then; open connections stay.
 
-    A new pair that does not fit together is logged, and the old one stays. Raises OSError, ValueError for files that
-    cannot be used at the start.
+    If a new certificate and key do not match, that is logged and the old pair stays. Raises OSError, ValueError for
+    files that cannot be used at the start.
     """
     paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca else [])]
     files = Reloaded(paths, lambda: _read(tls))
@@ -23,7 +23,7 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
     used = files.get()
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
-        """None: as before. gRPC calls this from threads of its own."""
+        """The new pair; None: unchanged. gRPC calls this from threads of its own."""
         nonlocal used
         with lock:
             latest = files.get()
@@ -49,7 +49,10 @@ def _read(tls: TlsConfig) -> grpc.ServerCertificateConfiguration:
 
 
 def _authorities(file: str | None) -> bytes | None:
-    """What a file with certificates holds. Raises ValueError if that is none: it would shut everybody out; OSError."""
+    """The certificates in a file.
+
+    Raises OSError, and ValueError if there are none, which would lock all callers out.
+    """
     if file is None:
         return None
     content = Path(file).read_bytes()

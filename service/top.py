@@ -71,7 +71,7 @@ def _model_row(load: ModelLoad, earlier: ModelLoad | None, seconds: float) -> tu
 
 
 def _tenant_rows(now: Iterable[TenantLoad], before: Iterable[TenantLoad], seconds: float) -> Iterable[tuple[str, ...]]:
-    """Whoever generates most comes first."""
+    """One line for each tenant, the one that generates most first."""
     earlier = {load.tenant: load for load in before}
     nothing = TenantLoad()
     rates = {load.tenant: _rate(load, earlier.get(load.tenant, nothing), seconds) or 0.0 for load in now}
@@ -95,7 +95,7 @@ class _Counts(Protocol):
 
 
 def _rate(now: _Counts, before: _Counts | None, seconds: float) -> float | None:
-    """Tokens a second; None where that is not known."""
+    """Tokens a second; None: not known yet."""
     if before is None or seconds <= 0:
         return None
     tokens = now.completion_tokens_total - before.completion_tokens_total

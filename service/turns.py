@@ -1,4 +1,4 @@
-"""Long work on texts by turns: a few at a time, next is whoever was served least, and only so much may wait."""
+"""Turns for long work on texts: a few at a time, the least served tenant next, and a limit on what waits."""
 
 import asyncio
 from collections import deque
@@ -23,7 +23,7 @@ class TurnLimits:
     size_in_all: int  # that run or wait
 
     def is_large(self, size: int) -> bool:
-        """Large ones leave a place free, so that the others need not wait for the end of any of them."""
+        """Whether the work is large. Large work leaves one place free, so that other work need not wait for its end."""
         return 8 * size > self.size_at_once
 
 
@@ -43,14 +43,14 @@ class _Work:
 
 
 class Turns:
-    """For one event loop.
+    """Gives turns to tenants. For one event loop.
 
-    One tenant may fill the queue. The others are still let in, up to their shares of it, so the most that can wait is
-    twice the limit.
+    One tenant may fill the queue. Other tenants are still let in, up to their shares of it, so the most that can wait
+    is twice the limit.
     """
 
     def __init__(self, what: str, limits: TurnLimits) -> None:
-        """`what` cannot be done now, as a caller is told."""
+        """`what`: begins the error message, such as "long texts cannot be tokenised"."""
         self._what = what
         self._limits = limits
         self._tenants: dict[str, _Tenant] = {}  # that have something here
@@ -67,7 +67,10 @@ class Turns:
             self._end(work)
 
     async def in_thread(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
-        """Do something in a thread, for a turn. Who goes away ends the wait, and not what has begun."""
+        """Run work in a thread, in a turn.
+
+        A cancelled caller leaves the queue, but does not stop work that has begun.
+        """
         work = await self._begin(tenant, weight, size)
         doing = asyncio.get_running_loop().run_in_executor(None, do)
 

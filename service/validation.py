@@ -1,4 +1,4 @@
-"""Requests held against the table of limits, and the way from a valid GenerateSpec to SamplingParams.
+"""Checks requests against the table of limits, and turns a valid GenerateSpec into SamplingParams.
 
 Nothing here knows a model but `sampling_params`, which merges its defaults and checks ids against its vocabulary.
 """
@@ -43,7 +43,7 @@ def check_request(request: Message) -> None:
 
 
 def check_item(spec: GenerateSpec, path: str) -> None:
-    """As `check_request`, for one of a batch. `path`: where it is in the request."""
+    """Check one item of a batch as `check_request` does. `path`: the item's place in the request."""
     _raise([*check_message(spec, path), *_check_unary(spec, path)])
 
 
@@ -54,9 +54,9 @@ def _raise(violations: Iterable[Violation]) -> None:
 
 
 def check_message(message: Message, path: str = "") -> Iterator[Violation]:
-    """What is wrong with a message's fields and with those of its messages.
+    """The violations in a message's fields and in the messages inside it.
 
-    Raises FeatureUnsupported, and InvalidRequest for a message that is too much as a whole.
+    Raises FeatureUnsupported, and InvalidRequest for a message that is too large as a whole.
     """
     kind = message.DESCRIPTOR.name
     if kind in TOTALS:
@@ -79,7 +79,7 @@ def check_message(message: Message, path: str = "") -> Iterator[Violation]:
 
 
 def _check_unknown(request: Message) -> None:
-    """Raises FeatureUnsupported for more of what the contract does not have than may be looked at one by one."""
+    """Raise FeatureUnsupported if there are more unknown fields than may be looked at one by one."""
     size = request.ByteSize()
     if size <= MAX_UNKNOWN_BYTES:
         return
@@ -91,7 +91,7 @@ def _check_unknown(request: Message) -> None:
 
 
 def _check_total(message: Message, total: Total, path: str) -> None:
-    """Raises InvalidRequest as soon as the message holds more than that."""
+    """Raise InvalidRequest as soon as the message is found to hold more than the total."""
     characters = entries = numbers = 0
     for field, value in _fields(message):
         if isinstance(value, Message):
@@ -111,7 +111,7 @@ def _check_total(message: Message, total: Total, path: str) -> None:
 
 
 def _fields(message: Message) -> Iterator[tuple[FieldDescriptor, Any]]:
-    """The fields that are set, and those of the messages in them."""
+    """The fields that are set, including those of messages inside."""
     for field, value in message.ListFields():
         yield field, value
         for _, part in _parts(field, value):
@@ -119,7 +119,7 @@ def _fields(message: Message) -> Iterator[tuple[FieldDescriptor, Any]]:
 
 
 def _parts(field: FieldDescriptor, value: Any) -> Iterator[tuple[str, Message]]:
-    """The messages in a field, each with its place there."""
+    """The messages in a field, each with its place in it."""
     if field.message_type is None:
         return
     if isinstance(value, Message):
@@ -166,7 +166,7 @@ def _check_stream(request: GenerateRequest | StreamGenerateRequest, path: str) -
 
 
 def _check_prompt(prompt: Prompt, path: str) -> Iterator[Violation]:
-    """A prompt must be one thing, and not be empty (text: the table says so)."""
+    """The violations of a prompt that is absent or empty; the table limits a text's length."""
     match prompt.WhichOneof("content"):
         case None:
             yield Violation(path, _NO_PROMPT)
@@ -244,7 +244,7 @@ _RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
 
 @dataclass(frozen=True, slots=True)
 class OutputForm:
-    """What of each output goes to the caller, and which text ends it."""
+    """The parts of each output that go to the caller, and the stop strings."""
 
     text: bool
     token_ids: bool
@@ -259,7 +259,7 @@ class OutputForm:
 
     @classmethod
     def of(cls, spec: GenerateSpec, streaming: bool, max_tokens: int) -> "OutputForm":
-        """`max_tokens`: that each output may have."""
+        """`max_tokens`: the limit of each output."""
         output, stopping, stream = spec.output, spec.stopping, spec.stream
         text = output.text if output.HasField("text") else True
         delay = duration_seconds(stream.max_chunk_delay) if stream.HasField("max_chunk_delay") else 0.1
@@ -278,7 +278,7 @@ class OutputForm:
 
 
 def merged_sampling(spec: Sampling, defaults: Sampling) -> Sampling:
-    """What the caller set, and for what is absent the defaults. A list or map counts as set if it is not empty."""
+    """Merge the caller's fields with the defaults for absent ones. A list or map counts as set if it is not empty."""
     merged = Sampling()
     merged.CopyFrom(defaults)
     for field, _ in spec.ListFields():
@@ -339,7 +339,7 @@ def sampling_params(
 
 
 def room_for_output(spec: GenerateSpec, limits: ModelLimits, prompt_tokens: int, path: str) -> int:
-    """The most tokens an output may have: what the caller asked for, cut if it may be, else what the context leaves.
+    """The most tokens of an output: the caller's max_tokens, cut if that is allowed, else the rest of the context.
 
     Raises PromptTooLong.
     """
@@ -360,7 +360,7 @@ def room_for_output(spec: GenerateSpec, limits: ModelLimits, prompt_tokens: int,
 
 
 def derived_seed(seed: int, output_index: int) -> int:
-    """The seed of an output after the first, which has the request's own: n changes nothing for it."""
+    """The seed of a later output. The first output has the request's own seed, so that n changes nothing for it."""
     digest = hashlib.blake2b(seed.to_bytes(8) + output_index.to_bytes(4), digest_size=8)
     return int.from_bytes(digest.digest())
 
@@ -379,7 +379,7 @@ def _check_vocabulary(spec: GenerateSpec, sampling: Sampling, vocab_size: int, p
 
 
 def _of_sampling(spec: GenerateSpec, name: str, problem: str, path: str) -> Violation:
-    """What is wrong with a field of the caller's, or with a default that what the caller named has brought with it."""
+    """The violation of a sampling field: of the caller's own, or of a default of the model or route that it named."""
     if getattr(spec.sampling, name):
         return Violation(f"{path}.sampling.{name}", problem)
     return Violation(f"{path}.model", f"has a default sampling whose {name} {problem}" if problem else "")

@@ -1,4 +1,4 @@
-"""A look at a message while it is still bytes: how much it holds, before any of it is an object.
+"""Counts the fields of a message while it is still bytes, before any object is made of it.
 
 A message of four megabytes can hold two million empty ones, and each would become an object of hundreds of bytes.
 """
@@ -30,20 +30,20 @@ _WIDTHS = {
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """What is known of a field that may hold more than its own bytes."""
+    """A field whose parsed form takes more memory than its bytes."""
 
     message: Descriptor | None  # None: it holds no messages, but numbers
     width: int | None  # of a number in bytes; None: a varint
 
     def numbers(self, data: bytes, start: int, end: int) -> int:
-        """How many, in a packed list."""
+        """The count of numbers in a packed list."""
         if self.width is not None:
             return (end - start) // self.width
         return len(data[start:end].translate(None, _ALL_BUT_LAST_BYTES))
 
 
 def check_wire(data: bytes, kind: Descriptor) -> None:
-    """Raises InvalidRequest for a message that holds too much, DecodeError for what is no message."""
+    """Raise InvalidRequest for a message with too many fields, DecodeError for bytes that are no message."""
     if len(data) <= SMALL_BYTES:
         return
     try:
@@ -54,7 +54,7 @@ def check_wire(data: bytes, kind: Descriptor) -> None:
 
 @cache
 def _fields(kind: Descriptor) -> dict[int, _Field]:
-    """Those that hold messages or numbers, by their numbers."""
+    """The fields that hold messages or packed numbers, by field number."""
     return {
         field.number: _Field(field.message_type, _WIDTHS.get(field.type))
         for field in kind.fields
@@ -63,7 +63,10 @@ def _fields(kind: Descriptor) -> dict[int, _Field]:
 
 
 class _Look:
-    """One look at one message. Most numbers on the wire have one byte: a call for each would be most of the time."""
+    """One pass over one message.
+
+    Most varints have one byte and are read inline: a call for each would take most of the time.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -71,7 +74,7 @@ class _Look:
         self._numbers_left = MAX_NUMBERS
 
     def at(self, position: int, end: int, kind: Descriptor, depth: int) -> None:
-        """Look at the message that lies there, and at all that it holds."""
+        """Count the message at this position, and all messages inside it."""
         if depth > MAX_DEPTH:
             raise InvalidRequest.at("request", f"holds messages more than {MAX_DEPTH} deep")
         data, fields = self._data, _fields(kind)
@@ -114,7 +117,7 @@ class _Look:
         raise DecodeError(f"there is no wire type {wire_type}")
 
     def _varint(self, position: int) -> tuple[int, int]:
-        """The number that begins there, and where it ends."""
+        """The varint at this position, and the position after it."""
         value = shift = 0
         while True:
             byte = self._data[position]

@@ -37,7 +37,7 @@ class Linear:
     """y = x Wᵀ + b, with W in the layout of the backend that multiplies by it."""
 
     def __init__(self, ops: Ops, packed: PackedLinear, bias: Tensor | None = None) -> None:
-        """bias: what is packed with the weight."""
+        """bias: [N], packed with the weight."""
         self.in_features = packed.in_features  # C
         self.out_features = packed.out_features  # N
         self.nbytes = packed.nbytes
@@ -58,7 +58,7 @@ class SideBySide:
     """Projections of one input that no single matrix holds, because they are quantised differently or not all are."""
 
     def __init__(self, parts: Sequence[Linear], bias: Tensor | None = None) -> None:
-        """bias: those of all parts."""
+        """bias: the biases of all parts, [N]."""
         self.in_features = parts[0].in_features
         self.out_features = sum(part.out_features for part in parts)
         self.nbytes = sum(part.nbytes for part in parts)

@@ -30,7 +30,7 @@ def cos_sin_table(rope: Rope, head_dim: int, num_positions: int, device: torch.d
 def inverse_frequencies(rope: Rope, head_dim: int, num_positions: int) -> Tensor:
     """θ^(−2i/D), scaled as the model asks → float32 [D/2]
 
-    num_positions: of the longest sequence that may be asked for.
+    num_positions: the length of the longest sequence that is allowed.
     """
     if isinstance(rope.scaling, DynamicScaling):
         rope = Rope(_dynamic_theta(rope.theta, rope.scaling, head_dim, num_positions))
@@ -48,7 +48,7 @@ def inverse_frequencies(rope: Rope, head_dim: int, num_positions: int) -> Tensor
 
 
 def _dynamic_theta(theta: float, scaling: DynamicScaling, head_dim: int, num_positions: int) -> float:
-    """The base for sequences of `num_positions`, for shorter ones too, as vLLM has it: a cached key was turned once.
+    """The base θ for sequences of `num_positions`, used for shorter ones too, as in vLLM: a cached key is rotated once.
 
     transformers takes a new base whenever a sequence grows beyond the original length, and keeps the cached keys.
     """

@@ -35,7 +35,7 @@ class DecoderLayer:
 
     @property
     def linears(self) -> tuple[LoRALinear, LoRALinear, LoRALinear, LoRALinear]:
-        """In the order of `layout.layer_linears`."""
+        """The linears, in the order of `layout.layer_linears`."""
         return self.qkv, self.o, self.gate_up, self.down
 
 
@@ -94,7 +94,7 @@ class LanguageModel:
         return self._final_norm.add(x.index_select(0, rows), residual.index_select(0, rows), batch.logits_lora)
 
     def logits(self, hidden: Tensor, lora: LoraSegments | None = None) -> Tensor:
-        """Of the next token, for hidden states as `forward` returns them: [L, C] → float32 [L, V]
+        """The next token's logits, for hidden states as `forward` returns them: [L, C] → float32 [L, V].
 
         lora: which of these rows belong to which adapter (`StepBatch.logits_lora`, or a part of it).
         """
@@ -103,7 +103,7 @@ class LanguageModel:
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def can_be_captured(self, lora: LoraSegments | None) -> bool:
-        """Whether a graph that was captured before can stand for `forward`: not for adapters that do more than their
+        """Whether a captured graph can replace `forward`: it cannot for adapters that do more than their
         tables beside the linears say, to the embedding or in place of parameters."""
         eager = self._replaced.table.slots | self._embedding.table.adapters.keys()
         return lora is None or not eager or not any(slot in eager for slot, _, _ in lora.ranges)

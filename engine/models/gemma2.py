@@ -30,7 +30,7 @@ DEFAULTS = {
 
 
 def gemma_config(architecture: str, fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> ModelConfig:
-    """What Gemma 2 and 3 have in common."""
+    """The configuration that Gemma 2 and 3 have in common."""
     if fields.flag("use_bidirectional_attention"):
         raise fields.error("use_bidirectional_attention", True, "false: only causal models generate text")
     bias = fields.flag("attention_bias")

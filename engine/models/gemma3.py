@@ -36,7 +36,7 @@ VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower."
 
 
 def read_ropes(fields: ConfigFields) -> tuple[Rope, Rope]:
-    """Of the global and of the local layers. `rope_scaling`, the older spelling, changes the global ones."""
+    """The rotary embeddings of global and local layers. `rope_scaling`, the older spelling, changes the global ones."""
     global_theta, local_theta = fields.number("rope_theta"), fields.number("rope_local_base_freq")
     nested = fields.filled_section("rope_parameters")
     full = sliding = None

@@ -30,7 +30,7 @@ class FusedLinear:
 
 
 def layer_linears(config: ModelConfig) -> tuple[FusedLinear, FusedLinear, FusedLinear, FusedLinear]:
-    """qkv, o, gate_up and down of every layer."""
+    """The linears of a layer: qkv, o, gate_up and down."""
     hidden, feed_forward = config.hidden_size, config.intermediate_size
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return (
@@ -111,7 +111,7 @@ def norm_site(layer: int, module: str) -> str:
 
 
 def lora_targets(config: ModelConfig) -> dict[str, LoraTarget]:
-    """What adapters may name: each projection by itself, and each fused linear as a whole; embedding, head, norms."""
+    """The modules that adapters may name: each projection, each fused linear as a whole, embedding, head, norms."""
     embedding, head = EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")
     hidden, vocabulary = config.hidden_size, config.vocab_size
     norm = LoraTarget("", 0, 0, hidden, TargetKind.NORM)

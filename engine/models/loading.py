@@ -102,7 +102,7 @@ def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
 
 
 def _label(config: EngineConfig, spec: QuantSpec | None) -> str:
-    """For people: "nf4", "gptq-4bit-g128, lm_head int8"."""
+    """The quantisation, for people: "nf4", "gptq-4bit-g128, lm_head int8"."""
     linears = config.quantization or (spec.label if spec is not None else "")
     head = f"{HEAD_MODULE} {config.head_quantization}" if config.head_quantization else ""
     return ", ".join(filter(None, (linears, head)))
@@ -111,7 +111,7 @@ def _label(config: EngineConfig, spec: QuantSpec | None) -> str:
 def compute_dtype(requested: str, stated: str | None, stored: torch.dtype) -> torch.dtype:
     """What EngineConfig asks for; if that is auto, bfloat16 where the checkpoint is 16-bit, else float32.
 
-    stated: by config.json, which may differ from how the tensors are stored.
+    stated: the dtype in config.json, which may differ from that of the stored tensors.
     """
     if requested != "auto":
         return DTYPES[requested]
@@ -124,7 +124,7 @@ def _rounded(method: str, rows: Tensor) -> Tensor:
 
 
 class _Loader:
-    """What the steps of loading one model share. Each tensor is read once, straight to its place."""
+    """The state of loading one model. Each tensor is read once, straight to its place."""
 
     def __init__(
         self,
@@ -197,7 +197,10 @@ class _Loader:
         )
 
     def _window(self, attention: LayerAttention) -> int | None:
-        """None too where no sequence is longer: files have windows that no kernel could count to."""
+        """The window of a layer; None: it has none, or no sequence is longer.
+
+        Files state windows too large for kernels.
+        """
         window = attention.window
         return None if window is None or window >= self.num_positions else window
 
@@ -210,7 +213,7 @@ class _Loader:
         return LoRALinear(self.ops, linear, self.num_slots, self.replaced.table.at(site))
 
     def _weights(self, paths: Sequence[str]) -> list[Matrix]:
-        """Of projections that are multiplied as one: as few matrices as can be, their rows in order."""
+        """The weights of projections that are multiplied as one: as few matrices as possible, rows in order."""
         quantised = self.quantised
         if self.rounding is None and (quantised is None or not any(path in quantised for path in paths)):
             return [self._dense(*(f"{path}.weight" for path in paths))]
@@ -234,7 +237,7 @@ class _Loader:
         return round_to_nearest(self._dense(f"{path}.weight")[0], self.rounding)
 
     def _dense(self, *names: str) -> list[Tensor]:
-        """Tensors one above the other: where packing copies them, straight from the mapped file."""
+        """The rows of several tensors, one after another; straight from the mapped file if packing copies them."""
         if self.ops.packing_copies:
             return [self.checkpoint.dense(name, self.dtype, self.ops.device) for name in names]
         return [self._rows(*names)]
@@ -248,7 +251,7 @@ class _Loader:
         return self._linear([round_to_nearest(weight[0], self.head_rounding)], None)
 
     def _head_weight(self, embedding: Tensor) -> list[Tensor]:
-        """One matrix; that of the embedding if the model ties them."""
+        """The head's matrix; if the model ties them, the embedding's."""
         if HEAD not in self.checkpoint:
             return [embedding]
         if not self.config.tie_word_embeddings:
@@ -261,7 +264,7 @@ class _Loader:
         )
 
     def _linear(self, weights: Sequence[Matrix], bias: Tensor | None) -> AnyLinear:
-        """The matrices, one above the other, as one linear; bias [N] of all of them."""
+        """One linear from these matrices, their rows one after another; bias [N] of all of them."""
         linears, start = [], 0
         for weight in weights:
             rows = sum(map(len, weight)) if isinstance(weight, Sequence) else len(weight.codes)

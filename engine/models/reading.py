@@ -47,7 +47,7 @@ def text_fields(raw: Mapping[str, object], where: str) -> ConfigFields:
 
 
 def decoder_config(architecture: str, fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> ModelConfig:
-    """What all families spell alike. A family replaces the fields in which it differs.
+    """Read the fields that all families spell alike. A family replaces the fields in which it differs.
 
     Raises ModelError for shapes that no decoder can have.
     """
@@ -93,7 +93,9 @@ def sliding_layers(fields: ConfigFields, pattern: tuple[bool, ...]) -> tuple[boo
 
 
 def _max_positions(fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> int:
-    """What the file states times what its scaling stretches it by, as vLLM counts; YaRN states what it stretches."""
+    """The stated positions times the factor of the scaling, as in vLLM; YaRN's section states the original
+    positions.
+    """
     stated = fields.integer("max_position_embeddings")
     longest = max(int(_stretched(layer.rope, stated)) for layer in layers)
     if longest > MAX_POSITIONS:

@@ -26,7 +26,7 @@ FAMILIES: tuple[Family, ...] = (
 def read_model_config(directory: Path, rope_scaling: Mapping[str, object] | None = None) -> ModelConfig:
     """The model in a directory. Raises ModelError if it is of no known family, or its config.json makes no sense.
 
-    rope_scaling: counts in place of the file's.
+    rope_scaling: replaces the file's.
 
     Ends of sequence are those of config.json and of generation_config.json together: instruction-tuned models often
     state the end of a turn only in the latter.
@@ -68,7 +68,7 @@ def _family(fields: ConfigFields) -> tuple[Family, str]:
 
 
 def _wrapped(fields: ConfigFields) -> str:
-    """What the reader of an error may take for a model that is known."""
+    """A hint for errors: the known text model inside this wrapper, if any."""
     inner = fields.section("text_config")
     if inner is None:
         return ""

@@ -21,7 +21,7 @@ def read_rope(fields: ConfigFields, default_theta: float = 10_000.0) -> Rope:
 
 
 def with_rope_scaling(raw: Mapping[str, object], scaling: Mapping[str, object]) -> dict[str, object]:
-    """What config.json would hold with this `rope_scaling`. Of what it holds the base of the angles alone stays."""
+    """The content of config.json with this `rope_scaling`. Of its own rotary fields only the base θ stays."""
     text = raw.get("text_config")
     part = text if isinstance(text, dict) else raw
     sections = (part.get("rope_scaling"), part.get("rope_parameters"))
@@ -32,7 +32,7 @@ def with_rope_scaling(raw: Mapping[str, object], scaling: Mapping[str, object]) 
 
 
 def rope_from(section: ConfigFields, fields: ConfigFields, default_theta: float) -> Rope:
-    """Raises ModelError for kinds that are not known, and for embeddings of only a part of the head."""
+    """Read a rotary section. Raises ModelError for unknown kinds, and for embeddings of only a part of the head."""
     if section.number("partial_rotary_factor", 1.0) != 1.0:
         raise section.error("partial_rotary_factor", section.number("partial_rotary_factor"), "1")
     theta = section.number("rope_theta", default_theta)

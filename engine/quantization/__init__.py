@@ -1,4 +1,4 @@
-"""Quantised checkpoints: from what config.json says of a format, and its packed tensors, to canonical records.
+"""Quantised checkpoints: turns the format in config.json, and its packed tensors, into canonical records.
 
 One file per format; `spec.py` says what a format has to offer, `detection.py` chooses it, `reader.py` reads a model's
 linears by it, `rounding.py` quantises a dense checkpoint while it is loaded. Needs none of the packages that

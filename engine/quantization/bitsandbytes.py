@@ -30,7 +30,8 @@ REPACKED = (
 
 @dataclass(frozen=True, slots=True)
 class FourBitSpec:
-    """Two codes a byte, the first in the high half; each stands for a value of a table of 16 times its block's maximum.
+    """Two codes a byte, the first in the high half. A code's value is its entry in a table of 16, times the block's
+    maximum.
 
     With double quantisation the maxima are codes too, into a table of 256 with maxima of their own and one offset.
     """

@@ -1,6 +1,6 @@
 """compressed-tensors checkpoints, as llm-compressor writes them: integers, packed or not, and float8.
 
-Only weights are read as quantised: where the file also asks for quantised activations, they stay as they are, which is
+Only weights are read as quantised. If the file also asks for quantised activations, these stay unquantised, which is
 nearer to the unquantised model.
 """
 
@@ -32,7 +32,7 @@ WORD_BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How the modules of one `config_groups` entry are stored."""
+    """The storage of the modules of one `config_groups` entry."""
 
     targets: tuple[str, ...]  # "Linear", a module's path, or "re:" and a pattern of paths
     packed: bool

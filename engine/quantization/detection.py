@@ -1,4 +1,4 @@
-"""Which format a checkpoint is in, by what its files state."""
+"""Detects a checkpoint's format from its files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMPARED = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
 
 
 def read_spec(directory: Path, raw: Mapping[str, object]) -> QuantSpec | None:
-    """How the model in `directory`, whose config.json holds `raw`, is quantised; None if it is not.
+    """The quantisation of the model in `directory`, whose config.json holds `raw`; None: it is not quantised.
 
     config.json counts where a file of the quantiser's own contradicts it. Raises ModelError naming the field that is
     not supported.
@@ -49,10 +49,10 @@ def read_spec(directory: Path, raw: Mapping[str, object]) -> QuantSpec | None:
 
 
 def base_names(directory: Path, raw: Mapping[str, object]) -> list[str]:
-    """What the files of the model in `directory` may be called, without an ending: AutoGPTQ states it, or took a name
-    of its own where it states none.
+    """The possible base names of the model's files in `directory`: AutoGPTQ states one, or takes a name
+    of its own if it states none.
 
-    raw: what config.json holds. Raises ModelError for a name that leads out of the directory.
+    raw: the content of config.json. Raises ModelError for a name that leads out of the directory.
     """
     names = [BASE_NAME]
     for fields in (_section(raw, str(directory / "config.json")), _own_file(directory)):
@@ -76,7 +76,7 @@ def parse(fields: ConfigFields) -> QuantSpec:
 
 
 def _check_modelopt(directory: Path) -> None:
-    """Raise ModelError if ModelOpt has quantised the model, and says so in a file of its own alone."""
+    """Raise ModelError if the model was quantised by ModelOpt, which states that only in a file of its own."""
     path = directory / MODELOPT_FILE
     if not path.exists():
         return
@@ -98,7 +98,7 @@ def _own_file(directory: Path) -> ConfigFields | None:
 
 
 def _section(raw: Mapping[str, object], where: str) -> ConfigFields | None:
-    """What config.json states, there or inside the text model of a multimodal one; an empty section states nothing."""
+    """The quantization_config of config.json or of a multimodal file's text model; None: absent or empty."""
     fields = ConfigFields(raw, where)
     for place in (fields, fields.section("text_config")):
         for name in SECTIONS:
@@ -109,5 +109,5 @@ def _section(raw: Mapping[str, object], where: str) -> ConfigFields | None:
 
 
 def _method_of_old_files(fields: ConfigFields) -> str:
-    """Old versions of transformers did not write the method."""
+    """The method of a file without `quant_method`, which old versions of transformers did not write."""
     return "bitsandbytes" if fields.has("load_in_4bit") or fields.has("load_in_8bit") else ""

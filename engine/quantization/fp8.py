@@ -48,7 +48,7 @@ class Fp8Spec:
 def float8_weight(
     linear: LinearShape, suffix: str, codes: Tensor, scale: Tensor, block: tuple[int, int] | None
 ) -> Float8Weight:
-    """block None: `scale` holds one value, or one for each output feature. `suffix` is its name."""
+    """A float8 weight with its scales. block None: `scale` holds one value, or one for each output feature."""
     scale = check_scales(linear, suffix, scale)
     if bool((codes.view(torch.uint8) & E4M3_NAN == E4M3_NAN).any()):
         raise linear.error(".weight", "holds NaN: the checkpoint is damaged")
@@ -71,7 +71,7 @@ def parse(fields: ConfigFields) -> Fp8Spec:
 
 
 def read_block(fields: ConfigFields, name: str) -> tuple[int, int] | None:
-    """Rows and columns of a block, or None where the field is absent."""
+    """Rows and columns of a block; None: the field is absent."""
     block = fields.integers(name)
     if not block:
         return None

@@ -28,7 +28,7 @@ CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Of one module: `dynamic` may give some modules others."""
+    """The parameters of one module: `dynamic` may give single modules their own."""
 
     bits: int
     group_size: int  # -1: the whole column
@@ -138,7 +138,7 @@ def parse(fields: ConfigFields) -> GptqSpec:
 
 
 def _parameters(fields: ConfigFields, base: Parameters | None) -> Parameters:
-    """Of the whole model (base None), or what a `dynamic` entry changes in `base`."""
+    """Read the model's parameters (base None), or the changes that a `dynamic` entry makes to `base`."""
     bits = fields.integer("bits", None if base is None else base.bits)
     if bits not in AFFINE_BITS:
         raise fields.error("bits", bits, f"one of {', '.join(map(str, AFFINE_BITS))}")
@@ -149,7 +149,7 @@ def _parameters(fields: ConfigFields, base: Parameters | None) -> Parameters:
 
 
 def _dynamic(section: ConfigFields | None, base: Parameters) -> tuple[tuple[re.Pattern[str], Parameters], ...]:
-    """Patterns with "-:" name modules that are left dense: their tensors say so."""
+    """Read `dynamic`. Patterns with "-:" name dense modules and are skipped: the tensors show that they are dense."""
     found = []
     for name in section.names() if section is not None else ():
         if name.startswith("-:"):
@@ -165,7 +165,7 @@ def _dynamic(section: ConfigFields | None, base: Parameters) -> tuple[tuple[re.P
 
 
 def _input_order(linear: LinearShape, g_idx: Tensor | None, group_size: int) -> Tensor | None:
-    """The input features sorted by group, or None where they are already."""
+    """The order of input features that sorts them by group; None: they are sorted already."""
     if g_idx is None:
         return None
     groups = group_count(linear, group_size)

@@ -43,7 +43,7 @@ COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What `loraplex quantize` is asked for."""
+    """The arguments of `loraplex quantize`."""
 
     model: str  # a directory, or a hub id
     method: str  # of EXTRAS
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def quantize(job: Job) -> None:
-    """Write the copy and print its size and what it does to the text.
+    """Write the copy, and print its size and the perplexity before and after.
 
     Raises ModelError saying what is missing: the package, the calibration text, a new directory.
     """
@@ -138,7 +138,9 @@ def _require(job: Job) -> None:
 
 
 def _run_package(source: Path, job: Job) -> None:
-    """In a process that cannot see Loraplex: the packages would find some of its names where they look for others."""
+    """Run the package in a process that cannot import Loraplex, whose module names collide with some that it looks
+    for.
+    """
     calibration = []
     if EXTRAS[job.method] == "quantize" and job.calibration is not None:
         longest = read_model_config(source).max_position_embeddings

@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 class QuantizedReader:
     """The linears of a model that its checkpoint holds quantised, by the tensors that are there.
 
-    Formats have lists of modules that were skipped, and defaults beside them. A linear that is stored as a float
-    .weight, and none of the format's tensors, is dense whatever they say: there is nothing else that it could be.
+    Formats state lists of skipped modules, and defaults beside them. A linear that is stored as a float .weight,
+    without the format's tensors, is dense whatever the lists say: it can be nothing else.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: QuantSpec, linears: Iterable[LinearShape]) -> None:
-        """Raises ModelError for a shape that the format cannot have."""
+        """Find the quantised linears. Raises ModelError for a shape that the format cannot have."""
         self._checkpoint = checkpoint
         self._spec = spec
         self._linears: dict[str, LinearShape] = {}
@@ -48,7 +48,7 @@ class QuantizedReader:
         return path in self._linears
 
     def read(self, path: str, device: torch.device) -> QuantizedWeight:
-        """Raises ModelError naming a tensor whose values cannot be."""
+        """Read a linear's record. Raises ModelError naming a tensor with impossible values."""
         linear, checkpoint = self._linears[path], self._checkpoint
         names = {suffix: path + suffix for suffix in self._spec.tensors(linear)}
         stored = {suffix: checkpoint.tensor(name, device) for suffix, name in names.items() if name in checkpoint}

@@ -1,4 +1,4 @@
-"""What a quantisation format has to offer, and the checks that all formats share."""
+"""The interface of a quantisation format, and the checks that all formats share."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class QuantSpec(Protocol):
 
     @property
     def label(self) -> str:
-        """For people: "gptq-4bit-g128"."""
+        """A short form for people: "gptq-4bit-g128"."""
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """A linear that has one of these is quantised; one that has none, and a float .weight, is not."""
+        """Names of tensors that only a quantised linear has; without any, a linear with a float .weight is dense."""
 
     def tensors(self, linear: LinearShape) -> dict[str, ExpectedTensor]:
-        """What a quantised linear is stored as. Raises ModelError where its shape rules the format out."""
+        """The stored tensors of a quantised linear. Raises ModelError if its shape rules the format out."""
 
     def read(self, linear: LinearShape, stored: Mapping[str, Tensor]) -> QuantizedWeight:
-        """The record that the stored tensors are. Raises ModelError naming the tensor with values that cannot be."""
+        """Turn stored tensors into a record. Raises ModelError naming a tensor with impossible values."""
 
 
 def group_count(linear: LinearShape, group_size: int) -> int:
@@ -53,7 +53,7 @@ def group_count(linear: LinearShape, group_size: int) -> int:
 
 
 def require_multiple(linear: LinearShape, what: str, length: int, of: int) -> None:
-    """Raise ModelError for a dimension that its codes cannot be packed from."""
+    """Raise ModelError if a dimension is no multiple of the packing unit."""
     if length % of:
         raise linear.error("", f"has {length} {what}, no multiple of {of}: its codes cannot be packed so")
 

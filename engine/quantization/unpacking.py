@@ -1,4 +1,4 @@
-"""Codes out of packed words."""
+"""Unpacks codes from words."""
 
 from __future__ import annotations
 

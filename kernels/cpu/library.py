@@ -68,7 +68,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class LibraryUnavailableError(Exception):
-    """The compiled kernels are not here, or not for this processor."""
+    """The compiled kernels are missing, or not for this processor."""
 
 
 def library_path(isa: str) -> Path:
@@ -76,7 +76,7 @@ def library_path(isa: str) -> Path:
 
 
 def usable_instruction_sets() -> tuple[str, ...]:
-    """Those that were compiled and that this processor has, the best last."""
+    """The instruction sets that were compiled and that this processor has, the best last."""
     portable = library_path("portable")
     if not portable.exists():
         return ()
@@ -88,7 +88,7 @@ class Library:
     """One compiled library with its own threads and memory. Its functions are attributes, without their prefix."""
 
     def __init__(self, threads: int | None, isa: str | None) -> None:
-        """threads None: one for each core that the process may use. isa None: the best that works here.
+        """threads None: one for each core that the process may use. isa None: the best that works on this processor.
 
         Raises LibraryUnavailableError.
         """
@@ -117,7 +117,9 @@ class Library:
 
 
 def available_cores() -> int:
-    """How many cores this process may use: those it is bound to, or fewer if its control group may use less time."""
+    """The number of cores that this process may use: those that it is bound to, or fewer by its control group's
+    quota.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CPU_QUOTA.read_text().split()
@@ -127,7 +129,7 @@ def available_cores() -> int:
 
 
 def owned(owner: object, handle: int | None, destroy: Callable[[int], None], *keep: object) -> int:
-    """A handle that ends with its owner; whatever is in `keep` outlives it. Raises MemoryError for a null handle."""
+    """A handle that is freed with its owner, before the objects in `keep`. Raises MemoryError for a null handle."""
     if handle is None:
         raise MemoryError("the CPU kernels could not allocate memory")
     weakref.finalize(owner, _destroy, destroy, handle, keep)

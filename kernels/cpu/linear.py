@@ -21,7 +21,7 @@ FLOAT8_FACTOR = 256.0  # the kernels read e4m3 with the exponent's bias of float
 
 
 class CpuLinear:
-    """A matrix that the compiled kernels hold, dense or quantised. Shares no memory with what it was made from."""
+    """A matrix that the compiled kernels hold, dense or quantised. Shares no memory with its source tensors."""
 
     def __init__(self, library: Library, handle: int | None, shape: torch.Size, dtype: torch.dtype) -> None:
         self.out_features, self.in_features = shape
@@ -31,7 +31,7 @@ class CpuLinear:
 
 
 def pack_dense(library: Library, weights: Sequence[Tensor], bias: Tensor | None) -> CpuLinear:
-    """Panels of 32 outputs, laid out as in linear.h."""
+    """Pack a dense matrix into panels of 32 outputs, laid out as in linear.h."""
     weights = [weight.contiguous() for weight in weights]
     dtype, width = weights[0].dtype, weights[0].shape[1]
     bias = None if bias is None else bias.to(dtype).contiguous()
@@ -43,9 +43,10 @@ def pack_dense(library: Library, weights: Sequence[Tensor], bias: Tensor | None)
 
 
 def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> CpuLinear:
-    """Panels of 64 outputs, laid out as in codes.h: 4 bits for a code of up to 4, 8 for one of 8.
+    """Pack a quantised matrix into panels of 64 outputs, laid out as in codes.h: codes of up to 4 bits take 4, others
+    8.
 
-    Raises ValueError for a float8 code that is no number.
+    Raises ValueError for a float8 code that is NaN.
     """
     form = _coded(weight)
     order = getattr(weight, "input_order", None)
@@ -68,7 +69,7 @@ def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | Non
 
 @dataclass(frozen=True, slots=True)
 class _Coded:
-    """W[n, c] = scale[g, n] · (value(codes[n, c]) + offset[g, n]), g = c // group: what all records are here."""
+    """W[n, c] = scale[g, n] · (value(codes[n, c]) + offset[g, n]), g = c // group: the form of all records here."""
 
     codec: int
     codes: Tensor  # uint8 [N, C]
@@ -87,7 +88,7 @@ def _coded(weight: QuantizedWeight) -> _Coded:
 
 
 def _coded_affine(weight: AffineWeight) -> _Coded:
-    """Values are counted from the middle of the codes: smaller terms, and symmetric weights need no offset."""
+    """Convert an affine record. Values count from the middle of the codes, so that symmetric weights need no offset."""
     middle = 1 << (weight.bits - 1)
     offset = middle - weight.zero if (weight.zero != middle).any() else None
     if weight.bits == 8:
@@ -98,7 +99,7 @@ def _coded_affine(weight: AffineWeight) -> _Coded:
 
 
 def _coded_table(weight: TableWeight) -> _Coded:
-    """Blocks that span rows end elsewhere in each row: the longest groups of which none does is what they share."""
+    """Convert a table record. Blocks may end inside rows, so groups are the longest that divide all of their pieces."""
     rows, columns = weight.codes.shape
     group = math.gcd(columns, weight.block)
     starts = torch.arange(rows * columns // group) * group

@@ -36,7 +36,7 @@ ALIGNMENT = 64  # bytes: a cache line
 
 
 class CpuLora:
-    """One adapter at one linear, A and B in the order in which they are read. Shares no memory with `weights`."""
+    """One adapter at one linear, with A and B in the order in which they are read. Shares no memory with `weights`."""
 
     def __init__(self, library: Library, weights: LoraWeights) -> None:
         self.shape = LoraShape.of(weights)
@@ -74,7 +74,7 @@ class CpuLora:
 
 
 class CpuLoraTable:
-    """The adapters resident at one linear. Takes the dtype of the first that is put into it."""
+    """The adapters resident at one linear. The first adapter sets the table's dtype."""
 
     def __init__(self, in_features: int, out_features: int, num_slots: int) -> None:
         self.in_features = in_features
@@ -254,7 +254,7 @@ class CpuOps:
         return out
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
-        """Tensors of [B, K, elements of a block of one head]; these lie as kernels/cpu/attention.h says.
+        """Zeroed tensors [B, K, elements of a block of one head], each block laid out as in kernels/cpu/attention.h.
 
         Raises ValueError for a block size that is not a power of two, or a head that is too wide.
         """
@@ -275,7 +275,7 @@ class CpuOps:
         return LayerKV(k, v, num_blocks, block_size, k_scale, v_scale)
 
     def _zeros(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Aligned memory that takes room only once it is written to."""
+        """Zeroed, aligned memory that takes room only once it is written to."""
         num_bytes = elements * dtype.itemsize
         raw = np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8)
         skip = -raw.ctypes.data % ALIGNMENT
@@ -298,17 +298,17 @@ class CpuOps:
 
 
 def storage(cache: LayerKV) -> tuple[int | None, ...]:
-    """What the compiled functions are told of a cache."""
+    """The description of a cache for the compiled functions."""
     pointers = (None if each is None else each.data_ptr() for each in (cache.k, cache.v, cache.k_scale, cache.v_scale))
     return ROUNDED_CODES.get(cache.k.dtype, 0), *pointers, block_shift(cache.block_size)
 
 
 def block_shift(block_size: int) -> int:
-    """The power of two that a block size is."""
+    """The base-2 logarithm of a block size."""
     return block_size.bit_length() - 1
 
 
 def succeed(status: int) -> None:
-    """What the compiled functions return: 0, or memory ran out."""
+    """Raise MemoryError unless a compiled function returned 0."""
     if status:
         raise MemoryError("the CPU kernels could not allocate memory for intermediate results")

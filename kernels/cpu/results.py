@@ -17,10 +17,11 @@ SMALLEST = 1 << 20  # bytes; what is smaller malloc keeps by itself
 
 
 class ResultMemory:
-    """Large results lie in memory that is kept for the next ones.
+    """Keeps the memory of large results for later ones.
 
-    malloc gives large areas back when they are freed, and each step would have every page of them provided anew: of
-    steps that compute prompts that took up to a fifth. There are never more areas than there were results at a time.
+    malloc returns large areas to the system when they are freed, so that each step would fault in every page again: in
+    steps that compute prompts this took up to a fifth of the time. There are never more areas than simultaneous
+    results.
     """
 
     def __init__(self, library: Library) -> None:
@@ -28,7 +29,7 @@ class ResultMemory:
         self._free: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of the dtype of `like`, with anything in it. Nobody else gets its memory while a view lives."""
+        """An uninitialised tensor of the dtype of `like`. Its memory is not reused while a view of it lives."""
         num_bytes = math.prod(shape) * like.element_size()
         if num_bytes < SMALLEST:
             return like.new_empty(shape)
@@ -38,7 +39,7 @@ class ResultMemory:
         return torch.from_numpy(held).view(like.dtype).view(shape)
 
     def _take(self, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The smallest area that is free and large enough; else a new one in place of the smallest that is free."""
+        """The smallest free area that is large enough; else a new one that replaces the smallest free area."""
         by_size = sorted((area.nbytes, -index) for index, area in enumerate(self._free))
         for nbytes, index in by_size:
             if nbytes >= num_bytes:

@@ -60,7 +60,7 @@ class TritonOps:
 
     @property
     def lora_growth(self) -> int:
-        """Changes when an adapter has made a table wider than before: graphs captured with adapters are then stale."""
+        """A count that grows when an adapter has widened a table: graphs captured with adapters are then stale."""
         return self._lora_growth.count
 
     def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> ReferenceLinear:

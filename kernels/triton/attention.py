@@ -106,7 +106,7 @@ def _accumulate(
 
 @triton.jit
 def _visible_keys(length: tl.tensor, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
-    """What a single new token sees, [first, length) with `first` rounded down, and how many keys each split takes."""
+    """The keys that a single new token sees, [first, length) with `first` rounded down, and the keys of each split."""
     first = 0
     if WINDOW is not None:
         first = tl.maximum(length - WINDOW, 0) // BLOCK_N * BLOCK_N
@@ -249,8 +249,8 @@ def _combine(
 
 
 def _choose_tile(q: Tensor, cache: LayerKV, decode: bool) -> Tile:
-    """Such that the accumulators fit in registers and the keys and values of `num_stages` steps in 99 KiB of shared
-    memory, the least that a GPU since Ampere offers."""
+    """A tile whose accumulators fit in registers, and whose keys and values of `num_stages` steps fit in 99 KiB of
+    shared memory, the least that a GPU since Ampere offers."""
     smallest = triton.next_power_of_2(q.shape[1] // cache.k.shape[1])
     if q.dtype == torch.float32:  # multiplied without tensor cores, which takes the registers to run ahead with
         return Tile(max(16 if decode else 32, smallest), 16, num_warps=8, num_stages=1)
@@ -262,7 +262,7 @@ def _choose_tile(q: Tensor, cache: LayerKV, decode: bool) -> Tile:
 
 
 def _choose_splits(num_tiles: int, max_seq_len: int, num_multiprocessors: int) -> int:
-    """Into how many programs the keys of a decoding sequence are split, so that each multiprocessor gets two."""
+    """The number of programs that share the keys of a decoding sequence, so that each multiprocessor gets two."""
     wanted = 2 * num_multiprocessors // num_tiles
     useful = max_seq_len // MIN_SPLIT_KEYS.value
     return int(triton.next_power_of_2(max(1, min(wanted, useful, MAX_SPLITS))))
@@ -270,7 +270,7 @@ def _choose_splits(num_tiles: int, max_seq_len: int, num_multiprocessors: int) -
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """From a query and a key to a score: the arguments of `Ops.paged_attention` that belong to the model."""
+    """The arguments of `Ops.paged_attention` that turn a query and a key into a score."""
 
     scale: float
     window: int | None

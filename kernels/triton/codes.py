@@ -1,4 +1,4 @@
-"""Numbers in eight bits, by integer arithmetic: every GPU has it, and the interpreter rounds as they do.
+"""Eight-bit numbers by integer arithmetic, which every GPU has and the interpreter computes alike.
 
 Tensors of codes are passed to kernels as int8, whatever they stand for.
 """
@@ -25,13 +25,13 @@ def coding_of(dtype: torch.dtype) -> int:
 
 
 def as_codes(tensor: Tensor) -> Tensor:
-    """The same memory, as kernels take it."""
+    """A view of the same memory as int8, the type that kernels take."""
     return tensor.view(torch.int8) if tensor.dtype in _CODINGS else tensor
 
 
 @triton.jit
 def decode(codes: tl.tensor, CODING: tl.constexpr) -> tl.tensor:
-    """int8 codes → the float32 that they stand for."""
+    """Decode int8 codes to float32."""
     if CODING == FLOAT8:
         # Sign, exponent and mantissa to where float32 has them; its exponent counts from 127, not from 7.
         bits = (codes.to(tl.int32) << 20) & -0x78100000
@@ -41,7 +41,7 @@ def decode(codes: tl.tensor, CODING: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def encode(x: tl.tensor, CODING: tl.constexpr) -> tl.tensor:
-    """float32 within the range of the coding → the nearest codes, of two equally near the even one."""
+    """Encode float32 values, within the coding's range, to the nearest codes; ties go to the even code."""
     if CODING == FLOAT8:
         bits = (tl.abs(x) * 7.52316384526264e-37).to(tl.int32, bitcast=True)  # 2^-120
         rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20

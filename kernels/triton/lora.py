@@ -2,7 +2,7 @@
 
 The device finds an adapter through a table of addresses, so every adapter keeps its own tensors at its own ranks. A
 tile of rows belongs to one adapter. Shrink splits the input features between programs and writes their sums apart;
-expand adds them up. The grid follows from the number of rows and segments alone: what is resident, and at which rank,
+expand adds them up. The grid follows from the number of rows and segments alone: the resident adapters and their ranks
 may change under a captured CUDA graph, as long as no rank exceeds the table's capacity.
 """
 
@@ -236,7 +236,7 @@ class _Part(NamedTuple):
 
 
 class TritonLora:
-    """One adapter at one linear, in host memory as it will lie on the device: A as it is, B transposed.
+    """One adapter at one linear, in host memory in the device's layout: A as it is, B transposed.
 
     For a CUDA device it is page-locked, so that the device copies it without waiting for the CPU.
     """
@@ -262,7 +262,9 @@ class TritonLora:
 
 
 class TritonLoraTable:
-    """The adapters resident at one linear, on the device: A as it is, B transposed, and the entries that lead there."""
+    """The adapters resident at one linear, on the device: A as it is, B transposed, and the table of their
+    addresses.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, num_slots: int, device: torch.device, growth: Growth
@@ -311,7 +313,7 @@ class TritonLoraTable:
             self._held[slot] = ()
 
     def reserve(self, num_slices: int, rank: int) -> None:
-        """Be as wide as adapters of so many projections of up to that rank need, before any is here."""
+        """Widen the table in advance for adapters with so many projections of up to that rank."""
         self._widen(num_slices * rank, rank)
 
     def _widen(self, sum_of_ranks: int, slice_rank: int) -> None:
@@ -359,7 +361,7 @@ def segmented_lora(
     table: TritonLoraTable,
     num_multiprocessors: int,
 ) -> None:
-    """`Ops.segmented_lora`. What shrinking yields is rounded to the dtype of x before expanding, as PEFT does."""
+    """`Ops.segmented_lora`. The result of shrinking is rounded to the dtype of x before expanding, as in PEFT."""
     num_segments, num_rows = len(segments.slots), len(x)
     if not table.capacity or not num_segments or not num_rows:
         return
@@ -410,7 +412,7 @@ def segmented_lora(
 
 
 def _choose_splits(num_tiles: int, num_steps: int, num_multiprocessors: int) -> int:
-    """Between how many programs the input features of a tile are divided: about two programs a multiprocessor.
+    """The number of programs that share the input features of a tile: about two programs a multiprocessor.
 
     1, 4 or 16: each value is a kernel to compile.
     """

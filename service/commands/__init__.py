@@ -1,1 +1,1 @@
-"""Commands of `loraplex` that are clients of a running server: what they share, and a file for each resource."""
+"""Commands of `loraplex` that are clients of a running server: shared options, and a file for each resource."""

@@ -197,7 +197,7 @@ def sign_adapter(directory: Path, key: Path) -> None:
 
 
 def _print_created(adapter: Adapter) -> None:
-    """And exit as it went: an error is of the adapter, or of the model that it waits for."""
+    """Print the created version, and exit with status 1 if the adapter failed, or the model that it waits for."""
     print_json(adapter)
     sys.exit(1 if adapter.HasField("error") else 0)
 

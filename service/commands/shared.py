@@ -1,4 +1,4 @@
-"""Where a server is, who asks, and how answers and errors look to people."""
+"""Options that say where the server is and who asks, and the form of answers and errors for people."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ EXISTING = click.Path(path_type=Path, exists=True)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a server is, and who asks."""
+    """The address of a server, and the credentials to use."""
 
     server: str
     admin_server: str
@@ -53,7 +53,7 @@ class Target:
 
 
 def reaches_server(command: Callable[Concatenate[Target, P], R]) -> Callable[..., R]:
-    """Gives a command the options that say where the server is, and its errors a form for people."""
+    """Give a command the options that say where the server is, and print its errors for people."""
 
     @click.option("--server", default="127.0.0.1:50051", show_default=True, help="Data port.")
     @click.option("--admin-server", default="127.0.0.1:50052", show_default=True, help="Admin port.")
@@ -85,7 +85,7 @@ def reaches_server(command: Callable[Concatenate[Target, P], R]) -> Callable[...
 
 @contextmanager
 def call_failures() -> Iterator[None]:
-    """Why a call failed, for people."""
+    """Turn the errors of calls into messages for people."""
     try:
         yield
     except LoraplexError as error:

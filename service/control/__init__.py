@@ -1,5 +1,5 @@
-"""The control plane: what operators and tools call, beside generating.
+"""The control plane: the methods that operators and tools call, other than generation.
 
 AdapterService, ModelService, RouteService and ServerService on the admin port, TokenizerService on the data port. They
-turn requests into calls of the registry, the deployer and the host, and what those know into resources.
+turn requests into calls of the registry, the deployer and the host, and turn their state into resources.
 """

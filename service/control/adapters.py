@@ -96,7 +96,7 @@ UPDATABLE = ("labels", "pinned", "version")
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
-    """What the registry knows, as resources; changes go through the deployer."""
+    """Serves the registry's versions as resources. Changes go through the deployer."""
 
     def __init__(
         self,
@@ -408,7 +408,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         return message
 
     def _add_what_is_inside(self, message: Adapter, version: AdapterVersion) -> None:
-        """Where it is, and who uses it how much: of a shared adapter nothing for other tenants."""
+        """Add the source, the residency and the usage of a version, which other tenants are not shown."""
         message.source = version.spec.source
         message.residency = self._residency(version)
         message.running_requests = version.num_requests - version.num_waiting
@@ -417,7 +417,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             message.last_use_time.CopyFrom(timestamp(version.last_use_time))
 
     def _stuck(self, version: AdapterVersion) -> FailedPrecondition | None:
-        """Why a version stays LOADING, if it does: its model could not be loaded."""
+        """The error of a version that stays LOADING because its model could not be loaded; None: all others."""
         model = self._host.find(version.spec.base_model)
         if version.state is not AdapterState.LOADING or model is None or model.state is not EngineState.FAILED:
             return None

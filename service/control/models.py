@@ -49,7 +49,7 @@ STATES = {
 
 
 class ModelServicer(models_pb2_grpc.ModelServiceServicer):
-    """What the host knows, as resources."""
+    """Serves the host's models as resources."""
 
     def __init__(self, host: ModelHost, unload_grace_seconds: float) -> None:
         self._host = host
@@ -112,7 +112,7 @@ async def _settle(model: HostedModel, seconds: float) -> None:
 
 
 def model_message(model: HostedModel) -> Model:
-    """The resource, as the present caller may see it."""
+    """The model as a resource, without what the present caller may not see."""
     supervisor, state = model.supervisor, model.state
     message = Model(
         name=f"models/{model.name}",

@@ -1,4 +1,4 @@
-"""What tenants have of adapters, and of uploads that may become some."""
+"""The quota of adapters: how many versions, uploads and bytes each tenant has."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ from service.tenants import Tenants
 
 @dataclass(slots=True, eq=False)
 class Incoming:
-    """An upload in progress, as far as its files have been announced."""
+    """An upload in progress: the number of bytes announced so far."""
 
     tenant: str
     size_bytes: int = 0
 
 
 class AdapterQuota:
-    """Raises QuotaExceeded before a tenant has more than it may. For one event loop."""
+    """Raises QuotaExceeded before a tenant exceeds its quota. For one event loop."""
 
     def __init__(self, registry: AdapterRegistry, library: AdapterLibrary, tenants: Tenants, state: StateFile) -> None:
         self._registry = registry
@@ -33,7 +33,7 @@ class AdapterQuota:
 
     @contextmanager
     def upload(self, tenant: str) -> Iterator[Incoming]:
-        """In the block there is one more."""
+        """Count one more upload for the length of the block."""
         self._tenants.get(tenant).check_uploads(1 + sum(one.tenant == tenant for one in self._incoming))
         incoming = Incoming(tenant)
         self._incoming.append(incoming)
@@ -43,12 +43,12 @@ class AdapterQuota:
             self._incoming.remove(incoming)
 
     def announce(self, incoming: Incoming, size_bytes: int) -> None:
-        """An upload will have so many bytes more."""
+        """Add the size of another file to an upload. Raises QuotaExceeded."""
         incoming.size_bytes += size_bytes
         self._check(incoming.tenant, self._held(incoming.tenant), incoming.size_bytes, incoming)
 
     def check(self, key: AdapterKey, directory: Path, state_bytes: int, incoming: Incoming | None = None) -> None:
-        """Right before a version is registered, which may be there already. `state_bytes`: what is kept of it."""
+        """Check the quota right before a version is registered, maybe again. `state_bytes`: the size of its record."""
         tenant = key.name.partition("/")[0]
         others = [version for version in self._held(tenant) if version.key != key]
         size = 0 if any(version.key.digest == key.digest for version in others) else _weight_bytes(directory)
@@ -56,7 +56,7 @@ class AdapterQuota:
         self.check_state(tenant, state_bytes)
 
     def check_state(self, tenant: str, more_bytes: int) -> None:
-        """Before so many bytes more are kept about what a tenant has."""
+        """Check the quota before the records of a tenant grow by so many bytes."""
         if more_bytes > 0:
             self._tenants.get(tenant).check_state(self._state.size(tenant) + more_bytes)
 
@@ -65,7 +65,7 @@ class AdapterQuota:
         return [version for version in versions if not version.is_missing]
 
     def _check(self, tenant: str, held: list[AdapterVersion], size: int, incoming: Incoming | None) -> None:
-        """With one more, of this size. The same files under several names are on the disk once."""
+        """Check the quota with one more version of this size. Equal files under several names count once."""
         others = [one for one in self._incoming if one.tenant == tenant and one is not incoming]
         directories = {version.key.digest: self._library.directory(version) for version in held}
         on_disk = sum(map(_weight_bytes, directories.values())) + sum(one.size_bytes for one in others)

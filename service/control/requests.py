@@ -1,4 +1,4 @@
-"""What the requests of all control services have in common: names, pages, waiting, and being sent twice."""
+"""Parts that the requests of all control services share: names, pages, waiting, and request ids."""
 
 import asyncio
 import base64
@@ -50,7 +50,7 @@ def tenant_id(name: str, field: str, all_allowed: bool = False) -> str | None:
 
 
 def adapter_name(name: str, field: str, version_allowed: bool = True) -> str:
-    """The name itself, once it is one. Raises InvalidRequest."""
+    """Return the name, after checking its form. Raises InvalidRequest."""
     match = _ADAPTER.fullmatch(name)
     if match is None or (match[1] and not version_allowed):
         expected = "tenants/{tenant}/adapters/{adapter}" + (", with @{version} or without," if version_allowed else "")
@@ -72,10 +72,10 @@ class PageRequest(Protocol):
 def page(
     items: Sequence[T], name: Callable[[T], str], message: Callable[[T], M], request: PageRequest
 ) -> tuple[list[M], str]:
-    """One page of items that are ordered by name, as messages, and the token of the next. Raises InvalidRequest.
+    """Return one page of items in order of names, as messages, and the token of the next. Raises InvalidRequest.
 
-    It ends early where the messages are large. The token says after which name to go on, so pages stay right while
-    items come and go.
+    A page of large messages ends early. The token holds the last name of the page, so pages stay right while items come
+    and go.
     """
     size = request.page_size or DEFAULT_PAGE_SIZE
     try:
@@ -103,14 +103,14 @@ class WaitRequest(Protocol):
 
 
 def wait_seconds(request: WaitRequest) -> float:
-    """How long the caller wants to wait; absent is not at all."""
+    """The seconds that the caller wants to wait; 0 where the field is absent."""
     return duration_seconds(request.wait)
 
 
 async def wait_until(
     condition: Callable[[], bool], subscribe: Callable[[Callable[[object], None]], Callable[[], None]], seconds: float
 ) -> None:
-    """Until the condition holds, looked at after every change that `subscribe` tells of, or the time is over."""
+    """Wait until the condition holds or the time is over. The condition is checked after every reported change."""
     changed = asyncio.Event()
     unsubscribe = subscribe(lambda _: changed.set())
     try:
@@ -131,10 +131,10 @@ _Key = tuple[str, str, uuid.UUID]  # tenant, method, request id
 
 
 class Once:
-    """Makes calls that carry a request id happen once: a tenant's same id again gets the first result, or waits for it.
+    """Runs each request id of a tenant once: a repeated id gets the first result, or waits for it.
 
-    A caller that goes away does not stop what it began. The latest answers are remembered, as many as there is room
-    for; failures are not. For one event loop.
+    A caller that goes away does not stop the work that it began. The latest answers are remembered, as many as there is
+    room for; failures are not. For one event loop.
     """
 
     def __init__(self, capacity: int = REMEMBERED_ANSWERS, max_bytes: int = REMEMBERED_BYTES) -> None:
@@ -145,7 +145,10 @@ class Once:
         self._num_bytes = 0  # of the answers
 
     async def run(self, method: str, request_id: str, work: Callable[[], Coroutine[Any, Any, M]]) -> M:
-        """`request_id`: "" for none. Raises InvalidRequest if it is no UUID, and what `work` raises."""
+        """Run `work` once. `request_id`: "": none, so always run.
+
+        Raises InvalidRequest if it is no UUID, and what `work` raises.
+        """
         if not request_id:
             return await work()
         call = find_call()

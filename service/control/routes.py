@@ -1,4 +1,4 @@
-"""RouteService: stable names for models and adapters, and what any name means."""
+"""RouteService: stable names for models and adapters, and the resolution of any name."""
 
 import re
 import time
@@ -41,7 +41,7 @@ _NAME = re.compile(rf"tenants/({ID})/routes/{ID}")
 
 
 class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
-    """What the book says, as resources; a change is in force, and saved, when its call returns."""
+    """Serves the route book. A change is in force, and saved, when its call returns."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         tenants: Tenants,
         prefetch: Callable[[AdapterVersion], None],
     ) -> None:
-        """`prefetch` hears of every adapter to which requests may come soon."""
+        """`prefetch`: called with every adapter to which requests may soon be routed."""
         self._catalog = catalog
         self._routes = routes
         self._state = state
@@ -116,7 +116,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         return Empty()
 
     def _check_quota(self, route: Route, known: Route | None) -> None:
-        """Raises QuotaExceeded if its tenant may not have this route, too, or no more of it."""
+        """Raise QuotaExceeded if the tenant may have no further route, or no more bytes of routes."""
         owner = _owner(route)
         tenant = self._tenants.get(owner)
         if known is None:
@@ -126,7 +126,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
             tenant.check_state(self._state.size(owner) + more)
 
     def _violations(self, route: Route, fields: Collection[str]) -> Iterator[Violation]:
-        """Of the fields that change: a target that has gone since does not stand in the way of others."""
+        """Violations in the fields that change. Other fields are not checked: a target may have been deleted since."""
         if not route.targets:
             yield Violation("route.targets", "is empty; give at least one")
         elif not sum(weight_of(target) for target in route.targets):

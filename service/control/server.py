@@ -1,4 +1,4 @@
-"""ServerService: about the server itself, and its load."""
+"""ServerService: the server itself, and its load."""
 
 import asyncio
 import time
@@ -42,7 +42,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
-    """Figures of the engines' last steps or heartbeats; nothing here waits for an engine."""
+    """Serves figures of the engines' last steps or heartbeats. No method waits for an engine."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
 
 
 def _load(model: HostedModel) -> ModelLoad | None:
-    """None for a model without an engine."""
+    """The load of a model; None: the model has no engine."""
     if model.client is None:
         return None
     stats = model.client.stats
@@ -141,7 +141,7 @@ def _tenants(metrics: RequestMetrics) -> list[TenantLoad]:
 
 
 def _devices(models: Iterable[HostedModel]) -> list[Device]:
-    """Those that models are on. Several models may share one."""
+    """The devices of the models, each once. Several models may share one."""
     limits = [model.supervisor.limits for model in models if model.client is not None]
     devices = {one.device.name: one.device for one in limits if one is not None}
     return [

@@ -1,4 +1,4 @@
-"""What callers see of what they share with others: not who else uses it, nor the server's files."""
+"""What callers may see of shared resources: neither who else uses them, nor the server's paths."""
 
 from adapters.registry import SHARED_TENANT
 from loraplex.v1.models_pb2 import Model
@@ -9,7 +9,7 @@ _INSIDE_A_MODEL = ("source", "memory_bytes", "running_requests", "waiting_reques
 
 
 def seen_model(model: Model) -> Model:
-    """The model, as the present caller may see it. Changes what it is given."""
+    """Remove the fields that the present caller may not see, in place, and return the model."""
     call = find_call()
     if call is not None and not call.is_admin:
         for name in _INSIDE_A_MODEL:
@@ -18,7 +18,7 @@ def seen_model(model: Model) -> Model:
 
 
 def seen_tenants(parent: str) -> set[str] | None:
-    """Whose things tenants/{tenant}, or tenants/- for all that the present caller may see, stands for. None: all.
+    """The tenants that `tenants/{tenant}` or `tenants/-` stands for, of those that the caller may see. None: all.
 
     Raises InvalidRequest.
     """

@@ -28,7 +28,7 @@ _CHUNK = 1 << 12  # tokens that are worked on before other threads have theirs
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
-    """The tokenizers of the loaded models, and of adapters with a text of their own."""
+    """Serves the tokenizers of loaded models, and of adapters that bring tokens or a template of their own."""
 
     def __init__(self, catalog: Catalog, texts: TextWork, tenants: Tenants, adapter_texts: AdapterTexts) -> None:
         self._catalog = catalog

@@ -11,7 +11,7 @@ from service.errors import InvalidRequest
 
 
 async def upload_header(messages: AsyncIterator[UploadAdapterRequest]) -> CreateAdapterRequest:
-    """The first message. Raises InvalidRequest if it is no header."""
+    """Return the header, the first message. Raises InvalidRequest if that is something else."""
     async for message in messages:
         if message.HasField("header"):
             return message.header
@@ -25,9 +25,9 @@ async def receive_files(
     max_bytes: int,
     announce: Callable[[int], None],
 ) -> None:
-    """Write what the messages carry until they end. `announce` hears of each file's size before it is written.
+    """Write the files of the stream until it ends. `announce` is called with each file's size before it is written.
 
-    Raises InvalidRequest, with everything beyond a limit unwritten, and what `announce` raises.
+    Raises InvalidRequest, before anything beyond a limit is written, and what `announce` raises.
     """
     files = _Files(max_bytes)
     async for message in messages:
@@ -45,7 +45,7 @@ async def receive_files(
 
 
 class _Files:
-    """Which file is being received, and how much of it is missing."""
+    """The file that is being received, and how many of its bytes are missing."""
 
     def __init__(self, max_bytes: int) -> None:
         self.name = ""

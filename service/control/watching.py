@@ -1,4 +1,4 @@
-"""Changes of resources on their way to somebody who watches them."""
+"""A queue of changes for a caller that watches resources."""
 
 import asyncio
 from typing import Generic, TypeVar
@@ -7,9 +7,9 @@ T = TypeVar("T")
 
 
 class Latest(Generic[T]):
-    """The changes that have not been read yet, by resource, in order. Of each resource only the last is kept.
+    """The unread changes, in order. Of each resource only the last change is kept.
 
-    So it stays as small as there are resources, however slowly it is read. An endless asynchronous iterator.
+    So it never holds more changes than there are resources, however slow the reader. An endless asynchronous iterator.
     """
 
     def __init__(self) -> None:

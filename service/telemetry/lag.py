@@ -1,4 +1,4 @@
-"""How long the event loop is held: while it is, nobody is served."""
+"""Measures how long the event loop is blocked: meanwhile no caller is served."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5
 
 
 async def observe_lag(lags: Distribution) -> None:
-    """Observe again and again how much later than it should the loop comes to a task. Never returns."""
+    """Observe, again and again, how late the loop runs a task that is due. Never returns."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + PROBE_SECONDS

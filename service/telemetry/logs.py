@@ -1,4 +1,4 @@
-"""What log lines say of the call that they belong to, and the access log."""
+"""The fields of log lines that name their call, and the access log."""
 
 import logging
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ access = logging.getLogger("loraplex.access")
 
 
 class CallFields(logging.Filter):
-    """Adds to each record whose call it was. Lets all records pass."""
+    """A filter that adds the current call's fields to each record, and drops none."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         call = find_call()
@@ -20,14 +20,16 @@ class CallFields(logging.Filter):
 
 
 class CallersThatLeft(logging.Filter):
-    """Keeps back what gRPC logs, as an error, of callers who left while they were answered: anybody may."""
+    """A filter that drops gRPC's error records about callers that left while they were answered, which any caller
+    may.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.name == "grpc._cython.cygrpc" and str(record.msg).startswith("ExecuteBatchError raised"))
 
 
 def call_fields(call: Call) -> dict[str, object]:
-    """What is known of a call by now."""
+    """The fields known of a call by now."""
     fields = {
         "request_id": call.request_id,
         "client_request_id": call.client_request_id,
@@ -76,7 +78,7 @@ class AccessLog:
 
 
 def _callers_own(call: Call) -> str:
-    """What the caller calls it, for a line of text: quoted, since it may hold anything."""
+    """The caller's request id for a line of text, quoted, since it may hold any character."""
     fields = {"client_request_id": call.client_request_id, "labels": dict(call.labels)}
     return "".join(f" {name}={value!r}" for name, value in fields.items() if value)
 

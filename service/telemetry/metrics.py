@@ -1,4 +1,4 @@
-"""What calls and generations add up to, by tenant, model and adapter."""
+"""Sums over calls and generations, by tenant, model and adapter."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,7 +9,7 @@ from service.telemetry.series import TOKEN_BUCKETS, Counter, Histogram, Labels
 
 
 class UsageCounters:
-    """How many generations ended, and their tokens, by whatever labels."""
+    """Counters of ended generations and of their tokens, by any labels."""
 
     def __init__(self) -> None:
         self.requests = Counter()  # has the status as one more label, the last
@@ -29,7 +29,7 @@ class UsageCounters:
 
 
 class RequestMetrics:
-    """An observer that counts. Times have the label (model,)."""
+    """An observer that counts calls and generations. Times have the label (model,)."""
 
     def __init__(self) -> None:
         self.tenants = UsageCounters()  # (tenant, model)
@@ -68,5 +68,5 @@ class RequestMetrics:
             self.per_token.observe((model,), record.seconds_per_token)
 
     def adapter_removed(self, name: str) -> None:
-        """Its series go, and make room for others': a metric has only so many."""
+        """Drop the adapter's series, to make room for others: the number of series is limited."""
         self.adapters.drop(lambda labels: labels[2] == name)

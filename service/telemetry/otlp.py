@@ -84,13 +84,13 @@ class OtlpTelemetry:
         )
 
     async def keep_sending(self) -> None:
-        """Send the metrics, again and again. Never returns."""
+        """Send the metrics at intervals. Never returns."""
         while True:
             await asyncio.sleep(self._metrics_seconds)
             await asyncio.to_thread(self._exporter.export, self._metrics.data())
 
     def close(self) -> None:
-        """Send what has gathered. Takes as long as the collector lets it, seconds if it does not answer."""
+        """Send what has gathered. Takes seconds if the collector does not answer."""
         self._tracers.shutdown()
         self._exporter.export(self._metrics.data())
         self._exporter.shutdown()
@@ -174,7 +174,7 @@ def _span_attributes(record: GenerationRecord) -> Attributes:
 
 
 def _requested(record: GenerationRecord) -> str:
-    """The model as callers see it: the adapters, of a sum without their weights, or else the base model."""
+    """The model as callers name it: the adapters, without the weights of a sum, or else the base model."""
     return SUM.join(record.adapter_names) or record.model
 
 

@@ -1,4 +1,4 @@
-"""Histograms as a collector gets them, by OTLP.
+"""Histograms in the form of OTLP.
 
 The SDK's own instruments would cost seven times as much a value, and would not bound how many series callers can make.
 """
@@ -32,7 +32,7 @@ class _Instrument(NamedTuple):
 
 
 class OtlpMetrics:
-    """Histograms, and what they hold now as an exporter wants it. Cumulative: an export that fails loses nothing."""
+    """Histograms for an exporter. Their data is cumulative: an export that fails loses nothing."""
 
     def __init__(self, resource: Resource, scope: InstrumentationScope) -> None:
         self._resource = resource
@@ -40,12 +40,12 @@ class OtlpMetrics:
         self._instruments: list[_Instrument] = []
 
     def add(self, name: str, unit: str, description: str, attributes: tuple[str, ...], series: Histogram) -> Histogram:
-        """Have this one exported. `attributes`: a name for each of its labels; where a label is empty there is none."""
+        """Export this histogram. `attributes`: a name for each of its labels; an empty label yields no attribute."""
         self._instruments.append(_Instrument(name, unit, description, attributes, series))
         return series
 
     def data(self) -> MetricsData:
-        """Everything that was observed so far."""
+        """All that was observed so far."""
         now = time.time_ns()
         metrics = [self._metric(instrument, now) for instrument in self._instruments if instrument.series.values]
         scope = ScopeMetrics(self._scope, metrics, "")

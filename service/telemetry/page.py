@@ -1,4 +1,4 @@
-"""The Prometheus page: what RequestMetrics counted and what the engines said last, under our names and under vLLM's.
+"""The Prometheus page: the counts of RequestMetrics and the last figures of the engines, under our names and vLLM's.
 
 Dashboards, autoscalers and gateways read the `vllm:` names already; each stands for the series beside it in the table.
 """
@@ -30,7 +30,7 @@ SNAPSHOT_SECONDS = 5.0  # that a scrape waits for the event loop
 
 
 class Served(NamedTuple):
-    """Everything on the page is taken from here, on the event loop."""
+    """The sources of all figures on the page, read on the event loop."""
 
     telemetry: Telemetry
     models: Callable[[], Sequence[HostedModel]]
@@ -48,7 +48,7 @@ class Served(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What the page shows, as it was at one moment. It does not change, so that any thread can make a page of it."""
+    """The figures of the page at one moment. A snapshot never changes, so any thread can render it."""
 
     metrics: RequestMetrics
     usage_waiting: int | None  # None: no records are kept
@@ -97,14 +97,17 @@ def _engine(client: EngineClient) -> EngineSnapshot:
 
 
 class MetricsPage(Collector):
-    """Shows a snapshot. Only that is made on the event loop: a page of thousands of adapters would hold it."""
+    """Renders a snapshot.
+
+    Only taking the snapshot runs on the event loop: a page of thousands of adapters would block it.
+    """
 
     def __init__(self, served: Served, loop: asyncio.AbstractEventLoop) -> None:
         self._served = served
         self._loop = loop
 
     def collect(self) -> Iterable[Metric]:
-        """For prometheus_client's threads."""
+        """Collect the families, in a thread of prometheus_client."""
 
         async def snapshot() -> Snapshot:
             return self._served.snapshot()
@@ -116,7 +119,7 @@ class MetricsPage(Collector):
 
 
 def families(shown: Snapshot) -> Iterator[Metric]:
-    """The whole page."""
+    """The metric families of the whole page."""
     yield from _request_families(shown.metrics)
     waiting = [] if shown.usage_waiting is None else [((), shown.usage_waiting)]
     yield _gauge("loraplex_usage_records_waiting", "Usage records that are not in their file yet.", (), waiting)
@@ -128,7 +131,7 @@ def families(shown: Snapshot) -> Iterator[Metric]:
 async def metrics_server(page: MetricsPage, address: str) -> AsyncIterator[str]:
     """Serve the page at http://ADDRESS/metrics; yields the address with the port that was taken for port 0.
 
-    Raises OSError if it cannot be had.
+    Raises OSError if the address cannot be used.
     """
     registry = CollectorRegistry()
     registry.register(page)
@@ -290,7 +293,7 @@ def _engine_families(models: Sequence[ModelSnapshot]) -> Iterator[Metric]:
 
 
 def _adapters_by_tier(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Iterator[Metric]:
-    """The heat map of residency, which version is where; and how many are."""
+    """The tier of each adapter version, and the number of versions in each tier."""
     rows, counts = [], []
     for model, engine in engines:
         for key in engine.adapters:
@@ -328,7 +331,7 @@ def _adapter_users(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric
 
 
 def _lora_info(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
-    """What a gateway chooses a replica by. As with vLLM, the value is the time, and the newest counts."""
+    """The metric by which a gateway chooses a replica. As in vLLM, the value is the time, and the newest counts."""
     now = time()
     rows = []
     for model, last in stats:

@@ -1,4 +1,4 @@
-"""What is known of a call, or of a generation, once it has ended; and who wants to hear of it."""
+"""Records of ended calls and generations, and the interface of their observers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -17,7 +17,7 @@ class AppliedAdapter(msgspec.Struct, frozen=True):
 
 
 class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One generation that the engine has worked for. Names of statuses and reasons are those of the contract."""
+    """One generation that an engine has worked on. Names of statuses and reasons are those of the contract."""
 
     id: str  # unique; the request id that the caller sees
     client_request_id: str = ""  # what the caller calls it
@@ -43,19 +43,22 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """Of its adapters, each once, in order. Metrics go by these: weights are as many as callers think of."""
+        """The names of its adapters, each once, in order.
+
+        Metrics use them, since the number of weights has no bound.
+        """
         return tuple(sorted({adapter.name for adapter in self.adapters}))
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Mean time between two tokens. None for fewer than two."""
+        """Mean time between two tokens; None: there are fewer than two."""
         if self.first_token_seconds is None or self.completion_tokens < 2:
             return None
         return (self.seconds - self.first_token_seconds) / (self.completion_tokens - 1)
 
 
 class CallRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One call of any method of ours."""
+    """One call of any of our methods."""
 
     method: str  # loraplex.v1.InferenceService/Generate
     status: str  # of grpc
@@ -63,19 +66,22 @@ class CallRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Observer(Protocol):
-    """Hears of calls, generations and adapters, on the event loop. Must return at once, and must not raise."""
+    """An observer of calls, generations and adapters, called on the event loop.
+
+    It must return at once and not raise.
+    """
 
     def call_started(self, call: Call, method: str, metadata: Mapping[str, str]) -> None:
-        """Before anything is known of the caller. May set the call's `trace_id` and `span`."""
+        """Called before anything is known of the caller. May set the call's `trace_id` and `span`."""
 
     def call_ended(self, call: Call, record: CallRecord) -> None:
-        """After all of its generations."""
+        """Called after all generations of the call have ended."""
 
     def generation_ended(self, call: Call, record: GenerationRecord) -> None:
-        """Before the caller can know. For an item of a batch, `call` is the item's own."""
+        """Called before the caller can see the end. For an item of a batch, `call` is the item's own."""
 
     def adapter_removed(self, name: str) -> None:
-        """An adapter is gone with all its versions: tenants/{tenant}/adapters/{adapter}. No generation uses it."""
+        """Called when all versions of an adapter (tenants/{tenant}/adapters/{adapter}) are gone and unused."""
 
 
 class Observers:

@@ -1,6 +1,6 @@
-"""Counters and histograms by label values, as numbers in dictionaries: how they are shown is somebody else's business.
+"""Counters and histograms by label values, as numbers in dictionaries; other files render them.
 
-prometheus_client's own would do, but each could carry one name only, and several of ours go by two.
+The classes of prometheus_client allow only one name a metric, and several of ours have two.
 """
 
 from bisect import bisect_left
@@ -52,7 +52,7 @@ class Distribution:
         self._bounds = bounds
 
     def observe(self, value: float, count: int = 1) -> None:
-        """So many times the same value."""
+        """Observe a value, `count` times."""
         self.counts[bisect_left(self._bounds, value)] += count
         self.total += value * count
 
@@ -73,7 +73,7 @@ class Histogram:
         self.of(labels).observe(value)
 
     def of(self, labels: Labels) -> Distribution:
-        """The one with these labels, for whoever observes often."""
+        """The distribution with these labels, for callers that observe often."""
         labels = _admitted(labels, self.values)
         distribution = self.values.get(labels)
         if distribution is None:

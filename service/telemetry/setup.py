@@ -18,7 +18,7 @@ from service.telemetry.usage import UsageLog
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """`metrics` is one of those that `observer` is made of, and counts in any case: `loraplex top` shows it too."""
+    """The configured observers. `metrics` is part of `observer` in any case, because `loraplex top` shows it."""
 
     metrics: RequestMetrics
     observer: Observer
@@ -27,7 +27,7 @@ class Telemetry:
 
 @asynccontextmanager
 async def telemetry_of(config: ServiceConfig) -> AsyncIterator[Telemetry]:
-    """Raises OSError for a usage file that cannot be written."""
+    """Set up the observers. Raises OSError for a usage file that cannot be written."""
     async with AsyncExitStack() as stack:
         metrics = RequestMetrics()
         observers: list[Observer] = [metrics]

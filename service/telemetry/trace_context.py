@@ -13,6 +13,6 @@ _TRACEPARENT = re.compile(
 
 
 def trace_id_of(metadata: Mapping[str, str]) -> str:
-    """32 hexadecimal digits; empty where there is no trace, or none that is valid."""
+    """The trace id, 32 hexadecimal digits; "": there is no valid one."""
     found = _TRACEPARENT.fullmatch(metadata.get("traceparent", ""))
     return found["trace_id"] if found is not None else ""

@@ -1,13 +1,13 @@
-"""Usage records: a line of JSON for each generation, in a file that grows and is set aside when it is full.
+"""Usage records: a line of JSON for each generation, in a file that is rotated when it is full.
 
-A record is handed to the operating system before the caller can see the end of its generation. So whatever became of
-the service afterwards, kill -9 included, the record of every generation that a caller saw end is in the file, once. (A
+A record is handed to the operating system before the caller can see the end of its generation. So whatever happens to
+the service afterwards, kill -9 included, the file has one record of every generation whose end a caller saw. (A
 machine that loses power may lose what its kernel had not written out yet.) A generation that was under way when the
 service was killed has no record: nobody was told that it ended.
 
-While the file cannot be written, or takes long, records wait in memory and generations go on; the log says so. Once too
-many wait, no generation is begun until they have been written. A thread of its own writes, so that a disk that does not
-answer holds up nobody.
+While writing fails or takes long, records wait in memory and generations go on; the log says so. Once too many wait, no
+generation is begun until they have been written. A separate thread writes, so that a disk that does not answer blocks
+no caller.
 """
 
 import asyncio
@@ -37,11 +37,11 @@ READERS = 2  # threads for all who read records back
 
 
 class UsageLog:
-    """An observer that appends, for one event loop. The file belongs to one process; full ones are nobody's, to be
+    """An observer that appends records. For one event loop. One process owns the file; full files are free to be
     taken away or kept."""
 
     def __init__(self, file: Path, rotate_bytes: int, max_waiting: int = 10_000) -> None:
-        """Raises OSError if the file cannot be opened for appending."""
+        """Open the file for appending. Raises OSError if that fails."""
         self.files = UsageFiles(file, rotate_bytes)
         self._file = file
         self._max_waiting = max_waiting
@@ -61,16 +61,16 @@ class UsageLog:
 
     @property
     def num_waiting(self) -> int:
-        """Records that are not in the file, or not whole."""
+        """The number of records that are not wholly in the file yet."""
         return self._num_noted - self._num_written
 
     @property
     def full(self) -> bool:
-        """Whether as many records wait as may."""
+        """Whether the limit of waiting records is reached."""
         return self.num_waiting >= self._max_waiting
 
     def check_room(self) -> None:
-        """Raises Unavailable (USAGE_UNWRITABLE) while no more records may wait."""
+        """Raise Unavailable (USAGE_UNWRITABLE) while the limit of waiting records is reached."""
         if self.full:
             raise Unavailable(
                 "USAGE_UNWRITABLE",
@@ -79,11 +79,11 @@ class UsageLog:
             )
 
     def on_full(self, tell: Callable[[bool], None]) -> None:
-        """Have it told, on the event loop, whenever `full` changes."""
+        """Call `callback` on the event loop whenever `full` changes."""
         self._tell_full = tell
 
     async def written(self) -> None:
-        """Until the file has all that was noted before; no longer than STUCK_SECONDS, and not while it fails."""
+        """Wait until all earlier records are in the file: at most STUCK_SECONDS, and not at all while writing fails."""
         wanted = self._num_noted
         while self._num_written < wanted and not self._fails:
             done, _ = await asyncio.wait({self._writing}, timeout=STUCK_SECONDS)
@@ -91,7 +91,7 @@ class UsageLog:
                 self._say_failing(f"it has taken longer than {STUCK_SECONDS:g} s")
 
     async def reading(self, read: Callable[[], T]) -> T:
-        """What `read` returns, called in a thread that is there for that. Raises what it raises."""
+        """Run `read` in the thread for reading. Returns and raises what it does."""
         return await self._loop.run_in_executor(self._readers, read)
 
     @contextmanager
@@ -120,14 +120,14 @@ class UsageLog:
         pass
 
     async def keep_trying(self) -> None:
-        """Write what waits as soon as that goes, and make the file again if it was taken away, even if no further
+        """Retry to write waiting records, and make the file again if it was taken away, even if no further
         generation ends. Never returns."""
         while True:
             await asyncio.sleep(RETRY_SECONDS)
             self._write_soon()
 
     async def close(self) -> None:
-        """Write what waits, if that goes at once."""
+        """Write the waiting records, if that succeeds at once."""
         done, _ = await asyncio.wait({self._writing}, timeout=STUCK_SECONDS)
         if done and self.num_waiting:
             self._write_soon()
@@ -147,7 +147,7 @@ class UsageLog:
             self._batches.put(lines)
 
     def _write_batches(self) -> None:
-        """In a thread of its own, until it is given None."""
+        """Write batches from the queue until None comes. Runs in a thread of its own."""
         while (lines := self._batches.get()) is not None:
             failure = None
             try:

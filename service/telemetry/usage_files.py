@@ -1,6 +1,6 @@
-"""The files of usage records: one that grows, and those that were set aside because they were full.
+"""The files of usage records: one that grows, and the rotated ones.
 
-Everything here takes as long as the disk does: it is for threads that nobody waits for.
+Every method may block on the disk, so call it in a thread of its own.
 """
 
 import calendar
@@ -20,10 +20,10 @@ SECOND = 10**9  # in nanoseconds
 
 
 class UsageFiles:
-    """One thread appends, any may read."""
+    """The files of one log. One thread appends; any may read."""
 
     def __init__(self, file: Path, rotate_bytes: int, clock: Callable[[], int] = time.time_ns) -> None:
-        """Raises OSError if the file cannot be opened for appending."""
+        """Open the file for appending. Raises OSError if that fails."""
         self._file = file
         self._rotate_bytes = rotate_bytes
         self._clock = clock
@@ -33,7 +33,10 @@ class UsageFiles:
         self._descriptor = self._open()
 
     def append(self, lines: Sequence[bytes]) -> None:
-        """Write what is left of earlier calls, and these. Raises OSError; what is left then waits for the next call."""
+        """Write these records after those left from earlier calls.
+
+        Raises OSError; the rest then waits for the next call.
+        """
         self._left.extend(lines)
         if not self._is_there():  # somebody took it away
             self._reopen()
@@ -46,13 +49,13 @@ class UsageFiles:
         os.close(self._descriptor)
 
     def oldest(self) -> BinaryIO | None:
-        """Opened; None: there is none. Raises OSError."""
+        """Open the oldest file; None: there is none. Raises OSError."""
         with self._naming:
             paths = self._paths()
             return paths[0].open("rb") if paths else None
 
     def newest_first(self) -> Iterator[BinaryIO]:
-        """All, one after the other, opened; who takes one closes it. Raises OSError."""
+        """Open all files, one after the other; the caller closes each. Raises OSError."""
         with self._naming:  # the newest alone may get another name
             paths = self._paths()
             newest = paths.pop().open("rb") if paths else None
@@ -65,9 +68,9 @@ class UsageFiles:
                 continue  # taken away meanwhile
 
     def following(self, file: BinaryIO) -> BinaryIO | None:
-        """The one after this one, opened; None: there is none yet.
+        """Open the file after this one; None: there is none yet.
 
-        Raises LookupError if this one has been taken away, OSError.
+        Raises LookupError if this file has been taken away, OSError.
         """
         own, following = os.fstat(file.fileno()), None
         with self._naming:
@@ -80,7 +83,7 @@ class UsageFiles:
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _paths(self) -> list[Path]:
-        """Of the files that are there and can be read back, the oldest first."""
+        """The paths of the regular files, the oldest first."""
         try:
             names = os.listdir(self._file.parent)
         except FileNotFoundError:
@@ -90,7 +93,7 @@ class UsageFiles:
         return [path for path in paths if _is_file(path)]
 
     def _stamp(self, name: str) -> int | None:
-        """When the file of this name was set aside, in nanoseconds; None: it is none of those."""
+        """The time in the name of a rotated file, in nanoseconds; None: it is no rotated file."""
         found = SET_ASIDE.fullmatch(name.removeprefix(self._file.name)) if name.startswith(self._file.name) else None
         return None if found is None else calendar.timegm(time.strptime(found[1], STAMP)) * SECOND + int(found[2])
 
@@ -122,7 +125,7 @@ class UsageFiles:
         self._offset = 0
 
     def _rotate(self) -> None:
-        """Under a name that sorts behind those of all others, though the clock may have been set back since."""
+        """Rotate the file, to a name that sorts behind all others even if the clock was set back."""
         with self._naming:
             stamps = (self._stamp(name) for name in os.listdir(self._file.parent))
             now = max(self._clock(), 1 + max((stamp for stamp in stamps if stamp is not None), default=0))
@@ -132,7 +135,10 @@ class UsageFiles:
 
 
 def _is_file(path: Path) -> bool:
-    """Not a pipe or a device: reading those back takes records from whoever they are for, or never ends."""
+    """Whether the path is a regular file.
+
+    Reading a pipe or a device would take records from its reader, or never end.
+    """
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:

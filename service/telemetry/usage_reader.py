@@ -1,4 +1,4 @@
-"""Reading usage records back, from file to file, while others are being written."""
+"""Reads usage records back, from file to file, while new ones are being written."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ BATCH_BYTES = 256 << 10  # of a file, read at once
 async def usage_records(
     log: UsageLog, after_id: str, existing_only: bool
 ) -> AsyncGenerator[list[GenerationRecord], None]:
-    """The records after the one with this id ("": all), in order, some at a time; then those that are being written.
+    """Yield the records after the one with this id ("": all), in order, in batches; then new ones as they are written.
 
-    Ends, if `existing_only`, when it has come to the last. Raises NotFound (USAGE_RECORD_NOT_FOUND) if the record, or a
-    file that was being read, has been taken away, and Unavailable (USAGE_UNREADABLE) if there are no files that can be
-    read.
+    With `existing_only` it ends at the last record. Raises NotFound (USAGE_RECORD_NOT_FOUND) if the record, or a file
+    that was being read, has been taken away, and Unavailable (USAGE_UNREADABLE) if no file can be read.
     """
     with log.growth() as grown, closing(await _reading(log, partial(_Reader, log.files, after_id))) as reader:
         while True:
@@ -52,10 +51,10 @@ async def _reading(log: UsageLog, read: Callable[[], T]) -> T:
 
 
 class _Reader:
-    """A place in the files of a log. For one thread at a time."""
+    """A position in the files of a log. For one thread at a time."""
 
     def __init__(self, files: UsageFiles, after_id: str) -> None:
-        """Begins with the oldest record, or behind the one with this id. Raises NotFound, Unavailable, OSError."""
+        """Begin at the oldest record, or after the one with this id. Raises NotFound, Unavailable, OSError."""
         self._files = files
         self._decoder = msgspec.json.Decoder(GenerationRecord)
         self._file = self._behind(after_id) if after_id else self._oldest()
@@ -64,7 +63,7 @@ class _Reader:
         self._file.close()
 
     def read(self) -> list[GenerationRecord]:
-        """The next records; none: there are no more by now. Raises NotFound, OSError."""
+        """The next records; empty: there are no more by now. Raises NotFound, OSError."""
         while not (records := self._read()):
             following = self._following()
             if following is None:
@@ -116,7 +115,7 @@ class _Reader:
 
 
 def _place_after(file: BinaryIO, record_id: str) -> int | None:
-    """Of the line after the record's; None: it is not there."""
+    """The offset of the line after the record; None: the file does not hold the record."""
     if not os.fstat(file.fileno()).st_size:
         return None
     key = b'{"id":' + msgspec.json.encode(record_id) + b","

@@ -3,7 +3,7 @@
 `Tokenizer.load(path)` reads a Hugging Face model directory. For each output of a request, an `IncrementalDetokenizer`
 turns token ids into whole characters and `StopStrings` holds back what could begin a stop string. `TemplateRenderer`
 turns a `Conversation` into a prompt with the model's `ChatTemplate`, in a process that can be killed. Everything a user
-or an operator can get wrong is a `TextError`.
+or an operator can get wrong raises a `TextError`.
 """
 
 from service.text.adapted import AdapterText, adapter_text

@@ -1,8 +1,8 @@
 """The text of an adapter: its base's tokenizer, with the tokens and the chat template that lie beside its weights.
 
-These files come from whoever registers the adapter, so nothing of them runs in this process, and little is used:
-tokens that were added, which of them ends the text, and the template, which is rendered where all templates are. The
-vocabulary and its rules stay the base's. So an adapter takes kilobytes, not the hundred megabytes of a tokenizer.
+These files come from the caller that registers the adapter, so none of their code runs in this process, and little is
+used: tokens that were added, which of them ends the text, and the template, which is rendered where all templates are.
+The vocabulary and its rules stay the base's. So an adapter takes kilobytes, not the hundred megabytes of a tokenizer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ class _Token(msgspec.Struct):
 
 
 class _Rules(msgspec.Struct):
-    """What of tokenizer.json says how text is cut: compared, and never run."""
+    """The parts of tokenizer.json that say how text is cut. They are compared, and never run."""
 
     added_tokens: list[_Token] = []
     model: dict[str, msgspec.Raw] = {}
@@ -69,7 +69,9 @@ class _Rules(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class AdapterText:
-    """How an adapter's requests read and write text, and what of its files is not used."""
+    """The tokenizer and template of an adapter's requests, and warnings about the parts of its files that are not
+    used.
+    """
 
     tokenizer: Tokenizer
     warnings: tuple[str, ...] = ()
@@ -153,7 +155,7 @@ class AdaptedTokenizer(Tokenizer):
         return LiteralEncoder(self._splitter, self.chat_template.sources.values() if self.chat_template else ())
 
     def _split(self, text: str, literal: Sequence[Span]) -> Iterator[tuple[int | None, int, int]]:
-        """The added tokens in a text, and None for what is between: id, and where it begins and ends."""
+        """Split a text at added tokens: (id, start, end) of each token, with None as the id of the text between."""
         encoder, done = self._literal_splitter, 0
         ids, offsets = encoder.encode(text, literal, self._run(add_special_tokens=False))
         for found, (start, end) in zip(ids, offsets, strict=True):
@@ -214,7 +216,7 @@ def adapter_text(directory: Path, base: Tokenizer) -> AdapterText:
 
 
 def _new_tokens(tokens: Mapping[int, AddedToken], base: Tokenizer, warnings: list[str]) -> dict[int, AddedToken]:
-    """Those that the base does not have; ids that it has given away already go to `warnings`."""
+    """The tokens that the base does not have. Tokens whose ids the base uses otherwise go to `warnings`."""
     if len(tokens) > MAX_ADDED_TOKENS + len(base.added_token_ids):
         raise TokenizerError(f"{len(tokens)} added tokens: at most {MAX_ADDED_TOKENS} beside the base's are allowed")
     added, taken = {}, []
@@ -259,7 +261,7 @@ def _longest_bytes(base: Tokenizer, added: Mapping[int, AddedToken]) -> int | No
 
 
 def _surroundings(base: Tokenizer) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and behind every text."""
+    """The token ids that the tokenizer puts before and after every text."""
     with_them, alone = base.encode("a"), base.encode("a", False)
     for start in range(len(with_them) - len(alone) + 1):
         if with_them[start : start + len(alone)] == alone:
@@ -291,7 +293,7 @@ def _read_rules(path: Path) -> _Rules | None:
 
 
 def _canonical(raw: msgspec.Raw | None) -> bytes:
-    """The same for all spellings of a vocabulary or of merges: with or without spaces, pairs as lists or as text."""
+    """One form for all spellings of a vocabulary or of merges: with or without spaces, pairs as lists or as text."""
     return b"" if raw is None else bytes(raw).translate(None, b' \t\r\n[]",')
 
 

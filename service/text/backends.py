@@ -1,4 +1,4 @@
-"""From the files of a model directory to one `tokenizers.Tokenizer`, whichever of the three forms they have."""
+"""Builds a `tokenizers.Tokenizer` from the files of a model directory, in any of their three forms."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _TEKKEN = "tekken.json"
 
 
 class Backend(NamedTuple):
-    """A vocabulary with its rules, and the tokens that it names itself where no configuration does."""
+    """A tokenizer, and the special tokens that its own file names where no configuration does."""
 
     tokenizer: tokenizers.Tokenizer
     bos_token: str | None = None
@@ -153,9 +153,9 @@ def _add_tokens(backend: tokenizers.Tokenizer, files: ModelFiles) -> None:
 
 
 def _mark_special_tokens(backend: tokenizers.Tokenizer, files: ModelFiles) -> None:
-    """Make the named special tokens special, where the vocabulary has them.
+    """Mark the named special tokens of the vocabulary as special.
 
-    One that it does not have is left out: transformers would append it behind the model's own embeddings.
+    A token that the vocabulary lacks is left out: transformers would give it an id beyond the model's embeddings.
     """
     flags = {token.content: token for token in files.added_tokens.values()}
     for content in _known(backend, [*files.named_special_tokens().values(), *files.other_special_tokens()]):
@@ -163,7 +163,7 @@ def _mark_special_tokens(backend: tokenizers.Tokenizer, files: ModelFiles) -> No
 
 
 def _add_bos_and_eos(backend: Backend, files: ModelFiles) -> None:
-    """Put BOS before and EOS behind every text, as the configuration asks for."""
+    """Put BOS before and EOS after every text, if the configuration asks for it."""
     template, special = ["$A"], []
     for flag, token, position in (
         ("add_bos_token", files.special_token("bos_token", backend.bos_token), 0),
@@ -227,7 +227,7 @@ def _use_llama_spacing(backend: tokenizers.Tokenizer, files: ModelFiles) -> None
 
 
 def _marks_spaces(backend: tokenizers.Tokenizer) -> bool:
-    """Whether spaces become ▁, and one is put before a text, in the newer or in the older of two spellings."""
+    """Whether spaces become ▁ and one is put before a text, in either of two spellings."""
     if backend.pre_tokenizer is not None:
         return isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace)
     return backend.normalizer is not None and json.loads(backend.normalizer.__getstate__()) == _OLDEST_SPACING

@@ -1,8 +1,8 @@
-"""Conversations to prompts, with the model's own Jinja template, in processes that can be killed.
+"""Renders conversations into prompts, with the model's own Jinja template, in processes that can be killed.
 
-Templates belong to the operator, or to whoever registered an adapter, and what they are given comes from users: one may
-loop or grow without bound, on purpose or on input that its author never tried. So they run in `template_worker.py`,
-under limits of time, memory and output.
+Templates come from the operator, or from the caller that registered an adapter, and their input from users: a template
+may loop or grow without bound, on purpose or on input that its author never tried. So templates run in
+`template_worker.py`, under limits of time, memory and output.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # one thing,
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a template is given. Values are JSON: None, booleans, numbers, strings, lists, objects with string keys."""
+    """The input of a template. Values are JSON: None, booleans, numbers, strings, lists, objects with string keys."""
 
     messages: Sequence[Mapping[str, Any]]  # role, content, and what else the template reads: tool_calls, name …
     tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas
@@ -91,9 +91,10 @@ class TemplateRenderer:
     async def render_literally(
         self, template: ChatTemplate | None, conversation: Conversation, is_long: bool = False
     ) -> tuple[str, list[Span]]:
-        """As `render`, and which parts of the prompt are what the conversation says; its roles are the template's.
+        """Render as `render` does, and return which parts of the prompt are the caller's text. Roles are the
+        template's.
 
-        Raises TemplateError for a template that does with what is said what cannot be followed, as well.
+        Also raises TemplateError if the template changes the caller's text in a way that cannot be tracked.
         """
         source, variables = self._given(template, conversation)
         for index, message in enumerate(conversation.messages):
@@ -109,7 +110,7 @@ class TemplateRenderer:
         return text, [(start, min(end, len(text))) for start, end in answer["said"] if start < len(text)]
 
     def _given(self, template: ChatTemplate | None, conversation: Conversation) -> tuple[str, dict[str, Any]]:
-        """The template's source, and its variables."""
+        """The template's source and variables, as the worker takes them."""
         if template is None:
             raise TemplateError("the model has no chat template. Send the prompt as text or as token ids.")
         source = template.select(conversation.template, bool(conversation.tools))
@@ -182,9 +183,9 @@ def _message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mark_final_message(messages: list[dict[str, Any]]) -> tuple[str, str]:
-    """Put a marker behind the last message's text; return that text and the marker.
+    """Put a marker after the last message's text. Returns the text and the marker.
 
-    The marker ends with a space, so that a template that trims what it is given shows it.
+    The marker ends with a space, so that a template that trims its input is noticed.
     """
     marker = f"CONTINUE{secrets.token_hex(8)} "
     message = messages[-1]

@@ -1,4 +1,4 @@
-"""Token ids in, whole characters out, a few at a time.
+"""Turns token ids into whole characters, a few at a time.
 
 The `tokenizers` library has `DecodeStream`, which decodes a window again and compares. It is not used: it holds back a
 genuine U+FFFD without bound and raises "Invalid prefix" once a model emits bytes that are no UTF-8 (tests/service/
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class IncrementalDetokenizer:
     """The text of one output, as it grows.
 
-    All pushes and the flush together are `tokenizer.decode(prompt + output)` without what belongs to the prompt. A
-    character that the prompt began and the output goes on with belongs to the output. An empty prompt, or one of
-    skipped special tokens only, makes the output the start of a text: SentencePiece models then lose a leading space.
+    All pushes and the flush together are `tokenizer.decode(prompt + output)` without the prompt's text. A character
+    that the prompt begins and the output continues belongs to the output. An empty prompt, or one of skipped special
+    tokens only, makes the output the start of a text: SentencePiece models then lose a leading space.
 
     Holds back at most three bytes: a UTF-8 character that has begun. Bytes that are no UTF-8 come out as U+FFFD.
     """
@@ -51,11 +51,11 @@ class IncrementalDetokenizer:
         return "".join(text)
 
     def flush(self) -> str:
-        """What is still held back, once no more tokens come: U+FFFD for a character that was never finished."""
+        """The text still held back, once no more tokens come: U+FFFD for an unfinished character."""
         return "" if self._from_prompt else self._give_up()
 
     def _push_first(self, token_ids: Sequence[int]) -> str:
-        """`push` while the first token with a piece has not come yet: the one that the prompt has a say in."""
+        """Push while no token with a piece has come yet: the piece of the first one depends on the prompt."""
         for position, token_id in enumerate(token_ids):
             piece = self._pieces[token_id]
             if not piece:

@@ -1,4 +1,4 @@
-"""What can be wrong with text: its files, its templates, its characters."""
+"""Errors in text: in its files, its templates, its characters."""
 
 # TextError
 # ├── TokenizerError      a model directory has no tokenizer that can be read
@@ -21,7 +21,7 @@ class TemplateError(TextError):
 
 
 class ArgumentsError(TemplateError):
-    """The arguments of a tool's call are no JSON object. `field`: which, from the conversation on."""
+    """The arguments of a tool call are no JSON object. `field`: the path of the field in the conversation."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(problem)
@@ -29,7 +29,7 @@ class ArgumentsError(TemplateError):
 
 
 class TooManyTokensError(TextError):
-    """A text comes to more tokens than it may."""
+    """A text has more tokens than are allowed."""
 
     def __init__(self, count: int, most: int) -> None:
         super().__init__(f"comes to {count} tokens; {most} are allowed")
@@ -37,4 +37,7 @@ class TooManyTokensError(TextError):
 
 
 class RendererError(RuntimeError):
-    """The process that renders chat templates does not start or answer, or the service is shutting down. Try again."""
+    """The process that renders chat templates does not start or answer, or the service shuts down.
+
+    A retry may succeed.
+    """

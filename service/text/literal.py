@@ -1,4 +1,4 @@
-"""Texts in which some control tokens are only spelled: what people say about them, not what steers the model."""
+"""Encoding of texts in which a spelled control token, such as in a user's message, must stay plain text."""
 
 import json
 import re
@@ -17,12 +17,12 @@ Span = tuple[int, int]  # [start, end), in characters
 
 
 class LiteralEncoder:
-    """Encodes a text so that no control token comes of its literal parts. All else is as the tokenizer has it.
+    """Encodes a text so that its literal parts yield no control token. The rest is encoded as the tokenizer does it.
 
-    Control tokens are the special ones, and those added ones that the chat template writes. A text whose literal parts
-    spell none is encoded by the tokenizer itself. For others there is a twin of it in which control tokens have secret
-    names, which take the places of those in the rest of the text: to the twin the spellings are text as any other. The
-    twin is made when it is first needed.
+    Control tokens are the special tokens, and the added tokens that the chat template writes. A text whose literal
+    parts spell none is encoded by the tokenizer itself. Other texts are encoded by its twin, in which control tokens
+    have secret names. In the rest of the text these names replace the control tokens; to the twin, a spelled token is
+    plain text. The twin is made when it is first needed.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, template_sources: Iterable[str]) -> None:
@@ -41,9 +41,10 @@ class LiteralEncoder:
     def encode(
         self, text: str, literal: Sequence[Span], run: Callable[[tokenizers.Tokenizer, str], Any]
     ) -> tuple[list[int], list[Span]]:
-        """Ids and offsets. `literal`: in order, apart from each other. `run`: encodes a text with a tokenizer.
+        """The ids and offsets of a text. `literal`: its literal parts, in order and apart. `run`: encodes with a
+        tokenizer.
 
-        Raises TokenizerError for a tokenizer that makes a control token of a literal part whatever is done.
+        Raises TokenizerError if the tokenizer still makes a control token of a literal part.
         """
         encoding, places = self._encoded(text, literal, run)
         return encoding.ids, [places.original(span) for span in encoding.offsets]
@@ -68,7 +69,7 @@ class LiteralEncoder:
         return encoding, places
 
     def _spelled(self, text: str, literal: Sequence[Span], encoding: Any, places: "_Places") -> str | None:
-        """A control token that came of a literal part, or of a part of one; None if there is none."""
+        """A control token that overlaps a literal part; None: there is none."""
         starts = [start for start, _ in literal]
         for index, token_id in enumerate(encoding.ids):
             name = self._names.get(token_id)
@@ -85,7 +86,7 @@ class LiteralEncoder:
         return None
 
     def _renamed(self, text: str, literal: Sequence[Span]) -> tuple[str, "_Places"]:
-        """The text for the twin, in which only the control tokens outside the literal parts are any."""
+        """The text for the twin: the control tokens outside the literal parts have their secret names."""
         pieces: list[str] = []
         changes: list[tuple[int, int]] = []
         end = 0
@@ -133,7 +134,7 @@ class LiteralEncoder:
 
 
 def _unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """The token of what the vocabulary does not have."""
+    """The token that stands for text outside the vocabulary."""
     if isinstance(tokenizer.model, tokenizers.models.Unigram):
         unknown_id: int | None = json.loads(tokenizer.model.__getstate__())["unk_id"]
         return unknown_id
@@ -142,10 +143,10 @@ def _unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
 
 
 class _Places:
-    """Where in the original text what stands in a renamed one is."""
+    """Maps positions in the renamed text to the original text."""
 
     def __init__(self, changes: Sequence[tuple[int, int]]) -> None:
-        """`changes`: where in the original text a name begins that grew, in order, and by how much."""
+        """`changes`: the start in the original text of each renamed token, in order, and by how much it grew."""
         growths = list(accumulate((growth for _, growth in changes), initial=0))
         self._growths = growths
         self._begins = [at + before for (at, _), before in zip(changes, growths, strict=False)]
@@ -159,7 +160,7 @@ class _Places:
 
 
 def _between(literal: Sequence[Span], length: int) -> Iterator[Span]:
-    """The parts that are not literal."""
+    """The parts of the text that are not literal."""
     start = 0
     for begin, end in literal:
         if begin > start:

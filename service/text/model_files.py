@@ -1,4 +1,4 @@
-"""The small JSON and Jinja files around a tokenizer, read once and understood in one place."""
+"""The small JSON and Jinja files around a tokenizer, read once and interpreted in this file alone."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a Hugging Face model directory says about its text, besides the vocabulary itself."""
+    """The content of a Hugging Face model directory about text, besides the vocabulary."""
 
     directory: Path
     tokenizer_config: Mapping[str, Any]
@@ -29,7 +29,7 @@ class ModelFiles:
 
     @classmethod
     def read(cls, directory: Path) -> "ModelFiles":
-        """Raises TokenizerError for a file that is there and cannot be read."""
+        """Read the files of a model directory. Raises TokenizerError for a file that exists and cannot be read."""
         tokenizer_config = _json_object(directory / "tokenizer_config.json")
         # Once the configuration lists the added tokens itself, the two older files no longer count (as transformers).
         outdated = "added_tokens_decoder" in tokenizer_config
@@ -46,7 +46,7 @@ class ModelFiles:
 
     @classmethod
     def read_beside_adapter(cls, directory: Path) -> "ModelFiles":
-        """The files that the digest of an adapter covers alone. Raises TokenizerError."""
+        """Read only the files that the digest of an adapter covers. Raises TokenizerError."""
         config = _json_object(directory / "tokenizer_config.json")
         special_tokens_map = (
             {} if "added_tokens_decoder" in config else _json_object(directory / "special_tokens_map.json")
@@ -64,7 +64,7 @@ class ModelFiles:
 
     @property
     def tokenizer_class(self) -> str | None:
-        """The declared class, without "Fast": the two spellings name one tokenizer."""
+        """The declared tokenizer class without "Fast": both spellings name one tokenizer."""
         name = self.tokenizer_config.get("tokenizer_class") or self.model_config.get("tokenizer_class")
         return name.removesuffix("Fast") if isinstance(name, str) else None
 

@@ -1,8 +1,8 @@
-"""Chat templates rendered so that it is known of each character who wrote it: the template, or the caller.
+"""Rendering of chat templates that tracks for each character whether the template or the caller wrote it.
 
-What the caller says goes into the template as `Said`: a text that remembers which of its characters are the caller's,
-through everything that a template does to texts. What cannot be followed is refused, never guessed. Imported by the
-worker, which imports nothing else of ours.
+The caller's text goes into the template as `Said`: a string that remembers which of its characters are the caller's,
+through all string operations of a template. An operation that cannot be tracked is refused, never guessed. Imported by
+the worker, which imports nothing else of ours.
 """
 
 import json
@@ -28,7 +28,7 @@ class Said(str):
     mask: bytes  # of each character: 1 if the caller wrote it
 
     def __new__(cls, text: str, mask: bytes | None = None) -> "Said":
-        """`mask`: without one all of it is the caller's."""
+        """`mask`: the caller's characters; None: all of them."""
         said = super().__new__(cls, text)
         said.mask = b"\1" * len(text) if mask is None else mask
         return said
@@ -124,25 +124,25 @@ class Said(str):
 
 
 def mask_of(text: str) -> bytes:
-    """Of a text that is not marked: it is the template's own."""
+    """The mask of a text: of an unmarked one all False, since it is the template's own."""
     return text.mask if isinstance(text, Said) else bytes(len(text))
 
 
 def concat(parts: Iterable[str]) -> str:
-    """One after the other."""
+    """Join marked texts."""
     parts = list(parts)
     text = "".join(parts)
     return Said(text, b"".join(map(mask_of, parts))) if any(isinstance(part, Said) for part in parts) else text
 
 
 def interleaved(separator: str, parts: Sequence[str]) -> str:
-    """What `separator.join(parts)` is."""
+    """Join marked texts as `separator.join(parts)` does."""
     between = [piece for part in parts for piece in (separator, part)]
     return concat(between[1:])
 
 
 def marked(value: Any) -> Any:
-    """JSON with all of its texts, keys as well, as what the caller says."""
+    """A copy of a JSON value with all of its texts, keys included, marked as the caller's."""
     match value:
         case str():
             return Said(value)
@@ -154,12 +154,12 @@ def marked(value: Any) -> Any:
 
 
 def spans(text: str) -> list[tuple[int, int]]:
-    """Which parts of a text are the caller's: [start, end)."""
+    """The parts of a text that are the caller's, each [start, end)."""
     return [found.span() for found in re.finditer(b"\1+", mask_of(text))]
 
 
 def says(value: Any) -> bool:
-    """Whether the caller's words are in a value, or may be."""
+    """Whether a value contains, or may contain, the caller's text."""
     match value:
         case Said():
             return True
@@ -237,7 +237,7 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
 
 
 class FollowingEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Renders as its base class does, and keeps the marks of what is `Said`."""
+    """Renders as its base class does, and keeps the marks of `Said` texts."""
 
     code_generator_class = _CodeGenerator
     concat = staticmethod(concat)
@@ -277,7 +277,7 @@ class FollowingEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def _following(self, function: Any, owner: Any) -> Any:
-        """The function that does the same and keeps the marks."""
+        """Wrap a function so that it keeps the marks."""
         name = getattr(function, "__name__", type(function).__name__)
         if isinstance(owner, str):
             if name in _FOLLOWED:
@@ -307,7 +307,7 @@ class FollowingEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _shown(value: Any) -> Any:
-    """A value as it is printed."""
+    """The text of a value as a template prints it."""
     if isinstance(value, str) or not says(value):
         return value
     if not isinstance(value, dict | list):
@@ -351,7 +351,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON, with what is the caller's marked."""
+    """The JSON of a value, with the caller's text marked."""
 
     def write(value: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
@@ -393,7 +393,7 @@ def _repr(text: Said) -> Said:
 
 
 def _escaped(text: Said, ensure_ascii: bool) -> str:
-    """As between the quotes of JSON."""
+    """The text as it stands between the quotes of JSON."""
     parts: list[str] = []
     for run in re.finditer(b"\0+|\1+", text.mask):
         written = json.dumps(str.__getitem__(text, slice(*run.span())), ensure_ascii=ensure_ascii)[1:-1]

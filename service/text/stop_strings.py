@@ -9,7 +9,7 @@ from service.text.errors import TextError
 
 @dataclass(frozen=True, slots=True)
 class StopResult:
-    """What one piece of text leads to."""
+    """The result of pushing one piece of text."""
 
     text: str  # may be sent on now
     matched: str | None = None  # the stop string that ended the output
@@ -29,7 +29,7 @@ class _Node:
 
 
 class StopStrings:
-    """Holds back what could begin a stop string; lets everything else through at once.
+    """Holds back text that could begin a stop string, and releases all other text at once.
 
     The output ends at the first character that completes a stop string, and where it completes several, the longest
     counts. So the result depends on the text alone, never on how tokens cut it, and nothing is generated to look ahead.
@@ -71,7 +71,7 @@ class StopStrings:
         return StopResult(seen[:free])
 
     def flush(self) -> str:
-        """What was held back, once no more text comes. Empty after a match."""
+        """The text still held back, once no more text comes. Empty after a match."""
         held, self._held, self._node = self._held, "", self._root
         return held
 

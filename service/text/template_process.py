@@ -22,7 +22,7 @@ _LARGE_BYTES = 1 << 20  # a process does not give back the memory that so large 
 
 @dataclass(frozen=True, slots=True)
 class TemplateLimits:
-    """What one rendering may take. Past a limit the request fails, alone."""
+    """Limits on one rendering. Beyond a limit only its own request fails."""
 
     workers: int = 2  # processes, each for one rendering at a time
     seconds: float = 2.0  # of the processor
@@ -33,11 +33,11 @@ class TemplateLimits:
 
 
 class _DiedError(Exception):
-    """The process has ended, maybe while it was idle, and not of this template."""
+    """The process has ended: maybe earlier, while it was idle, and not because of this template."""
 
 
 class TemplateProcess:
-    """Belongs to the event loop that uses it."""
+    """One worker process. For one event loop."""
 
     def __init__(self, limits: TemplateLimits) -> None:
         self.process: Process | None = None
@@ -58,13 +58,13 @@ class TemplateProcess:
         return await asyncio.to_thread(decode, answer) if is_long else decode(answer)
 
     def stop(self) -> None:
-        """End it for good. What is under way ends with RendererError."""
+        """End the process for good. A rendering under way ends with RendererError."""
         self._closed = True
         if self.process is not None and self.process.returncode is None:
             self.process.kill()
 
     async def close(self) -> None:
-        """Wait until nothing is left of it. To be called when nothing is under way."""
+        """Wait until the process is gone. Call it only when no rendering is under way."""
         self.stop()
         await self._kill()
 
@@ -146,7 +146,7 @@ class TemplateProcess:
 
 
 def encode(request: Mapping[str, Any]) -> bytes:
-    """One line. Raises TemplateError for what is no JSON."""
+    """Encode a request as one line. Raises TemplateError for a value that is not JSON."""
     try:
         return json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """Renders chat templates in a process of its own: a script that chat_template.py starts, and that imports only jinja2.
 
 Reads one JSON object per line, {"source": template, "variables": {...}}, and answers each with one line, {"text": ...}
-or {"error": ...}. With "said": [names], the variables of these names are what the caller says, but for the roles of
+or {"error": ...}. With "said": [names], the variables of these names are the caller's text, except for the roles of
 messages, and the answer has "said": [[start, end], ...], the parts of the text that are theirs.
 
 A template that hangs or grows without bound takes only this process with it: memory is limited by the kernel, and an
@@ -32,7 +32,7 @@ MAX_ERROR_CHARS = 1000  # a template writes its own messages, and they travel in
 
 
 def _neighbour(name: str) -> ModuleType:
-    """A module of this folder, from which nothing is imported by name: the folder must not decide what others mean."""
+    """Load a module of this folder by its path: on sys.path the folder could hide other modules."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -93,14 +93,14 @@ def _compiled(source: str, literally: bool) -> jinja2.Template:
 
 
 def render(source: str, variables: Mapping[str, Any], max_output_chars: int) -> str:
-    """The text that a template makes of its variables. Raises jinja2.TemplateError, and whatever else it raises."""
+    """Render a template. Raises jinja2.TemplateError, and any error that the template raises."""
     return "".join(_parts(_compiled(source, literally=False), variables, max_output_chars))
 
 
 def render_literally(
     source: str, variables: Mapping[str, Any], names: Sequence[str], max_output_chars: int
 ) -> tuple[str, list[tuple[int, int]]]:
-    """As `render`, and which parts of the text are what the variables of these names say."""
+    """Render as `render` does, and return which parts of the text come from the variables of these names."""
     variables = {"strftime_now": datetime.now().strftime, **variables}  # one time for both renderings
     marked = {name: said.marked(value) if name in names else value for name, value in variables.items()}
     for message, plain in zip(marked["messages"], variables["messages"], strict=True):

@@ -1,4 +1,4 @@
-"""How one token becomes text, for each decoder that `tokenizer.json` can name.
+"""Turns single tokens into text, for each decoder that `tokenizer.json` can name.
 
 The full decoders of the `tokenizers` library look at all tokens at once, so the text of a prefix is not always a prefix
 of the text. Here every token has its own piece, and the text is the pieces one after another; the only context is a

@@ -1,4 +1,4 @@
-"""How long a token can be: so many bytes of a text make one token at most."""
+"""The longest text that one token can stand for."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -14,7 +14,7 @@ _KEEPING = ("ByteLevel", "Metaspace", "Digits")  # pre-tokenizers that cut a tex
 
 
 def longest_token_bytes(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """UTF-8 bytes of a text that one token stands for at most; None if there is no such number, or none is known."""
+    """The most UTF-8 bytes of text that one token can stand for; None: there is no bound, or none is known."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = tokenizer.get_added_tokens_decoder().values()
     stages = list(_stages(_state(tokenizer.pre_tokenizer), "pretokenizers"))
@@ -35,7 +35,7 @@ def _state(part: Any) -> Mapping[str, Any] | None:
 
 
 def _shrinking(normalizer: Mapping[str, Any] | None) -> int | None:
-    """How many times shorter than the text what is tokenised can be. None: nobody knows."""
+    """The factor by which normalisation may shorten a text before it is tokenised; None: not known."""
     factor = 1
     for stage in _stages(normalizer, "normalizers"):
         pattern = stage.get("pattern", {}).get("String", "")

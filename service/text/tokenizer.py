@@ -76,7 +76,7 @@ class Tokenizer:
 
     @cached_property
     def num_token_ids(self) -> int:
-        """The highest id of a token, and 1. A model's head may be padded beyond it."""
+        """The highest token id plus 1. A model's head may be padded beyond it."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
@@ -86,16 +86,16 @@ class Tokenizer:
 
     @cached_property
     def added_token_ids(self) -> frozenset[int]:
-        """Of tokens that stand for themselves, beside the vocabulary's pieces of words."""
+        """The ids of added tokens, which stand for themselves beside the vocabulary's pieces of words."""
         return frozenset(self._backend.get_added_tokens_decoder())
 
     def least_tokens(self, num_bytes: int) -> int:
-        """How many tokens a text of so many UTF-8 bytes has at least; 0 where the tokenizer may drop any part of it."""
+        """The fewest tokens that a text of so many UTF-8 bytes can have; 0 if the tokenizer may drop any part of it."""
         return 0 if self._longest_bytes is None else -(-num_bytes // self._longest_bytes)
 
     @cached_property
     def num_in_front(self) -> int:
-        """How many tokens it puts in front of a text."""
+        """The number of tokens that the tokenizer puts before a text."""
         added = self._encode(self._backend.encode_batch, "a", add_special_tokens=True).sequence_ids
         return next((place for place, sequence in enumerate(added) if sequence is not None), 0)
 
@@ -188,6 +188,6 @@ class Tokenizer:
 
 
 def check_count(count: int, most: int = MAX_TOKENS) -> None:
-    """Raises TooManyTokensError for more tokens than these."""
+    """Raise TooManyTokensError if there are more tokens than `most`."""
     if count > most:
         raise TooManyTokensError(count, most)
