@@ -19,8 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent / "loraplex"
-SOURCES = ("channel", "generation", "operations/adapters", "operations/inference", "operations/models")
-SOURCES += ("operations/routes", "operations/server")
+SOURCES = (
+    "channel",
+    "generation",
+    "operations/adapters",
+    "operations/inference",
+    "operations/models",
+    "operations/routes",
+    "operations/server",
+)
 WIDTH = 120
 HEADER = "Written by client/generate.py from {}: change that, not this."
 IMPORTS = """
@@ -156,12 +163,8 @@ class Sources:
                         self.functions[name] = node
                     case ast.ClassDef(name=name):
                         self.groups[name] = node
-                    case ast.AnnAssign(target=ast.Name(id="CALL_DEFAULTS"), value=ast.Dict(keys=keys, values=values)):
-                        self.defaults = {
-                            ast.literal_eval(key): ast.unparse(value)
-                            for key, value in zip(keys, values, strict=True)
-                            if key is not None
-                        }
+                    case ast.AnnAssign(target=ast.Name(id="CALL_DEFAULTS"), value=ast.Dict() as values):
+                        self.defaults = {option: repr(value) for option, value in ast.literal_eval(values).items()}
 
     def options(self, group: str) -> Iterator[Parameter]:
         """Find the options of a group: those of the groups that it consists of, then its own."""
@@ -169,11 +172,13 @@ class Sources:
         for base in node.bases:
             if isinstance(base, ast.Name) and base.id in self.groups:
                 yield from self.options(base.id)
-        for field, doc in zip(node.body, node.body[1:], strict=False):
+        for field, doc in zip(node.body, [*node.body[1:], None], strict=True):
             match field, doc:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     default = self.defaults.get(name, "None")
                     yield Parameter(name, ast.unparse(field.annotation), default, inspect.cleandoc(text))
+                case ast.AnnAssign(), _:
+                    raise ValueError(f"{group}.{ast.unparse(field.target)} has no line of documentation below it")
 
     def parameters(self, function: ast.FunctionDef) -> tuple[list[Parameter], list[Parameter]]:
         """Find what may be given by position, and what by name alone: its own parameters, then options."""
@@ -271,6 +276,8 @@ def specs(sources: Sources) -> str:
 def blocking(awaiting: str) -> str:
     for pattern, replacement in BLOCKING:
         awaiting = re.sub(pattern, replacement, awaiting)
+    if left := re.search(r".*(\basync\b|\bawait\b|Async|asyncio).*", awaiting):
+        raise ValueError(f"BLOCKING does not say how this becomes blocking: {left[0].strip()}")
     return awaiting
 
 
