@@ -162,6 +162,23 @@ async def test_cancelling_the_task_cancels_the_call(server: "FakeServer", client
     await seen(server.inference.cancelled)
 
 
+async def test_a_stream_whose_reader_was_cancelled_does_not_look_whole(admin: AsyncAdminClient) -> None:
+    first = asyncio.Event()
+    stream = admin.watch_models()
+
+    async def read() -> None:
+        async for _ in stream:
+            first.set()
+
+    task = asyncio.create_task(read())
+    await seen(first)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(loraplex.Cancelled):
+        await anext(stream)
+
+
 async def test_closing_the_client_cancels(server: "FakeServer") -> None:
     client = AsyncClient(server.address)
     stream = client.stream_generate("demo", "endless")
