@@ -185,9 +185,9 @@ class AdapterRegistry:
         """
         versions = {version.key.digest: replace(version, num_requests=0, num_waiting=0) for version in record.versions}
         if not versions or {version.key.name for version in record.versions} != {name}:
-            raise ValueError(f"it is not about {name!r} alone")
+            raise ValueError(f"it has no versions, or versions of other names than {name!r}")
         if not {*record.claims, record.current or next(iter(versions))} <= versions.keys():
-            raise ValueError("it names versions that it does not have")
+            raise ValueError("its alias names a version that it does not have")
         etags = [int(version.etag) for version in record.versions]
         self._adapters[name] = _Adapter(versions, dict(record.claims), record.current)
         self._sequence = max(self._sequence, *etags, *record.claims.values())
@@ -259,7 +259,7 @@ class AdapterRegistry:
     def register_missing(
         self, tenant: str, adapter_id: str, spec: AdapterSpec, problems: Sequence[str], reason: str
     ) -> AdapterVersion:
-        """Add a FAILED version for a configured adapter that is missing. It goes when files are registered.
+        """Add a FAILED version for an adapter whose files or record are missing. It goes when files are registered.
 
         Raises AdapterNotFound for a malformed id.
         """

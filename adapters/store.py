@@ -208,7 +208,7 @@ class AdapterStore:
         return arrived
 
     def _compose(self, key: AdapterKey) -> _Source:
-        """Register a composition by its members until it leaves the memory; of failed ones only the latest stays."""
+        """Register a composition by its members until it leaves the memory; of failed ones only the latest stay."""
         failed = [other for other, source in self._sources.items() if other.parts and source.problems]
         for other in failed[:-MAX_FAILED_COMPOSITIONS]:
             del self._sources[other]

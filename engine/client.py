@@ -253,8 +253,7 @@ class EngineClient:
                 self._take_moves(moves)
 
     def fail(self, error: Exception) -> None:
-        """Note that the engine is gone: every stream and waiting call ends with this error, and so does every later
-        one.
+        """Note that the engine is gone: every stream and call, waiting or later, ends with this error.
 
         Only the first error counts.
         """

@@ -190,7 +190,7 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
 
 
 def _needs_few_candidates(sampling: SamplingParams) -> bool:
-    """Whether a row can be drawn from its best few tokens. Only typical_p may keep unlikely ones."""
+    """Whether a row can be drawn from its best few tokens. With typical_p alone, unlikely ones may remain."""
     cuts_the_tail = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     return cuts_the_tail and sampling.top_k <= NUM_CANDIDATES
 

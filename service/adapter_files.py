@@ -55,7 +55,7 @@ class AdapterLibrary:
     @property
     def where(self) -> str:
         """The allowed places of adapters, as text for error messages."""
-        return ", ".join(map(str, self._source.roots)) or "no root at all"
+        return ", ".join(map(str, self._source.roots)) or "no directory: adapter_roots is empty"
 
     async def close(self) -> None:
         """Wait a while for removals under way, and for nothing else."""

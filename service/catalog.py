@@ -154,9 +154,9 @@ class Catalog:
         else:
             raise InvalidRequest.at(
                 path,
-                f"{name[:200]!r} is no name: give models/{{model}}, tenants/{{tenant}}/adapters/{{adapter}}, with "
-                "@{version} (12 hex digits) or without, tenants/{tenant}/routes/{route}, the id alone, or a weighted "
-                "sum of adapters such as a*0.7 + b*0.3",
+                f"{name[:200]!r} is not a valid name: give models/{{model}}, tenants/{{tenant}}/adapters/{{adapter}}, "
+                "with @{version} (12 hex digits) or without, tenants/{tenant}/routes/{route}, the id alone, or a "
+                "weighted sum of adapters such as a*0.7 + b*0.3",
             )
         if adapter is None:
             raise _not_found("ADAPTER", name)
@@ -241,7 +241,7 @@ class Catalog:
             return None
         if version.state is AdapterState.FAILED:
             owner = version.key.name.partition("/")[0]
-            problems = "; ".join(version.problems) if sees_inside(owner) else "its operator is told why"
+            problems = "; ".join(version.problems) if sees_inside(owner) else "ask its operator for the reason"
             raise FailedPrecondition(version.reason, f"adapter {version.version_name} cannot be served: {problems}")
         return version if version.state is not AdapterState.DELETING else None
 
@@ -250,7 +250,7 @@ def _term(term: str, path: str) -> tuple[str, float]:
     """Parse one term of a weighted sum: an adapter and its weight, by default 1."""
     adapter_name, _, weight = (piece.strip() for piece in term.partition("*"))
     if not adapter_name or ("*" in term and not _WEIGHT.fullmatch(weight)):
-        raise InvalidRequest.at(path, f"{term.strip()[:200]!r} is no weighted adapter: write {{adapter}}*{{number}}")
+        raise InvalidRequest.at(path, f"{term.strip()[:200]!r} is not a weighted adapter: write {{adapter}}*{{number}}")
     value = float(weight) if weight else 1.0
     if abs(value) > MAX_WEIGHT:
         raise InvalidRequest.at(

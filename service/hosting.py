@@ -83,7 +83,9 @@ class HostedModel:
         await self.supervisor.wait_settled()
         if self.supervisor.state is EngineState.ACTIVE and self.revision != revision:
             message = f"model {self.name!r} was replaced: its revision was {revision}, and is {self.revision} now"
-            raise Unavailable("ENGINE_RESTARTING", f"{message}; what had begun cannot go on, send it again")
+            raise Unavailable(
+                "ENGINE_RESTARTING", f"{message}; the request cannot go on with another revision, send it again"
+            )
         return self.serving().client
 
     def _not_serving(self, state: EngineState) -> LoraplexError:

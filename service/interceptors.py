@@ -352,7 +352,7 @@ def _check_credentials_once(pairs: Iterable[tuple[str, str | bytes]]) -> None:
     keys = [key for key, _ in pairs]
     for key in ("authorization", "loraplex-tenant"):
         if keys.count(key) > 1:
-            raise Unauthenticated(f"the metadata `{key}` is there {keys.count(key)} times; send it once")
+            raise Unauthenticated(f"the metadata `{key}` was sent {keys.count(key)} times; send it once")
 
 
 def _client_request_id(metadata: Mapping[str, str]) -> str:

@@ -131,7 +131,7 @@ class Known:
 
     def problems(self, value: int) -> Problems:
         if value not in self.values():
-            yield "", f"{value} is no enumerator that this server knows"
+            yield "", f"{value} is not an enum value that this server knows"
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,9 @@ class Receiver:
                 await asyncio.to_thread(check_wire, data, self._kind)
             return self._parse(data)
         except DecodeError as error:
-            raise InvalidRequest.at("request", f"{len(data)} bytes that are no message of {self._method}") from error
+            raise InvalidRequest.at(
+                "request", f"{len(data)} bytes that cannot be decoded as a message of {self._method}"
+            ) from error
 
 
 def _input_of(method: str) -> Descriptor:

@@ -207,8 +207,8 @@ class EngineSupervisor:
         except* _EngineLost as lost:
             self.error = str(lost.exceptions[0])
         except* Exception as failures:  # whatever it is, the model must not stay without an engine in silence
-            logger.error("the engine of model %s said what cannot be", self.name, exc_info=failures)
-            self.error = f"it said what cannot be: {failures.exceptions[0]}"
+            logger.error("the engine of model %s sent an invalid message", self.name, exc_info=failures)
+            self.error = f"it sent an invalid message: {failures.exceptions[0]}"
         finally:
             await self._end(process, bus)
 
@@ -224,7 +224,7 @@ class EngineSupervisor:
             except FrameLost as error:
                 raise _EngineLost(str(error)) from error
             if bus.num_bad_frames:  # what it was meant to say is lost, and somebody may wait for it
-                raise _EngineLost("it sent a frame that is no message")
+                raise _EngineLost("it sent a frame that cannot be decoded")
             for message in messages:
                 match message:
                     case LoadProgress(bytes_loaded=loaded, bytes_total=total):

@@ -164,7 +164,7 @@ class Tenant:
         return hmac.digest(self._cache_key, len(owner).to_bytes(4) + owner + salt.encode(), "sha256").hex()
 
     def _exceeded(self, what: str, limit: str, seconds: float) -> QuotaExceeded:
-        message = f"tenant {self.name!r} has used up its {limit} {what}; come again in {seconds:.1f} s"
+        message = f"tenant {self.name!r} has used up its {limit} {what}; try again in {seconds:.1f} s"
         return QuotaExceeded(f"tenants/{self.name}: {what}", message, seconds)
 
 

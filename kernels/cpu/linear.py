@@ -99,7 +99,7 @@ def _coded_affine(weight: AffineWeight) -> _Coded:
 
 
 def _coded_table(weight: TableWeight) -> _Coded:
-    """Convert a table record. Blocks may end inside rows, so groups are the longest that divide all of their pieces."""
+    """Convert a table record. Blocks may end inside rows: a group is the longest run that no block boundary cuts."""
     rows, columns = weight.codes.shape
     group = math.gcd(columns, weight.block)
     starts = torch.arange(rows * columns // group) * group

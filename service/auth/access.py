@@ -79,7 +79,7 @@ def check_role(principal: Principal, method: str) -> None:
     """Raise PermissionDenied if the caller may not call this method at all."""
     rule = RULES.get(method)
     if rule is None:
-        raise PermissionDenied(f"{method} is open to nobody")
+        raise PermissionDenied(f"this server lets no caller use {method}")
     if rule.role is None or any(role is not None and principal.has(role) for role in (rule.role, rule.or_role)):
         return
     raise PermissionDenied(f"{method} needs the role {rule.role.value!r}, which {principal.name!r} does not have")

@@ -34,7 +34,7 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             if algorithm not in ALGORITHMS:
                 yield f"jwt.algorithms: {algorithm!r} is not one of {', '.join(ALGORITHMS)}"
         if not self.algorithms:
-            yield "jwt.algorithms: there is none"
+            yield "jwt.algorithms: the list is empty; name at least one"
         if not self.is_remote and not Path(self.jwks).is_file():
             yield f"jwt.jwks: there is no file {self.jwks}, and it is no https:// address"
         if self.jwks_ca is not None and not self.is_remote:
@@ -92,7 +92,7 @@ class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if self.jwt is not None:
             yield from self.jwt.problems()
         if self.certificates and not self.certificate_names:
-            yield "certificate_names: there is none, so that no certificate says who it is"
+            yield "certificate_names: the list is empty, so that no certificate can identify a caller"
         names = [certificate.name for certificate in self.certificates]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"certificates: {name!r} appears {names.count(name)} times; names must differ"

@@ -88,14 +88,14 @@ class Door:
             return Principal("anybody", DEFAULT_TENANT, frozenset((Role.ADMIN,))), trusted
         if trusted and "loraplex-tenant" in caller.metadata:
             return Principal("a trusted peer", DEFAULT_TENANT, frozenset((Role.INFERENCE,))), True
-        raise Unauthenticated(f"this server answers nobody without credentials; {_HOW}")
+        raise Unauthenticated(f"this server requires credentials; {_HOW}")
 
     async def _verify(self, token: str) -> Principal:
         if self._keys is not None and self._keys.takes(token):
             return self._keys.verify(token)
         if self._jwt is not None:
             return await self._jwt.verify(token)
-        raise Unauthenticated("the bearer token is none that this server knows")
+        raise Unauthenticated("this server does not know the bearer token")
 
     def _is_trusted(self, caller: Caller) -> bool:
         if caller.peer.startswith("unix:"):

@@ -104,7 +104,7 @@ class KeyVerifier:
         # Always one hash and one comparison, in constant time: how long it takes says nothing about the keys.
         is_it = compare_digest(_hash(token), _NO_HASH if key is None else key.sha256)
         if key is None or not is_it:
-            raise Unauthenticated("the bearer token is none that this server knows")
+            raise Unauthenticated("this server does not know the bearer token")
         if key.expires is not None and key.expires.timestamp() <= time.time():
             raise Unauthenticated(f"the bearer token {key.id} expired at {key.expires.astimezone(UTC):%F %T} UTC")
         return Principal(key.id, key.tenant, frozenset(key.roles))

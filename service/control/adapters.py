@@ -395,7 +395,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if version.state is AdapterState.FAILED:
             error = FailedPrecondition(version.reason, "; ".join(version.problems))
         if error is not None:
-            shown = error if inside else FailedPrecondition(error.reason, "its operator is told why")
+            shown = error if inside else FailedPrecondition(error.reason, "ask its operator for the reason")
             message.error.CopyFrom(to_status(shown, ""))
         info = version.info
         if info is not None:

@@ -81,7 +81,7 @@ def page(
     try:
         after = base64.b64decode(request.page_token.encode(), b"-_", validate=True).decode()
     except (binascii.Error, UnicodeDecodeError):
-        raise InvalidRequest.at("page_token", "is no token of an earlier response; leave it out to begin") from None
+        raise InvalidRequest.at("page_token", "is not a token of an earlier response; leave it out to begin") from None
     start = bisect_right(items, after, key=name)
     shown: list[M] = []
     num_bytes = 0

@@ -30,7 +30,7 @@ class Counter:
         self.values[labels] = self.values.get(labels, 0) + amount
 
     def drop(self, is_gone: Callable[[Labels], bool]) -> None:
-        """Forget the series of these labels."""
+        """Forget the series whose labels are gone."""
         _drop(self.values, is_gone)
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -81,7 +81,7 @@ class Histogram:
         return distribution
 
     def drop(self, is_gone: Callable[[Labels], bool]) -> None:
-        """Forget the series of these labels."""
+        """Forget the series whose labels are gone."""
         _drop(self.values, is_gone)
 
 

@@ -96,7 +96,7 @@ class UsageLog:
 
     @contextmanager
     def growth(self) -> Iterator[asyncio.Event]:
-        """An event that is set whenever records have been written."""
+        """Yield an event that is set whenever records have been written."""
         grown = asyncio.Event()
         self._watchers.add(grown)
         try:

@@ -169,7 +169,7 @@ class AdaptedTokenizer(Tokenizer):
             yield None, done, len(text)
 
     def _piece(self, text: str, start: int, end: int, literal: Sequence[Span]) -> Encoding:
-        """Text between added tokens."""
+        """Encode text between added tokens."""
         lead, inside = self._inside(start, end, literal)
         found = super().encode_with_offsets(lead + text[start:end], False, inside)
         if not lead:
@@ -178,14 +178,14 @@ class AdaptedTokenizer(Tokenizer):
         return Encoding(found.token_ids[1:], shifted)
 
     def _piece_ids(self, text: str, start: int, end: int, literal: Sequence[Span]) -> list[int]:
-        """As `_piece`, without the offsets."""
+        """Encode as `_piece` does, without the offsets."""
         lead, inside = self._inside(start, end, literal)
         token_ids = super().encode(lead + text[start:end], False, literal=inside)
         return token_ids[1:] if lead else token_ids
 
     def _inside(self, start: int, end: int, literal: Sequence[Span]) -> tuple[str, list[Span]]:
-        """What goes before text behind an added token, where the beginning of a text is treated in its own way; and
-        which parts of both together are literal."""
+        """The text to put before a piece that follows an added token, so that it is not treated as a text's beginning;
+        and which parts of both together are literal."""
         lead = self._lead if start else ""
         shift = len(lead) - start
         return lead, [(max(a, start) + shift, min(b, end) + shift) for a, b in literal if a < end and b > start]
