@@ -39,23 +39,34 @@ class TextWork:
     renderer: TemplateRenderer
     rendering: Turns
     threads: Turns
+    tokens: Turns
 
     @classmethod
     def of(cls, renderer: TemplateRenderer, waiting_bytes: int = 32 << 20) -> "TextWork":
-        """`waiting_bytes`: the limit on texts that wait or are worked on, for each kind of work."""
+        """`waiting_bytes`: the limit on texts, or tokens, that wait or are worked on, for each kind of work."""
         limits = TurnLimits(at_once=2, size_at_once=MAX_TEXT_BYTES, size_in_all=waiting_bytes)
         rendering = TurnLimits(renderer.workers, size_at_once=4 * MAX_TEXT_BYTES, size_in_all=waiting_bytes)
         return cls(
             renderer,
             Turns("chat templates cannot be rendered", rendering),
             Turns("long texts cannot be tokenised", limits),
+            Turns("so many tokens cannot be read", TurnLimits(1, size_at_once=MAX_TOKENS, size_in_all=waiting_bytes)),
         )
 
     async def on(self, tenant: Tenant, size: int, do: Callable[[], T]) -> T:
-        """Run work on a text or on tokens: here if that is shorter than to hand it to a thread, else in a turn."""
-        if size <= _INLINE_SIZE:
-            return do()
-        return await self.threads.in_thread(tenant.name, tenant.config.weight, size, do)
+        """Run work on a text: here if that is shorter than to hand it to a thread, else in a turn."""
+        return await _run(self.threads, tenant, size, do)
+
+    async def on_tokens(self, tenant: Tenant, count: int, do: Callable[[], T]) -> T:
+        """Run work on tokens. The interpreter does all of it: two at a time would not end sooner, and the event loop
+        would wait for both."""
+        return await _run(self.tokens, tenant, count, do)
+
+
+async def _run(turns: Turns, tenant: Tenant, size: int, do: Callable[[], T]) -> T:
+    if size <= _INLINE_SIZE:
+        return do()
+    return await turns.in_thread(tenant.name, tenant.config.weight, size, do)
 
 
 class PromptText(NamedTuple):
@@ -125,7 +136,7 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tena
         ids = prompt.token_ids.ids
         if len(ids) > most:
             raise PromptTooLong.of(path, len(ids), model.limits.max_model_len)
-        return await work.on(tenant, min(len(ids), last or len(ids)), lambda: _given(ids, last, model, path))
+        return await work.on_tokens(tenant, min(len(ids), last or len(ids)), lambda: _given(ids, last, model, path))
     rendered = await prompt_text(prompt, model, work, tenant, path)
     size = len(rendered.text.encode(errors="surrogatepass"))
     least = model.tokenizer.least_tokens(size)

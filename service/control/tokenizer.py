@@ -52,7 +52,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:  # noqa: N802
         tenant = self._tenants.get(current_call().tenant)
         model = await self._model(request.model)
-        return await self._texts.on(tenant, len(request.token_ids), lambda: _detokenized(request, model))
+        return await self._texts.on_tokens(tenant, len(request.token_ids), lambda: _detokenized(request, model))
 
     async def _model(self, name: str) -> LoadedModel:
         target = self._catalog.resolve(current_call().tenant, name, "model")

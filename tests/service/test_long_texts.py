@@ -16,6 +16,7 @@ from loraplex.v1.prompt_pb2 import Prompt
 from loraplex.v1.tokenizer_pb2 import TokenizeRequest
 from service.errors import InvalidRequest, PromptTooLong
 from service.prompts import TextWork
+from service.tenants import Tenants
 from service.text import MAX_TOKENS, Tokenizer
 from service.text.token_decoders import BYTE_ALPHABET
 from service.text.token_lengths import longest_token_bytes
@@ -105,6 +106,7 @@ async def test_long_texts_of_one_tenant_do_not_keep_out_anothers(byte_tokenizer:
             plane.servicer._texts.renderer,
             plane.servicer._texts.rendering,
             Turns("texts cannot be tokenised", TurnLimits(at_once=2, size_at_once=1 << 20, size_in_all=40_000)),
+            plane.servicer._texts.tokens,
         )
 
         def spec(letter: str) -> Any:
@@ -122,6 +124,22 @@ async def test_long_texts_of_one_tenant_do_not_keep_out_anothers(byte_tokenizer:
     refused = [end for end in ends if isinstance(end, grpc.aio.AioRpcError)]
     assert {end.code() for end in refused} == {grpc.StatusCode.UNAVAILABLE}
     assert 0 < len(refused) < len(ends)
+
+
+async def test_one_list_of_many_tokens_is_worked_on_at_a_time(plane: DataPlane) -> None:
+    texts, tenant, go_on = plane.servicer._texts, Tenants().get("default"), threading.Event()
+    order: list[str] = []
+
+    def first() -> None:
+        go_on.wait(10)
+        order.append("first")
+
+    works = [texts.on_tokens(tenant, MAX_TOKENS, first), texts.on_tokens(tenant, 9000, lambda: order.append("second"))]
+    done = asyncio.gather(*works)
+    await asyncio.wait([done], timeout=0.1)
+    go_on.set()
+    await done
+    assert order == ["first", "second"]
 
 
 async def test_places_of_tokens_are_told_for_texts_of_some_length_alone(control: ControlPlane) -> None:
