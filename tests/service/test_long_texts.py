@@ -1,6 +1,8 @@
 """Texts that are too long, or many at once: refused before anything is done with them, or each in its turn."""
 
 import asyncio
+import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +142,27 @@ async def test_one_list_of_many_tokens_is_worked_on_at_a_time(plane: DataPlane) 
     go_on.set()
     await done
     assert order == ["first", "second"]
+
+
+async def test_long_chats_of_one_tenant_do_not_keep_out_anothers(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(byte_tokenizer_directory, tmp_path / "model")
+    template = "{% for number in range(99999) %}{% endfor %}{{ messages[0].content }}"
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    async with data_plane(Tokenizer.load(model)) as plane:
+
+        async def say(tenant: str, text: str) -> None:
+            chat = {"messages": [{"role": "user", "content": text}]}
+            spec = make_spec(prompt={"chat": chat, "truncate_to_tokens": 3})
+            await plane.generate(spec, metadata=[("loraplex-tenant", tenant)])
+
+        loud = [asyncio.ensure_future(say("loud", "x" * 200_000)) for _ in range(16)]
+        await asyncio.wait(loud, return_when=asyncio.FIRST_COMPLETED)
+        await say("quiet", "hi")
+        answered = sum(call.done() for call in loud)
+        await asyncio.gather(*loud)
+    assert answered < 8
 
 
 async def test_places_of_tokens_are_told_for_texts_of_some_length_alone(control: ControlPlane) -> None:
