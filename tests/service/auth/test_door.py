@@ -160,7 +160,10 @@ async def test_a_certificate_with_two_common_names_is_nobodys() -> None:
         (AuthConfig(certificates=(CertificateConfig(name="a\0", tenant="t"),)), "control character"),
         (AuthConfig(certificates=(CertificateConfig(name="", tenant="t"),)), "is empty"),
         (AuthConfig(certificates=(CertificateConfig(name="a", tenant="t"),) * 2), "appears 2 times"),
-        (AuthConfig(certificates=(CertificateConfig(name="a", tenant="t"),), certificate_names=()), "there is none"),
+        (
+            AuthConfig(certificates=(CertificateConfig(name="a", tenant="t"),), certificate_names=()),
+            "the list is empty",
+        ),
     ],
 )
 def test_certificates_that_could_not_tell_who_calls_are_not_configured(config: AuthConfig, problem: str) -> None:
