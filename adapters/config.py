@@ -12,7 +12,7 @@ from adapters.errors import AdapterRejected
 from adapters.pattern import ModulePattern
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_PATTERNS = 4096  # a rank or alpha of its own for every module of a large model
+MAX_PATTERNS = 4096  # enough for one pattern per module of a large model
 MAX_TOKEN_IDS = 1 << 20  # of trained tokens
 MAX_INVOCATION_TOKENS = 1024
 MAX_REPORTED = 100  # characters of a value in a message
@@ -107,8 +107,8 @@ class LoRAConfig:
     trains_bias: bool = False  # of the base's linears
     modules_to_save: tuple[str, ...] = ()  # trained whole: the ends of module paths
     trained_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # ids by the end of a module path
-    ensure_weight_tying: bool = False  # where the model ties the head to the embedding, so is what was trained of them
-    invocation_tokens: tuple[int, ...] = ()  # activated LoRA: nothing of it before their last occurrence in the prompt
+    ensure_weight_tying: bool = False  # with a tied head, the tensors trained on head and embedding are tied too
+    invocation_tokens: tuple[int, ...] = ()  # activated LoRA: it applies from their last occurrence in the prompt on
 
     def rank_of(self, module: str) -> int:
         """The rank of one module, by its path in the trained model ("model.layers.0.self_attn.q_proj")."""

@@ -14,7 +14,7 @@ from adapters.layer import Site
 from adapters.store import AdapterStore
 from adapters.weights import LoadedAdapter
 
-MAX_PINNED_FRACTION = 0.5  # of slots and bytes: the rest stays free for everybody else
+MAX_PINNED_FRACTION = 0.5  # share of slots and bytes; the rest stays free for other adapters
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class AdapterPool:
         self._residents: OrderedDict[AdapterKey, _Resident] = OrderedDict()  # least recently used first
         self._used_bytes = 0
         self._changes = 0
-        self.moved: set[AdapterKey] = set()  # came to the device or left it, until somebody clears this
+        self.moved: set[AdapterKey] = set()  # adapters that came or left, until the caller clears it
 
     @property
     def changes(self) -> int:
@@ -187,7 +187,7 @@ class AdapterPool:
             self._check_fits(loaded)
         victims = self._victims_for(loaded.nbytes if loaded is not None else 0)
         if loaded is None:
-            # Ahead of its turn it is read only into room that nobody else uses.
+            # Ahead of its turn an adapter is read only into free room.
             self._store.request(key, may_evict=victims is not None)
             return None
         if victims is None:

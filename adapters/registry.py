@@ -24,7 +24,7 @@ from adapters.residency import Residency
 
 SHARED_TENANT = "shared"
 VERSION_DIGITS = 12  # of the digest, in a version's name
-NO_DIGEST = "0" * 64  # of what stands for an adapter whose files have not been found
+NO_DIGEST = "0" * 64  # the digest of a version that stands for missing files
 
 _ID = r"[a-z0-9][a-z0-9._-]{0,62}"
 _NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/(?P<adapter>{_ID})(?:@(?P<version>[0-9a-f]{{12,64}}))?")
@@ -43,7 +43,7 @@ class AdapterState(enum.Enum):
 class ChangeKind(enum.Enum):
     ADDED = "added"
     CHANGED = "changed"
-    MOVED = "moved"  # to another tier: nothing that is kept here has changed
+    MOVED = "moved"  # to another tier: the version itself has not changed
     REMOVED = "removed"
 
 

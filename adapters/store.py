@@ -120,7 +120,7 @@ class AdapterStore:
         self._used_bytes = 0
         self._num_in_flight = 0  # loads that `poll` has not taken in yet
         self.changes = 0  # grows whenever a load ends or an adapter is forgotten
-        self.moved: set[AdapterKey] = set()  # came into memory or left it, until somebody clears this
+        self.moved: set[AdapterKey] = set()  # adapters that came or left, until the caller clears it
 
     @property
     def used_bytes(self) -> int:
@@ -263,7 +263,7 @@ class AdapterStore:
         return finished
 
     def _note_move(self, key: AdapterKey) -> None:
-        if not key.parts:  # nobody asks where a composition is
+        if not key.parts:  # the tier of a composition is never asked for
             self.moved.add(key)
 
     # ---- room ------------------------------------------------------------------------------------------------------

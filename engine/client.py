@@ -64,10 +64,10 @@ class EngineClient:
         self.stats: EngineStats | None = None  # as of the last step or pong
         self.error: Exception | None = None  # set once, by fail()
         self.adapters: dict[AdapterKey, AdapterLoaded] = {}  # what the engine has been given and not told to drop
-        self.residency: dict[AdapterKey, Residency] = {}  # of those; what is missing is on disk
+        self.residency: dict[AdapterKey, Residency] = {}  # of those adapters; a missing one is on disk
         self.moves = Counter[tuple[Residency, Residency]]()  # from one place to another, adapters one by one
         self.num_loads = 0  # adapters read into host memory
-        self.load_seconds = 0.0  # that this took in all, from asking to answer
+        self.load_seconds = 0.0  # taken by all loads, from order to answer
         self.moved: Callable[[AdapterKey], None] = lambda key: None  # called when an adapter is in another place
         self._send = send
         self._max_pending_tokens = max_pending_tokens
@@ -182,7 +182,7 @@ class EngineClient:
         unloaded meanwhile.
         """
         self._check_alive()
-        while key in self._pins:  # the answers carry no number: one at a time
+        while key in self._pins:  # answers carry no number, so one load at a time
             await asyncio.wait({self._pins[key]})
             self._check_alive()
         answer = self._pins[key] = _future()
@@ -430,4 +430,4 @@ def _resolve(future: asyncio.Future[T] | None, result: T) -> None:
 def _reject(future: asyncio.Future[Any] | None, error: Exception) -> None:
     if future is not None and not future.done():
         future.set_exception(error)
-        future.exception()  # counts as seen: whoever waited may be gone, and that is no news for the log
+        future.exception()  # marks the exception as retrieved: asyncio would log it if no caller waits

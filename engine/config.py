@@ -11,9 +11,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8", "int4")
 HEAD_QUANTIZATIONS = ("int8",)
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
-LEAST_FRACTION = 0.0001  # of a core, or of a device's memory: less is nothing
+LEAST_FRACTION = 0.0001  # the least fraction of a core or of memory that makes sense
 BACKENDS = ("auto", "reference", "cpu", "triton")
-USUAL_MEMORY_FRACTION = 0.9  # of a GPU. The rest is for contexts of CUDA, about half a GiB an engine, and for others
+USUAL_MEMORY_FRACTION = 0.9  # of a GPU; the rest is for CUDA contexts, about half a GiB an engine
 DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?")
 
 
@@ -21,21 +21,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One base model and the resources it may use. `check` names every field that makes no sense."""
 
     model: str  # a local directory, or a hub id
-    revision: str | None = None  # of a hub id: pin it
+    revision: str | None = None  # the revision of a hub id: pin it
     dtype: str = "auto"  # auto: bfloat16 where the checkpoint is 16-bit, else float32
-    quantization: str | None = None  # of an unquantised checkpoint, while it is loaded; None: as the checkpoint is
-    head_quantization: str | None = None  # of a dense lm_head, while it is loaded, whatever the other linears are
+    quantization: str | None = None  # applied to an unquantised checkpoint at load; None: leave it as it is
+    head_quantization: str | None = None  # applied to a dense lm_head at load, whatever the other linears are
     device: str = "auto"  # auto: cuda where there is one, else cpu
     kernels: str = "auto"
     threads: int | None = None  # compute threads on the CPU; None: all cores the process may use
     max_model_len: int | None = None  # tokens; None: what the model was made for
-    rope_scaling: dict[str, Any] | None = None  # in place of config.json's, and spelt as there
+    rope_scaling: dict[str, Any] | None = None  # replaces config.json's, and is spelt as there
     block_size: int = 16  # tokens
-    device_memory_fraction: float | None = None  # of a GPU, for all that this model takes there; None: 0.9
-    kv_cache_bytes: int | None = None  # None: on CUDA what is left of that, on the CPU kv_cache_fraction
+    device_memory_fraction: float | None = None  # share of a GPU's memory for this model; None: 0.9
+    kv_cache_bytes: int | None = None  # None: on CUDA the rest of that share, on the CPU kv_cache_fraction
     kv_cache_dtype: str = "auto"  # auto: the model's. int8, fp8: rounded, with a scale for each head and token
-    kv_cache_fraction: float = 0.5  # on the CPU: of the memory that is free after loading
-    max_num_seqs: int = 256  # running at once
+    kv_cache_fraction: float = 0.5  # on the CPU: share of the memory that is free after loading
+    max_num_seqs: int = 256  # sequences that run at once
     max_num_batched_tokens: int = 2048  # tokens computed in one step
     enable_prefix_caching: bool = True
     cuda_graphs: bool = True  # on CUDA: capture decoding steps at the start, with and without adapters, and replay them
@@ -45,7 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     adapter_device_bytes: int = 1 << 30
     adapter_host_bytes: int = 4 << 30
     adapter_loader_threads: int = 2
-    adapter_load_share: float | None = None  # of one core, while requests run; None: 0.1 on the CPU, else 1
+    adapter_load_share: float | None = None  # share of one core while requests run; None: 0.1 on the CPU, else 1
 
     def check(self) -> None:
         """Raise ValueError naming each field that is out of range."""

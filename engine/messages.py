@@ -28,10 +28,10 @@ class AddRequest(Message, frozen=True):
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
     bypass_prefix_cache: bool = False
     priority: int = 0  # lower runs first; equal: tenants by their shares, and of one tenant first come, first served
-    tenant: str = ""  # who shares the engine with others
-    weight: float = 1.0  # of its share; above 0
-    adapter_wait_seconds: float | None = None  # that it may wait for its adapter once it is its turn; None: for ever
-    output_token_ids: list[int] = []  # what another engine has generated already: go on from there
+    tenant: str = ""  # the tenant, for fairness between tenants
+    weight: float = 1.0  # of the tenant's share; above 0
+    adapter_wait_seconds: float | None = None  # longest wait for the adapter, once it is its turn; None: for ever
+    output_token_ids: list[int] = []  # tokens that an earlier engine generated: go on after them
 
 
 class Abort(Message, frozen=True):
@@ -111,13 +111,13 @@ class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
     finish_reason: FinishReason | None = None  # set on the last output only
     stop_token_id: int | None = None  # the token that ended it, for STOP and EOS
     logprobs: list[TokenLogprobs] | None = None  # one per new token
-    # What follows comes once, with the first output.
+    # The following fields are set once, with the first output.
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # [0] is None; all, if a token has been drawn
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     queue_seconds: float | None = None  # from arrival to first scheduling; None: it ended before that
-    adapter_load_seconds: float = 0.0  # of that, waiting for the adapter
+    adapter_load_seconds: float = 0.0  # the part of it spent waiting for the adapter
     error: str = ""  # with finish_reason ERROR: what went wrong with this request alone
-    error_reason: str = ""  # of an error that its adapter has: the kind, a name of loraplex.v1.ErrorReason
+    error_reason: str = ""  # if its adapter is at fault: a name of loraplex.v1.ErrorReason
 
 
 class EngineStats(msgspec.Struct, array_like=True, frozen=True):
@@ -136,9 +136,9 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     prefix_cache_hits: int  # prompt tokens found
     prompt_tokens: int  # computed, cumulative
     generated_tokens: int  # cumulative
-    adapter_device_bytes: int  # that adapters use on the device
-    adapter_host_bytes: int  # and in host memory
-    adapters: list[tuple[AdapterKey, int]] = []  # that requests use on the device, with how many do
+    adapter_device_bytes: int  # bytes of adapters on the device
+    adapter_host_bytes: int  # bytes of adapters in host memory
+    adapters: list[tuple[AdapterKey, int]] = []  # adapters in use on the device, with their number of requests
     num_not_finite: int = 0  # requests that ended because their logits were NaN or infinite, cumulative
 
 
@@ -154,7 +154,7 @@ class Device(msgspec.Struct, array_like=True, frozen=True):
 
     name: str  # "cpu", "cuda:0"
     description: str  # as its driver calls it
-    memory_bytes: int  # all that it has
+    memory_bytes: int  # the device's whole memory
 
 
 class ModelLimits(msgspec.Struct, array_like=True, frozen=True):
@@ -162,7 +162,7 @@ class ModelLimits(msgspec.Struct, array_like=True, frozen=True):
 
     architecture: str
     dtype: str
-    quantization: str  # "" for none
+    quantization: str  # "": none
     vocab_size: int
     max_model_len: int  # prompt and output together, tokens
     max_adapter_rank: int

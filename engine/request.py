@@ -65,7 +65,7 @@ class Request:
         self.adapter_wait_seconds = message.adapter_wait_seconds
         self.tenant = message.tenant
         self.weight = message.weight
-        self.order = (message.priority, arrival_number)  # who goes first
+        self.order = (message.priority, arrival_number)  # the order of arrival
         self.arrival_time = now
         self.deadline = None if sampling.time_limit_seconds is None else now + sampling.time_limit_seconds
 
@@ -82,7 +82,7 @@ class Request:
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first scheduling
         self.first_scheduled_time: float | None = None
         self.adapter_wanted_time: float | None = None  # set if it had to wait for it
-        self.adapter_ready_time: float | None = None  # and then had it
+        self.adapter_ready_time: float | None = None  # and when it got the adapter
         self.prompt_logprobs: list[TokenLogprobs | None] = []
 
     def invoke_adapter(self, tokens: Sequence[int]) -> None:

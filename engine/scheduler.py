@@ -66,14 +66,14 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.clock = clock
 
-        self.requests: dict[int, Request] = {}  # all that are not finished
+        self.requests: dict[int, Request] = {}  # all unfinished requests
         self.running: list[Request] = []  # in order of turn
         self.waiting = FairQueue()
         self.waiting_for_adapter: dict[AdapterKey, dict[int, Request]] = {}
         self.adapter_users: Counter[AdapterKey] = Counter()  # accepted requests by adapter version, wherever they are
         self._deadlines: list[tuple[float, int]] = []  # of requests
-        self._adapter_deadlines: list[tuple[float, int]] = []  # of their waits for adapters
-        self._outputs: list[RequestOutput] = []  # endings that no step computed; `update` hands them out
+        self._adapter_deadlines: list[tuple[float, int]] = []  # ends of waits for adapters
+        self._outputs: list[RequestOutput] = []  # ends outside of a step; `update` returns them
         self._adapter_changes_seen = -1
         self.num_preemptions = 0
         self.num_not_finite = 0  # requests that ended so
@@ -129,7 +129,7 @@ class Scheduler:
                 if victim is request:
                     break
             if request.state is not RequestState.RUNNING:
-                continue  # the one behind it has its index now
+                continue  # the next one has this index now
             scheduled.append(self._scheduled(request, num_new))
             budget -= num_new
             index += 1
@@ -151,7 +151,7 @@ class Scheduler:
             num_new = min(request.num_tokens - request.num_computed_tokens, budget)
             if not self.blocks.grow(request, request.num_computed_tokens + num_new):
                 self.blocks.release(request)
-                break  # in order: nobody overtakes a request that waits for blocks
+                break  # in order: no request overtakes one that waits for blocks
             self.waiting.remove(request)
             request.state = RequestState.RUNNING
             if request.first_scheduled_time is None:
@@ -192,7 +192,7 @@ class Scheduler:
         if key is None or request.adapter_slot is not None:
             return True
         slot = None
-        if key not in self.waiting_for_adapter:  # those who already wait for it come first
+        if key not in self.waiting_for_adapter:  # requests that already wait for it come first
             try:
                 slot = self.adapters.acquire(key)
             except AdapterRejected as rejected:

@@ -47,7 +47,7 @@ class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     # Fields of loraplex.v1.Sampling, for requests that leave them out; "none": not even the model's own files give any.
     default_sampling: dict[str, Any] | Literal["none"] | None = None
     chat_template: str | None = None  # a Jinja file that replaces the model's own
-    literal_content: bool = False  # what chats say never becomes control tokens, unless a request says otherwise
+    literal_content: bool = False  # text of chats never becomes control tokens, unless a request asks for it
     labels: dict[str, str] = {}
 
     @property
@@ -71,9 +71,9 @@ class AdapterConfig(_Section, frozen=True):
 
     name: str  # "pirate" of the tenant shared, or "{tenant}/{adapter}"
     model: str  # the name of the model that it adapts
-    source: str  # its directory, under one of the adapter roots
-    residency: Literal["host", "device"] = "host"  # where it is brought ahead of its requests
-    pinned: bool = False  # it stays on the device
+    source: str  # the adapter's directory, under one of the adapter roots
+    residency: Literal["host", "device"] = "host"  # the tier that it is loaded into ahead of its requests
+    pinned: bool = False  # keep it on the device
     labels: dict[str, str] = {}
 
     @property
@@ -96,53 +96,53 @@ class TlsConfig(_Section, frozen=True):
 class LimitsConfig(_Section, frozen=True):
     """Limits on requests in flight, on message sizes, and on waiting times."""
 
-    in_flight_sequences: float = 4.0  # times max_num_seqs; past it requests are refused as OVERLOADED
+    in_flight_sequences: float = 4.0  # times max_num_seqs; beyond it requests are refused as OVERLOADED
     in_flight_cache_tokens: float = 4.0  # times the tokens that the key-value cache holds
-    expected_output_tokens: int = 512  # outputs count with at most this
-    unread_tokens: int = 8192  # of one stream; past it the caller reads too slowly, and is cut
-    unread_seconds: float = 30.0  # that a message of a stream may stay unread
-    unread_bytes: int = 256 << 20  # of answers to unary calls that one tenant has not read
-    answer_bytes: int = 32 << 20  # of one of them
-    request_bytes: int = 4 << 20  # of a request of the data port, once it is decompressed
-    batch_bytes: int = 8 << 20  # of a BatchGenerate
-    message_seconds: float = 30.0  # that a message which a call still owes is waited for
-    calls_per_tenant: int = 2048  # in progress on one port
-    calls_per_connection: int = 64  # in progress; each that waits to be looked at takes 16 KiB
+    expected_output_tokens: int = 512  # an output counts as at most so many tokens
+    unread_tokens: int = 8192  # unread tokens of one stream; beyond it the stream is cut
+    unread_seconds: float = 30.0  # for which a message of a stream may stay unread
+    unread_bytes: int = 256 << 20  # unread answers to unary calls, of one tenant
+    answer_bytes: int = 32 << 20  # one answer to a unary call
+    request_bytes: int = 4 << 20  # a request of the data port, decompressed
+    batch_bytes: int = 8 << 20  # a BatchGenerate request, decompressed
+    message_seconds: float = 30.0  # to wait for a call's next message
+    calls_per_tenant: int = 2048  # calls in progress on one port
+    calls_per_connection: int = 64  # calls in progress; one that waits for its turn takes 16 KiB
     connections: int = 1024  # to one port
     idle_connection_seconds: float = 300.0  # without a call
-    adapter_load_wait_seconds: float = 60.0  # that a request waits for its adapter at most
+    adapter_load_wait_seconds: float = 60.0  # the longest wait of a request for its adapter
     template_workers: int = 2  # processes that render chat templates
-    waiting_text_bytes: int = 32 << 20  # of long texts in work or waiting; past it more are refused as OVERLOADED
-    upload_bytes: int = 2 << 30  # of the files of one adapter that the server gathers itself
+    waiting_text_bytes: int = 32 << 20  # long texts in work or waiting; beyond it requests are refused as OVERLOADED
+    upload_bytes: int = 2 << 30  # all files of one uploaded or fetched adapter
 
 
 class SupervisionConfig(_Section, frozen=True):
     """When an engine counts as stuck, and how often it is started again."""
 
-    heartbeat_seconds: float = 2.0  # between two signs of life
-    heartbeat_timeout_seconds: float = 60.0  # longer than the longest step: the engine answers between steps
-    restart_delay_seconds: float = 0.5  # before the first restart; doubles with each that fails
+    heartbeat_seconds: float = 2.0  # between two pings of an engine
+    heartbeat_timeout_seconds: float = 60.0  # must be longer than the longest step: engines answer between steps
+    restart_delay_seconds: float = 0.5  # before the first restart; doubles with each failed one
     restart_delay_max_seconds: float = 30.0
     stable_seconds: float = 60.0  # an engine that ran so long starts again with the first delay
-    failed_starts: int = 5  # so many restarts in a row that do not even load: the model is FAILED
-    stop_seconds: float = 10.0  # that an engine may take to end before it is killed
-    resume_seconds: float = 60.0  # that a request which has begun waits for the next engine, to go on there
+    failed_starts: int = 5  # failed loads in a row after which the model is FAILED
+    stop_seconds: float = 10.0  # for an engine to end before it is killed
+    resume_seconds: float = 60.0  # for which a running request waits for the next engine after one died
 
 
 class UsageConfig(_Section, frozen=True):
     """One record for each generation, for billing."""
 
-    file: str  # a line of JSON each is appended to it
-    rotate_bytes: int = 64 << 20  # then the file gets its time as a suffix, and a new one begins
-    max_waiting_records: int = 10_000  # while the file cannot be written; past it no generation is begun
+    file: str  # records are appended to it, one JSON object a line
+    rotate_bytes: int = 64 << 20  # beyond it the file is renamed with a time stamp, and a new one begins
+    max_waiting_records: int = 10_000  # kept while the file cannot be written; beyond it requests are refused
 
 
 class OtlpConfig(_Section, frozen=True):
     """The collector of traces and metrics, reached by OTLP over gRPC."""
 
     endpoint: str  # http://host:4317, or https:
-    headers: dict[str, str] = {}  # such as the credentials that the collector asks for
-    trace_ratio: float = 1.0  # of the calls whose caller has not decided
+    headers: dict[str, str] = {}  # headers, such as the collector's credentials
+    trace_ratio: float = 1.0  # share of calls to trace, where the caller has not decided
     metrics_seconds: float = 15.0  # between two exports
 
 
@@ -151,21 +151,21 @@ class ServiceConfig(_Section, frozen=True):
 
     models: tuple[ModelConfig, ...]
     adapters: tuple[AdapterConfig, ...] = ()
-    adapter_roots: tuple[str, ...] = ()  # adapters are read from under these directories alone
-    adapter_sources: tuple[str, ...] = ()  # and fetched from under these: "s3://bucket/prefix/", "hf://owner/"
+    adapter_roots: tuple[str, ...] = ()  # adapters are read only from below these directories
+    adapter_sources: tuple[str, ...] = ()  # and fetched only from these prefixes: "s3://bucket/prefix/", "hf://owner/"
     object_store: dict[str, str] = {}  # for s3://: endpoint, region, …
-    state_directory: str | None = None  # survives restarts; "": nothing does. The file's default: beside it
+    state_directory: str | None = None  # state that survives restarts; "": none is kept. Default in a file: beside it
     listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
     admin_listen: str = "127.0.0.1:50052"
     health_listen: str | None = None  # a plaintext port for an orchestrator's probes: see service/probes.py
     metrics_listen: str | None = None  # the Prometheus page, in plaintext: see service/telemetry/page.py
     tls: TlsConfig | None = None
     insecure: bool = False  # allow other addresses than loopback without TLS and without credentials
-    auth: AuthConfig | None = None  # who may call; None: whoever reaches a listener
+    auth: AuthConfig | None = None  # None: every caller that reaches a listener may call
     tenants: dict[str, TenantConfig] = {}
-    other_tenants: TenantConfig = TenantConfig()  # those that `tenants` does not name
-    drain_grace_seconds: float = 30.0  # for running requests, once told to stop
-    lame_duck_seconds: float = 0.0  # before that: still serving, but NOT_SERVING to balancers
+    other_tenants: TenantConfig = TenantConfig()  # tenants that `tenants` does not name
+    drain_grace_seconds: float = 30.0  # for running requests to end, once told to stop
+    lame_duck_seconds: float = 0.0  # before that: still serving, but reporting NOT_SERVING to balancers
     log_level: str = "INFO"
     log_format: str = "text"  # or "json": one object a line
     access_log: bool = False  # a line for each call
