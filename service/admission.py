@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from engine.messages import ModelLimits
 from service.errors import DeadlineExceeded, Unavailable
 
-FADING = 0.98  # of what was seen, with each request that leaves: some fifty of them count
+FADING = 0.98  # decay of the sums below with each request that leaves: about fifty count
 MAX_RETRY_AFTER_SECONDS = 30.0
 
 
@@ -18,9 +18,9 @@ MAX_RETRY_AFTER_SECONDS = 30.0
 class AdmissionLimits:
     """What may be in flight for one model, running and waiting, as multiples of what can run at once."""
 
-    sequences: float = 4.0  # of max_num_seqs
-    cache_tokens: float = 4.0  # of the tokens that the KV cache holds
-    expected_output_tokens: int = 512  # outputs count with at most this: few use all that they ask for
+    sequences: float = 4.0  # times max_num_seqs
+    cache_tokens: float = 4.0  # times the tokens that the KV cache holds
+    expected_output_tokens: int = 512  # an output counts as at most so many tokens: few use all that they ask for
     retry_after_seconds: float = 1.0
 
 
@@ -42,8 +42,8 @@ class _InFlight:
         self.tenants: dict[str, _Amount] = {}
         self._weights: dict[str, float] = {}
         self._clock = clock
-        self._loads = 0.0  # that left while others waited, fading
-        self._seconds = 0.0  # that they took, fading
+        self._loads = 0.0  # loads that left while others waited, decayed
+        self._seconds = 0.0  # seconds that these took, decayed
         self._last_exit = 0.0
 
     def share(self, tenant: str, weight: float) -> float:
@@ -54,13 +54,13 @@ class _InFlight:
     def wait_seconds(self, limits: ModelLimits, tenant: str, weight: float, more: _Amount) -> float:
         """The expected wait of one more request of this tenant, by the rate seen so far; 0 before any was seen."""
         own = self.tenants.get(tenant, _Amount())
-        alone = _load(limits, own, more) / self.share(tenant, weight)  # as if everybody else took all of their shares
+        alone = _load(limits, own, more) / self.share(tenant, weight)  # as if all other tenants took their whole shares
         ahead = min(_load(limits, self.all, more), alone) - 1
         return 0.0 if ahead <= 0 or self._loads <= 0 else ahead * self._seconds / self._loads
 
     def enter(self, limits: ModelLimits, tenant: str, weight: float, more: _Amount) -> None:
         if _load(limits, self.all) <= 1:
-            self._last_exit = self._clock()  # nobody has waited until now
+            self._last_exit = self._clock()  # no request has waited until now
         self.all.add(more.sequences, more.tokens)
         self.tenants.setdefault(tenant, _Amount()).add(more.sequences, more.tokens)
         self._weights[tenant] = weight

@@ -25,12 +25,12 @@ class LoadedModel:
     """A base model that serves: a snapshot for the life of one request. A restarted engine makes a new one."""
 
     name: str  # bare id: "demo", not "models/demo"
-    revision: str  # of the weights: a commit or a digest
+    revision: str  # the revision of the weights: a commit or a digest
     limits: ModelLimits
     client: EngineClient
     tokenizer: Tokenizer
     default_sampling: Sampling  # fields that are absent have the contract's defaults
-    literal_content: bool = False  # of chats that do not say
+    literal_content: bool = False  # for chats that do not set literal_content
 
 
 class Models(Protocol):
@@ -56,8 +56,8 @@ class Target:
 
     model: LoadedModel
     adapter: AdapterVersion | None = None  # None: the base model alone, or a composition
-    route: Route | None = None  # that led here
-    parts: tuple[tuple[AdapterVersion, float], ...] = ()  # of a composition: adapters and their weights
+    route: Route | None = None  # the route that led here
+    parts: tuple[tuple[AdapterVersion, float], ...] = ()  # the adapters of a composition and their weights
 
     @property
     def versions(self) -> tuple[AdapterVersion, ...]:
@@ -100,8 +100,8 @@ _MODEL_NAME = re.compile(rf"models/({_ID})")
 _ADAPTER_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/{_ID}(@[0-9a-f]+)?")
 _ROUTE_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/routes/{_ID}")
 _WEIGHT = re.compile(r"-?(\d{1,4}(\.\d{0,9})?|\.\d{1,9})")
-MAX_WEIGHT = 16.0  # of an adapter in a composition, either sign
-MAX_PARTS = 8  # adapters of a composition
+MAX_WEIGHT = 16.0  # largest absolute weight of an adapter in a composition
+MAX_PARTS = 8  # most adapters of a composition
 _BARE_ID = re.compile(rf"{_ID}(?P<version>@[0-9a-f]+)?")
 
 

@@ -139,8 +139,8 @@ class Total:
     """A limit on a whole message, where many fields within their own limits would still be too much."""
 
     characters: int
-    entries: int  # of lists and maps, but for numbers
-    numbers: int = 0  # in lists and maps
+    entries: int  # entries of lists and maps, except numbers
+    numbers: int = 0  # numbers in lists and maps
 
     @property
     def words(self) -> str:

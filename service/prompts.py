@@ -28,7 +28,7 @@ T = TypeVar("T")
 # In bytes, or tokens. Shorter texts take less time to tokenise than to hand to another thread.
 _INLINE_SIZE = 8192
 _CHUNK = 1 << 12  # tokens
-# Of one text, in UTF-8. Tokenising takes some 150 bytes of memory for each, and a second for each million.
+# UTF-8 bytes of one text. Tokenising takes some 150 bytes of memory a byte, and a second a million.
 MAX_TEXT_BYTES = 2 << 20
 
 

@@ -29,8 +29,8 @@ _OTHER_BYTES = 256 << 10  # names, labels, targets
 class ReceiveLimits:
     """Limits on the decompressed size of a message, and on the wait for it."""
 
-    request_bytes: int = 4 << 20  # of a request of the data port
-    batch_bytes: int = 8 << 20  # of a BatchGenerate
+    request_bytes: int = 4 << 20  # bytes of a request of the data port
+    batch_bytes: int = 8 << 20  # bytes of a BatchGenerate request
     message_seconds: float = 30.0  # for each message that is waited for
 
     def bytes_of(self, method: str) -> int:

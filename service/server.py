@@ -41,7 +41,7 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # callers may ping while they wait for a first token
 )
 
-FLUSH_SECONDS = 1.0  # for the last messages of calls that have ended, and for watchers, which never end by themselves
+FLUSH_SECONDS = 1.0  # to wait for the last messages of ended calls, and for watchers, which never end by themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class ConnectionLimits:
     """Limits on the connections and streams of one port."""
 
     connections: int = 1024
-    calls: int = 64  # in progress on one connection; clients wait with more, or open another
-    idle_seconds: float = 300.0  # without a call; then it is closed, and clients open another when they need it
+    calls: int = 64  # calls in progress on one connection; clients delay further ones, or open another
+    idle_seconds: float = 300.0  # seconds without a call, after which a connection is closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def options(limits: ConnectionLimits, receive_bytes: int) -> list[tuple[str, int
         *_OPTIONS,
         ("grpc.max_receive_message_length", receive_bytes),
         ("grpc.max_concurrent_streams", limits.calls),
-        # Calls that have ended and are still held here: their callers have opened others by then. Past these gRPC
+        # Calls that have ended and are still held here: their callers have opened others by then. Beyond these gRPC
         # refuses streams without saying why, which is what stops callers that open and reset them.
         ("grpc.http2.max_deallocating_streams", 2 * limits.calls),
         ("grpc.max_allowed_incoming_connections", limits.connections),

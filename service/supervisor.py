@@ -26,17 +26,17 @@ from service.errors import LoraplexError, Unavailable
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SLICES: Final = 10
-LAST_WORDS_SECONDS: Final = 0.1  # what an engine said before it ended may still be on its way, such as EngineFailed
+LAST_WORDS_SECONDS: Final = 0.1  # for messages of an ended engine that are still on their way, such as EngineFailed
 RESTART_SECONDS: Final = 5.0  # after which callers may try again
 
 
 class EngineState(Enum):
     """The state of an engine."""
 
-    UNLOADED = auto()  # not wanted
+    UNLOADED = auto()  # not loaded, and not meant to be
     LOADING = auto()
     ACTIVE = auto()
-    UNLOADING = auto()  # takes nothing new, ends when what runs has ended
+    UNLOADING = auto()  # takes no new requests, ends when the running ones have ended
     RESTARTING = auto()  # died after it had been ACTIVE, and is on its way back
     FAILED = auto()  # could not be loaded, or not be started again
 
@@ -223,7 +223,7 @@ class EngineSupervisor:
                 messages = await bus.receive()
             except FrameLost as error:
                 raise _EngineLost(str(error)) from error
-            if bus.num_bad_frames:  # what it was meant to say is lost, and somebody may wait for it
+            if bus.num_bad_frames:  # its content is lost, and a caller may wait for it
                 raise _EngineLost("it sent a frame that cannot be decoded")
             for message in messages:
                 match message:
@@ -283,7 +283,7 @@ class EngineSupervisor:
         """Fail all requests that wait for this life, and make sure that its process is gone."""
         client, self.client = self.client, None
         if self.state is EngineState.ACTIVE and self._stop_reason is None:
-            self._set(EngineState.RESTARTING)  # before anybody is told, and looks
+            self._set(EngineState.RESTARTING)  # before any subscriber is told and reads it
         if client is not None:
             restarting = f"the engine of model {self.name!r} ended and is starting again; try again, or another replica"
             client.fail(self._stop_reason or Unavailable("ENGINE_RESTARTING", restarting, RESTART_SECONDS))
@@ -324,7 +324,7 @@ def launcher(config: EngineConfig, name: str, log_level: str, log_format: str) -
         environment = os.environ | {"PYTHONPATH": import_path}
         process = await asyncio.create_subprocess_exec(*command, address, stdin=PIPE, env=environment)
         assert process.stdin is not None
-        with suppress(ConnectionError):  # it died at once: whoever waits for it sees that
+        with suppress(ConnectionError):  # it died at once, which the wait for it reports
             process.stdin.write(msgspec.json.encode(config) + b"\n")
             await process.stdin.drain()
         return process

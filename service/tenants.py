@@ -18,10 +18,10 @@ import msgspec
 from adapters.trust import public_key
 from service.errors import QuotaExceeded
 
-REMEMBERED_TENANTS = 4096  # of those that the configuration does not name
+REMEMBERED_TENANTS = 4096  # tenants that the configuration does not name
 
 
-# The counters of tenants so far apart can still be told from one another after years.
+# The counters of tenants with weights so far apart stay distinct for years.
 LIGHTEST, HEAVIEST = 0.001, 1000.0
 
 
@@ -32,15 +32,15 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_priority: int = 0  # requests that ask for more get this
     requests_per_second: float | None = None
     tokens_per_second: float | None = None  # of prompts and outputs together
-    burst_seconds: float = 10.0  # so many seconds' worth of both may come at once
+    burst_seconds: float = 10.0  # a burst may take so many seconds' worth of both rates
     max_adapters: int | None = None  # versions, by name, and uploads in progress
     max_adapter_bytes: int | None = None  # of the weights of all versions together, on disk
     max_uploads: int | None = 4  # in progress at once
     max_routes: int | None = 1000
-    max_state_bytes: int | None = 16 << 20  # of what the server keeps of its routes and adapters, labels and all
-    adapter_digests: tuple[str, ...] = ()  # with either of these two, adapters must be listed here,
+    max_state_bytes: int | None = 16 << 20  # bytes of the records of its routes and adapters, labels included
+    adapter_digests: tuple[str, ...] = ()  # if this or the next is set, adapters must be listed here,
     adapter_keys: tuple[str, ...] = ()  # or signed with one of these Ed25519 public keys: PEM files
-    cache_group: str | None = None  # tenants with the same group share cached prefixes; None: with nobody
+    cache_group: str | None = None  # tenants with the same group share cached prefixes; None: with no other tenant
 
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range; the general checks of numbers are made elsewhere."""

@@ -11,7 +11,7 @@ from service.errors import Unavailable
 
 T = TypeVar("T")
 
-SMALLEST = 4096  # what a piece of work counts with at least: many small ones take their time, too
+SMALLEST = 4096  # the least size that work counts as: many small pieces take time, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class TurnLimits:
     """Sizes are bytes of text."""
 
     at_once: int
-    size_at_once: int  # of large ones that run together; one alone may be larger
-    size_in_all: int  # that run or wait
+    size_at_once: int  # of large work that runs together; a single piece may be larger
+    size_in_all: int  # of work that runs or waits
 
     def is_large(self, size: int) -> bool:
         """Whether the work is large. Large work leaves one place free, so that other work need not wait for its end."""
@@ -30,7 +30,7 @@ class TurnLimits:
 @dataclass(slots=True)
 class _Tenant:
     served: float  # by its weight, so far
-    held: int = 0  # of what runs or waits
+    held: int = 0  # size of its work that runs or waits
     waiting: "deque[_Work]" = field(default_factory=deque)
 
 
@@ -53,7 +53,7 @@ class Turns:
         """`what`: begins the error message, such as "long texts cannot be tokenised"."""
         self._what = what
         self._limits = limits
-        self._tenants: dict[str, _Tenant] = {}  # that have something here
+        self._tenants: dict[str, _Tenant] = {}  # tenants with work that runs or waits
         self._held = 0
         self._running: list[_Work] = []
 
@@ -119,7 +119,7 @@ class Turns:
             work = tenant.waiting.popleft()
             tenant.served += work.cost
             self._running.append(work)
-            if not work.turn.done():  # its caller may have gone this moment
+            if not work.turn.done():  # its caller may have gone just now
                 work.turn.set_result(None)
 
     def _may_run(self, work: _Work) -> bool:

@@ -11,13 +11,13 @@ from google.protobuf.message import DecodeError
 
 from service.errors import InvalidRequest
 
-MAX_FIELDS = 1 << 15  # of a message with all that is in it; a packed list of numbers is one
-MAX_NUMBERS = 1 << 19  # in packed lists
-MAX_DEPTH = 64  # of messages in messages
-SMALL_BYTES = 16 << 10  # no message of so few holds enough to hurt
+MAX_FIELDS = 1 << 15  # fields of a message with all messages in it; a packed list of numbers is one
+MAX_NUMBERS = 1 << 19  # numbers in packed lists
+MAX_DEPTH = 64  # depth of messages in messages
+SMALL_BYTES = 16 << 10  # bytes; no smaller message can hold enough to hurt
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_ALL_BUT_LAST_BYTES = bytes(range(0x80, 0x100))  # of varints
+_ALL_BUT_LAST_BYTES = bytes(range(0x80, 0x100))  # the bytes of a varint before its last one
 _WIDTHS = {
     FieldDescriptor.TYPE_DOUBLE: 8,
     FieldDescriptor.TYPE_FIXED64: 8,

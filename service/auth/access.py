@@ -13,11 +13,11 @@ from service.errors import PermissionDenied
 class Rule:
     """The role and the tenant that a method requires of its caller. ADMIN may call everything."""
 
-    role: Role | None  # None: nothing, not even credentials
-    or_role: Role | None = None  # does as well
-    resource: str = ""  # the path of the field that names something under tenants/{tenant}; "": the data plane looks
-    reads: bool = False  # what belongs to the tenant `shared` may be read by all
-    own_if_absent: bool = False  # without a name it is about the caller's own tenant
+    role: Role | None  # None: any caller, even without credentials
+    or_role: Role | None = None  # a second role that may call the method
+    resource: str = ""  # the field that names a resource under tenants/{tenant}; "": the data plane checks
+    reads: bool = False  # resources of the tenant `shared` may be read by all
+    own_if_absent: bool = False  # an absent name means the caller's own tenant
 
 
 def _reads(resource: str, own_if_absent: bool = False) -> Rule:
@@ -97,7 +97,7 @@ def check_resource(principal: Principal, method: str, request: Any) -> None:
         return
     tenant = _tenant_of(name)
     if rule.reads and tenant == "-":
-        return  # all that the caller may see, which is for the method to tell
+        return  # all that the caller may see: the method itself selects
     if tenant != principal.tenant and not (rule.reads and tenant == SHARED_TENANT):
         raise PermissionDenied(
             f"{principal.name!r} acts for tenant {principal.tenant!r} alone, and {rule.resource} is {name[:200]!r}"

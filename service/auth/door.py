@@ -23,8 +23,8 @@ class Caller:
     """The metadata, peer and certificate of a call."""
 
     metadata: Mapping[str, str]
-    peer: str = ""  # as gRPC has it: "ipv4:127.0.0.1:50000", "ipv6:%5B::1%5D:50000", "unix:"
-    certificate: bytes | None = None  # in PEM, of a client whose certificate was checked
+    peer: str = ""  # as gRPC writes it: "ipv4:127.0.0.1:50000", "ipv6:%5B::1%5D:50000", "unix:"
+    certificate: bytes | None = None  # the client's certificate in PEM, which gRPC has verified
 
     @property
     def host(self) -> str:

@@ -17,8 +17,8 @@ from service.files import Reloaded
 
 FETCH_SECONDS = 5.0
 LIFE_SECONDS = 300.0  # before keys are fetched again
-KEPT_SECONDS = 3600.0  # that the last keys stay in use while their address has none to give
-RETRY_SECONDS = 10.0  # from one fetch to the next, whatever tokens say of their keys
+KEPT_SECONDS = 3600.0  # for which the last keys stay in use while fetching fails
+RETRY_SECONDS = 10.0  # from one fetch to the next, whatever key ids tokens name
 
 logger = logging.getLogger(__name__)
 

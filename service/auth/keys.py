@@ -22,14 +22,14 @@ from service.errors import Unauthenticated
 from service.files import Reloaded
 
 PREFIX = "lpx_"
-_NO_HASH = "0" * 64  # what a token with an unknown id is compared with
+_NO_HASH = "0" * 64  # the hash that a token with an unknown id is compared with
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One token, as its entry in the key file describes it."""
 
     id: str
-    sha256: str  # of the whole token, hexadecimal
+    sha256: str  # SHA-256 of the whole token, hexadecimal
     tenant: str
     roles: tuple[Role, ...]
     expires: datetime | None = None

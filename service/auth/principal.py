@@ -28,4 +28,4 @@ class Principal:
         return role in self.roles or Role.ADMIN in self.roles
 
 
-ANYBODY = Principal("anybody", "", frozenset())  # who calls what asks for no credentials
+ANYBODY = Principal("anybody", "", frozenset())  # the caller of a method that requires no credentials

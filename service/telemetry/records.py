@@ -20,7 +20,7 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One generation that an engine has worked on. Names of statuses and reasons are those of the contract."""
 
     id: str  # unique; the request id that the caller sees
-    client_request_id: str = ""  # what the caller calls it
+    client_request_id: str = ""  # the caller's own id
     labels: Mapping[str, str] = {}  # the caller's
     trace_id: str  # of the caller's trace, or of the one that began here; empty: neither
     operation: str  # of GenAI semantic conventions: chat, text_completion
@@ -33,12 +33,12 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
     status: str  # of grpc: OK, CANCELLED, …
     finish_reasons: Sequence[str]  # of the outputs that finished: EOS, STOP, MAX_TOKENS, …
     prompt_tokens: int
-    cached_prompt_tokens: int  # of these, found in the prefix cache
+    cached_prompt_tokens: int  # the part found in the prefix cache
     completion_tokens: int  # of all outputs, generated, whether they were read or not
     started: float  # seconds since the epoch: when the call arrived
-    seconds: float  # from there to the end
-    queue_seconds: float | None  # from there to the first step that worked for it; None: there was none
-    adapter_load_seconds: float  # waited for the adapter
+    seconds: float  # from the arrival to the end
+    queue_seconds: float | None  # from the arrival to the first step that worked for it; None: there was none
+    adapter_load_seconds: float  # spent waiting for the adapter
     first_token_seconds: float | None  # from the call's arrival; None: there was none
 
     @property

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_SECONDS = 1.0  # between two attempts to write what waits
-STUCK_SECONDS = 1.0  # that the end of a generation waits for its record at most
-READERS = 2  # threads for all who read records back
+STUCK_SECONDS = 1.0  # the longest wait of a generation's end for its record
+READERS = 2  # threads for all readers of records
 
 
 class UsageLog:
@@ -46,13 +46,13 @@ class UsageLog:
         self._file = file
         self._max_waiting = max_waiting
         self._encoder = msgspec.json.Encoder()
-        self._lines: list[bytes] = []  # that the writer has not been given
+        self._lines: list[bytes] = []  # records that the writer has not been given
         self._num_noted = self._num_given = self._num_written = 0  # records
         self._watchers: set[asyncio.Event] = set()
         self._tell_full: Callable[[bool], None] = lambda full: None
         self._was_full = self._fails = False
         self._loop = asyncio.get_running_loop()
-        self._writing = self._loop.create_future()  # what the writer has been given last
+        self._writing = self._loop.create_future()  # the batch that the writer has been given last
         self._writing.set_result(None)
         self._batches: SimpleQueue[list[bytes] | None] = SimpleQueue()
         self._readers = ThreadPoolExecutor(READERS, "usage-read")

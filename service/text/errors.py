@@ -5,7 +5,7 @@
 # ├── TooManyTokensError  a text that is longer than its reader can use
 # └── TemplateError       a chat template is missing, refused the conversation, or ran over its limits
 #     └── ArgumentsError  the call of a tool is not what it should be
-# RendererError           nobody's text is at fault
+# RendererError           no text is at fault
 
 
 class TextError(ValueError):
