@@ -19,19 +19,19 @@ class Call:
     """One call, from its arrival to its status."""
 
     tenant: str
-    is_admin: bool = False  # its caller may do everything, for every tenant
-    request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # never the caller's: that is a label
+    is_admin: bool = False  # the caller may do everything, for every tenant
+    request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # made by the server
     arrival: float = field(default_factory=lambda: asyncio.get_running_loop().time())
-    deadline: float | None = None  # of the event loop's clock
-    client_request_id: str = ""  # what the caller calls it; of the spec, else of the metadata x-request-id
+    deadline: float | None = None  # by the event loop's clock
+    client_request_id: str = ""  # the caller's own id: from the spec, else from x-request-id
     labels: Mapping[str, str] = field(default_factory=dict)  # of the spec
-    routing_key: str = ""  # of the metadata loraplex-routing-key: the same one, the same target of a route
+    routing_key: str = ""  # from loraplex-routing-key: equal keys get the same target of a route
     metadata: dict[str, str] = field(default_factory=dict)  # goes back to the caller, beside loraplex-request-id
-    admit: Callable[[], Awaitable[None]] = _tells_nobody  # sends that metadata, once: it ends the right to retry
+    admit: Callable[[], Awaitable[None]] = _tells_nobody  # sends the headers, once: no retries after them
     usage: Callable[[], Usage] | None = None  # what a generation has consumed so far: an error carries it
     recorded: bool = False  # its generation has been given to the observer
-    trace_id: str = ""  # of the caller's trace, or of the one that began here
-    span: object = None  # of whoever traces
+    trace_id: str = ""  # of the caller's trace, or of one that begins here
+    span: object = None  # set by the tracing observer
 
     def item(self) -> "Call":
         """A call for one item of this batch, as if the item had been sent alone."""

@@ -32,7 +32,7 @@ from service.validation import OutputForm
 
 logger = logging.getLogger(__name__)
 
-MAX_RESUMPTIONS = 2  # of one request: it may be what its engines die of
+MAX_RESUMPTIONS = 2  # engine deaths of one request: it may be their cause
 
 Event = Started | PromptLogprobs | Delta | Finished | Completed
 
@@ -41,10 +41,10 @@ Event = Started | PromptLogprobs | Delta | Finished | Completed
 class Job:
     """All that is decided before the engine sees the request. Times are the event loop's."""
 
-    request_id: str  # what the caller sees; the engine's ids are in `sequences`
+    request_id: str  # the id that the caller sees; the engine's ids are in `sequences`
     client_request_id: str
     labels: Mapping[str, str]
-    operation: str  # what telemetry calls it: chat, text_completion
+    operation: str  # the operation's name in telemetry: chat, text_completion
     target: ResolvedTarget
     tokenizer: Tokenizer
     form: OutputForm
@@ -60,7 +60,7 @@ class _Sequence:
     request: AddRequest
     builder: OutputBuilder
     token_ids: list[int] = field(default_factory=list)  # generated, whether or not the caller has seen them
-    last_token: float | None = None  # when it came
+    last_token: float | None = None  # the time of the last token
 
 
 class Run:
@@ -179,7 +179,7 @@ class Run:
             except Unavailable as lost:
                 if lost is self._error or self._client.error is None or self._num_resumptions == MAX_RESUMPTIONS:
                     raise
-                for event in self._take(everything=True):  # the caller need not wait for what is here
+                for event in self._take(everything=True):  # the caller need not wait for outputs that have arrived
                     yield event
                 try:
                     async with asyncio.timeout_at(self._ends_at):
@@ -207,7 +207,7 @@ class Run:
         """Go on with the next engine. Tokens of the old one that were not read yet are generated again."""
         self._num_resumptions += 1
         client = await self._next_client()
-        while not client.holds(self._job.sequences[0].adapter):  # it died, or the adapter left it, before our turn
+        while not client.holds(self._job.sequences[0].adapter):  # the engine died, or the adapter left it
             if client.error is not None:
                 if self._num_resumptions == MAX_RESUMPTIONS:
                     raise client.error
@@ -244,7 +244,7 @@ class Run:
             request_id=request_id,
             sampling=sampling,
             output_token_ids=sequence.token_ids,
-            adapter_wait_seconds=None,  # what the caller said of that was of its arrival
+            adapter_wait_seconds=None,  # the caller's own limit began at its arrival
         )
 
     def _push(self, output: RequestOutput) -> Iterator[Event]:

@@ -52,8 +52,8 @@ from service.validation import OutputForm, check_item, derived_seed, merged_samp
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-BATCH_CONCURRENCY = 16  # where the caller does not say: more would only wait, in a queue that others share
-SEED_BITS = 53  # of a seed that nobody gave: as many as a number of JavaScript holds
+BATCH_CONCURRENCY = 16  # items at once, by default: more would only wait in a shared queue
+SEED_BITS = 53  # bits of a drawn seed: as many as a JavaScript number holds
 
 _FIELD_OF_EVENT: dict[type[Event], str] = {
     Started: "started",
@@ -119,7 +119,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 async for event in events:
                     if isinstance(event, Completed):
                         self._record(known.call, run, "OK")
-                        await self._recorded()  # before the caller has it: what it knows of, is kept
+                        await self._recorded()  # so that the record exists before the caller knows the end
                     fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
                     yield StreamGenerateResponse(**fields)
                     seq += 1
@@ -131,7 +131,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequest.at("specs", "is empty; give at least one")
         at_once = request.max_concurrency if request.HasField("max_concurrency") else BATCH_CONCURRENCY
         slots = asyncio.Semaphore(at_once)
-        results: asyncio.Queue[BatchGenerateResponse] = asyncio.Queue(1)  # who has a slot keeps it until there is room
+        results: asyncio.Queue[BatchGenerateResponse] = asyncio.Queue(1)  # items keep their slots until there is room
         calls = [current_call().item() for _ in request.specs]
         with ExitStack() as all_known:
             items = [all_known.enter_context(self._requests.known(call)) for call in calls]
@@ -200,7 +200,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 if size > self._answer_bytes:
                     raise MessageTooLarge.answer(size, self._answer_bytes)
                 _add_to_response(response, event)
-                if isinstance(event, PromptLogprobs):  # all of them are there at once, and others have a turn
+                if isinstance(event, PromptLogprobs):  # all outputs are sent at once, so other tasks get a turn
                     await asyncio.sleep(0)
         return response
 
@@ -291,7 +291,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with asyncio.timeout(self._resume_seconds):
                 while True:
                     client = await self._catalog.successor(target.model)
-                    with suppress(Unavailable):  # it died as well
+                    with suppress(Unavailable):  # the next engine died as well
                         while missing := [version for version in versions if version.key not in client.adapters]:
                             for version in missing:
                                 await client.load_adapter(version.key, self._adapter_path(version))
@@ -329,7 +329,7 @@ def _sequences(
         adapter=adapter,
         cache_salt=tenant.cache_salt(spec.cache.salt),
         bypass_prefix_cache=spec.cache.bypass_prefix_cache,
-        priority=-tenant.priority(spec.priority),  # the caller's higher is the engine's lower
+        priority=-tenant.priority(spec.priority),  # higher is first for callers, lower is first for engines
         tenant=tenant.name,
         weight=tenant.config.weight,
         adapter_wait_seconds=wait.seconds_left,

@@ -17,12 +17,12 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     issuer: str
     audience: str
-    jwks: str  # a file with the provider's public keys, or the https address of one
-    jwks_ca: str | None = None  # a file with who signed that address's certificate; None: the system's authorities
+    jwks: str  # a file with the provider's public keys, or an https address
+    jwks_ca: str | None = None  # a PEM file of authorities for that address; None: the system's
     algorithms: tuple[str, ...] = ("RS256", "ES256")
     tenant_claim: str = "tenant"
-    roles_claim: str = "roles"  # a list; without it the role is inference
-    leeway_seconds: float = 30.0  # between the clocks
+    roles_claim: str = "roles"  # a claim with a list; absent: the role is inference
+    leeway_seconds: float = 30.0  # tolerated difference between the clocks
 
     @property
     def is_remote(self) -> bool:
@@ -74,8 +74,8 @@ class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     keys: str | None = None  # the file that `loraplex keys` writes
     jwt: JwtConfig | None = None
     certificates: tuple[CertificateConfig, ...] = ()
-    certificate_names: tuple[NameKind, ...] = (NameKind.DNS, NameKind.COMMON_NAME)  # which of its names count
-    trusted_peers: tuple[str, ...] = ()  # networks whose calls are believed the tenant that they name
+    certificate_names: tuple[NameKind, ...] = (NameKind.DNS, NameKind.COMMON_NAME)  # the kinds of names that count
+    trusted_peers: tuple[str, ...] = ()  # networks from which calls may name their tenant
 
     def with_paths(self, absolute: Callable[[str], str]) -> "AuthConfig":
         """Return a copy with absolute paths."""
