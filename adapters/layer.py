@@ -1,4 +1,4 @@
-"""Where adapters meet the model: beside a linear layer, in the embedding, in a norm."""
+"""The application of adapters in the model: beside a linear layer, in the embedding, in a norm."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def _logits_rows(scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray) ->
 
 
 def num_prompt_logprob_rows(item: ScheduledRequest) -> int:
-    """How many of the item's rows predict a token of its prompt whose log-probability was asked for."""
+    """The number of the item's rows that predict a prompt token whose log-probability was asked for."""
     if item.request.sampling.num_prompt_logprobs is None:
         return 0
     return max(0, min(item.num_new_tokens, item.request.num_prompt_tokens - 1 - item.num_computed_tokens))

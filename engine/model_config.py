@@ -53,7 +53,7 @@ class YarnScaling:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """How positions become angles in one kind of layer."""
+    """The rotary embedding of one kind of layer."""
 
     theta: float
     scaling: LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | None = None
@@ -61,7 +61,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What may differ from layer to layer."""
+    """The attention settings that may differ from layer to layer."""
 
     rope: Rope
     window: int | None = None  # tokens seen, the own one included; None: all

@@ -205,7 +205,7 @@ def _draw_sorted(logprobs: np.ndarray, request: Request, number: float) -> int:
 
 
 def _kept_of_sorted(logprobs: np.ndarray, top_k: int, top_p: float, min_p: float) -> int:
-    """How many of these descending log-probabilities survive: top_k, then top_p of what is left, then min_p.
+    """The number of these descending log-probabilities to keep: top_k, then top_p of the rest, then min_p.
 
     At least one. top_p keeps the smallest set whose share reaches p, as transformers does after top_k has renormalised.
     """

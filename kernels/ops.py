@@ -21,7 +21,7 @@ from kernels.quantized import QuantizedWeight
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """How the columns of a fused query/key/value projection divide into heads: H·D query, K·D key, K·D value."""
+    """The heads of a fused query/key/value projection: its columns are H·D query, K·D key, K·D value."""
 
     num_heads: int  # H
     num_kv_heads: int  # K
@@ -64,7 +64,7 @@ class LayerKV:
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """Who attends to what in this step. Built once, shared by all layers. All tensors on the device, contiguous."""
+    """The keys that each query of a step attends to. Built once for all layers; tensors contiguous on the device."""
 
     query_starts: Tensor  # int32 [S+1]: tokens [query_starts[s], query_starts[s+1]) belong to sequence s
     seq_lens: Tensor  # int32 [S]: keys in the cache once this step's are stored; the last query sees them all

@@ -16,7 +16,7 @@ MAX_RETRY_AFTER_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """What may be in flight for one model, running and waiting, as multiples of what can run at once."""
+    """Limits on the requests in flight of one model, running and waiting, as multiples of what can run at once."""
 
     sequences: float = 4.0  # times max_num_seqs
     cache_tokens: float = 4.0  # times the tokens that the KV cache holds

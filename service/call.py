@@ -45,7 +45,7 @@ class Call:
         )
 
     def let_go(self) -> None:
-        """Of what leads back to the call, once it has ended: so that it goes at once, and all that hangs on it."""
+        """Drop references that lead back to the call, once it has ended, so that its memory is freed at once."""
         self.admit = _tells_nobody
         self.usage = None
 

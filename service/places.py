@@ -1,4 +1,4 @@
-"""What one caller may take of what all share: places for calls, memory for answers, time for refusals."""
+"""Limits on one caller's use of shared resources: places for calls, memory for answers, time for refusals."""
 
 import asyncio
 from collections import Counter
@@ -39,7 +39,7 @@ class Refusals:
     """
 
     def __init__(self, pause_seconds: float = 0.001, most_waiting: int = 256) -> None:
-        """`most_waiting`: they take 22 KiB each. Past these, nobody waits."""
+        """`most_waiting`: calls that may wait, at 22 KiB each. Further calls do not wait."""
         self._pause_seconds = pause_seconds
         self._most_waiting = most_waiting
         self._waiting = 0

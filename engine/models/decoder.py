@@ -118,7 +118,7 @@ class LanguageModel:
         return {**targets, HEAD_MODULE: replace(targets[HEAD_MODULE], rounding=self._head_rounding)}
 
     def lora_sites(self) -> dict[str, Site]:
-        """Where adapters are placed, by the names that the targets refer to."""
+        """The places of adapters, by the names that the targets refer to."""
         return {**self._linears(), EMBEDDING_SITE: self._embedding, REPLACED_SITE: self._replaced}
 
     def _linears(self) -> dict[str, LoRALinear]:

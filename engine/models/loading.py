@@ -1,4 +1,4 @@
-"""From a model directory to a model that runs."""
+"""Loads a model that can run from a model directory."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _label(config: EngineConfig, spec: QuantSpec | None) -> str:
 
 
 def compute_dtype(requested: str, stated: str | None, stored: torch.dtype) -> torch.dtype:
-    """What EngineConfig asks for; if that is auto, bfloat16 where the checkpoint is 16-bit, else float32.
+    """The configured dtype; for auto, bfloat16 if the checkpoint is 16-bit, else float32.
 
     stated: the dtype in config.json, which may differ from that of the stored tensors.
     """

@@ -47,7 +47,7 @@ def round_to_nearest(weight: Tensor, method: str) -> QuantizedWeight:
 
 
 def _nf4(weight: Tensor) -> TableWeight:
-    """As bitsandbytes does without double quantisation: blocks of 64 in row order, which may span rows."""
+    """Round to nf4 as bitsandbytes does without double quantisation: blocks of 64 in row order may span rows."""
     table = torch.tensor(NF4_TABLE, device=weight.device)
     between = (table[1:] + table[:-1]) / 2
     values = weight.flatten().float()

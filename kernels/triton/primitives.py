@@ -1,4 +1,4 @@
-"""What several kernels share: what a tile is, finding its rows, and the product of two tiles."""
+"""Parts of several kernels: tiles, finding a tile's rows, and the product of two tiles."""
 
 # ruff: noqa: N803  (what is fixed when a kernel is compiled is upper case, as everywhere in Triton)
 

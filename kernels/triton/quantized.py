@@ -298,7 +298,7 @@ def quantized_linear(x: Tensor, packed: TritonQuantizedLinear, num_multiprocesso
 
 
 def _choose_tile(num_rows: int, dtype: torch.dtype, uniform: bool) -> Tile:
-    """Such that what the steps run ahead with fits in 99 KiB of shared memory, the least since Ampere. Where groups end
+    """A tile whose prefetched steps fit in 99 KiB of shared memory, the least of GPUs since Ampere. Where groups end
     within a step, it has a scale and a zero for each of its numbers, and no room for that."""
     few, num_stages = num_rows <= FEW_ROWS, 3 if uniform else 1
     if dtype == torch.float32:  # multiplied without tensor cores, which takes the registers to run ahead with
@@ -308,6 +308,6 @@ def _choose_tile(num_rows: int, dtype: torch.dtype, uniform: bool) -> Tile:
 
 
 def _choose_splits(num_tiles: int, packed: TritonQuantizedLinear, num_multiprocessors: int) -> int:
-    """Such that each multiprocessor gets about two programs, of four steps at least. 1, 4 or 16: each is a kernel."""
+    """The splits that give each multiprocessor about two programs of four steps at least: 1, 4 or 16, each a kernel."""
     wanted = min(2 * num_multiprocessors // num_tiles, len(packed.codes) // (4 * packed.step), MAX_SPLITS)
     return 16 if wanted >= 16 else 4 if wanted >= 4 else 1

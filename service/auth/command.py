@@ -46,7 +46,7 @@ def create_key(file: Path, tenant: str, roles: tuple[str, ...], days: int | None
 @keys.command("list")
 @FILE_OPTION
 def list_keys(file: Path) -> None:
-    """List the keys of the file, which tell nobody the tokens."""
+    """List the keys of the file. They do not reveal the tokens."""
     for key in _read(file).keys:
         until = "for ever" if key.expires is None else f"until {key.expires.astimezone(UTC):%F %T} UTC"
         click.echo("  ".join(part for part in (key.id, key.tenant, ",".join(key.roles), until, key.comment) if part))

@@ -1,4 +1,4 @@
-"""What callers may see of shared resources: neither who else uses them, nor the server's paths."""
+"""The visible part of shared resources: callers see neither who else uses them, nor the server's paths."""
 
 from adapters.registry import SHARED_TENANT
 from loraplex.v1.models_pb2 import Model

@@ -254,7 +254,7 @@ def _splitter(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken]) ->
 
 
 def _longest_bytes(base: Tokenizer, added: Mapping[int, AddedToken]) -> int | None:
-    """As `longest_token_bytes`; None where a token takes all the space around it."""
+    """The bound of `longest_token_bytes`; None: some token takes all the space around it."""
     if base._longest_bytes is None or any(token.lstrip or token.rstrip for token in added.values()):
         return None
     return max([base._longest_bytes, *(NFC_FACTOR * len(token.content.encode()) for token in added.values())])
@@ -270,7 +270,7 @@ def _surroundings(base: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _lead(base: Tokenizer) -> str:
-    """What to put before a piece of text so that it does not begin one; "": nothing, the tokenizer does not care.
+    """The text to put before a piece so that it is not a text's beginning; "": the tokenizer treats both alike.
 
     Raises TokenizerError if it does care, and has no added token that could stand there.
     """

@@ -50,7 +50,7 @@ class LiteralEncoder:
         return encoding.ids, [places.original(span) for span in encoding.offsets]
 
     def ids(self, text: str, literal: Sequence[Span], run: Callable[[tokenizers.Tokenizer, str], Any]) -> list[int]:
-        """As `encode`, without the offsets: all of them at once hold the interpreter lock for long."""
+        """Encode without offsets: to take all of them at once holds the interpreter lock for long."""
         ids: list[int] = self._encoded(text, literal, run)[0].ids
         return ids
 

@@ -108,7 +108,7 @@ class Said(str):
         return otherwise if at < 0 else (self[:at], self[at:end], self[end:])
 
     def _parts(self, parts: Sequence[str], sep: str | None) -> list[str]:
-        """These parts of the text, in order, with `sep` between each two (None: whitespace)."""
+        """Find these parts of the text, in order, with `sep` between each two (None: whitespace)."""
         found: list[str] = []
         position = 0
         for part in parts:
@@ -362,7 +362,7 @@ def tojson(
 def _written(
     value: Any, write: Callable[[Any], str], quote: str, write_said: Callable[[Said], str], sort_keys: bool = False
 ) -> str:
-    """What `write` makes of a value. It sees names for what is said; with quotes they are replaced by `write_said`."""
+    """Write a value with placeholders for the caller's texts, then replace each, with its quotes, by `write_said`."""
     name, hidden = secrets.token_hex(8), list[Said]()
 
     def hide(value: Any) -> Any:

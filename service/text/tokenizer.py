@@ -149,12 +149,12 @@ class Tokenizer:
         return self._backend.id_to_token(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to a text, in bytes: exact also for a token that holds a part of a character."""
+        """The bytes that a token adds to a text: exact also for a token that holds a part of a character."""
         piece = self._pieces[token_id]
         return piece.encode() if isinstance(piece, str) else piece
 
     def token_text(self, token_id: int) -> str:
-        """What a token adds to a text, for people (logprobs): parts of characters are U+FFFD. Special tokens show."""
+        """The text of a token for people (logprobs): parts of characters are U+FFFD. Special tokens are shown."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def pieces(self, skip_special_tokens: bool) -> PieceTable:
