@@ -34,11 +34,11 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """A stop string or a stop token of the request was found: see Finished.matched."""
     FINISH_REASON_EOS: _FinishReason.ValueType  # 2
-    """The model ended it."""
+    """The model ended the output with an end-of-sequence token."""
     FINISH_REASON_MAX_TOKENS: _FinishReason.ValueType  # 3
     """Stopping.max_tokens was reached."""
     FINISH_REASON_CONTEXT_LIMIT: _FinishReason.ValueType  # 4
-    """The model's context is full: also where Stopping.fit_max_tokens cut max_tokens."""
+    """The model's context is full. Also the reason where Stopping.fit_max_tokens lowered max_tokens."""
     FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 5
     """Stopping.time_limit was reached."""
 
@@ -50,11 +50,11 @@ FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """A stop string or a stop token of the request was found: see Finished.matched."""
 FINISH_REASON_EOS: FinishReason.ValueType  # 2
-"""The model ended it."""
+"""The model ended the output with an end-of-sequence token."""
 FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 3
 """Stopping.max_tokens was reached."""
 FINISH_REASON_CONTEXT_LIMIT: FinishReason.ValueType  # 4
-"""The model's context is full: also where Stopping.fit_max_tokens cut max_tokens."""
+"""The model's context is full. Also the reason where Stopping.fit_max_tokens lowered max_tokens."""
 FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 5
 """Stopping.time_limit was reached."""
 Global___FinishReason: typing_extensions.TypeAlias = FinishReason
@@ -114,34 +114,34 @@ class GenerateResponse(google.protobuf.message.Message):
     request_id: builtins.str
     """The server's id of this request."""
     seed: builtins.int
-    """The seed of the draws; absent when nothing was drawn (greedy). Below 2^53 if the server chose it."""
+    """The seed that was used. Absent if sampling was greedy. A seed chosen by the server is below 2^53."""
     client_request_id: builtins.str
-    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
+    """GenerateSpec.client_request_id; where that is absent, the metadata x-request-id."""
     @property
     def target(self) -> loraplex.v1.routes_pb2.ResolvedTarget:
-        """What ran."""
+        """The model, adapter and route that were used."""
 
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GenerateOutput]:
-        """The outputs, in order of output_index: Sampling.n of them."""
+        """The outputs, in order of output_index. There are Sampling.n."""
 
     @property
     def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """The prompt's tokens, when OutputOptions.prompt_logprobs asked for them. All of them, unless the time limit ended
-        the output before its first token.
+        """The prompt's tokens with their log-probabilities, if OutputOptions.prompt_logprobs was set. All tokens of the
+        prompt, unless the time limit ended the output before its first token.
         """
 
     @property
     def usage(self) -> Global___Usage:
-        """What was consumed."""
+        """Tokens consumed."""
 
     @property
     def timings(self) -> Global___Timings:
-        """How long it took."""
+        """Times taken."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """As in GenerateSpec.labels."""
+        """GenerateSpec.labels."""
 
     def __init__(
         self,
@@ -173,18 +173,18 @@ class GenerateOutput(google.protobuf.message.Message):
     LOGPROBS_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """The text, if asked for."""
+    """The text, unless OutputOptions.text is false."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The tokens, if asked for."""
+        """The tokens, if OutputOptions asks for them."""
 
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One for each token, if asked for."""
+        """The log-probability of each token, if OutputOptions asks for it."""
 
     @property
     def finished(self) -> Global___Finished:
-        """Why and how it ended. Its output_index is this output's."""
+        """Why the output ended. Its output_index is the one of this output."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class StreamGenerateResponse(google.protobuf.message.Message):
     COMPLETED_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     seq: builtins.int
-    """0, 1, 2, ... within the stream."""
+    """The number of this message within the stream: 0, 1, 2, ..."""
     @property
     def started(self) -> Global___Started:
         """First, exactly once: the request begins to run."""
@@ -305,26 +305,26 @@ class Started(google.protobuf.message.Message):
     request_id: builtins.str
     """The server's id of this request."""
     prompt_tokens: builtins.int
-    """Tokens of the prompt, special ones included."""
+    """Number of tokens of the prompt, special tokens included."""
     cached_prompt_tokens: builtins.int
-    """Of these, how many came from the prefix cache."""
+    """Number of these tokens that came from the prefix cache."""
     client_request_id: builtins.str
-    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
+    """GenerateSpec.client_request_id; where that is absent, the metadata x-request-id."""
     @property
     def target(self) -> loraplex.v1.routes_pb2.ResolvedTarget:
-        """What runs."""
+        """The model, adapter and route that are used."""
 
     @property
     def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """Time in the queue: as Timings.queue_duration."""
+        """Time in the queue, as in Timings.queue_duration."""
 
     @property
     def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """Of that, time spent waiting for the adapter. Absent if there was nothing to wait for."""
+        """The part of queue_duration spent waiting for the adapter. Absent if the request did not have to wait for it."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """As in GenerateSpec.labels."""
+        """GenerateSpec.labels."""
 
     def __init__(
         self,
@@ -345,7 +345,7 @@ Global___Started: typing_extensions.TypeAlias = Started
 
 @typing.final
 class Delta(google.protobuf.message.Message):
-    """New tokens of one output; never what was sent before."""
+    """New tokens of one output. Tokens and text that were sent before are not repeated."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -354,18 +354,18 @@ class Delta(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     output_index: builtins.int
-    """Which output, from 0 to Sampling.n - 1."""
+    """The index of the output, from 0 to Sampling.n - 1."""
     text: builtins.str
-    """New text: always whole characters, held back while it could begin a stop string, as are the tokens that it is in.
-    May be empty while tokens are not.
+    """New text, always whole characters. Text that could begin a stop string is held back, together with its tokens. Text
+    may be empty while token_ids is not.
     """
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The new tokens, if asked for."""
+        """The new tokens, if OutputOptions asks for them."""
 
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One for each new token, if asked for."""
+        """The log-probability of each new token, if OutputOptions asks for it."""
 
     def __init__(
         self,
@@ -391,15 +391,15 @@ class Finished(google.protobuf.message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     output_index: builtins.int
-    """Which output, from 0 to Sampling.n - 1."""
+    """The index of the output, from 0 to Sampling.n - 1."""
     reason: Global___FinishReason.ValueType
-    """Why."""
+    """Why the output ended."""
     stop: builtins.str
     """The stop string."""
     stop_token_id: builtins.int
     """The stop token."""
     completion_tokens: builtins.int
-    """Tokens generated for this output, the one that ended it included."""
+    """Number of tokens generated for this output, including the one that ended it."""
     def __init__(
         self,
         *,
@@ -417,7 +417,7 @@ Global___Finished: typing_extensions.TypeAlias = Finished
 
 @typing.final
 class Completed(google.protobuf.message.Message):
-    """The stream is complete."""
+    """The stream is complete: all outputs have ended."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -425,14 +425,14 @@ class Completed(google.protobuf.message.Message):
     TIMINGS_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     seed: builtins.int
-    """The seed of the draws; absent when nothing was drawn (greedy). Below 2^53 if the server chose it."""
+    """The seed that was used. Absent if sampling was greedy. A seed chosen by the server is below 2^53."""
     @property
     def usage(self) -> Global___Usage:
-        """What was consumed."""
+        """Tokens consumed."""
 
     @property
     def timings(self) -> Global___Timings:
-        """How long it took."""
+        """Times taken."""
 
     def __init__(
         self,
@@ -469,9 +469,7 @@ Global___PromptLogprobs: typing_extensions.TypeAlias = PromptLogprobs
 
 @typing.final
 class TokenLogprob(google.protobuf.message.Message):
-    """A token and how likely the model thought it: by its own distribution, before penalties, bias, temperature and
-    truncation.
-    """
+    """A token and its probability in the model's own distribution: before penalties, bias, temperature and truncation."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -484,18 +482,20 @@ class TokenLogprob(google.protobuf.message.Message):
     token_id: builtins.int
     """The token."""
     text: builtins.str
-    """The token decoded alone, with U+FFFD for bytes that are no whole character by themselves."""
+    """The token decoded alone, with U+FFFD for bytes that are not a whole character by themselves."""
     logprob: builtins.float
     """The natural logarithm of its probability. Absent for the first token of a prompt."""
     rank: builtins.int
-    """Its place among all tokens by probability, from 1. Absent if not computed."""
+    """Its rank among all tokens by probability: 1 is the most likely. Absent if not computed."""
     bytes: builtins.bytes
-    """What the token adds to the text, as UTF-8: the bytes of a character that several tokens share are whole once they
-    are joined.
+    """The UTF-8 bytes that the token adds to the text. A character that spans several tokens is whole only when their
+    bytes are joined.
     """
     @property
     def top(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
-        """The likeliest tokens at this place, likeliest first, as many as were asked for."""
+        """The most likely tokens at this position, most likely first: as many as OutputOptions.top_logprobs, or for the
+        prompt OutputOptions.prompt_logprobs, asks for.
+        """
 
     def __init__(
         self,
@@ -518,7 +518,7 @@ Global___TokenLogprob: typing_extensions.TypeAlias = TokenLogprob
 
 @typing.final
 class TopLogprob(google.protobuf.message.Message):
-    """One of the likeliest tokens at a place."""
+    """One of the most likely tokens at a position."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -533,7 +533,7 @@ class TopLogprob(google.protobuf.message.Message):
     logprob: builtins.float
     """The natural logarithm of its probability."""
     bytes: builtins.bytes
-    """What the token adds to the text, as in TokenLogprob.bytes."""
+    """The bytes that the token adds to the text, as in TokenLogprob.bytes."""
     def __init__(
         self,
         *,
@@ -556,11 +556,11 @@ class Usage(google.protobuf.message.Message):
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
-    """Tokens of the prompt, counted once however many outputs there are."""
+    """Number of tokens of the prompt, counted once however many outputs there are."""
     cached_prompt_tokens: builtins.int
-    """Of these, how many came from the prefix cache."""
+    """Number of these tokens that came from the prefix cache."""
     completion_tokens: builtins.int
-    """Tokens generated, all outputs together."""
+    """Number of tokens generated, for all outputs together."""
     def __init__(
         self,
         *,
@@ -574,7 +574,7 @@ Global___Usage: typing_extensions.TypeAlias = Usage
 
 @typing.final
 class Timings(google.protobuf.message.Message):
-    """Where the time went."""
+    """Times of a request."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -584,19 +584,19 @@ class Timings(google.protobuf.message.Message):
     TOTAL_DURATION_FIELD_NUMBER: builtins.int
     @property
     def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """From arrival until the request began to run, or ended without having run."""
+        """From the request's arrival until it began to run, or ended without having run."""
 
     @property
     def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """Of that, waiting for the adapter. Absent if there was nothing to wait for."""
+        """The part of queue_duration spent waiting for the adapter. Absent if the request did not have to wait for it."""
 
     @property
     def time_to_first_token(self) -> google.protobuf.duration_pb2.Duration:
-        """From arrival to the first token. Absent if there was none."""
+        """From the request's arrival to its first token. Absent if there was no token."""
 
     @property
     def total_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """From arrival to the end."""
+        """From the request's arrival to its end."""
 
     def __init__(
         self,
@@ -613,10 +613,11 @@ Global___Timings: typing_extensions.TypeAlias = Timings
 
 @typing.final
 class PartialUsage(google.protobuf.message.Message):
-    """What a request had consumed when it failed. Sent among the details of the call's status, never in a stream.
-    At its deadline gRPC ends a call at both ends, and nothing arrives any more. So the server ends a generation itself
-    shortly before (by a twentieth of the time that the caller gave, at most 20 ms), with DEADLINE_EXCEEDED and this. Where
-    a status takes longer than that to the caller, what was consumed is in the server's usage records alone.
+    """The tokens that a request had consumed when it failed. Sent among the details of the call's status, never in a
+    stream. At the deadline gRPC ends a call at both sides, and a status sent later does not arrive. So the server ends a
+    generation itself shortly before its deadline (by a twentieth of the time that the caller gave, at most 20 ms), with
+    DEADLINE_EXCEEDED and this message. If the status takes longer than that to reach the caller, only the server's usage
+    records say what was consumed.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -627,7 +628,7 @@ class PartialUsage(google.protobuf.message.Message):
     """The server's id of the request."""
     @property
     def usage(self) -> Global___Usage:
-        """What was consumed."""
+        """Tokens consumed."""
 
     def __init__(
         self,
@@ -649,10 +650,10 @@ class BatchGenerateRequest(google.protobuf.message.Message):
     SPECS_FIELD_NUMBER: builtins.int
     MAX_CONCURRENCY_FIELD_NUMBER: builtins.int
     max_concurrency: builtins.int
-    """Run at most this many at a time. Absent: the server decides. At least 1."""
+    """Run at most this many items at a time. Absent: the server decides. At least 1."""
     @property
     def specs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[loraplex.v1.generation_pb2.GenerateSpec]:
-        """What to generate. At least 1, at most 256."""
+        """The specs of the items. At least 1, at most 256."""
 
     def __init__(
         self,
@@ -668,7 +669,7 @@ Global___BatchGenerateRequest: typing_extensions.TypeAlias = BatchGenerateReques
 
 @typing.final
 class BatchGenerateResponse(google.protobuf.message.Message):
-    """One message of BatchGenerate: first the ids of all items, then the result of one item in each."""
+    """One message of BatchGenerate. The first holds the ids of all items, each further one the result of one item."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -677,18 +678,18 @@ class BatchGenerateResponse(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     STARTED_FIELD_NUMBER: builtins.int
     index: builtins.int
-    """Which item a result is of: its index in BatchGenerateRequest.specs."""
+    """The item's index in BatchGenerateRequest.specs. 0 in the first message."""
     @property
     def response(self) -> Global___GenerateResponse:
         """The item succeeded."""
 
     @property
     def error(self) -> google.rpc.status_pb2.Status:
-        """The item failed, with the details that the call Generate would have had."""
+        """The item failed. The status has the details that it would have had in a call of Generate."""
 
     @property
     def started(self) -> Global___BatchStarted:
-        """First, exactly once: no item has been looked at yet."""
+        """First, exactly once, before the server looks at any item."""
 
     def __init__(
         self,
@@ -706,14 +707,16 @@ Global___BatchGenerateResponse: typing_extensions.TypeAlias = BatchGenerateRespo
 
 @typing.final
 class BatchStarted(google.protobuf.message.Message):
-    """The server has taken a batch."""
+    """The server has accepted a batch."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The server's id of each item, in the order of BatchGenerateRequest.specs. CancelGeneration takes them from now on."""
+        """The server's id of each item, in the order of BatchGenerateRequest.specs. CancelGeneration accepts these ids from
+        now on.
+        """
 
     def __init__(
         self,
@@ -734,14 +737,14 @@ class CancelGenerationRequest(google.protobuf.message.Message):
     CLIENT_REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Ids that the server gave: metadata loraplex-request-id, Started.request_id, BatchStarted.request_ids. Together with
-        client_request_ids at least 1. At most 256, each at most 128 characters.
+        """Ids given by the server: metadata loraplex-request-id, Started.request_id, BatchStarted.request_ids. At least one
+        id must be given, here or in client_request_ids. At most 256, each at most 128 characters.
         """
 
     @property
     def client_request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Ids that the caller gave, GenerateSpec.client_request_id: every generation that has one of them. At most 256, each
-        at most 128 characters.
+        """Ids given by callers in GenerateSpec.client_request_id. Every generation with one of these ids is cancelled. At
+        most 256, each at most 128 characters.
         """
 
     def __init__(
@@ -763,7 +766,7 @@ class CancelGenerationResponse(google.protobuf.message.Message):
     CANCELLED_REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def cancelled_request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The server's ids of those that were running or waiting, and are cancelled now."""
+        """The server's ids of the generations that were running or waiting, and are now cancelled."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
 class ServerInfo(google.protobuf.message.Message):
-    """What server this is."""
+    """Information about the server."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -38,12 +38,13 @@ class ServerInfo(google.protobuf.message.Message):
     draining: builtins.bool
     """Whether it is shutting down and takes no new work."""
     max_receive_bytes: builtins.int
-    """The largest request of the data port, in bytes once it is decompressed: the operator's `limits.request_bytes`. The
-    AdapterService takes 2 MiB, other services 256 KiB. A request that holds more than 32,768 fields, with all that is in
-    it, or more than 524,288 numbers is refused too, before anything reads it.
+    """The largest request message of InferenceService and TokenizerService, in bytes after decompression: the operator's
+    `limits.request_bytes`. Messages of AdapterService may have 2 MiB, those of other services 256 KiB. A message that
+    has more than 32,768 fields, counting those of all messages inside it, or more than 524,288 numbers is refused too,
+    before it is parsed.
     """
     max_batch_receive_bytes: builtins.int
-    """The same of a BatchGenerate: `limits.batch_bytes`."""
+    """The largest request message of BatchGenerate, in bytes after decompression: the operator's `limits.batch_bytes`."""
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it started."""
@@ -54,7 +55,7 @@ class ServerInfo(google.protobuf.message.Message):
 
     @property
     def unsupported_features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Fields of this contract that it refuses with FEATURE_UNSUPPORTED, such as "GenerateSpec.constraint"."""
+        """Fields of this contract that the server refuses with FEATURE_UNSUPPORTED, such as "GenerateSpec.constraint"."""
 
     def __init__(
         self,
@@ -82,11 +83,11 @@ class Device(google.protobuf.message.Message):
     DESCRIPTION_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Its name in this server, such as "cpu" or "cuda:0"."""
+    """The device's name in this server, such as "cpu" or "cuda:0"."""
     description: builtins.str
-    """What it is, as its driver calls it."""
+    """The device's name by its driver."""
     memory_bytes: builtins.int
-    """Its memory, in bytes."""
+    """The device's memory, in bytes."""
     def __init__(
         self,
         *,
@@ -145,7 +146,7 @@ class WatchLoadResponse(google.protobuf.message.Message):
     """Whether the server is shutting down and takes no new work."""
     @property
     def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When."""
+        """The moment."""
 
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelLoad]:
@@ -153,7 +154,7 @@ class WatchLoadResponse(google.protobuf.message.Message):
 
     @property
     def tenants(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TenantLoad]:
-        """What each tenant has used since the server started, ordered by name. Generations count when they have ended."""
+        """The use of each tenant since the server started, ordered by name. Generations count when they have ended."""
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ Global___WatchLoadResponse: typing_extensions.TypeAlias = WatchLoadResponse
 
 @typing.final
 class TenantLoad(google.protobuf.message.Message):
-    """What one tenant has used since the server started."""
+    """The use of one tenant since the server started."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -181,9 +182,9 @@ class TenantLoad(google.protobuf.message.Message):
     tenant: builtins.str
     """tenants/{tenant}."""
     requests_total: builtins.int
-    """Generations that ended, in whatever way."""
+    """Number of generations that have ended, in any way."""
     prompt_tokens_total: builtins.int
-    """Their prompt tokens."""
+    """Number of prompt tokens of these generations."""
     completion_tokens_total: builtins.int
     """Tokens generated."""
     def __init__(
@@ -221,29 +222,29 @@ class ModelLoad(google.protobuf.message.Message):
     model: builtins.str
     """models/{model}."""
     running_requests: builtins.int
-    """Requests that run."""
+    """Number of requests that run."""
     waiting_requests: builtins.int
-    """Requests that wait."""
+    """Number of requests that wait."""
     waiting_for_adapter_requests: builtins.int
-    """Of these, requests that wait for an adapter."""
+    """Number of waiting requests that wait for an adapter."""
     cache_tokens_total: builtins.int
-    """Tokens that the key-value cache can hold."""
+    """Number of tokens that the key-value cache can hold."""
     cache_tokens_used: builtins.int
-    """Tokens that running requests hold in it."""
+    """Number of tokens in the key-value cache that running requests hold."""
     prefix_lookup_tokens: builtins.int
-    """Prompt tokens looked up in the prefix cache since the model was loaded."""
+    """Number of prompt tokens looked up in the prefix cache since the model was loaded."""
     prefix_hit_tokens: builtins.int
-    """Of these, tokens found."""
+    """Number of these tokens that were found in the prefix cache."""
     prompt_tokens_total: builtins.int
-    """Prompt tokens computed since the model was loaded."""
+    """Number of prompt tokens computed since the model was loaded."""
     completion_tokens_total: builtins.int
-    """Tokens generated since the model was loaded."""
+    """Number of tokens generated since the model was loaded."""
     adapter_bytes_total: builtins.int
     """Device memory for adapters, in bytes."""
     adapter_bytes_used: builtins.int
-    """Of that, in use."""
+    """Device memory that adapters use, in bytes."""
     host_adapters: builtins.int
-    """Adapter versions in host memory that are not on the device."""
+    """Number of adapter versions in host memory that are not on the device."""
     @property
     def device_adapters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Adapter versions on the device: tenants/{tenant}/adapters/{adapter}@{version}."""
@@ -279,11 +280,11 @@ class WatchUsageRequest(google.protobuf.message.Message):
     AFTER_ID_FIELD_NUMBER: builtins.int
     EXISTING_ONLY_FIELD_NUMBER: builtins.int
     after_id: builtins.str
-    """Send what was written after the record with this id. Absent: begin with the oldest file that is still there.
-    USAGE_RECORD_NOT_FOUND if no file has it any more. At most 128 characters.
+    """Send the records after the one with this id. Empty: begin with the oldest record of the files.
+    USAGE_RECORD_NOT_FOUND if no file has the record any more. At most 128 characters.
     """
     existing_only: builtins.bool
-    """End the stream once everything that is in the files has been sent, instead of waiting for more."""
+    """Whether to end the stream once all records in the files have been sent, instead of waiting for more."""
     def __init__(
         self,
         *,
@@ -303,7 +304,7 @@ class WatchUsageResponse(google.protobuf.message.Message):
     RECORDS_FIELD_NUMBER: builtins.int
     @property
     def records(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UsageRecord]:
-        """At least one."""
+        """The records, at least one."""
 
     def __init__(
         self,
@@ -316,7 +317,7 @@ Global___WatchUsageResponse: typing_extensions.TypeAlias = WatchUsageResponse
 
 @typing.final
 class UsageRecord(google.protobuf.message.Message):
-    """What one generation used. Written before its caller can see its end."""
+    """The tokens and times of one generation. The record is written before the caller can see the end of the generation."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -358,11 +359,13 @@ class UsageRecord(google.protobuf.message.Message):
     CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     id: builtins.str
-    """Unique: the server's id of the request, which the caller sees. Tells what was seen already."""
+    """The server's id of the request, which the caller sees too. It is unique, so that readers can recognise records that
+    they have stored already.
+    """
     trace_id: builtins.str
-    """Of the caller's trace, or of the one that began here; empty: neither."""
+    """The id of the caller's trace, or of a trace that began at this server. Empty: there is no trace."""
     operation: builtins.str
-    """"chat" or "text_completion"."""
+    """The kind of generation: "chat" or "text_completion"."""
     tenant: builtins.str
     """tenants/{tenant}."""
     model: builtins.str
@@ -370,26 +373,26 @@ class UsageRecord(google.protobuf.message.Message):
     model_revision: builtins.str
     """The model's revision."""
     adapter: builtins.str
-    """tenants/{tenant}/adapters/{adapter}; empty: the base model. Of a weighted sum all of them with their versions, as in
-    ResolvedTarget.adapter_version.
+    """tenants/{tenant}/adapters/{adapter}. For a weighted sum all of its adapters with their versions, as in
+    ResolvedTarget.adapter_version. Empty: the base model alone.
     """
     adapter_digest: builtins.str
-    """The adapter's version: the sha-256 of its content, in hexadecimal digits. Of a weighted sum a digest over its
-    adapters and their weights.
+    """The digest of the adapter's version: SHA-256, in hexadecimal digits. For a weighted sum a digest over its adapters
+    and their weights.
     """
     status: builtins.str
-    """Name of the gRPC status that the generation ended with, such as "OK" or "CANCELLED"."""
+    """The name of the gRPC status with which the generation ended, such as "OK" or "CANCELLED"."""
     prompt_tokens: builtins.int
-    """Tokens of the prompt."""
+    """Number of tokens of the prompt."""
     cached_prompt_tokens: builtins.int
-    """Of these, found in the prefix cache."""
+    """Number of these tokens that came from the prefix cache."""
     completion_tokens: builtins.int
-    """Tokens generated, of all outputs, whether they were read or not."""
+    """Number of tokens generated for all outputs, whether or not the caller read them."""
     client_request_id: builtins.str
-    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
+    """GenerateSpec.client_request_id; where that is absent, the metadata x-request-id."""
     @property
     def finish_reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Of each output that finished, without the prefix FINISH_REASON_, such as "EOS"."""
+        """The finish reason of each output that finished, without the prefix FINISH_REASON_, such as "EOS"."""
 
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
@@ -397,27 +400,27 @@ class UsageRecord(google.protobuf.message.Message):
 
     @property
     def total_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """From there to the end."""
+        """From the call's arrival to the generation's end."""
 
     @property
     def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """From the call's arrival to the first step that worked for it. Absent: there was none."""
+        """From the call's arrival to the first engine step that computed some of it. Absent if there was none."""
 
     @property
     def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """Waited for the adapter."""
+        """Time spent waiting for the adapter."""
 
     @property
     def time_to_first_token(self) -> google.protobuf.duration_pb2.Duration:
-        """From the call's arrival to the first token. Absent: there was none."""
+        """From the call's arrival to the first token. Absent if there was none."""
 
     @property
     def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UsedAdapter]:
-        """Every adapter that it ran with: none, one, or those of a weighted sum."""
+        """The adapters that the generation ran with: none, one, or those of a weighted sum."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """As in GenerateSpec.labels."""
+        """GenerateSpec.labels."""
 
     def __init__(
         self,
@@ -461,9 +464,9 @@ class UsedAdapter(google.protobuf.message.Message):
     adapter: builtins.str
     """tenants/{tenant}/adapters/{adapter}."""
     digest: builtins.str
-    """Its version: the sha-256 of its content, in hexadecimal digits."""
+    """The digest of its version: SHA-256, in hexadecimal digits."""
     weight: builtins.float
-    """Its weight; 1 unless the request gave another."""
+    """The weight of the adapter in a weighted sum; otherwise 1."""
     def __init__(
         self,
         *,
