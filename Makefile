@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+KERNELS := $(wildcard kernels/loraplex_kernels/cpu/*.cpp kernels/loraplex_kernels/cpu/*.h)
 
-.PHONY: demo test test-long explore soak check gpu-check gpu-packages stubs format clean
+.PHONY: demo test test-long explore soak check gpu-check gpu-packages stubs constraints format clean
 
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
@@ -24,6 +25,7 @@ soak: $(VENV)/.installed-dev  ## two minutes of everything at once: no process m
 check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generated stubs and clients
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python client/generate.py check
@@ -42,25 +44,34 @@ stubs: $(VENV)/.installed-dev  ## generate client/loraplex/v1 from proto/, and t
 	proto/stubs.sh generate
 	$(BIN)/python client/generate.py
 
+constraints: $(VENV)/.installed-dev  ## pin what is installed here, once all tests have passed with it
+	(grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v ' @ \|^triton==' | sed 's/+cpu$$//') > constraints.new
+	mv constraints.new constraints.txt
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
-# The stamps depend on what decides the environment: a changed dependency or kernel source installs again. Each rule
-# installs once, because every installation compiles the kernels.
-INSTALL_INPUTS := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+# The stamps depend on what decides the environment: a changed dependency or kernel source installs again.
+INSTALL_INPUTS := pyproject.toml client/pyproject.toml constraints.txt kernels/build.py $(KERNELS)
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable client
 
 $(VENV)/bin/python:
+	@echo "== an environment of our own: $(VENV)"
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { echo "$(PYTHON) cannot make environments: \
+	install its venv module (Debian, Ubuntu: apt install python3-venv), or give another: make PYTHON=…" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: $(INSTALL_INPUTS) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e .
+	@echo "== Loraplex, with what it needs: some 200 MB to fetch, and minutes to compile the kernels"
+	$(INSTALL) --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(INSTALL_INPUTS) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@echo "== Loraplex, with what it and its tests need: some 500 MB to fetch, and minutes to compile the kernels"
+	$(INSTALL) --editable ".[dev]"
 	touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) .venv-stubs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-stubs build dist client/dist *.egg-info kernels/loraplex_kernels/cpu/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -24,16 +24,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from adapters.key import AdapterKey
-from adapters.pace import Rest
-from adapters.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from benchmarks.adapters_engine import ALL_TARGETS, RANKS, Bench, Setup, write_weights
 from benchmarks.adapters_report import write_report
 from benchmarks.measure import machine, percentile, summarise, while_saturated
 from benchmarks.roofline import BF16_BYTES, ModelCost, measure, output_limit
 from benchmarks.workload import FIRST_TOKEN_ID, SCENARIOS, SEED, VOCAB, Work
 from benchmarks.workload import make_work as scenario_work
-from engine.messages import LoadAdapter
+from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.pace import Rest
+from loraplex_engine.link.messages import LoadAdapter
 
 COUNTS = (5, 50, 500, 2000)
 LENGTHS = (8, 512)  # tokens of prompts and of outputs: those of S-LoRA (arXiv 2311.03285) at 5 and at 2,000 adapters

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from adapters.key import AdapterKey
-from adapters.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from benchmarks.measure import Record, closed_loop, open_loop
 from benchmarks.workload import Work
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import AddRequest, LoadAdapter, StepOutput
-from engine.sampling_params import SamplingParams
+from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import AddRequest, LoadAdapter, StepOutput
+from loraplex_engine.link.sampling_params import SamplingParams
 
 RANKS = (8, 16, 32, 64)
 FILES_PER_RANK = 8  # the files of further adapters are links to these, under configurations of their own

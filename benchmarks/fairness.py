@@ -19,13 +19,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.fairness import OUTPUT_PRICE, PROMPT_PRICE
-from engine.messages import AddRequest, StepOutput
-from engine.sampling_params import SamplingParams
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import AddRequest, StepOutput
+from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_engine.scheduling.fairness import OUTPUT_PRICE, PROMPT_PRICE
 
-DEMO = Path(__file__).resolve().parents[1] / "demo" / "models" / "storyteller"
+DEMO = Path(__file__).resolve().parents[1] / "demo/loraplex_demo/models/storyteller"
 PLACES = 16
 BACKLOG = 3 * PLACES  # requests of each tenant in the engine
 

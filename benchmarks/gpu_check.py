@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS = [str(ROOT / folder) for folder in ("engine", "adapters", "kernels")]  # it runs where nothing is installed
 NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "peft", "msgspec")
 TESTS = (
     "tests/kernels/test_triton_codes.py",
     "tests/kernels/test_triton_quantized.py",
     "tests/kernels/test_quantized_kv.py",
     "tests/kernels/test_triton.py",
-    "tests/engine/test_cuda_graph.py",
+    "tests/engine/execution/test_cuda_graph.py",
     "tests/gpu",
     "tests/reference/test_generation.py",
 )
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("--packages", type=Path, default=Path("gpu-packages"), help="wheels of what is not installed")
     parser.add_argument("--interpret", action="store_true")
     args = parser.parse_args()
+    put_on_path(OURS)
     with tempfile.TemporaryDirectory() as folder:
         missing = take_from_wheels(missing_packages(), args.packages, folder)
         if missing:
@@ -72,10 +74,15 @@ def take_from_wheels(names: list[str], wheels: Path, folder: str) -> list[str]:
     for name in names:
         found = f"--find-links={wheels}", f"--target={folder}"
         subprocess.run([sys.executable, "-m", "pip", "install", "-qq", "--no-index", "--no-deps", *found, name])
-    sys.path.insert(0, folder)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
-    importlib.invalidate_caches()
+    put_on_path([folder])
     return missing_packages()
+
+
+def put_on_path(folders: list[str]) -> None:
+    """Let this process, and those that it starts, import what is in there."""
+    sys.path[:0] = folders
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*folders, os.environ.get("PYTHONPATH"))))
+    importlib.invalidate_caches()
 
 
 class Check:
@@ -146,7 +153,7 @@ class Check:
         import torch
 
         from benchmarks import gpu_kernels
-        from kernels.selection import select_ops
+        from loraplex_kernels.selection import select_ops
 
         ops = select_ops(device, "triton")
         sizes = gpu_kernels.TINY if self._interpret else gpu_kernels.EIGHT_BILLION

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from adapters.key import AdapterKey
-from adapters.source import digest
 from benchmarks.measure import summarise
 from benchmarks.systems.loraplex_inprocess import Driver
 from benchmarks.workload import Work
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import LoadAdapter
-from engine.models import parse_model_config
-from engine.models.layout import EMBEDDING, layer_linears, tensor_shapes
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import LoadAdapter
+from loraplex_engine.models import parse_model_config
+from loraplex_engine.models.layout import EMBEDDING, layer_linears, tensor_shapes
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

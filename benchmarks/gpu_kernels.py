@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraSlice, LoraWeights, Ops
-from kernels.quantized import AffineWeight, Float8Weight, QuantizedWeight, TableWeight
-from kernels.reference import ReferenceOps
+from loraplex_kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraSlice, LoraWeights, Ops
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, QuantizedWeight, TableWeight
+from loraplex_kernels.reference import ReferenceOps
 
 Call = Callable[[], object]
 BLOCK_SIZE = 16

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from benchmarks.gpu_kernels import Call, Case, Cases, Sizes
 from benchmarks.roofline import Roofline
 from benchmarks.roofline import measure as measure_roofline
-from kernels.ops import HeadShape, Ops
-from kernels.quantized import AffineWeight, TableWeight
-from kernels.selection import select_ops
+from loraplex_kernels.ops import HeadShape, Ops
+from loraplex_kernels.quantized import AffineWeight, TableWeight
+from loraplex_kernels.selection import select_ops
 
 COLD_BYTES = 160_000_000  # more than the last-level cache of a small machine
 MAX_COPIES = 64

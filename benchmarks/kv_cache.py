@@ -16,10 +16,10 @@ from pathlib import Path
 
 import tokenizers
 
-from engine.config import KV_CACHE_DTYPES, EngineConfig
-from engine.core import EngineCore
-from engine.messages import AddRequest, StepOutput, TokenLogprobs
-from engine.sampling_params import SamplingParams
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import KV_CACHE_DTYPES, EngineConfig
+from loraplex_engine.link.messages import AddRequest, StepOutput, TokenLogprobs
+from loraplex_engine.link.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

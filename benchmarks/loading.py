@@ -24,13 +24,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import EngineConfig
-from engine.memory import empty_matrix
-from engine.models import load_model, parse_model_config
-from engine.models.layout import tensor_shapes
-from engine.quantization import round_to_nearest
-from kernels.quantized import TableWeight
-from kernels.selection import select_ops
+from loraplex_engine.checkpoint.memory import empty_matrix
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.models import load_model, parse_model_config
+from loraplex_engine.models.layout import tensor_shapes
+from loraplex_engine.quantization import round_to_nearest
+from loraplex_kernels.quantized import TableWeight
+from loraplex_kernels.selection import select_ops
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],

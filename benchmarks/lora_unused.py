@@ -17,12 +17,12 @@ from unittest import mock
 
 from torch import Tensor
 
-from adapters.layer import LoRALinear
 from benchmarks.systems.loraplex_inprocess import Driver, load_adapters
 from benchmarks.workload import SCENARIOS, make_work
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from kernels.ops import LoraSegments
+from loraplex_adapters.runtime.layer import LoRALinear
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import EngineConfig
+from loraplex_kernels.ops import LoraSegments
 
 
 class BareLinear(LoRALinear):
@@ -43,7 +43,7 @@ def main() -> None:
     config = EngineConfig(
         model=str(args.model / "base"), threads=args.threads, max_model_len=1024, kv_cache_bytes=1 << 28
     )
-    with mock.patch("engine.models.loading.LoRALinear", BareLinear):
+    with mock.patch("loraplex_engine.models.loading.LoRALinear", BareLinear):
         bare = Driver(EngineCore.load(config), [])
     core = EngineCore.load(config)
     enabled = Driver(core, load_adapters(core, args.model, args.adapters))

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from benchmarks.kv_cache import Reading, cut, read
 from benchmarks.measure import machine
-from engine.config import QUANTIZATIONS, EngineConfig
-from engine.core import EngineCore
-from engine.messages import AddRequest
-from engine.sampling_params import SamplingParams
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import QUANTIZATIONS, EngineConfig
+from loraplex_engine.link.messages import AddRequest
+from loraplex_engine.link.sampling_params import SamplingParams
 
 DENSE = "as it is"
 PROMPT, OUTPUT = 16, 16  # tokens of a stream

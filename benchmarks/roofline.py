@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.workload import SCENARIOS, Scenario
-from kernels.selection import select_ops
+from loraplex_kernels.selection import select_ops
 
 BF16_BYTES = 2
 LARGE_BATCH = 512  # rows: a chunk of a prompt

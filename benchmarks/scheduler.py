@@ -15,13 +15,13 @@ import statistics
 import time
 from pathlib import Path
 
-from adapters.key import AdapterKey
-from engine.block_manager import BlockManager
-from engine.messages import AddRequest
-from engine.request import Request
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.step import SampledToken, StepResult
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.link.messages import AddRequest
+from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_engine.scheduling.block_manager import BlockManager
+from loraplex_engine.scheduling.request import Request
+from loraplex_engine.scheduling.scheduler import Scheduler
+from loraplex_engine.scheduling.step import SampledToken, StepResult
 
 BATCH = 32
 BLOCK_SIZE = 16

@@ -29,7 +29,7 @@ from benchmarks.measure import ContentionMeter, Record, machine, median_of, resi
 from benchmarks.report import write_report
 from benchmarks.roofline import ModelCost, Roofline, output_limit
 from benchmarks.workload import SCENARIOS, Scenario, Work, make_work
-from engine.config import QUANTIZATIONS
+from loraplex_engine.link.config import QUANTIZATIONS
 
 CONTENDED_SHARE = 0.10
 

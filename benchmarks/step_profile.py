@@ -30,16 +30,16 @@ from benchmarks.measure import machine, summarise
 from benchmarks.serving import System, parse_cells, system_command
 from benchmarks.systems.loraplex_inprocess import Driver, load_adapters
 from benchmarks.workload import SCENARIOS, make_work
-from engine.batch import StepBatch
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import FromEngine, StepOutput
-from engine.models import LanguageModel
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler
-from engine.step import StepPlan
-from kernels.cpu.ops import CpuOps
-from service.text import IncrementalDetokenizer, Tokenizer
+from loraplex_engine.core import EngineCore
+from loraplex_engine.execution.batch import StepBatch
+from loraplex_engine.execution.sampler import Sampler
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import FromEngine, StepOutput
+from loraplex_engine.models import LanguageModel
+from loraplex_engine.scheduling.scheduler import Scheduler
+from loraplex_engine.scheduling.step import StepPlan
+from loraplex_kernels.cpu.ops import CpuOps
+from loraplex_service.text import IncrementalDetokenizer, Tokenizer
 
 REST = "the step around them"
 # What is timed, in the order of the table: the column, and the methods that make it up.

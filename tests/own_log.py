@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-ROOMS = ("service", "engine", "adapters", "kernels", "loraplex", "demo")
+ROOMS = ("loraplex_service", "loraplex_engine", "loraplex_adapters", "loraplex_kernels", "loraplex", "loraplex_demo")
 
 
 def own_records(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import uvloop
 
-from service.app import LaunchFor, running
-from service.config import ServiceConfig, load_config
+from loraplex_service.app import LaunchFor, running
+from loraplex_service.config import ServiceConfig, load_config
 
 
 def token_sources(steps_per_second: float) -> LaunchFor:

@@ -19,8 +19,8 @@ import grpc
 from benchmarks.measure import Record, closed_loop, cpu_seconds_of, process_tree
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
-from engine.config import QUANTIZATIONS
 from loraplex.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, prompt_pb2
+from loraplex_engine.link.config import QUANTIZATIONS
 
 
 def write_config(folder: Path, args: argparse.Namespace, ports: tuple[int, int]) -> Path:

@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from adapters.key import AdapterKey
-from adapters.source import digest
 from benchmarks.measure import Record, closed_loop
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
-from engine.config import QUANTIZATIONS, EngineConfig
-from engine.core import EngineCore
-from engine.messages import AddRequest, FromEngine, LoadAdapter, StepOutput
-from engine.sampling_params import SamplingParams
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import QUANTIZATIONS, EngineConfig
+from loraplex_engine.link.messages import AddRequest, FromEngine, LoadAdapter, StepOutput
+from loraplex_engine.link.sampling_params import SamplingParams
 
 
 class Driver:

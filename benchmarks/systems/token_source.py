@@ -2,7 +2,7 @@
 
     python -m benchmarks.systems.token_source --bus ADDRESS --steps-per-second N
 
-It stands where `python -m engine` would, so that what is measured is the service alone.
+It stands where `python -m loraplex_engine` would, so that what is measured is the service alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 
 from benchmarks.workload import FIRST_TOKEN_ID, VOCAB
-from engine.bus import EngineBus
-from engine.messages import (
+from loraplex_engine.link.bus import EngineBus
+from loraplex_engine.link.messages import (
     AddRequest,
     Device,
     EngineStats,
@@ -25,8 +25,8 @@ from engine.messages import (
     StepOutput,
     UnloadAdapter,
 )
-from engine.process import run_engine
-from engine.sampling_params import FinishReason
+from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.process import run_engine
 
 MAX_SEQUENCES = 4096
 LIMITS = ModelLimits(
@@ -47,7 +47,7 @@ LIMITS = ModelLimits(
 
 
 class TokenSource:
-    """What `engine.process` needs of a core. Steps begin on a fixed clock; one that is late is made up for."""
+    """What `loraplex_engine.process` needs of a core. Steps begin on a fixed clock; one that is late is made up for."""
 
     limits = LIMITS
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapters.key import AdapterKey
-from adapters.source import digest
-from adapters.targets import LoraTarget
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.runtime.targets import LoraTarget
 
 HIDDEN, QUERY, KEY, INTERMEDIATE = 8, 12, 4, 10
 LAYERS = 2

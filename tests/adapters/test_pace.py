@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from adapters.pace import Pace
+from loraplex_adapters.pace import Pace
 
 
 class Worker:

@@ -5,9 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound
-from adapters.key import AdapterKey
-from adapters.registry import (
+from loraplex_adapters.errors import AdapterConflict, AdapterError, AdapterNotFound
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.registry import (
     AdapterChange,
     AdapterInfo,
     AdapterRegistry,

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from safetensors.torch import save_file
 
-from adapters.errors import AdapterRejected
-from adapters.key import AdapterKey
-from adapters.layer import LoRALinear
-from adapters.pool import AdapterPool
-from adapters.source import digest
-from adapters.store import AdapterStore
-from adapters.targets import LoraTarget
-from kernels.ops import LoraSegments
-from kernels.selection import select_ops
+from loraplex_adapters.errors import AdapterRejected
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.runtime.layer import LoRALinear
+from loraplex_adapters.runtime.pool import AdapterPool
+from loraplex_adapters.runtime.store import AdapterStore
+from loraplex_adapters.runtime.targets import LoraTarget
+from loraplex_kernels.ops import LoraSegments
+from loraplex_kernels.selection import select_ops
 
 IN, OUT, NUM_SLOTS = 4, 6, 3
 TARGETS = {"q": LoraTarget("qk", IN, 0, 4), "k": LoraTarget("qk", IN, 4, 2)}

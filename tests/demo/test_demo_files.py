@@ -15,12 +15,12 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo import corpus, quiz
-from demo.document import Chat, Document
-from demo.encoding import QUIZZER_LAYOUT, STORYTELLER_LAYOUT, Layout, encode, texts_of
-from demo.voices import VOICES
+from loraplex_demo import corpus, quiz
+from loraplex_demo.document import Chat, Document
+from loraplex_demo.encoding import QUIZZER_LAYOUT, STORYTELLER_LAYOUT, Layout, encode, texts_of
+from loraplex_demo.voices import VOICES
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "demo/loraplex_demo"
 MODELS = {"storyteller": "LlamaForCausalLM", "quizzer": "Qwen3ForCausalLM"}
 BASE_OF = {
     "pirate": "storyteller",

@@ -1,5 +1,6 @@
 """Every command that the documentation shows can be given so: its subcommands, options, targets and modules exist."""
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from service.cli import main
+from loraplex_service.cli import main
 from tests.docs.pages import PAGES, ROOT
 
 STARTS = r"(?:\.venv/bin/)?(loraplex|make|python) "
@@ -53,7 +54,10 @@ def check_python(arguments: list[str]) -> None:
     """Fail unless a module of the project is there and knows the options."""
     if arguments[:1] != ["-m"] or arguments[1] == "pytest":
         return
-    source = (ROOT / Path(*arguments[1].split("."))).with_suffix(".py").read_text()
+    found = importlib.util.find_spec(arguments[1])
+    assert found is not None, f"there is no {arguments[1]}"
+    assert found.origin is not None, f"{arguments[1]} is no module"
+    source = Path(found.origin).read_text()
     for option in arguments[2:]:
         if option.startswith("--"):
             assert f'"{option}"' in source, f"{arguments[1]} has no {option}"

@@ -6,8 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from service.auth.config import AuthConfig
-from service.config import (
+from loraplex_service.admission.tenants import TenantConfig
+from loraplex_service.auth.config import AuthConfig
+from loraplex_service.config import (
     ENVIRONMENT_PREFIX,
     SECTIONS,
     LimitsConfig,
@@ -17,7 +18,6 @@ from service.config import (
     SupervisionConfig,
     UsageConfig,
 )
-from service.tenants import TenantConfig
 from tests.docs.pages import ROOT, section, table_rows
 
 PAGE = ROOT / "docs" / "configuration.md"

@@ -12,8 +12,8 @@ import yaml
 
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.errors_pb2 import ErrorReason
-from service.config import ServiceConfig
-from service.telemetry.records import AppliedAdapter, GenerationRecord
+from loraplex_service.config import ServiceConfig
+from loraplex_service.telemetry.records import AppliedAdapter, GenerationRecord
 from tests.docs.pages import PAGES, ROOT, Block, blocks, prose
 
 CHART = ROOT / "helm" / "loraplex" / "README.md"

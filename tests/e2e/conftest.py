@@ -16,7 +16,7 @@ import yaml
 
 from loraplex import AsyncAdminClient, AsyncClient
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "demo/loraplex_demo"
 LORAPLEX = Path(sys.executable).with_name("loraplex")
 SPARE = "spare"  # a model that is not loaded
 MODELS = {"storyteller": ("pirate", "shouting", "formal", "poet"), "quizzer": ("json",)}

@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from service.config import load_config
+from loraplex_service.config import load_config
 from tests.e2e.conftest import LORAPLEX, MODELS, START_SECONDS
 
 

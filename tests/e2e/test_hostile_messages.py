@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loraplex import AsyncClient
 from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
 from tests.e2e.conftest import Server
-from tests.service.test_spec_fuzz import message_of
+from tests.service.requests.test_spec_fuzz import message_of
 
 DATA = (inference_pb2, tokenizer_pb2)
 ADMIN = (adapters_pb2, models_pb2, routes_pb2, server_pb2)

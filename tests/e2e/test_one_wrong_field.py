@@ -28,7 +28,7 @@ from loraplex import AsyncAdminClient, AsyncClient
 from loraplex.v1.routes_pb2 import Route
 from tests.e2e.conftest import Server
 from tests.e2e.valid_requests import DOOMED, DOOMED_ROUTE, ROUTE, TARGETS, methods, valid_requests
-from tests.service.test_spec_fuzz import KINDS
+from tests.service.requests.test_spec_fuzz import KINDS
 
 EXAMPLES = 2  # values of each field
 SECONDS = 20.0  # nothing here waits for what never comes

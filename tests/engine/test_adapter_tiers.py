@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import AdapterConflict, AdapterRejected
-from adapters.key import AdapterKey, compose
-from adapters.residency import Residency
-from adapters.store import FinishedLoad
-from engine.adapter_tiers import AdapterTiers
-from engine.messages import (
+from loraplex_adapters.errors import AdapterConflict, AdapterRejected
+from loraplex_adapters.key import AdapterKey, compose
+from loraplex_adapters.residency import Residency
+from loraplex_adapters.runtime.store import FinishedLoad
+from loraplex_engine.adapter_tiers import AdapterTiers
+from loraplex_engine.link.messages import (
     AdapterFailed,
     AdapterPinned,
     AdaptersMoved,

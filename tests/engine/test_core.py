@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.key import AdapterKey
-from adapters.pace import Pace
-from adapters.store import FinishedLoad
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import (
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.pace import Pace
+from loraplex_adapters.runtime.store import FinishedLoad
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import (
     AdapterFailed,
     AdapterUnloaded,
     AddRequest,
@@ -24,8 +24,8 @@ from engine.messages import (
     StepOutput,
     UnloadAdapter,
 )
-from engine.sampling_params import FinishReason, SamplingParams
-from engine.step import SampledToken, StepPlan, StepResult
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.scheduling.step import SampledToken, StepPlan, StepResult
 
 KEY = AdapterKey("shared/pirate", "a" * 64)
 VOCAB = 100

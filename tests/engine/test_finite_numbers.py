@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.config import EngineConfig
-from engine.config_fields import ConfigFields
-from engine.core import NOT_FINITE, EngineCore
-from engine.messages import AddRequest, RequestOutput, StepOutput
-from engine.model_config import ModelError
-from engine.models import parse_model_config
-from engine.models.layout import tensor_shapes
-from engine.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.core import NOT_FINITE, EngineCore
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import AddRequest, RequestOutput, StepOutput
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.models import parse_model_config
+from loraplex_engine.models.layout import tensor_shapes
 
 SMALL: dict[str, Any] = {
     "vocab_size": 11,

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 import zmq
 
-from adapters.key import AdapterKey
-from engine.__main__ import limit_threads
-from engine.bus import NUMBER, EngineBus, bus_address
-from engine.bus_directory import BusDirectory
-from engine.config import EngineConfig
-from engine.messages import (
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.__main__ import limit_threads
+from loraplex_engine.link.bus import NUMBER, EngineBus, bus_address
+from loraplex_engine.link.bus_directory import BusDirectory
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import (
     Abort,
     AdapterFailed,
     AdapterLoaded,
@@ -39,8 +39,8 @@ from engine.messages import (
     ToEngine,
     UnloadAdapter,
 )
-from engine.process import Core, Progress, run_engine
-from engine.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.process import Core, Progress, run_engine
 
 KEY = AdapterKey("shared/pirate", "ab" * 32)
 LIMITS = ModelLimits("Fake", "float32", "", 100, 64, 8, 4, 10, 16, 1000, 2000, "fake", Device("cpu", "fake", 1))
@@ -227,7 +227,7 @@ def test_the_stack_is_logged_for_faults_of_ours_alone(
         raise error
 
     Engine(load, address).join()
-    (record,) = [record for record in caplog.records if record.name == "engine.process"]
+    (record,) = [record for record in caplog.records if record.name == "loraplex_engine.process"]
     assert record.getMessage() == f"the model could not be loaded: {error}"
     assert bool(record.exc_info) == traced
 
@@ -317,7 +317,7 @@ def test_a_step_that_raises_ends_the_process(core: FakeCore, peer: Peer, address
 def start_process(address: str) -> "subprocess.Popen[bytes]":
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
-        [sys.executable, "-m", "engine", "--bus", address],
+        [sys.executable, "-m", "loraplex_engine", "--bus", address],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,

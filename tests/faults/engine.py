@@ -14,13 +14,13 @@ from typing import Final
 
 import msgspec
 
-from engine import __main__ as entry
-from engine.bus import EngineBus
-from engine.messages import AddRequest, FromEngine, StepOutput, ToEngine
-from engine.process import Core, Progress
-from service.app import LaunchFor
-from service.config import ModelConfig
-from service.supervisor import EngineProcess, Launch
+from loraplex_engine import __main__ as entry
+from loraplex_engine.link.bus import EngineBus
+from loraplex_engine.link.messages import AddRequest, FromEngine, StepOutput, ToEngine
+from loraplex_engine.process import Core, Progress
+from loraplex_service.app import LaunchFor
+from loraplex_service.config import ModelConfig
+from loraplex_service.models.supervisor import EngineProcess, Launch
 
 FAULTS = ("raise", "out of memory", "device error", "stuck")
 LEAK_BYTES: Final = 16 << 10  # of each request
@@ -28,7 +28,7 @@ LOSSES = ("request lost", "output lost", "last output lost")
 
 
 def engines_with(fuse: Path) -> LaunchFor:
-    """For `service.app.running`."""
+    """For `loraplex_service.app.running`."""
 
     def launch_for(model: ModelConfig) -> Launch:
         command = (sys.executable, "-m", "tests.faults.engine", str(fuse), "--name", model.name, "--bus")
@@ -67,8 +67,8 @@ def sabotage(core: Core, fuse: Fuse) -> None:
     """Have the model's forward pass fail when the fuse is lit, and requests be kept while it glows."""
     import torch  # the entry has set the threads by now
 
-    from engine.core import EngineCore
-    from engine.step import StepPlan, StepResult
+    from loraplex_engine.core import EngineCore
+    from loraplex_engine.scheduling.step import StepPlan, StepResult
 
     assert isinstance(core, EngineCore)
     add, execute = core.add, core.runner.execute

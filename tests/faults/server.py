@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from service import cli, inference
-from service.app import running
+from loraplex_service import cli
+from loraplex_service.app import running
+from loraplex_service.requests import inference
 from tests.faults.engine import LEAK_BYTES, Fuse, engines_with
 
 KEPT: Final[list[bytes]] = []

@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from adapters.key import AdapterKey
-from engine.messages import EngineStats
-from service.app import Addresses, Application, LaunchFor, running
-from service.config import AdapterConfig, ModelConfig, ServiceConfig, SupervisionConfig
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.link.messages import EngineStats
+from loraplex_service.app import Addresses, Application, LaunchFor, running
+from loraplex_service.config import AdapterConfig, ModelConfig, ServiceConfig, SupervisionConfig
 from tests.e2e.conftest import DEMO, END_SECONDS, MODELS
 
 MODEL = "storyteller"
@@ -53,7 +53,7 @@ class Serving:
 
 @asynccontextmanager
 async def serving(launch_for: LaunchFor | None = None, **engine: int) -> AsyncIterator[Serving]:
-    """`launch_for`: as for `service.app.running`; `engine`: fields of its EngineConfig."""
+    """`launch_for`: as for `loraplex_service.app.running`; `engine`: fields of its EngineConfig."""
     fields = {"dtype": "float32", "threads": 1, "kv_cache_bytes": 64 << 20} | engine
     model = ModelConfig(name=MODEL, model=str(DEMO / "models" / MODEL), **fields)  # type: ignore[arg-type]
     adapters = [AdapterConfig(name, MODEL, str(DEMO / "adapters" / name)) for name in MODELS[MODEL]]

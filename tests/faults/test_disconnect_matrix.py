@@ -15,11 +15,11 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
-from engine.messages import EngineStats
 from loraplex.v1.generation_pb2 import GenerateSpec, Stopping
 from loraplex.v1.inference_pb2 import BatchGenerateRequest, GenerateRequest, StreamGenerateRequest
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds
+from loraplex_engine.link.messages import EngineStats
 from tests.e2e.conftest import END_SECONDS
 from tests.faults import caller
 from tests.faults.serving import MODEL, Serving, serving

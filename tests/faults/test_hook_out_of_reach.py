@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from service.app import engine_processes
-from service.config import ConfigError, ModelConfig, ServiceConfig, load_config
+from loraplex_service.app import engine_processes
+from loraplex_service.config import ConfigError, ModelConfig, ServiceConfig, load_config
 from tests.faults.engine import FAULTS, LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +35,8 @@ def test_no_file_of_the_product_imports_a_test() -> None:
 
 
 def test_tests_are_not_shipped() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert [name for name in packages if "test" in name or "fault" in name] == []
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert [name for name in wheel["packages"] if "test" in name or "fault" in name] == []
     copied = [line for line in (ROOT / "Containerfile").read_text().splitlines() if line.startswith(("COPY", "ADD"))]
     assert [line for line in copied if "tests" in line] == []
 
@@ -53,7 +53,7 @@ async def test_the_service_starts_the_engine_itself_whatever_it_is_told(monkeypa
     with pytest.raises(OSError, match="enough"):
         await engine_processes(ServiceConfig(models=(model,)))(model)("ipc:///nowhere")
     [(*command, environment)] = started
-    assert command[:4] == [sys.executable, "-P", "-m", "engine"]
+    assert command[:4] == [sys.executable, "-P", "-m", "loraplex_engine"]
     assert command[4::2] == ["--name", "--log-level", "--log-format", "--bus"]
     assert environment.keys() - os.environ.keys() <= {"PYTHONPATH"}
 
@@ -78,7 +78,7 @@ def test_the_engine_takes_no_fuse(tmp_path: Path) -> None:
     fuse = tmp_path / "fuse"
     fuse.write_text(FAULTS[0])
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | {"FUSE": str(fuse), "LORAPLEX_FAULT": LOSSES[0]}
-    command = [sys.executable, "-P", "-m", "engine", str(fuse), "--bus", "ipc:///nowhere"]
+    command = [sys.executable, "-P", "-m", "loraplex_engine", str(fuse), "--bus", "ipc:///nowhere"]
     ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
     assert "unrecognized arguments" in ended.stderr

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapters.key import AdapterKey
-from adapters.source import digest
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import AddRequest, LoadAdapter, StepOutput
-from engine.sampling_params import SamplingParams
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import AddRequest, LoadAdapter, StepOutput
+from loraplex_engine.link.sampling_params import SamplingParams
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-from kernels.ops import (  # noqa: E402  (after the skip)
+from loraplex_kernels.ops import (  # noqa: E402  (after the skip)
     QUANTIZED_KV,
     AttentionMetadata,
     HeadShape,
@@ -19,8 +19,8 @@ from kernels.ops import (  # noqa: E402  (after the skip)
     LoraSlice,
     LoraWeights,
 )
-from kernels.quantized import AffineWeight, Float8Weight, TableWeight  # noqa: E402
-from kernels.reference import ReferenceOps  # noqa: E402
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight  # noqa: E402
+from loraplex_kernels.reference import ReferenceOps  # noqa: E402
 
 # The inputs are bfloat16 on both sides. What is left is one rounding of the result (2^-9 of it) and one of the weights
 # or shrunk rows in between (2^-9 of each term, most of which cancels).
@@ -29,7 +29,7 @@ TOLERANCE = {"rtol": 2**-6, "atol": 2**-6}
 
 @pytest.fixture(scope="module")
 def ops():
-    from kernels.triton import TritonOps
+    from loraplex_kernels.triton import TritonOps
 
     return TritonOps(torch.device("cuda"))
 

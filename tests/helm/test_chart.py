@@ -11,9 +11,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.config import ServiceConfig, load_config
+from loraplex_service.config import ServiceConfig, load_config
 from tests.helm.conftest import CHART, Chart, Manifests
-from tests.service.test_dashboard import documented
+from tests.service.telemetry.test_dashboard import documented
 
 KUBERNETES = "1.30"  # the oldest that the chart installs on
 CUSTOM = {"ServiceMonitor": "monitoring.coreos.com/v1", "ScaledObject": "keda.sh/v1alpha1"}  # their schemas come apart

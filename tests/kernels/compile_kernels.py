@@ -19,9 +19,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-import kernels.triton
-from kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
-from kernels.quantized import AffineWeight, Float8Weight, TableWeight
+import loraplex_kernels.triton
+from loraplex_kernels.ops import (
+    QUANTIZED_KV,
+    AttentionMetadata,
+    HeadShape,
+    LoraSegments,
+    LoraSlice,
+    LoraWeights,
+    QKNorm,
+)
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_MULTIPROCESSORS = 132
@@ -162,8 +170,8 @@ class Launches:
 def main():
     triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
     triton.knobs.runtime.interpret = True  # too late to interpret anything; it lets the operations take CPU tensors
-    kernels.triton.INTERPRETED_MULTIPROCESSORS = NUM_MULTIPROCESSORS
-    ops = kernels.triton.TritonOps(torch.device("cpu"))
+    loraplex_kernels.triton.INTERPRETED_MULTIPROCESSORS = NUM_MULTIPROCESSORS
+    ops = loraplex_kernels.triton.TritonOps(torch.device("cpu"))
     Launches(ops, getattr(torch, sys.argv[2])).all()
 
 

@@ -6,11 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.cpu import library
-from kernels.cpu.ops import CpuOps
-from kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
-from kernels.reference import ReferenceOps
-from kernels.selection import select_ops
+from loraplex_kernels.cpu import library
+from loraplex_kernels.cpu.ops import CpuOps
+from loraplex_kernels.ops import (
+    QUANTIZED_KV,
+    AttentionMetadata,
+    HeadShape,
+    LoraSegments,
+    LoraSlice,
+    LoraWeights,
+    QKNorm,
+)
+from loraplex_kernels.reference import ReferenceOps
+from loraplex_kernels.selection import select_ops
 from tests.own_log import own_records
 
 CPU = torch.device("cpu")

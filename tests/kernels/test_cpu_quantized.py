@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels.cpu import library
-from kernels.quantized import AffineWeight, Float8Weight, TableWeight, dequantize
-from kernels.reference import ReferenceOps
-from kernels.selection import select_ops
+from loraplex_kernels.cpu import library
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight, dequantize
+from loraplex_kernels.reference import ReferenceOps
+from loraplex_kernels.selection import select_ops
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceOps(CPU)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.cpu.library import Library
-from kernels.cpu.results import SMALLEST, ResultMemory
+from loraplex_kernels.cpu.library import Library
+from loraplex_kernels.cpu.results import SMALLEST, ResultMemory
 
 LIKE = torch.zeros(1, dtype=torch.bfloat16)
 LARGE = SMALLEST // LIKE.element_size()  # elements

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.quantized import AffineWeight, Float8Weight, TableWeight, concatenate, dequantize
-from kernels.reference import ReferenceOps
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight, concatenate, dequantize
+from loraplex_kernels.reference import ReferenceOps
 
 OPS = ReferenceOps(torch.device("cpu"))
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels.cpu import library
-from kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, QKNorm
-from kernels.reference import ReferenceOps
-from kernels.selection import select_ops
+from loraplex_kernels.cpu import library
+from loraplex_kernels.ops import QUANTIZED_KV, AttentionMetadata, HeadShape, QKNorm
+from loraplex_kernels.reference import ReferenceOps
+from loraplex_kernels.selection import select_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = ReferenceOps(DEVICE)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.ops import AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
-from kernels.reference import ReferenceOps
+from loraplex_kernels.ops import AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
+from loraplex_kernels.reference import ReferenceOps
 
 OPS = ReferenceOps(torch.device("cpu"))
 
@@ -215,7 +215,7 @@ def test_paged_attention_in_bounded_pieces(generator, monkeypatch):
     lengths, new = [9, 17, 30], [1, 17, 1]
     cache = Cache(generator, HeadShape(4, 2, 8), lengths, 4, torch.float32)
     q = torch.randn(sum(new), 4, 8, generator=generator)
-    monkeypatch.setattr("kernels.reference.MAX_ATTENTION_ELEMENTS", 300)
+    monkeypatch.setattr("loraplex_kernels.reference.MAX_ATTENTION_ELEMENTS", 300)
     actual = OPS.paged_attention(q, cache.kv, cache.metadata(new), 0.3, None, None)
     close(actual, attention_formula(cache, q, new, 0.3, None, None))
 

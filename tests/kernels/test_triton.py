@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraSlice, LoraWeights, QKNorm
-from kernels.reference import ReferenceOps
-from kernels.selection import select_ops
+from loraplex_kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraSlice, LoraWeights, QKNorm
+from loraplex_kernels.reference import ReferenceOps
+from loraplex_kernels.selection import select_ops
 
 triton = pytest.importorskip("triton")
 
-from kernels.triton import TritonOps  # noqa: E402  (imports triton)
+from loraplex_kernels.triton import TritonOps  # noqa: E402  (imports triton)
 
 # exp(-x) of the gates overflows to infinity, as it should; numpy under the interpreter says so.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")

@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402  (after the skip)
 
-from kernels.triton.codes import as_codes, coding_of, decode, encode  # noqa: E402  (imports triton)
+from loraplex_kernels.triton.codes import as_codes, coding_of, decode, encode  # noqa: E402  (imports triton)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = 1024

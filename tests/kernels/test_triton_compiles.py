@@ -50,7 +50,7 @@ CASES = [case(capability, dtype) for capability in SHARED_BYTES for dtype in SPI
 @pytest.mark.parametrize(("capability", "dtype"), CASES)
 def test_every_kernel_compiles_and_fits(capability, dtype, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(SCRIPT), str(capability), dtype]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from kernels.quantized import AffineWeight, Float8Weight, TableWeight, dequantize
-from kernels.reference import ReferenceOps
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight, dequantize
+from loraplex_kernels.reference import ReferenceOps
 
 triton = pytest.importorskip("triton")
 
-from kernels.triton import TritonOps  # noqa: E402  (imports triton)
+from loraplex_kernels.triton import TritonOps  # noqa: E402  (imports triton)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS, REFERENCE = TritonOps(DEVICE), ReferenceOps(DEVICE)
@@ -114,7 +114,7 @@ def test_linear_of_few_rows_and_many(rows, ordered):
     ],
 )
 def test_linear_split_over_the_inputs(monkeypatch, splits, weight, biased):
-    from kernels.triton import quantized
+    from loraplex_kernels.triton import quantized
 
     chosen = []
     choose = quantized._choose_splits

@@ -15,8 +15,11 @@ from mypy.options import Options
 from mypy.types import CallableType, Instance, Type, TypeVarType, UnionType, get_proper_type
 
 PACKAGE = "loraplex.v1."
-TYPED = ("service", "adapters", "loraplex", "google.protobuf")  # what the types of messages and of their fields need
+# What the types of messages and of their fields need.
+TYPED = ("loraplex_service", "loraplex_adapters", "loraplex", "google.protobuf")
 SETTERS = ("append", "add", "extend", "update", "CopyFrom", "MergeFrom")
+
+FOLDERS = ("client", "service", "engine", "adapters")  # from which packages are imported
 
 Field = tuple[str, str]  # (message, field), such as ("Adapter", "name")
 Place = tuple[int, int, int | None, int | None]  # of an expression
@@ -36,7 +39,7 @@ def field_uses(files: list[Path]) -> Uses:
     options = Options()
     options.export_types = options.preserve_asts = options.explicit_package_bases = options.namespace_packages = True
     options.incremental, options.ignore_missing_imports = False, True
-    options.python_executable, options.mypy_path = sys.executable, ["client"]
+    options.python_executable, options.mypy_path = sys.executable, list(FOLDERS)
     options.follow_imports = "skip"
     options.per_module_options = {f"{name}.*": {"follow_imports": "silent"} for name in TYPED}
     texts = {path: "\n" * _FILE_LINES * number + path.read_text() for number, path in enumerate(files, 1)}
@@ -52,7 +55,7 @@ def field_uses(files: list[Path]) -> Uses:
 
 
 def _module(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.with_suffix("").parts[1:]).removesuffix(".__init__")
 
 
 class _Finder(ast.NodeVisitor):

@@ -8,24 +8,25 @@ import pytest
 from google.api.field_behavior_pb2 import FieldBehavior, field_behavior
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, MethodDescriptor
 
-from engine.sampling_params import FinishReason
 from loraplex.v1.errors_pb2 import ErrorReason
-from service.validation import UNSUPPORTED_FIELDS
+from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_service.ports.validation import UNSUPPORTED_FIELDS
 from tests.proto.contract import FILES
 from tests.proto.field_uses import Field, Uses, field_uses
 
-CLIENTS = ("service/commands", "service/cli.py", "service/top.py", "service/demo.py")  # they call servers
-SERVER = [path for path in sorted(Path("service").rglob("*.py")) if not str(path).startswith(CLIENTS)]
+SERVICE = Path("service/loraplex_service")
+CLIENTS = (f"{SERVICE}/commands/", f"{SERVICE}/cli.py")  # they call servers
+SERVER = [path for path in sorted(SERVICE.rglob("*.py")) if not str(path).startswith(CLIENTS)]
 OUTPUT_ONLY = FieldBehavior.Value("OUTPUT_ONLY")
 
 # Fields that are read by a name that is data where they are read: the file in which the name is written.
 READ_BY_NAME = {
-    "Sampling": Path("service/validation.py"),  # `given("temperature")`: all of them alike
-    "ChatMessage": Path("service/prompts.py"),  # handed to templates under their own names, where present
+    "Sampling": SERVICE / "ports/validation.py",  # `given("temperature")`: all of them alike
+    "ChatMessage": SERVICE / "requests/prompts.py",  # handed to templates under their own names, where present
 }
 
 # Fields that are set by a name that is data where they are set, likewise.
-SET_BY_NAME = {"StreamGenerateResponse": Path("service/inference.py")}  # its events, by their types
+SET_BY_NAME = {"StreamGenerateResponse": SERVICE / "requests/inference.py"}  # its events, by their types
 
 # What is kept and comes back as it was given: nothing needs to look at it.
 KEPT = {("Route", "labels")}

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.key import AdapterKey, compose
-from adapters.source import digest
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import AddRequest, LoadAdapter, StepOutput
-from engine.sampling_params import SamplingParams
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.key import AdapterKey, compose
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import AddRequest, LoadAdapter, StepOutput
+from loraplex_engine.link.sampling_params import SamplingParams
 from tests.reference.stepping import step
 
 peft = pytest.importorskip("peft")

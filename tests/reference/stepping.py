@@ -2,13 +2,13 @@
 
 import time
 
-from engine.core import EngineCore
-from engine.messages import FromEngine
-from engine.step import STALLED_SECONDS
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.messages import FromEngine
+from loraplex_engine.scheduling.step import STALLED_SECONDS
 
 
 def step(core: EngineCore) -> list[FromEngine]:
-    """One step. After one without events the loader threads get the interpreter, as they do in `engine.process.serve`.
+    """One step. After one without events the loader threads get the interpreter, as they do in `process.serve`.
 
     They run at a lower priority than a loop of empty steps, which would keep them from loading for seconds.
     """

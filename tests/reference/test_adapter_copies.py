@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.replaced import REPLACED_SITE
-from adapters.weights import load_adapter
-from engine.models.layout import HEAD_SITE
+from loraplex_adapters.runtime.replaced import REPLACED_SITE
+from loraplex_adapters.runtime.weights import load_adapter
+from loraplex_engine.models.layout import HEAD_SITE
 from tests.reference.peft_oracle import FAMILIES, Engine, Oracle, random_prompt, randomised, read_base
 
 pytest.importorskip("peft")

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapters.errors import COLD
-from adapters.key import AdapterKey, compose
-from adapters.residency import Residency
-from adapters.source import digest
-from engine.messages import AdaptersMoved, AddRequest, BringAdapter, StepOutput
-from engine.sampling_params import FinishReason, SamplingParams
+from loraplex_adapters.errors import COLD
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.key import AdapterKey, compose
+from loraplex_adapters.residency import Residency
+from loraplex_engine.link.messages import AdaptersMoved, AddRequest, BringAdapter, StepOutput
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from tests.reference.peft_oracle import (
     FAMILIES,
     KINDS,

@@ -22,15 +22,23 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from adapters.errors import AdapterConflict, AdapterNotFound
-from adapters.key import AdapterKey, compose
-from adapters.pool import AdapterPool
-from adapters.registry import AdapterInfo, AdapterRegistry, AdapterSpec, AdapterState, AdapterVersion, full_name
-from adapters.residency import Residency
-from adapters.store import AdapterStore
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import (
+from loraplex_adapters.errors import AdapterConflict, AdapterNotFound
+from loraplex_adapters.key import AdapterKey, compose
+from loraplex_adapters.registry import (
+    AdapterInfo,
+    AdapterRegistry,
+    AdapterSpec,
+    AdapterState,
+    AdapterVersion,
+    full_name,
+)
+from loraplex_adapters.residency import Residency
+from loraplex_adapters.runtime.pool import AdapterPool
+from loraplex_adapters.runtime.store import AdapterStore
+from loraplex_engine.core import EngineCore
+from loraplex_engine.execution.model_runner import ModelRunner
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import (
     AdapterFailed,
     AdapterLoaded,
     AdapterPinned,
@@ -43,8 +51,7 @@ from engine.messages import (
     StepOutput,
     UnloadAdapter,
 )
-from engine.model_runner import ModelRunner
-from engine.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from tests.reference.peft_oracle import KINDS, Oracle, oracle_of, random_prompt
 
 NUM_EXAMPLES = int(os.environ.get("LORAPLEX_ADAPTER_LIVES", "100"))

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapters.config import parse_config
-from adapters.errors import AdapterRejected
-from adapters.key import AdapterKey
-from adapters.layer import LoRALinear
-from adapters.source import describe, digest
-from adapters.targets import LoraTarget
-from adapters.weights import LoadedAdapter, load_adapter
-from engine.batch import StepBatch
-from engine.config import EngineConfig
-from engine.kv_cache import create_kv_cache
-from engine.models import load_model
-from kernels.ops import AttentionMetadata, LoraSegments
-from kernels.selection import select_ops
+from loraplex_adapters.errors import AdapterRejected
+from loraplex_adapters.files.config import parse_config
+from loraplex_adapters.files.source import describe, digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.runtime.layer import LoRALinear
+from loraplex_adapters.runtime.targets import LoraTarget
+from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter
+from loraplex_engine.execution.batch import StepBatch
+from loraplex_engine.execution.kv_cache import create_kv_cache
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.models import load_model
+from loraplex_kernels.ops import AttentionMetadata, LoraSegments
+from loraplex_kernels.selection import select_ops
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

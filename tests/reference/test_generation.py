@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.key import AdapterKey
-from adapters.source import digest
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.messages import AddRequest, LoadAdapter, RequestOutput, StepOutput
-from engine.sampling_params import FinishReason, SamplingParams
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import AddRequest, LoadAdapter, RequestOutput, StepOutput
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from tests.reference.stepping import step
 
 peft = pytest.importorskip("peft")
@@ -111,7 +111,7 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 @pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=ON_GPU)])
 def make_core(oracle: Oracle, request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "cpu":
-        pytest.importorskip("kernels.cpu.library")
+        pytest.importorskip("loraplex_kernels.cpu.library")
     cores = []
 
     def make(**fields: Any) -> EngineCore:

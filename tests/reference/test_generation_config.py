@@ -8,8 +8,8 @@ import pytest
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
-from service.generation_defaults import UNREAD, default_sampling, unread
-from service.text import TextError
+from loraplex_service.models.generation_defaults import UNREAD, default_sampling, unread
+from loraplex_service.text import TextError
 
 FILES = {
     "llama": {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [128001, 128009]},

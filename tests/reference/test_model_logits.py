@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import StepBatch
-from engine.config import EngineConfig
-from engine.kv_cache import create_kv_cache
-from engine.models import LanguageModel, load_model
-from kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
-from kernels.selection import select_ops
+from loraplex_engine.execution.batch import StepBatch
+from loraplex_engine.execution.kv_cache import create_kv_cache
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.models import LanguageModel, load_model
+from loraplex_kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
+from loraplex_kernels.selection import select_ops
 
 transformers = pytest.importorskip("transformers")
 
@@ -368,7 +368,7 @@ def test_fused_targets_span_their_parts(pair: Pair, fused: str) -> None:
     assert [part.out_start for part in parts] == [0, *ends[:-1]]
 
 
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "models"
+DEMO = Path(__file__).resolve().parents[2] / "demo/loraplex_demo/models"
 
 
 def demo_models() -> list[Path]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.models.layout import HEAD
-from engine.quantization import round_to_nearest
-from kernels.quantized import dequantize
+from loraplex_engine.models.layout import HEAD
+from loraplex_engine.quantization import round_to_nearest
+from loraplex_kernels.quantized import dequantize
 from tests.engine.quantization.checkpoints import MODEL, load, make_twins
 from tests.engine.quantization.formats import FORMATS
 from tests.reference.peft_oracle import KINDS, VOCAB, Engine, Oracle, add_all_kinds, random_prompt, read_base

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.model_config import ModelError
-from engine.models import LanguageModel
-from engine.models.layout import layer_linears
-from kernels.ops import Ops
-from kernels.selection import select_ops
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.models import LanguageModel
+from loraplex_engine.models.layout import layer_linears
+from loraplex_kernels.ops import Ops
+from loraplex_kernels.selection import select_ops
 from tests.engine.quantization.checkpoints import load, logits
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "quantised"

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from service.text import Tokenizer
-from service.text.token_decoders import BYTE_ALPHABET
+from loraplex_service.text import Tokenizer
+from loraplex_service.text.token_decoders import BYTE_ALPHABET
 from tests.service.control_plane import ControlPlane, control_plane
 from tests.service.data_plane import DataPlane, data_plane
 

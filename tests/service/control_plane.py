@@ -11,9 +11,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from loraplex import AsyncAdminClient, AsyncClient
-from service.app import Addresses, Application, running
-from service.config import AdapterConfig, ModelConfig, ServiceConfig, SupervisionConfig
-from service.tenants import TenantConfig
+from loraplex_service.admission.tenants import TenantConfig
+from loraplex_service.app import Addresses, Application, running
+from loraplex_service.config import AdapterConfig, ModelConfig, ServiceConfig, SupervisionConfig
 from tests.service.scripted_engine import ScriptedCore, ThreadedEngines
 
 Engines = dict[str, ThreadedEngines]

@@ -13,8 +13,6 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
-from adapters.registry import AdapterInfo, AdapterRegistry, AdapterSpec, AdapterVersion
-from engine.client import EngineClient
 from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
 from loraplex.v1.inference_pb2 import (
     GenerateRequest,
@@ -26,19 +24,21 @@ from loraplex.v1.inference_pb2 import (
 )
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub, add_InferenceServiceServicer_to_server
 from loraplex.v1.prompt_pb2 import Prompt
-from service.admission import Admission, AdmissionLimits
-from service.auth.door import Door
-from service.catalog import Catalog, LoadedModel
-from service.errors import LoraplexError, NotFound
-from service.inference import InferenceServicer
-from service.interceptors import CallInterceptor, CallLimits
-from service.prompts import TextWork
-from service.routing import RouteBook
-from service.server import ConnectionLimits, Health, Service, build_server
-from service.state import StateFile
-from service.telemetry.logs import CallersThatLeft
-from service.tenants import Tenants
-from service.text import TemplateRenderer, Tokenizer
+from loraplex_adapters.registry import AdapterInfo, AdapterRegistry, AdapterSpec, AdapterVersion
+from loraplex_engine.link.client import EngineClient
+from loraplex_service.admission.admission import Admission, AdmissionLimits
+from loraplex_service.admission.tenants import Tenants
+from loraplex_service.auth.door import Door
+from loraplex_service.errors import LoraplexError, NotFound
+from loraplex_service.names.catalog import Catalog, LoadedModel
+from loraplex_service.names.routing import RouteBook
+from loraplex_service.ports.interceptors import CallInterceptor, CallLimits
+from loraplex_service.ports.listeners import ConnectionLimits, Health, Service, build_server
+from loraplex_service.requests.inference import InferenceServicer
+from loraplex_service.requests.prompts import TextWork
+from loraplex_service.state import StateFile
+from loraplex_service.telemetry.logs import CallersThatLeft
+from loraplex_service.text import TemplateRenderer, Tokenizer
 from tests.own_log import is_of_closed_loop
 from tests.service.fake_engine import FakeEngine
 

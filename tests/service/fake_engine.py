@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from adapters.key import AdapterKey
-from adapters.residency import Residency
-from engine.client import EngineClient, Running
-from engine.messages import (
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.residency import Residency
+from loraplex_engine.link.client import EngineClient, Running
+from loraplex_engine.link.messages import (
     Abort,
     AdapterFailed,
     AdapterLoaded,
@@ -34,7 +34,7 @@ from engine.messages import (
     TokenLogprobs,
     UnloadAdapter,
 )
-from engine.sampling_params import FinishReason
+from loraplex_engine.link.sampling_params import FinishReason
 
 LIMITS = ModelLimits(
     architecture="FakeForCausalLM",

@@ -21,10 +21,6 @@ from typing import Any, cast
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from adapters.depot import Depot
-from adapters.registry import AdapterRegistry, AdapterState, AdapterVersion
-from adapters.remote import RemoteSources
-from adapters.source import CONFIG_FILE, WEIGHTS_FILE, AdapterSource, digest
 from loraplex.v1.adapters_pb2 import (
     Adapter,
     CreateAdapterRequest,
@@ -35,19 +31,23 @@ from loraplex.v1.adapters_pb2 import (
 )
 from loraplex.v1.generation_pb2 import Sampling
 from loraplex.v1.routes_pb2 import DeleteRouteRequest, Route, RouteTarget, UpdateRouteRequest
-from service.adapter_files import AdapterLibrary
-from service.adapter_texts import AdapterTexts
-from service.catalog import Catalog, LoadedModel
-from service.control.adapters import AdapterServicer
-from service.control.quota import AdapterQuota
-from service.control.routes import RouteServicer
-from service.deployment import AdapterDeployer
-from service.errors import LoraplexError, NotFound
-from service.hosting import ModelHost
-from service.routing import RouteBook
-from service.state import StateFile
-from service.tenants import Tenants
-from service.text import Tokenizer
+from loraplex_adapters.files.depot import Depot
+from loraplex_adapters.files.remote import RemoteSources
+from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, AdapterSource, digest
+from loraplex_adapters.registry import AdapterRegistry, AdapterState, AdapterVersion
+from loraplex_service.adapters.deployer import AdapterDeployer
+from loraplex_service.adapters.library import AdapterLibrary
+from loraplex_service.adapters.texts import AdapterTexts
+from loraplex_service.admission.tenants import Tenants
+from loraplex_service.control.adapters import AdapterServicer
+from loraplex_service.control.quota import AdapterQuota
+from loraplex_service.control.routes import RouteServicer
+from loraplex_service.errors import LoraplexError, NotFound
+from loraplex_service.models.host import ModelHost
+from loraplex_service.names.catalog import Catalog, LoadedModel
+from loraplex_service.names.routing import RouteBook
+from loraplex_service.state import StateFile
+from loraplex_service.text import Tokenizer
 from tests.service.fake_engine import LIMITS, FakeEngine
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")

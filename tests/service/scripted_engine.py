@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from adapters.key import AdapterKey
-from adapters.residency import Residency
-from engine.bus import BadRequest, EngineBus
-from engine.messages import (
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.residency import Residency
+from loraplex_engine.link.bus import BadRequest, EngineBus
+from loraplex_engine.link.messages import (
     AdapterFailed,
     AdapterLoaded,
     AdapterPinned,
@@ -37,9 +37,9 @@ from engine.messages import (
     ToEngine,
     UnloadAdapter,
 )
-from engine.process import Progress, run_engine
-from engine.sampling_params import FinishReason
-from service.supervisor import EngineProcess, Launch
+from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.process import Progress, run_engine
+from loraplex_service.models.supervisor import EngineProcess, Launch
 
 LIMITS = ModelLimits(
     architecture="ScriptedForCausalLM",

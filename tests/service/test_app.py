@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from loraplex import AsyncClient, Unavailable
-from service.app import running
-from service.config import ModelConfig, ServiceConfig, TlsConfig
-from service.supervisor import EngineProcess
+from loraplex_service.app import running
+from loraplex_service.config import ModelConfig, ServiceConfig, TlsConfig
+from loraplex_service.models.supervisor import EngineProcess
 from tests.service.control_plane import ControlPlane, control_plane
 from tests.service.scripted_engine import ThreadedEngines
 
@@ -24,7 +24,7 @@ NO_RETRIES = {"grpc.enable_retries": 0}  # the server asks retrying clients to c
 
 def test_the_service_reaches_no_torch() -> None:
     """Not even by way of what it imports: torch would take memory, seconds at the start, and the GIL."""
-    code = "import sys, service.cli; sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    code = "import sys, loraplex_service.cli; sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

@@ -6,14 +6,14 @@ from typing import get_args
 import msgspec
 import pytest
 
-from engine.config import EngineConfig
-from service.config import (
+from loraplex_engine.link.config import EngineConfig
+from loraplex_service.config import (
     SECTIONS,
     ConfigError,
     ServiceConfig,
     load_config,
 )
-from service.config_checks import MAY_BE_ZERO
+from loraplex_service.config_checks import MAY_BE_ZERO
 
 
 @pytest.fixture

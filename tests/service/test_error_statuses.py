@@ -11,12 +11,12 @@ import pytest
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo, RequestInfo, ResourceInfo, RetryInfo
 
-from engine.messages import LoadAdapter
 from loraplex.v1.errors_pb2 import ErrorReason
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import PartialUsage, StreamGenerateRequest
-from service.admission import AdmissionLimits
-from service.errors import (
+from loraplex_engine.link.messages import LoadAdapter
+from loraplex_service.admission.admission import AdmissionLimits
+from loraplex_service.errors import (
     MAX_STATUS_BYTES,
     Aborted,
     AlreadyExists,
@@ -36,7 +36,7 @@ from service.errors import (
     Violation,
     to_status,
 )
-from service.text import Tokenizer
+from loraplex_service.text import Tokenizer
 from tests.service.data_plane import DataPlane, Failure, data_plane, failure, make_spec
 
 Code = grpc.StatusCode
@@ -313,7 +313,7 @@ async def test_an_adapter_deleted_while_the_prompt_was_rendered_is_not_found(
         plane.registry.delete(version.name)
         return [1]
 
-    monkeypatch.setattr("service.inference.prompt_tokens", render_and_delete)
+    monkeypatch.setattr("loraplex_service.requests.inference.prompt_tokens", render_and_delete)
     failed = await failure(plane.generate(make_spec(model="pirate")))
     assert (failed.code, failed.reason) == (Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
 
@@ -491,7 +491,7 @@ async def test_a_fault_of_the_service_is_internal_and_shows_no_secret(
     def broken(*_: object) -> None:
         raise RuntimeError("password")
 
-    monkeypatch.setattr("service.inference.prompt_tokens", broken)
+    monkeypatch.setattr("loraplex_service.requests.inference.prompt_tokens", broken)
     failed = await failure(plane.stream(make_spec()))
     assert (failed.code, failed.reason) == (Code.INTERNAL, "ENGINE_ERROR")
     assert failed.detail(RequestInfo()).request_id == failed.metadata["loraplex-request-id"]

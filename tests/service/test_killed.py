@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from adapters.registry import AdapterState
-from adapters.source import digest
-from service.errors import NotFound
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.registry import AdapterState
+from loraplex_service.errors import NotFound
 from tests.service.control_plane import write_adapter
 from tests.service.killed_life import CONTENTS, EVERYTHING, Call, Life, Shape, any_script, live
 

@@ -13,9 +13,9 @@ from grpc import StatusCode
 from loraplex import AsyncAdminClient, FailedPrecondition, Unavailable
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.routes_pb2 import Route, RouteTarget
-from service.config import AdapterConfig
-from service.state import FILE_NAME
-from service.tenants import TenantConfig
+from loraplex_service.admission.tenants import TenantConfig
+from loraplex_service.config import AdapterConfig
+from loraplex_service.state import FILE_NAME
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 Start = Callable[..., AbstractAsyncContextManager[ControlPlane]]

@@ -10,19 +10,19 @@ import grpc
 import grpc.aio
 import pytest
 
-from engine.logs import JsonFormatter
 from loraplex.v1.inference_pb2 import StreamGenerateRequest
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub
-from service.auth.config import AuthConfig
-from service.auth.keys import KeyFile, make_key, write_keys
-from service.auth.principal import Role
-from service.config import OtlpConfig, UsageConfig
-from service.telemetry.logs import CallFields
+from loraplex_engine.link.logs import JsonFormatter
+from loraplex_service.auth.config import AuthConfig
+from loraplex_service.auth.keys import KeyFile, make_key, write_keys
+from loraplex_service.auth.principal import Role
+from loraplex_service.config import OtlpConfig, UsageConfig
+from loraplex_service.telemetry.logs import CallFields
 from tests.service.auth.test_door import Provider
 from tests.service.control_plane import ControlPlane, control_plane
 from tests.service.data_plane import make_spec
-from tests.service.test_metrics import scrape
-from tests.service.test_otlp import Collector, Setting, setting
+from tests.service.telemetry.test_metrics import scrape
+from tests.service.telemetry.test_otlp import Collector, Setting, setting
 
 __all__ = ["setting"]  # a fixture
 

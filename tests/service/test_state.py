@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import Unavailable
-from service.state import FILE_NAME, StateFile
+from loraplex_service.errors import Unavailable
+from loraplex_service.state import FILE_NAME, StateFile
 
 
 async def test_what_was_saved_is_there_in_the_next_life(tmp_path: Path) -> None:

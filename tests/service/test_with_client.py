@@ -7,9 +7,9 @@ import pytest
 
 import loraplex
 from loraplex import AsyncClient
-from service.admission import AdmissionLimits
-from service.errors import Unavailable
-from service.text import Tokenizer
+from loraplex_service.admission.admission import AdmissionLimits
+from loraplex_service.errors import Unavailable
+from loraplex_service.text import Tokenizer
 from tests.service.data_plane import DataPlane, data_plane, make_spec
 
 

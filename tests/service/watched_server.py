@@ -12,9 +12,9 @@ from pathlib import Path
 
 import uvloop
 
-from service.cli import _limit_arenas
+from loraplex_service.cli import _limit_arenas
 from tests.service.control_plane import control_plane
-from tests.service.guarded_server import HeldLoop
+from tests.service.ports.guarded_server import HeldLoop
 
 
 async def serve(tokenizer: Path, roots: Path) -> None:

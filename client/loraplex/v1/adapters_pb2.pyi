@@ -31,23 +31,23 @@ class _AdapterResidency:
 class _AdapterResidencyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_AdapterResidency.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     ADAPTER_RESIDENCY_UNSPECIFIED: _AdapterResidency.ValueType  # 0
-    """Not stated."""
+    """Not said."""
     ADAPTER_RESIDENCY_DISK: _AdapterResidency.ValueType  # 1
-    """On disk only."""
+    """On disk only, checked."""
     ADAPTER_RESIDENCY_HOST: _AdapterResidency.ValueType  # 2
-    """In host memory, ready to be copied to the device."""
+    """In host memory, ready to be copied."""
     ADAPTER_RESIDENCY_DEVICE: _AdapterResidency.ValueType  # 3
     """On the device: a request for it starts at once."""
 
 class AdapterResidency(_AdapterResidency, metaclass=_AdapterResidencyEnumTypeWrapper):
-    """The place that holds an adapter, from far to near."""
+    """Where an adapter is, from far to near."""
 
 ADAPTER_RESIDENCY_UNSPECIFIED: AdapterResidency.ValueType  # 0
-"""Not stated."""
+"""Not said."""
 ADAPTER_RESIDENCY_DISK: AdapterResidency.ValueType  # 1
-"""On disk only."""
+"""On disk only, checked."""
 ADAPTER_RESIDENCY_HOST: AdapterResidency.ValueType  # 2
-"""In host memory, ready to be copied to the device."""
+"""In host memory, ready to be copied."""
 ADAPTER_RESIDENCY_DEVICE: AdapterResidency.ValueType  # 3
 """On the device: a request for it starts at once."""
 Global___AdapterResidency: typing_extensions.TypeAlias = AdapterResidency
@@ -56,8 +56,8 @@ Global___AdapterResidency: typing_extensions.TypeAlias = AdapterResidency
 class Adapter(google.protobuf.message.Message):
     """One version of an adapter. In all at most 1,048,576 characters and 8192 entries, and 4096 numbers.
 
-    For an adapter of the tenant `shared`, other tenants do not see source, residency, running_requests,
-    waiting_requests, last_use_time and the details of error.
+    Of an adapter of the tenant `shared`, other tenants see neither source, residency, requests and last_use_time, nor why it
+    FAILED.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -71,27 +71,27 @@ class Adapter(google.protobuf.message.Message):
         STATE_UNSPECIFIED: Adapter._State.ValueType  # 0
         """Never sent."""
         STATE_LOADING: Adapter._State.ValueType  # 1
-        """The version is being read and checked."""
+        """Being read and checked."""
         STATE_ACTIVE: Adapter._State.ValueType  # 2
-        """Requests can use the version."""
+        """Can be used."""
         STATE_FAILED: Adapter._State.ValueType  # 3
-        """The version could not be found or read, or is not valid: see error."""
+        """Could not be found or read, or is not valid: see error."""
         STATE_DELETING: Adapter._State.ValueType  # 4
-        """The version takes no new requests, and is removed when the running ones have ended."""
+        """Takes no new requests, and is gone when the running ones have ended."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """The state of a version."""
+        """Where in its life a version is."""
 
     STATE_UNSPECIFIED: Adapter.State.ValueType  # 0
     """Never sent."""
     STATE_LOADING: Adapter.State.ValueType  # 1
-    """The version is being read and checked."""
+    """Being read and checked."""
     STATE_ACTIVE: Adapter.State.ValueType  # 2
-    """Requests can use the version."""
+    """Can be used."""
     STATE_FAILED: Adapter.State.ValueType  # 3
-    """The version could not be found or read, or is not valid: see error."""
+    """Could not be found or read, or is not valid: see error."""
     STATE_DELETING: Adapter.State.ValueType  # 4
-    """The version takes no new requests, and is removed when the running ones have ended."""
+    """Takes no new requests, and is gone when the running ones have ended."""
 
     @typing.final
     class ModuleRanksEntry(google.protobuf.message.Message):
@@ -153,49 +153,47 @@ class Adapter(google.protobuf.message.Message):
     version: builtins.str
     """tenants/{tenant}/adapters/{adapter}@{version}. Empty until the digest is known. At most 512 characters."""
     base_model: builtins.str
-    """models/{model}: the model that it adapts. Required when creating. At most 512 characters."""
+    """models/{model}: the model that it adapts. Required to create one. At most 512 characters."""
     source: builtins.str
-    """The place of its files: a directory under one of the roots that the operator allows, relative to a root or
-    absolute; or s3://{bucket}/{prefix} or hf://{owner}/{name}@{commit}, with or without /{folder}, under one of the
-    remote sources that the operator allows. Empty for an upload. At most 8192 characters.
+    """Where its files are: a directory under one of the roots that the operator allows, relative to a root or absolute; or
+    s3://{bucket}/{prefix} or hf://{owner}/{name}@{commit}, with or without /{folder}, under one of the remote sources.
+    Empty for an upload. At most 8192 characters.
     """
     digest: builtins.str
-    """The digest of its files: "sha256:" and 64 hex digits. If given when creating, the files must have this digest. At
-    most 128 characters.
+    """The digest of its files, "sha256:" and 64 hex digits. If given to create one, the files must have it. At most 128
+    characters.
     """
     state: Global___Adapter.State.ValueType
-    """The version's state."""
+    """Where in its life it is."""
     residency: Global___AdapterResidency.ValueType
-    """The place nearest to the device that holds the version now."""
+    """The closest place to the device where it is now."""
     current: builtins.bool
-    """Whether this is the current version: the one that the name without a version means."""
+    """Whether the bare name means this version."""
     rank: builtins.int
-    """The adapter's rank; if modules differ, the highest one."""
+    """Its rank; the highest one if modules differ."""
     alpha: builtins.float
-    """The adapter's alpha, as in adapter_config.json."""
+    """Its alpha, as configured."""
     size_bytes: builtins.int
-    """Bytes that the version takes in memory."""
+    """Bytes that it takes in memory."""
     pinned: builtins.bool
-    """Whether the version must stay on the device. All pinned adapters together may take only a part of the device's
-    memory for adapters.
-    """
+    """Whether it must stay on the device. Pins may take at most a part of the memory for adapters."""
     running_requests: builtins.int
-    """Number of requests that use the version and have their first token."""
+    """Requests that use it, from their first token on."""
     waiting_requests: builtins.int
-    """Number of requests for the version that have no token yet: they wait for the adapter or for their turn, or their
-    prompt is being computed.
+    """Requests for it that have no token yet: they wait until it is loaded, or for their turn, or their prompt is being
+    computed.
     """
     etag: builtins.str
-    """Changes whenever the version changes. A call that sends it back succeeds only if nothing has changed in between. At
-    most 128 characters.
+    """Changes with the version. Sent back in a change, it makes sure that nobody else has changed it since. At most 128
+    characters.
     """
     @property
     def error(self) -> google.rpc.status_pb2.Status:
-        """In STATE_FAILED: what went wrong. In STATE_LOADING: set if the version waits for a model that could not be loaded."""
+        """What went wrong, in STATE_FAILED; in STATE_LOADING that its model could not be loaded, which it waits for."""
 
     @property
     def module_ranks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
-        """Ranks of the modules, by module name. Only if they differ. At most 4096; keys up to 256 characters."""
+        """Ranks of the modules, by module name, only if they differ. At most 4096; keys up to 256 characters."""
 
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -203,7 +201,7 @@ class Adapter(google.protobuf.message.Message):
 
     @property
     def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Remarks on the files that do not keep the version from being used. At most 256, each at most 4096 characters."""
+        """What was remarkable about its files without being wrong. At most 256, each at most 4096 characters."""
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
@@ -215,7 +213,7 @@ class Adapter(google.protobuf.message.Message):
 
     @property
     def last_use_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When a request last used the version. Absent if none has."""
+        """When a request last used it. Absent if none did."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
@@ -285,13 +283,13 @@ class ListAdaptersRequest(google.protobuf.message.Message):
     parent: builtins.str
     """tenants/{tenant}, or tenants/- for all that the caller may see. Required. At most 512 characters."""
     page_size: builtins.int
-    """The most items in one response; there are fewer if they are large. Absent or 0: 100. From 0 to 1000."""
+    """At most this many in one response; fewer where they are large. Absent or 0: 100. From 0 to 1000."""
     page_token: builtins.str
-    """next_page_token of the previous response. Empty: begin with the first page. At most 512 characters."""
+    """From the previous response, to go on where it ended. At most 512 characters."""
     base_model: builtins.str
     """Only adapters of this model: models/{model}. At most 512 characters."""
     include_versions: builtins.bool
-    """Whether to list every version, instead of only the current one of each adapter."""
+    """Every version, instead of only the current one of each adapter."""
     def __init__(
         self,
         *,
@@ -316,7 +314,7 @@ class ListAdaptersResponse(google.protobuf.message.Message):
     ADAPTERS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
-    """The page_token of the next page. Empty: this was the last page."""
+    """For the next page. Empty: there is none."""
     @property
     def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Adapter]:
         """The adapters, ordered by name, then version."""
@@ -352,26 +350,24 @@ class CreateAdapterRequest(google.protobuf.message.Message):
     characters.
     """
     make_current: builtins.bool
-    """Whether this version becomes the current one as soon as it can be used. Absent: true."""
+    """Whether the bare name moves to this version as soon as it can be used. Absent: true."""
     residency: Global___AdapterResidency.ValueType
-    """How near to the device to bring the version. Absent: ADAPTER_RESIDENCY_HOST."""
+    """How close to the device to bring it. Absent: ADAPTER_RESIDENCY_HOST."""
     validate_only: builtins.bool
-    """Whether only to read and check the files, and register nothing. The call then returns the version that would be
-    registered. Errors: ADAPTER_INVALID, ADAPTER_BASE_MISMATCH, ADAPTER_RANK_TOO_HIGH.
+    """Read and check, but register nothing. Returns what would be registered. FAILED_PRECONDITION: ADAPTER_INVALID,
+    ADAPTER_BASE_MISMATCH, ADAPTER_RANK_TOO_HIGH.
     """
     request_id: builtins.str
-    """A UUID that makes the call idempotent: a repeated id returns the first result. Each service remembers its latest
-    1024 results, up to 8 MiB together. At most 64 characters.
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
     """
     @property
     def adapter(self) -> Global___Adapter:
-        """base_model and source are required; digest, labels and pinned may be set; the server sets all other fields."""
+        """base_model and source are required; digest, labels and pinned may be set; all else is the server's."""
 
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when the version has been loaded or has failed, or after this time. Absent: return at once. At least 0
-        s.
-        """
+        """Return only when the version is there or has failed, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -407,7 +403,7 @@ class UploadAdapterRequest(google.protobuf.message.Message):
     """The next bytes of the file. At most 1,048,576 bytes."""
     @property
     def header(self) -> Global___CreateAdapterRequest:
-        """First, exactly once: as for CreateAdapter, but without source."""
+        """First, exactly once: as for CreateAdapter, with no source."""
 
     @property
     def file(self) -> Global___UploadFile:
@@ -435,12 +431,12 @@ class UploadFile(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """The file's name: "adapter_config.json" or "adapter_model.safetensors"; for a signed adapter also "adapter.sig"; for
-    an adapter with its own tokens or chat template also "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json" and "chat_template.jinja". At most 256 characters.
+    """Its name: "adapter_config.json", "adapter_model.safetensors"; of a signed adapter "adapter.sig"; of one with a text
+    of its own "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json" and
+    "chat_template.jinja". At most 256 characters.
     """
     size_bytes: builtins.int
-    """The file's length in bytes. At least 1."""
+    """Its length in bytes. At least 1."""
     def __init__(
         self,
         *,
@@ -461,20 +457,17 @@ class UpdateAdapterRequest(google.protobuf.message.Message):
     UPDATE_MASK_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """A UUID that makes the call idempotent: a repeated id returns the first result. Each service remembers its latest
-    1024 results, up to 8 MiB together. At most 64 characters.
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
     """
     @property
     def adapter(self) -> Global___Adapter:
-        """The adapter with its new fields. Its name, with or without @{version}, says which version to change. An etag, if
-        set, must still be the current one: else ETAG_MISMATCH.
-        """
+        """Its name, with or without @{version}, says which. An etag, if set, must still be the current one."""
 
     @property
     def update_mask(self) -> google.protobuf.field_mask_pb2.FieldMask:
-        """The fields to change: labels, pinned or version. `version` moves the alias, for example to roll back, and needs a
-        name without a version; labels and pinned then apply to the version to which the alias moves. Absent: labels and
-        pinned.
+        """The fields to change, of labels, pinned, version; the last moves the alias, needs a bare name, and is how to roll
+        back: labels and pinned are then those of the version to which it moves. Absent: labels and pinned.
         """
 
     def __init__(
@@ -503,14 +496,14 @@ class DeleteAdapterRequest(google.protobuf.message.Message):
     name: builtins.str
     """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required. At most 512 characters."""
     etag: builtins.str
-    """Delete only if this is still the etag: else ETAG_MISMATCH. Absent: delete in any case. At most 128 characters."""
+    """Delete only if this is still its etag. At most 128 characters."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: a repeated id returns the first result. Each service remembers its latest
-    1024 results, up to 8 MiB together. At most 64 characters.
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
     """
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when the version is removed, or after this time. Absent: return at once. At least 0 s."""
+        """Return only when it is gone, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -542,14 +535,14 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     name: builtins.str
     """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required. At most 512 characters."""
     residency: Global___AdapterResidency.ValueType
-    """Where to bring the version: ADAPTER_RESIDENCY_HOST or ADAPTER_RESIDENCY_DEVICE. Absent: ADAPTER_RESIDENCY_DEVICE."""
+    """How close to the device: host or device. Absent: device."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: a repeated id returns the first result. Each service remembers its latest
-    1024 results, up to 8 MiB together. At most 64 characters.
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
     """
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when the version is there or has failed, or after this time. Absent: return at once. At least 0 s."""
+        """Return only when it is there or has failed, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -578,16 +571,14 @@ class UnloadAdapterRequest(google.protobuf.message.Message):
     name: builtins.str
     """tenants/{tenant}/adapters/{adapter}, with or without @{version}. Required. At most 512 characters."""
     residency: Global___AdapterResidency.ValueType
-    """Where the version may stay: ADAPTER_RESIDENCY_DISK frees its memory, ADAPTER_RESIDENCY_HOST only its room on the
-    device. Absent: ADAPTER_RESIDENCY_DISK.
-    """
+    """How far from the device: disk or host. Absent: disk."""
     request_id: builtins.str
-    """A UUID that makes the call idempotent: a repeated id returns the first result. Each service remembers its latest
-    1024 results, up to 8 MiB together. At most 64 characters.
+    """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
+    1024 of its service and these have at most 8 MiB. At most 64 characters.
     """
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Return only when the memory is free, or after this time. Absent: return at once. At least 0 s."""
+        """Return only when its memory is free, or after this time. Absent: return at once. At least 0 s."""
 
     def __init__(
         self,
@@ -636,10 +627,10 @@ class WatchAdaptersResponse(google.protobuf.message.Message):
     TYPE_FIELD_NUMBER: builtins.int
     ADAPTER_FIELD_NUMBER: builtins.int
     type: loraplex.v1.watch_pb2.WatchEventType.ValueType
-    """What the message reports."""
+    """What it says."""
     @property
     def adapter(self) -> Global___Adapter:
-        """The version that the message reports on."""
+        """The version that it says it of."""
 
     def __init__(
         self,

@@ -31,14 +31,13 @@ if _version_not_supported:
 
 
 class AdapterServiceStub(object):
-    """LoRA adapters, which come and go while the server runs. Served on the admin port; GetAdapter and ListAdapters also on
-    the data port, for every caller. For adapters of the tenant `shared`, callers of other tenants without the role
-    `admin` do not see source, residency, running_requests, waiting_requests, last_use_time and the details of error.
+    """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
-    An adapter has versions. A version is named by its content, tenants/{tenant}/adapters/{adapter}@{first 12 hex digits
-    of its digest}, and its files never change. The name without a version is an alias for one version, the current one;
-    it moves atomically. Running requests keep the version that they started with. All tenants can use adapters of the
-    tenant "shared".
+    An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
+    its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
+    Requests that are running keep the version they started with. Adapters of tenant "shared" can be used by all.
     """
 
     def __init__(self, channel):
@@ -95,85 +94,81 @@ class AdapterServiceStub(object):
 
 
 class AdapterServiceServicer(object):
-    """LoRA adapters, which come and go while the server runs. Served on the admin port; GetAdapter and ListAdapters also on
-    the data port, for every caller. For adapters of the tenant `shared`, callers of other tenants without the role
-    `admin` do not see source, residency, running_requests, waiting_requests, last_use_time and the details of error.
+    """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
-    An adapter has versions. A version is named by its content, tenants/{tenant}/adapters/{adapter}@{first 12 hex digits
-    of its digest}, and its files never change. The name without a version is an alias for one version, the current one;
-    it moves atomically. Running requests keep the version that they started with. All tenants can use adapters of the
-    tenant "shared".
+    An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
+    its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
+    Requests that are running keep the version they started with. Adapters of tenant "shared" can be used by all.
     """
 
     def GetAdapter(self, request, context):
-        """Returns one version; for a name without a version, the current one. Errors: ADAPTER_NOT_FOUND.
+        """Returns one version: the current one for a bare name. NOT_FOUND: ADAPTER_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Lists the adapters of a tenant, ordered by name, then version.
+        """Lists the adapters of a tenant, ordered by version name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateAdapter(self, request, context):
-        """Registers a version from files that the server can reach, and returns it: in STATE_LOADING, or in its state after
-        `wait`. If a version with the same digest is registered already, nothing changes and that version is returned. If
-        the files are not a valid adapter, the call still succeeds, except with validate_only, and the version is in
-        STATE_FAILED. Errors: SOURCE_NOT_ALLOWED, ADAPTER_UNTRUSTED, TENANT_QUOTA, ALREADY_EXISTS, ADAPTER_UNREADABLE for
-        files that cannot be fetched, and ADAPTER_INVALID for files that have no digest, such as a directory without
-        adapter_config.json.
+        """Registers a version from files that the server can reach, and returns it: in STATE_LOADING, or as it is after
+        `wait`. Files whose digest is registered already are a no-op that returns the version as it is. Files that turn
+        out not to be a valid adapter are not an error of this call unless validate_only: the version is in STATE_FAILED.
+        PERMISSION_DENIED: SOURCE_NOT_ALLOWED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadAdapter(self, request_iterator, context):
-        """Registers a version from files that the caller sends: first a header, then for each file an UploadFile followed by
-        its chunks. Otherwise as CreateAdapter.
+        """Registers a version from files that the caller sends: first a header, then each file as its start and its chunks.
+        Otherwise as CreateAdapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAdapter(self, request, context):
-        """Changes labels or pinning of a version, or moves the alias of an adapter to another of its versions. Errors:
-        ADAPTER_NOT_FOUND, ETAG_MISMATCH, ADAPTER_PIN_LIMIT.
+        """Changes labels or pinning of a version, or moves the alias of an adapter to another of its versions.
+        ABORTED: ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Starts to delete a version, or for a name without a version all versions: new requests are refused, running ones
-        are not disturbed. Returns the version in STATE_DELETING, or with `wait` its last state. Errors: ADAPTER_NOT_FOUND,
-        ETAG_MISMATCH, and ADAPTER_IS_CURRENT for the current version while there are others.
+        """Starts to delete a version, or for a bare name all versions: new requests are refused, running ones end in peace.
+        Returns it in STATE_DELETING, or as it was last after `wait`. FAILED_PRECONDITION: ADAPTER_IS_CURRENT for the
+        current version while there are others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Brings a version into host memory or to the device, ahead of its first request.
+        """Brings a version closer to the device, ahead of its first request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Frees the memory of a version, once no running request uses it. Its next request loads it again. Errors:
-        ADAPTER_PINNED.
+        """Frees the memory of a version, once no running request uses it. Its next request loads it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """Sends all versions, then every change of a version, including changes of residency. running_requests,
-        waiting_requests and last_use_time are sent with other changes, but a change of these alone sends nothing.
+        """Sends all versions, then every change of one, from tier to tier too. How many requests use or wait for a version, and
+        when one last did, is sent with other changes, and is no change by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -236,14 +231,13 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService(object):
-    """LoRA adapters, which come and go while the server runs. Served on the admin port; GetAdapter and ListAdapters also on
-    the data port, for every caller. For adapters of the tenant `shared`, callers of other tenants without the role
-    `admin` do not see source, residency, running_requests, waiting_requests, last_use_time and the details of error.
+    """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
-    An adapter has versions. A version is named by its content, tenants/{tenant}/adapters/{adapter}@{first 12 hex digits
-    of its digest}, and its files never change. The name without a version is an alias for one version, the current one;
-    it moves atomically. Running requests keep the version that they started with. All tenants can use adapters of the
-    tenant "shared".
+    An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
+    its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
+    Requests that are running keep the version they started with. Adapters of tenant "shared" can be used by all.
     """
 
     @staticmethod

@@ -170,14 +170,13 @@ _AdapterServiceWatchAdaptersType = typing_extensions.TypeVar(
 )
 
 class AdapterServiceStub(typing.Generic[_AdapterServiceGetAdapterType, _AdapterServiceListAdaptersType, _AdapterServiceCreateAdapterType, _AdapterServiceUploadAdapterType, _AdapterServiceUpdateAdapterType, _AdapterServiceDeleteAdapterType, _AdapterServiceLoadAdapterType, _AdapterServiceUnloadAdapterType, _AdapterServiceWatchAdaptersType]):
-    """LoRA adapters, which come and go while the server runs. Served on the admin port; GetAdapter and ListAdapters also on
-    the data port, for every caller. For adapters of the tenant `shared`, callers of other tenants without the role
-    `admin` do not see source, residency, running_requests, waiting_requests, last_use_time and the details of error.
+    """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
-    An adapter has versions. A version is named by its content, tenants/{tenant}/adapters/{adapter}@{first 12 hex digits
-    of its digest}, and its files never change. The name without a version is an alias for one version, the current one;
-    it moves atomically. Running requests keep the version that they started with. All tenants can use adapters of the
-    tenant "shared".
+    An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
+    its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
+    Requests that are running keep the version they started with. Adapters of tenant "shared" can be used by all.
     """
 
     @typing.overload
@@ -261,47 +260,43 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceGetAdapterType, _AdapterS
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetAdapter: _AdapterServiceGetAdapterType
-    """Returns one version; for a name without a version, the current one. Errors: ADAPTER_NOT_FOUND."""
+    """Returns one version: the current one for a bare name. NOT_FOUND: ADAPTER_NOT_FOUND."""
 
     ListAdapters: _AdapterServiceListAdaptersType
-    """Lists the adapters of a tenant, ordered by name, then version."""
+    """Lists the adapters of a tenant, ordered by version name."""
 
     CreateAdapter: _AdapterServiceCreateAdapterType
-    """Registers a version from files that the server can reach, and returns it: in STATE_LOADING, or in its state after
-    `wait`. If a version with the same digest is registered already, nothing changes and that version is returned. If
-    the files are not a valid adapter, the call still succeeds, except with validate_only, and the version is in
-    STATE_FAILED. Errors: SOURCE_NOT_ALLOWED, ADAPTER_UNTRUSTED, TENANT_QUOTA, ALREADY_EXISTS, ADAPTER_UNREADABLE for
-    files that cannot be fetched, and ADAPTER_INVALID for files that have no digest, such as a directory without
-    adapter_config.json.
+    """Registers a version from files that the server can reach, and returns it: in STATE_LOADING, or as it is after
+    `wait`. Files whose digest is registered already are a no-op that returns the version as it is. Files that turn
+    out not to be a valid adapter are not an error of this call unless validate_only: the version is in STATE_FAILED.
+    PERMISSION_DENIED: SOURCE_NOT_ALLOWED.
     """
 
     UploadAdapter: _AdapterServiceUploadAdapterType
-    """Registers a version from files that the caller sends: first a header, then for each file an UploadFile followed by
-    its chunks. Otherwise as CreateAdapter.
+    """Registers a version from files that the caller sends: first a header, then each file as its start and its chunks.
+    Otherwise as CreateAdapter.
     """
 
     UpdateAdapter: _AdapterServiceUpdateAdapterType
-    """Changes labels or pinning of a version, or moves the alias of an adapter to another of its versions. Errors:
-    ADAPTER_NOT_FOUND, ETAG_MISMATCH, ADAPTER_PIN_LIMIT.
+    """Changes labels or pinning of a version, or moves the alias of an adapter to another of its versions.
+    ABORTED: ETAG_MISMATCH.
     """
 
     DeleteAdapter: _AdapterServiceDeleteAdapterType
-    """Starts to delete a version, or for a name without a version all versions: new requests are refused, running ones
-    are not disturbed. Returns the version in STATE_DELETING, or with `wait` its last state. Errors: ADAPTER_NOT_FOUND,
-    ETAG_MISMATCH, and ADAPTER_IS_CURRENT for the current version while there are others.
+    """Starts to delete a version, or for a bare name all versions: new requests are refused, running ones end in peace.
+    Returns it in STATE_DELETING, or as it was last after `wait`. FAILED_PRECONDITION: ADAPTER_IS_CURRENT for the
+    current version while there are others.
     """
 
     LoadAdapter: _AdapterServiceLoadAdapterType
-    """Brings a version into host memory or to the device, ahead of its first request."""
+    """Brings a version closer to the device, ahead of its first request."""
 
     UnloadAdapter: _AdapterServiceUnloadAdapterType
-    """Frees the memory of a version, once no running request uses it. Its next request loads it again. Errors:
-    ADAPTER_PINNED.
-    """
+    """Frees the memory of a version, once no running request uses it. Its next request loads it again."""
 
     WatchAdapters: _AdapterServiceWatchAdaptersType
-    """Sends all versions, then every change of a version, including changes of residency. running_requests,
-    waiting_requests and last_use_time are sent with other changes, but a change of these alone sends nothing.
+    """Sends all versions, then every change of one, from tier to tier too. How many requests use or wait for a version, and
+    when one last did, is sent with other changes, and is no change by itself.
     """
 
 AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
@@ -344,14 +339,13 @@ AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
 ]
 
 class AdapterServiceServicer(metaclass=abc.ABCMeta):
-    """LoRA adapters, which come and go while the server runs. Served on the admin port; GetAdapter and ListAdapters also on
-    the data port, for every caller. For adapters of the tenant `shared`, callers of other tenants without the role
-    `admin` do not see source, residency, running_requests, waiting_requests, last_use_time and the details of error.
+    """LoRA adapters, which come and go while the server runs. Admin port; GetAdapter and ListAdapters on the data port, too,
+    for every caller. Of another tenant's, callers without the role `admin` are not told source, residency,
+    running_requests, waiting_requests, last_use_time and what is wrong.
 
-    An adapter has versions. A version is named by its content, tenants/{tenant}/adapters/{adapter}@{first 12 hex digits
-    of its digest}, and its files never change. The name without a version is an alias for one version, the current one;
-    it moves atomically. Running requests keep the version that they started with. All tenants can use adapters of the
-    tenant "shared".
+    An adapter has versions. A version is tenants/{tenant}/adapters/{adapter}@{first 12 hex digits of its digest}: it is
+    its content, and never changes. The bare name is an alias for one version, the current one, and moves at one moment.
+    Requests that are running keep the version they started with. Adapters of tenant "shared" can be used by all.
     """
 
     @abc.abstractmethod
@@ -360,7 +354,7 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.adapters_pb2.GetAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.adapters_pb2.Adapter, collections.abc.Awaitable[loraplex.v1.adapters_pb2.Adapter]]:
-        """Returns one version; for a name without a version, the current one. Errors: ADAPTER_NOT_FOUND."""
+        """Returns one version: the current one for a bare name. NOT_FOUND: ADAPTER_NOT_FOUND."""
 
     @abc.abstractmethod
     def ListAdapters(
@@ -368,7 +362,7 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.adapters_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.adapters_pb2.ListAdaptersResponse, collections.abc.Awaitable[loraplex.v1.adapters_pb2.ListAdaptersResponse]]:
-        """Lists the adapters of a tenant, ordered by name, then version."""
+        """Lists the adapters of a tenant, ordered by version name."""
 
     @abc.abstractmethod
     def CreateAdapter(
@@ -376,12 +370,10 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.adapters_pb2.CreateAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.adapters_pb2.Adapter, collections.abc.Awaitable[loraplex.v1.adapters_pb2.Adapter]]:
-        """Registers a version from files that the server can reach, and returns it: in STATE_LOADING, or in its state after
-        `wait`. If a version with the same digest is registered already, nothing changes and that version is returned. If
-        the files are not a valid adapter, the call still succeeds, except with validate_only, and the version is in
-        STATE_FAILED. Errors: SOURCE_NOT_ALLOWED, ADAPTER_UNTRUSTED, TENANT_QUOTA, ALREADY_EXISTS, ADAPTER_UNREADABLE for
-        files that cannot be fetched, and ADAPTER_INVALID for files that have no digest, such as a directory without
-        adapter_config.json.
+        """Registers a version from files that the server can reach, and returns it: in STATE_LOADING, or as it is after
+        `wait`. Files whose digest is registered already are a no-op that returns the version as it is. Files that turn
+        out not to be a valid adapter are not an error of this call unless validate_only: the version is in STATE_FAILED.
+        PERMISSION_DENIED: SOURCE_NOT_ALLOWED.
         """
 
     @abc.abstractmethod
@@ -390,8 +382,8 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[loraplex.v1.adapters_pb2.UploadAdapterRequest],
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.adapters_pb2.Adapter, collections.abc.Awaitable[loraplex.v1.adapters_pb2.Adapter]]:
-        """Registers a version from files that the caller sends: first a header, then for each file an UploadFile followed by
-        its chunks. Otherwise as CreateAdapter.
+        """Registers a version from files that the caller sends: first a header, then each file as its start and its chunks.
+        Otherwise as CreateAdapter.
         """
 
     @abc.abstractmethod
@@ -400,8 +392,8 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.adapters_pb2.UpdateAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.adapters_pb2.Adapter, collections.abc.Awaitable[loraplex.v1.adapters_pb2.Adapter]]:
-        """Changes labels or pinning of a version, or moves the alias of an adapter to another of its versions. Errors:
-        ADAPTER_NOT_FOUND, ETAG_MISMATCH, ADAPTER_PIN_LIMIT.
+        """Changes labels or pinning of a version, or moves the alias of an adapter to another of its versions.
+        ABORTED: ETAG_MISMATCH.
         """
 
     @abc.abstractmethod
@@ -410,9 +402,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.adapters_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.adapters_pb2.Adapter, collections.abc.Awaitable[loraplex.v1.adapters_pb2.Adapter]]:
-        """Starts to delete a version, or for a name without a version all versions: new requests are refused, running ones
-        are not disturbed. Returns the version in STATE_DELETING, or with `wait` its last state. Errors: ADAPTER_NOT_FOUND,
-        ETAG_MISMATCH, and ADAPTER_IS_CURRENT for the current version while there are others.
+        """Starts to delete a version, or for a bare name all versions: new requests are refused, running ones end in peace.
+        Returns it in STATE_DELETING, or as it was last after `wait`. FAILED_PRECONDITION: ADAPTER_IS_CURRENT for the
+        current version while there are others.
         """
 
     @abc.abstractmethod
@@ -421,7 +413,7 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.adapters_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.adapters_pb2.Adapter, collections.abc.Awaitable[loraplex.v1.adapters_pb2.Adapter]]:
-        """Brings a version into host memory or to the device, ahead of its first request."""
+        """Brings a version closer to the device, ahead of its first request."""
 
     @abc.abstractmethod
     def UnloadAdapter(
@@ -429,9 +421,7 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.adapters_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.adapters_pb2.Adapter, collections.abc.Awaitable[loraplex.v1.adapters_pb2.Adapter]]:
-        """Frees the memory of a version, once no running request uses it. Its next request loads it again. Errors:
-        ADAPTER_PINNED.
-        """
+        """Frees the memory of a version, once no running request uses it. Its next request loads it again."""
 
     @abc.abstractmethod
     def WatchAdapters(
@@ -439,8 +429,8 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.adapters_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.adapters_pb2.WatchAdaptersResponse], collections.abc.AsyncIterator[loraplex.v1.adapters_pb2.WatchAdaptersResponse]]:
-        """Sends all versions, then every change of a version, including changes of residency. running_requests,
-        waiting_requests and last_use_time are sent with other changes, but a change of these alone sends nothing.
+        """Sends all versions, then every change of one, from tier to tier too. How many requests use or wait for a version, and
+        when one last did, is sent with other changes, and is no change by itself.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -27,23 +27,21 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_INVALID_PARAMETER: _ErrorReason.ValueType  # 1
     """INVALID_ARGUMENT: a field has a value outside its limits. BadRequest holds the path of each such field."""
     ERROR_REASON_PROMPT_TOO_LONG: _ErrorReason.ValueType  # 2
-    """INVALID_ARGUMENT: the prompt, or the prompt together with max_tokens, does not fit the model's context. BadRequest."""
+    """INVALID_ARGUMENT: the prompt, or prompt and output together, do not fit the model's context. BadRequest."""
     ERROR_REASON_FEATURE_UNSUPPORTED: _ErrorReason.ValueType  # 3
     """UNIMPLEMENTED: this server, model or device cannot do what the field asks. BadRequest names the field."""
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 4
-    """UNAUTHENTICATED: the call has no credentials, or invalid ones."""
+    """UNAUTHENTICATED: no credentials, or not valid ones."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 5
-    """PERMISSION_DENIED: the caller may not do this. The check comes before any look-up, so it does not reveal whether
-    the resource exists.
-    """
+    """PERMISSION_DENIED: the caller may not do this. Checked before existence is revealed."""
     ERROR_REASON_SOURCE_NOT_ALLOWED: _ErrorReason.ValueType  # 6
-    """PERMISSION_DENIED: the source is not under any root or remote source that the operator allows."""
+    """PERMISSION_DENIED: the source is under none of the roots that the operator allows."""
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 7
-    """NOT_FOUND: there is no such model, nor an adapter or route that the field `model` could mean. ResourceInfo."""
+    """NOT_FOUND: no such model, nor anything else that the field `model` could mean. ResourceInfo."""
     ERROR_REASON_ADAPTER_NOT_FOUND: _ErrorReason.ValueType  # 8
-    """NOT_FOUND: there is no such adapter, or no such version of it. ResourceInfo."""
+    """NOT_FOUND: no such adapter, or no such version of it. ResourceInfo."""
     ERROR_REASON_ROUTE_NOT_FOUND: _ErrorReason.ValueType  # 9
-    """NOT_FOUND: there is no such route. ResourceInfo."""
+    """NOT_FOUND: no such route. ResourceInfo."""
     ERROR_REASON_ADAPTER_BASE_MISMATCH: _ErrorReason.ValueType  # 10
     """FAILED_PRECONDITION: the adapter's shapes do not fit the base model."""
     ERROR_REASON_ADAPTER_RANK_TOO_HIGH: _ErrorReason.ValueType  # 11
@@ -59,19 +57,17 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_ALREADY_EXISTS: _ErrorReason.ValueType  # 15
     """ALREADY_EXISTS: the name or version exists with other content."""
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 16
-    """ABORTED: the resource has changed since it was read, so that its etag differs. Read it again."""
+    """ABORTED: the resource changed since it was read: its etag is another one now. Read it again."""
     ERROR_REASON_TENANT_QUOTA: _ErrorReason.ValueType  # 17
-    """RESOURCE_EXHAUSTED: the tenant is over its quota. Other replicas would refuse it too. QuotaFailure and RetryInfo."""
+    """RESOURCE_EXHAUSTED: the tenant is over its quota. QuotaFailure and RetryInfo. Other replicas will say the same."""
     ERROR_REASON_SLOW_CONSUMER: _ErrorReason.ValueType  # 18
-    """RESOURCE_EXHAUSTED: the caller read its stream too slowly, so the server ended it; or the tenant has left so many
-    bytes of responses unread that it gets no more.
+    """RESOURCE_EXHAUSTED: the caller reads its stream too slowly, and it was cut; or the tenant has left so many answers
+    unread that it gets no more.
     """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 19
     """UNAVAILABLE: the queue is full, or the deadline cannot be met. RetryInfo."""
     ERROR_REASON_ADAPTER_COLD: _ErrorReason.ValueType  # 20
-    """UNAVAILABLE: the adapter is not on the device, and the request does not wait for it, or has waited as long as it
-    may. RetryInfo.
-    """
+    """UNAVAILABLE: the adapter is not on the device, and the request would not wait (longer). RetryInfo."""
     ERROR_REASON_MODEL_LOADING: _ErrorReason.ValueType  # 21
     """UNAVAILABLE: the model is still loading. RetryInfo."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 22
@@ -79,7 +75,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_ENGINE_RESTARTING: _ErrorReason.ValueType  # 23
     """UNAVAILABLE: the model's engine ended and is starting again. RetryInfo."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 24
-    """DEADLINE_EXCEEDED: the call's deadline passed, or a message of the call did not arrive in time."""
+    """DEADLINE_EXCEEDED: the call's deadline passed, or a message of the call did not come in time."""
     ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 25
     """CANCELLED: the call was cancelled by CancelGeneration."""
     ERROR_REASON_ENGINE_ERROR: _ErrorReason.ValueType  # 26
@@ -87,44 +83,39 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_ADAPTER_TOO_LARGE: _ErrorReason.ValueType  # 27
     """FAILED_PRECONDITION: the adapter needs more memory than all adapters of its model together may use."""
     ERROR_REASON_ADAPTER_UNREADABLE: _ErrorReason.ValueType  # 28
-    """FAILED_PRECONDITION: the adapter's files could not be read, although they may be valid. Adapter.error says what
-    failed. For a generation the status is UNAVAILABLE, with RetryInfo.
+    """FAILED_PRECONDITION: the adapter's files could not be read; they may be good. The version says what failed. UNAVAILABLE
+    for a request, with RetryInfo.
     """
     ERROR_REASON_ADAPTER_PINNED: _ErrorReason.ValueType  # 29
     """FAILED_PRECONDITION: the version is pinned to the device. Unpin it first."""
     ERROR_REASON_ADAPTER_PIN_LIMIT: _ErrorReason.ValueType  # 30
-    """FAILED_PRECONDITION: other pinned adapters take all of the device memory that pins may take. Unpin some."""
+    """FAILED_PRECONDITION: pins may take a part of the device's memory for adapters, and others take it. Unpin some."""
     ERROR_REASON_ADAPTER_UNTRUSTED: _ErrorReason.ValueType  # 31
-    """PERMISSION_DENIED: the tenant accepts only signed or listed adapters, and this one is neither. FAILED_PRECONDITION
-    for a version that was accepted when it was registered, and no longer when the server last started.
+    """PERMISSION_DENIED: the tenant accepts signed or listed adapters alone, and this one is neither. FAILED_PRECONDITION
+    for a version that it accepted when it was registered, and no longer when the server started.
     """
     ERROR_REASON_USAGE_RECORD_NOT_FOUND: _ErrorReason.ValueType  # 32
-    """NOT_FOUND: no usage file has a record with this id any more. Begin with the oldest record by leaving after_id out.
-    ResourceInfo.
-    """
+    """NOT_FOUND: no usage file has a record with this id any more. Begin with the oldest one that is there."""
     ERROR_REASON_USAGE_UNWRITABLE: _ErrorReason.ValueType  # 33
-    """UNAVAILABLE: too many usage records wait in memory because their file cannot be written. RetryInfo."""
+    """UNAVAILABLE: too many usage records wait to be written, since their file cannot be. RetryInfo."""
     ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 34
-    """RESOURCE_EXHAUSTED: a request, or the response of a unary call, has more bytes than a message of its method may
-    have. ServerInfo states the limits of requests. ErrorInfo.metadata holds `bytes` and `limit_bytes`.
+    """RESOURCE_EXHAUSTED: a request has more bytes than a message of its method may have (ServerInfo says how many), or
+    the answer to a unary call would have. ErrorInfo.metadata holds `bytes` and `limit_bytes`.
     """
     ERROR_REASON_USAGE_UNREADABLE: _ErrorReason.ValueType  # 35
-    """UNAVAILABLE: the usage files cannot be read now, because there are none or the disk fails. RetryInfo."""
+    """UNAVAILABLE: the usage files cannot be read now: there are none, or the disk fails. RetryInfo."""
     ERROR_REASON_STATE_UNWRITABLE: _ErrorReason.ValueType  # 36
-    """UNAVAILABLE: the change cannot be saved now, because the disk is full or fails. The change has not been made.
-    RetryInfo.
-    """
+    """UNAVAILABLE: the change cannot be saved now, since the disk is full or fails; it is not in force. RetryInfo."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
 
     Every error status of the server carries a google.rpc.ErrorInfo whose domain is "loraplex" and whose reason is one of
-    these names without the prefix ERROR_REASON_, for example "PROMPT_TOO_LONG". Errors that do not come from the server
-    have no ErrorInfo: those of a proxy or of the caller's own library, and refusals by gRPC itself, such as of metadata
-    or messages larger than any method accepts, or of an unknown compression. The status code alone decides what a caller
-    should do: UNAVAILABLE means "try again, perhaps another replica", and is the only code to retry automatically. All
-    details of a status together are smaller than 4 KiB. In the comments below, BadRequest, ResourceInfo, QuotaFailure,
-    RetryInfo and RequestInfo are further details from google.rpc.
+    these names without the prefix ERROR_REASON_, for example "PROMPT_TOO_LONG". What gRPC itself refuses before the
+    server sees it has none: metadata or messages beyond what any method takes, compression that it does not know, and
+    what a proxy or the caller's own library says. The status code alone decides what a caller does:
+    UNAVAILABLE means "try again, perhaps another replica" and is the only code to retry automatically. All details of a
+    status together are smaller than 4 KiB.
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
@@ -132,23 +123,21 @@ ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INVALID_PARAMETER: ErrorReason.ValueType  # 1
 """INVALID_ARGUMENT: a field has a value outside its limits. BadRequest holds the path of each such field."""
 ERROR_REASON_PROMPT_TOO_LONG: ErrorReason.ValueType  # 2
-"""INVALID_ARGUMENT: the prompt, or the prompt together with max_tokens, does not fit the model's context. BadRequest."""
+"""INVALID_ARGUMENT: the prompt, or prompt and output together, do not fit the model's context. BadRequest."""
 ERROR_REASON_FEATURE_UNSUPPORTED: ErrorReason.ValueType  # 3
 """UNIMPLEMENTED: this server, model or device cannot do what the field asks. BadRequest names the field."""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 4
-"""UNAUTHENTICATED: the call has no credentials, or invalid ones."""
+"""UNAUTHENTICATED: no credentials, or not valid ones."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 5
-"""PERMISSION_DENIED: the caller may not do this. The check comes before any look-up, so it does not reveal whether
-the resource exists.
-"""
+"""PERMISSION_DENIED: the caller may not do this. Checked before existence is revealed."""
 ERROR_REASON_SOURCE_NOT_ALLOWED: ErrorReason.ValueType  # 6
-"""PERMISSION_DENIED: the source is not under any root or remote source that the operator allows."""
+"""PERMISSION_DENIED: the source is under none of the roots that the operator allows."""
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 7
-"""NOT_FOUND: there is no such model, nor an adapter or route that the field `model` could mean. ResourceInfo."""
+"""NOT_FOUND: no such model, nor anything else that the field `model` could mean. ResourceInfo."""
 ERROR_REASON_ADAPTER_NOT_FOUND: ErrorReason.ValueType  # 8
-"""NOT_FOUND: there is no such adapter, or no such version of it. ResourceInfo."""
+"""NOT_FOUND: no such adapter, or no such version of it. ResourceInfo."""
 ERROR_REASON_ROUTE_NOT_FOUND: ErrorReason.ValueType  # 9
-"""NOT_FOUND: there is no such route. ResourceInfo."""
+"""NOT_FOUND: no such route. ResourceInfo."""
 ERROR_REASON_ADAPTER_BASE_MISMATCH: ErrorReason.ValueType  # 10
 """FAILED_PRECONDITION: the adapter's shapes do not fit the base model."""
 ERROR_REASON_ADAPTER_RANK_TOO_HIGH: ErrorReason.ValueType  # 11
@@ -164,19 +153,17 @@ ERROR_REASON_MODEL_UNLOADED: ErrorReason.ValueType  # 14
 ERROR_REASON_ALREADY_EXISTS: ErrorReason.ValueType  # 15
 """ALREADY_EXISTS: the name or version exists with other content."""
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 16
-"""ABORTED: the resource has changed since it was read, so that its etag differs. Read it again."""
+"""ABORTED: the resource changed since it was read: its etag is another one now. Read it again."""
 ERROR_REASON_TENANT_QUOTA: ErrorReason.ValueType  # 17
-"""RESOURCE_EXHAUSTED: the tenant is over its quota. Other replicas would refuse it too. QuotaFailure and RetryInfo."""
+"""RESOURCE_EXHAUSTED: the tenant is over its quota. QuotaFailure and RetryInfo. Other replicas will say the same."""
 ERROR_REASON_SLOW_CONSUMER: ErrorReason.ValueType  # 18
-"""RESOURCE_EXHAUSTED: the caller read its stream too slowly, so the server ended it; or the tenant has left so many
-bytes of responses unread that it gets no more.
+"""RESOURCE_EXHAUSTED: the caller reads its stream too slowly, and it was cut; or the tenant has left so many answers
+unread that it gets no more.
 """
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 19
 """UNAVAILABLE: the queue is full, or the deadline cannot be met. RetryInfo."""
 ERROR_REASON_ADAPTER_COLD: ErrorReason.ValueType  # 20
-"""UNAVAILABLE: the adapter is not on the device, and the request does not wait for it, or has waited as long as it
-may. RetryInfo.
-"""
+"""UNAVAILABLE: the adapter is not on the device, and the request would not wait (longer). RetryInfo."""
 ERROR_REASON_MODEL_LOADING: ErrorReason.ValueType  # 21
 """UNAVAILABLE: the model is still loading. RetryInfo."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 22
@@ -184,7 +171,7 @@ ERROR_REASON_DRAINING: ErrorReason.ValueType  # 22
 ERROR_REASON_ENGINE_RESTARTING: ErrorReason.ValueType  # 23
 """UNAVAILABLE: the model's engine ended and is starting again. RetryInfo."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 24
-"""DEADLINE_EXCEEDED: the call's deadline passed, or a message of the call did not arrive in time."""
+"""DEADLINE_EXCEEDED: the call's deadline passed, or a message of the call did not come in time."""
 ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 25
 """CANCELLED: the call was cancelled by CancelGeneration."""
 ERROR_REASON_ENGINE_ERROR: ErrorReason.ValueType  # 26
@@ -192,31 +179,27 @@ ERROR_REASON_ENGINE_ERROR: ErrorReason.ValueType  # 26
 ERROR_REASON_ADAPTER_TOO_LARGE: ErrorReason.ValueType  # 27
 """FAILED_PRECONDITION: the adapter needs more memory than all adapters of its model together may use."""
 ERROR_REASON_ADAPTER_UNREADABLE: ErrorReason.ValueType  # 28
-"""FAILED_PRECONDITION: the adapter's files could not be read, although they may be valid. Adapter.error says what
-failed. For a generation the status is UNAVAILABLE, with RetryInfo.
+"""FAILED_PRECONDITION: the adapter's files could not be read; they may be good. The version says what failed. UNAVAILABLE
+for a request, with RetryInfo.
 """
 ERROR_REASON_ADAPTER_PINNED: ErrorReason.ValueType  # 29
 """FAILED_PRECONDITION: the version is pinned to the device. Unpin it first."""
 ERROR_REASON_ADAPTER_PIN_LIMIT: ErrorReason.ValueType  # 30
-"""FAILED_PRECONDITION: other pinned adapters take all of the device memory that pins may take. Unpin some."""
+"""FAILED_PRECONDITION: pins may take a part of the device's memory for adapters, and others take it. Unpin some."""
 ERROR_REASON_ADAPTER_UNTRUSTED: ErrorReason.ValueType  # 31
-"""PERMISSION_DENIED: the tenant accepts only signed or listed adapters, and this one is neither. FAILED_PRECONDITION
-for a version that was accepted when it was registered, and no longer when the server last started.
+"""PERMISSION_DENIED: the tenant accepts signed or listed adapters alone, and this one is neither. FAILED_PRECONDITION
+for a version that it accepted when it was registered, and no longer when the server started.
 """
 ERROR_REASON_USAGE_RECORD_NOT_FOUND: ErrorReason.ValueType  # 32
-"""NOT_FOUND: no usage file has a record with this id any more. Begin with the oldest record by leaving after_id out.
-ResourceInfo.
-"""
+"""NOT_FOUND: no usage file has a record with this id any more. Begin with the oldest one that is there."""
 ERROR_REASON_USAGE_UNWRITABLE: ErrorReason.ValueType  # 33
-"""UNAVAILABLE: too many usage records wait in memory because their file cannot be written. RetryInfo."""
+"""UNAVAILABLE: too many usage records wait to be written, since their file cannot be. RetryInfo."""
 ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 34
-"""RESOURCE_EXHAUSTED: a request, or the response of a unary call, has more bytes than a message of its method may
-have. ServerInfo states the limits of requests. ErrorInfo.metadata holds `bytes` and `limit_bytes`.
+"""RESOURCE_EXHAUSTED: a request has more bytes than a message of its method may have (ServerInfo says how many), or
+the answer to a unary call would have. ErrorInfo.metadata holds `bytes` and `limit_bytes`.
 """
 ERROR_REASON_USAGE_UNREADABLE: ErrorReason.ValueType  # 35
-"""UNAVAILABLE: the usage files cannot be read now, because there are none or the disk fails. RetryInfo."""
+"""UNAVAILABLE: the usage files cannot be read now: there are none, or the disk fails. RetryInfo."""
 ERROR_REASON_STATE_UNWRITABLE: ErrorReason.ValueType  # 36
-"""UNAVAILABLE: the change cannot be saved now, because the disk is full or fails. The change has not been made.
-RetryInfo.
-"""
+"""UNAVAILABLE: the change cannot be saved now, since the disk is full or fails; it is not in force. RetryInfo."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason

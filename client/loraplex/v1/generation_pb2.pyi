@@ -28,44 +28,43 @@ class _OnCold:
 class _OnColdEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_OnCold.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     ON_COLD_UNSPECIFIED: _OnCold.ValueType  # 0
-    """The default: as ON_COLD_WAIT."""
+    """The default: wait."""
     ON_COLD_WAIT: _OnCold.ValueType  # 1
-    """Load the adapter and wait for it. Other requests go on meanwhile."""
+    """Load it and wait for it. Other requests go on meanwhile."""
     ON_COLD_FAIL: _OnCold.ValueType  # 2
-    """Fail at once with UNAVAILABLE (ADAPTER_COLD). The adapter is still brought to the device for the next call, as soon
-    as there is room that no request uses.
+    """Fail at once with UNAVAILABLE (ADAPTER_COLD), and bring it to the device for the next call, as soon as there is
+    room that no request uses.
     """
     ON_COLD_USE_BASE: _OnCold.ValueType  # 3
-    """Use the base model without the adapter, and set ResolvedTarget.fell_back_to_base. The adapter is still brought to
-    the device, as with ON_COLD_FAIL.
+    """Use the base model without the adapter, say so in ResolvedTarget.fell_back_to_base, and bring the adapter to the
+    device as with ON_COLD_FAIL.
     """
 
 class OnCold(_OnCold, metaclass=_OnColdEnumTypeWrapper):
     """What to do when an adapter is not on the device."""
 
 ON_COLD_UNSPECIFIED: OnCold.ValueType  # 0
-"""The default: as ON_COLD_WAIT."""
+"""The default: wait."""
 ON_COLD_WAIT: OnCold.ValueType  # 1
-"""Load the adapter and wait for it. Other requests go on meanwhile."""
+"""Load it and wait for it. Other requests go on meanwhile."""
 ON_COLD_FAIL: OnCold.ValueType  # 2
-"""Fail at once with UNAVAILABLE (ADAPTER_COLD). The adapter is still brought to the device for the next call, as soon
-as there is room that no request uses.
+"""Fail at once with UNAVAILABLE (ADAPTER_COLD), and bring it to the device for the next call, as soon as there is
+room that no request uses.
 """
 ON_COLD_USE_BASE: OnCold.ValueType  # 3
-"""Use the base model without the adapter, and set ResolvedTarget.fell_back_to_base. The adapter is still brought to
-the device, as with ON_COLD_FAIL.
+"""Use the base model without the adapter, say so in ResolvedTarget.fell_back_to_base, and bring the adapter to the
+device as with ON_COLD_FAIL.
 """
 Global___OnCold: typing_extensions.TypeAlias = OnCold
 
 @typing.final
 class GenerateSpec(google.protobuf.message.Message):
-    """One generation: the model, the prompt, the choice of tokens, the end of the output, and what is returned.
+    """One generation: which model, what it reads, how it chooses tokens, when it stops, what comes back.
 
-    Absent and zero differ. An absent field of `sampling` has the route's default, else the model's, else the default
-    stated here; other absent fields have the default stated here. A field set to zero is zero (temperature 0 is greedy).
-    A field that the server does not support is refused with UNIMPLEMENTED (reason FEATURE_UNSUPPORTED, naming the
-    field), never ignored. A value outside the limits stated here is refused with INVALID_ARGUMENT (reason
-    INVALID_PARAMETER, with the path of the field).
+    Presence has meaning throughout: a field that is absent takes the route's default, else the model's, else the one
+    stated here; a field that is set to zero is zero (temperature 0 is greedy). A field that the server does not support
+    is refused with UNIMPLEMENTED (reason FEATURE_UNSUPPORTED, naming the field), never ignored. A value outside the
+    limits stated here is refused with INVALID_ARGUMENT (reason INVALID_PARAMETER, with the path of the field).
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -99,7 +98,7 @@ class GenerateSpec(google.protobuf.message.Message):
     CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """The model, adapter or route that generates. Required, at most 512 characters. One of
+    """What generates. Required, at most 512 characters. One of
       models/{model}
       tenants/{tenant}/adapters/{adapter}                 the adapter's current version
       tenants/{tenant}/adapters/{adapter}@{version}       one version, for ever the same bytes
@@ -113,18 +112,16 @@ class GenerateSpec(google.protobuf.message.Message):
                                                           is defined: INVALID_PARAMETER
     """
     priority: builtins.int
-    """Priority when requests wait: higher runs first. Absent: 0. From -100 to 100; a value above the tenant's highest is
-    lowered to that.
-    """
+    """Who goes first under load: higher before lower. Absent: 0. From -100 to 100, cut to the tenant's ceiling."""
     client_request_id: builtins.str
-    """The caller's own id for this request. It is returned in the response, appears in the server's logs, usage records
-    and traces, and is accepted by CancelGeneration. It need not be unique and makes no call idempotent: the server
-    gives each request an id of its own (metadata loraplex-request-id, Started.request_id). Absent: the metadata
-    x-request-id. At most 128 characters.
+    """The caller's own name for this request. It comes back in the answer, and is in the server's logs, usage records and
+    traces; CancelGeneration takes it. It need not be unique, and makes nothing idempotent: the server gives each
+    request an id of its own (metadata loraplex-request-id, Started.request_id). Absent: the metadata x-request-id.
+    At most 128 characters.
     """
     @property
     def prompt(self) -> loraplex.v1.prompt_pb2.Prompt:
-        """The prompt. Required."""
+        """What the model reads. Required."""
 
     @property
     def sampling(self) -> Global___Sampling:
@@ -136,11 +133,11 @@ class GenerateSpec(google.protobuf.message.Message):
 
     @property
     def output(self) -> Global___OutputOptions:
-        """What is returned."""
+        """What comes back."""
 
     @property
     def constraint(self) -> Global___Constraint:
-        """A form that the text must have."""
+        """What form the text must have."""
 
     @property
     def cache(self) -> Global___CacheOptions:
@@ -152,12 +149,12 @@ class GenerateSpec(google.protobuf.message.Message):
 
     @property
     def stream(self) -> Global___StreamOptions:
-        """How tokens are gathered into messages. Only for StreamGenerate; other methods refuse it with INVALID_PARAMETER."""
+        """How tokens are gathered into messages. Only for StreamGenerate."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """Labels for the caller's accounting. They are returned in the response, and appear in logs, usage records and
-        traces. At most 16; keys up to 63 characters, values up to 256.
+        """Labels for the caller's accounting: they come back in the answer, and are in logs, usage records and traces. At most
+        16; keys up to 63 characters, values up to 256.
         """
 
     def __init__(
@@ -187,8 +184,8 @@ Global___GenerateSpec: typing_extensions.TypeAlias = GenerateSpec
 
 @typing.final
 class Sampling(google.protobuf.message.Message):
-    """How each token is chosen from the model's distribution. The steps, in order: penalties and logit_bias,
-    allowed_token_ids, temperature, top_k, top_p, min_p, typical_p, and the draw.
+    """How each token is chosen from the model's distribution.
+    Order: penalties and bias, temperature, then top_k, top_p, min_p, typical_p, then the draw.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -223,51 +220,42 @@ class Sampling(google.protobuf.message.Message):
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: builtins.int
     BAD_WORDS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
-    """Divides the logits. 0, like any value below 0.00001, is greedy: always the most likely token. Default 1. From 0 to
-    10.
-    """
+    """Divides the logits. 0 is greedy: always the likeliest token; so is anything below 0.00001. Default 1. From 0 to 10."""
     top_p: builtins.float
-    """Keep the smallest set of most likely tokens whose probabilities sum to at least this value. Default 1 (off). Above
-    0, at most 1.
-    """
+    """Keep the smallest set of tokens whose probabilities sum to at least this. Default 1 (off). Above 0, at most 1."""
     top_k: builtins.int
-    """Keep this many of the most likely tokens. Default 0 (off). At least 0."""
+    """Keep this many of the likeliest tokens. Default 0 (off). At least 0."""
     min_p: builtins.float
-    """Keep tokens whose probability is at least this fraction of the most likely token's. Default 0 (off). From 0 to 1."""
+    """Keep tokens at least this fraction as likely as the likeliest one. Default 0 (off). From 0 to 1."""
     typical_p: builtins.float
-    """Keep the tokens whose information is closest to the expected one (locally typical sampling), until their
-    probabilities sum to this value. Default 1 (off). Above 0, at most 1.
-    """
+    """Keep the tokens closest to the expected information, up to this mass. Default 1 (off). Above 0, at most 1."""
     repetition_penalty: builtins.float
-    """Divides the positive logits, and multiplies the negative logits, of tokens that occur in the prompt or the output.
+    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or the output.
     Default 1 (off). From 0.01 to 10.
     """
     presence_penalty: builtins.float
-    """Subtracted from the logit of every token that occurs in the output so far. Default 0 (off). From -2 to 2."""
+    """Subtracted from the logit of every token that the output holds already. Default 0 (off). From -2 to 2."""
     frequency_penalty: builtins.float
-    """Subtracted from a token's logit once for each time that it occurs in the output so far. Default 0 (off). From -2 to
-    2.
-    """
+    """Subtracted once for each time that the output holds the token. Default 0 (off). From -2 to 2."""
     seed: builtins.int
-    """The seed of the random draws. The same seed repeats them on the same server version and hardware. Each of the n
-    outputs has draws of its own. Absent: the server chooses a seed and reports it in Completed.seed.
+    """Makes the draws repeatable on the same server version and hardware. Each of n outputs has draws of its own.
+    Absent: chosen by the server and reported in Completed.seed.
     """
     n: builtins.int
-    """Number of outputs to generate from the prompt. Default 1. From 1 to 16. Each output counts against the quota."""
+    """How many outputs to generate from the prompt. Default 1. From 1 to 16. Each counts against quota."""
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
-        """Values added to the logits, by token id. At most 1024, each from -100 to 100."""
+        """Added to the logits, by token id. At most 1024, each from -100 to 100."""
 
     @property
     def allowed_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The only tokens that may be chosen. Empty: all tokens of the tokenizer; ids beyond them, with which some models pad
-        their head, are never chosen. At most 1024. With min_tokens, at least one of them must be a token that does not end
-        the output.
+        """Only these tokens may be chosen. Empty: all that the tokenizer has; what pads the model's head beyond them is never
+        chosen. At most 1024. At least one must not end the output, where min_tokens is set.
         """
 
     @property
     def bad_words(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Words that the output must not contain. At most 64, each at most 128 characters."""
+        """Words never to write. At most 64, each at most 128 characters."""
 
     def __init__(
         self,
@@ -313,9 +301,7 @@ Global___Sampling: typing_extensions.TypeAlias = Sampling
 
 @typing.final
 class Stopping(google.protobuf.message.Message):
-    """When an output ends. It always ends at the end of the model's context, and by default at the model's end-of-sequence
-    token.
-    """
+    """When an output ends. It also ends at the model's end-of-sequence token and at the end of its context."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -328,23 +314,23 @@ class Stopping(google.protobuf.message.Message):
     TIME_LIMIT_FIELD_NUMBER: builtins.int
     FIT_MAX_TOKENS_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
-    """The most tokens of an output. Absent: as many as the context and the model's limit leave room for. If the prompt
-    leaves less room than this, the request is refused with PROMPT_TOO_LONG, unless fit_max_tokens is set. At least 1.
+    """At most this many tokens per output. Absent: as many as the context and the model's limit leave room for.
+    At least 1.
     """
     min_tokens: builtins.int
-    """No stop string, stop token or end-of-sequence token ends the output before it has this many tokens. A stop string
-    counts if it ends after them, wherever it begins. Default 0. At most max_tokens. At least 0.
+    """No stop string, stop token or end of sequence ends the output before this many tokens. A stop string counts if it
+    ends behind them, wherever it begins. Default 0. At most max_tokens. At least 0.
     """
     include_stop: builtins.bool
-    """Whether the stop string or stop token is part of the returned output. Default false. The returned tokens and their
-    log-probabilities end with the token that holds the last character of the returned text, even if that token also
-    holds a part of the stop string or text after it.
+    """Whether the stop string or stop token is part of what comes back. Default false. Tokens and their
+    log-probabilities end where the text ends: with the token that holds the text's last character, even if part of a
+    stop string, or what follows it, is in that token as well.
     """
     ignore_eos: builtins.bool
-    """Whether to continue after the model's end-of-sequence token. Default false."""
+    """Whether to go on past the model's end-of-sequence token. Default false."""
     fit_max_tokens: builtins.bool
-    """Whether to lower max_tokens to the room that the prompt leaves in the context. Default false: a request whose
-    prompt and max_tokens do not fit together is refused with PROMPT_TOO_LONG.
+    """Whether max_tokens is cut to the room that the prompt leaves in the context, where that is less: as many as fit, at
+    most max_tokens. Default false: such a request is refused with PROMPT_TOO_LONG.
     """
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -356,9 +342,9 @@ class Stopping(google.protobuf.message.Message):
 
     @property
     def time_limit(self) -> google.protobuf.duration_pb2.Duration:
-        """End the outputs this long after the request was admitted, as a success with the tokens generated so far
-        (FINISH_REASON_TIME_LIMIT). The time includes loading of the adapter and replacement of an engine, so there may be
-        no token at all. The call's deadline, in contrast, ends the call with an error. Absent: no limit. Above 0 s.
+        """End after this time since admission, with what there is, as a success (FINISH_REASON_TIME_LIMIT). It runs while
+        an adapter is loaded, too, and while an engine is replaced; what there is may be no token at all. The call's
+        deadline, in contrast, is an error. Above 0 s.
         """
 
     def __init__(
@@ -400,11 +386,11 @@ class Constraint(google.protobuf.message.Message):
     CHOICES_FIELD_NUMBER: builtins.int
     GRAMMAR_FIELD_NUMBER: builtins.int
     json_schema: builtins.str
-    """A JSON value that is valid under this JSON Schema, which is given as JSON text. At most 65,536 bytes."""
+    """A JSON value that this JSON Schema (as JSON text) accepts. At most 65,536 bytes."""
     regex: builtins.str
     """Text that this regular expression matches as a whole. At most 4096 bytes."""
     grammar: builtins.str
-    """Text of this context-free grammar, which is given in GBNF. At most 65,536 bytes."""
+    """Text of this context-free grammar, in GBNF. At most 65,536 bytes."""
     @property
     def json_object(self) -> Global___JsonObject:
         """Any JSON object."""
@@ -449,7 +435,7 @@ class Choices(google.protobuf.message.Message):
     VALUES_FIELD_NUMBER: builtins.int
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The texts. At least 1, at most 256, each at most 65,536 bytes."""
+        """At least 1, at most 256, each at most 65,536 bytes."""
 
     def __init__(
         self,
@@ -462,7 +448,7 @@ Global___Choices: typing_extensions.TypeAlias = Choices
 
 @typing.final
 class OutputOptions(google.protobuf.message.Message):
-    """What is returned for each output, besides the reason why it ended."""
+    """What comes back besides the reason why an output ended."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -473,19 +459,16 @@ class OutputOptions(google.protobuf.message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     text: builtins.bool
-    """Whether to return text. Default true. Callers that need only tokens can set false to save the server the decoding."""
+    """Whether to return text. Default true. False saves the server the decoding, for callers that work on tokens."""
     token_ids: builtins.bool
     """Whether to return token ids. Default false, or true when text is false."""
     logprobs: builtins.bool
     """Whether to return the log-probability of each token. Default false."""
     top_logprobs: builtins.int
-    """Number of most likely tokens to return for each position. Default 0. From 0 to 20. A value above 0 turns logprobs
-    on; together with `logprobs: false` it is refused with INVALID_PARAMETER.
-    """
+    """For each token, return this many of the likeliest tokens too. Default 0. From 0 to 20; implies logprobs if above 0."""
     prompt_logprobs: builtins.int
-    """Return the log-probabilities of the prompt's tokens, each with this many of the most likely tokens at its position.
-    Absent: none. 0: only those of the prompt's own tokens. From 0 to 20. The request then does not read the prefix
-    cache.
+    """Return log-probabilities of the prompt's tokens, each with this many of the likeliest tokens.
+    Absent: none. 0: only those of the prompt's own tokens. From 0 to 20. Bypasses reading the prefix cache.
     """
     skip_special_tokens: builtins.bool
     """Whether to leave special tokens out of the text. Default true."""
@@ -518,18 +501,16 @@ Global___OutputOptions: typing_extensions.TypeAlias = OutputOptions
 
 @typing.final
 class CacheOptions(google.protobuf.message.Message):
-    """Use of the prefix cache. Entries are never shared between models, adapter versions or salts, nor between tenants
-    unless the operator puts them into one cache group.
-    """
+    """Use of the prefix cache. No entry is ever shared between tenants, models, adapter versions or salts."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: builtins.int
     SALT_FIELD_NUMBER: builtins.int
     bypass_prefix_cache: builtins.bool
-    """Whether to compute the whole prompt, and leave nothing in the cache. Default false."""
+    """Compute the whole prompt anew, and leave nothing in the cache. Default false."""
     salt: builtins.str
-    """Share entries only with requests that have the same salt. Absent: with requests that have none. At most 128 bytes."""
+    """Share entries only with requests of the same salt. At most 128 bytes."""
     def __init__(
         self,
         *,
@@ -554,12 +535,12 @@ class AdapterPolicy(google.protobuf.message.Message):
     ON_COLD_FIELD_NUMBER: builtins.int
     MAX_LOAD_WAIT_FIELD_NUMBER: builtins.int
     on_cold: Global___OnCold.ValueType
-    """What to do if the adapter is not on the device when the request arrives. Default: ON_COLD_WAIT."""
+    """What to do when the adapter is not on the device as the request arrives."""
     @property
     def max_load_wait(self) -> google.protobuf.duration_pb2.Duration:
-        """With ON_COLD_WAIT: the longest wait for the adapter, after which the call fails with ADAPTER_COLD. Two waits count,
-        together: until the adapter is read into host memory, and, once it is the request's turn, until the adapter is on
-        the device. Absent: the server's limit, which no value can exceed. At least 0 s.
+        """With ON_COLD_WAIT: how long to wait for it at most, after which the call fails with ADAPTER_COLD: until it is read,
+        and from when it is the request's turn until it is on the device. Absent: the server's limit, which is also the
+        most. At least 0 s.
         """
 
     def __init__(
@@ -575,19 +556,17 @@ Global___AdapterPolicy: typing_extensions.TypeAlias = AdapterPolicy
 
 @typing.final
 class StreamOptions(google.protobuf.message.Message):
-    """How tokens are gathered into messages of a stream. Fewer and larger messages cost both sides less."""
+    """How tokens are gathered into messages of a stream. Fewer, larger messages cost both sides less."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MIN_TOKENS_PER_CHUNK_FIELD_NUMBER: builtins.int
     MAX_CHUNK_DELAY_FIELD_NUMBER: builtins.int
     min_tokens_per_chunk: builtins.int
-    """Hold tokens back until there are this many, the output ends, or max_chunk_delay has passed. Default 1. From 1 to
-    256.
-    """
+    """Hold tokens back until there are this many, the output ends, or max_chunk_delay is over. Default 1. From 1 to 256."""
     @property
     def max_chunk_delay(self) -> google.protobuf.duration_pb2.Duration:
-        """The longest time for which a token is held back. Absent: 100 ms. From 0 s to 10 s."""
+        """Hold no token back longer than this. Absent: 100 ms. From 0 s to 10 s."""
 
     def __init__(
         self,

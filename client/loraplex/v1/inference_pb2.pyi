@@ -34,11 +34,11 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """A stop string or a stop token of the request was found: see Finished.matched."""
     FINISH_REASON_EOS: _FinishReason.ValueType  # 2
-    """The model ended the output with an end-of-sequence token."""
+    """The model ended it."""
     FINISH_REASON_MAX_TOKENS: _FinishReason.ValueType  # 3
     """Stopping.max_tokens was reached."""
     FINISH_REASON_CONTEXT_LIMIT: _FinishReason.ValueType  # 4
-    """The model's context is full. Also the reason where Stopping.fit_max_tokens lowered max_tokens."""
+    """The model's context is full: also where Stopping.fit_max_tokens cut max_tokens."""
     FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 5
     """Stopping.time_limit was reached."""
 
@@ -50,11 +50,11 @@ FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """A stop string or a stop token of the request was found: see Finished.matched."""
 FINISH_REASON_EOS: FinishReason.ValueType  # 2
-"""The model ended the output with an end-of-sequence token."""
+"""The model ended it."""
 FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 3
 """Stopping.max_tokens was reached."""
 FINISH_REASON_CONTEXT_LIMIT: FinishReason.ValueType  # 4
-"""The model's context is full. Also the reason where Stopping.fit_max_tokens lowered max_tokens."""
+"""The model's context is full: also where Stopping.fit_max_tokens cut max_tokens."""
 FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 5
 """Stopping.time_limit was reached."""
 Global___FinishReason: typing_extensions.TypeAlias = FinishReason
@@ -114,34 +114,34 @@ class GenerateResponse(google.protobuf.message.Message):
     request_id: builtins.str
     """The server's id of this request."""
     seed: builtins.int
-    """The seed that was used. Absent if sampling was greedy. A seed chosen by the server is below 2^53."""
+    """The seed of the draws; absent when nothing was drawn (greedy). Below 2^53 if the server chose it."""
     client_request_id: builtins.str
-    """GenerateSpec.client_request_id; where that is absent, the metadata x-request-id."""
+    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
     @property
     def target(self) -> loraplex.v1.routes_pb2.ResolvedTarget:
-        """The model, adapter and route that were used."""
+        """What ran."""
 
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GenerateOutput]:
-        """The outputs, in order of output_index. There are Sampling.n."""
+        """The outputs, in order of output_index: Sampling.n of them."""
 
     @property
     def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """The prompt's tokens with their log-probabilities, if OutputOptions.prompt_logprobs was set. All tokens of the
-        prompt, unless the time limit ended the output before its first token.
+        """The prompt's tokens, when OutputOptions.prompt_logprobs asked for them. All of them, unless the time limit ended
+        the output before its first token.
         """
 
     @property
     def usage(self) -> Global___Usage:
-        """Tokens consumed."""
+        """What was consumed."""
 
     @property
     def timings(self) -> Global___Timings:
-        """Times taken."""
+        """How long it took."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """GenerateSpec.labels."""
+        """As in GenerateSpec.labels."""
 
     def __init__(
         self,
@@ -173,18 +173,18 @@ class GenerateOutput(google.protobuf.message.Message):
     LOGPROBS_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """The text, unless OutputOptions.text is false."""
+    """The text, if asked for."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The tokens, if OutputOptions asks for them."""
+        """The tokens, if asked for."""
 
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """The log-probability of each token, if OutputOptions asks for it."""
+        """One for each token, if asked for."""
 
     @property
     def finished(self) -> Global___Finished:
-        """Why the output ended. Its output_index is the one of this output."""
+        """Why and how it ended. Its output_index is this output's."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class StreamGenerateResponse(google.protobuf.message.Message):
     COMPLETED_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     seq: builtins.int
-    """The number of this message within the stream: 0, 1, 2, ..."""
+    """0, 1, 2, ... within the stream."""
     @property
     def started(self) -> Global___Started:
         """First, exactly once: the request begins to run."""
@@ -305,26 +305,26 @@ class Started(google.protobuf.message.Message):
     request_id: builtins.str
     """The server's id of this request."""
     prompt_tokens: builtins.int
-    """Number of tokens of the prompt, special tokens included."""
+    """Tokens of the prompt, special ones included."""
     cached_prompt_tokens: builtins.int
-    """Number of these tokens that came from the prefix cache."""
+    """Of these, how many came from the prefix cache."""
     client_request_id: builtins.str
-    """GenerateSpec.client_request_id; where that is absent, the metadata x-request-id."""
+    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
     @property
     def target(self) -> loraplex.v1.routes_pb2.ResolvedTarget:
-        """The model, adapter and route that are used."""
+        """What runs."""
 
     @property
     def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """Time in the queue, as in Timings.queue_duration."""
+        """Time in the queue: as Timings.queue_duration."""
 
     @property
     def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """The part of queue_duration spent waiting for the adapter. Absent if the request did not have to wait for it."""
+        """Of that, time spent waiting for the adapter. Absent if there was nothing to wait for."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """GenerateSpec.labels."""
+        """As in GenerateSpec.labels."""
 
     def __init__(
         self,
@@ -345,7 +345,7 @@ Global___Started: typing_extensions.TypeAlias = Started
 
 @typing.final
 class Delta(google.protobuf.message.Message):
-    """New tokens of one output. Tokens and text that were sent before are not repeated."""
+    """New tokens of one output; never what was sent before."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -354,18 +354,18 @@ class Delta(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     output_index: builtins.int
-    """The index of the output, from 0 to Sampling.n - 1."""
+    """Which output, from 0 to Sampling.n - 1."""
     text: builtins.str
-    """New text, always whole characters. Text that could begin a stop string is held back, together with its tokens. Text
-    may be empty while token_ids is not.
+    """New text: always whole characters, held back while it could begin a stop string, as are the tokens that it is in.
+    May be empty while tokens are not.
     """
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The new tokens, if OutputOptions asks for them."""
+        """The new tokens, if asked for."""
 
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """The log-probability of each new token, if OutputOptions asks for it."""
+        """One for each new token, if asked for."""
 
     def __init__(
         self,
@@ -391,15 +391,15 @@ class Finished(google.protobuf.message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     output_index: builtins.int
-    """The index of the output, from 0 to Sampling.n - 1."""
+    """Which output, from 0 to Sampling.n - 1."""
     reason: Global___FinishReason.ValueType
-    """Why the output ended."""
+    """Why."""
     stop: builtins.str
     """The stop string."""
     stop_token_id: builtins.int
     """The stop token."""
     completion_tokens: builtins.int
-    """Number of tokens generated for this output, including the one that ended it."""
+    """Tokens generated for this output, the one that ended it included."""
     def __init__(
         self,
         *,
@@ -417,7 +417,7 @@ Global___Finished: typing_extensions.TypeAlias = Finished
 
 @typing.final
 class Completed(google.protobuf.message.Message):
-    """The stream is complete: all outputs have ended."""
+    """The stream is complete."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -425,14 +425,14 @@ class Completed(google.protobuf.message.Message):
     TIMINGS_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     seed: builtins.int
-    """The seed that was used. Absent if sampling was greedy. A seed chosen by the server is below 2^53."""
+    """The seed of the draws; absent when nothing was drawn (greedy). Below 2^53 if the server chose it."""
     @property
     def usage(self) -> Global___Usage:
-        """Tokens consumed."""
+        """What was consumed."""
 
     @property
     def timings(self) -> Global___Timings:
-        """Times taken."""
+        """How long it took."""
 
     def __init__(
         self,
@@ -469,7 +469,9 @@ Global___PromptLogprobs: typing_extensions.TypeAlias = PromptLogprobs
 
 @typing.final
 class TokenLogprob(google.protobuf.message.Message):
-    """A token and its probability in the model's own distribution: before penalties, bias, temperature and truncation."""
+    """A token and how likely the model thought it: by its own distribution, before penalties, bias, temperature and
+    truncation.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -482,20 +484,18 @@ class TokenLogprob(google.protobuf.message.Message):
     token_id: builtins.int
     """The token."""
     text: builtins.str
-    """The token decoded alone, with U+FFFD for bytes that are not a whole character by themselves."""
+    """The token decoded alone, with U+FFFD for bytes that are no whole character by themselves."""
     logprob: builtins.float
     """The natural logarithm of its probability. Absent for the first token of a prompt."""
     rank: builtins.int
-    """Its rank among all tokens by probability: 1 is the most likely. Absent if not computed."""
+    """Its place among all tokens by probability, from 1. Absent if not computed."""
     bytes: builtins.bytes
-    """The UTF-8 bytes that the token adds to the text. A character that spans several tokens is whole only when their
-    bytes are joined.
+    """What the token adds to the text, as UTF-8: the bytes of a character that several tokens share are whole once they
+    are joined.
     """
     @property
     def top(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
-        """The most likely tokens at this position, most likely first: as many as OutputOptions.top_logprobs, or for the
-        prompt OutputOptions.prompt_logprobs, asks for.
-        """
+        """The likeliest tokens at this place, likeliest first, as many as were asked for."""
 
     def __init__(
         self,
@@ -518,7 +518,7 @@ Global___TokenLogprob: typing_extensions.TypeAlias = TokenLogprob
 
 @typing.final
 class TopLogprob(google.protobuf.message.Message):
-    """One of the most likely tokens at a position."""
+    """One of the likeliest tokens at a place."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -533,7 +533,7 @@ class TopLogprob(google.protobuf.message.Message):
     logprob: builtins.float
     """The natural logarithm of its probability."""
     bytes: builtins.bytes
-    """The bytes that the token adds to the text, as in TokenLogprob.bytes."""
+    """What the token adds to the text, as in TokenLogprob.bytes."""
     def __init__(
         self,
         *,
@@ -556,11 +556,11 @@ class Usage(google.protobuf.message.Message):
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
-    """Number of tokens of the prompt, counted once however many outputs there are."""
+    """Tokens of the prompt, counted once however many outputs there are."""
     cached_prompt_tokens: builtins.int
-    """Number of these tokens that came from the prefix cache."""
+    """Of these, how many came from the prefix cache."""
     completion_tokens: builtins.int
-    """Number of tokens generated, for all outputs together."""
+    """Tokens generated, all outputs together."""
     def __init__(
         self,
         *,
@@ -574,7 +574,7 @@ Global___Usage: typing_extensions.TypeAlias = Usage
 
 @typing.final
 class Timings(google.protobuf.message.Message):
-    """Times of a request."""
+    """Where the time went."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -584,19 +584,19 @@ class Timings(google.protobuf.message.Message):
     TOTAL_DURATION_FIELD_NUMBER: builtins.int
     @property
     def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """From the request's arrival until it began to run, or ended without having run."""
+        """From arrival until the request began to run, or ended without having run."""
 
     @property
     def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """The part of queue_duration spent waiting for the adapter. Absent if the request did not have to wait for it."""
+        """Of that, waiting for the adapter. Absent if there was nothing to wait for."""
 
     @property
     def time_to_first_token(self) -> google.protobuf.duration_pb2.Duration:
-        """From the request's arrival to its first token. Absent if there was no token."""
+        """From arrival to the first token. Absent if there was none."""
 
     @property
     def total_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """From the request's arrival to its end."""
+        """From arrival to the end."""
 
     def __init__(
         self,
@@ -613,11 +613,10 @@ Global___Timings: typing_extensions.TypeAlias = Timings
 
 @typing.final
 class PartialUsage(google.protobuf.message.Message):
-    """The tokens that a request had consumed when it failed. Sent among the details of the call's status, never in a
-    stream. At the deadline gRPC ends a call at both sides, and a status sent later does not arrive. So the server ends a
-    generation itself shortly before its deadline (by a twentieth of the time that the caller gave, at most 20 ms), with
-    DEADLINE_EXCEEDED and this message. If the status takes longer than that to reach the caller, only the server's usage
-    records say what was consumed.
+    """What a request had consumed when it failed. Sent among the details of the call's status, never in a stream.
+    At its deadline gRPC ends a call at both ends, and nothing arrives any more. So the server ends a generation itself
+    shortly before (by a twentieth of the time that the caller gave, at most 20 ms), with DEADLINE_EXCEEDED and this. Where
+    a status takes longer than that to the caller, what was consumed is in the server's usage records alone.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -628,7 +627,7 @@ class PartialUsage(google.protobuf.message.Message):
     """The server's id of the request."""
     @property
     def usage(self) -> Global___Usage:
-        """Tokens consumed."""
+        """What was consumed."""
 
     def __init__(
         self,
@@ -650,10 +649,10 @@ class BatchGenerateRequest(google.protobuf.message.Message):
     SPECS_FIELD_NUMBER: builtins.int
     MAX_CONCURRENCY_FIELD_NUMBER: builtins.int
     max_concurrency: builtins.int
-    """Run at most this many items at a time. Absent: the server decides. At least 1."""
+    """Run at most this many at a time. Absent: the server decides. At least 1."""
     @property
     def specs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[loraplex.v1.generation_pb2.GenerateSpec]:
-        """The specs of the items. At least 1, at most 256."""
+        """What to generate. At least 1, at most 256."""
 
     def __init__(
         self,
@@ -669,7 +668,7 @@ Global___BatchGenerateRequest: typing_extensions.TypeAlias = BatchGenerateReques
 
 @typing.final
 class BatchGenerateResponse(google.protobuf.message.Message):
-    """One message of BatchGenerate. The first holds the ids of all items, each further one the result of one item."""
+    """One message of BatchGenerate: first the ids of all items, then the result of one item in each."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -678,18 +677,18 @@ class BatchGenerateResponse(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     STARTED_FIELD_NUMBER: builtins.int
     index: builtins.int
-    """The item's index in BatchGenerateRequest.specs. 0 in the first message."""
+    """Which item a result is of: its index in BatchGenerateRequest.specs."""
     @property
     def response(self) -> Global___GenerateResponse:
         """The item succeeded."""
 
     @property
     def error(self) -> google.rpc.status_pb2.Status:
-        """The item failed. The status has the details that it would have had in a call of Generate."""
+        """The item failed, with the details that the call Generate would have had."""
 
     @property
     def started(self) -> Global___BatchStarted:
-        """First, exactly once, before the server looks at any item."""
+        """First, exactly once: no item has been looked at yet."""
 
     def __init__(
         self,
@@ -707,16 +706,14 @@ Global___BatchGenerateResponse: typing_extensions.TypeAlias = BatchGenerateRespo
 
 @typing.final
 class BatchStarted(google.protobuf.message.Message):
-    """The server has accepted a batch."""
+    """The server has taken a batch."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The server's id of each item, in the order of BatchGenerateRequest.specs. CancelGeneration accepts these ids from
-        now on.
-        """
+        """The server's id of each item, in the order of BatchGenerateRequest.specs. CancelGeneration takes them from now on."""
 
     def __init__(
         self,
@@ -737,14 +734,14 @@ class CancelGenerationRequest(google.protobuf.message.Message):
     CLIENT_REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Ids given by the server: metadata loraplex-request-id, Started.request_id, BatchStarted.request_ids. At least one
-        id must be given, here or in client_request_ids. At most 256, each at most 128 characters.
+        """Ids that the server gave: metadata loraplex-request-id, Started.request_id, BatchStarted.request_ids. Together with
+        client_request_ids at least 1. At most 256, each at most 128 characters.
         """
 
     @property
     def client_request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Ids given by callers in GenerateSpec.client_request_id. Every generation with one of these ids is cancelled. At
-        most 256, each at most 128 characters.
+        """Ids that the caller gave, GenerateSpec.client_request_id: every generation that has one of them. At most 256, each
+        at most 128 characters.
         """
 
     def __init__(
@@ -766,7 +763,7 @@ class CancelGenerationResponse(google.protobuf.message.Message):
     CANCELLED_REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def cancelled_request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The server's ids of the generations that were running or waiting, and are now cancelled."""
+        """The server's ids of those that were running or waiting, and are cancelled now."""
 
     def __init__(
         self,

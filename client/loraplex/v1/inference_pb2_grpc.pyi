@@ -90,29 +90,27 @@ _InferenceServiceCancelGenerationType = typing_extensions.TypeVar(
 )
 
 class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceStreamGenerateType, _InferenceServiceBatchGenerateType, _InferenceServiceCancelGenerationType]):
-    """Generates text. Served on the data port.
+    """Generates text. Data port.
 
     Metadata in:
       authorization          "Bearer {token}"
-      loraplex-tenant        the tenant to act for; only for callers that may act for others
+      loraplex-tenant        the tenant to act for; only from principals trusted with it
       loraplex-routing-key   requests with the same key go to the same target of a route; gateways may pin replicas by it
       x-request-id           the client_request_id of a spec that has none
       traceparent, tracestate   W3C trace context
     Metadata out:
       loraplex-request-id        the server's id of this request, by which CancelGeneration knows it
-      loraplex-adapter-version   the adapter version that the request uses, if any
+      loraplex-adapter-version   the adapter version that is used, if any
 
-    Generate and StreamGenerate send both in the initial metadata, at the moment when the request is admitted. Until then
-    the server authenticates the caller, checks the spec, tokenises the prompt, and checks the tenant's quota, the room
-    in the queue and, with ON_COLD_FAIL, that the adapter is on the device: every refusal comes before the initial
-    metadata. After that the request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by
-    itself only while no initial metadata has arrived, so it may retry a refused request, and never one that may have
-    begun.
+    Both are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
+    Before it, the caller is known, the spec was found valid, the prompt tokenised, the tenant's quota and the server's
+    queue had room, and with ON_COLD_FAIL the adapter was there; what refuses a request does so before it. After it, the
+    request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by itself only while no initial
+    metadata has come: a request that was refused, and never one that may have begun.
 
-    To stop a generation, cancel the call: the server frees all that the generation holds before its next step. Errors
-    are listed in ErrorReason. ServerInfo says how large a message may be; a larger one is refused with
-    MESSAGE_TOO_LARGE. Metadata may have up to 8 KiB. A connection may have 64 calls in progress: open another connection
-    for more.
+    To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
+    ErrorReason. How large a message may be is in ServerInfo, larger ones are MESSAGE_TOO_LARGE; metadata up to 8 KiB are
+    received. 256 calls may be in progress on a connection: open another one for more.
     """
 
     @typing.overload
@@ -156,29 +154,28 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _InferenceServiceGenerateType
-    """Generates, and returns everything at the end. If the response has more than 32 MiB, such as one with the
-    log-probabilities of long outputs, the call fails with MESSAGE_TOO_LARGE: use StreamGenerate.
+    """Generates and returns everything at the end. An answer of more than 32 MiB, such as the log-probabilities of long
+    outputs, ends the call as MESSAGE_TOO_LARGE: stream it.
     """
 
     StreamGenerate: _InferenceServiceStreamGenerateType
-    """Generates, and returns tokens as they come. The order of events is
+    """Generates and returns tokens as they come:
       Started, PromptLogprobs*, (Delta | Finished)*, Completed.
-    A stream succeeded only if it ended with Completed and status OK. A failure in mid-stream is reported as the status
-    of the call, with PartialUsage among its details.
+    A stream that does not end with Completed and status OK did not succeed. A failure in mid-stream is the status of
+    the call, with PartialUsage among its details.
     """
 
     BatchGenerate: _InferenceServiceBatchGenerateType
-    """Generates for many specs, called items. The first message holds the ids of all items (BatchStarted); each result
-    follows when it is ready, in no particular order. The failure of an item, or a result that is too large, is that
-    item's error and leaves the others alone. While the caller does not read results, no further items begin. At the
-    call's deadline each item that has not ended fails with the tokens that it consumed (PartialUsage), and then the
-    call fails.
+    """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
+    no particular order. One that fails fails alone, as that item's error; so does one whose result is too large. While
+    results are not read, no further items begin. At the call's deadline each item that has not ended fails, with what it
+    consumed (PartialUsage), and then the call.
     """
 
     CancelGeneration: _InferenceServiceCancelGenerationType
-    """Cancels generations of the caller's own tenant, by the server's ids or by the caller's own: for cases in which the
-    call itself cannot be cancelled. The generations end with status CANCELLED, whether they run or wait. Ids of
-    unknown or finished requests and of other tenants' requests are not an error; they are missing from the response.
+    """Cancels generations of the caller's own tenant, for when the call itself is out of reach, by the server's ids or by
+    the caller's own. They end with status CANCELLED, whether they run or wait. Ids that are unknown, finished or another
+    tenant's are left out of the response without an error.
     """
 
 InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
@@ -201,29 +198,27 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
 ]
 
 class InferenceServiceServicer(metaclass=abc.ABCMeta):
-    """Generates text. Served on the data port.
+    """Generates text. Data port.
 
     Metadata in:
       authorization          "Bearer {token}"
-      loraplex-tenant        the tenant to act for; only for callers that may act for others
+      loraplex-tenant        the tenant to act for; only from principals trusted with it
       loraplex-routing-key   requests with the same key go to the same target of a route; gateways may pin replicas by it
       x-request-id           the client_request_id of a spec that has none
       traceparent, tracestate   W3C trace context
     Metadata out:
       loraplex-request-id        the server's id of this request, by which CancelGeneration knows it
-      loraplex-adapter-version   the adapter version that the request uses, if any
+      loraplex-adapter-version   the adapter version that is used, if any
 
-    Generate and StreamGenerate send both in the initial metadata, at the moment when the request is admitted. Until then
-    the server authenticates the caller, checks the spec, tokenises the prompt, and checks the tenant's quota, the room
-    in the queue and, with ON_COLD_FAIL, that the adapter is on the device: every refusal comes before the initial
-    metadata. After that the request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by
-    itself only while no initial metadata has arrived, so it may retry a refused request, and never one that may have
-    begun.
+    Both are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
+    Before it, the caller is known, the spec was found valid, the prompt tokenised, the tenant's quota and the server's
+    queue had room, and with ON_COLD_FAIL the adapter was there; what refuses a request does so before it. After it, the
+    request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by itself only while no initial
+    metadata has come: a request that was refused, and never one that may have begun.
 
-    To stop a generation, cancel the call: the server frees all that the generation holds before its next step. Errors
-    are listed in ErrorReason. ServerInfo says how large a message may be; a larger one is refused with
-    MESSAGE_TOO_LARGE. Metadata may have up to 8 KiB. A connection may have 64 calls in progress: open another connection
-    for more.
+    To stop a generation, cancel the call: the server frees everything it holds before its next step. Errors: see
+    ErrorReason. How large a message may be is in ServerInfo, larger ones are MESSAGE_TOO_LARGE; metadata up to 8 KiB are
+    received. 256 calls may be in progress on a connection: open another one for more.
     """
 
     @abc.abstractmethod
@@ -232,8 +227,8 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.inference_pb2.GenerateResponse, collections.abc.Awaitable[loraplex.v1.inference_pb2.GenerateResponse]]:
-        """Generates, and returns everything at the end. If the response has more than 32 MiB, such as one with the
-        log-probabilities of long outputs, the call fails with MESSAGE_TOO_LARGE: use StreamGenerate.
+        """Generates and returns everything at the end. An answer of more than 32 MiB, such as the log-probabilities of long
+        outputs, ends the call as MESSAGE_TOO_LARGE: stream it.
         """
 
     @abc.abstractmethod
@@ -242,10 +237,10 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.inference_pb2.StreamGenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.inference_pb2.StreamGenerateResponse], collections.abc.AsyncIterator[loraplex.v1.inference_pb2.StreamGenerateResponse]]:
-        """Generates, and returns tokens as they come. The order of events is
+        """Generates and returns tokens as they come:
           Started, PromptLogprobs*, (Delta | Finished)*, Completed.
-        A stream succeeded only if it ended with Completed and status OK. A failure in mid-stream is reported as the status
-        of the call, with PartialUsage among its details.
+        A stream that does not end with Completed and status OK did not succeed. A failure in mid-stream is the status of
+        the call, with PartialUsage among its details.
         """
 
     @abc.abstractmethod
@@ -254,11 +249,10 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.inference_pb2.BatchGenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.inference_pb2.BatchGenerateResponse], collections.abc.AsyncIterator[loraplex.v1.inference_pb2.BatchGenerateResponse]]:
-        """Generates for many specs, called items. The first message holds the ids of all items (BatchStarted); each result
-        follows when it is ready, in no particular order. The failure of an item, or a result that is too large, is that
-        item's error and leaves the others alone. While the caller does not read results, no further items begin. At the
-        call's deadline each item that has not ended fails with the tokens that it consumed (PartialUsage), and then the
-        call fails.
+        """Generates for many specs: says first which ids they have (BatchStarted), then returns each result as it is ready, in
+        no particular order. One that fails fails alone, as that item's error; so does one whose result is too large. While
+        results are not read, no further items begin. At the call's deadline each item that has not ended fails, with what it
+        consumed (PartialUsage), and then the call.
         """
 
     @abc.abstractmethod
@@ -267,9 +261,9 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.inference_pb2.CancelGenerationRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.inference_pb2.CancelGenerationResponse, collections.abc.Awaitable[loraplex.v1.inference_pb2.CancelGenerationResponse]]:
-        """Cancels generations of the caller's own tenant, by the server's ids or by the caller's own: for cases in which the
-        call itself cannot be cancelled. The generations end with status CANCELLED, whether they run or wait. Ids of
-        unknown or finished requests and of other tenants' requests are not an error; they are missing from the response.
+        """Cancels generations of the caller's own tenant, for when the call itself is out of reach, by the server's ids or by
+        the caller's own. They end with status CANCELLED, whether they run or wait. Ids that are unknown, finished or another
+        tenant's are left out of the response without an error.
         """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -33,31 +33,31 @@ class _ModelCapabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     MODEL_CAPABILITY_UNSPECIFIED: _ModelCapability.ValueType  # 0
     """Never sent."""
     MODEL_CAPABILITY_CHAT: _ModelCapability.ValueType  # 1
-    """Prompt.chat: the model has a chat template."""
+    """Takes Prompt.chat: it has a chat template."""
     MODEL_CAPABILITY_ADAPTERS: _ModelCapability.ValueType  # 2
-    """Adapters."""
+    """Takes adapters."""
     MODEL_CAPABILITY_LOGPROBS: _ModelCapability.ValueType  # 3
-    """OutputOptions.logprobs."""
+    """Takes OutputOptions.logprobs."""
     MODEL_CAPABILITY_PROMPT_LOGPROBS: _ModelCapability.ValueType  # 4
-    """OutputOptions.prompt_logprobs."""
+    """Takes OutputOptions.prompt_logprobs."""
     MODEL_CAPABILITY_PREFIX_CACHE: _ModelCapability.ValueType  # 5
-    """Prefix cache: the model reuses computed prefixes of earlier prompts."""
+    """Reuses prefixes of earlier prompts."""
 
 class ModelCapability(_ModelCapability, metaclass=_ModelCapabilityEnumTypeWrapper):
-    """A feature that a model supports on this server."""
+    """Something that a model can do on this server."""
 
 MODEL_CAPABILITY_UNSPECIFIED: ModelCapability.ValueType  # 0
 """Never sent."""
 MODEL_CAPABILITY_CHAT: ModelCapability.ValueType  # 1
-"""Prompt.chat: the model has a chat template."""
+"""Takes Prompt.chat: it has a chat template."""
 MODEL_CAPABILITY_ADAPTERS: ModelCapability.ValueType  # 2
-"""Adapters."""
+"""Takes adapters."""
 MODEL_CAPABILITY_LOGPROBS: ModelCapability.ValueType  # 3
-"""OutputOptions.logprobs."""
+"""Takes OutputOptions.logprobs."""
 MODEL_CAPABILITY_PROMPT_LOGPROBS: ModelCapability.ValueType  # 4
-"""OutputOptions.prompt_logprobs."""
+"""Takes OutputOptions.prompt_logprobs."""
 MODEL_CAPABILITY_PREFIX_CACHE: ModelCapability.ValueType  # 5
-"""Prefix cache: the model reuses computed prefixes of earlier prompts."""
+"""Reuses prefixes of earlier prompts."""
 Global___ModelCapability: typing_extensions.TypeAlias = ModelCapability
 
 @typing.final
@@ -75,31 +75,31 @@ class Model(google.protobuf.message.Message):
         STATE_UNSPECIFIED: Model._State.ValueType  # 0
         """Never sent."""
         STATE_UNLOADED: Model._State.ValueType  # 1
-        """The model is configured, and not in memory."""
+        """Known, not in memory."""
         STATE_LOADING: Model._State.ValueType  # 2
-        """The model is being loaded: see bytes_loaded."""
+        """Being loaded: see bytes_loaded."""
         STATE_ACTIVE: Model._State.ValueType  # 3
-        """The model serves requests."""
+        """Serves requests."""
         STATE_UNLOADING: Model._State.ValueType  # 4
-        """The model takes no new requests, and is unloaded when the running ones have ended."""
+        """Takes no new requests, and ends when the running ones have."""
         STATE_FAILED: Model._State.ValueType  # 5
-        """The model could not be loaded, or its engine ended and could not be started again: see error."""
+        """Could not be loaded, or ended and could not be started again: see error."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """The state of a model."""
+        """Where in its life a model is."""
 
     STATE_UNSPECIFIED: Model.State.ValueType  # 0
     """Never sent."""
     STATE_UNLOADED: Model.State.ValueType  # 1
-    """The model is configured, and not in memory."""
+    """Known, not in memory."""
     STATE_LOADING: Model.State.ValueType  # 2
-    """The model is being loaded: see bytes_loaded."""
+    """Being loaded: see bytes_loaded."""
     STATE_ACTIVE: Model.State.ValueType  # 3
-    """The model serves requests."""
+    """Serves requests."""
     STATE_UNLOADING: Model.State.ValueType  # 4
-    """The model takes no new requests, and is unloaded when the running ones have ended."""
+    """Takes no new requests, and ends when the running ones have."""
     STATE_FAILED: Model.State.ValueType  # 5
-    """The model could not be loaded, or its engine ended and could not be started again: see error."""
+    """Could not be loaded, or ended and could not be started again: see error."""
 
     @typing.final
     class LabelsEntry(google.protobuf.message.Message):
@@ -140,55 +140,52 @@ class Model(google.protobuf.message.Message):
     name: builtins.str
     """models/{model}."""
     source: builtins.str
-    """The source of its weights: a directory, or the id of a model on the hub."""
+    """Where its weights are from."""
     revision: builtins.str
-    """The revision of its weights: a commit or a digest. It changes if the files were replaced when the engine is started
-    again.
-    """
+    """Which revision of them: a commit or a digest. Another one if its files were replaced before its engine started again."""
     state: Global___Model.State.ValueType
-    """The model's state."""
+    """Where in its life it is."""
     architecture: builtins.str
-    """The architecture named in its config.json, such as "LlamaForCausalLM"."""
+    """What it is, as its configuration calls it, such as "LlamaForCausalLM"."""
     dtype: builtins.str
-    """The data type in which it computes: "float32", "bfloat16" or "float16"."""
+    """The type it computes in: "float32", "bfloat16" or "float16"."""
     quantization: builtins.str
-    """The quantisation of its weights, such as "int8". Empty: none."""
+    """The quantisation of its weights, such as "int8"; empty if none."""
     device: builtins.str
-    """The device that it is on, such as "cpu" or "cuda:0": one of ServerInfo.devices. Empty if it is not loaded."""
+    """The device it is on, such as "cpu" or "cuda:0"; empty if not loaded. One of ServerInfo.devices."""
     memory_bytes: builtins.int
-    """Memory that it holds on its device, in bytes: weights and key-value cache."""
+    """Memory of its device that it holds, in bytes: weights and key-value cache."""
     bytes_loaded: builtins.int
-    """While loading: bytes of weights read so far."""
+    """While loading: bytes of weights read."""
     bytes_total: builtins.int
-    """While loading: bytes of weights to read in all."""
+    """While loading: bytes of weights to read."""
     running_requests: builtins.int
-    """Number of requests that run now."""
+    """Requests that run now."""
     waiting_requests: builtins.int
-    """Number of requests that wait now."""
+    """Requests that wait now."""
     etag: builtins.str
-    """Changes whenever the model's state changes."""
+    """Changes with the model's state."""
     @property
     def limits(self) -> Global___ModelLimits:
-        """The model's limits."""
+        """What it takes at most."""
 
     @property
     def capabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___ModelCapability.ValueType]:
-        """The features that it supports."""
+        """What it can do."""
 
     @property
     def default_sampling(self) -> loraplex.v1.generation_pb2.Sampling:
-        """Its sampling defaults: those of the operator's configuration, and for fields that are absent there those of the
-        model's own generation_config.json, which are known once it is loaded. `default_sampling: none` in the
-        configuration turns both off.
+        """Its sampling defaults: those of the configuration, and where that says nothing those of the model's own
+        generation_config.json, known once it is loaded. `default_sampling: none` in the configuration turns both off.
         """
 
     @property
     def load_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When it was last loaded. Absent if it never was."""
+        """When it was last loaded. Absent if never."""
 
     @property
     def error(self) -> google.rpc.status_pb2.Status:
-        """In STATE_FAILED: what went wrong."""
+        """What went wrong, in STATE_FAILED."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
@@ -225,7 +222,7 @@ Global___Model: typing_extensions.TypeAlias = Model
 
 @typing.final
 class ModelLimits(google.protobuf.message.Message):
-    """The limits of a model."""
+    """What a model takes at most."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -235,15 +232,15 @@ class ModelLimits(google.protobuf.message.Message):
     MAX_ADAPTER_BYTES_FIELD_NUMBER: builtins.int
     MAX_RUNNING_REQUESTS_FIELD_NUMBER: builtins.int
     max_context_tokens: builtins.int
-    """The most tokens of a prompt and its output together."""
+    """Tokens of prompt and output together."""
     max_output_tokens: builtins.int
-    """The most tokens of one output."""
+    """Tokens of one output."""
     max_adapter_rank: builtins.int
-    """The highest rank of an adapter. 0: the model takes no adapters."""
+    """The rank of an adapter; 0 if it takes none."""
     max_adapter_bytes: builtins.int
-    """Device memory for adapters, in bytes. The number of adapters that fit depends on their sizes."""
+    """Device memory for adapters, in bytes. How many fit depends on their size."""
     max_running_requests: builtins.int
-    """The most requests that run at the same time."""
+    """Requests that run at the same time."""
     def __init__(
         self,
         *,
@@ -371,7 +368,7 @@ class UnloadModelRequest(google.protobuf.message.Message):
     """
     @property
     def grace(self) -> google.protobuf.duration_pb2.Duration:
-        """How long running requests may go on. Absent: the server's grace for shutting down. At least 0 s."""
+        """Let running requests go on for this time. Absent: the server's grace for shutting down. At least 0 s."""
 
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
@@ -420,10 +417,10 @@ class WatchModelsResponse(google.protobuf.message.Message):
     TYPE_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     type: loraplex.v1.watch_pb2.WatchEventType.ValueType
-    """What the message reports."""
+    """What it says."""
     @property
     def model(self) -> Global___Model:
-        """The model that the message reports on."""
+        """The model that it says it of."""
 
     def __init__(
         self,

@@ -31,9 +31,9 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """Base models. The operator's configuration lists them; this service loads and unloads them. Served on the admin port;
-    GetModel and ListModels also on the data port, for every caller. Callers without the role `admin` do not see source,
-    memory_bytes, running_requests, waiting_requests and error.
+    """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     def __init__(self, channel):
@@ -70,13 +70,13 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """Base models. The operator's configuration lists them; this service loads and unloads them. Served on the admin port;
-    GetModel and ListModels also on the data port, for every caller. Callers without the role `admin` do not see source,
-    memory_bytes, running_requests, waiting_requests and error.
+    """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     def GetModel(self, request, context):
-        """Returns one model. Errors: MODEL_NOT_FOUND.
+        """Returns one model. NOT_FOUND: MODEL_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,16 +90,16 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Starts to load a model, and returns it: in STATE_LOADING, or in its state after `wait`. If the model is loaded or
-        loading already, nothing changes. If loading fails, the call succeeds and the model is in STATE_FAILED.
+        """Starts to load a model, and returns it: in STATE_LOADING, or as it is after `wait`. Loading a model that is loaded
+        or loading changes nothing. A load that fails is not an error of this call: the model is in STATE_FAILED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Starts to unload a model: new requests are refused; running ones go on for `grace`, then end with MODEL_UNLOADED.
-        Returns the model: in STATE_UNLOADING, or in its state after `wait`.
+        """Starts to unload a model: new requests are refused, running ones go on for `grace`, then end with MODEL_UNLOADED.
+        Returns the model: in STATE_UNLOADING, or as it is after `wait`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,9 +149,9 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Base models. The operator's configuration lists them; this service loads and unloads them. Served on the admin port;
-    GetModel and ListModels also on the data port, for every caller. Callers without the role `admin` do not see source,
-    memory_bytes, running_requests, waiting_requests and error.
+    """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     @staticmethod

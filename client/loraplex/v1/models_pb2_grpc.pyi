@@ -106,9 +106,9 @@ _ModelServiceWatchModelsType = typing_extensions.TypeVar(
 )
 
 class ModelServiceStub(typing.Generic[_ModelServiceGetModelType, _ModelServiceListModelsType, _ModelServiceLoadModelType, _ModelServiceUnloadModelType, _ModelServiceWatchModelsType]):
-    """Base models. The operator's configuration lists them; this service loads and unloads them. Served on the admin port;
-    GetModel and ListModels also on the data port, for every caller. Callers without the role `admin` do not see source,
-    memory_bytes, running_requests, waiting_requests and error.
+    """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     @typing.overload
@@ -160,19 +160,19 @@ class ModelServiceStub(typing.Generic[_ModelServiceGetModelType, _ModelServiceLi
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetModel: _ModelServiceGetModelType
-    """Returns one model. Errors: MODEL_NOT_FOUND."""
+    """Returns one model. NOT_FOUND: MODEL_NOT_FOUND."""
 
     ListModels: _ModelServiceListModelsType
     """Lists the models, ordered by name."""
 
     LoadModel: _ModelServiceLoadModelType
-    """Starts to load a model, and returns it: in STATE_LOADING, or in its state after `wait`. If the model is loaded or
-    loading already, nothing changes. If loading fails, the call succeeds and the model is in STATE_FAILED.
+    """Starts to load a model, and returns it: in STATE_LOADING, or as it is after `wait`. Loading a model that is loaded
+    or loading changes nothing. A load that fails is not an error of this call: the model is in STATE_FAILED.
     """
 
     UnloadModel: _ModelServiceUnloadModelType
-    """Starts to unload a model: new requests are refused; running ones go on for `grace`, then end with MODEL_UNLOADED.
-    Returns the model: in STATE_UNLOADING, or in its state after `wait`.
+    """Starts to unload a model: new requests are refused, running ones go on for `grace`, then end with MODEL_UNLOADED.
+    Returns the model: in STATE_UNLOADING, or as it is after `wait`.
     """
 
     WatchModels: _ModelServiceWatchModelsType
@@ -202,9 +202,9 @@ ModelServiceAsyncStub: typing_extensions.TypeAlias = ModelServiceStub[
 ]
 
 class ModelServiceServicer(metaclass=abc.ABCMeta):
-    """Base models. The operator's configuration lists them; this service loads and unloads them. Served on the admin port;
-    GetModel and ListModels also on the data port, for every caller. Callers without the role `admin` do not see source,
-    memory_bytes, running_requests, waiting_requests and error.
+    """Base models. The operator's configuration says which there are; this service brings them in and out of memory.
+    Admin port; GetModel and ListModels on the data port, too, for every caller. Callers without the role `admin` are not
+    told source, memory_bytes, running_requests, waiting_requests and error.
     """
 
     @abc.abstractmethod
@@ -213,7 +213,7 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.models_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.models_pb2.Model, collections.abc.Awaitable[loraplex.v1.models_pb2.Model]]:
-        """Returns one model. Errors: MODEL_NOT_FOUND."""
+        """Returns one model. NOT_FOUND: MODEL_NOT_FOUND."""
 
     @abc.abstractmethod
     def ListModels(
@@ -229,8 +229,8 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.models_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.models_pb2.Model, collections.abc.Awaitable[loraplex.v1.models_pb2.Model]]:
-        """Starts to load a model, and returns it: in STATE_LOADING, or in its state after `wait`. If the model is loaded or
-        loading already, nothing changes. If loading fails, the call succeeds and the model is in STATE_FAILED.
+        """Starts to load a model, and returns it: in STATE_LOADING, or as it is after `wait`. Loading a model that is loaded
+        or loading changes nothing. A load that fails is not an error of this call: the model is in STATE_FAILED.
         """
 
     @abc.abstractmethod
@@ -239,8 +239,8 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.models_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.models_pb2.Model, collections.abc.Awaitable[loraplex.v1.models_pb2.Model]]:
-        """Starts to unload a model: new requests are refused; running ones go on for `grace`, then end with MODEL_UNLOADED.
-        Returns the model: in STATE_UNLOADING, or in its state after `wait`.
+        """Starts to unload a model: new requests are refused, running ones go on for `grace`, then end with MODEL_UNLOADED.
+        Returns the model: in STATE_UNLOADING, or as it is after `wait`.
         """
 
     @abc.abstractmethod

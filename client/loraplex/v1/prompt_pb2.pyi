@@ -21,8 +21,8 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
 class Prompt(google.protobuf.message.Message):
-    """The prompt: what the model reads. Exactly one of text, token_ids and chat must be set, and it must not be empty. In
-    any form it has at most 262,144 tokens, counted before truncate_to_tokens removes some.
+    """What the model reads. Exactly one of text, token_ids and chat must be set, and it must not be empty. In whatever form,
+    it has at most 262,144 tokens, before truncate_to_tokens leaves fewer of them.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -36,28 +36,26 @@ class Prompt(google.protobuf.message.Message):
     text: builtins.str
     """Plain text, tokenised by the server with the model's tokenizer. From 1 to 2,097,152 bytes."""
     add_special_tokens: builtins.bool
-    """Whether the tokenizer adds its special tokens, such as the beginning-of-sequence token. Absent: true for text,
-    false for chat, since chat templates write their own. Must be absent with token_ids.
+    """Whether the tokenizer adds its special tokens (such as the beginning-of-sequence token).
+    Absent: true for text, false for chat (templates write their own). Must be absent for token_ids.
     """
     truncate_to_tokens: builtins.int
-    """Keep only this many tokens of a longer prompt. The tokens that the tokenizer puts in front of a text, or a
-    beginning-of-sequence token that the chat template writes first, are kept; of the other tokens the last ones. With
-    token_ids, only the last ones are kept. Absent: a prompt that does not fit the context is refused with
-    PROMPT_TOO_LONG. At least 1.
+    """Keep only this many tokens when the prompt is longer: those that the tokenizer puts in front of a text, or a
+    beginning-of-sequence token that the chat template does, and of the others the last ones. Of token_ids: the last
+    ones. Absent: a prompt that is longer than the context is refused with PROMPT_TOO_LONG. At least 1.
     """
     literal_content: builtins.bool
-    """Whether the caller's text is literal, so that it cannot contain control tokens. Control tokens are the tokenizer's
-    special tokens, and the added tokens that the chat template writes, such as <tool_call>. With true, their spelling
-    in literal text is tokenised like any other text. With text, the whole text is literal. With chat, all that the
-    conversation contains is literal (contents, names, tool calls, template_kwargs) except roles, which the application
-    sets; the template's own control tokens keep their meaning. A prompt without such spellings has the same tokens
-    either way. A chat template that changes literal text in a way that the server cannot track, for example formats it
-    with % or prints a whole list, is refused with INVALID_ARGUMENT. Absent: false for text; for chat, the model's
-    setting `literal_content`. Must be absent with token_ids.
+    """Whether what people say stays what they say: no control token comes of the text, nor, with chat, of anything that
+    the conversation says (contents, names, tool calls, template_kwargs; not roles, which are the application's), while
+    the chat template writes its own. Control tokens are the tokenizer's special tokens, and those added tokens that the
+    chat template writes, such as <tool_call>: their spelling in what is said is tokenised as any other text. Prompts
+    that spell none are tokenised as ever. A chat template that does with what is said what cannot be followed
+    (formats it with %, prints a list of it whole) is refused with INVALID_ARGUMENT. Absent: false for text, for chat
+    what the model's configuration says (`literal_content`). Must be absent for token_ids.
     """
     @property
     def token_ids(self) -> Global___TokenIds:
-        """Token ids of the model's own tokenizer. No tokens are added to them."""
+        """Tokens as the model's own tokenizer numbers them. Nothing is added to them."""
 
     @property
     def chat(self) -> Global___Chat:
@@ -95,7 +93,7 @@ class TokenIds(google.protobuf.message.Message):
     IDS_FIELD_NUMBER: builtins.int
     @property
     def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The ids, each less than the model's vocabulary size. At most 262,144."""
+        """Each at least 0 and less than the model's vocabulary size. At most 262,144."""
 
     def __init__(
         self,
@@ -108,8 +106,8 @@ Global___TokenIds: typing_extensions.TypeAlias = TokenIds
 
 @typing.final
 class Chat(google.protobuf.message.Message):
-    """A conversation, and options for rendering it. The rendered text may have at most 2,097,152 bytes. In all at most
-    2,097,152 characters and 4096 entries.
+    """A conversation and how to render it. What it is rendered to may have 2,097,152 bytes. In all at most 2,097,152
+    characters and 4096 entries.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -120,11 +118,9 @@ class Chat(google.protobuf.message.Message):
     ADD_GENERATION_PROMPT_FIELD_NUMBER: builtins.int
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: builtins.int
     add_generation_prompt: builtins.bool
-    """Whether to end the prompt with the opening of an assistant message. Absent: true, unless continue_final_message is
-    true.
-    """
+    """Whether to end the prompt with the opening of an assistant message. Absent: true, unless continue_final_message."""
     continue_final_message: builtins.bool
-    """Whether to leave the last message open, so that the model continues it. Absent: false. Cannot be true together with
+    """Whether to leave the last message open, so that the model continues it. Absent: false. Excludes
     add_generation_prompt.
     """
     @property
@@ -133,14 +129,14 @@ class Chat(google.protobuf.message.Message):
 
     @property
     def tools(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Tool]:
-        """The tools that the model may call, passed to the template. At most 128."""
+        """The tools that the model may call, offered to the template. At most 128."""
 
     @property
     def template_kwargs(self) -> google.protobuf.struct_pb2.Struct:
         """Further variables of the template, such as {"enable_thinking": false}. Whole numbers reach the template as
-        integers. The variables cannot replace messages, tools or the two switches below. Templates for retrieval read
-        "documents", a list of objects. Each object has at most 1024 fields with names up to 1024 characters, each list at
-        most 4096 values, each text at most 1,048,576 characters.
+        integers. They cannot replace messages, tools, nor the switches below; "documents", a list of objects, is what
+        templates for retrieval read. Each object in them has at most 1024 fields
+        with names up to 1024 characters, each list at most 4096 values, each text at most 1,048,576 characters.
         """
 
     def __init__(
@@ -174,11 +170,11 @@ class ChatMessage(google.protobuf.message.Message):
     TOOL_CALLS_FIELD_NUMBER: builtins.int
     TOOL_CALL_ID_FIELD_NUMBER: builtins.int
     role: builtins.str
-    """The speaker's role: "system", "user", "assistant", "tool", or another role that the model's template knows.
-    Required, at most 64 characters.
+    """Who speaks: "system", "user", "assistant", "tool", or whatever else the model's template knows. Required,
+    at most 64 characters.
     """
     content: builtins.str
-    """The text of the message. May be absent in an assistant message that only calls tools. At most 2,097,152 characters."""
+    """What is said. May be absent for an assistant message that only calls tools. At most 2,097,152 characters."""
     name: builtins.str
     """The speaker's name, for templates that show it. At most 256 characters."""
     reasoning_content: builtins.str
@@ -224,10 +220,10 @@ class Tool(google.protobuf.message.Message):
     name: builtins.str
     """The function's name. Required. At most 256 characters."""
     description: builtins.str
-    """What the function does, in words for the model. At most 65,536 characters."""
+    """What it does, in words for the model. At most 65,536 characters."""
     parameters_json: builtins.str
-    """The function's parameters: a JSON Schema, as JSON text. It is text rather than a Struct because the order of keys
-    and the spelling of numbers reach the model. At most 65,536 bytes.
+    """Its parameters: a JSON Schema, as JSON text. Text rather than a Struct because the order of the keys and the
+    spelling of numbers reach the model. At most 65,536 bytes.
     """
     def __init__(
         self,
@@ -259,7 +255,7 @@ class ToolCall(google.protobuf.message.Message):
     name: builtins.str
     """The name of the function. At most 256 characters."""
     arguments_json: builtins.str
-    """The arguments: a JSON object, as JSON text. At most 1,048,576 characters."""
+    """Its arguments: a JSON object, as JSON text. At most 1,048,576 characters."""
     def __init__(
         self,
         *,

@@ -54,20 +54,20 @@ class Route(google.protobuf.message.Message):
     name: builtins.str
     """tenants/{tenant}/routes/{route}. At most 512 characters."""
     fallback: builtins.str
-    """The target of requests whose chosen target is not available: a name as in GenerateSpec.model, but not a route.
-    Absent: such requests fail. At most 512 characters.
+    """Where requests go whose target is not available: a name as in GenerateSpec.model, but not a route. Absent: such
+    requests fail. At most 512 characters.
     """
     etag: builtins.str
-    """Changes whenever the route changes. A call that sends it back succeeds only if nothing has changed in between. At
-    most 128 characters.
+    """Changes with the route. Sent back in an update, it makes sure that nobody else has changed it since. At most 128
+    characters.
     """
     @property
     def targets(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RouteTarget]:
-        """The targets among which requests are divided. At least 1, at most 32."""
+        """Where requests go. At least 1, at most 32."""
 
     @property
     def default_sampling(self) -> loraplex.v1.generation_pb2.Sampling:
-        """Sampling defaults of this route, which override the model's own. n must be absent."""
+        """Sampling defaults of this route: they come before the model's own. May not set n."""
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
@@ -101,7 +101,7 @@ Global___Route: typing_extensions.TypeAlias = Route
 
 @typing.final
 class RouteTarget(google.protobuf.message.Message):
-    """One target of a route."""
+    """One place to which a route sends requests."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -110,8 +110,8 @@ class RouteTarget(google.protobuf.message.Message):
     model: builtins.str
     """A model, an adapter or an adapter version, named as in GenerateSpec.model. Not a route. At most 512 characters."""
     weight: builtins.int
-    """The target's share of requests is its weight divided by the sum of weights. Requests with the same metadata
-    loraplex-routing-key go to the same target. Absent: 1. At least 0.
+    """This target's share: weight divided by the sum of weights. Absent: 1. At least 0.
+    Requests with the same loraplex-routing-key go to the same target.
     """
     def __init__(
         self,
@@ -127,7 +127,7 @@ Global___RouteTarget: typing_extensions.TypeAlias = RouteTarget
 
 @typing.final
 class ResolvedTarget(google.protobuf.message.Message):
-    """What the field `model` of a request was resolved to."""
+    """What a request's field `model` turned out to mean."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -144,15 +144,13 @@ class ResolvedTarget(google.protobuf.message.Message):
     quantization: builtins.str
     """The quantisation of its weights, such as "int8"; empty if none."""
     adapter_version: builtins.str
-    """tenants/{tenant}/adapters/{adapter}@{version}: the adapter that is applied. For a weighted sum all of its adapters,
-    as {adapter version}*{weight} + ... Empty: the base model alone.
+    """tenants/{tenant}/adapters/{adapter}@{version}: the adapter that is applied; empty for the base model alone. Of a
+    weighted sum all of them, as {adapter version}*{weight} + ...
     """
     route: builtins.str
-    """tenants/{tenant}/routes/{route}: the route that was taken. Empty: none was."""
+    """tenants/{tenant}/routes/{route}: the route that was taken; empty if none was."""
     fell_back_to_base: builtins.bool
-    """Whether the base model runs without the adapter, because the adapter was not on the device and the request has
-    ON_COLD_USE_BASE.
-    """
+    """The adapter was not on the device, and the base model answers alone because the request allowed it."""
     def __init__(
         self,
         *,
@@ -246,20 +244,18 @@ class UpdateRouteRequest(google.protobuf.message.Message):
     ALLOW_MISSING_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     allow_missing: builtins.bool
-    """Whether to create the route if it does not exist. Without it: ROUTE_NOT_FOUND."""
+    """Create the route if there is none."""
     request_id: builtins.str
     """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
     1024 of its service and these have at most 8 MiB. At most 64 characters.
     """
     @property
     def route(self) -> Global___Route:
-        """The route with its new fields. Its name says which route to change. An etag, if set, must still be the current one:
-        else ETAG_MISMATCH.
-        """
+        """The route as it shall be. Its name says which. An etag, if set, must still be the current one."""
 
     @property
     def update_mask(self) -> google.protobuf.field_mask_pb2.FieldMask:
-        """The fields to change: targets, fallback, default_sampling or labels. Absent: all four."""
+        """The fields to change, of targets, fallback, default_sampling, labels. Absent: all of these."""
 
     def __init__(
         self,
@@ -287,7 +283,7 @@ class DeleteRouteRequest(google.protobuf.message.Message):
     name: builtins.str
     """tenants/{tenant}/routes/{route}. Required. At most 512 characters."""
     etag: builtins.str
-    """Delete only if this is still the etag: else ETAG_MISMATCH. Absent: delete in any case. At most 128 characters."""
+    """Delete only if this is still the route's etag. At most 128 characters."""
     request_id: builtins.str
     """A UUID that makes the call idempotent: the same id again returns the first result, while that is among the latest
     1024 of its service and these have at most 8 MiB. At most 64 characters.
@@ -318,15 +314,11 @@ class ResolveTargetRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     ROUTING_KEY_FIELD_NUMBER: builtins.int
     parent: builtins.str
-    """tenants/{tenant}: the tenant for which ids without a tenant are looked up. Absent: the caller's tenant. At most 512
-    characters.
-    """
+    """tenants/{tenant}: on whose behalf bare ids are looked up. Absent: the caller's tenant. At most 512 characters."""
     model: builtins.str
-    """The name to resolve, as in GenerateSpec.model. Required. At most 512 characters."""
+    """As in GenerateSpec.model. Required. At most 512 characters."""
     routing_key: builtins.str
-    """The routing key, as in the metadata loraplex-routing-key: it chooses among the targets of a route. At most 8192
-    characters.
-    """
+    """As in the metadata loraplex-routing-key, which chooses among the targets of a route. At most 8192 characters."""
     def __init__(
         self,
         *,
@@ -352,7 +344,7 @@ class ResolveTargetResponse(google.protobuf.message.Message):
     TARGET_FIELD_NUMBER: builtins.int
     @property
     def target(self) -> Global___ResolvedTarget:
-        """The model, adapter and route that a request would use."""
+        """What would run."""
 
     def __init__(
         self,

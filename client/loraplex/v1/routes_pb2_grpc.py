@@ -32,8 +32,8 @@ if _version_not_supported:
 
 
 class RouteServiceStub(object):
-    """Routes: stable names that stand for one or several models or adapters. Served on the admin port; GetRoute, ListRoutes
-    and ResolveTarget also on the data port, for every caller.
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
     """
 
     def __init__(self, channel):
@@ -70,12 +70,12 @@ class RouteServiceStub(object):
 
 
 class RouteServiceServicer(object):
-    """Routes: stable names that stand for one or several models or adapters. Served on the admin port; GetRoute, ListRoutes
-    and ResolveTarget also on the data port, for every caller.
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
     """
 
     def GetRoute(self, request, context):
-        """Returns one route. Errors: ROUTE_NOT_FOUND.
+        """Returns one route. NOT_FOUND: ROUTE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,23 +89,22 @@ class RouteServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateRoute(self, request, context):
-        """Changes a route, or with allow_missing creates it. The change applies at once to requests that arrive afterwards.
-        Errors: ROUTE_NOT_FOUND, ETAG_MISMATCH, and INVALID_PARAMETER for no targets, a target that is a route, or weights
-        that sum to zero.
+        """Changes a route, or creates it with allow_missing. Takes effect at once, for requests that arrive afterwards.
+        ABORTED: ETAG_MISMATCH. INVALID_ARGUMENT: no targets, a target that names a route, weights that sum to zero.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRoute(self, request, context):
-        """Deletes a route. Requests that it has routed go on. Errors: ROUTE_NOT_FOUND, ETAG_MISMATCH.
+        """Deletes a route. Requests that it routed go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResolveTarget(self, request, context):
-        """Returns what the field `model` of a request would mean, without running anything.
+        """Says what the field `model` of a request would mean, without running anything.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,8 +147,8 @@ def add_RouteServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RouteService(object):
-    """Routes: stable names that stand for one or several models or adapters. Served on the admin port; GetRoute, ListRoutes
-    and ResolveTarget also on the data port, for every caller.
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
     """
 
     @staticmethod

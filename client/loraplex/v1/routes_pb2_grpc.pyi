@@ -107,8 +107,8 @@ _RouteServiceResolveTargetType = typing_extensions.TypeVar(
 )
 
 class RouteServiceStub(typing.Generic[_RouteServiceGetRouteType, _RouteServiceListRoutesType, _RouteServiceUpdateRouteType, _RouteServiceDeleteRouteType, _RouteServiceResolveTargetType]):
-    """Routes: stable names that stand for one or several models or adapters. Served on the admin port; GetRoute, ListRoutes
-    and ResolveTarget also on the data port, for every caller.
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
     """
 
     @typing.overload
@@ -160,22 +160,21 @@ class RouteServiceStub(typing.Generic[_RouteServiceGetRouteType, _RouteServiceLi
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetRoute: _RouteServiceGetRouteType
-    """Returns one route. Errors: ROUTE_NOT_FOUND."""
+    """Returns one route. NOT_FOUND: ROUTE_NOT_FOUND."""
 
     ListRoutes: _RouteServiceListRoutesType
     """Lists the routes of a tenant, ordered by name."""
 
     UpdateRoute: _RouteServiceUpdateRouteType
-    """Changes a route, or with allow_missing creates it. The change applies at once to requests that arrive afterwards.
-    Errors: ROUTE_NOT_FOUND, ETAG_MISMATCH, and INVALID_PARAMETER for no targets, a target that is a route, or weights
-    that sum to zero.
+    """Changes a route, or creates it with allow_missing. Takes effect at once, for requests that arrive afterwards.
+    ABORTED: ETAG_MISMATCH. INVALID_ARGUMENT: no targets, a target that names a route, weights that sum to zero.
     """
 
     DeleteRoute: _RouteServiceDeleteRouteType
-    """Deletes a route. Requests that it has routed go on. Errors: ROUTE_NOT_FOUND, ETAG_MISMATCH."""
+    """Deletes a route. Requests that it routed go on."""
 
     ResolveTarget: _RouteServiceResolveTargetType
-    """Returns what the field `model` of a request would mean, without running anything."""
+    """Says what the field `model` of a request would mean, without running anything."""
 
 RouteServiceAsyncStub: typing_extensions.TypeAlias = RouteServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -201,8 +200,8 @@ RouteServiceAsyncStub: typing_extensions.TypeAlias = RouteServiceStub[
 ]
 
 class RouteServiceServicer(metaclass=abc.ABCMeta):
-    """Routes: stable names that stand for one or several models or adapters. Served on the admin port; GetRoute, ListRoutes
-    and ResolveTarget also on the data port, for every caller.
+    """Routes: stable names that stand for one or several models or adapters. Admin port; GetRoute, ListRoutes and
+    ResolveTarget on the data port, too, for every caller.
     """
 
     @abc.abstractmethod
@@ -211,7 +210,7 @@ class RouteServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.routes_pb2.GetRouteRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.routes_pb2.Route, collections.abc.Awaitable[loraplex.v1.routes_pb2.Route]]:
-        """Returns one route. Errors: ROUTE_NOT_FOUND."""
+        """Returns one route. NOT_FOUND: ROUTE_NOT_FOUND."""
 
     @abc.abstractmethod
     def ListRoutes(
@@ -227,9 +226,8 @@ class RouteServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.routes_pb2.UpdateRouteRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.routes_pb2.Route, collections.abc.Awaitable[loraplex.v1.routes_pb2.Route]]:
-        """Changes a route, or with allow_missing creates it. The change applies at once to requests that arrive afterwards.
-        Errors: ROUTE_NOT_FOUND, ETAG_MISMATCH, and INVALID_PARAMETER for no targets, a target that is a route, or weights
-        that sum to zero.
+        """Changes a route, or creates it with allow_missing. Takes effect at once, for requests that arrive afterwards.
+        ABORTED: ETAG_MISMATCH. INVALID_ARGUMENT: no targets, a target that names a route, weights that sum to zero.
         """
 
     @abc.abstractmethod
@@ -238,7 +236,7 @@ class RouteServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.routes_pb2.DeleteRouteRequest,
         context: _ServicerContext,
     ) -> typing.Union[google.protobuf.empty_pb2.Empty, collections.abc.Awaitable[google.protobuf.empty_pb2.Empty]]:
-        """Deletes a route. Requests that it has routed go on. Errors: ROUTE_NOT_FOUND, ETAG_MISMATCH."""
+        """Deletes a route. Requests that it routed go on."""
 
     @abc.abstractmethod
     def ResolveTarget(
@@ -246,6 +244,6 @@ class RouteServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.routes_pb2.ResolveTargetRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.routes_pb2.ResolveTargetResponse, collections.abc.Awaitable[loraplex.v1.routes_pb2.ResolveTargetResponse]]:
-        """Returns what the field `model` of a request would mean, without running anything."""
+        """Says what the field `model` of a request would mean, without running anything."""
 
 def add_RouteServiceServicer_to_server(servicer: RouteServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

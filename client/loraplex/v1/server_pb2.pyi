@@ -22,7 +22,7 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
 class ServerInfo(google.protobuf.message.Message):
-    """Information about the server."""
+    """What server this is."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -38,13 +38,12 @@ class ServerInfo(google.protobuf.message.Message):
     draining: builtins.bool
     """Whether it is shutting down and takes no new work."""
     max_receive_bytes: builtins.int
-    """The largest request message of InferenceService and TokenizerService, in bytes after decompression: the operator's
-    `limits.request_bytes`. Messages of AdapterService may have 2 MiB, those of other services 256 KiB. A message that
-    has more than 32,768 fields, counting those of all messages inside it, or more than 524,288 numbers is refused too,
-    before it is parsed.
+    """The largest request of the data port, in bytes once it is decompressed: the operator's `limits.request_bytes`. The
+    AdapterService takes 2 MiB, other services 256 KiB. A request that holds more than 32,768 fields, with all that is in
+    it, or more than 524,288 numbers is refused too, before anything reads it.
     """
     max_batch_receive_bytes: builtins.int
-    """The largest request message of BatchGenerate, in bytes after decompression: the operator's `limits.batch_bytes`."""
+    """The same of a BatchGenerate: `limits.batch_bytes`."""
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it started."""
@@ -55,7 +54,7 @@ class ServerInfo(google.protobuf.message.Message):
 
     @property
     def unsupported_features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Fields of this contract that the server refuses with FEATURE_UNSUPPORTED, such as "GenerateSpec.constraint"."""
+        """Fields of this contract that it refuses with FEATURE_UNSUPPORTED, such as "GenerateSpec.constraint"."""
 
     def __init__(
         self,
@@ -83,11 +82,11 @@ class Device(google.protobuf.message.Message):
     DESCRIPTION_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """The device's name in this server, such as "cpu" or "cuda:0"."""
+    """Its name in this server, such as "cpu" or "cuda:0"."""
     description: builtins.str
-    """The device's name by its driver."""
+    """What it is, as its driver calls it."""
     memory_bytes: builtins.int
-    """The device's memory, in bytes."""
+    """Its memory, in bytes."""
     def __init__(
         self,
         *,
@@ -146,7 +145,7 @@ class WatchLoadResponse(google.protobuf.message.Message):
     """Whether the server is shutting down and takes no new work."""
     @property
     def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """The moment."""
+        """When."""
 
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelLoad]:
@@ -154,7 +153,7 @@ class WatchLoadResponse(google.protobuf.message.Message):
 
     @property
     def tenants(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TenantLoad]:
-        """The use of each tenant since the server started, ordered by name. Generations count when they have ended."""
+        """What each tenant has used since the server started, ordered by name. Generations count when they have ended."""
 
     def __init__(
         self,
@@ -171,7 +170,7 @@ Global___WatchLoadResponse: typing_extensions.TypeAlias = WatchLoadResponse
 
 @typing.final
 class TenantLoad(google.protobuf.message.Message):
-    """The use of one tenant since the server started."""
+    """What one tenant has used since the server started."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -182,9 +181,9 @@ class TenantLoad(google.protobuf.message.Message):
     tenant: builtins.str
     """tenants/{tenant}."""
     requests_total: builtins.int
-    """Number of generations that have ended, in any way."""
+    """Generations that ended, in whatever way."""
     prompt_tokens_total: builtins.int
-    """Number of prompt tokens of these generations."""
+    """Their prompt tokens."""
     completion_tokens_total: builtins.int
     """Tokens generated."""
     def __init__(
@@ -222,29 +221,29 @@ class ModelLoad(google.protobuf.message.Message):
     model: builtins.str
     """models/{model}."""
     running_requests: builtins.int
-    """Number of requests that run."""
+    """Requests that run."""
     waiting_requests: builtins.int
-    """Number of requests that wait."""
+    """Requests that wait."""
     waiting_for_adapter_requests: builtins.int
-    """Number of waiting requests that wait for an adapter."""
+    """Of these, requests that wait for an adapter."""
     cache_tokens_total: builtins.int
-    """Number of tokens that the key-value cache can hold."""
+    """Tokens that the key-value cache can hold."""
     cache_tokens_used: builtins.int
-    """Number of tokens in the key-value cache that running requests hold."""
+    """Tokens that running requests hold in it."""
     prefix_lookup_tokens: builtins.int
-    """Number of prompt tokens looked up in the prefix cache since the model was loaded."""
+    """Prompt tokens looked up in the prefix cache since the model was loaded."""
     prefix_hit_tokens: builtins.int
-    """Number of these tokens that were found in the prefix cache."""
+    """Of these, tokens found."""
     prompt_tokens_total: builtins.int
-    """Number of prompt tokens computed since the model was loaded."""
+    """Prompt tokens computed since the model was loaded."""
     completion_tokens_total: builtins.int
-    """Number of tokens generated since the model was loaded."""
+    """Tokens generated since the model was loaded."""
     adapter_bytes_total: builtins.int
     """Device memory for adapters, in bytes."""
     adapter_bytes_used: builtins.int
-    """Device memory that adapters use, in bytes."""
+    """Of that, in use."""
     host_adapters: builtins.int
-    """Number of adapter versions in host memory that are not on the device."""
+    """Adapter versions in host memory that are not on the device."""
     @property
     def device_adapters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Adapter versions on the device: tenants/{tenant}/adapters/{adapter}@{version}."""
@@ -280,11 +279,11 @@ class WatchUsageRequest(google.protobuf.message.Message):
     AFTER_ID_FIELD_NUMBER: builtins.int
     EXISTING_ONLY_FIELD_NUMBER: builtins.int
     after_id: builtins.str
-    """Send the records after the one with this id. Empty: begin with the oldest record of the files.
-    USAGE_RECORD_NOT_FOUND if no file has the record any more. At most 128 characters.
+    """Send what was written after the record with this id. Absent: begin with the oldest file that is still there.
+    USAGE_RECORD_NOT_FOUND if no file has it any more. At most 128 characters.
     """
     existing_only: builtins.bool
-    """Whether to end the stream once all records in the files have been sent, instead of waiting for more."""
+    """End the stream once everything that is in the files has been sent, instead of waiting for more."""
     def __init__(
         self,
         *,
@@ -304,7 +303,7 @@ class WatchUsageResponse(google.protobuf.message.Message):
     RECORDS_FIELD_NUMBER: builtins.int
     @property
     def records(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UsageRecord]:
-        """The records, at least one."""
+        """At least one."""
 
     def __init__(
         self,
@@ -317,7 +316,7 @@ Global___WatchUsageResponse: typing_extensions.TypeAlias = WatchUsageResponse
 
 @typing.final
 class UsageRecord(google.protobuf.message.Message):
-    """The tokens and times of one generation. The record is written before the caller can see the end of the generation."""
+    """What one generation used. Written before its caller can see its end."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -359,13 +358,11 @@ class UsageRecord(google.protobuf.message.Message):
     CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     id: builtins.str
-    """The server's id of the request, which the caller sees too. It is unique, so that readers can recognise records that
-    they have stored already.
-    """
+    """Unique: the server's id of the request, which the caller sees. Tells what was seen already."""
     trace_id: builtins.str
-    """The id of the caller's trace, or of a trace that began at this server. Empty: there is no trace."""
+    """Of the caller's trace, or of the one that began here; empty: neither."""
     operation: builtins.str
-    """The kind of generation: "chat" or "text_completion"."""
+    """"chat" or "text_completion"."""
     tenant: builtins.str
     """tenants/{tenant}."""
     model: builtins.str
@@ -373,26 +370,26 @@ class UsageRecord(google.protobuf.message.Message):
     model_revision: builtins.str
     """The model's revision."""
     adapter: builtins.str
-    """tenants/{tenant}/adapters/{adapter}. For a weighted sum all of its adapters with their versions, as in
-    ResolvedTarget.adapter_version. Empty: the base model alone.
+    """tenants/{tenant}/adapters/{adapter}; empty: the base model. Of a weighted sum all of them with their versions, as in
+    ResolvedTarget.adapter_version.
     """
     adapter_digest: builtins.str
-    """The digest of the adapter's version: SHA-256, in hexadecimal digits. For a weighted sum a digest over its adapters
-    and their weights.
+    """The adapter's version: the sha-256 of its content, in hexadecimal digits. Of a weighted sum a digest over its
+    adapters and their weights.
     """
     status: builtins.str
-    """The name of the gRPC status with which the generation ended, such as "OK" or "CANCELLED"."""
+    """Name of the gRPC status that the generation ended with, such as "OK" or "CANCELLED"."""
     prompt_tokens: builtins.int
-    """Number of tokens of the prompt."""
+    """Tokens of the prompt."""
     cached_prompt_tokens: builtins.int
-    """Number of these tokens that came from the prefix cache."""
+    """Of these, found in the prefix cache."""
     completion_tokens: builtins.int
-    """Number of tokens generated for all outputs, whether or not the caller read them."""
+    """Tokens generated, of all outputs, whether they were read or not."""
     client_request_id: builtins.str
-    """GenerateSpec.client_request_id; where that is absent, the metadata x-request-id."""
+    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
     @property
     def finish_reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The finish reason of each output that finished, without the prefix FINISH_REASON_, such as "EOS"."""
+        """Of each output that finished, without the prefix FINISH_REASON_, such as "EOS"."""
 
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
@@ -400,27 +397,27 @@ class UsageRecord(google.protobuf.message.Message):
 
     @property
     def total_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """From the call's arrival to the generation's end."""
+        """From there to the end."""
 
     @property
     def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """From the call's arrival to the first engine step that computed some of it. Absent if there was none."""
+        """From the call's arrival to the first step that worked for it. Absent: there was none."""
 
     @property
     def adapter_load_duration(self) -> google.protobuf.duration_pb2.Duration:
-        """Time spent waiting for the adapter."""
+        """Waited for the adapter."""
 
     @property
     def time_to_first_token(self) -> google.protobuf.duration_pb2.Duration:
-        """From the call's arrival to the first token. Absent if there was none."""
+        """From the call's arrival to the first token. Absent: there was none."""
 
     @property
     def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UsedAdapter]:
-        """The adapters that the generation ran with: none, one, or those of a weighted sum."""
+        """Every adapter that it ran with: none, one, or those of a weighted sum."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """GenerateSpec.labels."""
+        """As in GenerateSpec.labels."""
 
     def __init__(
         self,
@@ -464,9 +461,9 @@ class UsedAdapter(google.protobuf.message.Message):
     adapter: builtins.str
     """tenants/{tenant}/adapters/{adapter}."""
     digest: builtins.str
-    """The digest of its version: SHA-256, in hexadecimal digits."""
+    """Its version: the sha-256 of its content, in hexadecimal digits."""
     weight: builtins.float
-    """The weight of the adapter in a weighted sum; otherwise 1."""
+    """Its weight; 1 unless the request gave another."""
     def __init__(
         self,
         *,

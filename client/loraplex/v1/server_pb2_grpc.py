@@ -31,7 +31,7 @@ if _version_not_supported:
 
 
 class ServerServiceStub(object):
-    """Information about the server itself. Served on the admin port; GetServerInfo also on the data port, for every caller.
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller.
     """
 
     def __init__(self, channel):
@@ -58,27 +58,27 @@ class ServerServiceStub(object):
 
 
 class ServerServiceServicer(object):
-    """Information about the server itself. Served on the admin port; GetServerInfo also on the data port, for every caller.
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller.
     """
 
     def GetServerInfo(self, request, context):
-        """Returns information about the server.
+        """Says what server this is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """Sends the server's load at once, then again at every interval. For load balancers, autoscalers and `loraplex top`.
+        """Sends the server's load now, then again at every interval. For balancers, autoscalers and `loraplex top`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchUsage(self, request, context):
-        """Sends the usage records in the server's files, in the order in which they were written, then every new one. A
-        record is sent once it is in the file, so a caller that resumes after the last record that it has stored misses
-        none. Errors: FEATURE_UNSUPPORTED if the server keeps no records, USAGE_RECORD_NOT_FOUND, USAGE_UNREADABLE.
+        """Sends the usage records of the server's files, in the order in which they were written, then every new one. Each is
+        sent once it is in the file, so whoever resumes after the last record that it has kept misses none. Errors:
+        FEATURE_UNSUPPORTED where no records are kept, USAGE_RECORD_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,7 +111,7 @@ def add_ServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServerService(object):
-    """Information about the server itself. Served on the admin port; GetServerInfo also on the data port, for every caller.
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller.
     """
 
     @staticmethod

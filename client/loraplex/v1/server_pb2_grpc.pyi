@@ -74,7 +74,7 @@ _ServerServiceWatchUsageType = typing_extensions.TypeVar(
 )
 
 class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerServiceWatchLoadType, _ServerServiceWatchUsageType]):
-    """Information about the server itself. Served on the admin port; GetServerInfo also on the data port, for every caller."""
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller."""
 
     @typing.overload
     def __init__(self: ServerServiceStub[
@@ -109,15 +109,15 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerS
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetServerInfo: _ServerServiceGetServerInfoType
-    """Returns information about the server."""
+    """Says what server this is."""
 
     WatchLoad: _ServerServiceWatchLoadType
-    """Sends the server's load at once, then again at every interval. For load balancers, autoscalers and `loraplex top`."""
+    """Sends the server's load now, then again at every interval. For balancers, autoscalers and `loraplex top`."""
 
     WatchUsage: _ServerServiceWatchUsageType
-    """Sends the usage records in the server's files, in the order in which they were written, then every new one. A
-    record is sent once it is in the file, so a caller that resumes after the last record that it has stored misses
-    none. Errors: FEATURE_UNSUPPORTED if the server keeps no records, USAGE_RECORD_NOT_FOUND, USAGE_UNREADABLE.
+    """Sends the usage records of the server's files, in the order in which they were written, then every new one. Each is
+    sent once it is in the file, so whoever resumes after the last record that it has kept misses none. Errors:
+    FEATURE_UNSUPPORTED where no records are kept, USAGE_RECORD_NOT_FOUND.
     """
 
 ServerServiceAsyncStub: typing_extensions.TypeAlias = ServerServiceStub[
@@ -136,7 +136,7 @@ ServerServiceAsyncStub: typing_extensions.TypeAlias = ServerServiceStub[
 ]
 
 class ServerServiceServicer(metaclass=abc.ABCMeta):
-    """Information about the server itself. Served on the admin port; GetServerInfo also on the data port, for every caller."""
+    """About the server itself. Admin port; GetServerInfo on the data port, too, for every caller."""
 
     @abc.abstractmethod
     def GetServerInfo(
@@ -144,7 +144,7 @@ class ServerServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.server_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.server_pb2.ServerInfo, collections.abc.Awaitable[loraplex.v1.server_pb2.ServerInfo]]:
-        """Returns information about the server."""
+        """Says what server this is."""
 
     @abc.abstractmethod
     def WatchLoad(
@@ -152,7 +152,7 @@ class ServerServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.server_pb2.WatchLoadRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.server_pb2.WatchLoadResponse], collections.abc.AsyncIterator[loraplex.v1.server_pb2.WatchLoadResponse]]:
-        """Sends the server's load at once, then again at every interval. For load balancers, autoscalers and `loraplex top`."""
+        """Sends the server's load now, then again at every interval. For balancers, autoscalers and `loraplex top`."""
 
     @abc.abstractmethod
     def WatchUsage(
@@ -160,9 +160,9 @@ class ServerServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.server_pb2.WatchUsageRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.v1.server_pb2.WatchUsageResponse], collections.abc.AsyncIterator[loraplex.v1.server_pb2.WatchUsageResponse]]:
-        """Sends the usage records in the server's files, in the order in which they were written, then every new one. A
-        record is sent once it is in the file, so a caller that resumes after the last record that it has stored misses
-        none. Errors: FEATURE_UNSUPPORTED if the server keeps no records, USAGE_RECORD_NOT_FOUND, USAGE_UNREADABLE.
+        """Sends the usage records of the server's files, in the order in which they were written, then every new one. Each is
+        sent once it is in the file, so whoever resumes after the last record that it has kept misses none. Errors:
+        FEATURE_UNSUPPORTED where no records are kept, USAGE_RECORD_NOT_FOUND.
         """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

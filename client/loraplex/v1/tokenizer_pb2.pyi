@@ -30,16 +30,16 @@ class TokenizeRequest(google.protobuf.message.Message):
     INCLUDE_OFFSETS_FIELD_NUMBER: builtins.int
     INCLUDE_TEXT_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """The model whose tokenizer is used: any name that GenerateSpec.model accepts. Required. At most 512 characters."""
+    """Whose tokenizer: any name that GenerateSpec.model takes. Required. At most 512 characters."""
     include_offsets: builtins.bool
-    """Whether to return the position of each token in the text. Default false. With true, the text, or the text that the
-    template rendered, may have at most 32,768 bytes.
+    """Whether to return where in the text each token is. Default false. Then the text, or what the template rendered, has at
+    most 32,768 bytes.
     """
     include_text: builtins.bool
-    """Whether to return the text that was tokenised: for chat, the text that the template rendered. Default false."""
+    """Whether to return the text that was tokenised; for chat, what the template rendered. Default false."""
     @property
     def prompt(self) -> loraplex.v1.prompt_pb2.Prompt:
-        """The text or chat to tokenise. Required. token_ids are refused with INVALID_PARAMETER."""
+        """What to tokenise: text or chat. Required."""
 
     def __init__(
         self,
@@ -70,24 +70,20 @@ class TokenizeResponse(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """The text that was tokenised. Only with include_text."""
+    """The text that was tokenised, if asked for."""
     max_context_tokens: builtins.int
-    """Number of tokens, prompt and output together, that fit the model's context."""
+    """How many tokens, prompt and output together, the model can hold."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The tokens."""
 
     @property
     def token_starts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The position in the text at which each token begins, in Unicode code points: one for each token. Only with
-        include_offsets.
-        """
+        """Where in the text each token begins, in Unicode code points, if asked for: one for each token."""
 
     @property
     def token_ends(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The position after each token's last character, in Unicode code points. Equal to its start for a special token that
-        the tokenizer added. Only with include_offsets.
-        """
+        """One past where it ends. Equal to where it begins for a token that was added."""
 
     def __init__(
         self,
@@ -114,12 +110,12 @@ class DetokenizeRequest(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """The model whose tokenizer is used: any name that GenerateSpec.model accepts. Required. At most 512 characters."""
+    """Whose tokenizer: any name that GenerateSpec.model takes. Required. At most 512 characters."""
     skip_special_tokens: builtins.bool
     """Whether to leave special tokens out of the text. Default true."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The tokens. At most 262,144, whose text must have no more than 2,097,152 characters."""
+        """The tokens. At most 262,144, and no more than 2,097,152 characters of text."""
 
     def __init__(
         self,
@@ -142,7 +138,7 @@ class DetokenizeResponse(google.protobuf.message.Message):
 
     TEXT_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """The text, with U+FFFD for bytes that are not a whole character."""
+    """The text, with U+FFFD for bytes that are no whole character."""
     def __init__(
         self,
         *,

@@ -31,7 +31,7 @@ if _version_not_supported:
 
 
 class TokenizerServiceStub(object):
-    """Turns text into the tokens that a model would read, and back. Served on the data port.
+    """Turns text into the tokens that a model would see, and back. Data port.
     """
 
     def __init__(self, channel):
@@ -53,11 +53,11 @@ class TokenizerServiceStub(object):
 
 
 class TokenizerServiceServicer(object):
-    """Turns text into the tokens that a model would read, and back. Served on the data port.
+    """Turns text into the tokens that a model would see, and back. Data port.
     """
 
     def Tokenize(self, request, context):
-        """Tokenises text or a conversation exactly as Generate does.
+        """Tokenises text or a conversation exactly as Generate would.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,7 +92,7 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TokenizerService(object):
-    """Turns text into the tokens that a model would read, and back. Served on the data port.
+    """Turns text into the tokens that a model would see, and back. Data port.
     """
 
     @staticmethod

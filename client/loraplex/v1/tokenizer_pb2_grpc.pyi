@@ -58,7 +58,7 @@ _TokenizerServiceDetokenizeType = typing_extensions.TypeVar(
 )
 
 class TokenizerServiceStub(typing.Generic[_TokenizerServiceTokenizeType, _TokenizerServiceDetokenizeType]):
-    """Turns text into the tokens that a model would read, and back. Served on the data port."""
+    """Turns text into the tokens that a model would see, and back. Data port."""
 
     @typing.overload
     def __init__(self: TokenizerServiceStub[
@@ -85,7 +85,7 @@ class TokenizerServiceStub(typing.Generic[_TokenizerServiceTokenizeType, _Tokeni
     ], channel: grpc.aio.Channel) -> None: ...
 
     Tokenize: _TokenizerServiceTokenizeType
-    """Tokenises text or a conversation exactly as Generate does."""
+    """Tokenises text or a conversation exactly as Generate would."""
 
     Detokenize: _TokenizerServiceDetokenizeType
     """Turns tokens into text."""
@@ -102,7 +102,7 @@ TokenizerServiceAsyncStub: typing_extensions.TypeAlias = TokenizerServiceStub[
 ]
 
 class TokenizerServiceServicer(metaclass=abc.ABCMeta):
-    """Turns text into the tokens that a model would read, and back. Served on the data port."""
+    """Turns text into the tokens that a model would see, and back. Data port."""
 
     @abc.abstractmethod
     def Tokenize(
@@ -110,7 +110,7 @@ class TokenizerServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.tokenizer_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.tokenizer_pb2.TokenizeResponse, collections.abc.Awaitable[loraplex.v1.tokenizer_pb2.TokenizeResponse]]:
-        """Tokenises text or a conversation exactly as Generate does."""
+        """Tokenises text or a conversation exactly as Generate would."""
 
     @abc.abstractmethod
     def Detokenize(

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
-from engine.batch import StepBatch
-from engine.config import EngineConfig
-from engine.kv_cache import create_kv_cache
-from engine.models import LanguageModel, load_model, parse_model_config
-from engine.models.layout import HEAD, layer_linears, tensor_shapes
-from kernels.ops import AttentionMetadata, Ops
-from kernels.selection import select_ops
+from loraplex_engine.execution.batch import StepBatch
+from loraplex_engine.execution.kv_cache import create_kv_cache
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.models import LanguageModel, load_model, parse_model_config
+from loraplex_engine.models.layout import HEAD, layer_linears, tensor_shapes
+from loraplex_kernels.ops import AttentionMetadata, Ops
+from loraplex_kernels.selection import select_ops
 from tests.engine.quantization.packing import Packer
 
 MODEL: dict[str, Any] = {

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.config_fields import ConfigFields
-from engine.model_config import ModelError
-from engine.quantization import LinearShape, parse, read_spec
-from engine.quantization.bitsandbytes import FourBitSpec, Int8Spec
-from engine.quantization.compressed_tensors import CompressedTensorsSpec
-from engine.quantization.fp8 import Fp8Spec
-from engine.quantization.gptq import GptqSpec, Parameters
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.quantization import LinearShape, parse, read_spec
+from loraplex_engine.quantization.bitsandbytes import FourBitSpec, Int8Spec
+from loraplex_engine.quantization.compressed_tensors import CompressedTensorsSpec
+from loraplex_engine.quantization.fp8 import Fp8Spec
+from loraplex_engine.quantization.gptq import GptqSpec, Parameters
 
 CONFIGS = Path(__file__).parents[4] / "shared" / "data" / "quant-configs"
 

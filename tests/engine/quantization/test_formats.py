@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Generator
 
-from engine.config_fields import ConfigFields
-from engine.quantization import LinearShape, parse
-from kernels.quantized import dequantize
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.quantization import LinearShape, parse
+from loraplex_kernels.quantized import dequantize
 from tests.engine.quantization.formats import FORMATS
 
 LINEAR = LinearShape("model.layers.0.mlp.up_proj", 32, 128)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from engine.config import EngineConfig
-from engine.model_config import ModelError
-from engine.models.layout import EMBEDDING, HEAD
-from engine.quantization import round_to_nearest
-from kernels.quantized import dequantize
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.models.layout import EMBEDDING, HEAD
+from loraplex_engine.quantization import round_to_nearest
+from loraplex_kernels.quantized import dequantize
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import load, logits, make_twins
 from tests.engine.quantization.formats import awq, gptq

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.model_config import ModelError
+from loraplex_engine.checkpoint.model_config import ModelError
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import Twins, load, logits, make_twins
 from tests.engine.quantization.formats import FORMATS, awq, bitsandbytes, gptq

@@ -14,13 +14,14 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from engine.quantization import offline
-from service.cli import main
+from loraplex_quantize import __main__ as offline
+from loraplex_service.cli import main
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import Twins, load, logits, make_twins
 from tests.engine.quantization.formats import gptq
 
 ROOT = Path(__file__).parents[3]
+OURS = os.pathsep.join(str(ROOT / room) for room in ("engine", "adapters", "kernels"))
 # A Python with gptqmodel, bitsandbytes and what Loraplex needs: they may not share an environment with the tests.
 PYTHON = os.environ.get("LORAPLEX_QUANTIZE_PYTHON")
 SCRIPT = Path(__file__).with_name("package_weights.py")
@@ -58,7 +59,7 @@ def test_a_missing_package_is_named(
     twins = make_twins(tmp_path, gptq(), packing.gptq())
     message = refusal(capsys, twins.dense, "--method", method, "--out", tmp_path / "out")
     assert f"{method} is done by {package}" in message
-    assert "install 'loraplex[" in message
+    assert "install 'loraplex-server[" in message
 
 
 def test_the_command_runs_the_engines_side(tmp_path: Path) -> None:
@@ -72,11 +73,11 @@ def test_the_command_runs_the_engines_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["nf4", "int8", "gptq", "awq"])
 def test_a_copy_answers_by_the_weights_that_its_package_reads(tmp_path: Path, method: str) -> None:
     """How far those are from the model's own is the method's affair."""
-    source, out, text = ROOT / "demo" / "models" / "storyteller", tmp_path / "out", tmp_path / "text"
+    source, out, text = ROOT / "demo/loraplex_demo/models/storyteller", tmp_path / "out", tmp_path / "text"
     text.write_text((ROOT / "README.md").read_text() * 2)
     options = ["--method", method, "--out", out, "--text", text, "--calibration", text, "--group-size", "64"]
     options += ["--samples", "4"]  # AWQ takes seconds for each
-    assert "perplexity" in run(["-m", "engine.quantization.offline", source, *options], {"PYTHONPATH": str(ROOT)})
+    assert "perplexity" in run(["-m", "loraplex_quantize", source, *options], {"PYTHONPATH": OURS})
     assert (out / "tokenizer.json").exists()
     twins = Twins(out, tmp_path / "dense")
     write_dense(twins)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.config_fields import ConfigFields
-from engine.model_config import ModelError
-from engine.quantization import LinearShape, parse
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.quantization import LinearShape, parse
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import load, make_twins
 from tests.engine.quantization.formats import FORMATS, awq, bitsandbytes, compressed, gptq

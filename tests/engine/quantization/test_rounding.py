@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import QUANTIZATIONS, EngineConfig
-from engine.quantization import round_to_nearest
-from kernels.quantized import AffineWeight, TableWeight, dequantize
+from loraplex_engine.link.config import QUANTIZATIONS, EngineConfig
+from loraplex_engine.quantization import round_to_nearest
+from loraplex_kernels.quantized import AffineWeight, TableWeight, dequantize
 
 
 def weights(rows: int, columns: int) -> Tensor:
@@ -54,7 +54,7 @@ def test_the_error_is_that_of_the_format(method: str, error: float) -> None:
 def test_matrices_are_taken_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     dense = weights(200, 100)  # no whole number of pieces, and blocks that span rows
     at_once = dequantize(round_to_nearest(dense, method))
-    monkeypatch.setattr("engine.quantization.rounding.CHUNK_ELEMENTS", 64 * 100)
+    monkeypatch.setattr("loraplex_engine.quantization.rounding.CHUNK_ELEMENTS", 64 * 100)
     assert torch.equal(dequantize(round_to_nearest(dense, method)), at_once)
 
 

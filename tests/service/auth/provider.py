@@ -9,7 +9,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-from service.auth.config import JwtConfig
+from loraplex_service.auth.config import JwtConfig
 
 
 def public(name: str, key: ec.EllipticCurvePrivateKey, use: str = "sig") -> dict[str, Any]:

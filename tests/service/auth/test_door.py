@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from service.auth.config import AuthConfig, CertificateConfig, JwtConfig, NameKind
-from service.auth.door import Caller, Door
-from service.auth.keys import KeyFile, KeyVerifier, make_key, read_keys, write_keys
-from service.auth.principal import Role
-from service.cli import main
-from service.errors import PermissionDenied, Unauthenticated
+from loraplex_service.auth.config import AuthConfig, CertificateConfig, JwtConfig, NameKind
+from loraplex_service.auth.door import Caller, Door
+from loraplex_service.auth.keys import KeyFile, KeyVerifier, make_key, read_keys, write_keys
+from loraplex_service.auth.principal import Role
+from loraplex_service.cli import main
+from loraplex_service.errors import PermissionDenied, Unauthenticated
 from tests.service.auth.provider import Provider
 from tests.service.authority import Authority
 
@@ -329,7 +329,7 @@ async def test_a_token_that_was_good_is_refused_once_it_has_expired(
     token = provider.token(exp=int(time.time()) + 5)
     await door.enter(GENERATE, bearer(token))
     later = time.time() + 6
-    monkeypatch.setattr("service.auth.jwt.time.time", lambda: later)
+    monkeypatch.setattr("loraplex_service.auth.jwt.time.time", lambda: later)
     monkeypatch.setattr("jwt.api_jwt.datetime", _Clock(later))
     with pytest.raises(Unauthenticated, match="expired"):
         await door.enter(GENERATE, bearer(token))

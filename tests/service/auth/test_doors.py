@@ -18,13 +18,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex import AsyncAdminClient, AsyncClient, Unauthenticated
 from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
-from service import app
-from service.app import Addresses, running
-from service.auth.access import RULES
-from service.auth.config import AuthConfig
-from service.auth.keys import KeyFile, make_key, write_keys
-from service.auth.principal import Role
-from service.config import AdapterConfig, ModelConfig, ServiceConfig
+from loraplex_service import app
+from loraplex_service.app import Addresses, running
+from loraplex_service.auth.access import RULES
+from loraplex_service.auth.config import AuthConfig
+from loraplex_service.auth.keys import KeyFile, make_key, write_keys
+from loraplex_service.auth.principal import Role
+from loraplex_service.config import AdapterConfig, ModelConfig, ServiceConfig
 from tests.service.auth.provider import Provider
 from tests.service.control_plane import write_adapter
 from tests.service.scripted_engine import ThreadedEngines

@@ -15,10 +15,10 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from service.auth.config import AuthConfig
-from service.auth.door import Caller, Door
-from service.auth.jwks import KEPT_SECONDS, LIFE_SECONDS, RETRY_SECONDS, FileKeys, RemoteKeys
-from service.errors import Unauthenticated, Unavailable
+from loraplex_service.auth.config import AuthConfig
+from loraplex_service.auth.door import Caller, Door
+from loraplex_service.auth.jwks import KEPT_SECONDS, LIFE_SECONDS, RETRY_SECONDS, FileKeys, RemoteKeys
+from loraplex_service.errors import Unauthenticated, Unavailable
 from tests.own_log import own_records
 from tests.service.auth.provider import Provider, public
 from tests.service.authority import Authority

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from adapters.registry import AdapterState
 from loraplex import AsyncAdminClient, AsyncClient, InvalidArgument, LoraplexError, NotFound, PermissionDenied
 from loraplex.operations.base import Upload
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, UploadAdapterRequest
 from loraplex.v1.models_pb2 import Model
 from loraplex.v1.routes_pb2 import Route, RouteTarget
-from service.auth.config import AuthConfig
-from service.auth.keys import KeyFile, make_key, write_keys
-from service.auth.principal import Role
-from service.config import AdapterConfig, UsageConfig
-from service.control.requests import wait_until
+from loraplex_adapters.registry import AdapterState
+from loraplex_service.auth.config import AuthConfig
+from loraplex_service.auth.keys import KeyFile, make_key, write_keys
+from loraplex_service.auth.principal import Role
+from loraplex_service.config import AdapterConfig, UsageConfig
+from loraplex_service.control.requests import wait_until
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 ACMES = "tenants/acme/adapters/pirate"

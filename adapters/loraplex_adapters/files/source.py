@@ -1,0 +1,234 @@
+"""Adapter directories under allow-listed roots, checked before a single tensor is read.
+
+An adapter directory holds adapter_config.json and adapter_model.safetensors, and maybe tokenizer files; no other file
+is read. Files from outside count as hostile: every size is capped before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from loraplex_adapters.errors import AdapterRejected, SourceNotAllowed
+from loraplex_adapters.files.config import MAX_CONFIG_BYTES, LoRAConfig, parse_config
+from loraplex_adapters.files.names import LoraTensorName, split_tensor_names
+from loraplex_adapters.files.safetensors import TensorEntry, read_header
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+# How its text is tokenised, and its bytes at most. What it needs of them is for the service to say.
+TEXT_FILES: Mapping[str, int] = {
+    "added_tokens.json": 8 << 20,
+    "chat_template.jinja": 4 << 20,
+    "special_tokens_map.json": 8 << 20,
+    "tokenizer.json": 64 << 20,
+    "tokenizer_config.json": 8 << 20,
+}
+MAX_WEIGHT_BYTES = 16 << 30
+MAX_REFERENCE_LENGTH = 1024
+FILES = (CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES)
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_HASH_CHUNK = 1 << 20
+
+
+class AdapterSource:
+    """Turns a reference from a request into a directory, if the operator allows it."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        """`roots`: the allowed directories. Raises OSError for one that does not exist."""
+        self.roots = tuple(root.resolve(strict=True) for root in roots)
+
+    def resolve(self, reference: str) -> Path:
+        """The adapter directory that `reference` names: a path relative to a root ("team/legal-v2"), first root first.
+
+        An absolute path or file:// URI is accepted if it lies under a root. It may be written in any way, and links are
+        followed, but it must end under a root. Raises SourceNotAllowed; which files exist outside the roots cannot be
+        told from it.
+        """
+        if len(reference) > MAX_REFERENCE_LENGTH:
+            raise SourceNotAllowed(f"source of {len(reference)} characters: at most {MAX_REFERENCE_LENGTH} are allowed")
+        path = reference.removeprefix("file://")
+        candidates = [_under(root, path) for root in self.roots]
+        for directory in candidates:
+            if directory is not None and directory.is_dir():
+                return directory
+        raise SourceNotAllowed(
+            f"source {reference[:200]!r}: no such directory under the allowed roots; give a path relative to one of "
+            "adapter_roots or an absolute one, or upload the adapter"
+        )
+
+
+def _under(root: Path, path: str) -> Path | None:
+    """`path`, absolute or below `root`, with links followed; None: it, or a file in it, leads out of the root."""
+    try:
+        directory = root.joinpath(path).resolve()
+        files = [(directory / name).resolve() for name in FILES]
+    except (OSError, RuntimeError, ValueError):  # links in a circle, names that cannot be
+        return None
+    # The files of a snapshot in the hub's cache are links to what lies beside all snapshots.
+    allowed = (root, root.parent / "blobs") if root.name == "snapshots" else (root,)
+    inside = directory != root and directory.is_relative_to(root)
+    return directory if inside and all(any(file.is_relative_to(place) for place in allowed) for file in files) else None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDescription:
+    """The facts about an adapter that need no loading."""
+
+    digest: str  # hex SHA-256 over config, weights and the files of its text
+    text_digest: str  # over the last alone; "": there are none
+    config: LoRAConfig
+    module_ranks: Mapping[str, int]  # by module path in the trained model
+    target_modules: tuple[str, ...]  # short names, sorted: "q_proj", …
+    size_bytes: int  # of the tensors in the file
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self.module_ranks.values())
+
+
+def describe(directory: Path) -> AdapterDescription:
+    """Check an adapter's files as far as possible without its base model.
+
+    Reads every byte once, for the digest, so call it in a thread that may block. Raises AdapterRejected, OSError.
+    """
+    config_bytes = read_config_bytes(directory)
+    config = parse_config(config_bytes)
+    with open_weights(directory) as file:
+        header = read_header(file)
+        file.seek(0)
+        text = text_digest(directory)
+        digest = digest_of(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""), text)
+    ranks, problems = module_ranks(header.tensors)
+    if problems:
+        raise AdapterRejected(problems)
+    short = {module.rpartition(".")[2] for module in ranks}
+    return AdapterDescription(digest, text, config, ranks, tuple(sorted(short)), header.data_bytes)
+
+
+def check_there(directory: Path) -> None:
+    """Raise AdapterRejected if the directory lacks an adapter's files; the message says what is there instead."""
+    read_config_bytes(directory)
+    open_weights(directory).close()
+
+
+def digest(directory: Path) -> str:
+    """Hex SHA-256 over the content of an adapter: the bytes of its config, of its weights and of its text's files."""
+    with open_weights(directory) as file:
+        weights = iter(lambda: file.read(_HASH_CHUNK), b"")
+        return digest_of(read_config_bytes(directory), weights, text_digest(directory))
+
+
+def text_digest(directory: Path) -> str:
+    """Hex SHA-256 over the names and the content of the files of its text; "" if there are none.
+
+    Raises AdapterRejected for one that is too large or no plain file, OSError.
+    """
+    hasher, found = hashlib.sha256(), False
+    for name, max_bytes in TEXT_FILES.items():
+        if os.path.lexists(directory / name):
+            with _open(directory, name, max_bytes) as file:
+                hasher.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            found = True
+    return hasher.hexdigest() if found else ""
+
+
+def fingerprint(directory: Path) -> str | None:
+    """Sizes and times of an adapter's files; None: they are missing. A changed fingerprint means changed files."""
+    try:
+        found = [(directory / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        found += [(directory / name).stat() for name in TEXT_FILES if (directory / name).exists()]
+    except OSError:
+        return None
+    return " ".join(f"{status.st_size}:{status.st_mtime_ns}" for status in found)
+
+
+def digest_of(config: bytes, weights: Iterable[bytes | memoryview], text: str = "") -> str:
+    """The digest from the config's bytes, the weights' bytes in pieces of any length, and the text digest."""
+    hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
+    hasher.update(config)
+    for chunk in weights:
+        hasher.update(chunk)
+    digest = hasher.hexdigest()
+    return hashlib.sha256(f"{digest} {text}".encode()).hexdigest() if text else digest
+
+
+def module_ranks(tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, int], list[str]]:
+    """The rank of each adapted module by the shapes of its A, and what is wrong with the names or shapes."""
+    split = split_tensor_names(tensors)
+    problems = split.problems
+    ranks = {
+        name.module: _rank(name, tensors[name.key], problems)
+        for name in split.names
+        if name.part in ("A", "embedding_A")
+    }
+    if not ranks and not problems:
+        problems.append(f"{WEIGHTS_FILE}: it holds no LoRA tensors{' of the text model' * bool(split.towers)}")
+    return ranks, problems
+
+
+def _rank(name: LoraTensorName, entry: TensorEntry, problems: list[str]) -> int:
+    if len(entry.shape) != 2 or entry.shape[0] == 0:
+        sharded = "; DeepSpeed ZeRO-3 and FSDP leave this when the adapter is saved without being gathered"
+        problems.append(
+            f"{name.key}: shape {list(entry.shape)}, expected [rank, inputs] with rank > 0"
+            f"{sharded if entry.shape == (0,) else ''}"
+        )
+        return 0
+    return entry.shape[0]
+
+
+def read_config_bytes(directory: Path) -> bytes:
+    """The bytes of adapter_config.json. Raises AdapterRejected if there is none or it is too large."""
+    with _open(directory, CONFIG_FILE, MAX_CONFIG_BYTES) as file:
+        return file.read(MAX_CONFIG_BYTES + 1)
+
+
+def open_weights(directory: Path) -> BufferedReader:
+    """Open adapter_model.safetensors for reading. Raises AdapterRejected if it is missing or no plain file."""
+    if not (directory / WEIGHTS_FILE).exists():
+        _explain_missing_weights(directory)
+    return _open(directory, WEIGHTS_FILE, MAX_WEIGHT_BYTES)
+
+
+def _explain_missing_weights(directory: Path) -> None:
+    try:
+        others = sorted(entry.name for entry in directory.iterdir())
+    except OSError as error:
+        raise AdapterRejected([f"{directory.name}: cannot be read: {error.strerror}"]) from error
+    pickled = [name for name in others if name.endswith(_PICKLED)]
+    if pickled:
+        raise AdapterRejected(
+            [f"{pickled[0]}: pickled weights can run code when they are read: safetensors only; convert it first"]
+        )
+    if any(name.endswith(".safetensors") or name.endswith(".safetensors.index.json") for name in others):
+        raise AdapterRejected([f"{WEIGHTS_FILE} is missing: weights under another name or in shards are not read"])
+
+
+def _open(directory: Path, name: str, max_bytes: int) -> BufferedReader:
+    """Open a plain file of the directory.
+
+    Opened without waiting and checked afterwards on the open file, so that a pipe cannot hang the reader and nothing
+    can be swapped in between.
+    """
+    try:
+        descriptor = os.open(directory / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise AdapterRejected([f"{name} is missing"]) from error
+    status = os.fstat(descriptor)
+    problem = ""
+    if not stat.S_ISREG(status.st_mode):
+        problem = f"{name} is not a plain file"
+    elif status.st_size > max_bytes:
+        problem = f"{name}: {status.st_size} bytes, at most {max_bytes} are allowed"
+    if problem:
+        os.close(descriptor)
+        raise AdapterRejected([problem])
+    return os.fdopen(descriptor, "rb")

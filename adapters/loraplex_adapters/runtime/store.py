@@ -1,0 +1,286 @@
+"""The host tier: adapters in host memory, read by its own threads; the least recently used is dropped first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from loraplex_adapters.errors import COLD, INVALID, TOO_LARGE, UNREADABLE, AdapterRejected
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.pace import Pace
+from loraplex_adapters.runtime.targets import LoraTarget
+from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_composition
+from loraplex_kernels.ops import LoraWeights, PackedLora
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 60.0
+MAX_FAILED_COMPOSITIONS = 64
+LOADER_NICENESS = 15  # a few per cent of a core beside a busy thread, all of an idle one
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLoad:
+    """The outcome of one load: `loaded`, or the problems."""
+
+    key: AdapterKey
+    loaded: LoadedAdapter | None
+    problems: list[str] = field(default_factory=list)
+    reason: str = INVALID  # their kind
+
+
+@dataclass(slots=True)
+class _Source:
+    """A registered adapter's directory, or a composition's members, and the state of its load."""
+
+    paths: tuple[Path, ...]
+    loading: bool = False
+    problems: list[str] = field(default_factory=list)  # of the last load, if it failed
+    reason: str = INVALID
+    num_failures: int = 0
+    retry_at: float = 0.0  # by the clock: until then the problems are the answer
+    nbytes: int = 0  # in host memory; 0 until it was loaded once
+
+
+def compute_alone(default: int) -> None:
+    """Make torch compute in this thread alone for this thread; new threads get `default` threads as before.
+
+    Many small operations that each wait for a team of threads, beside a step that keeps all cores busy, took 46 s
+    where one thread alone took 0.6 s (84 MB adapter, 2 cores, both busy). Torch keeps the number per thread, but a
+    thread that is new to it starts with the number that was last set in any thread: hence the second thread.
+    """
+    torch.get_num_threads()  # from now on this thread has a number of its own
+    torch.set_num_threads(1)
+    restore = threading.Thread(target=torch.set_num_threads, args=(default,))
+    restore.start()
+    restore.join()
+
+
+def give_way() -> None:
+    """Lower this thread's priority below the step's threads, on Linux, where each thread has its own niceness.
+
+    A step waits for the slowest of its threads: one that shares its core with a loader holds up all requests. Beside
+    loads without a pause the median step took 42 % longer at niceness 0 and 11 % at 10, at half of the loads
+    (llama-160m, 2 cores, one run); the value here was not timed itself. Elsewhere niceness is the whole process's, and
+    the loaders keep it.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(LOADER_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def _begin_loader(default_threads: int) -> None:
+    compute_alone(default_threads)
+    give_way()
+
+
+class AdapterStore:
+    """Reads adapters into host memory and keeps as many as fit in a budget of bytes.
+
+    Called from one thread; only the reading happens in others, and `poll` takes in what they have finished. A broken
+    adapter costs its own requests an error and a retry after a growing pause; loads of others go on beside it.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, LoraTarget],
+        dtype: torch.dtype,
+        max_rank: int,
+        budget_bytes: int,
+        num_threads: int,
+        pack: Callable[[LoraWeights], PackedLora],  # for the tables of the model's sites
+        load_share: float = 1.0,  # of one core, for all loads together while requests run
+        clock: Callable[[], float] = time.monotonic,
+        executor: Executor | None = None,  # None: threads of its own
+    ) -> None:
+        self._load = partial(load_adapter, targets=targets, dtype=dtype, max_rank=max_rank, pack=pack)
+        self._load_composition = partial(load_composition, targets=targets, dtype=dtype, max_rank=max_rank, pack=pack)
+        self._budget_bytes = budget_bytes
+        self._clock = clock
+        self.pace = Pace(load_share)
+        self._executor = executor or ThreadPoolExecutor(
+            num_threads, "adapter-loader", initializer=_begin_loader, initargs=(torch.get_num_threads(),)
+        )
+        self._finished: queue.SimpleQueue[tuple[_Source, FinishedLoad]] = queue.SimpleQueue()
+        self._sources: dict[AdapterKey, _Source] = {}
+        self._loaded: OrderedDict[AdapterKey, LoadedAdapter] = OrderedDict()  # least recently used first
+        self._used_bytes = 0
+        self._num_in_flight = 0  # loads that `poll` has not taken in yet
+        self.changes = 0  # grows whenever a load ends or an adapter is forgotten
+        self.moved: set[AdapterKey] = set()  # adapters that came or left, until the caller clears it
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    def close(self) -> None:
+        """Stop the threads once they have finished what they are reading."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # ---- what exists -----------------------------------------------------------------------------------------------
+
+    def register(self, key: AdapterKey, path: Path) -> None:
+        """Register an adapter and read it into memory. `poll` reports the outcome, each time anew."""
+        source = self._sources.setdefault(key, _Source((path,)))
+        source.paths = (path,)
+        if key in self._loaded:
+            self._num_in_flight += 1
+            self._finished.put((source, FinishedLoad(key, self._loaded[key])))
+        elif not source.loading:
+            self._start(key, source)
+
+    def unregister(self, key: AdapterKey) -> None:
+        """Forget an adapter; a load under way is dropped. An unknown key is not an error."""
+        composed = [other for other in self._sources if other.parts and key in other.members]
+        for known in (key, *composed):
+            if self._sources.pop(known, None) is not None:
+                self._drop(known)
+                self.changes += 1
+
+    def is_registered(self, key: AdapterKey) -> bool:
+        """Whether an adapter, or every member of a composition, is registered."""
+        return all(member in self._sources for member in key.members)
+
+    def holds(self, key: AdapterKey) -> bool:
+        """Whether an adapter is in memory. Does not count as use."""
+        return key in self._loaded
+
+    def residents(self) -> list[AdapterKey]:
+        """The adapters in memory, least recently used first."""
+        return list(self._loaded)
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def get(self, key: AdapterKey) -> LoadedAdapter | None:
+        """The adapter if it is in memory, which makes it the most recently used."""
+        loaded = self._loaded.get(key)
+        if loaded is not None:
+            self._loaded.move_to_end(key)
+        return loaded
+
+    def request(self, key: AdapterKey, may_evict: bool = True) -> None:
+        """Start to read an adapter, if it is not in memory yet, and return at once.
+
+        With `may_evict` False an adapter that is known not to fit beside the others is left alone. Raises
+        AdapterRejected if it is not registered, or if it failed and the pause before the next try is not over.
+        """
+        source = self._sources.get(key)
+        if source is None and key.parts and self.is_registered(key):
+            source = self._compose(key)
+        if source is None:
+            raise AdapterRejected([f"adapter {key} is not registered with this engine"], COLD)
+        if key in self._loaded or source.loading:
+            return
+        if source.problems and self._clock() < source.retry_at:
+            raise AdapterRejected(source.problems, source.reason)
+        if may_evict or self._used_bytes + source.nbytes <= self._budget_bytes:
+            self._start(key, source)
+
+    def is_loading(self) -> bool:
+        """Whether a load is under way or waits to be polled."""
+        return self._num_in_flight > 0
+
+    def poll(self) -> list[FinishedLoad]:
+        """The loads that have ended since the last call. Never waits."""
+        arrived: list[FinishedLoad] = []
+        while not self._finished.empty():
+            source, finished = self._finished.get()
+            self._num_in_flight -= 1
+            if self._sources.get(finished.key) is not source:
+                continue  # forgotten in the meantime
+            arrived.append(self._take_in(source, finished))
+        if arrived:
+            self.changes += 1
+            self._evict(keep={finished.key for finished in arrived})
+        return arrived
+
+    def _compose(self, key: AdapterKey) -> _Source:
+        """Register a composition by its members until it leaves the memory; of failed ones only the latest stay."""
+        failed = [other for other, source in self._sources.items() if other.parts and source.problems]
+        for other in failed[:-MAX_FAILED_COMPOSITIONS]:
+            del self._sources[other]
+        paths = tuple(path for member in key.members for path in self._sources[member].paths)
+        source = self._sources[key] = _Source(paths)
+        return source
+
+    def _start(self, key: AdapterKey, source: _Source) -> None:
+        source.loading = True
+        self._num_in_flight += 1
+        self._executor.submit(self._read, key, source)
+
+    def _read(self, key: AdapterKey, source: _Source) -> None:
+        """Read an adapter, in a loader thread."""
+        started = time.perf_counter()
+        rest = self.pace.begin()
+        try:
+            if key.parts:
+                loaded = self._load_composition(key, source.paths, rest=rest)
+            else:
+                loaded = self._load(key, *source.paths, rest=rest)
+            finished = FinishedLoad(key, loaded)
+        except AdapterRejected as rejected:
+            finished = FinishedLoad(key, None, rejected.problems, rejected.reason)
+        except OSError as error:
+            names = ", ".join(path.name for path in source.paths)
+            problem = f"{names}: cannot be read: {error.strerror or error}"
+            finished = FinishedLoad(key, None, [problem], UNREADABLE)
+        except Exception as error:  # whatever is in the files must not silence the request that waits for them
+            logger.exception("adapter %s: unexpected failure while loading", key)
+            finished = FinishedLoad(key, None, [f"unexpected failure while loading: {type(error).__name__}: {error}"])
+        logger.info("adapter %s: read in %.3f s", key, time.perf_counter() - started)
+        self._finished.put((source, finished))
+
+    def _take_in(self, source: _Source, finished: FinishedLoad) -> FinishedLoad:
+        key, loaded = finished.key, finished.loaded
+        source.loading = False
+        if loaded is not None and loaded.nbytes > self._budget_bytes:
+            problem = f"it needs {loaded.nbytes} bytes of host memory, all adapters together may use "
+            finished, loaded = FinishedLoad(key, None, [f"{problem}{self._budget_bytes}"], TOO_LARGE), None
+        if loaded is None:
+            pause = min(FIRST_BACKOFF_SECONDS * 2.0**source.num_failures, MAX_BACKOFF_SECONDS)
+            source.problems, source.reason = finished.problems, finished.reason
+            source.num_failures += 1
+            source.retry_at = self._clock() + pause
+            return finished
+        source.problems, source.num_failures, source.nbytes = [], 0, loaded.nbytes
+        if key not in self._loaded:
+            self._loaded[key] = loaded
+            self._used_bytes += loaded.nbytes
+            self._note_move(key)
+        return finished
+
+    def _note_move(self, key: AdapterKey) -> None:
+        if not key.parts:  # the tier of a composition is never asked for
+            self.moved.add(key)
+
+    # ---- room ------------------------------------------------------------------------------------------------------
+
+    def _evict(self, keep: set[AdapterKey]) -> None:
+        """Drop the least recently used until the budget holds. Adapters in `keep` have just come: the requests that
+        wait for them see them before they can be dropped, however small the budget."""
+        for key in list(self._loaded):
+            if self._used_bytes <= self._budget_bytes:
+                return
+            if key not in keep:
+                self._drop(key)
+
+    def _drop(self, key: AdapterKey) -> None:
+        loaded = self._loaded.pop(key, None)
+        if loaded is not None:
+            self._used_bytes -= loaded.nbytes
+            self._note_move(key)
+            if key.parts:
+                self._sources.pop(key, None)

@@ -1,0 +1,90 @@
+"""The modules that adapters may name, described by the model, and an adapter's tensors for one module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from torch import Tensor
+
+from loraplex_adapters.files.names import LoraTensorName, Part
+
+HEAD_MODULE = "lm_head"
+
+
+class BaseWeight(Protocol):
+    """The model's own weight at the place of an adapter."""
+
+    @property
+    def bias(self) -> Tensor | None: ...  # [N] of the whole linear
+
+    def dequantize(self, start: int, end: int) -> Tensor:
+        """Rows of the weight: float32 [end − start, C], on any device. Any thread may call it."""
+
+
+class TargetKind(Enum):
+    LINEAR = "linear"
+    EMBEDDING = "embedding"  # a linear of one-hot rows: C is the vocabulary, N the width
+    NORM = "norm"  # can be replaced, but takes no LoRA
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTarget:
+    """A module that an adapter may name, and where its output lies in the linear that computes it.
+
+    A model describes itself by a dict of these, keyed by the module's path in the Hugging Face model
+    ("model.layers.0.self_attn.q_proj"), with the fused names ("….self_attn.qkv_proj") beside the parts.
+    """
+
+    site: str  # the linear: a key of the pool's sites
+    in_features: int  # C
+    out_start: int  # first column of the linear's output that belongs to this projection
+    out_features: int  # N of the projection
+    kind: TargetKind = TargetKind.LINEAR
+    base: BaseWeight | None = None  # needed for DoRA, trained biases and copies of base weights
+    tied_to: str | None = None  # the embedding whose weight this head shares
+    rounding: Callable[[Tensor], Tensor] | None = None  # what became of the checkpoint's rows when the model was loaded
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.out_start, self.out_start + self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """All that the adapter's file holds for one module of the model."""
+
+    name: str  # the model's
+    target: LoraTarget
+    parts: dict[Part, LoraTensorName] = field(default_factory=dict)  # an embedding's A and B under "A" and "B"
+
+    @property
+    def trained_name(self) -> str:
+        """The module's path in the trained model, which PEFT's patterns match."""
+        return next(iter(self.parts.values())).module
+
+    @property
+    def any_key(self) -> str:
+        """Any of the module's keys, to name it in a message."""
+        return next(iter(self.parts.values())).key
+
+    @property
+    def is_adapted(self) -> bool:
+        return "A" in self.parts
+
+    def key(self, part: Part) -> str:
+        return self.parts[part].key
+
+    def is_one_of(self, ends: Iterable[str]) -> str | None:
+        """The name among these that means the module, by its path in the trained model or else in the served one."""
+        return named_by(self.trained_name, ends) or named_by(self.name, ends)
+
+
+def named_by(module: str, ends: Iterable[str]) -> str | None:
+    """The name among these that ends a module's path, or the path of a module around it: as in PEFT, "norm" is every
+    module that ends so, and "mlp" all that is in one."""
+    parts = module.split(".")
+    paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((end for end in ends if any(path.endswith(end) for path in paths)), None)

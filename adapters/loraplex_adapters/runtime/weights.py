@@ -1,0 +1,158 @@
+"""Reads an adapter's files and binds its weights to a model. Runs in the store's loader threads, never in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraplex_adapters.errors import AdapterRejected
+from loraplex_adapters.files.config import LoRAConfig, parse_config
+from loraplex_adapters.files.safetensors import TensorEntry, read_header
+from loraplex_adapters.files.source import digest_of, open_weights, read_config_bytes, text_digest
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.pace import Rest, no_rest, resting
+from loraplex_adapters.runtime.binding import BoundAdapter, bind
+from loraplex_adapters.runtime.composition import combine
+from loraplex_adapters.runtime.layer import EMBEDDING_SITE, EmbeddingLora
+from loraplex_adapters.runtime.replaced import REPLACED_SITE
+from loraplex_adapters.runtime.targets import LoraTarget
+from loraplex_kernels.ops import LoraWeights, PackedLora
+
+PIECE_BYTES = 1 << 18  # read and hashed at once
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter in host memory, bound to the model and laid out for the kernels."""
+
+    key: AdapterKey
+    packed: Mapping[str, PackedLora]  # by site
+    ranks: Mapping[str, int]  # by the model's own name of the projection
+    warnings: tuple[str, ...]
+    invocation_tokens: tuple[int, ...] = ()  # aLoRA: it applies from their last occurrence in the prompt on
+    whole: str = ""  # why it cannot be one of several in a composition; "": it can
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.ranks.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(packed.nbytes for packed in self.packed.values())
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Short names, sorted: "q_proj", …"""
+        return tuple(sorted({name.rpartition(".")[2] for name in self.ranks}))
+
+
+def load_adapter(
+    key: AdapterKey,
+    directory: Path,
+    targets: Mapping[str, LoraTarget],
+    dtype: torch.dtype,
+    max_rank: int,
+    pack: Callable[[LoraWeights], PackedLora],
+    rest: Rest = no_rest,
+) -> LoadedAdapter:
+    """Read an adapter, check that it is the version that `key` names, bind it and lay it out for the kernels.
+
+    Raises AdapterRejected; OSError if the disk fails.
+    """
+    tensors, config = _read(key, directory, rest)
+    bound = bind(tensors, config, targets, dtype, max_rank, rest)
+    packed = pack_adapter(bound, pack, rest)
+    warnings = (*config.warnings, *bound.warnings)
+    return LoadedAdapter(key, packed, bound.ranks, warnings, bound.invocation_tokens, bound.whole)
+
+
+def load_composition(
+    key: AdapterKey,
+    directories: Sequence[Path],
+    targets: Mapping[str, LoraTarget],
+    dtype: torch.dtype,
+    max_rank: int,
+    pack: Callable[[LoraWeights], PackedLora],
+    rest: Rest = no_rest,
+) -> LoadedAdapter:
+    """Read the parts of a composition and lay their weighted sum out for the kernels, as one adapter.
+
+    directories: one for each of the key's parts. max_rank: the limit of each part. Raises AdapterRejected; OSError if
+    the disk fails.
+    """
+    parts = []
+    for (member, weight), directory in zip(key.parts, directories, strict=True):
+        tensors, config = _read(member, directory, rest)
+        parts.append((str(member), bind(tensors, config, targets, dtype, max_rank, rest), weight))
+    bound = combine(parts, rest)
+    return LoadedAdapter(key, pack_adapter(bound, pack, rest), bound.ranks, ())
+
+
+def _read(key: AdapterKey, directory: Path, rest: Rest) -> tuple[dict[str, Tensor], LoRAConfig]:
+    """The tensors and the config of the version that `key` names.
+
+    The bytes that are checked are the bytes that are used: the file is read once.
+    """
+    config_bytes = read_config_bytes(directory)
+    config = parse_config(config_bytes)
+    with open_weights(directory) as file:
+        header = read_header(file)
+        unsupported = [
+            f"{name}: dtype {entry.dtype}, a float is expected"
+            for name, entry in header.tensors.items()
+            if entry.dtype not in _DTYPES
+        ]
+        if unsupported:
+            raise AdapterRejected(unsupported)
+        file.seek(0)
+        # Not a bytearray: Python would fill it with zeros first, and hold up all other threads meanwhile.
+        content = torch.empty(header.data_start + header.data_bytes, dtype=torch.uint8)
+        pieces = [content[start : start + PIECE_BYTES] for start in range(0, len(content), PIECE_BYTES)]
+        weights = resting((_filled(piece, file, directory) for piece in pieces), rest)
+        found = digest_of(config_bytes, weights, text_digest(directory))
+    if found != key.digest:
+        raise AdapterRejected([f"the files have the digest {found[:12]}…, not {key.digest[:12]}…: they were changed"])
+    data = content[header.data_start :]
+    tensors = {name: _tensor(data, entry) for name, entry in resting(header.tensors.items(), rest)}
+    return tensors, config
+
+
+def _filled(piece: Tensor, file: BufferedReader, directory: Path) -> memoryview:
+    """The next bytes of the file. Hashed piece by piece, while they are in the core's cache."""
+    view: memoryview = piece.numpy().data
+    if file.readinto(view) != len(piece):
+        raise AdapterRejected([f"{directory.name}: the weights became shorter while they were read"])
+    return view
+
+
+def pack_adapter(
+    bound: BoundAdapter, pack: Callable[[LoraWeights], PackedLora], rest: Rest = no_rest
+) -> dict[str, PackedLora]:
+    """The packed weights for each site's table."""
+    packed: dict[str, PackedLora] = {}
+    for site, weights in resting(bound.weights.items(), rest):
+        packed[site] = EmbeddingLora(weights) if site == EMBEDDING_SITE else pack(weights)
+    if bound.replaced is not None:
+        packed[REPLACED_SITE] = bound.replaced
+    return packed
+
+
+def _tensor(data: Tensor, entry: TensorEntry) -> Tensor:
+    """A copy of one tensor: aligned, whatever its offset in the file, and independent of the file's buffer."""
+    begin, end = entry.data_offsets
+    return data[begin:end].clone().view(_DTYPES[entry.dtype]).view(entry.shape)

@@ -1,0 +1,108 @@
+"""The structure of a decoder, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from loraplex_kernels.ops import HeadShape
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+class ModelError(ValueError):
+    """The model cannot be served as it is. The message says which model, what is wrong with it, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Positions divided by a factor."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicScaling:
+    """A larger base for contexts beyond the original one: it grows with the longest sequence (NTK-aware)."""
+
+    factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Long wavelengths slowed by a factor, short ones kept, those between interpolated (Llama 3.1)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """Frequencies blended dimension by dimension, attention made sharper.  Source: YaRN (arXiv 2309.00071)."""
+
+    factor: float
+    original_max_positions: int
+    attention_factor: float  # multiplies cosines and sines
+    beta_fast: float
+    beta_slow: float
+    truncate: bool  # round the blended range to whole dimensions
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """The rotary embedding of one kind of layer."""
+
+    theta: float
+    scaling: LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """The attention settings that may differ from layer to layer."""
+
+    rope: Rope
+    window: int | None = None  # tokens seen, the own one included; None: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Everything that the shared decoder needs to know. A family file fills it in."""
+
+    architecture: str
+    vocab_size: int  # V
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    max_position_embeddings: int  # tokens, with a scaling of the rotary embedding included
+    rms_norm_eps: float
+    activation: Activation
+    layers: tuple[LayerAttention, ...]
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    dtype: str | None  # as the checkpoint states it: "bfloat16"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norm over each query and key head
+    sandwich_norms: bool = False  # norms also after attention and after the feed-forward (Gemma)
+    norm_offset: float = 0.0  # added to every norm weight: Gemma's checkpoints store weight - 1
+    embedding_scale: float | None = None
+    attention_scale: float
+    attention_soft_cap: float | None = None
+    logits_soft_cap: float | None = None
+    fits_float16: bool = True  # whether its activations stay below 65504
+    quantization: str = ""  # how the weights are stored, for people; "" for none
+    unused_tensors: tuple[str, ...] = ()  # prefixes of checkpoint names that text generation does not read
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def head_shape(self) -> HeadShape:
+        return HeadShape(self.num_heads, self.num_kv_heads, self.head_dim)

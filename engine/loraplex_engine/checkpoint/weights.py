@@ -1,0 +1,347 @@
+"""Reads a model's parameters from its files: finds the directory, opens its safetensors, reads one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loraplex_engine.checkpoint.memory import empty_matrix
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_kernels.finite import all_finite
+
+Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
+
+BASE_NAME = "model"  # what a model's files are called, unless a quantiser named them otherwise
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt")
+# Other layouts of the same weights, in some repositories: never what we read.
+HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+# Wrappers of the language model inside a checkpoint → its own names; the first that fits is taken.
+PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("embed_tokens.", "model.embed_tokens."),  # saved from the base model, without its head
+    ("layers.", "model.layers."),
+    ("norm.", "model.norm."),
+)
+# Buffers that some old checkpoints hold; they follow from config.json.
+BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias")
+
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = tuple(STORED_DTYPES)
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+LFS_POINTER = b"version https://git-lfs"
+MAX_LISTED = 8  # tensors named in one error; the rest are counted
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError if there is none."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; a model directory needs one") from None
+    _check_fetched(path, data)
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _check_fetched(path: Path, data: bytes) -> None:
+    """data: the file's first bytes, or all. Raises ModelError if Git has left a note of where the file is instead."""
+    if data.startswith(LFS_POINTER):
+        raise ModelError(f"{path}: is a Git LFS pointer, not the file: run `git lfs pull` in {path.parent}")
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The directory of a model: `model` itself if it is one, else a snapshot of that hub id (downloaded if need be).
+
+    Raises ModelError if it is neither, or cannot be fetched.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    if not HUB_ID.fullmatch(model):
+        raise ModelError(f"model {model!r}: no such directory, and not of the form of a hub id (owner/name)")
+    from huggingface_hub import snapshot_download  # only where it is needed: it takes a third of a second to import
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    at = f"model {model!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        found = snapshot_download(
+            model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_FILES_LEFT_OUT)
+        )
+    except GatedRepoError as error:
+        raise ModelError(f"{at}: access is gated: accept its licence on the hub and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{at}: the hub has the model, but not this revision") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{at}: no such directory, and no such model on the hub (or a private one: HF_TOKEN)"
+        ) from error
+    except Exception as error:  # no connection, offline mode, no space: each of its versions raises others
+        raise ModelError(
+            f"{at}: no such directory, not in the local hub cache, and it could not be downloaded: {error}. "
+            "Give the path of a local directory, or fetch it where there is a network and share HF_HOME"
+        ) from error
+    return Path(found)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """The place, dtype and shape of a tensor, before any of it is read."""
+
+    path: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: str  # the format's code
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedTensor:
+    """The dtypes and shape of an expected tensor, where it is not just a float tensor of one shape."""
+
+    shape: tuple[int | None, ...] | None  # None: any, or any length of that dimension
+    dtypes: tuple[str, ...]  # the format's codes
+    optional: bool = False
+    hint: str = ""  # what it means if the tensor is of another shape or type
+
+    def fits(self, stored: StoredTensor) -> bool:
+        return self._shape_fits(stored.shape) and stored.dtype in self.dtypes
+
+    def misfit(self, stored: StoredTensor) -> str:
+        shape = "" if self._shape_fits(stored.shape) else f" {_dims(self.shape)}"
+        return f"{stored.name} is {stored.dtype} {_dims(stored.shape)}, not {' or '.join(self.dtypes)}{shape}"
+
+    def _shape_fits(self, shape: tuple[int, ...]) -> bool:
+        if self.shape is None:
+            return True
+        return len(shape) == len(self.shape) and all(
+            wanted in (None, length) for wanted, length in zip(self.shape, shape, strict=True)
+        )
+
+
+class Checkpoint:
+    """The tensors of a model directory by their names in the Hugging Face model. Files are mapped, not read ahead.
+
+    A context manager: the files are closed at its end.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        unused_prefixes: tuple[str, ...] = (),
+        progress: Progress | None = None,
+        base_names: Sequence[str] = (BASE_NAME,),
+    ) -> None:
+        """base_names: as in `shard_paths`.
+
+        Raises ModelError if there are no safetensors, or one of them is damaged or missing.
+        """
+        self.directory = directory
+        self._progress = progress
+        self._files: dict[Path, Any] = {}
+        self._tensors: dict[str, StoredTensor] = {}
+        self._loaded_bytes = 0
+        self._closing = ExitStack()
+        try:
+            for path in shard_paths(directory, base_names):
+                self._open(path, unused_prefixes)
+        except BaseException:
+            self._closing.close()
+            raise
+        self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())  # of those that are used, as stored
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def dtype(self, name: str) -> torch.dtype:
+        return STORED_DTYPES[self._tensors[name].dtype]
+
+    def stored_dtype(self, name: str) -> str:
+        """The format's code: "F32", "I8"."""
+        return self._tensors[name].dtype
+
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], packed: Mapping[str, ExpectedTensor] | None = None
+    ) -> None:
+        """Raise ModelError unless the checkpoint holds exactly these tensors: `expected` as floats in these shapes."""
+        stored, packed = self._tensors, packed or {}
+        required = expected.keys() | {name for name, tensor in packed.items() if not tensor.optional}
+        misfits = {name: t for name, t in packed.items() if name in stored and not t.fits(stored[name])}
+        found = {
+            "missing": sorted(required - stored.keys()),
+            "unexpected": sorted(stored.keys() - expected.keys() - packed.keys()),
+            "of another shape": [
+                f"{name} is {list(stored[name].shape)}, config.json makes it {list(shape)}"
+                for name, shape in expected.items()
+                if name in stored and stored[name].shape != shape
+            ],
+            "not floating point": [
+                f"{name} is {stored[name].dtype}"
+                for name in expected
+                if name in stored and stored[name].dtype not in STORED_DTYPES
+            ],
+            "not as the quantisation lays them out": [tensor.misfit(stored[name]) for name, tensor in misfits.items()],
+        }
+        problems = [f"{len(names)} tensors {what}: {_listed(names)}" for what, names in found.items() if names]
+        problems += sorted({tensor.hint for tensor in misfits.values() if tensor.hint})
+        if problems:
+            raise ModelError(
+                f"{self.directory}: the weights do not fit config.json: {'; '.join(problems)}. "
+                "Check that both are of the same model, and that the download is complete"
+            )
+
+    def stacked(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The rows of several float tensors one after another, converted on the way: [N₁ + N₂ + …, C].
+
+        Raises ModelError, here and in `dense`, naming a tensor with a value that is no finite number.
+        """
+        parts = [self._tensors[name] for name in names]
+        num_rows = sum(part.shape[0] for part in parts)
+        result = empty_matrix((num_rows, *parts[0].shape[1:]), dtype, device)
+        start = 0
+        for part in parts:
+            rows = result[start : start + part.shape[0]]
+            rows.copy_(self._read(part))
+            _check_finite(part, rows)
+            start += part.shape[0]
+        return result
+
+    def dense(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One float tensor, converted. On the CPU it may lie in the mapped file: not to be written to."""
+        stored = self._tensors[name]
+        tensor = self._read(stored).to(device).to(dtype)
+        _check_finite(stored, tensor)
+        return tensor
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """One tensor as it is stored. On the CPU it may lie in the mapped file: not to be written to."""
+        return self._read(self._tensors[name]).to(device)
+
+    def _read(self, stored: StoredTensor) -> Tensor:
+        tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
+        self._loaded_bytes += stored.nbytes
+        if self._progress is not None:
+            self._progress(self._loaded_bytes, self.nbytes)
+        return tensor
+
+    def _open(self, path: Path, unused_prefixes: tuple[str, ...]) -> None:
+        try:
+            file = self._closing.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise ModelError(f"{path}: named by the index, but not there: complete the download") from None
+        except (SafetensorError, OSError) as error:
+            if path.is_file():
+                with path.open("rb") as damaged:
+                    _check_fetched(path, damaged.read(len(LFS_POINTER)))
+            raise ModelError(f"{path}: not a valid safetensors file ({error}): fetch it again") from error
+        self._files[path] = file
+        for stored_name in file.keys():  # noqa: SIM118 (not a mapping)
+            if stored_name.startswith(unused_prefixes) or BUFFERS.fullmatch(stored_name):
+                continue
+            name = canonical_name(stored_name)
+            if name in self._tensors:
+                other = self._tensors[name]
+                raise ModelError(
+                    f"{self.directory}: {name} is there twice: as {other.name} in {other.path.name} "
+                    f"and as {stored_name} in {path.name}"
+                )
+            part = file.get_slice(stored_name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            nbytes = ITEM_BYTES.get(dtype, 0) * torch.Size(shape).numel()
+            self._tensors[name] = StoredTensor(path, stored_name, shape, dtype, nbytes)
+
+
+def _check_finite(stored: StoredTensor, converted: Tensor) -> None:
+    """Raise ModelError if a value is not finite: it would make every answer of the model so."""
+    if all_finite(converted):
+        return
+    with safe_open(stored.path, framework="pt") as file:
+        if all_finite(file.get_tensor(stored.name)):
+            raise ModelError(
+                f"{stored.path}: {stored.name} holds values that are too large for {converted.dtype}: choose bfloat16 "
+                "or float32 as dtype"
+            )
+    raise ModelError(f"{stored.path}: {stored.name} holds NaN or infinite values: it is damaged, fetch it again")
+
+
+def shard_paths(directory: Path, base_names: Sequence[str] = (BASE_NAME,)) -> list[Path]:
+    """The safetensors files that make up the model in `directory`. Raises ModelError if there are none.
+
+    base_names: possible names without the suffix; the first that exists counts.
+    """
+    for name in base_names:
+        if (directory / single_file(name)).exists():
+            return [directory / single_file(name)]
+        if (directory / index_file(name)).exists():
+            return _indexed(directory / index_file(name))
+    wanted = " nor ".join(file for name in base_names for file in (single_file(name), index_file(name)))
+    hint = ""
+    if others := _names(directory, "*.safetensors"):
+        hint = f"; it has {_listed(others)}: if that is the whole model, rename it to {single_file(BASE_NAME)}"
+    elif others := _names(directory, "*.bin", "*.pt", "*.pth", "*.gguf"):
+        hint = f"; it has {_listed(others)}, which may run code or hold another layout: convert it"
+    raise ModelError(f"{directory}: neither {wanted}{hint}")
+
+
+def single_file(base_name: str) -> str:
+    return f"{base_name}.safetensors"
+
+
+def index_file(base_name: str) -> str:
+    return f"{base_name}.safetensors.index.json"
+
+
+def _indexed(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    names = [str(name) for name in weight_map.values()] if isinstance(weight_map, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise ModelError(f"{index}: weight_map must map each tensor to a file in the same directory")
+    return [index.parent / name for name in sorted(set(names))]
+
+
+def _names(directory: Path, *patterns: str) -> list[str]:
+    return sorted(path.name for pattern in patterns for path in directory.glob(pattern))
+
+
+def canonical_name(stored_name: str) -> str:
+    """A tensor's name in the plain language model: "model.layers.0.…", "lm_head.weight"."""
+    for prefix, replacement in PREFIXES:
+        if stored_name.startswith(prefix):
+            return replacement + stored_name.removeprefix(prefix)
+    return stored_name
+
+
+def _dims(shape: tuple[int | None, ...] | None) -> str:
+    return f"[{', '.join('any' if length is None else str(length) for length in shape or ())}]"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,76 @@
+"""The device of an engine: its selection, its free memory, and turns of engines to load onto it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from loraplex_engine.link.messages import Device
+
+logger = logging.getLogger(__name__)
+
+
+def select_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is one, else the CPU. A CUDA device has its index: what torch selects needs one.
+
+    Raises ValueError for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} asked for, but torch sees no CUDA device: use device: cpu")
+    device, count = torch.device("cuda", device.index or 0), torch.cuda.device_count()
+    if device.index >= count:
+        raise ValueError(f"device {name!r} asked for, but torch sees {count}: cuda:0 to cuda:{count - 1}")
+    return device
+
+
+def described(device: torch.device) -> Device:
+    """The device as callers are told of it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return Device(str(device), properties.name, properties.total_memory)
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device(str(device), platform.processor() or platform.machine(), memory_bytes)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be allocated now: the device's, or what the operating system calls available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+@contextmanager
+def loading_turn(device: torch.device) -> Iterator[None]:
+    """Keep other engines of this user from loading onto the same GPU, so that memory found free stays free.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    import fcntl  # where there is CUDA there is Linux
+
+    gpu = torch.cuda.get_device_properties(device).uuid
+    path = Path(tempfile.gettempdir(), f"loraplex-{os.getuid()}-{gpu}.lock")
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another engine loads onto %s: waiting for it", device)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

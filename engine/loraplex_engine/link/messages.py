@@ -1,0 +1,254 @@
+"""The messages between the service and an engine. Typed, versionless (both ends are one release), never pickled.
+
+Every message is one frame. `ToEngine` and `FromEngine` are the two closed sets: a decoder accepts nothing else.
+"""
+
+import msgspec
+
+from loraplex_adapters.errors import INVALID
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.residency import Residency
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+
+
+class Message(msgspec.Struct, array_like=True, tag=True, frozen=True):
+    """Base of every frame: arrays on the wire, tagged with the class name."""
+
+
+# ---- service → engine ----------------------------------------------------------------------------------------------
+
+
+class AddRequest(Message, frozen=True):
+    """Start one sequence. Answered by `RequestOutput`s, the last of which carries a finish reason."""
+
+    request_id: int  # chosen by the service, never reused while the engine lives
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter: AdapterKey | None = None  # None: the base model
+    cache_salt: str = ""  # requests share cached prefixes only with the same salt
+    bypass_prefix_cache: bool = False
+    priority: int = 0  # lower runs first; equal: tenants by their shares, and of one tenant first come, first served
+    tenant: str = ""  # the tenant, for fairness between tenants
+    weight: float = 1.0  # of the tenant's share; above 0
+    adapter_wait_seconds: float | None = None  # longest wait for the adapter, once it is its turn; None: for ever
+    output_token_ids: list[int] = []  # tokens that an earlier engine generated: go on after them
+
+
+class Abort(Message, frozen=True):
+    """Forget these requests now, in whatever state. Unknown ids are ignored; no output follows."""
+
+    request_ids: list[int]
+
+
+class LoadAdapter(Message, frozen=True):
+    """Read an adapter into host memory. Answered by `AdapterLoaded` or `AdapterFailed`; repeating it is harmless.
+
+    With DEVICE the adapter then goes to the device as soon as there is room, which `AdaptersMoved` reports.
+    """
+
+    key: AdapterKey
+    path: str  # directory, already resolved and allowed by the service
+    residency: Residency = Residency.HOST
+
+
+class UnloadAdapter(Message, frozen=True):
+    """Drop an adapter once no request uses it. Requests already accepted keep it. Answered by `AdapterUnloaded`.
+
+    With HOST the adapter only leaves the device, which `AdaptersMoved` reports. It is no longer pinned.
+    """
+
+    key: AdapterKey
+    residency: Residency = Residency.DISK
+
+
+class BringAdapter(Message, frozen=True):
+    """Bring an adapter that was loaded, or a weighted sum of such, to the device as soon as there is room.
+
+    Answered by `AdaptersMoved`, or by `AdapterFailed`.
+    """
+
+    key: AdapterKey
+
+
+class PinAdapter(Message, frozen=True):
+    """Bring an adapter that was loaded to the device and keep it there, or let it go. Answered by `AdapterPinned`."""
+
+    key: AdapterKey
+    pinned: bool
+
+
+class Ping(Message, frozen=True):
+    """Answered by `Pong` between two steps: proof that the step loop turns."""
+
+    nonce: int
+
+
+class Shutdown(Message, frozen=True):
+    """Leave the loop and exit with status 0. Running requests end without an answer: drain first."""
+
+
+ToEngine = AddRequest | Abort | LoadAdapter | UnloadAdapter | BringAdapter | PinAdapter | Ping | Shutdown
+
+
+# ---- engine → service ----------------------------------------------------------------------------------------------
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Natural-log probabilities at one position, of the model's distribution before temperature and truncation."""
+
+    token_id: int  # the token at this position
+    logprob: float
+    rank: int  # 1: the most likely
+    top_ids: list[int]  # the k most likely, best first
+    top_logprobs: list[float]
+
+
+class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
+    """The result of one step for one request."""
+
+    request_id: int
+    token_ids: list[int]  # new tokens; a stop or EOS token that ended the output is included
+    finish_reason: FinishReason | None = None  # set on the last output only
+    stop_token_id: int | None = None  # the token that ended it, for STOP and EOS
+    logprobs: list[TokenLogprobs] | None = None  # one per new token
+    # The following fields are set once, with the first output.
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # [0] is None; all, if a token has been drawn
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    queue_seconds: float | None = None  # from arrival to first scheduling; None: it ended before that
+    adapter_load_seconds: float = 0.0  # the part of it spent waiting for the adapter
+    error: str = ""  # with finish_reason ERROR: what went wrong with this request alone
+    error_reason: str = ""  # if its adapter is at fault: a name of loraplex.v1.ErrorReason
+
+
+class EngineStats(msgspec.Struct, array_like=True, frozen=True):
+    """The engine at the end of a step."""
+
+    num_running: int
+    num_waiting: int  # waiting for a turn, or for blocks
+    num_waiting_for_adapter: int
+    total_blocks: int
+    free_blocks: int  # never used or forgotten
+    cached_blocks: int  # not in use, kept for their prefix
+    block_size: int  # tokens
+    num_steps: int
+    num_preemptions: int
+    prefix_cache_queries: int  # prompt tokens looked up
+    prefix_cache_hits: int  # prompt tokens found
+    prompt_tokens: int  # computed, cumulative
+    generated_tokens: int  # cumulative
+    adapter_device_bytes: int  # bytes of adapters on the device
+    adapter_host_bytes: int  # bytes of adapters in host memory
+    adapters: list[tuple[AdapterKey, int]] = []  # adapters in use on the device, with their number of requests
+    num_not_finite: int = 0  # requests that ended because their logits were NaN or infinite, cumulative
+
+
+class StepOutput(Message, frozen=True):
+    """Everything one step produced: one message per step, whatever the number of requests."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+class Device(msgspec.Struct, array_like=True, frozen=True):
+    """The device that an engine computes on."""
+
+    name: str  # "cpu", "cuda:0"
+    description: str  # as its driver calls it
+    memory_bytes: int  # the device's whole memory
+
+
+class ModelLimits(msgspec.Struct, array_like=True, frozen=True):
+    """The limits of the loaded model."""
+
+    architecture: str
+    dtype: str
+    quantization: str  # "": none
+    vocab_size: int
+    max_model_len: int  # prompt and output together, tokens
+    max_adapter_rank: int
+    max_num_seqs: int
+    total_blocks: int
+    block_size: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    kernel_backend: str
+    device: Device
+
+
+class EngineReady(Message, frozen=True):
+    """Sent once, after loading and profiling. Nothing is sent to an engine before it."""
+
+    limits: ModelLimits
+
+
+class EngineFailed(Message, frozen=True):
+    """Loading failed for a reason the operator can act on; the process exits after it."""
+
+    reason: str
+
+
+class LoadProgress(Message, frozen=True):
+    """The progress of loading, sent while the model loads."""
+
+    bytes_loaded: int
+    bytes_total: int
+
+
+class AdapterLoaded(Message, frozen=True):
+    """The adapter is in host memory and bound to this model, tensor by tensor."""
+
+    key: AdapterKey
+    rank: int  # the largest
+    size_bytes: int
+    target_modules: list[str]  # short names, sorted: "q_proj", …
+    warnings: list[str]
+    whole: str = ""  # why it cannot be one of several in a composition; "": it can
+
+
+class AdapterFailed(Message, frozen=True):
+    """The adapter cannot serve on this model. `problems` names every tensor or field at fault."""
+
+    key: AdapterKey
+    problems: list[str]
+    reason: str = INVALID  # their kind: a name of loraplex.v1.ErrorReason
+
+
+class AdapterUnloaded(Message, frozen=True):
+    key: AdapterKey
+
+
+class AdapterPinned(Message, frozen=True):
+    """Whether the adapter is pinned now. `problem`: why it could not be."""
+
+    key: AdapterKey
+    pinned: bool
+    problem: str = ""
+    reason: str = ""  # its kind: a name of loraplex.v1.ErrorReason; "": there are too many pins
+
+
+class AdaptersMoved(Message, frozen=True):
+    """The new tiers of adapters, and of weighted sums of them, that have moved. An adapter never reported is on disk.
+
+    An adapter that is on the device but takes no more requests, to make room for another, counts as in host memory.
+    """
+
+    moves: list[tuple[AdapterKey, Residency]]
+
+
+class Pong(Message, frozen=True):
+    nonce: int
+    stats: EngineStats
+
+
+FromEngine = (
+    EngineReady
+    | EngineFailed
+    | LoadProgress
+    | StepOutput
+    | AdapterLoaded
+    | AdapterFailed
+    | AdapterUnloaded
+    | AdapterPinned
+    | AdaptersMoved
+    | Pong
+)

@@ -1,0 +1,148 @@
+"""The one decoder that all families share: what differs between them is in its ModelConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear, Site
+from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
+from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
+from loraplex_engine.checkpoint.model_config import ModelConfig
+from loraplex_engine.execution.batch import StepBatch
+from loraplex_engine.models.layout import HEAD_MODULE, HEAD_SITE, layer_linears, lora_targets, site_name
+from loraplex_kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """The parameters of one layer."""
+
+    qkv: LoRALinear
+    o: LoRALinear
+    gate_up: LoRALinear
+    down: LoRALinear
+    norm_before_attention: AdaptedNorm
+    norm_before_mlp: AdaptedNorm
+    norm_after_attention: AdaptedNorm | None
+    norm_after_mlp: AdaptedNorm | None
+    qk_norm: QKNorm | None
+    cos_sin: Tensor  # float32 [max positions, 2, D/2], shared between layers of one kind
+    window: int | None  # tokens
+
+    @property
+    def linears(self) -> tuple[LoRALinear, LoRALinear, LoRALinear, LoRALinear]:
+        """The linears, in the order of `layout.layer_linears`."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+class LanguageModel:
+    """Token ids and a paged cache in, logits out. Holds parameters only: a step is all in its arguments."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        embedding: LoRAEmbedding,
+        layers: Sequence[DecoderLayer],
+        final_norm: AdaptedNorm,
+        head: LoRALinear,
+        replaced: ReplacementSite,
+        nbytes: int,
+        head_rounding: Callable[[Tensor], Tensor] | None = None,  # of the checkpoint's rows, while they were loaded
+    ) -> None:
+        self.config = config
+        self.dtype = embedding.weight.dtype
+        self.nbytes = nbytes  # of all parameters
+        self._ops = ops
+        self._embedding = embedding
+        self._layers = tuple(layers)
+        self._final_norm = final_norm
+        self._head = head
+        self._head_rounding = head_rounding
+        self._replaced = replaced
+        self._shape = config.head_shape
+        self._activate = ops.silu_and_mul if config.activation == "silu" else ops.gelu_tanh_and_mul
+        # Rounded as the weights are: 50.6 is 50.5 in bfloat16, and so the models were trained.
+        scale = config.embedding_scale
+        self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
+
+    def forward(self, batch: StepBatch, kv: Sequence[LayerKV]) -> Tensor:
+        """The last hidden states, normed, of the rows in `batch.logits_rows` → [L, C].
+
+        Stores the keys and values of all rows in `kv`, one for each layer.
+        """
+        lora = batch.lora
+        residual = self._embedding(batch.token_ids, lora)
+        if self._embedding_scale is not None:
+            residual *= self._embedding_scale
+        x = self._layers[0].norm_before_attention(residual, lora)
+        for index, layer in enumerate(self._layers):
+            x = self._attention(layer, x, batch, kv[index])
+            x = layer.norm_before_mlp.add(x, residual, lora)
+            x = layer.down(self._activate(layer.gate_up(x, lora)), lora)
+            if layer.norm_after_mlp is not None:
+                x = layer.norm_after_mlp(x, lora)
+            if index + 1 < len(self._layers):
+                x = self._layers[index + 1].norm_before_attention.add(x, residual, lora)
+        rows = batch.logits_rows
+        if not len(rows):  # every sequence is in the middle of its prompt
+            return x[:0]
+        return self._final_norm.add(x.index_select(0, rows), residual.index_select(0, rows), batch.logits_lora)
+
+    def logits(self, hidden: Tensor, lora: LoraSegments | None = None) -> Tensor:
+        """The next token's logits, for hidden states as `forward` returns them: [L, C] → float32 [L, V].
+
+        lora: which of these rows belong to which adapter (`StepBatch.logits_lora`, or a part of it).
+        """
+        logits = self._head(hidden, lora).float()
+        cap = self.config.logits_soft_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def can_be_captured(self, lora: LoraSegments | None) -> bool:
+        """Whether a captured graph can replace `forward`: it cannot for adapters that do more than their
+        tables beside the linears say, to the embedding or in place of parameters."""
+        eager = self._replaced.table.slots | self._embedding.table.adapters.keys()
+        return lora is None or not eager or not any(slot in eager for slot, _, _ in lora.ranges)
+
+    def lora_targets(self) -> dict[str, LoraTarget]:
+        """The modules that an adapter may change, by their path in the Hugging Face model."""
+        bases: dict[str, BaseWeight] = {site: linear.linear for site, linear in self._linears().items()}
+        bases[EMBEDDING_SITE] = self._embedding
+        targets = {
+            path: replace(target, base=bases.get(target.site)) for path, target in lora_targets(self.config).items()
+        }
+        return {**targets, HEAD_MODULE: replace(targets[HEAD_MODULE], rounding=self._head_rounding)}
+
+    def lora_sites(self) -> dict[str, Site]:
+        """The places of adapters, by the names that the targets refer to."""
+        return {**self._linears(), EMBEDDING_SITE: self._embedding, REPLACED_SITE: self._replaced}
+
+    def _linears(self) -> dict[str, LoRALinear]:
+        linears = {
+            site_name(index, spec): linear
+            for index, layer in enumerate(self._layers)
+            for spec, linear in zip(layer_linears(self.config), layer.linears, strict=True)
+        }
+        return {**linears, HEAD_SITE: self._head}
+
+    def _attention(self, layer: DecoderLayer, x: Tensor, batch: StepBatch, kv: LayerKV) -> Tensor:
+        """x: [T, C], normed → [T, C], to be added to the residual."""
+        ops, config = self._ops, self.config
+        q = ops.rotary_store_kv(
+            layer.qkv(x, batch.lora),
+            self._shape,
+            layer.qk_norm,
+            batch.positions,
+            layer.cos_sin,
+            kv,
+            batch.attention.slot_mapping,
+        )
+        x = ops.paged_attention(q, kv, batch.attention, config.attention_scale, layer.window, config.attention_soft_cap)
+        x = layer.o(x, batch.lora)
+        if layer.norm_after_attention is not None:
+            x = layer.norm_after_attention(x, batch.lora)
+        return x

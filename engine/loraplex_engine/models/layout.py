@@ -1,0 +1,135 @@
+"""Which linears and norms a decoder layer has, and what their parts are called in a checkpoint.
+
+Written down once: the expected tensors, the loading and the LoRA targets all follow from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from loraplex_adapters.runtime.layer import EMBEDDING_SITE
+from loraplex_adapters.runtime.targets import LoraTarget, TargetKind
+from loraplex_engine.checkpoint.model_config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD_MODULE = "lm_head"
+HEAD = f"{HEAD_MODULE}.weight"
+HEAD_SITE, FINAL_NORM_SITE = HEAD_MODULE, "norm"
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLinear:
+    """Projections that read the same input, multiplied as one: their rows one after another."""
+
+    name: str  # "qkv": the LoRA site of layer 3 is "layers.3.qkv"
+    module: str  # its path inside a layer, had the checkpoint fused it
+    in_features: int  # C
+    parts: tuple[tuple[str, int], ...]  # (module path inside a layer, output features), in order
+    bias: bool
+
+
+def layer_linears(config: ModelConfig) -> tuple[FusedLinear, FusedLinear, FusedLinear, FusedLinear]:
+    """The linears of a layer: qkv, o, gate_up and down."""
+    hidden, feed_forward = config.hidden_size, config.intermediate_size
+    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return (
+        FusedLinear(
+            "qkv",
+            "self_attn.qkv_proj",
+            hidden,
+            (("self_attn.q_proj", query), ("self_attn.k_proj", key_value), ("self_attn.v_proj", key_value)),
+            config.qkv_bias,
+        ),
+        FusedLinear("o", "self_attn.o_proj", query, (("self_attn.o_proj", hidden),), config.o_bias),
+        FusedLinear(
+            "gate_up",
+            "mlp.gate_up_proj",
+            hidden,
+            (("mlp.gate_proj", feed_forward), ("mlp.up_proj", feed_forward)),
+            config.mlp_bias,
+        ),
+        FusedLinear("down", "mlp.down_proj", feed_forward, (("mlp.down_proj", hidden),), config.mlp_bias),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """Module paths inside a layer. The checkpoint's names differ: what most models call post_attention is the norm
+    before the feed-forward, and what Gemma calls so comes after attention, before the sum."""
+
+    before_attention: str
+    before_mlp: str
+    after_attention: str | None = None
+    after_mlp: str | None = None
+    query: str | None = None
+    key: str | None = None
+
+
+def layer_norms(config: ModelConfig) -> LayerNorms:
+    query, key = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else (None, None)
+    if config.sandwich_norms:
+        return LayerNorms(
+            "input_layernorm",
+            "pre_feedforward_layernorm",
+            "post_attention_layernorm",
+            "post_feedforward_layernorm",
+            query,
+            key,
+        )
+    return LayerNorms("input_layernorm", "post_attention_layernorm", query=query, key=key)
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this model holds, and its shape."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    norms = layer_norms(config)
+    for layer in range(config.num_layers):
+        for linear in layer_linears(config):
+            for part, out_features in linear.parts:
+                shapes[f"model.layers.{layer}.{part}.weight"] = (out_features, linear.in_features)
+                if linear.bias:
+                    shapes[f"model.layers.{layer}.{part}.bias"] = (out_features,)
+        for norm in (norms.before_attention, norms.before_mlp, norms.after_attention, norms.after_mlp):
+            if norm is not None:
+                shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
+        for norm in (norms.query, norms.key):
+            if norm is not None:
+                shapes[f"model.layers.{layer}.{norm}.weight"] = (config.head_dim,)
+    shapes[FINAL_NORM] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = shapes[EMBEDDING]
+    return shapes
+
+
+def site_name(layer: int, linear: FusedLinear) -> str:
+    return f"layers.{layer}.{linear.name}"
+
+
+def norm_site(layer: int, module: str) -> str:
+    return f"layers.{layer}.{module}"
+
+
+def lora_targets(config: ModelConfig) -> dict[str, LoraTarget]:
+    """The modules that adapters may name: each projection, each fused linear as a whole, embedding, head, norms."""
+    embedding, head = EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    norm = LoraTarget("", 0, 0, hidden, TargetKind.NORM)
+    targets = {
+        embedding: LoraTarget(EMBEDDING_SITE, vocabulary, 0, hidden, TargetKind.EMBEDDING),
+        head: LoraTarget(HEAD_SITE, hidden, 0, vocabulary, tied_to=embedding if config.tie_word_embeddings else None),
+        FINAL_NORM.removesuffix(".weight"): replace(norm, site=FINAL_NORM_SITE),
+    }
+    norms = layer_norms(config)
+    for layer in range(config.num_layers):
+        for module in (norms.before_attention, norms.before_mlp, norms.after_attention, norms.after_mlp):
+            if module is not None:
+                targets[f"model.layers.{layer}.{module}"] = replace(norm, site=norm_site(layer, module))
+        for linear in layer_linears(config):
+            site, path = site_name(layer, linear), f"model.layers.{layer}."
+            start = 0
+            for part, out_features in linear.parts:
+                targets[path + part] = LoraTarget(site, linear.in_features, start, out_features)
+                start += out_features
+            targets[path + linear.module] = LoraTarget(site, linear.in_features, 0, start)
+    return targets

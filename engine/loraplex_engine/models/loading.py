@@ -1,0 +1,306 @@
+"""Loads a model that can run from a model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear
+from loraplex_adapters.runtime.replaced import ReplacementSite
+from loraplex_engine.checkpoint.memory import release_free_memory
+from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig, ModelError
+from loraplex_engine.checkpoint.weights import Checkpoint, Progress, read_json
+from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
+from loraplex_engine.layers.rotary import cos_sin_table
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.models.decoder import DecoderLayer, LanguageModel
+from loraplex_engine.models.layout import (
+    EMBEDDING,
+    FINAL_NORM,
+    FINAL_NORM_SITE,
+    HEAD,
+    HEAD_MODULE,
+    HEAD_SITE,
+    FusedLinear,
+    layer_linears,
+    layer_norms,
+    norm_site,
+    site_name,
+    tensor_shapes,
+)
+from loraplex_engine.models.registry import read_model_config
+from loraplex_engine.quantization import (
+    LinearShape,
+    QuantizedReader,
+    QuantSpec,
+    base_names,
+    read_spec,
+    round_to_nearest,
+)
+from loraplex_kernels.ops import Ops, QKNorm
+from loraplex_kernels.quantized import QuantizedWeight, concatenate, dequantize
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+Matrix = Sequence[Tensor] | QuantizedWeight  # dense: tensors [N₁, C], [N₂, C], … one above the other
+
+
+def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None) -> LanguageModel:
+    """Load the model in directory `path` for inference on the device of `ops`.
+
+    Raises ModelError if it is of no known family, or its weights are not all that its config.json asks for.
+    """
+    model_config = read_model_config(path, config.rope_scaling)
+    raw = read_json(path / "config.json")
+    spec = read_spec(path, raw)
+    if spec is not None and config.quantization is not None:
+        raise ModelError(
+            f"{path}: quantization {config.quantization!r} is asked for, and the checkpoint is quantised already "
+            f"({spec.label}): leave it out, or use the unquantised checkpoint"
+        )
+    with Checkpoint(path, model_config.unused_tensors, progress, base_names(path, raw)) as checkpoint:
+        expected = tensor_shapes(model_config)
+        if HEAD in checkpoint:  # some files hold a tied head a second time
+            expected[HEAD] = expected[EMBEDDING]
+        quantised = None
+        if spec is not None:
+            quantised = QuantizedReader(checkpoint, spec, _linear_shapes(model_config))
+            for name in quantised.replaced:
+                expected.pop(name, None)
+            if config.head_quantization is not None and HEAD_MODULE in quantised:
+                raise ModelError(
+                    f"{path}: head_quantization {config.head_quantization!r} is asked for, and {HEAD_MODULE} is "
+                    f"quantised already ({spec.label}): leave it out"
+                )
+        checkpoint.check(expected, None if quantised is None else quantised.expected)
+        model_config = replace(model_config, quantization=_label(config, spec))
+        longest = model_config.max_position_embeddings
+        num_positions = min(config.max_model_len or longest, longest)
+        dtype = compute_dtype(config.dtype, model_config.dtype, checkpoint.dtype(EMBEDDING))
+        if dtype is torch.float16 and not model_config.fits_float16:
+            raise ModelError(
+                f"{path}: dtype float16 is asked for, and the activations of {model_config.architecture} exceed its "
+                "range: choose bfloat16 or float32"
+            )
+        return _Loader(model_config, checkpoint, quantised, ops, dtype, num_positions, config).load()
+
+
+def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
+    """Every linear that a format may have quantised: those of the layers, and a head that is not the embedding."""
+    shapes = [
+        LinearShape(f"model.layers.{layer}.{part}", out_features, linear.in_features, linear.bias)
+        for layer in range(config.num_layers)
+        for linear in layer_linears(config)
+        for part, out_features in linear.parts
+    ]
+    if not config.tie_word_embeddings:
+        shapes.append(LinearShape(HEAD_MODULE, config.vocab_size, config.hidden_size))
+    return shapes
+
+
+def _label(config: EngineConfig, spec: QuantSpec | None) -> str:
+    """The quantisation, for people: "nf4", "gptq-4bit-g128, lm_head int8"."""
+    linears = config.quantization or (spec.label if spec is not None else "")
+    head = f"{HEAD_MODULE} {config.head_quantization}" if config.head_quantization else ""
+    return ", ".join(filter(None, (linears, head)))
+
+
+def compute_dtype(requested: str, stated: str | None, stored: torch.dtype) -> torch.dtype:
+    """The configured dtype; for auto, bfloat16 if the checkpoint is 16-bit, else float32.
+
+    stated: the dtype in config.json, which may differ from that of the stored tensors.
+    """
+    if requested != "auto":
+        return DTYPES[requested]
+    checkpoint_dtype = DTYPES[stated] if stated is not None else stored
+    return torch.bfloat16 if checkpoint_dtype.itemsize == 2 else torch.float32
+
+
+def _rounded(method: str, rows: Tensor) -> Tensor:
+    return dequantize(round_to_nearest(rows, method))
+
+
+class _Loader:
+    """The state of loading one model. Each tensor is read once, straight to its place."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        quantised: QuantizedReader | None,
+        ops: Ops,
+        dtype: torch.dtype,
+        num_positions: int,
+        engine: EngineConfig,
+    ) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.quantised = quantised
+        self.ops = ops
+        self.dtype = dtype
+        self.num_positions = num_positions
+        self.num_slots = engine.max_resident_adapters
+        self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
+        self.head_rounding = engine.head_quantization
+        self.replaced = ReplacementSite(ops.device)
+        self.cos_sin = {
+            rope: cos_sin_table(rope, config.head_dim, num_positions, ops.device)
+            for rope in {layer.rope for layer in config.layers}
+        }
+        self.nbytes = sum(table.nbytes for table in self.cos_sin.values())
+
+    def load(self) -> LanguageModel:
+        embedding = self._rows(EMBEDDING)
+        # The largest matrix goes first: while it is packed it takes its room twice, and nothing else is there yet.
+        head = self._lora_linear(HEAD_SITE, self._head(embedding))
+        layers = [self._layer(index) for index in range(self.config.num_layers)]
+        final_norm = self._adapted_norm(FINAL_NORM_SITE, FINAL_NORM)
+        self.nbytes += embedding.nbytes
+        adapted_embedding = LoRAEmbedding(embedding, self.replaced.table.at(EMBEDDING_SITE))
+        return LanguageModel(
+            self.config,
+            self.ops,
+            adapted_embedding,
+            layers,
+            final_norm,
+            head,
+            self.replaced,
+            self.nbytes,
+            partial(_rounded, self.head_rounding) if self.head_rounding is not None else None,
+        )
+
+    def _layer(self, index: int) -> DecoderLayer:
+        prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], layer_norms(self.config)
+        qkv, o, gate_up, down = (self._fused(index, prefix, linear) for linear in layer_linears(self.config))
+        qk_norm = None
+        if norms.query is not None and norms.key is not None:
+            qk_norm = QKNorm(
+                self._norm(f"{prefix}{norms.query}.weight"),
+                self._norm(f"{prefix}{norms.key}.weight"),
+                self.config.rms_norm_eps,
+            )
+        return DecoderLayer(
+            qkv=qkv,
+            o=o,
+            gate_up=gate_up,
+            down=down,
+            norm_before_attention=self._layer_norm(index, norms.before_attention),
+            norm_before_mlp=self._layer_norm(index, norms.before_mlp),
+            norm_after_attention=self._layer_norm_if(index, norms.after_attention),
+            norm_after_mlp=self._layer_norm_if(index, norms.after_mlp),
+            qk_norm=qk_norm,
+            cos_sin=self.cos_sin[attention.rope],
+            window=self._window(attention),
+        )
+
+    def _window(self, attention: LayerAttention) -> int | None:
+        """The window of a layer; None: it has none, or no sequence is longer.
+
+        Files state windows too large for kernels.
+        """
+        window = attention.window
+        return None if window is None or window >= self.num_positions else window
+
+    def _fused(self, index: int, prefix: str, linear: FusedLinear) -> LoRALinear:
+        paths = [prefix + part for part, _ in linear.parts]
+        bias = self._rows(*(f"{path}.bias" for path in paths)) if linear.bias else None
+        return self._lora_linear(site_name(index, linear), self._linear(self._weights(paths), bias))
+
+    def _lora_linear(self, site: str, linear: AnyLinear) -> LoRALinear:
+        return LoRALinear(self.ops, linear, self.num_slots, self.replaced.table.at(site))
+
+    def _weights(self, paths: Sequence[str]) -> list[Matrix]:
+        """The weights of projections that are multiplied as one: as few matrices as possible, rows in order."""
+        quantised = self.quantised
+        if self.rounding is None and (quantised is None or not any(path in quantised for path in paths)):
+            return [self._dense(*(f"{path}.weight" for path in paths))]
+        found: list[Matrix] = []
+        for path in paths:
+            weight = self._weight(path)
+            joined = None
+            if found and not isinstance(weight, Sequence) and not isinstance(found[-1], Sequence):
+                joined = concatenate((found[-1], weight))
+            if joined is None:
+                found.append(weight)
+            else:
+                found[-1] = joined
+        return found
+
+    def _weight(self, path: str) -> Matrix:
+        if self.quantised is not None and path in self.quantised:
+            return self.quantised.read(path, self.ops.device)
+        if self.rounding is None:
+            return self._dense(f"{path}.weight")
+        return round_to_nearest(self._dense(f"{path}.weight")[0], self.rounding)
+
+    def _dense(self, *names: str) -> list[Tensor]:
+        """The rows of several tensors, one after another; straight from the mapped file if packing copies them."""
+        if self.ops.packing_copies:
+            return [self.checkpoint.dense(name, self.dtype, self.ops.device) for name in names]
+        return [self._rows(*names)]
+
+    def _head(self, embedding: Tensor) -> AnyLinear:
+        if self.quantised is not None and HEAD_MODULE in self.quantised:
+            return self._linear([self.quantised.read(HEAD_MODULE, self.ops.device)], None)
+        weight = self._head_weight(embedding)
+        if self.head_rounding is None:
+            return self._linear([weight], None)
+        return self._linear([round_to_nearest(weight[0], self.head_rounding)], None)
+
+    def _head_weight(self, embedding: Tensor) -> list[Tensor]:
+        """The head's matrix; if the model ties them, the embedding's."""
+        if HEAD not in self.checkpoint:
+            return [embedding]
+        if not self.config.tie_word_embeddings:
+            return self._dense(HEAD)
+        if torch.equal(self._rows(HEAD), embedding):
+            return [embedding]
+        raise ModelError(
+            f"{self.checkpoint.directory}: config.json ties {HEAD} to {EMBEDDING}, but the weights hold another one: "
+            "set tie_word_embeddings to false to use it, or remove it"
+        )
+
+    def _linear(self, weights: Sequence[Matrix], bias: Tensor | None) -> AnyLinear:
+        """One linear from these matrices, their rows one after another; bias [N] of all of them."""
+        linears, start = [], 0
+        for weight in weights:
+            rows = sum(map(len, weight)) if isinstance(weight, Sequence) else len(weight.codes)
+            part = None if bias is None else bias[start : start + rows]
+            packed = (
+                self.ops.pack_linear(weight, part)
+                if isinstance(weight, Sequence)
+                else self.ops.pack_quantized(weight, part, self.dtype)
+            )
+            linears.append(Linear(self.ops, packed, part))
+            start += rows
+        self.nbytes += sum(linear.nbytes for linear in linears)
+        release_free_memory()
+        return linears[0] if len(linears) == 1 else SideBySide(linears, bias)
+
+    def _norm(self, name: str) -> Tensor:
+        weight = self.checkpoint.stacked([name], torch.float32, self.ops.device)
+        self.nbytes += weight.nbytes
+        return weight.add_(self.config.norm_offset)
+
+    def _layer_norm(self, index: int, module: str) -> AdaptedNorm:
+        return self._adapted_norm(norm_site(index, module), f"model.layers.{index}.{module}.weight")
+
+    def _layer_norm_if(self, index: int, module: str | None) -> AdaptedNorm | None:
+        return None if module is None else self._layer_norm(index, module)
+
+    def _adapted_norm(self, site: str, name: str) -> AdaptedNorm:
+        eps, offset = self.config.rms_norm_eps, self.config.norm_offset
+        return AdaptedNorm(self.ops, self._norm(name), eps, offset, self.replaced.table.at(site))
+
+    def _rows(self, *names: str) -> Tensor:
+        return self.checkpoint.stacked(names, self.dtype, self.ops.device)

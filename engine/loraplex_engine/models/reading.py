@@ -1,0 +1,131 @@
+"""Read a Hugging Face config.json, in the spellings of several years, without transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.model_config import (
+    Activation,
+    DynamicScaling,
+    LayerAttention,
+    LinearScaling,
+    ModelConfig,
+    Rope,
+    YarnScaling,
+)
+
+# transformers' names of the two activations that the kernels have
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+MAX_POSITIONS = 1 << 28  # a context that no machine holds the keys of: the file is wrong
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models that share one shape: how to recognise them, and how to read what is particular to them."""
+
+    architectures: tuple[str, ...]  # as in config.json
+    model_types: tuple[str, ...]  # for files that do not state an architecture
+    read: Callable[[str, ConfigFields], ModelConfig]  # of the architecture and the fields
+
+
+def text_fields(raw: Mapping[str, object], where: str) -> ConfigFields:
+    """The fields of the language model, which a multimodal config keeps under `text_config`."""
+    text = raw.get("text_config")
+    # The outer ones are the whole model's; inside there may only be the defaults of its class.
+    outer = {name: raw[name] for name in ("tie_word_embeddings", "eos_token_id") if raw.get(name) is not None}
+    merged = {**raw, **text, **outer} if isinstance(text, dict) else dict(raw)
+    return ConfigFields(merged, where)
+
+
+def decoder_config(architecture: str, fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> ModelConfig:
+    """Read the fields that all families spell alike. A family replaces the fields in which it differs.
+
+    Raises ModelError for shapes that no decoder can have.
+    """
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    if not fields.has("head_dim") and hidden_size % num_heads:
+        raise fields.error("head_dim", None, f"given where {num_heads} heads do not divide hidden_size {hidden_size}")
+    head_dim = fields.integer("head_dim", hidden_size // num_heads)
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+    if head_dim % 2:
+        raise fields.error("head_dim", head_dim, "even, as rotary embeddings turn its two halves")
+    if num_heads % num_kv_heads:
+        raise fields.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=_max_positions(fields, layers),
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        activation=_activation(fields),
+        layers=layers,
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        eos_token_ids=fields.token_ids("eos_token_id"),
+        dtype=_dtype(fields),
+        attention_scale=head_dim**-0.5,
+    )
+
+
+def sliding_layers(fields: ConfigFields, pattern: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Which layers have a sliding window: those that `layer_types` names, or `pattern` where the file has no such."""
+    kinds = fields.texts("layer_types")
+    if not kinds:
+        return pattern
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise fields.error("layer_types", unknown, "made of full_attention and sliding_attention")
+    if len(kinds) != len(pattern):
+        raise fields.error("layer_types", list(kinds), f"as long as the model has layers ({len(pattern)})")
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def _max_positions(fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> int:
+    """The stated positions times the factor of the scaling, as in vLLM; YaRN's section states the original
+    positions.
+    """
+    stated = fields.integer("max_position_embeddings")
+    longest = max(int(_stretched(layer.rope, stated)) for layer in layers)
+    if longest > MAX_POSITIONS:
+        raise fields.error("max_position_embeddings, with rope_scaling,", longest, f"at most {MAX_POSITIONS}")
+    return longest
+
+
+def _stretched(rope: Rope, stated: int) -> float:
+    match rope.scaling:
+        case LinearScaling(factor) | DynamicScaling(factor):
+            return max(1.0, factor) * stated
+        case YarnScaling(factor=factor, original_max_positions=original):
+            return max(factor * original, stated)
+        case _:  # Llama 3's files state what they are stretched to
+            return stated
+
+
+def _activation(fields: ConfigFields) -> Activation:
+    name = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"  # Gemma's spelling goes first
+    value = fields.text(name)
+    if value not in ACTIVATIONS:
+        raise fields.error(name, value, f"one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[value]
+
+
+def _dtype(fields: ConfigFields) -> str | None:
+    name = "dtype" if fields.has("dtype") else "torch_dtype"  # renamed in transformers 5
+    if not fields.has(name):
+        return None
+    value = fields.text(name).removeprefix("torch.")
+    if value not in DTYPES:
+        raise fields.error(name, value, f"one of {', '.join(DTYPES)}")
+    return value

@@ -1,0 +1,75 @@
+"""The model families, and which of them a checkpoint belongs to. A new family is one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.model_config import ModelConfig, ModelError
+from loraplex_engine.checkpoint.weights import read_json
+from loraplex_engine.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
+from loraplex_engine.models.reading import Family, text_fields
+from loraplex_engine.models.rope_reading import with_rope_scaling
+
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+)
+
+
+def read_model_config(directory: Path, rope_scaling: Mapping[str, object] | None = None) -> ModelConfig:
+    """The model in a directory. Raises ModelError if it is of no known family, or its config.json makes no sense.
+
+    rope_scaling: replaces the file's.
+
+    Ends of sequence are those of config.json and of generation_config.json together: instruction-tuned models often
+    state the end of a turn only in the latter.
+    """
+    raw = read_json(directory / "config.json")
+    if rope_scaling is not None:
+        raw = with_rope_scaling(raw, rope_scaling)
+    config = parse_model_config(raw, str(directory / "config.json"))
+    generation = directory / "generation_config.json"
+    if not generation.exists():
+        return config
+    more = ConfigFields(read_json(generation), str(generation)).token_ids("eos_token_id")
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
+
+
+def parse_model_config(raw: Mapping[str, object], where: str) -> ModelConfig:
+    """The model that the contents of a config.json describe; `where` names the file in errors."""
+    family, architecture = _family(ConfigFields(raw, where))
+    return family.read(architecture, text_fields(raw, where))
+
+
+def _family(fields: ConfigFields) -> tuple[Family, str]:
+    architectures = fields.texts("architectures")
+    for architecture in architectures:
+        for family in FAMILIES:
+            if architecture in family.architectures:
+                return family, architecture
+    # A file may leave the architecture out. One that states another use of a known model (a classifier) is refused.
+    model_type = fields.text("model_type", "")
+    if not architectures:
+        for family in FAMILIES:
+            if model_type in family.model_types:
+                return family, family.architectures[0]
+    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    stated = ", ".join(architectures) or (f"model_type {model_type}" if model_type else "none stated")
+    raise ModelError(
+        f"{fields.where}: architecture not supported: {stated}{_wrapped(fields)}; the known ones are {known}"
+    )
+
+
+def _wrapped(fields: ConfigFields) -> str:
+    """A hint for errors: the known text model inside this wrapper, if any."""
+    inner = fields.section("text_config")
+    if inner is None:
+        return ""
+    return f", which wraps a text model ({inner.text('model_type', 'unnamed')}): save that one by itself"

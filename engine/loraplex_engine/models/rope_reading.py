@@ -1,0 +1,90 @@
+"""Read how a config.json spells its rotary embedding: `rope_parameters` (transformers 5), or `rope_theta` with
+`rope_scaling` (before)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.model_config import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+TEXT_ALONE = ("default", "mrope")  # positions in three dimensions are equal ones for text
+
+
+def read_rope(fields: ConfigFields, default_theta: float = 10_000.0) -> Rope:
+    """The one rotary embedding of a model whose layers share it. An empty section counts as absent."""
+    section = fields.filled_section("rope_scaling") or fields.filled_section("rope_parameters")
+    theta = fields.number("rope_theta", default_theta)
+    return rope_from(section, fields, theta) if section else Rope(theta)
+
+
+def with_rope_scaling(raw: Mapping[str, object], scaling: Mapping[str, object]) -> dict[str, object]:
+    """The content of config.json with this `rope_scaling`. Of its own rotary fields only the base θ stays."""
+    text = raw.get("text_config")
+    part = text if isinstance(text, dict) else raw
+    sections = (part.get("rope_scaling"), part.get("rope_parameters"))
+    stated = [section for section in sections if isinstance(section, dict) and "rope_theta" in section]
+    theta = {"rope_theta": stated[0]["rope_theta"]} if stated else {}
+    changed = {**part, "rope_scaling": {**theta, **scaling}}
+    return {**raw, "text_config": changed} if part is text else changed
+
+
+def rope_from(section: ConfigFields, fields: ConfigFields, default_theta: float) -> Rope:
+    """Read a rotary section. Raises ModelError for unknown kinds, and for embeddings of only a part of the head."""
+    if section.number("partial_rotary_factor", 1.0) != 1.0:
+        raise section.error("partial_rotary_factor", section.number("partial_rotary_factor"), "1")
+    theta = section.number("rope_theta", default_theta)
+    name = "rope_type" if section.has("rope_type") else "type"
+    kind = section.text(name, "default")
+    if kind == "linear":
+        return Rope(theta, LinearScaling(section.number("factor")))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            Llama3Scaling(
+                factor=section.number("factor"),
+                low_freq_factor=section.number("low_freq_factor"),
+                high_freq_factor=section.number("high_freq_factor"),
+                original_max_positions=_original_max_positions(section, fields),
+            ),
+        )
+    if kind == "yarn":
+        return Rope(theta, _yarn(section, fields, theta))
+    if kind == "dynamic":
+        return Rope(theta, DynamicScaling(section.number("factor"), fields.integer("max_position_embeddings")))
+    if kind in TEXT_ALONE:
+        return Rope(theta)
+    raise section.error(name, kind, f"one of {', '.join(KINDS)}")
+
+
+def _yarn(section: ConfigFields, fields: ConfigFields, theta: float) -> YarnScaling:
+    if theta == 1.0:
+        raise section.error("rope_theta", theta, "another one for yarn, which divides by its logarithm")
+    original = _original_max_positions(section, fields)
+    factor = section.number("factor", fields.integer("max_position_embeddings") / original)
+    mscale, mscale_all_dim = section.number_or_zero("mscale"), section.number_or_zero("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+    else:
+        attention_factor = _yarn_mscale(factor, 1.0)
+    return YarnScaling(
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=section.number("attention_factor", attention_factor),
+        beta_fast=section.number("beta_fast", 32.0),
+        beta_slow=section.number("beta_slow", 1.0),
+        truncate=section.flag("truncate", True),
+    )
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def _original_max_positions(section: ConfigFields, fields: ConfigFields) -> int:
+    name = "original_max_position_embeddings"
+    if fields.has(name):
+        return fields.integer(name)
+    return section.integer(name, fields.integer("max_position_embeddings"))

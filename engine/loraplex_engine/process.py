@@ -1,0 +1,158 @@
+"""The loop around the core: drain the inbox, take a step, send the results.
+
+A request that cannot be taken is answered and fails alone. An exception that leaves `EngineCore.step` means that the
+state of the engine or of the device is no longer known: the process ends, and the supervisor starts another one.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from loraplex_engine.link.bus import BadRequest, EngineBus
+from loraplex_engine.link.messages import (
+    Abort,
+    AdapterFailed,
+    AddRequest,
+    BringAdapter,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    LoadAdapter,
+    LoadProgress,
+    ModelLimits,
+    PinAdapter,
+    Ping,
+    Pong,
+    RequestOutput,
+    Shutdown,
+    StepOutput,
+    ToEngine,
+    UnloadAdapter,
+)
+from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.scheduling.step import STALLED_SECONDS
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # bytes loaded, bytes in all
+
+
+class Core(Protocol):
+    """The part of `EngineCore` that the loop uses."""
+
+    @property
+    def limits(self) -> ModelLimits: ...
+
+    def add(self, message: AddRequest) -> None: ...
+
+    def abort(self, request_ids: Sequence[int]) -> None: ...
+
+    def load_adapter(self, message: LoadAdapter) -> None: ...
+
+    def unload_adapter(self, message: UnloadAdapter) -> None: ...
+
+    def bring_adapter(self, message: BringAdapter) -> None: ...
+
+    def pin_adapter(self, message: PinAdapter) -> None: ...
+
+    def has_work(self) -> bool:
+        """Whether `step` would do or report anything, now or once another thread has finished."""
+
+    def step(self) -> list[FromEngine]: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
+
+
+def run_engine(load: Callable[[Progress], Core], bus: EngineBus) -> int:
+    """Load, report the outcome, serve until told to stop. Returns the exit status of the process."""
+    try:
+        core = load(_ProgressReport(bus))
+    except Exception as error:
+        # Of what the operator can do something about, the message says all; the stack is for faults of ours.
+        known = isinstance(error, ValueError | OSError)
+        logger.error("the model could not be loaded: %s", error, exc_info=not known)
+        logger.debug("where the load ended", exc_info=known)
+        bus.send(EngineFailed(f"{type(error).__name__}: {error}"))
+        return 1
+    # What is loaded stays: the collector need not look at it again in the middle of a step.
+    gc.collect()
+    gc.freeze()
+    bus.send(EngineReady(core.limits))
+    try:
+        serve(core, bus)
+    except Exception:
+        logger.critical("the engine ends: a step failed in a way that leaves its state unknown", exc_info=True)
+        return 1
+    finally:
+        core.close()
+    return 0
+
+
+def serve(core: Core, bus: EngineBus) -> None:
+    """Take steps until Shutdown. Without work, sleep until a message comes."""
+    timeout: float | None = None
+    while True:
+        for message in bus.receive(timeout):
+            if isinstance(message, Shutdown):
+                return
+            answer = handle(core, message)
+            if answer is not None:
+                bus.send(answer)
+        timeout = None
+        if core.has_work():
+            events = core.step()
+            for event in events:
+                bus.send(event)
+            timeout = 0.0 if events else STALLED_SECONDS
+
+
+def handle(core: Core, message: ToEngine | BadRequest) -> FromEngine | None:
+    """Give one message to the core. Returns what can be answered at once."""
+    match message:
+        case AddRequest(request_id=request_id):
+            try:
+                core.add(message)
+            except Exception as error:
+                logger.exception("request %d could not be taken", request_id)
+                return _request_failed(core, request_id, str(error))
+        case BadRequest(request_id=request_id, problem=problem):
+            return _request_failed(core, request_id, f"not a valid request: {problem}")
+        case Abort(request_ids=request_ids):
+            core.abort(request_ids)
+        case LoadAdapter(key=key):
+            try:
+                core.load_adapter(message)
+            except Exception as error:
+                logger.exception("adapter %s could not be taken", key)
+                return AdapterFailed(key, [str(error)])
+        case UnloadAdapter():
+            core.unload_adapter(message)
+        case BringAdapter():
+            core.bring_adapter(message)
+        case PinAdapter():
+            core.pin_adapter(message)
+        case Ping(nonce=nonce):
+            return Pong(nonce, core.stats())
+    return None
+
+
+def _request_failed(core: Core, request_id: int, error: str) -> StepOutput:
+    return StepOutput([RequestOutput(request_id, [], FinishReason.ERROR, error=error)], core.stats())
+
+
+class _ProgressReport:
+    """Reports the progress of loading to the service, about a hundred times in all."""
+
+    def __init__(self, bus: EngineBus) -> None:
+        self._bus = bus
+        self._percent_sent = -1
+
+    def __call__(self, bytes_loaded: int, bytes_total: int) -> None:
+        percent = 100 * bytes_loaded // max(bytes_total, 1)
+        if percent > self._percent_sent:
+            self._percent_sent = percent
+            self._bus.send(LoadProgress(bytes_loaded, bytes_total))

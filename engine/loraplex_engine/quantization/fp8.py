@@ -1,0 +1,80 @@
+"""Float8 checkpoints (`quant_method: fp8`): e4m3 weights with a scale per block, as DeepSeek-V3's, or per tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor
+from loraplex_engine.quantization.spec import LinearShape, check_scales
+from loraplex_kernels.quantized import Float8Weight
+
+# transformers' names, then vLLM's. Both multiply.
+SCALES = (".weight_scale_inv", ".weight_scale")
+E4M3_NAN = 0x7F  # and with the sign bit; the type has no infinity
+ACTIVATION_SCALES = (".activation_scale", ".input_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Spec:
+    block: tuple[int, int] | None  # None: one scale per tensor, or per row
+    static_activations: bool  # the file brings scales for them, which 16-bit activations do not need
+
+    label = "fp8"
+    markers = SCALES
+
+    def tensors(self, linear: LinearShape) -> dict[str, ExpectedTensor]:
+        n, c = linear.out_features, linear.in_features
+        shape = None if self.block is None else (-(-n // self.block[0]), -(-c // self.block[1]))
+        scales = {name: ExpectedTensor(shape, FLOATS, optional=True) for name in SCALES}
+        activations = ACTIVATION_SCALES if self.static_activations else ()
+        return {
+            ".weight": ExpectedTensor((n, c), ("F8_E4M3",)),
+            **scales,
+            **{name: ExpectedTensor(None, FLOATS, optional=True) for name in activations},
+        }
+
+    def read(self, linear: LinearShape, stored: Mapping[str, Tensor]) -> Float8Weight:
+        found = [name for name in SCALES if name in stored]
+        if len(found) != 1:
+            raise linear.error("", f"has {len(found)} of the scales {' and '.join(SCALES)}, and needs one")
+        return float8_weight(linear, found[0], stored[".weight"], stored[found[0]], self.block)
+
+
+def float8_weight(
+    linear: LinearShape, suffix: str, codes: Tensor, scale: Tensor, block: tuple[int, int] | None
+) -> Float8Weight:
+    """A float8 weight with its scales. block None: `scale` holds one value, or one for each output feature."""
+    scale = check_scales(linear, suffix, scale)
+    if bool((codes.view(torch.uint8) & E4M3_NAN == E4M3_NAN).any()):
+        raise linear.error(".weight", "holds NaN: the checkpoint is damaged")
+    if block is not None:
+        return Float8Weight(codes, scale, block)
+    if scale.numel() not in (1, len(codes)):
+        raise linear.error(suffix, f"has {scale.numel()} values: one, or {len(codes)}, one for each output feature")
+    per_row = scale.flatten().expand(len(codes)).unsqueeze(1).contiguous()
+    return Float8Weight(codes, per_row, (1, linear.in_features))
+
+
+def parse(fields: ConfigFields) -> Fp8Spec:
+    """Raises ModelError for what is not supported, naming the field."""
+    if fields.text("fmt", "e4m3") != "e4m3":
+        raise fields.error("fmt", fields.text("fmt"), "e4m3")
+    scheme = fields.text("activation_scheme", "dynamic")
+    if scheme not in ("dynamic", "static"):
+        raise fields.error("activation_scheme", scheme, "dynamic or static")
+    return Fp8Spec(read_block(fields, "weight_block_size"), scheme == "static")
+
+
+def read_block(fields: ConfigFields, name: str) -> tuple[int, int] | None:
+    """Rows and columns of a block; None: the field is absent."""
+    block = fields.integers(name)
+    if not block:
+        return None
+    if len(block) != 2 or min(block) < 1:
+        raise fields.error(name, list(block), "two positive numbers: rows and columns")
+    return block[0], block[1]

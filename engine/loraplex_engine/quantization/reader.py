@@ -1,0 +1,63 @@
+"""Reads a checkpoint's quantised linears, one at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.checkpoint.weights import FLOATS, Checkpoint, ExpectedTensor
+from loraplex_engine.quantization.spec import LinearShape, QuantSpec
+from loraplex_kernels.quantized import QuantizedWeight
+
+logger = logging.getLogger(__name__)
+
+
+class QuantizedReader:
+    """The linears of a model that its checkpoint holds quantised, by the tensors that are there.
+
+    Formats state lists of skipped modules, and defaults beside them. A linear that is stored as a float .weight,
+    without the format's tensors, is dense whatever the lists say: it can be nothing else.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: QuantSpec, linears: Iterable[LinearShape]) -> None:
+        """Find the quantised linears. Raises ModelError for a shape that the format cannot have."""
+        self._checkpoint = checkpoint
+        self._spec = spec
+        self._linears: dict[str, LinearShape] = {}
+        self.expected: dict[str, ExpectedTensor] = {}  # what the checkpoint must hold for them
+        dense = []
+        for linear in linears:
+            if self._is_dense(linear.path):
+                dense.append(linear.path)
+                continue
+            self._linears[linear.path] = linear
+            self.expected |= {linear.path + suffix: tensor for suffix, tensor in spec.tensors(linear).items()}
+        logger.info("%s: %d linears quantised", spec.label, len(self._linears))
+        if dense:
+            logger.info("%d linears are stored unquantised and stay so: %s …", len(dense), ", ".join(dense[:3]))
+
+    @property
+    def replaced(self) -> list[str]:
+        """The float tensors that the checkpoint would hold for these linears, were they dense."""
+        return [f"{path}.weight" for path in self._linears]
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._linears
+
+    def read(self, path: str, device: torch.device) -> QuantizedWeight:
+        """Read a linear's record. Raises ModelError naming a tensor with impossible values."""
+        linear, checkpoint = self._linears[path], self._checkpoint
+        names = {suffix: path + suffix for suffix in self._spec.tensors(linear)}
+        stored = {suffix: checkpoint.tensor(name, device) for suffix, name in names.items() if name in checkpoint}
+        try:
+            return self._spec.read(linear, stored)
+        except ModelError as error:
+            raise ModelError(f"{checkpoint.directory}: {error}") from None
+
+    def _is_dense(self, path: str) -> bool:
+        checkpoint, weight = self._checkpoint, f"{path}.weight"
+        marked = any(path + suffix in checkpoint for suffix in self._spec.markers)
+        return not marked and weight in checkpoint and checkpoint.stored_dtype(weight) in FLOATS

@@ -1,0 +1,179 @@
+"""Blocks of the paged cache: which request holds them, which can be shared, which can be taken back.
+
+A block is used (a request holds it), cached (no request holds it, but its content may be asked for again) or free.
+Content is named by a chain of hashes: a block's hash covers its tokens and everything before them, starting from a root
+that names the salt; the adapter version enters at the first block that the adapter applies to. Two requests share a
+block only if all of that is equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+
+from loraplex_engine.scheduling.request import Request
+
+
+def chain_root(request: Request, block_size: int) -> bytes:
+    """The hash that a request's first block continues: its salt, and the adapter's digest if it applies there."""
+    digest = request.adapter.digest if request.adapter and first_adapted_block(request, block_size) == 0 else ""
+    salt = request.cache_salt.encode()
+    return hashlib.blake2b(len(salt).to_bytes(8, "little") + salt + digest.encode(), digest_size=16).digest()
+
+
+def first_adapted_block(request: Request, block_size: int) -> int:
+    """The first block that is not the base model's; -1: there is none."""
+    if request.adapter is None or request.adapter_start is None:
+        return -1
+    return request.adapter_start // block_size
+
+
+def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The hash of a block whose tokens follow the content that `parent` names."""
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+class BlockManager:
+    """Hands out blocks, keeps reference counts, finds cached prefixes. Invariant: used + cached + free = total."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._free: deque[int] = deque(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # unreferenced blocks with content, least recent first
+        self._references = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self.prefix_queries = 0  # prompt tokens looked up
+        self.prefix_hits = 0  # prompt tokens found
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free) - len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that could be handed out now."""
+        return len(self._free) + len(self._cached)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def start(self, request: Request) -> None:
+        """Give a request that holds nothing the longest cached prefix of its tokens, and set its computed count to it.
+
+        Never the last token: the step that consumes it draws the next one.
+        """
+        assert not request.block_ids
+        assert request.num_computed_tokens == 0
+        if not self.enable_prefix_caching or request.bypass_prefix_cache:
+            return
+        self.prefix_queries += request.num_tokens
+        for block_hash in self._hashes(request, (request.num_tokens - 1) // self.block_size):
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            if self._references[block] == 0:
+                del self._cached[block]
+            self._references[block] += 1
+            request.block_ids.append(block)
+        request.num_computed_tokens = len(request.block_ids) * self.block_size
+        self.prefix_hits += request.num_computed_tokens
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Make room for the request's first `num_tokens` tokens. False, and nothing changed, if blocks are too few."""
+        missing = self.blocks_for(num_tokens) - len(request.block_ids)
+        if missing > self.num_available:
+            return False
+        for _ in range(missing):
+            block = self._free.popleft() if self._free else self._evict()
+            self._references[block] = 1
+            request.block_ids.append(block)
+        return True
+
+    def publish(self, request: Request, num_tokens: int) -> None:
+        """Let others find the request's full blocks among its first `num_tokens` tokens.
+
+        May be called before those tokens are computed, as long as they are computed in the same step: a layer stores
+        all keys and values of a step before it reads any.
+        """
+        if not self.enable_prefix_caching or request.bypass_prefix_cache:
+            return
+        num_full = num_tokens // self.block_size
+        first_new = request.num_computed_tokens // self.block_size
+        if num_full == first_new:
+            return
+        hashes = self._hashes(request, num_full)
+        for index in range(first_new, num_full):
+            block, block_hash = request.block_ids[index], hashes[index]
+            if self._hash_of[block] is None and block_hash not in self._block_of:
+                self._hash_of[block] = block_hash
+                self._block_of[block_hash] = block
+
+    def retract(self, request: Request) -> None:
+        """Undo `publish` for blocks that were never computed, because their step failed."""
+        for block in request.block_ids[request.num_computed_tokens // self.block_size :]:
+            self._forget_content(block)
+
+    def distrust(self, request: Request) -> None:
+        """Let no other request find any of the request's blocks: they may hold NaN."""
+        for block in request.block_ids:
+            self._forget_content(block)
+
+    def release(self, request: Request) -> None:
+        """Take back everything a request holds. Its computed count falls to 0; blocks with content stay findable."""
+        for block in reversed(request.block_ids):  # a sequence's tail is the first to be evicted
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                if self._hash_of[block] is None:
+                    self._free.append(block)
+                else:
+                    self._cached[block] = None
+        request.block_ids = []
+        request.num_computed_tokens = 0
+
+    def _hashes(self, request: Request, count: int) -> list[bytes]:
+        hashes = request.block_hashes
+        first_adapted = first_adapted_block(request, self.block_size)
+        while len(hashes) < count:
+            parent = hashes[-1] if hashes else chain_root(request, self.block_size)
+            if len(hashes) == first_adapted > 0:
+                assert request.adapter is not None
+                parent += request.adapter.digest.encode()
+            start = len(hashes) * self.block_size
+            hashes.append(chain_hash(parent, request.token_ids[start : start + self.block_size]))
+        return hashes[:count]
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        self._forget_content(block)
+        return block
+
+    def _forget_content(self, block: int) -> None:
+        block_hash = self._hash_of[block]
+        if block_hash is not None:
+            self._hash_of[block] = None
+            del self._block_of[block_hash]
+
+    def check(self) -> None:
+        """Assert the invariants; for tests and idle debug builds."""
+        used = {block for block, count in enumerate(self._references) if count > 0}
+        assert all(count >= 0 for count in self._references)
+        assert len(used) + len(self._cached) + len(self._free) == self.num_blocks
+        assert used.isdisjoint(self._cached)
+        assert used.isdisjoint(self._free)
+        assert set(self._free).isdisjoint(self._cached)
+        assert all(self._hash_of[block] is None for block in self._free)
+        assert all(self._hash_of[block] is not None for block in self._cached)
+        assert {h: b for b, h in enumerate(self._hash_of) if h is not None} == self._block_of

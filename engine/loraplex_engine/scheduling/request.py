@@ -1,0 +1,111 @@
+"""One sequence on its way through the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, auto
+
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.link.messages import AddRequest, TokenLogprobs
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+
+
+class RequestState(Enum):
+    """The state of a request. Only the scheduler changes it."""
+
+    WAITING = auto()  # for a turn, or for blocks; also after a preemption
+    WAITING_FOR_ADAPTER = auto()
+    RUNNING = auto()  # holds blocks, gets tokens computed
+    FINISHED = auto()
+
+
+class Request:
+    """One sequence: its tokens, how many of them are computed, and the blocks and adapter that it holds.
+
+    There is no prefill or decode state: a request always catches up `num_computed_tokens` with `len(token_ids)`, many
+    at a time or one.
+    """
+
+    __slots__ = (
+        "adapter",
+        "adapter_ready_time",
+        "adapter_slot",
+        "adapter_start",
+        "adapter_wait_seconds",
+        "adapter_wanted_time",
+        "arrival_time",
+        "block_hashes",
+        "block_ids",
+        "bypass_prefix_cache",
+        "cache_salt",
+        "deadline",
+        "finish_reason",
+        "first_scheduled_time",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "order",
+        "prompt_logprobs",
+        "request_id",
+        "sampling",
+        "state",
+        "tenant",
+        "token_ids",
+        "weight",
+    )
+
+    def __init__(self, message: AddRequest, arrival_number: int, now: float) -> None:
+        sampling = message.sampling
+        self.request_id = message.request_id
+        self.sampling: SamplingParams = sampling
+        self.adapter: AdapterKey | None = message.adapter
+        self.cache_salt = message.cache_salt
+        # Prompt log-probabilities need every position computed, so there is nothing to take from the cache.
+        self.bypass_prefix_cache = message.bypass_prefix_cache or sampling.num_prompt_logprobs is not None
+        self.adapter_wait_seconds = message.adapter_wait_seconds
+        self.tenant = message.tenant
+        self.weight = message.weight
+        self.order = (message.priority, arrival_number)  # the order of arrival
+        self.arrival_time = now
+        self.deadline = None if sampling.time_limit_seconds is None else now + sampling.time_limit_seconds
+
+        self.token_ids: list[int] = [*message.prompt_token_ids, *message.output_token_ids]  # prompt, then output
+        self.num_prompt_tokens = len(message.prompt_token_ids)
+        self.num_computed_tokens = 0  # tokens whose keys and values are in the cache
+        self.state = RequestState.WAITING
+        self.finish_reason: FinishReason | None = None
+
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were asked for
+        self.adapter_slot: int | None = None
+        self.adapter_start: int | None = 0  # the first token that the adapter applies to; None: it was not invoked
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first scheduling
+        self.first_scheduled_time: float | None = None
+        self.adapter_wanted_time: float | None = None  # set if it had to wait for it
+        self.adapter_ready_time: float | None = None  # and when it got the adapter
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+
+    def invoke_adapter(self, tokens: Sequence[int]) -> None:
+        """Apply the adapter from the last occurrence of these tokens in the prompt on; empty: from the start.
+
+        Generated tokens do not invoke it. Source: Activated LoRA (arXiv 2504.12397), as PEFT applies it.
+        """
+        if not tokens:
+            return
+        prompt, wanted = self.token_ids[: self.num_prompt_tokens], list(tokens)
+        starts = range(len(prompt) - len(wanted), -1, -1)
+        self.adapter_start = next((at for at in starts if prompt[at : at + len(wanted)] == wanted), None)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id}, {self.state.name}, computed {self.num_computed_tokens} of {self.num_tokens}, "
+            f"{len(self.block_ids)} blocks)"
+        )

@@ -1,0 +1,385 @@
+"""Decides which requests run next. This policy is in no other file.
+
+Iteration-level (continuous) batching: every step takes the requests that are ready, within a budget of tokens. Running
+requests go first, so that a stream once begun keeps flowing; a long prompt is computed in chunks that fill the
+rest. Fairness between tenants (`fairness`) decides which requests join them next.
+Source: Orca (OSDI 2022), Sarathi-Serve (arXiv 2403.02310), vLLM V1's unified schedule.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from loraplex_adapters.errors import COLD, AdapterRejected
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
+from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.scheduling.block_manager import BlockManager
+from loraplex_engine.scheduling.fairness import FairQueue
+from loraplex_engine.scheduling.request import Request, RequestState
+from loraplex_engine.scheduling.step import SampledToken, ScheduledRequest, StepPlan, StepResult
+
+# A request that has waited so long for room on the device gets some, at the cost of an adapter that is in use.
+ADAPTER_PATIENCE_SECONDS = 2.0
+
+
+class AdapterSlots(Protocol):
+    """The part of the adapter pool that the scheduler uses."""
+
+    @property
+    def changes(self) -> int:
+        """Grows whenever an adapter that could not be acquired might be acquired now, or might be refused."""
+
+    def acquire(self, key: AdapterKey) -> int | None:
+        """The adapter's slot, held until `release`; None: not there yet, ask again. Raises AdapterRejected."""
+
+    def release(self, key: AdapterKey) -> None: ...
+
+    def invocation_tokens(self, key: AdapterKey) -> Sequence[int]:
+        """The tokens in a prompt that invoke a held adapter; empty: it applies to all tokens."""
+
+    def make_room(self, key: AdapterKey) -> None:
+        """Make room for an adapter that waits for room on the device."""
+
+
+class Scheduler:
+    """Decides which requests run, keeps their states, and turns results into outputs. Knows no tensors."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        adapters: AdapterSlots,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.blocks = blocks
+        self.adapters = adapters
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.clock = clock
+
+        self.requests: dict[int, Request] = {}  # all unfinished requests
+        self.running: list[Request] = []  # in order of turn
+        self.waiting = FairQueue()
+        self.waiting_for_adapter: dict[AdapterKey, dict[int, Request]] = {}
+        self.adapter_users: Counter[AdapterKey] = Counter()  # accepted requests by adapter version, wherever they are
+        self._deadlines: list[tuple[float, int]] = []  # of requests
+        self._adapter_deadlines: list[tuple[float, int]] = []  # ends of waits for adapters
+        self._outputs: list[RequestOutput] = []  # ends outside of a step; `update` returns them
+        self._adapter_changes_seen = -1
+        self.num_preemptions = 0
+        self.num_not_finite = 0  # requests that ended so
+        self.prompt_tokens = 0  # computed, cumulative
+        self.generated_tokens = 0
+
+    # ---- arrivals and departures -----------------------------------------------------------------------------------
+
+    def has_unfinished(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def num_waiting_for_adapter(self) -> int:
+        return len(self.requests) - len(self.running) - len(self.waiting)
+
+    def add(self, request: Request) -> None:
+        assert request.request_id not in self.requests
+        self.requests[request.request_id] = request
+        if request.adapter is not None:
+            self.adapter_users.update(request.adapter.members)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+        self.waiting.push(request)
+
+    def abort(self, request_id: int) -> bool:
+        """Drop a request, in whatever state; its blocks and its adapter are free at once. False if there is none."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        self._finish(request, FinishReason.CANCELLED)
+        return True
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Choose the requests to run and their tokens, and reserve blocks for them. The plan may be empty."""
+        self._expire()
+        self._retry_adapters()
+        self._end_adapter_waits()
+        budget = self.max_num_batched_tokens
+        scheduled: list[ScheduledRequest] = []
+        preempted = False
+
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
+            while not self.blocks.grow(request, request.num_computed_tokens + num_new):
+                preempted = True
+                victim = max(self.running[index:], key=self._claim)
+                self.running.remove(victim)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            if request.state is not RequestState.RUNNING:
+                continue  # the next one has this index now
+            scheduled.append(self._scheduled(request, num_new))
+            budget -= num_new
+            index += 1
+
+        if not preempted:  # else blocks are short: whoever was preempted comes first
+            self._admit(scheduled, budget)
+        scheduled.sort(key=lambda item: -1 if item.request.adapter_slot is None else item.request.adapter_slot)
+        return StepPlan(tuple(scheduled))
+
+    def _admit(self, scheduled: list[ScheduledRequest], budget: int) -> None:
+        """Start waiting requests while budget, places and blocks last."""
+        while budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting.peek()
+            if request is None:
+                break
+            if not self._hold_adapter(request):
+                continue
+            self.blocks.start(request)
+            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
+            if not self.blocks.grow(request, request.num_computed_tokens + num_new):
+                self.blocks.release(request)
+                break  # in order: no request overtakes one that waits for blocks
+            self.waiting.remove(request)
+            request.state = RequestState.RUNNING
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = self.clock()
+                request.num_cached_tokens = request.num_computed_tokens
+                self.waiting.charge(request, prompt_tokens=request.num_tokens - request.num_computed_tokens)
+            self._insert_running(request)
+            scheduled.append(self._scheduled(request, num_new))
+            budget -= num_new
+
+    def _scheduled(self, request: Request, num_new: int) -> ScheduledRequest:
+        self.blocks.publish(request, request.num_computed_tokens + num_new)
+        return ScheduledRequest(request, request.num_computed_tokens, num_new)
+
+    def _insert_running(self, request: Request) -> None:
+        index = len(self.running)
+        while index > 0 and self.running[index - 1].order > request.order:
+            index -= 1
+        self.running.insert(index, request)
+
+    def _claim(self, request: Request) -> tuple[int, float, int]:
+        """The order in which requests lose their blocks when these are short: the largest value first."""
+        priority, arrival_number = request.order
+        return priority, self.waiting.served(request.tenant), arrival_number
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks. It keeps its adapter and recomputes, mostly from the prefix cache."""
+        self.blocks.release(request)
+        request.state = RequestState.WAITING
+        self.waiting.push(request)
+        self.num_preemptions += 1
+
+    # ---- adapters --------------------------------------------------------------------------------------------------
+
+    def _hold_adapter(self, request: Request) -> bool:
+        """Make sure that the request at the head holds its adapter, else set it aside so that others go on."""
+        key = request.adapter
+        if key is None or request.adapter_slot is not None:
+            return True
+        slot = None
+        if key not in self.waiting_for_adapter:  # requests that already wait for it come first
+            try:
+                slot = self.adapters.acquire(key)
+            except AdapterRejected as rejected:
+                self.fail(request, str(rejected), rejected.reason)
+                return False
+        if slot is None:
+            self.waiting.remove(request)
+            self._set_aside(request, key)
+            return False
+        self._give_adapter(request, slot)
+        return True
+
+    def _set_aside(self, request: Request, key: AdapterKey) -> None:
+        request.state = RequestState.WAITING_FOR_ADAPTER
+        request.adapter_wanted_time = self.clock()
+        self.waiting_for_adapter.setdefault(key, {})[request.request_id] = request
+        if request.adapter_wait_seconds is not None:
+            ends_at = request.adapter_wanted_time + request.adapter_wait_seconds
+            heapq.heappush(self._adapter_deadlines, (ends_at, request.request_id))
+
+    def _give_adapter(self, request: Request, slot: int) -> None:
+        assert request.adapter is not None
+        request.adapter_slot = slot
+        request.invoke_adapter(self.adapters.invocation_tokens(request.adapter))
+
+    def _retry_adapters(self) -> None:
+        """Bring back the requests whose adapter has arrived; fail those whose adapter turned out broken."""
+        self._relieve_the_oldest()
+        if self.adapters.changes == self._adapter_changes_seen:
+            return
+        self._adapter_changes_seen = self.adapters.changes
+        for key, requests in list(self.waiting_for_adapter.items()):
+            for request in list(requests.values()):
+                try:
+                    slot = self.adapters.acquire(key)
+                except AdapterRejected as rejected:
+                    self.fail(request, str(rejected), rejected.reason)
+                    continue
+                if slot is None:
+                    break
+                del requests[request.request_id]
+                self._give_adapter(request, slot)
+                request.adapter_ready_time = self.clock()
+                request.state = RequestState.WAITING
+                self.waiting.push(request)
+            if not requests:
+                self.waiting_for_adapter.pop(key, None)
+
+    def _end_adapter_waits(self) -> None:
+        """Fail the requests whose wait for their adapter is over."""
+        for request_id in _due(self._adapter_deadlines, self.clock()):
+            request = self.requests.get(request_id)
+            if request is not None and request.state is RequestState.WAITING_FOR_ADAPTER:
+                problem = f"it is not on the device after a wait of {request.adapter_wait_seconds:g} s; try again"
+                self.fail(request, problem, COLD)
+
+    def _relieve_the_oldest(self) -> None:
+        """Make room for the adapter of the request that waits longest, lest adapters in constant use starve it."""
+        key = next(iter(self.waiting_for_adapter), None)
+        if key is None:
+            return
+        oldest = next(iter(self.waiting_for_adapter[key].values()))
+        if self.clock() - oldest.arrival_time > ADAPTER_PATIENCE_SECONDS:
+            self.adapters.make_room(key)
+
+    # ---- results ---------------------------------------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        """Take in what a step computed: append tokens, finish requests, and say what each one got."""
+        outputs, self._outputs = self._outputs, []
+        for item, sampled in zip(plan.scheduled, result.sampled, strict=True):
+            request = item.request
+            num_prompt_left = request.num_prompt_tokens - item.num_computed_tokens
+            self.prompt_tokens += max(0, min(item.num_new_tokens, num_prompt_left))
+            request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
+            self._collect_prompt_logprobs(request, item, result.prompt_logprobs.get(request.request_id))
+            if sampled is not None:
+                outputs.append(self._take_token(request, sampled))
+        return outputs
+
+    def _take_token(self, request: Request, sampled: SampledToken) -> RequestOutput:
+        first = request.num_output_tokens == 0
+        request.token_ids.append(sampled.token_id)
+        self.generated_tokens += 1
+        self.waiting.charge(request, output_tokens=1)
+        reason = self._finish_reason(request, sampled.token_id)
+        stopped_by = sampled.token_id if reason in (FinishReason.STOP, FinishReason.EOS) else None
+        output = RequestOutput(
+            request_id=request.request_id,
+            token_ids=[sampled.token_id],
+            finish_reason=reason,
+            stop_token_id=stopped_by,
+            logprobs=None if sampled.logprobs is None else [sampled.logprobs],
+        )
+        if reason is not None:
+            self._finish(request, reason)
+        return self._with_beginning(output, request) if first else output
+
+    def _collect_prompt_logprobs(
+        self, request: Request, item: ScheduledRequest, logprobs: Sequence[TokenLogprobs] | None
+    ) -> None:
+        if logprobs is None:
+            return
+        if not request.prompt_logprobs:
+            request.prompt_logprobs.append(None)  # nothing predicts the first token
+        already_known = len(request.prompt_logprobs) - 1 - item.num_computed_tokens  # after a preemption
+        request.prompt_logprobs.extend(logprobs[max(0, already_known) :])
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        sampling = request.sampling
+        if request.num_output_tokens >= sampling.min_tokens:
+            if token_id in sampling.eos_token_ids:
+                return FinishReason.EOS
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+        if request.num_output_tokens >= sampling.max_tokens:
+            return FinishReason.MAX_TOKENS
+        if request.num_tokens >= self.max_model_len:
+            return FinishReason.CONTEXT_LIMIT
+        return None
+
+    def _expire(self) -> None:
+        """Finish the requests whose own time limit has passed, in any state, with the tokens that they have."""
+        for request_id in _due(self._deadlines, self.clock()):
+            request = self.requests.get(request_id)
+            if request is not None:
+                self._finish(request, FinishReason.TIME_LIMIT)
+                output = RequestOutput(request_id, [], FinishReason.TIME_LIMIT)
+                self._outputs.append(output if request.num_output_tokens else self._with_beginning(output, request))
+
+    def fail(self, request: Request, error: str, reason: str = "") -> None:
+        """End one request with an error, which the next `update` reports. `reason`: set if its adapter is at fault."""
+        self._finish(request, FinishReason.ERROR)
+        output = RequestOutput(request.request_id, [], FinishReason.ERROR, error=error, error_reason=reason)
+        self._outputs.append(output)
+
+    def fail_step(self, plan: StepPlan, error: str) -> None:
+        """End every request of a step that could not be computed. The others have lost nothing."""
+        for item in plan.scheduled:
+            self.blocks.retract(item.request)
+        for item in plan.scheduled:
+            self.fail(item.request, error)
+
+    def fail_not_finite(self, requests: Sequence[Request], error: str) -> None:
+        """End the requests whose logits were NaN or infinite. No other request uses their cached blocks."""
+        for request in requests:
+            self.blocks.distrust(request)
+            self.fail(request, error)
+        self.num_not_finite += len(requests)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        match request.state:
+            case RequestState.RUNNING:
+                self.running.remove(request)
+            case RequestState.WAITING:
+                self.waiting.remove(request)
+            case RequestState.WAITING_FOR_ADAPTER:
+                assert request.adapter is not None
+                requests = self.waiting_for_adapter[request.adapter]
+                del requests[request.request_id]
+                if not requests:
+                    del self.waiting_for_adapter[request.adapter]
+        self.blocks.release(request)
+        if request.adapter is not None:
+            if request.adapter_slot is not None:
+                self.adapters.release(request.adapter)
+            for member in request.adapter.members:
+                self.adapter_users[member] -= 1
+                if self.adapter_users[member] == 0:
+                    del self.adapter_users[member]
+        request.state = RequestState.FINISHED
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+
+    def _with_beginning(self, output: RequestOutput, request: Request) -> RequestOutput:
+        """Add the facts that only the first output carries."""
+        began, wanted, ready = request.first_scheduled_time, request.adapter_wanted_time, request.adapter_ready_time
+        return msgspec.structs.replace(
+            output,
+            prompt_logprobs=request.prompt_logprobs or None,
+            num_cached_tokens=request.num_cached_tokens,
+            queue_seconds=None if began is None else began - request.arrival_time,
+            adapter_load_seconds=0.0 if wanted is None else (self.clock() if ready is None else ready) - wanted,
+        )
+
+
+def _due(heap: list[tuple[float, int]], now: float) -> Iterator[int]:
+    """Remove and return the requests whose time has come."""
+    while heap and heap[0][0] <= now:
+        yield heapq.heappop(heap)[1]

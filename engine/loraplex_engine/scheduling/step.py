@@ -1,0 +1,55 @@
+"""The data of a step: the plan that the scheduler makes, and the result that the runner returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from loraplex_engine.link.messages import TokenLogprobs
+from loraplex_engine.scheduling.request import Request
+
+# How long to listen before the next step when the last one did nothing, because another thread reads what it needs.
+STALLED_SECONDS: Final = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request's share of a step: compute `num_new_tokens` tokens from `num_computed_tokens` on."""
+
+    request: Request  # read-only for the runner
+    num_computed_tokens: int  # at the start of the step
+    num_new_tokens: int  # 1 when decoding, a chunk of the prompt when prefilling
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the last known token, so that the next one is drawn."""
+        return self.num_computed_tokens + self.num_new_tokens == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The requests of a step. Base requests come first, then those of each adapter slot together: an adapter's rows are
+    one range of the batch, whatever mixture of prefill and decode they are."""
+
+    scheduled: tuple[ScheduledRequest, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_new_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token drawn for one request, with its log-probabilities if they were asked for."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The result of a step, aligned with the plan."""
+
+    sampled: tuple[SampledToken | None, ...]  # one per scheduled request; None where it does not sample
+    prompt_logprobs: dict[int, list[TokenLogprobs]]  # by request id: of the prompt tokens that this step's rows predict
+    not_finite: frozenset[int] = frozenset()  # the ids of requests whose logits were NaN or infinite

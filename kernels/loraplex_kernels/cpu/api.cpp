@@ -1,0 +1,254 @@
+// The plain C face of the library: what kernels/loraplex_kernels/cpu/library.py declares to ctypes.
+//
+// Pointers are to host memory, arrays are contiguous, dtypes are 0 float32, 1 bfloat16, 2 float16. Functions that can
+// run out of memory return null or a status other than 0; nothing throws across this border.
+
+#include <new>
+
+#include "attention.h"
+#include "linear.h"
+#include "lora.h"
+#include "quantized.h"
+#include "rows.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace loraplex;
+
+namespace {
+
+template <class T>
+struct Of {
+    using Type = T;
+};
+
+// f(Of<T>) for the T that a dtype stands for.
+template <class F>
+auto with_type(int dtype, F f) {
+    switch (dtype) {
+        case 0: return f(Of<float>{});
+        case 1: return f(Of<bf16>{});
+        default: return f(Of<f16>{});
+    }
+}
+
+// f(cache) for the cache of a T that `stored` names: 0 as it is, 1 signed bytes, 2 float8 e4m3.
+template <class T, class F>
+void with_cache(int stored, void* k, void* v, float* k_scale, float* v_scale, int64_t block_shift, int64_t kv_heads,
+                int64_t head_dim, F f) {
+    const auto of = [&](auto* as) {
+        using S = std::remove_pointer_t<decltype(as)>;
+        f(Cache<T, S>{static_cast<S*>(k), static_cast<S*>(v), block_shift, kv_heads, head_dim, k_scale, v_scale});
+    };
+    switch (stored) {
+        case 0: return of(static_cast<T*>(nullptr));
+        case 1: return of(static_cast<i8*>(nullptr));
+        default: return of(static_cast<f8*>(nullptr));
+    }
+}
+
+template <class F>
+int guarded(F f) noexcept {
+    try {
+        f();
+        return 0;
+    } catch (const std::exception&) {
+        return 1;
+    }
+}
+
+template <class F>
+auto created(F f) noexcept -> decltype(f()) {
+    try {
+        return f();
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
+// A linear of any dtype, dense or quantised, behind one handle.
+struct AnyLinear {
+    virtual ~AnyLinear() = default;
+    virtual void apply(Context& context, const void* x, void* y, int64_t rows) const = 0;
+    virtual void unpack(int64_t first, int64_t last, float* out) const = 0;
+    virtual int64_t bytes() const = 0;
+};
+
+// L: Linear or QuantizedLinear of T
+template <class T, class L>
+struct TypedLinear final : AnyLinear {
+    template <class... Arguments>
+    explicit TypedLinear(Arguments&&... arguments) : linear(std::forward<Arguments>(arguments)...) {}
+    void apply(Context& context, const void* x, void* y, int64_t rows) const override {
+        linear.apply(context, static_cast<const T*>(x), static_cast<T*>(y), rows);
+    }
+    void unpack(int64_t first, int64_t last, float* out) const override { linear.unpack(first, last, out); }
+    int64_t bytes() const override { return linear.bytes(); }
+
+    L linear;
+};
+
+template <class T>
+AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& matrix, const T* bias) {
+    switch (codec) {
+        case 0: return new TypedLinear<T, QuantizedLinear<T, TableCodec>>(context, matrix, bias);
+        case 1: return new TypedLinear<T, QuantizedLinear<T, SignedCodec>>(context, matrix, bias);
+        default: return new TypedLinear<T, QuantizedLinear<T, Float8Codec>>(context, matrix, bias);
+    }
+}
+
+}  // namespace
+
+// Changes with any signature or meaning here, so that a library left from an older build is not called.
+EXPORT int loraplex_version() { return 8; }
+
+EXPORT Context* loraplex_context_create(int threads) {
+    return created([&] { return new Context(threads); });
+}
+
+EXPORT void loraplex_context_destroy(Context* context) { delete context; }
+
+EXPORT void loraplex_advise_huge_pages(void* begin, int64_t bytes) { advise_huge_pages(begin, size_t(bytes)); }
+
+// weights: `count` matrices of c columns and rows[i] rows, one above the other. bias: of all rows, or null.
+EXPORT AnyLinear* loraplex_linear_create(Context* context, int dtype, int64_t c, int64_t count, const int64_t* rows,
+                                         const void* const* weights, const void* bias) {
+    return created([&] {
+        return with_type(dtype, [&](auto of) -> AnyLinear* {
+            using T = typename decltype(of)::Type;
+            std::vector<WeightRows<T>> list;
+            for (int64_t i = 0; i < count; ++i) list.push_back({static_cast<const T*>(weights[i]), rows[i]});
+            return new TypedLinear<T, Linear<T>>(*context, c, list, static_cast<const T*>(bias));
+        });
+    });
+}
+
+// codec: 0 entries of a table of 16, 1 signed bytes times 2^24, 2 float8 e4m3 divided by 256. scale and offset: of
+// these values, [groups, n]; order: [c]; offset, order and bias may be null, and so may table for the other codecs.
+EXPORT AnyLinear* loraplex_quantized_create(Context* context, int dtype, int codec, int64_t n, int64_t c,
+                                            const uint8_t* codes, const float* table, int64_t group, const float* scale,
+                                            const float* offset, const int64_t* order, const void* bias) {
+    return created([&] {
+        const QuantizedMatrix matrix{n, c, codes, table, group, scale, offset, order};
+        return with_type(dtype, [&](auto of) -> AnyLinear* {
+            return create_quantized(*context, codec, matrix, static_cast<const typename decltype(of)::Type*>(bias));
+        });
+    });
+}
+
+EXPORT void loraplex_linear_destroy(AnyLinear* linear) { delete linear; }
+
+// Called by any thread.
+EXPORT void loraplex_linear_unpack(const AnyLinear* linear, float* out, int64_t first, int64_t last) {
+    linear->unpack(first, last, out);
+}
+
+EXPORT int64_t loraplex_linear_bytes(const AnyLinear* linear) { return linear->bytes(); }
+
+EXPORT int loraplex_linear(Context* context, const AnyLinear* linear, const void* x, void* y, int64_t rows) {
+    return guarded([&] { linear->apply(*context, x, y, rows); });
+}
+
+// parts: [count, 4] of rank_start, rank, out_start, n. affine: [2, affine_n], or null. Called by any thread.
+EXPORT AnyLora* loraplex_lora_create(Context* context, int dtype, int64_t in_features, const void* a, int64_t rank,
+                                     int64_t count, const int64_t* parts, const void* const* b, const float* affine,
+                                     int64_t affine_n) {
+    return created([&] {
+        std::vector<LoraPart> list;
+        for (int64_t i = 0; i < count; ++i, parts += 4) list.push_back({parts[0], parts[1], parts[2], parts[3]});
+        return with_type(dtype, [&](auto of) -> AnyLora* {
+            using T = typename decltype(of)::Type;
+            return new LoraAdapter<T>(context->arena, in_features, static_cast<const T*>(a), rank, list,
+                                      reinterpret_cast<const T* const*>(b), affine, affine_n);
+        });
+    });
+}
+
+EXPORT void loraplex_lora_destroy(AnyLora* adapter) { delete adapter; }
+
+EXPORT int64_t loraplex_lora_bytes(const AnyLora* adapter) { return adapter->bytes(); }
+
+// adapters: by slot, each of this dtype and of these features, or null.
+EXPORT int loraplex_lora(Context* context, int dtype, const AnyLora* const* adapters, int64_t in_features,
+                         int64_t out_features, const void* x, void* y, int64_t rows, int64_t segments,
+                         const int32_t* slots, const int32_t* starts, const int32_t* ends) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            segmented_lora(*context, adapters, in_features, out_features, static_cast<const T*>(x), static_cast<T*>(y),
+                           rows, Segments{segments, slots, starts, ends});
+        });
+    });
+}
+
+EXPORT int loraplex_rms_norm(Context* context, int dtype, const void* x, const float* weight, void* out, int64_t rows,
+                             int64_t c, float eps) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            rms_norm(*context, static_cast<const T*>(x), weight, static_cast<T*>(out), rows, c, eps);
+        });
+    });
+}
+
+EXPORT int loraplex_add_rms_norm(Context* context, int dtype, const void* x, void* residual, const float* weight,
+                                 void* out, int64_t rows, int64_t c, float eps) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            add_rms_norm(*context, static_cast<const T*>(x), static_cast<T*>(residual), weight, static_cast<T*>(out),
+                         rows, c, eps);
+        });
+    });
+}
+
+EXPORT int loraplex_gate(Context* context, int dtype, int activation, const void* x, void* out, int64_t rows,
+                         int64_t f) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            gate(*context, Activation(activation), static_cast<const T*>(x), static_cast<T*>(out), rows, f);
+        });
+    });
+}
+
+// Elements of the keys, and of the values, of one head in one block. A block holds 2^block_shift tokens. Those of a
+// rounded cache, whatever is computed with, are as many as of bfloat16.
+EXPORT int64_t loraplex_cache_head_size(int dtype, int64_t block_shift, int64_t head_dim) {
+    return with_type(dtype, [&](auto of) {
+        return Cache<typename decltype(of)::Type>{nullptr, nullptr, block_shift, 1, head_dim}.head_size();
+    });
+}
+
+EXPORT int loraplex_rotary_store_kv(Context* context, int dtype, const void* qkv, void* q, int64_t rows, int64_t heads,
+                                    int64_t kv_heads, int64_t head_dim, const float* q_norm, const float* k_norm,
+                                    float eps, const int64_t* positions, const float* cos_sin, int stored, void* k,
+                                    void* v, float* k_scale, float* v_scale, int64_t block_shift,
+                                    const int64_t* slots) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            with_cache<T>(stored, k, v, k_scale, v_scale, block_shift, kv_heads, head_dim, [&](const auto& cache) {
+                rotary_store_kv(*context, static_cast<const T*>(qkv), static_cast<T*>(q), rows, heads,
+                                QKNorm{q_norm, k_norm, eps}, positions, cos_sin, cache, slots);
+            });
+        });
+    });
+}
+
+EXPORT int loraplex_paged_attention(Context* context, int dtype, const void* q, void* out, int64_t heads,
+                                    int64_t kv_heads, int64_t head_dim, int stored, void* k, void* v, float* k_scale,
+                                    float* v_scale, int64_t block_shift, int64_t sequences, const int32_t* query_starts,
+                                    const int32_t* lengths, const int32_t* block_tables, int64_t blocks_per_table,
+                                    float scale, float soft_cap, int64_t window) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            with_cache<T>(stored, k, v, k_scale, v_scale, block_shift, kv_heads, head_dim, [&](const auto& cache) {
+                paged_attention(*context, static_cast<const T*>(q), static_cast<T*>(out), heads, cache,
+                                Sequences{sequences, query_starts, lengths, block_tables, blocks_per_table},
+                                Scoring{scale, soft_cap, window});
+            });
+        });
+    });
+}

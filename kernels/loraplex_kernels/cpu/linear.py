@@ -1,0 +1,128 @@
+"""Weight matrices in the layout of the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels.cpu.library import Library, owned
+from loraplex_kernels.quantized import TABLE_SIZE, AffineWeight, Float8Weight, QuantizedWeight, TableWeight
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TABLE, SIGNED_BYTE, FLOAT8 = 0, 1, 2
+FLOAT8_NAN = 0x7F  # and the same with a sign
+SIGNED_BYTE_FACTOR = 2.0**-24  # the kernels read bytes at the top of words of 32 bits
+FLOAT8_FACTOR = 256.0  # the kernels read e4m3 with the exponent's bias of float16: 2^8 too small
+
+
+class CpuLinear:
+    """A matrix that the compiled kernels hold, dense or quantised. Shares no memory with its source tensors."""
+
+    def __init__(self, library: Library, handle: int | None, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.out_features, self.in_features = shape
+        self.dtype = dtype  # of what it is multiplied with
+        self.handle = owned(self, handle, library.linear_destroy, library)
+        self.nbytes: int = library.linear_bytes(self.handle)
+
+
+def pack_dense(library: Library, weights: Sequence[Tensor], bias: Tensor | None) -> CpuLinear:
+    """Pack a dense matrix into panels of 32 outputs, laid out as in linear.h."""
+    weights = [weight.contiguous() for weight in weights]
+    dtype, width = weights[0].dtype, weights[0].shape[1]
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    count = len(weights)
+    rows = (ctypes.c_int64 * count)(*(len(weight) for weight in weights))
+    pointers = (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in weights))
+    handle = library.linear_create(library.context, dtype_code(dtype), width, count, rows, pointers, _pointer(bias))
+    return CpuLinear(library, handle, torch.Size([sum(rows), width]), dtype)
+
+
+def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> CpuLinear:
+    """Pack a quantised matrix into panels of 64 outputs, laid out as in codes.h: codes of up to 4 bits take 4, others
+    8.
+
+    Raises ValueError for a float8 code that is NaN.
+    """
+    form = _coded(weight)
+    order = getattr(weight, "input_order", None)
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    tensors = [form.scale, form.offset, None if order is None else order.long()]
+    scale, offset, order = (None if tensor is None else tensor.contiguous() for tensor in tensors)
+    codes, table = form.codes.contiguous(), form.table
+    handle = library.quantized_create(
+        library.context,
+        dtype_code(dtype),
+        form.codec,
+        *codes.shape,
+        codes.data_ptr(),
+        _pointer(table),
+        form.group,
+        *(_pointer(tensor) for tensor in (scale, offset, order, bias)),
+    )
+    return CpuLinear(library, handle, codes.shape, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """W[n, c] = scale[g, n] · (value(codes[n, c]) + offset[g, n]), g = c // group: the form of all records here."""
+
+    codec: int
+    codes: Tensor  # uint8 [N, C]
+    table: Tensor | None  # float32 [16]
+    group: int
+    scale: Tensor  # float32 [G, N]
+    offset: Tensor | None  # float32 [G, N]
+
+
+def _coded(weight: QuantizedWeight) -> _Coded:
+    if isinstance(weight, AffineWeight):
+        return _coded_affine(weight)
+    if isinstance(weight, TableWeight):
+        return _coded_table(weight)
+    return _coded_float8(weight)
+
+
+def _coded_affine(weight: AffineWeight) -> _Coded:
+    """Convert an affine record. Values count from the middle of the codes, so that symmetric weights need no offset."""
+    middle = 1 << (weight.bits - 1)
+    offset = middle - weight.zero if (weight.zero != middle).any() else None
+    if weight.bits == 8:
+        scale, offset = weight.scale * SIGNED_BYTE_FACTOR, offset if offset is None else offset / SIGNED_BYTE_FACTOR
+        return _Coded(SIGNED_BYTE, weight.codes ^ middle, None, weight.group_size, scale, offset)
+    table = torch.arange(TABLE_SIZE, dtype=torch.float32) - middle
+    return _Coded(TABLE, weight.codes, table, weight.group_size, weight.scale, offset)
+
+
+def _coded_table(weight: TableWeight) -> _Coded:
+    """Convert a table record. Blocks may end inside rows: a group is the longest run that no block boundary cuts."""
+    rows, columns = weight.codes.shape
+    group = math.gcd(columns, weight.block)
+    starts = torch.arange(rows * columns // group) * group
+    scale = weight.absmax[starts // weight.block].view(rows, columns // group).t()
+    return _Coded(TABLE, weight.codes, weight.table.contiguous(), group, scale, None)
+
+
+def _coded_float8(weight: Float8Weight) -> _Coded:
+    codes = weight.codes.view(torch.uint8)
+    if ((codes & FLOAT8_NAN) == FLOAT8_NAN).any():
+        raise ValueError("a float8 weight has elements that are not numbers")
+    rows, columns = weight.block
+    scale = weight.scale.repeat_interleave(rows, dim=0)[: len(codes)].t() * FLOAT8_FACTOR
+    return _Coded(FLOAT8, codes, None, columns, scale, None)
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """Raises ValueError for a dtype that the kernels do not compute in."""
+    if dtype not in DTYPE_CODES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPE_CODES)
+        raise ValueError(f"the CPU kernels compute in {names}, not in {str(dtype).removeprefix('torch.')}")
+    return DTYPE_CODES[dtype]
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

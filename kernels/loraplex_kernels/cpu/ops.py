@@ -1,0 +1,314 @@
+"""`Ops` on the CPU, computed by the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex_kernels.cpu.library import Library, owned
+from loraplex_kernels.cpu.linear import DTYPE_CODES, CpuLinear, dtype_code, pack_dense, pack_quantized
+from loraplex_kernels.cpu.results import ResultMemory
+from loraplex_kernels.ops import (
+    QUANTIZED_KV,
+    AttentionMetadata,
+    HeadShape,
+    LayerKV,
+    LoraSegments,
+    LoraTable,
+    LoraWeights,
+    PackedLinear,
+    PackedLora,
+    QKNorm,
+)
+from loraplex_kernels.quantized import QuantizedWeight
+from loraplex_kernels.reference import LoraShape
+
+SILU, GELU_TANH = 0, 1
+ROUNDED_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}  # of a cache; 0: as the activations
+MAX_HEAD_DIM = 1024  # kernels/loraplex_kernels/cpu/attention.h has the same, and the next
+CACHE_SLACK = 32  # elements
+ALIGNMENT = 64  # bytes: a cache line
+
+
+class CpuLora:
+    """One adapter at one linear, with A and B in the order in which they are read. Shares no memory with `weights`."""
+
+    def __init__(self, library: Library, weights: LoraWeights) -> None:
+        self.shape = LoraShape.of(weights)
+        self.dtype = weights.a.dtype
+        affine = None if weights.affine is None else weights.affine.contiguous()
+        matrices = [weights.a.contiguous(), *(part.b.contiguous() for part in weights.slices)]
+        if any(matrix.dtype != self.dtype for matrix in matrices):
+            raise ValueError(f"LoRA B of another dtype than A, which is {self.dtype}: convert them first")
+        parts = [
+            number
+            for part in weights.slices
+            for number in (part.rank_start, part.b.shape[1], part.out_start, part.b.shape[0])
+        ]
+        rank, in_features = weights.a.shape
+        a, *b = (matrix.data_ptr() for matrix in matrices)
+        numbers, pointers = (ctypes.c_int64 * len(parts))(*parts), (ctypes.c_void_p * len(b))(*b)
+        self.handle = owned(
+            self,
+            library.lora_create(
+                library.context,
+                dtype_code(self.dtype),
+                in_features,
+                a,
+                rank,
+                len(b),
+                numbers,
+                pointers,
+                None if affine is None else affine.data_ptr(),
+                0 if affine is None else affine.shape[1],
+            ),
+            library.lora_destroy,
+            library,
+        )
+        self.nbytes: int = library.lora_bytes(self.handle)
+
+
+class CpuLoraTable:
+    """The adapters resident at one linear. The first adapter sets the table's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, num_slots: int) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dtype: torch.dtype | None = None
+        self.handles = np.zeros(num_slots, dtype=np.uintp)  # 0: an empty slot
+        self.address = self.handles.ctypes.data
+        self._held: list[CpuLora | None] = [None] * num_slots
+
+    def put(self, slot: int, packed: PackedLora) -> None:
+        assert isinstance(packed, CpuLora)
+        packed.shape.check_fits(self.in_features, self.out_features)
+        self._check_slot(slot)
+        if self.dtype not in (None, packed.dtype):
+            raise ValueError(f"LoRA weights of {packed.dtype} beside adapters of {self.dtype}: convert them first")
+        self.dtype = packed.dtype
+        self.handles[slot] = packed.handle
+        self._held[slot] = packed
+
+    def remove(self, slot: int) -> None:
+        self._check_slot(slot)
+        self.handles[slot] = 0
+        self._held[slot] = None
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < len(self._held):
+            raise ValueError(f"slot {slot} is not in a table of {len(self._held)}")
+
+
+class CpuOps:
+    """`Ops` in C++. A row's result is the same bit for bit whatever else is in the step."""
+
+    name = "cpu"
+    batch_invariant = True
+    packing_copies = True
+
+    def __init__(self, device: torch.device, threads: int | None = None, isa: str | None = None) -> None:
+        """threads None: one for each core that the process may use. isa None: the best that works here.
+
+        Raises LibraryUnavailableError if the kernels are not compiled, or not for this processor.
+        """
+        self.device = device
+        self.library = Library(threads, isa)
+        self._context = self.library.context
+        self._results = ResultMemory(self.library)
+        self._segments: LoraSegments | None = None
+        self._segment_pointers = (0, 0, 0)
+
+    def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> CpuLinear:
+        return pack_dense(self.library, weights, bias)
+
+    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> CpuLinear:
+        return pack_quantized(self.library, weight, bias, dtype)
+
+    def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
+        assert isinstance(packed, CpuLinear)
+        assert 0 <= start <= end <= packed.out_features
+        weight = torch.empty((end - start, packed.in_features), dtype=torch.float32)
+        self.library.linear_unpack(packed.handle, weight.data_ptr(), start, end)
+        return weight
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        assert isinstance(packed, CpuLinear)
+        assert (x.dtype, x.shape[1]) == (packed.dtype, packed.in_features)
+        x = x.contiguous()
+        rows = x.shape[0]
+        y = self._results.empty(x, rows, packed.out_features)
+        succeed(self.library.linear(self._context, packed.handle, x.data_ptr(), y.data_ptr(), rows))
+        return y
+
+    def pack_lora(self, weights: LoraWeights) -> CpuLora:
+        return CpuLora(self.library, weights)
+
+    def lora_table(self, in_features: int, out_features: int, num_slots: int) -> CpuLoraTable:
+        return CpuLoraTable(in_features, out_features, num_slots)
+
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
+        assert isinstance(table, CpuLoraTable)
+        if table.dtype is None:
+            return  # nothing was ever here
+        assert x.dtype == y.dtype == table.dtype
+        assert x.shape[1] == table.in_features
+        assert y.shape[1] == table.out_features
+        assert y.is_contiguous()
+        if segments is not self._segments:  # the same for all linears of a step
+            self._segments = segments
+            self._segment_pointers = segments.slots.data_ptr(), segments.starts.data_ptr(), segments.ends.data_ptr()
+        x = x.contiguous()
+        call = self._context, DTYPE_CODES[x.dtype], table.address, table.in_features, table.out_features
+        rows = x.data_ptr(), y.data_ptr(), x.shape[0]
+        succeed(self.library.lora(*call, *rows, len(segments.ranges), *self._segment_pointers))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        rows, width = x.shape
+        out = self._results.empty(x, rows, width)
+        call = self._context, DTYPE_CODES[x.dtype], x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps
+        succeed(self.library.rms_norm(*call))
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        assert residual.is_contiguous()
+        x = x.contiguous()
+        rows, width = x.shape
+        out = self._results.empty(x, rows, width)
+        call = self._context, DTYPE_CODES[x.dtype], x.data_ptr(), residual.data_ptr(), weight.data_ptr()
+        succeed(self.library.add_rms_norm(*call, out.data_ptr(), rows, width, eps))
+        return out
+
+    def rotary_store_kv(
+        self,
+        qkv: Tensor,  # [T, (H + 2K)·D]
+        shape: HeadShape,
+        qk_norm: QKNorm | None,
+        positions: Tensor,  # int64 [T]
+        cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+        cache: LayerKV,
+        slot_mapping: Tensor,  # int64 [T]
+    ) -> Tensor:
+        assert qkv.is_contiguous()
+        assert cos_sin.is_contiguous()
+        rows = qkv.shape[0]
+        q = self._results.empty(qkv, rows, shape.num_heads, shape.head_dim)
+        norm: tuple[int | None, int | None, float] = (None, None, 0.0)
+        if qk_norm is not None:
+            norm = qk_norm.q_weight.data_ptr(), qk_norm.k_weight.data_ptr(), qk_norm.eps
+        status = self.library.rotary_store_kv(
+            self._context,
+            DTYPE_CODES[qkv.dtype],
+            qkv.data_ptr(),
+            q.data_ptr(),
+            rows,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            *norm,
+            positions.data_ptr(),
+            cos_sin.data_ptr(),
+            *storage(cache),
+            slot_mapping.data_ptr(),
+        )
+        succeed(status)
+        return q
+
+    def paged_attention(
+        self,
+        q: Tensor,  # [T, H, D]
+        cache: LayerKV,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        q = q.contiguous()
+        rows, heads, head_dim = q.shape
+        out = self._results.empty(q, rows, heads * head_dim)
+        tables = metadata.block_tables
+        status = self.library.paged_attention(
+            self._context,
+            DTYPE_CODES[q.dtype],
+            q.data_ptr(),
+            out.data_ptr(),
+            heads,
+            cache.k.shape[1],
+            head_dim,
+            *storage(cache),
+            tables.shape[0],
+            metadata.query_starts.data_ptr(),
+            metadata.seq_lens.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1],
+            scale,
+            soft_cap or 0.0,
+            window or 0,
+        )
+        succeed(status)
+        return out
+
+    def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
+        """Zeroed tensors [B, K, elements of a block of one head], each block laid out as in attention.h.
+
+        Raises ValueError for a block size that is not a power of two, or a head that is too wide.
+        """
+        rounded = dtype in QUANTIZED_KV
+        code = dtype_code(torch.bfloat16 if rounded else dtype)
+        if block_size < 1 or block_size & (block_size - 1):
+            raise ValueError(f"block size {block_size} is not a power of two")
+        if shape.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"the CPU kernels take heads of up to {MAX_HEAD_DIM} dimensions, not {shape.head_dim}")
+        head_size = self.library.cache_head_size(code, block_shift(block_size), shape.head_dim)
+        size = (num_blocks, shape.num_kv_heads, head_size)
+        elements = math.prod(size)
+        k, v = (self._zeros(elements + CACHE_SLACK, dtype)[:elements].view(size) for _ in range(2))
+        if not rounded:
+            return LayerKV(k, v, num_blocks, block_size)
+        scales = num_blocks, shape.num_kv_heads, block_size
+        k_scale, v_scale = (self._zeros(math.prod(scales), torch.float32).view(scales) for _ in range(2))
+        return LayerKV(k, v, num_blocks, block_size, k_scale, v_scale)
+
+    def _zeros(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Zeroed, aligned memory that takes room only once it is written to."""
+        num_bytes = elements * dtype.itemsize
+        raw = np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8)
+        skip = -raw.ctypes.data % ALIGNMENT
+        self.library.advise_huge_pages(raw.ctypes.data, raw.nbytes)
+        return torch.from_numpy(raw[skip : skip + num_bytes]).view(dtype)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        return self._gate(SILU, x)
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        return self._gate(GELU_TANH, x)
+
+    def _gate(self, activation: int, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        rows, width = x.shape
+        out = self._results.empty(x, rows, width // 2)
+        call = self._context, DTYPE_CODES[x.dtype], activation, x.data_ptr(), out.data_ptr(), rows, width // 2
+        succeed(self.library.gate(*call))
+        return out
+
+
+def storage(cache: LayerKV) -> tuple[int | None, ...]:
+    """The description of a cache for the compiled functions."""
+    pointers = (None if each is None else each.data_ptr() for each in (cache.k, cache.v, cache.k_scale, cache.v_scale))
+    return ROUNDED_CODES.get(cache.k.dtype, 0), *pointers, block_shift(cache.block_size)
+
+
+def block_shift(block_size: int) -> int:
+    """The base-2 logarithm of a block size."""
+    return block_size.bit_length() - 1
+
+
+def succeed(status: int) -> None:
+    """Raise MemoryError unless a compiled function returned 0."""
+    if status:
+        raise MemoryError("the CPU kernels could not allocate memory for intermediate results")

@@ -1,0 +1,406 @@
+#include "quantized.h"
+
+#include <algorithm>
+
+namespace loraplex {
+
+namespace {
+
+constexpr int64_t MAX_GROUP = 256;            // inputs: an unpacked group stays in a core's first or second cache
+constexpr int64_t X_BLOCK_BYTES = 1 << 20;    // rows of x that stay in the second cache beside it
+constexpr int64_t CHUNK_BYTES = 32 << 10;     // codes worth a trip to the chunk counter
+constexpr int64_t MAX_ROWS = 256;             // whose sums are kept beside them
+// Bytes to what is prefetched: the best of what was tried. Four-bit codes are the faster for not being fetched into the
+// sets of the first cache that hold what is read now (see linear.cpp), eight-bit ones are slower for it.
+template <class Codec>
+constexpr int64_t AHEAD = Codec::BITS == 4 ? 5 << 10 : 4 << 10;
+
+// How many rows are multiplied by codes as they are unpacked. More are multiplied by what was unpacked for all of them.
+template <class X>
+constexpr int FEW_ROWS = USES_TILES<X> ? TILE_ROWS : ROWS_AT_ONCE;
+
+template <class Codec>
+Codec make_codec(const float* table) {
+    if constexpr (std::is_same_v<Codec, TableCodec>)
+        return Codec(table);
+    else
+        return Codec();
+}
+
+#if defined(__AMX_BF16__)
+// Up to 16 rows times a group of codes → products[16][CODE_PANEL]. The next tiles are unpacked before these are
+// multiplied, so that the core does both at once.
+template <class Codec>
+void multiply_codes_by_tiles(const Rows<bf16>& x, const CodeColumns<Codec, bf16>& codes, float* products) {
+    constexpr int64_t STRIDE = CODE_PANEL * 2;
+    alignas(64) bf16 unpacked[2][TILE_STEPS * STRIDE];
+    const auto unpack_from = [&](int64_t step) {
+        bf16* to = unpacked[step / TILE_STEPS % 2];
+        const int64_t steps = std::min<int64_t>(TILE_STEPS, codes.steps - step);
+        unpack_codes(CodeColumns<Codec, bf16>{codes.units + step * UNIT_WORDS<Codec>, steps, codes.ahead, codes.codec},
+                     to);
+        std::fill(to + steps * STRIDE, to + TILE_STEPS * STRIDE, bf16{});
+    };
+    zero_tiles<CODE_VECTORS>();
+    unpack_from(0);
+    for (int64_t step = 0; step < codes.steps; step += TILE_STEPS) {
+        if (step + TILE_STEPS < codes.steps) unpack_from(step + TILE_STEPS);
+        const bf16* from = unpacked[step / TILE_STEPS % 2];
+        const bf16* const vectors[] = {from, from + 2 * W, from + 4 * W, from + 6 * W};
+        add_tiles<CODE_VECTORS>(x.data + 2 * step, x.stride, vectors, 0, STRIDE);
+    }
+    store_tiles<CODE_VECTORS>(products, CODE_PANEL);
+}
+#endif
+
+// Many rows times one unpacked group after the other, added to the rows' totals.
+template <class X>
+class Products {
+  public:
+    explicit Products(float* totals) : totals_(totals) {}
+
+    // x: the inputs of this group
+    void add(const Rows<X>& x, int64_t rows, const Columns<X>& w, const GroupFactors& factors) {
+        for_row_blocks(rows, [&](int64_t first, int count) {
+            multiply(count, x.data + first * x.stride, x.stride, w, CODE_VECTORS, products_, CODE_PANEL, false);
+            factors.add(products_, CODE_PANEL, 0, CODE_VECTORS, first, first + count, totals_);
+        });
+    }
+    void finish() {}
+
+  private:
+    float* totals_;
+    alignas(64) float products_[ROWS_AT_ONCE * CODE_PANEL];
+};
+
+#if defined(__AMX_BF16__)
+// By tiles, a block of rows times two vectors at a time. Products are added to their totals while the next ones are
+// computed: else the vectors would wait for the tiles, and the tiles for the vectors.
+template <>
+class Products<bf16> {
+  public:
+    explicit Products(float* totals) : totals_(totals) {}
+
+    // x: as `tile_rows` lays it out, the inputs of this group; `factors` has to last until the next call's end.
+    void add(const Rows<bf16>& x, int64_t rows, const Columns<bf16>& w, const GroupFactors& factors) {
+        constexpr int64_t INPUTS = TILED_INPUTS, ROWS = TILED_ROWS;
+        const int64_t at_once = ceil_div(ROWS, w.steps / TILE_STEPS);
+        for (int64_t r = 0; r < rows; r += ROWS)
+            for (int v = 0; v < CODE_VECTORS; v += VECTORS) {
+                const bf16* from = x.data + r * x.stride;
+                float* to = products_[turn_ ^= 1];
+                multiply_tile_pairs(from, from + TILE_ROWS * INPUTS, INPUTS, ROWS * INPUTS, w, v, false, to,
+                                    to + TILE_ROWS * WIDTH, WIDTH, [&] { add_waiting(at_once); });
+                waiting_ = {to, &factors, v, r, std::min(rows, r + ROWS)};
+            }
+    }
+    void finish() { add_waiting(TILED_ROWS); }
+
+  private:
+    static constexpr int VECTORS = 2, WIDTH = VECTORS * W;
+
+    void add_waiting(int64_t rows) {
+        const int64_t end = std::min(waiting_.end, waiting_.next + rows);
+        if (waiting_.next == end) return;
+        waiting_.factors->add(waiting_.products, WIDTH, waiting_.vector, VECTORS, waiting_.next, end, totals_);
+        waiting_.products += (end - waiting_.next) * WIDTH;
+        waiting_.next = end;
+    }
+
+    struct {
+        const float* products = nullptr;
+        const GroupFactors* factors = nullptr;
+        int vector = 0;
+        int64_t next = 0, end = 0;  // rows
+    } waiting_;
+    float* totals_;
+    int turn_ = 0;
+    alignas(64) float products_[2][TILED_ROWS * WIDTH];
+};
+#endif
+
+}  // namespace
+
+template <class S>
+bool GroupValues::try_as(Context& context, const std::vector<float>& values) {
+    if (!std::all_of(values.begin(), values.end(), [](float v) { return widen(narrow<S>(v)) == v; })) return false;
+    data_ = Array<char>(context.arena, values.size() * sizeof(S));
+    S* to = reinterpret_cast<S*>(data_.data());
+    for (size_t i = 0; i < values.size(); ++i) to[i] = narrow<S>(values[i]);
+    width_ = std::is_same_v<S, bf16> ? 1 : int(sizeof(S));
+    return true;
+}
+
+GroupValues::GroupValues(Context& context, std::vector<float> values) : size_(int64_t(values.size())) {
+    if (!try_as<f16>(context, values) && !try_as<bf16>(context, values)) try_as<float>(context, values);
+}
+
+Vec GroupValues::at(int64_t index) const {
+    switch (width_) {
+        case 1: return load(reinterpret_cast<const bf16*>(data_.data()) + index);
+        case 2: return load(reinterpret_cast<const f16*>(data_.data()) + index);
+        default: return load(reinterpret_cast<const float*>(data_.data()) + index);
+    }
+}
+
+template <class T, class Codec>
+QuantizedLinear<T, Codec>::QuantizedLinear(Context& context, const QuantizedMatrix& matrix, const T* bias)
+    : n_(matrix.n), c_(matrix.c), units_(0), codec_(make_codec<Codec>(matrix.table)) {
+    for (int64_t first = 0; first < c_;) {
+        const int64_t source = first / matrix.group;
+        const int64_t end = std::min({c_, (source + 1) * matrix.group, first + MAX_GROUP});
+        const int64_t units = ceil_div(end - first, 2);
+        const int64_t steps = round_up(2 * units / PAIR_OF<X>, STEPS_AT_ONCE<X>);
+        const auto input = int64_t(inputs_.size());
+        groups_.push_back({first, end - first, units_, units, input, steps, source});
+        for (int64_t i = 0; i < steps * PAIR_OF<X>; ++i)
+            inputs_.push_back(i >= end - first ? -1 : int32_t(matrix.order ? matrix.order[first + i] : first + i));
+        units_ += units;
+        first = end;
+    }
+    reordered_ = int64_t(inputs_.size()) != c_ || matrix.order;
+    pack(context, matrix);
+    const int64_t panels = ceil_div(n_, CODE_PANEL);
+    const auto spread = [&](const float* values) {  // [groups of the matrix, n] → [panels, groups, CODE_PANEL]
+        std::vector<float> out;
+        out.reserve(panels * groups_.size() * CODE_PANEL);
+        for (int64_t p = 0; p < panels; ++p)
+            for (const Group& group : groups_)
+                for (int64_t j = p * CODE_PANEL; j < (p + 1) * CODE_PANEL; ++j)
+                    out.push_back(j < n_ ? values[group.source * n_ + j] : 0.0f);
+        return out;
+    };
+    scales_ = GroupValues(context, spread(matrix.scale));
+    if (matrix.offset) offsets_ = GroupValues(context, spread(matrix.offset));
+    if (!bias) return;
+    bias_ = Array<float>(context.arena, panels * CODE_PANEL);
+    for (int64_t j = 0; j < panels * CODE_PANEL; ++j) bias_.data()[j] = j < n_ ? widen(bias[j]) : 0.0f;
+}
+
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::pack(Context& context, const QuantizedMatrix& matrix) {
+    const int64_t panels = ceil_div(n_, CODE_PANEL);
+    codes_ = Array<uint32_t>(context.arena, panels * units_ * UNIT_WORDS<Codec>);
+    context.pool.run(panels, [&](int64_t p) {
+        const int64_t columns = std::min<int64_t>(CODE_PANEL, n_ - p * CODE_PANEL);
+        const uint8_t* codes = matrix.codes + p * CODE_PANEL * c_;
+        for (const Group& group : groups_) {
+            uint32_t* to = codes_.data() + (p * units_ + group.unit) * UNIT_WORDS<Codec>;
+            std::fill_n(to, group.units * UNIT_WORDS<Codec>, 0);
+            for (int64_t j = 0; j < columns; ++j) {
+                const int64_t field = j / WORDS, row = field / FIELDS<Codec>;
+                const int64_t at = field % FIELDS<Codec> * Codec::BITS;
+                for (int64_t i = 0; i < group.count; ++i)
+                    to[i / 2 * UNIT_WORDS<Codec> + row * WORDS + j % WORDS] |= uint32_t(codes[j * c_ + group.first + i])
+                                                                               << (at + i % 2 * 16);
+            }
+        }
+    });
+}
+
+// x in the order and with the padding of the packed inputs, in the type of the inner loop.
+template <class T, class Codec>
+Rows<typename Operand<T>::Type> QuantizedLinear<T, Codec>::gather(Context& context, const T* x, int64_t rows) const {
+    const auto width = int64_t(inputs_.size());
+    if (!reordered_) return prepare(context, x, rows, c_, width);
+    X* copy = context.inputs.get<X>(rows * width);
+    const int64_t rows_per_chunk = std::max<int64_t>(1, 16384 / width);
+    context.pool.run(ceil_div(rows, rows_per_chunk), [&](int64_t chunk) {
+        const int64_t end = std::min(rows, (chunk + 1) * rows_per_chunk);
+        for (int64_t r = chunk * rows_per_chunk; r < end; ++r)
+            for (int64_t i = 0; i < width; ++i) {
+                const T value = inputs_[i] < 0 ? T{} : x[r * c_ + inputs_[i]];
+                if constexpr (std::is_same_v<T, X>)
+                    copy[r * width + i] = value;
+                else
+                    copy[r * width + i] = widen(value);
+            }
+    });
+    return {copy, width};
+}
+
+// The sums of each row's groups [groups, rows], which offsets are multiplied by; null if there are none.
+template <class T, class Codec>
+const float* QuantizedLinear<T, Codec>::sum_groups(Context& context, const Rows<X>& x, int64_t rows) const {
+    if (offsets_.empty()) return nullptr;
+    const auto groups = int64_t(groups_.size());
+    float* of_groups = context.intermediate.get<float>(rows * groups);
+    const int64_t rows_per_chunk = std::max<int64_t>(1, 16384 / x.stride);
+    context.pool.run(ceil_div(rows, rows_per_chunk), [&](int64_t chunk) {
+        const int64_t end = std::min(rows, (chunk + 1) * rows_per_chunk);
+        for (int64_t r = chunk * rows_per_chunk; r < end; ++r) {
+            const auto lanes_of = [&](int64_t g) {
+                const X* from = x.data + r * x.stride + groups_[g].input;
+                const int64_t count = groups_[g].count;
+                Vec total = zero();
+                int64_t i = 0;
+                for (; i + W <= count; i += W) total = total + load(from + i);
+                if (i < count) total = total + load_some(from + i, int(count - i));
+                return total;
+            };
+            int64_t g = 0;
+            for (; g + 4 <= groups; g += 4) {
+                float four[4];
+                sums(lanes_of(g), lanes_of(g + 1), lanes_of(g + 2), lanes_of(g + 3), four);
+                for (int i = 0; i < 4; ++i) of_groups[(g + i) * rows + r] = four[i];
+            }
+            for (; g < groups; ++g) of_groups[g * rows + r] = sum(lanes_of(g));
+        }
+    });
+    return of_groups;
+}
+
+template <class T, class Codec>
+CodeColumns<Codec, typename Operand<T>::Type> QuantizedLinear<T, Codec>::codes(int64_t panel,
+                                                                               const Group& group) const {
+    return {units(panel, group), 2 * group.units / PAIR_OF<X>, AHEAD<Codec>, codec_};
+}
+
+// What takes the products of rows with a group to their totals, from the first row on.
+template <class T, class Codec>
+GroupFactors QuantizedLinear<T, Codec>::factors(int64_t panel, int64_t group, const Input& x, int64_t first) const {
+    const auto groups = int64_t(groups_.size());
+    GroupFactors factors;
+    factors.sums = x.sums ? x.sums + group * x.sums_stride + first : nullptr;
+    for (int v = 0; v < CODE_VECTORS; ++v) {
+        const int64_t values = (panel * groups + group) * CODE_PANEL + v * W;
+        store(factors.scale + v * W, scales_.at(values));
+        if (x.sums) store(factors.offset + v * W, offsets_.at(values));
+    }
+    return factors;
+}
+
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::unpack_group(int64_t panel, const Group& group, X* to) const {
+    constexpr int64_t STRIDE = CODE_PANEL * PAIR_OF<X>;
+    const auto from = codes(panel, group);
+    unpack_codes(from, to);
+    std::fill(to + from.steps * STRIDE, to + group.steps * STRIDE, X{});
+}
+
+// totals += x times a panel, for few rows: codes are multiplied as they are unpacked.
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::add_codes(const Input& x, int64_t first, int64_t rows, int64_t panel,
+                                          float* totals) const {
+    alignas(64) float products[FEW_ROWS<X> * CODE_PANEL];
+    for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
+        const Rows<X> inputs = x.from(first, groups_[g].input);
+        const auto from = codes(panel, groups_[g]);
+        if constexpr (USES_TILES<X>)
+            multiply_codes_by_tiles(inputs, from, products);
+        else
+            multiply(int(rows), inputs.data, inputs.stride, from, CODE_VECTORS, products, CODE_PANEL, false);
+        factors(panel, g, x, first).add(products, CODE_PANEL, 0, CODE_VECTORS, 0, rows, totals);
+    }
+}
+
+// The same for many rows: each group is unpacked once for all of them.
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::add_unpacked(const Input& x, int64_t first, int64_t rows, int64_t panel,
+                                             float* totals) const {
+    alignas(64) X unpacked[MAX_GROUP * CODE_PANEL];
+    std::array<const X*, CODE_VECTORS> vectors;
+    for (int v = 0; v < CODE_VECTORS; ++v) vectors[v] = unpacked + v * W * PAIR_OF<X>;
+    GroupFactors both[2];  // of a group, and of the one before
+    Products<X> products(totals);
+    for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
+        const Group& group = groups_[g];
+        unpack_group(panel, group, unpacked);
+        both[g % 2] = factors(panel, g, x, first);
+        const Columns<X> columns{vectors.data(), CODE_PANEL * PAIR_OF<X>, group.steps, 0};
+        products.add(x.from(first, group.input), rows, columns, both[g % 2]);
+    }
+    products.finish();
+}
+
+// A row's products and totals are the same for few rows and for many.
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::panel(const Input& x, T* y, int64_t first, int64_t rows, int64_t panel) const {
+    alignas(64) float totals[MAX_ROWS * CODE_PANEL];
+    std::fill_n(totals, rows * CODE_PANEL, 0.0f);
+    if (x.few)
+        add_codes(x, first, rows, panel, totals);
+    else
+        add_unpacked(x, first, rows, panel, totals);
+    const int64_t column = panel * CODE_PANEL;
+    const int64_t columns = std::min<int64_t>(CODE_PANEL, n_ - column);
+    for (int64_t r = 0; r < rows; ++r) {
+        T* out = y + (first + r) * n_ + column;
+        const float* bias = bias_.data() + column;
+        if (bias_.size())
+            map(totals + r * CODE_PANEL, out, columns, [&](Vec a, int64_t j) { return a + load(bias + j); });
+        else
+            map(totals + r * CODE_PANEL, out, columns, [](Vec a, int64_t) { return a; });
+    }
+}
+
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::apply(Context& context, const T* x, T* y, int64_t rows) const {
+    const auto width = int64_t(inputs_.size());
+    Input input{gather(context, x, rows)};
+    input.sums = sum_groups(context, input.rows, rows);
+    input.sums_stride = rows;
+    input.few = rows <= FEW_ROWS<X>;
+    if constexpr (USES_TILES<X>) {
+        if (!input.few) {
+            input.tiled = true;
+            input.rows = tile_rows(context.pool, input.rows, rows, width, context.tiles);
+        }
+    }
+    const int64_t panels = ceil_div(n_, CODE_PANEL);
+    const int64_t panel_bytes = units_ * UNIT_WORDS<Codec> * int64_t(sizeof(uint32_t));
+    const int64_t fitting = X_BLOCK_BYTES / (width * int64_t(sizeof(X)));
+    const int64_t blocks = ceil_div(rows, std::clamp<int64_t>(fitting, 4 * ROWS_AT_ONCE, MAX_ROWS));
+    const auto block_begin = [&](int64_t block) {
+        return std::min(rows, round_up(rows * block / blocks, input.tiled ? TILED_ROWS : 1));
+    };
+    const int64_t together = std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
+    const int64_t chunks = ceil_div(panels, together);
+    context.pool.run(blocks * chunks, [&](int64_t chunk) {
+        const int64_t block = chunk / chunks, begin = chunk % chunks * together;
+        const int64_t first = block_begin(block), end = block_begin(block + 1);
+        const RowsScope<X> scope(end - first);
+        for (int64_t p = begin; p < std::min(panels, begin + together); ++p) panel(input, y, first, end - first, p);
+    });
+}
+
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::unpack(int64_t first, int64_t last, float* out) const {
+    alignas(64) float unpacked[MAX_GROUP * CODE_PANEL];
+    for (int64_t p = first / CODE_PANEL; p < ceil_div(last, CODE_PANEL); ++p)
+        for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
+            const Group& group = groups_[g];
+            unpack_codes(CodeColumns<Codec, float>{units(p, group), 2 * group.units, 0, codec_}, unpacked);
+            for (int v = 0; v < CODE_VECTORS; ++v) {
+                const int64_t values = (p * int64_t(groups_.size()) + g) * CODE_PANEL + v * W;
+                const Vec scale = scales_.at(values);
+                const Vec offset = offsets_.empty() ? zero() : offsets_.at(values);
+                for (int64_t i = 0; i < group.count; ++i) {
+                    float weights[W];
+                    store(weights, scale * (load(unpacked + i * CODE_PANEL + v * W) + offset));
+                    for (int j = 0; j < W; ++j) {
+                        const int64_t row = p * CODE_PANEL + v * W + j;
+                        if (row >= first && row < last) out[(row - first) * c_ + inputs_[group.input + i]] = weights[j];
+                    }
+                }
+            }
+        }
+}
+
+template <class T, class Codec>
+int64_t QuantizedLinear<T, Codec>::bytes() const {
+    return int64_t(codes_.bytes() + bias_.bytes() + inputs_.size() * sizeof(int32_t)) + scales_.bytes() +
+           offsets_.bytes();
+}
+
+template class QuantizedLinear<float, TableCodec>;
+template class QuantizedLinear<bf16, TableCodec>;
+template class QuantizedLinear<f16, TableCodec>;
+template class QuantizedLinear<float, SignedCodec>;
+template class QuantizedLinear<bf16, SignedCodec>;
+template class QuantizedLinear<f16, SignedCodec>;
+template class QuantizedLinear<float, Float8Codec>;
+template class QuantizedLinear<bf16, Float8Codec>;
+template class QuantizedLinear<f16, Float8Codec>;
+
+}  // namespace loraplex

@@ -1,0 +1,148 @@
+// Quantised linear layers: packed codes, multiplied as they are; scales and offsets are applied to the sums of groups.
+//
+//     y[n] = Σ_g scale[g, n] · (Σ_{c in g} x[c] · value[n, c] + offset[g, n] · Σ_{c in g} x[c]) + bias[n]
+//
+// A value is what a codec makes of a code: exact in bfloat16, but for tables of other numbers. So nothing else is
+// rounded than in a product of float32 matrices.
+#pragma once
+
+#include <vector>
+
+#include "codes.h"
+#include "linear.h"
+
+namespace loraplex {
+
+// What a quantised matrix [n, c] is made of. Copied.
+struct QuantizedMatrix {
+    int64_t n, c;
+    const uint8_t* codes;  // [n, c]
+    const float* table;    // [16], for TableCodec
+    int64_t group;         // inputs that share a scale; the last group may be shorter
+    const float* scale;    // [groups, n]
+    const float* offset;   // [groups, n], or null: none
+    const int64_t* order;  // [c]: which input a column of codes multiplies; null: its own
+};
+
+// One number for each group and output, as narrow as holds all of them exactly.
+class GroupValues {
+  public:
+    GroupValues() = default;
+    GroupValues(Context& context, std::vector<float> values);
+
+    bool empty() const { return size_ == 0; }
+    int64_t bytes() const { return int64_t(data_.bytes()); }
+    Vec at(int64_t index) const;
+
+  private:
+    template <class S>
+    bool try_as(Context& context, const std::vector<float>& values);
+
+    int width_ = 4;  // bytes: 4 float32, 2 float16, 1 stands for bfloat16
+    int64_t size_ = 0;
+    Array<char> data_;
+};
+
+// Takes the products of rows with one group to the rows' totals.
+struct GroupFactors {
+    alignas(64) float scale[CODE_PANEL];
+    alignas(64) float offset[CODE_PANEL];
+    const float* sums;  // of the group's inputs, by row; null: there are no offsets
+
+    // totals[r] += scale · (products + offset · sum) for rows first … end - 1 and some vectors of the panel.
+    // products: [end - first, stride], totals: [rows, CODE_PANEL]
+    void add(const float* products, int64_t stride, int vector, int vectors, int64_t first, int64_t end,
+             float* totals) const {
+        for (int v = 0; v < vectors; v += 2) {
+            const int64_t column = (vector + v) * W;
+            if (sums)
+                add_pairs<true>(products + v * W, stride, column, first, end, totals + column);
+            else
+                add_pairs<false>(products + v * W, stride, column, first, end, totals + column);
+        }
+    }
+
+  private:
+    // Of two neighbouring vectors: a row's sum is read once for both.
+    template <bool OFFSETS>
+    void add_pairs(const float* products, int64_t stride, int64_t column, int64_t first, int64_t end,
+                   float* totals) const {
+        const Vec scales[2] = {load(scale + column), load(scale + column + W)};
+        Vec offsets[2];
+        if (OFFSETS)
+            for (int v = 0; v < 2; ++v) offsets[v] = load(offset + column + v * W);
+        for (int64_t r = first; r < end; ++r, products += stride) {
+            float* to = totals + r * CODE_PANEL;
+            const Vec sum_of_inputs = OFFSETS ? fill(sums[r]) : zero();
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+                Vec product = load(products + v * W);
+                if (OFFSETS) product = fma(offsets[v], sum_of_inputs, product);
+                store(to + v * W, fma(scales[v], product, load(to + v * W)));
+            }
+        }
+    }
+};
+
+template <class T, class Codec>
+class QuantizedLinear {
+  public:
+    QuantizedLinear(Context& context, const QuantizedMatrix& matrix, const T* bias);
+
+    // x: [rows, c] → y: [rows, n]
+    void apply(Context& context, const T* x, T* y, int64_t rows) const;
+
+    // Rows first … last - 1 of the matrix, in the order of the inputs → out: [last - first, c]
+    void unpack(int64_t first, int64_t last, float* out) const;
+
+    int64_t bytes() const;
+
+  private:
+    using X = typename Operand<T>::Type;
+
+    // Neighbouring inputs with one scale each; a long group of the matrix is several of these.
+    struct Group {
+        int64_t first, count;   // columns of codes
+        int64_t unit, units;    // where they are packed, two inputs a unit
+        int64_t input, steps;   // where x has them, and how many steps of the inner loop they take
+        int64_t source;         // group of the matrix
+    };
+
+    // x as it is multiplied.
+    struct Input {
+        Rows<X> rows;
+        bool few = true;              // as FEW_ROWS has it
+        bool tiled = false;           // as `tile_rows` does it
+        const float* sums = nullptr;  // of the inputs of each group [groups, sums_stride]; null: there are no offsets
+        int64_t sums_stride = 0;
+
+        Rows<X> from(int64_t row, int64_t input) const {
+            return {rows.data + row * rows.stride + input * (tiled ? TILED_ROWS : 1), rows.stride};
+        }
+    };
+
+    const uint32_t* units(int64_t panel, const Group& group) const {
+        return codes_.data() + (panel * units_ + group.unit) * UNIT_WORDS<Codec>;
+    }
+    CodeColumns<Codec, X> codes(int64_t panel, const Group& group) const;
+    void pack(Context& context, const QuantizedMatrix& matrix);
+    Rows<X> gather(Context& context, const T* x, int64_t rows) const;
+    const float* sum_groups(Context& context, const Rows<X>& x, int64_t rows) const;
+    GroupFactors factors(int64_t panel, int64_t group, const Input& x, int64_t first) const;
+    void unpack_group(int64_t panel, const Group& group, X* to) const;
+    void add_codes(const Input& x, int64_t first, int64_t rows, int64_t panel, float* totals) const;
+    void add_unpacked(const Input& x, int64_t first, int64_t rows, int64_t panel, float* totals) const;
+    void panel(const Input& x, T* y, int64_t first, int64_t rows, int64_t panel) const;
+
+    int64_t n_, c_, units_;
+    bool reordered_;  // x is not multiplied as it comes
+    Codec codec_;
+    std::vector<Group> groups_;
+    std::vector<int32_t> inputs_;  // by place in x as it is multiplied: which input, or -1: none
+    Array<uint32_t> codes_;  // [panels, units, UNIT_WORDS]
+    GroupValues scales_;  // [panels, groups, CODE_PANEL]
+    GroupValues offsets_;
+    Array<float> bias_;  // [panels, CODE_PANEL]
+};
+
+}  // namespace loraplex

@@ -1,0 +1,252 @@
+"""The operations that a model step is made of: what each computes, and with which shapes.
+
+A backend is one object with the methods of `Ops`. It is chosen once, in `selection`, and passed to the code that needs
+it: no module asks again which device it is on.
+
+Letters: T tokens in the step, S sequences, H query heads, K kv heads, D head dim, R rank, B blocks, P block size,
+N output features, C input features, G segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels.quantized import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """The heads of a fused query/key/value projection: its columns are H·D query, K·D key, K·D value."""
+
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """RMS norm over each query and key head before rotation (Qwen3, Gemma 3)."""
+
+    q_weight: Tensor  # [D] float32
+    k_weight: Tensor  # [D] float32
+    eps: float
+
+
+# Types that keys and values are rounded to, and the largest number of each.
+QUANTIZED_KV = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """The cached keys and values of one layer.
+
+    `k` and `v` hold B·K·P·D elements each. How a block is laid out inside belongs to the backend that allocated it:
+    only its `rotary_store_kv` and `paged_attention` look inside. In a type of QUANTIZED_KV each head of each token has
+    a scale of its own: with s = max|x| / largest, what is stored is round(x / s), and what is read is that times s.
+    """
+
+    k: Tensor
+    v: Tensor
+    num_blocks: int  # B
+    block_size: int  # P
+    k_scale: Tensor | None = None  # float32, B·K·P elements; None: k is what it says
+    v_scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in (self.k, self.v, self.k_scale, self.v_scale) if each is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """The keys that each query of a step attends to. Built once for all layers; tensors contiguous on the device."""
+
+    query_starts: Tensor  # int32 [S+1]: tokens [query_starts[s], query_starts[s+1]) belong to sequence s
+    seq_lens: Tensor  # int32 [S]: keys in the cache once this step's are stored; the last query sees them all
+    block_tables: Tensor  # int32 [S, max blocks]: physical blocks in order; entries past the sequence's end are 0
+    slot_mapping: Tensor  # int64 [T]: where each token's key and value go, block·P + offset
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSegments:
+    """Which rows of the step belong to which adapter. Built once, shared by all layers.
+
+    A row of the base model is in no segment. Segments are in ascending row order, do not overlap, and two segments may
+    name the same slot.
+    """
+
+    ranges: tuple[tuple[int, int, int], ...]  # (slot, first row, end row) on the host
+    slots: Tensor  # int32 [G] on the device
+    starts: Tensor  # int32 [G] on the device
+    ends: Tensor  # int32 [G] on the device
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSlice:
+    """One projection's part of an adapter at a (possibly fused) linear.
+
+    y[:, out_start : out_start + N] += (x Aᵀ)[:, rank_start : rank_start + R] Bᵀ
+    """
+
+    rank_start: int
+    out_start: int
+    b: Tensor  # [N, R], the adapter's scale folded in
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """One adapter at one linear. The A matrices of projections that share the input are stacked: x is read once."""
+
+    a: Tensor  # [sum of R, C]
+    slices: tuple[LoraSlice, ...]
+    affine: Tensor | None = None  # float32 [2, N], N of the whole linear: gain and offset; None: plain LoRA
+
+    @property
+    def nbytes(self) -> int:
+        affine_bytes = 0 if self.affine is None else self.affine.nbytes
+        return self.a.nbytes + sum(part.b.nbytes for part in self.slices) + affine_bytes
+
+
+class PackedLora(Protocol):
+    """One adapter at one linear as its backend's table takes it. Never changes; several slots may hold it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class LoraTable(Protocol):
+    """The adapters resident at one linear, by slot. Changed between steps only. Nothing is padded to a maximum rank."""
+
+    def put(self, slot: int, packed: PackedLora) -> None:
+        """Make `packed` the adapter in `slot`, in no more time than it takes to get it to the device.
+
+        Raises ValueError if it does not fit the linear, or has another dtype than the adapters beside it.
+        """
+
+    def remove(self, slot: int) -> None:
+        """Forget what `slot` holds; an empty slot is not an error."""
+
+
+class PackedLinear(Protocol):
+    """A dense or quantised weight matrix in the layout that its backend multiplies fastest."""
+
+    in_features: int  # C
+    out_features: int  # N
+    nbytes: int  # what it takes on the device: codes, scales and zeros, bias
+
+
+class Ops(Protocol):
+    """The operations of a backend. Each accumulates in float32; results have the dtype of their input.
+
+    A row's result does not depend on the other rows, except where a backend says so (see `batch_invariant`).
+    """
+
+    name: str  # "reference", "cpu", "triton"
+    device: torch.device
+    batch_invariant: bool  # every result bit is the same whatever else is in the batch
+    packing_copies: bool  # what `pack_linear` was given is not needed afterwards
+
+    def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> PackedLinear:
+        """Lay out weights [N₁, C], [N₂, C], …, one above the other, and bias [N₁ + N₂ + …] for `linear`.
+
+        weights: all of one dtype. The result may share memory with them, except where `packing_copies`.
+        """
+
+    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        """Lay out a quantised weight [N, C] and bias [N] for `linear` of inputs of `dtype`.
+
+        weight: a record with its tensors on this backend's device. The caller gives it up: the result may share memory
+        with it. A backend takes every kind of record, or raises NotImplementedError naming what it lacks.
+        """
+
+    def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
+        """Rows start … end of the weight, without the bias: float32 [end − start, C], columns as x has them.
+
+        Works for both kinds of packed linear. For uses that need the base's weights once (a norm, a test), not for
+        steps. Any thread may call it.
+        """
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """y[t, n] = Σ_c x[t, c] · weight[n, c] + bias[n].  x: [T, C] → [T, N]
+
+        A quantised weight stands for what `quantized.dequantize` returns, exact in float32; kernels may round it to the
+        dtype of x before they multiply.
+        """
+
+    def pack_lora(self, weights: LoraWeights) -> PackedLora:
+        """Lay out one adapter for `LoraTable.put`, in host memory: loader threads call this beside the step.
+
+        Raises ValueError if a slice reads ranks that A does not have, or two slices write the same column.
+        """
+
+    def lora_table(self, in_features: int, out_features: int, num_slots: int) -> LoraTable:
+        """An empty table for adapters in slots 0 … num_slots-1 at a linear of that shape."""
+
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
+        """y[t] += (x[t] Aᵀ) Bᵀ for every row t of every segment, A and B those of the segment's slot; y in place.
+
+        An adapter with an affine part then has y[t] = gain ⊙ y[t] + offset, in float32, for all N columns: the
+        magnitudes of DoRA and trained biases.
+
+        y: [T, N], x: [T, C]. Ranks may differ between segments and between the projections of a fused linear; a slot
+        that the table does not hold adds nothing. Rows outside every segment are not touched.
+        Source: Punica (arXiv 2310.18547), S-LoRA (arXiv 2311.03285).
+        """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """y[t, c] = x[t, c] / sqrt(mean_c(x[t]²) + eps) · weight[c].  x: [T, C], weight: [C] float32 → [T, C]"""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual += x in place, then rms_norm(residual).  x, residual: [T, C] → [T, C]"""
+
+    def rotary_store_kv(
+        self,
+        qkv: Tensor,  # [T, (H + 2K)·D]
+        shape: HeadShape,
+        qk_norm: QKNorm | None,
+        positions: Tensor,  # int64 [T]
+        cos_sin: Tensor,  # float32 [max positions, 2, D/2]: cosines, then sines
+        cache: LayerKV,
+        slot_mapping: Tensor,  # int64 [T]
+    ) -> Tensor:
+        """Norm (if any) and rotate queries and keys, store keys and values in the cache, return the queries [T, H, D].
+
+        With x₁ = x[..., :D/2], x₂ = x[..., D/2:]: out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. Values are not
+        rotated; `qkv` may be overwritten.  Source: RoFormer (arXiv 2104.09864), halves as in GPT-NeoX.
+        """
+
+    def paged_attention(
+        self,
+        q: Tensor,  # [T, H, D]
+        cache: LayerKV,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        """Causal attention of each sequence's new tokens over its cached keys and values → [T, H·D].
+
+        Query i of a sequence with n new tokens and length L sits at position p = L − n + i and sees keys
+        max(0, p − window + 1) … p.  score = scale · q·k, with soft cap c: c · tanh(score / c).  Query head h reads kv
+        head h // (H / K).  Source: PagedAttention (arXiv 2309.06180).
+        """
+
+    def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
+        """Zeroed key and value storage for one layer.
+
+        dtype: the dtype of the activations, or one of QUANTIZED_KV. Raises ValueError for a shape that this backend
+        cannot store.
+        """
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """silu(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        """gelu_tanh(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""

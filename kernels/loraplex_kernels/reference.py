@@ -1,0 +1,327 @@
+"""Every operation in plain torch: the definition of correct results, and the backend that works everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loraplex_kernels.ops import (
+    QUANTIZED_KV,
+    AttentionMetadata,
+    HeadShape,
+    LayerKV,
+    LoraSegments,
+    LoraTable,
+    LoraWeights,
+    PackedLinear,
+    PackedLora,
+    QKNorm,
+)
+from loraplex_kernels.quantized import QuantizedWeight, dequantize
+
+# Bounds the float32 temporaries of attention: 2^24 elements are 64 MiB.
+MAX_ATTENTION_ELEMENTS = 1 << 24
+
+
+class ReferenceLinear:
+    """A dense weight matrix. Shares memory with its source tensors."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight  # [N, C]
+        self.bias = bias  # [N]
+        self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+
+
+class ReferenceQuantizedLinear:
+    """A quantised matrix, kept as its record with a byte per code and dequantised anew in each product."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias  # [N]
+        self.out_features, self.in_features = weight.codes.shape
+        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+
+
+class ReferenceLora:
+    """Float32 copies of A and B: both products accumulate in float32 and round once, and small ones are quickest so.
+
+    A 16-bit adapter takes twice its own bytes.
+    """
+
+    def __init__(self, weights: LoraWeights) -> None:
+        self.shape = LoraShape.of(weights)
+        self.a_t = weights.a.float().t()  # [C, sum of R]
+        self.slices = tuple(  # ranks, output columns, Bᵀ [R, N]
+            (
+                slice(part.rank_start, part.rank_start + part.b.shape[1]),
+                slice(part.out_start, part.out_start + part.b.shape[0]),
+                part.b.float().t(),
+            )
+            for part in weights.slices
+        )
+        self.affine = weights.affine
+
+    @property
+    def nbytes(self) -> int:
+        affine_bytes = 0 if self.affine is None else self.affine.nbytes
+        return self.a_t.nbytes + sum(b_t.nbytes for _, _, b_t in self.slices) + affine_bytes
+
+
+class ReferenceLoraTable:
+    """The adapters resident at one linear."""
+
+    def __init__(self, in_features: int, out_features: int, num_slots: int) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.adapters: list[ReferenceLora | None] = [None] * num_slots
+
+    def put(self, slot: int, packed: PackedLora) -> None:
+        assert isinstance(packed, ReferenceLora)
+        packed.shape.check_fits(self.in_features, self.out_features)
+        self.adapters[slot] = packed
+
+    def remove(self, slot: int) -> None:
+        self.adapters[slot] = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """The shape of an adapter at one linear, checked alike for every backend."""
+
+    rank: int  # sum of R
+    in_features: int
+    columns: tuple[tuple[int, int], ...]  # first and end of those that each projection writes, ascending
+    affine: tuple[int, ...] | None  # the shape of gain and offset, if there are any
+
+    @classmethod
+    def of(cls, weights: LoraWeights) -> LoraShape:
+        """The shape of these weights.
+
+        Raises ValueError if a projection reads ranks that A lacks, or two write one column.
+        """
+        rank, in_features = weights.a.shape
+        for part in weights.slices:
+            end = part.rank_start + part.b.shape[1]
+            if part.rank_start < 0 or end > rank:
+                raise ValueError(f"LoRA B reads ranks {part.rank_start} to {end}, A has {rank}")
+        columns = sorted((part.out_start, part.out_start + part.b.shape[0]) for part in weights.slices)
+        for (_, end), (start, _) in pairwise(columns):
+            if start < end:
+                raise ValueError(f"two LoRA projections write column {start}: concatenate their ranks instead")
+        return cls(rank, in_features, tuple(columns), None if weights.affine is None else tuple(weights.affine.shape))
+
+    def check_fits(self, in_features: int, out_features: int) -> None:
+        """Raise ValueError unless the linear has the input features and columns that the adapter uses."""
+        if self.in_features != in_features:
+            raise ValueError(
+                f"LoRA A is [{self.rank}, {self.in_features}] but the linear has {in_features} input features"
+            )
+        for start, end in self.columns:
+            if start < 0 or end > out_features:
+                raise ValueError(f"LoRA B writes columns {start} to {end}, the linear has {out_features}")
+        if self.affine not in (None, (2, out_features)):
+            raise ValueError(f"gain and offset are {list(self.affine or ())}, the linear needs [2, {out_features}]")
+
+
+class ReferenceOps:
+    """`Ops` in plain torch, on any device."""
+
+    name = "reference"
+    batch_invariant = False  # the libraries behind torch choose their summation order by the number of rows
+    packing_copies = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> ReferenceLinear:
+        return ReferenceLinear(weights[0] if len(weights) == 1 else torch.cat(list(weights)), bias)
+
+    def pack_quantized(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
+    ) -> ReferenceQuantizedLinear:
+        return ReferenceQuantizedLinear(weight, bias)
+
+    def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
+        if isinstance(packed, ReferenceQuantizedLinear):
+            return dequantize(packed.weight)[start:end]
+        assert isinstance(packed, ReferenceLinear)
+        return packed.weight[start:end].float()
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        if isinstance(packed, ReferenceQuantizedLinear):
+            bias = None if packed.bias is None else packed.bias.float()
+            return F.linear(x.float(), dequantize(packed.weight), bias).to(x.dtype)
+        assert isinstance(packed, ReferenceLinear)
+        return F.linear(x, packed.weight, packed.bias)
+
+    def pack_lora(self, weights: LoraWeights) -> ReferenceLora:
+        return ReferenceLora(weights)
+
+    def lora_table(self, in_features: int, out_features: int, num_slots: int) -> ReferenceLoraTable:
+        return ReferenceLoraTable(in_features, out_features, num_slots)
+
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
+        assert isinstance(table, ReferenceLoraTable)
+        for slot, start, end in segments.ranges:
+            adapter = table.adapters[slot]
+            if adapter is None:
+                continue
+            shrunk = x[start:end].float() @ adapter.a_t
+            rows = y[start:end]
+            for ranks, columns, b_t in adapter.slices:
+                rows[:, columns] += shrunk[:, ranks] @ b_t
+            if adapter.affine is not None:
+                gain, offset = adapter.affine.to(y.device)
+                rows.copy_(rows.float() * gain + offset)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual += x
+        return self.rms_norm(residual, weight, eps)
+
+    def rotary_store_kv(
+        self,
+        qkv: Tensor,  # [T, (H + 2K)·D]
+        shape: HeadShape,
+        qk_norm: QKNorm | None,
+        positions: Tensor,  # int64 [T]
+        cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+        cache: LayerKV,
+        slot_mapping: Tensor,  # int64 [T]
+    ) -> Tensor:
+        num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if qk_norm is not None:
+            q = self.rms_norm(q.float(), qk_norm.q_weight, qk_norm.eps)  # rounds once, after the rotation
+            k = self.rms_norm(k.float(), qk_norm.k_weight, qk_norm.eps)
+        cos, sin = cos_sin[positions].unsqueeze(2).unbind(1)  # [T, 1, D/2] each
+        _store(_rotate(k, cos, sin), cache.k, cache.k_scale, slot_mapping)
+        _store(v, cache.v, cache.v_scale, slot_mapping)
+        return _rotate(q, cos, sin).to(qkv.dtype)
+
+    def paged_attention(
+        self,
+        q: Tensor,  # [T, H, D]
+        cache: LayerKV,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        starts = metadata.query_starts.tolist()
+        out = torch.empty_like(q)
+        positions = metadata.seq_lens.tolist()
+        decoding = [s for s in range(len(positions)) if starts[s + 1] - starts[s] == 1]
+        for group in _similar_lengths(decoding, positions, cache.k[0, 0].numel()):
+            rows = torch.tensor([starts[s] for s in group], device=q.device)
+            chosen = torch.tensor(group, device=q.device)
+            longest = max(positions[s] for s in group)
+            last = metadata.seq_lens[chosen].long().unsqueeze(1) - 1  # [S, 1]
+            tables = metadata.block_tables[chosen]
+            out[rows] = _attend(q[rows].unsqueeze(1), cache, tables, last, longest, scale, window, soft_cap).squeeze(1)
+        for s, length in enumerate(positions):
+            start, end = starts[s], starts[s + 1]
+            if end - start < 2:
+                continue
+            tables = metadata.block_tables[s : s + 1]
+            at_once = max(1, MAX_ATTENTION_ELEMENTS // (length * q.shape[1]))
+            for first in range(start, end, at_once):
+                after = min(first + at_once, end)
+                seen = length - end + after  # keys up to the last query of these rows
+                at = torch.arange(length - end + first, seen, device=q.device).unsqueeze(0)  # [1, rows]
+                part = q[first:after].unsqueeze(0)
+                out[first:after] = _attend(part, cache, tables, at, seen, scale, window, soft_cap).squeeze(0)
+        return out.flatten(1)
+
+    def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
+        size = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+        k, v = torch.zeros((2, *size), dtype=dtype, device=self.device)
+        if dtype not in QUANTIZED_KV:
+            return LayerKV(k, v, num_blocks, block_size)
+        k_scale, v_scale = torch.zeros((2, *size[:-1]), device=self.device)
+        return LayerKV(k, v, num_blocks, block_size, k_scale, v_scale)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(x.dtype)
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [T, heads, D], cos and sin: float32 [T, 1, D/2] → float32 as x"""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _store(heads: Tensor, stored: Tensor, scales: Tensor | None, slots: Tensor) -> None:
+    """Put heads [T, K, D] into the slots of stored [B, P, K, D], and their scales into scales [B, P, K]."""
+    if scales is not None:
+        scale = heads.float().abs().amax(dim=-1) / QUANTIZED_KV[stored.dtype]
+        scales.flatten(0, 1)[slots] = scale
+        heads = heads.float() / scale.masked_fill(scale == 0, 1).unsqueeze(-1)
+        if stored.dtype is torch.int8:
+            heads = heads.round()
+    stored.flatten(0, 1)[slots] = heads.to(stored.dtype)
+
+
+def _similar_lengths(sequences: list[int], lengths: list[int], width: int) -> list[list[int]]:
+    """Sequences to gather side by side, padded to the longest, within the bound on temporaries.
+
+    width: elements of the keys of one token.
+    """
+    groups: list[list[int]] = []
+    for s in sorted(sequences, key=lambda s: lengths[s], reverse=True):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] * width <= MAX_ATTENTION_ELEMENTS:
+            groups[-1].append(s)
+        else:
+            groups.append([s])
+    return groups
+
+
+def _attend(
+    q: Tensor,  # [S, n, H, D]
+    cache: LayerKV,
+    tables: Tensor,  # int32 [S, blocks]
+    positions: Tensor,  # int64 [S, n]
+    num_keys: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """n queries of each of S sequences over the first `num_keys` cached positions, masked → [S, n, H, D]"""
+    sequences, n, num_heads, head_dim = q.shape
+    num_kv_heads = cache.k.shape[2]
+    tables = tables[:, : -(-num_keys // cache.block_size)]
+
+    def gather(stored: Tensor, scales: Tensor | None) -> Tensor:
+        """→ float32 [S, K, L, D]"""
+        found = stored[tables].flatten(1, 2)[:, :num_keys].float()
+        if scales is not None:
+            found *= scales[tables].flatten(1, 2)[:, :num_keys].unsqueeze(-1)
+        return found.transpose(1, 2)
+
+    # Query heads that share a kv head sit together: one product [n·H/K, D] x [D, L] for each of them.
+    grouped = q.float().view(sequences, n, num_kv_heads, -1, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    scores = (grouped @ gather(cache.k, cache.k_scale).transpose(2, 3)) * scale  # [S, K, n·H/K, L]
+    if soft_cap is not None:
+        scores = torch.tanh(scores / soft_cap) * soft_cap
+    keys = torch.arange(num_keys, device=q.device)
+    hidden = keys > positions.unsqueeze(-1)  # [S, n, L]
+    if window is not None:
+        hidden |= keys <= positions.unsqueeze(-1) - window
+    hidden = hidden.repeat_interleave(num_heads // num_kv_heads, dim=1).unsqueeze(1)
+    weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
+    attended = weights @ gather(cache.v, cache.v_scale)
+    return attended.view(sequences, num_kv_heads, n, -1, head_dim).transpose(1, 2).flatten(2, 3).to(q.dtype)

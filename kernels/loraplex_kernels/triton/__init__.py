@@ -1,0 +1,135 @@
+"""The CUDA backend, in Triton: attention, segmented LoRA, products with quantised weights, and the small operations
+between. Dense matrix products are cuBLAS's.
+
+The same kernels run on the CPU under Triton's interpreter (TRITON_INTERPRET=1), for tests; on a GPU they have never run
+yet. Nothing here reads back from the device: sizes come from shapes and from the host's fields of the metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from loraplex_kernels.ops import (
+    QUANTIZED_KV,
+    AttentionMetadata,
+    HeadShape,
+    LayerKV,
+    LoraSegments,
+    LoraTable,
+    LoraWeights,
+    PackedLinear,
+    QKNorm,
+)
+from loraplex_kernels.quantized import QuantizedWeight
+from loraplex_kernels.reference import ReferenceLinear
+from loraplex_kernels.triton.activation import activate_and_mul
+from loraplex_kernels.triton.attention import Scoring, paged_attention
+from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, segmented_lora
+from loraplex_kernels.triton.norm import rms_norm
+from loraplex_kernels.triton.quantized import TritonQuantizedLinear, quantized_linear
+from loraplex_kernels.triton.rotary import rotary_store_kv
+
+INTERPRETED_MULTIPROCESSORS = 8
+
+
+class TritonOps:
+    """`Ops` on a CUDA device.
+
+    A cache block is laid out [K, P, D]: the keys that a program reads at a time lie together.
+    """
+
+    name = "triton"
+    batch_invariant = False  # cuBLAS and the splitting of sums follow the number of rows
+    packing_copies = False
+
+    def __init__(self, device: torch.device) -> None:
+        """Raises ValueError for a device that Triton does not compile for."""
+        if device.type == "cuda":
+            self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        elif triton.knobs.runtime.interpret:
+            self._num_multiprocessors = INTERPRETED_MULTIPROCESSORS
+        else:
+            raise ValueError(f"the triton kernels run on CUDA devices, not on {device}: choose another backend")
+        self.device = device
+        self._lora_growth = Growth()
+
+    @property
+    def lora_growth(self) -> int:
+        """A count that grows when an adapter has widened a table: graphs captured with adapters are then stale."""
+        return self._lora_growth.count
+
+    def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> ReferenceLinear:
+        return ReferenceLinear(weights[0] if len(weights) == 1 else torch.cat(list(weights)), bias)
+
+    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        return TritonQuantizedLinear(weight, bias)
+
+    def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
+        if isinstance(packed, TritonQuantizedLinear):
+            return packed.dequantize(start, end)
+        assert isinstance(packed, ReferenceLinear)
+        return packed.weight[start:end].float()
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        if isinstance(packed, TritonQuantizedLinear):
+            return quantized_linear(x, packed, self._num_multiprocessors)
+        assert isinstance(packed, ReferenceLinear)
+        return F.linear(x, packed.weight, packed.bias)
+
+    def pack_lora(self, weights: LoraWeights) -> TritonLora:
+        return TritonLora(weights, self.device)
+
+    def lora_table(self, in_features: int, out_features: int, num_slots: int) -> TritonLoraTable:
+        return TritonLoraTable(in_features, out_features, num_slots, self.device, self._lora_growth)
+
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
+        assert isinstance(table, TritonLoraTable)
+        segmented_lora(y, x, segments, table, self._num_multiprocessors)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, None, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, residual, weight, eps)
+
+    def rotary_store_kv(
+        self,
+        qkv: Tensor,  # [T, (H + 2K)·D]
+        shape: HeadShape,
+        qk_norm: QKNorm | None,
+        positions: Tensor,  # int64 [T]
+        cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+        cache: LayerKV,
+        slot_mapping: Tensor,  # int64 [T]; a negative slot stores nothing
+    ) -> Tensor:
+        return rotary_store_kv(qkv, shape, qk_norm, positions, cos_sin, cache, slot_mapping)
+
+    def paged_attention(
+        self,
+        q: Tensor,  # [T, H, D]
+        cache: LayerKV,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        return paged_attention(q, cache, metadata, Scoring(scale, window, soft_cap), self._num_multiprocessors)
+
+    def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
+        size = (num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
+        k, v = torch.zeros((2, *size), dtype=dtype, device=self.device)
+        if dtype not in QUANTIZED_KV:
+            return LayerKV(k, v, num_blocks, block_size)
+        k_scale, v_scale = torch.zeros((2, *size[:-1]), device=self.device)
+        return LayerKV(k, v, num_blocks, block_size, k_scale, v_scale)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        return activate_and_mul(x, gelu=False)
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        return activate_and_mul(x, gelu=True)

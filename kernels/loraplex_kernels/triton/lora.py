@@ -1,0 +1,420 @@
+"""Segmented LoRA: shrink, then expand, each one launch for all adapters and all projections of a linear.
+
+The device finds an adapter through a table of addresses, so every adapter keeps its own tensors at its own ranks. A
+tile of rows belongs to one adapter. Shrink splits the input features between programs and writes their sums apart;
+expand adds them up. The grid follows from the number of rows and segments alone: the resident adapters and their ranks
+may change under a captured CUDA graph, as long as no rank exceeds the table's capacity.
+"""
+
+# ruff: noqa: N803  (what is fixed when a kernel is compiled is upper case, as everywhere in Triton)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loraplex_kernels.ops import LoraSegments, LoraWeights, PackedLora
+from loraplex_kernels.reference import LoraShape
+from loraplex_kernels.triton.primitives import dot, locate_tile
+
+MAX_SLICES = tl.constexpr(8)
+# An entry of the table, int64 each: the address of A, the sum of ranks, the number of slices, the address of gain and
+# offset (0: none), then MAX_SLICES addresses of Bᵀ, first ranks, ranks, first output columns, numbers of output
+# columns.
+A_ADDRESS = tl.constexpr(0)
+SUM_OF_RANKS = tl.constexpr(1)
+NUM_SLICES = tl.constexpr(2)
+AFFINE_ADDRESS = tl.constexpr(3)
+B_ADDRESS = tl.constexpr(8)
+RANK_START = tl.constexpr(16)
+RANK = tl.constexpr(24)
+OUT_START = tl.constexpr(32)
+OUT_FEATURES = tl.constexpr(40)
+ENTRY_SIZE = tl.constexpr(48)
+
+ALIGNMENT = tl.constexpr(8)  # elements: rows of Bᵀ begin at multiples of it, 16 bytes for 16-bit weights
+C_STEP_BYTES = 256  # of the input features that shrink takes at a time
+BLOCK_N = 128
+STEP_SIZES, STEP_TENSORS = ["num_segments", "num_rows"], ["slots", "starts", "ends"]  # must not make new kernels
+MIN_RANK_STEP = 16  # what tensor cores multiply at a time
+
+
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
+def _shrink(
+    x: tl.tensor,  # [T, C]
+    shrunk: tl.tensor,  # float32 [SPLITS, T, capacity]
+    entries: tl.tensor,  # int64 [slots, ENTRY_SIZE]
+    slots: tl.tensor,  # int32 [G]
+    starts: tl.tensor,  # int32 [G]
+    ends: tl.tensor,  # int32 [G]
+    num_segments: tl.tensor,
+    num_rows: tl.tensor,  # T
+    in_features: tl.tensor,  # C
+    capacity: tl.tensor,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    tile, split = tl.program_id(0), tl.program_id(1)
+    segment = locate_tile(starts, num_segments, tile, BLOCK_M)
+    start, end = tl.load(starts + segment), tl.load(ends + segment)
+    first = start + (tile - (start // BLOCK_M + segment)) * BLOCK_M
+    if first >= end:
+        return
+    entry = entries + tl.load(slots + segment) * ENTRY_SIZE
+    rank = tl.load(entry + SUM_OF_RANKS).to(tl.int32)
+    a = tl.multiple_of(tl.load(entry + A_ADDRESS).to(tl.pointer_type(x.dtype.element_ty)), 16)
+
+    rows = first + tl.arange(0, BLOCK_M)
+    row_mask = (rows < end)[:, None]
+    x_rows = x + rows.to(tl.int64)[:, None] * in_features
+    share = tl.cdiv(tl.cdiv(in_features, SPLITS), BLOCK_C) * BLOCK_C
+    first_column = split * share
+    last_column = tl.minimum(first_column + share, in_features)
+    out_rows = shrunk + (split * num_rows + rows).to(tl.int64)[:, None] * capacity
+    for first_rank in range(0, rank, BLOCK_R):
+        ranks = first_rank + tl.arange(0, BLOCK_R)
+        rank_mask = (ranks < rank)[None, :]
+        a_rows = a + ranks[None, :] * in_features
+        sums = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for step in range(first_column, last_column, BLOCK_C):
+            columns = step + tl.arange(0, BLOCK_C)
+            inside = columns < last_column
+            x_tile = tl.load(x_rows + columns[None, :], mask=row_mask & inside[None, :], other=0)
+            a_tile = tl.load(a_rows + columns[:, None], mask=rank_mask & inside[:, None], other=0)
+            sums = dot(x_tile, a_tile, sums)
+        tl.store(out_rows + ranks[None, :], sums, mask=row_mask & rank_mask)
+
+
+@triton.jit
+def _expand_tile(
+    y: tl.tensor,
+    shrunk: tl.tensor,
+    entry: tl.tensor,
+    piece: tl.tensor,  # which slice
+    first_column: tl.tensor,  # of the slice's own
+    rows: tl.tensor,  # [M]
+    row_mask: tl.tensor,  # [M]
+    num_rows: tl.tensor,
+    out_features: tl.tensor,
+    capacity: tl.tensor,
+    ALIGNED: tl.constexpr,  # the slice begins and ends at output columns that are multiples of ALIGNMENT
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    b = tl.multiple_of(tl.load(entry + B_ADDRESS + piece).to(tl.pointer_type(y.dtype.element_ty)), 16)
+    rank_start = tl.load(entry + RANK_START + piece).to(tl.int32)
+    rank = tl.load(entry + RANK + piece).to(tl.int32)
+    out_start = tl.load(entry + OUT_START + piece).to(tl.int32)
+    num_columns = tl.load(entry + OUT_FEATURES + piece).to(tl.int32)
+    if ALIGNED:
+        out_start = tl.multiple_of(out_start, ALIGNMENT)
+        num_columns = tl.multiple_of(num_columns, ALIGNMENT)
+    b_stride = tl.multiple_of(tl.cdiv(num_columns, ALIGNMENT) * ALIGNMENT, ALIGNMENT)
+    columns = first_column + tl.arange(0, BLOCK_N)
+    b_mask = (columns < b_stride)[None, :]  # between the last column and the next row are zeros
+    mask = row_mask[:, None] & (columns < num_columns)[None, :]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    split_stride = num_rows.to(tl.int64) * capacity
+    for first_rank in range(0, rank, BLOCK_R):
+        ranks = first_rank + tl.arange(0, BLOCK_R)
+        rank_mask = ranks < rank
+        inner_mask = row_mask[:, None] & rank_mask[None, :]
+        part = rows[:, None] * capacity + (rank_start + ranks)[None, :]
+        inner = tl.load(shrunk + part, mask=inner_mask, other=0)
+        for split in tl.static_range(1, SPLITS):
+            inner += tl.load(shrunk + split * split_stride + part, mask=inner_mask, other=0)
+        b_tile = tl.load(b + ranks[:, None] * b_stride + columns[None, :], mask=rank_mask[:, None] & b_mask, other=0)
+        sums = dot(inner.to(b_tile.dtype), b_tile, sums)
+    place = y + rows.to(tl.int64)[:, None] * out_features + (out_start + columns)[None, :]
+    before = tl.load(place, mask=mask, other=0).to(tl.float32)
+    tl.store(place, (before + sums).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
+def _expand(
+    y: tl.tensor,  # [T, N], read and written
+    shrunk: tl.tensor,  # float32 [SPLITS, T, capacity]
+    entries: tl.tensor,  # int64 [slots, ENTRY_SIZE]
+    slots: tl.tensor,  # int32 [G]
+    starts: tl.tensor,  # int32 [G]
+    ends: tl.tensor,  # int32 [G]
+    num_segments: tl.tensor,
+    num_rows: tl.tensor,  # T
+    out_features: tl.tensor,  # N
+    capacity: tl.tensor,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    tile = tl.program_id(0)
+    segment = locate_tile(starts, num_segments, tile, BLOCK_M)
+    start, end = tl.load(starts + segment), tl.load(ends + segment)
+    first = start + (tile - (start // BLOCK_M + segment)) * BLOCK_M
+    if first >= end:
+        return
+    entry = entries + tl.load(slots + segment) * ENTRY_SIZE
+    # The second axis numbers the column tiles of the slices, one slice after the other.
+    num_slices = tl.load(entry + NUM_SLICES).to(tl.int32)
+    slices = tl.arange(0, MAX_SLICES)
+    num_columns = tl.load(entry + OUT_FEATURES + slices, mask=slices < num_slices, other=0)
+    tiles_through = tl.cumsum(tl.cdiv(num_columns, BLOCK_N).to(tl.int32), axis=0)
+    column_tile = tl.program_id(1)
+    piece = tl.sum((tiles_through <= column_tile).to(tl.int32), axis=0)
+    if piece >= num_slices:
+        return
+    tiles_before = tl.max(tl.where(slices < piece, tiles_through, 0), axis=0)
+    first_column = (column_tile - tiles_before) * BLOCK_N
+    rows = first + tl.arange(0, BLOCK_M)
+    row_mask = rows < end
+    if (tl.load(entry + OUT_START + piece) | tl.load(entry + OUT_FEATURES + piece)) % ALIGNMENT == 0:
+        _expand_tile(
+            y, shrunk, entry, piece, first_column, rows, row_mask, num_rows, out_features, capacity,
+            True, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
+        )  # fmt: skip
+    else:
+        _expand_tile(
+            y, shrunk, entry, piece, first_column, rows, row_mask, num_rows, out_features, capacity,
+            False, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=STEP_TENSORS)
+def _scale(
+    y: tl.tensor,  # [T, N], read and written
+    entries: tl.tensor,  # int64 [slots, ENTRY_SIZE]
+    slots: tl.tensor,  # int32 [G]
+    starts: tl.tensor,  # int32 [G]
+    ends: tl.tensor,  # int32 [G]
+    num_segments: tl.tensor,
+    out_features: tl.tensor,  # N
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    tile = tl.program_id(0)
+    segment = locate_tile(starts, num_segments, tile, BLOCK_M)
+    start, end = tl.load(starts + segment), tl.load(ends + segment)
+    first = start + (tile - (start // BLOCK_M + segment)) * BLOCK_M
+    if first >= end:
+        return
+    address = tl.load(entries + tl.load(slots + segment) * ENTRY_SIZE + AFFINE_ADDRESS)
+    if address == 0:
+        return
+    affine = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)  # [2, N]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < out_features
+    gain = tl.load(affine + columns, mask=inside, other=0)
+    offset = tl.load(affine + out_features + columns, mask=inside, other=0)
+    rows = first + tl.arange(0, BLOCK_M)
+    place = y + rows.to(tl.int64)[:, None] * out_features + columns[None, :]
+    mask = (rows < end)[:, None] & inside[None, :]
+    values = tl.load(place, mask=mask, other=0).to(tl.float32) * gain[None, :] + offset[None, :]
+    tl.store(place, values.to(y.dtype.element_ty), mask=mask)
+
+
+class Growth:
+    """Counts how often any table of a device had to widen, or needed another kernel for the first time: a CUDA graph
+    captured before must be captured again."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class _Part(NamedTuple):
+    rank_start: int
+    rank: int
+    out_start: int
+    out_features: int
+
+
+class TritonLora:
+    """One adapter at one linear, in host memory in the device's layout: A as it is, B transposed.
+
+    For a CUDA device it is page-locked, so that the device copies it without waiting for the CPU.
+    """
+
+    def __init__(self, weights: LoraWeights, device: torch.device) -> None:
+        _check_slices(weights)
+        self.shape = LoraShape.of(weights)
+        self.parts = tuple(
+            _Part(part.rank_start, part.b.shape[1], part.out_start, part.b.shape[0]) for part in weights.slices
+        )
+        self.a = _aligned(weights.a)  # [sum of R, C]
+        self.transposed = tuple(_transposed(part.b) for part in weights.slices)  # [R, N and padding]
+        self.affine = None if weights.affine is None else weights.affine.contiguous()
+        if device.type == "cuda":
+            self.a = self.a.pin_memory()
+            self.transposed = tuple(b_t.pin_memory() for b_t in self.transposed)
+            self.affine = None if self.affine is None else self.affine.pin_memory()
+
+    @property
+    def nbytes(self) -> int:
+        affine_bytes = 0 if self.affine is None else self.affine.nbytes
+        return self.a.nbytes + sum(b_t.nbytes for b_t in self.transposed) + affine_bytes
+
+
+class TritonLoraTable:
+    """The adapters resident at one linear, on the device: A as it is, B transposed, and the table of their
+    addresses.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, num_slots: int, device: torch.device, growth: Growth
+    ) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        # Powers of two, no less than what any adapter that was ever here had:
+        self.capacity = 0  # sum of ranks; 0: none was here
+        self.slice_capacity = MIN_RANK_STEP  # rank of one projection
+        self.has_scaled = False  # whether any adapter that was ever here had gain and offset
+        self.entries = torch.zeros((num_slots, ENTRY_SIZE.value), dtype=torch.int64, device=device)
+        self._dtype: torch.dtype | None = None
+        self._held: list[tuple[Tensor, ...]] = [()] * num_slots  # what the entries point at
+        self._growth = growth
+
+    def put(self, slot: int, packed: PackedLora) -> None:
+        assert isinstance(packed, TritonLora)
+        packed.shape.check_fits(self.in_features, self.out_features)
+        self.check_dtype(packed.a.dtype)
+        device = self.entries.device
+        a = packed.a.to(device, non_blocking=True)
+        transposed = [b_t.to(device, non_blocking=True) for b_t in packed.transposed]
+        entry = [0] * ENTRY_SIZE.value
+        entry[A_ADDRESS.value] = a.data_ptr()
+        entry[SUM_OF_RANKS.value] = len(a)
+        entry[NUM_SLICES.value] = len(transposed)
+        affine = () if packed.affine is None else (packed.affine.to(device, non_blocking=True),)
+        for tensor in affine:
+            entry[AFFINE_ADDRESS.value] = tensor.data_ptr()
+        for i, (part, b_t) in enumerate(zip(packed.parts, transposed, strict=True)):
+            entry[B_ADDRESS.value + i] = b_t.data_ptr()
+            entry[RANK_START.value + i] = part.rank_start
+            entry[RANK.value + i] = part.rank
+            entry[OUT_START.value + i] = part.out_start
+            entry[OUT_FEATURES.value + i] = part.out_features
+        self.entries[slot].copy_(torch.tensor(entry))
+        self._held[slot] = (a, *transposed, *affine)
+        if affine and not self.has_scaled:
+            self.has_scaled = True
+            self._growth.count += 1
+        self._widen(len(a), max((part.rank for part in packed.parts), default=0))
+
+    def remove(self, slot: int) -> None:
+        if self._held[slot]:
+            self.entries[slot].zero_()
+            self._held[slot] = ()
+
+    def reserve(self, num_slices: int, rank: int) -> None:
+        """Widen the table in advance for adapters with so many projections of up to that rank."""
+        self._widen(num_slices * rank, rank)
+
+    def _widen(self, sum_of_ranks: int, slice_rank: int) -> None:
+        self.slice_capacity = max(self.slice_capacity, _room_for(slice_rank))
+        if sum_of_ranks > self.capacity:
+            self.capacity = _room_for(sum_of_ranks)
+            self._growth.count += 1
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """The kernels read every adapter as the dtype of the activations. Raises ValueError for a second one."""
+        if self._dtype not in (None, dtype):
+            raise ValueError(f"adapter and activations at one linear must share a dtype: got {self._dtype} and {dtype}")
+        self._dtype = dtype
+
+
+def _room_for(rank: int) -> int:
+    return max(MIN_RANK_STEP, int(triton.next_power_of_2(rank)))
+
+
+def _check_slices(weights: LoraWeights) -> None:
+    if len(weights.slices) > MAX_SLICES.value:
+        raise ValueError(f"an adapter has {len(weights.slices)} slices at one linear, at most {MAX_SLICES.value} fit")
+    if any(part.b.dtype != weights.a.dtype for part in weights.slices):
+        raise ValueError("LoRA A and B of one linear must share a dtype")
+
+
+def _aligned(a: Tensor) -> Tensor:
+    a = a.contiguous()
+    return a.clone() if a.data_ptr() % 16 else a
+
+
+def _transposed(b: Tensor) -> Tensor:
+    """[N, R] → [R, N], each row beginning on 16 bytes."""
+    n, rank = b.shape
+    stride = triton.cdiv(n, ALIGNMENT.value) * ALIGNMENT.value
+    b_t = torch.zeros((rank, stride), dtype=b.dtype, device=b.device)
+    b_t[:, :n] = b.t()
+    return b_t
+
+
+def segmented_lora(
+    y: Tensor,  # [T, N]
+    x: Tensor,  # [T, C]
+    segments: LoraSegments,
+    table: TritonLoraTable,
+    num_multiprocessors: int,
+) -> None:
+    """`Ops.segmented_lora`. The result of shrinking is rounded to the dtype of x before expanding, as in PEFT."""
+    num_segments, num_rows = len(segments.slots), len(x)
+    if not table.capacity or not num_segments or not num_rows:
+        return
+    assert x.is_contiguous()
+    assert y.is_contiguous()
+    table.check_dtype(x.dtype)
+    longest = max(end - start for _, start, end in segments.ranges)
+    block_m, num_warps = (16, 4) if longest <= 16 else (64, 8)
+    block_c = C_STEP_BYTES // x.element_size()
+    num_tiles = num_rows // block_m + num_segments
+    splits = _choose_splits(num_tiles, triton.cdiv(table.in_features, block_c), num_multiprocessors)
+    shrunk = torch.empty((splits, num_rows, table.capacity), dtype=torch.float32, device=x.device)
+    where = (table.entries, segments.slots, segments.starts, segments.ends, num_segments, num_rows)
+    _shrink[(num_tiles, splits)](
+        x,
+        shrunk,
+        *where,
+        table.in_features,
+        table.capacity,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_R=min(64, table.capacity),
+        BLOCK_C=block_c,
+        num_warps=num_warps,
+    )
+    _expand[(num_tiles, triton.cdiv(table.out_features, BLOCK_N) + MAX_SLICES.value - 1)](
+        y,
+        shrunk,
+        *where,
+        table.out_features,
+        table.capacity,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_R=min(32, table.slice_capacity),
+        BLOCK_N=BLOCK_N,
+        num_warps=num_warps,
+        num_stages=1,  # a rank is a step or two: nothing to run ahead of
+    )
+    if table.has_scaled:
+        _scale[(num_tiles, triton.cdiv(table.out_features, BLOCK_N))](
+            y,
+            *where[:-1],
+            table.out_features,
+            BLOCK_M=block_m,
+            BLOCK_N=BLOCK_N,
+            num_warps=num_warps,
+        )
+
+
+def _choose_splits(num_tiles: int, num_steps: int, num_multiprocessors: int) -> int:
+    """The number of programs that share the input features of a tile: about two programs a multiprocessor.
+
+    1, 4 or 16: each value is a kernel to compile.
+    """
+    wanted = min(2 * num_multiprocessors // num_tiles, num_steps)
+    return 16 if wanted >= 16 else 4 if wanted >= 4 else 1

@@ -1,0 +1,339 @@
+"""Puts the service together from its configuration, and takes it apart again without losing anything in flight."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from loraplex.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
+from loraplex.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from loraplex.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
+from loraplex.v1.routes_pb2_grpc import add_RouteServiceServicer_to_server
+from loraplex.v1.server_pb2_grpc import add_ServerServiceServicer_to_server
+from loraplex.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
+from loraplex_adapters.files.depot import Depot
+from loraplex_adapters.files.remote import RemoteSources
+from loraplex_adapters.files.source import AdapterSource
+from loraplex_adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
+from loraplex_engine.link.bus_directory import BusDirectory
+from loraplex_service.adapters.deployer import AdapterDeployer
+from loraplex_service.adapters.library import AdapterLibrary
+from loraplex_service.adapters.texts import AdapterTexts
+from loraplex_service.admission.admission import Admission, AdmissionLimits
+from loraplex_service.admission.tenants import Tenants
+from loraplex_service.auth.door import Door
+from loraplex_service.config import LimitsConfig, ModelConfig, ServiceConfig
+from loraplex_service.control.adapters import AdapterServicer
+from loraplex_service.control.models import ModelServicer
+from loraplex_service.control.quota import AdapterQuota
+from loraplex_service.control.routes import RouteServicer
+from loraplex_service.control.server import ServerServicer
+from loraplex_service.control.tokenizer import TokenizerServicer
+from loraplex_service.control.watching import Latest
+from loraplex_service.errors import Unavailable
+from loraplex_service.models.host import HostedModel, ModelHost, revision_of
+from loraplex_service.models.supervisor import EngineState, EngineSupervisor, Launch, launcher
+from loraplex_service.names.catalog import Catalog
+from loraplex_service.names.routing import RouteBook
+from loraplex_service.ports.interceptors import CallInterceptor, CallLimits
+from loraplex_service.ports.listeners import ConnectionLimits, Health, Service, build_server, drain
+from loraplex_service.ports.probes import Probes, build_probe_server
+from loraplex_service.ports.receiving import ReceiveLimits
+from loraplex_service.ports.tls import server_credentials
+from loraplex_service.requests.inference import InferenceServicer, keeps_nothing
+from loraplex_service.requests.prompts import TextWork
+from loraplex_service.spare_memory import keep_giving_back
+from loraplex_service.state import StateFile
+from loraplex_service.telemetry.lag import observe_lag
+from loraplex_service.telemetry.records import Observer
+from loraplex_service.telemetry.setup import Telemetry, telemetry_of
+from loraplex_service.text import TemplateLimits, TemplateRenderer
+
+# What callers of the data port may look at: they need not reach the admin port to know what they can ask for.
+READS = {
+    "loraplex.v1.ModelService": ("GetModel", "ListModels"),
+    "loraplex.v1.AdapterService": ("GetAdapter", "ListAdapters"),
+    "loraplex.v1.RouteService": ("GetRoute", "ListRoutes", "ResolveTarget"),
+    "loraplex.v1.ServerService": ("GetServerInfo",),
+}
+
+LaunchFor = Callable[[ModelConfig], Launch]  # how the engine of a model is started
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """The addresses of the two listeners, with the actual port where the configuration says 0."""
+
+    data: str
+    admin: str
+    health: str | None = None  # None: no port for probes is configured
+    metrics: str | None = None  # None: no Prometheus page is configured
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """The parts of a service. `running` starts and ends it."""
+
+    config: ServiceConfig
+    telemetry: Telemetry
+    host: ModelHost
+    registry: AdapterRegistry
+    state: StateFile
+    library: AdapterLibrary
+    deployer: AdapterDeployer
+    tenants: Tenants
+    quota: AdapterQuota
+    admission: Admission
+    inference: InferenceServicer
+    health: Health
+    probes: Probes
+    data: tuple[Service, ...]
+    admin: tuple[Service, ...]
+
+    async def register_configured(self) -> None:
+        """Register the adapters of the configuration file, all at once."""
+        await asyncio.gather(*(self.deployer.create_configured(adapter) for adapter in self.config.adapters))
+
+    async def keep_admitting(self) -> None:
+        """Publish whether requests are admitted, after every change. Returns at once if that can never change."""
+        usage = self.telemetry.usage
+        if usage is None:
+            return
+        changes = Latest[bool]()
+        usage.on_full(lambda full: changes.put("full", full))
+        async for full in changes:
+            await self.probes.set_admitting(not full)
+            await self.health.set_admitting(not full)
+
+    async def keep_health(self) -> None:
+        """Publish whether each model serves, after every change. Never returns."""
+        changes = Latest[HostedModel]()
+        self.host.subscribe(lambda model: changes.put(model.name, model))
+        said: dict[str, bool] = {}
+        for model in self.host.all():
+            changes.put(model.name, model)
+        async for model in changes:
+            await self.probes.set_state(model.name, model.state)
+            serving = model.state is EngineState.ACTIVE
+            if said.get(model.name) is not serving:
+                said[model.name] = serving
+                await self.health.set_model(model.name, serving)
+
+
+def engine_processes(config: ServiceConfig) -> LaunchFor:
+    """Launch each engine as a process of its own."""
+    return lambda model: launcher(model.engine(), model.name, config.log_level, config.log_format)
+
+
+def assemble(
+    config: ServiceConfig,
+    bus_directory: BusDirectory,
+    texts: TextWork,
+    launch_for: LaunchFor,
+    telemetry: Telemetry,
+) -> Application:
+    """Connect all parts and read the saved state. Nothing runs yet.
+
+    Raises OSError for an adapter root that does not exist, or a state that cannot be used.
+    """
+
+    def supervise(model: ModelConfig, changed: Callable[[], None]) -> EngineSupervisor:
+        return EngineSupervisor(
+            model.name,
+            launch_for(model),
+            partial(revision_of, model),
+            bus_directory,
+            config.supervision,
+            changed,
+            config.limits.unread_tokens,
+        )
+
+    limits = config.limits
+    host = ModelHost(config.models, supervise)
+    registry = AdapterRegistry()
+    registry.subscribe(partial(_tell_removed, registry, telemetry.observer))
+    state_directory = Path(config.state_directory) if config.state_directory else None
+    state = StateFile(state_directory)
+    depot = Depot((state_directory or bus_directory.path) / "adapters")
+    remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
+    library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
+    tenants = Tenants(config.tenants, config.other_tenants)
+    adapter_texts = AdapterTexts(lambda version: str(library.directory(version)))
+    deployer = AdapterDeployer(registry, library, host, state, tenants, adapter_texts)
+    routes = RouteBook(state)
+    catalog = Catalog(host, registry, routes)
+    admission = Admission(
+        AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens),
+        check_records=telemetry.usage.check_room if telemetry.usage is not None else lambda: None,
+    )
+    inference = InferenceServicer(
+        catalog,
+        admission,
+        texts,
+        deployer.directory,
+        tenants,
+        max_load_wait_seconds=limits.adapter_load_wait_seconds,
+        resume_seconds=config.supervision.resume_seconds,
+        answer_bytes=limits.answer_bytes,
+        observer=telemetry.observer,
+        metrics=telemetry.metrics,
+        adapter_texts=adapter_texts,
+        recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,
+    )
+    tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)
+    server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex-server"), limits)
+    inferring = (
+        Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
+        Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
+    )
+    quota = AdapterQuota(registry, library, tenants, state)
+    adapters = AdapterServicer(registry, deployer, library, host, state, tenants, quota, limits.upload_bytes)
+    models = ModelServicer(host, config.drain_grace_seconds)
+    route_servicer = RouteServicer(catalog, routes, state, tenants, deployer.prefetch)
+    admin = (
+        Service("loraplex.v1.ModelService", models, add_ModelServiceServicer_to_server),
+        Service("loraplex.v1.AdapterService", adapters, add_AdapterServiceServicer_to_server),
+        Service(
+            "loraplex.v1.RouteService",
+            route_servicer,
+            add_RouteServiceServicer_to_server,
+        ),
+        Service("loraplex.v1.ServerService", server, add_ServerServiceServicer_to_server),
+    )
+    data = (*inferring, *(replace(service, methods=READS[service.name]) for service in admin))
+    health = Health([service.name for service in inferring], [service.name for service in admin])
+    probes = Probes(model.name for model in config.models if model.load)
+    return Application(
+        config,
+        telemetry,
+        host,
+        registry,
+        state,
+        library,
+        deployer,
+        tenants,
+        quota,
+        admission,
+        inference,
+        health,
+        probes,
+        data,
+        admin,
+    )
+
+
+def _tell_removed(registry: AdapterRegistry, observer: Observer, change: AdapterChange) -> None:
+    """Tell the observer when the last version of an adapter is gone."""
+    if change.kind is ChangeKind.REMOVED and registry.record(change.version.key.name) is None:
+        observer.adapter_removed(change.version.name)
+
+
+@asynccontextmanager
+async def running(
+    config: ServiceConfig, launch_for: LaunchFor | None = None
+) -> AsyncIterator[tuple[Application, Addresses]]:
+    """Run a service that listens, while its models may still be loading. The end of the block drains it.
+
+    `launch_for`: starts engines; None: as processes. Raises RuntimeError for an address that is taken,
+    OSError for missing files.
+    """
+    async with AsyncExitStack() as stack:
+        bus_directory = stack.enter_context(BusDirectory())
+        workers = TemplateLimits(workers=config.limits.template_workers)
+        renderer = await stack.enter_async_context(TemplateRenderer(workers))
+        texts = TextWork.of(renderer, config.limits.waiting_text_bytes)
+        telemetry = await stack.enter_async_context(telemetry_of(config))
+        app = assemble(config, bus_directory, texts, launch_for or engine_processes(config), telemetry)
+        health_address = await _start_probes(app, stack)
+        metrics_address = await _start_metrics(app, stack)
+        data, admin, addresses = _listeners(app, health_address, metrics_address)
+        shutting_down = Unavailable("DRAINING", "the server is shutting down; try another replica")
+        stack.push_async_callback(app.host.close, shutting_down)
+        stack.push_async_callback(app.state.close)
+        stack.push_async_callback(app.deployer.close)
+        lag = partial(observe_lag, telemetry.metrics.loop_lag.of(()))
+        for keep in (app.keep_health, app.keep_admitting, lag, keep_giving_back):
+            stack.push_async_callback(_end, asyncio.create_task(keep(), name="health"))
+        await app.health.start()
+        await app.deployer.reconcile()
+        app.host.start()
+        await app.register_configured()
+        await data.start()
+        await admin.start()
+        stack.push_async_callback(
+            drain,
+            (data, admin),
+            app.health,
+            app.admission,
+            app.inference,
+            config.drain_grace_seconds,
+            config.lame_duck_seconds,
+        )
+        stack.push_async_callback(app.probes.drain)
+        yield app, addresses
+
+
+async def _start_probes(app: Application, stack: AsyncExitStack) -> str | None:
+    """Open the probe port, if configured: first to open, last to close. Returns its address, or None."""
+    address = app.config.health_listen
+    if address is None:
+        return None
+    server, port = build_probe_server(app.probes, address)
+    await app.probes.start()
+    await server.start()
+    stack.push_async_callback(server.stop, None)
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
+    """Serve the metrics page, if configured. Returns its address, or None."""
+    if app.config.metrics_listen is None:
+        return None
+    from loraplex_service.telemetry.page import MetricsPage, Served, metrics_server  # with it comes an HTTP server
+
+    served = Served(app.telemetry, app.host.all, app.registry.requests, lambda: app.admission.draining)
+    page = MetricsPage(served, asyncio.get_running_loop())
+    return await stack.enter_async_context(metrics_server(page, app.config.metrics_listen))
+
+
+def _listeners(
+    app: Application, health_address: str | None, metrics_address: str | None
+) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
+    config = app.config
+    call_limits, connections = _call_limits(config.limits), _connection_limits(config.limits)
+    interceptor = CallInterceptor(Door(config.auth), call_limits, app.telemetry.observer, app.tenants)
+
+    def listen(services: tuple[Service, ...], address: str) -> tuple[grpc.aio.Server, int]:
+        credentials = None if config.tls is None else server_credentials(config.tls)
+        return build_server(services, app.health, interceptor, address, credentials, connections)
+
+    data, data_port = listen(app.data, config.listen)
+    admin, admin_port = listen(app.admin, config.admin_listen)
+    hosts = [address.rpartition(":")[0] for address in (config.listen, config.admin_listen)]
+    own = (f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}")
+    return data, admin, Addresses(*own, health_address, metrics_address)
+
+
+def _call_limits(limits: LimitsConfig) -> CallLimits:
+    return CallLimits(
+        receive=ReceiveLimits(limits.request_bytes, limits.batch_bytes, limits.message_seconds),
+        calls_per_tenant=limits.calls_per_tenant,
+        unread_seconds=limits.unread_seconds,
+        answer_bytes=limits.answer_bytes,
+        unread_bytes=limits.unread_bytes,
+    )
+
+
+def _connection_limits(limits: LimitsConfig) -> ConnectionLimits:
+    return ConnectionLimits(limits.connections, limits.calls_per_connection, limits.idle_connection_seconds)
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

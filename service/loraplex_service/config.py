@@ -1,0 +1,448 @@
+"""The configuration: a YAML file, then LORAPLEX_* of the environment over it. Read once, checked as a whole, frozen.
+
+Relative paths are relative to the directory of the file. Every scalar at the top level of the file can be overridden by
+the environment: LORAPLEX_LISTEN, LORAPLEX_LOG_LEVEL, LORAPLEX_DRAIN_GRACE_SECONDS and so on. Other variables that begin
+with LORAPLEX_ are passed over, because Kubernetes sets some for every service of that name.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import msgspec
+import yaml
+
+from loraplex.v1.generation_pb2 import Sampling
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.logs import LOG_FORMATS
+from loraplex_service.admission.tenants import TenantConfig
+from loraplex_service.auth.config import AuthConfig, CertificateConfig, JwtConfig
+from loraplex_service.config_checks import Shape, number_problems
+from loraplex_service.models.device_shares import share_problems, with_shares
+from loraplex_service.models.generation_defaults import sampling_of_file
+
+ENVIRONMENT_PREFIX = "LORAPLEX_"
+ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+STATE_DIRECTORY = ".loraplex"
+LOOPBACK_HOSTS = frozenset(("127.0.0.1", "[::1]", "localhost"))
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used. The message names each mistake and its place."""
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the parts of the file: a key that does not exist is an error."""
+
+
+class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One base model: its name in the API, the settings of its engine, and the defaults of its requests."""
+
+    name: str  # "llama-8b": requests name it so, or models/llama-8b
+    load: bool = True  # at start; else by LoadModel
+    # Fields of loraplex.v1.Sampling, for requests that leave them out; "none": not even the model's own files give any.
+    default_sampling: dict[str, Any] | Literal["none"] | None = None
+    chat_template: str | None = None  # a Jinja file that replaces the model's own
+    literal_content: bool = False  # text of chats never becomes control tokens, unless a request asks for it
+    labels: dict[str, str] = {}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `model` is a directory (an absolute path, once the file is read) rather than a hub id."""
+        return self.model.startswith("/")
+
+    def engine(self) -> EngineConfig:
+        """The configuration for the engine process."""
+        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})
+
+    def sampling(self) -> Sampling:
+        """`default_sampling` as a message of the contract. Raises ValueError naming the field at fault."""
+        if self.default_sampling is None or self.default_sampling == "none":
+            return Sampling()
+        return sampling_of_file(self.default_sampling, "default_sampling")
+
+
+class AdapterConfig(_Section, frozen=True):
+    """One adapter that is registered at start."""
+
+    name: str  # "pirate" of the tenant shared, or "{tenant}/{adapter}"
+    model: str  # the name of the model that it adapts
+    source: str  # the adapter's directory, under one of the adapter roots
+    residency: Literal["host", "device"] = "host"  # the tier that it is loaded into ahead of its requests
+    pinned: bool = False  # keep it on the device
+    labels: dict[str, str] = {}
+
+    @property
+    def tenant(self) -> str:
+        return self.name.rpartition("/")[0] or "shared"
+
+    @property
+    def adapter_id(self) -> str:
+        return self.name.rpartition("/")[2]
+
+
+class TlsConfig(_Section, frozen=True):
+    """Files in PEM. With `client_ca`, callers must show a certificate that it signed."""
+
+    certificate: str
+    key: str
+    client_ca: str | None = None
+
+
+class LimitsConfig(_Section, frozen=True):
+    """Limits on requests in flight, on message sizes, and on waiting times."""
+
+    in_flight_sequences: float = 4.0  # times max_num_seqs; beyond it requests are refused as OVERLOADED
+    in_flight_cache_tokens: float = 4.0  # times the tokens that the key-value cache holds
+    expected_output_tokens: int = 512  # an output counts as at most so many tokens
+    unread_tokens: int = 8192  # unread tokens of one stream; beyond it the stream is cut
+    unread_seconds: float = 30.0  # for which a message of a stream may stay unread
+    unread_bytes: int = 256 << 20  # unread answers to unary calls, of one tenant
+    answer_bytes: int = 32 << 20  # one answer to a unary call
+    request_bytes: int = 4 << 20  # a request of the data port, decompressed
+    batch_bytes: int = 8 << 20  # a BatchGenerate request, decompressed
+    message_seconds: float = 30.0  # to wait for a call's next message
+    calls_per_tenant: int = 2048  # calls in progress on one port
+    calls_per_connection: int = 64  # calls in progress; one that waits for its turn takes 16 KiB
+    connections: int = 1024  # to one port
+    idle_connection_seconds: float = 300.0  # without a call
+    adapter_load_wait_seconds: float = 60.0  # the longest wait of a request for its adapter
+    template_workers: int = 2  # processes that render chat templates
+    waiting_text_bytes: int = 32 << 20  # long texts in work or waiting; beyond it requests are refused as OVERLOADED
+    upload_bytes: int = 2 << 30  # all files of one uploaded or fetched adapter
+
+
+class SupervisionConfig(_Section, frozen=True):
+    """When an engine counts as stuck, and how often it is started again."""
+
+    heartbeat_seconds: float = 2.0  # between two pings of an engine
+    heartbeat_timeout_seconds: float = 60.0  # must be longer than the longest step: engines answer between steps
+    restart_delay_seconds: float = 0.5  # before the first restart; doubles with each failed one
+    restart_delay_max_seconds: float = 30.0
+    stable_seconds: float = 60.0  # an engine that ran so long starts again with the first delay
+    failed_starts: int = 5  # failed loads in a row after which the model is FAILED
+    stop_seconds: float = 10.0  # for an engine to end before it is killed
+    resume_seconds: float = 60.0  # for which a running request waits for the next engine after one died
+
+
+class UsageConfig(_Section, frozen=True):
+    """One record for each generation, for billing."""
+
+    file: str  # records are appended to it, one JSON object a line
+    rotate_bytes: int = 64 << 20  # beyond it the file is renamed with a time stamp, and a new one begins
+    max_waiting_records: int = 10_000  # kept while the file cannot be written; beyond it requests are refused
+
+
+class OtlpConfig(_Section, frozen=True):
+    """The collector of traces and metrics, reached by OTLP over gRPC."""
+
+    endpoint: str  # http://host:4317, or https:
+    headers: dict[str, str] = {}  # headers, such as the collector's credentials
+    trace_ratio: float = 1.0  # share of calls to trace, where the caller has not decided
+    metrics_seconds: float = 15.0  # between two exports
+
+
+class ServiceConfig(_Section, frozen=True):
+    """The whole file."""
+
+    models: tuple[ModelConfig, ...]
+    adapters: tuple[AdapterConfig, ...] = ()
+    adapter_roots: tuple[str, ...] = ()  # adapters are read only from below these directories
+    adapter_sources: tuple[str, ...] = ()  # and fetched only from these prefixes: "s3://bucket/prefix/", "hf://owner/"
+    object_store: dict[str, str] = {}  # for s3://: endpoint, region, …
+    state_directory: str | None = None  # state that survives restarts; "": none is kept. Default in a file: beside it
+    listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
+    admin_listen: str = "127.0.0.1:50052"
+    health_listen: str | None = (
+        None  # a plaintext port for an orchestrator's probes: see service/loraplex_service/ports/probes.py
+    )
+    metrics_listen: str | None = (
+        None  # the Prometheus page, in plaintext: see service/loraplex_service/telemetry/page.py
+    )
+    tls: TlsConfig | None = None
+    insecure: bool = False  # allow other addresses than loopback without TLS and without credentials
+    auth: AuthConfig | None = None  # None: every caller that reaches a listener may call
+    tenants: dict[str, TenantConfig] = {}
+    other_tenants: TenantConfig = TenantConfig()  # tenants that `tenants` does not name
+    drain_grace_seconds: float = 30.0  # for running requests to end, once told to stop
+    lame_duck_seconds: float = 0.0  # before that: still serving, but reporting NOT_SERVING to balancers
+    log_level: str = "INFO"
+    log_format: str = "text"  # or "json": one object a line
+    access_log: bool = False  # a line for each call
+    usage: UsageConfig | None = None
+    otlp: OtlpConfig | None = None
+    limits: LimitsConfig = LimitsConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+
+    def with_free_ports(self) -> Self:
+        """Return a copy that listens on free loopback ports, whatever the file says."""
+        return msgspec.structs.replace(self, listen="127.0.0.1:0", admin_listen="127.0.0.1:0")
+
+
+SECTIONS = (
+    ServiceConfig,
+    ModelConfig,
+    AdapterConfig,
+    TlsConfig,
+    AuthConfig,
+    JwtConfig,
+    CertificateConfig,
+    TenantConfig,
+    LimitsConfig,
+    SupervisionConfig,
+    UsageConfig,
+    OtlpConfig,
+)
+
+
+def default_config_file() -> Path:
+    """The path of the embedded configuration, with models and adapters small enough for any machine."""
+    return Path(str(resources.files("loraplex_demo"))) / "loraplex.yaml"
+
+
+def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceConfig:
+    """Read a file (None: the embedded default) and the environment. Raises ConfigError naming everything at fault."""
+    file = (default_config_file() if file is None else file).absolute()
+    fields, problems = _read_yaml(file)
+    overrides, more_problems = _overrides(environment)
+    shape = Shape({name for section in SECTIONS for name in section.__struct_fields__})
+    fields = shape.pruned(fields | overrides, ServiceConfig)
+    problems += more_problems + shape.mistakes
+    try:
+        config = msgspec.convert(fields, ServiceConfig)
+    except msgspec.ValidationError as error:  # it is one of the mistakes
+        raise ConfigError(f"{file}: " + "; ".join(problems)) from error
+    config = _with_absolute_paths(config, file.parent.resolve())
+    problems += _problems(config)
+    if problems:
+        raise ConfigError(f"{file}: " + "; ".join(problems))
+    return msgspec.structs.replace(config, models=with_shares(config.models))
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Notes keys that appear twice in a mapping: YAML would use the last one without a word."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.problems: list[str] = []
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name = self.construct_object(key) if key.tag in self.yaml_constructors else key.value  # such as <<
+            line = key.start_mark.line + 1
+            if name in lines:
+                self.problems.append(f"the key {name!r} appears twice, in line {lines[name]} and in line {line}")
+            lines.setdefault(name, line)
+        return node
+
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the content of the file, and its keys that appear twice. Raises ConfigError."""
+    try:
+        loader = _Loader(file.read_text())
+        fields = loader.get_single_data()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{file}: a mapping is expected, with at least `models:`")
+    return fields, loader.problems
+
+
+def _overrides(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings in the environment, and what is wrong with them."""
+    overrides: dict[str, Any] = {}
+    problems: list[str] = []
+    for field in msgspec.structs.fields(ServiceConfig):
+        variable = ENVIRONMENT_PREFIX + field.name.upper()
+        if field.type not in (str, bool, int, float, str | None) or variable not in environment:
+            continue
+        try:
+            overrides[field.name] = msgspec.convert(environment[variable], field.type, strict=False)
+        except msgspec.ValidationError as error:
+            problems.append(f"{variable}={environment[variable]!r} in the environment: {error}")
+    return overrides, problems
+
+
+# ---- checking --------------------------------------------------------------------------------------------------------
+
+
+def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
+    def absolute(path: str) -> str:
+        return str(base / Path(path).expanduser())
+
+    def model(item: ModelConfig) -> ModelConfig:
+        is_path = item.model.startswith((".", "/", "~")) or (base / item.model).is_dir()  # else an id of a hub
+        return msgspec.structs.replace(
+            item,
+            model=absolute(item.model) if is_path else item.model,
+            chat_template=None if item.chat_template is None else absolute(item.chat_template),
+        )
+
+    def tenant(item: TenantConfig) -> TenantConfig:
+        return msgspec.structs.replace(item, adapter_keys=tuple(absolute(file) for file in item.adapter_keys))
+
+    def adapter_source(source: str) -> str:
+        """Find an adapter's directory under the first root that has it, as for any request, else beside the file."""
+        under = [os.path.join(absolute(root), source) for root in config.adapter_roots]
+        return next(filter(os.path.isdir, under), absolute(source))
+
+    tls = config.tls
+    if tls is not None:
+        client_ca = None if tls.client_ca is None else absolute(tls.client_ca)
+        tls = TlsConfig(certificate=absolute(tls.certificate), key=absolute(tls.key), client_ca=client_ca)
+    usage = config.usage
+    if usage is not None:
+        usage = msgspec.structs.replace(usage, file=absolute(usage.file))
+    return msgspec.structs.replace(
+        config,
+        models=tuple(model(item) for item in config.models),
+        adapters=tuple(
+            item if _is_remote(item) else msgspec.structs.replace(item, source=adapter_source(item.source))
+            for item in config.adapters
+        ),
+        tenants={name: tenant(item) for name, item in config.tenants.items()},
+        other_tenants=tenant(config.other_tenants),
+        adapter_roots=tuple(absolute(root) for root in config.adapter_roots),
+        state_directory=_state_directory(config, base),
+        tls=tls,
+        usage=usage,
+        auth=None if config.auth is None else config.auth.with_paths(absolute),
+    )
+
+
+def _is_remote(adapter: AdapterConfig) -> bool:
+    return "://" in adapter.source
+
+
+def _state_directory(config: ServiceConfig, base: Path) -> str:
+    if config.state_directory == "":
+        return ""
+    return str(base / Path(config.state_directory or STATE_DIRECTORY).expanduser())
+
+
+def _problems(config: ServiceConfig) -> Iterator[str]:
+    if not config.models:
+        yield "models: there is none; name at least one"
+    yield from _repeated("models", [model.name for model in config.models])
+    yield from _repeated("adapters", [f"{adapter.tenant}/{adapter.adapter_id}" for adapter in config.adapters])
+    for index, model in enumerate(config.models):
+        yield from (f"models[{index}] {model.name!r}: {problem}" for problem in _model_problems(model))
+    yield from share_problems(config.models)
+    names = {model.name for model in config.models}
+    for index, adapter in enumerate(config.adapters):
+        place = f"adapters[{index}] {adapter.name!r}"
+        if not (ID.fullmatch(adapter.tenant) and ID.fullmatch(adapter.adapter_id)):
+            yield f"{place}: the name must be an id, or two with a slash between, each {_ID_RULE}"
+        if adapter.model not in names:
+            yield f"{place}: model {adapter.model!r} is none of those configured: {', '.join(sorted(names))}"
+        if not config.adapter_roots and not _is_remote(adapter):
+            yield f"{place}: adapter_roots is empty, so no adapter may be read; list the directory that it lies in"
+    for root in config.adapter_roots:
+        if not Path(root).is_dir():
+            yield f"adapter_roots: there is no directory {root}"
+    for name, tenant in config.tenants.items():
+        if not ID.fullmatch(name):
+            yield f"tenants: {name!r} is no name of a tenant: {_ID_RULE}"
+        yield from (f"tenants.{name}: {problem}" for problem in tenant.problems())
+    yield from (f"other_tenants: {problem}" for problem in config.other_tenants.problems())
+    yield from _listener_problems(config)
+    if config.auth is not None:
+        yield from (f"auth: {problem}" for problem in config.auth.problems())
+        if config.auth.certificates and (config.tls is None or config.tls.client_ca is None):
+            yield "auth: certificates: callers are asked for none; set tls.client_ca"
+    if config.log_level.upper() not in logging.getLevelNamesMapping():
+        yield f"log_level {config.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR"
+    if config.log_format not in LOG_FORMATS:
+        yield f"log_format {config.log_format!r} is not one of {', '.join(LOG_FORMATS)}"
+    yield from _telemetry_problems(config)
+    for name in _COUNTS_OF_GRPC:
+        if not 1 <= getattr(config.limits, name) <= _MOST_OF_GRPC:
+            yield f"limits: {name} {getattr(config.limits, name)} must be from 1 to {_MOST_OF_GRPC}"
+    if config.limits.template_workers < 1:
+        yield f"limits: template_workers {config.limits.template_workers} must be at least 1"
+    yield from number_problems(config)
+
+
+def _telemetry_problems(config: ServiceConfig) -> Iterator[str]:
+    if config.usage is not None:
+        if not Path(config.usage.file).parent.is_dir():
+            yield f"usage: there is no directory {Path(config.usage.file).parent}"
+        if config.usage.rotate_bytes < 1:
+            yield f"usage: rotate_bytes {config.usage.rotate_bytes} must be at least 1"
+        if config.usage.max_waiting_records < 1:
+            yield f"usage: max_waiting_records {config.usage.max_waiting_records} must be at least 1"
+    if config.otlp is not None:
+        if not config.otlp.endpoint.startswith(("http://", "https://")):
+            yield f"otlp: endpoint {config.otlp.endpoint!r}: http://host:4317 is expected, or https:"
+        if config.otlp.trace_ratio > 1.0:
+            yield f"otlp: trace_ratio {config.otlp.trace_ratio} must be from 0 to 1"
+
+
+_COUNTS_OF_GRPC = (
+    "connections",
+    "calls_per_connection",
+    "calls_per_tenant",
+    "request_bytes",
+    "batch_bytes",
+    "answer_bytes",
+)
+_MOST_OF_GRPC = 1 << 30  # its options are of 32 bits
+_ID_RULE = "1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
+
+
+def _repeated(key: str, names: list[str]) -> Iterator[str]:
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"{key}: {name!r} appears {names.count(name)} times; names must differ"
+
+
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    if not ID.fullmatch(model.name):
+        yield f"the name must be {_ID_RULE}"
+    if model.model.startswith("/") and not Path(model.model).is_dir():
+        yield f"model: there is no directory {model.model}"
+    if model.chat_template is not None and not Path(model.chat_template).is_file():
+        yield f"chat_template: there is no file {model.chat_template}"
+    for check in (model.check, model.sampling):
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)
+
+
+def _listener_problems(config: ServiceConfig) -> Iterator[str]:
+    for key in ("listen", "admin_listen", "health_listen", "metrics_listen"):
+        address: str | None = getattr(config, key)
+        if address is None:
+            continue
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not port.isdecimal() or int(port) > 65535:
+            yield f"{key} {address!r}: host:port is expected, such as 127.0.0.1:50051; port 0 takes a free one"
+        elif key == "health_listen":
+            continue  # it says SERVING or NOT_SERVING, and nothing that needs protection
+        elif key == "metrics_listen" and host not in LOOPBACK_HOSTS and not config.insecure:
+            yield (
+                f"{key} {address!r} can be reached from other machines, and anybody there could read who uses what: "
+                "set insecure: true where the network is trusted"
+            )
+        elif host not in LOOPBACK_HOSTS and not config.insecure:
+            missing = []
+            if config.tls is None:
+                missing.append("tls, since anybody on the way could read it")
+            if config.auth is None and (config.tls is None or config.tls.client_ca is None):
+                missing.append("auth (or tls.client_ca), since anybody there could use it")
+            if missing:
+                yield (
+                    f"{key} {address!r} can be reached from other machines: set {' and '.join(missing)}; or insecure: "
+                    "true where the network is trusted"
+                )

@@ -1,0 +1,476 @@
+"""AdapterService: adapters that come and go while the server runs."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import grpc.aio
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from loraplex.v1 import adapters_pb2_grpc
+from loraplex.v1.adapters_pb2 import (
+    ADAPTER_RESIDENCY_DEVICE,
+    ADAPTER_RESIDENCY_DISK,
+    ADAPTER_RESIDENCY_HOST,
+    ADAPTER_RESIDENCY_UNSPECIFIED,
+    Adapter,
+    AdapterResidency,
+    CreateAdapterRequest,
+    DeleteAdapterRequest,
+    GetAdapterRequest,
+    ListAdaptersRequest,
+    ListAdaptersResponse,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    UpdateAdapterRequest,
+    UploadAdapterRequest,
+    WatchAdaptersRequest,
+    WatchAdaptersResponse,
+)
+from loraplex.v1.watch_pb2 import (
+    WATCH_EVENT_TYPE_CHANGED,
+    WATCH_EVENT_TYPE_DELETED,
+    WATCH_EVENT_TYPE_EXISTING,
+    WATCH_EVENT_TYPE_SNAPSHOT_END,
+)
+from loraplex_adapters.errors import AdapterConflict, AdapterNotFound
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.registry import (
+    AdapterChange,
+    AdapterRegistry,
+    AdapterSpec,
+    AdapterState,
+    AdapterVersion,
+    ChangeKind,
+    full_name,
+)
+from loraplex_adapters.residency import Residency
+from loraplex_service.adapters.deployer import AdapterDeployer
+from loraplex_service.adapters.library import AdapterFiles, AdapterLibrary
+from loraplex_service.admission.tenants import Tenants
+from loraplex_service.call import sees_inside
+from loraplex_service.control.quota import AdapterQuota, Incoming
+from loraplex_service.control.requests import (
+    Once,
+    adapter_name,
+    model_id,
+    page,
+    tenant_id,
+    wait_seconds,
+    wait_until,
+)
+from loraplex_service.control.sight import seen_tenants
+from loraplex_service.control.uploads import receive_files, upload_header
+from loraplex_service.control.watching import Latest
+from loraplex_service.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidRequest,
+    LoraplexError,
+    NotFound,
+    Unavailable,
+    to_status,
+    unknown_adapter,
+)
+from loraplex_service.models.host import ModelHost
+from loraplex_service.models.supervisor import EngineState
+from loraplex_service.state import StateFile
+from loraplex_service.timestamps import timestamp
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+STATES = {
+    AdapterState.LOADING: Adapter.STATE_LOADING,
+    AdapterState.ACTIVE: Adapter.STATE_ACTIVE,
+    AdapterState.FAILED: Adapter.STATE_FAILED,
+    AdapterState.DELETING: Adapter.STATE_DELETING,
+}
+RESIDENCIES = {
+    Residency.DISK: ADAPTER_RESIDENCY_DISK,
+    Residency.HOST: ADAPTER_RESIDENCY_HOST,
+    Residency.DEVICE: ADAPTER_RESIDENCY_DEVICE,
+}
+UPDATABLE = ("labels", "pinned", "version")
+
+
+class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
+    """Serves the registry's versions as resources. Changes go through the deployer."""
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        deployer: AdapterDeployer,
+        library: AdapterLibrary,
+        host: ModelHost,
+        state: StateFile,
+        tenants: Tenants,
+        quota: AdapterQuota,
+        max_upload_bytes: int,
+    ) -> None:
+        self._registry = registry
+        self._deployer = deployer
+        self._library = library
+        self._host = host
+        self._state = state
+        self._tenants = tenants
+        self._max_upload_bytes = max_upload_bytes
+        self._quota = quota
+        self._once = Once()
+
+    # ---- looking -----------------------------------------------------------------------------------------------------
+
+    async def GetAdapter(self, request: GetAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        return self._message(self._get(request.name))
+
+    async def ListAdapters(self, request: ListAdaptersRequest, context: Context) -> ListAdaptersResponse:  # noqa: N802
+        versions = self._registry.list_versions(
+            seen_tenants(request.parent),
+            model_id(request.base_model, "base_model") if request.HasField("base_model") else None,
+            request.include_versions,
+        )
+        shown, token = page(versions, lambda version: version.version_name, self._message, request)
+        return ListAdaptersResponse(adapters=shown, next_page_token=token)
+
+    async def WatchAdapters(  # noqa: N802
+        self, request: WatchAdaptersRequest, context: Context
+    ) -> AsyncGenerator[WatchAdaptersResponse, None]:
+        tenants = seen_tenants(request.parent)
+        base_model = model_id(request.base_model, "base_model") if request.HasField("base_model") else None
+        changes = Latest[AdapterChange]()
+        sees = {owner: sees_inside(owner) for owner in tenants or ()}  # all, for who may ask for all
+
+        def put(change: AdapterChange) -> None:
+            version = change.version
+            owner = _owner(version)
+            if change.kind is ChangeKind.MOVED and not sees.get(owner, True):
+                return
+            if (tenants is None or owner in tenants) and base_model in (None, version.spec.base_model):
+                changes.put(version.version_name, change)
+
+        unsubscribe = self._registry.subscribe(put)
+        try:
+            for version in self._registry.list_versions(tenants, base_model, include_versions=True):
+                yield WatchAdaptersResponse(type=WATCH_EVENT_TYPE_EXISTING, adapter=self._message(version))
+            yield WatchAdaptersResponse(type=WATCH_EVENT_TYPE_SNAPSHOT_END)
+            async for change in changes:
+                yield self._watch_message(change)
+        finally:
+            unsubscribe()
+
+    def _watch_message(self, change: AdapterChange) -> WatchAdaptersResponse:
+        version = change.version
+        if change.kind is ChangeKind.REMOVED:
+            gone = Adapter(name=version.name, version=_version_name(version))
+            return WatchAdaptersResponse(type=WATCH_EVENT_TYPE_DELETED, adapter=gone)
+        return WatchAdaptersResponse(type=WATCH_EVENT_TYPE_CHANGED, adapter=self._message(version))
+
+    # ---- registering -------------------------------------------------------------------------------------------------
+
+    async def CreateAdapter(self, request: CreateAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        return await self._once.run("CreateAdapter", request.request_id, lambda: self._create(request))
+
+    async def UploadAdapter(  # noqa: N802
+        self, request_iterator: AsyncIterator[UploadAdapterRequest], context: Context
+    ) -> Adapter:
+        header = await upload_header(request_iterator)
+
+        async def upload() -> Adapter:
+            tenant = tenant_id(header.parent, "header.parent")
+            assert tenant is not None, "tenants/- is refused before"
+            with self._quota.upload(tenant) as incoming:
+                announce = partial(self._quota.announce, incoming)
+                async with self._library.gather() as gathering:
+                    await receive_files(request_iterator, gathering, self._max_upload_bytes, announce)
+                    return await self._register(header, await gathering.check("upload"), incoming)
+
+        return await self._once.run("UploadAdapter", header.request_id, upload)
+
+    async def _create(self, request: CreateAdapterRequest) -> Adapter:
+        async with self._library.find(request.adapter.source) as files:
+            return await self._register(request, files)
+
+    async def _register(
+        self, request: CreateAdapterRequest, files: AdapterFiles, incoming: Incoming | None = None
+    ) -> Adapter:
+        """Register, or only validate, a version whose files have been found."""
+        residency = _residency(request.residency, Residency.HOST, (Residency.HOST, Residency.DEVICE))
+        tenant = tenant_id(request.parent, "parent")
+        assert tenant is not None, "tenants/- is refused above"
+        spec = AdapterSpec(
+            base_model=model_id(request.adapter.base_model, "adapter.base_model"),
+            source=request.adapter.source,
+            labels=dict(request.adapter.labels),
+            pinned=request.adapter.pinned,
+            residency=residency,
+            make_current=request.make_current if request.HasField("make_current") else True,
+        )
+        seconds = wait_seconds(request)
+        if request.adapter.digest and request.adapter.digest != f"sha256:{files.digest}":
+            raise InvalidRequest.at("adapter.digest", f"the files have another one, sha256:{files.digest}")
+        await self._library.check_trust(self._tenants.get(tenant), files.digest, files.directory)
+        files = self._deployer.check_rank(files, spec.base_model)
+        if request.validate_only:
+            return await self._validated(tenant, request.adapter_id, spec, files)
+        key = AdapterKey(f"{tenant}/{request.adapter_id}", files.digest)
+        check = partial(self._quota.check, key, files.directory, request.adapter.ByteSize(), incoming)
+        version = await self._deployer.create_saved(tenant, request.adapter_id, spec, files, check)
+        deadline = asyncio.get_running_loop().time() + seconds
+        version = await self._wait_while(version, AdapterState.LOADING, seconds)
+        with suppress(Unavailable):  # it is registered: a restart reads it again, and the name means it then
+            await self._state.saved()
+        if version.state is AdapterState.ACTIVE and (spec.pinned or residency is Residency.DEVICE):
+            loading = self._deployer.load(version, Residency.DEVICE)
+            await asyncio.wait({loading}, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        return self._message(self._find(version.key) or version)
+
+    async def _validated(self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles) -> Adapter:
+        info = await self._deployer.validate(tenant, adapter_id, spec.base_model, files)
+        name = f"tenants/{tenant}/adapters/{adapter_id}"
+        return Adapter(
+            name=name,
+            version=f"{name}@{files.digest[:12]}",
+            base_model=f"models/{spec.base_model}",
+            source=spec.source,
+            digest=f"sha256:{files.digest}",
+            rank=info.rank,
+            module_ranks=info.module_ranks,
+            alpha=info.alpha,
+            target_modules=info.target_modules,
+            warnings=info.warnings,
+            size_bytes=info.size_bytes,
+            labels=spec.labels,
+        )
+
+    # ---- changing ----------------------------------------------------------------------------------------------------
+
+    async def UpdateAdapter(self, request: UpdateAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        async def update() -> Adapter:
+            return self._message(await self._update(request.adapter, _fields_to_change(request.update_mask)))
+
+        return await self._once.run("UpdateAdapter", request.request_id, update)
+
+    async def _update(self, wanted: Adapter, fields: set[str]) -> AdapterVersion:
+        version = self._get(wanted.name, "adapter.name")
+        _check_etag(version, wanted.etag)
+        if "version" in fields:
+            version = self._next_current(wanted)
+        repins = "pinned" in fields and wanted.pinned is not version.spec.pinned
+        if repins:
+            await self._deployer.pin(version, wanted.pinned)  # what may fail comes before what does not
+        try:
+            return await self._deployer.change(
+                version.key.name,
+                lambda registry: _updated(registry, version, wanted, fields),
+                partial(self._check_update, version, wanted, fields),
+            )
+        except LoraplexError:
+            if repins:
+                await self._deployer.pin(version, version.spec.pinned)
+            raise
+
+    def _check_update(self, version: AdapterVersion, wanted: Adapter, fields: set[str]) -> None:
+        _check_etag(self._get(wanted.name, "adapter.name"), wanted.etag)
+        if "labels" in fields:
+            more = Adapter(labels=wanted.labels).ByteSize() - Adapter(labels=version.spec.labels).ByteSize()
+            self._quota.check_state(_owner(version), more)
+
+    def _next_current(self, wanted: Adapter) -> AdapterVersion:
+        """The version to which an alias is to move. Raises InvalidRequest, NotFound, FailedPrecondition."""
+        adapter_name(wanted.name, "adapter.name", version_allowed=False)
+        if not wanted.version.startswith(f"{wanted.name}@"):
+            raise InvalidRequest.at("adapter.version", f"{wanted.version[:200]!r} is no version of {wanted.name}")
+        version = self._get(wanted.version, "adapter.version")
+        if version.state is not AdapterState.ACTIVE:
+            problem = f"{version.version_name}: {version.state.value}, only an active version can be current"
+            raise FailedPrecondition("ADAPTER_INVALID", problem)
+        return version
+
+    async def DeleteAdapter(self, request: DeleteAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        return await self._once.run("DeleteAdapter", request.request_id, lambda: self._delete(request))
+
+    async def _delete(self, request: DeleteAdapterRequest) -> Adapter:
+        seconds = wait_seconds(request)
+        version = self._get(request.name)
+        _check_etag(version, request.etag)
+        try:
+            versions = await self._deployer.change(
+                version.key.name,
+                lambda registry: registry.delete(request.name),
+                lambda: _check_etag(self._get(request.name), request.etag),
+            )
+        except AdapterConflict as error:
+            raise FailedPrecondition("ADAPTER_IS_CURRENT", str(error)) from error
+        keys = [other.key for other in versions]
+        await wait_until(lambda: not any(self._find(key) for key in keys), self._registry.subscribe, seconds)
+        with suppress(Unavailable):  # a restart goes on with what is being deleted
+            await self._state.saved()
+        return self._message(self._find(version.key) or next(other for other in versions if other.key == version.key))
+
+    async def LoadAdapter(self, request: LoadAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        async def load() -> Adapter:
+            residency = _residency(request.residency, Residency.DEVICE, (Residency.HOST, Residency.DEVICE))
+            version = self._usable(request.name)
+            loading = self._deployer.load(version, residency)
+            done, _ = await asyncio.wait({loading}, timeout=wait_seconds(request))
+            for task in done:
+                task.result()  # raises what kept it from getting there
+            return self._message(self._get(request.name))
+
+        return await self._once.run("LoadAdapter", request.request_id, load)
+
+    async def UnloadAdapter(self, request: UnloadAdapterRequest, context: Context) -> Adapter:  # noqa: N802
+        async def unload() -> Adapter:
+            residency = _residency(request.residency, Residency.DISK, (Residency.DISK, Residency.HOST))
+            version = self._usable(request.name)
+            if version.spec.pinned:
+                raise FailedPrecondition("ADAPTER_PINNED", f"adapter {version.version_name} is pinned; unpin it first")
+            unloading = self._deployer.unload(version, residency)
+            if unloading is not None:
+                await asyncio.wait({unloading}, timeout=wait_seconds(request))
+            return self._message(self._get(request.name))
+
+        return await self._once.run("UnloadAdapter", request.request_id, unload)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _get(self, name: str, field: str = "name") -> AdapterVersion:
+        """Raises InvalidRequest, NotFound."""
+        try:
+            return self._registry.get(adapter_name(name, field))
+        except AdapterNotFound as error:
+            raise unknown_adapter(name, error) from error
+
+    def _usable(self, name: str) -> AdapterVersion:
+        """Raises InvalidRequest, NotFound, and FailedPrecondition for a version that cannot be used."""
+        version = self._get(name)
+        if version.state is AdapterState.FAILED:
+            raise FailedPrecondition(version.reason, "; ".join(version.problems))
+        if version.state is AdapterState.DELETING:
+            raise NotFound("ADAPTER_NOT_FOUND", name, f"adapter {version.version_name} is being deleted")
+        return version
+
+    def _find(self, key: AdapterKey) -> AdapterVersion | None:
+        try:
+            return self._registry.get(full_name(key))
+        except AdapterNotFound:
+            return None
+
+    async def _wait_while(self, version: AdapterVersion, state: AdapterState, seconds: float) -> AdapterVersion:
+        def is_over() -> bool:
+            now = self._find(version.key)
+            return now is None or now.state is not state or self._stuck(now) is not None
+
+        def subscribe(changed: Callable[[object], None]) -> Callable[[], None]:
+            leave_registry, leave_host = self._registry.subscribe(changed), self._host.subscribe(changed)
+
+            def leave() -> None:
+                leave_registry()
+                leave_host()
+
+            return leave
+
+        await wait_until(is_over, subscribe, seconds)
+        return self._find(version.key) or version
+
+    def _message(self, version: AdapterVersion) -> Adapter:
+        message = Adapter(
+            name=version.name,
+            version=_version_name(version),
+            base_model=f"models/{version.spec.base_model}" if version.spec.base_model else "",
+            digest="" if version.is_missing else f"sha256:{version.key.digest}",
+            state=STATES[version.state],
+            current=version.current,
+            pinned=version.spec.pinned,
+            create_time=timestamp(version.create_time),
+            update_time=timestamp(version.update_time),
+            labels=version.spec.labels,
+            etag=version.etag,
+        )
+        inside = sees_inside(_owner(version))
+        if inside:
+            self._add_what_is_inside(message, version)
+        error = self._stuck(version)
+        if version.state is AdapterState.FAILED:
+            error = FailedPrecondition(version.reason, "; ".join(version.problems))
+        if error is not None:
+            shown = error if inside else FailedPrecondition(error.reason, "ask its operator for the reason")
+            message.error.CopyFrom(to_status(shown, ""))
+        info = version.info
+        if info is not None:
+            message.rank = info.rank
+            message.module_ranks.update(info.module_ranks)
+            message.alpha = info.alpha
+            message.target_modules.extend(info.target_modules)
+            message.warnings.extend(info.warnings)
+            message.size_bytes = info.size_bytes
+        return message
+
+    def _add_what_is_inside(self, message: Adapter, version: AdapterVersion) -> None:
+        """Add the source, the residency and the usage of a version, which other tenants are not shown."""
+        message.source = version.spec.source
+        message.residency = self._residency(version)
+        message.running_requests = version.num_requests - version.num_waiting
+        message.waiting_requests = version.num_waiting
+        if version.last_use_time is not None:
+            message.last_use_time.CopyFrom(timestamp(version.last_use_time))
+
+    def _stuck(self, version: AdapterVersion) -> FailedPrecondition | None:
+        """The error of a version that stays LOADING because its model could not be loaded; None: all others."""
+        model = self._host.find(version.spec.base_model)
+        if version.state is not AdapterState.LOADING or model is None or model.state is not EngineState.FAILED:
+            return None
+        return FailedPrecondition("MODEL_UNLOADED", f"model {model.name!r} could not be loaded: {model.error}")
+
+    def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
+        model = self._host.find(version.spec.base_model)
+        client = None if model is None else model.client
+        residency = Residency.DISK if client is None else client.residency.get(version.key, Residency.DISK)
+        return RESIDENCIES[residency]
+
+
+def _updated(registry: AdapterRegistry, version: AdapterVersion, wanted: Adapter, fields: set[str]) -> AdapterVersion:
+    """The version with its new fields. Raises FailedPrecondition."""
+    name = version.full_name
+    if "pinned" in fields:
+        version = registry.update(name, pinned=wanted.pinned)
+    if "version" in fields:
+        try:
+            version = registry.set_current(name)
+        except AdapterConflict as error:  # it has failed, or is being deleted, since it was looked at
+            raise FailedPrecondition("ADAPTER_INVALID", str(error)) from error
+    if "labels" in fields:
+        version = registry.update(name, labels=wanted.labels)
+    return version
+
+
+def _version_name(version: AdapterVersion) -> str:
+    return "" if version.is_missing else version.version_name
+
+
+def _owner(version: AdapterVersion) -> str:
+    return version.key.name.partition("/")[0]
+
+
+def _fields_to_change(mask: FieldMask) -> set[str]:
+    """Raises InvalidRequest."""
+    unknown = [path for path in mask.paths if path not in UPDATABLE]
+    if unknown:
+        raise InvalidRequest.at("update_mask", f"{unknown[0][:80]!r} cannot be changed; {', '.join(UPDATABLE)} can")
+    return set(mask.paths) or {"labels", "pinned"}
+
+
+def _check_etag(version: AdapterVersion, etag: str) -> None:
+    if etag and etag != version.etag:
+        raise Aborted(f"{version.version_name} has changed since it was read; its etag is {version.etag} now")
+
+
+def _residency(wanted: int, default: Residency, possible: tuple[Residency, ...]) -> Residency:
+    """Raises InvalidRequest."""
+    if wanted == ADAPTER_RESIDENCY_UNSPECIFIED:
+        return default
+    if wanted not in possible:
+        names = " or ".join(AdapterResidency.Name(RESIDENCIES[residency]) for residency in possible)
+        raise InvalidRequest.at("residency", f"must be {names}")
+    return Residency(wanted)

@@ -1,0 +1,1 @@
+"""The base models that the operator configured, and the engine process that each one has."""

@@ -1,0 +1,100 @@
+"""Receives the messages of a call: only of callers that may call, in time, within a size, checked before parsing."""
+
+from __future__ import annotations  # grpc's classes are generic to mypy, and not when they run
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError, Message
+
+from loraplex_service.errors import DeadlineExceeded, InvalidRequest, MessageTooLarge
+from loraplex_service.ports.wire import SMALL_BYTES, check_wire
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_DATA = "/loraplex.v1.InferenceService/", "/loraplex.v1.TokenizerService/"
+_BATCH = "/loraplex.v1.InferenceService/BatchGenerate"
+_ADAPTERS = "/loraplex.v1.AdapterService/"
+_ADAPTER_BYTES = 2 << 20  # a chunk of an upload; an adapter with the names of all of its modules
+_OTHER_BYTES = 256 << 10  # names, labels, targets
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveLimits:
+    """Limits on the decompressed size of a message, and on the wait for it."""
+
+    request_bytes: int = 4 << 20  # bytes of a request of the data port
+    batch_bytes: int = 8 << 20  # bytes of a BatchGenerate request
+    message_seconds: float = 30.0  # for each message that is waited for
+
+    def bytes_of(self, method: str) -> int:
+        """`method`: its path."""
+        if method == _BATCH:
+            return self.batch_bytes
+        if method.startswith(_ADAPTERS):
+            return _ADAPTER_BYTES
+        return self.request_bytes if method.startswith(_DATA) else _OTHER_BYTES
+
+    def largest(self, services: Iterable[str]) -> int:
+        """The largest limit of any method of these services, given by full names."""
+        found = [descriptor_pool.Default().FindServiceByName(name) for name in services]
+        methods = [f"/{service.full_name}/{method.name}" for service in found for method in service.methods]
+        return max(map(self.bytes_of, methods), default=_OTHER_BYTES)
+
+
+class Receiver:
+    """Receives the messages of one method. No message is received before it is asked for."""
+
+    def __init__(self, method: str, parse: Callable[[bytes], Message], limits: ReceiveLimits) -> None:
+        """`method`: its path."""
+        self._method = method
+        self._kind = _input_of(method)
+        self._parse = parse
+        self._max_bytes = limits.bytes_of(method)
+        self._seconds = limits.message_seconds
+
+    async def one(self, context: Context) -> Message:
+        """The only message of a caller."""
+        message = await self._next(context)
+        if message is None:
+            raise InvalidRequest.at("request", f"is missing: {self._method} takes one message")
+        return message
+
+    async def all(self, context: Context) -> AsyncIterator[Message]:
+        """The messages of a caller, each received when it is asked for."""
+        while (message := await self._next(context)) is not None:
+            yield message
+
+    async def _next(self, context: Context) -> Message | None:
+        """The next message; None: there are no more. Raises InvalidRequest, MessageTooLarge, DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                data = await context.read()
+        except TimeoutError:
+            problem = f"no message of the call came for {self._seconds:g} s; send it with the call"
+            raise DeadlineExceeded(problem) from None
+        if data is grpc.aio.EOF:
+            return None
+        if len(data) > self._max_bytes:
+            problem = f"{self._method} takes messages of at most {self._max_bytes} bytes, and this one has {len(data)}"
+            raise MessageTooLarge(problem, len(data), self._max_bytes)
+        try:
+            if len(data) > SMALL_BYTES:  # in a thread: the loop has others to serve
+                await asyncio.to_thread(check_wire, data, self._kind)
+            return self._parse(data)
+        except DecodeError as error:
+            raise InvalidRequest.at(
+                "request", f"{len(data)} bytes that cannot be decoded as a message of {self._method}"
+            ) from error
+
+
+def _input_of(method: str) -> Descriptor:
+    """The message type that the method takes."""
+    found = descriptor_pool.Default().FindMethodByName(method.removeprefix("/").replace("/", "."))
+    return found.input_type

@@ -1,0 +1,377 @@
+"""InferenceService: validate, resolve, tokenise, admit, run."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import grpc.aio
+import msgspec
+
+from loraplex.v1 import inference_pb2_grpc
+from loraplex.v1.generation_pb2 import GenerateSpec
+from loraplex.v1.inference_pb2 import (
+    BatchGenerateRequest,
+    BatchGenerateResponse,
+    BatchStarted,
+    CancelGenerationRequest,
+    CancelGenerationResponse,
+    Completed,
+    Delta,
+    Finished,
+    GenerateOutput,
+    GenerateRequest,
+    GenerateResponse,
+    PromptLogprobs,
+    Started,
+    StreamGenerateRequest,
+    StreamGenerateResponse,
+)
+from loraplex_adapters.errors import AdapterRejected
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.registry import AdapterVersion
+from loraplex_engine.link.client import EngineClient
+from loraplex_engine.link.messages import AddRequest
+from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_service.adapters.texts import AdapterTexts
+from loraplex_service.admission.admission import Admission
+from loraplex_service.admission.tenants import Tenant, Tenants
+from loraplex_service.call import Call, current_call
+from loraplex_service.errors import InvalidRequest, LoraplexError, MessageTooLarge, Unavailable, unusable_adapter
+from loraplex_service.names.catalog import Catalog, Target
+from loraplex_service.ports.interceptors import error_status, known_error, status_name
+from loraplex_service.ports.validation import OutputForm, check_item, derived_seed, merged_sampling, sampling_params
+from loraplex_service.requests.cold_adapters import NO_WAIT, ColdAdapters, Wait
+from loraplex_service.requests.in_flight import InFlight, Requests
+from loraplex_service.requests.prompts import TextWork, prompt_tokens
+from loraplex_service.requests.run import Event, Job, Run
+from loraplex_service.telemetry.metrics import RequestMetrics
+from loraplex_service.telemetry.records import NOBODY, Observer
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+BATCH_CONCURRENCY = 16  # items at once, by default: more would only wait in a shared queue
+SEED_BITS = 53  # bits of a drawn seed: as many as a JavaScript number holds
+
+_FIELD_OF_EVENT: dict[type[Event], str] = {
+    Started: "started",
+    PromptLogprobs: "prompt_logprobs",
+    Delta: "delta",
+    Finished: "finished",
+    Completed: "completed",
+}
+
+
+async def keeps_nothing() -> None:
+    return
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Generates text. Every accepted request ends with one Completed, or with one status."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        admission: Admission,
+        texts: TextWork,
+        adapter_path: Callable[[AdapterVersion], str],
+        tenants: Tenants,
+        max_load_wait_seconds: float = 60.0,
+        resume_seconds: float = 60.0,
+        observer: Observer = NOBODY,
+        metrics: RequestMetrics | None = None,
+        adapter_texts: AdapterTexts | None = None,
+        recorded: Callable[[], Awaitable[None]] = keeps_nothing,
+        answer_bytes: int = 32 << 20,
+    ) -> None:
+        """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read.
+        `resume_seconds`: how long a request that has begun waits for the next engine after one has died.
+        `metrics`: gets the gaps between tokens; what else it counts, it hears of as an observer. `recorded`: waits
+        until what observers keep of generations that have ended is kept: callers see the end only then. `answer_bytes`:
+        of an answer in one piece, and of each item of a batch.
+        """
+        self._catalog = catalog
+        self._admission = admission
+        self._texts = texts
+        self._adapter_path = adapter_path
+        self._tenants = tenants
+        self._adapter_texts = adapter_texts or AdapterTexts(adapter_path)
+        self._cold_adapters = ColdAdapters(adapter_path, max_load_wait_seconds)
+        self._resume_seconds = resume_seconds
+        self._answer_bytes = answer_bytes
+        self._observer = observer
+        self._recorded = recorded
+        self._token_gaps = (metrics or RequestMetrics()).token_gaps
+        self._requests = Requests()
+
+    async def Generate(self, request: GenerateRequest, context: Context) -> GenerateResponse:  # noqa: N802
+        with self._requests.known(current_call()) as known:
+            return await self._generate(known, request.spec, "spec")
+
+    async def StreamGenerate(  # noqa: N802
+        self, request: StreamGenerateRequest, context: Context
+    ) -> AsyncGenerator[StreamGenerateResponse, None]:
+        seq = 0
+        with self._requests.known(current_call()) as known:
+            async with self._run(known, request.spec, "spec", streaming=True) as run, aclosing(run.events()) as events:
+                async for event in events:
+                    if isinstance(event, Completed):
+                        self._record(known.call, run, "OK")
+                        await self._recorded()  # so that the record exists before the caller knows the end
+                    fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
+                    yield StreamGenerateResponse(**fields)
+                    seq += 1
+
+    async def BatchGenerate(  # noqa: N802
+        self, request: BatchGenerateRequest, context: Context
+    ) -> AsyncGenerator[BatchGenerateResponse, None]:
+        if not request.specs:
+            raise InvalidRequest.at("specs", "is empty; give at least one")
+        at_once = request.max_concurrency if request.HasField("max_concurrency") else BATCH_CONCURRENCY
+        slots = asyncio.Semaphore(at_once)
+        results: asyncio.Queue[BatchGenerateResponse] = asyncio.Queue(1)  # items keep their slots until there is room
+        calls = [current_call().item() for _ in request.specs]
+        with ExitStack() as all_known:
+            items = [all_known.enter_context(self._requests.known(call)) for call in calls]
+            yield BatchGenerateResponse(started=BatchStarted(request_ids=[call.request_id for call in calls]))
+            tasks = [
+                asyncio.create_task(self._batch_item(index, spec, item, slots, results))
+                for index, (spec, item) in enumerate(zip(request.specs, items, strict=True))
+            ]
+            try:
+                for _ in tasks:
+                    yield await results.get()
+                for item in items:
+                    if item.missed_deadline is not None:
+                        raise item.missed_deadline
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def CancelGeneration(  # noqa: N802
+        self, request: CancelGenerationRequest, context: Context
+    ) -> CancelGenerationResponse:
+        if not request.request_ids and not request.client_request_ids:
+            raise InvalidRequest.at("request_ids", "is empty, and so is client_request_ids; give at least one id")
+        wanted = set(request.request_ids), set(request.client_request_ids) - {""}  # the last: of those that have none
+        return CancelGenerationResponse(cancelled_request_ids=self._requests.cancel(current_call().tenant, *wanted))
+
+    def end_all(self, error: LoraplexError) -> None:
+        """End every generation in flight with this error."""
+        self._requests.end_all(error)
+
+    async def _batch_item(
+        self,
+        index: int,
+        spec: GenerateSpec,
+        item: InFlight,
+        slots: asyncio.Semaphore,
+        results: "asyncio.Queue[BatchGenerateResponse]",
+    ) -> None:
+        """Run one item of a batch, a request with an id of its own. Its failure leaves the other items alone."""
+        try:
+            async with item.waiting():
+                await slots.acquire()
+        except Exception as error:
+            await results.put(_failed_item(index, error, item.call))
+            return
+        try:
+            await results.put(await self._item_result(index, spec, item))
+        finally:
+            slots.release()
+
+    async def _item_result(self, index: int, spec: GenerateSpec, item: InFlight) -> BatchGenerateResponse:
+        try:
+            if index > 0:  # the first is counted: it is the call
+                self._tenants.get(item.call.tenant).count_request()
+            check_item(spec, f"specs[{index}]")
+            return BatchGenerateResponse(index=index, response=await self._generate(item, spec, f"specs[{index}]"))
+        except Exception as error:
+            return _failed_item(index, error, item.call)
+
+    async def _generate(self, known: InFlight, spec: GenerateSpec, path: str) -> GenerateResponse:
+        response, size = GenerateResponse(), 0
+        async with self._run(known, spec, path, streaming=False) as run, aclosing(run.events()) as events:
+            async for event in events:
+                size += event.ByteSize()
+                if size > self._answer_bytes:
+                    raise MessageTooLarge.answer(size, self._answer_bytes)
+                _add_to_response(response, event)
+                if isinstance(event, PromptLogprobs):  # all outputs are sent at once, so other tasks get a turn
+                    await asyncio.sleep(0)
+        return response
+
+    @asynccontextmanager
+    async def _run(self, known: InFlight, spec: GenerateSpec, path: str, streaming: bool) -> AsyncIterator[Run]:
+        """Take one request from its spec to its run. However the block ends, the engine then forgets the request."""
+        call = known.call
+        tenant = self._tenants.get(call.tenant)
+        call.labels = dict(spec.labels)
+        if spec.HasField("client_request_id"):
+            call.client_request_id = spec.client_request_id
+        target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model", call.routing_key)
+        target = await self._adapter_texts.dressed(target)
+        model = target.model
+        self._admission.check(model.name, model.limits, tenant.name, tenant.config.weight)
+        prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")
+        sampling = merged_sampling(spec.sampling, target.default_sampling)
+        seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(SEED_BITS)
+        tokenizer = model.tokenizer
+        params = sampling_params(
+            spec, sampling, model.limits, tokenizer.eos_token_ids, tokenizer.num_token_ids, len(prompt), seed, path
+        )
+        outputs = sampling.n or 1
+        with (
+            tenant.spending(self._admission.expected_tokens(len(prompt), outputs, params.max_tokens), call.used_tokens),
+            self._admission.enter(
+                model.name,
+                model.limits,
+                len(prompt),
+                outputs,
+                params.max_tokens,
+                tenant.name,
+                tenant.config.weight,
+                call.seconds_left(),
+            ),
+            self._catalog.using(target.versions) as start,
+        ):
+            without = self._cold_adapters.goes_without(target, spec.adapter_policy)
+            resolved = target.resolved(fell_back_to_base=without)
+            if resolved.adapter_version:
+                call.metadata["loraplex-adapter-version"] = resolved.adapter_version
+            await call.admit()
+            adapter, wait = None if without else target.adapter_key, NO_WAIT
+            if adapter is not None:
+                async with known.waiting():
+                    wait = await self._cold_adapters.load(target, spec.adapter_policy, params.time_limit_seconds)
+            job = Job(
+                request_id=call.request_id,
+                client_request_id=call.client_request_id,
+                labels=call.labels,
+                operation="chat" if spec.prompt.HasField("chat") else "text_completion",
+                target=resolved,
+                tokenizer=model.tokenizer,
+                form=OutputForm.of(spec, streaming, params.max_tokens),
+                sequences=_sequences(tenant, spec, model.client, prompt, _after(params, wait), adapter, wait, outputs),
+                arrival=call.arrival,
+                adapter_load_seconds=wait.seconds,
+            )
+            successor = partial(self._successor, target, adapter)
+            run = Run(job, model.client, successor, self._token_gaps.of((model.name,)), start)
+            call.usage = run.usage
+            known.runs(run)
+            status, caller_waits = "OK", True
+            try:
+                yield run
+            except BaseException as error:
+                status, caller_waits = status_name(error, call), isinstance(error, Exception)
+                raise
+            finally:
+                if not call.recorded:
+                    self._record(call, run, status)
+                run.close()
+                if caller_waits:
+                    await self._recorded()
+
+    def _record(self, call: Call, run: Run, status: str) -> None:
+        call.recorded = True
+        self._observer.generation_ended(call, run.record(status, call.trace_id))
+
+    async def _successor(self, target: Target, adapter: AdapterKey | None) -> EngineClient:
+        """Wait for the next engine after one has died, until it holds the request's adapters.
+
+        Raises Unavailable (ENGINE_RESTARTING) if it takes too long, and what `Catalog.successor` and `unusable_adapter`
+        raise.
+        """
+        versions = () if adapter is None else target.versions  # None: it went on with the base model
+        try:
+            async with asyncio.timeout(self._resume_seconds):
+                while True:
+                    client = await self._catalog.successor(target.model)
+                    with suppress(Unavailable):  # the next engine died as well
+                        while missing := [version for version in versions if version.key not in client.adapters]:
+                            for version in missing:
+                                await client.load_adapter(version.key, self._adapter_path(version))
+                        return client
+        except TimeoutError:
+            seconds = f"{self._resume_seconds:g} s"
+            message = f"the engine of model {target.model.name!r} is not back after {seconds}; try again"
+            raise Unavailable("ENGINE_RESTARTING", message) from None
+        except AdapterRejected as error:
+            raise unusable_adapter(target.resolved().adapter_version, str(error), error.reason) from error
+
+
+def _after(params: SamplingParams, wait: Wait) -> SamplingParams:
+    """The parameters of a request that has waited: its time limit is shorter by the wait."""
+    if params.time_limit_seconds is None:
+        return params
+    return msgspec.structs.replace(params, time_limit_seconds=max(params.time_limit_seconds - wait.seconds, 0.0))
+
+
+def _sequences(
+    tenant: Tenant,
+    spec: GenerateSpec,
+    client: EngineClient,
+    prompt: list[int],
+    params: SamplingParams,
+    adapter: AdapterKey | None,
+    wait: Wait,
+    outputs: int,
+) -> list[AddRequest]:
+    """One request to the engine for each output. Only the first one asks for the prompt's log-probabilities."""
+    first = AddRequest(
+        request_id=client.new_request_id(),
+        prompt_token_ids=prompt,
+        sampling=params,
+        adapter=adapter,
+        cache_salt=tenant.cache_salt(spec.cache.salt),
+        bypass_prefix_cache=spec.cache.bypass_prefix_cache,
+        priority=-tenant.priority(spec.priority),  # higher is first for callers, lower is first for engines
+        tenant=tenant.name,
+        weight=tenant.config.weight,
+        adapter_wait_seconds=wait.seconds_left,
+    )
+    sequences = [first]
+    for index in range(1, outputs):
+        seed = derived_seed(params.seed, index)
+        sampling = msgspec.structs.replace(params, seed=seed, num_prompt_logprobs=None)
+        sequences.append(msgspec.structs.replace(first, request_id=client.new_request_id(), sampling=sampling))
+    return sequences
+
+
+def _failed_item(index: int, error: Exception, call: Call) -> BatchGenerateResponse:
+    return BatchGenerateResponse(
+        index=index, error=error_status(known_error(error, call, f"item {index} of a batch"), call)
+    )
+
+
+def _add_to_response(response: GenerateResponse, event: Event) -> None:
+    match event:
+        case Started():
+            response.request_id = event.request_id
+            response.client_request_id = event.client_request_id
+            response.labels.update(event.labels)
+            response.target.CopyFrom(event.target)
+        case PromptLogprobs():
+            response.prompt_logprobs.extend(event.logprobs)
+        case Delta():
+            output = _output(response, event.output_index)
+            output.text += event.text
+            output.token_ids.extend(event.token_ids)
+            output.logprobs.extend(event.logprobs)
+        case Finished():
+            _output(response, event.output_index).finished.CopyFrom(event)
+        case Completed():
+            response.usage.CopyFrom(event.usage)
+            response.timings.CopyFrom(event.timings)
+            if event.HasField("seed"):
+                response.seed = event.seed
+
+
+def _output(response: GenerateResponse, index: int) -> GenerateOutput:
+    while len(response.outputs) <= index:
+        response.outputs.add()
+    return response.outputs[index]

@@ -1,0 +1,240 @@
+"""Turns a valid Prompt into the tokens that the model reads."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from google.protobuf.struct_pb2 import Value
+
+from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, ToolCall
+from loraplex_service.admission.tenants import Tenant
+from loraplex_service.errors import InvalidRequest, PromptTooLong, Unavailable
+from loraplex_service.names.catalog import LoadedModel
+from loraplex_service.requests.turns import TurnLimits, Turns
+from loraplex_service.text import (
+    MAX_TOKENS,
+    ArgumentsError,
+    Conversation,
+    RendererError,
+    Span,
+    TemplateRenderer,
+    TextError,
+    TooManyTokensError,
+)
+
+T = TypeVar("T")
+
+# In bytes, or tokens. Shorter texts take less time to tokenise than to hand to another thread.
+_INLINE_SIZE = 8192
+_CHUNK = 1 << 12  # tokens
+# UTF-8 bytes of one text. Tokenising takes some 150 bytes of memory a byte, and a second a million.
+MAX_TEXT_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TextWork:
+    """The turns for work on texts: rendering of chat templates and tokenisation."""
+
+    renderer: TemplateRenderer
+    rendering: Turns
+    threads: Turns
+    tokens: Turns
+
+    @classmethod
+    def of(cls, renderer: TemplateRenderer, waiting_bytes: int = 32 << 20) -> "TextWork":
+        """`waiting_bytes`: the limit on texts, or tokens, that wait or are worked on, for each kind of work."""
+        limits = TurnLimits(at_once=2, size_at_once=MAX_TEXT_BYTES, size_in_all=waiting_bytes)
+        rendering = TurnLimits(renderer.workers, size_at_once=4 * MAX_TEXT_BYTES, size_in_all=waiting_bytes)
+        return cls(
+            renderer,
+            Turns("chat templates cannot be rendered", rendering),
+            Turns("long texts cannot be tokenised", limits),
+            Turns("so many tokens cannot be read", TurnLimits(1, size_at_once=MAX_TOKENS, size_in_all=waiting_bytes)),
+        )
+
+    async def on(self, tenant: Tenant, size: int, do: Callable[[], T]) -> T:
+        """Run work on a text: here if that is shorter than to hand it to a thread, else in a turn."""
+        return await _run(self.threads, tenant, size, do)
+
+    async def on_tokens(self, tenant: Tenant, count: int, do: Callable[[], T]) -> T:
+        """Run work on tokens. The interpreter does all of it: two at a time would not end sooner, and the event loop
+        would wait for both."""
+        return await _run(self.tokens, tenant, count, do)
+
+
+async def _run(turns: Turns, tenant: Tenant, size: int, do: Callable[[], T]) -> T:
+    if size <= _INLINE_SIZE:
+        return do()
+    return await turns.in_thread(tenant.name, tenant.config.weight, size, do)
+
+
+class PromptText(NamedTuple):
+    """The text of a prompt, and the parts of it that must not become control tokens."""
+
+    text: str
+    literal: Sequence[Span]
+
+    @property
+    def work_size(self) -> int:
+        """The size of the work in bytes.
+
+        It is large where the text may need the tokenizer's twin, made in about a second.
+        """
+        size = len(self.text.encode(errors="surrogatepass"))
+        return max(size, _INLINE_SIZE + 1) if self.literal else size
+
+
+async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> PromptText:
+    """The text of a text prompt, or of a chat prompt as the model's template renders it.
+
+    `path`: where the prompt is in the request. Raises InvalidRequest, Unavailable.
+    """
+    if prompt.WhichOneof("content") == "text":
+        return PromptText(prompt.text, [(0, len(prompt.text))] if prompt.literal_content else ())
+    literal = prompt.literal_content if prompt.HasField("literal_content") else model.literal_content
+    size = prompt.chat.ByteSize()
+    async with work.rendering.turn(tenant.name, tenant.config.weight, size):
+        is_long = size > _INLINE_SIZE
+        try:
+            conversation = (
+                await asyncio.to_thread(_conversation, prompt.chat) if is_long else _conversation(prompt.chat)
+            )
+            given = model.tokenizer.chat_template, conversation, is_long
+            if literal:
+                rendered = PromptText(*await work.renderer.render_literally(*given))
+            else:
+                rendered = PromptText(await work.renderer.render(*given), ())
+        except ArgumentsError as error:
+            raise InvalidRequest.at(f"{path}.chat.{error.field}", str(error)) from error
+        except TextError as error:
+            raise InvalidRequest.at(f"{path}.chat", str(error)) from error
+        except RendererError as error:
+            raise Unavailable("OVERLOADED", f"chat templates cannot be rendered now: {error}") from error
+    size = len(rendered.text.encode(errors="surrogatepass"))
+    if size > MAX_TEXT_BYTES:
+        raise InvalidRequest.at(f"{path}.chat", f"comes to {size} bytes of text; {MAX_TEXT_BYTES} are allowed")
+    return rendered
+
+
+def adds_special_tokens(prompt: Prompt) -> bool:
+    """Whether the tokenizer adds its special tokens: to plain text it does, while templates write their own."""
+    if prompt.HasField("add_special_tokens"):
+        return prompt.add_special_tokens
+    return prompt.WhichOneof("content") == "text"
+
+
+async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> list[int]:
+    """The tokens of a prompt, at least one, cut to `truncate_to_tokens`.
+
+    Raises PromptTooLong for a prompt above the model's context, as early as that is certain; InvalidRequest,
+    Unavailable.
+    """
+    kind, last = prompt.WhichOneof("content"), prompt.truncate_to_tokens
+    most = MAX_TOKENS if last else model.limits.max_model_len - 1
+    if kind == "token_ids":
+        ids = prompt.token_ids.ids
+        if len(ids) > most:
+            raise PromptTooLong.of(path, len(ids), model.limits.max_model_len)
+        return await work.on_tokens(tenant, min(len(ids), last or len(ids)), lambda: _given(ids, last, model, path))
+    rendered = await prompt_text(prompt, model, work, tenant, path)
+    size = len(rendered.text.encode(errors="surrogatepass"))
+    least = model.tokenizer.least_tokens(size)
+    if not last and least > most:
+        raise PromptTooLong.of(path, least, model.limits.max_model_len, "at least ")
+    try:
+        return await work.on(
+            tenant, rendered.work_size, lambda: _tokens(prompt, rendered, most, model, f"{path}.{kind}")
+        )
+    except TooManyTokensError as error:
+        if last or error.count <= most:
+            raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
+        raise PromptTooLong.of(path, error.count, model.limits.max_model_len) from error
+    except TextError as error:
+        raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
+
+
+def _given(ids: Sequence[int], last: int, model: LoadedModel, path: str) -> list[int]:
+    """Check and cut given token ids, a few at a time so that other threads get their turn."""
+    token_ids: list[int] = []
+    for start in range(max(0, len(ids) - last) if last else 0, len(ids), _CHUNK):
+        token_ids += ids[start : start + _CHUNK]
+    if (largest := max(token_ids)) >= model.limits.vocab_size:
+        problem = f"holds {largest}, and the vocabulary has {model.limits.vocab_size} tokens"
+        raise InvalidRequest.at(f"{path}.token_ids.ids", problem)
+    return token_ids
+
+
+def _tokens(prompt: Prompt, rendered: PromptText, most: int, model: LoadedModel, path: str) -> list[int]:
+    """Tokenise a text. Raises TextError, and InvalidRequest for no tokens or for one that the model lacks."""
+    special, most = adds_special_tokens(prompt), min(most, MAX_TOKENS)
+    token_ids = model.tokenizer.encode(rendered.text, special, most, rendered.literal)
+    if not token_ids:
+        raise InvalidRequest.at(path, "comes to no tokens at all; the model needs at least one")
+    highest = max(token_ids)
+    if highest >= model.limits.vocab_size:
+        token = model.tokenizer.id_to_token(highest)
+        problem = f"holds {token!r}, token {highest} of the tokenizer; the model has {model.limits.vocab_size} tokens"
+        raise InvalidRequest.at(path, problem)
+    if not prompt.truncate_to_tokens:
+        return token_ids
+    return [token_id for part in kept_parts(prompt, model, token_ids) for token_id in token_ids[part]]
+
+
+def kept_parts(prompt: Prompt, model: LoadedModel, token_ids: Sequence[int]) -> tuple[slice, slice]:
+    """The tokens that `truncate_to_tokens` keeps: those that the tokenizer puts in front, and the last of the text."""
+    front = model.tokenizer.num_in_front if adds_special_tokens(prompt) else 0
+    if not front and token_ids[:1] == [model.tokenizer.bos_token_id]:
+        front = 1
+    last = prompt.truncate_to_tokens or len(token_ids)
+    if front >= last or last >= len(token_ids):
+        front = 0
+    return slice(0, front), slice(max(0, len(token_ids) - last + front), None)
+
+
+def _conversation(chat: Chat) -> Conversation:
+    continue_final = chat.continue_final_message
+    opens = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not continue_final
+    return Conversation(
+        messages=[_message(message) for message in chat.messages],
+        add_generation_prompt=opens,
+        continue_final_message=continue_final,
+        variables=_variables(chat),
+    )
+
+
+def _message(message: ChatMessage) -> Mapping[str, Any]:
+    """The message in the form that templates know. Absent fields have no key, since many templates ask for that."""
+    fields: dict[str, Any] = {"role": message.role}
+    for name in ("content", "name", "reasoning_content", "tool_call_id"):
+        if message.HasField(name):
+            fields[name] = getattr(message, name)
+    if message.tool_calls:
+        fields["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    return fields
+
+
+def _tool_call(call: ToolCall) -> Mapping[str, Any]:
+    """The tool call, with its arguments as text. The template's process parses them: the caller decides their cost."""
+    function = {"name": call.name, "arguments_json": call.arguments_json}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _variables(chat: Chat) -> Mapping[str, Any]:
+    return {name: _value(value) for name, value in chat.template_kwargs.fields.items()}
+
+
+def _value(value: Value) -> Any:
+    """The value of a Struct field. Whole numbers become integers, as templates compare and print them."""
+    match value.WhichOneof("kind"):
+        case "number_value":
+            return int(value.number_value) if value.number_value.is_integer() else value.number_value
+        case "struct_value":
+            return {name: _value(item) for name, item in value.struct_value.fields.items()}
+        case "list_value":
+            return [_value(item) for item in value.list_value.values]
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+    return None

@@ -1,0 +1,360 @@
+"""One admitted request: its sequences in the engine, and the events that its caller sees.
+
+When the engine dies, its requests go on with the next engine from the tokens that they have: the caller sees one stream
+without a gap, and no token twice. A drawn token is a function of the tokens and the seed. With kernels that are not
+batch-invariant, near ties are the exception: there the last bits of a row decide.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from google.protobuf.duration_pb2 import Duration
+
+from loraplex.v1 import inference_pb2
+from loraplex.v1.inference_pb2 import Completed, Delta, Finished, PromptLogprobs, Started, Timings, Usage
+from loraplex.v1.routes_pb2 import ResolvedTarget
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.registry import resource_name
+from loraplex_engine.link.client import EngineClient, Generation, SlowConsumerError
+from loraplex_engine.link.messages import AddRequest, RequestOutput
+from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_service.errors import EngineError, LoraplexError, SlowConsumer, Unavailable, unusable_adapter
+from loraplex_service.ports.validation import OutputForm
+from loraplex_service.requests.outputs import OutputBuilder, prompt_logprobs
+from loraplex_service.telemetry.records import AppliedAdapter, GenerationRecord
+from loraplex_service.telemetry.series import Distribution
+from loraplex_service.text import Tokenizer
+from loraplex_service.timestamps import duration
+
+logger = logging.getLogger(__name__)
+
+MAX_RESUMPTIONS = 2  # engine deaths of one request: it may be their cause
+
+Event = Started | PromptLogprobs | Delta | Finished | Completed
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that is decided before the engine sees the request. Times are the event loop's."""
+
+    request_id: str  # the id that the caller sees; the engine's ids are in `sequences`
+    client_request_id: str
+    labels: Mapping[str, str]
+    operation: str  # the operation's name in telemetry: chat, text_completion
+    target: ResolvedTarget
+    tokenizer: Tokenizer
+    form: OutputForm
+    sequences: Sequence[AddRequest]  # one for each output, all with the same prompt
+    arrival: float
+    adapter_load_seconds: float  # waited for already
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One output: the request to the engine, and the tokens received so far."""
+
+    request: AddRequest
+    builder: OutputBuilder
+    token_ids: list[int] = field(default_factory=list)  # generated, whether or not the caller has seen them
+    last_token: float | None = None  # the time of the last token
+
+
+class Run:
+    """Turns the engine's outputs for a job into Started, PromptLogprobs*, (Delta | Finished)*, Completed."""
+
+    def __init__(
+        self,
+        job: Job,
+        client: EngineClient,
+        successor: Callable[[], Awaitable[EngineClient]],
+        token_gaps: Distribution,
+        start: Callable[[], None],
+    ) -> None:
+        """Hand the sequences to the engine. `close` must follow.
+
+        `successor`: waits for the next engine after one has died, until it holds the job's adapter; raises what the
+        caller is told if none comes. `token_gaps`: observes the seconds between tokens. `start`: called at the first
+        token.
+        """
+        self._job = job
+        self._prompt = job.sequences[0].prompt_token_ids
+        self._sequences = [
+            _Sequence(request, OutputBuilder(index, job.form, job.tokenizer, self._prompt))
+            for index, request in enumerate(job.sequences)
+        ]
+        self._open = {sequence.request.request_id: sequence for sequence in self._sequences}  # Finished not sent yet
+        self._awaits_prompt_logprobs = job.sequences[0].sampling.num_prompt_logprobs is not None
+        self._timings = Timings()
+        self._cached_tokens = 0
+        self._started = False
+        self._computed = False  # a step has worked for it
+        self._has_token = False
+        self._submitted = asyncio.get_running_loop().time()
+        limit = job.sequences[0].sampling.time_limit_seconds
+        self._ends_at = None if limit is None else self._submitted + limit
+        self._is_over = limit == 0  # before an engine could begin
+        self._client = client
+        self._generation: Generation = client.generate(*(() if self._is_over else job.sequences))
+        self._successor = successor
+        self._token_gaps = token_gaps
+        self._tell_started = start
+        self._num_resumptions = 0
+        self._waiting: asyncio.Future[EngineClient] | None = None  # for the successor
+        self._error: Exception | None = None  # given to `end`
+
+    def usage(self) -> Usage:
+        """The tokens consumed so far."""
+        return Usage(
+            prompt_tokens=len(self._prompt),
+            cached_prompt_tokens=self._cached_tokens,
+            completion_tokens=sum(sequence.builder.num_tokens for sequence in self._sequences),
+        )
+
+    def record(self, status: str, trace_id: str) -> GenerationRecord:
+        """The generation's record. `status`: the name of the gRPC status that it ends with."""
+        job, first = self._job, self._job.sequences[0]
+        key = first.adapter
+        seconds = asyncio.get_running_loop().time() - job.arrival
+        finished = [each.builder.finished for each in self._sequences if each.builder.finished is not None]
+        return GenerationRecord(
+            id=job.request_id,
+            client_request_id=job.client_request_id,
+            labels=job.labels,
+            trace_id=trace_id,
+            operation=job.operation,
+            tenant=first.tenant,
+            model=job.target.model,
+            model_revision=job.target.model_revision,
+            adapter=job.target.adapter_version if key is None or key.parts else resource_name(key),
+            adapter_digest="" if key is None else key.digest,
+            adapters=() if key is None else [_applied(member, weight) for member, weight in key.terms],
+            status=status,
+            finish_reasons=[inference_pb2.FinishReason.Name(f.reason).removeprefix("FINISH_REASON_") for f in finished],
+            prompt_tokens=len(self._prompt),
+            cached_prompt_tokens=self._cached_tokens,
+            completion_tokens=sum(each.builder.num_tokens for each in self._sequences),
+            started=time.time() - seconds,
+            seconds=seconds,
+            queue_seconds=_seconds(self._timings.queue_duration) if self._computed else None,
+            adapter_load_seconds=_seconds(self._timings.adapter_load_duration),
+            first_token_seconds=_seconds(self._timings.time_to_first_token) if self._has_token else None,
+        )
+
+    def end(self, error: Exception) -> None:
+        """Stop the engine's work at once, and make `events` raise this error."""
+        self._error = error
+        self._generation.end(error)
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def close(self) -> None:
+        """Stop the engine's work, if it has not ended."""
+        self._generation.close()
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Yield all events, in order.
+
+        Raises EngineError, SlowConsumer, what `unusable_adapter` returns, the engine's error, and the one given to
+        `end`.
+        """
+        loop = asyncio.get_running_loop()
+        flush_at: float | None = None  # when the first of the held tokens has been held long enough
+        if self._is_over:
+            for event in self._end_at_time_limit():
+                yield event
+        while self._open:
+            try:
+                output = await self._next(flush_at)
+            except TimeoutError:
+                flush_at = None
+                for event in self._take(everything=True):
+                    yield event
+                continue
+            except SlowConsumerError as error:
+                raise SlowConsumer(f"the stream is read too slowly: {error}. Read faster, or ask for fewer") from error
+            except Unavailable as lost:
+                if lost is self._error or self._client.error is None or self._num_resumptions == MAX_RESUMPTIONS:
+                    raise
+                for event in self._take(everything=True):  # the caller need not wait for outputs that have arrived
+                    yield event
+                try:
+                    async with asyncio.timeout_at(self._ends_at):
+                        await self._resume()
+                except TimeoutError:
+                    for event in self._end_at_time_limit():
+                        yield event
+                continue
+            for event in self._push(output):
+                yield event
+            if not self._job.form.chunk_delay_seconds < float("inf") or not self._holds_tokens():
+                flush_at = None
+            elif flush_at is None:
+                flush_at = loop.time() + self._job.form.chunk_delay_seconds
+        yield self._completed()
+
+    async def _next(self, flush_at: float | None) -> RequestOutput:
+        """The engine's next output. Raises TimeoutError at `flush_at`."""
+        if flush_at is None:  # most of the time; a timeout that never comes costs as much as one that does
+            return await anext(self._generation)
+        async with asyncio.timeout_at(flush_at):
+            return await anext(self._generation)
+
+    async def _resume(self) -> None:
+        """Go on with the next engine. Tokens of the old one that were not read yet are generated again."""
+        self._num_resumptions += 1
+        client = await self._next_client()
+        while not client.holds(self._job.sequences[0].adapter):  # the engine died, or the adapter left it
+            if client.error is not None:
+                if self._num_resumptions == MAX_RESUMPTIONS:
+                    raise client.error
+                self._num_resumptions += 1
+            client = await self._next_client()
+        for sequence in self._open.values():  # each engine counts its requests anew
+            sequence.request = self._continued(sequence, client.new_request_id())
+        self._open = {sequence.request.request_id: sequence for sequence in self._open.values()}
+        unfinished = [sequence.request for sequence in self._open.values() if sequence.builder.finished is None]
+        self._client, self._generation = client, client.generate(*unfinished)
+        logger.info("request %s goes on with another engine", self._job.request_id)
+
+    async def _next_client(self) -> EngineClient:
+        self._waiting = asyncio.ensure_future(self._successor())
+        try:
+            return await self._waiting
+        except asyncio.CancelledError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+        finally:
+            self._waiting = None
+
+    def _continued(self, sequence: _Sequence, request_id: int) -> AddRequest:
+        """The request for the rest of an output."""
+        sampling = sequence.request.sampling
+        if not self._awaits_prompt_logprobs:
+            sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
+        if self._ends_at is not None:
+            left = max(self._ends_at - asyncio.get_running_loop().time(), 0.0)
+            sampling = msgspec.structs.replace(sampling, time_limit_seconds=left)
+        return msgspec.structs.replace(
+            sequence.request,
+            request_id=request_id,
+            sampling=sampling,
+            output_token_ids=sequence.token_ids,
+            adapter_wait_seconds=None,  # the caller's own limit began at its arrival
+        )
+
+    def _push(self, output: RequestOutput) -> Iterator[Event]:
+        if output.finish_reason is FinishReason.ERROR:
+            raise self._failure(output)
+        if output.token_ids and not self._has_token:
+            self._has_token = True
+            seconds = asyncio.get_running_loop().time() - self._job.arrival
+            self._timings.time_to_first_token.CopyFrom(duration(seconds))
+        if not self._started:
+            yield self._start(output)
+        if output.prompt_logprobs is not None:
+            yield from prompt_logprobs(output.prompt_logprobs, self._prompt, self._job.tokenizer)
+        sequence = self._open[output.request_id]
+        if sequence is self._sequences[0]:  # they come with its first output, or never
+            self._awaits_prompt_logprobs = False
+        sequence.token_ids += output.token_ids
+        builder = sequence.builder
+        builder.push(output)
+        if output.token_ids:
+            self._observe_gaps(sequence, len(output.token_ids))
+        if builder.finished is not None and output.finish_reason is None:  # a stop string: the engine does not know
+            self._generation.abort(output.request_id)
+        yield from self._take(everything=False)
+
+    def _failure(self, output: RequestOutput) -> LoraplexError:
+        if output.error_reason:
+            return unusable_adapter(self._job.target.adapter_version, output.error, output.error_reason)
+        target = self._job.target
+        with_adapter = f" with {target.adapter_version}" if target.adapter_version else ""
+        return EngineError(
+            f"the engine could not go on with request {self._job.request_id} to {target.model}{with_adapter}: "
+            f"{output.error}"
+        )
+
+    def _end_at_time_limit(self) -> Iterator[Event]:
+        """End the outputs as an engine would at the time limit, while no engine has the request."""
+        for request_id, sequence in list(self._open.items()):
+            if sequence.builder.finished is None:
+                yield from self._push(RequestOutput(request_id, [], FinishReason.TIME_LIMIT))
+
+    def _observe_gaps(self, sequence: _Sequence, num_tokens: int) -> None:
+        """Tokens that come together share the time since the one before; before the first there is no gap."""
+        now = asyncio.get_running_loop().time()
+        if sequence.last_token is not None:
+            self._token_gaps.observe((now - sequence.last_token) / num_tokens, num_tokens)
+        elif num_tokens > 1:
+            self._token_gaps.observe(0.0, num_tokens - 1)
+        sequence.last_token = now
+
+    def _start(self, output: RequestOutput) -> Started:
+        job = self._job
+        self._started = True
+        self._tell_started()
+        self._cached_tokens = output.num_cached_tokens
+        if output.queue_seconds is None:
+            begun = asyncio.get_running_loop().time()  # it ended without having run: all of its time was waiting
+        else:
+            begun = self._submitted + output.queue_seconds
+            self._computed = True
+        self._timings.queue_duration.CopyFrom(duration(begun - job.arrival))
+        load_seconds = job.adapter_load_seconds + output.adapter_load_seconds
+        if load_seconds > 0:
+            self._timings.adapter_load_duration.CopyFrom(duration(load_seconds))
+        started = Started(
+            request_id=job.request_id,
+            client_request_id=job.client_request_id,
+            labels=job.labels,
+            target=job.target,
+            prompt_tokens=len(self._prompt),
+            cached_prompt_tokens=output.num_cached_tokens,
+            queue_duration=self._timings.queue_duration,
+        )
+        if load_seconds > 0:
+            started.adapter_load_duration.CopyFrom(self._timings.adapter_load_duration)
+        return started
+
+    def _take(self, everything: bool) -> Iterator[Event]:
+        """The events that are due: of outputs that ended or hold enough tokens.
+
+        The prompt's log-probabilities come first.
+        """
+        if self._awaits_prompt_logprobs:
+            return
+        for request_id, sequence in list(self._open.items()):
+            builder = sequence.builder
+            if not everything and builder.finished is None and builder.num_held_tokens < self._job.form.chunk_tokens:
+                continue
+            delta = builder.take()
+            if delta is not None:
+                yield delta
+            if builder.finished is not None:
+                del self._open[request_id]
+                yield builder.finished
+
+    def _holds_tokens(self) -> bool:
+        return any(sequence.builder.num_held_tokens for sequence in self._open.values())
+
+    def _completed(self) -> Completed:
+        self._timings.total_duration.CopyFrom(duration(asyncio.get_running_loop().time() - self._job.arrival))
+        completed = Completed(usage=self.usage(), timings=self._timings)
+        sampling = self._job.sequences[0].sampling
+        if not sampling.greedy:
+            completed.seed = sampling.seed
+        return completed
+
+
+def _applied(key: AdapterKey, weight: float) -> AppliedAdapter:
+    return AppliedAdapter(resource_name(key), key.digest, weight)
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToMicroseconds() / 1e6

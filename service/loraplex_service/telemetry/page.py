@@ -1,0 +1,374 @@
+"""The Prometheus page: the counts of RequestMetrics and the last figures of the engines, under our names and vLLM's.
+
+Dashboards, autoscalers and gateways read the `vllm:` names already; each stands for the series beside it in the table.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from copy import deepcopy
+from itertools import accumulate
+from time import time
+from typing import NamedTuple
+
+from prometheus_client import start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.registry import VERSION_DIGITS, resource_name
+from loraplex_adapters.residency import Residency
+from loraplex_engine.link.client import EngineClient
+from loraplex_engine.link.messages import EngineStats
+from loraplex_service.models.host import HostedModel
+from loraplex_service.models.supervisor import EngineState
+from loraplex_service.telemetry.metrics import RequestMetrics
+from loraplex_service.telemetry.series import Counter, Histogram
+from loraplex_service.telemetry.setup import Telemetry
+
+SNAPSHOT_SECONDS = 5.0  # that a scrape waits for the event loop
+
+
+class Served(NamedTuple):
+    """The sources of all figures on the page, read on the event loop."""
+
+    telemetry: Telemetry
+    models: Callable[[], Sequence[HostedModel]]
+    adapter_requests: Callable[[str], Sequence[tuple[AdapterKey, int]]]  # of a model: in flight, by version
+    draining: Callable[[], bool]
+
+    def snapshot(self) -> "Snapshot":
+        usage = self.telemetry.usage
+        return Snapshot(
+            deepcopy(self.telemetry.metrics),
+            None if usage is None else usage.num_waiting,
+            self.draining(),
+            [_model(model, self.adapter_requests(model.name)) for model in self.models()],
+        )
+
+
+class Snapshot(NamedTuple):
+    """The figures of the page at one moment. A snapshot never changes, so any thread can render it."""
+
+    metrics: RequestMetrics
+    usage_waiting: int | None  # None: no records are kept
+    draining: bool
+    models: Sequence["ModelSnapshot"]
+
+
+class ModelSnapshot(NamedTuple):
+    name: str
+    active: bool
+    load_time: float | None
+    max_resident_adapters: int
+    adapter_requests: Sequence[tuple[AdapterKey, int]]
+    engine: "EngineSnapshot | None"  # None: it has none
+
+
+class EngineSnapshot(NamedTuple):
+    stats: EngineStats | None  # None: it has not told any
+    adapters: Sequence[AdapterKey]
+    residency: Mapping[AdapterKey, Residency]
+    moves: Mapping[tuple[Residency, Residency], int]
+    num_loads: int
+    load_seconds: float
+
+
+def _model(model: HostedModel, requests: Sequence[tuple[AdapterKey, int]]) -> ModelSnapshot:
+    return ModelSnapshot(
+        model.name,
+        model.state is EngineState.ACTIVE,
+        model.supervisor.load_time,
+        model.config.max_resident_adapters,
+        requests,
+        None if model.client is None else _engine(model.client),
+    )
+
+
+def _engine(client: EngineClient) -> EngineSnapshot:
+    return EngineSnapshot(
+        client.stats,
+        list(client.adapters),
+        client.residency.copy(),
+        client.moves.copy(),
+        client.num_loads,
+        client.load_seconds,
+    )
+
+
+class MetricsPage(Collector):
+    """Renders a snapshot.
+
+    Only taking the snapshot runs on the event loop: a page of thousands of adapters would block it.
+    """
+
+    def __init__(self, served: Served, loop: asyncio.AbstractEventLoop) -> None:
+        self._served = served
+        self._loop = loop
+
+    def collect(self) -> Iterable[Metric]:
+        """Collect the families, in a thread of prometheus_client."""
+
+        async def snapshot() -> Snapshot:
+            return self._served.snapshot()
+
+        return families(asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SNAPSHOT_SECONDS))
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # registering must not wait for the loop that it runs on
+
+
+def families(shown: Snapshot) -> Iterator[Metric]:
+    """The metric families of the whole page."""
+    yield from _request_families(shown.metrics)
+    waiting = [] if shown.usage_waiting is None else [((), shown.usage_waiting)]
+    yield _gauge("loraplex_usage_records_waiting", "Usage records that are not in their file yet.", (), waiting)
+    yield _gauge("loraplex_draining", "1 once the server takes no new requests.", (), [((), shown.draining)])
+    yield from _engine_families(shown.models)
+
+
+@asynccontextmanager
+async def metrics_server(page: MetricsPage, address: str) -> AsyncIterator[str]:
+    """Serve the page at http://ADDRESS/metrics; yields the address with the port that was taken for port 0.
+
+    Raises OSError if the address cannot be used.
+    """
+    registry = CollectorRegistry()
+    registry.register(page)
+    host, _, port = address.rpartition(":")
+    server, thread = start_http_server(int(port), host.strip("[]"), registry)
+    try:
+        yield f"{host}:{server.server_port}"
+    finally:
+        await asyncio.to_thread(server.shutdown)  # a scrape that has begun needs this loop to end
+        server.server_close()
+        thread.join()
+
+
+# ---- calls and generations -------------------------------------------------------------------------------------------
+
+
+def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
+    for prefix, labels, usage in (
+        ("loraplex_tenant", ("tenant", "model"), metrics.tenants),
+        ("loraplex", ("tenant", "model", "adapter"), metrics.adapters),
+    ):
+        yield _counter(f"{prefix}_requests", "Generations that ended.", (*labels, "status"), usage.requests)
+        yield _counter(f"{prefix}_prompt_tokens", "Prompt tokens of generations.", labels, usage.prompt_tokens)
+        text = "Of these, found in the prefix cache."
+        yield _counter(f"{prefix}_cached_prompt_tokens", text, labels, usage.cached_prompt_tokens)
+        yield _counter(f"{prefix}_completion_tokens", "Tokens generated.", labels, usage.completion_tokens)
+    yield _counter(
+        "vllm:request_success", "Outputs that finished, by reason.", ("model_name", "finished_reason"), metrics.finished
+    )
+    for name, alias, text, histogram in (
+        (
+            "loraplex_request_duration_seconds",
+            "vllm:e2e_request_latency_seconds",
+            "Whole generations.",
+            metrics.duration,
+        ),
+        (
+            "loraplex_time_to_first_token_seconds",
+            "vllm:time_to_first_token_seconds",
+            "From the arrival of a call to its first token.",
+            metrics.first_token,
+        ),
+        (
+            "loraplex_inter_token_latency_seconds",
+            "vllm:inter_token_latency_seconds",
+            "Between two tokens of an output, each time; while generations run.",
+            metrics.token_gaps,
+        ),
+        (
+            "loraplex_time_per_output_token_seconds",
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time between two tokens of a generation.",
+            metrics.per_token,
+        ),
+        (
+            "loraplex_queue_seconds",
+            "vllm:request_queue_time_seconds",
+            "From the arrival of a call to the first step that worked for it.",
+            metrics.queue,
+        ),
+    ):
+        yield _histogram(name, text, ("model",), histogram)
+        yield _histogram(alias, text, ("model_name",), histogram)
+    text = "That generations waited for an adapter which was not in the engine's memory."
+    yield _histogram("loraplex_adapter_wait_seconds", text, ("model",), metrics.adapter_wait)
+    yield _histogram("loraplex_rpc_duration_seconds", "Calls of any method.", ("method", "status"), metrics.calls)
+    text = "How much later than it should the service's event loop came to a task: while it is held, nobody is served."
+    yield _histogram("loraplex_event_loop_lag_seconds", text, (), metrics.loop_lag)
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+# our name, vLLM's or none, what it is, its value
+_GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] = (
+    ("loraplex_running_requests", "vllm:num_requests_running", "Sequences that run.", lambda s: s.num_running),
+    (
+        "loraplex_waiting_requests",
+        "vllm:num_requests_waiting",
+        "Sequences that wait, for their adapter too.",
+        lambda s: s.num_waiting + s.num_waiting_for_adapter,
+    ),
+    (
+        "loraplex_waiting_for_adapter_requests",
+        None,
+        "Sequences that wait for their adapter.",
+        lambda s: s.num_waiting_for_adapter,
+    ),
+    (
+        "loraplex_kv_cache_usage_ratio",
+        "vllm:kv_cache_usage_perc",
+        "Share of the key-value cache that running sequences hold, 0 to 1.",
+        lambda s: (s.total_blocks - s.free_blocks - s.cached_blocks) / max(s.total_blocks, 1),
+    ),
+    ("loraplex_kv_cache_blocks", None, "Blocks of the key-value cache.", lambda s: s.total_blocks),
+    ("loraplex_kv_cache_cached_blocks", None, "Of these, kept for their prefix.", lambda s: s.cached_blocks),
+    (
+        "loraplex_adapter_device_bytes",
+        None,
+        "Bytes that adapters use on the device.",
+        lambda s: s.adapter_device_bytes,
+    ),
+    ("loraplex_adapter_host_bytes", None, "Bytes that adapters use in host memory.", lambda s: s.adapter_host_bytes),
+)
+_COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] = (
+    (
+        "loraplex_prefix_cache_queries",
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_cache_queries,
+    ),
+    ("loraplex_prefix_cache_hits", "vllm:prefix_cache_hits", "Of these, found.", lambda s: s.prefix_cache_hits),
+    (
+        "loraplex_preemptions",
+        "vllm:num_preemptions",
+        "Sequences that gave their blocks back to others.",
+        lambda s: s.num_preemptions,
+    ),
+    (
+        "loraplex_not_finite_requests",
+        None,
+        "Sequences that ended because their logits were NaN or infinite.",
+        lambda s: s.num_not_finite,
+    ),
+    ("loraplex_engine_steps", None, "Steps of the engine.", lambda s: s.num_steps),
+    ("loraplex_engine_prompt_tokens", "vllm:prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
+    (
+        "loraplex_engine_generated_tokens",
+        "vllm:generation_tokens",
+        "Tokens generated, as the engine counts them while it runs.",
+        lambda s: s.generated_tokens,
+    ),
+)
+
+
+def _engine_families(models: Sequence[ModelSnapshot]) -> Iterator[Metric]:
+    up = [((model.name,), model.active) for model in models]
+    yield _gauge("loraplex_model_up", "1 while the model serves.", ("model",), up)
+    loaded = [((model.name,), model.load_time) for model in models if model.load_time is not None]
+    text = "When the engine was last loaded, in seconds since the epoch: it changes with each restart."
+    yield _gauge("loraplex_model_load_time_seconds", text, ("model",), loaded)
+    engines = [(model, model.engine) for model in models if model.engine is not None]
+    stats = [(model, engine.stats) for model, engine in engines if engine.stats is not None]
+    for name, alias, text, value in _GAUGES:
+        values = [((model.name,), value(stats)) for model, stats in stats]
+        yield _gauge(name, text, ("model",), values)
+        if alias is not None:
+            yield _gauge(alias, text, ("model_name",), values)
+    for name, alias, text, value in _COUNTERS:
+        counter = Counter()
+        counter.values = {(model.name,): value(stats) for model, stats in stats}
+        yield _counter(name, text, ("model",), counter)
+        if alias is not None:
+            yield _counter(alias, text, ("model_name",), counter)
+    yield from _adapters_by_tier(engines)
+    yield from _adapter_moves(engines)
+    yield _adapter_users(stats)
+    yield _lora_info(stats)
+    yield _cache_info(stats)
+
+
+def _adapters_by_tier(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Iterator[Metric]:
+    """The tier of each adapter version, and the number of versions in each tier."""
+    rows, counts = [], []
+    for model, engine in engines:
+        for key in engine.adapters:
+            tier = engine.residency.get(key, Residency.DISK).name.lower()
+            rows.append(((model.name, resource_name(key), key.digest[:VERSION_DIGITS], tier), 1.0))
+        for where in (Residency.HOST, Residency.DEVICE):
+            count = sum(one is where for one in engine.residency.values())
+            counts.append(((model.name, where.name.lower()), float(count)))
+    text = "1 for each adapter version that an engine has been given, with the tier that it is in."
+    yield _gauge("loraplex_adapter_resident", text, ("model", "adapter", "version", "tier"), rows)
+    yield _gauge("loraplex_adapters", "Adapter versions in each tier.", ("model", "tier"), counts)
+
+
+def _adapter_moves(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Iterator[Metric]:
+    moves, loads, seconds = Counter(), Counter(), Counter()
+    for model, engine in engines:
+        for (before, after), count in engine.moves.items():
+            moves.add((model.name, before.name.lower(), after.name.lower()), count)
+        loads.add((model.name,), engine.num_loads)
+        seconds.add((model.name,), engine.load_seconds)
+    text = "Adapters that went from one tier to another; away from the device are evictions."
+    yield _counter("loraplex_adapter_moves", text, ("model", "from", "to"), moves)
+    yield _counter("loraplex_adapter_loads", "Adapters read into host memory.", ("model",), loads)
+    yield _counter("loraplex_adapter_load_seconds", "That reading them took in all.", ("model",), seconds)
+
+
+def _adapter_users(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
+    users = Counter()
+    for model, last in stats:
+        for key, sequences in last.adapters:
+            for member in key.members:
+                users.add((model.name, resource_name(member), member.digest[:VERSION_DIGITS]), sequences)
+    text = "Sequences that use an adapter version on the device."
+    return _gauge("loraplex_adapter_requests", text, ("model", "adapter", "version"), users.values.items())
+
+
+def _lora_info(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
+    """The metric by which a gateway chooses a replica. As in vLLM, the value is the time, and the newest counts."""
+    now = time()
+    rows = []
+    for model, last in stats:
+        running = sorted({member.name for key, users in last.adapters if users for member in key.members})
+        others = {key.name for key, requests in model.adapter_requests if requests}.difference(running)
+        labels = (str(model.max_resident_adapters), ",".join(running), ",".join(sorted(others)))
+        rows.append(((model.name, *labels), now))
+    names = ("model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters")
+    return _gauge("vllm:lora_requests_info", "Adapters with requests, and how many fit on the device.", names, rows)
+
+
+def _cache_info(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
+    rows = [((model.name, str(last.block_size), str(last.total_blocks)), 1.0) for model, last in stats]
+    return _gauge("vllm:cache_config_info", "Size of the cache.", ("model_name", "block_size", "num_gpu_blocks"), rows)
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+def _gauge(name: str, text: str, labels: Sequence[str], rows: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for values, value in rows:
+        family.add_metric(values, value)
+    return family
+
+
+def _counter(name: str, text: str, labels: Sequence[str], counter: Counter) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, value in counter.values.items():
+        family.add_metric(values, value)
+    return family
+
+
+def _histogram(name: str, text: str, labels: Sequence[str], histogram: Histogram) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+    for values, distribution in histogram.values.items():
+        buckets = list(zip(bounds, accumulate(distribution.counts), strict=True))
+        family.add_metric(values, buckets, sum_value=distribution.total)
+    return family

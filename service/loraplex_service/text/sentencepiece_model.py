@@ -1,0 +1,95 @@
+"""A SentencePiece `tokenizer.model` as a `tokenizers.Tokenizer` that gives the same ids as the sentencepiece library.
+
+Converting keeps one code path for every model: offsets, added tokens and decoding are those of `tokenizers`. Format:
+sentencepiece_model.proto. Equality with the library is tested in tests/service/text/test_sentencepiece.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
+
+from loraplex_service.text.errors import TokenizerError
+from loraplex_service.text.token_decoders import METASPACE
+
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # SentencePiece.Type
+
+
+def read_sentencepiece(data: bytes) -> tuple[tokenizers.Tokenizer, str | None, str | None]:
+    """The tokenizer in a serialized ModelProto, its BOS and its EOS. Raises TokenizerError for what it cannot hold."""
+    # Imported here: only checkpoints without tokenizer.json need it, and it takes protobuf's descriptor pool along.
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = cast(Any, sentencepiece_model_pb2).ModelProto()
+    not_one = "is no SentencePiece model. A tiktoken vocabulary must come with tokenizer.json."
+    try:
+        proto.ParseFromString(data)
+    except Exception as error:
+        raise TokenizerError(not_one) from error
+    if not proto.pieces:  # plain text, too, can pass for a message full of unknown fields
+        raise TokenizerError(not_one)
+    trainer, rules = proto.trainer_spec, proto.normalizer_spec
+    if trainer.treat_whitespace_as_suffix or not rules.escape_whitespaces:
+        raise TokenizerError("writes spaces as suffixes or not at all, which is not supported. Provide tokenizer.json.")
+    tokenizer = tokenizers.Tokenizer(_model(proto))
+    tokenizer.normalizer = _normalizer(rules)
+    stages: list[Any] = [decoders.Replace(METASPACE, " ")]
+    if trainer.byte_fallback:
+        stages.append(decoders.ByteFallback())
+    stages.append(decoders.Fuse())
+    if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
+        stages.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(stages)
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece.piece, special=piece.type == _CONTROL, normalized=False)
+            for piece in proto.pieces
+            if piece.type in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    return tokenizer, _control_piece(proto, trainer.bos_id), _control_piece(proto, trainer.eos_id)
+
+
+def _control_piece(proto: Any, token_id: int) -> str | None:
+    if 0 <= token_id < len(proto.pieces) and proto.pieces[token_id].type == _CONTROL:
+        return str(proto.pieces[token_id].piece)
+    return None
+
+
+def _model(proto: Any) -> models.Model:
+    trainer = proto.trainer_spec
+    if trainer.model_type == _UNIGRAM:
+        scored = [(piece.piece, piece.score) for piece in proto.pieces]
+        return models.Unigram(scored, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    if trainer.model_type == _BPE:
+        return models.BPE(
+            vocab={piece.piece: token_id for token_id, piece in enumerate(proto.pieces)},
+            merges=list(_merges(proto.pieces)),
+            unk_token=trainer.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    raise TokenizerError("holds a WORD or CHAR model; BPE and Unigram are supported. Provide tokenizer.json.")
+
+
+def _merges(pieces: Sequence[Any]) -> Iterator[tuple[str, str]]:
+    """Every way to join two pieces into a third, best score first: the order in which SentencePiece joins them."""
+    mergeable = {piece.piece: token_id for token_id, piece in enumerate(pieces) if piece.type == _NORMAL}
+    for piece in sorted((piece for piece in pieces if piece.type == _NORMAL), key=lambda piece: -piece.score):
+        text = piece.piece
+        halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        known = [(left, right) for left, right in halves if left in mergeable and right in mergeable]
+        yield from sorted(known, key=lambda pair: (mergeable[pair[0]], mergeable[pair[1]]))
+
+
+def _normalizer(rules: Any) -> normalizers.Normalizer:
+    stages: list[Any] = []
+    if rules.precompiled_charsmap:
+        stages.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        stages += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:
+        stages.append(normalizers.Prepend(METASPACE))
+    return normalizers.Sequence([*stages, normalizers.Replace(" ", METASPACE)])

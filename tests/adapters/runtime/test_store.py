@@ -1,0 +1,358 @@
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplex_adapters.errors import AdapterRejected
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.runtime.store import LOADER_NICENESS, AdapterStore, compute_alone, give_way
+from loraplex_adapters.runtime.targets import LoraTarget
+
+AdapterMaker = Callable[..., Path]
+KeyOf = Callable[[Path], AdapterKey]
+
+ADAPTER_BYTES = 2 * 4 * 4 * (8 + 12)
+
+
+class ByHand(Executor):
+    """Runs what was submitted when the test says so, in the order that it says."""
+
+    def __init__(self) -> None:
+        self.submitted: deque[Callable[[], Any]] = deque()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.submitted.append(lambda: fn(*args, **kwargs))
+        return Future()
+
+    def run(self, index: int = 0) -> None:
+        self.submitted.rotate(-index)
+        self.submitted.popleft()()
+        self.submitted.rotate(index)
+
+    def run_all(self) -> None:
+        while self.submitted:
+            self.run()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def executor() -> ByHand:
+    return ByHand()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make_store(targets: dict[str, LoraTarget], executor: ByHand, clock: Clock) -> Callable[..., AdapterStore]:
+    def make(budget_bytes: int = 10 * ADAPTER_BYTES) -> AdapterStore:
+        return AdapterStore(
+            targets,
+            torch.float32,
+            max_rank=64,
+            budget_bytes=budget_bytes,
+            num_threads=1,
+            pack=lambda weights: weights,
+            clock=clock,
+            executor=executor,
+        )
+
+    return make
+
+
+@pytest.fixture
+def store(make_store: Callable[..., AdapterStore]) -> AdapterStore:
+    return make_store()
+
+
+def broken(directory: Path) -> Path:
+    (directory / "adapter_model.safetensors").write_bytes(b"fake weights")
+    return directory
+
+
+def test_a_registered_adapter_is_read_and_reported_once(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    key = key_of(directory := make_adapter())
+    store.register(key, directory)
+    assert store.is_registered(key)
+    assert store.is_loading()
+    assert store.poll() == []
+    executor.run_all()
+    (finished,) = store.poll()
+    assert finished.key == key
+    assert finished.loaded is not None
+    assert finished.loaded is store.get(key)
+    assert not store.is_loading()
+    assert store.poll() == []
+
+
+def test_registering_what_is_in_memory_reports_it_again_unread(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    key = key_of(directory := make_adapter())
+    store.register(key, directory)
+    executor.run_all()
+    store.poll()
+    store.register(key, directory)
+    assert not executor.submitted
+    (finished,) = store.poll()
+    assert finished.loaded is store.get(key)
+    assert store.used_bytes == ADAPTER_BYTES
+
+
+def test_registering_twice_reads_once(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    key = key_of(directory := make_adapter())
+    store.register(key, directory)
+    store.register(key, directory)
+    store.request(key)
+    assert len(executor.submitted) == 1
+
+
+def test_a_broken_adapter_is_reported_with_its_problems_and_blocks_nobody(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    good, bad = make_adapter("good"), make_adapter("bad")
+    good_key, bad_key = key_of(good), AdapterKey("shared/bad", "0" * 64)
+    store.register(bad_key, broken(bad))
+    store.register(good_key, good)
+    executor.run_all()
+    finished = {result.key: result for result in store.poll()}
+    assert "too short" in finished[bad_key].problems[0]
+    assert finished[bad_key].loaded is None
+    assert finished[good_key].problems == []
+
+
+def test_a_load_that_takes_for_ever_does_not_hold_up_the_others(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    slow, quick = make_adapter("slow"), make_adapter("quick", seed=1)
+    store.register(key_of(slow), slow)
+    store.register(key_of(quick), quick)
+    executor.run(1)
+    (finished,) = store.poll()
+    assert finished.key == key_of(quick)
+
+
+def test_a_failure_is_remembered_for_a_growing_pause(
+    store: AdapterStore, executor: ByHand, clock: Clock, make_adapter: AdapterMaker
+) -> None:
+    key = AdapterKey("shared/bad", "0" * 64)
+    store.register(key, broken(make_adapter()))
+    for pause in (1.0, 2.0, 4.0):
+        executor.run_all()
+        store.poll()
+        clock.now += pause - 0.01
+        with pytest.raises(AdapterRejected, match="too short"):
+            store.request(key)
+        assert not executor.submitted
+        clock.now += 0.02
+        store.request(key)
+        assert len(executor.submitted) == 1
+
+
+def test_registering_a_failed_adapter_again_reads_it_at_once(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    directory = make_adapter()
+    key, content = key_of(directory), (directory / "adapter_model.safetensors").read_bytes()
+    store.register(key, broken(directory))
+    executor.run_all()
+    store.poll()
+    (directory / "adapter_model.safetensors").write_bytes(content)
+    store.register(key, directory)
+    executor.run_all()
+    (finished,) = store.poll()
+    assert finished.loaded is not None
+    store.request(key)
+
+
+def test_a_missing_directory_is_a_problem_of_that_adapter(
+    store: AdapterStore, executor: ByHand, tmp_path: Path
+) -> None:
+    store.register(AdapterKey("shared/gone", "0" * 64), tmp_path / "gone")
+    executor.run_all()
+    (finished,) = store.poll()
+    assert "adapter_config.json is missing" in finished.problems[0]
+
+
+def test_an_unexpected_failure_is_reported_and_not_lost(
+    store: AdapterStore, executor: ByHand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(store, "_load", fail)
+    store.register(AdapterKey("shared/odd", "0" * 64), tmp_path)
+    executor.run_all()
+    (finished,) = store.poll()
+    assert "ZeroDivisionError: boom" in finished.problems[0]
+
+
+def test_an_unknown_adapter_is_refused(store: AdapterStore) -> None:
+    with pytest.raises(AdapterRejected, match="not registered"):
+        store.request(AdapterKey("shared/unknown", "0" * 64))
+
+
+def test_the_least_recently_used_is_dropped_when_the_budget_is_full(
+    make_store: Callable[..., AdapterStore], executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    store = make_store(budget_bytes=2 * ADAPTER_BYTES)
+    keys = []
+    for i in range(3):
+        directory = make_adapter(str(i), seed=i)
+        keys.append(key_of(directory))
+        store.register(keys[i], directory)
+        executor.run_all()
+        store.poll()
+        store.get(keys[0])
+    assert store.residents() == [keys[2], keys[0]]
+    assert store.used_bytes == 2 * ADAPTER_BYTES
+    assert store.get(keys[1]) is None
+    store.request(keys[1])
+    assert len(executor.submitted) == 1
+
+
+def test_those_who_arrive_together_are_all_seen_before_one_is_dropped(
+    make_store: Callable[..., AdapterStore], executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    store = make_store(budget_bytes=ADAPTER_BYTES)
+    keys = []
+    for i in range(3):
+        directory = make_adapter(str(i), seed=i)
+        keys.append(key_of(directory))
+        store.register(keys[i], directory)
+    executor.run(0)
+    executor.run(0)
+    store.poll()
+    assert store.residents() == keys[:2]
+    executor.run_all()
+    store.poll()
+    assert store.residents() == keys[2:]
+
+
+def test_an_adapter_larger_than_the_budget_is_refused_with_both_sizes(
+    make_store: Callable[..., AdapterStore], executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    store = make_store(budget_bytes=ADAPTER_BYTES - 1)
+    store.register(key_of(directory := make_adapter()), directory)
+    executor.run_all()
+    (finished,) = store.poll()
+    assert finished.loaded is None
+    assert str(ADAPTER_BYTES) in finished.problems[0]
+    assert str(ADAPTER_BYTES - 1) in finished.problems[0]
+    assert store.used_bytes == 0
+
+
+def test_ahead_of_its_turn_an_adapter_is_not_read_if_another_had_to_go(
+    make_store: Callable[..., AdapterStore], executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    store = make_store(budget_bytes=ADAPTER_BYTES)
+    first, second = make_adapter("0"), make_adapter("1", seed=1)
+    for directory in (first, second):
+        store.register(key_of(directory), directory)
+        executor.run_all()
+        store.poll()
+    store.request(key_of(first), may_evict=False)
+    assert not executor.submitted
+    store.request(key_of(first))
+    assert executor.submitted
+
+
+def test_a_forgotten_adapter_leaves_memory(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    key = key_of(directory := make_adapter())
+    store.register(key, directory)
+    executor.run_all()
+    store.poll()
+    changes = store.changes
+    store.unregister(key)
+    store.unregister(key)
+    assert not store.is_registered(key)
+    assert store.get(key) is None
+    assert store.used_bytes == 0
+    assert store.changes == changes + 1
+
+
+def test_what_was_still_being_read_when_it_was_forgotten_is_dropped(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    key = key_of(directory := make_adapter())
+    store.register(key, directory)
+    store.unregister(key)
+    store.register(key, directory)
+    executor.run(0)
+    assert store.poll() == []
+    executor.run(0)
+    assert len(store.poll()) == 1
+    assert store.used_bytes == ADAPTER_BYTES
+
+
+def test_threads_of_its_own_read_in_the_background(
+    targets: dict[str, LoraTarget], make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    store = AdapterStore(
+        targets, torch.float32, max_rank=64, budget_bytes=10**6, num_threads=2, pack=lambda weights: weights
+    )
+    directories = [make_adapter(str(i), seed=i) for i in range(8)]
+    for directory in directories:
+        store.register(key_of(directory), directory)
+    found: set[AdapterKey] = set()
+    while store.is_loading():
+        found.update(finished.key for finished in store.poll() if finished.loaded)
+    assert found == {key_of(directory) for directory in directories}
+    store.close()
+
+
+def test_a_loader_thread_computes_alone_and_leaves_others_as_they_were() -> None:
+    def in_thread(call: Callable[[], object]) -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    default, seen = torch.get_num_threads(), []
+
+    def loader() -> None:
+        compute_alone(3)
+        torch.ones(1 << 16).sum()
+        seen.append(torch.get_num_threads())
+
+    in_thread(loader)
+    in_thread(lambda: seen.append(torch.get_num_threads()))
+    in_thread(lambda: torch.set_num_threads(default))
+    assert seen == [1, 3]
+    assert torch.get_num_threads() == default
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
+def test_a_loader_leaves_the_cores_to_the_step_and_nobody_else_does() -> None:
+    before, seen = os.getpriority(os.PRIO_PROCESS, 0), []
+
+    def loader() -> None:
+        give_way()
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=loader)
+    thread.start()
+    thread.join()
+    assert seen == [max(LOADER_NICENESS, before)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

@@ -1,0 +1,111 @@
+"""What a captured graph reads: padded inputs at fixed addresses. Capturing itself is tested in tests/gpu."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraplex_adapters.runtime.layer import LoRALinear
+from loraplex_engine.execution.batch import StepBatch
+from loraplex_engine.execution.cuda_graph import DecodeInputs, batch_sizes, decode_graphs, reserve_adapters
+from loraplex_engine.execution.kv_cache import create_kv_cache
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.models import load_model
+from loraplex_kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
+from loraplex_kernels.reference import ReferenceOps
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS, NUM_BLOCKS = 4, 32, 8, 12
+
+
+@pytest.mark.parametrize("largest", [1, 5, 8, 100, 256])
+def test_batch_sizes_reach_the_largest_and_waste_little(largest):
+    sizes = batch_sizes(largest)
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, largest)
+    for rows in range(1, largest + 1):
+        assert next(size for size in sizes if size >= rows) <= max(rows + 1, 1.5 * rows)
+
+
+@pytest.fixture(scope="module")
+def ops():
+    from loraplex_kernels.triton import TritonOps
+
+    return TritonOps(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def model(ops, tmp_path_factory: pytest.TempPathFactory):
+    folder: Path = tmp_path_factory.mktemp("llama")
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(**shape, vocab_size=40, num_hidden_layers=2, max_position_embeddings=64)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    loaded = load_model(EngineConfig(model=str(folder), dtype="float32", max_resident_adapters=2), folder, ops)
+    generator = torch.Generator().manual_seed(1)
+    for site in loaded.lora_sites().values():
+        if not isinstance(site, LoRALinear):
+            continue
+        a = torch.randn(3, site.in_features, generator=generator)
+        b = torch.randn(site.out_features, 3, generator=generator)
+        site.table.put(1, ops.pack_lora(LoraWeights(a, (LoraSlice(0, 0, b),))))
+    return loaded
+
+
+def tensor(values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def decode_batch(with_adapters):
+    """Three sequences with 5, 1 and 9 tokens, the last two of the adapter in slot 1."""
+    tables, lens = [[1, 2, 0], [3, 0, 0], [6, 5, 4]], [5, 1, 9]
+    slots = [tables[s][(n - 1) // BLOCK_SIZE] * BLOCK_SIZE + (n - 1) % BLOCK_SIZE for s, n in enumerate(lens)]
+    return StepBatch(
+        token_ids=tensor([7, 8, 9], torch.int64),
+        positions=tensor([4, 0, 8], torch.int64),
+        attention=AttentionMetadata(
+            tensor([0, 1, 2, 3]), tensor(lens), tensor(tables), tensor(slots, torch.int64), 1, max(lens)
+        ),
+        lora=LoraSegments(((1, 1, 3),), tensor([1]), tensor([1]), tensor([3])) if with_adapters else None,
+        logits_rows=tensor([0, 1, 2], torch.int64),
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_padding_changes_neither_results_nor_cache(ops, model, with_adapters):
+    def filled_cache():
+        generator = torch.Generator().manual_seed(2)
+        cache = create_kv_cache(model.config, ops, NUM_BLOCKS, BLOCK_SIZE, torch.float32)
+        for layer in cache:
+            layer.k.copy_(torch.randn(layer.k.shape, generator=generator))
+            layer.v.copy_(torch.randn(layer.v.shape, generator=generator))
+        return cache
+
+    plain, padded = filled_cache(), filled_cache()
+    batch, inputs = decode_batch(with_adapters), DecodeInputs(MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, DEVICE)
+    inputs.fill(decode_batch(True), MAX_NUM_SEQS)  # what an earlier step left behind must not matter
+    inputs.fill(batch, 6)
+    hidden = model.forward(inputs.batch(6, with_adapters), padded)
+    assert hidden.shape == (6, 16)
+    torch.testing.assert_close(hidden[:3], model.forward(batch, plain), rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(padded, plain, strict=True):
+        torch.testing.assert_close(mine.k, theirs.k, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.v, theirs.v, rtol=1e-5, atol=1e-5)
+
+
+def test_operations_that_cannot_be_captured_have_no_graphs(model):
+    config = EngineConfig(model="any")
+    assert decode_graphs(model, ReferenceOps(torch.device("cpu")), [], config, 1) is None
+
+
+def test_adapters_within_what_was_reserved_change_no_graph(ops, model):
+    reserve_adapters(model, 40)
+    growth, table = ops.lora_growth, model.lora_sites()["layers.0.qkv"].table
+    a, part = torch.ones(120, table.in_features), torch.ones(4, 40)
+    table.put(0, ops.pack_lora(LoraWeights(a, tuple(LoraSlice(40 * i, 4 * i, part) for i in range(3)))))
+    assert (ops.lora_growth, table.capacity, table.slice_capacity) == (growth, 128, 64)
+    table.remove(0)

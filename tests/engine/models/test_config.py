@@ -1,0 +1,312 @@
+"""config.json, in all its spellings, becomes a ModelConfig or an error that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplex_engine.checkpoint.model_config import (
+    DynamicScaling,
+    LayerAttention,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    ModelError,
+    Rope,
+    YarnScaling,
+)
+from loraplex_engine.models import parse_model_config, read_model_config
+from loraplex_engine.models.registry import FAMILIES
+
+PUBLIC_CONFIGS = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "model-configs"
+KNOWN = {name for family in FAMILIES for name in family.architectures}
+KNOWN_TYPES = {name for family in FAMILIES for name in family.model_types}
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1000,
+}
+
+
+def parse(raw: dict[str, Any], **changes: Any) -> ModelConfig:
+    return parse_model_config({**raw, **changes}, "config.json")
+
+
+def of(architecture: str, **changes: Any) -> ModelConfig:
+    return parse(LLAMA, architectures=[architecture], **changes)
+
+
+@pytest.mark.skipif(not PUBLIC_CONFIGS.is_dir(), reason="no public configs here")
+@pytest.mark.parametrize(
+    "path", sorted(PUBLIC_CONFIGS.glob("*.json")) if PUBLIC_CONFIGS.is_dir() else [], ids=lambda path: path.name
+)
+def test_public_configs_are_read_or_refused_by_name(path: Path) -> None:
+    raw = json.loads(path.read_text())
+    architectures = raw.get("architectures") or []
+    known = KNOWN & set(architectures) or (not architectures and raw.get("model_type") in KNOWN_TYPES)
+    if known:
+        config = parse_model_config(raw, path.name)
+        assert config.num_layers == raw["num_hidden_layers"]
+        assert config.num_heads * config.head_dim % config.num_kv_heads == 0
+    else:
+        stated = (architectures or [raw.get("model_type") or "none stated"])[0]
+        with pytest.raises(ModelError, match=f"not supported: .*{stated}.*LlamaForCausalLM"):
+            parse_model_config(raw, path.name)
+
+
+def test_absent_heads_follow_from_the_others() -> None:
+    config = parse(LLAMA)
+    assert (config.num_kv_heads, config.head_dim) == (4, 16)
+    assert config.attention_scale == 0.25
+
+
+def test_null_counts_as_absent() -> None:
+    assert parse(LLAMA, head_dim=None, num_key_value_heads=None) == parse(LLAMA)
+
+
+def test_head_dim_need_not_divide_the_hidden_size() -> None:
+    config = parse(LLAMA, hidden_size=65, head_dim=10)
+    assert config.head_dim == 10
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("hidden_size", None, "hidden_size is missing"),
+        ("vocab_size", "many", "vocab_size is 'many'; it must be an integer"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("rms_norm_eps", True, "rms_norm_eps is True; it must be a positive number"),
+        ("num_key_value_heads", 3, r"num_key_value_heads is 3; it must be a divisor of num_attention_heads \(4\)"),
+        ("head_dim", 15, "head_dim is 15; it must be even"),
+        ("hidden_size", 66, "head_dim is missing; it must be given where 4 heads do not divide hidden_size 66"),
+        ("hidden_act", "relu", "hidden_act is 'relu'; it must be one of silu"),
+        ("eos_token_id", "</s>", "eos_token_id is '</s>'; it must be a token id or a list of them"),
+        ("tie_word_embeddings", "yes", "tie_word_embeddings is 'yes'; it must be true or false"),
+        ("dtype", "int8", "dtype is 'int8'; it must be one of float32"),
+        ("architectures", "LlamaForCausalLM", "architectures is 'LlamaForCausalLM'; it must be a list"),
+        ("rope_scaling", "linear", "rope_scaling is 'linear'; it must be an object"),
+        ("rope_scaling", {"type": "longrope"}, "type is 'longrope'; it must be one of default, linear"),
+        ("rope_scaling", {"type": "linear"}, "rope_scaling: factor is missing"),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5; it must be 1"),
+    ],
+)
+def test_nonsense_is_named(field: str, value: object, complaint: str) -> None:
+    with pytest.raises(ModelError, match=complaint):
+        parse(LLAMA, **{field: value})
+
+
+def test_unknown_architecture_lists_the_known_ones() -> None:
+    with pytest.raises(ModelError, match=r"not supported: MambaForCausalLM; the known ones are .*Qwen3ForCausalLM"):
+        of("MambaForCausalLM")
+
+
+def test_a_wrapper_of_a_known_model_is_told_from_it() -> None:
+    raw = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {**LLAMA, "model_type": "mistral"}}
+    with pytest.raises(ModelError, match=r"Mistral3ForConditionalGeneration, which wraps a text model \(mistral\)"):
+        parse_model_config(raw, "config.json")
+
+
+def test_model_type_stands_in_for_an_absent_architecture() -> None:
+    config = parse(LLAMA, architectures=None, model_type="qwen3", num_key_value_heads=2)
+    assert config.architecture == "Qwen3ForCausalLM"
+
+
+def test_another_use_of_a_known_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="LlamaForSequenceClassification"):
+        parse(LLAMA, architectures=["LlamaForSequenceClassification"], model_type="llama")
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, ()), (2, (2,)), ([5, 9], (5, 9)), (-1, ()), (0, (0,))], ids=str)
+def test_ends_of_sequence(value: object, expected: tuple[int, ...]) -> None:
+    assert parse(LLAMA, eos_token_id=value).eos_token_ids == expected
+
+
+def test_generation_config_adds_ends_of_sequence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "eos_token_id": 2}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    assert read_model_config(tmp_path).eos_token_ids == (2, 7)
+
+
+def test_missing_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: no such file"):
+        read_model_config(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "complaint"), [("{", "not valid JSON"), ("[]", "must hold a JSON object")])
+def test_damaged_config_is_named(tmp_path: Path, content: str, complaint: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=complaint):
+        read_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_both_spellings_of_dtype(field: str) -> None:
+    assert parse(LLAMA, **{field: "bfloat16"}).dtype == "bfloat16"
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 500}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+    ],
+)
+def test_all_spellings_of_a_scaled_rope(spelling: dict[str, Any]) -> None:
+    assert parse(LLAMA, **spelling).layers[0].rope == Rope(5e5, Llama3Scaling(8.0, 1.0, 4.0, 500))
+
+
+def test_dynamic_scaling_extends_the_positions() -> None:
+    config = parse(LLAMA, rope_scaling={"type": "dynamic", "factor": 4.0})
+    assert config.layers[0].rope == Rope(10_000.0, DynamicScaling(4.0, 1000))
+    assert config.max_position_embeddings == 4000
+
+
+def test_yarn_extends_the_positions() -> None:
+    config = parse(LLAMA, rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000})
+    scaling = config.layers[0].rope.scaling
+    assert isinstance(scaling, YarnScaling)
+    assert config.max_position_embeddings == 4000
+
+
+def test_linear_scaling_extends_the_positions() -> None:
+    config = parse(LLAMA, rope_scaling={"type": "linear", "factor": 4.0})
+    assert config.layers[0].rope.scaling == LinearScaling(4.0)
+    assert config.max_position_embeddings == 4000
+
+
+def test_gemma3_states_its_positions_with_the_scaling_in_them() -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    assert of("Gemma3ForCausalLM", rope_scaling=scaling, num_key_value_heads=2).max_position_embeddings == 1000
+
+
+def test_more_positions_than_any_machine_holds_are_refused() -> None:
+    with pytest.raises(ModelError, match="max_position_embeddings, with rope_scaling, is 1000000000000"):
+        parse(LLAMA, rope_scaling={"type": "linear", "factor": 1e9})
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_configuration_may_have_a_scaling_of_its_own(tmp_path: Path, nested: bool) -> None:
+    raw = {**LLAMA, "rope_parameters": {**LLAMA3, "rope_type": "llama3", "rope_theta": 5e5}}
+    outer = {"architectures": raw["architectures"], "text_config": raw} if nested else raw
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    config = read_model_config(tmp_path, {"rope_type": "linear", "factor": 2.0})
+    assert config.layers[0].rope == Rope(5e5, LinearScaling(2.0))
+    assert config.max_position_embeddings == 2000
+
+
+def windows(config: ModelConfig) -> list[int | None]:
+    return [layer.window for layer in config.layers]
+
+
+def test_mistral_slides_everywhere_unless_null() -> None:
+    assert windows(of("MistralForCausalLM", num_key_value_heads=2)) == [4096] * 4
+    assert windows(of("MistralForCausalLM", num_key_value_heads=2, sliding_window=None)) == [None] * 4
+
+
+def test_mistral_slides_where_layer_types_says() -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = of("MistralForCausalLM", num_key_value_heads=2, layer_types=kinds, sliding_window=64)
+    assert windows(config) == [64, None, 64, None]
+
+
+def test_qwen_slides_in_the_upper_layers_if_switched_on() -> None:
+    fields = {"num_key_value_heads": 2, "sliding_window": 32, "max_window_layers": 3}
+    assert windows(of("Qwen2ForCausalLM", **fields)) == [None] * 4
+    assert windows(of("Qwen2ForCausalLM", **fields, use_sliding_window=True)) == [None, None, None, 32]
+    assert windows(of("Qwen2ForCausalLM", **{**fields, "max_window_layers": 0}, use_sliding_window=True)) == [32] * 4
+
+
+def test_layer_types_go_before_the_pattern() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+    config = of("Gemma2ForCausalLM", layer_types=kinds, sliding_window=8)
+    assert windows(config) == [None, 8, None, None]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "complaint"),
+    [(["full_attention"] * 3 + ["linear_attention"], "linear_attention"), (["full_attention"], "has layers \\(4\\)")],
+)
+def test_layer_types_that_do_not_fit_are_refused(kinds: list[str], complaint: str) -> None:
+    with pytest.raises(ModelError, match=f"layer_types is .*{complaint}"):
+        of("Qwen3ForCausalLM", layer_types=kinds, num_key_value_heads=2)
+
+
+def test_gemma2_alternates_and_caps() -> None:
+    config = of("Gemma2ForCausalLM", query_pre_attn_scalar=144, num_key_value_heads=2)
+    assert windows(config) == [4096, None, 4096, None]
+    assert (config.attention_soft_cap, config.logits_soft_cap) == (50.0, 30.0)
+    assert config.attention_scale == 1 / 12
+    assert config.embedding_scale == 8.0
+    assert (config.norm_offset, config.sandwich_norms, config.activation) == (1.0, True, "gelu_tanh")
+
+
+GLOBAL, LOCAL = Rope(1e6, LinearScaling(8.0)), Rope(1e4)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}},  # the defaults say the rest
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+    ],
+)
+def test_gemma3_rotates_local_and_global_layers_apart(spelling: dict[str, Any]) -> None:
+    config = of("Gemma3ForCausalLM", sliding_window=512, sliding_window_pattern=3, num_key_value_heads=2, **spelling)
+    local = LayerAttention(LOCAL, 512)
+    assert config.layers == (local, local, LayerAttention(GLOBAL), local)
+
+
+def test_gemma3_with_one_rope_for_all_is_refused() -> None:
+    with pytest.raises(ModelError, match="full_attention and sliding_attention"):
+        of("Gemma3ForCausalLM", rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+
+
+def test_gemma3_that_is_not_causal_is_refused() -> None:
+    with pytest.raises(ModelError, match="use_bidirectional_attention is True"):
+        of("Gemma3ForCausalLM", use_bidirectional_attention=True)
+
+
+def test_multimodal_gemma3_keeps_its_text_model_apart() -> None:
+    # Of the published 4B: all that is not said is the default of the text model.
+    config = parse_model_config(
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "eos_token_id": [1, 106],
+            "hidden_size": 1,  # not the text model's
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "torch_dtype": "bfloat16",
+            "vision_config": {"hidden_size": 1152},
+        },
+        "config.json",
+    )
+    assert (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim) == (2560, 8, 4, 256)
+    assert config.eos_token_ids == (1, 106)
+    assert config.dtype == "bfloat16"
+    assert config.tie_word_embeddings
+    assert config.layers[5] == LayerAttention(GLOBAL)
+    assert config.layers[4] == LayerAttention(LOCAL, 1024)

@@ -1,0 +1,149 @@
+"""The command line against a running service: what it prints, and its exit status."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from loraplex_service.cli import main
+from loraplex_service.config import UsageConfig
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+
+
+async def run(control: ControlPlane, *arguments: str) -> Result:
+    """One command, in a thread of its own: the service lives in this one."""
+    where = ["--server", control.addresses.data, "--admin-server", control.addresses.admin]
+    return await asyncio.to_thread(CliRunner().invoke, main, [*arguments, *where])
+
+
+def test_the_version_is_printed() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert result.output.startswith("loraplex ")
+
+
+async def test_text_is_generated(control: ControlPlane) -> None:
+    result = await run(control, "generate", "tiny", "abc", "--max-tokens", "7")
+    assert (result.exit_code, result.output) == (0, "abcabca\n")
+
+
+async def test_the_whole_response_can_be_printed(control: ControlPlane) -> None:
+    result = await run(control, "generate", "tiny", "abc", "--max-tokens", "7", "--temperature", "0", "--json")
+    response = json.loads(result.output)
+    assert response["outputs"][0]["text"] == "abcabca"
+    assert response["usage"]["completion_tokens"] == 7
+
+
+async def test_a_conversation_is_generated_from(control: ControlPlane) -> None:
+    result = await run(control, "generate", "tiny", "hi", "--chat", "--max-tokens", "8")
+    assert result.output == "[user]hi\n"
+
+
+async def test_what_the_server_refuses_is_said_in_its_words(control: ControlPlane) -> None:
+    result = await run(control, "generate", "nope", "abc")
+    assert result.exit_code == 1
+    assert result.output == (
+        "Error: MODEL_NOT_FOUND: there is no model 'nope'; there are: other, tiny; "
+        "nor is there an adapter or a route of that name for tenant 'default'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("service", "status", "word"), [("models/tiny", 0, "SERVING"), ("models/other", 1, "NOT_SERVING")]
+)
+async def test_health_is_an_exit_status(control: ControlPlane, service: str, status: int, word: str) -> None:
+    result = await run(control, "health", service)
+    assert (result.exit_code, result.output) == (status, f"{word}\n")
+
+
+async def test_the_load_is_shown(control: ControlPlane) -> None:
+    running = control.client.stream_generate("tiny", "abc", max_tokens=1 << 19)
+    await anext(running)
+    result = await run(control, "top", "--interval", "0.1", "--count", "2")
+    rows = [line.split() for line in result.output.splitlines() if line.split()[:1] == ["tiny"]]
+    assert [row[1:4] for row in rows] == [["1", "0", "0"]] * 2
+    running.cancel()
+
+
+async def test_models_are_listed(control: ControlPlane) -> None:
+    result = await run(control, "models", "list")
+    lines = [line.split() for line in result.output.splitlines()]
+    assert lines[1:] == [
+        ["models/other", "UNLOADED"],
+        ["models/tiny", "ACTIVE", "ScriptedForCausalLM", "float32", "1048576"],
+    ]
+
+
+async def test_models_are_loaded_and_unloaded(control: ControlPlane) -> None:
+    loaded = json.loads((await run(control, "models", "load", "other")).output)
+    assert loaded["state"] == "STATE_ACTIVE"
+    unloaded = json.loads((await run(control, "models", "unload", "other")).output)
+    assert unloaded["state"] == "STATE_UNLOADED"
+
+
+async def test_adapters_are_created_listed_switched_and_deleted(control: ControlPlane) -> None:
+    versions = []
+    for seed in range(2):
+        write_adapter(control.roots / "pirate", seed=seed)
+        result = await run(control, "adapters", "create", "pirate", "pirate", "--base-model", "tiny")
+        assert result.exit_code == 0
+        versions.append(json.loads(result.output)["version"].rpartition("/")[2])
+    assert versions[1] in (await run(control, "adapters", "list")).output
+    assert versions[0] in (await run(control, "adapters", "list", "--versions")).output
+    used = json.loads((await run(control, "adapters", "use", versions[0])).output)
+    assert used["version"].endswith(versions[0])
+    got = json.loads((await run(control, "adapters", "get", "pirate")).output)
+    assert got["version"].endswith(versions[0])
+    assert (await run(control, "adapters", "delete", "pirate")).exit_code == 0
+    assert (await run(control, "adapters", "get", "pirate")).exit_code == 1
+
+
+async def test_an_adapter_that_is_not_valid_is_an_exit_status(control: ControlPlane) -> None:
+    write_adapter(control.roots / "rejected")
+    result = await run(control, "adapters", "create", "pirate", "rejected", "--base-model", "tiny")
+    assert result.exit_code == 1
+    assert json.loads(result.output)["state"] == "STATE_FAILED"
+
+
+async def test_an_adapter_is_validated_without_being_registered(control: ControlPlane) -> None:
+    write_adapter(control.roots / "pirate")
+    command = ("adapters", "create", "pirate", "pirate", "--base-model", "tiny", "--validate-only")
+    assert (await run(control, *command)).exit_code == 0
+    assert len((await run(control, "adapters", "list")).output.splitlines()) == 1
+
+
+async def test_a_server_that_is_not_there_is_named() -> None:
+    arguments = ["generate", "tiny", "abc", "--server", "127.0.0.1:1", "--timeout", "5"]
+    result = await asyncio.to_thread(CliRunner().invoke, main, arguments)
+    assert result.exit_code == 1
+    assert "127.0.0.1:1" in result.output
+
+
+def test_a_configuration_that_is_wrong_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "loraplex.yaml"
+    file.write_text("modles: []")
+    result = CliRunner().invoke(main, ["serve", "--config", str(file)])
+    assert result.exit_code == 1
+    assert "unknown key 'modles' in the top level; did you mean 'models'?" in result.output
+
+
+async def test_usage_records_are_printed_a_line_each_and_resumed_after_any(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    usage = UsageConfig(file=str(tmp_path / "usage.jsonl"))
+    async with control_plane(byte_tokenizer_directory, tmp_path, usage=usage) as control:
+        answers = [await control.client.generate("tiny", "abc", max_tokens=count) for count in (1, 2, 3)]
+        printed = await run(control, "usage", "watch", "--existing")
+        rest = await run(control, "usage", "watch", "--existing", "--after", answers[1].request_id)
+    records = [json.loads(line) for line in printed.output.splitlines()]
+    assert [record["id"] for record in records] == [answer.request_id for answer in answers]
+    assert [int(record["completion_tokens"]) for record in records] == [1, 2, 3]
+    assert {record["tenant"] for record in records} == {"tenants/default"}
+    assert [json.loads(line)["id"] for line in rest.output.splitlines()] == [answers[2].request_id]
+
+
+async def test_a_server_that_keeps_no_usage_records_says_how_to_have_them(control: ControlPlane) -> None:
+    result = await run(control, "usage", "watch", "--existing")
+    assert result.exit_code == 1
+    assert "set usage.file" in result.output

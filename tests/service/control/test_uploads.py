@@ -1,0 +1,236 @@
+"""UploadAdapter: files that callers send become adapters, or nothing at all."""
+
+import asyncio
+import errno
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc.aio
+import pytest
+
+from loraplex import AsyncAdminClient, InvalidArgument, ResourceExhausted, Unavailable
+from loraplex.operations.base import Upload
+from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, UploadAdapterRequest, UploadFile
+from loraplex.v1.adapters_pb2_grpc import AdapterServiceStub
+from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
+from loraplex_service.admission.tenants import TenantConfig
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+
+METHOD = "/loraplex.v1.AdapterService/UploadAdapter"
+HEADER = UploadAdapterRequest(
+    header=CreateAdapterRequest(parent="tenants/shared", adapter_id="mine", adapter=Adapter(base_model="models/tiny"))
+)
+
+
+def begin(name: str, size: int) -> UploadAdapterRequest:
+    return UploadAdapterRequest(file=UploadFile(name=name, size_bytes=size))
+
+
+def chunk(content: bytes) -> UploadAdapterRequest:
+    return UploadAdapterRequest(chunk=content)
+
+
+async def send(control: ControlPlane, *messages: UploadAdapterRequest) -> Adapter:
+    def requests() -> Iterator[UploadAdapterRequest]:
+        yield from messages
+
+    return await control.admin._upload(Upload(METHOD, requests(), Adapter, {}))
+
+
+def kept(control: ControlPlane) -> list[Path]:
+    """What is on the disk of the server, of whatever upload."""
+    depot = control.app.library._depot
+    return [*depot._versions.iterdir(), *depot._incoming.iterdir()]
+
+
+async def test_an_uploaded_adapter_can_be_used_and_says_what_it_is(control: ControlPlane, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "mine", seed=1)
+    adapter = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
+    assert (adapter.state, adapter.source, adapter.current) == (Adapter.STATE_ACTIVE, "", True)
+    assert adapter.digest == f"sha256:{digest(files)}"
+    answer = await control.client.generate("mine", "abc", max_tokens=1)
+    assert answer.target.adapter_version == adapter.version
+
+
+async def test_the_same_content_again_is_the_same_version(control: ControlPlane, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "mine", seed=1)
+    first = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
+    again = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
+    assert again.version == first.version
+    assert len(kept(control)) == 1
+
+
+async def test_content_of_another_digest_is_refused_and_removed(control: ControlPlane, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "mine")
+    with pytest.raises(InvalidArgument, match="the files have another one"):
+        await control.admin.upload_adapter("mine", base_model="tiny", directory=files, digest="sha256:" + "0" * 64)
+    assert kept(control) == []
+
+
+async def test_validating_an_upload_keeps_nothing(control: ControlPlane, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "mine")
+    adapter = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, validate_only=True)
+    assert adapter.rank == 4
+    assert kept(control) == []
+    assert await control.admin.list_adapters() == []
+
+
+async def test_a_deleted_upload_leaves_no_files(control: ControlPlane, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "mine")
+    for name in ("mine", "same"):  # two names, one content
+        await control.admin.upload_adapter(name, base_model="tiny", directory=files, wait=20.0)
+    await control.admin.delete_adapter("mine", wait=20.0)
+    assert len(kept(control)) == 1
+    await control.admin.delete_adapter("same", wait=20.0)
+    async with asyncio.timeout(20):
+        while kept(control):  # noqa: ASYNC110 - the depot has no event
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ((), "must be its header"),
+        ((chunk(b"x"),), "must be its header"),
+        ((HEADER, chunk(b"x")), "has 1 bytes; 0 are missing"),
+        ((HEADER, begin("evil.bin", 1)), "is expected"),
+        ((HEADER, begin(f"../{CONFIG_FILE}", 1)), "is expected"),
+        ((HEADER, begin(CONFIG_FILE, 0)), "must be from 1 to"),
+        ((HEADER, begin(CONFIG_FILE, 1 << 40)), "must be from 1 to"),
+        ((HEADER, begin(WEIGHTS_FILE, 1 << 40)), "must be from 1 to"),
+        ((HEADER, begin(CONFIG_FILE, 2), chunk(b"x")), f"1 bytes of {CONFIG_FILE} are missing"),
+        ((HEADER, begin(CONFIG_FILE, 2), chunk(b"xyz")), "has 3 bytes; 2 of"),
+        ((HEADER, begin(CONFIG_FILE, 1), chunk(b"x"), begin(CONFIG_FILE, 1)), "is expected"),
+        ((HEADER, begin(CONFIG_FILE, 2), chunk(b"x"), begin(WEIGHTS_FILE, 1)), "are missing"),
+        ((HEADER, begin(CONFIG_FILE, 1), chunk(b"x")), f"missing: {WEIGHTS_FILE}"),
+        ((HEADER, HEADER), "after the header"),
+    ],
+)
+async def test_a_stream_that_is_no_upload_is_refused_and_leaves_nothing(
+    control: ControlPlane, messages: tuple[UploadAdapterRequest, ...], problem: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=problem):
+        await send(control, *messages)
+    assert kept(control) == []
+
+
+# ---- uploads that do not end -----------------------------------------------------------------------------------------
+
+BEGUN = (HEADER, begin(CONFIG_FILE, 1), chunk(b"x"), begin(WEIGHTS_FILE, 1 << 20), chunk(bytes(1000)))
+
+
+class Begun:
+    """An upload that has sent something, and waits."""
+
+    def __init__(self, channel: grpc.aio.Channel, *messages: UploadAdapterRequest) -> None:
+        self.sent = asyncio.Event()
+
+        async def requests() -> AsyncIterator[UploadAdapterRequest]:
+            for message in messages:
+                yield message
+            self.sent.set()
+            await asyncio.Event().wait()
+
+        self.call = AdapterServiceStub(channel).UploadAdapter(requests())
+
+
+async def begin_many(control: ControlPlane, channel: grpc.aio.Channel, count: int) -> list[Begun]:
+    uploads = [Begun(channel, *BEGUN) for _ in range(count)]
+    for upload in uploads:
+        await upload.sent.wait()
+    await until(lambda: len(kept(control)) == count)
+    return uploads
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - the depot has no event
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def open_control(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    """Where the tenant shared may upload as much as it likes at once."""
+    tenants = {"shared": TenantConfig(max_uploads=None)}
+    async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
+        yield control
+
+
+async def test_uploads_that_are_cancelled_together_leave_nothing(open_control: ControlPlane) -> None:
+    async with grpc.aio.insecure_channel(open_control.addresses.admin) as channel:
+        for upload in await begin_many(open_control, channel, 40):
+            upload.call.cancel()
+        await until(lambda: not kept(open_control))
+
+
+async def test_uploads_whose_connection_ends_leave_nothing(open_control: ControlPlane) -> None:
+    channel = grpc.aio.insecure_channel(open_control.addresses.admin)
+    await begin_many(open_control, channel, 10)
+    await channel.close()
+    await until(lambda: not kept(open_control))
+
+
+async def test_an_upload_with_an_id_leaves_nothing_when_it_is_cancelled(open_control: ControlPlane) -> None:
+    header = UploadAdapterRequest(header=HEADER.header)
+    header.header.request_id = str(uuid.uuid4())
+    async with grpc.aio.insecure_channel(open_control.addresses.admin) as channel:
+        upload = Begun(channel, header, *BEGUN[1:])
+        await until(lambda: len(kept(open_control)) == 1)
+        upload.call.cancel()
+        await until(lambda: not kept(open_control))
+
+
+async def test_uploads_in_progress_are_limited(control: ControlPlane) -> None:
+    async with grpc.aio.insecure_channel(control.addresses.admin) as channel:
+        uploads = await begin_many(control, channel, 4)
+        with pytest.raises(ResourceExhausted, match="5 uploads in progress"):
+            await send(control, *BEGUN)
+        uploads[0].call.cancel()
+        await until(lambda: len(kept(control)) == 3)
+        with pytest.raises(InvalidArgument, match="bytes of"):
+            await send(control, *BEGUN)
+
+
+@pytest.mark.parametrize("limit", [{"max_adapters": 2}, {"max_adapter_bytes": 1 << 20}])
+async def test_what_is_being_uploaded_counts_in_the_quota(
+    byte_tokenizer_directory: Path, tmp_path: Path, limit: dict[str, int]
+) -> None:
+    tenants = {"shared": TenantConfig(**limit)}  # type: ignore[arg-type]
+    async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
+        count = limit.get("max_adapters", 1)
+        files = write_adapter(tmp_path / "one", seed=1)
+        async with grpc.aio.insecure_channel(control.addresses.admin) as channel:
+            uploads = [Begun(channel, HEADER, begin(WEIGHTS_FILE, 1 << 20)) for _ in range(count)]
+            await until(lambda: [one.size_bytes for one in control.app.quota._incoming] == [1 << 20] * count)
+            with pytest.raises(ResourceExhausted):
+                await control.admin.upload_adapter("one", base_model="tiny", directory=files)
+            for upload in uploads:
+                upload.call.cancel()
+            await until(lambda: not control.app.quota._incoming)
+            await control.admin.upload_adapter("one", base_model="tiny", directory=files)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "loraplex_adapters.files.depot.Depot.begin",
+        "loraplex_service.adapters.library._append",
+        "loraplex_adapters.files.depot._sync",
+    ],
+)
+async def test_an_upload_that_the_disk_does_not_take_is_refused_for_now_and_leaves_nothing(
+    control: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = write_adapter(tmp_path / "files")
+    with monkeypatch.context() as full:
+        full.setattr(step, fail)
+        async with AsyncAdminClient(control.addresses.admin, options={"grpc.enable_retries": 0}) as admin:
+            with pytest.raises(Unavailable, match="No space left") as raised:
+                await admin.upload_adapter("pirate", base_model="tiny", directory=files)
+    assert raised.value.reason == "STATE_UNWRITABLE"
+    assert (await control.admin.list_adapters(), kept(control)) == ([], [])
+    await control.admin.upload_adapter("pirate", base_model="tiny", directory=files, wait=20.0)

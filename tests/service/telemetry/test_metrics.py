@@ -1,0 +1,232 @@
+"""The Prometheus page, as it is scraped."""
+
+import asyncio
+import re
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from loraplex import NotFound
+from loraplex.v1.adapters_pb2 import Adapter
+from loraplex_service.telemetry.metrics import RequestMetrics
+from loraplex_service.telemetry.series import MAX_SERIES, OTHER, Counter, Histogram
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+
+DOCUMENTED = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
+
+
+class Page:
+    """One scrape."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        families = list(text_string_to_metric_families(text))
+        self.names = {family.name for family in families}
+        self._samples = [sample for family in families for sample in family.samples]
+
+    def values(self, name: str) -> list[tuple[Mapping[str, str], float]]:
+        return [(sample.labels, sample.value) for sample in self._samples if sample.name == name]
+
+    def value(self, name: str, **labels: str) -> float:
+        [value] = [value for found, value in self.values(name) if labels.items() <= found.items()]
+        return value
+
+
+def get_page(control: ControlPlane) -> bytes:
+    with urllib.request.urlopen(f"http://{control.addresses.metrics}/metrics", timeout=10) as response:
+        return bytes(response.read())
+
+
+async def scrape(control: ControlPlane) -> Page:
+    return Page((await asyncio.to_thread(get_page, control)).decode())
+
+
+@pytest.fixture
+async def control(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    async with control_plane(byte_tokenizer_directory, tmp_path, metrics_listen="127.0.0.1:0") as control:
+        yield control
+
+
+async def test_the_page_has_every_documented_name_and_no_other(control: ControlPlane) -> None:
+    documented = set(re.findall(r"`((?:loraplex_|vllm:)\w+)`", DOCUMENTED.read_text()))
+    assert (await scrape(control)).names == {name.removesuffix("_total") for name in documented}
+
+
+async def test_a_generation_counts_for_its_tenant_model_and_adapter(control: ControlPlane) -> None:
+    write_adapter(control.roots / "pirate")
+    source = str(control.roots / "pirate")
+    await control.admin.create_adapter("pirate", base_model="tiny", source=source, tenant="default")
+    await control.client.generate("pirate", "abc", max_tokens=5)
+    page = await scrape(control)
+    user = {"tenant": "default", "model": "tiny", "adapter": "tenants/default/adapters/pirate"}
+    assert page.value("loraplex_requests_total", **user, status="OK") == 1
+    assert page.value("loraplex_prompt_tokens_total", **user) == 3
+    assert page.value("loraplex_completion_tokens_total", **user) == 5
+    assert page.value("loraplex_adapter_resident", adapter=user["adapter"]) == 1
+    assert page.value("loraplex_adapter_loads_total", model="tiny") == 1
+    assert page.value("loraplex_adapter_load_seconds_total", model="tiny") > 0
+
+
+async def create(control: ControlPlane, adapter_id: str, seed: int = 0) -> Adapter:
+    source = str(write_adapter(control.roots / f"{adapter_id}-{seed}", seed=seed))
+    return await control.admin.create_adapter(adapter_id, base_model="tiny", source=source, wait=20)
+
+
+async def test_a_weighted_sum_counts_for_each_of_its_adapters_and_once_for_its_tenant(control: ControlPlane) -> None:
+    adapters = [await create(control, "pirate", 0), await create(control, "poet", 1)]
+    await control.client.generate("pirate*0.7 + poet*0.3", "abc", max_tokens=5)
+    page = await scrape(control)
+    for adapter in adapters:
+        assert page.value("loraplex_requests_total", adapter=adapter.name, status="OK") == 1
+        assert page.value("loraplex_completion_tokens_total", adapter=adapter.name) == 5
+    assert page.value("loraplex_tenant_requests_total", tenant="default", model="tiny", status="OK") == 1
+    assert page.value("loraplex_tenant_completion_tokens_total", tenant="default", model="tiny") == 5
+
+
+async def test_a_weighted_sum_that_runs_shows_at_each_of_its_adapters(control: ControlPlane) -> None:
+    adapters = [await create(control, "pirate", 0), await create(control, "poet", 1)]
+    async with control.client.stream_generate("pirate*0.7 + poet*0.3", "abc", max_tokens=1_000_000) as stream:
+        await anext(stream)
+        page = await scrape(control)
+    for adapter in adapters:
+        assert page.value("loraplex_adapter_requests", model="tiny", adapter=adapter.name) == 1
+    [(info, _)] = page.values("vllm:lora_requests_info")
+    assert info["running_lora_adapters"] == "shared/pirate,shared/poet"
+    assert info["waiting_lora_adapters"] == ""
+
+
+async def test_the_series_of_an_adapter_end_with_its_last_version(control: ControlPlane) -> None:
+    pirate, poet = await create(control, "pirate", 0), await create(control, "poet", 1)
+    await create(control, "pirate", 2)
+    for model in ("pirate", "poet"):
+        await control.client.generate(model, "abc", max_tokens=5)
+    await control.admin.delete_adapter(pirate.version, wait=20)
+    assert (await scrape(control)).value("loraplex_completion_tokens_total", adapter=pirate.name) == 5
+    await control.admin.delete_adapter("pirate", wait=20)
+    page = await scrape(control)
+    assert pirate.name not in page.text
+    assert page.value("loraplex_requests_total", adapter=poet.name, status="OK") == 1
+    assert page.value("loraplex_completion_tokens_total", adapter=poet.name) == 5
+    assert page.value("loraplex_tenant_completion_tokens_total", tenant="default", model="tiny") == 10
+    [tenant] = (await anext(control.admin.watch_load())).tenants
+    assert (tenant.requests_total, tenant.completion_tokens_total) == (2, 10)
+
+
+async def test_requests_without_finite_logits_are_counted_by_model(control: ControlPlane) -> None:
+    core = control.core()
+    stats = core.stats
+    core.stats = lambda: msgspec.structs.replace(stats(), num_not_finite=3)
+    await control.client.generate("tiny", "abc", max_tokens=5)
+    assert (await scrape(control)).value("loraplex_not_finite_requests_total", model="tiny") == 3
+
+
+async def test_a_page_of_thousands_of_adapters_hardly_holds_the_event_loop(control: ControlPlane) -> None:
+    counters = control.app.telemetry.metrics.adapters
+    for number in range(MAX_SERIES):
+        labels = ("default", "tiny", f"tenants/default/adapters/number-{number}")
+        counters.requests.add((*labels, "OK"))
+        for counter in (counters.prompt_tokens, counters.cached_prompt_tokens, counters.completion_tokens):
+            counter.add(labels)
+    before = time.thread_time()  # of this thread, the loop's: what other threads do does not count
+    page = await asyncio.to_thread(get_page, control)
+    assert time.thread_time() - before < 0.05
+    assert page.count(b"\nloraplex_completion_tokens_total{") == MAX_SERIES
+
+
+def test_what_is_counted_later_is_not_in_a_snapshot() -> None:
+    metrics = RequestMetrics()
+    metrics.finished.add(("tiny", "stop"))
+    metrics.queue.observe(("tiny",), 1.0)
+    snapshot = deepcopy(metrics)
+    metrics.finished.add(("tiny", "stop"))
+    metrics.queue.observe(("tiny",), 2.0)
+    assert snapshot.finished.values["tiny", "stop"] == 1
+    assert snapshot.queue.values["tiny",].total == sum(snapshot.queue.values["tiny",].counts) == 1
+
+
+async def test_the_times_of_a_generation_are_under_both_names(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "abc", max_tokens=5)
+    page = await scrape(control)
+    for name, alias in (
+        ("loraplex_request_duration_seconds", "vllm:e2e_request_latency_seconds"),
+        ("loraplex_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"),
+        ("loraplex_time_per_output_token_seconds", "vllm:request_time_per_output_token_seconds"),
+        ("loraplex_queue_seconds", "vllm:request_queue_time_seconds"),
+    ):
+        assert page.value(f"{name}_count", model="tiny") == 1
+        assert page.value(f"{alias}_count", model_name="tiny") == 1
+        assert page.value(f"{name}_sum", model="tiny") == page.value(f"{alias}_sum", model_name="tiny") > 0
+    assert page.value("vllm:request_success_total", model_name="tiny", finished_reason="max_tokens") == 1
+
+
+async def test_each_gap_between_the_tokens_of_an_output_counts(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "abc", max_tokens=5, n=2)
+    page = await scrape(control)
+    for name, label in (
+        ("loraplex_inter_token_latency_seconds", "model"),
+        ("vllm:inter_token_latency_seconds", "model_name"),
+    ):
+        assert page.value(f"{name}_count", **{label: "tiny"}) == 2 * (5 - 1)
+        assert page.value(f"{name}_sum", **{label: "tiny"}) > 0
+
+
+async def test_gaps_count_while_the_generation_runs(control: ControlPlane) -> None:
+    async with control.client.stream_generate("tiny", "abc", max_tokens=1_000_000) as stream:
+        for _ in range(4):  # that it has started, and three pieces
+            await anext(stream)
+        page = await scrape(control)
+    assert page.value("loraplex_inter_token_latency_seconds_count", model="tiny") >= 2
+    assert page.values("loraplex_requests_total") == []
+
+
+async def test_a_refused_call_counts_with_its_status(control: ControlPlane) -> None:
+    with pytest.raises(NotFound):
+        await control.client.generate("nobody", "abc", max_tokens=5)
+    page = await scrape(control)
+    method = "loraplex.v1.InferenceService/Generate"
+    assert page.value("loraplex_rpc_duration_seconds_count", method=method, status="NOT_FOUND") == 1
+    assert page.values("loraplex_requests_total") == []
+
+
+async def test_a_model_that_is_not_loaded_is_down(control: ControlPlane) -> None:
+    page = await scrape(control)
+    assert page.value("loraplex_model_up", model="tiny") == 1
+    assert page.value("loraplex_model_up", model="other") == 0
+
+
+async def test_prompts_and_outputs_are_not_on_the_page(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "secret", max_tokens=6)
+    assert "secret" not in (await scrape(control)).text
+
+
+def test_label_values_of_callers_cannot_fill_the_memory() -> None:
+    counter = Counter()
+    for number in range(MAX_SERIES + 10):
+        counter.add((f"tenant-{number}", "tiny"))
+    assert len(counter.values) == MAX_SERIES + 1
+    assert counter.values[OTHER, OTHER] == 10
+
+
+def test_a_series_that_ends_makes_room_for_another() -> None:
+    counter = Counter()
+    for number in range(MAX_SERIES + 1):
+        counter.add((f"tenant-{number}", "tiny"))
+    counter.drop(lambda labels: labels == ("tenant-7", "tiny"))
+    counter.add(("late", "tiny"))
+    counter.add(("later", "tiny"))
+    assert counter.values["late", "tiny"] == 1
+    assert counter.values[OTHER, OTHER] == 2
+
+
+def test_a_value_falls_into_the_first_bucket_that_holds_it() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for seconds in (0.5, 1.0, 1.5, 2.5):
+        histogram.observe(("tiny",), seconds)
+    assert histogram.values["tiny",].counts == [2, 1, 1]
+    assert histogram.values["tiny",].total == 5.5
