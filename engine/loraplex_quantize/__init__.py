@@ -1,1 +1,1 @@
-"""`loraplex quantize`: writes a quantised copy of a checkpoint, with the packages that others made for that."""
+"""`loraplex quantize`: writes a quantised copy of a checkpoint, with the packages that others made for it."""

@@ -1,5 +1,7 @@
-"""The front-end process: gRPC in, gRPC out, and everything about a request that needs no arithmetic.
+"""The front-end process: gRPC in, gRPC out, and all of a request that needs no arithmetic. It never imports torch.
 
-Start with `inference` (one request from spec to stream), then `control` (models, adapters, tokens), `app` (how it is
-put together) and `supervisor` (how the engine processes are kept alive). Nothing here imports torch, even indirectly.
+A call comes in through `ports`, and `auth` says who makes it. `requests` takes a generation from its spec to its last
+token, with `names` (what the field `model` means), `text` (tokenizers and templates) and `admission` (quotas and
+queues). `models` runs the engines, `adapters` brings adapters onto them, and `control` serves the methods about both.
+`telemetry` reports, `commands` is the command line, and `app` puts all of it together. Start with `requests.inference`.
 """

@@ -56,7 +56,7 @@ class _Source:
 
 
 def compute_alone(default: int) -> None:
-    """Make torch compute in this thread alone for this thread; new threads get `default` threads as before.
+    """Make torch use no other threads for the work of this thread. New threads still get `default` threads.
 
     Many small operations that each wait for a team of threads, beside a step that keeps all cores busy, took 46 s
     where one thread alone took 0.6 s (84 MB adapter, 2 cores, both busy). Torch keeps the number per thread, but a

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def select_device(name: str) -> torch.device:
-    """`auto`: CUDA where there is one, else the CPU. A CUDA device has its index: what torch selects needs one.
+    """The device of this name; `auto`: CUDA if there is any, else the CPU. A CUDA device gets an index, which torch
+    needs.
 
     Raises ValueError for a device that is not there.
     """

@@ -1,1 +1,1 @@
-"""The pieces that a decoder is built from, on top of the operations of `kernels`."""
+"""The parts of a decoder, built on the operations of `loraplex_kernels`."""

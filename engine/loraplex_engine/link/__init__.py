@@ -1,4 +1,5 @@
-"""What the service and an engine share: their messages, the bus between them, and an engine as its client sees it.
+"""All that the service and an engine share. It needs no torch, and the service imports nothing else of this package.
 
-It needs no torch, and it is all of this package that the service imports.
+`messages` are what they send each other, `bus` carries them, and `client` is an engine as the service sees it. `config`
+and `sampling_params` are parts of messages.
 """

@@ -1,1 +1,5 @@
-"""Adapters on this server: where their files come from, what text they bring, and how they get onto the engines."""
+"""Adapters on this server: their files, their text, and their way onto the engines.
+
+`library` finds, receives and checks files; `texts` reads the tokens and templates that adapters bring; `deployer` makes
+the engines hold what the registry says.
+"""

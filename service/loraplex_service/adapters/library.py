@@ -95,7 +95,7 @@ class AdapterLibrary:
     async def gather(self) -> AsyncIterator["Gathering"]:
         """Yield a place for files that a caller sends.
 
-        Unless `keep` was called, they are removed when the block ends.
+        The files are removed at the end of the block, unless `keep` was called.
         """
         gathering = Gathering(self._readers, self._depot)
         try:

@@ -33,9 +33,9 @@ class Places:
 
 
 class Refusals:
-    """Gives those who are refused their turns, with a pause before each: so most of the loop's time is for others.
+    """Delays refusals: each waits for its turn and a pause, so that most of the loop's time is for other calls.
 
-    A call that waits takes a place of its connection, which brings no other instead. For one event loop.
+    A waiting call keeps a place of its connection, which can bring no other call instead. For one event loop.
     """
 
     def __init__(self, pause_seconds: float = 0.001, most_waiting: int = 256) -> None:

@@ -74,7 +74,7 @@ class EngineSupervisor:
     When `changed` reports ACTIVE, no message has been sent through that client yet.
 
     `read_revision`: returns the present revision of the files that the process loads; "": they do not exist yet. It
-    runs
+    runs in threads.
     """
 
     def __init__(

@@ -290,6 +290,7 @@ class _StallWatch:
     """Ends its block with SlowConsumer once a single write takes too long.
 
     One timer serves a whole stream and checks the current write when it fires: a timer for each message would cost more
+    than the message.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -388,9 +389,10 @@ async def _abort(error: LoraplexError, call: Call, context: Context) -> None:
 
 
 def _let_go(aborted: grpc.aio.AbortError, error: LoraplexError, _: object) -> None:
-    """Have them go with their call: gRPC keeps the one in the call, and their frames keep the call.
+    """Break the cycle between a call and its errors: gRPC keeps `aborted` in the call, and the errors' frames hold the
+    call.
 
-    Else the call stays, with all that gRPC has of it, until the collector looks at everything: that holds the loop.
+    Otherwise the call stays, with all that gRPC holds of it, until a full collection, which would block the loop.
     """
     aborted.__context__ = None
     aborted.__traceback__ = error.__traceback__ = None

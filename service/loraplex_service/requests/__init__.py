@@ -1,1 +1,6 @@
-"""One request, from its spec to the last of its tokens: `inference` is the way, `run` is the request on it."""
+"""One generation, from its spec to its last token.
+
+`inference` holds the steps in order. `prompts` turns the prompt into tokens, in `turns` where it is long;
+`cold_adapters` waits for adapters; `run` is the admitted request on its engine; `outputs` turns tokens back into text;
+`in_flight` knows all requests by their ids.
+"""

@@ -88,9 +88,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read.
         `resume_seconds`: how long a request that has begun waits for the next engine after one has died.
-        `metrics`: gets the gaps between tokens; what else it counts, it hears of as an observer. `recorded`: waits
-        until what observers keep of generations that have ended is kept: callers see the end only then. `answer_bytes`:
-        of an answer in one piece, and of each item of a batch.
+        `metrics`: gets the gaps between tokens; it gets all else as an observer. `recorded`: waits
+        until observers have stored the records of ended generations: callers see an end only then. `answer_bytes`:
+        the limit of an answer in one piece, and of each item of a batch.
         """
         self._catalog = catalog
         self._admission = admission

@@ -272,7 +272,7 @@ def _surroundings(base: Tokenizer) -> tuple[list[int], list[int]]:
 def _lead(base: Tokenizer) -> str:
     """The text to put before a piece so that it is not a text's beginning; "": the tokenizer treats both alike.
 
-    Raises TokenizerError if it does care, and has no added token that could stand there.
+    Raises TokenizerError if the tokenizer treats them differently and has no added token to put there.
     """
     state = base._backend.pre_tokenizer.__getstate__() if base._backend.pre_tokenizer is not None else b""
     if b'"prepend_scheme":"first"' not in state:
