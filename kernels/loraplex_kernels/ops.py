@@ -121,17 +121,27 @@ class PackedLora(Protocol):
     def nbytes(self) -> int: ...
 
 
-class LoraTable(Protocol):
-    """The adapters resident at one linear, by slot. Changed between steps only. Nothing is padded to a maximum rank."""
+class SlotTable(Protocol):
+    """The adapters resident at one place of the model, by slot. Changed between steps only."""
 
     def put(self, slot: int, packed: PackedLora) -> None:
         """Make `packed` the adapter in `slot`, in no more time than it takes to get it to the device.
 
-        Raises ValueError if it does not fit the linear, or has another dtype than the adapters beside it.
+        Raises ValueError if it does not fit the place, or has another dtype than the adapters beside it.
         """
 
     def remove(self, slot: int) -> None:
         """Forget what `slot` holds; an empty slot is not an error."""
+
+
+class LoraTable(SlotTable, Protocol):
+    """The adapters resident at one linear. Nothing is padded to a maximum rank."""
+
+    def reserve(self, num_slices: int, rank: int) -> None:
+        """Make room for any adapter of so many slices of up to that rank: `put` of such a one then widens nothing.
+
+        A table that is as wide as each adapter by itself has nothing to do.
+        """
 
 
 class PackedLinear(Protocol):
@@ -148,10 +158,27 @@ class Ops(Protocol):
     A row's result does not depend on the other rows, except where a backend says so (see `batch_invariant`).
     """
 
-    name: str  # "reference", "cpu", "triton"
+    name: str
+    """ "reference", "cpu" or "triton": for people. What a backend can do is said below."""
+
     device: torch.device
-    batch_invariant: bool  # every result bit is the same whatever else is in the batch
-    packing_copies: bool  # what `pack_linear` was given is not needed afterwards
+
+    batch_invariant: bool
+    """Every result bit is the same whatever else is in the batch."""
+
+    packing_copies: bool
+    """What `pack_linear` was given is not needed afterwards."""
+
+    own_threads: bool
+    """The operations compute on threads of their own: torch's would spin beside them and take their cores."""
+
+    capturable: bool
+    """A CUDA graph may capture the operations and replay them for other adapters: they never read back from the device,
+    and their launches follow from shapes alone."""
+
+    @property
+    def lora_growth(self) -> int:
+        """A count that grows when an adapter has widened a table: graphs captured with adapters are then stale."""
 
     def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> PackedLinear:
         """Lay out weights [N₁, C], [N₂, C], …, one above the other, and bias [N₁ + N₂ + …] for `linear`.

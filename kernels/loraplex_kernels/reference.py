@@ -89,6 +89,9 @@ class ReferenceLoraTable:
     def remove(self, slot: int) -> None:
         self.adapters[slot] = None
 
+    def reserve(self, num_slices: int, rank: int) -> None:
+        """Nothing to do: each adapter has its own memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
@@ -135,6 +138,9 @@ class ReferenceOps:
     name = "reference"
     batch_invariant = False  # the libraries behind torch choose their summation order by the number of rows
     packing_copies = False
+    own_threads = False
+    capturable = False  # it asks the device for sizes
+    lora_growth = 0  # a table is a list of adapters, each as wide as it is
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

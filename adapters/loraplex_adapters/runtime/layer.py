@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loraplex_adapters.runtime.replaced import ReplacedRows
-from loraplex_kernels.ops import LoraSegments, LoraTable, LoraWeights, Ops
+from loraplex_kernels.ops import LoraSegments, LoraWeights, Ops, SlotTable
 
 EMBEDDING_SITE = "embed_tokens"
 NOTHING_REPLACED: Mapping[int, tuple[ReplacedRows, ...]] = {}
@@ -39,7 +39,7 @@ class Site(Protocol):
     """A place in the model where adapters are applied."""
 
     @property
-    def table(self) -> LoraTable: ...
+    def table(self) -> SlotTable: ...
 
 
 class LoRALinear:

@@ -10,19 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_engine.execution.batch import StepBatch
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import LanguageModel
 from loraplex_engine.models.layout import layer_linears, site_name
 from loraplex_kernels.ops import AttentionMetadata, LayerKV, LoraSegments, Ops
-
-if TYPE_CHECKING:  # a machine without a GPU need not have triton
-    from loraplex_kernels.triton import TritonOps
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +103,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: LanguageModel,
-        ops: TritonOps,
+        ops: Ops,
         kv: Sequence[LayerKV],
         inputs: DecodeInputs,
         max_adapter_rank: int,
@@ -164,24 +161,19 @@ class DecodeGraphs:
 
 def reserve_adapters(model: LanguageModel, max_rank: int) -> None:
     """Make the table of every linear wide enough for any adapter of up to that rank."""
-    from loraplex_kernels.triton.lora import TritonLoraTable
-
     sites = model.lora_sites()
     for layer in range(model.config.num_layers):
         for linear in layer_linears(model.config):
-            table = sites[site_name(layer, linear)].table
-            assert isinstance(table, TritonLoraTable)
-            table.reserve(len(linear.parts), max_rank)
+            site = sites[site_name(layer, linear)]
+            assert isinstance(site, LoRALinear)
+            site.table.reserve(len(linear.parts), max_rank)
 
 
 def decode_graphs(
     model: LanguageModel, ops: Ops, kv: Sequence[LayerKV], config: EngineConfig, max_model_len: int
 ) -> DecodeGraphs | None:
-    """Graphs to be captured on a CUDA device; None: the operations cannot be captured, or no graphs are wanted."""
-    if not config.cuda_graphs or ops.device.type != "cuda" or ops.name != "triton":
+    """Graphs to be captured; None: the operations cannot be captured, or no graphs are wanted."""
+    if not config.cuda_graphs or not ops.capturable:
         return None
-    from loraplex_kernels.triton import TritonOps
-
-    assert isinstance(ops, TritonOps)
     inputs = DecodeInputs(config.max_num_seqs, max_model_len, kv[0].block_size, ops.device)
     return DecodeGraphs(model, ops, kv, inputs, config.max_adapter_rank)

@@ -69,8 +69,7 @@ def _prompt(request_id: int, length: int, block_size: int) -> ScheduledRequest:
 
 
 def _run_largest_step(runner: ModelRunner, config: EngineConfig) -> None:
-    if runner.ops.name == "triton":
-        reserve_adapters(runner.model, config.max_adapter_rank)
+    reserve_adapters(runner.model, config.max_adapter_rank)
     try:
         runner.execute(largest_step(config, runner.max_model_len, runner.block_size))
     except torch.OutOfMemoryError as error:

@@ -60,8 +60,7 @@ class ModelRunner:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # kernels are launched on the current device
         ops = select_ops(device, config.kernels, threads=config.threads)
-        if ops.name == "cpu":
-            # The kernels compute on threads of their own; torch's would spin beside them and take their cores.
+        if ops.own_threads:
             torch.set_num_threads(1)
         if config.batch_invariant and not ops.batch_invariant:
             raise ValueError(

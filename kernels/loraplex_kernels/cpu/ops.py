@@ -99,6 +99,9 @@ class CpuLoraTable:
         self.handles[slot] = 0
         self._held[slot] = None
 
+    def reserve(self, num_slices: int, rank: int) -> None:
+        """Nothing to do: each adapter has its own memory."""
+
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < len(self._held):
             raise ValueError(f"slot {slot} is not in a table of {len(self._held)}")
@@ -110,6 +113,9 @@ class CpuOps:
     name = "cpu"
     batch_invariant = True
     packing_copies = True
+    own_threads = True
+    capturable = False
+    lora_growth = 0  # a table is a list of adapters, each as wide as it is
 
     def __init__(self, device: torch.device, threads: int | None = None, isa: str | None = None) -> None:
         """threads None: one for each core that the process may use. isa None: the best that works here.

@@ -46,6 +46,7 @@ class TritonOps:
     name = "triton"
     batch_invariant = False  # cuBLAS and the splitting of sums follow the number of rows
     packing_copies = False
+    own_threads = False
 
     def __init__(self, device: torch.device) -> None:
         """Raises ValueError for a device that Triton does not compile for."""
@@ -56,11 +57,11 @@ class TritonOps:
         else:
             raise ValueError(f"the triton kernels run on CUDA devices, not on {device}: choose another backend")
         self.device = device
+        self.capturable = device.type == "cuda"  # not under the interpreter
         self._lora_growth = Growth()
 
     @property
     def lora_growth(self) -> int:
-        """A count that grows when an adapter has widened a table: graphs captured with adapters are then stale."""
         return self._lora_growth.count
 
     def pack_linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> ReferenceLinear:
