@@ -144,7 +144,7 @@ class EngineCore:
         if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
             return f"token ids must lie in 0 to {limits.vocab_size - 1}"
         if not sampling.can_draw:
-            return "no token could be drawn: allowed_token_ids holds none, or only such as end the output too early"
+            return "no token could be drawn: allowed_token_ids is empty, or all of its tokens end the output too early"
         if sampling.max_tokens < 1:
             return f"max_tokens is {sampling.max_tokens}: it must be at least 1"
         if not 0 < message.weight < math.inf:

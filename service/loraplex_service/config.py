@@ -353,14 +353,14 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
             yield f"adapter_roots: there is no directory {root}"
     for name, tenant in config.tenants.items():
         if not ID.fullmatch(name):
-            yield f"tenants: {name!r} is no name of a tenant: {_ID_RULE}"
+            yield f"tenants: {name!r} is not a name of a tenant: {_ID_RULE}"
         yield from (f"tenants.{name}: {problem}" for problem in tenant.problems())
     yield from (f"other_tenants: {problem}" for problem in config.other_tenants.problems())
     yield from _listener_problems(config)
     if config.auth is not None:
         yield from (f"auth: {problem}" for problem in config.auth.problems())
         if config.auth.certificates and (config.tls is None or config.tls.client_ca is None):
-            yield "auth: certificates: callers are asked for none; set tls.client_ca"
+            yield "auth: certificates: no caller is asked for a certificate; set tls.client_ca"
     if config.log_level.upper() not in logging.getLevelNamesMapping():
         yield f"log_level {config.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR"
     if config.log_format not in LOG_FORMATS:
@@ -432,8 +432,8 @@ def _listener_problems(config: ServiceConfig) -> Iterator[str]:
             continue  # it says SERVING or NOT_SERVING, and nothing that needs protection
         elif key == "metrics_listen" and host not in LOOPBACK_HOSTS and not config.insecure:
             yield (
-                f"{key} {address!r} can be reached from other machines, and anybody there could read who uses what: "
-                "set insecure: true where the network is trusted"
+                f"{key} {address!r} can be reached from other machines, and anybody there could read the usage of "
+                "all tenants: set insecure: true where the network is trusted"
             )
         elif host not in LOOPBACK_HOSTS and not config.insecure:
             missing = []

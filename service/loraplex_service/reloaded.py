@@ -36,7 +36,7 @@ class Reloaded(Generic[T]):
                 try:
                     self._content = self._read()
                 except (OSError, ValueError) as error:
-                    logger.error("%s changed and cannot be used; what was read before stays: %s", names, error)
+                    logger.error("%s changed and cannot be used; the earlier content stays in force: %s", names, error)
                 else:
                     logger.info("%s changed and was read again", names)
             return self._content

@@ -201,7 +201,7 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
             id="name of an adapter",
         ),
         pytest.param(MODEL + "tenants: {acme: {weight: 0}}", "tenants.acme: weight 0.0 must be above 0", id="weight"),
-        pytest.param(MODEL + "tenants: {A: {}}", "tenants: 'A' is no name of a tenant", id="name of a tenant"),
+        pytest.param(MODEL + "tenants: {A: {}}", "tenants: 'A' is not a name of a tenant", id="name of a tenant"),
         pytest.param(
             MODEL + "other_tenants: {max_priority: 101}", "other_tenants: max_priority 101 must be from", id="ceiling"
         ),

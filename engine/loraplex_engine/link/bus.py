@@ -61,7 +61,10 @@ class FrameReader(Generic[T]):
         except Exception as error:
             self.num_bad_frames += 1
             logger.warning(
-                "dropped frame of %d bytes that is no message (%s); %d so far", len(frame), error, self.num_bad_frames
+                "dropped a frame of %d bytes that cannot be decoded (%s); %d so far",
+                len(frame),
+                error,
+                self.num_bad_frames,
             )
             return _bad_request(frame, str(error))
 

@@ -115,8 +115,8 @@ class AdapterLibrary:
         keys = [Path(file) for file in config.adapter_keys]
         if not await self._in_thread(is_trusted, digest, directory, digests, keys):
             message = (
-                f"tenant {tenant.name!r} accepts listed and signed adapters alone; the digest sha256:{digest} is not "
-                f"listed, and {SIGNATURE_FILE} is no signature of it by a trusted key"
+                f"tenant {tenant.name!r} accepts only listed or signed adapters; the digest sha256:{digest} is not "
+                f"listed, and {SIGNATURE_FILE} holds no signature of it by a trusted key"
             )
             raise PermissionDenied(message, "ADAPTER_UNTRUSTED")
 

@@ -171,7 +171,7 @@ class Admission:
             return
         raise Unavailable(
             "OVERLOADED",
-            f"model {model!r} has {in_flight.all.sequences} sequences in flight and takes no more now; try again, or "
+            f"model {model!r} has {in_flight.all.sequences} sequences in flight and accepts no more now; try again, or "
             "another replica",
             self._retry_after(in_flight.wait_seconds(limits, tenant, weight, more)),
         )

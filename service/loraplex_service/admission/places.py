@@ -20,8 +20,8 @@ class Places:
         if self._taken[who] >= self._most:
             raise Unavailable(
                 "OVERLOADED",
-                f"{self._most} calls are in progress for {who or 'callers whose credentials are being checked'}, and "
-                "more are not taken now; try again, or another replica",
+                f"{self._most} calls are in progress for {who or 'calls whose credentials are being checked'}, and "
+                "no more are accepted now; try again, or another replica",
                 self._retry_after_seconds,
             )
         self._taken[who] += 1
@@ -46,7 +46,7 @@ class Refusals:
         self._turn = asyncio.Lock()
 
     async def turn(self) -> None:
-        """Wait for it."""
+        """Wait for a turn; return at once if too many wait already."""
         if self._waiting >= self._most_waiting:
             return
         self._waiting += 1

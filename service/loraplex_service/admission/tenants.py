@@ -50,7 +50,7 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             yield f"max_priority {self.max_priority} must be from -100 to 100"
         for digest in self.adapter_digests:
             if not re.fullmatch("(sha256:)?[0-9a-f]{64}", digest):
-                yield f"adapter_digests: {digest[:80]!r} is no digest: 64 hexadecimal digits are expected"
+                yield f"adapter_digests: {digest[:80]!r} is not a digest: 64 hexadecimal digits are expected"
         for file in self.adapter_keys:
             try:
                 public_key(Path(file).read_bytes())
@@ -143,11 +143,11 @@ class Tenant:
 
     def check_state(self, size_bytes: int) -> None:
         """Raise QuotaExceeded if the tenant may not have so many bytes of routes and adapter records."""
-        self._check_amount("bytes of routes and of what is known of adapters", size_bytes, self.config.max_state_bytes)
+        self._check_amount("bytes of routes and adapter records", size_bytes, self.config.max_state_bytes)
 
     def _check_amount(self, what: str, value: int, limit: int | None) -> None:
         if limit is not None and value > limit:
-            message = f"with this one tenant {self.name!r} would have {value} {what}, and it may have {limit}"
+            message = f"tenant {self.name!r} would then have {value} {what}, and it may have {limit}"
             raise QuotaExceeded(f"tenants/{self.name}: {what}", f"{message}; delete some first", 0.0)
 
     def priority(self, wanted: int) -> int:

@@ -36,7 +36,7 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if not self.algorithms:
             yield "jwt.algorithms: the list is empty; name at least one"
         if not self.is_remote and not Path(self.jwks).is_file():
-            yield f"jwt.jwks: there is no file {self.jwks}, and it is no https:// address"
+            yield f"jwt.jwks: there is no file {self.jwks}, and it is not an https:// address"
         if self.jwks_ca is not None and not self.is_remote:
             yield "jwt.jwks_ca: is for a jwks with an https:// address"
         elif self.jwks_ca is not None and not Path(self.jwks_ca).is_file():

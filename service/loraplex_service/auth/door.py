@@ -114,7 +114,7 @@ def _tenant(principal: Principal, caller: Caller, may_name_others: bool) -> str:
     if named is None or named == principal.tenant:
         return principal.tenant
     if not TENANT_ID.fullmatch(named):
-        raise Unauthenticated(f"metadata loraplex-tenant: {named[:80]!r} is no tenant id: {TENANT_ID_RULE}")
+        raise Unauthenticated(f"metadata loraplex-tenant: {named[:80]!r} is not a tenant id: {TENANT_ID_RULE}")
     if not may_name_others:
         raise PermissionDenied(f"{principal.name!r} may not act for tenant {named!r}")
     return named

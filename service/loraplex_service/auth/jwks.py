@@ -94,8 +94,8 @@ class RemoteKeys:
         except (jwt.PyJWTError, OSError, ValueError, http.client.HTTPException) as error:
             if not self._fails:
                 logger.error(
-                    "the keys at %s cannot be had, and are asked for again: %s. Tokens are checked with the last ones, "
-                    "if there are any, until these are %d minutes old; then they are refused as UNAVAILABLE",
+                    "the keys at %s cannot be fetched; the next attempt follows soon: %s. Tokens are checked with "
+                    "the last keys, if any, until these are %d minutes old; then tokens are refused as UNAVAILABLE",
                     self._address,
                     str(error) or type(error).__name__,
                     KEPT_SECONDS // 60,
@@ -103,7 +103,7 @@ class RemoteKeys:
             self._fails = True
             return
         if self._fails:
-            logger.info("the keys at %s can be had again", self._address)
+            logger.info("the keys at %s can be fetched again", self._address)
         self._fails = False
         self._keys, self._fetched = keys, self._clock()
 
@@ -126,7 +126,9 @@ def _key_of(token: str, keys: jwt.PyJWKSet) -> jwt.PyJWK | None:
 
 
 def _unavailable() -> Unavailable:
-    return Unavailable("OVERLOADED", "the keys that tokens are checked with cannot be had; try again", RETRY_SECONDS)
+    return Unavailable(
+        "OVERLOADED", "the keys for checking bearer tokens cannot be fetched now; try again", RETRY_SECONDS
+    )
 
 
 def _read_keys(file: Path) -> jwt.PyJWKSet:

@@ -68,7 +68,7 @@ class JwtVerifier:
             raise Unauthenticated(f"the bearer token names no tenant in its claim {self._config.tenant_claim!r}")
         roles = claims.get(self._config.roles_claim, [Role.INFERENCE])
         if not isinstance(roles, list):
-            raise Unauthenticated(f"the claim {self._config.roles_claim!r} of the bearer token is no list")
+            raise Unauthenticated(f"the claim {self._config.roles_claim!r} of the bearer token is not a list")
         known = frozenset(role for role in Role if role in roles)  # a provider has roles for others too
         return Principal(str(claims.get("sub", "")), tenant, known)
 

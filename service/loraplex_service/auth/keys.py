@@ -47,7 +47,7 @@ def read_keys(file: Path) -> KeyFile:
     try:
         fields = yaml.safe_load(file.read_text())
         if fields is None:  # perhaps it is being written
-            raise ValueError(f"{file}: it is empty; `keys: []` says that nobody has a key")
+            raise ValueError(f"{file}: it is empty; `keys: []` stands for a file without keys")
         content = msgspec.convert(fields, KeyFile)
     except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: {error}") from error

@@ -59,7 +59,9 @@ def reaches_server(command: Callable[Concatenate[Target, P], R]) -> Callable[...
     @click.option("--admin-server", default="127.0.0.1:50052", show_default=True, help="Admin port.")
     @click.option("--token", envvar="LORAPLEX_TOKEN", help="Bearer token.")
     @click.option("--tenant", help="The tenant to act for.")
-    @click.option("--tls-ca", type=EXISTING, help="PEM file of who signed the server's certificate; absent: no TLS.")
+    @click.option(
+        "--tls-ca", type=EXISTING, help="PEM file of the authority of the server's certificate; without it no TLS."
+    )
     @click.option("--tls-cert", type=EXISTING, help="PEM file of your own certificate, if the server asks for one.")
     @click.option("--tls-key", type=EXISTING, help="PEM file of its key.")
     @click.option("--timeout", type=float, help="Seconds for each call.")

@@ -36,7 +36,7 @@ def model_id(name: str, field: str) -> str:
     """The bare id in models/{model}. Raises InvalidRequest."""
     match = _MODEL.fullmatch(name)
     if match is None:
-        raise InvalidRequest.at(field, f"{name[:200]!r} is no name of a model; models/{{model}} is expected")
+        raise InvalidRequest.at(field, f"{name[:200]!r} is not a name of a model; models/{{model}} is expected")
     return match[1]
 
 
@@ -45,7 +45,7 @@ def tenant_id(name: str, field: str, all_allowed: bool = False) -> str | None:
     match = _TENANT.fullmatch(name)
     if match is None or (match[1] == "-" and not all_allowed):
         expected = "tenants/{tenant}" + (", or tenants/- for all," if all_allowed else "")
-        raise InvalidRequest.at(field, f"{name[:200]!r} is no name of a tenant; {expected} is expected")
+        raise InvalidRequest.at(field, f"{name[:200]!r} is not a name of a tenant; {expected} is expected")
     return None if match[1] == "-" else match[1]
 
 

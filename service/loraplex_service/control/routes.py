@@ -193,7 +193,7 @@ def _owner(route: Route) -> str:
 def _checked_name(name: str, field: str) -> str:
     if not _NAME.fullmatch(name):
         expected = "tenants/{tenant}/routes/{route} is expected"
-        raise InvalidRequest.at(field, f"{name[:200]!r} is no name of a route; {expected}")
+        raise InvalidRequest.at(field, f"{name[:200]!r} is not a name of a route; {expected}")
     return name
 
 

@@ -26,7 +26,7 @@ def share_problems(models: Sequence[ModelConfig]) -> Iterator[str]:
         elif unnamed and total >= USUAL_MEMORY_FRACTION:
             yield (
                 f"device_memory_fraction: {', '.join(map(repr, named))} leave nothing of {gpu} to "
-                f"{', '.join(map(repr, unnamed))}: models that name no fraction share out what is left of "
+                f"{', '.join(map(repr, unnamed))}: models without a fraction share the rest of "
                 f"{USUAL_MEMORY_FRACTION:g}"
             )
 

@@ -168,7 +168,7 @@ class EngineSupervisor:
         After an unexpected error the model is FAILED, rather than LOADING for ever.
         """
         if not run.cancelled() and (error := run.exception()) is not None:
-            logger.critical("the engine of model %s is supervised no more", self.name, exc_info=error)
+            logger.critical("the engine of model %s is no longer supervised", self.name, exc_info=error)
             self.error = f"its supervision failed: {error!r}"
             self._set(EngineState.FAILED)
 

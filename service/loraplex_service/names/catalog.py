@@ -171,7 +171,7 @@ class Catalog:
         for adapter_name, weight in terms:
             target = self.target(tenant, adapter_name, path)
             if target.adapter is None:
-                raise InvalidRequest.at(path, f"{adapter_name!r} is no adapter: only adapters have weights")
+                raise InvalidRequest.at(path, f"{adapter_name!r} is not an adapter: only adapters have weights")
             if target.adapter.key in parts:
                 raise InvalidRequest.at(path, f"names the adapter {adapter_name!r} twice: add its weights up")
             parts[target.adapter.key] = target.adapter, weight
@@ -261,7 +261,7 @@ def _term(term: str, path: str) -> tuple[str, float]:
 
 def _check_may_see(tenant: str, owner: str) -> None:
     if owner not in (tenant, SHARED_TENANT):
-        raise PermissionDenied(f"tenant {tenant!r} may not use what belongs to tenant {owner!r}")
+        raise PermissionDenied(f"tenant {tenant!r} may not use resources of tenant {owner!r}")
 
 
 def _not_found(kind: str, name: str) -> NotFound:

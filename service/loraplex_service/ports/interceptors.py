@@ -219,7 +219,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return serve
 
     async def _refuse_unknown(self, path: str, _: object, context: Context) -> None:
-        problem = "is no method of this port of this server; see which services it has by reflection"
+        problem = "is not a method of this port of this server; reflection lists its services"
         await self._refusals.turn()
         await _abort(FeatureUnsupported(path[:200], problem), Call(tenant=""), context)
 

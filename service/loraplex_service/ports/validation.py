@@ -177,7 +177,7 @@ def _check_prompt(prompt: Prompt, path: str) -> Iterator[Violation]:
                 problem = "must be absent with token_ids: nothing is added to them"
                 yield Violation(_at(path, "add_special_tokens"), problem)
             if prompt.HasField("literal_content"):
-                problem = "must be absent with token_ids: they are what they are"
+                problem = "must be absent with token_ids, which have no literal text"
                 yield Violation(_at(path, "literal_content"), problem)
         case "chat":
             if not prompt.chat.messages:
@@ -333,7 +333,7 @@ def sampling_params(
         time_limit_seconds=duration_seconds(stopping.time_limit) if stopping.HasField("time_limit") else None,
     )
     if not params.can_draw:
-        problem = "leaves no token to draw: each of them ends the output, which min_tokens forbids, or has no text"
+        problem = "leaves no token to draw: each one ends the output, which min_tokens forbids, or has no text"
         raise InvalidRequest(_of_sampling(spec, "allowed_token_ids", problem, path))
     return params
 

@@ -123,7 +123,7 @@ def families(shown: Snapshot) -> Iterator[Metric]:
     yield from _request_families(shown.metrics)
     waiting = [] if shown.usage_waiting is None else [((), shown.usage_waiting)]
     yield _gauge("loraplex_usage_records_waiting", "Usage records that are not in their file yet.", (), waiting)
-    yield _gauge("loraplex_draining", "1 once the server takes no new requests.", (), [((), shown.draining)])
+    yield _gauge("loraplex_draining", "1 once the server accepts no new requests.", (), [((), shown.draining)])
     yield from _engine_families(shown.models)
 
 
@@ -155,7 +155,7 @@ def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
     ):
         yield _counter(f"{prefix}_requests", "Generations that ended.", (*labels, "status"), usage.requests)
         yield _counter(f"{prefix}_prompt_tokens", "Prompt tokens of generations.", labels, usage.prompt_tokens)
-        text = "Of these, found in the prefix cache."
+        text = "Prompt tokens of generations found in the prefix cache."
         yield _counter(f"{prefix}_cached_prompt_tokens", text, labels, usage.cached_prompt_tokens)
         yield _counter(f"{prefix}_completion_tokens", "Tokens generated.", labels, usage.completion_tokens)
     yield _counter(
@@ -195,10 +195,10 @@ def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
     ):
         yield _histogram(name, text, ("model",), histogram)
         yield _histogram(alias, text, ("model_name",), histogram)
-    text = "That generations waited for an adapter which was not in the engine's memory."
+    text = "Time that generations waited for an adapter which was not in the engine's memory."
     yield _histogram("loraplex_adapter_wait_seconds", text, ("model",), metrics.adapter_wait)
     yield _histogram("loraplex_rpc_duration_seconds", "Calls of any method.", ("method", "status"), metrics.calls)
-    text = "How much later than it should the service's event loop came to a task: while it is held, nobody is served."
+    text = "Delay with which the service's event loop runs a due task: while it is blocked, no caller is served."
     yield _histogram("loraplex_event_loop_lag_seconds", text, (), metrics.loop_lag)
 
 
@@ -226,7 +226,12 @@ _GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] =
         lambda s: (s.total_blocks - s.free_blocks - s.cached_blocks) / max(s.total_blocks, 1),
     ),
     ("loraplex_kv_cache_blocks", None, "Blocks of the key-value cache.", lambda s: s.total_blocks),
-    ("loraplex_kv_cache_cached_blocks", None, "Of these, kept for their prefix.", lambda s: s.cached_blocks),
+    (
+        "loraplex_kv_cache_cached_blocks",
+        None,
+        "Cache blocks that are kept for their prefix.",
+        lambda s: s.cached_blocks,
+    ),
     (
         "loraplex_adapter_device_bytes",
         None,
@@ -242,7 +247,12 @@ _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]]
         "Prompt tokens looked up in the prefix cache.",
         lambda s: s.prefix_cache_queries,
     ),
-    ("loraplex_prefix_cache_hits", "vllm:prefix_cache_hits", "Of these, found.", lambda s: s.prefix_cache_hits),
+    (
+        "loraplex_prefix_cache_hits",
+        "vllm:prefix_cache_hits",
+        "Prompt tokens found in the prefix cache.",
+        lambda s: s.prefix_cache_hits,
+    ),
     (
         "loraplex_preemptions",
         "vllm:num_preemptions",
@@ -317,7 +327,9 @@ def _adapter_moves(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> I
     text = "Adapters that went from one tier to another; away from the device are evictions."
     yield _counter("loraplex_adapter_moves", text, ("model", "from", "to"), moves)
     yield _counter("loraplex_adapter_loads", "Adapters read into host memory.", ("model",), loads)
-    yield _counter("loraplex_adapter_load_seconds", "That reading them took in all.", ("model",), seconds)
+    yield _counter(
+        "loraplex_adapter_load_seconds", "Seconds spent reading adapters into host memory.", ("model",), seconds
+    )
 
 
 def _adapter_users(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:

@@ -74,7 +74,7 @@ class UsageLog:
         if self.full:
             raise Unavailable(
                 "USAGE_UNWRITABLE",
-                "what generations use cannot be recorded at this server now; try another replica, or later",
+                "usage records cannot be written at this server now; try another replica, or later",
                 RETRY_SECONDS,
             )
 

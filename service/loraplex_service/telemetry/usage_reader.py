@@ -110,7 +110,7 @@ class _Reader:
         try:
             return self._decoder.decode(line)
         except msgspec.DecodeError as error:  # the service was stopped in the middle of it: nobody saw that one end
-            logger.warning("a line of %s is no usage record, and passed over: %s", self._file.name, error)
+            logger.warning("a line of %s is not a usage record, and was skipped: %s", self._file.name, error)
             return None
 
 

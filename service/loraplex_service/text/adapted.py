@@ -280,7 +280,7 @@ def _lead(base: Tokenizer) -> str:
     for token in base._backend.get_added_tokens_decoder().values():
         if not token.lstrip and not token.rstrip and not token.single_word:
             return str(token.content)
-    raise TokenizerError("the base's tokenizer treats the beginning of a text in its own way, and has no added tokens")
+    raise TokenizerError("the base's tokenizer treats the beginning of a text differently, and has no added tokens")
 
 
 def _read_rules(path: Path) -> _Rules | None:

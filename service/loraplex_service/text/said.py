@@ -174,8 +174,8 @@ def says(value: Any) -> bool:
 
 def refuse(what: str, *arguments: Any) -> NoReturn:
     raise jinja2.TemplateError(
-        f"literal_content: the template applies {what} to what messages say, and what of the result is theirs cannot "
-        "be told. Leave literal_content out, or change the template"
+        f"literal_content: the template applies {what} to the text of messages, which then cannot be told from the "
+        "template's own. Leave literal_content out, or change the template"
     )
 
 
@@ -388,7 +388,7 @@ def _written(
 
 def _repr(text: Said) -> Said:
     if 0 in text.mask:
-        refuse("printing of a list with texts that are theirs in part")
+        refuse("printing of a list with texts that are literal in part")
     return Said(str.__repr__(text))
 
 

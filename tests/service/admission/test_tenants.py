@@ -258,7 +258,7 @@ async def test_what_the_server_keeps_for_a_tenant_is_limited(byte_tokenizer_dire
     tenants = {"acme": TenantConfig(max_state_bytes=4000)}
     labels = {str(number): "x" * 250 for number in range(16)}
     async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
-        with pytest.raises(ResourceExhausted, match="what is known of adapters"):
+        with pytest.raises(ResourceExhausted, match="bytes of routes and adapter records"):
             await control.admin.update_route(route_of("a", **labels), allow_missing=True)
         await control.admin.create_adapter("a", base_model="tiny", source="a", tenant="acme", wait=10)
         with pytest.raises(ResourceExhausted):

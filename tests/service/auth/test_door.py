@@ -215,7 +215,7 @@ def test_a_file_that_is_emptied_shuts_nobody_out(tmp_path: Path, caplog: pytest.
     verifier = KeyVerifier(str(file))
     file.write_text("")
     assert verifier.verify(token).tenant == "acme"
-    assert "what was read before stays" in caplog.text
+    assert "the earlier content stays in force" in caplog.text
 
 
 def test_the_last_key_can_be_revoked(tmp_path: Path) -> None:

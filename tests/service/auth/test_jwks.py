@@ -149,7 +149,7 @@ async def test_an_address_that_cannot_prove_itself_is_not_asked_for_keys(
     other = tmp_path / "other.crt"
     other.write_bytes(Authority("another").certificate)
     for ca in (None, other):
-        with pytest.raises(Unavailable, match="cannot be had"):
+        with pytest.raises(Unavailable, match="cannot be fetched"):
             await door(provider, endpoint, ca).enter(GENERATE, bearer(provider.token()))
     assert "CERTIFICATE_VERIFY_FAILED" in caplog.text
     assert endpoint.num_requests == 0
@@ -203,12 +203,12 @@ async def test_while_the_address_is_down_the_last_keys_are_kept_for_an_hour(
         await keys.find(provider.token())
     assert raised.value.retry_after_seconds == RETRY_SECONDS
     [said] = [record for record in own_records(caplog) if record.levelno == logging.ERROR]
-    assert f"the keys at {endpoint.address} cannot be had" in said.getMessage()
+    assert f"the keys at {endpoint.address} cannot be fetched" in said.getMessage()
     assert "until these are 60 minutes old" in said.getMessage()
     endpoint.start()
     clock.now += RETRY_SECONDS
     await keys.find(provider.token())
-    assert "can be had again" in caplog.text
+    assert "can be fetched again" in caplog.text
 
 
 async def test_keys_are_asked_for_again_when_their_life_is_over(

@@ -251,5 +251,5 @@ def test_where_the_beginning_counts_and_nothing_can_stand_there_the_text_is_not_
 ) -> None:
     sentence_pieces.save(str(tmp_path / "tokenizer.json"))
     base = Tokenizer.load(tmp_path)
-    with pytest.raises(TokenizerError, match="the beginning of a text in its own way"):
+    with pytest.raises(TokenizerError, match="the beginning of a text differently"):
         adapter_text(write(added_tokens__json={"<think>": 3}), base)
