@@ -16,7 +16,8 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 VERSION = 8  # of the C interface; kernels/loraplex_kernels/cpu/api.cpp has the same
 
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+# Result and arguments of each function of api.cpp, which a test compares with these.
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "context_create": (c_void_p, (c_int,)),
     "context_destroy": (None, (c_void_p,)),
     "advise_huge_pages": (None, (c_void_p, c_int64)),
@@ -34,7 +35,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linear": (c_int, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)),
     "lora_create": (
         c_void_p,
-        (c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64),
+        (c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64),
     ),
     "lora_destroy": (None, (c_void_p,)),
     "lora_bytes": (c_int64, (c_void_p,)),
@@ -106,7 +107,7 @@ class Library:
         self._functions = ctypes.CDLL(str(library_path(self.isa)))
         if self._functions.loraplex_version() != VERSION:
             raise LibraryUnavailableError(f"{library_path(self.isa)} is of an older build: install again")
-        for name, (result, arguments) in _SIGNATURES.items():
+        for name, (result, arguments) in SIGNATURES.items():
             function = getattr(self._functions, f"loraplex_{name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
