@@ -48,7 +48,7 @@ class Serving:
         requests = [stats.num_running, stats.num_waiting, stats.num_waiting_for_adapter]
         versions = self.app.registry.list_versions(include_versions=True)
         in_use = [version.version_name for version in versions if version.num_requests]
-        return [*requests, used_blocks, client.num_requests], stats.adapters, in_use
+        return [*requests, used_blocks, client.requests.num_unfinished], stats.adapters, in_use
 
 
 @asynccontextmanager

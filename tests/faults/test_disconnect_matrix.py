@@ -168,7 +168,7 @@ async def until_left(server: Serving, state: State) -> None:
     client = server.app.host.get(MODEL).client
     assert client is not None
     async with asyncio.timeout(END_SECONDS):
-        while client.num_requests > len(state.others):  # noqa: ASYNC110
+        while client.requests.num_unfinished > len(state.others):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 

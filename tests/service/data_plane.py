@@ -184,7 +184,7 @@ async def data_plane(
     engine = FakeEngine()
     tenants = tenants or Tenants()
     if max_pending_tokens is not None:
-        engine.client._max_pending_tokens = max_pending_tokens
+        engine.client.requests._max_pending_tokens = max_pending_tokens
     model = LoadedModel("demo", "r1", engine.limits, engine.client, tokenizer, Sampling())
     hosted, registry, admission = FakeModels(model), AdapterRegistry(), Admission(admission_limits or AdmissionLimits())
     async with TemplateRenderer() as renderer:

@@ -326,10 +326,10 @@ async def test_an_adapter_unloaded_in_the_same_moment_is_loaded_again(plane: Dat
     unloading: list[asyncio.Task[None]] = []
 
     def unload(_: object) -> None:
-        unloading.append(asyncio.ensure_future(plane.engine.client.unload_adapter(version.key)))
-        plane.engine.client.adapters.clear()
+        unloading.append(asyncio.ensure_future(plane.engine.client.adapters.unload(version.key)))
+        plane.engine.client.adapters.loaded.clear()
 
-    plane.engine.client.start_loading(version.key, "").add_done_callback(unload)
+    plane.engine.client.adapters.start_loading(version.key, "").add_done_callback(unload)
     plane.engine.allow_loads()
     assert (await waiting).target.adapter_version == version.version_name
     await unloading[0]
@@ -367,7 +367,7 @@ async def test_cold_adapter_fails_at_once_if_asked_to_and_is_there_for_the_next_
     failed = await both_ways(plane, spec)
     assert (failed.code, failed.reason) == (Code.UNAVAILABLE, "ADAPTER_COLD")
     plane.engine.allow_loads()
-    await plane.engine.until(lambda: version.key in plane.engine.client.adapters)
+    await plane.engine.until(lambda: version.key in plane.engine.client.adapters.loaded)
     assert (await plane.generate(spec)).target.adapter_version == version.version_name
 
 

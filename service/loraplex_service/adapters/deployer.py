@@ -139,7 +139,7 @@ class AdapterDeployer:
         model = self._models.serving(base_model)
         key = AdapterKey(f"{tenant}/{adapter_id}", files.digest)
         try:
-            loaded = await model.client.load_adapter(key, str(files.directory))
+            loaded = await model.client.adapters.load(key, str(files.directory))
         except AdapterRejected as error:
             raise FailedPrecondition(error.reason, str(error)) from error
         if not self._is_registered(key):
@@ -247,7 +247,7 @@ class AdapterDeployer:
     def prefetch(self, version: AdapterVersion) -> None:
         """Load a version into host memory ahead of its requests, if its model runs and the version is not there."""
         client = self._client(version)
-        if client is not None and version.key not in client.adapters and version.state is AdapterState.ACTIVE:
+        if client is not None and version.key not in client.adapters.loaded and version.state is AdapterState.ACTIVE:
             self._deploy(client, version)
 
     def unload(self, version: AdapterVersion, residency: Residency = Residency.DISK) -> "asyncio.Task[None] | None":
@@ -258,7 +258,9 @@ class AdapterDeployer:
         client = self._client(version)
         if client is None:
             return None
-        leaving = _unload(client, version.key) if residency is Residency.DISK else client.leave_device(version.key)
+        leaving = (
+            _unload(client, version.key) if residency is Residency.DISK else client.adapters.leave_device(version.key)
+        )
         return self._spawn(leaving)
 
     async def pin(self, version: AdapterVersion, pinned: bool) -> None:
@@ -351,7 +353,7 @@ class AdapterDeployer:
         """Send the load to the engine now, so that later messages find the adapter registered; take the answer
         later.
         """
-        loading = client.start_loading(version.key, self.directory(version))
+        loading = client.adapters.start_loading(version.key, self.directory(version))
         return self._spawn(self._take_answer(version.key, loading))
 
     async def _take_answer(self, key: AdapterKey, loading: "asyncio.Future[AdapterLoaded]") -> None:
@@ -390,7 +392,7 @@ class AdapterDeployer:
         if client is None or self._clients.get(model.name) is client:
             return
         self._clients[model.name] = client
-        client.moved = self._registry.moved
+        client.adapters.moved = self._registry.moved
         versions = self._registry.list_versions(base_model=model.name, include_versions=True)
         for version in versions:
             if version.state is AdapterState.LOADING and version.key in self._descriptions:
@@ -411,15 +413,15 @@ class AdapterDeployer:
 
     async def _bring(self, client: EngineClient, version: AdapterVersion) -> None:
         try:
-            await client.bring_to_device(version.key, self.directory(version))
+            await client.adapters.bring_to_device(version.key, self.directory(version))
         except AdapterRejected as error:
             raise _rejected(version, error) from error
 
     async def _pin(self, client: EngineClient, version: AdapterVersion, pinned: bool) -> None:
         try:
             if pinned:
-                await client.load_adapter(version.key, self.directory(version))
-            await client.pin_adapter(version.key, pinned)
+                await client.adapters.load(version.key, self.directory(version))
+            await client.adapters.pin(version.key, pinned)
         except AdapterRejected as error:
             raise _rejected(version, error) from error
         except AdapterConflict as error:
@@ -569,6 +571,6 @@ def _rejected(version: AdapterVersion, error: AdapterRejected) -> LoraplexError:
 
 async def _unload(client: EngineClient, key: AdapterKey) -> None:
     try:
-        await client.unload_adapter(key)
+        await client.adapters.unload(key)
     except LoraplexError:
         return  # the engine ended, and its memory with it

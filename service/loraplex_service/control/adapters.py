@@ -426,7 +426,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
         model = self._host.find(version.spec.base_model)
         client = None if model is None else model.client
-        residency = Residency.DISK if client is None else client.residency.get(version.key, Residency.DISK)
+        residency = Residency.DISK if client is None else client.adapters.residency.get(version.key, Residency.DISK)
         return RESIDENCIES[residency]
 
 

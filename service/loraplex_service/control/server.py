@@ -101,7 +101,7 @@ def _load(model: HostedModel) -> ModelLoad | None:
     stats = model.client.stats
     if stats is None:
         return ModelLoad(model=f"models/{model.name}")
-    return _stats_message(model, stats, model.client.residency)
+    return _stats_message(model, stats, model.client.adapters.residency)
 
 
 def _stats_message(model: HostedModel, stats: EngineStats, residency: Mapping[AdapterKey, Residency]) -> ModelLoad:

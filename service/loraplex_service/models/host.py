@@ -186,7 +186,7 @@ class HostedModel:
             self.supervisor.begin_unloading()
             try:
                 async with asyncio.timeout(grace_seconds):
-                    while self.client is not None and self.client.num_requests:  # noqa: ASYNC110  (it has no event)
+                    while self.client is not None and self.client.requests.num_unfinished:  # noqa: ASYNC110  (it has no event)
                         await asyncio.sleep(IDLE_POLL_SECONDS)
             except TimeoutError:
                 logger.warning("requests still run on model %s after the grace of %g s", self.name, grace_seconds)

@@ -17,9 +17,10 @@ import msgspec
 
 from loraplex_engine.link.bus import FrameLost, ServiceBus, bus_address
 from loraplex_engine.link.bus_directory import BusDirectory
-from loraplex_engine.link.client import MAX_PENDING_TOKENS, EngineClient
+from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import EngineFailed, EngineReady, LoadProgress, ModelLimits, Shutdown
+from loraplex_engine.link.requests import MAX_PENDING_TOKENS
 from loraplex_service.config import SupervisionConfig
 from loraplex_service.errors import LoraplexError, Unavailable
 

@@ -40,14 +40,14 @@ class ColdAdapters:
         """
         _check_composable(target)
         key, client = target.adapter_key, target.model.client
-        if key is None or client.on_device(key):
+        if key is None or client.adapters.on_device(key):
             return False
         if policy.on_cold in (ON_COLD_FAIL, ON_COLD_USE_BASE) or policy.HasField("max_load_wait"):
             for version in target.versions:
-                if version.key not in client.adapters:
-                    client.start_loading(version.key, self._adapter_path(version))
+                if version.key not in client.adapters.loaded:
+                    client.adapters.start_loading(version.key, self._adapter_path(version))
             try:
-                client.start_bringing(key)
+                client.adapters.start_bringing(key)
             except AdapterRejected as error:
                 if policy.on_cold == ON_COLD_FAIL:  # else each call would be told to try again
                     raise unusable_adapter(target.resolved().adapter_version, str(error), error.reason) from error
@@ -84,9 +84,9 @@ class ColdAdapters:
         began, seconds = loop.time(), 0.0
         try:
             async with asyncio.timeout(wait_seconds):
-                while missing := [version for version in target.versions if version.key not in client.adapters]:
+                while missing := [version for version in target.versions if version.key not in client.adapters.loaded]:
                     for version in missing:  # while one is waited for, another may be unloaded
-                        await client.load_adapter(version.key, self._adapter_path(version))
+                        await client.adapters.load(version.key, self._adapter_path(version))
                     seconds = loop.time() - began
         except TimeoutError:
             raise _cold(target, f"is not loaded after {wait_seconds:g} s; it goes on loading") from None
@@ -98,7 +98,7 @@ class ColdAdapters:
 def _check_composable(target: Target) -> None:
     """Raise InvalidRequest if the target is a weighted sum with an adapter that cannot be part of a sum."""
     for version, _ in target.parts:
-        loaded = target.model.client.adapters.get(version.key)
+        loaded = target.model.client.adapters.loaded.get(version.key)
         if loaded is not None and loaded.whole:
             raise InvalidRequest.at("spec.model", f"adapter {version.version_name} cannot be composed: {loaded.whole}")
 

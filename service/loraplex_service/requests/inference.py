@@ -292,9 +292,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 while True:
                     client = await self._catalog.successor(target.model)
                     with suppress(Unavailable):  # the next engine died as well
-                        while missing := [version for version in versions if version.key not in client.adapters]:
+                        while missing := [version for version in versions if version.key not in client.adapters.loaded]:
                             for version in missing:
-                                await client.load_adapter(version.key, self._adapter_path(version))
+                                await client.adapters.load(version.key, self._adapter_path(version))
                         return client
         except TimeoutError:
             seconds = f"{self._resume_seconds:g} s"
@@ -323,7 +323,7 @@ def _sequences(
 ) -> list[AddRequest]:
     """One request to the engine for each output. Only the first one asks for the prompt's log-probabilities."""
     first = AddRequest(
-        request_id=client.new_request_id(),
+        request_id=client.requests.new_id(),
         prompt_token_ids=prompt,
         sampling=params,
         adapter=adapter,
@@ -338,7 +338,7 @@ def _sequences(
     for index in range(1, outputs):
         seed = derived_seed(params.seed, index)
         sampling = msgspec.structs.replace(params, seed=seed, num_prompt_logprobs=None)
-        sequences.append(msgspec.structs.replace(first, request_id=client.new_request_id(), sampling=sampling))
+        sequences.append(msgspec.structs.replace(first, request_id=client.requests.new_id(), sampling=sampling))
     return sequences
 
 

@@ -19,8 +19,9 @@ from loraplex.v1.inference_pb2 import Completed, Delta, Finished, PromptLogprobs
 from loraplex.v1.routes_pb2 import ResolvedTarget
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.registry import resource_name
-from loraplex_engine.link.client import EngineClient, Generation, SlowConsumerError
+from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AddRequest, RequestOutput
+from loraplex_engine.link.requests import Generation, SlowConsumerError
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_service.errors import EngineError, LoraplexError, SlowConsumer, Unavailable, unusable_adapter
 from loraplex_service.ports.validation import OutputForm
@@ -98,7 +99,7 @@ class Run:
         self._ends_at = None if limit is None else self._submitted + limit
         self._is_over = limit == 0  # before an engine could begin
         self._client = client
-        self._generation: Generation = client.generate(*(() if self._is_over else job.sequences))
+        self._generation: Generation = client.requests.generate(*(() if self._is_over else job.sequences))
         self._successor = successor
         self._token_gaps = token_gaps
         self._tell_started = start
@@ -207,17 +208,17 @@ class Run:
         """Go on with the next engine. Tokens of the old one that were not read yet are generated again."""
         self._num_resumptions += 1
         client = await self._next_client()
-        while not client.holds(self._job.sequences[0].adapter):  # the engine died, or the adapter left it
+        while not client.adapters.holds(self._job.sequences[0].adapter):  # the engine died, or the adapter left it
             if client.error is not None:
                 if self._num_resumptions == MAX_RESUMPTIONS:
                     raise client.error
                 self._num_resumptions += 1
             client = await self._next_client()
         for sequence in self._open.values():  # each engine counts its requests anew
-            sequence.request = self._continued(sequence, client.new_request_id())
+            sequence.request = self._continued(sequence, client.requests.new_id())
         self._open = {sequence.request.request_id: sequence for sequence in self._open.values()}
         unfinished = [sequence.request for sequence in self._open.values() if sequence.builder.finished is None]
-        self._client, self._generation = client, client.generate(*unfinished)
+        self._client, self._generation = client, client.requests.generate(*unfinished)
         logger.info("request %s goes on with another engine", self._job.request_id)
 
     async def _next_client(self) -> EngineClient:

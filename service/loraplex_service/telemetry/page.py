@@ -86,13 +86,14 @@ def _model(model: HostedModel, requests: Sequence[tuple[AdapterKey, int]]) -> Mo
 
 
 def _engine(client: EngineClient) -> EngineSnapshot:
+    adapters = client.adapters
     return EngineSnapshot(
         client.stats,
-        list(client.adapters),
-        client.residency.copy(),
-        client.moves.copy(),
-        client.num_loads,
-        client.load_seconds,
+        list(adapters.loaded),
+        adapters.residency.copy(),
+        adapters.moves.copy(),
+        adapters.num_loads,
+        adapters.load_seconds,
     )
 
 

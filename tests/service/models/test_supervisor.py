@@ -80,7 +80,7 @@ def pid_of(watched: Watched) -> int:
 
 
 def endless(client: EngineClient) -> AddRequest:
-    return AddRequest(client.new_request_id(), [1, 2], SamplingParams(seed=0, max_tokens=1 << 30))
+    return AddRequest(client.requests.new_id(), [1, 2], SamplingParams(seed=0, max_tokens=1 << 30))
 
 
 async def test_an_engine_that_is_ready_is_active(active: Watched) -> None:
@@ -91,8 +91,8 @@ async def test_an_engine_that_is_ready_is_active(active: Watched) -> None:
 
 async def test_requests_pass_to_the_engine_and_outputs_back(active: Watched) -> None:
     client = client_of(active)
-    request = AddRequest(client.new_request_id(), [7, 8, 9], SamplingParams(seed=0, max_tokens=5))
-    with client.generate(request) as generation:
+    request = AddRequest(client.requests.new_id(), [7, 8, 9], SamplingParams(seed=0, max_tokens=5))
+    with client.requests.generate(request) as generation:
         token_ids = [token_id async for output in generation for token_id in output.token_ids]
     assert token_ids == [7, 8, 9, 7, 8]
 
@@ -208,7 +208,7 @@ async def test_a_supervision_that_breaks_is_a_failure_that_a_start_mends(
 
 async def test_a_killed_engine_ends_its_streams_and_comes_back(active: Watched) -> None:
     client, pid = client_of(active), pid_of(active)
-    with client.generate(endless(client)) as generation:
+    with client.requests.generate(endless(client)) as generation:
         await anext(generation)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(Unavailable) as raised:
@@ -226,7 +226,7 @@ async def test_an_engine_that_gives_no_sign_of_life_is_replaced() -> None:
         watched.start()
         await watched.wait_settled()
         pid, client = pid_of(watched), client_of(watched)
-        with client.generate(endless(client)) as generation:
+        with client.requests.generate(endless(client)) as generation:
             await anext(generation)
             os.kill(pid, signal.SIGSTOP)
             with pytest.raises(Unavailable):
@@ -254,7 +254,7 @@ async def test_an_engine_that_does_not_come_back_is_failed(tmp_path: Path) -> No
 
 async def test_stopping_ends_the_process_and_its_streams_with_the_reason(active: Watched) -> None:
     client, pid = client_of(active), pid_of(active)
-    with client.generate(endless(client)) as generation:
+    with client.requests.generate(endless(client)) as generation:
         await anext(generation)
         await active.stop(UNLOADED)
         with pytest.raises(LoraplexError) as raised:

@@ -15,7 +15,7 @@ POLICIES = {"fails": {"on_cold": "ON_COLD_FAIL"}, "goes without": {"on_cold": "O
 async def model(plane: DataPlane, request: pytest.FixtureRequest) -> str:
     """An adapter, and a sum of it, that has been loaded and is not on the device."""
     version = plane.add_adapter()
-    await plane.engine.client.load_adapter(version.key, "/adapters/default/pirate")
+    await plane.engine.client.adapters.load(version.key, "/adapters/default/pirate")
     return request.param
 
 
@@ -54,7 +54,7 @@ async def test_one_that_would_rather_go_without_does_and_brings_it_to_the_device
 
 async def test_one_that_leaves_the_device_is_cold_again(plane: DataPlane) -> None:
     version = plane.add_adapter()
-    await plane.engine.client.bring_to_device(version.key, "/adapters/default/pirate")
+    await plane.engine.client.adapters.bring_to_device(version.key, "/adapters/default/pirate")
     spec = make_spec(model="pirate", adapter_policy=POLICIES["fails"])
     await plane.generate(spec)
     plane.engine.client.deliver(AdaptersMoved([(version.key, Residency.HOST)]))
@@ -72,7 +72,7 @@ async def test_an_adapter_that_was_on_the_device_as_the_request_arrived_is_not_w
     plane: DataPlane,
 ) -> None:
     version = plane.add_adapter()
-    await plane.engine.client.bring_to_device(version.key, "/adapters/default/pirate")
+    await plane.engine.client.adapters.bring_to_device(version.key, "/adapters/default/pirate")
     await plane.generate(make_spec(model="pirate", adapter_policy=POLICIES["fails"]))
     assert plane.engine.requests[0].adapter_wait_seconds == 0.0
 

@@ -95,7 +95,7 @@ async def test_a_request_that_waits_for_its_adapter_never_reaches_the_engine(
         await own_channel.close()
     await asyncio.wait_for(plane.admission.wait_idle(), 5)
     plane.engine.allow_loads()
-    await plane.engine.until(lambda: version.key in plane.engine.client.adapters)
+    await plane.engine.until(lambda: version.key in plane.engine.client.adapters.loaded)
     assert not plane.engine.requests
     assert plane.registry.get(version.version_name).num_requests == 0
     assert await end_of(call, method) is not grpc.StatusCode.OK

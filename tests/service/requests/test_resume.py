@@ -183,7 +183,7 @@ async def test_a_request_whose_adapter_is_unloaded_while_it_goes_on_loads_it_aga
     next_engine.loads_allowed = False
     lives.end()
     await next_engine.until(lambda: bool(next_engine.received))
-    unloading = asyncio.create_task(next_engine.client.unload_adapter(key))
+    unloading = asyncio.create_task(next_engine.client.adapters.unload(key))
     await asyncio.sleep(0)
     next_engine.allow_loads()
     assert (await running).usage.completion_tokens == 5
@@ -205,7 +205,7 @@ async def test_a_member_of_a_sum_that_is_unloaded_while_another_loads_is_loaded_
     next_engine.allow_loads()
     next_engine.loads_allowed = False
     await next_engine.until(lambda: LoadAdapter(second.key, second.spec.source) in next_engine.received)
-    await next_engine.client.unload_adapter(first.key)
+    await next_engine.client.adapters.unload(first.key)
     next_engine.allow_loads()
     assert (await running).usage.completion_tokens == 5
     assert next_engine.adapters == {first.key, second.key}
