@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +32,7 @@ from benchmarks.serving import System, parse_cells, system_command
 from benchmarks.systems.loraplex_inprocess import Driver, load_adapters
 from benchmarks.workload import SCENARIOS, make_work
 from loraplex_engine.core import EngineCore
-from loraplex_engine.execution.batch import StepBatch
+from loraplex_engine.execution import model_runner
 from loraplex_engine.execution.sampler import Sampler
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import FromEngine, StepOutput
@@ -42,10 +43,10 @@ from loraplex_kernels.cpu.ops import CpuOps
 from loraplex_service.text import IncrementalDetokenizer, Tokenizer
 
 REST = "the step around them"
-# What is timed, in the order of the table: the column, and the methods that make it up.
-PARTS: dict[str, tuple[tuple[type, str], ...]] = {
+# What is timed, in the order of the table: the column, and the methods and functions that make it up.
+PARTS: dict[str, tuple[tuple[type | ModuleType, str], ...]] = {
     "scheduler": ((Scheduler, "schedule"), (Scheduler, "update")),
-    "batch": ((StepBatch, "from_plan"),),
+    "batch": ((model_runner, "step_batch"),),
     "linears": ((CpuOps, "linear"),),
     "LoRA": ((CpuOps, "segmented_lora"),),
     "attention": ((CpuOps, "paged_attention"),),
@@ -140,8 +141,7 @@ def clocks(profile: Profile) -> Iterator[None]:
         for part, methods in (*PARTS.items(), (REST, ((EngineCore, "step"),))):
             for owner, name in methods:
                 timed = profile.timed(part, getattr(owner, name))
-                # `from_plan` is a class method: what was got is bound already
-                stack.enter_context(patch.object(owner, name, staticmethod(timed) if owner is StepBatch else timed))
+                stack.enter_context(patch.object(owner, name, timed))
         yield
 
 

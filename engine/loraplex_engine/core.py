@@ -15,6 +15,7 @@ from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_engine.adapter_tiers import AdapterTiers
 from loraplex_engine.checkpoint.weights import resolve_model
+from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
@@ -78,7 +79,7 @@ class EngineCore:
     ) -> EngineCore:
         """Load the model that `config` names. Raises ValueError or OSError whose text says what the operator can do."""
         config.check()
-        runner = ModelRunner.load(config, resolve_model(config.model, config.revision), progress)
+        runner = load_runner(config, resolve_model(config.model, config.revision), progress)
         model = runner.model
         store = AdapterStore(
             targets=model.lora_targets(),

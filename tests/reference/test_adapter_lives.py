@@ -36,7 +36,7 @@ from loraplex_adapters.residency import Residency
 from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_engine.core import EngineCore
-from loraplex_engine.execution.model_runner import ModelRunner
+from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
     AdapterFailed,
@@ -90,7 +90,7 @@ class SteppedEngine:
         self.loader, self.now = Loader(), 0.0
         options = {"dtype": "float32", "kernels": "cpu", "threads": 1, "block_size": 4, "max_model_len": 32}
         config = EngineConfig(model=str(model), **(options | {"max_num_batched_tokens": 16} | fields))
-        runner = ModelRunner.load(config, model, lambda done, total: None)
+        runner = load_runner(config, model, lambda done, total: None)
         store = AdapterStore(
             runner.model.lora_targets(),
             runner.model.dtype,

@@ -20,10 +20,10 @@ from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_adapters.runtime.targets import LoraTarget
 from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter
-from loraplex_engine.execution.batch import StepBatch
 from loraplex_engine.execution.kv_cache import create_kv_cache
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import load_model
+from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import AttentionMetadata, LoraSegments
 from loraplex_kernels.selection import select_ops
 

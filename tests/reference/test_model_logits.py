@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex_engine.execution.batch import StepBatch
 from loraplex_engine.execution.kv_cache import create_kv_cache
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import LanguageModel, load_model
+from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
 from loraplex_kernels.selection import select_ops
 

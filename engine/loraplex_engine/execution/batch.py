@@ -3,66 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loraplex_engine.models.step_batch import StepBatch
 from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan
 from loraplex_kernels.ops import AttentionMetadata, LoraSegments
 
 PACKED_ALIGNMENT = 16  # bytes: what a GPU reads at once
 
 
-@dataclass(frozen=True, slots=True)
-class StepBatch:
-    """The input of a forward pass. The rows of one sequence are adjacent; base rows come before adapter rows."""
+def step_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
+    """Lay the plan's tokens side by side and say where each one sits in its sequence and in the cache."""
+    scheduled = plan.scheduled
+    counts = np.array([item.num_new_tokens for item in scheduled], dtype=np.int32)
+    computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
+    starts = np.zeros(len(scheduled) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    seq_lens = (computed + counts).astype(np.int32)
 
-    token_ids: Tensor  # int64 [T]
-    positions: Tensor  # int64 [T]
-    attention: AttentionMetadata
-    lora: LoraSegments | None  # None: no row of this step uses an adapter
-    logits_rows: Tensor  # int64 [L]: the rows whose logits are needed, those that are sampled from first
-    logits_lora: LoraSegments | None = None  # `lora` of these rows, numbered as in `logits_rows`
+    tables = _block_tables(scheduled, int(seq_lens.max()), block_size)
+    sequence_of = np.repeat(np.arange(len(scheduled)), counts)
+    positions = np.arange(starts[-1]) - starts[:-1][sequence_of] + computed[sequence_of]
+    slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
-    @classmethod
-    def from_plan(cls, plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
-        """Lay the plan's tokens side by side and say where each one sits in its sequence and in the cache."""
-        scheduled = plan.scheduled
-        counts = np.array([item.num_new_tokens for item in scheduled], dtype=np.int32)
-        computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
-        starts = np.zeros(len(scheduled) + 1, dtype=np.int32)
-        np.cumsum(counts, out=starts[1:])
-        seq_lens = (computed + counts).astype(np.int32)
-
-        tables = _block_tables(scheduled, int(seq_lens.max()), block_size)
-        sequence_of = np.repeat(np.arange(len(scheduled)), counts)
-        positions = np.arange(starts[-1]) - starts[:-1][sequence_of] + computed[sequence_of]
-        slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
-
-        ranges = _lora_ranges(scheduled, starts)
-        segments = np.array(ranges, dtype=np.int32).reshape(-1, 3).T  # slots, starts, ends
-        token_ids, logits_rows = _token_ids(scheduled), _logits_rows(scheduled, starts)
-        logits_ranges = _ranges_of_rows(ranges, logits_rows)
-        logits_segments = np.array(logits_ranges, dtype=np.int32).reshape(-1, 3).T
-        fixed = [token_ids, positions, slots, logits_rows, starts, seq_lens, tables]
-        on_device = to_device([*fixed, *segments, *logits_segments], device)
-        return cls(
-            token_ids=on_device[0],
-            positions=on_device[1],
-            attention=AttentionMetadata(
-                slot_mapping=on_device[2],
-                query_starts=on_device[4],
-                seq_lens=on_device[5],
-                block_tables=on_device[6],
-                max_query_len=int(counts.max()),
-                max_seq_len=int(seq_lens.max()),
-            ),
-            lora=LoraSegments(tuple(ranges), *on_device[7:10]) if ranges else None,
-            logits_rows=on_device[3],
-            logits_lora=LoraSegments(tuple(logits_ranges), *on_device[10:]) if logits_ranges else None,
-        )
+    ranges = _lora_ranges(scheduled, starts)
+    segments = np.array(ranges, dtype=np.int32).reshape(-1, 3).T  # slots, starts, ends
+    token_ids, logits_rows = _token_ids(scheduled), _logits_rows(scheduled, starts)
+    logits_ranges = _ranges_of_rows(ranges, logits_rows)
+    logits_segments = np.array(logits_ranges, dtype=np.int32).reshape(-1, 3).T
+    fixed = [token_ids, positions, slots, logits_rows, starts, seq_lens, tables]
+    on_device = to_device([*fixed, *segments, *logits_segments], device)
+    return StepBatch(
+        token_ids=on_device[0],
+        positions=on_device[1],
+        attention=AttentionMetadata(
+            slot_mapping=on_device[2],
+            query_starts=on_device[4],
+            seq_lens=on_device[5],
+            block_tables=on_device[6],
+            max_query_len=int(counts.max()),
+            max_seq_len=int(seq_lens.max()),
+        ),
+        lora=LoraSegments(tuple(ranges), *on_device[7:10]) if ranges else None,
+        logits_rows=on_device[3],
+        logits_lora=LoraSegments(tuple(logits_ranges), *on_device[10:]) if logits_ranges else None,
+    )
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:

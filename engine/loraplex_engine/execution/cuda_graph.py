@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from loraplex_adapters.runtime.layer import LoRALinear
-from loraplex_engine.execution.batch import StepBatch
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import LanguageModel
 from loraplex_engine.models.layout import layer_linears, site_name
+from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import AttentionMetadata, LayerKV, LoraSegments, Ops
 
 logger = logging.getLogger(__name__)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import gc
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 
 from loraplex_engine.execution.cuda_graph import DecodeGraphs, batch_sizes, decode_graphs, reserve_adapters
 from loraplex_engine.execution.device import free_bytes
+from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import USUAL_MEMORY_FRACTION, EngineConfig
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan
-
-if TYPE_CHECKING:
-    from loraplex_engine.execution.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 

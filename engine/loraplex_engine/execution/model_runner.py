@@ -1,29 +1,23 @@
-"""The arithmetic of a step: load the model, size the cache, execute plans."""
+"""The arithmetic of a step."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from loraplex_engine.checkpoint.memory import populate
-from loraplex_engine.execution.batch import StepBatch, narrowed, num_prompt_logprob_rows
+from loraplex_engine.execution.batch import narrowed, num_prompt_logprob_rows, step_batch
 from loraplex_engine.execution.cuda_graph import DecodeGraphs, decode_graphs
-from loraplex_engine.execution.device import described, free_bytes, loading_turn, select_device
-from loraplex_engine.execution.kv_cache import block_bytes, create_kv_cache, stored_dtype
-from loraplex_engine.execution.memory_profile import cache_budget
+from loraplex_engine.execution.device import described
+from loraplex_engine.execution.kv_cache import create_kv_cache, stored_dtype
 from loraplex_engine.execution.sampler import Sampler, describe
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import ModelLimits, TokenLogprobs
-from loraplex_engine.models import LanguageModel, load_model
+from loraplex_engine.models import LanguageModel
 from loraplex_engine.scheduling.step import SampledToken, StepPlan, StepResult
 from loraplex_kernels.ops import LoraSegments, Ops
-from loraplex_kernels.selection import select_ops
-
-logger = logging.getLogger(__name__)
 
 PROMPT_LOGPROB_ROWS = 128  # rows of the vocabulary held at once: 128 x 128k floats are 64 MiB
 
@@ -32,7 +26,10 @@ class ModelRunner:
     """Owns the model and its cache on one device. Knows no policy: it executes the plan that it is given."""
 
     def __init__(self, model: LanguageModel, ops: Ops, config: EngineConfig) -> None:
-        """Profile memory and allocate the cache. Raises ValueError if the budget holds not even one sequence."""
+        """The cache has one block until `allocate`: enough to measure what a step takes.
+
+        Raises ValueError if `config` asks for longer sequences than the model was made for.
+        """
         self.model = model
         self.ops = ops
         self.block_size = config.block_size
@@ -43,31 +40,20 @@ class ModelRunner:
                 f"max_model_len {self.max_model_len} is more than the {model.config.max_position_embeddings} positions "
                 "that the model was made for: lower it, or leave it out, or stretch them by rope_scaling"
             )
-        dtype = stored_dtype(config.kv_cache_dtype, model.dtype)
+        self.kv_dtype = stored_dtype(config.kv_cache_dtype, model.dtype)
         self.decode_graphs: DecodeGraphs | None = None
-        self.kv_cache = create_kv_cache(model.config, ops, 1, config.block_size, dtype)
-        self.num_blocks = self._num_blocks(config, block_bytes(model.config, ops, config.block_size, dtype))
-        self.kv_cache = create_kv_cache(model.config, ops, self.num_blocks, config.block_size, dtype)
-        if config.kv_cache_bytes is not None and ops.device.type == "cpu":
+        self.num_blocks = 1
+        self.kv_cache = create_kv_cache(model.config, ops, 1, config.block_size, self.kv_dtype)
+
+    def allocate(self, num_blocks: int, config: EngineConfig) -> None:
+        """Give the cache `num_blocks` blocks, and capture the graphs that read it."""
+        self.num_blocks = num_blocks
+        self.kv_cache = create_kv_cache(self.model.config, self.ops, num_blocks, self.block_size, self.kv_dtype)
+        if config.kv_cache_bytes is not None and self.ops.device.type == "cpu":
             populate([tensor for layer in self.kv_cache for tensor in (layer.k, layer.v)])
-        self.decode_graphs = decode_graphs(model, ops, self.kv_cache, config, self.max_model_len)
+        self.decode_graphs = decode_graphs(self.model, self.ops, self.kv_cache, config, self.max_model_len)
         if self.decode_graphs is not None:
             self.decode_graphs.capture_all()
-
-    @classmethod
-    def load(cls, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:
-        device = select_device(config.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # kernels are launched on the current device
-        ops = select_ops(device, config.kernels, threads=config.threads)
-        if ops.own_threads:
-            torch.set_num_threads(1)
-        if config.batch_invariant and not ops.batch_invariant:
-            raise ValueError(
-                f"batch_invariant is set, and the {ops.name} kernels cannot promise it: use kernels: cpu, or unset it"
-            )
-        with loading_turn(device):
-            return cls(load_model(config, path, ops, progress), ops, config)
 
     def limits(self, config: EngineConfig) -> ModelLimits:
         """The limits of the loaded model, for the service that sends it requests."""
@@ -91,7 +77,7 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every token of the plan and draw the next one of each request that has caught up."""
-        batch = StepBatch.from_plan(plan, self.block_size, self.ops.device)
+        batch = step_batch(plan, self.block_size, self.ops.device)
         decoding = all(item.samples and item.num_new_tokens == 1 for item in plan.scheduled)
         if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):
             hidden = self.decode_graphs.forward(batch)
@@ -125,29 +111,6 @@ class ModelRunner:
                 position += len(part)
             row = end
         return found
-
-    def _num_blocks(self, config: EngineConfig, size: int) -> int:
-        """The number of blocks that fit. size: bytes of a block."""
-        per_sequence = -(-self.max_model_len // self.block_size)
-        budget = self._cache_bytes(config)
-        useful = per_sequence * config.max_num_seqs  # more could never be in use
-        num_blocks = min(budget // size, useful)
-        if num_blocks < per_sequence:
-            remedy = f"raise kv_cache_bytes to {per_sequence * size} or lower max_model_len"
-            if config.kv_cache_bytes is None and self.ops.device.type == "cuda":
-                remedy = "raise device_memory_fraction, or lower max_model_len, adapter_device_bytes or max_num_seqs"
-            raise ValueError(
-                f"kv cache of {budget} bytes holds {budget // size * self.block_size} tokens, fewer than "
-                f"max_model_len = {self.max_model_len}: {remedy}"
-            )
-        return num_blocks
-
-    def _cache_bytes(self, config: EngineConfig) -> int:
-        if config.kv_cache_bytes is not None:
-            return config.kv_cache_bytes
-        if self.ops.device.type == "cuda":
-            return cache_budget(self, config)
-        return int(free_bytes(self.ops.device) * config.kv_cache_fraction)
 
 
 def _not_finite(

@@ -12,8 +12,8 @@ from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmb
 from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
 from loraplex_engine.checkpoint.model_config import ModelConfig
-from loraplex_engine.execution.batch import StepBatch
 from loraplex_engine.models.layout import HEAD_MODULE, HEAD_SITE, layer_linears, lora_targets, site_name
+from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from loraplex_adapters.runtime.layer import LoRALinear
-from loraplex_engine.execution.batch import StepBatch
 from loraplex_engine.execution.cuda_graph import DecodeInputs, batch_sizes, decode_graphs, reserve_adapters
 from loraplex_engine.execution.kv_cache import create_kv_cache
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import load_model
+from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
 from loraplex_kernels.reference import ReferenceOps
 

@@ -17,6 +17,7 @@ from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.core import EngineCore
 from loraplex_engine.execution.device import described, loading_turn, select_device
+from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.execution.memory_profile import cache_budget, largest_step
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
@@ -72,7 +73,7 @@ def configure(checkpoint: Path, **fields: Any) -> EngineConfig:
 
 
 def load(config: EngineConfig) -> ModelRunner:
-    return ModelRunner.load(config, Path(config.model), lambda loaded, total: None)
+    return load_runner(config, Path(config.model), lambda loaded, total: None)
 
 
 # ---- the device ------------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
-from loraplex_engine.execution.batch import StepBatch
 from loraplex_engine.execution.kv_cache import create_kv_cache
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import LanguageModel, load_model, parse_model_config
 from loraplex_engine.models.layout import HEAD, layer_linears, tensor_shapes
+from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import AttentionMetadata, Ops
 from loraplex_kernels.selection import select_ops
 from tests.engine.quantization.packing import Packer
