@@ -21,7 +21,7 @@ OUTPUT_ONLY = FieldBehavior.Value("OUTPUT_ONLY")
 
 # Fields that are read by a name that is data where they are read: the file in which the name is written.
 READ_BY_NAME = {
-    "Sampling": SERVICE / "ports/validation.py",  # `given("temperature")`: all of them alike
+    "Sampling": SERVICE / "requests/sampling.py",  # `given("temperature")`: all of them alike
     "ChatMessage": SERVICE / "requests/prompts.py",  # handed to templates under their own names, where present
 }
 

@@ -30,8 +30,9 @@ from loraplex_service.admission.admission import Admission, AdmissionLimits
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.auth.door import Door
 from loraplex_service.errors import LoraplexError, NotFound
-from loraplex_service.names.catalog import Catalog, LoadedModel
+from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.routing import RouteBook
+from loraplex_service.names.target import LoadedModel
 from loraplex_service.ports.interceptors import CallInterceptor, CallLimits
 from loraplex_service.ports.listeners import ConnectionLimits, Health, Service, build_server
 from loraplex_service.requests.inference import InferenceServicer

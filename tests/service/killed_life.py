@@ -44,8 +44,9 @@ from loraplex_service.control.quota import AdapterQuota
 from loraplex_service.control.routes import RouteServicer
 from loraplex_service.errors import LoraplexError, NotFound
 from loraplex_service.models.host import ModelHost
-from loraplex_service.names.catalog import Catalog, LoadedModel
+from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.routing import RouteBook
+from loraplex_service.names.target import LoadedModel
 from loraplex_service.state import StateFile
 from loraplex_service.text import Tokenizer
 from tests.service.fake_engine import LIMITS, FakeEngine

@@ -11,7 +11,7 @@ from loraplex_adapters.files.source import text_digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.registry import AdapterVersion
 from loraplex_service.errors import Unavailable
-from loraplex_service.names.catalog import Target
+from loraplex_service.names.target import Target
 from loraplex_service.text import AdapterText, TextError, Tokenizer, adapter_text
 
 MAX_HELD_CHARS = 64 << 20  # of the templates and tokens of all adapters whose texts are kept

@@ -15,7 +15,8 @@ from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.call import current_call
 from loraplex_service.errors import InvalidRequest
-from loraplex_service.names.catalog import Catalog, LoadedModel
+from loraplex_service.names.catalog import Catalog
+from loraplex_service.names.target import LoadedModel
 from loraplex_service.requests.prompts import PromptText, TextWork, adds_special_tokens, kept_parts, prompt_text
 from loraplex_service.text import IncrementalDetokenizer, TextError
 

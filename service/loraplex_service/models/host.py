@@ -13,8 +13,7 @@ from loraplex_service.config import ModelConfig
 from loraplex_service.errors import FailedPrecondition, LoraplexError, NotFound, Unavailable
 from loraplex_service.models.generation_defaults import default_sampling, unread
 from loraplex_service.models.supervisor import EngineState, EngineSupervisor
-from loraplex_service.names.catalog import LoadedModel
-from loraplex_service.ports.validation import merged_sampling
+from loraplex_service.names.target import LoadedModel, merged_sampling
 from loraplex_service.text import ChatTemplate, TextError, Tokenizer
 
 logger = logging.getLogger(__name__)

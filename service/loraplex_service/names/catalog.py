@@ -3,34 +3,18 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
-from loraplex.v1.generation_pb2 import Sampling
-from loraplex.v1.routes_pb2 import ResolvedTarget, Route
+from loraplex.v1.routes_pb2 import Route
 from loraplex_adapters.errors import AdapterNotFound
-from loraplex_adapters.key import AdapterKey, compose
+from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.registry import SHARED_TENANT, AdapterRegistry, AdapterState, AdapterVersion
 from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.messages import ModelLimits
 from loraplex_service.call import sees_inside
 from loraplex_service.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Unavailable
 from loraplex_service.names.routing import RouteBook, choose
-from loraplex_service.ports.validation import merged_sampling
-from loraplex_service.text import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A base model that serves: a snapshot for the life of one request. A restarted engine makes a new one."""
-
-    name: str  # bare id: "demo", not "models/demo"
-    revision: str  # the revision of the weights: a commit or a digest
-    limits: ModelLimits
-    client: EngineClient
-    tokenizer: Tokenizer
-    default_sampling: Sampling  # fields that are absent have the contract's defaults
-    literal_content: bool = False  # for chats that do not set literal_content
+from loraplex_service.names.target import LoadedModel, Target
 
 
 class Models(Protocol):
@@ -48,51 +32,6 @@ class Models(Protocol):
 
         Raises what `serving` raises if no engine will.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The model and the adapter versions that a request runs on."""
-
-    model: LoadedModel
-    adapter: AdapterVersion | None = None  # None: the base model alone, or a composition
-    route: Route | None = None  # the route that led here
-    parts: tuple[tuple[AdapterVersion, float], ...] = ()  # the adapters of a composition and their weights
-
-    @property
-    def versions(self) -> tuple[AdapterVersion, ...]:
-        """The adapter versions that a request uses."""
-        return (self.adapter,) if self.adapter is not None else tuple(version for version, _ in self.parts)
-
-    @property
-    def adapter_key(self) -> AdapterKey | None:
-        """The key of the adapter, or of the weighted sum; None: the base model alone."""
-        if self.parts:
-            return compose((version.key, weight) for version, weight in self.parts)
-        return None if self.adapter is None else self.adapter.key
-
-    @property
-    def default_sampling(self) -> Sampling:
-        """The sampling defaults for absent fields of a request: the route's, else the model's."""
-        defaults = self.model.default_sampling
-        return defaults if self.route is None else merged_sampling(self.route.default_sampling, defaults)
-
-    def resolved(self, fell_back_to_base: bool = False) -> ResolvedTarget:
-        """The message that tells the caller what runs.
-
-        `fell_back_to_base`: the adapter was cold, the request allowed it.
-        """
-        adapter_version = "" if self.adapter is None else self.adapter.version_name
-        if self.parts:
-            adapter_version = " + ".join(f"{version.version_name}*{weight:g}" for version, weight in self.parts)
-        return ResolvedTarget(
-            model=f"models/{self.model.name}",
-            model_revision=self.model.revision,
-            quantization=self.model.limits.quantization,
-            adapter_version="" if fell_back_to_base else adapter_version,
-            route=self.route.name if self.route is not None else "",
-            fell_back_to_base=fell_back_to_base,
-        )
 
 
 _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"

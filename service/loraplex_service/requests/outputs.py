@@ -9,7 +9,7 @@ from loraplex.v1 import inference_pb2
 from loraplex.v1.inference_pb2 import Delta, Finished, PromptLogprobs, TokenLogprob, TopLogprob
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
-from loraplex_service.ports.validation import OutputForm
+from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.text import IncrementalDetokenizer, StopStrings, Tokenizer
 
 PROMPT_LOGPROBS_PER_MESSAGE = 256  # 20 likeliest tokens each: about 150 KB

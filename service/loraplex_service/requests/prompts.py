@@ -10,7 +10,7 @@ from google.protobuf.struct_pb2 import Value
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, ToolCall
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import InvalidRequest, PromptTooLong, Unavailable
-from loraplex_service.names.catalog import LoadedModel
+from loraplex_service.names.target import LoadedModel
 from loraplex_service.requests.turns import TurnLimits, Turns
 from loraplex_service.text import (
     MAX_TOKENS,

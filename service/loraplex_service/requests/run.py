@@ -24,7 +24,7 @@ from loraplex_engine.link.messages import AddRequest, RequestOutput
 from loraplex_engine.link.requests import Generation, SlowConsumerError
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_service.errors import EngineError, LoraplexError, SlowConsumer, Unavailable, unusable_adapter
-from loraplex_service.ports.validation import OutputForm
+from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.outputs import OutputBuilder, prompt_logprobs
 from loraplex_service.telemetry.records import AppliedAdapter, GenerationRecord
 from loraplex_service.telemetry.series import Distribution

@@ -13,7 +13,7 @@ from loraplex.v1.generation_pb2 import GenerateSpec, Stopping
 from loraplex.v1.inference_pb2 import FINISH_REASON_MAX_TOKENS, FINISH_REASON_STOP, Delta
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
-from loraplex_service.ports.validation import OutputForm
+from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.outputs import OutputBuilder
 from loraplex_service.text import Tokenizer
 
