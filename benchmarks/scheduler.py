@@ -18,6 +18,7 @@ from pathlib import Path
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.scheduler import Scheduler
@@ -51,7 +52,7 @@ def fill(num_waiting: int, num_adapters: int, num_tenants: int) -> Scheduler:
     """A scheduler whose batch is full and decodes, with `num_waiting` requests behind it."""
     blocks = BlockManager(BATCH * 64, BLOCK_SIZE, enable_prefix_caching=True)
     places = BATCH + 8 if num_adapters else BATCH
-    scheduler = Scheduler(blocks, NoAdapters(), places, 4096, 1024, time.monotonic)
+    scheduler = Scheduler(blocks, [AdapterPreparer(NoAdapters())], places, 4096, 1024, time.monotonic)
     for index in range(BATCH + num_waiting):
         adapter = None
         if index >= BATCH and num_adapters:
@@ -74,7 +75,7 @@ def step(scheduler: Scheduler) -> float:
     plan = scheduler.schedule()
     result = StepResult(tuple(SampledToken(1, None) if item.samples else None for item in plan.scheduled), {})
     scheduler.update(plan, result)
-    scheduler.num_waiting_for_adapter  # noqa: B018 - every step's statistics ask for it
+    scheduler.num_set_aside  # noqa: B018 - every step's statistics ask for it
     return time.perf_counter() - started
 
 

@@ -30,6 +30,7 @@ from loraplex_engine.link.messages import (
     UnloadAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.scheduler import Scheduler
@@ -60,7 +61,7 @@ class EngineCore:
         self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.blocks,
-            pool,
+            [AdapterPreparer(pool)],
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=runner.max_model_len,
@@ -226,7 +227,7 @@ class EngineCore:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_waiting_for_adapter=scheduler.num_waiting_for_adapter,
+            num_waiting_for_adapter=scheduler.num_set_aside,
             total_blocks=blocks.num_blocks,
             free_blocks=blocks.num_free,
             cached_blocks=blocks.num_cached,

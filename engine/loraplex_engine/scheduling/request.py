@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from enum import Enum, auto
 
 from loraplex_adapters.key import AdapterKey
@@ -14,7 +14,7 @@ class RequestState(Enum):
     """The state of a request. Only the scheduler changes it."""
 
     WAITING = auto()  # for a turn, or for blocks; also after a preemption
-    WAITING_FOR_ADAPTER = auto()
+    WAITING_FOR_RESOURCE = auto()  # that somebody prepares for it
     RUNNING = auto()  # holds blocks, gets tokens computed
     FINISHED = auto()
 
@@ -28,11 +28,9 @@ class Request:
 
     __slots__ = (
         "adapter",
-        "adapter_ready_time",
         "adapter_slot",
         "adapter_start",
         "adapter_wait_seconds",
-        "adapter_wanted_time",
         "arrival_time",
         "block_hashes",
         "block_ids",
@@ -43,6 +41,7 @@ class Request:
         "first_scheduled_time",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_given",
         "num_prompt_tokens",
         "order",
         "prompt_logprobs",
@@ -51,6 +50,7 @@ class Request:
         "state",
         "tenant",
         "token_ids",
+        "waits",
         "weight",
     )
 
@@ -74,6 +74,8 @@ class Request:
         self.num_computed_tokens = 0  # tokens whose keys and values are in the cache
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
+        self.num_given = 0  # preparers that have given it what it needs, in the scheduler's order
+        self.waits: dict[Hashable, float] = {}  # seconds that it waited for each thing that was not ready
 
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were asked for
@@ -81,8 +83,6 @@ class Request:
         self.adapter_start: int | None = 0  # the first token that the adapter applies to; None: it was not invoked
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first scheduling
         self.first_scheduled_time: float | None = None
-        self.adapter_wanted_time: float | None = None  # set if it had to wait for it
-        self.adapter_ready_time: float | None = None  # and when it got the adapter
         self.prompt_logprobs: list[TokenLogprobs | None] = []
 
     def invoke_adapter(self, tokens: Sequence[int]) -> None:

@@ -10,41 +10,18 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from loraplex_adapters.errors import COLD, AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.fairness import FairQueue
 from loraplex_engine.scheduling.request import Request, RequestState
+from loraplex_engine.scheduling.resources import NeverReadyError, Preparer, WaitingRoom
 from loraplex_engine.scheduling.step import SampledToken, ScheduledRequest, StepPlan, StepResult
-
-# A request that has waited so long for room on the device gets some, at the cost of an adapter that is in use.
-ADAPTER_PATIENCE_SECONDS = 2.0
-
-
-class AdapterSlots(Protocol):
-    """The part of the adapter pool that the scheduler uses."""
-
-    @property
-    def changes(self) -> int:
-        """Grows whenever an adapter that could not be acquired might be acquired now, or might be refused."""
-
-    def acquire(self, key: AdapterKey) -> int | None:
-        """The adapter's slot, held until `release`; None: not there yet, ask again. Raises AdapterRejected."""
-
-    def release(self, key: AdapterKey) -> None: ...
-
-    def invocation_tokens(self, key: AdapterKey) -> Sequence[int]:
-        """The tokens in a prompt that invoke a held adapter; empty: it applies to all tokens."""
-
-    def make_room(self, key: AdapterKey) -> None:
-        """Make room for an adapter that waits for room on the device."""
 
 
 class Scheduler:
@@ -53,14 +30,13 @@ class Scheduler:
     def __init__(
         self,
         blocks: BlockManager,
-        adapters: AdapterSlots,
+        preparers: Sequence[Preparer],
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
         clock: Callable[[], float],
     ) -> None:
         self.blocks = blocks
-        self.adapters = adapters
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -69,12 +45,11 @@ class Scheduler:
         self.requests: dict[int, Request] = {}  # all unfinished requests
         self.running: list[Request] = []  # in order of turn
         self.waiting = FairQueue()
-        self.waiting_for_adapter: dict[AdapterKey, dict[int, Request]] = {}
+        # A request passes them in this order, and holds what it was given in one while it waits in the next.
+        self.rooms = [WaitingRoom(preparer, clock) for preparer in preparers]
         self.adapter_users: Counter[AdapterKey] = Counter()  # accepted requests by adapter version, wherever they are
         self._deadlines: list[tuple[float, int]] = []  # of requests
-        self._adapter_deadlines: list[tuple[float, int]] = []  # ends of waits for adapters
         self._outputs: list[RequestOutput] = []  # ends outside of a step; `update` returns them
-        self._adapter_changes_seen = -1
         self.num_preemptions = 0
         self.num_not_finite = 0  # requests that ended so
         self.prompt_tokens = 0  # computed, cumulative
@@ -86,7 +61,8 @@ class Scheduler:
         return bool(self.requests)
 
     @property
-    def num_waiting_for_adapter(self) -> int:
+    def num_set_aside(self) -> int:
+        """The requests that wait for a resource."""
         return len(self.requests) - len(self.running) - len(self.waiting)
 
     def add(self, request: Request) -> None:
@@ -111,8 +87,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Choose the requests to run and their tokens, and reserve blocks for them. The plan may be empty."""
         self._expire()
-        self._retry_adapters()
-        self._end_adapter_waits()
+        self._end_waits()
         budget = self.max_num_batched_tokens
         scheduled: list[ScheduledRequest] = []
         preempted = False
@@ -145,7 +120,7 @@ class Scheduler:
             request = self.waiting.peek()
             if request is None:
                 break
-            if not self._hold_adapter(request):
+            if not self._provide(request):
                 continue
             self.blocks.start(request)
             num_new = min(request.num_tokens - request.num_computed_tokens, budget)
@@ -184,79 +159,34 @@ class Scheduler:
         self.waiting.push(request)
         self.num_preemptions += 1
 
-    # ---- adapters --------------------------------------------------------------------------------------------------
+    # ---- resources -------------------------------------------------------------------------------------------------
 
-    def _hold_adapter(self, request: Request) -> bool:
-        """Make sure that the request at the head holds its adapter, else set it aside so that others go on."""
-        key = request.adapter
-        if key is None or request.adapter_slot is not None:
-            return True
-        slot = None
-        if key not in self.waiting_for_adapter:  # requests that already wait for it come first
+    def _provide(self, request: Request) -> bool:
+        """Make sure that the request at the head holds what it needs, else set it aside so that others go on."""
+        while request.num_given < len(self.rooms):
             try:
-                slot = self.adapters.acquire(key)
-            except AdapterRejected as rejected:
-                self.fail(request, str(rejected), rejected.reason)
+                given = self.rooms[request.num_given].provide(request)
+            except NeverReadyError as problem:
+                self.fail(request, str(problem), problem.reason)
                 return False
-        if slot is None:
-            self.waiting.remove(request)
-            self._set_aside(request, key)
-            return False
-        self._give_adapter(request, slot)
+            if not given:
+                self.waiting.remove(request)
+                request.state = RequestState.WAITING_FOR_RESOURCE
+                return False
+            request.num_given += 1
         return True
 
-    def _set_aside(self, request: Request, key: AdapterKey) -> None:
-        request.state = RequestState.WAITING_FOR_ADAPTER
-        request.adapter_wanted_time = self.clock()
-        self.waiting_for_adapter.setdefault(key, {})[request.request_id] = request
-        if request.adapter_wait_seconds is not None:
-            ends_at = request.adapter_wanted_time + request.adapter_wait_seconds
-            heapq.heappush(self._adapter_deadlines, (ends_at, request.request_id))
-
-    def _give_adapter(self, request: Request, slot: int) -> None:
-        assert request.adapter is not None
-        request.adapter_slot = slot
-        request.invoke_adapter(self.adapters.invocation_tokens(request.adapter))
-
-    def _retry_adapters(self) -> None:
-        """Bring back the requests whose adapter has arrived; fail those whose adapter turned out broken."""
-        self._relieve_the_oldest()
-        if self.adapters.changes == self._adapter_changes_seen:
-            return
-        self._adapter_changes_seen = self.adapters.changes
-        for key, requests in list(self.waiting_for_adapter.items()):
-            for request in list(requests.values()):
-                try:
-                    slot = self.adapters.acquire(key)
-                except AdapterRejected as rejected:
-                    self.fail(request, str(rejected), rejected.reason)
+    def _end_waits(self) -> None:
+        """Bring back the requests that have got what they waited for; fail those that never will."""
+        for room in self.rooms:
+            for request, problem in room.waited():
+                if problem is not None:
+                    self.fail(request, str(problem), problem.reason)
                     continue
-                if slot is None:
-                    break
-                del requests[request.request_id]
-                self._give_adapter(request, slot)
-                request.adapter_ready_time = self.clock()
+                room.leave(request)
+                request.num_given += 1
                 request.state = RequestState.WAITING
                 self.waiting.push(request)
-            if not requests:
-                self.waiting_for_adapter.pop(key, None)
-
-    def _end_adapter_waits(self) -> None:
-        """Fail the requests whose wait for their adapter is over."""
-        for request_id in _due(self._adapter_deadlines, self.clock()):
-            request = self.requests.get(request_id)
-            if request is not None and request.state is RequestState.WAITING_FOR_ADAPTER:
-                problem = f"it is not on the device after a wait of {request.adapter_wait_seconds:g} s; try again"
-                self.fail(request, problem, COLD)
-
-    def _relieve_the_oldest(self) -> None:
-        """Make room for the adapter of the request that waits longest, lest adapters in constant use starve it."""
-        key = next(iter(self.waiting_for_adapter), None)
-        if key is None:
-            return
-        oldest = next(iter(self.waiting_for_adapter[key].values()))
-        if self.clock() - oldest.arrival_time > ADAPTER_PATIENCE_SECONDS:
-            self.adapters.make_room(key)
 
     # ---- results ---------------------------------------------------------------------------------------------------
 
@@ -316,7 +246,9 @@ class Scheduler:
 
     def _expire(self) -> None:
         """Finish the requests whose own time limit has passed, in any state, with the tokens that they have."""
-        for request_id in _due(self._deadlines, self.clock()):
+        now = self.clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
             request = self.requests.get(request_id)
             if request is not None:
                 self._finish(request, FinishReason.TIME_LIMIT)
@@ -324,7 +256,7 @@ class Scheduler:
                 self._outputs.append(output if request.num_output_tokens else self._with_beginning(output, request))
 
     def fail(self, request: Request, error: str, reason: str = "") -> None:
-        """End one request with an error, which the next `update` reports. `reason`: set if its adapter is at fault."""
+        """End one request with an error, which the next `update` reports. `reason`: its kind, if it has a name."""
         self._finish(request, FinishReason.ERROR)
         output = RequestOutput(request.request_id, [], FinishReason.ERROR, error=error, error_reason=reason)
         self._outputs.append(output)
@@ -349,16 +281,12 @@ class Scheduler:
                 self.running.remove(request)
             case RequestState.WAITING:
                 self.waiting.remove(request)
-            case RequestState.WAITING_FOR_ADAPTER:
-                assert request.adapter is not None
-                requests = self.waiting_for_adapter[request.adapter]
-                del requests[request.request_id]
-                if not requests:
-                    del self.waiting_for_adapter[request.adapter]
+            case RequestState.WAITING_FOR_RESOURCE:
+                self.rooms[request.num_given].leave(request)
         self.blocks.release(request)
+        for room in self.rooms[: request.num_given]:
+            room.release(request)
         if request.adapter is not None:
-            if request.adapter_slot is not None:
-                self.adapters.release(request.adapter)
             for member in request.adapter.members:
                 self.adapter_users[member] -= 1
                 if self.adapter_users[member] == 0:
@@ -369,17 +297,11 @@ class Scheduler:
 
     def _with_beginning(self, output: RequestOutput, request: Request) -> RequestOutput:
         """Add the facts that only the first output carries."""
-        began, wanted, ready = request.first_scheduled_time, request.adapter_wanted_time, request.adapter_ready_time
+        began = request.first_scheduled_time
         return msgspec.structs.replace(
             output,
             prompt_logprobs=request.prompt_logprobs or None,
             num_cached_tokens=request.num_cached_tokens,
             queue_seconds=None if began is None else began - request.arrival_time,
-            adapter_load_seconds=0.0 if wanted is None else (self.clock() if ready is None else ready) - wanted,
+            adapter_load_seconds=request.waits.get(request.adapter, 0.0),
         )
-
-
-def _due(heap: list[tuple[float, int]], now: float) -> Iterator[int]:
-    """Remove and return the requests whose time has come."""
-    while heap and heap[0][0] <= now:
-        yield heapq.heappop(heap)[1]

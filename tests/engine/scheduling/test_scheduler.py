@@ -11,6 +11,7 @@ from loraplex_adapters.errors import COLD, AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.messages import AddRequest, RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.request import Request, RequestState
 from loraplex_engine.scheduling.scheduler import Scheduler
@@ -88,7 +89,9 @@ class Bench:
         self.slots = FakeSlots()
         self.clock = FakeClock()
         self.blocks = BlockManager(num_blocks, P, prefix_caching)
-        self.scheduler = Scheduler(self.blocks, self.slots, max_num_seqs, budget, num_blocks * P, self.clock)
+        self.scheduler = Scheduler(
+            self.blocks, [AdapterPreparer(self.slots)], max_num_seqs, budget, num_blocks * P, self.clock
+        )
         self.outputs: dict[int, list[RequestOutput]] = {}
         self.arrivals = 0
 
@@ -168,7 +171,7 @@ def test_waiting_for_an_adapter_holds_up_nobody_else():
     bench.add(2, [6])
     plan = bench.step()
     assert [item.request.request_id for item in plan.scheduled] == [2]
-    assert waiting.state is RequestState.WAITING_FOR_ADAPTER
+    assert waiting.state is RequestState.WAITING_FOR_RESOURCE
     bench.slots.arrive(KEY)
     assert 1 in [item.request.request_id for item in bench.step().scheduled]
     bench.finish()
@@ -386,8 +389,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(held) == blocks.num_used
         holders = Counter(r.adapter for r in scheduler.requests.values() if r.adapter_slot is not None)
         assert holders == +self.bench.slots.references
-        aside = sum(len(requests) for requests in scheduler.waiting_for_adapter.values())
-        assert scheduler.num_waiting_for_adapter == aside
+        assert scheduler.num_set_aside == sum(len(room) for room in scheduler.rooms)
         assert scheduler.running == sorted(scheduler.running, key=lambda request: request.order)
 
     def teardown(self) -> None:

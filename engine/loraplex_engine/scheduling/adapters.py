@@ -1,0 +1,72 @@
+"""Adapters as something that requests need before they can run: a slot on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from loraplex_adapters.errors import COLD, AdapterRejected
+from loraplex_adapters.key import AdapterKey
+from loraplex_engine.scheduling.request import Request
+from loraplex_engine.scheduling.resources import NeverReadyError, Preparer
+
+
+class AdapterSlots(Protocol):
+    """The part of the adapter pool that requests use."""
+
+    @property
+    def changes(self) -> int:
+        """Grows whenever an adapter that could not be acquired might be acquired now, or might be refused."""
+
+    def acquire(self, key: AdapterKey) -> int | None:
+        """The adapter's slot, held until `release`; None: not there yet, ask again. Raises AdapterRejected."""
+
+    def release(self, key: AdapterKey) -> None: ...
+
+    def invocation_tokens(self, key: AdapterKey) -> Sequence[int]:
+        """The tokens in a prompt that invoke a held adapter; empty: it applies to all tokens."""
+
+    def make_room(self, key: AdapterKey) -> None:
+        """Make room for an adapter that waits for room on the device."""
+
+
+class AdapterPreparer(Preparer):
+    """Gives requests the slots of their adapters. The pool and the store's threads bring them there."""
+
+    def __init__(self, slots: AdapterSlots) -> None:
+        self._slots = slots
+
+    @property
+    def changes(self) -> int:
+        return self._slots.changes
+
+    def key(self, request: Request) -> AdapterKey | None:
+        return request.adapter
+
+    def give(self, request: Request) -> bool:
+        key = _adapter(request)
+        try:
+            request.adapter_slot = self._slots.acquire(key)
+        except AdapterRejected as rejected:
+            raise NeverReadyError(str(rejected), rejected.reason) from rejected
+        if request.adapter_slot is None:
+            return False
+        request.invoke_adapter(self._slots.invocation_tokens(key))
+        return True
+
+    def take_back(self, request: Request) -> None:
+        self._slots.release(_adapter(request))
+
+    def hurry(self, request: Request) -> None:
+        self._slots.make_room(_adapter(request))
+
+    def limit(self, request: Request) -> tuple[float, NeverReadyError] | None:
+        seconds = request.adapter_wait_seconds
+        if seconds is None:
+            return None
+        return seconds, NeverReadyError(f"it is not on the device after a wait of {seconds:g} s; try again", COLD)
+
+
+def _adapter(request: Request) -> AdapterKey:
+    assert request.adapter is not None
+    return request.adapter
