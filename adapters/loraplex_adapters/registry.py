@@ -3,41 +3,29 @@
 A version is named by the digest of its content and never changes. The bare name is an alias that moves atomically. A
 new version is loaded while the alias still means the old one, and gets the alias when it can be used; if it cannot be
 used, the alias stays.
-
-LOADING ──► ACTIVE ──► DELETING ──► gone
-   │  ▲                   ▲
-   ▼  │ registered again  │
-  FAILED ─────────────────┘
 """
 
 from __future__ import annotations
 
 import enum
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loraplex_adapters.errors import AdapterConflict, AdapterNotFound
+from loraplex_adapters.errors import AdapterConflict
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.residency import Residency
-
-SHARED_TENANT = "shared"
-VERSION_DIGITS = 12  # of the digest, in a version's name
-NO_DIGEST = "0" * 64  # the digest of a version that stands for missing files
-
-_ID = r"[a-z0-9][a-z0-9._-]{0,62}"
-_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/(?P<adapter>{_ID})(?:@(?P<version>[0-9a-f]{{12,64}}))?")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class AdapterState(enum.Enum):
-    """The state of a version."""
-
-    LOADING = "loading"  # being read and checked
-    ACTIVE = "active"  # can be used
-    FAILED = "failed"  # could not be read, or is not valid
-    DELETING = "deleting"  # takes no new requests, gone when the running ones have ended
+from loraplex_adapters.versions import (
+    NAME,
+    NO_DIGEST,
+    VERSION_DIGITS,
+    AdapterInfo,
+    AdapterSpec,
+    AdapterState,
+    AdapterVersion,
+    checked_key,
+    no_adapter,
+    resource_name,
+)
 
 
 class ChangeKind(enum.Enum):
@@ -45,70 +33,6 @@ class ChangeKind(enum.Enum):
     CHANGED = "changed"
     MOVED = "moved"  # to another tier: the version itself has not changed
     REMOVED = "removed"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """The facts about a version that has been read."""
-
-    rank: int  # the largest
-    size_bytes: int
-    target_modules: tuple[str, ...]
-    alpha: float = 0.0
-    module_ranks: Mapping[str, int] = field(default_factory=dict)  # only if they differ
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """The arguments of a registration."""
-
-    base_model: str  # the model that it adapts, by the name under which it is served
-    source: str  # as the caller gave it; "" for an upload
-    labels: Mapping[str, str] = field(default_factory=dict)
-    pinned: bool = False
-    make_current: bool = True  # the alias moves to it as soon as it can be used
-    residency: Residency = Residency.HOST  # how close to the device it is brought ahead of its requests
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterVersion:
-    """One version at one moment: a snapshot that never changes."""
-
-    key: AdapterKey
-    spec: AdapterSpec
-    state: AdapterState
-    current: bool  # whether the bare name means it
-    info: AdapterInfo | None  # None until it has been ACTIVE
-    problems: tuple[str, ...]  # in FAILED
-    num_requests: int
-    create_time: float  # seconds since the epoch
-    update_time: float
-    last_use_time: float | None
-    etag: str
-    directory: str = ""  # of its files
-    fingerprint: str = ""  # of its files when they were checked; another one: check them again
-    reason: str = ""  # in FAILED: the kind of the problems
-    text_digest: str = ""  # of the files of its text; "": it has the base's
-    num_waiting: int = 0  # of num_requests, those that have not had their first token
-
-    @property
-    def name(self) -> str:
-        return resource_name(self.key)
-
-    @property
-    def is_missing(self) -> bool:
-        """Whether the version stands for an adapter whose files have not been found."""
-        return self.key.digest == NO_DIGEST
-
-    @property
-    def version_name(self) -> str:
-        return f"{self.name}@{self.key.digest[:VERSION_DIGITS]}"
-
-    @property
-    def full_name(self) -> str:
-        """The name with the whole digest, by which `AdapterRegistry.get` finds no other version."""
-        return full_name(self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,17 +57,6 @@ class _Adapter:
     versions: dict[str, AdapterVersion] = field(default_factory=dict)  # by digest
     claims: dict[str, int] = field(default_factory=dict)  # by digest: when it was last asked to be the current one
     current: str | None = None  # digest
-
-
-def resource_name(key: AdapterKey) -> str:
-    """tenants/{tenant}/adapters/{adapter} of a key, whose own name is {tenant}/{adapter}."""
-    tenant, _, adapter = key.name.partition("/")
-    return f"tenants/{tenant}/adapters/{adapter}"
-
-
-def full_name(key: AdapterKey) -> str:
-    """The resource name of the very version, with its whole digest."""
-    return f"{resource_name(key)}@{key.digest}"
 
 
 class AdapterRegistry:
@@ -219,7 +132,7 @@ class AdapterRegistry:
         Raises AdapterConflict if the digest is registered for another model or is being deleted, or if another digest
         has the same first digits; AdapterNotFound for a malformed id.
         """
-        key = _checked_key(tenant, adapter_id, digest)
+        key = checked_key(tenant, adapter_id, digest)
         adapter = self._adapters.setdefault(key.name, _Adapter())
         missing = adapter.versions.pop(NO_DIGEST, None)
         if missing is not None:
@@ -237,21 +150,10 @@ class AdapterRegistry:
                 self._save(replace(known, spec=moved, directory=directory, fingerprint=fingerprint))
             self._follow_claims(adapter)
             return adapter.versions[digest]
-        now = self._clock()
-        version = AdapterVersion(
-            key,
-            spec,
-            AdapterState.LOADING,
-            False,
-            None,
-            (),
-            0,
-            now,
-            now,
-            None,
-            "",
-            directory,
-            fingerprint,
+        version = replace(
+            AdapterVersion.new(key, spec, self._clock()),
+            directory=directory,
+            fingerprint=fingerprint,
             text_digest=text_digest,
         )
         return self._save(version, ChangeKind.ADDED if known is None else ChangeKind.CHANGED)
@@ -263,11 +165,15 @@ class AdapterRegistry:
 
         Raises AdapterNotFound for a malformed id.
         """
-        key = _checked_key(tenant, adapter_id, NO_DIGEST)
+        key = checked_key(tenant, adapter_id, NO_DIGEST)
         self._adapters.setdefault(key.name, _Adapter())
-        now = self._clock()
-        version = AdapterVersion(key, spec, AdapterState.FAILED, False, None, tuple(problems), 0, now, now, None, "")
-        return self._save(replace(version, reason=reason), ChangeKind.ADDED)
+        version = replace(
+            AdapterVersion.new(key, spec, self._clock()),
+            state=AdapterState.FAILED,
+            problems=tuple(problems),
+            reason=reason,
+        )
+        return self._save(version, ChangeKind.ADDED)
 
     def activate(self, key: AdapterKey, info: AdapterInfo) -> AdapterVersion:
         """Set a version to ACTIVE. The alias moves to it if it was the last to claim it. Raises AdapterNotFound."""
@@ -428,7 +334,7 @@ class AdapterRegistry:
 
     def _named(self, name: str) -> tuple[_Adapter, list[AdapterVersion]]:
         """The adapter of a resource name, and the versions that the name covers: one, or all that are not DELETING."""
-        found = _NAME.fullmatch(name)
+        found = NAME.fullmatch(name)
         if found is not None:
             adapter = self._adapters.get(f"{found['tenant']}/{found['adapter']}")
             if adapter is not None:
@@ -437,13 +343,13 @@ class AdapterRegistry:
                 staying = [version for version in versions if version.state is not AdapterState.DELETING]
                 if versions:
                     return adapter, staying if staying and not prefix else versions
-        raise _no_adapter(name)
+        raise no_adapter(name)
 
     def _version(self, key: AdapterKey) -> AdapterVersion:
         adapter = self._adapters.get(key.name)
         version = adapter.versions.get(key.digest) if adapter is not None else None
         if version is None:
-            raise _no_adapter(str(key))
+            raise no_adapter(str(key))
         return version
 
     def _follow_claims(self, adapter: _Adapter) -> None:
@@ -476,21 +382,6 @@ class AdapterRegistry:
     def _next(self) -> int:
         self._sequence += 1
         return self._sequence
-
-
-def _no_adapter(name: str) -> AdapterNotFound:
-    return AdapterNotFound(f"there is no adapter {name[:200]!r}")
-
-
-def _checked_key(tenant: str, adapter_id: str, digest: str) -> AdapterKey:
-    for kind, value in (("tenant", tenant), ("adapter", adapter_id)):
-        if not re.fullmatch(_ID, value):
-            raise AdapterNotFound(
-                f"{kind} id {value[:80]!r}: 1 to 63 of a-z, 0-9, '.', '_', '-' are allowed, no sign first"
-            )
-    if not _DIGEST.fullmatch(digest):
-        raise AdapterNotFound(f"digest {digest[:80]!r}: 64 hexadecimal digits are expected")
-    return AdapterKey(f"{tenant}/{adapter_id}", digest)
 
 
 def _check_etag(version: AdapterVersion, etag: str | None) -> None:

@@ -24,17 +24,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from loraplex_adapters.errors import AdapterConflict, AdapterNotFound
 from loraplex_adapters.key import AdapterKey, compose
-from loraplex_adapters.registry import (
-    AdapterInfo,
-    AdapterRegistry,
-    AdapterSpec,
-    AdapterState,
-    AdapterVersion,
-    full_name,
-)
+from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore
+from loraplex_adapters.versions import AdapterInfo, AdapterSpec, AdapterState, AdapterVersion, full_name
 from loraplex_engine.core import EngineCore
 from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.link.config import EngineConfig

@@ -24,7 +24,8 @@ from loraplex.v1.inference_pb2 import (
 )
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub, add_InferenceServiceServicer_to_server
 from loraplex.v1.prompt_pb2 import Prompt
-from loraplex_adapters.registry import AdapterInfo, AdapterRegistry, AdapterSpec, AdapterVersion
+from loraplex_adapters.registry import AdapterRegistry
+from loraplex_adapters.versions import AdapterInfo, AdapterSpec, AdapterVersion
 from loraplex_engine.link.client import EngineClient
 from loraplex_service.admission.admission import Admission, AdmissionLimits
 from loraplex_service.admission.tenants import Tenants

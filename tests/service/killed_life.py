@@ -34,7 +34,8 @@ from loraplex.v1.routes_pb2 import DeleteRouteRequest, Route, RouteTarget, Updat
 from loraplex_adapters.files.depot import Depot
 from loraplex_adapters.files.remote import RemoteSources
 from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, AdapterSource, digest
-from loraplex_adapters.registry import AdapterRegistry, AdapterState, AdapterVersion
+from loraplex_adapters.registry import AdapterRegistry
+from loraplex_adapters.versions import AdapterState, AdapterVersion
 from loraplex_service.adapters.deployer import AdapterDeployer
 from loraplex_service.adapters.library import AdapterLibrary
 from loraplex_service.adapters.texts import AdapterTexts

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from loraplex_adapters.files.source import digest
-from loraplex_adapters.registry import AdapterState
+from loraplex_adapters.versions import AdapterState
 from loraplex_service.errors import NotFound
 from tests.service.control_plane import write_adapter
 from tests.service.killed_life import CONTENTS, EVERYTHING, Call, Life, Shape, any_script, live

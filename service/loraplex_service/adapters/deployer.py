@@ -17,18 +17,9 @@ import msgspec
 from loraplex_adapters.errors import COLD, UNREADABLE, AdapterConflict, AdapterNotFound, AdapterRejected
 from loraplex_adapters.files.source import AdapterDescription
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import (
-    AdapterChange,
-    AdapterInfo,
-    AdapterRecord,
-    AdapterRegistry,
-    AdapterSpec,
-    AdapterState,
-    AdapterVersion,
-    ChangeKind,
-    full_name,
-)
+from loraplex_adapters.registry import AdapterChange, AdapterRecord, AdapterRegistry, ChangeKind
 from loraplex_adapters.residency import Residency
+from loraplex_adapters.versions import AdapterInfo, AdapterSpec, AdapterState, AdapterVersion, full_name
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AdapterLoaded
 from loraplex_service.adapters.library import AdapterFiles, AdapterLibrary

@@ -14,7 +14,7 @@ from loraplex_adapters.files.depot import Depot
 from loraplex_adapters.files.remote import RemoteSources
 from loraplex_adapters.files.source import AdapterDescription, AdapterSource, describe, digest, fingerprint
 from loraplex_adapters.files.trust import SIGNATURE_FILE, is_trusted
-from loraplex_adapters.registry import AdapterVersion
+from loraplex_adapters.versions import AdapterVersion
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import FailedPrecondition, PermissionDenied, Unavailable
 from loraplex_service.state import RETRY_SECONDS

@@ -9,7 +9,7 @@ from pathlib import Path
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.source import text_digest
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterVersion
+from loraplex_adapters.versions import AdapterVersion
 from loraplex_service.errors import Unavailable
 from loraplex_service.names.target import Target
 from loraplex_service.text import AdapterText, TextError, Tokenizer, adapter_text

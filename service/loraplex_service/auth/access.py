@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loraplex_adapters.registry import SHARED_TENANT
+from loraplex_adapters.versions import SHARED_TENANT
 from loraplex_service.auth.principal import Principal, Role
 from loraplex_service.errors import PermissionDenied
 

@@ -37,16 +37,9 @@ from loraplex.v1.watch_pb2 import (
 )
 from loraplex_adapters.errors import AdapterConflict, AdapterNotFound
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import (
-    AdapterChange,
-    AdapterRegistry,
-    AdapterSpec,
-    AdapterState,
-    AdapterVersion,
-    ChangeKind,
-    full_name,
-)
+from loraplex_adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
 from loraplex_adapters.residency import Residency
+from loraplex_adapters.versions import AdapterSpec, AdapterState, AdapterVersion, full_name
 from loraplex_service.adapters.deployer import AdapterDeployer
 from loraplex_service.adapters.library import AdapterFiles, AdapterLibrary
 from loraplex_service.admission.tenants import Tenants

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from loraplex_adapters.files.source import WEIGHTS_FILE
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterRegistry, AdapterVersion
+from loraplex_adapters.registry import AdapterRegistry
+from loraplex_adapters.versions import AdapterVersion
 from loraplex_service.adapters.library import AdapterLibrary
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.state import StateFile

@@ -20,7 +20,7 @@ from loraplex.v1.routes_pb2 import (
     Route,
     UpdateRouteRequest,
 )
-from loraplex_adapters.registry import AdapterVersion
+from loraplex_adapters.versions import AdapterVersion
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.call import current_call
 from loraplex_service.control.requests import ID, Once, page, tenant_id

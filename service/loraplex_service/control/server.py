@@ -24,8 +24,8 @@ from loraplex.v1.server_pb2 import (
     WatchUsageResponse,
 )
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import VERSION_DIGITS, resource_name
 from loraplex_adapters.residency import Residency
+from loraplex_adapters.versions import VERSION_DIGITS, resource_name
 from loraplex_engine.link.messages import EngineStats
 from loraplex_service.config import LimitsConfig
 from loraplex_service.errors import FeatureUnsupported

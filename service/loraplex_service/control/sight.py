@@ -1,7 +1,7 @@
 """The visible part of shared resources: callers see neither who else uses them, nor the server's paths."""
 
 from loraplex.v1.models_pb2 import Model
-from loraplex_adapters.registry import SHARED_TENANT
+from loraplex_adapters.versions import SHARED_TENANT
 from loraplex_service.call import find_call
 from loraplex_service.control.requests import tenant_id
 

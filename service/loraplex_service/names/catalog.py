@@ -9,7 +9,8 @@ from typing import Protocol
 from loraplex.v1.routes_pb2 import Route
 from loraplex_adapters.errors import AdapterNotFound
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import SHARED_TENANT, AdapterRegistry, AdapterState, AdapterVersion
+from loraplex_adapters.registry import AdapterRegistry
+from loraplex_adapters.versions import SHARED_TENANT, AdapterState, AdapterVersion
 from loraplex_engine.link.client import EngineClient
 from loraplex_service.call import sees_inside
 from loraplex_service.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Unavailable

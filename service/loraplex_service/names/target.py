@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from loraplex.v1.generation_pb2 import Sampling
 from loraplex.v1.routes_pb2 import ResolvedTarget, Route
 from loraplex_adapters.key import AdapterKey, compose
-from loraplex_adapters.registry import AdapterVersion
+from loraplex_adapters.versions import AdapterVersion
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import ModelLimits
 from loraplex_service.text import Tokenizer

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPolicy
 from loraplex_adapters.errors import AdapterRejected
-from loraplex_adapters.registry import AdapterVersion
+from loraplex_adapters.versions import AdapterVersion
 from loraplex_service.errors import InvalidRequest, Unavailable, unusable_adapter
 from loraplex_service.names.target import Target
 from loraplex_service.timestamps import duration_seconds

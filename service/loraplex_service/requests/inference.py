@@ -31,7 +31,7 @@ from loraplex.v1.inference_pb2 import (
 )
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterVersion
+from loraplex_adapters.versions import AdapterVersion
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams

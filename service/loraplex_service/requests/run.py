@@ -18,7 +18,7 @@ from loraplex.v1 import inference_pb2
 from loraplex.v1.inference_pb2 import Completed, Delta, Finished, PromptLogprobs, Started, Timings, Usage
 from loraplex.v1.routes_pb2 import ResolvedTarget
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import resource_name
+from loraplex_adapters.versions import resource_name
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AddRequest, RequestOutput
 from loraplex_engine.link.requests import Generation, SlowConsumerError

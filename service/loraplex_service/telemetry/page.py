@@ -16,8 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import VERSION_DIGITS, resource_name
 from loraplex_adapters.residency import Residency
+from loraplex_adapters.versions import VERSION_DIGITS, resource_name
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import EngineStats
 from loraplex_service.models.host import HostedModel

@@ -12,7 +12,8 @@ from loraplex import Unavailable
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex_adapters.files.source import text_digest
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterRegistry, AdapterSpec, AdapterVersion
+from loraplex_adapters.registry import AdapterRegistry
+from loraplex_adapters.versions import AdapterSpec, AdapterVersion
 from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.text import Tokenizer
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter

@@ -13,7 +13,7 @@ from loraplex.operations.base import Upload
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, UploadAdapterRequest
 from loraplex.v1.models_pb2 import Model
 from loraplex.v1.routes_pb2 import Route, RouteTarget
-from loraplex_adapters.registry import AdapterState
+from loraplex_adapters.versions import AdapterState
 from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.keys import KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
