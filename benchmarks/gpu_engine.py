@@ -119,7 +119,7 @@ def make_adapter(folder: Path, shape: dict[str, Any], rank: int) -> int:
     generator = torch.Generator().manual_seed(rank)
     tensors, targets = {}, set()
     for layer in range(config.num_layers):
-        for linear in layer_linears(config):
+        for linear in layer_linears(config, layer):
             for part, out_features in linear.parts:
                 prefix = f"base_model.model.model.layers.{layer}.{part}"
                 a = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5

@@ -77,7 +77,7 @@ def write_dense_twin(name: str, folder: Path) -> Path:
     tensors = {key: tensor for key, tensor in source.items() if "_proj." not in key}
     sites = model.lora_sites()
     for layer in range(model.config.num_layers):
-        for fused in layer_linears(model.config):
+        for fused in layer_linears(model.config, layer):
             linear, start = sites[f"layers.{layer}.{fused.name}"].linear, 0
             for part, rows in fused.parts:
                 tensors[f"model.layers.{layer}.{part}.weight"] = linear.dequantize(start, start + rows)

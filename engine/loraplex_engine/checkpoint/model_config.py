@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
-from loraplex_kernels.ops import HeadShape
+from torch import Tensor
 
-Activation = Literal["silu", "gelu_tanh"]
+from loraplex_adapters.runtime.layer import LoRALinear
+from loraplex_kernels.ops import HeadShape, LoraSegments, Ops
 
 
 class ModelError(ValueError):
@@ -67,6 +69,38 @@ class LayerAttention:
     window: int | None = None  # tokens seen, the own one included; None: all
 
 
+@dataclass(frozen=True, slots=True)
+class FusedLinear:
+    """Projections that read the same input, multiplied as one: their rows one after another."""
+
+    name: str  # "qkv": the LoRA site of layer 3 is "layers.3.qkv"
+    module: str  # its path inside a layer, had the checkpoint fused it
+    in_features: int  # C
+    parts: tuple[tuple[str, int], ...]  # (module path inside a layer, output features), in order
+    bias: bool
+
+
+class FeedForward(Protocol):
+    """The feed-forward of one layer, with its parameters and the adapters beside them."""
+
+    @property
+    def linears(self) -> Sequence[LoRALinear]:
+        """The linears, in the order of its layout."""
+
+    def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
+        """x: [T, C] → [T, C], a new tensor.  lora: which rows of x belong to which adapter."""
+
+
+class FeedForwardLayout(Protocol):
+    """The feed-forward of one layer, as data: layers of one model may differ in it."""
+
+    def linears(self, hidden_size: int) -> tuple[FusedLinear, ...]:
+        """The linears, each with the names of its parts in a checkpoint."""
+
+    def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> FeedForward:
+        """The feed-forward that these linears make, given in the order of `linears`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Everything that the shared decoder needs to know. A family file fills it in."""
@@ -74,20 +108,18 @@ class ModelConfig:
     architecture: str
     vocab_size: int  # V
     hidden_size: int
-    intermediate_size: int
     num_heads: int  # H
     num_kv_heads: int  # K
     head_dim: int  # D
     max_position_embeddings: int  # tokens, with a scaling of the rotary embedding included
     rms_norm_eps: float
-    activation: Activation
     layers: tuple[LayerAttention, ...]
+    feed_forwards: tuple[FeedForwardLayout, ...]  # one for each layer
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     dtype: str | None  # as the checkpoint states it: "bfloat16"
     qkv_bias: bool = False
     o_bias: bool = False
-    mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each query and key head
     sandwich_norms: bool = False  # norms also after attention and after the feed-forward (Gemma)
     norm_offset: float = 0.0  # added to every norm weight: Gemma's checkpoints store weight - 1

@@ -163,7 +163,7 @@ def reserve_adapters(model: LanguageModel, max_rank: int) -> None:
     """Make the table of every linear wide enough for any adapter of up to that rank."""
     sites = model.lora_sites()
     for layer in range(model.config.num_layers):
-        for linear in layer_linears(model.config):
+        for linear in layer_linears(model.config, layer):
             site = sites[site_name(layer, linear)]
             assert isinstance(site, LoRALinear)
             site.table.reserve(len(linear.parts), max_rank)

@@ -11,7 +11,7 @@ from torch import Tensor
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear, Site
 from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
-from loraplex_engine.checkpoint.model_config import ModelConfig
+from loraplex_engine.checkpoint.model_config import FeedForward, ModelConfig
 from loraplex_engine.models.layout import HEAD_MODULE, HEAD_SITE, layer_linears, lora_targets, site_name
 from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
@@ -23,8 +23,7 @@ class DecoderLayer:
 
     qkv: LoRALinear
     o: LoRALinear
-    gate_up: LoRALinear
-    down: LoRALinear
+    feed_forward: FeedForward
     norm_before_attention: AdaptedNorm
     norm_before_mlp: AdaptedNorm
     norm_after_attention: AdaptedNorm | None
@@ -34,9 +33,9 @@ class DecoderLayer:
     window: int | None  # tokens
 
     @property
-    def linears(self) -> tuple[LoRALinear, LoRALinear, LoRALinear, LoRALinear]:
+    def linears(self) -> tuple[LoRALinear, ...]:
         """The linears, in the order of `layout.layer_linears`."""
-        return self.qkv, self.o, self.gate_up, self.down
+        return self.qkv, self.o, *self.feed_forward.linears
 
 
 class LanguageModel:
@@ -65,7 +64,6 @@ class LanguageModel:
         self._head_rounding = head_rounding
         self._replaced = replaced
         self._shape = config.head_shape
-        self._activate = ops.silu_and_mul if config.activation == "silu" else ops.gelu_tanh_and_mul
         # Rounded as the weights are: 50.6 is 50.5 in bfloat16, and so the models were trained.
         scale = config.embedding_scale
         self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
@@ -83,7 +81,7 @@ class LanguageModel:
         for index, layer in enumerate(self._layers):
             x = self._attention(layer, x, batch, kv[index])
             x = layer.norm_before_mlp.add(x, residual, lora)
-            x = layer.down(self._activate(layer.gate_up(x, lora)), lora)
+            x = layer.feed_forward(x, lora)
             if layer.norm_after_mlp is not None:
                 x = layer.norm_after_mlp(x, lora)
             if index + 1 < len(self._layers):
@@ -125,7 +123,7 @@ class LanguageModel:
         linears = {
             site_name(index, spec): linear
             for index, layer in enumerate(self._layers)
-            for spec, linear in zip(layer_linears(self.config), layer.linears, strict=True)
+            for spec, linear in zip(layer_linears(self.config, index), layer.linears, strict=True)
         }
         return {**linears, HEAD_SITE: self._head}
 

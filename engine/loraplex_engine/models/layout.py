@@ -1,4 +1,4 @@
-"""Which linears and norms a decoder layer has, and what their parts are called in a checkpoint.
+"""Which linears and norms each layer of a decoder has, and what their parts are called in a checkpoint.
 
 Written down once: the expected tensors, the loading and the LoRA targets all follow from it.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE
 from loraplex_adapters.runtime.targets import LoraTarget, TargetKind
-from loraplex_engine.checkpoint.model_config import ModelConfig
+from loraplex_engine.checkpoint.model_config import FusedLinear, ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -18,20 +18,9 @@ HEAD = f"{HEAD_MODULE}.weight"
 HEAD_SITE, FINAL_NORM_SITE = HEAD_MODULE, "norm"
 
 
-@dataclass(frozen=True, slots=True)
-class FusedLinear:
-    """Projections that read the same input, multiplied as one: their rows one after another."""
-
-    name: str  # "qkv": the LoRA site of layer 3 is "layers.3.qkv"
-    module: str  # its path inside a layer, had the checkpoint fused it
-    in_features: int  # C
-    parts: tuple[tuple[str, int], ...]  # (module path inside a layer, output features), in order
-    bias: bool
-
-
-def layer_linears(config: ModelConfig) -> tuple[FusedLinear, FusedLinear, FusedLinear, FusedLinear]:
-    """The linears of a layer: qkv, o, gate_up and down."""
-    hidden, feed_forward = config.hidden_size, config.intermediate_size
+def layer_linears(config: ModelConfig, layer: int) -> tuple[FusedLinear, ...]:
+    """The linears of one layer: qkv, o, and those of its feed-forward."""
+    hidden = config.hidden_size
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return (
         FusedLinear(
@@ -42,14 +31,7 @@ def layer_linears(config: ModelConfig) -> tuple[FusedLinear, FusedLinear, FusedL
             config.qkv_bias,
         ),
         FusedLinear("o", "self_attn.o_proj", query, (("self_attn.o_proj", hidden),), config.o_bias),
-        FusedLinear(
-            "gate_up",
-            "mlp.gate_up_proj",
-            hidden,
-            (("mlp.gate_proj", feed_forward), ("mlp.up_proj", feed_forward)),
-            config.mlp_bias,
-        ),
-        FusedLinear("down", "mlp.down_proj", feed_forward, (("mlp.down_proj", hidden),), config.mlp_bias),
+        *config.feed_forwards[layer].linears(hidden),
     )
 
 
@@ -85,7 +67,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     norms = layer_norms(config)
     for layer in range(config.num_layers):
-        for linear in layer_linears(config):
+        for linear in layer_linears(config, layer):
             for part, out_features in linear.parts:
                 shapes[f"model.layers.{layer}.{part}.weight"] = (out_features, linear.in_features)
                 if linear.bias:
@@ -125,7 +107,7 @@ def lora_targets(config: ModelConfig) -> dict[str, LoraTarget]:
         for module in (norms.before_attention, norms.before_mlp, norms.after_attention, norms.after_mlp):
             if module is not None:
                 targets[f"model.layers.{layer}.{module}"] = replace(norm, site=norm_site(layer, module))
-        for linear in layer_linears(config):
+        for linear in layer_linears(config, layer):
             site, path = site_name(layer, linear), f"model.layers.{layer}."
             start = 0
             for part, out_features in linear.parts:

@@ -16,9 +16,8 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     fields = fields.with_defaults(DEFAULTS)
     layers = (LayerAttention(read_rope(fields)),) * fields.integer("num_hidden_layers")
     bias = fields.flag("attention_bias")
-    return replace(
-        decoder_config(architecture, fields, layers), qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias")
-    )
+    config = decoder_config(architecture, fields, layers, mlp_bias=fields.flag("mlp_bias"))
+    return replace(config, qkv_bias=bias, o_bias=bias)
 
 
 # The second spelling is that of the first converted Llama checkpoints.

@@ -13,7 +13,7 @@ from torch import Tensor
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear
 from loraplex_adapters.runtime.replaced import ReplacementSite
 from loraplex_engine.checkpoint.memory import release_free_memory
-from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig, ModelError
+from loraplex_engine.checkpoint.model_config import FusedLinear, LayerAttention, ModelConfig, ModelError
 from loraplex_engine.checkpoint.weights import Checkpoint, Progress, read_json
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
 from loraplex_engine.layers.rotary import cos_sin_table
@@ -26,7 +26,6 @@ from loraplex_engine.models.layout import (
     HEAD,
     HEAD_MODULE,
     HEAD_SITE,
-    FusedLinear,
     layer_linears,
     layer_norms,
     norm_site,
@@ -100,7 +99,7 @@ def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
     shapes = [
         LinearShape(f"model.layers.{layer}.{part}", out_features, linear.in_features, linear.bias)
         for layer in range(config.num_layers)
-        for linear in layer_linears(config)
+        for linear in layer_linears(config, layer)
         for part, out_features in linear.parts
     ]
     if not config.tie_word_embeddings:
@@ -181,7 +180,7 @@ class _Loader:
 
     def _layer(self, index: int) -> DecoderLayer:
         prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], layer_norms(self.config)
-        qkv, o, gate_up, down = (self._fused(index, prefix, linear) for linear in layer_linears(self.config))
+        qkv, o, *others = (self._fused(index, prefix, linear) for linear in layer_linears(self.config, index))
         qk_norm = None
         if norms.query is not None and norms.key is not None:
             qk_norm = QKNorm(
@@ -192,8 +191,7 @@ class _Loader:
         return DecoderLayer(
             qkv=qkv,
             o=o,
-            gate_up=gate_up,
-            down=down,
+            feed_forward=self.config.feed_forwards[index].build(self.ops, others),
             norm_before_attention=self._layer_norm(index, norms.before_attention),
             norm_before_mlp=self._layer_norm(index, norms.before_mlp),
             norm_after_attention=self._layer_norm_if(index, norms.after_attention),

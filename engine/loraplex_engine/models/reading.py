@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import (
-    Activation,
     DynamicScaling,
     LayerAttention,
     LinearScaling,
@@ -15,6 +14,7 @@ from loraplex_engine.checkpoint.model_config import (
     Rope,
     YarnScaling,
 )
+from loraplex_engine.layers.feed_forward import Activation, GatedLayout
 
 # transformers' names of the two activations that the kernels have
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -46,7 +46,9 @@ def text_fields(raw: Mapping[str, object], where: str) -> ConfigFields:
     return ConfigFields(merged, where)
 
 
-def decoder_config(architecture: str, fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> ModelConfig:
+def decoder_config(
+    architecture: str, fields: ConfigFields, layers: tuple[LayerAttention, ...], mlp_bias: bool = False
+) -> ModelConfig:
     """Read the fields that all families spell alike. A family replaces the fields in which it differs.
 
     Raises ModelError for shapes that no decoder can have.
@@ -60,18 +62,18 @@ def decoder_config(architecture: str, fields: ConfigFields, layers: tuple[LayerA
         raise fields.error("head_dim", head_dim, "even, as rotary embeddings turn its two halves")
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})")
+    gated = GatedLayout(fields.integer("intermediate_size"), _activation(fields), mlp_bias)
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=_max_positions(fields, layers),
         rms_norm_eps=fields.number("rms_norm_eps"),
-        activation=_activation(fields),
         layers=layers,
+        feed_forwards=(gated,) * len(layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         eos_token_ids=fields.token_ids("eos_token_id"),
         dtype=_dtype(fields),

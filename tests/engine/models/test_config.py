@@ -18,6 +18,7 @@ from loraplex_engine.checkpoint.model_config import (
     Rope,
     YarnScaling,
 )
+from loraplex_engine.layers.feed_forward import GatedLayout
 from loraplex_engine.models import parse_model_config, read_model_config
 from loraplex_engine.models.registry import FAMILIES
 
@@ -249,7 +250,8 @@ def test_gemma2_alternates_and_caps() -> None:
     assert (config.attention_soft_cap, config.logits_soft_cap) == (50.0, 30.0)
     assert config.attention_scale == 1 / 12
     assert config.embedding_scale == 8.0
-    assert (config.norm_offset, config.sandwich_norms, config.activation) == (1.0, True, "gelu_tanh")
+    assert (config.norm_offset, config.sandwich_norms) == (1.0, True)
+    assert config.feed_forwards == (GatedLayout(96, "gelu_tanh"),) * 4
 
 
 GLOBAL, LOCAL = Rope(1e6, LinearScaling(8.0)), Rope(1e4)

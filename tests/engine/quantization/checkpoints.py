@@ -67,7 +67,7 @@ def make_twins(
     linears = {
         f"model.layers.{layer}.{part}"
         for layer in range(config.num_layers)
-        for linear in layer_linears(config)
+        for linear in layer_linears(config, layer)
         for part, _ in linear.parts
         if not part.endswith(skipped or ("nothing",))
     }

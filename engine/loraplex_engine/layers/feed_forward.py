@@ -1,0 +1,52 @@
+"""The gated feed-forward, and its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from loraplex_adapters.runtime.layer import LoRALinear
+from loraplex_engine.checkpoint.model_config import FusedLinear
+from loraplex_kernels.ops import LoraSegments, Ops
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class GatedFeedForward:
+    """y = (activation(x Gᵀ) ⊙ x Uᵀ) Dᵀ"""
+
+    gate_up: LoRALinear
+    down: LoRALinear
+    activate_and_mul: Callable[[Tensor], Tensor]  # [T, 2F] → [T, F]
+
+    @property
+    def linears(self) -> tuple[LoRALinear, LoRALinear]:
+        return self.gate_up, self.down
+
+    def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
+        return self.down(self.activate_and_mul(self.gate_up(x, lora)), lora)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedLayout:
+    """A gated feed-forward through which every token goes."""
+
+    intermediate_size: int  # F
+    activation: Activation
+    bias: bool = False
+
+    def linears(self, hidden_size: int) -> tuple[FusedLinear, FusedLinear]:
+        size = self.intermediate_size
+        parts = (("mlp.gate_proj", size), ("mlp.up_proj", size))
+        return (
+            FusedLinear("gate_up", "mlp.gate_up_proj", hidden_size, parts, self.bias),
+            FusedLinear("down", "mlp.down_proj", size, (("mlp.down_proj", hidden_size),), self.bias),
+        )
+
+    def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> GatedFeedForward:
+        gate_up, down = linears
+        return GatedFeedForward(gate_up, down, ops.silu_and_mul if self.activation == "silu" else ops.gelu_tanh_and_mul)
