@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loraplex_adapters.errors import AdapterConflict
+from loraplex_adapters.grammar import ADAPTER_NAME
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.versions import (
-    NAME,
     NO_DIGEST,
     VERSION_DIGITS,
     AdapterInfo,
@@ -334,7 +334,7 @@ class AdapterRegistry:
 
     def _named(self, name: str) -> tuple[_Adapter, list[AdapterVersion]]:
         """The adapter of a resource name, and the versions that the name covers: one, or all that are not DELETING."""
-        found = NAME.fullmatch(name)
+        found = ADAPTER_NAME.fullmatch(name)
         if found is not None:
             adapter = self._adapters.get(f"{found['tenant']}/{found['adapter']}")
             if adapter is not None:

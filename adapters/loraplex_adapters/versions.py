@@ -9,21 +9,17 @@ LOADING ──► ACTIVE ──► DELETING ──► gone
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loraplex_adapters.errors import AdapterNotFound
+from loraplex_adapters.grammar import ID_RULE, is_digest, is_id
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 
 SHARED_TENANT = "shared"
 VERSION_DIGITS = 12  # of the digest, in a version's name
 NO_DIGEST = "0" * 64  # the digest of a version that stands for missing files
-
-_ID = r"[a-z0-9][a-z0-9._-]{0,62}"
-NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/(?P<adapter>{_ID})(?:@(?P<version>[0-9a-f]{{12,64}}))?")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class AdapterState(enum.Enum):
@@ -123,10 +119,8 @@ def no_adapter(name: str) -> AdapterNotFound:
 def checked_key(tenant: str, adapter_id: str, digest: str) -> AdapterKey:
     """The key of a version. Raises AdapterNotFound for a malformed id or digest."""
     for kind, value in (("tenant", tenant), ("adapter", adapter_id)):
-        if not re.fullmatch(_ID, value):
-            raise AdapterNotFound(
-                f"{kind} id {value[:80]!r}: 1 to 63 of a-z, 0-9, '.', '_', '-' are allowed, no sign first"
-            )
-    if not _DIGEST.fullmatch(digest):
+        if not is_id(value):
+            raise AdapterNotFound(f"{kind} id {value[:80]!r}: it must be {ID_RULE}")
+    if not is_digest(digest):
         raise AdapterNotFound(f"digest {digest[:80]!r}: 64 hexadecimal digits are expected")
     return AdapterKey(f"{tenant}/{adapter_id}", digest)

@@ -35,8 +35,8 @@ from loraplex_service.control.quota import AdapterQuota
 from loraplex_service.control.routes import RouteServicer
 from loraplex_service.control.server import ServerServicer
 from loraplex_service.control.tokenizer import TokenizerServicer
-from loraplex_service.control.watching import Latest
 from loraplex_service.errors import Unavailable
+from loraplex_service.latest import Latest
 from loraplex_service.models.host import HostedModel, ModelHost, revision_of
 from loraplex_service.models.supervisor import EngineState, EngineSupervisor, Launch, launcher
 from loraplex_service.names.catalog import Catalog

@@ -7,7 +7,6 @@ with LORAPLEX_ are passed over, because Kubernetes sets some for every service o
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -17,6 +16,7 @@ import msgspec
 import yaml
 
 from loraplex.v1.generation_pb2 import Sampling
+from loraplex_adapters.grammar import ID_RULE, is_id
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.logs import LOG_FORMATS
 from loraplex_service.admission.tenants import TenantConfig
@@ -26,7 +26,6 @@ from loraplex_service.models.device_shares import share_problems, with_shares
 from loraplex_service.models.generation_defaults import sampling_of_file
 
 ENVIRONMENT_PREFIX = "LORAPLEX_"
-ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 STATE_DIRECTORY = ".loraplex"
 LOOPBACK_HOSTS = frozenset(("127.0.0.1", "[::1]", "localhost"))
 
@@ -342,8 +341,8 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     names = {model.name for model in config.models}
     for index, adapter in enumerate(config.adapters):
         place = f"adapters[{index}] {adapter.name!r}"
-        if not (ID.fullmatch(adapter.tenant) and ID.fullmatch(adapter.adapter_id)):
-            yield f"{place}: the name must be an id, or two with a slash between, each {_ID_RULE}"
+        if not (is_id(adapter.tenant) and is_id(adapter.adapter_id)):
+            yield f"{place}: the name must be an id, or two with a slash between, each {ID_RULE}"
         if adapter.model not in names:
             yield f"{place}: model {adapter.model!r} is none of those configured: {', '.join(sorted(names))}"
         if not config.adapter_roots and not _is_remote(adapter):
@@ -352,8 +351,8 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
         if not Path(root).is_dir():
             yield f"adapter_roots: there is no directory {root}"
     for name, tenant in config.tenants.items():
-        if not ID.fullmatch(name):
-            yield f"tenants: {name!r} is not a name of a tenant: {_ID_RULE}"
+        if not is_id(name):
+            yield f"tenants: {name!r} is not a name of a tenant: {ID_RULE}"
         yield from (f"tenants.{name}: {problem}" for problem in tenant.problems())
     yield from (f"other_tenants: {problem}" for problem in config.other_tenants.problems())
     yield from _listener_problems(config)
@@ -398,7 +397,6 @@ _COUNTS_OF_GRPC = (
     "answer_bytes",
 )
 _MOST_OF_GRPC = 1 << 30  # its options are of 32 bits
-_ID_RULE = "1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
 
 
 def _repeated(key: str, names: list[str]) -> Iterator[str]:
@@ -407,8 +405,8 @@ def _repeated(key: str, names: list[str]) -> Iterator[str]:
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
-    if not ID.fullmatch(model.name):
-        yield f"the name must be {_ID_RULE}"
+    if not is_id(model.name):
+        yield f"the name must be {ID_RULE}"
     if model.model.startswith("/") and not Path(model.model).is_dir():
         yield f"model: there is no directory {model.model}"
     if model.chat_template is not None and not Path(model.chat_template).is_file():

@@ -5,7 +5,6 @@ the engines, which share their steps by them (`engine/loraplex_engine/scheduling
 """
 
 import hmac
-import re
 import secrets
 import time
 from collections import OrderedDict
@@ -16,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from loraplex_adapters.files.trust import public_key
+from loraplex_adapters.grammar import is_digest
 from loraplex_service.errors import QuotaExceeded
 
 REMEMBERED_TENANTS = 4096  # tenants that the configuration does not name
@@ -49,7 +49,7 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if not -100 <= self.max_priority <= 100:
             yield f"max_priority {self.max_priority} must be from -100 to 100"
         for digest in self.adapter_digests:
-            if not re.fullmatch("(sha256:)?[0-9a-f]{64}", digest):
+            if not is_digest(digest.removeprefix("sha256:")):
                 yield f"adapter_digests: {digest[:80]!r} is not a digest: 64 hexadecimal digits are expected"
         for file in self.adapter_keys:
             try:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from loraplex_service.auth.principal import TENANT_ID, TENANT_ID_RULE, Role
+from loraplex_adapters.grammar import ID_RULE, is_id
+from loraplex_service.auth.principal import Role
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 
@@ -99,8 +100,8 @@ class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for certificate in self.certificates:
             if not certificate.name.isprintable() or not certificate.name:
                 yield f"certificates: name {certificate.name!r} is empty or has a control character"
-            if not TENANT_ID.fullmatch(certificate.tenant):
-                yield f"certificates: tenant {certificate.tenant!r} must be {TENANT_ID_RULE}"
+            if not is_id(certificate.tenant):
+                yield f"certificates: tenant {certificate.tenant!r} must be {ID_RULE}"
         for network in self.trusted_peers:
             try:
                 ip_network(network)

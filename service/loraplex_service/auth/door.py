@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from urllib.parse import unquote
 
+from loraplex_adapters.grammar import ID_RULE, is_id
 from loraplex_service.auth.access import check_role
 from loraplex_service.auth.certificates import certificate_names
 from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.jwt import JwtVerifier
 from loraplex_service.auth.keys import KeyVerifier
-from loraplex_service.auth.principal import TENANT_ID, TENANT_ID_RULE, Principal, Role
+from loraplex_service.auth.principal import Principal, Role
 from loraplex_service.errors import PermissionDenied, Unauthenticated
 
 DEFAULT_TENANT = "default"
@@ -113,8 +114,8 @@ def _tenant(principal: Principal, caller: Caller, may_name_others: bool) -> str:
     named = caller.metadata.get("loraplex-tenant")
     if named is None or named == principal.tenant:
         return principal.tenant
-    if not TENANT_ID.fullmatch(named):
-        raise Unauthenticated(f"metadata loraplex-tenant: {named[:80]!r} is not a tenant id: {TENANT_ID_RULE}")
+    if not is_id(named):
+        raise Unauthenticated(f"metadata loraplex-tenant: {named[:80]!r} is not a tenant id: {ID_RULE}")
     if not may_name_others:
         raise PermissionDenied(f"{principal.name!r} may not act for tenant {named!r}")
     return named

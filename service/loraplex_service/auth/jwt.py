@@ -8,9 +8,10 @@ from typing import Any
 
 import jwt
 
+from loraplex_adapters.grammar import is_id
 from loraplex_service.auth.config import JwtConfig
 from loraplex_service.auth.jwks import FileKeys, RemoteKeys
-from loraplex_service.auth.principal import TENANT_ID, Principal, Role
+from loraplex_service.auth.principal import Principal, Role
 from loraplex_service.errors import Unauthenticated
 
 REMEMBERED_TOKENS = 4096
@@ -64,7 +65,7 @@ class JwtVerifier:
 
     def _principal(self, claims: dict[str, Any]) -> Principal:
         tenant = claims.get(self._config.tenant_claim)
-        if not isinstance(tenant, str) or not TENANT_ID.fullmatch(tenant):
+        if not isinstance(tenant, str) or not is_id(tenant):
             raise Unauthenticated(f"the bearer token names no tenant in its claim {self._config.tenant_claim!r}")
         roles = claims.get(self._config.roles_claim, [Role.INFERENCE])
         if not isinstance(roles, list):

@@ -17,7 +17,8 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from loraplex_service.auth.principal import TENANT_ID, TENANT_ID_RULE, Principal, Role
+from loraplex_adapters.grammar import ID_RULE, is_id
+from loraplex_service.auth.principal import Principal, Role
 from loraplex_service.errors import Unauthenticated
 from loraplex_service.reloaded import Reloaded
 
@@ -55,8 +56,8 @@ def read_keys(file: Path) -> KeyFile:
     for key in content.keys:
         if ids.count(key.id) > 1:
             raise ValueError(f"{file}: the key {key.id!r} appears twice")
-        if not TENANT_ID.fullmatch(key.tenant):
-            raise ValueError(f"{file}: key {key.id!r}: tenant {key.tenant!r} must be {TENANT_ID_RULE}")
+        if not is_id(key.tenant):
+            raise ValueError(f"{file}: key {key.id!r}: tenant {key.tenant!r} must be {ID_RULE}")
         if key.expires is not None and key.expires.tzinfo is None:
             raise ValueError(f"{file}: key {key.id!r}: expires needs a time zone, such as 2027-01-31T00:00:00Z")
     return content

@@ -1,11 +1,7 @@
 """Principals: the authenticated callers."""
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
-
-TENANT_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-TENANT_ID_RULE = "1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
 
 
 class Role(StrEnum):

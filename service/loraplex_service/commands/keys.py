@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 import msgspec
 
+from loraplex_adapters.grammar import ID_RULE, is_id
 from loraplex_service.auth.keys import KeyFile, make_key, read_keys, write_keys
-from loraplex_service.auth.principal import TENANT_ID, TENANT_ID_RULE, Role
+from loraplex_service.auth.principal import Role
 
 FILE_OPTION = click.option(
     "--file", type=click.Path(path_type=Path), default=Path("keys.yaml"), show_default=True, help="The key file."
@@ -34,8 +35,8 @@ def keys() -> None:
 @click.option("--comment", default="", help="For you: who has it, and what for.")
 def create_key(file: Path, tenant: str, roles: tuple[str, ...], days: int | None, comment: str) -> None:
     """Make a token and print it, this once: the file keeps its hash alone."""
-    if not TENANT_ID.fullmatch(tenant):
-        raise click.BadParameter(f"{tenant!r} must be {TENANT_ID_RULE}", param_hint="--tenant")
+    if not is_id(tenant):
+        raise click.BadParameter(f"{tenant!r} must be {ID_RULE}", param_hint="--tenant")
     expires = None if days is None else (datetime.now(UTC) + timedelta(days=days)).replace(microsecond=0)
     token, key = make_key(tenant, map(Role, roles), expires, comment)
     content = _read(file) if file.exists() and file.stat().st_size else KeyFile()

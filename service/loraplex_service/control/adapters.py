@@ -44,19 +44,12 @@ from loraplex_service.adapters.deployer import AdapterDeployer
 from loraplex_service.adapters.library import AdapterFiles, AdapterLibrary
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.call import sees_inside
+from loraplex_service.control.once import Once
+from loraplex_service.control.paging import page
 from loraplex_service.control.quota import AdapterQuota, Incoming
-from loraplex_service.control.requests import (
-    Once,
-    adapter_name,
-    model_id,
-    page,
-    tenant_id,
-    wait_seconds,
-    wait_until,
-)
 from loraplex_service.control.sight import seen_tenants
 from loraplex_service.control.uploads import receive_files, upload_header
-from loraplex_service.control.watching import Latest
+from loraplex_service.control.waiting import wait_seconds, wait_until
 from loraplex_service.errors import (
     Aborted,
     FailedPrecondition,
@@ -67,8 +60,10 @@ from loraplex_service.errors import (
     to_status,
     unknown_adapter,
 )
+from loraplex_service.latest import Latest
 from loraplex_service.models.host import ModelHost
 from loraplex_service.models.supervisor import EngineState
+from loraplex_service.names.grammar import adapter_name, model_id, tenant_id
 from loraplex_service.state import StateFile
 from loraplex_service.timestamps import timestamp
 

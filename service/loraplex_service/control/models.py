@@ -28,12 +28,15 @@ from loraplex.v1.watch_pb2 import (
     WATCH_EVENT_TYPE_EXISTING,
     WATCH_EVENT_TYPE_SNAPSHOT_END,
 )
-from loraplex_service.control.requests import Once, model_id, page, wait_seconds
+from loraplex_service.control.once import Once
+from loraplex_service.control.paging import page
 from loraplex_service.control.sight import seen_model
-from loraplex_service.control.watching import Latest
+from loraplex_service.control.waiting import wait_seconds
 from loraplex_service.errors import FailedPrecondition, to_status
+from loraplex_service.latest import Latest
 from loraplex_service.models.host import HostedModel, ModelHost
 from loraplex_service.models.supervisor import EngineState
+from loraplex_service.names.grammar import model_id
 from loraplex_service.timestamps import duration_seconds, timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -1,6 +1,5 @@
 """RouteService: stable names for models and adapters, and the resolution of any name."""
 
-import re
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -20,13 +19,16 @@ from loraplex.v1.routes_pb2 import (
     Route,
     UpdateRouteRequest,
 )
+from loraplex_adapters.grammar import ROUTE_NAME
 from loraplex_adapters.versions import AdapterVersion
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.call import current_call
-from loraplex_service.control.requests import ID, Once, page, tenant_id
+from loraplex_service.control.once import Once
+from loraplex_service.control.paging import page
 from loraplex_service.control.sight import seen_tenants
 from loraplex_service.errors import Aborted, InvalidRequest, LoraplexError, NotFound, PermissionDenied, Violation
 from loraplex_service.names.catalog import Catalog
+from loraplex_service.names.grammar import route_name, tenant_id
 from loraplex_service.names.routing import RouteBook, weight_of
 from loraplex_service.state import StateFile
 from loraplex_service.timestamps import timestamp
@@ -37,7 +39,6 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 UPDATABLE = ("targets", "fallback", "default_sampling", "labels")
-_NAME = re.compile(rf"tenants/({ID})/routes/{ID}")
 
 
 class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
@@ -88,7 +89,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
 
     async def _update(self, request: UpdateRouteRequest) -> Route:
         wanted = request.route
-        known = self._routes.get(_checked_name(wanted.name, "route.name"))
+        known = self._routes.get(route_name(wanted.name, "route.name"))
         if known is None and not request.allow_missing:
             raise _no_route(wanted.name)
         if known is not None:
@@ -141,7 +142,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
             yield Violation("route.default_sampling.n", "cannot be set by a route")
 
     def _target_violations(self, route: Route, name: str, field: str) -> Iterator[Violation]:
-        if _NAME.fullmatch(name):
+        if ROUTE_NAME.fullmatch(name):
             yield Violation(field, f"{name[:200]!r} is a route; name a model, an adapter or a version")
             return
         try:
@@ -161,7 +162,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
 
     def _get(self, name: str) -> Route:
         """Raises InvalidRequest, NotFound."""
-        route = self._routes.get(_checked_name(name, "name"))
+        route = self._routes.get(route_name(name, "name"))
         if route is None:
             raise _no_route(name)
         return route
@@ -188,13 +189,6 @@ def _take_fields(route: Route, wanted: Route, fields: Collection[str]) -> None:
 
 def _owner(route: Route) -> str:
     return route.name.split("/")[1]
-
-
-def _checked_name(name: str, field: str) -> str:
-    if not _NAME.fullmatch(name):
-        expected = "tenants/{tenant}/routes/{route} is expected"
-        raise InvalidRequest.at(field, f"{name[:200]!r} is not a name of a route; {expected}")
-    return name
 
 
 def _check_etag(route: Route, etag: str) -> None:

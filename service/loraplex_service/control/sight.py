@@ -3,7 +3,7 @@
 from loraplex.v1.models_pb2 import Model
 from loraplex_adapters.versions import SHARED_TENANT
 from loraplex_service.call import find_call
-from loraplex_service.control.requests import tenant_id
+from loraplex_service.names.grammar import tenant_id
 
 _INSIDE_A_MODEL = ("source", "memory_bytes", "running_requests", "waiting_requests", "error")
 

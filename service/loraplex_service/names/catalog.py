@@ -14,6 +14,7 @@ from loraplex_adapters.versions import SHARED_TENANT, AdapterState, AdapterVersi
 from loraplex_engine.link.client import EngineClient
 from loraplex_service.call import sees_inside
 from loraplex_service.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Unavailable
+from loraplex_service.names.grammar import ASKED_ADAPTER_NAME, ASKED_ID, ASKED_MODEL_NAME, ASKED_ROUTE_NAME
 from loraplex_service.names.routing import RouteBook, choose
 from loraplex_service.names.target import LoadedModel, Target
 
@@ -35,14 +36,9 @@ class Models(Protocol):
         """
 
 
-_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-_MODEL_NAME = re.compile(rf"models/({_ID})")
-_ADAPTER_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/adapters/{_ID}(@[0-9a-f]+)?")
-_ROUTE_NAME = re.compile(rf"tenants/(?P<tenant>{_ID})/routes/{_ID}")
 _WEIGHT = re.compile(r"-?(\d{1,4}(\.\d{0,9})?|\.\d{1,9})")
 MAX_WEIGHT = 16.0  # largest absolute weight of an adapter in a composition
 MAX_PARTS = 8  # most adapters of a composition
-_BARE_ID = re.compile(rf"{_ID}(?P<version>@[0-9a-f]+)?")
 
 
 class Catalog:
@@ -81,12 +77,12 @@ class Catalog:
         """
         if "*" in name or "+" in name:
             return self._composition(tenant, name, path)
-        if match := _MODEL_NAME.fullmatch(name):
+        if match := ASKED_MODEL_NAME.fullmatch(name):
             return Target(self._models.serving(match[1]))
-        if match := _ADAPTER_NAME.fullmatch(name):
+        if match := ASKED_ADAPTER_NAME.fullmatch(name):
             _check_may_see(tenant, match["tenant"])
             adapter = self._adapter(name)
-        elif match := _BARE_ID.fullmatch(name):
+        elif match := ASKED_ID.fullmatch(name):
             adapter = self._adapter(f"tenants/{tenant}/adapters/{name}")
             adapter = adapter or self._adapter(f"tenants/{SHARED_TENANT}/adapters/{name}")
             if adapter is None and match["version"] is None:
@@ -122,13 +118,13 @@ class Catalog:
 
     def _route(self, tenant: str, name: str) -> Route | None:
         """The route of this name; None: it names something else. The tenant's own adapter hides a shared route."""
-        if match := _ROUTE_NAME.fullmatch(name):
+        if match := ASKED_ROUTE_NAME.fullmatch(name):
             _check_may_see(tenant, match["tenant"])
             route = self._routes.get(name)
             if route is None:
                 raise _not_found("ROUTE", name)
             return route
-        if not _BARE_ID.fullmatch(name):
+        if not ASKED_ID.fullmatch(name):
             return None
         own = self._routes.get(f"tenants/{tenant}/routes/{name}")
         if own is not None or self._adapter(f"tenants/{tenant}/adapters/{name}") is not None:

@@ -12,8 +12,8 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from loraplex_service.control.watching import Latest
 from loraplex_service.errors import NotFound
+from loraplex_service.latest import Latest
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

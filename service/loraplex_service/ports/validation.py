@@ -13,8 +13,9 @@ from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
 from loraplex.v1.prompt_pb2 import ChatMessage, Prompt
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
-from loraplex_service.control.requests import ID, model_id, tenant_id
+from loraplex_adapters.grammar import DIGEST, ID_RULE, is_id
 from loraplex_service.errors import FeatureUnsupported, InvalidRequest, Violation
+from loraplex_service.names.grammar import model_id, tenant_id
 from loraplex_service.ports.limits import LIMITS, TOTALS, Entries, Total
 
 # What the contract has and this server does not. Refused by name; ServerInfo lists them.
@@ -203,9 +204,8 @@ def _check_registration(request: CreateAdapterRequest, path: str) -> Iterator[Vi
             check(name, _at(path, field))
         except InvalidRequest as error:
             yield from error.violations
-    if not re.fullmatch(ID, request.adapter_id):
-        problem = "must be 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit"
-        yield Violation(_at(path, "adapter_id"), problem)
+    if not is_id(request.adapter_id):
+        yield Violation(_at(path, "adapter_id"), f"must be {ID_RULE}")
     if request.adapter.digest and not _DIGEST.fullmatch(request.adapter.digest):
         yield Violation(_at(path, "adapter.digest"), "must be sha256: and 64 hexadecimal digits")
     if path and request.adapter.source:
@@ -215,7 +215,7 @@ def _check_registration(request: CreateAdapterRequest, path: str) -> Iterator[Vi
         yield Violation(_at(path, "adapter.source"), problem)
 
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_DIGEST = re.compile(f"sha256:{DIGEST}")
 _NO_PROMPT = "is required: give text, token_ids or chat"
 _RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
     "GenerateRequest": _check_generate,

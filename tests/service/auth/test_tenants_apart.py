@@ -18,7 +18,7 @@ from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.keys import KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
 from loraplex_service.config import AdapterConfig, UsageConfig
-from loraplex_service.control.requests import wait_until
+from loraplex_service.control.waiting import wait_until
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 ACMES = "tenants/acme/adapters/pirate"

@@ -1,92 +1,15 @@
-"""Names, pages and calls sent twice."""
+"""Calls that are sent twice."""
 
 import asyncio
 import uuid
 import weakref
-from itertools import pairwise
 from typing import cast
 
 import pytest
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.wrappers_pb2 import Int64Value, StringValue
 
-from loraplex.v1.models_pb2 import ListModelsRequest, Model
-from loraplex_service.control.requests import PAGE_BYTES, Once, adapter_name, model_id, page, tenant_id
-from loraplex_service.errors import InvalidRequest
-
-ITEMS = [f"item-{number:02d}" for number in range(25)]
-
-
-def named(item: str) -> Model:
-    return Model(name=item)
-
-
-def pages(items: list[str], size: int) -> list[list[str]]:
-    found, token = [], ""
-    while True:
-        shown, token = page(items, str, named, ListModelsRequest(page_size=size, page_token=token))
-        found.append([model.name for model in shown])
-        if not token:
-            return found
-
-
-@pytest.mark.parametrize("size", [1, 7, 25, 1000])
-def test_pages_together_are_all_items_once(size: int) -> None:
-    found = pages(ITEMS, size)
-    assert [item for shown in found for item in shown] == ITEMS
-    assert all(len(shown) == size for shown, _ in pairwise(found))
-
-
-def test_a_page_goes_on_after_an_item_that_is_gone() -> None:
-    _, token = page(ITEMS, str, named, ListModelsRequest(page_size=5))
-    rest = [item for item in ITEMS if item != "item-04"]
-    shown, _ = page(rest, str, named, ListModelsRequest(page_size=2, page_token=token))
-    assert [model.name for model in shown] == ["item-05", "item-06"]
-
-
-def test_a_page_of_large_messages_ends_early_and_the_next_goes_on() -> None:
-    def large(item: str) -> Model:
-        return Model(name=item, source="x" * (PAGE_BYTES // 4))
-
-    shown, token = page(ITEMS, str, large, ListModelsRequest())
-    assert [model.name for model in shown] == ITEMS[:4]
-    shown, _ = page(ITEMS, str, large, ListModelsRequest(page_token=token))
-    assert shown[0].name == ITEMS[4]
-
-
-@pytest.mark.parametrize("token", ["x", "//8=", "é"])
-def test_a_token_of_ones_own_making_is_refused(token: str) -> None:
-    with pytest.raises(InvalidRequest, match="page_token"):
-        page(ITEMS, str, named, ListModelsRequest(page_token=token))
-
-
-def test_names_give_their_ids() -> None:
-    assert model_id("models/llama-3.1-8b", "name") == "llama-3.1-8b"
-    assert tenant_id("tenants/acme", "parent") == "acme"
-    assert tenant_id("tenants/-", "parent", all_allowed=True) is None
-    assert adapter_name("tenants/a/adapters/b@0123456789ab", "name") == "tenants/a/adapters/b@0123456789ab"
-
-
-@pytest.mark.parametrize(
-    "name", ["", "models", "models/", "models/a/b", "models/A", "models/a\n", "models/" + "a" * 64]
-)
-def test_what_is_no_name_of_a_model_is_refused(name: str) -> None:
-    with pytest.raises(InvalidRequest, match="name"):
-        model_id(name, "name")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["pirate", "tenants/a/adapters/b@", "tenants/a/adapters/b@xyz", "tenants/-/adapters/b", "tenants/a/adapters/.."],
-)
-def test_what_is_no_name_of_an_adapter_is_refused(name: str) -> None:
-    with pytest.raises(InvalidRequest, match="does not name an adapter here"):
-        adapter_name(name, "name")
-
-
-def test_a_tenant_of_all_is_refused_where_one_is_needed() -> None:
-    with pytest.raises(InvalidRequest, match=r"tenants/\{tenant\} is expected"):
-        tenant_id("tenants/-", "parent")
+from loraplex_service.control.once import Once
 
 
 async def test_calls_with_the_same_id_happen_once() -> None:
