@@ -37,7 +37,7 @@ class Server:
     metrics: str | None = None  # where `metrics_listen` is set
 
     def engine_pids(self) -> set[int]:
-        return {pid for pid, command in self.children() if "engine" in command}
+        return {pid for pid, command in self.children() if "loraplex_engine" in command}
 
     def children(self) -> list[tuple[int, list[str]]]:
         """Every process that the service has started: its pid and its command line."""
