@@ -46,6 +46,6 @@ async def test_a_request_without_a_required_field_is_refused_by_its_name(
             status = await answer(server, method, on_data, requests)
             assert name_of(status) == "INVALID_ARGUMENT", (path, status.message)
             found = BadRequest()
-            [packed] = [detail for detail in status.details if detail.Is(BadRequest.DESCRIPTOR)]
+            [packed] = [detail for detail in status.details if detail.TypeName() == BadRequest.DESCRIPTOR.full_name]
             packed.Unpack(found)
             assert path[-1] in found.field_violations[0].field, (path, status.message)

@@ -1,10 +1,10 @@
 """The data plane as callers see it: the real gRPC server and stubs, in front of a fake engine."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc.aio
 import msgspec
@@ -44,9 +44,13 @@ from loraplex_service.text import TemplateRenderer, Tokenizer
 from tests.own_log import is_of_closed_loop
 from tests.service.fake_engine import FakeEngine
 
+if TYPE_CHECKING:
+    from loraplex.v1.inference_pb2_grpc import InferenceServiceAsyncStub  # a type alone
+
 BOS, EOS = 256, 257
 
 DetailT = TypeVar("DetailT", bound=Message)
+ResponseT = TypeVar("ResponseT", bound=Message)
 
 
 class FakeModels:
@@ -69,7 +73,8 @@ class FakeModels:
 
 def make_spec(text: str = "abc", **fields: Any) -> GenerateSpec:
     """A valid spec, but for what `fields` change; messages may be given as dicts."""
-    return GenerateSpec(**{"model": "demo", "prompt": Prompt(text=text), "stopping": {"max_tokens": 5}} | fields)
+    values: dict[str, Any] = {"model": "demo", "prompt": Prompt(text=text), "stopping": {"max_tokens": 5}} | fields
+    return GenerateSpec(**values)
 
 
 def text_of(events: Sequence[StreamGenerateResponse], output_index: int = 0) -> str:
@@ -94,12 +99,12 @@ class Failure:
 
     def detail(self, kind: DetailT) -> DetailT:
         """The detail of this kind, of which there must be one."""
-        [packed] = [detail for detail in self.status.details if detail.Is(kind.DESCRIPTOR)]
+        [packed] = [detail for detail in self.status.details if detail.TypeName() == kind.DESCRIPTOR.full_name]
         packed.Unpack(kind)
         return kind
 
     def has_detail(self, kind: type[Message]) -> bool:
-        return any(detail.Is(kind.DESCRIPTOR) for detail in self.status.details)
+        return any(detail.TypeName() == kind.DESCRIPTOR.full_name for detail in self.status.details)
 
     @property
     def partial_usage(self) -> Usage:
@@ -117,11 +122,19 @@ async def failure(call: Awaitable[Any]) -> Failure:
     """The status with which a call fails, as it must."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
-    error = raised.value
+    return failure_of(raised.value)
+
+
+def failure_of(error: grpc.aio.AioRpcError) -> Failure:
     metadata = dict(error.trailing_metadata() or ())
     status = Status.FromString(metadata["grpc-status-details-bin"])
     assert status.code == error.code().value[0]
     return Failure(error.code(), error.details() or "", status, metadata)
+
+
+async def next_of(call: AsyncIterable[ResponseT]) -> ResponseT:
+    """The next response of a stream, which there must be."""
+    return await anext(aiter(call))
 
 
 @dataclass
@@ -137,7 +150,7 @@ class DataPlane:
     server: grpc.aio.Server
     address: str
     channel: grpc.aio.Channel
-    stub: InferenceServiceStub
+    stub: "InferenceServiceAsyncStub"
     errors: "ErrorLog"
 
     def endless(self) -> None:

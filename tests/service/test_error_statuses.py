@@ -212,7 +212,7 @@ async def test_numbers_that_are_no_json_in_template_variables_do_no_harm(plane: 
 
 
 async def test_tenant_that_is_no_tenant_id(plane: DataPlane) -> None:
-    failed = await both_ways(plane, make_spec(), metadata=[("loraplex-tenant", "A:b")])
+    failed = await both_ways(plane, make_spec(), metadata=(("loraplex-tenant", "A:b"),))
     assert (failed.code, failed.reason) == (Code.UNAUTHENTICATED, "UNAUTHENTICATED")
 
 
@@ -540,4 +540,4 @@ def test_details_that_are_too_much_are_left_out_and_error_info_stays() -> None:
 
     status = to_status(TalkativeError("ENGINE_ERROR", "what happened"), "id")
     assert status.message == "what happened"
-    assert [detail.Is(ErrorInfo.DESCRIPTOR) for detail in status.details] == [True]
+    assert [detail.TypeName() for detail in status.details] == [ErrorInfo.DESCRIPTOR.full_name]

@@ -9,9 +9,9 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from loraplex.v1.generation_pb2 import GenerateSpec
+from loraplex.v1.generation_pb2 import GenerateSpec, Stopping
 from loraplex.v1.inference_pb2 import BatchGenerateRequest, GenerateRequest
-from loraplex.v1.prompt_pb2 import ChatMessage, Prompt
+from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from tests.service.watched import Watched, watched_server
 
@@ -23,7 +23,7 @@ AT_ONCE = 24
 LARGE = 2 << 20
 TEXT = Prompt(text="\U0001f600" * (LARGE // 4), truncate_to_tokens=1)
 CHAT = Prompt(
-    chat={"messages": [ChatMessage(role="user", content="\U0001f600" * (LARGE // 4 - 1024))]}, truncate_to_tokens=1
+    chat=Chat(messages=[ChatMessage(role="user", content="\U0001f600" * (LARGE // 4 - 1024))]), truncate_to_tokens=1
 )
 
 
@@ -32,7 +32,7 @@ def generate(prompt: Prompt) -> GenerateRequest:
 
 
 def spec(prompt: Prompt) -> GenerateSpec:
-    return GenerateSpec(model="tiny", prompt=prompt, stopping={"max_tokens": 1})
+    return GenerateSpec(model="tiny", prompt=prompt, stopping=Stopping(max_tokens=1))
 
 
 ORDINARY = generate(Prompt(text="hi"))

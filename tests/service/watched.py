@@ -54,9 +54,9 @@ class Watched:
         path = _PATHS[method]
         address = self.data if "Inference" in path or "Tokenizer" in path else self.admin
         with grpc.insecure_channel(address, options=_OPTIONS) as channel:
-            call = channel.unary_stream(path)(message.SerializeToString(), timeout=CALL_SECONDS)
+            call: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
             try:
-                list(call)
+                list(call(message.SerializeToString(), timeout=CALL_SECONDS))
             except grpc.RpcError as error:
                 return error.code(), error.details() or ""
             return grpc.StatusCode.OK, ""

@@ -87,8 +87,8 @@ async def test_a_text_that_cannot_be_read_is_warned_of_without_a_path(padded: Co
 
 async def test_validating_alone_warns_of_the_text_too(padded: ControlPlane, tmp_path: Path) -> None:
     directory = write_text(write_adapter(tmp_path / "mine"), token_id=97)
-    options = {"base_model": "tiny", "source": str(directory), "validate_only": True}
-    assert "'<think>': not added" in list((await padded.admin.create_adapter("mine", **options)).warnings)[-1]
+    adapter = await padded.admin.create_adapter("mine", base_model="tiny", source=str(directory), validate_only=True)
+    assert "'<think>': not added" in list(adapter.warnings)[-1]
 
 
 async def test_trained_tokens_that_no_tokenizer_has_are_warned_of(padded: ControlPlane, tmp_path: Path) -> None:

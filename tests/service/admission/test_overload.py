@@ -9,11 +9,12 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc.error_details_pb2 import RetryInfo
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from loraplex_service.admission.admission import AdmissionLimits
 from loraplex_service.text import Tokenizer
 from tests.service.data_plane import DataPlane, data_plane, failure, make_spec
+from tests.service.health_calls import health_of
 
 FLOOD = 500
 
@@ -43,8 +44,7 @@ async def test_what_does_not_fit_the_queue_is_refused_at_once_with_a_time_to_com
 
 async def test_health_is_told_and_requests_are_cancelled_while_the_engine_stands_still(plane: DataPlane) -> None:
     tasks = await flood(plane)
-    response = await health_pb2_grpc.HealthStub(plane.channel).Check(health_pb2.HealthCheckRequest())
-    assert response.status == health_pb2.HealthCheckResponse.SERVING  # a full queue is not dead
+    assert await health_of(plane.channel) == health_pb2.HealthCheckResponse.SERVING  # a full queue is not dead
     for task in tasks:
         task.cancel()
     await plane.engine.until_idle()
@@ -88,8 +88,8 @@ async def test_the_deadline_of_the_call_is_what_admission_looks_at(
 
 
 async def test_one_tenants_flood_leaves_another_its_share_of_the_queue(plane: DataPlane) -> None:
-    tasks = await flood(plane, metadata=[("loraplex-tenant", "loud")])
-    quiet = asyncio.ensure_future(plane.generate(make_spec(), metadata=[("loraplex-tenant", "quiet")]))
+    tasks = await flood(plane, metadata=(("loraplex-tenant", "loud"),))
+    quiet = asyncio.ensure_future(plane.generate(make_spec(), metadata=(("loraplex-tenant", "quiet"),)))
     await plane.engine.until(lambda: any(request.tenant == "quiet" for request in plane.engine.requests))
     plane.engine.allow_steps(1000)
     assert (await quiet).usage.completion_tokens == 5

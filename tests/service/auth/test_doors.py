@@ -1,6 +1,6 @@
 """Every method of the contract, called on the real listeners by those who may not: all are refused."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,11 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from loraplex import AsyncAdminClient, AsyncClient, Unauthenticated
 from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
+from loraplex.v1.generation_pb2 import GenerateSpec
+from loraplex.v1.inference_pb2_grpc import InferenceServiceStub
 from loraplex_service import app
 from loraplex_service.app import Addresses, running
 from loraplex_service.auth.access import RULES
@@ -27,12 +28,14 @@ from loraplex_service.auth.principal import Role
 from loraplex_service.config import AdapterConfig, ModelConfig, ServiceConfig
 from tests.service.auth.provider import Provider
 from tests.service.control_plane import write_adapter
+from tests.service.data_plane import next_of
+from tests.service.health_calls import health_of
 from tests.service.scripted_engine import ThreadedEngines
 
 DATA = (inference_pb2, tokenizer_pb2)
 ADMIN = (adapters_pb2, models_pb2, routes_pb2, server_pb2)
 PIRATE = "tenants/acme/adapters/pirate"
-SPEC = {"model": PIRATE, "prompt": {"text": "x"}, "stopping": {"max_tokens": 1}}
+SPEC: dict[str, Any] = {"model": PIRATE, "prompt": {"text": "x"}, "stopping": {"max_tokens": 1}}
 
 # A request of each method about what belongs to acme.
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -78,6 +81,19 @@ ANSWERED = {
 }
 
 
+Reflection = grpc.aio.StreamStreamMultiCallable[
+    reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
+]
+
+
+def reflection_of(channel: grpc.aio.Channel) -> "Reflection":
+    return channel.stream_stream(
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+
+
 def methods(modules: tuple[Any, ...]) -> Iterator[tuple[str, MethodDescriptor]]:
     for module in modules:
         for service in module.DESCRIPTOR.services_by_name.values():
@@ -98,17 +114,17 @@ class Doors:
         address = address or (self.addresses.data if (path, method) in methods(DATA) else self.addresses.admin)
         response_class = GetMessageClass(method.output_type)
         request = GetMessageClass(method.input_type)(**REQUESTS[path])
-        metadata = [] if token is None else [("authorization", f"Bearer {token}")]
+        metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         streams = (method.client_streaming, method.server_streaming)
         async with grpc.aio.insecure_channel(address) as channel:
-            kind = {
+            kinds: dict[tuple[bool, bool], Callable[..., Any]] = {
                 (False, False): channel.unary_unary,
                 (False, True): channel.unary_stream,
                 (True, False): channel.stream_unary,
-            }[streams]
-            start = kind(
+            }
+            start = kinds[streams](
                 path,
-                request_serializer=lambda message: message.SerializeToString(),
+                request_serializer=type(request).SerializeToString,
                 response_deserializer=response_class.FromString,
             )
             call = start(iter([request]) if method.client_streaming else request, metadata=metadata)
@@ -235,21 +251,19 @@ async def test_the_health_port_tells_everybody_health_and_has_no_other_method(do
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
     async with grpc.aio.insecure_channel(doors.addresses.health) as channel:
         for service in ("startup", "liveness", "readiness"):
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
-        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+            await health_of(channel, service)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await reflection.ServerReflectionInfo(iter(())).read()
+            await next_of(reflection_of(channel)(iter(())))
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_an_admin_acts_for_any_tenant_and_nobody_else_does(doors: Doors) -> None:
     for who, expected in (("admin", "OK"), ("rival", "PERMISSION_DENIED")):
         async with grpc.aio.insecure_channel(doors.addresses.data) as channel:
-            call = channel.unary_unary("/loraplex.v1.InferenceService/Generate")
-            metadata = [("authorization", f"Bearer {doors.tokens[who]}"), ("loraplex-tenant", "acme")]
-            request = inference_pb2.GenerateRequest(spec=SPEC)  # type: ignore[arg-type]
+            metadata = (("authorization", f"Bearer {doors.tokens[who]}"), ("loraplex-tenant", "acme"))
+            request = inference_pb2.GenerateRequest(spec=GenerateSpec(**SPEC))
             try:
-                await call(request.SerializeToString(), metadata=metadata)
+                await InferenceServiceStub(channel).Generate(request, metadata=metadata)
                 code = "OK"
             except grpc.aio.AioRpcError as error:
                 code = error.code().name
@@ -277,13 +291,13 @@ async def test_health_is_told_to_everybody_and_the_contract_to_callers_alone(doo
         yield reflection_pb2.ServerReflectionRequest(list_services="")
 
     async with grpc.aio.insecure_channel(doors.addresses.data) as channel:
-        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        await health_of(channel)
+        reflection = reflection_of(channel)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await reflection.ServerReflectionInfo(ask()).read()
+            await next_of(reflection(ask()))
         assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        metadata = [("authorization", f"Bearer {doors.tokens['caller']}")]
-        answer = await reflection.ServerReflectionInfo(ask(), metadata=metadata).read()
+        metadata = (("authorization", f"Bearer {doors.tokens['caller']}"),)
+        answer = await next_of(reflection(ask(), metadata=metadata))
         assert len(answer.list_services_response.service) >= 3
 
 

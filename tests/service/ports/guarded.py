@@ -32,8 +32,8 @@ class Guarded:
     loud: str
     quiet: str
 
-    def credentials(self, token: str | None) -> list[tuple[str, str]]:
-        return [] if token is None else [("authorization", f"Bearer {token}")]
+    def credentials(self, token: str | None) -> tuple[tuple[str, str], ...]:
+        return () if token is None else (("authorization", f"Bearer {token}"),)
 
     def memory_bytes(self) -> int:
         """Anonymous and resident."""

@@ -12,16 +12,16 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2
-from grpc_status import rpc_status
 
 from loraplex.v1.inference_pb2 import GenerateRequest
 from loraplex_service.ports.interceptors import PUBLIC_CALLS_PER_HOST, CallLimits
 from loraplex_service.ports.listeners import ConnectionLimits
 from loraplex_service.ports.receiving import ReceiveLimits
 from loraplex_service.text import Tokenizer
-from tests.service.data_plane import DataPlane, data_plane, make_spec
+from tests.service.data_plane import DataPlane, data_plane, failure_of, make_spec
+from tests.service.health_calls import health_of
 from tests.service.ports.guarded import Guarded, guarded_server
 from tests.service.ports.http2_caller import (
     CANCEL,
@@ -71,7 +71,7 @@ def other_caller(server: Guarded) -> Iterator[Answers]:
     """A caller of another tenant, who calls all the time, on a connection of its own."""
     answers, stop = Answers(), threading.Event()
     with grpc.insecure_channel(server.address) as channel:
-        call = channel.unary_unary(GENERATE)
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(GENERATE)
 
         def go_on() -> None:
             while not stop.is_set():
@@ -179,15 +179,12 @@ async def outcomes(server: Guarded, token: str | None, calls: int, connections: 
 
     async def one(channel: grpc.aio.Channel) -> None:
         try:
-            await channel.unary_unary(GENERATE)(REQUEST, metadata=server.credentials(token))
+            call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(GENERATE)
+            await call(REQUEST, metadata=server.credentials(token))
             seen["OK", "", False] += 1
         except grpc.aio.AioRpcError as error:
-            info, retry = ErrorInfo(), RetryInfo()
-            status = rpc_status.from_call(error)
-            details = [] if status is None else status.details
-            told = any([detail.Unpack(retry) for detail in details])
-            any([detail.Unpack(info) for detail in details])
-            seen[error.code().name, info.reason, told] += 1
+            failed = failure_of(error)
+            seen[failed.code.name, failed.reason, failed.has_detail(RetryInfo)] += 1
 
     await asyncio.gather(*(channel.channel_ready() for channel in channels))
     await asyncio.gather(*(one(channel) for channel in channels for _ in range(calls // connections)))
@@ -231,24 +228,23 @@ async def test_a_watcher_without_a_window_stops_no_change_of_health(plane: DataP
         await asyncio.to_thread(caller.settle)
         for serving in (False, True, False):
             await plane.health.set_model("demo", serving)
-    stub = plane.channel.unary_unary("/grpc.health.v1.Health/Check")
-    answer = await stub(health_pb2.HealthCheckRequest(service="models/demo").SerializeToString())
-    assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert await health_of(plane.channel, "models/demo") == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 async def test_a_call_whose_message_does_not_come_ends(byte_tokenizer: Tokenizer) -> None:
     limits = CallLimits(receive=ReceiveLimits(message_seconds=0.2))
     async with data_plane(byte_tokenizer, limits=limits) as plane:
-        call = plane.channel.stream_unary(GENERATE)()
+        call: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = plane.channel.stream_unary(GENERATE)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await call
+            await call()
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "no message" in (raised.value.details() or "")
 
 
 async def test_a_call_that_ends_without_a_message_is_told_so(plane: DataPlane) -> None:
+    call: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = plane.channel.stream_unary(GENERATE)
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await plane.channel.stream_unary(GENERATE)(iter([]))
+        await call(iter([]))
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -274,7 +270,7 @@ async def test_one_tenant_does_not_take_the_places_of_another(byte_tokenizer: To
         await plane.engine.until(lambda: len(plane.engine.sequences) == 2)
         with pytest.raises(grpc.aio.AioRpcError, match="2 calls are in progress"):
             await plane.generate(make_spec())
-        other = asyncio.ensure_future(plane.generate(make_spec(), metadata=[("loraplex-tenant", "other")]))
+        other = asyncio.ensure_future(plane.generate(make_spec(), metadata=(("loraplex-tenant", "other"),)))
         await plane.engine.until(lambda: len(plane.engine.sequences) == 3)
         plane.engine.allow_steps(100)
         await asyncio.gather(*running, other)

@@ -28,9 +28,8 @@ def send(server: Guarded, data: bytes, token: str | None, gzip: bool = False) ->
     """The status of a BatchGenerate with this message."""
     compression = grpc.Compression.Gzip if gzip else None
     with grpc.insecure_channel(server.address, options=[("grpc.max_send_message_length", -1)]) as channel:
-        call = channel.unary_stream(BATCH)(
-            data, metadata=server.credentials(token), compression=compression, timeout=60
-        )
+        batch: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(BATCH)
+        call = batch(data, metadata=server.credentials(token), compression=compression, timeout=60)
         with pytest.raises(grpc.RpcError) as raised:
             list(call)
         return raised.value.code(), raised.value.details() or ""

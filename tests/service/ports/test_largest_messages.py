@@ -9,10 +9,10 @@ import pytest
 from google.protobuf.message import Message
 
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest
-from loraplex.v1.generation_pb2 import GenerateSpec
+from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
 from loraplex.v1.inference_pb2 import BatchGenerateRequest, CancelGenerationRequest, GenerateRequest
-from loraplex.v1.prompt_pb2 import ChatMessage, Prompt, ToolCall
-from loraplex.v1.routes_pb2 import Route, UpdateRouteRequest
+from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, TokenIds, ToolCall
+from loraplex.v1.routes_pb2 import Route, RouteTarget, UpdateRouteRequest
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from loraplex_service.text import MAX_TOKENS
 from tests.service.watched import Watched, watched_server
@@ -27,11 +27,12 @@ WIDE = ChatMessage(role="assistant", tool_calls=[ToolCall(id="i" * 256, name="n"
 
 
 def spec(**fields: Any) -> GenerateSpec:
-    return GenerateSpec(**{"model": "tiny", "stopping": {"max_tokens": 1}} | fields)
+    values: dict[str, Any] = {"model": "tiny", "stopping": {"max_tokens": 1}} | fields
+    return GenerateSpec(**values)
 
 
 def chat(messages: list[ChatMessage], **variables: Any) -> Prompt:
-    prompt = Prompt(chat={"messages": messages}, truncate_to_tokens=1)
+    prompt = Prompt(chat=Chat(messages=messages), truncate_to_tokens=1)
     prompt.chat.template_kwargs.update(variables)
     return prompt
 
@@ -41,7 +42,7 @@ PROMPTS = {
     "text of every token": Prompt(text="x" * MAX_TOKENS, truncate_to_tokens=1),
     "literal text": Prompt(text="x" * MOST_BYTES, truncate_to_tokens=1, literal_content=True),
     "literal text of every token": Prompt(text="x" * MAX_TOKENS, truncate_to_tokens=1, literal_content=True),
-    "tokens": Prompt(token_ids={"ids": [100] * MAX_TOKENS}, truncate_to_tokens=1),
+    "tokens": Prompt(token_ids=TokenIds(ids=[100] * MAX_TOKENS), truncate_to_tokens=1),
     "long message": chat([ChatMessage(role="user", content="x" * (MOST_BYTES - ROOM))]),
     "calls": chat([WIDE] * 1024),
     "messages": chat([ChatMessage(role="user", content="x" * 2000)] * 1024),
@@ -81,10 +82,10 @@ MESSAGES: dict[str, tuple[str, Message]] = {
         for name, prompt in PROMPTS.items()
         if name != "tokens"
     },
-    "Tokenize every token": ("Tokenize", TokenizeRequest(model="tiny", prompt={"text": "x" * MAX_TOKENS})),
+    "Tokenize every token": ("Tokenize", TokenizeRequest(model="tiny", prompt=Prompt(text="x" * MAX_TOKENS))),
     "Tokenize offsets": (
         "Tokenize",
-        TokenizeRequest(model="tiny", prompt={"text": "x" * (32 << 10)}, include_offsets=True),
+        TokenizeRequest(model="tiny", prompt=Prompt(text="x" * (32 << 10)), include_offsets=True),
     ),
     "Detokenize": ("Detokenize", DetokenizeRequest(model="tiny", token_ids=[97] * MAX_TOKENS)),
     "UpdateRoute": (
@@ -92,9 +93,9 @@ MESSAGES: dict[str, tuple[str, Message]] = {
         UpdateRouteRequest(
             route=Route(
                 name="tenants/default/routes/wide",
-                targets=[{"model": f"{number}{NAME[4:]}"} for number in range(32)],
+                targets=[RouteTarget(model=f"{number}{NAME[4:]}") for number in range(32)],
                 labels=LABELS,
-                default_sampling={"logit_bias": dict.fromkeys(range(1024), 1.0)},
+                default_sampling=Sampling(logit_bias=dict.fromkeys(range(1024), 1.0)),
             ),
             allow_missing=True,
         ),

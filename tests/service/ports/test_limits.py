@@ -15,7 +15,7 @@ from loraplex.v1.adapters_pb2 import Adapter, UpdateAdapterRequest
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import BatchGenerateRequest
 from loraplex.v1.models_pb2 import ListModelsRequest
-from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, ToolCall
+from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, TokenIds, ToolCall
 from loraplex_service.errors import FeatureUnsupported, InvalidRequest
 from loraplex_service.ports.limits import LIMITS, TOTALS, Entries, Text
 from loraplex_service.ports.validation import MAX_UNKNOWN_BYTES, check_request
@@ -78,8 +78,9 @@ def test_whatever_can_grow_has_a_limit(name: str) -> None:
     if field.is_repeated:
         limit = LIMITS[name]
         assert isinstance(limit, Entries)
-        entry = field.message_type.fields_by_name if field.message_type is not None else {}
-        is_map = bool(entry) and field.message_type.GetOptions().map_entry
+        kind = field.message_type
+        entry = kind.fields_by_name if kind is not None else {}
+        is_map = kind is not None and kind.GetOptions().map_entry
         assert (limit.keys is not None) == (is_map and entry["key"].type in OF_SIZE)
         item = entry["value"] if is_map else field
         assert item.type not in OF_SIZE or isinstance(limit.of, Text)
@@ -96,7 +97,7 @@ def test_no_two_messages_share_a_line_of_the_table() -> None:
     assert len({one.name for one in MESSAGES.values()}) == len(MESSAGES)
 
 
-OURS = [name for name in LIMITS if FIELDS[name].file.package == "loraplex.v1"]
+OURS = [name for name in LIMITS if FIELDS[name].full_name.startswith("loraplex.v1.")]
 
 
 @pytest.mark.parametrize("name", [*OURS, *TOTALS])
@@ -108,8 +109,10 @@ def test_the_comment_says_the_limit(name: str) -> None:
 def too_much(name: str) -> Message:
     """A message that is right, but for one field, which has one more than it may."""
     field, limit = FIELDS[name], LIMITS[name]
+    assert field.containing_type is not None
     message: Any = GetMessageClass(field.containing_type)()
     if isinstance(limit, Entries) and limit.keys is not None:
+        assert field.message_type is not None
         entries = getattr(message, field.name)
         for number in range(limit.most + 1):
             if field.message_type.fields_by_name["value"].message_type is not None:
@@ -168,7 +171,7 @@ def test_texts_that_are_each_allowed_are_too_long_together() -> None:
 
 
 def test_token_ids_of_a_batch_are_too_many_together() -> None:
-    spec = GenerateSpec(model="demo", prompt=Prompt(token_ids={"ids": [1] * (1 << 20)}))
+    spec = GenerateSpec(model="demo", prompt=Prompt(token_ids=TokenIds(ids=[1] * (1 << 20))))
     with pytest.raises(InvalidRequest, match="request: is too much as a whole"):
         check_request(BatchGenerateRequest(specs=[spec] * 3))
 

@@ -10,14 +10,15 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
 from loraplex_service.ports.interceptors import CallInterceptor
 from loraplex_service.ports.listeners import MAX_METADATA_BYTES, build_server, drain
 from loraplex_service.ports.receiving import ReceiveLimits
-from tests.service.data_plane import DataPlane, failure, make_spec
+from tests.service.data_plane import DataPlane, failure, make_spec, next_of
+from tests.service.health_calls import health_of, watch_health
 
 ROOT = Path(__file__).resolve().parents[3]
 BUF = ROOT / ".venv-stubs/bin/buf"
@@ -27,35 +28,28 @@ RECEIVE = ReceiveLimits()
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def health_of(plane: DataPlane, name: str) -> "health_pb2.HealthCheckResponse.ServingStatus":
-    stub = health_pb2_grpc.HealthStub(plane.channel)
-    response = await stub.Check(health_pb2.HealthCheckRequest(service=name))
-    return response.status
-
-
 @pytest.mark.parametrize("name", ["", SERVICE, "models/demo"])
 async def test_health_is_serving(plane: DataPlane, name: str) -> None:
-    assert await health_of(plane, name) == SERVING
+    assert await health_of(plane.channel, name) == SERVING
 
 
 async def test_the_port_serves_while_any_model_does(plane: DataPlane) -> None:
     await plane.health.set_model("other", True)
     await plane.health.set_model("demo", False)
-    assert await health_of(plane, "models/demo") == NOT_SERVING
-    assert await health_of(plane, "") == SERVING
+    assert await health_of(plane.channel, "models/demo") == NOT_SERVING
+    assert await health_of(plane.channel, "") == SERVING
     await plane.health.set_model("other", False)
-    assert await health_of(plane, "") == NOT_SERVING
-    assert await health_of(plane, SERVICE) == NOT_SERVING
+    assert await health_of(plane.channel, "") == NOT_SERVING
+    assert await health_of(plane.channel, SERVICE) == NOT_SERVING
 
 
 async def test_health_watch_sends_every_change(plane: DataPlane) -> None:
-    stub = health_pb2_grpc.HealthStub(plane.channel)
-    watch = stub.Watch(health_pb2.HealthCheckRequest(service="models/demo"))
-    assert (await watch.read()).status == SERVING
+    watch = watch_health(plane.channel, "models/demo")
+    assert (await next_of(watch)).status == SERVING
     await plane.health.set_model("demo", False)
-    assert (await watch.read()).status == NOT_SERVING
+    assert (await next_of(watch)).status == NOT_SERVING
     await plane.health.set_model("demo", True)
-    assert (await watch.read()).status == SERVING
+    assert (await next_of(watch)).status == SERVING
     watch.cancel()
 
 
@@ -106,10 +100,10 @@ async def test_a_message_beyond_its_methods_limit_is_refused_with_the_limit(plan
 
 
 @pytest.mark.parametrize(
-    ("size", "metadata"), [(RECEIVE.batch_bytes + 1, []), (1, [("x-flood", "x" * 3 * MAX_METADATA_BYTES)])]
+    ("size", "metadata"), [(RECEIVE.batch_bytes + 1, ()), (1, (("x-flood", "x" * 3 * MAX_METADATA_BYTES),))]
 )
 async def test_floods_are_refused_before_they_are_looked_at(
-    plane: DataPlane, size: int, metadata: list[tuple[str, str]]
+    plane: DataPlane, size: int, metadata: tuple[tuple[str, str], ...]
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await plane.generate(make_spec("x" * size), metadata=metadata)
@@ -118,25 +112,28 @@ async def test_floods_are_refused_before_they_are_looked_at(
 
 
 async def test_unknown_method_is_unimplemented(plane: DataPlane) -> None:
-    call = plane.channel.unary_unary("/loraplex.v1.InferenceService/Nothing")
+    call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = plane.channel.unary_unary(
+        "/loraplex.v1.InferenceService/Nothing"
+    )
     failed = await failure(call(b""))
     assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNSUPPORTED")
 
 
 @pytest.mark.parametrize("key", ["authorization", "loraplex-tenant"])
 async def test_credentials_that_are_there_twice_are_none(plane: DataPlane, key: str) -> None:
-    failed = await failure(plane.generate(make_spec(), metadata=[(key, "one"), (key, "two")]))
+    failed = await failure(plane.generate(make_spec(), metadata=((key, "one"), (key, "two"))))
     assert (failed.code, failed.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
 
 
 async def test_a_name_of_health_that_nobody_knows_is_not_found_with_a_reason(plane: DataPlane) -> None:
-    failed = await failure(health_of(plane, "models/none"))
+    failed = await failure(health_of(plane.channel, "models/none"))
     assert (failed.code, failed.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
 
 
 async def test_health_lists_its_names(plane: DataPlane) -> None:
-    answer = await plane.channel.unary_unary("/grpc.health.v1.Health/List")(b"")
-    statuses = health_pb2.HealthListResponse.FromString(answer).statuses
+    ask: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = plane.channel.unary_unary("/grpc.health.v1.Health/List")
+    answer = health_pb2.HealthListResponse.FromString(await ask(b""))  # type: ignore[attr-defined]  # its types are older
+    statuses = answer.statuses
     assert statuses["models/demo"].status == SERVING
 
 
@@ -155,12 +152,11 @@ async def drained(plane: DataPlane, grace_seconds: float) -> None:
 async def test_drain_lets_running_streams_finish(plane: DataPlane) -> None:
     plane.engine.steps_allowed = 1
     stream = plane.stub.StreamGenerate(StreamGenerateRequest(spec=make_spec()))
-    kinds = [(await stream.read()).WhichOneof("event")]
+    kinds = [(await next_of(stream)).WhichOneof("event")]
     draining = asyncio.ensure_future(drained(plane, grace_seconds=30))
     await plane.engine.until(lambda: plane.admission.draining)
     plane.engine.allow_steps(10)
-    while (event := await stream.read()) is not grpc.aio.EOF:
-        kinds.append(event.WhichOneof("event"))
+    kinds += [event.WhichOneof("event") async for event in stream]
     assert kinds[-2:] == ["finished", "completed"]
     await draining
 
@@ -171,7 +167,7 @@ async def test_drain_says_not_serving_and_refuses_new_requests(plane: DataPlane)
     await plane.engine.until(lambda: bool(plane.engine.sequences))
     draining = asyncio.ensure_future(drained(plane, grace_seconds=30))
     await plane.engine.until(lambda: plane.admission.draining)
-    assert await health_of(plane, "") == NOT_SERVING
+    assert await health_of(plane.channel, "") == NOT_SERVING
     failed = await failure(plane.generate(make_spec()))
     assert (failed.code, failed.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
     plane.engine.allow_steps(10)
@@ -193,8 +189,8 @@ async def test_lame_duck_still_takes_requests(plane: DataPlane) -> None:
     draining = asyncio.ensure_future(
         drain([plane.server], plane.health, plane.admission, plane.servicer, 1.0, lame_duck_seconds=60)
     )
-    watch = health_pb2_grpc.HealthStub(plane.channel).Watch(health_pb2.HealthCheckRequest(service=""))
-    while (await watch.read()).status != NOT_SERVING:
+    watch = watch_health(plane.channel)
+    while (await next_of(watch)).status != NOT_SERVING:
         pass
     response = await plane.stub.Generate(GenerateRequest(spec=make_spec()))
     assert response.outputs[0].text == "abcab"

@@ -6,22 +6,26 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from loraplex_service.app import running
 from loraplex_service.config import ModelConfig, ServiceConfig
 from loraplex_service.models.supervisor import EngineState
 from loraplex_service.ports.probes import LIVENESS, READINESS, STARTUP, Probes
+from tests.service.data_plane import next_of
+from tests.service.health_calls import watch_health
 from tests.service.scripted_engine import ThreadedEngines
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LIST_MODELS = "/loraplex.v1.ModelService/ListModels"
 
 
 async def answers(probes: Probes) -> dict[str, bool]:
     found = {}
     for name in (STARTUP, LIVENESS, READINESS):
-        response = await probes.servicer.Check(health_pb2.HealthCheckRequest(service=name), None)
+        request = health_pb2.HealthCheckRequest(service=name)
+        response = await probes.servicer.Check(request, None)  # type: ignore[arg-type]  # it never looks at the call
         found[name] = response.status == SERVING
     return found
 
@@ -69,15 +73,16 @@ async def test_the_port_says_health_and_nothing_else(byte_tokenizer_directory: P
     async with running(config, lambda _: ThreadedEngines().launch) as (app, addresses):
         assert addresses.health is not None
         async with grpc.aio.insecure_channel(addresses.health) as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=READINESS))
+            watch = watch_health(channel, READINESS)
             async with asyncio.timeout(10):
-                while (await watch.read()).status != SERVING:
+                while (await next_of(watch)).status != SERVING:
                     pass
+            list_models: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(LIST_MODELS)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.unary_unary("/loraplex.v1.ModelService/ListModels")(b"")
+                await list_models(b"")
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
             # As the server shuts down, its balancers are told before anything ends.
             await app.probes.drain()
             async with asyncio.timeout(10):
-                assert (await watch.read()).status == NOT_SERVING
+                assert (await next_of(watch)).status == NOT_SERVING
             watch.cancel()

@@ -70,7 +70,7 @@ async def answers_of(plane: DataPlane, tenant: str) -> AsyncIterator[str]:
     async with asyncio.timeout(20):
         while True:
             try:
-                await plane.generate(make_spec(**LARGE), metadata=[("loraplex-tenant", tenant)])
+                await plane.generate(make_spec(**LARGE), metadata=(("loraplex-tenant", tenant),))
                 yield "OK"
             except grpc.aio.AioRpcError as error:
                 yield f"{error.code().name}: {error.details()}"

@@ -11,7 +11,7 @@ from loraplex.v1.inference_pb2 import CancelGenerationRequest, GenerateRequest, 
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub
 from loraplex_service.ports.interceptors import CallLimits
 from loraplex_service.text import Tokenizer
-from tests.service.data_plane import DataPlane, data_plane, failure, make_spec
+from tests.service.data_plane import DataPlane, data_plane, failure, make_spec, next_of
 
 LONG = {"max_tokens": 100}
 
@@ -128,13 +128,13 @@ async def started(plane: DataPlane, **metadata: str) -> tuple[Any, str]:
     """A stream that has begun and stands still, and its id."""
     plane.engine.steps_allowed = 1
     request = StreamGenerateRequest(spec=make_spec(stopping=LONG))
-    call = plane.stub.StreamGenerate(request, metadata=list(metadata.items()))
-    first = await call.read()
+    call = plane.stub.StreamGenerate(request, metadata=tuple(metadata.items()))
+    first = await next_of(call)
     return call, first.started.request_id
 
 
 async def drain(call: Any) -> None:
-    while await call.read() is not grpc.aio.EOF:
+    async for _ in call:
         pass
 
 
@@ -177,7 +177,7 @@ async def test_a_caller_that_does_not_read_is_cut_and_its_blocks_are_free(byte_t
         plane.endless()
         request = StreamGenerateRequest(spec=make_spec("x" * 50, stopping={}, output={"top_logprobs": 20}))
         call = plane.stub.StreamGenerate(request)
-        await call.read()
+        await next_of(call)
         await plane.engine.until_idle()
         failed = await failure(drain(call))
         assert (failed.code, failed.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER")
@@ -190,7 +190,7 @@ async def test_a_caller_too_many_tokens_behind_is_cut(byte_tokenizer: Tokenizer)
         plane.engine.tokens_per_step = 16
         request = StreamGenerateRequest(spec=make_spec("x" * 50, stopping={}, output={"top_logprobs": 20}))
         call = plane.stub.StreamGenerate(request)
-        await call.read()
+        await next_of(call)
         await plane.engine.until_idle()
         failed = await failure(drain(call))
         assert (failed.code, failed.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER")

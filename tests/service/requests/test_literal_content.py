@@ -20,8 +20,8 @@ from loraplex_service.text.template_worker import render, render_literally
 from tests.service.text.test_chat_template import CONFIGS, CONVERSATIONS, SHARED, special_tokens
 
 DIRECTORIES = sorted(path for path in (SHARED / "tokenizers").glob("*") if path.is_dir())
-TEMPLATES = [
-    pytest.param(source, special_tokens(config), id=f"{path.name[:40]}-{place}")
+SOURCES = [
+    (f"{path.name[:40]}-{place}", source, special_tokens(config))
     for path in CONFIGS
     for config in [json.loads(path.read_text())]
     for place, source in enumerate(
@@ -30,6 +30,7 @@ TEMPLATES = [
         else [entry["template"] for entry in config.get("chat_template") or ()]
     )
 ]
+TEMPLATES = [pytest.param(source, tokens, id=name) for name, source, tokens in SOURCES]
 
 
 def variables_of(conversation: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -84,8 +85,11 @@ def test_a_real_template_gives_the_prompt_or_the_refusal_that_it_gives_otherwise
 
 @pytest.mark.skipif(not TEMPLATES, reason="there are no real templates here")
 def test_most_real_templates_give_a_prompt_that_can_be_compared() -> None:
-    pairs = [(template.values, conversation) for template in TEMPLATES for conversation in CONVERSATIONS.values()]
-    given = [rendered(source, variables_of(conversation, **tokens)) for (source, tokens), conversation in pairs]
+    given = [
+        rendered(source, variables_of(conversation, **tokens))
+        for _, source, tokens in SOURCES
+        for conversation in CONVERSATIONS.values()
+    ]
     assert sum(prompt is not None for prompt in given) == ACCEPTED
 
 

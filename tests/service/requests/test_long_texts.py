@@ -55,7 +55,7 @@ async def test_a_conversation_that_cannot_fit_is_refused_before_it_is_tokenised(
 
 def test_a_text_of_more_bytes_than_any_may_have_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="from 1 to 2097152 bytes"):
-        check_request(TokenizeRequest(model="demo", prompt={"text": "é" * (1 << 20) + "x"}))
+        check_request(TokenizeRequest(model="demo", prompt=Prompt(text="é" * (1 << 20) + "x")))
 
 
 async def test_a_long_text_that_is_cut_to_its_end_is_tokenised(plane: DataPlane) -> None:
@@ -155,7 +155,7 @@ async def test_long_chats_of_one_tenant_do_not_keep_out_anothers(
         async def say(tenant: str, text: str) -> None:
             chat = {"messages": [{"role": "user", "content": text}]}
             spec = make_spec(prompt={"chat": chat, "truncate_to_tokens": 3})
-            await plane.generate(spec, metadata=[("loraplex-tenant", tenant)])
+            await plane.generate(spec, metadata=(("loraplex-tenant", tenant),))
 
         loud = [asyncio.ensure_future(say("loud", "x" * 200_000)) for _ in range(16)]
         await asyncio.wait(loud, return_when=asyncio.FIRST_COMPLETED)

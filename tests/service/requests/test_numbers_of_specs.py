@@ -3,6 +3,7 @@ drawn that the logits allow."""
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -39,7 +40,7 @@ PATHS = list(floats_of(GenerateSpec.DESCRIPTOR))
 
 def with_number(path: tuple[str, ...], value: float) -> GenerateSpec:
     spec = make_spec()
-    message = spec
+    message: Any = spec
     *parents, name = path
     for parent in parents:
         message = getattr(message, parent)

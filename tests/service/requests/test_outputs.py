@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from loraplex.v1.generation_pb2 import GenerateSpec, Stopping
+from loraplex.v1.generation_pb2 import GenerateSpec, OutputOptions, Stopping
 from loraplex.v1.inference_pb2 import FINISH_REASON_MAX_TOKENS, FINISH_REASON_STOP, Delta
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
@@ -36,7 +36,7 @@ def shown(
     tokenizer: Tokenizer, token_ids: list[int], steps: list[int], stopping: Stopping
 ) -> tuple[OutputBuilder, Delta]:
     """The builder at the end, and all of its deltas as one."""
-    spec = GenerateSpec(stopping=stopping, output={"token_ids": True, "logprobs": True})
+    spec = GenerateSpec(stopping=stopping, output=OutputOptions(token_ids=True, logprobs=True))
     builder, whole = OutputBuilder(0, OutputForm.of(spec, True, stopping.max_tokens), tokenizer, [0]), Delta()
     for start, end in zip([0, *steps], [*steps, len(token_ids)], strict=True):
         part, reason = token_ids[start:end], FinishReason.MAX_TOKENS if end == len(token_ids) else None

@@ -12,7 +12,7 @@ from tokenizers import processors
 
 from loraplex.v1.generation_pb2 import Sampling
 from loraplex.v1.inference_pb2 import FINISH_REASON_CONTEXT_LIMIT, FINISH_REASON_MAX_TOKENS
-from loraplex.v1.prompt_pb2 import Prompt
+from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, TokenIds
 from loraplex.v1.tokenizer_pb2 import TokenizeRequest, TokenizeResponse
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.control.tokenizer import _tokenized
@@ -57,8 +57,8 @@ async def tokenized(plane: DataPlane, prompt: Prompt) -> TokenizeResponse:
     return _tokenized(TokenizeRequest(prompt=prompt, include_offsets=True), model, text)
 
 
-def chat(*contents: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": content} for content in contents]}
+def chat(*contents: str) -> Chat:
+    return Chat(messages=[ChatMessage(role="user", content=content) for content in contents])
 
 
 # ---- what is cut -----------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ async def test_truncation_keeps_what_stands_in_front_of_a_text(
 
 
 async def test_truncation_of_token_ids_keeps_the_last(plane: DataPlane) -> None:
-    await plane.generate(make_spec(prompt=Prompt(token_ids={"ids": [BOS, 1, 2, 3]}, truncate_to_tokens=2)))
+    await plane.generate(make_spec(prompt=Prompt(token_ids=TokenIds(ids=[BOS, 1, 2, 3]), truncate_to_tokens=2)))
     assert plane.engine.requests[0].prompt_token_ids == [2, 3]
 
 
@@ -151,5 +151,5 @@ async def test_the_configuration_says_what_chats_do_not(plane: DataPlane) -> Non
 
 
 async def test_literal_token_ids_make_no_sense(plane: DataPlane) -> None:
-    prompt = Prompt(token_ids={"ids": [1]}, literal_content=True)
+    prompt = Prompt(token_ids=TokenIds(ids=[1]), literal_content=True)
     assert (await failure(plane.generate(make_spec(prompt=prompt)))).fields == ["spec.prompt.literal_content"]

@@ -13,7 +13,7 @@ from loraplex.v1.inference_pb2 import (
     GenerateResponse,
     StreamGenerateRequest,
 )
-from tests.service.data_plane import DataPlane, failure, make_spec
+from tests.service.data_plane import DataPlane, failure, make_spec, next_of
 
 
 async def id_of(call: Any) -> str:
@@ -67,7 +67,7 @@ async def test_a_unary_call_knows_its_id_before_the_first_token(plane: DataPlane
     call = waiting(plane)
     request_id = await id_of(call)
     plane.engine.allow_steps(10)
-    assert (await call.read()).request_id == request_id
+    assert (await next_of(call)).request_id == request_id
 
 
 async def test_a_stream_knows_its_id_before_the_first_token(plane: DataPlane) -> None:
@@ -75,7 +75,7 @@ async def test_a_stream_knows_its_id_before_the_first_token(plane: DataPlane) ->
     call = plane.stub.StreamGenerate(StreamGenerateRequest(spec=make_spec()))
     request_id = await id_of(call)
     plane.engine.allow_steps(10)
-    assert (await call.read()).started.request_id == request_id
+    assert (await next_of(call)).started.request_id == request_id
     call.cancel()
 
 
@@ -85,7 +85,7 @@ async def test_a_request_that_waits_for_its_adapter_knows_its_id_and_its_version
     headers = dict(await call.initial_metadata())
     assert headers["loraplex-adapter-version"] == version
     plane.engine.allow_loads()
-    assert (await call.read()).request_id == headers["loraplex-request-id"]
+    assert (await next_of(call)).request_id == headers["loraplex-request-id"]
 
 
 async def test_no_version_is_named_where_the_base_model_answers_alone(plane: DataPlane) -> None:
@@ -93,7 +93,7 @@ async def test_no_version_is_named_where_the_base_model_answers_alone(plane: Dat
     policy = {"on_cold": "ON_COLD_USE_BASE"}
     call = generate(plane, model="pirate", adapter_policy=policy)
     assert "loraplex-adapter-version" not in dict(await call.initial_metadata())
-    assert (await call.read()).target.fell_back_to_base
+    assert (await next_of(call)).target.fell_back_to_base
 
 
 @pytest.mark.parametrize(
@@ -111,16 +111,16 @@ async def test_what_is_refused_sends_no_initial_metadata_so_that_it_may_be_retri
 ) -> None:
     cold_adapter(plane)
     call = generate(plane, **fields)
-    await failure(call.read())
+    await failure(next_of(call))
     assert not dict(await call.initial_metadata())
 
 
 async def test_the_first_message_of_a_batch_has_the_ids_of_all_items(plane: DataPlane) -> None:
     plane.engine.steps_allowed = 0
     call = plane.stub.BatchGenerate(BatchGenerateRequest(specs=[make_spec()] * 3, max_concurrency=1))
-    started = (await call.read()).started
+    started = (await next_of(call)).started
     plane.engine.allow_steps(100)
-    items = [await call.read() for _ in range(3)]
+    items = [await next_of(call) for _ in range(3)]
     assert {item.index: item.response.request_id for item in items} == dict(enumerate(started.request_ids))
 
 
@@ -132,7 +132,7 @@ async def test_a_unary_request_that_waits_is_cancelled_by_its_id(plane: DataPlan
     request_id = await id_of(call)
     await plane.engine.until(lambda: bool(plane.engine.sequences))
     assert await cancel(plane, request_id, request_id, "unknown") == [request_id]
-    failed = await failure(call.read())
+    failed = await failure(next_of(call))
     assert (failed.code, failed.reason) == (grpc.StatusCode.CANCELLED, "CANCELLED")
     await plane.engine.until_idle()
 
@@ -142,7 +142,7 @@ async def test_a_request_that_waits_for_its_adapter_is_cancelled_by_its_id(plane
     call = generate(plane, model="pirate")
     request_id = await id_of(call)
     assert await cancel(plane, request_id) == [request_id]
-    assert (await failure(call.read())).reason == "CANCELLED"
+    assert (await failure(next_of(call))).reason == "CANCELLED"
     plane.engine.allow_loads()
     assert not plane.engine.requests
 
@@ -150,31 +150,31 @@ async def test_a_request_that_waits_for_its_adapter_is_cancelled_by_its_id(plane
 async def test_an_item_of_a_batch_that_waits_for_its_turn_is_cancelled_by_its_id(plane: DataPlane) -> None:
     plane.engine.steps_allowed = 0
     call = plane.stub.BatchGenerate(BatchGenerateRequest(specs=[make_spec()] * 2, max_concurrency=1))
-    started = (await call.read()).started
+    started = (await next_of(call)).started
     assert await cancel(plane, started.request_ids[1]) == [started.request_ids[1]]
-    cancelled = await call.read()
+    cancelled = await next_of(call)
     assert cancelled.index == 1
     assert cancelled.error.code == grpc.StatusCode.CANCELLED.value[0]
     plane.engine.allow_steps(100)
-    assert (await call.read()).response.request_id == started.request_ids[0]
+    assert (await next_of(call)).response.request_id == started.request_ids[0]
 
 
 async def test_an_item_of_a_batch_that_runs_is_cancelled_alone(plane: DataPlane) -> None:
     plane.engine.steps_allowed = 0
     call = plane.stub.BatchGenerate(BatchGenerateRequest(specs=[make_spec()] * 2))
-    started = (await call.read()).started
+    started = (await next_of(call)).started
     await plane.engine.until(lambda: len(plane.engine.sequences) == 2)
     await cancel(plane, started.request_ids[0])
-    assert (await call.read()).error.code == grpc.StatusCode.CANCELLED.value[0]
+    assert (await next_of(call)).error.code == grpc.StatusCode.CANCELLED.value[0]
     plane.engine.allow_steps(100)
-    assert (await call.read()).index == 1
+    assert (await next_of(call)).index == 1
 
 
 async def test_an_item_that_is_not_the_callers_tenants_is_left_alone(plane: DataPlane) -> None:
     plane.engine.steps_allowed = 0
     metadata = (("loraplex-tenant", "acme"),)
     call = plane.stub.BatchGenerate(BatchGenerateRequest(specs=[make_spec()]), metadata=metadata)
-    started = (await call.read()).started
+    started = (await next_of(call)).started
     assert await cancel(plane, *started.request_ids) == []
     call.cancel()
 
@@ -183,9 +183,9 @@ async def test_every_request_of_the_callers_own_id_is_cancelled_and_no_other(pla
     calls = [waiting(plane, client_request_id=name) for name in ("mine", "mine", "other")]
     ids = [await id_of(call) for call in calls]
     assert sorted(await cancel_own(plane, "mine")) == sorted(ids[:2])
-    assert [(await failure(call.read())).reason for call in calls[:2]] == ["CANCELLED", "CANCELLED"]
+    assert [(await failure(next_of(call))).reason for call in calls[:2]] == ["CANCELLED", "CANCELLED"]
     plane.engine.allow_steps(100)
-    assert (await calls[2].read()).client_request_id == "other"
+    assert (await next_of(calls[2])).client_request_id == "other"
 
 
 async def test_the_empty_id_is_nobodys(plane: DataPlane) -> None:
@@ -193,7 +193,7 @@ async def test_the_empty_id_is_nobodys(plane: DataPlane) -> None:
     await id_of(call)
     assert await cancel_own(plane, "") == []
     plane.engine.allow_steps(100)
-    assert await call.read()
+    assert await next_of(call)
 
 
 # ---- what the caller gave comes back ---------------------------------------------------------------------------------

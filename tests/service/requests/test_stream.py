@@ -356,7 +356,7 @@ async def test_everything_of_the_spec_reaches_the_engine(plane: DataPlane) -> No
 
 async def test_tenants_never_share_a_cache_salt(plane: DataPlane) -> None:
     for tenant in ("a", "b"):
-        await plane.generate(make_spec(cache={"salt": "s"}), metadata=[("loraplex-tenant", tenant)])
+        await plane.generate(make_spec(cache={"salt": "s"}), metadata=(("loraplex-tenant", tenant),))
     first, second = (request.cache_salt for request in plane.engine.requests)
     assert first != second
 

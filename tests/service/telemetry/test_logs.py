@@ -62,7 +62,7 @@ async def test_a_generation_and_its_call_have_a_line_each(control: ControlPlane,
     source = str(write_adapter(control.roots / "pirate"))
     adapter = await control.admin.create_adapter("pirate", base_model="tiny", source=source, tenant="default")
     lines.clear()
-    metadata = [("traceparent", f"00-{TRACE}-b7ad6b7169203331-01")]
+    metadata = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
     response = await control.client.generate("pirate", "abc", max_tokens=5, metadata=metadata)
     generation, call = await accesses(lines, 2)
     for line in (generation, call):

@@ -118,10 +118,12 @@ async def test_the_series_of_an_adapter_end_with_its_last_version(control: Contr
     assert (tenant.requests_total, tenant.completion_tokens_total) == (2, 10)
 
 
-async def test_requests_without_finite_logits_are_counted_by_model(control: ControlPlane) -> None:
+async def test_requests_without_finite_logits_are_counted_by_model(
+    control: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     core = control.core()
     stats = core.stats
-    core.stats = lambda: msgspec.structs.replace(stats(), num_not_finite=3)
+    monkeypatch.setattr(core, "stats", lambda: msgspec.structs.replace(stats(), num_not_finite=3))
     await control.client.generate("tiny", "abc", max_tokens=5)
     assert (await scrape(control)).value("loraplex_not_finite_requests_total", model="tiny") == 3
 

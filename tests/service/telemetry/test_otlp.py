@@ -70,7 +70,7 @@ def values(attributes: Any) -> dict[str, Any]:
         kind = item.value.WhichOneof("value")
         if kind == "array_value":
             return [one.string_value for one in item.value.array_value.values]
-        return getattr(item.value, kind)
+        return None if kind is None else getattr(item.value, kind)
 
     return {item.key: value(item) for item in attributes}
 
@@ -101,7 +101,7 @@ def setting(byte_tokenizer_directory: Path, tmp_path: Path) -> Any:
 
 
 async def stream(control: ControlPlane, model: str, traceparent: str = TRACEPARENT) -> None:
-    call = control.client.stream_generate(model, "abc", max_tokens=5, metadata=[("traceparent", traceparent)])
+    call = control.client.stream_generate(model, "abc", max_tokens=5, metadata={"traceparent": traceparent})
     await call.collect()
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ TOOL = {
 CALL = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich", "days": 2}}}
 CALL_AS_TEXT = {**CALL, "function": {"name": "get_weather", "arguments": '{"city": "Zürich"}'}}
 USER = {"role": "user", "content": "Hi <b>there</b> & co\n"}
-CONVERSATIONS = {
+CONVERSATIONS: dict[str, dict[str, Any]] = {
     "one turn": {"messages": [USER]},
     "generation prompt": {"messages": [USER], "add_generation_prompt": True},
     "system": {"messages": [{"role": "system", "content": " Be brief. "}, USER], "add_generation_prompt": True},
@@ -360,7 +361,7 @@ def environment_of(pid):
 
 async def test_worker_that_was_killed_is_replaced(renderer):
     await render(renderer, "start")
-    os.kill(renderer._workers[0].process.pid, signal.SIGKILL)
+    os.kill(worker_pid(renderer), signal.SIGKILL)
     assert await render(renderer, "fine") == "fine"
 
 
@@ -390,10 +391,16 @@ async def test_closing_ends_what_is_under_way_and_what_waits():
     assert [type(end) for end in ends] == [RendererError] * 2
 
 
+def worker_pid(renderer: TemplateRenderer) -> int:
+    process = renderer._workers[0].process
+    assert process is not None
+    return process.pid
+
+
 async def test_closed_renderer_leaves_no_process():
     async with TemplateRenderer() as renderer:
         await render(renderer, "x")
-        pid = renderer._workers[0].process.pid
+        pid = worker_pid(renderer)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -401,7 +408,7 @@ async def test_closed_renderer_leaves_no_process():
 async def test_worker_that_is_stopped_blames_neither_template_nor_caller():
     async with TemplateRenderer(TemplateLimits(stalled_seconds=0.3)) as renderer:
         await render(renderer, "start")
-        os.kill(renderer._workers[0].process.pid, signal.SIGSTOP)
+        os.kill(worker_pid(renderer), signal.SIGSTOP)
         with pytest.raises(RendererError, match=r"did not answer for 0\.3 s"):
             await render(renderer, "fine")
         assert await render(renderer, "fine") == "fine"

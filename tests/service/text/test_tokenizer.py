@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -197,7 +198,7 @@ def test_eos_ids_of_config_count_where_generation_config_has_none(tmp_path):
 
 
 def test_truncation_and_padding_left_by_training_are_ignored(tmp_path):
-    limits = {
+    limits: dict[str, Any] = {
         "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
         "padding": {
             "strategy": {"Fixed": 5},
@@ -222,7 +223,7 @@ def test_tokens_that_only_the_configuration_lists_are_added_under_their_ids(tmp_
 
 def test_older_files_count_only_where_the_configuration_lists_no_added_tokens(tmp_path):
     older = {"special_tokens_map": {"eos_token": "b"}, "tokenizer": word_level("?", "a", "b")}
-    config = {"eos_token": "a"}
+    config: dict[str, object] = {"eos_token": "a"}
     assert Tokenizer.load(write(tmp_path / "old", **older, tokenizer_config=config)).eos_token_ids == (2,)
     config["added_tokens_decoder"] = {}
     assert Tokenizer.load(write(tmp_path / "new", **older, tokenizer_config=config)).eos_token_ids == (1,)
