@@ -24,7 +24,7 @@ from loraplex_service.text import (
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SHARED = REPOSITORY / ".." / "shared" / "data"
-WORKER = REPOSITORY / "service" / "text" / "template_worker.py"
+WORKER = REPOSITORY / "service/loraplex_service/text/template_worker.py"
 CONFIGS = [*sorted(SHARED.glob("tokenizer-configs/*.json")), *sorted(SHARED.glob("tokenizers/*/tokenizer_config.json"))]
 
 TOOL = {
