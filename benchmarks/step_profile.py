@@ -130,7 +130,7 @@ class ProfiledDriver(Driver):
 
     def _detokenizer(self, request_id: int) -> IncrementalDetokenizer:
         if request_id not in self._detokenizers:
-            self._detokenizers[request_id] = IncrementalDetokenizer(self._tokenizer, (), True)
+            self._detokenizers[request_id] = IncrementalDetokenizer(self._tokenizer.pieces(skip_special_tokens=True))
         return self._detokenizers[request_id]
 
 

@@ -28,7 +28,7 @@ from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.admission.admission import Admission, AdmissionLimits
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.auth.door import Door
-from loraplex_service.config import LimitsConfig, ModelConfig, ServiceConfig
+from loraplex_service.config import LimitsConfig, ServiceConfig
 from loraplex_service.control.adapters import AdapterServicer
 from loraplex_service.control.models import ModelServicer
 from loraplex_service.control.quota import AdapterQuota
@@ -37,6 +37,7 @@ from loraplex_service.control.server import ServerServicer
 from loraplex_service.control.tokenizer import TokenizerServicer
 from loraplex_service.errors import Unavailable
 from loraplex_service.latest import Latest
+from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.host import HostedModel, ModelHost, revision_of
 from loraplex_service.models.supervisor import EngineState, EngineSupervisor, Launch, launcher
 from loraplex_service.names.catalog import Catalog
@@ -63,7 +64,7 @@ READS = {
     "loraplex.v1.ServerService": ("GetServerInfo",),
 }
 
-LaunchFor = Callable[[ModelConfig], Launch]  # how the engine of a model is started
+LaunchFor = Callable[[HostedModelConfig], Launch]  # how the engine of a model is started
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def assemble(
     Raises OSError for an adapter root that does not exist, or a state that cannot be used.
     """
 
-    def supervise(model: ModelConfig, changed: Callable[[], None]) -> EngineSupervisor:
+    def supervise(model: HostedModelConfig, changed: Callable[[], None]) -> EngineSupervisor:
         return EngineSupervisor(
             model.name,
             launch_for(model),

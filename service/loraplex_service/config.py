@@ -10,20 +10,21 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import msgspec
 import yaml
 
-from loraplex.v1.generation_pb2 import Sampling
 from loraplex_adapters.grammar import ID_RULE, is_id
-from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.logs import LOG_FORMATS
+from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.admission.tenants import TenantConfig
 from loraplex_service.auth.config import AuthConfig, CertificateConfig, JwtConfig
 from loraplex_service.config_checks import Shape, number_problems
+from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
 from loraplex_service.models.device_shares import share_problems, with_shares
-from loraplex_service.models.generation_defaults import sampling_of_file
+from loraplex_service.ports.config import TlsConfig
+from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 
 ENVIRONMENT_PREFIX = "LORAPLEX_"
 STATE_DIRECTORY = ".loraplex"
@@ -36,60 +37,6 @@ class ConfigError(ValueError):
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the parts of the file: a key that does not exist is an error."""
-
-
-class ModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One base model: its name in the API, the settings of its engine, and the defaults of its requests."""
-
-    name: str  # "llama-8b": requests name it so, or models/llama-8b
-    load: bool = True  # at start; else by LoadModel
-    # Fields of loraplex.v1.Sampling, for requests that leave them out; "none": not even the model's own files give any.
-    default_sampling: dict[str, Any] | Literal["none"] | None = None
-    chat_template: str | None = None  # a Jinja file that replaces the model's own
-    literal_content: bool = False  # text of chats never becomes control tokens, unless a request asks for it
-    labels: dict[str, str] = {}
-
-    @property
-    def is_local(self) -> bool:
-        """Whether `model` is a directory (an absolute path, once the file is read) rather than a hub id."""
-        return self.model.startswith("/")
-
-    def engine(self) -> EngineConfig:
-        """The configuration for the engine process."""
-        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})
-
-    def sampling(self) -> Sampling:
-        """`default_sampling` as a message of the contract. Raises ValueError naming the field at fault."""
-        if self.default_sampling is None or self.default_sampling == "none":
-            return Sampling()
-        return sampling_of_file(self.default_sampling, "default_sampling")
-
-
-class AdapterConfig(_Section, frozen=True):
-    """One adapter that is registered at start."""
-
-    name: str  # "pirate" of the tenant shared, or "{tenant}/{adapter}"
-    model: str  # the name of the model that it adapts
-    source: str  # the adapter's directory, under one of the adapter roots
-    residency: Literal["host", "device"] = "host"  # the tier that it is loaded into ahead of its requests
-    pinned: bool = False  # keep it on the device
-    labels: dict[str, str] = {}
-
-    @property
-    def tenant(self) -> str:
-        return self.name.rpartition("/")[0] or "shared"
-
-    @property
-    def adapter_id(self) -> str:
-        return self.name.rpartition("/")[2]
-
-
-class TlsConfig(_Section, frozen=True):
-    """Files in PEM. With `client_ca`, callers must show a certificate that it signed."""
-
-    certificate: str
-    key: str
-    client_ca: str | None = None
 
 
 class LimitsConfig(_Section, frozen=True):
@@ -115,40 +62,10 @@ class LimitsConfig(_Section, frozen=True):
     upload_bytes: int = 2 << 30  # all files of one uploaded or fetched adapter
 
 
-class SupervisionConfig(_Section, frozen=True):
-    """When an engine counts as stuck, and how often it is started again."""
-
-    heartbeat_seconds: float = 2.0  # between two pings of an engine
-    heartbeat_timeout_seconds: float = 60.0  # must be longer than the longest step: engines answer between steps
-    restart_delay_seconds: float = 0.5  # before the first restart; doubles with each failed one
-    restart_delay_max_seconds: float = 30.0
-    stable_seconds: float = 60.0  # an engine that ran so long starts again with the first delay
-    failed_starts: int = 5  # failed loads in a row after which the model is FAILED
-    stop_seconds: float = 10.0  # for an engine to end before it is killed
-    resume_seconds: float = 60.0  # for which a running request waits for the next engine after one died
-
-
-class UsageConfig(_Section, frozen=True):
-    """One record for each generation, for billing."""
-
-    file: str  # records are appended to it, one JSON object a line
-    rotate_bytes: int = 64 << 20  # beyond it the file is renamed with a time stamp, and a new one begins
-    max_waiting_records: int = 10_000  # kept while the file cannot be written; beyond it requests are refused
-
-
-class OtlpConfig(_Section, frozen=True):
-    """The collector of traces and metrics, reached by OTLP over gRPC."""
-
-    endpoint: str  # http://host:4317, or https:
-    headers: dict[str, str] = {}  # headers, such as the collector's credentials
-    trace_ratio: float = 1.0  # share of calls to trace, where the caller has not decided
-    metrics_seconds: float = 15.0  # between two exports
-
-
 class ServiceConfig(_Section, frozen=True):
     """The whole file."""
 
-    models: tuple[ModelConfig, ...]
+    models: tuple[HostedModelConfig, ...]
     adapters: tuple[AdapterConfig, ...] = ()
     adapter_roots: tuple[str, ...] = ()  # adapters are read only from below these directories
     adapter_sources: tuple[str, ...] = ()  # and fetched only from these prefixes: "s3://bucket/prefix/", "hf://owner/"
@@ -184,7 +101,7 @@ class ServiceConfig(_Section, frozen=True):
 
 SECTIONS = (
     ServiceConfig,
-    ModelConfig,
+    HostedModelConfig,
     AdapterConfig,
     TlsConfig,
     AuthConfig,
@@ -280,7 +197,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
     def absolute(path: str) -> str:
         return str(base / Path(path).expanduser())
 
-    def model(item: ModelConfig) -> ModelConfig:
+    def model(item: HostedModelConfig) -> HostedModelConfig:
         is_path = item.model.startswith((".", "/", "~")) or (base / item.model).is_dir()  # else an id of a hub
         return msgspec.structs.replace(
             item,
@@ -307,7 +224,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         config,
         models=tuple(model(item) for item in config.models),
         adapters=tuple(
-            item if _is_remote(item) else msgspec.structs.replace(item, source=adapter_source(item.source))
+            item if item.is_remote else msgspec.structs.replace(item, source=adapter_source(item.source))
             for item in config.adapters
         ),
         tenants={name: tenant(item) for name, item in config.tenants.items()},
@@ -318,10 +235,6 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         usage=usage,
         auth=None if config.auth is None else config.auth.with_paths(absolute),
     )
-
-
-def _is_remote(adapter: AdapterConfig) -> bool:
-    return "://" in adapter.source
 
 
 def _state_directory(config: ServiceConfig, base: Path) -> str:
@@ -336,7 +249,7 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     yield from _repeated("models", [model.name for model in config.models])
     yield from _repeated("adapters", [f"{adapter.tenant}/{adapter.adapter_id}" for adapter in config.adapters])
     for index, model in enumerate(config.models):
-        yield from (f"models[{index}] {model.name!r}: {problem}" for problem in _model_problems(model))
+        yield from (f"models[{index}] {model.name!r}: {problem}" for problem in model.problems())
     yield from share_problems(config.models)
     names = {model.name for model in config.models}
     for index, adapter in enumerate(config.adapters):
@@ -345,7 +258,7 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
             yield f"{place}: the name must be an id, or two with a slash between, each {ID_RULE}"
         if adapter.model not in names:
             yield f"{place}: model {adapter.model!r} is none of those configured: {', '.join(sorted(names))}"
-        if not config.adapter_roots and not _is_remote(adapter):
+        if not config.adapter_roots and not adapter.is_remote:
             yield f"{place}: adapter_roots is empty, so no adapter may be read; list the directory that it lies in"
     for root in config.adapter_roots:
         if not Path(root).is_dir():
@@ -364,28 +277,16 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
         yield f"log_level {config.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR"
     if config.log_format not in LOG_FORMATS:
         yield f"log_format {config.log_format!r} is not one of {', '.join(LOG_FORMATS)}"
-    yield from _telemetry_problems(config)
+    if config.usage is not None:
+        yield from (f"usage: {problem}" for problem in config.usage.problems())
+    if config.otlp is not None:
+        yield from (f"otlp: {problem}" for problem in config.otlp.problems())
     for name in _COUNTS_OF_GRPC:
         if not 1 <= getattr(config.limits, name) <= _MOST_OF_GRPC:
             yield f"limits: {name} {getattr(config.limits, name)} must be from 1 to {_MOST_OF_GRPC}"
     if config.limits.template_workers < 1:
         yield f"limits: template_workers {config.limits.template_workers} must be at least 1"
     yield from number_problems(config)
-
-
-def _telemetry_problems(config: ServiceConfig) -> Iterator[str]:
-    if config.usage is not None:
-        if not Path(config.usage.file).parent.is_dir():
-            yield f"usage: there is no directory {Path(config.usage.file).parent}"
-        if config.usage.rotate_bytes < 1:
-            yield f"usage: rotate_bytes {config.usage.rotate_bytes} must be at least 1"
-        if config.usage.max_waiting_records < 1:
-            yield f"usage: max_waiting_records {config.usage.max_waiting_records} must be at least 1"
-    if config.otlp is not None:
-        if not config.otlp.endpoint.startswith(("http://", "https://")):
-            yield f"otlp: endpoint {config.otlp.endpoint!r}: http://host:4317 is expected, or https:"
-        if config.otlp.trace_ratio > 1.0:
-            yield f"otlp: trace_ratio {config.otlp.trace_ratio} must be from 0 to 1"
 
 
 _COUNTS_OF_GRPC = (
@@ -402,20 +303,6 @@ _MOST_OF_GRPC = 1 << 30  # its options are of 32 bits
 def _repeated(key: str, names: list[str]) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"{key}: {name!r} appears {names.count(name)} times; names must differ"
-
-
-def _model_problems(model: ModelConfig) -> Iterator[str]:
-    if not is_id(model.name):
-        yield f"the name must be {ID_RULE}"
-    if model.model.startswith("/") and not Path(model.model).is_dir():
-        yield f"model: there is no directory {model.model}"
-    if model.chat_template is not None and not Path(model.chat_template).is_file():
-        yield f"chat_template: there is no file {model.chat_template}"
-    for check in (model.check, model.sampling):
-        try:
-            check()
-        except ValueError as error:
-            yield str(error)
 
 
 def _listener_problems(config: ServiceConfig) -> Iterator[str]:

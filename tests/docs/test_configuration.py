@@ -8,22 +8,15 @@ import pytest
 
 from loraplex_service.admission.tenants import TenantConfig
 from loraplex_service.auth.config import AuthConfig
-from loraplex_service.config import (
-    ENVIRONMENT_PREFIX,
-    SECTIONS,
-    LimitsConfig,
-    ModelConfig,
-    OtlpConfig,
-    ServiceConfig,
-    SupervisionConfig,
-    UsageConfig,
-)
+from loraplex_service.config import ENVIRONMENT_PREFIX, SECTIONS, LimitsConfig, ServiceConfig
+from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
+from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 from tests.docs.pages import ROOT, section, table_rows
 
 PAGE = ROOT / "docs" / "configuration.md"
 TABLES = {
     "## Top level": ServiceConfig,
-    "## `models`": ModelConfig,
+    "## `models`": HostedModelConfig,
     "## `auth`": AuthConfig,
     "## `tenants`": TenantConfig,
     "## `limits`": LimitsConfig,

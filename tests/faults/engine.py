@@ -19,7 +19,7 @@ from loraplex_engine.link.bus import EngineBus
 from loraplex_engine.link.messages import AddRequest, FromEngine, StepOutput, ToEngine
 from loraplex_engine.process import Core, Progress
 from loraplex_service.app import LaunchFor
-from loraplex_service.config import ModelConfig
+from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.supervisor import EngineProcess, Launch
 
 FAULTS = ("raise", "out of memory", "device error", "stuck")
@@ -30,7 +30,7 @@ LOSSES = ("request lost", "output lost", "last output lost")
 def engines_with(fuse: Path) -> LaunchFor:
     """For `loraplex_service.app.running`."""
 
-    def launch_for(model: ModelConfig) -> Launch:
+    def launch_for(model: HostedModelConfig) -> Launch:
         command = (sys.executable, "-m", "tests.faults.engine", str(fuse), "--name", model.name, "--bus")
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 

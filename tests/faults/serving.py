@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.messages import EngineStats
+from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.app import Addresses, Application, LaunchFor, running
-from loraplex_service.config import AdapterConfig, ModelConfig, ServiceConfig, SupervisionConfig
+from loraplex_service.config import ServiceConfig
+from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
 from tests.e2e.conftest import DEMO, END_SECONDS, MODELS
 
 MODEL = "storyteller"
@@ -55,7 +57,7 @@ class Serving:
 async def serving(launch_for: LaunchFor | None = None, **engine: int) -> AsyncIterator[Serving]:
     """`launch_for`: as for `loraplex_service.app.running`; `engine`: fields of its EngineConfig."""
     fields = {"dtype": "float32", "threads": 1, "kv_cache_bytes": 64 << 20} | engine
-    model = ModelConfig(name=MODEL, model=str(DEMO / "models" / MODEL), **fields)  # type: ignore[arg-type]
+    model = HostedModelConfig(name=MODEL, model=str(DEMO / "models" / MODEL), **fields)  # type: ignore[arg-type]
     adapters = [AdapterConfig(name, MODEL, str(DEMO / "adapters" / name)) for name in MODELS[MODEL]]
     supervision = SupervisionConfig(
         heartbeat_seconds=0.1,

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from loraplex_service.app import engine_processes
-from loraplex_service.config import ConfigError, ModelConfig, ServiceConfig, load_config
+from loraplex_service.config import ConfigError, ServiceConfig, load_config
+from loraplex_service.models.config import HostedModelConfig
 from tests.faults.engine import FAULTS, LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ async def test_the_service_starts_the_engine_itself_whatever_it_is_told(monkeypa
         raise OSError("enough")
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
-    model = ModelConfig(name="tests.faults.engine", model="tests/faults/engine.py")
+    model = HostedModelConfig(name="tests.faults.engine", model="tests/faults/engine.py")
     with pytest.raises(OSError, match="enough"):
         await engine_processes(ServiceConfig(models=(model,)))(model)("ipc:///nowhere")
     [(*command, environment)] = started

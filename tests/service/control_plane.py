@@ -11,9 +11,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from loraplex import AsyncAdminClient, AsyncClient
+from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.admission.tenants import TenantConfig
 from loraplex_service.app import Addresses, Application, running
-from loraplex_service.config import AdapterConfig, ModelConfig, ServiceConfig, SupervisionConfig
+from loraplex_service.config import ServiceConfig
+from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
 from tests.service.scripted_engine import ScriptedCore, ThreadedEngines
 
 Engines = dict[str, ThreadedEngines]
@@ -66,7 +68,7 @@ async def control_plane(
     """Two models, "tiny" which is loaded and "other" which is not. `settings`: more of the configuration."""
     config = ServiceConfig(
         models=tuple(
-            ModelConfig(
+            HostedModelConfig(
                 name=name,
                 model=str(model_directory),
                 labels={"team": "a"},

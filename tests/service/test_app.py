@@ -14,8 +14,10 @@ import pytest
 
 from loraplex import AsyncClient, Unavailable
 from loraplex_service.app import running
-from loraplex_service.config import ModelConfig, ServiceConfig, TlsConfig
+from loraplex_service.config import ServiceConfig
+from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.supervisor import EngineProcess
+from loraplex_service.ports.config import TlsConfig
 from tests.service.control_plane import ControlPlane, control_plane
 from tests.service.scripted_engine import ThreadedEngines
 
@@ -45,7 +47,7 @@ async def test_a_chat_template_of_the_configuration_replaces_the_models_own(
 ) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages[0].content }}{{ eos_token }}")
-    model = ModelConfig(name="tiny", model=str(byte_tokenizer_directory), chat_template=str(template))
+    model = HostedModelConfig(name="tiny", model=str(byte_tokenizer_directory), chat_template=str(template))
     async with running(ServiceConfig(models=(model,)).with_free_ports(), lambda _: ThreadedEngines().launch) as (
         app,
         addresses,
@@ -60,7 +62,7 @@ async def test_a_chat_template_of_the_configuration_replaces_the_models_own(
 async def test_a_request_while_the_model_loads_is_told_to_come_again(
     byte_tokenizer_directory: Path, tmp_path: Path
 ) -> None:
-    model = ModelConfig(name="tiny", model=str(byte_tokenizer_directory))
+    model = HostedModelConfig(name="tiny", model=str(byte_tokenizer_directory))
     ready = asyncio.Event()
     engines = ThreadedEngines()
 
@@ -134,7 +136,7 @@ async def test_with_a_client_ca_callers_must_show_a_certificate(
 @asynccontextmanager
 async def listening(model_directory: Path, tls: TlsConfig) -> AsyncIterator[str]:
     """The data address of a service with TLS."""
-    config = ServiceConfig(models=(ModelConfig(name="tiny", model=str(model_directory)),), tls=tls)
+    config = ServiceConfig(models=(HostedModelConfig(name="tiny", model=str(model_directory)),), tls=tls)
     async with running(config.with_free_ports(), lambda _: ThreadedEngines().launch) as (app, addresses):
         await app.host.get("tiny").wait_settled()
         yield addresses.data

@@ -270,7 +270,7 @@ def floats() -> list[tuple[str, str]]:
     """Every float that the file can have, and how it is written down, with {} for its value."""
     section_texts = {
         "ServiceConfig": MODEL + "{}",
-        "ModelConfig": MODEL + "    {}",
+        "HostedModelConfig": MODEL + "    {}",
         "TenantConfig": MODEL + "tenants: {{acme: {{{}}}}}",
         "LimitsConfig": MODEL + "limits: {{{}}}",
         "SupervisionConfig": MODEL + "supervision: {{{}}}",

@@ -13,8 +13,8 @@ from grpc import StatusCode
 from loraplex import AsyncAdminClient, FailedPrecondition, Unavailable
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.routes_pb2 import Route, RouteTarget
+from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.admission.tenants import TenantConfig
-from loraplex_service.config import AdapterConfig
 from loraplex_service.state import FILE_NAME
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 

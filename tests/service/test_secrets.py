@@ -16,7 +16,7 @@ from loraplex_engine.link.logs import JsonFormatter
 from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.keys import KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
-from loraplex_service.config import OtlpConfig, UsageConfig
+from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 from loraplex_service.telemetry.logs import CallFields
 from tests.service.auth.test_door import Provider
 from tests.service.control_plane import ControlPlane, control_plane

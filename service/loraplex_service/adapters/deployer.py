@@ -22,10 +22,10 @@ from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import AdapterInfo, AdapterSpec, AdapterState, AdapterVersion, full_name
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AdapterLoaded
+from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.adapters.library import AdapterFiles, AdapterLibrary
 from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.admission.tenants import Tenants
-from loraplex_service.config import AdapterConfig
 from loraplex_service.errors import (
     AlreadyExists,
     FailedPrecondition,

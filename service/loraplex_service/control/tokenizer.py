@@ -84,7 +84,7 @@ def _tokenized(request: TokenizeRequest, model: LoadedModel, prompt: PromptText)
 def _detokenized(request: DetokenizeRequest, model: LoadedModel) -> DetokenizeResponse:
     """Raises InvalidRequest."""
     skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-    detokenizer = IncrementalDetokenizer(model.tokenizer, (), skip)
+    detokenizer = IncrementalDetokenizer(model.tokenizer.pieces(skip))
     text: list[str] = []
     length = 0
     for start in range(0, len(request.token_ids), _CHUNK):

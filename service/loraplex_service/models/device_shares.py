@@ -1,19 +1,14 @@
 """The division of a GPU's memory between the models on it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from loraplex_engine.link.config import USUAL_MEMORY_FRACTION
-
-if TYPE_CHECKING:
-    from loraplex_service.config import ModelConfig
+from loraplex_service.models.config import HostedModelConfig
 
 
-def share_problems(models: Sequence[ModelConfig]) -> Iterator[str]:
+def share_problems(models: Sequence[HostedModelConfig]) -> Iterator[str]:
     """Problems with GPUs whose models would take more than the whole memory."""
     for gpu, together in _by_gpu(models).items():
         named, unnamed = _named(together), _unnamed(together)
@@ -31,7 +26,7 @@ def share_problems(models: Sequence[ModelConfig]) -> Iterator[str]:
             )
 
 
-def with_shares(models: Sequence[ModelConfig]) -> tuple[ModelConfig, ...]:
+def with_shares(models: Sequence[HostedModelConfig]) -> tuple[HostedModelConfig, ...]:
     """Give each model that shares a GPU a fraction of it: the configured one, or an equal part of the rest."""
     shares: dict[str, float | None] = {}
     for together in _by_gpu(models).values():
@@ -45,17 +40,17 @@ def with_shares(models: Sequence[ModelConfig]) -> tuple[ModelConfig, ...]:
     )
 
 
-def _by_gpu(models: Sequence[ModelConfig]) -> dict[str, list[ModelConfig]]:
-    found: dict[str, list[ModelConfig]] = {}
+def _by_gpu(models: Sequence[HostedModelConfig]) -> dict[str, list[HostedModelConfig]]:
+    found: dict[str, list[HostedModelConfig]] = {}
     for model in models:
         if model.device != "cpu":
             found.setdefault("cuda:0" if model.device in ("auto", "cuda") else model.device, []).append(model)
     return found
 
 
-def _named(models: Sequence[ModelConfig]) -> dict[str, float]:
+def _named(models: Sequence[HostedModelConfig]) -> dict[str, float]:
     return {model.name: model.device_memory_fraction for model in models if model.device_memory_fraction is not None}
 
 
-def _unnamed(models: Sequence[ModelConfig]) -> list[str]:
+def _unnamed(models: Sequence[HostedModelConfig]) -> list[str]:
     return [model.name for model in models if model.device_memory_fraction is None]

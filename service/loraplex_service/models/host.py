@@ -9,8 +9,8 @@ from typing import Any
 
 from loraplex.v1.generation_pb2 import Sampling
 from loraplex_engine.link.client import EngineClient
-from loraplex_service.config import ModelConfig
 from loraplex_service.errors import FailedPrecondition, LoraplexError, NotFound, Unavailable
+from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.generation_defaults import default_sampling, unread
 from loraplex_service.models.supervisor import EngineState, EngineSupervisor
 from loraplex_service.names.target import LoadedModel, merged_sampling
@@ -22,13 +22,15 @@ IDLE_POLL_SECONDS = 0.05
 LOADING_RETRY_SECONDS = 5.0
 REVISED = (".safetensors", ".json", ".jinja", ".model")  # the files of a model that another revision may change
 
-Supervise = Callable[[ModelConfig, Callable[[], None]], EngineSupervisor]  # the callback hears of every change
+Supervise = Callable[[HostedModelConfig, Callable[[], None]], EngineSupervisor]  # the callback hears of every change
 
 
 class HostedModel:
     """One model, through all restarts of its engine. For one event loop."""
 
-    def __init__(self, config: ModelConfig, supervise: Supervise, changed: Callable[["HostedModel"], None]) -> None:
+    def __init__(
+        self, config: HostedModelConfig, supervise: Supervise, changed: Callable[["HostedModel"], None]
+    ) -> None:
         self.config = config
         self.name = config.name
         self.default_sampling: Sampling = config.sampling()
@@ -211,7 +213,7 @@ class HostedModel:
 class ModelHost:
     """All models. `Catalog` asks it which of them serve."""
 
-    def __init__(self, configs: Iterable[ModelConfig], supervise: Supervise) -> None:
+    def __init__(self, configs: Iterable[HostedModelConfig], supervise: Supervise) -> None:
         self._subscribers: list[Callable[[HostedModel], None]] = []
         self._models = {config.name: HostedModel(config, supervise, self._publish) for config in configs}
 
@@ -262,7 +264,7 @@ class ModelHost:
                 logger.exception("a change of model %s could not be followed", model.name)
 
 
-def _read_text_files(config: ModelConfig) -> tuple[Tokenizer, str]:
+def _read_text_files(config: HostedModelConfig) -> tuple[Tokenizer, str]:
     """Read the tokenizer and the revision. Raises TextError, OSError."""
     directory = Path(config.model) if config.is_local else _fetched_directory(config)
     tokenizer = Tokenizer.load(directory)
@@ -272,7 +274,7 @@ def _read_text_files(config: ModelConfig) -> tuple[Tokenizer, str]:
     return tokenizer, _revision(directory)
 
 
-def revision_of(config: ModelConfig) -> str:
+def revision_of(config: HostedModelConfig) -> str:
     """The revision of a model's files now; "": they have not been fetched from the hub yet. Raises OSError."""
     if config.is_local:
         return _revision(Path(config.model))
@@ -299,7 +301,7 @@ def _check_ids(tokenizer: Tokenizer, sampling: Sampling, vocab_size: int) -> Non
             )
 
 
-def _fetched_directory(config: ModelConfig) -> Path:
+def _fetched_directory(config: HostedModelConfig) -> Path:
     """The directory into which the engine has fetched a model from the hub."""
     from huggingface_hub import snapshot_download  # only where it is needed: it takes a third of a second to import
 

@@ -21,8 +21,8 @@ from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import EngineFailed, EngineReady, LoadProgress, ModelLimits, Shutdown
 from loraplex_engine.link.requests import MAX_PENDING_TOKENS
-from loraplex_service.config import SupervisionConfig
 from loraplex_service.errors import LoraplexError, Unavailable
+from loraplex_service.models.config import SupervisionConfig
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 from cryptography import x509
 
-from loraplex_service.config import TlsConfig
+from loraplex_service.ports.config import TlsConfig
 from loraplex_service.reloaded import Reloaded
 
 

@@ -40,7 +40,7 @@ class OutputBuilder:
         self._tokenizer = tokenizer
         self._detokenizer: IncrementalDetokenizer | None = None
         if form.text or form.stop:
-            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids, form.skip_special_tokens)
+            self._detokenizer = IncrementalDetokenizer(tokenizer.pieces(form.skip_special_tokens), prompt_token_ids)
         self._stops = StopStrings(form.stop, form.include_stop)
         self._num_chars = 0  # of the output's text
         self._num_sent_chars = 0  # of these, not held back by `_stops`

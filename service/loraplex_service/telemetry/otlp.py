@@ -20,7 +20,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from loraplex_service.call import Call
-from loraplex_service.config import OtlpConfig
+from loraplex_service.telemetry.config import OtlpConfig
 from loraplex_service.telemetry.otlp_metrics import OtlpMetrics
 from loraplex_service.telemetry.records import CallRecord, GenerationRecord
 from loraplex_service.telemetry.series import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, Labels

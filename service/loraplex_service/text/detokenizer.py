@@ -6,12 +6,8 @@ test_text_detokenizer.py shows both). Pieces per token need no comparison and co
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from loraplex_service.text.token_decoders import REPLACEMENT, PieceTable, decode_utf8
-
-if TYPE_CHECKING:
-    from loraplex_service.text.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
@@ -24,10 +20,9 @@ class IncrementalDetokenizer:
     Holds back at most three bytes: a UTF-8 character that has begun. Bytes that are no UTF-8 come out as U+FFFD.
     """
 
-    def __init__(
-        self, tokenizer: "Tokenizer", prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
-    ) -> None:
-        self._pieces = tokenizer.pieces(skip_special_tokens)
+    def __init__(self, pieces: PieceTable, prompt_token_ids: Sequence[int] = ()) -> None:
+        """`pieces`: those of the tokenizer, with or without special tokens."""
+        self._pieces = pieces
         self._each_byte = self._pieces.decoder.replaces_each_byte
         self._at_start = not any(self._pieces[token_id] for token_id in prompt_token_ids)
         self._pending = _unfinished_character(self._pieces, prompt_token_ids)

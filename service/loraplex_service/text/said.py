@@ -186,39 +186,10 @@ _TELLING = {"startswith", "endswith", "find", "rfind", "index", "rindex", "count
 _FOLLOWED = frozenset(name for name in vars(Said) if not name.startswith("_")) - {"mask"}
 
 # Filters that make no new text of what they are given, or use nothing for it but operations that `Said` follows.
-_HARMLESS = frozenset(
-    [
-        "abs",
-        "attr",
-        "batch",
-        "count",
-        "d",
-        "default",
-        "dictsort",
-        "first",
-        "float",
-        "groupby",
-        "int",
-        "items",
-        "last",
-        "length",
-        "list",
-        "map",
-        "max",
-        "min",
-        "random",
-        "reject",
-        "rejectattr",
-        "reverse",
-        "round",
-        "select",
-        "selectattr",
-        "slice",
-        "sort",
-        "sum",
-        "unique",
-    ]
-)
+_COUNTING = {"abs", "count", "float", "int", "length", "max", "min", "random", "round", "sum"}
+_CHOOSING = {"attr", "d", "default", "first", "last", "map", "reject", "rejectattr", "select", "selectattr", "unique"}
+_ARRANGING = {"batch", "dictsort", "groupby", "items", "list", "reverse", "slice", "sort"}
+_HARMLESS = _COUNTING | _CHOOSING | _ARRANGING
 _OF_TEXT = ("capitalize", "lower", "trim", "upper")  # harmless for a text: anything else they print first
 _ESCAPING = ("e", "escape", "forceescape")  # what they make joins by rules of its own
 _HOLDERS = (dict, list, tuple, jinja2.runtime.LoopContext, jinja2.utils.Cycler, jinja2.utils.Joiner)

@@ -135,7 +135,7 @@ class Tokenizer:
         Equal to the `tokenizers` library, but for one case: where a run of byte tokens is partly no UTF-8, its valid
         characters are kept (as the sentencepiece library does), not replaced together with the rest.
         """
-        detokenizer = IncrementalDetokenizer(self, (), skip_special_tokens)
+        detokenizer = IncrementalDetokenizer(self.pieces(skip_special_tokens))
         return detokenizer.push(token_ids) + detokenizer.flush()
 
     def token_to_id(self, token: str) -> int | None:

@@ -16,8 +16,8 @@ from loraplex_adapters.errors import AdapterRejected, SourceNotAllowed
 from loraplex_adapters.files.remote import RemoteSources
 from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from loraplex_adapters.files.trust import SIGNATURE_FILE, sign
+from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.admission.tenants import TenantConfig
-from loraplex_service.config import AdapterConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 ALLOWED = ("s3://adapters/team/", "hf://acme/")

@@ -20,12 +20,14 @@ from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, ser
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub
 from loraplex_service import app
+from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.app import Addresses, running
 from loraplex_service.auth.access import RULES
 from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.keys import KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
-from loraplex_service.config import AdapterConfig, ModelConfig, ServiceConfig
+from loraplex_service.config import ServiceConfig
+from loraplex_service.models.config import HostedModelConfig
 from tests.service.auth.provider import Provider
 from tests.service.control_plane import write_adapter
 from tests.service.data_plane import next_of
@@ -167,7 +169,7 @@ async def doors(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator
     stranger = ec.generate_private_key(ec.SECP256R1())
     tokens["token of another provider"] = provider.token(roles=roles, key=stranger)
     config = ServiceConfig(
-        models=(ModelConfig(name="tiny", model=str(byte_tokenizer_directory)),),
+        models=(HostedModelConfig(name="tiny", model=str(byte_tokenizer_directory)),),
         adapters=(AdapterConfig(name="acme/pirate", model="tiny", source=str(roots / "pirate")),),
         adapter_roots=(str(roots),),
         state_directory="",

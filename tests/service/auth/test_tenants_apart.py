@@ -14,11 +14,12 @@ from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, UploadAdapte
 from loraplex.v1.models_pb2 import Model
 from loraplex.v1.routes_pb2 import Route, RouteTarget
 from loraplex_adapters.versions import AdapterState
+from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.keys import KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
-from loraplex_service.config import AdapterConfig, UsageConfig
 from loraplex_service.control.waiting import wait_until
+from loraplex_service.telemetry.config import UsageConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 ACMES = "tenants/acme/adapters/pirate"

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from loraplex_service.cli import main
-from loraplex_service.config import UsageConfig
+from loraplex_service.telemetry.config import UsageConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 

@@ -26,7 +26,7 @@ from loraplex.v1.adapters_pb2 import (
     AdapterResidency,
 )
 from loraplex.v1.watch_pb2 import WATCH_EVENT_TYPE_CHANGED, WATCH_EVENT_TYPE_DELETED, WATCH_EVENT_TYPE_SNAPSHOT_END
-from loraplex_service.config import AdapterConfig
+from loraplex_service.adapters.config import AdapterConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 

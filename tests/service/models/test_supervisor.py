@@ -15,8 +15,8 @@ from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
-from loraplex_service.config import SupervisionConfig
 from loraplex_service.errors import FailedPrecondition, LoraplexError, Unavailable
+from loraplex_service.models.config import SupervisionConfig
 from loraplex_service.models.supervisor import EngineProcess, EngineState, EngineSupervisor, Launch
 from tests.service.scripted_engine import LIMITS, process_launcher
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from loraplex_service.config import LimitsConfig, ModelConfig, ServiceConfig
+from loraplex_service.config import LimitsConfig, ServiceConfig
+from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.ports.descriptors import SPARE, descriptors_needed, raise_descriptor_limit
 
 
@@ -20,7 +21,7 @@ def low_limit() -> Iterator[None]:
 
 def test_each_listener_counts() -> None:
     config = ServiceConfig(
-        models=(ModelConfig(name="m", model="/m"),),
+        models=(HostedModelConfig(name="m", model="/m"),),
         health_listen="127.0.0.1:1",
         limits=LimitsConfig(connections=100),
     )

@@ -9,7 +9,8 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from loraplex_service.app import running
-from loraplex_service.config import ModelConfig, ServiceConfig
+from loraplex_service.config import ServiceConfig
+from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.supervisor import EngineState
 from loraplex_service.ports.probes import LIVENESS, READINESS, STARTUP, Probes
 from tests.service.data_plane import next_of
@@ -68,7 +69,7 @@ async def test_a_draining_server_is_alive_but_not_ready_whatever_its_models_do()
 
 
 async def test_the_port_says_health_and_nothing_else(byte_tokenizer_directory: Path) -> None:
-    model = ModelConfig(name="tiny", model=str(byte_tokenizer_directory))
+    model = HostedModelConfig(name="tiny", model=str(byte_tokenizer_directory))
     config = ServiceConfig(models=(model,), health_listen="127.0.0.1:0").with_free_ports()
     async with running(config, lambda _: ThreadedEngines().launch) as (app, addresses):
         assert addresses.health is not None

@@ -12,7 +12,9 @@ from loraplex import AsyncAdminClient, AsyncClient, LoraplexError, PermissionDen
 from loraplex_service.app import Addresses, running
 from loraplex_service.auth.config import AuthConfig, CertificateConfig
 from loraplex_service.auth.principal import Role
-from loraplex_service.config import ModelConfig, ServiceConfig, TlsConfig
+from loraplex_service.config import ServiceConfig
+from loraplex_service.models.config import HostedModelConfig
+from loraplex_service.ports.config import TlsConfig
 from loraplex_service.ports.tls import server_credentials
 from tests.service.authority import Authority, Pair
 from tests.service.scripted_engine import ThreadedEngines
@@ -33,7 +35,7 @@ async def listening(
         client_ca=None if client_ca is None else str(directory / "client-ca.crt"),
     )
     config = ServiceConfig(
-        models=(ModelConfig(name="tiny", model=str(model)),), tls=tls, auth=auth, state_directory=""
+        models=(HostedModelConfig(name="tiny", model=str(model)),), tls=tls, auth=auth, state_directory=""
     ).with_free_ports()
     async with running(config, lambda _: ThreadedEngines().launch) as (app, addresses):
         await app.host.get("tiny").wait_settled()

@@ -11,8 +11,8 @@ from loraplex.v1.inference_pb2 import FINISH_REASON_TIME_LIMIT, GenerateResponse
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import RequestOutput, StepOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
-from loraplex_service.config import UsageConfig
 from loraplex_service.errors import Unavailable
+from loraplex_service.telemetry.config import UsageConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.data_plane import DataPlane, make_spec
 from tests.service.telemetry.test_metrics import scrape

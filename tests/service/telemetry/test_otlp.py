@@ -30,7 +30,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from loraplex import NotFound
 from loraplex.v1.adapters_pb2 import Adapter
-from loraplex_service.config import OtlpConfig
+from loraplex_service.telemetry.config import OtlpConfig
 from loraplex_service.telemetry.trace_context import trace_id_of
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 

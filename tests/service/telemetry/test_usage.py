@@ -17,8 +17,8 @@ import pytest
 
 from loraplex import AsyncAdminClient, AsyncClient, LoraplexError, NotFound, Unavailable, Unsupported, generate_spec
 from loraplex_service.call import Call
-from loraplex_service.config import UsageConfig
 from loraplex_service.errors import NotFound as RecordNotFound
+from loraplex_service.telemetry.config import UsageConfig
 from loraplex_service.telemetry.records import GenerationRecord
 from loraplex_service.telemetry.usage import UsageLog
 from loraplex_service.telemetry.usage_files import UsageFiles

@@ -7,7 +7,9 @@ import asyncio
 import sys
 
 from loraplex_service.app import running
-from loraplex_service.config import ModelConfig, ServiceConfig, UsageConfig
+from loraplex_service.config import ServiceConfig
+from loraplex_service.models.config import HostedModelConfig
+from loraplex_service.telemetry.config import UsageConfig
 from tests.service.scripted_engine import ThreadedEngines
 
 ROTATE_BYTES = 20_000  # so that the file is set aside several times in one life
@@ -15,7 +17,7 @@ ROTATE_BYTES = 20_000  # so that the file is set aside several times in one life
 
 async def live(model: str, file: str) -> None:
     config = ServiceConfig(
-        models=(ModelConfig(name="tiny", model=model),),
+        models=(HostedModelConfig(name="tiny", model=model),),
         usage=UsageConfig(file=file, rotate_bytes=ROTATE_BYTES),
     ).with_free_ports()
     async with running(config, lambda _: ThreadedEngines().launch) as (app, addresses):

@@ -129,7 +129,7 @@ def test_no_control_token_comes_of_a_literal_part(
 @given(text=TEXTS)
 def test_texts_are_written_as_they_were_read(adapted: Tokenizer, with_tokens: tokenizers.Tokenizer, text: str) -> None:
     token_ids = with_tokens.encode(text, add_special_tokens=False).ids
-    detokenizer = IncrementalDetokenizer(adapted, (), skip_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(adapted.pieces(skip_special_tokens=False))
     streamed = "".join(detokenizer.push((token_id,)) for token_id in token_ids) + detokenizer.flush()
     assert streamed == with_tokens.decode(token_ids, skip_special_tokens=False)
     assert adapted.decode(token_ids) == with_tokens.decode(token_ids)

@@ -76,7 +76,7 @@ def real(request):
 
 def streamed(tokenizer, token_ids, cuts=(), prompt=(), skip=True):
     """The text of some tokens, pushed in parts."""
-    detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip)
+    detokenizer = IncrementalDetokenizer(tokenizer.pieces(skip), prompt)
     places = sorted({place % (len(token_ids) + 1) for place in cuts})
     parts = zip([0, *places], [*places, len(token_ids)], strict=True)
     return "".join(detokenizer.push(token_ids[start:end]) for start, end in parts) + detokenizer.flush()
@@ -142,7 +142,7 @@ def test_any_split_of_any_tokens_of_real_tokenizers(real, data, cuts, skip):
 @given(data=st.data(), skip=st.booleans())
 def test_at_most_one_character_is_held_back(synthetic, data, skip):
     ours, _ = synthetic
-    detokenizer = IncrementalDetokenizer(ours, (), skip)
+    detokenizer = IncrementalDetokenizer(ours.pieces(skip))
     token_ids = data.draw(ids_of(ours))
     pushed = "".join(detokenizer.push([token_id]) for token_id in token_ids)
     held = detokenizer.flush()
@@ -171,7 +171,7 @@ def test_prompt_and_output_together_are_the_text(real, data, text):
 def test_output_after_any_prompt_is_the_rest_of_the_whole(synthetic, data, cuts, skip):
     ours, _ = synthetic
     prompt, output = data.draw(ids_of(ours)), data.draw(ids_of(ours))
-    detokenizer = IncrementalDetokenizer(ours, (), skip)
+    detokenizer = IncrementalDetokenizer(ours.pieces(skip))
     said = detokenizer.push(prompt)
     given_up = detokenizer.flush()
     whole = ours.decode(prompt + output, skip)
@@ -216,7 +216,7 @@ def test_replacement_character_completed_after_the_prompt_is_a_character(tmp_pat
 
 
 def test_a_genuine_replacement_character_is_not_held_back(tmp_path):
-    detokenizer = IncrementalDetokenizer(llama(tmp_path))
+    detokenizer = IncrementalDetokenizer(llama(tmp_path).pieces(skip_special_tokens=True))
     assert detokenizer.push([SENTENCEPIECE_TOKENS.index("\ufffd")]) == "\ufffd"
 
 
@@ -225,12 +225,12 @@ def test_token_without_bytes_is_no_text_that_would_break_a_character():
 
 
 def test_endless_invalid_bytes_come_out_as_they_come(tmp_path):
-    detokenizer = IncrementalDetokenizer(llama(tmp_path))
+    detokenizer = IncrementalDetokenizer(llama(tmp_path).pieces(skip_special_tokens=True))
     assert [detokenizer.push([0x80]) for _ in range(5)] == ["\ufffd"] * 5
 
 
 def test_unfinished_character_at_the_end_is_replaced(tmp_path):
-    detokenizer = IncrementalDetokenizer(llama(tmp_path))
+    detokenizer = IncrementalDetokenizer(llama(tmp_path).pieces(skip_special_tokens=True))
     assert detokenizer.push(list("é".encode())[:1]) == ""
     assert detokenizer.flush() == "\ufffd"
     assert detokenizer.flush() == ""

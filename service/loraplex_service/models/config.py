@@ -1,0 +1,66 @@
+"""The parts of the configuration that name the models and say how their engines are supervised."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from loraplex.v1.generation_pb2 import Sampling
+from loraplex_adapters.grammar import ID_RULE, is_id
+from loraplex_engine.link.config import EngineConfig
+from loraplex_service.models.generation_defaults import sampling_of_file
+
+
+class HostedModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One base model: its name in the API, the settings of its engine, and the defaults of its requests."""
+
+    name: str  # "llama-8b": requests name it so, or models/llama-8b
+    load: bool = True  # at start; else by LoadModel
+    # Fields of loraplex.v1.Sampling, for requests that leave them out; "none": not even the model's own files give any.
+    default_sampling: dict[str, Any] | Literal["none"] | None = None
+    chat_template: str | None = None  # a Jinja file that replaces the model's own
+    literal_content: bool = False  # text of chats never becomes control tokens, unless a request asks for it
+    labels: dict[str, str] = {}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `model` is a directory (an absolute path, once the file is read) rather than a hub id."""
+        return self.model.startswith("/")
+
+    def engine(self) -> EngineConfig:
+        """The configuration for the engine process."""
+        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})
+
+    def sampling(self) -> Sampling:
+        """`default_sampling` as a message of the contract. Raises ValueError naming the field at fault."""
+        if self.default_sampling is None or self.default_sampling == "none":
+            return Sampling()
+        return sampling_of_file(self.default_sampling, "default_sampling")
+
+    def problems(self) -> Iterator[str]:
+        """Describe every value that is out of range; empty: none is."""
+        if not is_id(self.name):
+            yield f"the name must be {ID_RULE}"
+        if self.model.startswith("/") and not Path(self.model).is_dir():
+            yield f"model: there is no directory {self.model}"
+        if self.chat_template is not None and not Path(self.chat_template).is_file():
+            yield f"chat_template: there is no file {self.chat_template}"
+        for check in (self.check, self.sampling):
+            try:
+                check()
+            except ValueError as error:
+                yield str(error)
+
+
+class SupervisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When an engine counts as stuck, and how often it is started again."""
+
+    heartbeat_seconds: float = 2.0  # between two pings of an engine
+    heartbeat_timeout_seconds: float = 60.0  # must be longer than the longest step: engines answer between steps
+    restart_delay_seconds: float = 0.5  # before the first restart; doubles with each failed one
+    restart_delay_max_seconds: float = 30.0
+    stable_seconds: float = 60.0  # an engine that ran so long starts again with the first delay
+    failed_starts: int = 5  # failed loads in a row after which the model is FAILED
+    stop_seconds: float = 10.0  # for an engine to end before it is killed
+    resume_seconds: float = 60.0  # for which a running request waits for the next engine after one died

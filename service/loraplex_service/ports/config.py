@@ -1,0 +1,11 @@
+"""The part of the configuration that says how the ports are encrypted."""
+
+import msgspec
+
+
+class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Files in PEM. With `client_ca`, callers must show a certificate that it signed."""
+
+    certificate: str
+    key: str
+    client_ca: str | None = None
