@@ -22,8 +22,11 @@ from loraplex_adapters.files.remote import RemoteSources
 from loraplex_adapters.files.source import AdapterSource
 from loraplex_adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
 from loraplex_engine.link.bus_directory import BusDirectory
+from loraplex_service.adapters.background import BackgroundWork
 from loraplex_service.adapters.deployer import AdapterDeployer
 from loraplex_service.adapters.library import AdapterLibrary
+from loraplex_service.adapters.records import AdapterRecords
+from loraplex_service.adapters.registrar import AdapterRegistrar
 from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.admission.admission import Admission, AdmissionLimits
 from loraplex_service.admission.tenants import Tenants
@@ -87,7 +90,8 @@ class Application:
     registry: AdapterRegistry
     state: StateFile
     library: AdapterLibrary
-    deployer: AdapterDeployer
+    registrar: AdapterRegistrar
+    work: BackgroundWork
     tenants: Tenants
     quota: AdapterQuota
     admission: Admission
@@ -99,7 +103,7 @@ class Application:
 
     async def register_configured(self) -> None:
         """Register the adapters of the configuration file, all at once."""
-        await asyncio.gather(*(self.deployer.create_configured(adapter) for adapter in self.config.adapters))
+        await asyncio.gather(*(self.registrar.create_configured(adapter) for adapter in self.config.adapters))
 
     async def keep_admitting(self) -> None:
         """Publish whether requests are admitted, after every change. Returns at once if that can never change."""
@@ -166,7 +170,10 @@ def assemble(
     library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
     tenants = Tenants(config.tenants, config.other_tenants)
     adapter_texts = AdapterTexts(lambda version: str(library.directory(version)))
-    deployer = AdapterDeployer(registry, library, host, state, tenants, adapter_texts)
+    records = AdapterRecords(registry, state)
+    work = BackgroundWork()
+    deployer = AdapterDeployer(registry, library, host, records, adapter_texts, work)
+    registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work)
     routes = RouteBook(state)
     catalog = Catalog(host, registry, routes)
     admission = Admission(
@@ -194,7 +201,9 @@ def assemble(
         Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
     )
     quota = AdapterQuota(registry, library, tenants, state)
-    adapters = AdapterServicer(registry, deployer, library, host, state, tenants, quota, limits.upload_bytes)
+    adapters = AdapterServicer(
+        registry, records, registrar, deployer, library, host, tenants, quota, limits.upload_bytes
+    )
     models = ModelServicer(host, config.drain_grace_seconds)
     route_servicer = RouteServicer(catalog, routes, state, tenants, deployer.prefetch)
     admin = (
@@ -217,7 +226,8 @@ def assemble(
         registry,
         state,
         library,
-        deployer,
+        registrar,
+        work,
         tenants,
         quota,
         admission,
@@ -257,12 +267,13 @@ async def running(
         shutting_down = Unavailable("DRAINING", "the server is shutting down; try another replica")
         stack.push_async_callback(app.host.close, shutting_down)
         stack.push_async_callback(app.state.close)
-        stack.push_async_callback(app.deployer.close)
+        stack.push_async_callback(app.work.close)
+        stack.push_async_callback(app.library.close)
         lag = partial(observe_lag, telemetry.metrics.loop_lag.of(()))
         for keep in (app.keep_health, app.keep_admitting, lag, keep_giving_back):
             stack.push_async_callback(_end, asyncio.create_task(keep(), name="health"))
         await app.health.start()
-        await app.deployer.reconcile()
+        await app.registrar.reconcile()
         app.host.start()
         await app.register_configured()
         await data.start()

@@ -36,8 +36,11 @@ from loraplex_adapters.files.remote import RemoteSources
 from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, AdapterSource, digest
 from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.versions import AdapterState, AdapterVersion
+from loraplex_service.adapters.background import BackgroundWork
 from loraplex_service.adapters.deployer import AdapterDeployer
 from loraplex_service.adapters.library import AdapterLibrary
+from loraplex_service.adapters.records import AdapterRecords
+from loraplex_service.adapters.registrar import AdapterRegistrar
 from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.control.adapters import AdapterServicer
@@ -141,7 +144,9 @@ class Life:
     directory: Path
     state: StateFile
     registry: AdapterRegistry
-    deployer: AdapterDeployer
+    library: AdapterLibrary
+    registrar: AdapterRegistrar
+    work: BackgroundWork
     host: FakeHost
     book: RouteBook
     catalog: Catalog
@@ -158,24 +163,26 @@ class Life:
         depot = Depot(directory / "state" / "adapters")
         library = AdapterLibrary(AdapterSource([directory]), RemoteSources((), {}, 0), depot)
         host = cast(ModelHost, fake)
-        deployer = AdapterDeployer(
-            registry, library, host, state, tenants, AdapterTexts(lambda version: str(library.directory(version)))
-        )
+        records, work = AdapterRecords(registry, state), BackgroundWork()
+        texts = AdapterTexts(lambda version: str(library.directory(version)))
+        deployer = AdapterDeployer(registry, library, host, records, texts, work)
+        registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work)
         book = RouteBook(state)
         catalog = Catalog(fake, registry, book)  # type: ignore[arg-type]  # no engine follows its engine
         quota = AdapterQuota(registry, library, tenants, state)
-        adapters = AdapterServicer(registry, deployer, library, host, state, tenants, quota, 1 << 30)
+        adapters = AdapterServicer(registry, records, registrar, deployer, library, host, tenants, quota, 1 << 30)
         routes = RouteServicer(catalog, book, state, tenants, deployer.prefetch)
-        return cls(directory, state, registry, deployer, fake, book, catalog, adapters, routes, engine)
+        return cls(directory, state, registry, library, registrar, work, fake, book, catalog, adapters, routes, engine)
 
     async def start(self) -> None:
-        await self.deployer.reconcile()
+        await self.registrar.reconcile()
         self.host.start()
 
     async def end(self) -> None:
         """Once nothing is under way any more."""
-        await self.until(lambda: not self.deployer._tasks)
-        await self.deployer.close()
+        await self.until(lambda: self.work.is_done)
+        await self.library.close()
+        await self.work.close()
         await self.state.close()
         await self.engine.close()
 

@@ -68,12 +68,12 @@ async def check_next_life(directory: Path, shapes: list[Shape], num_promises: in
     found = life.shape()
     assert found in allowed(shapes[num_promises], shapes[min(num_promises + 1, len(shapes) - 1)])
     await life.start()
-    await life.until(lambda: not life.deployer._tasks)
+    await life.until(lambda: life.work.is_done)
     versions, staying = life.registry.list_versions(include_versions=True), life.staying()
     assert versions == staying
     for version in staying:
         assert version.state is AdapterState.ACTIVE
-        assert digest(Path(life.deployer.directory(version))) == version.key.digest
+        assert digest(Path(life.library.directory(version))) == version.key.digest
     assert life.engine.pinned == {version.key for version in staying if version.spec.pinned}
     check_routes(life)
     settled = life.shape()

@@ -1,5 +1,6 @@
 """Adapters on this server: their files, their text, and their way onto the engines.
 
-`library` finds, receives and checks files; `texts` reads the tokens and templates that adapters bring; `deployer` makes
-the engines hold what the registry says.
+`library` finds, receives and checks files; `texts` reads the tokens and templates that adapters bring; `registrar`
+brings what was found into the registry, and `records` the registry into the state file; `deployer` makes the engines
+hold what the registry says; `background` runs what goes on after a call.
 """

@@ -42,6 +42,8 @@ from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import AdapterSpec, AdapterState, AdapterVersion, full_name
 from loraplex_service.adapters.deployer import AdapterDeployer
 from loraplex_service.adapters.library import AdapterFiles, AdapterLibrary
+from loraplex_service.adapters.records import AdapterRecords
+from loraplex_service.adapters.registrar import AdapterRegistrar
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.call import sees_inside
 from loraplex_service.control.once import Once
@@ -64,7 +66,6 @@ from loraplex_service.latest import Latest
 from loraplex_service.models.host import ModelHost
 from loraplex_service.models.supervisor import EngineState
 from loraplex_service.names.grammar import adapter_name, model_id, tenant_id
-from loraplex_service.state import StateFile
 from loraplex_service.timestamps import timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -84,24 +85,26 @@ UPDATABLE = ("labels", "pinned", "version")
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
-    """Serves the registry's versions as resources. Changes go through the deployer."""
+    """Serves the registry's versions as resources. Changes go through the records, which save them."""
 
     def __init__(
         self,
         registry: AdapterRegistry,
+        records: AdapterRecords,
+        registrar: AdapterRegistrar,
         deployer: AdapterDeployer,
         library: AdapterLibrary,
         host: ModelHost,
-        state: StateFile,
         tenants: Tenants,
         quota: AdapterQuota,
         max_upload_bytes: int,
     ) -> None:
         self._registry = registry
+        self._records = records
+        self._registrar = registrar
         self._deployer = deployer
         self._library = library
         self._host = host
-        self._state = state
         self._tenants = tenants
         self._max_upload_bytes = max_upload_bytes
         self._quota = quota
@@ -198,16 +201,16 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if request.adapter.digest and request.adapter.digest != f"sha256:{files.digest}":
             raise InvalidRequest.at("adapter.digest", f"the files have another one, sha256:{files.digest}")
         await self._library.check_trust(self._tenants.get(tenant), files.digest, files.directory)
-        files = self._deployer.check_rank(files, spec.base_model)
+        files = self._registrar.check_rank(files, spec.base_model)
         if request.validate_only:
             return await self._validated(tenant, request.adapter_id, spec, files)
         key = AdapterKey(f"{tenant}/{request.adapter_id}", files.digest)
         check = partial(self._quota.check, key, files.directory, request.adapter.ByteSize(), incoming)
-        version = await self._deployer.create_saved(tenant, request.adapter_id, spec, files, check)
+        version = await self._registrar.create_saved(tenant, request.adapter_id, spec, files, check)
         deadline = asyncio.get_running_loop().time() + seconds
         version = await self._wait_while(version, AdapterState.LOADING, seconds)
         with suppress(Unavailable):  # it is registered: a restart reads it again, and the name means it then
-            await self._state.saved()
+            await self._records.saved()
         if version.state is AdapterState.ACTIVE and (spec.pinned or residency is Residency.DEVICE):
             loading = self._deployer.load(version, Residency.DEVICE)
             await asyncio.wait({loading}, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
@@ -248,7 +251,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if repins:
             await self._deployer.pin(version, wanted.pinned)  # what may fail comes before what does not
         try:
-            return await self._deployer.change(
+            return await self._records.change(
                 version.key.name,
                 lambda registry: _updated(registry, version, wanted, fields),
                 partial(self._check_update, version, wanted, fields),
@@ -283,7 +286,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         version = self._get(request.name)
         _check_etag(version, request.etag)
         try:
-            versions = await self._deployer.change(
+            versions = await self._records.change(
                 version.key.name,
                 lambda registry: registry.delete(request.name),
                 lambda: _check_etag(self._get(request.name), request.etag),
@@ -293,7 +296,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         keys = [other.key for other in versions]
         await wait_until(lambda: not any(self._find(key) for key in keys), self._registry.subscribe, seconds)
         with suppress(Unavailable):  # a restart goes on with what is being deleted
-            await self._state.saved()
+            await self._records.saved()
         return self._message(self._find(version.key) or next(other for other in versions if other.key == version.key))
 
     async def LoadAdapter(self, request: LoadAdapterRequest, context: Context) -> Adapter:  # noqa: N802
