@@ -1,12 +1,13 @@
 """Requests whose adapter is not on the device: they wait, go without, or fail, as their policy says."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPolicy
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.versions import AdapterVersion
+from loraplex_engine.link.client import EngineClient
 from loraplex_service.errors import InvalidRequest, Unavailable, unusable_adapter
 from loraplex_service.names.target import Target
 from loraplex_service.timestamps import duration_seconds
@@ -71,6 +72,23 @@ class ColdAdapters:
         _check_composable(target)
         return Wait(waited, max(may_wait - waited, 0.0))
 
+    async def hold(self, client: EngineClient, versions: Sequence[AdapterVersion]) -> float:
+        """Have an engine read adapters into host memory, and wait until it holds them all at once.
+
+        Returns the seconds that it took. Raises what `unusable_adapter` returns, and the error with which the engine
+        ended.
+        """
+        loop = asyncio.get_running_loop()
+        began, seconds = loop.time(), 0.0
+        while missing := [version for version in versions if version.key not in client.adapters.loaded]:
+            for version in missing:  # while one is waited for, another may be unloaded
+                try:
+                    await client.adapters.load(version.key, self._adapter_path(version))
+                except AdapterRejected as error:
+                    raise unusable_adapter(version.version_name, str(error), error.reason) from error
+            seconds = loop.time() - began
+        return seconds
+
     def _wait_seconds(self, policy: AdapterPolicy) -> float:
         if policy.on_cold == ON_COLD_FAIL:
             return 0.0  # it was on the device when the request arrived
@@ -80,19 +98,11 @@ class ColdAdapters:
 
     async def _load(self, target: Target, wait_seconds: float) -> float:
         """Load the adapters. Returns the seconds that it took."""
-        client, loop = target.model.client, asyncio.get_running_loop()
-        began, seconds = loop.time(), 0.0
         try:
             async with asyncio.timeout(wait_seconds):
-                while missing := [version for version in target.versions if version.key not in client.adapters.loaded]:
-                    for version in missing:  # while one is waited for, another may be unloaded
-                        await client.adapters.load(version.key, self._adapter_path(version))
-                    seconds = loop.time() - began
+                return await self.hold(target.model.client, target.versions)
         except TimeoutError:
             raise _cold(target, f"is not loaded after {wait_seconds:g} s; it goes on loading") from None
-        except AdapterRejected as error:
-            raise unusable_adapter(version.version_name, str(error), error.reason) from error
-        return seconds
 
 
 def _check_composable(target: Target) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,6 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateRequest,
     StreamGenerateResponse,
 )
-from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.versions import AdapterVersion
 from loraplex_engine.link.client import EngineClient
@@ -39,7 +38,7 @@ from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.admission.admission import Admission
 from loraplex_service.admission.tenants import Tenant, Tenants
 from loraplex_service.call import Call, current_call
-from loraplex_service.errors import InvalidRequest, LoraplexError, MessageTooLarge, Unavailable, unusable_adapter
+from loraplex_service.errors import InvalidRequest, LoraplexError, MessageTooLarge, Unavailable
 from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.target import Target, merged_sampling
 from loraplex_service.ports.interceptors import error_status, known_error, status_name
@@ -98,7 +97,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._catalog = catalog
         self._admission = admission
         self._texts = texts
-        self._adapter_path = adapter_path
         self._tenants = tenants
         self._adapter_texts = adapter_texts or AdapterTexts(adapter_path)
         self._cold_adapters = ColdAdapters(adapter_path, max_load_wait_seconds)
@@ -286,25 +284,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _successor(self, target: Target, adapter: AdapterKey | None) -> EngineClient:
         """Wait for the next engine after one has died, until it holds the request's adapters.
 
-        Raises Unavailable (ENGINE_RESTARTING) if it takes too long, and what `Catalog.successor` and `unusable_adapter`
-        raise.
+        Raises Unavailable (ENGINE_RESTARTING) if it takes too long, and what `Catalog.successor` and
+        `ColdAdapters.hold` raise.
         """
         versions = () if adapter is None else target.versions  # None: it went on with the base model
         try:
             async with asyncio.timeout(self._resume_seconds):
                 while True:
                     client = await self._catalog.successor(target.model)
-                    with suppress(Unavailable):  # the next engine died as well
-                        while missing := [version for version in versions if version.key not in client.adapters.loaded]:
-                            for version in missing:
-                                await client.adapters.load(version.key, self._adapter_path(version))
+                    try:
+                        await self._cold_adapters.hold(client, versions)
                         return client
+                    except Unavailable:
+                        if client.error is None:  # else the next engine died as well
+                            raise
         except TimeoutError:
             seconds = f"{self._resume_seconds:g} s"
             message = f"the engine of model {target.model.name!r} is not back after {seconds}; try again"
             raise Unavailable("ENGINE_RESTARTING", message) from None
-        except AdapterRejected as error:
-            raise unusable_adapter(target.resolved().adapter_version, str(error), error.reason) from error
 
 
 def _after(params: SamplingParams, wait: Wait) -> SamplingParams:

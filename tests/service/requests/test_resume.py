@@ -9,8 +9,9 @@ from grpc import StatusCode as Code
 
 from loraplex import FailedPrecondition, LoraplexError, Unavailable
 from loraplex.v1.inference_pb2 import GenerateResponse
+from loraplex_adapters.errors import UNREADABLE
 from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.messages import Abort, AddRequest, LoadAdapter, Ping, UnloadAdapter
+from loraplex_engine.link.messages import Abort, AdapterFailed, AddRequest, LoadAdapter, Ping, UnloadAdapter
 from loraplex_service.errors import Cancelled
 from loraplex_service.errors import Unavailable as EngineGone
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
@@ -209,6 +210,21 @@ async def test_a_member_of_a_sum_that_is_unloaded_while_another_loads_is_loaded_
     next_engine.allow_loads()
     assert (await running).usage.completion_tokens == 5
     assert next_engine.adapters == {first.key, second.key}
+
+
+async def test_a_request_whose_adapter_the_next_engine_cannot_read_ends_with_what_is_wrong(
+    plane: DataPlane, next_engine: FakeEngine
+) -> None:
+    version = plane.add_adapter()
+    lives = Lives(plane, next_engine)
+    running = await begun(plane, "pirate")
+    next_engine.loads_allowed = False
+    lives.end()
+    await next_engine.until(lambda: bool(next_engine.received))
+    next_engine.client.deliver(AdapterFailed(version.key, ["its file is gone"], UNREADABLE))
+    failed = await failure(running)
+    assert (failed.code, failed.reason) == (Code.UNAVAILABLE, UNREADABLE)
+    assert f"adapter {version.version_name} cannot be served: its file is gone" in failed.message
 
 
 async def test_a_request_whose_next_engine_dies_at_once_goes_on_with_the_one_after(
