@@ -3,6 +3,8 @@
 Every message is one frame. `ToEngine` and `FromEngine` are the two closed sets: a decoder accepts nothing else.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
 from loraplex_adapters.errors import INVALID
@@ -18,11 +20,18 @@ class Message(msgspec.Struct, array_like=True, tag=True, frozen=True):
 # ---- service → engine ----------------------------------------------------------------------------------------------
 
 
+class Embedded(msgspec.Struct, array_like=True, frozen=True):
+    """A part of a prompt that has no tokens, such as an image: its rows do not come from the token embedding."""
+
+    digest: str  # hex, of everything that its rows depend on; equal digests share cached blocks
+    length: int  # positions that it takes; at least 1
+
+
 class AddRequest(Message, frozen=True):
     """Start one sequence. Answered by `RequestOutput`s, the last of which carries a finish reason."""
 
     request_id: int  # chosen by the service, never reused while the engine lives
-    prompt_token_ids: list[int]
+    prompt: Sequence[int | Embedded]  # its parts in order: token ids, and embedded parts between them
     sampling: SamplingParams
     adapter: AdapterKey | None = None  # None: the base model
     cache_salt: str = ""  # requests share cached prefixes only with the same salt

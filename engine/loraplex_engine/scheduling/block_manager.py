@@ -2,8 +2,8 @@
 
 A block is used (a request holds it), cached (no request holds it, but its content may be asked for again) or free.
 Content is named by a chain of hashes: a block's hash covers its tokens and everything before them, starting from a root
-that names the salt; the adapter version enters at the first block that the adapter applies to. Two requests share a
-block only if all of that is equal.
+that names the salt; the adapter version enters at the first block that the adapter applies to, and an embedded part of
+the prompt, by its digest, at the block in which it begins. Two requests share a block only if all of that is equal.
 """
 
 from __future__ import annotations
@@ -30,9 +30,15 @@ def first_adapted_block(request: Request, block_size: int) -> int:
     return request.adapter_start // block_size
 
 
-def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The hash of a block whose tokens follow the content that `parent` names."""
-    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+def chain_hash(parent: bytes, tokens: Sequence[int], embedded: bytes = b"") -> bytes:
+    """The hash of a block whose tokens follow the content that `parent` names. `embedded`: names what is no token."""
+    return hashlib.blake2b(parent + array("q", tokens).tobytes() + embedded, digest_size=16).digest()
+
+
+def embedded_content(request: Request, start: int, end: int) -> bytes:
+    """The name of what begins at positions start … end and has no tokens. Where it lies, NO_TOKEN says already."""
+    begins = [part for first, part in request.embedded if start <= first < end]
+    return b"".join(array("q", [part.length, len(part.digest)]).tobytes() + part.digest.encode() for part in begins)
 
 
 class BlockManager:
@@ -152,7 +158,8 @@ class BlockManager:
                 assert request.adapter is not None
                 parent += request.adapter.digest.encode()
             start = len(hashes) * self.block_size
-            hashes.append(chain_hash(parent, request.token_ids[start : start + self.block_size]))
+            end = start + self.block_size
+            hashes.append(chain_hash(parent, request.token_ids[start:end], embedded_content(request, start, end)))
         return hashes[:count]
 
     def _evict(self) -> int:

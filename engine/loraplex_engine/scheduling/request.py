@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from enum import Enum, auto
+from itertools import groupby
+from typing import Final, cast
 
 from loraplex_adapters.key import AdapterKey
-from loraplex_engine.link.messages import AddRequest, TokenLogprobs
+from loraplex_engine.link.messages import AddRequest, Embedded, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+
+NO_TOKEN: Final = -1  # at each position of an embedded part: no vocabulary has it
 
 
 class RequestState(Enum):
@@ -37,6 +41,7 @@ class Request:
         "bypass_prefix_cache",
         "cache_salt",
         "deadline",
+        "embedded",
         "finish_reason",
         "first_scheduled_time",
         "num_cached_tokens",
@@ -69,8 +74,11 @@ class Request:
         self.arrival_time = now
         self.deadline = None if sampling.time_limit_seconds is None else now + sampling.time_limit_seconds
 
-        self.token_ids: list[int] = [*message.prompt_token_ids, *message.output_token_ids]  # prompt, then output
-        self.num_prompt_tokens = len(message.prompt_token_ids)
+        self.token_ids: list[int] = []  # prompt, then output
+        self.embedded: list[tuple[int, Embedded]] = []  # the parts of the prompt that have no tokens: first position
+        self._lay_out(message.prompt)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids += message.output_token_ids
         self.num_computed_tokens = 0  # tokens whose keys and values are in the cache
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
@@ -95,6 +103,16 @@ class Request:
         prompt, wanted = self.token_ids[: self.num_prompt_tokens], list(tokens)
         starts = range(len(prompt) - len(wanted), -1, -1)
         self.adapter_start = next((at for at in starts if prompt[at : at + len(wanted)] == wanted), None)
+
+    def _lay_out(self, prompt: Iterable[int | Embedded]) -> None:
+        """Give each part of the prompt its positions. Runs of tokens are copied whole: prompts can be long."""
+        for kind, parts in groupby(prompt, type):
+            if kind is not Embedded:
+                self.token_ids.extend(cast("Iterable[int]", parts))
+                continue
+            for part in cast("Iterable[Embedded]", parts):
+                self.embedded.append((len(self.token_ids), part))
+                self.token_ids.extend([NO_TOKEN] * part.length)
 
     @property
     def num_tokens(self) -> int:

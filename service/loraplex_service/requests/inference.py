@@ -256,6 +256,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 target=resolved,
                 tokenizer=model.tokenizer,
                 form=OutputForm.of(spec, streaming, params.max_tokens),
+                prompt=prompt,
                 sequences=_sequences(tenant, spec, model.client, prompt, _after(params, wait), adapter, wait, outputs),
                 arrival=call.arrival,
                 adapter_load_seconds=wait.seconds,
@@ -324,7 +325,7 @@ def _sequences(
     """One request to the engine for each output. Only the first one asks for the prompt's log-probabilities."""
     first = AddRequest(
         request_id=client.requests.new_id(),
-        prompt_token_ids=prompt,
+        prompt=prompt,
         sampling=params,
         adapter=adapter,
         cache_salt=tenant.cache_salt(spec.cache.salt),

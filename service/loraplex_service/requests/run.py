@@ -49,7 +49,8 @@ class Job:
     target: ResolvedTarget
     tokenizer: Tokenizer
     form: OutputForm
-    sequences: Sequence[AddRequest]  # one for each output, all with the same prompt
+    prompt: Sequence[int]  # its token ids
+    sequences: Sequence[AddRequest]  # one for each output, all with this prompt
     arrival: float
     adapter_load_seconds: float  # waited for already
 
@@ -82,7 +83,7 @@ class Run:
         token.
         """
         self._job = job
-        self._prompt = job.sequences[0].prompt_token_ids
+        self._prompt = job.prompt
         self._sequences = [
             _Sequence(request, OutputBuilder(index, job.form, job.tokenizer, self._prompt))
             for index, request in enumerate(job.sequences)
