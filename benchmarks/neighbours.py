@@ -29,7 +29,7 @@ from benchmarks.measure import cpu_seconds_of, machine, percentile, process_tree
 from loraplex import Client, LoraplexError
 from loraplex.prompts import build_prompt
 from loraplex_service.control.tokenizer import MAX_OFFSETS_BYTES
-from loraplex_service.ports.limits import LIMITS, Entries, Text
+from loraplex_service.validation.limits import LIMITS, Entries, Text
 
 MODEL = "storyteller"
 LOUD, QUIET = {"loraplex-tenant": "loud"}, {"loraplex-tenant": "quiet"}

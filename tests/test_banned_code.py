@@ -28,10 +28,10 @@ NO_ASSERTS = (
     "service/loraplex_service/auth",
     "service/loraplex_service/names/grammar.py",
     "service/loraplex_service/ports/tls.py",
-    "service/loraplex_service/ports/validation.py",
     "service/loraplex_service/requests/sampling.py",
     "service/loraplex_service/admission/admission.py",
     "service/loraplex_service/admission/tenants.py",
+    "service/loraplex_service/validation",
 )
 
 

@@ -259,7 +259,7 @@ async def running(
         workers = TemplateLimits(workers=config.limits.template_workers)
         renderer = await stack.enter_async_context(TemplateRenderer(workers))
         texts = TextWork.of(renderer, config.limits.waiting_text_bytes)
-        telemetry = await stack.enter_async_context(telemetry_of(config))
+        telemetry = await stack.enter_async_context(telemetry_of(config.usage, config.otlp, config.access_log))
         app = assemble(config, bus_directory, texts, launch_for or engine_processes(config), telemetry)
         health_address = await _start_probes(app, stack)
         metrics_address = await _start_metrics(app, stack)
@@ -307,7 +307,7 @@ async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
     """Serve the metrics page, if configured. Returns its address, or None."""
     if app.config.metrics_listen is None:
         return None
-    from loraplex_service.telemetry.page import MetricsPage, Served, metrics_server  # with it comes an HTTP server
+    from loraplex_service.control.metrics_page import MetricsPage, Served, metrics_server
 
     served = Served(app.telemetry, app.host.all, app.registry.requests, lambda: app.admission.draining)
     page = MetricsPage(served, asyncio.get_running_loop())

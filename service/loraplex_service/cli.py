@@ -35,7 +35,7 @@ from loraplex_service.commands.shared import Target, call_failures, print_json, 
 from loraplex_service.commands.top import watch_load
 from loraplex_service.commands.usage import usage
 from loraplex_service.config import ConfigError, ServiceConfig, load_config
-from loraplex_service.ports.descriptors import descriptors_needed, raise_descriptor_limit
+from loraplex_service.descriptors import descriptors_needed, raise_descriptor_limit
 from loraplex_service.telemetry.logs import CallersThatLeft, CallFields
 
 P = ParamSpec("P")

@@ -77,7 +77,7 @@ class ServiceConfig(_Section, frozen=True):
         None  # a plaintext port for an orchestrator's probes: see service/loraplex_service/ports/probes.py
     )
     metrics_listen: str | None = (
-        None  # the Prometheus page, in plaintext: see service/loraplex_service/telemetry/page.py
+        None  # the Prometheus page, in plaintext: see service/loraplex_service/control/metrics_page.py
     )
     tls: TlsConfig | None = None
     insecure: bool = False  # allow other addresses than loopback without TLS and without credentials

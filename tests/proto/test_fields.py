@@ -10,7 +10,7 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 
 from loraplex.v1.errors_pb2 import ErrorReason
 from loraplex_engine.link.sampling_params import FinishReason
-from loraplex_service.ports.validation import UNSUPPORTED_FIELDS
+from loraplex_service.validation.checks import UNSUPPORTED_FIELDS
 from tests.proto.contract import FILES
 from tests.proto.field_uses import Field, Uses, field_uses
 

@@ -30,13 +30,13 @@ from loraplex_engine.link.messages import EngineStats
 from loraplex_service.config import LimitsConfig
 from loraplex_service.errors import FeatureUnsupported
 from loraplex_service.models.host import HostedModel, ModelHost
-from loraplex_service.ports.validation import UNSUPPORTED_FIELDS
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.records import GenerationRecord
 from loraplex_service.telemetry.series import Labels
 from loraplex_service.telemetry.setup import Telemetry
 from loraplex_service.telemetry.usage_reader import usage_records
 from loraplex_service.timestamps import duration, duration_seconds, timestamp
+from loraplex_service.validation.checks import UNSUPPORTED_FIELDS
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -7,8 +7,8 @@ from google.protobuf import json_format
 
 from loraplex.v1.generation_pb2 import Sampling
 from loraplex_service.errors import LoraplexError
-from loraplex_service.ports.validation import check_message
 from loraplex_service.text import TextError
+from loraplex_service.validation.checks import check_message
 
 # Fields that both contracts have, under one name and with one meaning.
 _READ = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")

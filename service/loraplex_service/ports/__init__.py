@@ -1,6 +1,6 @@
-"""The listeners, and all that a call passes before its method: credentials, receiving, limits.
+"""The listeners, and all that a call passes before its method: credentials, receiving, checks.
 
 `listeners` builds the two ports and drains them. `interceptors` is what each call passes: it authenticates the caller,
-then has `receiving` and `wire` take the message within its size, and `validation` check it against the table in
-`limits`. `health`, `probes`, `reflection` and `tls` are the other parts of a port.
+then has `receiving` and `wire` take the message within its size, and `validation` check it. `health`, `probes`,
+`reflection` and `tls` are the other parts of a port.
 """

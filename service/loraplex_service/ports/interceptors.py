@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
-from google.rpc.status_pb2 import Status
 
 from loraplex_service.admission.places import Places, Refusals, UnreadAnswers
 from loraplex_service.admission.tenants import Tenants
@@ -22,51 +21,27 @@ from loraplex_service.auth.access import check_resource, is_public
 from loraplex_service.auth.door import Caller, Door
 from loraplex_service.auth.principal import ANYBODY, Principal, Role
 from loraplex_service.call import Call, serving
+from loraplex_service.call_errors import error_status, known_error, status_name
 from loraplex_service.errors import (
-    EngineError,
     FeatureUnsupported,
     InvalidRequest,
     LoraplexError,
     MessageTooLarge,
     SlowConsumer,
     Unauthenticated,
-    to_status,
     trailing_metadata,
 )
 from loraplex_service.ports.receiving import ReceiveLimits, Receiver
-from loraplex_service.ports.validation import check_request
 from loraplex_service.ports.wire import SMALL_BYTES
 from loraplex_service.telemetry.records import NOBODY, CallRecord, Observer
 from loraplex_service.telemetry.trace_context import trace_id_of
+from loraplex_service.validation.checks import check_request
 
 logger = logging.getLogger(__name__)
 
 MAX_CLIENT_REQUEST_ID = 128  # characters
 SMALL_ANSWER_BYTES = 16 << 10  # unread, they are bounded by the number of calls
 PUBLIC_CALLS_PER_HOST = 256  # of methods that ask for no credentials: health, which may be watched for ever
-
-
-def known_error(error: Exception, call: Call, what: str) -> LoraplexError:
-    """Return the error if it is meant for the caller; else log it, and return an EngineError in its place."""
-    if isinstance(error, LoraplexError):
-        return error
-    logger.error("%s failed, request_id=%s", what, call.request_id, exc_info=error)
-    return EngineError(f"the server failed; quote request id {call.request_id} to its operator")
-
-
-def error_status(error: LoraplexError, call: Call) -> Status:
-    """The gRPC status of an error, with the tokens that the call had consumed."""
-    return to_status(error, call.request_id, call.usage() if call.usage is not None else None)
-
-
-def status_name(error: BaseException, call: Call) -> str:
-    """The name of the status that the caller sees for the exception that ended the call."""
-    if isinstance(error, LoraplexError):
-        return error.code.name
-    if isinstance(error, Exception) and not isinstance(error, grpc.aio.InternalError):
-        return grpc.StatusCode.INTERNAL.name
-    left = call.seconds_left()  # grpc cancels what has missed its deadline, too
-    return "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
 
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -38,11 +38,10 @@ from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.admission.admission import Admission
 from loraplex_service.admission.tenants import Tenant, Tenants
 from loraplex_service.call import Call, current_call
+from loraplex_service.call_errors import error_status, known_error, status_name
 from loraplex_service.errors import InvalidRequest, LoraplexError, MessageTooLarge, Unavailable
 from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.target import Target, merged_sampling
-from loraplex_service.ports.interceptors import error_status, known_error, status_name
-from loraplex_service.ports.validation import check_item
 from loraplex_service.requests.cold_adapters import NO_WAIT, ColdAdapters, Wait
 from loraplex_service.requests.in_flight import InFlight, Requests
 from loraplex_service.requests.output_form import OutputForm
@@ -51,6 +50,7 @@ from loraplex_service.requests.run import Event, Job, Run
 from loraplex_service.requests.sampling import derived_seed, sampling_params
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.records import NOBODY, Observer
+from loraplex_service.validation.checks import check_item
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from loraplex_service.config import ServiceConfig
+from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 from loraplex_service.telemetry.logs import AccessLog
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.records import Observer, Observers
@@ -26,24 +26,26 @@ class Telemetry:
 
 
 @asynccontextmanager
-async def telemetry_of(config: ServiceConfig) -> AsyncIterator[Telemetry]:
+async def telemetry_of(
+    usage_config: UsageConfig | None, otlp_config: OtlpConfig | None, access_log: bool
+) -> AsyncIterator[Telemetry]:
     """Set up the observers. Raises OSError for a usage file that cannot be written."""
     async with AsyncExitStack() as stack:
         metrics = RequestMetrics()
         observers: list[Observer] = [metrics]
         usage: UsageLog | None = None
-        if config.usage is not None:
-            usage = UsageLog(Path(config.usage.file), config.usage.rotate_bytes, config.usage.max_waiting_records)
+        if usage_config is not None:
+            usage = UsageLog(Path(usage_config.file), usage_config.rotate_bytes, usage_config.max_waiting_records)
             stack.push_async_callback(usage.close)
             observers.append(usage)
             trying = asyncio.create_task(usage.keep_trying(), name="usage")
             stack.callback(trying.cancel)
-        if config.access_log:
+        if access_log:
             observers.append(AccessLog())
-        if config.otlp is not None:
+        if otlp_config is not None:
             from loraplex_service.telemetry.otlp import OtlpTelemetry  # with it comes the SDK
 
-            otlp = OtlpTelemetry(config.otlp, version("loraplex-server"))
+            otlp = OtlpTelemetry(otlp_config, version("loraplex-server"))
             stack.push_async_callback(asyncio.to_thread, otlp.close)
             sending = asyncio.create_task(otlp.keep_sending(), name="otlp")
             stack.callback(sending.cancel)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from loraplex_service.ports.limits import TOTALS
 from loraplex_service.ports.receiving import ReceiveLimits
+from loraplex_service.validation.limits import TOTALS
 
 LIMITS = ReceiveLimits(request_bytes=10, batch_bytes=20)
 

@@ -18,12 +18,12 @@ from loraplex.v1.prompt_pb2 import Prompt
 from loraplex.v1.tokenizer_pb2 import TokenizeRequest
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.errors import InvalidRequest, PromptTooLong
-from loraplex_service.ports.validation import check_request
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.requests.turns import TurnLimits, Turns
 from loraplex_service.text import MAX_TOKENS, Tokenizer
 from loraplex_service.text.token_decoders import BYTE_ALPHABET
 from loraplex_service.text.token_lengths import longest_token_bytes
+from loraplex_service.validation.checks import check_request
 from tests.service.control_plane import ControlPlane
 from tests.service.data_plane import DataPlane, data_plane, failure, make_spec
 

@@ -13,9 +13,9 @@ from loraplex_engine.link.messages import RequestOutput, StepOutput, TokenLogpro
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_service.errors import Unavailable
 from loraplex_service.telemetry.config import UsageConfig
+from tests.service.control.test_metrics_page import scrape
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.data_plane import DataPlane, make_spec
-from tests.service.telemetry.test_metrics import scrape
 from tests.service.telemetry.test_usage import records
 
 LIMIT = {"max_tokens": 5, "time_limit": {"nanos": 10_000_000}}

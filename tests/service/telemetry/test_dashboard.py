@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.service.telemetry.test_metrics import DOCUMENTED
+from tests.service.control.test_metrics_page import DOCUMENTED
 
 ROOT = Path(__file__).resolve().parents[3]
 FILE = ROOT / "helm" / "loraplex" / "dashboards" / "loraplex.json"

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loraplex import NotFound
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex_service.telemetry.metrics import RequestMetrics
-from loraplex_service.telemetry.series import MAX_SERIES, OTHER, Counter, Histogram
+from loraplex_service.telemetry.series import MAX_SERIES
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 DOCUMENTED = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
@@ -205,30 +205,3 @@ async def test_a_model_that_is_not_loaded_is_down(control: ControlPlane) -> None
 async def test_prompts_and_outputs_are_not_on_the_page(control: ControlPlane) -> None:
     await control.client.generate("tiny", "secret", max_tokens=6)
     assert "secret" not in (await scrape(control)).text
-
-
-def test_label_values_of_callers_cannot_fill_the_memory() -> None:
-    counter = Counter()
-    for number in range(MAX_SERIES + 10):
-        counter.add((f"tenant-{number}", "tiny"))
-    assert len(counter.values) == MAX_SERIES + 1
-    assert counter.values[OTHER, OTHER] == 10
-
-
-def test_a_series_that_ends_makes_room_for_another() -> None:
-    counter = Counter()
-    for number in range(MAX_SERIES + 1):
-        counter.add((f"tenant-{number}", "tiny"))
-    counter.drop(lambda labels: labels == ("tenant-7", "tiny"))
-    counter.add(("late", "tiny"))
-    counter.add(("later", "tiny"))
-    assert counter.values["late", "tiny"] == 1
-    assert counter.values[OTHER, OTHER] == 2
-
-
-def test_a_value_falls_into_the_first_bucket_that_holds_it() -> None:
-    histogram = Histogram((1.0, 2.0))
-    for seconds in (0.5, 1.0, 1.5, 2.5):
-        histogram.observe(("tiny",), seconds)
-    assert histogram.values["tiny",].counts == [2, 1, 1]
-    assert histogram.values["tiny",].total == 5.5

@@ -16,7 +16,7 @@ from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from loraplex_adapters.grammar import DIGEST, ID_RULE, is_id
 from loraplex_service.errors import FeatureUnsupported, InvalidRequest, Violation
 from loraplex_service.names.grammar import model_id, tenant_id
-from loraplex_service.ports.limits import LIMITS, TOTALS, Entries, Total
+from loraplex_service.validation.limits import LIMITS, TOTALS, Entries, Total
 
 # What the contract has and this server does not. Refused by name; ServerInfo lists them.
 UNSUPPORTED_FIELDS = ("GenerateSpec.constraint", "Sampling.bad_words", "Chat.tools")

@@ -17,8 +17,8 @@ from loraplex.v1.inference_pb2 import BatchGenerateRequest
 from loraplex.v1.models_pb2 import ListModelsRequest
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, TokenIds, ToolCall
 from loraplex_service.errors import FeatureUnsupported, InvalidRequest
-from loraplex_service.ports.limits import LIMITS, TOTALS, Entries, Text
-from loraplex_service.ports.validation import MAX_UNKNOWN_BYTES, check_request
+from loraplex_service.validation.checks import MAX_UNKNOWN_BYTES, check_request
+from loraplex_service.validation.limits import LIMITS, TOTALS, Entries, Text
 
 PROTO = Path(__file__).parents[3] / "proto" / "loraplex" / "v1"
 SERVICES = (inference_pb2, tokenizer_pb2, adapters_pb2, models_pb2, routes_pb2, server_pb2)
