@@ -131,15 +131,15 @@ class EngineCore:
         count, num_outputs = len(message.prompt), len(message.output_token_ids)
         if message.request_id in self.scheduler.requests:
             return f"request id {message.request_id} is in use"
-        tokens = [part for part in message.prompt if isinstance(part, int)]
-        if len(tokens) < count:
+        prompt = message.prompt_token_ids
+        if len(prompt) < count:
             return f"a part of the prompt is embedded: {limits.architecture} reads token ids alone"
         if not 1 <= count < limits.max_model_len:
             return f"prompt of {count} tokens: it must have 1 to {limits.max_model_len - 1}"
         if num_outputs and (num_outputs >= sampling.max_tokens or count + num_outputs >= limits.max_model_len):
             return f"{num_outputs} output tokens to go on from: there must be fewer than it may have"
         token_ids = (
-            *tokens,
+            *prompt,
             *message.output_token_ids,
             *sampling.logit_bias,
             *(sampling.allowed_token_ids or ()),

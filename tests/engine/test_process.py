@@ -60,7 +60,7 @@ class FakeCore:
         self.closed = False
 
     def add(self, message: AddRequest) -> None:
-        if not message.prompt:
+        if not message.prompt_token_ids:
             raise ValueError("the prompt is empty")
         self.requests[message.request_id] = message
 

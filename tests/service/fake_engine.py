@@ -62,7 +62,7 @@ class Accepted:
 
     @property
     def num_blocks(self) -> int:
-        return math.ceil((len(self.request.prompt) + len(self.output)) / LIMITS.block_size)
+        return math.ceil((len(self.request.prompt_token_ids) + len(self.output)) / LIMITS.block_size)
 
 
 class FakeEngine:
@@ -133,7 +133,7 @@ class FakeEngine:
         match message:
             case AddRequest():
                 self.requests.append(message)
-                self._script_of[message.request_id] = self.scripts.pop(0) if self.scripts else message.prompt
+                self._script_of[message.request_id] = self.scripts.pop(0) if self.scripts else message.prompt_token_ids
                 if self.errors:
                     self._error_of[message.request_id] = self.errors.pop(0)
                 self.sequences[message.request_id] = Accepted(message)
@@ -255,4 +255,4 @@ def _logprobs(token_id: int, count: int) -> TokenLogprobs:
 
 def _prompt_logprobs(request: AddRequest) -> list[TokenLogprobs | None]:
     count = request.sampling.num_prompt_logprobs or 0
-    return [None, *(_logprobs(token_id, count) for token_id in request.prompt[1:])]
+    return [None, *(_logprobs(token_id, count) for token_id in request.prompt_token_ids[1:])]

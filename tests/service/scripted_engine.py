@@ -131,7 +131,7 @@ class ScriptedCore:
     def _next(self, request: AddRequest) -> RequestOutput:
         number = self.given[request.request_id]
         self.given[request.request_id] += 1
-        token_id = request.prompt[number % len(request.prompt)]
+        token_id = request.prompt_token_ids[number % len(request.prompt_token_ids)]
         finished = number + 1 == request.sampling.max_tokens
         if finished:
             del self.requests[request.request_id]

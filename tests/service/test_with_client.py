@@ -43,7 +43,7 @@ async def test_leaving_a_stream_frees_its_blocks(plane: DataPlane, client: Async
 
 async def test_chat(plane: DataPlane, client: AsyncClient) -> None:
     await client.generate("demo", [{"role": "user", "content": "hi"}], max_tokens=1)
-    assert bytes(plane.engine.requests[0].prompt) == b"[user]hi[assistant]"
+    assert bytes(plane.engine.requests[0].prompt_token_ids) == b"[user]hi[assistant]"
 
 
 async def test_errors_arrive_with_their_details(client: AsyncClient) -> None:

@@ -42,6 +42,11 @@ class AddRequest(Message, frozen=True):
     adapter_wait_seconds: float | None = None  # longest wait for the adapter, once it is its turn; None: for ever
     output_token_ids: list[int] = []  # tokens that an earlier engine generated: go on after them
 
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt without its embedded parts."""
+        return [part for part in self.prompt if isinstance(part, int)]
+
 
 class Abort(Message, frozen=True):
     """Forget these requests now, in whatever state. Unknown ids are ignored; no output follows."""

@@ -60,7 +60,7 @@ def test_a_text_of_more_bytes_than_any_may_have_is_refused() -> None:
 
 async def test_a_long_text_that_is_cut_to_its_end_is_tokenised(plane: DataPlane) -> None:
     await plane.generate(make_spec(prompt={"text": "x" * 10_000 + "end", "truncate_to_tokens": 3}))
-    assert plane.engine.requests[0].prompt == list(b"end")
+    assert plane.engine.requests[0].prompt_token_ids == list(b"end")
 
 
 async def test_a_text_of_more_tokens_than_any_prompt_may_have_is_refused_even_if_few_are_kept(plane: DataPlane) -> None:

@@ -44,7 +44,7 @@ async def plane(tokenizer: Tokenizer) -> AsyncIterator[DataPlane]:
 async def read(plane: DataPlane, prompt: Prompt) -> list[int]:
     """What the model reads; what Tokenize tells must be the same."""
     await plane.generate(make_spec(prompt=prompt))
-    read = plane.engine.requests[-1].prompt
+    read = plane.engine.requests[-1].prompt_token_ids
     told = await tokenized(plane, prompt)
     assert list(told.token_ids) == read
     assert len(told.token_starts) == len(told.token_ends) == len(read)
@@ -84,7 +84,7 @@ async def test_truncation_keeps_what_stands_in_front_of_a_text(
 
 async def test_truncation_of_token_ids_keeps_the_last(plane: DataPlane) -> None:
     await plane.generate(make_spec(prompt=Prompt(token_ids=TokenIds(ids=[BOS, 1, 2, 3]), truncate_to_tokens=2)))
-    assert plane.engine.requests[0].prompt == [2, 3]
+    assert plane.engine.requests[0].prompt_token_ids == [2, 3]
 
 
 # ---- as many as fit --------------------------------------------------------------------------------------------------

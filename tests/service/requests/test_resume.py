@@ -70,7 +70,7 @@ async def test_what_a_request_is_left_with_is_all_that_the_next_engine_is_asked_
     requests = await running(control, 2)
     assert [request.sampling.seed for request in requests] == [first.sampling.seed, second.sampling.seed]
     for request in requests:
-        assert request.prompt == first.prompt
+        assert request.prompt_token_ids == first.prompt_token_ids
         assert request.output_token_ids == (list(b"ab") * LENGTH)[: len(request.output_token_ids)]
         assert request.sampling.max_tokens == LENGTH
     assert [output.text for output in (await stream.collect()).outputs] == ["ab" * (LENGTH // 2)] * 2

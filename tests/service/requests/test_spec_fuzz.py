@@ -112,11 +112,11 @@ async def outcome(plane: DataPlane, spec: GenerateSpec, streaming: bool) -> grpc
 def check_request(request: AddRequest) -> None:
     """What reaches the engine is within the limits, whatever the caller said."""
     sampling = request.sampling
-    assert len(request.prompt) >= 1
-    assert len(request.prompt) + sampling.max_tokens <= LIMITS.max_model_len
+    assert len(request.prompt_token_ids) >= 1
+    assert len(request.prompt_token_ids) + sampling.max_tokens <= LIMITS.max_model_len
     assert 0 <= sampling.min_tokens <= sampling.max_tokens
     assert 0 <= sampling.temperature <= 10
     assert 0 < sampling.top_p <= 1
     assert 0 <= (sampling.num_logprobs or 0) <= 20
-    ids = [*request.prompt, *sampling.logit_bias, *sampling.stop_token_ids]
+    ids = [*request.prompt_token_ids, *sampling.logit_bias, *sampling.stop_token_ids]
     assert all(0 <= token_id < LIMITS.vocab_size for token_id in [*ids, *(sampling.allowed_token_ids or ())])

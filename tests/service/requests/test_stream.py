@@ -366,21 +366,21 @@ async def test_tenants_never_share_a_cache_salt(plane: DataPlane) -> None:
 
 async def test_token_ids_go_as_they_are(plane: DataPlane) -> None:
     await plane.generate(make_spec(prompt={"token_ids": {"ids": [1, 2, 257]}}))
-    assert plane.engine.requests[0].prompt == [1, 2, 257]
+    assert plane.engine.requests[0].prompt_token_ids == [1, 2, 257]
 
 
 async def test_truncation_keeps_the_end(plane: DataPlane) -> None:
     await plane.generate(make_spec(prompt={"text": "abcdef", "truncate_to_tokens": 2}))
-    assert bytes(plane.engine.requests[0].prompt) == b"ef"
+    assert bytes(plane.engine.requests[0].prompt_token_ids) == b"ef"
 
 
 async def test_chat_is_rendered_by_the_models_template(plane: DataPlane) -> None:
     chat = Chat(messages=[ChatMessage(role="user", content="hi")])
     await plane.generate(make_spec(prompt=Prompt(chat=chat)))
-    assert bytes(plane.engine.requests[0].prompt) == b"[user]hi[assistant]"
+    assert bytes(plane.engine.requests[0].prompt_token_ids) == b"[user]hi[assistant]"
 
 
 async def test_chat_continues_the_final_message(plane: DataPlane) -> None:
     messages = [ChatMessage(role="user", content="hi"), ChatMessage(role="assistant", content="Well")]
     await plane.generate(make_spec(prompt=Prompt(chat=Chat(messages=messages, continue_final_message=True))))
-    assert bytes(plane.engine.requests[0].prompt) == b"[user]hi[assistant]Well"
+    assert bytes(plane.engine.requests[0].prompt_token_ids) == b"[user]hi[assistant]Well"
