@@ -28,6 +28,12 @@ class BackgroundWork:
         task.add_done_callback(self._finished)
         return task
 
+    async def close(self) -> None:
+        """Cancel all work."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -35,9 +41,3 @@ class BackgroundWork:
                 logger.warning("a change of the adapters could not be completed: %s", error)
                 return
             logger.error("a change of the adapters could not be completed", exc_info=error)
-
-    async def close(self) -> None:
-        """Cancel all work."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
