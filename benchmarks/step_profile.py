@@ -46,7 +46,7 @@ REST = "the step around them"
 # What is timed, in the order of the table: the column, and the methods and functions that make it up.
 PARTS: dict[str, tuple[tuple[type | ModuleType, str], ...]] = {
     "scheduler": ((Scheduler, "schedule"), (Scheduler, "update")),
-    "batch": ((model_runner, "step_batch"),),
+    "batch": ((model_runner, "step_arrays"), (model_runner, "step_batch")),
     "linears": ((CpuOps, "linear"),),
     "LoRA": ((CpuOps, "segmented_lora"),),
     "attention": ((CpuOps, "paged_attention"),),

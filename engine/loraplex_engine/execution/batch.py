@@ -8,34 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraplex_engine.execution.arrays import Ranges, StepArrays
 from loraplex_engine.models.step_batch import StepBatch
-from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan
 from loraplex_kernels.ops import AttentionMetadata, LoraSegments
 
 PACKED_ALIGNMENT = 16  # bytes: what a GPU reads at once
 
 
-def step_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
-    """Lay the plan's tokens side by side and say where each one sits in its sequence and in the cache."""
-    scheduled = plan.scheduled
-    counts = np.array([item.num_new_tokens for item in scheduled], dtype=np.int32)
-    computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
-    starts = np.zeros(len(scheduled) + 1, dtype=np.int32)
-    np.cumsum(counts, out=starts[1:])
-    seq_lens = (computed + counts).astype(np.int32)
-
-    tables = _block_tables(scheduled, int(seq_lens.max()), block_size)
-    sequence_of = np.repeat(np.arange(len(scheduled)), counts)
-    positions = np.arange(starts[-1]) - starts[:-1][sequence_of] + computed[sequence_of]
-    slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
-
-    ranges = _lora_ranges(scheduled, starts)
-    segments = np.array(ranges, dtype=np.int32).reshape(-1, 3).T  # slots, starts, ends
-    token_ids, logits_rows = _token_ids(scheduled), _logits_rows(scheduled, starts)
-    logits_ranges = _ranges_of_rows(ranges, logits_rows)
-    logits_segments = np.array(logits_ranges, dtype=np.int32).reshape(-1, 3).T
-    fixed = [token_ids, positions, slots, logits_rows, starts, seq_lens, tables]
-    on_device = to_device([*fixed, *segments, *logits_segments], device)
+def step_batch(step: StepArrays, device: torch.device) -> StepBatch:
+    """The step's arrays as tensors on `device`."""
+    same = step.logits_lora == step.lora  # as where every row is drawn from
+    segments = _columns(step.lora) + ([] if same else _columns(step.logits_lora))
+    fixed = [step.token_ids, step.positions, step.slot_mapping, step.logits_rows]
+    sequences = [step.query_starts, step.seq_lens, step.block_tables]
+    on_device = to_device([*fixed, *sequences, *segments], device)
+    lora = LoraSegments(step.lora, *on_device[7:10]) if step.lora else None
+    logits_lora = LoraSegments(step.logits_lora, *on_device[-3:]) if step.logits_lora else None
     return StepBatch(
         token_ids=on_device[0],
         positions=on_device[1],
@@ -44,13 +32,18 @@ def step_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBat
             query_starts=on_device[4],
             seq_lens=on_device[5],
             block_tables=on_device[6],
-            max_query_len=int(counts.max()),
-            max_seq_len=int(seq_lens.max()),
+            max_query_len=step.max_query_len,
+            max_seq_len=step.max_seq_len,
         ),
-        lora=LoraSegments(tuple(ranges), *on_device[7:10]) if ranges else None,
+        lora=lora,
         logits_rows=on_device[3],
-        logits_lora=LoraSegments(tuple(logits_ranges), *on_device[10:]) if logits_ranges else None,
+        logits_lora=lora if same else logits_lora,
     )
+
+
+def _columns(ranges: Ranges) -> list[np.ndarray]:
+    """Slots, first rows and end rows of the ranges, int32 [G] each; nothing where there are none."""
+    return list(np.array(ranges, dtype=np.int32).T) if ranges else []
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -85,60 +78,6 @@ def _packed_bytes(array: np.ndarray) -> int:
     return -(-array.nbytes // PACKED_ALIGNMENT) * PACKED_ALIGNMENT
 
 
-def _token_ids(scheduled: tuple[ScheduledRequest, ...]) -> np.ndarray:
-    tokens: list[int] = []
-    for item in scheduled:
-        first = item.num_computed_tokens
-        if item.num_new_tokens == 1:
-            tokens.append(item.request.token_ids[first])
-        else:
-            tokens.extend(item.request.token_ids[first : first + item.num_new_tokens])
-    return np.array(tokens, dtype=np.int64)
-
-
-def _block_tables(scheduled: tuple[ScheduledRequest, ...], max_seq_len: int, block_size: int) -> np.ndarray:
-    tables = np.zeros((len(scheduled), -(-max_seq_len // block_size)), dtype=np.int32)
-    for row, item in enumerate(scheduled):
-        block_ids = item.request.block_ids
-        tables[row, : len(block_ids)] = block_ids
-    return tables
-
-
-def _lora_ranges(scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray) -> list[tuple[int, int, int]]:
-    """(slot, first row, end row) of each adapter's adjacent rows; what comes before an invocation is the base's."""
-    ranges: list[tuple[int, int, int]] = []
-    for item, start, end in zip(scheduled, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        slot = item.request.adapter_slot
-        if slot is None or item.request.adapter_start is None:
-            continue
-        if item.request.adapter_start > item.num_computed_tokens:
-            start += item.request.adapter_start - item.num_computed_tokens
-            if start >= end:
-                continue
-        if ranges and ranges[-1][0] == slot and ranges[-1][2] == start:
-            ranges[-1] = (slot, ranges[-1][1], end)
-        else:
-            ranges.append((slot, start, end))
-    return ranges
-
-
-def _ranges_of_rows(ranges: list[tuple[int, int, int]], rows: np.ndarray) -> list[tuple[int, int, int]]:
-    """The adapters' ranges among some selected rows, numbered by their place in the selection."""
-    found: list[tuple[int, int, int]] = []
-    if not ranges:
-        return found
-    slots, starts, ends = zip(*ranges, strict=True)
-    nearest = np.searchsorted(starts, rows, side="right") - 1  # -1: before the first
-    for place, (row, index) in enumerate(zip(rows.tolist(), nearest.tolist(), strict=True)):
-        if index < 0 or row >= ends[index]:
-            continue
-        if found and found[-1][0] == slots[index] and found[-1][2] == place:
-            found[-1] = (slots[index], found[-1][1], place + 1)
-        else:
-            found.append((slots[index], place, place + 1))
-    return found
-
-
 def narrowed(segments: LoraSegments | None, start: int, end: int) -> LoraSegments | None:
     """The segments of rows start … end, numbered from `start`."""
     if segments is None:
@@ -149,18 +88,3 @@ def narrowed(segments: LoraSegments | None, start: int, end: int) -> LoraSegment
         return None
     columns = torch.tensor(ranges, dtype=torch.int32).T.contiguous().to(segments.slots.device)
     return LoraSegments(tuple(ranges), columns[0], columns[1], columns[2])
-
-
-def _logits_rows(scheduled: tuple[ScheduledRequest, ...], starts: np.ndarray) -> np.ndarray:
-    """The last row of every request that samples, then every row that predicts a prompt token someone asked about."""
-    rows = [int(end) - 1 for item, end in zip(scheduled, starts[1:], strict=True) if item.samples]
-    for item, start in zip(scheduled, starts[:-1], strict=True):
-        rows.extend(range(int(start), int(start) + num_prompt_logprob_rows(item)))
-    return np.array(rows, dtype=np.int64)
-
-
-def num_prompt_logprob_rows(item: ScheduledRequest) -> int:
-    """The number of the item's rows that predict a prompt token whose log-probability was asked for."""
-    if item.request.sampling.num_prompt_logprobs is None:
-        return 0
-    return max(0, min(item.num_new_tokens, item.request.num_prompt_tokens - 1 - item.num_computed_tokens))

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from loraplex_engine.checkpoint.memory import populate
-from loraplex_engine.execution.batch import narrowed, num_prompt_logprob_rows, step_batch
+from loraplex_engine.execution.arrays import History, PromptTargets, StepArrays, step_arrays
+from loraplex_engine.execution.batch import narrowed, step_batch
 from loraplex_engine.execution.cuda_graph import DecodeGraphs, decode_graphs
 from loraplex_engine.execution.device import described
 from loraplex_engine.execution.kv_cache import create_kv_cache, stored_dtype
@@ -74,56 +75,50 @@ class ModelRunner:
             device=described(self.ops.device),
         )
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every token of the plan and draw the next one of each request that has caught up."""
-        batch = step_batch(plan, self.block_size, self.ops.device)
-        decoding = all(item.samples and item.num_new_tokens == 1 for item in plan.scheduled)
+        return self.compute(step_arrays(plan, self.block_size))
+
+    @torch.inference_mode()
+    def compute(self, step: StepArrays) -> StepResult:
+        """The result of a step that is laid out as arrays, whoever made them."""
+        batch, count = step_batch(step, self.ops.device), len(step.histories)
+        decoding = count == len(step.token_ids)  # each row is drawn from
         if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):
             hidden = self.decode_graphs.forward(batch)
         else:
             hidden = self.model.forward(batch, self.kv_cache)
-        sampling = [item.request for item in plan.scheduled if item.samples]
-        count = len(sampling)
         lora = batch.logits_lora if count == len(hidden) else narrowed(batch.logits_lora, 0, count)
-        drawn = iter(self.sampler.sample(self.model.logits(hidden[:count], lora), sampling) if sampling else ())
-        sampled = tuple(next(drawn) if item.samples else None for item in plan.scheduled)
-        prompt_logprobs = self._prompt_logprobs(plan, hidden, count, batch.logits_lora)
-        return StepResult(sampled, prompt_logprobs, _not_finite(plan, sampled, prompt_logprobs))
+        drawn = self.sampler.sample(self.model.logits(hidden[:count], lora), step.histories) if count else []
+        prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, count, batch.logits_lora)
+        tokens = iter(drawn)
+        sampled = tuple(next(tokens) if wanted else None for wanted in step.num_drawn)
+        return StepResult(sampled, prompt_logprobs, _not_finite(step.histories, drawn, prompt_logprobs))
 
     def _prompt_logprobs(
-        self, plan: StepPlan, hidden: torch.Tensor, row: int, lora: LoraSegments | None
+        self, targets: Sequence[PromptTargets], hidden: torch.Tensor, row: int, lora: LoraSegments | None
     ) -> dict[int, list[TokenLogprobs]]:
-        """hidden: the rows that predict prompt tokens begin at `row`, in plan order."""
+        """By request id. hidden: the rows that predict the targets begin at `row`, in order."""
         found: dict[int, list[TokenLogprobs]] = {}
-        for item in plan.scheduled:
-            request, end = item.request, row + num_prompt_logprob_rows(item)
-            if request.sampling.num_prompt_logprobs is None:
-                continue
-            details = found[request.request_id] = []
-            position = item.num_computed_tokens + 1  # of the token that the first row predicts
-            for first in range(row, end, PROMPT_LOGPROB_ROWS):
-                part = hidden[first : min(first + PROMPT_LOGPROB_ROWS, end)]
-                targets = request.token_ids[position : position + len(part)]
-                logits = self.model.logits(part, narrowed(lora, first, first + len(part)))
-                logprobs = torch.log_softmax(logits, dim=-1)
-                details.extend(describe(logprobs, targets, request.sampling.num_prompt_logprobs))
-                position += len(part)
-            row = end
+        for request_id, token_ids, num_top in targets:
+            details = found[request_id] = []
+            for first in range(0, len(token_ids), PROMPT_LOGPROB_ROWS):
+                wanted = token_ids[first : first + PROMPT_LOGPROB_ROWS]
+                logits = self.model.logits(hidden[row : row + len(wanted)], narrowed(lora, row, row + len(wanted)))
+                details.extend(describe(torch.log_softmax(logits, dim=-1), wanted, num_top))
+                row += len(wanted)
         return found
 
 
 def _not_finite(
-    plan: StepPlan, sampled: Sequence[SampledToken | None], prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]]
+    histories: Sequence[History],
+    drawn: Sequence[SampledToken | None],
+    prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]],
 ) -> frozenset[int]:
     """The ids of requests for which no token could be drawn, or whose prompt has a log-probability that is not
     finite.
     """
-    undrawn = {
-        item.request.request_id
-        for item, token in zip(plan.scheduled, sampled, strict=True)
-        if token is None and item.samples
-    }
+    undrawn = {history.request_id for history, token in zip(histories, drawn, strict=True) if token is None}
     return frozenset(undrawn).union(
         request_id for request_id, found in prompt_logprobs.items() if any(math.isnan(one.logprob) for one in found)
     )

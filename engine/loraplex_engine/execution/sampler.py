@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraplex_engine.execution.arrays import History
 from loraplex_engine.link.messages import TokenLogprobs
 from loraplex_engine.link.sampling_params import SamplingParams
-from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import SampledToken
 
 # Candidates looked at before a full sort. Truncated sampling keeps a handful of tokens in practice; a row that needs
@@ -26,31 +26,31 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class Sampler:
-    """Draws one token per row. Stateless: the history is in the requests."""
+    """Draws one token per row. Stateless: what came before is in the histories."""
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
-        """Draw the next token of each request; None where the logits are NaN or infinite.
+    def sample(self, logits: Tensor, histories: Sequence[History]) -> list[SampledToken | None]:
+        """Draw the token of each row; None where the logits are NaN or infinite.
 
-        logits: float32 [S, V], row s belongs to requests[s]; may be overwritten.
+        logits: float32 [S, V], row s belongs to histories[s]; may be overwritten.
         """
-        logprobs_wanted = any(request.sampling.num_logprobs is not None for request in requests)
+        logprobs_wanted = any(history.sampling.num_logprobs is not None for history in histories)
         raw = torch.log_softmax(logits, dim=-1) if logprobs_wanted else None  # before anything is changed
-        adjust_logits(logits, requests)
-        token_ids = self._draw(logits, requests)
-        details = [None] * len(requests) if raw is None else _sampled_logprobs(raw, token_ids, requests)
+        adjust_logits(logits, histories)
+        token_ids = self._draw(logits, histories)
+        details = [None] * len(histories) if raw is None else _sampled_logprobs(raw, token_ids, histories)
         return [_sampled(token, detail) for token, detail in zip(token_ids, details, strict=True)]
 
-    def _draw(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    def _draw(self, logits: Tensor, histories: Sequence[History]) -> list[int]:
         """Draw one token per row; -1: nothing can be drawn from the row."""
         token_ids = [
-            token if _is_drawable(logit, request) else -1
-            for (token, logit), request in zip(most_likely(logits), requests, strict=True)
+            token if _is_drawable(logit, history) else -1
+            for (token, logit), history in zip(most_likely(logits), histories, strict=True)
         ]
         random_rows = [
-            row for row, request in enumerate(requests) if token_ids[row] >= 0 and not request.sampling.greedy
+            row for row, history in enumerate(histories) if token_ids[row] >= 0 and not history.sampling.greedy
         ]
         if random_rows:
-            chosen = [requests[row] for row in random_rows]
+            chosen = [histories[row] for row in random_rows]
             drawn = draw(logits[random_rows], chosen)
             for row, token in zip(random_rows, drawn, strict=True):
                 token_ids[row] = token
@@ -71,12 +71,12 @@ def most_likely(logits: Tensor) -> list[tuple[int, float]]:
     return [(int(token), logit) for token, logit in pairs.tolist()]
 
 
-def _is_drawable(best: float, request: Request) -> bool:
+def _is_drawable(best: float, history: History) -> bool:
     """Whether a row with this best logit is a distribution, also after division by the temperature.
 
     The best is NaN if any logit is, and -inf if nothing is left. A single -inf below it is a probability of 0.
     """
-    sampling = request.sampling
+    sampling = history.sampling
     return abs(best) <= FLOAT32_MAX * (1.0 if sampling.greedy else min(1.0, sampling.temperature))
 
 
@@ -89,15 +89,15 @@ def _sampled(token_id: int, logprobs: TokenLogprobs | None) -> SampledToken | No
 # ---- what changes the distribution ---------------------------------------------------------------------------------
 
 
-def adjust_logits(logits: Tensor, requests: Sequence[Request]) -> None:
+def adjust_logits(logits: Tensor, histories: Sequence[History]) -> None:
     """Apply penalties, biases and masks in place, each only to the rows that ask for it. logits: float32 [S, V]."""
-    _mask_rows_without_a_token(logits, requests)
-    _apply_penalties(logits, requests)
+    _mask_rows_without_a_token(logits, histories)
+    _apply_penalties(logits, histories)
     rows: list[int] = []
     columns: list[int] = []
     values: list[float] = []
-    for row, request in enumerate(requests):
-        sampling = request.sampling
+    for row, history in enumerate(histories):
+        sampling = history.sampling
         if sampling.logit_bias:
             rows.extend([row] * len(sampling.logit_bias))
             columns.extend(sampling.logit_bias.keys())
@@ -106,41 +106,41 @@ def adjust_logits(logits: Tensor, requests: Sequence[Request]) -> None:
         device = logits.device
         index = (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
         logits.index_put_(index, torch.tensor(values, device=device), accumulate=True)
-    for row, request in enumerate(requests):
-        sampling = request.sampling
+    for row, history in enumerate(histories):
+        sampling = history.sampling
         if sampling.allowed_token_ids is not None:
             allowed = torch.tensor(sampling.allowed_token_ids, device=logits.device)
             kept = logits[row, allowed]
             logits[row].fill_(-torch.inf)
             logits[row, allowed] = kept
-        if request.num_output_tokens < sampling.min_tokens:
+        if history.num_output_tokens < sampling.min_tokens:
             endings = sampling.eos_token_ids + sampling.stop_token_ids
             if endings:
                 logits[row, list(endings)] = -torch.inf
 
 
-def _mask_rows_without_a_token(logits: Tensor, requests: Sequence[Request]) -> None:
+def _mask_rows_without_a_token(logits: Tensor, histories: Sequence[History]) -> None:
     """Mask the padding of the head beyond the tokenizer's ids: with one slice, if all rows have the same tokenizer."""
-    limits = {request.sampling.num_token_ids or logits.shape[-1] for request in requests}
+    limits = {history.sampling.num_token_ids or logits.shape[-1] for history in histories}
     for limit in limits:
         if limit < logits.shape[-1]:
-            own = [row for row, request in enumerate(requests) if request.sampling.num_token_ids == limit]
+            own = [row for row, history in enumerate(histories) if history.sampling.num_token_ids == limit]
             logits[slice(None) if len(limits) == 1 else own, limit:] = -torch.inf
 
 
-def _apply_penalties(logits: Tensor, requests: Sequence[Request]) -> None:
+def _apply_penalties(logits: Tensor, histories: Sequence[History]) -> None:
     """Repetition (prompt and output; CTRL, arXiv 1909.05858), presence and frequency (output) penalties, in place."""
-    for row, request in enumerate(requests):
-        sampling = request.sampling
+    for row, history in enumerate(histories):
+        sampling = history.sampling
         if not sampling.needs_penalties:
             continue
         if sampling.repetition_penalty != 1.0:
-            seen = torch.from_numpy(np.unique(request.token_ids)).to(logits.device)
+            seen = torch.from_numpy(np.unique(history.token_ids)).to(logits.device)
             values = logits[row, seen]
             penalty = sampling.repetition_penalty
             logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if request.num_output_tokens and (sampling.presence_penalty or sampling.frequency_penalty):
-            tokens, counts = np.unique(request.token_ids[request.num_prompt_tokens :], return_counts=True)
+        if history.num_output_tokens and (sampling.presence_penalty or sampling.frequency_penalty):
+            tokens, counts = np.unique(history.token_ids[history.num_prompt_tokens :], return_counts=True)
             penalties = torch.from_numpy(sampling.presence_penalty + sampling.frequency_penalty * counts)
             logits[row, torch.from_numpy(tokens).to(logits.device)] -= penalties.to(logits)
 
@@ -162,10 +162,10 @@ def uniform(seed: int, position: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+def draw(logits: Tensor, histories: Sequence[History]) -> list[int]:
     """One token per row by temperature, top-k, top-p, min-p and typical-p, in this order. logits: float32 [S, V]."""
-    params = [request.sampling for request in requests]
-    numbers = [uniform(request.sampling.seed, request.num_tokens) for request in requests]
+    params = [history.sampling for history in histories]
+    numbers = [uniform(history.sampling.seed, history.num_tokens) for history in histories]
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=logits.device)
     logprobs = torch.log_softmax(logits / temperatures[:, None], dim=-1)
 
@@ -182,7 +182,7 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
                 tokens[row] = int(row_ids[_pick(weights, numbers[row])])
     for row in truncated:
         if tokens[row] < 0:
-            tokens[row] = _draw_sorted(logprobs[row].double().cpu().numpy(), requests[row], numbers[row])
+            tokens[row] = _draw_sorted(logprobs[row].double().cpu().numpy(), histories[row], numbers[row])
     for row in range(len(params)):
         if tokens[row] < 0:
             tokens[row] = _pick(np.exp(logprobs[row].double().cpu().numpy()), numbers[row])
@@ -195,9 +195,9 @@ def _needs_few_candidates(sampling: SamplingParams) -> bool:
     return cuts_the_tail and sampling.top_k <= NUM_CANDIDATES
 
 
-def _draw_sorted(logprobs: np.ndarray, request: Request, number: float) -> int:
+def _draw_sorted(logprobs: np.ndarray, history: History, number: float) -> int:
     """Draw from a whole row. logprobs: float64 [V]"""
-    sampling = request.sampling
+    sampling = history.sampling
     order = np.argsort(-logprobs, kind="stable")
     keep = _kept_of_sorted(logprobs[order], sampling.top_k, sampling.top_p, sampling.min_p)
     weights = _typical_weights(logprobs[order[:keep]], sampling.typical_p)
@@ -246,14 +246,14 @@ def _pick(weights: np.ndarray, number: float) -> int:
 
 
 def _sampled_logprobs(
-    logprobs: Tensor, token_ids: Sequence[int], requests: Sequence[Request]
+    logprobs: Tensor, token_ids: Sequence[int], histories: Sequence[History]
 ) -> list[TokenLogprobs | None]:
-    counts = [request.sampling.num_logprobs for request in requests]
+    counts = [history.sampling.num_logprobs for history in histories]
     rows = [row for row, count in enumerate(counts) if count is not None and token_ids[row] >= 0]
     wanted = describe(
         logprobs[rows], [token_ids[row] for row in rows], max(count for count in counts if count is not None)
     )
-    details: list[TokenLogprobs | None] = [None] * len(requests)
+    details: list[TokenLogprobs | None] = [None] * len(histories)
     for row, detail in zip(rows, wanted, strict=True):
         count = counts[row]
         details[row] = TokenLogprobs(

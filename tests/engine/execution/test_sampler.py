@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_engine.execution import sampler as sampler_module
+from loraplex_engine.execution.arrays import History
 from loraplex_engine.execution.sampler import Sampler, adjust_logits, draw, uniform
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
@@ -16,11 +17,11 @@ from loraplex_engine.scheduling.request import Request
 V = 50
 
 
-def make_request(prompt: list[int] | None = None, output: list[int] | None = None, **fields: object) -> Request:
+def make_history(prompt: list[int] | None = None, output: list[int] | None = None, **fields: object) -> History:
     sampling = SamplingParams(**({"seed": 1, "max_tokens": 99} | fields))  # type: ignore[arg-type]
     request = Request(AddRequest(1, prompt or [3, 4], sampling), 1, now=0.0)
     request.token_ids.extend(output or [])
-    return request
+    return History.of(request)
 
 
 def random_logits(rows: int, seed: int = 0, vocab: int = V) -> torch.Tensor:
@@ -29,14 +30,14 @@ def random_logits(rows: int, seed: int = 0, vocab: int = V) -> torch.Tensor:
 
 def draw_many(logits: torch.Tensor, count: int = 2000, **fields: object) -> torch.Tensor:
     """The frequency of each token over `count` seeds, from one row of logits."""
-    requests = [make_request(seed=seed, **fields) for seed in range(count)]
-    tokens = torch.tensor(draw(logits.expand(count, -1), requests))
+    histories = [make_history(seed=seed, **fields) for seed in range(count)]
+    tokens = torch.tensor(draw(logits.expand(count, -1), histories))
     return torch.bincount(tokens, minlength=logits.shape[-1]) / count
 
 
 def test_greedy_takes_the_most_likely():
     logits = random_logits(4)
-    tokens = Sampler().sample(logits.clone(), [make_request(temperature=0.0) for _ in range(4)])
+    tokens = Sampler().sample(logits.clone(), [make_history(temperature=0.0) for _ in range(4)])
     assert [t.token_id for t in tokens] == logits.argmax(-1).tolist()
 
 
@@ -109,8 +110,8 @@ def test_what_is_drawn_is_always_in_the_support_of_transformers(seed, temperatur
     for name, warper in WARPERS.items():
         if values[name] != off[name]:
             scores = getattr(transformers, warper)(values[name])(None, scores)
-    requests = [make_request(seed=number, temperature=temperature, **values) for number in range(20)]
-    assert torch.isfinite(scores[0, draw(logits.expand(20, -1), requests)]).all()
+    histories = [make_history(seed=number, temperature=temperature, **values) for number in range(20)]
+    assert torch.isfinite(scores[0, draw(logits.expand(20, -1), histories)]).all()
 
 
 def test_tokens_that_are_equally_typical_stay_together():
@@ -123,12 +124,12 @@ def test_penalties_equal_transformers_and_the_openai_formula():
     logits = random_logits(1)
     prompt, output = [1, 2, 3], [3, 4, 4, 4]
     ours = logits.clone()
-    adjust_logits(ours, [make_request(prompt, output, repetition_penalty=1.3)])
+    adjust_logits(ours, [make_history(prompt, output, repetition_penalty=1.3)])
     theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + output]), logits.clone())
     assert torch.allclose(ours, theirs)
 
     ours = logits.clone()
-    adjust_logits(ours, [make_request(prompt, output, presence_penalty=0.5, frequency_penalty=0.25)])
+    adjust_logits(ours, [make_history(prompt, output, presence_penalty=0.5, frequency_penalty=0.25)])
     expected = logits.clone()
     expected[0, 3] -= 0.5 + 0.25 * 1
     expected[0, 4] -= 0.5 + 0.25 * 3
@@ -137,12 +138,12 @@ def test_penalties_equal_transformers_and_the_openai_formula():
 
 def test_bias_allow_list_and_min_tokens():
     logits = torch.zeros(3, V)
-    requests = [
-        make_request(logit_bias={7: 2.5, 8: -100.0}),
-        make_request(allowed_token_ids=(4, 9)),
-        make_request(output=[5], min_tokens=2, eos_token_ids=(0,), stop_token_ids=(1,)),
+    histories = [
+        make_history(logit_bias={7: 2.5, 8: -100.0}),
+        make_history(allowed_token_ids=(4, 9)),
+        make_history(output=[5], min_tokens=2, eos_token_ids=(0,), stop_token_ids=(1,)),
     ]
-    adjust_logits(logits, requests)
+    adjust_logits(logits, histories)
     assert (logits[0, 7], logits[0, 8], logits[0, 9]) == (2.5, -100.0, 0.0)
     assert torch.isfinite(logits[1]).nonzero().flatten().tolist() == [4, 9]
     assert torch.isinf(logits[2]).nonzero().flatten().tolist() == [0, 1]
@@ -150,7 +151,7 @@ def test_bias_allow_list_and_min_tokens():
 
 def test_min_tokens_reached_allows_endings_again():
     logits = torch.zeros(1, V)
-    adjust_logits(logits, [make_request(output=[5, 6], min_tokens=2, eos_token_ids=(0,))])
+    adjust_logits(logits, [make_history(output=[5, 6], min_tokens=2, eos_token_ids=(0,))])
     assert torch.isfinite(logits).all()
 
 
@@ -174,9 +175,9 @@ def test_min_tokens_reached_allows_endings_again():
 )
 def test_a_row_is_drawn_alike_alone_and_in_company(params):
     logits = random_logits(len(params), seed=7)
-    requests = [make_request(output=[5, 6], **fields) for fields in params]
-    together = [t.token_id for t in Sampler().sample(logits.clone(), requests)]
-    alone = [Sampler().sample(logits[i : i + 1].clone(), [r])[0].token_id for i, r in enumerate(requests)]
+    histories = [make_history(output=[5, 6], **fields) for fields in params]
+    together = [t.token_id for t in Sampler().sample(logits.clone(), histories)]
+    alone = [Sampler().sample(logits[i : i + 1].clone(), [r])[0].token_id for i, r in enumerate(histories)]
     assert together == alone
 
 
@@ -190,11 +191,11 @@ def test_another_seed_and_another_position_draw_other_numbers():
 def test_logprobs_are_of_the_model_not_of_the_sampler():
     logits = random_logits(2)
     expected = torch.log_softmax(logits, -1)
-    requests = [
-        make_request(temperature=0.5, top_k=1, num_logprobs=3, logit_bias={11: 50.0}),
-        make_request(temperature=0.0, num_logprobs=None),
+    histories = [
+        make_history(temperature=0.5, top_k=1, num_logprobs=3, logit_bias={11: 50.0}),
+        make_history(temperature=0.0, num_logprobs=None),
     ]
-    first, second = Sampler().sample(logits.clone(), requests)
+    first, second = Sampler().sample(logits.clone(), histories)
     assert second.logprobs is None
     assert first.token_id == 11
     details = first.logprobs
@@ -213,8 +214,8 @@ def test_nothing_is_drawn_from_logits_that_are_no_numbers(temperature, value, ev
         logits[1] = value
     else:
         logits[1, V - 1] = value
-    requests = [make_request(temperature=temperature, num_logprobs=1) for _ in range(3)]
-    tokens = Sampler().sample(logits, requests)
+    histories = [make_history(temperature=temperature, num_logprobs=1) for _ in range(3)]
+    tokens = Sampler().sample(logits, histories)
     drawable = not everywhere and value == -math.inf  # a probability of 0, among others
     assert [token is None for token in tokens] == [False, not drawable, False]
 
@@ -222,22 +223,22 @@ def test_nothing_is_drawn_from_logits_that_are_no_numbers(temperature, value, ev
 def test_log_probabilities_that_are_no_numbers_are_not_told():
     logits = random_logits(2)
     logits[0, 7] = math.nan
-    request = make_request(allowed_token_ids=(1, 2), num_logprobs=1)
-    first, second = Sampler().sample(logits, [request, request])
+    history = make_history(allowed_token_ids=(1, 2), num_logprobs=1)
+    first, second = Sampler().sample(logits, [history, history])
     assert first is None
     assert second is not None
 
 
 def test_logits_that_overflow_when_divided_by_the_temperature_are_refused():
     logits = random_logits(1) * 1e36
-    assert Sampler().sample(logits.clone(), [make_request(temperature=1.0)]) != [None]
-    assert Sampler().sample(logits.clone(), [make_request(temperature=0.01)]) == [None]
+    assert Sampler().sample(logits.clone(), [make_history(temperature=1.0)]) != [None]
+    assert Sampler().sample(logits.clone(), [make_history(temperature=0.01)]) == [None]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-6])
 def test_a_tiny_temperature_is_greedy(temperature):
     logits = random_logits(4)
-    tokens = Sampler().sample(logits.clone(), [make_request(temperature=temperature, seed=s) for s in range(4)])
+    tokens = Sampler().sample(logits.clone(), [make_history(temperature=temperature, seed=s) for s in range(4)])
     assert [t.token_id for t in tokens] == logits.argmax(-1).tolist()
 
 
@@ -252,7 +253,7 @@ def test_rows_of_the_head_without_a_token_are_never_drawn():
     logits[:, 40:] += 50.0
     limits = [40, None, 40, 45]
     for temperature in (0.0, 1.0):
-        requests = [make_request(temperature=temperature, num_token_ids=limit, num_logprobs=1) for limit in limits]
-        tokens = [token.token_id for token in Sampler().sample(logits.clone(), requests)]
+        histories = [make_history(temperature=temperature, num_token_ids=limit, num_logprobs=1) for limit in limits]
+        tokens = [token.token_id for token in Sampler().sample(logits.clone(), histories)]
         assert [token < 40 for token in tokens] == [True, False, True, False]
         assert tokens[3] < 45

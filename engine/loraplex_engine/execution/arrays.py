@@ -1,0 +1,184 @@
+"""A step as plain data: the plan laid out as arrays, before anything is on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_engine.scheduling.request import Request
+from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan
+
+NO_TOKENS = np.array([], dtype=np.int64)
+
+Ranges = tuple[tuple[int, int, int], ...]  # (slot, first row, end row) of adapters, as in LoraSegments
+
+
+class History(NamedTuple):
+    """What a row's token is drawn by besides its logits: the parameters, and the tokens before it."""
+
+    request_id: int
+    sampling: SamplingParams
+    num_prompt_tokens: int
+    num_tokens: int  # of prompt and output: the position of the token to be drawn
+    token_ids: np.ndarray  # int64 [num_tokens], prompt, then output; empty: no parameter asks what they are
+
+    @classmethod
+    def of(cls, request: Request) -> History:
+        """The history of all tokens that the request has."""
+        sampling, token_ids = request.sampling, request.token_ids
+        read = np.array(token_ids, dtype=np.int64) if sampling.needs_penalties else NO_TOKENS
+        return cls(request.request_id, sampling, request.num_prompt_tokens, len(token_ids), read)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+
+class PromptTargets(NamedTuple):
+    """Tokens of one request's prompt, predicted by adjacent rows, whose log-probabilities are asked for."""
+
+    request_id: int
+    token_ids: list[int]
+    num_top: int  # the most likely tokens to tell beside each
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """All that a step's results depend on besides the model, its adapters and its cache.
+
+    Refers to no live request, so that it can be kept, sent elsewhere, and computed again. The rows of one sequence are
+    adjacent; base rows come before adapter rows.
+    """
+
+    token_ids: np.ndarray  # int64 [T]
+    positions: np.ndarray  # int64 [T]
+    slot_mapping: np.ndarray  # int64 [T]; this and the next five as in AttentionMetadata
+    query_starts: np.ndarray  # int32 [S+1]
+    seq_lens: np.ndarray  # int32 [S]
+    block_tables: np.ndarray  # int32 [S, max blocks]
+    max_query_len: int
+    max_seq_len: int
+    lora: Ranges
+    logits_rows: np.ndarray  # int64 [L]: a row for each of `histories`, then those of `prompt_targets`
+    logits_lora: Ranges  # `lora` of these rows, numbered as in `logits_rows`
+    num_drawn: tuple[int, ...]  # [S]: how many of `histories` are of each sequence, in order
+    histories: tuple[History, ...]
+    prompt_targets: tuple[PromptTargets, ...]
+
+
+def step_arrays(plan: StepPlan, block_size: int) -> StepArrays:
+    """Lay the plan's tokens side by side and say where each one sits in its sequence and in the cache."""
+    scheduled = plan.scheduled
+    counts = np.array([item.num_new_tokens for item in scheduled], dtype=np.int32)
+    computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
+    starts = np.zeros(len(scheduled) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    seq_lens = (computed + counts).astype(np.int32)
+
+    max_seq_len = int(seq_lens.max())
+    tables = _block_tables(scheduled, -(-max_seq_len // block_size))
+    sequence_of = np.repeat(np.arange(len(scheduled)), counts)
+    positions = np.arange(starts[-1]) - starts[:-1][sequence_of] + computed[sequence_of]
+    slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
+
+    bounds = starts.tolist()
+    ranges = _lora_ranges(scheduled, bounds)
+    num_drawn = tuple(int(item.samples) for item in scheduled)
+    histories = tuple(History.of(item.request) for item, drawn in zip(scheduled, num_drawn, strict=True) if drawn)
+    prompt_rows, targets = _prompt_targets(scheduled, bounds)
+    logits_rows = [end - 1 for end, drawn in zip(bounds[1:], num_drawn, strict=True) if drawn] + prompt_rows
+    return StepArrays(
+        token_ids=_token_ids(scheduled),
+        positions=positions,
+        slot_mapping=slots,
+        query_starts=starts,
+        seq_lens=seq_lens,
+        block_tables=tables,
+        max_query_len=int(counts.max()),
+        max_seq_len=max_seq_len,
+        lora=ranges,
+        logits_rows=np.array(logits_rows, dtype=np.int64),
+        logits_lora=ranges if len(histories) == len(positions) else _ranges_of_rows(ranges, logits_rows),
+        num_drawn=num_drawn,
+        histories=histories,
+        prompt_targets=targets,
+    )
+
+
+def _token_ids(scheduled: Sequence[ScheduledRequest]) -> np.ndarray:
+    tokens: list[int] = []
+    for item in scheduled:
+        first = item.num_computed_tokens
+        if item.num_new_tokens == 1:
+            tokens.append(item.request.token_ids[first])
+        else:
+            tokens.extend(item.request.token_ids[first : first + item.num_new_tokens])
+    return np.array(tokens, dtype=np.int64)
+
+
+def _block_tables(scheduled: Sequence[ScheduledRequest], width: int) -> np.ndarray:
+    """A request may hold more blocks than its tokens of this step need."""
+    tables = np.zeros((len(scheduled), width), dtype=np.int32)
+    for row, item in enumerate(scheduled):
+        block_ids = item.request.block_ids[:width]
+        tables[row, : len(block_ids)] = block_ids
+    return tables
+
+
+def _lora_ranges(scheduled: Sequence[ScheduledRequest], bounds: Sequence[int]) -> Ranges:
+    """The range of each adapter's adjacent rows; what comes before an invocation is the base's.
+
+    bounds: the first row of each sequence, and the end of the last.
+    """
+    ranges: list[tuple[int, int, int]] = []
+    for item, start, end in zip(scheduled, bounds, bounds[1:], strict=False):
+        slot = item.request.adapter_slot
+        if slot is None or item.request.adapter_start is None:
+            continue
+        if item.request.adapter_start > item.num_computed_tokens:
+            start += item.request.adapter_start - item.num_computed_tokens
+            if start >= end:
+                continue
+        if ranges and ranges[-1][0] == slot and ranges[-1][2] == start:
+            ranges[-1] = (slot, ranges[-1][1], end)
+        else:
+            ranges.append((slot, start, end))
+    return tuple(ranges)
+
+
+def _ranges_of_rows(ranges: Ranges, rows: Sequence[int]) -> Ranges:
+    """The adapters' ranges among some selected rows, numbered by their place in the selection."""
+    found: list[tuple[int, int, int]] = []
+    if not ranges:
+        return ()
+    slots, starts, ends = zip(*ranges, strict=True)
+    nearest = np.searchsorted(starts, rows, side="right") - 1  # -1: before the first
+    for place, (row, index) in enumerate(zip(rows, nearest.tolist(), strict=True)):
+        if index < 0 or row >= ends[index]:
+            continue
+        if found and found[-1][0] == slots[index] and found[-1][2] == place:
+            found[-1] = (slots[index], found[-1][1], place + 1)
+        else:
+            found.append((slots[index], place, place + 1))
+    return tuple(found)
+
+
+def _prompt_targets(
+    scheduled: Sequence[ScheduledRequest], bounds: Sequence[int]
+) -> tuple[list[int], tuple[PromptTargets, ...]]:
+    """The rows that predict a prompt token whose log-probability was asked for, and these tokens by request."""
+    rows: list[int] = []
+    targets: list[PromptTargets] = []
+    for item, start in zip(scheduled, bounds, strict=False):
+        request, num_top = item.request, item.request.sampling.num_prompt_logprobs
+        if num_top is None:
+            continue
+        first = item.num_computed_tokens + 1  # the first row predicts the token after its own
+        token_ids = request.token_ids[first : min(first + item.num_new_tokens, request.num_prompt_tokens)]
+        rows.extend(range(start, start + len(token_ids)))
+        targets.append(PromptTargets(request.request_id, token_ids, num_top))
+    return rows, tuple(targets)
