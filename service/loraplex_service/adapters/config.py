@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 
 
-class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One adapter that is registered at start."""
 
     name: str  # "pirate" of the tenant shared, or "{tenant}/{adapter}"

@@ -11,9 +11,6 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from loraplex.v1 import adapters_pb2_grpc
 from loraplex.v1.adapters_pb2 import (
-    ADAPTER_RESIDENCY_DEVICE,
-    ADAPTER_RESIDENCY_DISK,
-    ADAPTER_RESIDENCY_HOST,
     ADAPTER_RESIDENCY_UNSPECIFIED,
     Adapter,
     AdapterResidency,
@@ -30,8 +27,6 @@ from loraplex.v1.adapters_pb2 import (
     WatchAdaptersResponse,
 )
 from loraplex.v1.watch_pb2 import (
-    WATCH_EVENT_TYPE_CHANGED,
-    WATCH_EVENT_TYPE_DELETED,
     WATCH_EVENT_TYPE_EXISTING,
     WATCH_EVENT_TYPE_SNAPSHOT_END,
 )
@@ -46,6 +41,7 @@ from loraplex_service.adapters.records import AdapterRecords
 from loraplex_service.adapters.registrar import AdapterRegistrar
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.call import sees_inside
+from loraplex_service.control.adapter_messages import RESIDENCIES, AdapterMessages, owner_of, validated_adapter
 from loraplex_service.control.once import Once
 from loraplex_service.control.paging import page
 from loraplex_service.control.quota import AdapterQuota, Incoming
@@ -59,28 +55,14 @@ from loraplex_service.errors import (
     LoraplexError,
     NotFound,
     Unavailable,
-    to_status,
     unknown_adapter,
 )
 from loraplex_service.latest import Latest
 from loraplex_service.models.host import ModelHost
-from loraplex_service.models.supervisor import EngineState
 from loraplex_service.names.grammar import adapter_name, model_id, tenant_id
-from loraplex_service.timestamps import timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-STATES = {
-    AdapterState.LOADING: Adapter.STATE_LOADING,
-    AdapterState.ACTIVE: Adapter.STATE_ACTIVE,
-    AdapterState.FAILED: Adapter.STATE_FAILED,
-    AdapterState.DELETING: Adapter.STATE_DELETING,
-}
-RESIDENCIES = {
-    Residency.DISK: ADAPTER_RESIDENCY_DISK,
-    Residency.HOST: ADAPTER_RESIDENCY_HOST,
-    Residency.DEVICE: ADAPTER_RESIDENCY_DEVICE,
-}
 UPDATABLE = ("labels", "pinned", "version")
 
 
@@ -105,6 +87,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self._deployer = deployer
         self._library = library
         self._host = host
+        self._messages = AdapterMessages(host)
         self._tenants = tenants
         self._max_upload_bytes = max_upload_bytes
         self._quota = quota
@@ -113,7 +96,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     # ---- looking -----------------------------------------------------------------------------------------------------
 
     async def GetAdapter(self, request: GetAdapterRequest, context: Context) -> Adapter:  # noqa: N802
-        return self._message(self._get(request.name))
+        return self._messages.of(self._get(request.name))
 
     async def ListAdapters(self, request: ListAdaptersRequest, context: Context) -> ListAdaptersResponse:  # noqa: N802
         versions = self._registry.list_versions(
@@ -121,7 +104,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             model_id(request.base_model, "base_model") if request.HasField("base_model") else None,
             request.include_versions,
         )
-        shown, token = page(versions, lambda version: version.version_name, self._message, request)
+        shown, token = page(versions, lambda version: version.version_name, self._messages.of, request)
         return ListAdaptersResponse(adapters=shown, next_page_token=token)
 
     async def WatchAdapters(  # noqa: N802
@@ -134,7 +117,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
         def put(change: AdapterChange) -> None:
             version = change.version
-            owner = _owner(version)
+            owner = owner_of(version)
             if change.kind is ChangeKind.MOVED and not sees.get(owner, True):
                 return
             if (tenants is None or owner in tenants) and base_model in (None, version.spec.base_model):
@@ -143,19 +126,12 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         unsubscribe = self._registry.subscribe(put)
         try:
             for version in self._registry.list_versions(tenants, base_model, include_versions=True):
-                yield WatchAdaptersResponse(type=WATCH_EVENT_TYPE_EXISTING, adapter=self._message(version))
+                yield WatchAdaptersResponse(type=WATCH_EVENT_TYPE_EXISTING, adapter=self._messages.of(version))
             yield WatchAdaptersResponse(type=WATCH_EVENT_TYPE_SNAPSHOT_END)
             async for change in changes:
-                yield self._watch_message(change)
+                yield self._messages.of_change(change)
         finally:
             unsubscribe()
-
-    def _watch_message(self, change: AdapterChange) -> WatchAdaptersResponse:
-        version = change.version
-        if change.kind is ChangeKind.REMOVED:
-            gone = Adapter(name=version.name, version=_version_name(version))
-            return WatchAdaptersResponse(type=WATCH_EVENT_TYPE_DELETED, adapter=gone)
-        return WatchAdaptersResponse(type=WATCH_EVENT_TYPE_CHANGED, adapter=self._message(version))
 
     # ---- registering -------------------------------------------------------------------------------------------------
 
@@ -202,9 +178,10 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequest.at("adapter.digest", f"the files have another one, sha256:{files.digest}")
         await self._library.check_trust(self._tenants.get(tenant), files.digest, files.directory)
         files = self._registrar.check_rank(files, spec.base_model)
-        if request.validate_only:
-            return await self._validated(tenant, request.adapter_id, spec, files)
         key = AdapterKey(f"{tenant}/{request.adapter_id}", files.digest)
+        if request.validate_only:
+            info = await self._deployer.validate(tenant, request.adapter_id, spec.base_model, files)
+            return validated_adapter(key, spec, info)
         check = partial(self._quota.check, key, files.directory, request.adapter.ByteSize(), incoming)
         version = await self._registrar.create_saved(tenant, request.adapter_id, spec, files, check)
         deadline = asyncio.get_running_loop().time() + seconds
@@ -214,31 +191,13 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if version.state is AdapterState.ACTIVE and (spec.pinned or residency is Residency.DEVICE):
             loading = self._deployer.load(version, Residency.DEVICE)
             await asyncio.wait({loading}, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
-        return self._message(self._find(version.key) or version)
-
-    async def _validated(self, tenant: str, adapter_id: str, spec: AdapterSpec, files: AdapterFiles) -> Adapter:
-        info = await self._deployer.validate(tenant, adapter_id, spec.base_model, files)
-        name = f"tenants/{tenant}/adapters/{adapter_id}"
-        return Adapter(
-            name=name,
-            version=f"{name}@{files.digest[:12]}",
-            base_model=f"models/{spec.base_model}",
-            source=spec.source,
-            digest=f"sha256:{files.digest}",
-            rank=info.rank,
-            module_ranks=info.module_ranks,
-            alpha=info.alpha,
-            target_modules=info.target_modules,
-            warnings=info.warnings,
-            size_bytes=info.size_bytes,
-            labels=spec.labels,
-        )
+        return self._messages.of(self._find(version.key) or version)
 
     # ---- changing ----------------------------------------------------------------------------------------------------
 
     async def UpdateAdapter(self, request: UpdateAdapterRequest, context: Context) -> Adapter:  # noqa: N802
         async def update() -> Adapter:
-            return self._message(await self._update(request.adapter, _fields_to_change(request.update_mask)))
+            return self._messages.of(await self._update(request.adapter, _fields_to_change(request.update_mask)))
 
         return await self._once.run("UpdateAdapter", request.request_id, update)
 
@@ -265,7 +224,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         _check_etag(self._get(wanted.name, "adapter.name"), wanted.etag)
         if "labels" in fields:
             more = Adapter(labels=wanted.labels).ByteSize() - Adapter(labels=version.spec.labels).ByteSize()
-            self._quota.check_state(_owner(version), more)
+            self._quota.check_state(owner_of(version), more)
 
     def _next_current(self, wanted: Adapter) -> AdapterVersion:
         """The version to which an alias is to move. Raises InvalidRequest, NotFound, FailedPrecondition."""
@@ -297,7 +256,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         await wait_until(lambda: not any(self._find(key) for key in keys), self._registry.subscribe, seconds)
         with suppress(Unavailable):  # a restart goes on with what is being deleted
             await self._records.saved()
-        return self._message(self._find(version.key) or next(other for other in versions if other.key == version.key))
+        return self._messages.of(
+            self._find(version.key) or next(other for other in versions if other.key == version.key)
+        )
 
     async def LoadAdapter(self, request: LoadAdapterRequest, context: Context) -> Adapter:  # noqa: N802
         async def load() -> Adapter:
@@ -307,7 +268,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             done, _ = await asyncio.wait({loading}, timeout=wait_seconds(request))
             for task in done:
                 task.result()  # raises what kept it from getting there
-            return self._message(self._get(request.name))
+            return self._messages.of(self._get(request.name))
 
         return await self._once.run("LoadAdapter", request.request_id, load)
 
@@ -320,7 +281,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             unloading = self._deployer.unload(version, residency)
             if unloading is not None:
                 await asyncio.wait({unloading}, timeout=wait_seconds(request))
-            return self._message(self._get(request.name))
+            return self._messages.of(self._get(request.name))
 
         return await self._once.run("UnloadAdapter", request.request_id, unload)
 
@@ -351,7 +312,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def _wait_while(self, version: AdapterVersion, state: AdapterState, seconds: float) -> AdapterVersion:
         def is_over() -> bool:
             now = self._find(version.key)
-            return now is None or now.state is not state or self._stuck(now) is not None
+            return now is None or now.state is not state or self._messages.stuck(now) is not None
 
         def subscribe(changed: Callable[[object], None]) -> Callable[[], None]:
             leave_registry, leave_host = self._registry.subscribe(changed), self._host.subscribe(changed)
@@ -364,61 +325,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
         await wait_until(is_over, subscribe, seconds)
         return self._find(version.key) or version
-
-    def _message(self, version: AdapterVersion) -> Adapter:
-        message = Adapter(
-            name=version.name,
-            version=_version_name(version),
-            base_model=f"models/{version.spec.base_model}" if version.spec.base_model else "",
-            digest="" if version.is_missing else f"sha256:{version.key.digest}",
-            state=STATES[version.state],
-            current=version.current,
-            pinned=version.spec.pinned,
-            create_time=timestamp(version.create_time),
-            update_time=timestamp(version.update_time),
-            labels=version.spec.labels,
-            etag=version.etag,
-        )
-        inside = sees_inside(_owner(version))
-        if inside:
-            self._add_what_is_inside(message, version)
-        error = self._stuck(version)
-        if version.state is AdapterState.FAILED:
-            error = FailedPrecondition(version.reason, "; ".join(version.problems))
-        if error is not None:
-            shown = error if inside else FailedPrecondition(error.reason, "ask its operator for the reason")
-            message.error.CopyFrom(to_status(shown, ""))
-        info = version.info
-        if info is not None:
-            message.rank = info.rank
-            message.module_ranks.update(info.module_ranks)
-            message.alpha = info.alpha
-            message.target_modules.extend(info.target_modules)
-            message.warnings.extend(info.warnings)
-            message.size_bytes = info.size_bytes
-        return message
-
-    def _add_what_is_inside(self, message: Adapter, version: AdapterVersion) -> None:
-        """Add the source, the residency and the usage of a version, which other tenants are not shown."""
-        message.source = version.spec.source
-        message.residency = self._residency(version)
-        message.running_requests = version.num_requests - version.num_waiting
-        message.waiting_requests = version.num_waiting
-        if version.last_use_time is not None:
-            message.last_use_time.CopyFrom(timestamp(version.last_use_time))
-
-    def _stuck(self, version: AdapterVersion) -> FailedPrecondition | None:
-        """The error of a version that stays LOADING because its model could not be loaded; None: all others."""
-        model = self._host.find(version.spec.base_model)
-        if version.state is not AdapterState.LOADING or model is None or model.state is not EngineState.FAILED:
-            return None
-        return FailedPrecondition("MODEL_UNLOADED", f"model {model.name!r} could not be loaded: {model.error}")
-
-    def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
-        model = self._host.find(version.spec.base_model)
-        client = None if model is None else model.client
-        residency = Residency.DISK if client is None else client.adapters.residency.get(version.key, Residency.DISK)
-        return RESIDENCIES[residency]
 
 
 def _updated(registry: AdapterRegistry, version: AdapterVersion, wanted: Adapter, fields: set[str]) -> AdapterVersion:
@@ -434,14 +340,6 @@ def _updated(registry: AdapterRegistry, version: AdapterVersion, wanted: Adapter
     if "labels" in fields:
         version = registry.update(name, labels=wanted.labels)
     return version
-
-
-def _version_name(version: AdapterVersion) -> str:
-    return "" if version.is_missing else version.version_name
-
-
-def _owner(version: AdapterVersion) -> str:
-    return version.key.name.partition("/")[0]
 
 
 def _fields_to_change(mask: FieldMask) -> set[str]:

@@ -53,7 +53,7 @@ class HostedModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_
                 yield str(error)
 
 
-class SupervisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SupervisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When an engine counts as stuck, and how often it is started again."""
 
     heartbeat_seconds: float = 2.0  # between two pings of an engine

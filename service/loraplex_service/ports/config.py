@@ -3,7 +3,7 @@
 import msgspec
 
 
-class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Files in PEM. With `client_ca`, callers must show a certificate that it signed."""
 
     certificate: str

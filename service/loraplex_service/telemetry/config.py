@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 
-class UsageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class UsageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One record for each generation, for billing."""
 
     file: str  # records are appended to it, one JSON object a line
@@ -23,7 +23,7 @@ class UsageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             yield f"max_waiting_records {self.max_waiting_records} must be at least 1"
 
 
-class OtlpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class OtlpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The collector of traces and metrics, reached by OTLP over gRPC."""
 
     endpoint: str  # http://host:4317, or https:
