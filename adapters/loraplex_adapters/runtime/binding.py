@@ -66,7 +66,7 @@ def bind(
         problems.extend(contradictions(placed, tensors, config, dtype))
     if mismatches or problems:
         raise AdapterRejected([*mismatches, *problems], BASE_MISMATCH if mismatches else INVALID)
-    values = Values(tensors, dtype, problems, rest)
+    values = Values({**tensors, **dict(_held(resting(placed.values(), rest), tensors))}, dtype, problems, rest)
     settle(placed, targets, config, values)
     modules = list(placed.values())
     replaced = replaced_parameters(modules, config, targets, values)
@@ -132,6 +132,14 @@ _PARTS_OF: Mapping[TargetKind, frozenset[Part]] = {
 }
 
 
+def _held(modules: Iterable[Module], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The rank's part of each tensor for a module that is divided."""
+    for module in modules:
+        if (share := module.target.share) is not None:
+            for part, name in module.parts.items():
+                yield name.key, share.cut(part, tensors[name.key])
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +168,9 @@ def _part_problems(module: Module, config: LoRAConfig, saved: frozenset[str]) ->
         yield f"{module.key('tokens')}: trained rows of tokens that trainable_token_indices does not name"
     if config.invocation_tokens and module.target.kind is TargetKind.EMBEDDING:
         yield f"{module.any_key}: activated LoRA is not defined on an embedding"
+    if (share := module.target.share) is not None:
+        for part in sorted(parts.keys() & share.lacking):
+            yield f"{module.key(part)}: cannot be applied by a rank that holds a part of {module.name}"
     base = module.target.base
     if base is None and parts.keys() & {"magnitude", "bias", "base"}:
         yield f"{module.any_key}: needs the base's own weights, which are not at hand"
@@ -180,12 +191,13 @@ def _shape_problems(
     shaped_as: the module whose rank applies.
     """
     target, problems, num_mismatches = module.target, [], len(mismatches)
+    out_features, in_features = target.whole_shape
     expected: dict[Part, tuple[object, ...]] = {
-        "A": ("rank", target.in_features),
-        "B": (target.out_features, "rank"),
-        "magnitude": (target.out_features,),
-        "lora_bias": (target.out_features,),
-        "bias": (target.out_features,),
+        "A": ("rank", in_features),
+        "B": (out_features, "rank"),
+        "magnitude": (out_features,),
+        "lora_bias": (out_features,),
+        "bias": (out_features,),
         **dict.fromkeys(("weight", "base", "again"), _weight_shape(target)),
     }
     for part, name in module.parts.items():
@@ -229,13 +241,14 @@ _SHARDED = (
 
 def _weight_shape(target: LoraTarget) -> tuple[int, ...]:
     """The shape of the module's weight in a checkpoint."""
+    out_features, in_features = target.whole_shape
     match target.kind:
         case TargetKind.NORM:
-            return (target.out_features,)
+            return (out_features,)
         case TargetKind.EMBEDDING:
-            return (target.in_features, target.out_features)
+            return (in_features, out_features)
         case _:
-            return (target.out_features, target.in_features)
+            return (out_features, in_features)
 
 
 def _resized(module: Module, part: Part) -> str:

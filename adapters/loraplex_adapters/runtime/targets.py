@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from loraplex_adapters.files.names import LoraTensorName, Part
@@ -22,6 +23,44 @@ class BaseWeight(Protocol):
 
     def dequantize(self, start: int, end: int) -> Tensor:
         """Rows of the weight: float32 [end − start, C], on any device. Any thread may call it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a linear's weight [N, C] that one of several ranks holds, and an adapter's part beside it."""
+
+    out_features: int  # N
+    in_features: int  # C
+    rows: tuple[slice, ...]  # of N, one after another in the rank's linear
+    columns: slice  # of C
+    adds_bias: bool  # False: another rank does, and the ranks' outputs are summed up
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows.stop - rows.start for rows in self.rows)
+
+    @property
+    def num_columns(self) -> int:
+        return int(self.columns.stop - self.columns.start)
+
+    @property
+    def lacking(self) -> frozenset[Part]:
+        """Tensors that this rank cannot apply: a magnitude needs whole rows of the base, tokens all of them."""
+        lacking: dict[Part, bool] = {
+            "magnitude": self.num_columns < self.in_features,
+            "tokens": self.num_columns < self.in_features or self.num_rows < self.out_features,
+        }
+        return frozenset(part for part, lacks in lacking.items() if lacks)
+
+    def cut(self, part: Part, tensor: Tensor) -> Tensor:
+        """The rank's part of an adapter's tensor: A [R, C], B [N, R], weights [N, C], biases and magnitudes [N]."""
+        if part == "A":
+            return tensor[:, self.columns]
+        found = [tensor[rows] for rows in self.rows]
+        held = found[0] if len(found) == 1 else torch.cat(found)
+        if part in ("bias", "lora_bias") and not self.adds_bias:
+            return torch.zeros_like(held)
+        return held[:, self.columns] if part in ("weight", "base", "again", "tokens") else held
 
 
 class TargetKind(Enum):
@@ -46,6 +85,13 @@ class LoraTarget:
     base: BaseWeight | None = None  # needed for DoRA, trained biases and copies of base weights
     tied_to: str | None = None  # the embedding whose weight this head shares
     rounding: Callable[[Tensor], Tensor] | None = None  # what became of the checkpoint's rows when the model was loaded
+    share: Share | None = None  # of a module that is divided: C and N above are the rank's; None: it is whole
+
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """N and C of the module in the model, on all ranks together."""
+        held = self.share or self
+        return held.out_features, held.in_features
 
     @property
     def columns(self) -> slice:

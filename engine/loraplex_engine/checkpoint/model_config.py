@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -69,6 +69,10 @@ class LayerAttention:
     window: int | None = None  # tokens seen, the own one included; None: all
 
 
+# Where ranks divide the inputs of a linear, its output is the sum of theirs.
+Split = Literal["outputs", "inputs", "nothing"]
+
+
 @dataclass(frozen=True, slots=True)
 class FusedLinear:
     """Projections that read the same input, multiplied as one: their rows one after another."""
@@ -78,6 +82,8 @@ class FusedLinear:
     in_features: int  # C
     parts: tuple[tuple[str, int], ...]  # (module path inside a layer, output features), in order
     bias: bool
+    split: Split  # what several ranks divide
+    unit: int = 1  # features that stay together when they do: those of a head
 
 
 class FeedForward(Protocol):

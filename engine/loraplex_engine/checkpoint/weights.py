@@ -137,6 +137,9 @@ class ExpectedTensor:
         )
 
 
+Part = tuple[slice, ...]  # of each dimension of a tensor; (): all of it
+
+
 class Checkpoint:
     """The tensors of a model directory by their names in the Hugging Face model. Files are mapped, not read ahead.
 
@@ -216,26 +219,26 @@ class Checkpoint:
                 "Check that both are of the same model, and that the download is complete"
             )
 
-    def stacked(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The rows of several float tensors one after another, converted on the way: [N₁ + N₂ + …, C].
+    def stacked(self, parts: Mapping[str, Part], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The rows of parts of float tensors one after another, converted on the way: [N₁ + N₂ + …, C].
 
         Raises ModelError, here and in `dense`, naming a tensor with a value that is no finite number.
         """
-        parts = [self._tensors[name] for name in names]
-        num_rows = sum(part.shape[0] for part in parts)
-        result = empty_matrix((num_rows, *parts[0].shape[1:]), dtype, device)
+        stored = [(self._tensors[name], part) for name, part in parts.items()]
+        shapes = [_shape_of(tensor, part) for tensor, part in stored]
+        result = empty_matrix((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype, device)
         start = 0
-        for part in parts:
-            rows = result[start : start + part.shape[0]]
-            rows.copy_(self._read(part))
-            _check_finite(part, rows)
-            start += part.shape[0]
+        for (tensor, part), shape in zip(stored, shapes, strict=True):
+            rows = result[start : start + shape[0]]
+            rows.copy_(self._read(tensor, part))
+            _check_finite(tensor, rows)
+            start += shape[0]
         return result
 
-    def dense(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """One float tensor, converted. On the CPU it may lie in the mapped file: not to be written to."""
+    def dense(self, name: str, dtype: torch.dtype, device: torch.device, part: Part) -> Tensor:
+        """Part of one float tensor, converted. On the CPU it may lie in the mapped file: not to be written to."""
         stored = self._tensors[name]
-        tensor = self._read(stored).to(device).to(dtype)
+        tensor = self._read(stored, part).to(device).to(dtype)
         _check_finite(stored, tensor)
         return tensor
 
@@ -243,8 +246,11 @@ class Checkpoint:
         """One tensor as it is stored. On the CPU it may lie in the mapped file: not to be written to."""
         return self._read(self._tensors[name]).to(device)
 
-    def _read(self, stored: StoredTensor) -> Tensor:
-        tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
+    def _read(self, stored: StoredTensor, part: Part = ()) -> Tensor:
+        file = self._files[stored.path]
+        # A slice is copied where a whole tensor stays in the mapped file.
+        whole = _shape_of(stored, part) == stored.shape
+        tensor: Tensor = file.get_tensor(stored.name) if whole else file.get_slice(stored.name)[part]
         self._loaded_bytes += stored.nbytes
         if self._progress is not None:
             self._progress(self._loaded_bytes, self.nbytes)
@@ -275,6 +281,10 @@ class Checkpoint:
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
             nbytes = ITEM_BYTES.get(dtype, 0) * torch.Size(shape).numel()
             self._tensors[name] = StoredTensor(path, stored_name, shape, dtype, nbytes)
+
+
+def _shape_of(stored: StoredTensor, part: Part) -> tuple[int, ...]:
+    return (*(each.stop - each.start for each in part), *stored.shape[len(part) :])
 
 
 def _check_finite(stored: StoredTensor, converted: Tensor) -> None:

@@ -43,8 +43,8 @@ class GatedLayout:
         size = self.intermediate_size
         parts = (("mlp.gate_proj", size), ("mlp.up_proj", size))
         return (
-            FusedLinear("gate_up", "mlp.gate_up_proj", hidden_size, parts, self.bias),
-            FusedLinear("down", "mlp.down_proj", size, (("mlp.down_proj", hidden_size),), self.bias),
+            FusedLinear("gate_up", "mlp.gate_up_proj", hidden_size, parts, self.bias, "outputs"),
+            FusedLinear("down", "mlp.down_proj", size, (("mlp.down_proj", hidden_size),), self.bias, "inputs"),
         )
 
     def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> GatedFeedForward:

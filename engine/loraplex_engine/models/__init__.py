@@ -1,7 +1,7 @@
 """The models: one shared decoder, and per family a thin file that says how its config.json describes one.
 
-`load_model` turns a directory in Hugging Face layout into a `LanguageModel`. A new family is a file here with a
-`FAMILY`, and a line in `registry`.
+`load_model` turns a directory in Hugging Face layout into a `LanguageModel`, or into one rank's share of it. A new
+family is a file here with a `FAMILY`, and a line in `registry`.
 """
 
 from loraplex_engine.models.decoder import LanguageModel

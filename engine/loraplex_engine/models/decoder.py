@@ -12,7 +12,8 @@ from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmb
 from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
 from loraplex_engine.checkpoint.model_config import FeedForward, ModelConfig
-from loraplex_engine.models.layout import HEAD_MODULE, HEAD_SITE, layer_linears, lora_targets, site_name
+from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.models.layout import HEAD_MODULE, HEAD_SITE, held_heads, layer_linears, lora_targets, site_name
 from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
 
@@ -51,9 +52,11 @@ class LanguageModel:
         head: LoRALinear,
         replaced: ReplacementSite,
         nbytes: int,
+        shard: Shard,
         head_rounding: Callable[[Tensor], Tensor] | None = None,  # of the checkpoint's rows, while they were loaded
     ) -> None:
         self.config = config
+        self.shard = shard
         self.dtype = embedding.weight.dtype
         self.nbytes = nbytes  # of all parameters
         self._ops = ops
@@ -63,7 +66,7 @@ class LanguageModel:
         self._head = head
         self._head_rounding = head_rounding
         self._replaced = replaced
-        self._shape = config.head_shape
+        self.head_shape = held_heads(config, shard)
         # Rounded as the weights are: 50.6 is 50.5 in bfloat16, and so the models were trained.
         scale = config.embedding_scale
         self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
@@ -110,9 +113,8 @@ class LanguageModel:
         """The modules that an adapter may change, by their path in the Hugging Face model."""
         bases: dict[str, BaseWeight] = {site: linear.linear for site, linear in self._linears().items()}
         bases[EMBEDDING_SITE] = self._embedding
-        targets = {
-            path: replace(target, base=bases.get(target.site)) for path, target in lora_targets(self.config).items()
-        }
+        targets = lora_targets(self.config, self.shard)
+        targets = {path: replace(target, base=bases.get(target.site)) for path, target in targets.items()}
         return {**targets, HEAD_MODULE: replace(targets[HEAD_MODULE], rounding=self._head_rounding)}
 
     def lora_sites(self) -> dict[str, Site]:
@@ -132,7 +134,7 @@ class LanguageModel:
         ops, config = self._ops, self.config
         q = ops.rotary_store_kv(
             layer.qkv(x, batch.lora),
-            self._shape,
+            self.head_shape,
             layer.qk_norm,
             batch.positions,
             layer.cos_sin,

@@ -1,6 +1,6 @@
 """Which linears and norms each layer of a decoder has, and what their parts are called in a checkpoint.
 
-Written down once: the expected tensors, the loading and the LoRA targets all follow from it.
+Written down once: the expected tensors, the loading, the LoRA targets and each rank's part of them follow from it.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE
-from loraplex_adapters.runtime.targets import LoraTarget, TargetKind
+from loraplex_adapters.runtime.targets import LoraTarget, Share, TargetKind
 from loraplex_engine.checkpoint.model_config import FusedLinear, ModelConfig
+from loraplex_engine.checkpoint.shard import Shard
+from loraplex_kernels.ops import HeadShape
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -29,10 +31,47 @@ def layer_linears(config: ModelConfig, layer: int) -> tuple[FusedLinear, ...]:
             hidden,
             (("self_attn.q_proj", query), ("self_attn.k_proj", key_value), ("self_attn.v_proj", key_value)),
             config.qkv_bias,
+            "outputs",
+            config.head_dim,
         ),
-        FusedLinear("o", "self_attn.o_proj", query, (("self_attn.o_proj", hidden),), config.o_bias),
+        FusedLinear(
+            "o",
+            "self_attn.o_proj",
+            query,
+            (("self_attn.o_proj", hidden),),
+            config.o_bias,
+            "inputs",
+            config.head_dim,
+        ),
         *config.feed_forwards[layer].linears(hidden),
     )
+
+
+def held_parts(linear: FusedLinear, shard: Shard) -> tuple[tuple[slice, slice], ...]:
+    """The rows and the columns of each projection's weight [N, C] that a rank holds.
+
+    Embedding, norms and head are whole on every rank.
+    """
+    columns = slice(0, linear.in_features)
+    if linear.split == "inputs":
+        columns = shard.part(linear.in_features, linear.unit)
+    # Ranks may have the same heads of keys and values, of which there are fewer.
+    return tuple(
+        (shard.part(size, linear.unit, may_share=True) if linear.split == "outputs" else slice(0, size), columns)
+        for _, size in linear.parts
+    )
+
+
+def adds_bias(linear: FusedLinear, shard: Shard) -> bool:
+    """Whether a rank adds the bias: where the ranks' outputs are summed up, one of them does."""
+    return linear.split != "inputs" or shard.rank == 0
+
+
+def held_heads(config: ModelConfig, shard: Shard) -> HeadShape:
+    """The heads of a rank, whose rows `held_parts` gives it."""
+    query = shard.part(config.num_heads, 1)
+    key_value = shard.part(config.num_kv_heads, 1, may_share=True)
+    return HeadShape(query.stop - query.start, key_value.stop - key_value.start, config.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +131,7 @@ def norm_site(layer: int, module: str) -> str:
     return f"layers.{layer}.{module}"
 
 
-def lora_targets(config: ModelConfig) -> dict[str, LoraTarget]:
+def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
     """The modules that adapters may name: each projection, each fused linear as a whole, embedding, head, norms."""
     embedding, head = EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")
     hidden, vocabulary = config.hidden_size, config.vocab_size
@@ -108,10 +147,19 @@ def lora_targets(config: ModelConfig) -> dict[str, LoraTarget]:
             if module is not None:
                 targets[f"model.layers.{layer}.{module}"] = replace(norm, site=norm_site(layer, module))
         for linear in layer_linears(config, layer):
-            site, path = site_name(layer, linear), f"model.layers.{layer}."
-            start = 0
-            for part, out_features in linear.parts:
-                targets[path + part] = LoraTarget(site, linear.in_features, start, out_features)
-                start += out_features
-            targets[path + linear.module] = LoraTarget(site, linear.in_features, 0, start)
+            for module, target in _linear_targets(site_name(layer, linear), linear, shard).items():
+                targets[f"model.layers.{layer}.{module}"] = target
+    return targets
+
+
+def _linear_targets(site: str, linear: FusedLinear, shard: Shard) -> dict[str, LoraTarget]:
+    """The projections of a linear and the linear as a whole, each with the part of it that the rank holds."""
+    targets, all_rows, start, whole_start = {}, [], 0, 0
+    for (module, size), (rows, columns) in zip(linear.parts, held_parts(linear, shard), strict=True):
+        share = Share(size, linear.in_features, (rows,), columns, adds_bias(linear, shard))
+        targets[module] = LoraTarget(site, share.num_columns, start, share.num_rows, share=share)
+        all_rows.append(slice(whole_start + rows.start, whole_start + rows.stop))
+        start, whole_start = start + share.num_rows, whole_start + size
+    share = replace(share, out_features=whole_start, rows=tuple(all_rows))
+    targets[linear.module] = LoraTarget(site, share.num_columns, 0, start, share=share)
     return targets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmb
 from loraplex_adapters.runtime.replaced import ReplacementSite
 from loraplex_engine.checkpoint.memory import release_free_memory
 from loraplex_engine.checkpoint.model_config import FusedLinear, LayerAttention, ModelConfig, ModelError
-from loraplex_engine.checkpoint.weights import Checkpoint, Progress, read_json
+from loraplex_engine.checkpoint.shard import WHOLE, Shard
+from loraplex_engine.checkpoint.weights import Checkpoint, Part, Progress, read_json
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
 from loraplex_engine.layers.rotary import cos_sin_table
 from loraplex_engine.link.config import EngineConfig
@@ -26,6 +27,8 @@ from loraplex_engine.models.layout import (
     HEAD,
     HEAD_MODULE,
     HEAD_SITE,
+    adds_bias,
+    held_parts,
     layer_linears,
     layer_norms,
     norm_site,
@@ -38,6 +41,7 @@ from loraplex_engine.quantization import (
     QuantizedReader,
     QuantSpec,
     base_names,
+    cut,
     read_spec,
     round_to_nearest,
 )
@@ -51,11 +55,14 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+Held = Mapping[str, tuple[slice, slice]]  # by a projection's path: the rows and columns of it that the rank holds
 Matrix = Sequence[Tensor] | QuantizedWeight  # dense: tensors [N₁, C], [N₂, C], … one above the other
 
 
-def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None) -> LanguageModel:
-    """Load the model in directory `path` for inference on the device of `ops`.
+def load_model(
+    config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None, shard: Shard = WHOLE
+) -> LanguageModel:
+    """Load the model in directory `path`, or a rank's share of it, for inference on the device of `ops`.
 
     Raises ModelError if it is of no known family, or its weights are not all that its config.json asks for.
     """
@@ -91,7 +98,7 @@ def load_model(config: EngineConfig, path: Path, ops: Ops, progress: Progress | 
                 f"{path}: dtype float16 is asked for, and the activations of {model_config.architecture} exceed its "
                 "range: choose bfloat16 or float32"
             )
-        return _Loader(model_config, checkpoint, quantised, ops, dtype, num_positions, config).load()
+        return _Loader(model_config, checkpoint, quantised, ops, dtype, num_positions, config, shard).load()
 
 
 def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
@@ -141,6 +148,7 @@ class _Loader:
         dtype: torch.dtype,
         num_positions: int,
         engine: EngineConfig,
+        shard: Shard,
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
@@ -148,6 +156,7 @@ class _Loader:
         self.ops = ops
         self.dtype = dtype
         self.num_positions = num_positions
+        self.shard = shard
         self.num_slots = engine.max_resident_adapters
         self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
         self.head_rounding = engine.head_quantization
@@ -159,7 +168,7 @@ class _Loader:
         self.nbytes = sum(table.nbytes for table in self.cos_sin.values())
 
     def load(self) -> LanguageModel:
-        embedding = self._rows(EMBEDDING)
+        embedding = self._rows({EMBEDDING: ()})
         # The largest matrix goes first: while it is packed it takes its room twice, and nothing else is there yet.
         head = self._lora_linear(HEAD_SITE, self._head(embedding))
         layers = [self._layer(index) for index in range(self.config.num_layers)]
@@ -175,6 +184,7 @@ class _Loader:
             head,
             self.replaced,
             self.nbytes,
+            self.shard,
             partial(_rounded, self.head_rounding) if self.head_rounding is not None else None,
         )
 
@@ -210,21 +220,27 @@ class _Loader:
         return None if window is None or window >= self.num_positions else window
 
     def _fused(self, index: int, prefix: str, linear: FusedLinear) -> LoRALinear:
-        paths = [prefix + part for part, _ in linear.parts]
-        bias = self._rows(*(f"{path}.bias" for path in paths)) if linear.bias else None
-        return self._lora_linear(site_name(index, linear), self._linear(self._weights(paths), bias))
+        held = {
+            prefix + path: part for (path, _), part in zip(linear.parts, held_parts(linear, self.shard), strict=True)
+        }
+        bias = self._bias(held, adds_bias(linear, self.shard)) if linear.bias else None
+        return self._lora_linear(site_name(index, linear), self._linear(self._weights(held), bias))
+
+    def _bias(self, held: Held, adds: bool) -> Tensor:
+        bias = self._rows({f"{path}.bias": (rows,) for path, (rows, _) in held.items()})
+        return bias if adds else bias.zero_()
 
     def _lora_linear(self, site: str, linear: AnyLinear) -> LoRALinear:
         return LoRALinear(self.ops, linear, self.num_slots, self.replaced.table.at(site))
 
-    def _weights(self, paths: Sequence[str]) -> list[Matrix]:
+    def _weights(self, held: Held) -> list[Matrix]:
         """The weights of projections that are multiplied as one: as few matrices as possible, rows in order."""
         quantised = self.quantised
-        if self.rounding is None and (quantised is None or not any(path in quantised for path in paths)):
-            return [self._dense(*(f"{path}.weight" for path in paths))]
+        if self.rounding is None and (quantised is None or not any(path in quantised for path in held)):
+            return [self._dense({f"{path}.weight": part for path, part in held.items()})]
         found: list[Matrix] = []
-        for path in paths:
-            weight = self._weight(path)
+        for path, part in held.items():
+            weight = self._weight(path, part)
             joined = None
             if found and not isinstance(weight, Sequence) and not isinstance(found[-1], Sequence):
                 joined = concatenate((found[-1], weight))
@@ -234,18 +250,19 @@ class _Loader:
                 found[-1] = joined
         return found
 
-    def _weight(self, path: str) -> Matrix:
+    def _weight(self, path: str, part: tuple[slice, slice]) -> Matrix:
         if self.quantised is not None and path in self.quantised:
-            return self.quantised.read(path, self.ops.device)
+            return self.quantised.read(path, self.ops.device, part)
         if self.rounding is None:
-            return self._dense(f"{path}.weight")
-        return round_to_nearest(self._dense(f"{path}.weight")[0], self.rounding)
+            return self._dense({f"{path}.weight": part})
+        # Rounded before it is cut, so that a weight becomes the same however many ranks there are.
+        return cut(round_to_nearest(self._dense({f"{path}.weight": ()})[0], self.rounding), *part)
 
-    def _dense(self, *names: str) -> list[Tensor]:
+    def _dense(self, parts: Mapping[str, Part]) -> list[Tensor]:
         """The rows of several tensors, one after another; straight from the mapped file if packing copies them."""
         if self.ops.packing_copies:
-            return [self.checkpoint.dense(name, self.dtype, self.ops.device) for name in names]
-        return [self._rows(*names)]
+            return [self.checkpoint.dense(name, self.dtype, self.ops.device, part) for name, part in parts.items()]
+        return [self._rows(parts)]
 
     def _head(self, embedding: Tensor) -> AnyLinear:
         if self.quantised is not None and HEAD_MODULE in self.quantised:
@@ -260,8 +277,8 @@ class _Loader:
         if HEAD not in self.checkpoint:
             return [embedding]
         if not self.config.tie_word_embeddings:
-            return self._dense(HEAD)
-        if torch.equal(self._rows(HEAD), embedding):
+            return self._dense({HEAD: ()})
+        if torch.equal(self._rows({HEAD: ()}), embedding):
             return [embedding]
         raise ModelError(
             f"{self.checkpoint.directory}: config.json ties {HEAD} to {EMBEDDING}, but the weights hold another one: "
@@ -286,7 +303,7 @@ class _Loader:
         return linears[0] if len(linears) == 1 else SideBySide(linears, bias)
 
     def _norm(self, name: str) -> Tensor:
-        weight = self.checkpoint.stacked([name], torch.float32, self.ops.device)
+        weight = self.checkpoint.stacked({name: ()}, torch.float32, self.ops.device)
         self.nbytes += weight.nbytes
         return weight.add_(self.config.norm_offset)
 
@@ -300,5 +317,5 @@ class _Loader:
         eps, offset = self.config.rms_norm_eps, self.config.norm_offset
         return AdaptedNorm(self.ops, self._norm(name), eps, offset, self.replaced.table.at(site))
 
-    def _rows(self, *names: str) -> Tensor:
-        return self.checkpoint.stacked(names, self.dtype, self.ops.device)
+    def _rows(self, parts: Mapping[str, Part]) -> Tensor:
+        return self.checkpoint.stacked(parts, self.dtype, self.ops.device)

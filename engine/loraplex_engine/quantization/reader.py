@@ -9,6 +9,7 @@ import torch
 
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.checkpoint.weights import FLOATS, Checkpoint, ExpectedTensor
+from loraplex_engine.quantization.cutting import cut
 from loraplex_engine.quantization.spec import LinearShape, QuantSpec
 from loraplex_kernels.quantized import QuantizedWeight
 
@@ -47,15 +48,22 @@ class QuantizedReader:
     def __contains__(self, path: str) -> bool:
         return path in self._linears
 
-    def read(self, path: str, device: torch.device) -> QuantizedWeight:
-        """Read a linear's record. Raises ModelError naming a tensor with impossible values."""
+    def read(self, path: str, device: torch.device, part: tuple[slice, slice] | None = None) -> QuantizedWeight:
+        """Read a linear's record, or the one of some of its rows and columns.
+
+        Raises ModelError naming a tensor with impossible values, or a linear that cannot be cut so.
+        """
         linear, checkpoint = self._linears[path], self._checkpoint
         names = {suffix: path + suffix for suffix in self._spec.tensors(linear)}
         stored = {suffix: checkpoint.tensor(name, device) for suffix, name in names.items() if name in checkpoint}
         try:
-            return self._spec.read(linear, stored)
+            record = self._spec.read(linear, stored)
         except ModelError as error:
             raise ModelError(f"{checkpoint.directory}: {error}") from None
+        try:
+            return record if part is None else cut(record, *part)
+        except ModelError as error:
+            raise ModelError(f"{checkpoint.directory}: {path}: {error}") from None
 
     def _is_dense(self, path: str) -> bool:
         checkpoint, weight = self._checkpoint, f"{path}.weight"

@@ -50,7 +50,7 @@ class MixtureLayout:
     expert: GatedLayout
 
     def linears(self, hidden_size: int) -> tuple[FusedLinear, ...]:
-        router = FusedLinear("router", "mlp.router", hidden_size, (("mlp.router", NUM_EXPERTS),), False)
+        router = FusedLinear("router", "mlp.router", hidden_size, (("mlp.router", NUM_EXPERTS),), False, "nothing")
         dense = self.expert.linears(hidden_size)
         return router, *(_of_expert(index, linear) for index in range(NUM_EXPERTS) for linear in dense)
 

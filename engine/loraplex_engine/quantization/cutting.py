@@ -1,0 +1,62 @@
+"""Cuts a rank's part out of a quantised matrix, the same for all formats. Its codes and scales stay what they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, QuantizedWeight, TableWeight
+
+
+def cut(weight: QuantizedWeight, rows: slice, columns: slice) -> QuantizedWeight:
+    """The record of these rows and columns. All of them: the record itself.
+
+    Raises ModelError if a cut would go through what shares a scale.
+    """
+    if (rows.stop - rows.start, columns.stop - columns.start) == weight.codes.shape:
+        return weight
+    codes = weight.codes[rows, columns].contiguous()
+    match weight:
+        case AffineWeight():
+            return _cut_affine(weight, codes, rows, columns)
+        case TableWeight():
+            return _cut_table(weight, codes, rows, columns)
+        case Float8Weight():
+            (n, c), (across_rows, across_columns) = weight.codes.shape, weight.block
+            scale = weight.scale[_units(rows, n, across_rows), _units(columns, c, across_columns)].contiguous()
+            return Float8Weight(codes, scale, (min(across_rows, len(codes)), min(across_columns, codes.shape[1])))
+
+
+def _cut_affine(weight: AffineWeight, codes: Tensor, rows: slice, columns: slice) -> AffineWeight:
+    c = weight.codes.shape[1]
+    if weight.input_order is not None and codes.shape[1] < c:
+        raise ModelError("a matrix in act-order cannot be divided by input features: its groups lie across them")
+    groups = _units(columns, c, weight.group_size)
+    scale, zero = weight.scale[groups, rows].contiguous(), weight.zero[groups, rows].contiguous()
+    group_size = min(weight.group_size, codes.shape[1])
+    return replace(weight, codes=codes, scale=scale, zero=zero, group_size=group_size)
+
+
+def _cut_table(weight: TableWeight, codes: Tensor, rows: slice, columns: slice) -> TableWeight:
+    n, c = weight.codes.shape
+    if codes.shape[1] == c:  # blocks may span rows
+        blocks = _units(slice(rows.start * c, rows.stop * c), n * c, weight.block)
+        return replace(weight, codes=codes, absmax=weight.absmax[blocks].contiguous())
+    if c % weight.block:
+        raise ModelError(f"blocks of {weight.block} weights span rows of {c}: it cannot be divided by input features")
+    maxima = weight.absmax.view(n, -1)[rows, _units(columns, c, weight.block)]
+    return replace(weight, codes=codes, absmax=maxima.flatten())
+
+
+def _units(part: slice, size: int, unit: int) -> slice:
+    """The groups or blocks of `unit` that make up a part of a dimension."""
+    if unit >= size:
+        return slice(0, 1)
+    if part.start % unit or (part.stop % unit and part.stop != size):
+        raise ModelError(
+            f"a rank's part, {part.start} to {part.stop} of {size} features, cuts through a group or block of {unit} "
+            "that shares a scale: take fewer ranks"
+        )
+    return slice(part.start // unit, -(-part.stop // unit))

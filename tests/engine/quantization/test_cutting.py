@@ -1,0 +1,55 @@
+"""A rank's part of a quantised matrix stands for the same weights as in the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Generator
+
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.quantization import LinearShape, cut, parse
+from loraplex_kernels.quantized import QuantizedWeight, dequantize
+from tests.engine.quantization.formats import FORMATS
+
+N, C = 96, 384
+LINEAR = LinearShape("model.layers.0.mlp.up_proj", N, C)
+ALL_ROWS, ALL_COLUMNS = slice(0, N), slice(0, C)
+
+
+def read(name: str) -> QuantizedWeight:
+    section, packer = FORMATS[name]
+    tensors, _ = packer(Generator().manual_seed(5), N, C)
+    return parse(ConfigFields(section, "config.json")).read(LINEAR, tensors)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [slice(0, 48), slice(48, N)], ids=str)
+def test_some_outputs(name: str, rows: slice) -> None:
+    weight = read(name)
+    assert torch.equal(dequantize(cut(weight, rows, ALL_COLUMNS)), dequantize(weight)[rows])
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "act-order" not in name])
+@pytest.mark.parametrize("columns", [slice(0, 192), slice(192, C)], ids=str)
+def test_some_inputs(name: str, columns: slice) -> None:
+    weight = read(name)
+    if name == "bitsandbytes nf4, blocks of 128":
+        columns = slice(columns.start // 192 * 128, columns.start // 192 * 128 + 128)
+    assert torch.equal(dequantize(cut(weight, ALL_ROWS, columns)), dequantize(weight)[:, columns])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_of_it_is_the_matrix_itself(name: str) -> None:
+    weight = read(name)
+    assert cut(weight, ALL_ROWS, ALL_COLUMNS) is weight
+
+
+def test_a_cut_through_a_group_is_refused() -> None:
+    with pytest.raises(ModelError, match="0 to 48 of 384 features, cuts through a group or block of 32"):
+        cut(read("gptq"), ALL_ROWS, slice(0, 48))
+
+
+def test_groups_that_lie_across_the_inputs_are_refused() -> None:
+    with pytest.raises(ModelError, match="act-order cannot be divided by input features"):
+        cut(read("gptq act-order"), ALL_ROWS, slice(0, 192))
