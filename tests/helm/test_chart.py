@@ -164,6 +164,24 @@ def test_every_port_that_something_refers_to_is_one_that_the_service_listens_on(
         assert container[probe]["grpc"] == {"port": listening["health"], "service": probe.removesuffix("Probe")}
 
 
+@pytest.mark.parametrize(
+    ("values", "calls"),
+    [
+        ({}, 64),
+        ({"envoy": {"enabled": True}}, 256),
+        ({"envoy": {"enabled": True}, "config": {"limits": {"connections": 7}}}, 256),
+        ({"envoy": {"enabled": True}, "config": {"limits": {"calls_per_connection": 7}}}, 7),
+    ],
+    ids=["alone", "behind envoy", "beside other limits", "as the values say"],
+)
+def test_servers_behind_envoy_take_more_calls_on_a_connection(
+    chart: Chart, tmp_path: Path, values: dict[str, Any], calls: int
+) -> None:
+    limits = config_of(chart.render(MODELS | values), tmp_path).limits
+    assert limits.calls_per_connection == calls
+    assert limits.connections == values.get("config", {}).get("limits", {}).get("connections", 1024)
+
+
 def test_a_pod_has_time_to_drain(release: Manifests, tmp_path: Path) -> None:
     config, pod = config_of(release, tmp_path), pod_of(release)
     before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"] + config.lame_duck_seconds

@@ -78,7 +78,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- range $key, $_ := .Values.config -}}
 {{- if hasKey $own $key -}}{{- fail (printf "config.%s: the chart sets this key from its own values; see the chart's README" $key) -}}{{- end -}}
 {{- end -}}
-{{- merge (deepCopy .Values.config) $own | toYaml -}}
+{{- /* Envoy shares a few connections among all callers, and by default nobody else reaches the port. */ -}}
+{{- $behindEnvoy := dict "limits" (dict "calls_per_connection" 256) -}}
+{{- merge (deepCopy .Values.config) $own (ternary $behindEnvoy dict .Values.envoy.enabled) | toYaml -}}
 {{- end -}}
 
 {{/* Contradictions that a schema cannot express. */}}
