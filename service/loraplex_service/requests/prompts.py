@@ -58,8 +58,8 @@ class TextWork:
         return await _run(self.threads, tenant, size, do)
 
     async def on_tokens(self, tenant: Tenant, count: int, do: Callable[[], T]) -> T:
-        """Run work on tokens, one piece at a time: the interpreter does it all, so two at once would not end sooner,
-        and the event loop would wait for both."""
+        """Run work on tokens, or on their places in a text, one piece at a time: the interpreter does it all, so two at
+        once would not end sooner, and the event loop would wait for both."""
         return await _run(self.tokens, tenant, count, do)
 
 

@@ -1,8 +1,12 @@
 """Turns for long work on texts: a few at a time, the least served tenant next, and a limit on what waits."""
 
 import asyncio
+import os
+import sys
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -12,6 +16,7 @@ from loraplex_service.errors import Unavailable
 T = TypeVar("T")
 
 SMALLEST = 4096  # the least size that work counts as: many small pieces take time, too
+NICER = 5  # niceness of the threads above that of the event loop's: a third of a core that both want
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class Turns:
         self._tenants: dict[str, _Tenant] = {}  # tenants with work that runs or waits
         self._held = 0
         self._running: list[_Work] = []
+        self._threads = ThreadPoolExecutor(limits.at_once, "long-text", initializer=_give_way)
 
     @asynccontextmanager
     async def turn(self, tenant: str, weight: float, size: int) -> AsyncIterator[None]:
@@ -67,12 +73,12 @@ class Turns:
             self._end(work)
 
     async def in_thread(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
-        """Run work in a thread, in a turn.
+        """Run work in a turn, in a thread that leaves the cores to the event loop.
 
         A cancelled caller leaves the queue, but does not stop work that has begun.
         """
         work = await self._begin(tenant, weight, size)
-        doing = asyncio.get_running_loop().run_in_executor(None, do)
+        doing = asyncio.get_running_loop().run_in_executor(self._threads, do)
 
         def ended(future: asyncio.Future[T]) -> None:
             self._end(work)
@@ -139,3 +145,10 @@ class Turns:
         if own.held == 0:
             del self._tenants[work.tenant]
         self._give_turns()
+
+
+def _give_way() -> None:
+    """Lower this thread's priority below the event loop's, on Linux, where each thread has its own niceness."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICER)

@@ -171,6 +171,17 @@ async def test_places_of_tokens_are_told_for_texts_of_some_length_alone(control:
     assert len((await control.client.tokenize("tiny", "x" * 32_769)).token_ids) == 32_769
 
 
+async def test_places_of_tokens_are_told_for_one_text_at_a_time(control: ControlPlane) -> None:
+    texts, go_on = control.app.inference._texts, threading.Event()
+    first = asyncio.ensure_future(texts.on_tokens(Tenants().get("default"), MAX_TOKENS, lambda: go_on.wait(10)))
+    second = asyncio.ensure_future(control.client.tokenize("tiny", "x" * 9000, include_offsets=True))
+    await control.client.tokenize("tiny", "x" * 9000)
+    await asyncio.wait([second], timeout=0.1)
+    assert not second.done()
+    go_on.set()
+    await asyncio.gather(first, second)
+
+
 async def test_tokens_that_come_to_too_much_text_are_refused(
     control: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import os
+import sys
 import threading
 import weakref
 from contextlib import AsyncExitStack, suppress
@@ -9,7 +11,7 @@ from contextlib import AsyncExitStack, suppress
 import pytest
 
 from loraplex_service.errors import Unavailable
-from loraplex_service.requests.turns import SMALLEST, TurnLimits, Turns
+from loraplex_service.requests.turns import NICER, SMALLEST, TurnLimits, Turns
 
 MIB = 1 << 20
 
@@ -138,6 +140,16 @@ async def test_a_thread_keeps_its_turn_though_its_caller_is_gone() -> None:
     go_on.set()
     await waiting.end()
     assert waiting.order == ["b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
+async def test_long_work_leaves_the_cores_to_the_event_loop() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    assert await turns_of().in_thread("a", 1.0, MIB, niceness) == min(before + NICER, 19)
+    assert niceness() == before
 
 
 async def test_nothing_stays_of_what_a_thread_had_at_hand_when_it_failed() -> None:
