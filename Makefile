@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard kernels/loraplex_kernels/cpu/*.cpp kernels/loraplex_kernels/cpu/*.h)
 
-.PHONY: demo test test-long explore soak check gpu-check gpu-packages stubs constraints format clean
+.PHONY: demo test test-long explore sanitize soak check gpu-check gpu-packages stubs constraints format clean
 
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
@@ -18,6 +18,9 @@ test-long: $(VENV)/.installed-dev  ## those that take minutes each: every kernel
 
 explore: $(VENV)/.installed-dev  ## the tests of properties with new draws: `make test` repeats its own
 	$(BIN)/python -m pytest -m "hypothesis and not gpu"
+
+sanitize: $(VENV)/.installed-dev  ## the tests of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python kernels/sanitize.py
 
 soak: $(VENV)/.installed-dev  ## two minutes of everything at once: no process may grow; SECONDS=1800 for half an hour
 	LORAPLEX_SOAK_SECONDS=$(or $(SECONDS),120) $(BIN)/python -m pytest -s tests/faults/test_soak.py

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,37 +53,49 @@ class CompileKernels(BuildHookInterface):  # type: ignore[type-arg]
         build_data["artifacts"] += [f"/{path.relative_to(self.root)}" for path in compiled()]
 
 
-def compiled() -> list[Path]:
-    """The libraries, those compiled again that are older than any of their sources."""
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+def compiled(
+    folder: Path = SOURCES, flags: Sequence[str] = FLAGS, names: Iterable[str] = tuple(INSTRUCTION_SETS)
+) -> list[Path]:
+    """The libraries in a folder, those compiled again that are older than any of their sources."""
+    compiler = find_compiler()
     if compiler is None:
         print("no C++ compiler: the kernels of the CPU are left out", file=sys.stderr)
-        return [path for name in INSTRUCTION_SETS if (path := _library(name)).exists()]
+        return [path for name in names if (path := _library(folder, name)).exists()]
+
+    def compile_for(name: str) -> Path | None:
+        return _compile(compiler, _library(folder, name), [*flags, *_flags_of(compiler, name)])
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda name: _compile(compiler, name), INSTRUCTION_SETS)
-    return [path for path in made if path is not None]
+        return [path for path in pool.map(compile_for, names) if path is not None]
 
 
-def _compile(compiler: str, name: str) -> Path | None:
+def find_compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+def _compile(compiler: str, library: Path, flags: list[str]) -> Path | None:
     """None: the compiler cannot."""
-    library = _library(name)
     inputs = [Path(__file__), *SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]
     if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
         return library
-    flags = [flag for flag in INSTRUCTION_SETS[name] if flag not in NEWER_FLAGS or _knows(compiler, flag)]
     sources = map(str, sorted(SOURCES.glob("*.cpp")))
     made = library.with_suffix(".new")
-    done = subprocess.run([compiler, *FLAGS, *flags, *sources, "-o", str(made)], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([compiler, *flags, *sources, "-o", str(made)], stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        print(f"the kernels for {name} could not be compiled and are left out:\n{done.stderr}", file=sys.stderr)
+        print(f"{library.name} could not be compiled and is left out:\n{done.stderr}", file=sys.stderr)
         return None
     made.replace(library)
     return library
 
 
-def _library(name: str) -> Path:
+def _library(folder: Path, name: str) -> Path:
     """Named as the loader looks for it, with no Python version in it."""
-    return SOURCES / f"libloraplex_{name}.so"
+    return folder / f"libloraplex_{name}.so"
+
+
+def _flags_of(compiler: str, name: str) -> list[str]:
+    """The flags of an instruction set that the compiler knows."""
+    return [flag for flag in INSTRUCTION_SETS[name] if flag not in NEWER_FLAGS or _knows(compiler, flag)]
 
 
 def _knows(compiler: str, flag: str) -> bool:

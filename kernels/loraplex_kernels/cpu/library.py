@@ -73,7 +73,11 @@ class LibraryUnavailableError(Exception):
 
 
 def library_path(isa: str) -> Path:
-    return Path(__file__).with_name(f"libloraplex_{isa}.so")
+    """The library of an instruction set: beside this file, or in the folder that LORAPLEX_CPU_KERNELS names, so that
+    the kernels can be run as `make sanitize` compiles them.
+    """
+    folder = os.environ.get("LORAPLEX_CPU_KERNELS") or Path(__file__).parent
+    return Path(folder, f"libloraplex_{isa}.so")
 
 
 def usable_instruction_sets() -> tuple[str, ...]:
@@ -96,7 +100,8 @@ class Library:
         usable = usable_instruction_sets()
         if not usable:
             raise LibraryUnavailableError(
-                f"no compiled kernels beside {__file__}: install with a C++17 compiler at hand to have them"
+                f"no compiled kernels in {library_path('portable').parent}: "
+                "install with a C++17 compiler at hand to have them"
             )
         self.isa = isa or usable[-1]
         if self.isa not in usable:

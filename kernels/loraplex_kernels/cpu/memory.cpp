@@ -7,10 +7,23 @@
 #include <cstdlib>
 #include <new>
 
+// AddressSanitizer, where it is compiled in, is told which parts of larger areas may be used.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(begin, size) ((void)(begin), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(begin, size) ((void)(begin), (void)(size))
+#endif
+
 namespace loraplex {
 
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t GAP = 64;  // between two arrays, so that an overrun does not end in the next one
+#else
+constexpr size_t GAP = 0;
+#endif
 constexpr size_t ALIGNMENT = 64;
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 constexpr size_t REGION = size_t(64) << 20;
@@ -38,8 +51,12 @@ struct Arena::Region {
         begin = reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(mapped), HUGE_PAGE));
         advise_huge_pages(begin, size);
         free.emplace(0, size);
+        ASAN_POISON_MEMORY_REGION(begin, size);
     }
-    ~Region() { munmap(mapped, mapped_size); }
+    ~Region() {
+        ASAN_UNPOISON_MEMORY_REGION(begin, size);
+        munmap(mapped, mapped_size);
+    }
     Region(const Region&) = delete;
 
     bool holds(const char* p) const { return p >= begin && p < begin + size; }
@@ -61,6 +78,7 @@ struct Arena::Region {
         const auto taken = used.find(size_t(p - begin));
         auto [offset, length] = *taken;
         used.erase(taken);
+        ASAN_POISON_MEMORY_REGION(p, length);
         auto after = free.lower_bound(offset);
         if (after != free.end() && after->first == offset + length) {
             length += after->second;
@@ -88,8 +106,13 @@ Arena::Arena() = default;
 Arena::~Arena() = default;
 
 void* Arena::allocate(size_t bytes) {
-    bytes = round_up(std::max(bytes, size_t(1)), ALIGNMENT);
     std::lock_guard<std::mutex> lock(lock_);
+    char* p = take(round_up(std::max(bytes, size_t(1)) + GAP, ALIGNMENT));
+    ASAN_UNPOISON_MEMORY_REGION(p, bytes);
+    return p;
+}
+
+char* Arena::take(size_t bytes) {
     for (const auto& region : regions_)
         if (char* p = region->take(bytes)) return p;
     regions_.push_back(std::make_unique<Region>(std::max(REGION, round_up(bytes, HUGE_PAGE))));
@@ -116,6 +139,8 @@ void* Scratch::bytes(size_t size) {
             throw std::bad_alloc();
         }
     }
+    ASAN_UNPOISON_MEMORY_REGION(data_, size);
+    ASAN_POISON_MEMORY_REGION(static_cast<char*>(data_) + size, size_ - size);
     return data_;
 }
 

@@ -23,6 +23,8 @@ class Arena {
   private:
     struct Region;
 
+    char* take(size_t bytes);
+
     std::mutex lock_;  // adapters are released by whichever thread drops the last reference
     std::vector<std::unique_ptr<Region>> regions_;
 };
