@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard kernels/loraplex_kernels/cpu/*.cpp kernels/loraplex_kernels/cpu/*.h)
 
-.PHONY: demo test test-long explore sanitize soak check gpu-check gpu-packages stubs constraints format clean
+.PHONY: demo test coverage test-long explore sanitize soak check gpu-check gpu-packages stubs constraints format clean
 
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
 
 test: $(VENV)/.installed-dev  ## the CPU tests; with PYTHONFLAGS=-O as an optimised build runs
 	$(BIN)/python $(PYTHONFLAGS) -m pytest -m "not gpu and not long" --hypothesis-profile=ci
+
+coverage: $(VENV)/.installed-dev  ## the same tests, slower, and the share of branches that they reach in their own process
+	$(BIN)/coverage run -m pytest -m "not gpu and not long" --hypothesis-profile=ci
+	$(BIN)/coverage report
 
 test-long: $(VENV)/.installed-dev  ## those that take minutes each: every kernel for every GPU, gpu-check on a bare machine
 	$(BIN)/python -m pytest -m "long and not gpu" --hypothesis-profile=ci
