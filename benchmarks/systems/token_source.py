@@ -17,10 +17,10 @@ from loraplex_engine.link.bus import EngineBus
 from loraplex_engine.link.messages import (
     AddRequest,
     Device,
+    EngineLimits,
     EngineStats,
     FromEngine,
     LoadAdapter,
-    ModelLimits,
     RequestOutput,
     StepOutput,
     UnloadAdapter,
@@ -29,7 +29,7 @@ from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.process import run_engine
 
 MAX_SEQUENCES = 4096
-LIMITS = ModelLimits(
+LIMITS = EngineLimits(
     architecture="None",
     dtype="none",
     quantization="",

@@ -16,12 +16,12 @@ from loraplex_engine.link.messages import (
     AddRequest,
     BringAdapter,
     EngineFailed,
+    EngineLimits,
     EngineReady,
     EngineStats,
     FromEngine,
     LoadAdapter,
     LoadProgress,
-    ModelLimits,
     PinAdapter,
     Ping,
     Pong,
@@ -43,7 +43,7 @@ class Core(Protocol):
     """The part of `EngineCore` that the loop uses."""
 
     @property
-    def limits(self) -> ModelLimits: ...
+    def limits(self) -> EngineLimits: ...
 
     def add(self, message: AddRequest) -> None: ...
 

@@ -31,7 +31,7 @@ from loraplex_service.commands.demo import play_demo
 from loraplex_service.commands.keys import keys
 from loraplex_service.commands.quantize import quantize
 from loraplex_service.commands.routes import routes
-from loraplex_service.commands.shared import Target, call_failures, print_json, print_table, reaches_server
+from loraplex_service.commands.shared import ServerAccess, call_failures, print_json, print_table, reaches_server
 from loraplex_service.commands.top import watch_load
 from loraplex_service.commands.usage import usage
 from loraplex_service.config import ConfigError, ServiceConfig, load_config
@@ -181,7 +181,7 @@ main.add_command(usage)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole response instead of the text.")
 @reaches_server
 def generate(
-    target: Target,
+    target: ServerAccess,
     model: str,
     prompt: str,
     chat: bool,
@@ -210,7 +210,7 @@ def generate(
 @main.command()
 @click.argument("service", default="")
 @reaches_server
-def health(target: Target, service: str) -> None:
+def health(target: ServerAccess, service: str) -> None:
     """Say whether the server, one of its services or models/MODEL can be used now. Exit status 1: it cannot."""
     with target.client() as client:
         serving = client.is_serving(service)
@@ -222,7 +222,7 @@ def health(target: Target, service: str) -> None:
 @click.option("--interval", default=1.0, show_default=True, help="Seconds.")
 @click.option("--count", type=click.IntRange(min=1), help="End after so many.")
 @reaches_server
-def top(target: Target, interval: float, count: int | None) -> None:
+def top(target: ServerAccess, interval: float, count: int | None) -> None:
     """Show the load of every model, as it changes."""
     with target.admin() as admin, suppress(KeyboardInterrupt):
         watch_load(admin, interval, count, Console())
@@ -235,7 +235,7 @@ def models() -> None:
 
 @models.command("list")
 @reaches_server
-def list_models(target: Target) -> None:
+def list_models(target: ServerAccess) -> None:
     """List all models."""
     with target.admin() as admin:
         found = admin.list_models()
@@ -248,7 +248,7 @@ def list_models(target: Target) -> None:
 @models.command("get")
 @click.argument("name")
 @reaches_server
-def get_model(target: Target, name: str) -> None:
+def get_model(target: ServerAccess, name: str) -> None:
     """Show one model."""
     with target.admin() as admin:
         print_json(admin.get_model(name))
@@ -258,7 +258,7 @@ def get_model(target: Target, name: str) -> None:
 @click.argument("name")
 @click.option("--wait", type=float, default=600.0, show_default=True, help="Seconds; 0 returns at once.")
 @reaches_server
-def load_model(target: Target, name: str, wait: float) -> None:
+def load_model(target: ServerAccess, name: str, wait: float) -> None:
     """Load a model into memory."""
     with target.admin() as admin:
         print_json(admin.load_model(name, wait=wait))
@@ -269,7 +269,7 @@ def load_model(target: Target, name: str, wait: float) -> None:
 @click.option("--grace", type=float, help="Seconds for running requests.")
 @click.option("--wait", type=float, default=600.0, show_default=True, help="Seconds; 0 returns at once.")
 @reaches_server
-def unload_model(target: Target, name: str, grace: float | None, wait: float) -> None:
+def unload_model(target: ServerAccess, name: str, grace: float | None, wait: float) -> None:
     """Unload a model, once running requests have ended or the grace is over."""
     with target.admin() as admin:
         print_json(admin.unload_model(name, grace=grace, wait=wait))

@@ -19,8 +19,8 @@ from loraplex_engine.link.messages import (
     AddRequest,
     Device,
     Embedded,
+    EngineLimits,
     LoadAdapter,
-    ModelLimits,
     RequestOutput,
     StepOutput,
     UnloadAdapter,
@@ -42,8 +42,8 @@ class FakeRunner:
         self.error: Exception | None = None
         self.not_finite: frozenset[int] = frozenset()
 
-    def limits(self, config: EngineConfig) -> ModelLimits:
-        return ModelLimits(
+    def limits(self, config: EngineConfig) -> EngineLimits:
+        return EngineLimits(
             "Fake", "float32", "", VOCAB, 64, 16, 8, 32, config.block_size, 0, 0, "fake", Device("cpu", "fake", 1)
         )
 

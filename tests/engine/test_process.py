@@ -24,12 +24,12 @@ from loraplex_engine.link.messages import (
     BringAdapter,
     Device,
     EngineFailed,
+    EngineLimits,
     EngineReady,
     EngineStats,
     FromEngine,
     LoadAdapter,
     LoadProgress,
-    ModelLimits,
     PinAdapter,
     Ping,
     Pong,
@@ -43,7 +43,7 @@ from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.process import Core, Progress, run_engine
 
 KEY = AdapterKey("shared/pirate", "ab" * 32)
-LIMITS = ModelLimits("Fake", "float32", "", 100, 64, 8, 4, 10, 16, 1000, 2000, "fake", Device("cpu", "fake", 1))
+LIMITS = EngineLimits("Fake", "float32", "", 100, 64, 8, 4, 10, 16, 1000, 2000, "fake", Device("cpu", "fake", 1))
 
 
 class FakeCore:

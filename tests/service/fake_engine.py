@@ -22,9 +22,9 @@ from loraplex_engine.link.messages import (
     AddRequest,
     BringAdapter,
     Device,
+    EngineLimits,
     EngineStats,
     LoadAdapter,
-    ModelLimits,
     PinAdapter,
     Ping,
     Pong,
@@ -36,7 +36,7 @@ from loraplex_engine.link.messages import (
 )
 from loraplex_engine.link.sampling_params import FinishReason
 
-LIMITS = ModelLimits(
+LIMITS = EngineLimits(
     architecture="FakeForCausalLM",
     dtype="float32",
     quantization="",
@@ -68,7 +68,7 @@ class Accepted:
 class FakeEngine:
     """Steps whenever it has work and `steps_allowed` is above zero; math.inf by default."""
 
-    def __init__(self, limits: ModelLimits = LIMITS) -> None:
+    def __init__(self, limits: EngineLimits = LIMITS) -> None:
         self.limits = limits
         self.client = EngineClient(self.receive)
         self.received: list[ToEngine] = []

@@ -27,10 +27,10 @@ from loraplex_engine.link.messages import (
     AddRequest,
     BringAdapter,
     Device,
+    EngineLimits,
     EngineStats,
     FromEngine,
     LoadAdapter,
-    ModelLimits,
     PinAdapter,
     RequestOutput,
     StepOutput,
@@ -41,7 +41,7 @@ from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.process import Progress, run_engine
 from loraplex_service.models.supervisor import EngineProcess, Launch
 
-LIMITS = ModelLimits(
+LIMITS = EngineLimits(
     architecture="ScriptedForCausalLM",
     dtype="float32",
     quantization="",

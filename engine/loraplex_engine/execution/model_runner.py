@@ -15,7 +15,7 @@ from loraplex_engine.execution.device import described
 from loraplex_engine.execution.kv_cache import create_kv_cache, stored_dtype
 from loraplex_engine.execution.sampler import Sampler, describe
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import ModelLimits, TokenLogprobs
+from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
 from loraplex_engine.models import LanguageModel
 from loraplex_engine.scheduling.step import SampledToken, StepPlan, StepResult
 from loraplex_kernels.ops import LoraSegments, Ops
@@ -56,10 +56,10 @@ class ModelRunner:
         if self.decode_graphs is not None:
             self.decode_graphs.capture_all()
 
-    def limits(self, config: EngineConfig) -> ModelLimits:
+    def limits(self, config: EngineConfig) -> EngineLimits:
         """The limits of the loaded model, for the service that sends it requests."""
         model = self.model
-        return ModelLimits(
+        return EngineLimits(
             architecture=model.config.architecture,
             dtype=str(model.dtype).removeprefix("torch."),
             quantization=model.config.quantization,

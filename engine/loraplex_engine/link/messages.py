@@ -171,7 +171,7 @@ class Device(msgspec.Struct, array_like=True, frozen=True):
     memory_bytes: int  # the device's whole memory
 
 
-class ModelLimits(msgspec.Struct, array_like=True, frozen=True):
+class EngineLimits(msgspec.Struct, array_like=True, frozen=True):
     """The limits of the loaded model."""
 
     architecture: str
@@ -192,7 +192,7 @@ class ModelLimits(msgspec.Struct, array_like=True, frozen=True):
 class EngineReady(Message, frozen=True):
     """Sent once, after loading and profiling. Nothing is sent to an engine before it."""
 
-    limits: ModelLimits
+    limits: EngineLimits
 
 
 class EngineFailed(Message, frozen=True):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from loraplex_engine.link.messages import ModelLimits
+from loraplex_engine.link.messages import EngineLimits
 from loraplex_service.errors import DeadlineExceeded, Unavailable
 
 FADING = 0.98  # decay of the sums below with each request that leaves: about fifty count
@@ -51,21 +51,21 @@ class _InFlight:
         others = sum(self._weights.values()) - self._weights.get(tenant, 0.0)
         return weight / (weight + others)
 
-    def wait_seconds(self, limits: ModelLimits, tenant: str, weight: float, more: _Amount) -> float:
+    def wait_seconds(self, limits: EngineLimits, tenant: str, weight: float, more: _Amount) -> float:
         """The expected wait of one more request of this tenant, by the rate seen so far; 0 before any was seen."""
         own = self.tenants.get(tenant, _Amount())
         alone = _load(limits, own, more) / self.share(tenant, weight)  # as if all other tenants took their whole shares
         ahead = min(_load(limits, self.all, more), alone) - 1
         return 0.0 if ahead <= 0 or self._loads <= 0 else ahead * self._seconds / self._loads
 
-    def enter(self, limits: ModelLimits, tenant: str, weight: float, more: _Amount) -> None:
+    def enter(self, limits: EngineLimits, tenant: str, weight: float, more: _Amount) -> None:
         if _load(limits, self.all) <= 1:
             self._last_exit = self._clock()  # no request has waited until now
         self.all.add(more.sequences, more.tokens)
         self.tenants.setdefault(tenant, _Amount()).add(more.sequences, more.tokens)
         self._weights[tenant] = weight
 
-    def leave(self, limits: ModelLimits, tenant: str, less: _Amount) -> None:
+    def leave(self, limits: EngineLimits, tenant: str, less: _Amount) -> None:
         before = _load(limits, self.all)
         self.all.add(-less.sequences, -less.tokens)
         own = self.tenants[tenant]
@@ -79,7 +79,7 @@ class _InFlight:
             self._last_exit = now
 
 
-def _load(limits: ModelLimits, *amounts: _Amount) -> float:
+def _load(limits: EngineLimits, *amounts: _Amount) -> float:
     """The size of these requests together, as a share of what the model can run at once."""
     sequences, tokens = sum(amount.sequences for amount in amounts), sum(amount.tokens for amount in amounts)
     return max(sequences / limits.max_num_seqs, tokens / (limits.total_blocks * limits.block_size))
@@ -111,7 +111,7 @@ class Admission:
         """The cache tokens that a request counts for."""
         return prompt_tokens + outputs * min(max_tokens, self.limits.expected_output_tokens)
 
-    def check(self, model: str, limits: ModelLimits, tenant: str = "", weight: float = 1.0) -> None:
+    def check(self, model: str, limits: EngineLimits, tenant: str = "", weight: float = 1.0) -> None:
         """Raise Unavailable (DRAINING, USAGE_UNWRITABLE, OVERLOADED) if `enter` would refuse every request."""
         self.check_open()
         self._check_room(model, limits, tenant, weight, _Amount(1, 1))
@@ -120,7 +120,7 @@ class Admission:
     def enter(
         self,
         model: str,
-        limits: ModelLimits,
+        limits: EngineLimits,
         prompt_tokens: int,
         outputs: int,
         max_tokens: int,
@@ -161,7 +161,7 @@ class Admission:
             if self._num_requests == 0:
                 self._idle.set()
 
-    def _check_room(self, model: str, limits: ModelLimits, tenant: str, weight: float, more: _Amount) -> None:
+    def _check_room(self, model: str, limits: EngineLimits, tenant: str, weight: float, more: _Amount) -> None:
         in_flight = self._models[model]
         own = in_flight.tenants.get(tenant, _Amount())
         share = in_flight.share(tenant, weight)
@@ -176,7 +176,7 @@ class Admission:
             self._retry_after(in_flight.wait_seconds(limits, tenant, weight, more)),
         )
 
-    def _fits(self, limits: ModelLimits, held: _Amount, more: _Amount, share: float) -> bool:
+    def _fits(self, limits: EngineLimits, held: _Amount, more: _Amount, share: float) -> bool:
         most_sequences = share * self.limits.sequences * limits.max_num_seqs
         most_tokens = share * self.limits.cache_tokens * limits.total_blocks * limits.block_size
         return held.sequences == 0 or (

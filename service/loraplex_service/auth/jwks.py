@@ -13,7 +13,7 @@ from pathlib import Path
 import jwt
 
 from loraplex_service.errors import Unavailable
-from loraplex_service.reloaded import Reloaded
+from loraplex_service.reloaded_files import ReloadedFiles
 
 FETCH_SECONDS = 5.0
 LIFE_SECONDS = 300.0  # before keys are fetched again
@@ -28,7 +28,7 @@ class FileKeys:
 
     def __init__(self, file: str) -> None:
         """Read the file. Raises ValueError, OSError for a file that cannot be used."""
-        self._keys = Reloaded([file], lambda: _read_keys(Path(file)))
+        self._keys = ReloadedFiles([file], lambda: _read_keys(Path(file)))
 
     async def find(self, token: str) -> jwt.PyJWK:
         """The key that the token says it is signed with. Raises jwt.PyJWTError."""
@@ -52,7 +52,7 @@ class RemoteKeys:
         """
         self._address = address
         self._clock = clock
-        self._client = Reloaded([ca] if ca else [], lambda: _client(address, ca))
+        self._client = ReloadedFiles([ca] if ca else [], lambda: _client(address, ca))
         self._keys: jwt.PyJWKSet | None = None
         self._fetched = self._tried = -math.inf
         self._fetching: asyncio.Task[None] | None = None

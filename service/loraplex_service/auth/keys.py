@@ -20,7 +20,7 @@ import yaml
 from loraplex_adapters.grammar import ID_RULE, is_id
 from loraplex_service.auth.principal import Principal, Role
 from loraplex_service.errors import Unauthenticated
-from loraplex_service.reloaded import Reloaded
+from loraplex_service.reloaded_files import ReloadedFiles
 
 PREFIX = "lpx_"
 _NO_HASH = "0" * 64  # the hash that a token with an unknown id is compared with
@@ -92,7 +92,7 @@ class KeyVerifier:
 
     def __init__(self, file: str) -> None:
         """Read the key file. Raises ValueError, OSError."""
-        self._keys = Reloaded([file], lambda: {key.id: key for key in read_keys(Path(file)).keys})
+        self._keys = ReloadedFiles([file], lambda: {key.id: key for key in read_keys(Path(file)).keys})
 
     @staticmethod
     def takes(token: str) -> bool:

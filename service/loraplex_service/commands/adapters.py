@@ -12,7 +12,7 @@ from loraplex.v1.adapters_pb2 import Adapter
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.source import check_there, digest
 from loraplex_adapters.files.trust import SIGNATURE_FILE, sign
-from loraplex_service.commands.shared import EXISTING, Target, print_json, print_table, reaches_server
+from loraplex_service.commands.shared import EXISTING, ServerAccess, print_json, print_table, reaches_server
 
 
 @click.group()
@@ -24,7 +24,7 @@ def adapters() -> None:
 @click.option("--base-model", help="Only adapters of this model.")
 @click.option("--versions", is_flag=True, help="Every version, instead of the current ones.")
 @reaches_server
-def list_adapters(target: Target, base_model: str | None, versions: bool) -> None:
+def list_adapters(target: ServerAccess, base_model: str | None, versions: bool) -> None:
     """List the adapters of a tenant (--tenant), or all."""
     with target.admin() as admin:
         found = admin.list_adapters(tenant=target.tenant or "-", base_model=base_model, include_versions=versions)
@@ -46,7 +46,7 @@ def list_adapters(target: Target, base_model: str | None, versions: bool) -> Non
 @adapters.command("get")
 @click.argument("name")
 @reaches_server
-def get_adapter(target: Target, name: str) -> None:
+def get_adapter(target: ServerAccess, name: str) -> None:
     """Show one adapter, or one version of it."""
     with target.admin() as admin:
         print_json(admin.get_adapter(name, tenant=target.tenant or "shared"))
@@ -61,7 +61,7 @@ def get_adapter(target: Target, name: str) -> None:
 @click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds; 0 returns at once.")
 @reaches_server
 def create_adapter(
-    target: Target,
+    target: ServerAccess,
     adapter_id: str,
     source: str,
     base_model: str,
@@ -96,7 +96,7 @@ def create_adapter(
 @adapters.command("use")
 @click.argument("version")
 @reaches_server
-def use_adapter(target: Target, version: str) -> None:
+def use_adapter(target: ServerAccess, version: str) -> None:
     """Have the bare name mean VERSION ("legal@1a2b3c4d5e6f"): a switch forward, or a rollback."""
     name = version.partition("@")[0]
     with target.admin() as admin:
@@ -107,7 +107,7 @@ def use_adapter(target: Target, version: str) -> None:
 @click.argument("name")
 @click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds; 0 returns at once.")
 @reaches_server
-def delete_adapter(target: Target, name: str, wait: float) -> None:
+def delete_adapter(target: ServerAccess, name: str, wait: float) -> None:
     """Delete a version, or for a bare name all versions, once running requests have ended."""
     with target.admin() as admin:
         print_json(admin.delete_adapter(name, tenant=target.tenant or "shared", wait=wait))
@@ -121,7 +121,7 @@ def delete_adapter(target: Target, name: str, wait: float) -> None:
 @click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds; 0 returns at once.")
 @reaches_server
 def upload_adapter(
-    target: Target, adapter_id: str, directory: Path, base_model: str, keep_current: bool, wait: float
+    target: ServerAccess, adapter_id: str, directory: Path, base_model: str, keep_current: bool, wait: float
 ) -> None:
     """Send the adapter in DIRECTORY, on this machine, to the server and register it."""
     with _file_failures():
@@ -141,7 +141,7 @@ def upload_adapter(
 @adapters.command("pin")
 @click.argument("name")
 @reaches_server
-def pin_adapter(target: Target, name: str) -> None:
+def pin_adapter(target: ServerAccess, name: str) -> None:
     """Keep a version on the device, now and after every restart."""
     with target.admin() as admin:
         print_json(admin.update_adapter(name, pinned=True, tenant=target.tenant or "shared"))
@@ -150,7 +150,7 @@ def pin_adapter(target: Target, name: str) -> None:
 @adapters.command("unpin")
 @click.argument("name")
 @reaches_server
-def unpin_adapter(target: Target, name: str) -> None:
+def unpin_adapter(target: ServerAccess, name: str) -> None:
     """Let a version leave the device again when others need the room."""
     with target.admin() as admin:
         print_json(admin.update_adapter(name, pinned=False, tenant=target.tenant or "shared"))
@@ -161,7 +161,7 @@ def unpin_adapter(target: Target, name: str) -> None:
 @click.option("--to", "residency", type=click.Choice(["host", "device"]), default="device", show_default=True)
 @click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds; 0 returns at once.")
 @reaches_server
-def preload_adapter(target: Target, name: str, residency: str, wait: float) -> None:
+def preload_adapter(target: ServerAccess, name: str, residency: str, wait: float) -> None:
     """Bring a version into host memory, or on to the device, ahead of its first request."""
     with target.admin() as admin:
         print_json(admin.load_adapter(name, residency=residency, wait=wait, tenant=target.tenant or "shared"))
@@ -172,7 +172,7 @@ def preload_adapter(target: Target, name: str, residency: str, wait: float) -> N
 @click.option("--to", "residency", type=click.Choice(["disk", "host"]), default="disk", show_default=True)
 @click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds; 0 returns at once.")
 @reaches_server
-def unload_adapter(target: Target, name: str, residency: str, wait: float) -> None:
+def unload_adapter(target: ServerAccess, name: str, residency: str, wait: float) -> None:
     """Free the memory of a version, or its room on the device. Its next request loads it again."""
     with target.admin() as admin:
         print_json(admin.unload_adapter(name, residency=residency, wait=wait, tenant=target.tenant or "shared"))

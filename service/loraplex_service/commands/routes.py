@@ -4,7 +4,7 @@ import click
 
 from loraplex.operations.base import route_name
 from loraplex.v1.routes_pb2 import Route, RouteTarget
-from loraplex_service.commands.shared import Target, print_json, print_table, reaches_server
+from loraplex_service.commands.shared import ServerAccess, print_json, print_table, reaches_server
 
 
 @click.group()
@@ -14,7 +14,7 @@ def routes() -> None:
 
 @routes.command("list")
 @reaches_server
-def list_routes(target: Target) -> None:
+def list_routes(target: ServerAccess) -> None:
     """List the routes of a tenant (--tenant), or all."""
     with target.admin() as admin:
         found = admin.list_routes(tenant=target.tenant or "-")
@@ -25,7 +25,7 @@ def list_routes(target: Target) -> None:
 @routes.command("get")
 @click.argument("name")
 @reaches_server
-def get_route(target: Target, name: str) -> None:
+def get_route(target: ServerAccess, name: str) -> None:
     """Show one route."""
     with target.admin() as admin:
         print_json(admin.get_route(name, tenant=target.tenant or "shared"))
@@ -36,7 +36,7 @@ def get_route(target: Target, name: str) -> None:
 @click.argument("targets", nargs=-1, required=True)
 @click.option("--fallback", help="Where requests go whose target is not available.")
 @reaches_server
-def set_route(target: Target, name: str, targets: tuple[str, ...], fallback: str | None) -> None:
+def set_route(target: ServerAccess, name: str, targets: tuple[str, ...], fallback: str | None) -> None:
     """Send requests for NAME to TARGETS: "legal", or with weights "legal@1a2b3c4d5e6f=95 legal@6f5e4d3c2b1a=5"."""
     route = Route(name=route_name(name, target.tenant or "shared"), fallback=fallback)
     for item in targets:
@@ -52,7 +52,7 @@ def set_route(target: Target, name: str, targets: tuple[str, ...], fallback: str
 @click.argument("name")
 @click.option("--key", help="The routing key of the request.")
 @reaches_server
-def resolve(target: Target, name: str, key: str | None) -> None:
+def resolve(target: ServerAccess, name: str, key: str | None) -> None:
     """Say what a request for NAME, whatever it names, would run on."""
     with target.admin() as admin:
         print_json(admin.resolve_target(name, tenant=target.tenant, target_key=key))
@@ -61,7 +61,7 @@ def resolve(target: Target, name: str, key: str | None) -> None:
 @routes.command("delete")
 @click.argument("name")
 @reaches_server
-def delete_route(target: Target, name: str) -> None:
+def delete_route(target: ServerAccess, name: str) -> None:
     """Delete a route. Requests that it routed go on."""
     with target.admin() as admin:
         admin.delete_route(name, tenant=target.tenant or "shared")

@@ -25,7 +25,7 @@ EXISTING = click.Path(path_type=Path, exists=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ServerAccess:
     """The address of a server, and the credentials to use."""
 
     server: str
@@ -52,7 +52,7 @@ class Target:
         return {"credentials": credentials, "token": self.token, "tenant": self.tenant, "timeout": self.timeout}
 
 
-def reaches_server(command: Callable[Concatenate[Target, P], R]) -> Callable[..., R]:
+def reaches_server(command: Callable[Concatenate[ServerAccess, P], R]) -> Callable[..., R]:
     """Give a command the options that say where the server is, and print its errors for people."""
 
     @click.option("--server", default="127.0.0.1:50051", show_default=True, help="Data port.")
@@ -79,7 +79,7 @@ def reaches_server(command: Callable[Concatenate[Target, P], R]) -> Callable[...
     ) -> R:
         with call_failures():
             return command(
-                Target(server, admin_server, token, tenant, tls_ca, tls_cert, tls_key, timeout), *args, **kwargs
+                ServerAccess(server, admin_server, token, tenant, tls_ca, tls_cert, tls_key, timeout), *args, **kwargs
             )
 
     return update_wrapper(wrapper, command)

@@ -19,7 +19,7 @@ from loraplex_engine.link.bus import FrameLost, ServiceBus, bus_address
 from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import EngineFailed, EngineReady, LoadProgress, ModelLimits, Shutdown
+from loraplex_engine.link.messages import EngineFailed, EngineLimits, EngineReady, LoadProgress, Shutdown
 from loraplex_engine.link.requests import MAX_PENDING_TOKENS
 from loraplex_service.errors import LoraplexError, Unavailable
 from loraplex_service.models.config import SupervisionConfig
@@ -91,7 +91,7 @@ class EngineSupervisor:
         self.name = name
         self.state = EngineState.UNLOADED
         self.client: EngineClient | None = None  # while ACTIVE or UNLOADING
-        self.limits: ModelLimits | None = None  # since it was first loaded
+        self.limits: EngineLimits | None = None  # since it was first loaded
         self.revision = ""  # of the weights of the present life, or of the last one
         self.progress = Progress()
         self.error = ""  # in FAILED and RESTARTING: why

@@ -7,7 +7,7 @@ from loraplex.v1.routes_pb2 import ResolvedTarget, Route
 from loraplex_adapters.key import AdapterKey, compose
 from loraplex_adapters.versions import AdapterVersion
 from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.messages import ModelLimits
+from loraplex_engine.link.messages import EngineLimits
 from loraplex_service.text import Tokenizer
 
 
@@ -17,7 +17,7 @@ class LoadedModel:
 
     name: str  # bare id: "demo", not "models/demo"
     revision: str  # the revision of the weights: a commit or a digest
-    limits: ModelLimits
+    limits: EngineLimits
     client: EngineClient
     tokenizer: Tokenizer
     default_sampling: Sampling  # fields that are absent have the contract's defaults

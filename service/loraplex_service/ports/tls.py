@@ -8,7 +8,7 @@ import grpc
 from cryptography import x509
 
 from loraplex_service.ports.config import TlsConfig
-from loraplex_service.reloaded import Reloaded
+from loraplex_service.reloaded_files import ReloadedFiles
 
 
 def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
@@ -18,7 +18,7 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
     files that cannot be used at the start.
     """
     paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca else [])]
-    files = Reloaded(paths, lambda: _read(tls))
+    files = ReloadedFiles(paths, lambda: _read(tls))
     lock = threading.Lock()
     used = files.get()
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 
 from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
-from loraplex_engine.link.messages import ModelLimits
+from loraplex_engine.link.messages import EngineLimits
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_service.errors import InvalidRequest, PromptTooLong, Violation
 from loraplex_service.timestamps import duration_seconds
@@ -13,7 +13,7 @@ from loraplex_service.timestamps import duration_seconds
 def sampling_params(
     spec: GenerateSpec,
     sampling: Sampling,  # merged
-    limits: ModelLimits,
+    limits: EngineLimits,
     eos_token_ids: tuple[int, ...],
     num_token_ids: int,  # of the tokenizer: the highest, and 1
     prompt_tokens: int,
@@ -61,7 +61,7 @@ def sampling_params(
     return params
 
 
-def room_for_output(spec: GenerateSpec, limits: ModelLimits, prompt_tokens: int, path: str) -> int:
+def room_for_output(spec: GenerateSpec, limits: EngineLimits, prompt_tokens: int, path: str) -> int:
     """The most tokens of an output: the caller's max_tokens, cut if that is allowed, else the rest of the context.
 
     Raises PromptTooLong.

@@ -11,7 +11,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class Reloaded(Generic[T]):
+class ReloadedFiles(Generic[T]):
     """The content of some files, read again when one of them has changed.
 
     If the changed files cannot be read, that is logged and the earlier content stays in force: half-written files do
