@@ -128,18 +128,17 @@ class EngineCore:
         The service has checked all this; one request must never end the engine.
         """
         limits, sampling = self.limits, message.sampling
-        count, num_outputs = len(message.prompt), len(message.output_token_ids)
+        if not isinstance(message.prompt, list):
+            return f"the prompt has several parts: {limits.architecture} reads token ids alone"
+        count, num_outputs = len(message.prompt_token_ids), len(message.output_token_ids)
         if message.request_id in self.scheduler.requests:
             return f"request id {message.request_id} is in use"
-        prompt = message.prompt_token_ids
-        if len(prompt) < count:
-            return f"a part of the prompt is embedded: {limits.architecture} reads token ids alone"
         if not 1 <= count < limits.max_model_len:
             return f"prompt of {count} tokens: it must have 1 to {limits.max_model_len - 1}"
         if num_outputs and (num_outputs >= sampling.max_tokens or count + num_outputs >= limits.max_model_len):
             return f"{num_outputs} output tokens to go on from: there must be fewer than it may have"
         token_ids = (
-            *prompt,
+            *message.prompt_token_ids,
             *message.output_token_ids,
             *sampling.logit_bias,
             *(sampling.allowed_token_ids or ()),

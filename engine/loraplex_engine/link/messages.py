@@ -3,8 +3,6 @@
 Every message is one frame. `ToEngine` and `FromEngine` are the two closed sets: a decoder accepts nothing else.
 """
 
-from collections.abc import Sequence
-
 import msgspec
 
 from loraplex_adapters.errors import INVALID
@@ -20,18 +18,24 @@ class Message(msgspec.Struct, array_like=True, tag=True, frozen=True):
 # ---- service → engine ----------------------------------------------------------------------------------------------
 
 
-class Embedded(msgspec.Struct, array_like=True, frozen=True):
+class Embedded(msgspec.Struct, frozen=True):
     """A part of a prompt that has no tokens, such as an image: its rows do not come from the token embedding."""
 
     digest: str  # hex, of everything that its rows depend on; equal digests share cached blocks
     length: int  # positions that it takes; at least 1
 
 
+class Parts(msgspec.Struct, frozen=True):
+    """A prompt of several parts, in order: runs of token ids, and what is embedded between them."""
+
+    parts: list[list[int] | Embedded]
+
+
 class AddRequest(Message, frozen=True):
     """Start one sequence. Answered by `RequestOutput`s, the last of which carries a finish reason."""
 
     request_id: int  # chosen by the service, never reused while the engine lives
-    prompt: Sequence[int | Embedded]  # its parts in order: token ids, and embedded parts between them
+    prompt: list[int] | Parts  # one part of token ids, or several
     sampling: SamplingParams
     adapter: AdapterKey | None = None  # None: the base model
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
@@ -44,8 +48,9 @@ class AddRequest(Message, frozen=True):
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        """The prompt without its embedded parts."""
-        return [part for part in self.prompt if isinstance(part, int)]
+        """The prompt, which must be one part of token ids."""
+        assert isinstance(self.prompt, list)
+        return self.prompt
 
 
 class Abort(Message, frozen=True):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from enum import Enum, auto
-from itertools import groupby
-from typing import Final, cast
+from typing import Final
 
 from loraplex_adapters.key import AdapterKey
-from loraplex_engine.link.messages import AddRequest, Embedded, TokenLogprobs
+from loraplex_engine.link.messages import AddRequest, Embedded, Parts, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
 NO_TOKEN: Final = -1  # at each position of an embedded part: no vocabulary has it
@@ -104,15 +103,14 @@ class Request:
         starts = range(len(prompt) - len(wanted), -1, -1)
         self.adapter_start = next((at for at in starts if prompt[at : at + len(wanted)] == wanted), None)
 
-    def _lay_out(self, prompt: Iterable[int | Embedded]) -> None:
-        """Give each part of the prompt its positions. Runs of tokens are copied whole: prompts can be long."""
-        for kind, parts in groupby(prompt, type):
-            if kind is not Embedded:
-                self.token_ids.extend(cast("Iterable[int]", parts))
-                continue
-            for part in cast("Iterable[Embedded]", parts):
+    def _lay_out(self, prompt: list[int] | Parts) -> None:
+        """Give each part of the prompt its positions."""
+        for part in prompt.parts if isinstance(prompt, Parts) else [prompt]:
+            if isinstance(part, Embedded):
                 self.embedded.append((len(self.token_ids), part))
-                self.token_ids.extend([NO_TOKEN] * part.length)
+                self.token_ids += [NO_TOKEN] * part.length
+            else:
+                self.token_ids += part
 
     @property
     def num_tokens(self) -> int:

@@ -110,7 +110,7 @@ def test_a_request_that_does_not_decode_still_says_whose_it_was() -> None:
     message = new_reader().read(msgspec.msgpack.encode(fields))
     assert isinstance(message, BadRequest)
     assert message.request_id == 1
-    assert "Expected `array`" in message.problem
+    assert "array`, got `str` - at `$[2]`" in message.problem
 
 
 EXHAUSTED = """

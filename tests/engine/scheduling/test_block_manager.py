@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from loraplex_adapters.key import AdapterKey
-from loraplex_engine.link.messages import AddRequest, Embedded
+from loraplex_engine.link.messages import AddRequest, Embedded, Parts
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.request import Request
@@ -15,9 +15,9 @@ from loraplex_engine.scheduling.request import Request
 P = 4
 
 
-def make_request(request_id: int, tokens: list[int | Embedded], **fields: object) -> Request:
+def make_request(request_id: int, prompt: list[int] | Parts, **fields: object) -> Request:
     sampling = SamplingParams(seed=0, max_tokens=8)
-    message = AddRequest(request_id=request_id, prompt=tokens, sampling=sampling, **fields)  # type: ignore[arg-type]
+    message = AddRequest(request_id=request_id, prompt=prompt, sampling=sampling, **fields)  # type: ignore[arg-type]
     return Request(message, request_id, now=0.0)
 
 
@@ -126,7 +126,7 @@ def run_in_chunks(blocks: BlockManager, request: Request, chunk: int) -> None:
         request.num_computed_tokens = end
 
 
-def shared_blocks(first: list[int | Embedded], second: list[int | Embedded], chunk: int) -> int:
+def shared_blocks(first: Parts, second: Parts, chunk: int) -> int:
     """The number of blocks that the second prompt takes from the first, each computed in chunks."""
     blocks = BlockManager(32, P, enable_prefix_caching=True)
     requests = [make_request(number, prompt) for number, prompt in enumerate((first, second))]
@@ -141,7 +141,7 @@ CHUNKS = pytest.mark.parametrize("chunk", [1, 3, P, 7, 100])
 
 @CHUNKS
 def test_equal_embedded_parts_share_blocks(chunk):
-    prompt = [1, 2, 3, CAT, 4, 5, 6, 7]  # 13 positions: three full blocks before the last token
+    prompt = Parts([[1, 2, 3], CAT, [4, 5, 6, 7]])  # 13 positions: three full blocks before the last token
     assert shared_blocks(prompt, prompt, chunk) == 3
 
 
@@ -149,27 +149,27 @@ def test_equal_embedded_parts_share_blocks(chunk):
 @pytest.mark.parametrize(
     "other",
     [
-        [1, 2, 3, DOG, 4, 5, 6, 7],
-        [1, 2, 3, Embedded(CAT.digest, 7), 4, 5, 6, 7],
-        [1, 2, CAT, 3, 4, 5, 6, 7],
-        [1, 2, 3, 0, 0, 0, 0, 0, 0, 4, 5, 6, 7],
-        [1, 2, 3, Embedded(CAT.digest, 3), Embedded(CAT.digest, 3), 4, 5, 6, 7],
+        [[1, 2, 3], DOG, [4, 5, 6, 7]],
+        [[1, 2, 3], Embedded(CAT.digest, 7), [4, 5, 6, 7]],
+        [[1, 2], CAT, [3, 4, 5, 6, 7]],
+        [[1, 2, 3, 0, 0, 0, 0, 0, 0, 4, 5, 6, 7]],
+        [[1, 2, 3], Embedded(CAT.digest, 3), Embedded(CAT.digest, 3), [4, 5, 6, 7]],
     ],
     ids=["another digest", "another length", "another place", "tokens", "two halves"],
 )
 def test_what_differs_in_an_embedded_part_shares_no_block_that_it_reaches_into(other, chunk):
-    assert shared_blocks([1, 2, 3, CAT, 4, 5, 6, 7], other, chunk) == 0
+    assert shared_blocks(Parts([[1, 2, 3], CAT, [4, 5, 6, 7]]), Parts(other), chunk) == 0
 
 
 @CHUNKS
 @pytest.mark.parametrize("num_before", [0, 3, P, P + 1, 2 * P - 1])
 def test_blocks_before_an_embedded_part_are_shared_and_those_behind_it_are_not(num_before, chunk):
     head, tail = list(range(num_before)), list(range(50, 60))
-    assert shared_blocks([*head, CAT, *tail], [*head, DOG, *tail], chunk) == num_before // P
+    assert shared_blocks(Parts([head, CAT, tail]), Parts([head, DOG, tail]), chunk) == num_before // P
 
 
 def test_an_embedded_part_takes_the_positions_that_it_says():
-    request = make_request(1, [1, CAT, DOG, 2])
+    request = make_request(1, Parts([[1], CAT, DOG, [2]]))
     assert (request.num_prompt_tokens, request.embedded) == (14, [(1, CAT), (7, DOG)])
 
 
@@ -189,5 +189,5 @@ def test_a_prompt_of_tokens_alone_is_sent_as_its_tokens():
 
 
 def test_an_embedded_part_arrives_in_its_place():
-    message = AddRequest(1, [5, CAT, 600], SamplingParams(seed=0, max_tokens=8))
+    message = AddRequest(1, Parts([[5], CAT, [600]]), SamplingParams(seed=0, max_tokens=8))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=AddRequest) == message
