@@ -73,7 +73,7 @@ def step(scheduler: Scheduler) -> float:
     """Seconds of one step's planning and bookkeeping."""
     started = time.perf_counter()
     plan = scheduler.schedule()
-    result = StepResult(tuple(SampledToken(1, None) if item.samples else None for item in plan.scheduled), {})
+    result = StepResult(tuple((SampledToken(1, None),) if item.samples else () for item in plan.scheduled), {})
     scheduler.update(plan, result)
     scheduler.num_set_aside  # noqa: B018 - every step's statistics ask for it
     return time.perf_counter() - started

@@ -52,7 +52,7 @@ class FakeRunner:
         if self.error is not None:
             raise self.error
         tokens = tuple(
-            SampledToken(7, None) if item.samples and item.request.request_id not in self.not_finite else None
+            (SampledToken(7, None),) if item.samples and item.request.request_id not in self.not_finite else ()
             for item in plan.scheduled
         )
         return StepResult(tokens, {}, self.not_finite)

@@ -91,9 +91,9 @@ class ModelRunner:
         lora = batch.logits_lora if count == len(hidden) else narrowed(batch.logits_lora, 0, count)
         drawn = self.sampler.sample(self.model.logits(hidden[:count], lora), step.histories) if count else []
         prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, count, batch.logits_lora)
-        tokens = iter(drawn)
-        sampled = tuple(next(tokens) if wanted else None for wanted in step.num_drawn)
-        return StepResult(sampled, prompt_logprobs, _not_finite(step.histories, drawn, prompt_logprobs))
+        return StepResult(
+            _by_sequence(drawn, step.num_drawn), prompt_logprobs, _not_finite(step.histories, drawn, prompt_logprobs)
+        )
 
     def _prompt_logprobs(
         self, targets: Sequence[PromptTargets], hidden: torch.Tensor, row: int, lora: LoraSegments | None
@@ -108,6 +108,15 @@ class ModelRunner:
                 details.extend(describe(torch.log_softmax(logits, dim=-1), wanted, num_top))
                 row += len(wanted)
         return found
+
+
+def _by_sequence(drawn: Sequence[SampledToken | None], counts: Sequence[int]) -> tuple[tuple[SampledToken, ...], ...]:
+    """The tokens that could be drawn, by the sequence that each was drawn for."""
+    sampled, start = [], 0
+    for count in counts:
+        sampled.append(tuple(filter(None, drawn[start : start + count])))
+        start += count
+    return tuple(sampled)
 
 
 def _not_finite(

@@ -199,23 +199,30 @@ class Scheduler:
             self.prompt_tokens += max(0, min(item.num_new_tokens, num_prompt_left))
             request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
             self._collect_prompt_logprobs(request, item, result.prompt_logprobs.get(request.request_id))
-            if sampled is not None:
-                outputs.append(self._take_token(request, sampled))
+            if sampled:
+                outputs.append(self._take_tokens(request, sampled))
         return outputs
 
-    def _take_token(self, request: Request, sampled: SampledToken) -> RequestOutput:
+    def _take_tokens(self, request: Request, sampled: Sequence[SampledToken]) -> RequestOutput:
+        """Append the tokens, up to the one that ends the request."""
         first = request.num_output_tokens == 0
-        request.token_ids.append(sampled.token_id)
-        self.generated_tokens += 1
-        self.waiting.charge(request, output_tokens=1)
-        reason = self._finish_reason(request, sampled.token_id)
-        stopped_by = sampled.token_id if reason in (FinishReason.STOP, FinishReason.EOS) else None
+        token_ids: list[int] = []
+        reason = None
+        for token in sampled:
+            token_ids.append(token.token_id)
+            request.token_ids.append(token.token_id)
+            reason = self._finish_reason(request, token.token_id)
+            if reason is not None:
+                break
+        self.generated_tokens += len(token_ids)
+        self.waiting.charge(request, output_tokens=len(token_ids))
+        logprobs = [token.logprobs for token in sampled[: len(token_ids)] if token.logprobs is not None]
         output = RequestOutput(
             request_id=request.request_id,
-            token_ids=[sampled.token_id],
+            token_ids=token_ids,
             finish_reason=reason,
-            stop_token_id=stopped_by,
-            logprobs=None if sampled.logprobs is None else [sampled.logprobs],
+            stop_token_id=token_ids[-1] if reason in (FinishReason.STOP, FinishReason.EOS) else None,
+            logprobs=logprobs or None,
         )
         if reason is not None:
             self._finish(request, reason)

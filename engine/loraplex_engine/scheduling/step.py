@@ -50,6 +50,6 @@ class SampledToken:
 class StepResult:
     """The result of a step, aligned with the plan."""
 
-    sampled: tuple[SampledToken | None, ...]  # one per scheduled request; None where it does not sample
+    sampled: tuple[tuple[SampledToken, ...], ...]  # by scheduled request, the tokens that follow; empty: none was drawn
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by request id: of the prompt tokens that this step's rows predict
     not_finite: frozenset[int] = frozenset()  # the ids of requests whose logits were NaN or infinite

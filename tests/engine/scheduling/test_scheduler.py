@@ -75,7 +75,7 @@ def token_after(tokens: list[int]) -> int:
 
 def execute(plan: StepPlan) -> StepResult:
     sampled = [
-        SampledToken(token_after(item.request.token_ids), None) if item.samples else None for item in plan.scheduled
+        (SampledToken(token_after(item.request.token_ids), None),) if item.samples else () for item in plan.scheduled
     ]
     return StepResult(tuple(sampled), {})
 
@@ -246,7 +246,7 @@ def test_time_limit_before_the_first_token_gives_what_was_computed():
     bench.add(1, [5, 6, 7], num_prompt_logprobs=0, time_limit_seconds=10.0)
     bench.clock.now = 3.0
     plan = bench.scheduler.schedule()
-    bench.scheduler.update(plan, StepResult((None,), {1: [entry]}))
+    bench.scheduler.update(plan, StepResult(((),), {1: [entry]}))
     bench.clock.now = 11.0
     bench.step()
     [output] = bench.outputs[1]
@@ -323,6 +323,30 @@ def test_stop_token_counts_only_after_min_tokens():
     bench.finish()
     assert bench.reason(1) is FinishReason.STOP
     assert bench.tokens(1) == [first, second]
+
+
+def test_a_request_takes_several_tokens_of_a_step_up_to_the_one_that_ends_it():
+    bench = Bench()
+    request = bench.add(1, [5], max_tokens=9, stop_token_ids=(8,))
+    drawn = tuple(SampledToken(token, TokenLogprobs(token, -0.5, 1, [], [])) for token in (6, 7, 8, 9))
+    [output] = bench.scheduler.update(bench.scheduler.schedule(), StepResult((drawn[:2],), {}))
+    assert (output.token_ids, output.finish_reason) == ([6, 7], None)
+    [output] = bench.scheduler.update(bench.scheduler.schedule(), StepResult((drawn[1:],), {}))
+    assert (output.token_ids, output.finish_reason, output.stop_token_id) == ([7, 8], FinishReason.STOP, 8)
+    assert [one.token_id for one in output.logprobs] == [7, 8]
+    assert request.token_ids == [5, 6, 7, 7, 8]
+    assert bench.scheduler.generated_tokens == 4
+    bench.blocks.check()
+
+
+def test_tokens_that_were_drawn_ahead_are_computed_by_the_next_step():
+    bench = Bench()
+    bench.add(1, [5])
+    bench.scheduler.update(
+        bench.scheduler.schedule(), StepResult(((SampledToken(6, None), SampledToken(7, None)),), {})
+    )
+    [item] = bench.scheduler.schedule().scheduled
+    assert (item.num_computed_tokens, item.num_new_tokens, item.samples) == (1, 2, True)
 
 
 def test_context_limit_ends_an_output():
