@@ -202,7 +202,7 @@ class EngineCore:
         if not plan.scheduled:
             return NOTHING_COMPUTED
         try:
-            result = self.runner.execute(plan)
+            result = self.runner.execute(plan).result()
         except torch.AcceleratorError:
             raise
         except Exception as error:

@@ -27,7 +27,7 @@ from loraplex_engine.link.messages import (
     UnloadAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
-from loraplex_engine.scheduling.step import SampledToken, StepPlan, StepResult
+from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
 
 KEY = AdapterKey("shared/pirate", "a" * 64)
 VOCAB = 100
@@ -48,7 +48,10 @@ class FakeRunner:
             "Fake", "float32", "", VOCAB, 64, 16, 8, 32, config.block_size, 0, 0, "fake", Device("cpu", "fake", 1)
         )
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> PendingResult:
+        return PendingResult(lambda: self.computed(plan))
+
+    def computed(self, plan: StepPlan) -> StepResult:
         if self.error is not None:
             raise self.error
         tokens = tuple(

@@ -68,7 +68,7 @@ def sabotage(core: Core, fuse: Fuse) -> None:
     import torch  # the entry has set the threads by now
 
     from loraplex_engine.core import EngineCore
-    from loraplex_engine.scheduling.step import StepPlan, StepResult
+    from loraplex_engine.scheduling.step import PendingResult, StepPlan
 
     assert isinstance(core, EngineCore)
     add, execute = core.add, core.runner.execute
@@ -79,7 +79,7 @@ def sabotage(core: Core, fuse: Fuse) -> None:
             kept.append(b"x" * LEAK_BYTES)
         add(message)
 
-    def execute_or_fail(plan: StepPlan) -> StepResult:
+    def execute_or_fail(plan: StepPlan) -> PendingResult:
         match fuse.blow(*FAULTS):
             case "raise":
                 raise RuntimeError("injected")

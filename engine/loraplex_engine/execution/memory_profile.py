@@ -68,7 +68,7 @@ def _prompt(request_id: int, length: int, block_size: int) -> ScheduledRequest:
 def _run_largest_step(runner: ModelRunner, config: EngineConfig) -> None:
     reserve_adapters(runner.model, config.max_adapter_rank)
     try:
-        runner.execute(largest_step(config, runner.max_model_len, runner.block_size))
+        runner.execute(largest_step(config, runner.max_model_len, runner.block_size)).result()
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{runner.ops.device} has no room for a step of {config.max_num_batched_tokens} tokens beside the weights: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from loraplex_engine.execution.sampler import Sampler, describe
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
 from loraplex_engine.models import LanguageModel
-from loraplex_engine.scheduling.step import SampledToken, StepPlan, StepResult
+from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
 from loraplex_kernels.ops import LoraSegments, Ops
 
 PROMPT_LOGPROB_ROWS = 128  # rows of the vocabulary held at once: 128 x 128k floats are 64 MiB
@@ -75,13 +76,13 @@ class ModelRunner:
             device=described(self.ops.device),
         )
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute every token of the plan and draw the next one of each request that has caught up."""
-        return self.compute(step_arrays(plan, self.block_size))
+    def execute(self, plan: StepPlan) -> PendingResult:
+        """Start to compute every token of the plan. Its result has the next one of each request that has caught up."""
+        return self.start(step_arrays(plan, self.block_size))
 
     @torch.inference_mode()
-    def compute(self, step: StepArrays) -> StepResult:
-        """The result of a step that is laid out as arrays, whoever made them."""
+    def start(self, step: StepArrays) -> PendingResult:
+        """Start a step that is laid out as arrays, whoever made them. What reads from the device is in its result."""
         batch, count = step_batch(step, self.ops.device), len(step.histories)
         decoding = count == len(step.token_ids)  # each row is drawn from
         if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):
@@ -89,8 +90,16 @@ class ModelRunner:
         else:
             hidden = self.model.forward(batch, self.kv_cache)
         lora = batch.logits_lora if count == len(hidden) else narrowed(batch.logits_lora, 0, count)
-        drawn = self.sampler.sample(self.model.logits(hidden[:count], lora), step.histories) if count else []
-        prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, count, batch.logits_lora)
+        logits = self.model.logits(hidden[:count], lora) if count else None
+        return PendingResult(partial(self._finish, step, logits, hidden, batch.logits_lora))
+
+    @torch.inference_mode()
+    def _finish(
+        self, step: StepArrays, logits: torch.Tensor | None, hidden: torch.Tensor, lora: LoraSegments | None
+    ) -> StepResult:
+        """Draw from the logits; None: no row is drawn from. hidden: the rows that `lora` numbers."""
+        drawn = [] if logits is None else self.sampler.sample(logits, step.histories)
+        prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, len(step.histories), lora)
         return StepResult(
             _by_sequence(drawn, step.num_drawn), prompt_logprobs, _not_finite(step.histories, drawn, prompt_logprobs)
         )

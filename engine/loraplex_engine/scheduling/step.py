@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -53,3 +54,10 @@ class StepResult:
     sampled: tuple[tuple[SampledToken, ...], ...]  # by scheduled request, the tokens that follow; empty: none was drawn
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by request id: of the prompt tokens that this step's rows predict
     not_finite: frozenset[int] = frozenset()  # the ids of requests whose logits were NaN or infinite
+
+
+@dataclass(frozen=True, slots=True)
+class PendingResult:
+    """The result of a step that was started, and that a device may still be computing."""
+
+    result: Callable[[], StepResult]  # waits for it, and raises what went wrong in the step; called once

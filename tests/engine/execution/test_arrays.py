@@ -20,7 +20,7 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, LoadAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
-from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan, StepResult
+from loraplex_engine.scheduling.step import PendingResult, ScheduledRequest, StepPlan, StepResult
 from tests.reference.stepping import step
 
 transformers = pytest.importorskip("transformers")
@@ -77,16 +77,16 @@ def load(folder: Path) -> tuple[EngineCore, AdapterKey]:
 
 def test_steps_that_were_written_down_give_the_same_results_when_they_are_read_back(folder: Path) -> None:
     first, key = load(folder)
-    compute = first.runner.compute
+    start = first.runner.start
     written: list[bytes] = []
     results: list[StepResult] = []
 
-    def note(arrays: StepArrays) -> StepResult:
+    def note(arrays: StepArrays) -> PendingResult:
         written.append(encoded(arrays))
-        results.append(compute(arrays))
-        return results[-1]
+        results.append(result := start(arrays).result())
+        return PendingResult(lambda: result)
 
-    first.runner.compute = note  # type: ignore[method-assign]
+    first.runner.start = note  # type: ignore[method-assign]
     for number, fields in enumerate(ASKED * 2):
         sampling = SamplingParams(seed=number, max_tokens=5, **fields)
         first.add(AddRequest(number, list(range(1, 4 + 3 * number)), sampling, key if number % 2 else None))
@@ -97,7 +97,7 @@ def test_steps_that_were_written_down_give_the_same_results_when_they_are_read_b
     assert any(result.prompt_logprobs for result in results)
 
     second, _ = load(folder)
-    assert [second.runner.compute(decoded(one)) for one in written] == results
+    assert [second.runner.start(decoded(one)).result() for one in written] == results
     second.close()
 
 

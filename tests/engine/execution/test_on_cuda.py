@@ -23,7 +23,7 @@ from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, Device, LoadAdapter, StepOutput
 from loraplex_engine.link.sampling_params import SamplingParams
-from loraplex_engine.scheduling.step import StepPlan, StepResult
+from loraplex_engine.scheduling.step import PendingResult, StepPlan
 from tests.engine.execution.cuda_stand_in import TOTAL_BYTES, StandIn, one_cuda_device
 from tests.reference.stepping import step
 
@@ -163,7 +163,7 @@ def test_what_the_largest_step_takes_is_not_the_caches(
     before = cache_budget(runner, config)
     execute = ModelRunner.execute
 
-    def greedy(self: ModelRunner, plan: StepPlan) -> StepResult:
+    def greedy(self: ModelRunner, plan: StepPlan) -> PendingResult:
         cuda.reserved_bytes += 300 * MIB
         return execute(self, plan)
 
@@ -180,7 +180,7 @@ def test_a_gpu_that_others_have_filled_is_refused_with_what_can_be_done(cuda: St
 def test_a_step_that_does_not_fit_beside_the_weights_is_refused_with_what_can_be_done(
     cuda: StandIn, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def execute(self: ModelRunner, plan: StepPlan) -> StepResult:
+    def execute(self: ModelRunner, plan: StepPlan) -> PendingResult:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(ModelRunner, "execute", execute)
