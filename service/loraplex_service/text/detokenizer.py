@@ -1,8 +1,8 @@
 """Turns token ids into whole characters, a few at a time.
 
 The `tokenizers` library has `DecodeStream`, which decodes a window again and compares. It is not used: it holds back a
-genuine U+FFFD without bound and raises "Invalid prefix" once a model emits bytes that are no UTF-8 (tests/service/
-test_text_detokenizer.py shows both). Pieces per token need no comparison and cost about a dict access each.
+genuine U+FFFD without bound and raises "Invalid prefix" once a model emits bytes that are no UTF-8 (its
+tests show both). Pieces per token need no comparison and cost about a dict access each.
 """
 
 from collections.abc import Sequence
