@@ -15,7 +15,7 @@ import itertools
 import json
 import random
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Load:
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
-        self.served: Counter[str] = Counter()  # tokens by their prices
+        self.served: defaultdict[str, float] = defaultdict(float)  # tokens by their prices
         self.first_token: dict[str, float] = {}  # seconds of time.perf_counter
         self._random = random.Random(0)
         self._ids = itertools.count()

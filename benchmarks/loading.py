@@ -108,7 +108,7 @@ def keep(directory: Path, threads: int) -> tuple[float, list[Tensor]]:
             buffer = empty_matrix((path.stat().st_size,), torch.uint8, torch.device("cpu"))
             kept.append(buffer)
             with path.open("rb") as file:
-                descriptor, view = file.fileno(), memoryview(buffer.numpy())
+                descriptor, view = file.fileno(), buffer.numpy().data
                 starts = range(0, len(view), BUFFER_BYTES)
                 list(pool.map(lambda at: os.preadv(descriptor, [view[at : at + BUFFER_BYTES]], at), starts))  # noqa: B023
     return time.perf_counter() - started, kept
@@ -121,7 +121,7 @@ def make(directory: Path, file_format: str) -> None:
     (directory / "config.json").write_text(json.dumps(raw))
     shards: dict[str, dict[str, Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, shape in tensor_shapes(parse_model_config(raw, "config.json")).items():
         weight = (torch.rand(shape, generator=generator) - 0.5).bfloat16()
         tensors = {name: weight}

@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -70,13 +71,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(name: str, folder: Path, num_adapters: int, rank: int) -> None:
     shape = SHAPES[name] | {"vocab_size": VOCAB, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2}
-    config, kind = (
-        (Qwen2Config(**shape), Qwen2ForCausalLM)
-        if name.startswith("qwen")
-        else (LlamaConfig(**shape), LlamaForCausalLM)
-    )
     torch.manual_seed(7)
-    model = kind(config).to(torch.bfloat16)
+    model: PreTrainedModel = (
+        Qwen2ForCausalLM(Qwen2Config(**shape)) if name.startswith("qwen") else LlamaForCausalLM(LlamaConfig(**shape))
+    )
+    model.bfloat16()
     model.save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
 
@@ -92,7 +91,7 @@ def make_model(name: str, folder: Path, num_adapters: int, rank: int) -> None:
                     noise = torch.randn(parameter.shape, generator=generator) * gain / parameter.shape[1] ** 0.5
                     parameter.copy_(noise.to(parameter.dtype))
         adapted.peft_config["default"].base_model_name_or_path = name
-        adapted.save_pretrained(folder / "adapters" / f"a{index:02d}")
+        adapted.save_pretrained(str(folder / "adapters" / f"a{index:02d}"))
 
 
 def main() -> None:

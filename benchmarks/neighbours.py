@@ -66,7 +66,7 @@ Waits = dict[str, list[float]]  # seconds, by what was waited for
 def served() -> Iterator[tuple[str, int]]:
     """A server of the demo's models: its address, and the id of its process."""
     environment = os.environ | {"LORAPLEX_LISTEN": "127.0.0.1:0", "LORAPLEX_ADMIN_LISTEN": "127.0.0.1:0"}
-    command = [Path(sys.executable).with_name("loraplex"), "serve"]
+    command: list[str | Path] = [Path(sys.executable).with_name("loraplex"), "serve"]
     environment["LORAPLEX_STATE_DIRECTORY"] = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.kv_cache import Reading, cut, read
 from benchmarks.measure import machine
@@ -29,7 +30,7 @@ from loraplex_engine.link.sampling_params import SamplingParams
 
 DENSE = "as it is"
 PROMPT, OUTPUT = 16, 16  # tokens of a stream
-WAYS: Mapping[str, dict[str, str]] = {
+WAYS: Mapping[str, dict[str, Any]] = {
     DENSE: {},
     "head int8": {"head_quantization": "int8"},
     **{method: {"quantization": method} for method in QUANTIZATIONS},
@@ -144,7 +145,8 @@ def main() -> None:
         f"{args.rounds} rounds in which all took turns. × is how many times as fast, or as large, as the first line.",
         "",
     ]
-    options = {"threads": args.threads, "device": "cpu", "enable_prefix_caching": False, "max_model_len": 1024}
+    options: dict[str, Any] = {"threads": args.threads, "device": "cpu", "max_model_len": 1024}
+    options["enable_prefix_caching"] = False
     subjects = {
         way: Subject(EngineConfig(model=str(args.model / "base"), kv_cache_bytes=1 << 27, **options, **fields))
         for way, fields in WAYS.items()

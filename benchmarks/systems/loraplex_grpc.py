@@ -59,7 +59,7 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._stub: inference_pb2_grpc.InferenceServiceStub | None = None
+        self._stub: inference_pb2_grpc.InferenceServiceAsyncStub | None = None
 
     async def generate(self, work: Work, on_tokens: Callable[[int], None]) -> list[int]:
         if self._stub is None:  # on the loop that will use it
@@ -98,17 +98,19 @@ def free_ports(count: int) -> list[int]:
 
 
 async def until_serving(address: str, process: subprocess.Popen[bytes], seconds: float) -> None:
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
     deadline = time.perf_counter() + seconds
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check", HealthCheckRequest.SerializeToString, HealthCheckResponse.FromString
+        )
         while time.perf_counter() < deadline:
             if process.poll() is not None:
                 raise RuntimeError(f"loraplex serve exited with {process.returncode}")
             with contextlib.suppress(grpc.aio.AioRpcError):
-                answer = await stub.Check(health_pb2.HealthCheckRequest(service="models/bench"), timeout=1)
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                answer = await check(HealthCheckRequest(service="models/bench"), timeout=1)
+                if answer.status == HealthCheckResponse.SERVING:
                     return
             await asyncio.sleep(0.05)
     raise TimeoutError(f"loraplex serve was not ready after {seconds} seconds")

@@ -23,19 +23,11 @@ from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_adapters.runtime.targets import LoraTarget
 from loraplex_kernels.ops import LoraSegments
 from loraplex_kernels.selection import select_ops
+from tests.adapters.dense import Dense
 
 IN, OUT, NUM_SLOTS = 4, 6, 3
 TARGETS = {"q": LoraTarget("qk", IN, 0, 4), "k": LoraTarget("qk", IN, 4, 2)}
 NAMES = "abcdef"
-
-
-class Identity:
-    """Zero weights: what comes out is what the adapter added."""
-
-    in_features, out_features = IN, OUT
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(x), OUT)
 
 
 class ByHand(Executor):
@@ -65,7 +57,7 @@ class Tiers(RuleBasedStateMachine):
         self.store = AdapterStore(
             TARGETS, torch.float32, 8, 3 * largest, 1, ops.pack_lora, clock=lambda: self.now, executor=self.executor
         )
-        self.layer = LoRALinear(ops, Identity(), NUM_SLOTS)
+        self.layer = LoRALinear(ops, Dense(torch.zeros(OUT, IN)), NUM_SLOTS)  # what comes out is what the adapter added
         self.pool = AdapterPool({"qk": self.layer}, self.store, NUM_SLOTS, 2 * largest)
         self.held: list[tuple[str, int]] = []
 

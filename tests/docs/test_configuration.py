@@ -14,7 +14,7 @@ from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 from tests.docs.pages import ROOT, section, table_rows
 
 PAGE = ROOT / "docs" / "configuration.md"
-TABLES = {
+TABLES: dict[str, type[msgspec.Struct]] = {
     "## Top level": ServiceConfig,
     "## `models`": HostedModelConfig,
     "## `auth`": AuthConfig,

@@ -15,7 +15,7 @@ def test_the_embedded_configuration_is_valid_and_complete() -> None:
 
 
 def test_the_demo_lets_everybody_speak_and_ends() -> None:
-    command = [LORAPLEX, "demo", "--max-tokens", "24"]
+    command: list[str | Path] = [LORAPLEX, "demo", "--max-tokens", "24"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""

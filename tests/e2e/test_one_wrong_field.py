@@ -98,7 +98,7 @@ def changes(path: Path, valid: Any) -> st.SearchStrategy[Change]:
         return st.sampled_from([Change(99, INVALID), Change(-1, INVALID), Change(0), Change(1)])
     if is_name(path):
         absent = f"{valid.rpartition('/')[0] or 'models'}/nothing"
-        found = FOUND_NOTHING.get(f"{leaf.containing_type.name}.{leaf.name}", {"NOT_FOUND"})
+        found = FOUND_NOTHING.get(f"{owner_of(leaf)}.{leaf.name}", {"NOT_FOUND"})
         return st.sampled_from(MALFORMED).map(lambda name: Change(name, INVALID)) | st.just(Change(absent, found))
     return KINDS[leaf.type].map(Change)
 
@@ -130,11 +130,16 @@ WELL_KNOWN = {
 }
 
 
+def owner_of(field: FieldDescriptor) -> str:
+    """The name of the message that has this field."""
+    return field.full_name.split(".")[-2]
+
+
 def is_name(path: Path) -> bool:
     """Whether the field names a resource."""
     leaf = path[-1]
     return leaf.name in ("parent", "base_model", "model") or (
-        leaf.name == "name" and leaf.containing_type.name not in ("UploadFile", "ChatMessage", "Tool", "ToolCall")
+        leaf.name == "name" and owner_of(leaf) not in ("UploadFile", "ChatMessage", "Tool", "ToolCall")
     )
 
 

@@ -33,9 +33,14 @@ class Order:
 
     async def run(self, client: AsyncClient, begun: asyncio.Semaphore | None = None) -> tuple[list[int], str]:
         """All its tokens and its text. `begun` is released once the first have come."""
-        sampling = {"temperature": 0.0} if self.seed is None else {"temperature": 1.0, "seed": self.seed}
         stream = client.stream_generate(
-            self.model, self.prompt, max_tokens=TOKENS, ignore_eos=True, token_ids=True, **sampling
+            self.model,
+            self.prompt,
+            max_tokens=TOKENS,
+            ignore_eos=True,
+            token_ids=True,
+            temperature=0.0 if self.seed is None else 1.0,
+            seed=self.seed,
         )
         seqs = []
         async for event in stream:

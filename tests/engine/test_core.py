@@ -115,7 +115,7 @@ class Bench:
     def __init__(self) -> None:
         self.runner = FakeRunner()
         self.adapters = FakeAdapters()
-        parts: Any = (self.runner, self.adapters, self.adapters)
+        parts: tuple[Any, Any, Any] = (self.runner, self.adapters, self.adapters)
         self.core = EngineCore(*parts, EngineConfig(model="fake", block_size=4, max_num_batched_tokens=16))
 
     def add(
@@ -255,9 +255,9 @@ def test_a_load_that_fails_is_reported():
     assert bench.core.step() == [AdapterFailed(KEY, ["a tensor is missing"])]
 
 
-def test_loads_are_held_back_exactly_while_requests_run():
-    bench, told = Bench(), []
-    bench.core.store.pace.steps = lambda running: told.append(running)
+def test_loads_are_held_back_exactly_while_requests_run(monkeypatch):
+    bench, told = Bench(), list[bool]()
+    monkeypatch.setattr(bench.core.store.pace, "steps", told.append)
     bench.add(1)
     bench.finish()
     assert told[0]

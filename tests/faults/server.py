@@ -30,7 +30,7 @@ class LeakingRun(inference.Run):
 def main() -> None:
     fuse = Path(sys.argv.pop(1))
     LeakingRun.fuse = Fuse(fuse)
-    inference.Run = LeakingRun  # type: ignore[misc]
+    inference.Run = LeakingRun  # type: ignore[assignment, misc]  # a class, which nothing else may replace
     cli.running = partial(running, launch_for=engines_with(fuse))  # type: ignore[attr-defined]
     cli.main()
 

@@ -102,9 +102,18 @@ class Traffic:
     async def stream(self) -> None:
         """By a tenant of many, with everything that can be asked for."""
         tenant = {"loraplex-tenant": f"tenant-{self._random.randrange(200)}"}
-        sampling = {"temperature": self._random.choice((0.0, 1.0)), "top_p": 0.9, "seed": self._random.randrange(99)}
+        temperature, seed = self._random.choice((0.0, 1.0)), self._random.randrange(99)
         stream = self._client.stream_generate(
-            self._target(), self._prompt(), max_tokens=24, n=2, stop=["fox"], logprobs=True, metadata=tenant, **sampling
+            self._target(),
+            self._prompt(),
+            max_tokens=24,
+            n=2,
+            stop=["fox"],
+            logprobs=True,
+            temperature=temperature,
+            top_p=0.9,
+            seed=seed,
+            metadata=tenant,
         )
         with suppress(*GONE):
             await stream.collect()

@@ -65,8 +65,9 @@ class Engine:
     """A core, and who wants what from it."""
 
     def __init__(self, checkpoint: Checkpoint, **settings: Any) -> None:
-        fields = {"dtype": "float32", "max_model_len": 512, "kv_cache_bytes": 64 << 20, "max_num_seqs": 16}
-        self.core = EngineCore.load(EngineConfig(model=str(checkpoint.folder / "base"), **(fields | settings)))
+        fields: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 16}
+        fields |= {"kv_cache_bytes": 64 << 20} | settings
+        self.core = EngineCore.load(EngineConfig(model=str(checkpoint.folder / "base"), **fields))
         self._checkpoint = checkpoint
         self._keys: dict[str, AdapterKey] = {}
 
@@ -81,7 +82,7 @@ class Engine:
         """Greedy tokens of (prompt, adapter) requests that run together."""
         sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=max_tokens)
         for index, (prompt, adapter) in enumerate(requests):
-            self.core.add(AddRequest(index, prompt, sampling, adapter and self._keys[adapter]))
+            self.core.add(AddRequest(index, prompt, sampling, None if adapter is None else self._keys[adapter]))
         tokens: list[list[int]] = [[] for _ in requests]
         while self.core.has_work():
             for message in self.core.step():

@@ -21,10 +21,11 @@ from loraplex_kernels.ops import (  # noqa: E402  (after the skip)
 )
 from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight  # noqa: E402
 from loraplex_kernels.reference import ReferenceOps  # noqa: E402
+from tests.kernels.tolerance import Tolerance  # noqa: E402
 
 # The inputs are bfloat16 on both sides. What is left is one rounding of the result (2^-9 of it) and one of the weights
 # or shrunk rows in between (2^-9 of each term, most of which cancels).
-TOLERANCE = {"rtol": 2**-6, "atol": 2**-6}
+TOLERANCE: Tolerance = {"rtol": 2**-6, "atol": 2**-6}
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,14 @@ def test_rounded_cache(ops, reference, random, stored, lengths, new):
     cache = ops.allocate_kv(sum(counts), 16, HeadShape(32, 8, 128), stored)
     plain = []
     for codes, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        assert scales is not None
         codes.copy_((random(*codes.shape).float() * 30).clamp(-120, 120).to(stored))
         scales.copy_(random(*scales.shape).float().abs() / 30)
         plain.append((codes.float() * scales.unsqueeze(-1)).transpose(1, 2).contiguous())
     q = random(sum(new), 32, 128)
     actual = ops.paged_attention(q, cache, metadata, 128**-0.5, None, None)
-    expected = reference.paged_attention(q.float(), LayerKV(*plain, sum(counts), 16), metadata, 128**-0.5, None, None)
+    wide = LayerKV(plain[0], plain[1], sum(counts), 16)
+    expected = reference.paged_attention(q.float(), wide, metadata, 128**-0.5, None, None)
     torch.testing.assert_close(actual.float(), expected, **TOLERANCE)
 
 

@@ -89,7 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+@pytest.fixture(params=VARIANTS.values(), ids=list(VARIANTS))
 def release(chart: Chart, request: pytest.FixtureRequest) -> Manifests:
     return chart.render(MODELS | request.param)
 

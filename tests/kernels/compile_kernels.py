@@ -45,9 +45,10 @@ class Utils:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary)
             file.flush()
-            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+            command: list[str | Path] = [CUOBJDUMP, "--dump-resource-usage", file.name]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
+        [numbers] = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+        registers, stack, local = map(int, numbers)
         used = {"shared": shared, "registers": registers, "spilled": stack + local}
         print(json.dumps({"kernel": name} | used), flush=True)
         return 1, 1, registers, 0, 1024  # module, function, registers, spills, threads at most

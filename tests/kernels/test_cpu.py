@@ -19,6 +19,7 @@ from loraplex_kernels.ops import (
 )
 from loraplex_kernels.reference import ReferenceOps
 from loraplex_kernels.selection import select_ops
+from tests.kernels.tolerance import Tolerance
 from tests.own_log import own_records
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ REFERENCE = ReferenceOps(CPU)
 
 # float32: the same sums in another order. 16 bits: both sides accumulate in float32 and round once, so they differ by
 # one step of the type where the sums fall on different sides of a rounding boundary.
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 1e-4, "atol": 2e-5},
     torch.bfloat16: {"rtol": 2**-7, "atol": 2**-8},
     torch.float16: {"rtol": 2**-10, "atol": 2**-10},
@@ -328,7 +329,7 @@ def unrotated(positions, head_dim):
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (7, None), (40, 2.0), (1, None)])
 @pytest.mark.parametrize("heads", [(3, 1), (4, 4), (14, 2)])
-def test_paged_attention(ops, dtype, heads, window, soft_cap):
+def test_paged_attention(ops, dtype, heads: tuple[int, int], window, soft_cap):
     lengths, new = [1, 16, 17, 130, 33, 64], [1, 1, 17, 90, 3, 1]
     caches = Caches(ops, HeadShape(*heads, 64), lengths, 16, dtype)
     close(*caches.attend(rand(sum(new), heads[0], 64, dtype=dtype), new, window, soft_cap))
@@ -405,7 +406,8 @@ def test_number_that_is_not_finite_is_not_rounded_away(ops, dtype, stored, colum
     qkv[0, column * 16 + 3] = torch.nan if column else torch.inf
     positions = torch.arange(2)
     q = ops.rotary_store_kv(qkv, HeadShape(1, 1, 16), None, positions, unrotated(2, 16), kv, positions)
-    metadata = AttentionMetadata(*(torch.tensor(x, dtype=torch.int32) for x in ([0, 2], [2], [[0]])), positions, 2, 2)
+    starts, lengths, tables = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2], [2], [[0]]))
+    metadata = AttentionMetadata(starts, lengths, tables, positions, 2, 2)
     out = ops.paged_attention(q, kv, metadata, 0.25, None, None)
     assert out[0].isnan().any()
     assert out[1].isnan().any() == (column > 0)
@@ -465,7 +467,7 @@ def test_activations_of_extreme_values(ops):
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("heads", "head_dim"), [((3, 1), 8), ((4, 2), 64), ((2, 2), 80), ((12, 4), 128)])
-def test_rotary_store_kv(ops, dtype, heads, head_dim, norm):
+def test_rotary_store_kv(ops, dtype, heads: tuple[int, int], head_dim, norm):
     """Where the keys and values went is seen through attention over them."""
     shape, rows = HeadShape(*heads, head_dim), 30
     angles = torch.rand(rows, head_dim // 2, generator=torch.Generator().manual_seed(1)) * 6

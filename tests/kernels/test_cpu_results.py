@@ -47,7 +47,8 @@ def test_results_outlive_what_made_them(library: Library) -> None:
 def test_no_two_results_share_memory_and_no_more_is_kept_than_was_used(library: Library, data: st.DataObject) -> None:
     results, held, most = ResultMemory(library), list[torch.Tensor](), 0
     for number in range(data.draw(st.integers(1, 20))):
-        if held and data.draw(st.booleans()):
+        ends: bool = bool(held) and data.draw(st.booleans())
+        if ends:
             held.pop(data.draw(st.integers(0, len(held) - 1)))
         held.append(results.empty(LIKE, data.draw(st.integers(1, 9)), LARGE // 2).fill_(number))
         most = max(most, len(held))

@@ -12,7 +12,7 @@ SOURCES = Path(library.__file__).parent
 KINDS = {c_int: "int", c_int64: "int64_t", c_float: "float", c_void_p: "pointer", None: "void"}
 EXPORTED = re.compile(r"^EXPORT ([\w* ]+?)\bloraplex_(\w+)\(([^()]*)\)", re.MULTILINE)
 # Asked of a library before its functions are declared, to find out whether it is the right one.
-ASKED_FIRST = {"version": ("int", []), "best_isa": ("int", [])}
+ASKED_FIRST: dict[str, tuple[str, list[str]]] = {"version": ("int", []), "best_isa": ("int", [])}
 
 
 def kind(declaration: str) -> str:

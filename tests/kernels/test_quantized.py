@@ -124,6 +124,7 @@ def test_rows_of_a_packed_weight_come_back(generator):
 def test_concatenated_records_are_their_rows_one_after_another(generator, make):
     parts = [make(generator, rows) for rows in (4, 2, 6)]
     whole = concatenate(parts)
+    assert whole is not None
     assert torch.equal(dequantize(whole), torch.cat([dequantize(part) for part in parts]))
 
 

@@ -49,6 +49,7 @@ def test_reference_stores_the_nearest_multiple_of_the_scale(random):
     cache = REFERENCE.allocate_kv(2, 4, shape, torch.int8)
     REFERENCE.rotary_store_kv(qkv, shape, None, positions, still, cache, positions + 1)
     for stored, scales, given in ((cache.k, cache.k_scale, qkv[:, 16:32]), (cache.v, cache.v_scale, qkv[:, 32:])):
+        assert scales is not None
         for token in range(5):
             for head in range(2):
                 x = given[token, 8 * head : 8 * head + 8]
@@ -68,6 +69,7 @@ def test_reference_attends_to_what_the_cache_stands_for(random, stored):
     cache = REFERENCE.allocate_kv(6, 4, shape, stored)
     plain = REFERENCE.allocate_kv(6, 4, shape, torch.float32)
     for codes, scales, values in ((cache.k, cache.k_scale, plain.k), (cache.v, cache.v_scale, plain.v)):
+        assert scales is not None
         codes.copy_((random(*codes.shape) * 20).to(stored))
         scales.copy_(random(*scales.shape).abs())
         values.copy_(codes.float() * scales.unsqueeze(-1))

@@ -8,12 +8,16 @@ import torch
 
 from loraplex_kernels.ops import AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
 from loraplex_kernels.reference import ReferenceOps
+from tests.kernels.tolerance import Tolerance
 
 OPS = ReferenceOps(torch.device("cpu"))
 
 # float32: a few hundred terms, each rounded to 2^-24. bfloat16: inputs are exact in the formula too, so the error is
 # one rounding of the result, 2^-9, and one of the residual or the rotated key before it.
-TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
+TOLERANCE: dict[torch.dtype, Tolerance] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
+}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -40,7 +44,7 @@ def test_linear(generator, dtype, bias):
     expected = x.double() @ weight.double().T + (0 if b is None else b.double())
     close(OPS.linear(x, packed), expected)
     assert (packed.in_features, packed.out_features) == (33, 7)
-    assert packed.nbytes == weight.nbytes + (b.nbytes if bias else 0)
+    assert packed.nbytes == weight.nbytes + (0 if b is None else b.nbytes)
 
 
 def adapter(generator, in_features, parts, dtype):
@@ -203,7 +207,7 @@ def attention_formula(cache, q, new, scale, window, soft_cap):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (5, None), (None, 2.0), (3, 1.0)])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
-def test_paged_attention(generator, dtype, window, soft_cap, heads):
+def test_paged_attention(generator, dtype, window, soft_cap, heads: tuple[int, int]):
     lengths, new = [1, 9, 17, 12, 8, 30], [1, 1, 17, 3, 8, 1]
     cache = Cache(generator, HeadShape(*heads, 8), lengths, 4, dtype)
     q = torch.randn(sum(new), heads[0], 8, generator=generator).to(dtype)

@@ -6,9 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loraplex_kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraSlice, LoraWeights, QKNorm
+from loraplex_kernels.ops import (
+    AttentionMetadata,
+    HeadShape,
+    LayerKV,
+    LoraSegments,
+    LoraSlice,
+    LoraWeights,
+    Ops,
+    QKNorm,
+)
 from loraplex_kernels.reference import ReferenceOps
 from loraplex_kernels.selection import select_ops
+from tests.kernels.tolerance import Tolerance
 
 triton = pytest.importorskip("triton")
 
@@ -20,12 +30,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:Runt
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = TritonOps(DEVICE)
 REFERENCE = ReferenceOps(DEVICE)
+BOTH: tuple[Ops, Ops] = (OPS, REFERENCE)
 INTERPRETED = triton.knobs.runtime.interpret
 
 # Both sides see the same inputs and accumulate in float32; what differs is the order of summation (a few hundred terms,
 # each rounded to 2^-24) and, for 16-bit types, that softmax weights and shrunk rows are rounded before the second
 # product (2^-11 and 2^-8 of values near one, and sums of them) and the result once more.
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 2e-5, "atol": 2e-5},
     torch.float16: {"rtol": 4e-3, "atol": 4e-3},
     torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
@@ -107,10 +118,10 @@ def test_rotary_store_kv(random, dtype, norm, heads):
     cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1).contiguous()
     qk_norm = QKNorm(random(shape.head_dim), random(shape.head_dim), 1e-6) if norm else None
     positions, slots = torch.tensor([4, 0, 9], device=DEVICE), torch.tensor([5, 2, 11], device=DEVICE)
-    caches = [ops.allocate_kv(BLOCKS, BLOCK_SIZE, shape, dtype) for ops in (OPS, REFERENCE)]
+    caches = [ops.allocate_kv(BLOCKS, BLOCK_SIZE, shape, dtype) for ops in BOTH]
     queries = [
         ops.rotary_store_kv(qkv.clone(), shape, qk_norm, positions, cos_sin, cache, slots)
-        for ops, cache in zip((OPS, REFERENCE), caches, strict=True)
+        for ops, cache in zip(BOTH, caches, strict=True)
     ]
     close(*queries)
     (k, v), (expected_k, expected_v) = (stored(cache, shape) for cache in caches)
@@ -229,7 +240,7 @@ def test_what_was_stored_is_attended_to(random):
     starts, lens = (torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([0, 6], [6]))
     metadata = AttentionMetadata(starts, lens, tables, slots, 6, 6)
     qkv, outs = random(6, 48), []
-    for ops in (OPS, REFERENCE):
+    for ops in BOTH:
         cache = ops.allocate_kv(BLOCKS, BLOCK_SIZE, shape, torch.float32)
         q = ops.rotary_store_kv(qkv.clone(), shape, None, positions, cos_sin, cache, slots)
         outs.append(ops.paged_attention(q, cache, metadata, 0.3, None, None))
@@ -256,10 +267,10 @@ def segments_of(*ranges):
 def check_lora(random, shape, adapters, ranges, num_rows, dtype):
     """shape: (C, N). Rows of the base model must keep every bit."""
     in_features, out_features = shape
-    tables = [ops.lora_table(in_features, out_features, num_slots=4) for ops in (OPS, REFERENCE)]
+    tables = [ops.lora_table(in_features, out_features, num_slots=4) for ops in BOTH]
     for slot, parts in adapters.items():
         weights = adapter(random, in_features, parts, dtype)
-        for ops, table in zip((OPS, REFERENCE), tables, strict=True):
+        for ops, table in zip(BOTH, tables, strict=True):
             table.put(slot, ops.pack_lora(weights))
     x, y = random(num_rows, in_features, dtype=dtype), random(num_rows, out_features, dtype=dtype)
     before, expected = y.clone(), y.clone()
@@ -285,13 +296,13 @@ def test_lora_of_mixed_ranks_slices_and_segments(random, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [2, 40])
 def test_lora_scales_and_shifts_what_it_adds_to(random, dtype, num_rows):
-    tables = [ops.lora_table(24, 200, num_slots=4) for ops in (OPS, REFERENCE)]
+    tables = [ops.lora_table(24, 200, num_slots=4) for ops in BOTH]
     parts = {0: [], 1: [(5, 3, 150)], 2: [(4, 0, 200)]}
     for slot, slices in parts.items():
         weights = adapter(random, 24, slices, dtype)
         if slot != 2:
             weights = replace(weights, affine=random(2, 200, dtype=torch.float32))
-        for ops, table in zip((OPS, REFERENCE), tables, strict=True):
+        for ops, table in zip(BOTH, tables, strict=True):
             table.put(slot, ops.pack_lora(weights))
     ranges = [(slot, slot * num_rows + 1, (slot + 1) * num_rows) for slot in range(4)]
     x, y = random(4 * num_rows, 24, dtype=dtype), random(4 * num_rows, 200, dtype=dtype)
@@ -358,7 +369,7 @@ def test_padding_segments_after_the_last_row_add_nothing(random):
 
 
 def test_removed_and_replaced_adapters(random):
-    table, expected_table = (ops.lora_table(16, 24, num_slots=2) for ops in (OPS, REFERENCE))
+    table, expected_table = (ops.lora_table(16, 24, num_slots=2) for ops in BOTH)
     first, second = (adapter(random, 16, [(rank, 0, 24)], torch.float32) for rank in (4, 20))
     x, y = random(3, 16), random(3, 24)
     before = y.clone()

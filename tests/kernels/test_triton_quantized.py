@@ -5,6 +5,7 @@ import torch
 
 from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight, dequantize
 from loraplex_kernels.reference import ReferenceOps
+from tests.kernels.tolerance import Tolerance
 
 triton = pytest.importorskip("triton")
 
@@ -15,7 +16,7 @@ OPS, REFERENCE = TritonOps(DEVICE), ReferenceOps(DEVICE)
 
 # Sums of a few hundred products of numbers near one, in float32; 16-bit types round each weight once before (2^-11 and
 # 2^-8, of which most cancels; the interpreter truncates to bfloat16) and the result.
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-4},
     torch.float16: {"rtol": 5e-3, "atol": 5e-3},
     torch.bfloat16: {"rtol": 4e-2, "atol": 8e-2},
@@ -118,7 +119,12 @@ def test_linear_split_over_the_inputs(monkeypatch, splits, weight, biased):
 
     chosen = []
     choose = quantized._choose_splits
-    monkeypatch.setattr(quantized, "_choose_splits", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+
+    def noted(*args):
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(quantized, "_choose_splits", noted)
     make = Make()
     weight = weight(make)
     bias = make.x(1, len(weight.codes), torch.float16)[0] if biased else None

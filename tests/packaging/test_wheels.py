@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Environment:
         return run([self.python, "-P", *arguments])
 
 
-def run(command: list[str | Path]) -> str:
+def run(command: Sequence[str | Path]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -75,7 +76,7 @@ def run(command: list[str | Path]) -> str:
 
 def has_index(directory: Path) -> bool:
     """Whether packages can be fetched here."""
-    command = [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "--dest", directory, "kernels"]
+    command = [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "--dest", str(directory), "kernels"]
     return not subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
 
 
@@ -88,8 +89,8 @@ def new_environment(directory: Path) -> Environment:
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The two, by the name of their distribution. They are built with what is installed: nothing is fetched."""
     folder = tmp_path_factory.mktemp("wheels")
-    build = [sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
-    run([*build, ROOT / "client", ROOT])
+    build = [sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    run([*build, folder, ROOT / "client", ROOT])
     return {path.name.partition("-")[0]: path for path in folder.glob("*.whl")}
 
 

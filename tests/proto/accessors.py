@@ -68,11 +68,10 @@ def java(message: Descriptor) -> Names:
 def _java_names(field: FieldDescriptor) -> Iterator[str]:
     name = _pascal(field.name)
     if _is_map(field):
-        suffixes = ("", "Count", "Map", "OrDefault", "OrThrow")
-        yield from (f"get{name}{suffix}" for suffix in suffixes)
+        yield from (f"get{name}{suffix}" for suffix in ("", "Count", "Map", "OrDefault", "OrThrow"))
         yield from (f"{verb}{name}" for verb in ("contains", "put", "putAll", "remove", "clear", "getMutable"))
         return
-    suffixes = ("", "List", "Count") if field.is_repeated else ("",)
+    suffixes: tuple[str, ...] = ("", "List", "Count") if field.is_repeated else ("",)
     if field.cpp_type == field.CPPTYPE_STRING and field.type == field.TYPE_STRING:
         suffixes += ("Bytes",)
     if field.enum_type is not None:
@@ -150,9 +149,9 @@ _GO_OWN = (
 def go(message: Descriptor) -> Names:
     """Of a struct, its fields and methods; and of the package, what begins with the name of the struct."""
     yield from ((name, "Go's own") for name in _GO_OWN)
-    for part in [*message.fields, *_real_oneofs(message)]:
-        yield _pascal(part.name), part.name
-        yield f"Get{_pascal(part.name)}", part.name
+    for name in [part.name for part in message.fields] + [part.name for part in _real_oneofs(message)]:
+        yield _pascal(name), name
+        yield f"Get{_pascal(name)}", name
     for oneof in _real_oneofs(message):
         yield from ((f"{message.name}_{_pascal(field.name)}", field.name) for field in oneof.fields)
     yield from ((f"{message.name}_{inner.name}", f"message {inner.name}") for inner in message.nested_types)

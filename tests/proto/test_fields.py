@@ -62,11 +62,11 @@ def is_output(field: FieldDescriptor) -> bool:
 
 
 def is_refused(field: FieldDescriptor) -> bool:
-    return f"{field.containing_type.name}.{field.name}" in UNSUPPORTED_FIELDS
+    return ".".join(field.full_name.split(".")[-2:]) in UNSUPPORTED_FIELDS
 
 
 def key(field: FieldDescriptor) -> Field:
-    return field.containing_type.full_name.removeprefix("loraplex.v1."), field.name
+    return field.full_name.removeprefix("loraplex.v1.").rpartition(".")[0], field.name
 
 
 def strings(path: Path) -> set[str]:

@@ -97,6 +97,12 @@ class Oracle:
     keys: dict[str | None, AdapterKey | None]
     models: dict[str | None, Any]
 
+    def key(self, adapter: str) -> AdapterKey:
+        """The key of an adapter, which is not the base model."""
+        key = self.keys[adapter]
+        assert key is not None
+        return key
+
     def logits(self, adapter: str | None, tokens: list[int], num_prompt: int) -> Tensor:
         """Those that the tokens after the prompt were drawn from → [outputs, V]"""
         model, options = self.models[adapter], {}
@@ -141,7 +147,7 @@ class Oracle:
             }
         )
         self.models[name] = model
-        self.keys[name] = compose((key, weight) for part, weight in weights.items() if (key := self.keys[part]))
+        self.keys[name] = compose((self.key(part), weight) for part, weight in weights.items())
 
 
 def invocation(prompt: list[int]) -> int | None:
@@ -213,9 +219,11 @@ class Engine:
     """An engine with the oracle's adapters, and the check that it computes what PEFT computes."""
 
     def __init__(self, oracle: Oracle, **fields: Any) -> None:
-        options = {"dtype": "float32", "kv_cache_bytes": 1 << 22, "block_size": 4, "max_model_len": 96, "threads": 1}
+        options: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 1 << 22, "block_size": 4, "threads": 1}
         self.oracle = oracle
-        self.core = EngineCore.load(EngineConfig(model=str(oracle.folder / "base"), **(options | fields)))
+        self.core = EngineCore.load(
+            EngineConfig(model=str(oracle.folder / "base"), **(options | {"max_model_len": 96} | fields))
+        )
         self.sampler = RecordingSampler(self.core.runner.sampler)
         self.core.runner.sampler = self.sampler  # type: ignore[assignment]
         self.tokens: dict[int, list[int]] = {}

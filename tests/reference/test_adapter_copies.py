@@ -68,7 +68,7 @@ def write_all(oracle: Oracle, tying: bool, save: bool | str) -> list[str]:
             oracle.read(name)
             oracle.logits(name, [3, 5, 7], 1)
             written.append(name)
-    oracle.keys = {None: None} | {name: oracle.keys[name] for name in written}
+    oracle.keys = {None: None, **{name: oracle.key(name) for name in written}}
     return written
 
 
@@ -124,7 +124,7 @@ def test_copies_are_compared_with_the_head_that_was_loaded_not_with_what_it_was_
     engine = Engine(oracle, kernels="reference", head_quantization="int8")
     model = engine.core.runner.model
     loaded = load_adapter(
-        oracle.keys["head"], tmp_path / "head", model.lora_targets(), torch.float32, 8, engine.core.runner.ops.pack_lora
+        oracle.key("head"), tmp_path / "head", model.lora_targets(), torch.float32, 8, engine.core.runner.ops.pack_lora
     )
     engine.core.close()
     assert HEAD_SITE in loaded.packed

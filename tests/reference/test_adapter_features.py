@@ -20,7 +20,7 @@ from loraplex_adapters.errors import COLD
 from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey, compose
 from loraplex_adapters.residency import Residency
-from loraplex_engine.link.messages import AdaptersMoved, AddRequest, BringAdapter, StepOutput
+from loraplex_engine.link.messages import AdaptersMoved, AddRequest, BringAdapter, RequestOutput, StepOutput
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from tests.reference.peft_oracle import (
     FAMILIES,
@@ -114,7 +114,8 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 def fused_adapter(directory: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
     """An adapter of the fused q/k/v and gate/up of layer 0, and the base with it merged."""
     generator = torch.Generator().manual_seed(77)
-    tensors, merged = {}, dict(base)
+    tensors: dict[str, Tensor] = {}
+    merged = dict(base)
     for fused, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
         block = fused.partition(".")[0]
         names = [f"model.layers.0.{block}.{part}_proj.weight" for part in parts]
@@ -145,7 +146,7 @@ def test_a_composition_is_the_weighted_sum_of_its_adapters(composed: Oracle, fie
 
 def test_the_same_weights_share_cached_prefixes_and_others_do_not(composed: Oracle) -> None:
     engine = Engine(composed, kernels="reference")
-    plain, layer = composed.keys["plain"], composed.keys["one-layer"]
+    plain, layer = composed.key("plain"), composed.key("one-layer")
     prompt = random_prompt(21, 5)
     orders = [[(plain, 0.7), (layer, 0.3)], [(layer, 0.3), (plain, 0.7)], [(plain, 0.7), (layer, 0.31)]]
     cached = []
@@ -161,8 +162,8 @@ def test_the_same_weights_share_cached_prefixes_and_others_do_not(composed: Orac
 def test_a_wait_for_the_only_slot_ends_and_who_holds_it_goes_on(composed: Oracle) -> None:
     engine = Engine(composed, kernels="reference", max_resident_adapters=1)
     sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=40)
-    engine.core.add(AddRequest(0, [5, 6], sampling, composed.keys["plain"]))
-    engine.core.add(AddRequest(1, [5, 6], sampling, composed.keys["one-layer"], adapter_wait_seconds=0.0))
+    engine.core.add(AddRequest(0, [5, 6], sampling, composed.key("plain")))
+    engine.core.add(AddRequest(1, [5, 6], sampling, composed.key("one-layer"), adapter_wait_seconds=0.0))
     ended = []
     while engine.core.has_work():
         messages = [message for message in step(engine.core) if isinstance(message, StepOutput)]
@@ -177,7 +178,7 @@ def test_a_wait_for_the_only_slot_ends_and_who_holds_it_goes_on(composed: Oracle
 
 def test_a_composition_can_be_brought_to_the_device_ahead_of_its_requests(composed: Oracle) -> None:
     engine = Engine(composed, kernels="reference")
-    key = compose([(composed.keys["plain"], 0.5), (composed.keys["one-layer"], 0.5)])
+    key = compose([(composed.key("plain"), 0.5), (composed.key("one-layer"), 0.5)])
     engine.core.bring_adapter(BringAdapter(key))
     moves = []
     while engine.core.has_work():
@@ -189,9 +190,9 @@ def test_a_composition_can_be_brought_to_the_device_ahead_of_its_requests(compos
 @pytest.mark.parametrize("kind", ["dora", "activated", "bias-all", "saved-head", "tokens"])
 def test_a_composition_with_an_adapter_that_is_no_sum_is_refused_by_name(oracle: Oracle, kind: str) -> None:
     engine = Engine(oracle, kernels="reference")
-    key = compose([(oracle.keys["plain"], 0.5), (oracle.keys[kind], 0.5)])
+    key = compose([(oracle.key("plain"), 0.5), (oracle.key(kind), 0.5)])
     engine.core.add(AddRequest(0, [5, 6], SamplingParams(seed=0, max_tokens=2), key))
-    outputs = []
+    outputs: list[RequestOutput] = []
     while engine.core.has_work():
         outputs.extend(
             out for message in step(engine.core) if isinstance(message, StepOutput) for out in message.outputs

@@ -63,8 +63,8 @@ def test_adapters_of_a_multi_modal_model_serve_its_text(tmp_path: Path, tied: bo
             oracle.write(name, fields, seed, save_embedding_layers=copies)
             oracle.read(name)
     engine = Engine(oracle, kernels="reference")
-    for index, name in enumerate(oracle.keys):
-        engine.add([3, 90, *random_prompt(5 + index % 4, index), 5], name, 3)
+    for index, adapter in enumerate(oracle.keys):
+        engine.add([3, 90, *random_prompt(5 + index % 4, index), 5], adapter, 3)
     engine.finish()
     engine.check()
     engine.core.close()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.config import parse_config
@@ -26,6 +25,7 @@ from loraplex_engine.models import load_model
 from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import AttentionMetadata, LoraSegments
 from loraplex_kernels.selection import select_ops
+from tests.adapters.dense import Dense
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -137,17 +137,6 @@ def oracle(request: pytest.FixtureRequest, base: Path, tmp_path: Path) -> Oracle
 # ---- our side --------------------------------------------------------------------------------------------------------
 
 
-class Dense:
-    """The base linears of one site, side by side."""
-
-    def __init__(self, weights: list[Tensor]) -> None:
-        self.weight = torch.cat(weights)
-        self.out_features, self.in_features = self.weight.shape
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
-
-
 FUSED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -175,7 +164,7 @@ def fuse(oracle: Oracle) -> tuple[dict[str, LoraTarget], dict[str, LoRALinear]]:
                 targets[name] = LoraTarget(f"{layer}.{site}", weights[-1].shape[1], start, weights[-1].shape[0])
                 start += weights[-1].shape[0]
             if members:
-                sites[f"{layer}.{site}"] = LoRALinear(ops, Dense(weights), num_slots=1)
+                sites[f"{layer}.{site}"] = LoRALinear(ops, Dense(torch.cat(weights)), num_slots=1)
     return targets, sites
 
 

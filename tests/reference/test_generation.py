@@ -250,6 +250,7 @@ def test_prompt_logprobs_equal_transformers(oracle, make_core):
     assert len(found) == len(prompt)
     for position in range(1, len(prompt)):
         details = found[position]
+        assert details is not None
         assert details.token_id == prompt[position]
         # float32 through three layers with weights three times the usual: 1e-4 of the value, as for logits
         assert details.logprob == pytest.approx(expected[position - 1, prompt[position]].item(), rel=1e-4)

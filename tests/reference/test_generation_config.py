@@ -11,7 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from loraplex_service.models.generation_defaults import UNREAD, default_sampling, unread
 from loraplex_service.text import TextError
 
-FILES = {
+FILES: dict[str, dict[str, Any]] = {
     "llama": {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [128001, 128009]},
     "qwen": {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
     "gemma": {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"},
@@ -29,7 +29,8 @@ def test_every_field_is_what_transformers_reads(name: str, tmp_path: Path) -> No
     (tmp_path / "generation_config.json").write_text(json.dumps(FILES[name]))
     oracle = GenerationConfig.from_pretrained(tmp_path)
     sampling = default_sampling(FILES[name])
-    found: dict[str, Any] = {field: getattr(sampling, field) for field in FIELDS if sampling.HasField(field)}
+    stated = {field.name for field, _ in sampling.ListFields()}
+    found: dict[str, Any] = {field: getattr(sampling, field) for field in FIELDS if field in stated}
     expected = {field: value for field in FIELDS if (value := getattr(oracle, field)) is not None}
     if oracle.do_sample is False:
         assert oracle.get_generation_mode() is GenerationMode.GREEDY_SEARCH

@@ -19,6 +19,7 @@ from loraplex_engine.models import LanguageModel, load_model
 from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
 from loraplex_kernels.selection import select_ops
+from tests.engine.linears import linear_at
 
 transformers = pytest.importorskip("transformers")
 
@@ -360,9 +361,7 @@ def test_fused_targets_span_their_parts(pair: Pair, fused: str) -> None:
     parts = [part for part in targets.values() if part.site == whole.site and part != whole]
     assert whole.out_start == 0
     assert (
-        whole.out_features
-        == sum(part.out_features for part in parts)
-        == pair.ours.lora_sites()[whole.site].out_features
+        whole.out_features == sum(part.out_features for part in parts) == linear_at(pair.ours, whole.site).out_features
     )
     ends = [part.out_start + part.out_features for part in parts]
     assert [part.out_start for part in parts] == [0, *ends[:-1]]

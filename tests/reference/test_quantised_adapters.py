@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from loraplex_engine.models.layout import HEAD
 from loraplex_engine.quantization import round_to_nearest
 from loraplex_kernels.quantized import dequantize
+from tests.engine.linears import linear_at
 from tests.engine.quantization.checkpoints import MODEL, load, make_twins
 from tests.engine.quantization.formats import FORMATS
 from tests.reference.peft_oracle import KINDS, VOCAB, Engine, Oracle, add_all_kinds, random_prompt, read_base
@@ -95,9 +96,10 @@ def test_all_kinds_in_one_batch_equal_each_alone(base: Quantised, kernels: str) 
 def test_the_weights_beside_an_adapter_can_be_read_back(tmp_path: Path) -> None:
     """By rows of a fused linear, whose parts may be matrices of their own."""
     twins = make_twins(tmp_path, *FORMATS["gptq act-order"], skipped=("k_proj",))
-    sites, dense = load(twins.quantised).lora_sites(), load(twins.dense).lora_sites()
-    for site, linear in ((name, site) for name, site in sites.items() if name.startswith("layers.")):
-        last = linear.out_features
+    models = load(twins.quantised), load(twins.dense)
+    for site in (name for name in models[0].lora_sites() if name.startswith("layers.")):
+        held = [linear_at(model, site) for model in models]
+        last = held[0].out_features
         for start, end in ((0, last), (last // 2, last - 3), (5, 6)):
-            found, wanted = (held.linear.dequantize(start, end) for held in (linear, dense[site]))
+            found, wanted = (linear.linear.dequantize(start, end) for linear in held)
             assert torch.equal(found, wanted)

@@ -15,6 +15,7 @@ from loraplex_engine.models import LanguageModel
 from loraplex_engine.models.layout import layer_linears
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.selection import select_ops
+from tests.engine.linears import linear_at
 from tests.engine.quantization.checkpoints import load, logits
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "quantised"
@@ -75,10 +76,9 @@ def write_dense_twin(name: str, folder: Path) -> Path:
     model = load(SAMPLES / name, dtype="float32")
     source = load_file(SAMPLES / name / "model.safetensors")
     tensors = {key: tensor for key, tensor in source.items() if "_proj." not in key}
-    sites = model.lora_sites()
     for layer in range(model.config.num_layers):
         for fused in layer_linears(model.config, layer):
-            linear, start = sites[f"layers.{layer}.{fused.name}"].linear, 0
+            linear, start = linear_at(model, f"layers.{layer}.{fused.name}").linear, 0
             for part, rows in fused.parts:
                 tensors[f"model.layers.{layer}.{part}.weight"] = linear.dequantize(start, start + rows)
                 start += rows

@@ -228,8 +228,8 @@ def test_an_untrained_adapter_is_warned_of(lora_tensors: TensorMaker, targets: T
 
 
 def test_patterns_that_match_nothing_are_warned_of(lora_tensors: TensorMaker, targets: Targets) -> None:
-    patterns = {"rank_pattern": {"q_proj": 4, "query": 8}, "alpha_pattern": {"o_proj": 2.0}}
-    warnings = bound(lora_tensors([Q]), targets, **patterns).warnings
+    ranks, alphas = {"q_proj": 4, "query": 8}, {"o_proj": 2.0}
+    warnings = bound(lora_tensors([Q]), targets, rank_pattern=ranks, alpha_pattern=alphas).warnings
     assert warnings == (
         "rank_pattern: no module with LoRA is matched by 'query'",
         "alpha_pattern: no module with LoRA is matched by 'o_proj'",

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -84,10 +85,11 @@ def test_dora_beside_a_packed_weight_is_its_formula(ops: Ops, kind: str) -> None
 
 
 def on(device: torch.device, weight: QuantizedWeight) -> QuantizedWeight:
-    tensors = {field.name: getattr(weight, field.name) for field in fields(weight)}
-    return replace(
-        weight, **{name: tensor.to(device) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    )
+    moved: dict[str, Any] = {}
+    for field in fields(weight):
+        value = getattr(weight, field.name)
+        moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+    return type(weight)(**moved)
 
 
 def adapted(ops: Ops, weight: QuantizedWeight | Tensor, bias: Tensor, parts: dict[str, Tensor], x: Tensor) -> Tensor:

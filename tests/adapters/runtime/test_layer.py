@@ -1,18 +1,9 @@
 import torch
-from torch.nn import functional as F
 
 from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_kernels.ops import LoraSegments, LoraSlice, LoraWeights
 from loraplex_kernels.selection import select_ops
-
-
-class Dense:
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
-        self.out_features, self.in_features = weight.shape
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+from tests.adapters.dense import Dense
 
 
 def segments(*ranges: tuple[int, int, int]) -> LoraSegments:

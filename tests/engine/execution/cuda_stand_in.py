@@ -114,7 +114,8 @@ class OnTheCpu(TorchFunctionMode):
             raise RuntimeError("Only dense CPU tensors can be pinned")
         if moved and func is Tensor.to:
             self._device.wait()
-            return func(*args, **kwargs, copy=True)
+            kwargs["copy"] = True
+            return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _on_device(self, value: object) -> bool:

@@ -68,8 +68,9 @@ Output = list[tuple[int, list[TokenLogprobs]]]
 
 def run(folder: Path, chosen: list[int], arrive_together: bool, **settings: Any) -> dict[int, Output]:
     """Tokens and log-probabilities of the chosen requests, which share one engine."""
-    defaults = {"kernels": "cpu", "threads": 2, "block_size": 8, "kv_cache_bytes": 1 << 20, "max_model_len": 128}
-    config = EngineConfig(model=str(folder / "base"), batch_invariant=True, **(defaults | settings))
+    defaults: dict[str, Any] = {"kernels": "cpu", "threads": 2, "block_size": 8, "batch_invariant": True}
+    room = {"kv_cache_bytes": 1 << 20, "max_model_len": 128}
+    config = EngineConfig(model=str(folder / "base"), **(defaults | room | settings))
     core = EngineCore.load(config)
     keys = {name: AdapterKey(name, digest(folder / name)) for name in ADAPTERS}
     for name, key in keys.items():

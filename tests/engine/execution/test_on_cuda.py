@@ -66,7 +66,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(checkpoint: Path, **fields: Any) -> EngineConfig:
-    settings = {"device": "cuda", "dtype": "float32", "max_num_seqs": 3, "max_num_batched_tokens": 16}
+    settings: dict[str, Any] = {"device": "cuda", "dtype": "float32", "max_num_seqs": 3, "max_num_batched_tokens": 16}
     config = EngineConfig(model=str(checkpoint), **(settings | fields))
     config.check()
     return config

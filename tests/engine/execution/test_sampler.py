@@ -1,6 +1,7 @@
 """Sampling: each parameter means what the field means by it, and a row never depends on its neighbours."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from loraplex_engine.execution.sampler import Sampler, adjust_logits, draw, unif
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
+from loraplex_engine.scheduling.step import SampledToken
 
 V = 50
 
 
-def make_history(prompt: list[int] | None = None, output: list[int] | None = None, **fields: object) -> History:
-    sampling = SamplingParams(**({"seed": 1, "max_tokens": 99} | fields))  # type: ignore[arg-type]
+def make_history(prompt: list[int] | None = None, output: list[int] | None = None, **fields: Any) -> History:
+    sampling = SamplingParams(**({"seed": 1, "max_tokens": 99} | fields))
     request = Request(AddRequest(1, prompt or [3, 4], sampling), 1, now=0.0)
     request.token_ids.extend(output or [])
     return History.of(request)
@@ -28,16 +30,25 @@ def random_logits(rows: int, seed: int = 0, vocab: int = V) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def draw_many(logits: torch.Tensor, count: int = 2000, **fields: object) -> torch.Tensor:
+def draw_many(logits: torch.Tensor, count: int = 2000, **fields: Any) -> torch.Tensor:
     """The frequency of each token over `count` seeds, from one row of logits."""
     histories = [make_history(seed=seed, **fields) for seed in range(count)]
     tokens = torch.tensor(draw(logits.expand(count, -1), histories))
     return torch.bincount(tokens, minlength=logits.shape[-1]) / count
 
 
+def sample(logits: torch.Tensor, histories: list[History]) -> list[SampledToken]:
+    """What is drawn for each row, of which there must be a token. The logits stay as they are."""
+    drawn: list[SampledToken] = []
+    for token in Sampler().sample(logits.clone(), histories):
+        assert token is not None
+        drawn.append(token)
+    return drawn
+
+
 def test_greedy_takes_the_most_likely():
     logits = random_logits(4)
-    tokens = Sampler().sample(logits.clone(), [make_history(temperature=0.0) for _ in range(4)])
+    tokens = sample(logits, [make_history(temperature=0.0) for _ in range(4)])
     assert [t.token_id for t in tokens] == logits.argmax(-1).tolist()
 
 
@@ -176,8 +187,8 @@ def test_min_tokens_reached_allows_endings_again():
 def test_a_row_is_drawn_alike_alone_and_in_company(params):
     logits = random_logits(len(params), seed=7)
     histories = [make_history(output=[5, 6], **fields) for fields in params]
-    together = [t.token_id for t in Sampler().sample(logits.clone(), histories)]
-    alone = [Sampler().sample(logits[i : i + 1].clone(), [r])[0].token_id for i, r in enumerate(histories)]
+    together = [t.token_id for t in sample(logits, histories)]
+    alone = [sample(logits[i : i + 1], [r])[0].token_id for i, r in enumerate(histories)]
     assert together == alone
 
 
@@ -195,7 +206,7 @@ def test_logprobs_are_of_the_model_not_of_the_sampler():
         make_history(temperature=0.5, top_k=1, num_logprobs=3, logit_bias={11: 50.0}),
         make_history(temperature=0.0, num_logprobs=None),
     ]
-    first, second = Sampler().sample(logits.clone(), histories)
+    first, second = sample(logits, histories)
     assert second.logprobs is None
     assert first.token_id == 11
     details = first.logprobs
@@ -238,7 +249,7 @@ def test_logits_that_overflow_when_divided_by_the_temperature_are_refused():
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-6])
 def test_a_tiny_temperature_is_greedy(temperature):
     logits = random_logits(4)
-    tokens = Sampler().sample(logits.clone(), [make_history(temperature=temperature, seed=s) for s in range(4)])
+    tokens = sample(logits, [make_history(temperature=temperature, seed=s) for s in range(4)])
     assert [t.token_id for t in tokens] == logits.argmax(-1).tolist()
 
 
@@ -254,6 +265,6 @@ def test_rows_of_the_head_without_a_token_are_never_drawn():
     limits = [40, None, 40, 45]
     for temperature in (0.0, 1.0):
         histories = [make_history(temperature=temperature, num_token_ids=limit, num_logprobs=1) for limit in limits]
-        tokens = [token.token_id for token in Sampler().sample(logits.clone(), histories)]
+        tokens = [token.token_id for token in sample(logits, histories)]
         assert [token < 40 for token in tokens] == [True, False, True, False]
         assert tokens[3] < 45

@@ -18,6 +18,7 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import LanguageModel, load_model, parse_model_config, read_model_config
 from loraplex_engine.models.layout import EMBEDDING, HEAD, tensor_shapes
 from loraplex_kernels.selection import select_ops
+from tests.engine.linears import linear_at
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -206,8 +207,8 @@ def test_every_site_has_room_for_adapters(tmp_path: Path) -> None:
     key = targets["model.layers.1.self_attn.k_proj"]
     assert (key.site, key.in_features, key.out_start, key.out_features) == ("layers.1.qkv", 16, 16, 8)
     for target in (target for target in targets.values() if target.kind is TargetKind.LINEAR):
-        assert target.in_features == sites[target.site].in_features
-        assert target.out_start + target.out_features <= sites[target.site].out_features
+        assert target.in_features == linear_at(model, target.site).in_features
+        assert target.out_start + target.out_features <= linear_at(model, target.site).out_features
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])

@@ -77,13 +77,13 @@ def make_twins(
         stored |= {path + suffix: tensor for suffix, tensor in tensors.items() if path + suffix not in stored}
         dense[f"{path}.weight"] = weight
     twins = Twins(folder / "quantised", folder / "dense")
-    for path, tensors, extra in (
+    for directory, tensors, extra in (
         (twins.quantised, stored, {"quantization_config": dict(section)} if section else {}),
         (twins.dense, dense, {}),
     ):
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(raw | extra))
-        save_file(tensors, path / "model.safetensors")
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(raw | extra))
+        save_file(tensors, directory / "model.safetensors")
     return twins
 
 

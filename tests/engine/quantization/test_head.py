@@ -10,10 +10,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.layers.linear import Linear
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models.layout import EMBEDDING, HEAD
 from loraplex_engine.quantization import round_to_nearest
 from loraplex_kernels.quantized import dequantize
+from tests.engine.linears import linear_at
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import load, logits, make_twins
 from tests.engine.quantization.formats import awq, gptq
@@ -62,7 +64,8 @@ def test_a_quantised_head_is_not_rounded_again(tmp_path: Path) -> None:
 
 def test_it_takes_a_byte_for_a_weight(tmp_path: Path) -> None:
     twins = make_twins(tmp_path, {}, packing.gptq())
-    head = load(twins.dense, head_quantization="int8").lora_sites()["lm_head"].linear
+    head = linear_at(load(twins.dense, head_quantization="int8"), "lm_head").linear
+    assert isinstance(head, Linear)
     assert head.nbytes < 1.5 * head.in_features * head.out_features  # scales beside it
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex_engine.checkpoint.model_config import ModelError
+from tests.engine.linears import linear_at
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import Twins, load, logits, make_twins
 from tests.engine.quantization.formats import FORMATS, awq, bitsandbytes, gptq
@@ -40,13 +41,13 @@ def test_modules_that_were_skipped_stay_dense(tmp_path: Path) -> None:
 
 def test_parts_of_a_fused_linear_may_differ_in_their_order(tmp_path: Path) -> None:
     twins = make_twins(tmp_path, gptq(desc_act=True), packing.gptq(act_order=True))
-    assert type(load(twins.quantised).lora_sites()["layers.0.qkv"].linear).__name__ == "SideBySide"
+    assert type(linear_at(load(twins.quantised), "layers.0.qkv").linear).__name__ == "SideBySide"
     assert_twins_agree(twins)
 
 
 def test_parts_of_a_fused_linear_that_are_alike_are_one_matrix(tmp_path: Path) -> None:
     twins = make_twins(tmp_path, gptq(), packing.gptq())
-    assert type(load(twins.quantised).lora_sites()["layers.0.qkv"].linear).__name__ == "Linear"
+    assert type(linear_at(load(twins.quantised), "layers.0.qkv").linear).__name__ == "Linear"
 
 
 def test_a_quantised_head(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def test_a_copy_answers_by_the_weights_that_its_package_reads(tmp_path: Path, me
     """How far those are from the model's own is the method's affair."""
     source, out, text = ROOT / "demo/loraplex_demo/models/storyteller", tmp_path / "out", tmp_path / "text"
     text.write_text((ROOT / "README.md").read_text() * 2)
-    options = ["--method", method, "--out", out, "--text", text, "--calibration", text, "--group-size", "64"]
-    options += ["--samples", "4"]  # AWQ takes seconds for each
+    options: list[str | Path] = ["--method", method, "--out", out, "--text", text, "--calibration", text]
+    options += ["--group-size", "64", "--samples", "4"]  # AWQ takes seconds for each sample
     assert "perplexity" in run(["-m", "loraplex_quantize", source, *options], {"PYTHONPATH": OURS})
     assert (out / "tokenizer.json").exists()
     twins = Twins(out, tmp_path / "dense")
@@ -92,7 +92,7 @@ def run(arguments: Sequence[str | Path], environment: Mapping[str, str]) -> str:
     done = subprocess.run(
         [PYTHON, *arguments],
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(environment),
         capture_output=True,
         text=True,
         timeout=500,
