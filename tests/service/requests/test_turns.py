@@ -20,11 +20,6 @@ def turns_of(at_once: int = 1, size_at_once: int = 4 * MIB, size_in_all: int = 1
     return Turns("texts cannot be worked on", TurnLimits(at_once, size_at_once, size_in_all))
 
 
-async def ticks() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
-
-
 class Waiting:
     """Work of tenants that wait behind one that has the turn, and the order in which they get it."""
 
@@ -39,7 +34,7 @@ class Waiting:
                 self.order.append(tenant)
 
         self._tasks.append(asyncio.create_task(work()))
-        await ticks()
+        await asyncio.sleep(0)  # the task begins: it has its turn, or waits for it
         return self._tasks[-1]
 
     async def end(self) -> None:
@@ -123,7 +118,7 @@ async def test_who_goes_away_leaves_the_queue() -> None:
         gone = await waiting.add("b")
         await waiting.add("c")
         gone.cancel()
-        await ticks()
+        await asyncio.wait([gone])
         assert turns._held == 2 * MIB
     await waiting.end()
     assert (waiting.order, turns._held, turns._tenants) == (["c"], 0, {})
@@ -133,7 +128,7 @@ async def test_a_thread_keeps_its_turn_though_its_caller_is_gone() -> None:
     turns, go_on = turns_of(), threading.Event()
     waiting = Waiting(turns)
     caller = asyncio.create_task(turns.in_thread("a", 1.0, MIB, go_on.wait))
-    await ticks()
+    await asyncio.sleep(0)  # the task begins, and with it the thread
     caller.cancel()
     await waiting.add("b")
     assert waiting.order == []
@@ -164,7 +159,7 @@ async def test_nothing_stays_of_what_a_thread_had_at_hand_when_it_failed() -> No
     try:
         with suppress(ValueError):
             await turns.in_thread("a", 1.0, MIB, fail)
-        await ticks()
+        await asyncio.sleep(0)  # the loop lets go of what it has just called
         assert at_hand[0]() is None
     finally:
         gc.enable()

@@ -329,12 +329,18 @@ async def test_template_source_is_limited():
 # ---- the worker ----------------------------------------------------------------------------------------------------
 
 
-async def test_caller_that_goes_away_leaves_no_answer_behind_and_costs_no_worker(renderer):
+async def test_caller_that_goes_away_leaves_no_answer_behind_and_costs_no_worker(renderer, monkeypatch):
     await render(renderer, "start")
-    process = renderer._workers[0].process
+    process, asked = renderer._workers[0].process, asyncio.Event()
+    write = process.stdin.write
+
+    def write_and_tell(line: bytes) -> None:
+        write(line)
+        asked.set()
+
+    monkeypatch.setattr(process.stdin, "write", write_and_tell)
     gone = asyncio.create_task(render(renderer, "{% for i in range(9999) %}x{% endfor %}"))
-    for _ in range(5):  # until it waits for its answer
-        await asyncio.sleep(0)
+    await asked.wait()
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gone
