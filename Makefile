@@ -34,6 +34,7 @@ check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generat
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
+	$(BIN)/mypy tests benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/python client/generate.py check
 	proto/stubs.sh check
