@@ -99,7 +99,7 @@ def time_on_gpu(calls: Sequence[Call]) -> tuple[float, float]:
             call()
     seconds = []
     for _ in range(NUM_REPLAYS + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # by torch
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()

@@ -257,7 +257,7 @@ def test_a_load_that_fails_is_reported():
 
 def test_loads_are_held_back_exactly_while_requests_run(monkeypatch):
     bench, told = Bench(), list[bool]()
-    monkeypatch.setattr(bench.core.store.pace, "steps", told.append)
+    monkeypatch.setattr(bench.core.store.pace, "steps", lambda running: told.append(running))
     bench.add(1)
     bench.finish()
     assert told[0]

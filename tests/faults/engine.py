@@ -127,7 +127,7 @@ def main() -> None:
 
     LossyBus.fuse = fuse
     entry.load_core = load_and_sabotage
-    entry.EngineBus = LossyBus  # type: ignore[attr-defined, misc]  # the module imports it for itself
+    entry.EngineBus = LossyBus  # type: ignore[attr-defined]  # the module imports it for itself
     entry.main()
 
 

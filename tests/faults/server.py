@@ -11,12 +11,13 @@ from typing import Any, Final
 from loraplex_service import cli
 from loraplex_service.app import running
 from loraplex_service.requests import inference
+from loraplex_service.requests.run import Run
 from tests.faults.engine import LEAK_BYTES, Fuse, engines_with
 
 KEPT: Final[list[bytes]] = []
 
 
-class LeakingRun(inference.Run):
+class LeakingRun(Run):
     """Keeps something of each generation."""
 
     fuse: Fuse
@@ -30,7 +31,7 @@ class LeakingRun(inference.Run):
 def main() -> None:
     fuse = Path(sys.argv.pop(1))
     LeakingRun.fuse = Fuse(fuse)
-    inference.Run = LeakingRun  # type: ignore[assignment, misc]  # a class, which nothing else may replace
+    inference.Run = LeakingRun  # type: ignore[assignment, attr-defined]  # the module imports it for itself
     cli.running = partial(running, launch_for=engines_with(fuse))  # type: ignore[attr-defined]
     cli.main()
 

@@ -45,6 +45,7 @@ class Preparer(Protocol):
 
     def hurry(self, request: Request) -> None:
         """Make way for a request that has waited long. By itself, nothing that others use is in its way."""
+        return None
 
     def limit(self, request: Request) -> tuple[float, NeverReadyError] | None:
         """The longest wait in seconds, and what ends it; None: the request waits for ever."""

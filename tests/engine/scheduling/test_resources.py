@@ -49,9 +49,6 @@ class FakeGrammars(Preparer):
     def take_back(self, request: Request) -> None:
         self.holders[self.wanted[request.request_id]] -= 1
 
-    def hurry(self, request: Request) -> None:
-        """One thread takes them in the order in which they were wanted."""
-
     def finish(self) -> None:
         self.may_compile.set()
         self._thread.shutdown()

@@ -131,7 +131,7 @@ def too_much(name: str) -> Message:
     elif isinstance(limit, Text):
         text = "x" * (limit.most + 1)
         setattr(message, field.name, text.encode() if field.type == FieldDescriptor.TYPE_BYTES else text)
-    return message  # type: ignore[no-any-return]
+    return message
 
 
 @pytest.mark.parametrize("name", [name for name, limit in LIMITS.items() if isinstance(limit, Entries | Text)])
