@@ -16,11 +16,13 @@ from benchmarks.workload import FIRST_TOKEN_ID, VOCAB
 from loraplex_engine.link.bus import EngineBus
 from loraplex_engine.link.messages import (
     AddRequest,
+    BringAdapter,
     Device,
     EngineLimits,
     EngineStats,
     FromEngine,
     LoadAdapter,
+    PinAdapter,
     RequestOutput,
     StepOutput,
     UnloadAdapter,
@@ -70,6 +72,12 @@ class TokenSource:
         raise ValueError("a token source has no adapters")
 
     def unload_adapter(self, message: UnloadAdapter) -> None:
+        raise ValueError("a token source has no adapters")
+
+    def bring_adapter(self, message: BringAdapter) -> None:
+        raise ValueError("a token source has no adapters")
+
+    def pin_adapter(self, message: PinAdapter) -> None:
         raise ValueError("a token source has no adapters")
 
     def has_work(self) -> bool:

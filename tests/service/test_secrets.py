@@ -18,7 +18,7 @@ from loraplex_service.auth.keys import KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
 from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 from loraplex_service.telemetry.logs import CallFields
-from tests.service.auth.test_door import Provider
+from tests.service.auth.provider import Provider
 from tests.service.control.test_metrics_page import scrape
 from tests.service.control_plane import ControlPlane, control_plane
 from tests.service.data_plane import make_spec

@@ -31,7 +31,7 @@ class Base:
         return torch.ones(end - start, self._columns)
 
 
-def bound(share: Share, fields: str = "", **parts: torch.Tensor) -> BoundAdapter:
+def bound(share: Share, fields: str = "", /, **parts: torch.Tensor) -> BoundAdapter:
     target = LoraTarget("site", share.num_columns, 0, share.num_rows, base=Base(share), share=share)
     config = parse_config(
         f'{{"peft_type": "LORA", "r": {R}, "lora_alpha": {R}, "target_modules": ["q"]{fields}}}'.encode()

@@ -62,7 +62,8 @@ def load(directory: Path, ops: Ops, shard: Shard, **fields: Any) -> LanguageMode
 def logits(directory: Path, lora: Path, ranks: Sequence[Shard], kernels: str, **fields: Any) -> Tensor:
     """The logits of a prompt whose end has an adapter, as computed by these ranks together → [T, V]"""
     key = write_lora(lora, {f"model.layers.{i}.{m}": s for i in (0, 1) for m, s in MODULES.items()}, bias=True)
-    shared, barrier = [None] * len(ranks), Barrier(len(ranks), timeout=60)
+    shared: list[Tensor | None] = [None] * len(ranks)
+    barrier = Barrier(len(ranks), timeout=60)
 
     @torch.inference_mode()
     def run(shard: Shard) -> Tensor:
@@ -93,9 +94,10 @@ def logits(directory: Path, lora: Path, ranks: Sequence[Shard], kernels: str, **
 @pytest.mark.parametrize("kv_heads", [1, 2])  # one: both ranks hold it
 @pytest.mark.parametrize("stored", ["dense", "gptq", "nf4 while loaded"])
 def test_two_ranks_give_the_logits_of_one(tmp_path: Path, kernels: str, kv_heads: int, stored: str) -> None:
-    shape = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 4}
-    biases = {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
-    twins = make_twins(tmp_path, *FORMATS["gptq"], num_key_value_heads=kv_heads, **shape, **biases)
+    shape: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 4}
+    biases: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
+    section, packer = FORMATS["gptq"]
+    twins = make_twins(tmp_path, section, packer, num_key_value_heads=kv_heads, **shape, **biases)
     fields = {"quantization": "nf4"} if stored.startswith("nf4") else {}
     directory = twins.quantised if stored == "gptq" else twins.dense
     one = logits(directory, tmp_path / "one", [WHOLE], kernels, **fields)
