@@ -81,9 +81,9 @@ def test_steps_that_were_written_down_give_the_same_results_when_they_are_read_b
     written: list[bytes] = []
     results: list[StepResult] = []
 
-    def note(arrays: StepArrays) -> PendingResult:
-        written.append(encoded(arrays))
-        results.append(result := start(arrays).result())
+    def note(step: StepArrays) -> PendingResult:
+        written.append(encoded(step))
+        results.append(result := start(step).result())
         return PendingResult(lambda: result)
 
     first.runner.start = note  # type: ignore[method-assign]

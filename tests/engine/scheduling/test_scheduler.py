@@ -333,6 +333,7 @@ def test_a_request_takes_several_tokens_of_a_step_up_to_the_one_that_ends_it():
     assert (output.token_ids, output.finish_reason) == ([6, 7], None)
     [output] = bench.scheduler.update(bench.scheduler.schedule(), StepResult((drawn[1:],), {}))
     assert (output.token_ids, output.finish_reason, output.stop_token_id) == ([7, 8], FinishReason.STOP, 8)
+    assert output.logprobs is not None
     assert [one.token_id for one in output.logprobs] == [7, 8]
     assert request.token_ids == [5, 6, 7, 7, 8]
     assert bench.scheduler.generated_tokens == 4
