@@ -79,12 +79,15 @@ def _compile(compiler: str, library: Path, flags: list[str]) -> Path | None:
     if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
         return library
     sources = map(str, sorted(SOURCES.glob("*.cpp")))
-    made = library.with_suffix(".new")
-    done = subprocess.run([compiler, *flags, *sources, "-o", str(made)], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(f"{library.name} could not be compiled and is left out:\n{done.stderr}", file=sys.stderr)
-        return None
-    made.replace(library)
+    made = library.with_suffix(f".{os.getpid()}.so")  # another build may run beside this one
+    try:
+        done = subprocess.run([compiler, *flags, *sources, "-o", str(made)], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{library.name} could not be compiled and is left out:\n{done.stderr}", file=sys.stderr)
+            return None
+        made.replace(library)
+    finally:
+        made.unlink(missing_ok=True)
     return library
 
 
