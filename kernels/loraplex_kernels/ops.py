@@ -4,7 +4,7 @@ A backend is one object with the methods of `Ops`. It is chosen once, in `select
 it: no module asks again which device it is on.
 
 Letters: T tokens in the step, S sequences, H query heads, K kv heads, D head dim, R rank, B blocks, P block size,
-N output features, C input features, G segments.
+N output features, C input features, G segments, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.quantized import QuantizedWeight
+from loraplex_kernels.sampling import Draws, Likelihoods, LogitChanges
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,3 +278,28 @@ class Ops(Protocol):
 
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         """gelu_tanh(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""
+
+    def adjust_logits(self, logits: Tensor, changes: LogitChanges) -> None:
+        """Change logits in place: penalties, then bias, then masks.  logits: float32 [S, V]
+
+        x[s, v] of a token v that the prompt or the output has becomes x / repetition if x > 0, else x · repetition.
+        With n > 0 times in the output it falls by presence + frequency · n. A bias is added. What is masked is −inf.
+        Source: CTRL (arXiv 1909.05858) for repetition, as transformers has it.
+        """
+
+    def draw_tokens(self, logits: Tensor, draws: Draws) -> Tensor:
+        """Draw a token from each row → int64 [S]; −1: the row has NaN or infinite logits, or nothing is left of it.
+
+        logits: float32 [S, V]; may be overwritten. p = softmax(x / temperature) is cut to the top_k best, of these to
+        the fewest best that hold top_p of their sum, of these to those of at least min_p · max p, of these to the
+        typical ones that hold typical_p of their sum; at least one remains. The token is the first at which the running
+        sum of p, in descending order (in that of the ids, where nothing is cut), passes u of the whole; u is
+        `sampling.uniform` of seed and position.
+        Source: nucleus sampling (arXiv 1904.09751), min-p (arXiv 2407.01082), typical (arXiv 2202.00666).
+        """
+
+    def likelihoods(self, logits: Tensor, token_ids: Tensor, num_top: int) -> Likelihoods:
+        """log_softmax(x)[s, token_ids[s]], its rank, and the `num_top` largest of the row.
+
+        logits: float32 [S, V], token_ids: int64 [S]
+        """

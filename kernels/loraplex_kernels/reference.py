@@ -23,6 +23,7 @@ from loraplex_kernels.ops import (
     QKNorm,
 )
 from loraplex_kernels.quantized import QuantizedWeight, dequantize
+from loraplex_kernels.sampling import TorchSampling
 
 # Bounds the float32 temporaries of attention: 2^24 elements are 64 MiB.
 MAX_ATTENTION_ELEMENTS = 1 << 24
@@ -132,7 +133,7 @@ class LoraShape:
             raise ValueError(f"gain and offset are {list(self.affine or ())}, the linear needs [2, {out_features}]")
 
 
-class ReferenceOps:
+class ReferenceOps(TorchSampling):
     """`Ops` in plain torch, on any device."""
 
     name = "reference"

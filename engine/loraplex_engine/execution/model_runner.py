@@ -35,7 +35,7 @@ class ModelRunner:
         self.model = model
         self.ops = ops
         self.block_size = config.block_size
-        self.sampler = Sampler()
+        self.sampler = Sampler(ops)
         self.max_model_len = config.max_model_len or model.config.max_position_embeddings
         if self.max_model_len > model.config.max_position_embeddings:
             raise ValueError(
@@ -114,7 +114,8 @@ class ModelRunner:
             for first in range(0, len(token_ids), PROMPT_LOGPROB_ROWS):
                 wanted = token_ids[first : first + PROMPT_LOGPROB_ROWS]
                 logits = self.model.logits(hidden[row : row + len(wanted)], narrowed(lora, row, row + len(wanted)))
-                details.extend(describe(torch.log_softmax(logits, dim=-1), wanted, num_top))
+                chosen = torch.tensor(wanted, device=logits.device)
+                details.extend(describe(self.ops, logits, chosen, [num_top] * len(wanted)))
                 row += len(wanted)
         return found
 

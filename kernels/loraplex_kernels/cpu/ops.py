@@ -27,6 +27,7 @@ from loraplex_kernels.ops import (
 )
 from loraplex_kernels.quantized import QuantizedWeight
 from loraplex_kernels.reference import LoraShape
+from loraplex_kernels.sampling import TorchSampling
 
 SILU, GELU_TANH = 0, 1
 ROUNDED_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}  # of a cache; 0: as the activations
@@ -107,7 +108,7 @@ class CpuLoraTable:
             raise ValueError(f"slot {slot} is not in a table of {len(self._held)}")
 
 
-class CpuOps:
+class CpuOps(TorchSampling):
     """`Ops` in C++. A row's result is the same bit for bit whatever else is in the step."""
 
     name = "cpu"

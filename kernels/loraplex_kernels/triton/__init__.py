@@ -27,6 +27,7 @@ from loraplex_kernels.ops import (
 )
 from loraplex_kernels.quantized import QuantizedWeight
 from loraplex_kernels.reference import ReferenceLinear
+from loraplex_kernels.sampling import TorchSampling
 from loraplex_kernels.triton.activation import activate_and_mul
 from loraplex_kernels.triton.attention import Scoring, paged_attention
 from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, segmented_lora
@@ -37,7 +38,7 @@ from loraplex_kernels.triton.rotary import rotary_store_kv
 INTERPRETED_MULTIPROCESSORS = 8
 
 
-class TritonOps:
+class TritonOps(TorchSampling):
     """`Ops` on a CUDA device.
 
     A cache block is laid out [K, P, D]: the keys that a program reads at a time lie together.

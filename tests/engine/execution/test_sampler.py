@@ -3,20 +3,25 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_engine.execution import sampler as sampler_module
 from loraplex_engine.execution.arrays import History
-from loraplex_engine.execution.sampler import Sampler, adjust_logits, draw, uniform
+from loraplex_engine.execution.sampler import Sampler, draws, logit_changes
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import SampledToken
+from loraplex_kernels import sampling
+from loraplex_kernels.ops import Ops
+from loraplex_kernels.reference import ReferenceOps
+from loraplex_kernels.sampling import uniform
 
 V = 50
+OPS: Ops = ReferenceOps(torch.device("cpu"))
 
 
 def make_history(prompt: list[int] | None = None, output: list[int] | None = None, **fields: Any) -> History:
@@ -33,14 +38,18 @@ def random_logits(rows: int, seed: int = 0, vocab: int = V) -> torch.Tensor:
 def draw_many(logits: torch.Tensor, count: int = 2000, **fields: Any) -> torch.Tensor:
     """The frequency of each token over `count` seeds, from one row of logits."""
     histories = [make_history(seed=seed, **fields) for seed in range(count)]
-    tokens = torch.tensor(draw(logits.expand(count, -1), histories))
+    tokens = OPS.draw_tokens(logits.repeat(count, 1), draws(histories))
     return torch.bincount(tokens, minlength=logits.shape[-1]) / count
+
+
+def adjust_logits(logits: torch.Tensor, histories: list[History]) -> None:
+    OPS.adjust_logits(logits, logit_changes(histories, logits.shape[-1]))
 
 
 def sample(logits: torch.Tensor, histories: list[History]) -> list[SampledToken]:
     """What is drawn for each row, of which there must be a token. The logits stay as they are."""
     drawn: list[SampledToken] = []
-    for token in Sampler().sample(logits.clone(), histories):
+    for token in Sampler(OPS).sample(logits.clone(), histories):
         assert token is not None
         drawn.append(token)
     return drawn
@@ -91,7 +100,7 @@ WARPERS = {
 @pytest.mark.parametrize("num_candidates", [512, 4])  # with and without the fall-back to a whole row
 def test_support_equals_transformers(fields, num_candidates, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(sampler_module, "NUM_CANDIDATES", num_candidates)
+    monkeypatch.setattr(sampling, "NUM_CANDIDATES", num_candidates)
     logits = random_logits(1, seed=3)[0]
     scores = (logits / fields.get("temperature", 1.0))[None]
     for name, warper in WARPERS.items():
@@ -122,7 +131,7 @@ def test_what_is_drawn_is_always_in_the_support_of_transformers(seed, temperatur
         if values[name] != off[name]:
             scores = getattr(transformers, warper)(values[name])(None, scores)
     histories = [make_history(seed=number, temperature=temperature, **values) for number in range(20)]
-    assert torch.isfinite(scores[0, draw(logits.expand(20, -1), histories)]).all()
+    assert torch.isfinite(scores[0, OPS.draw_tokens(logits.repeat(20, 1), draws(histories))]).all()
 
 
 def test_tokens_that_are_equally_typical_stay_together():
@@ -193,10 +202,10 @@ def test_a_row_is_drawn_alike_alone_and_in_company(params):
 
 
 def test_another_seed_and_another_position_draw_other_numbers():
-    numbers = [uniform(seed, position) for seed in range(30) for position in range(30)]
-    assert len(set(numbers)) == 900
-    assert all(0 <= number < 1 for number in numbers)
-    assert abs(sum(numbers) / 900 - 0.5) < 0.04  # standard error 0.0096
+    numbers = uniform(np.repeat(np.arange(30, dtype=np.uint64), 30), np.tile(np.arange(30), 30))
+    assert len(set(numbers.tolist())) == 900
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    assert abs(numbers.mean() - 0.5) < 0.04  # standard error 0.0096
 
 
 def test_logprobs_are_of_the_model_not_of_the_sampler():
@@ -226,7 +235,7 @@ def test_nothing_is_drawn_from_logits_that_are_no_numbers(temperature, value, ev
     else:
         logits[1, V - 1] = value
     histories = [make_history(temperature=temperature, num_logprobs=1) for _ in range(3)]
-    tokens = Sampler().sample(logits, histories)
+    tokens = Sampler(OPS).sample(logits, histories)
     drawable = not everywhere and value == -math.inf  # a probability of 0, among others
     assert [token is None for token in tokens] == [False, not drawable, False]
 
@@ -235,15 +244,15 @@ def test_log_probabilities_that_are_no_numbers_are_not_told():
     logits = random_logits(2)
     logits[0, 7] = math.nan
     history = make_history(allowed_token_ids=(1, 2), num_logprobs=1)
-    first, second = Sampler().sample(logits, [history, history])
+    first, second = Sampler(OPS).sample(logits, [history, history])
     assert first is None
     assert second is not None
 
 
 def test_logits_that_overflow_when_divided_by_the_temperature_are_refused():
     logits = random_logits(1) * 1e36
-    assert Sampler().sample(logits.clone(), [make_history(temperature=1.0)]) != [None]
-    assert Sampler().sample(logits.clone(), [make_history(temperature=0.01)]) == [None]
+    assert Sampler(OPS).sample(logits.clone(), [make_history(temperature=1.0)]) != [None]
+    assert Sampler(OPS).sample(logits.clone(), [make_history(temperature=0.01)]) == [None]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-6])

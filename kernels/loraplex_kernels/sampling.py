@@ -1,0 +1,285 @@
+"""What tokens are drawn by, as arrays, and how they are drawn: in plain torch, for every backend without a way of its
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Candidates looked at before a full sort. Truncated sampling keeps a handful of tokens in practice; a row that needs
+# more than these falls back to all of them, with the same result.
+NUM_CANDIDATES = 512
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, slots=True)
+class RowTokens:
+    """Token ids of some rows, one row's after the other's."""
+
+    rows: np.ndarray  # int64 [n], ascending
+    starts: np.ndarray  # int64 [n+1]: token_ids[starts[i] : starts[i+1]] are of rows[i]
+    token_ids: np.ndarray  # int64 [starts[n]]
+
+    @classmethod
+    def of(cls, rows: Sequence[int], lists: Sequence[Sequence[int] | np.ndarray]) -> RowTokens | None:
+        """The list of each of these rows; None: there are no rows."""
+        if not rows:
+            return None
+        token_ids = np.concatenate([np.asarray(each, dtype=np.int64) for each in lists])
+        return cls(np.array(rows), np.cumsum([0, *map(len, lists)]), token_ids)
+
+    @property
+    def row_of_each(self) -> np.ndarray:
+        """The row of each token id: int64 [starts[n]]."""
+        return np.repeat(self.rows, np.diff(self.starts))
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Penalties of some rows for the tokens that they have had."""
+
+    history: RowTokens  # of each row the prompt, then the output
+    output_starts: np.ndarray  # int64 [n]: where each row's output begins in history.token_ids
+    repetition: np.ndarray  # float64 [n]; 1: none
+    presence: np.ndarray  # float64 [n]; 0: none
+    frequency: np.ndarray  # float64 [n]; 0: none
+
+
+@dataclass(frozen=True, slots=True)
+class LogitChanges:
+    """What is changed in the logits of each row before its token is drawn. None: in no row."""
+
+    limits: np.ndarray  # int64 [S]: ids from here on have no token
+    penalties: Penalties | None
+    bias: RowTokens | None  # of each row different tokens
+    bias_values: np.ndarray  # float32, one for each token id of `bias`
+    allowed: RowTokens | None  # rows that may draw these alone
+    forbidden: RowTokens | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How each row's token is drawn from its logits."""
+
+    temperatures: np.ndarray  # float64 [S]; 0: the most likely token, whatever the rest says
+    top_k: np.ndarray  # int64 [S]; 0: all
+    top_p: np.ndarray  # float64 [S]; 1: all
+    min_p: np.ndarray  # float64 [S]; 0: all
+    typical_p: np.ndarray  # float64 [S]; 1: all
+    seeds: np.ndarray  # uint64 [S]
+    positions: np.ndarray  # int64 [S]: of the token in its sequence
+
+    def of(self, rows: np.ndarray) -> Draws:
+        """Those of some rows."""
+        columns = self.temperatures, self.top_k, self.top_p, self.min_p, self.typical_p, self.seeds, self.positions
+        return Draws(*(column[rows] for column in columns))
+
+    def numbers(self) -> np.ndarray:
+        """The random number of each row."""
+        return uniform(self.seeds, self.positions)
+
+
+class Likelihoods(NamedTuple):
+    """How likely one token of each row is, and which are the most likely ones, in natural logarithms."""
+
+    logprobs: Tensor  # float32 [S]
+    ranks: Tensor  # int64 [S]; 1: the most likely
+    top_ids: Tensor  # int64 [S, k]
+    top_logprobs: Tensor  # float32 [S, k]
+
+
+class TorchSampling:
+    """The operations of `Ops` that end a step, in plain torch, on any device."""
+
+    def adjust_logits(self, logits: Tensor, changes: LogitChanges) -> None:
+        _mask_rows_without_a_token(logits, changes.limits)
+        if changes.penalties is not None:
+            _apply_penalties(logits, changes.penalties)
+        if changes.bias is not None:
+            index = _on_device(logits, changes.bias.row_of_each, changes.bias.token_ids)
+            (values,) = _on_device(logits, changes.bias_values)
+            logits.index_put_(index, values, accumulate=True)
+        if changes.allowed is not None:
+            index = _on_device(logits, changes.allowed.row_of_each, changes.allowed.token_ids)
+            kept = logits[index]
+            logits[_on_device(logits, changes.allowed.rows)] = -torch.inf
+            logits[index] = kept
+        if changes.forbidden is not None:
+            logits[_on_device(logits, changes.forbidden.row_of_each, changes.forbidden.token_ids)] = -torch.inf
+
+    def draw_tokens(self, logits: Tensor, draws: Draws) -> Tensor:
+        token_ids, best = _most_likely(logits)
+        token_ids[~drawable(best, draws.temperatures)] = -1
+        random_rows = np.flatnonzero((token_ids >= 0) & (draws.temperatures > 0))
+        if len(random_rows):
+            token_ids[random_rows] = _draw(logits[random_rows], draws.of(random_rows))
+        return torch.from_numpy(token_ids).to(logits.device)
+
+    def likelihoods(self, logits: Tensor, token_ids: Tensor, num_top: int) -> Likelihoods:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        own = logprobs.gather(-1, token_ids[:, None])
+        ranks = (logprobs > own).sum(dim=-1) + 1
+        top_logprobs, top_ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]), dim=-1)
+        return Likelihoods(own[:, 0], ranks, top_ids, top_logprobs)
+
+
+def _on_device(logits: Tensor, *arrays: np.ndarray) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(array).to(logits.device) for array in arrays)
+
+
+# ---- what changes the distribution ---------------------------------------------------------------------------------
+
+
+def _mask_rows_without_a_token(logits: Tensor, limits: np.ndarray) -> None:
+    """Mask the padding of the head beyond the tokenizer's ids: with one slice, if all rows have the same tokenizer."""
+    distinct = set(limits.tolist())
+    for limit in distinct:
+        if limit < logits.shape[-1]:
+            logits[slice(None) if len(distinct) == 1 else np.flatnonzero(limits == limit), limit:] = -torch.inf
+
+
+def _apply_penalties(logits: Tensor, penalties: Penalties) -> None:
+    history, vocab_size = penalties.history, logits.shape[-1]
+    lengths = np.diff(history.starts)
+    places = np.repeat(np.arange(len(lengths)), lengths)  # among the rows with penalties
+    is_output = np.arange(len(places)) >= penalties.output_starts[places]
+    keys = places * vocab_size + history.token_ids
+    seen = np.unique(keys)
+    said, times = np.unique(keys[is_output], return_counts=True)
+    counts = np.zeros(len(seen), dtype=np.int64)  # in the output
+    counts[np.searchsorted(seen, said)] = times
+
+    places, token_ids = np.divmod(seen, vocab_size)
+    lowered = np.where(counts > 0, penalties.presence[places] + penalties.frequency[places] * counts, 0.0)
+    repetition = penalties.repetition[places]
+    rows, tokens, factor, less = _on_device(
+        logits, history.rows[places], token_ids, repetition.astype(np.float32), lowered.astype(np.float32)
+    )
+    values = logits[rows, tokens]
+    logits[rows, tokens] = torch.where(values > 0, values / factor, values * factor) - less
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------------
+
+
+def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """For each seed and position a number in [0, 1) that depends on them alone: uint64 [S], int64 [S] → float64 [S]
+
+    Two rounds of SplitMix64's finaliser. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators".
+    """
+    state = seeds * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+    state += np.uint64(0x632BE59BD9B4E019)
+    for _ in range(2):
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    numbers: np.ndarray = (state >> np.uint64(11)) / float(1 << 53)
+    return numbers
+
+
+def drawable(best: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
+    """Whether a row with this best logit is a distribution, also after division by its temperature: bool [S]
+
+    The best is NaN if any logit is, and -inf if nothing is left. A single -inf below it is a probability of 0.
+    """
+    divisors = np.where(temperatures > 0, np.minimum(temperatures, 1.0), 1.0)
+    finite: np.ndarray = np.abs(best) <= FLOAT32_MAX * divisors
+    return finite
+
+
+def _most_likely(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The best token of each row and its logit: int64 and float64 [S]. A NaN anywhere in a row is its best.
+
+    On the CPU numpy finds them ten times faster than torch; from a GPU they come in one copy.
+    """
+    if logits.device.type == "cpu":
+        rows = logits.numpy()
+        ids = rows.argmax(axis=-1)
+        return ids, rows[np.arange(len(rows)), ids].astype(np.float64)
+    best = logits.max(dim=-1)
+    found = torch.stack((best.indices.double(), best.values.double())).cpu().numpy()
+    return found[0].astype(np.int64), found[1]
+
+
+def _draw(logits: Tensor, draws: Draws) -> list[int]:
+    """One token per row by temperature, top-k, top-p, min-p and typical-p, in this order. logits: float32 [S, V]."""
+    numbers = draws.numbers()
+    temperatures = torch.from_numpy(draws.temperatures.astype(np.float32)).to(logits.device)
+    logprobs = torch.log_softmax(logits / temperatures[:, None], dim=-1)
+
+    tokens = [-1] * len(numbers)
+    cut = (draws.top_k > 0) | (draws.top_p < 1) | (draws.min_p > 0)  # of the tail; typical_p alone may keep it
+    few = np.flatnonzero(cut & (draws.top_k <= NUM_CANDIDATES))
+    if len(few):
+        k = min(NUM_CANDIDATES, logits.shape[-1])
+        values, ids = torch.topk(logprobs[few], k, dim=-1)
+        sorted_rows = values.double().cpu().numpy(), ids.cpu().numpy()
+        for row, row_values, row_ids in zip(few.tolist(), *sorted_rows, strict=True):
+            keep = _kept_of_sorted(row_values, draws.top_k[row], draws.top_p[row], draws.min_p[row])
+            if keep < k or k == logits.shape[-1]:
+                weights = _typical_weights(row_values[:keep], draws.typical_p[row])
+                tokens[row] = int(row_ids[_pick(weights, numbers[row])])
+    truncated = cut | (draws.typical_p < 1)
+    for row, token in enumerate(tokens):
+        if token < 0:
+            row_logprobs = logprobs[row].double().cpu().numpy()
+            pick = _pick_of_sorted if truncated[row] else _pick_of_all
+            tokens[row] = pick(row_logprobs, draws, row, numbers[row])
+    return tokens
+
+
+def _pick_of_all(logprobs: np.ndarray, draws: Draws, row: int, number: float) -> int:
+    return _pick(np.exp(logprobs), number)
+
+
+def _pick_of_sorted(logprobs: np.ndarray, draws: Draws, row: int, number: float) -> int:
+    """Draw from a whole row. logprobs: float64 [V]"""
+    order = np.argsort(-logprobs, kind="stable")
+    keep = _kept_of_sorted(logprobs[order], draws.top_k[row], draws.top_p[row], draws.min_p[row])
+    weights = _typical_weights(logprobs[order[:keep]], draws.typical_p[row])
+    return int(order[_pick(weights, number)])
+
+
+def _kept_of_sorted(logprobs: np.ndarray, top_k: int, top_p: float, min_p: float) -> int:
+    """The number of these descending log-probabilities to keep: top_k, then top_p of the rest, then min_p.
+
+    At least one. top_p keeps the smallest set whose share reaches p, as transformers does after top_k has renormalised.
+    """
+    keep = min(top_k, len(logprobs)) if top_k > 0 else len(logprobs)
+    probs = np.exp(logprobs[:keep])
+    if top_p < 1:
+        total = probs.sum() if top_k > 0 else 1.0
+        keep = min(keep, int(np.searchsorted(np.cumsum(probs), top_p * total)) + 1)
+    if min_p > 0:
+        keep = min(keep, int(np.count_nonzero(probs[:keep] >= min_p * probs[0])))
+    return max(keep, 1)
+
+
+def _typical_weights(logprobs: np.ndarray, mass: float) -> np.ndarray:
+    """The probabilities of these tokens, not normalised: 0 but for the locally typical ones that hold `mass` of them.
+
+    Tokens that are equally typical stay or go together. Source: Meister et al., arXiv 2202.00666.
+    """
+    weights: np.ndarray = np.exp(logprobs)
+    if mass >= 1:
+        return weights
+    probs = weights / weights.sum()
+    surprise = -np.log(probs, where=probs > 0, out=np.full(len(probs), -np.inf))
+    entropy = np.sum(np.multiply(probs, surprise, where=probs > 0, out=np.zeros(len(probs))))
+    distance = np.abs(surprise - entropy)
+    order = np.argsort(distance, kind="stable")
+    last = min(int(np.searchsorted(np.cumsum(probs[order]), mass)), len(order) - 1)
+    return np.where(distance <= distance[order[last]], weights, 0.0)
+
+
+def _pick(weights: np.ndarray, number: float) -> int:
+    """The index at which the running sum of the weights passes `number` of their total."""
+    sums = np.cumsum(weights)
+    return min(int(np.searchsorted(sums, number * sums[-1], side="right")), len(weights) - 1)

@@ -1,0 +1,120 @@
+"""Every backend draws the tokens that the reference draws, over rows that ask for all kinds of things."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_kernels.ops import Ops
+from loraplex_kernels.reference import ReferenceOps
+from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens
+from loraplex_kernels.selection import select_ops
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REFERENCE = ReferenceOps(DEVICE)
+BACKENDS = ["cpu", "triton"] if DEVICE.type == "cpu" else ["triton"]
+
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+            "top_k": st.sampled_from([0, 1, 5, 40, 700]),
+            "top_p": st.sampled_from([0.05, 0.5, 0.95, 1.0]),
+            "min_p": st.sampled_from([0.0, 0.02, 0.5]),
+            "typical_p": st.sampled_from([0.5, 1.0]),
+            "repetition": st.sampled_from([0.8, 1.0, 1.5]),
+            "presence": st.sampled_from([-1.0, 0.0, 1.0]),
+            "frequency": st.sampled_from([0.0, 0.7]),
+            "bias": st.dictionaries(st.integers(0, 29), st.sampled_from([-100.0, 1.5]), max_size=3),
+            "allowed": st.none() | st.lists(st.integers(0, 29), min_size=1, max_size=20),
+            "forbidden": st.lists(st.integers(0, 29), max_size=2),
+            "scale": st.sampled_from([0.1, 3.0, 20.0]),
+            "seed": st.integers(0, 2**64 - 1),
+        }
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    if request.param == "triton":
+        triton = pytest.importorskip("triton")
+        if DEVICE.type == "cpu" and not triton.knobs.runtime.interpret:
+            pytest.skip("no GPU, and not under the interpreter")
+    try:
+        return select_ops(DEVICE, request.param, threads=2)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def changes(rows: list[dict[str, Any]], vocab_size: int) -> LogitChanges:
+    generator = np.random.default_rng(len(rows))
+    every = range(len(rows))
+    history = RowTokens.of(every, [generator.integers(0, 30, 5 + 9 * row) for row in every])
+    assert history is not None
+    allowed = [row for row in every if rows[row]["allowed"] is not None]
+    return LogitChanges(
+        limits=np.full(len(rows), vocab_size - len(rows) % 2),
+        penalties=Penalties(
+            history,
+            history.starts[:-1] + 3,
+            *(np.array([row[name] for row in rows]) for name in ("repetition", "presence", "frequency")),
+        ),
+        bias=RowTokens.of(every, [list(row["bias"]) for row in rows]),
+        bias_values=np.array([value for row in rows for value in row["bias"].values()], dtype=np.float32),
+        allowed=RowTokens.of(allowed, [rows[row]["allowed"] for row in allowed]),
+        forbidden=RowTokens.of(every, [row["forbidden"] for row in rows]),
+    )
+
+
+def draws(rows: list[dict[str, Any]]) -> Draws:
+    names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+    columns = [np.array([row[name] for row in rows]) for name in names]
+    return Draws(*columns, np.array([row["seed"] for row in rows], dtype=np.uint64), np.arange(len(rows)) + 7)
+
+
+def logits_of(rows: list[dict[str, Any]], vocab_size: int) -> torch.Tensor:
+    """Different for each set of rows; no two in a row are equal."""
+    generator = torch.Generator().manual_seed(rows[0]["seed"] % 2**32)
+    scales = torch.tensor([row["scale"] for row in rows])[:, None]
+    return (torch.randn(len(rows), vocab_size, generator=generator) * scales).to(DEVICE)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=ROWS, vocab_size=st.sampled_from([31, 600, 3000]))
+def test_a_backend_draws_what_the_reference_draws(ops: Ops, rows: list[dict[str, Any]], vocab_size: int) -> None:
+    mine, theirs = (logits_of(rows, vocab_size) for _ in range(2))
+    ops.adjust_logits(mine, changes(rows, vocab_size))
+    REFERENCE.adjust_logits(theirs, changes(rows, vocab_size))
+    assert torch.equal(mine, theirs)
+    tokens = ops.draw_tokens(mine.clone(), draws(rows))
+    assert tokens.tolist() == REFERENCE.draw_tokens(theirs, draws(rows)).tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=ROWS, num_top=st.sampled_from([0, 1, 20]))
+def test_a_backend_finds_the_likelihoods_that_the_reference_finds(
+    ops: Ops, rows: list[dict[str, Any]], num_top: int
+) -> None:
+    logits = logits_of(rows, 600)
+    token_ids = torch.arange(len(rows), device=DEVICE) * 50
+    mine, theirs = (each.likelihoods(logits.clone(), token_ids, num_top) for each in (ops, REFERENCE))
+    torch.testing.assert_close(mine.logprobs, theirs.logprobs)
+    torch.testing.assert_close(mine.top_logprobs, theirs.top_logprobs)
+    assert (mine.ranks.tolist(), mine.top_ids.tolist()) == (theirs.ranks.tolist(), theirs.top_ids.tolist())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_backend_draws_nothing_from_logits_that_are_no_numbers(ops: Ops, temperature: float, value: float) -> None:
+    row = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "seed": 3}
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    logits[1] = value
+    assert [token < 0 for token in ops.draw_tokens(logits, draws([row] * 3)).tolist()] == [False, True, False]
