@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvloop
 
-from loraplex_service.cli import _limit_arenas
+from loraplex_service.cli import SWITCH_SECONDS, _limit_arenas
 from tests.service.control_plane import control_plane
 from tests.service.ports.guarded_server import HeldLoop
 
@@ -28,5 +28,6 @@ async def serve(tokenizer: Path, roots: Path) -> None:
 
 
 if __name__ == "__main__":
-    _limit_arenas()  # as `loraplex serve` does
+    _limit_arenas()  # this and the next as `loraplex serve` does
+    sys.setswitchinterval(SWITCH_SECONDS)
     uvloop.run(serve(Path(sys.argv[1]), Path(sys.argv[2])))

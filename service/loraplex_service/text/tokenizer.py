@@ -162,7 +162,12 @@ class Tokenizer:
         return self._pieces_without_special if skip_special_tokens else self._pieces
 
     def _run(self, add_special_tokens: bool) -> Callable[[tokenizers.Tokenizer, str], Any]:
-        return lambda backend, text: self._encode(backend.encode_batch, text, add_special_tokens)
+        def run(backend: tokenizers.Tokenizer, text: str) -> Any:
+            if len(text) > MAX_TOKENS:  # maybe too many tokens: to drop those with their places holds the lock for long
+                self._encode(backend.encode_batch_fast, text, add_special_tokens)
+            return self._encode(backend.encode_batch, text, add_special_tokens)
+
+        return run
 
     @staticmethod
     def _encode(encode_batch: Callable[..., Any], text: str, add_special_tokens: bool, most: int = MAX_TOKENS) -> Any:
