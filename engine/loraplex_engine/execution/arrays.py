@@ -27,11 +27,11 @@ class History(NamedTuple):
     token_ids: np.ndarray  # int64 [num_tokens], prompt, then output; empty: no parameter asks what they are
 
     @classmethod
-    def of(cls, request: Request) -> History:
-        """The history of all tokens that the request has."""
+    def of(cls, request: Request, drafts: Sequence[int] = ()) -> History:
+        """The history of all tokens that the request has, and of these drafts after them."""
         sampling, token_ids = request.sampling, request.token_ids
-        read = np.array(token_ids, dtype=np.int64) if sampling.needs_penalties else NO_TOKENS
-        return cls(request.request_id, sampling, request.num_prompt_tokens, len(token_ids), read)
+        read = np.array([*token_ids, *drafts], dtype=np.int64) if sampling.needs_penalties else NO_TOKENS
+        return cls(request.request_id, sampling, request.num_prompt_tokens, len(token_ids) + len(drafts), read)
 
     @property
     def num_output_tokens(self) -> int:
@@ -65,7 +65,7 @@ class StepArrays:
     lora: Ranges
     logits_rows: np.ndarray  # int64 [L]: a row for each of `histories`, then those of `prompt_targets`
     logits_lora: Ranges  # `lora` of these rows, numbered as in `logits_rows`
-    num_drawn: tuple[int, ...]  # [S]: how many of `histories` are of each sequence, in order
+    num_drawn: tuple[int, ...]  # [S]: how many of `histories` are of each sequence, in order; its last rows are theirs
     histories: tuple[History, ...]
     prompt_targets: tuple[PromptTargets, ...]
 
@@ -73,7 +73,7 @@ class StepArrays:
 def step_arrays(plan: StepPlan, block_size: int) -> StepArrays:
     """Lay the plan's tokens side by side and say where each one sits in its sequence and in the cache."""
     scheduled = plan.scheduled
-    counts = np.array([item.num_new_tokens for item in scheduled], dtype=np.int32)
+    counts = np.array([item.num_rows for item in scheduled], dtype=np.int32)
     computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
     starts = np.zeros(len(scheduled) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
@@ -87,10 +87,15 @@ def step_arrays(plan: StepPlan, block_size: int) -> StepArrays:
 
     bounds = starts.tolist()
     ranges = _lora_ranges(scheduled, bounds)
-    num_drawn = tuple(int(item.samples) for item in scheduled)
-    histories = tuple(History.of(item.request) for item, drawn in zip(scheduled, num_drawn, strict=True) if drawn)
+    num_drawn = tuple(1 + len(item.draft_token_ids) if item.samples else 0 for item in scheduled)
+    histories = tuple(
+        History.of(item.request, item.draft_token_ids[:place])
+        for item, drawn in zip(scheduled, num_drawn, strict=True)
+        for place in range(drawn)
+    )
     prompt_rows, targets = _prompt_targets(scheduled, bounds)
-    logits_rows = [end - 1 for end, drawn in zip(bounds[1:], num_drawn, strict=True) if drawn] + prompt_rows
+    drawn_rows = [row for end, drawn in zip(bounds[1:], num_drawn, strict=True) for row in range(end - drawn, end)]
+    logits_rows = drawn_rows + prompt_rows
     return StepArrays(
         token_ids=_token_ids(scheduled),
         positions=positions,
@@ -117,6 +122,7 @@ def _token_ids(scheduled: Sequence[ScheduledRequest]) -> np.ndarray:
             tokens.append(item.request.token_ids[first])
         else:
             tokens.extend(item.request.token_ids[first : first + item.num_new_tokens])
+        tokens.extend(item.draft_token_ids)
     return np.array(tokens, dtype=np.int64)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 
 from loraplex_engine.checkpoint.memory import populate
-from loraplex_engine.execution.arrays import History, PromptTargets, StepArrays, step_arrays
+from loraplex_engine.execution.arrays import PromptTargets, StepArrays, step_arrays
 from loraplex_engine.execution.batch import narrowed, step_batch
 from loraplex_engine.execution.cuda_graph import DecodeGraphs, decode_graphs
 from loraplex_engine.execution.device import described
@@ -84,7 +85,7 @@ class ModelRunner:
     def start(self, step: StepArrays) -> PendingResult:
         """Start a step that is laid out as arrays, whoever made them. What reads from the device is in its result."""
         batch, count = step_batch(step, self.ops.device), len(step.histories)
-        decoding = count == len(step.token_ids)  # each row is drawn from
+        decoding = count == len(step.token_ids) == len(step.seq_lens)  # each row is a sequence's, and drawn from
         if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):
             hidden = self.decode_graphs.forward(batch)
         else:
@@ -100,9 +101,8 @@ class ModelRunner:
         """Draw from the logits; None: no row is drawn from. hidden: the rows that `lora` numbers."""
         drawn = [] if logits is None else self.sampler.sample(logits, step.histories)
         prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, len(step.histories), lora)
-        return StepResult(
-            _by_sequence(drawn, step.num_drawn), prompt_logprobs, _not_finite(step.histories, drawn, prompt_logprobs)
-        )
+        sampled = _by_sequence(drawn, step)
+        return StepResult(sampled, prompt_logprobs, _not_finite(step, sampled, prompt_logprobs))
 
     def _prompt_logprobs(
         self, targets: Sequence[PromptTargets], hidden: torch.Tensor, row: int, lora: LoraSegments | None
@@ -120,24 +120,38 @@ class ModelRunner:
         return found
 
 
-def _by_sequence(drawn: Sequence[SampledToken | None], counts: Sequence[int]) -> tuple[tuple[SampledToken, ...], ...]:
-    """The tokens that could be drawn, by the sequence that each was drawn for."""
+def _by_sequence(drawn: Sequence[SampledToken | None], step: StepArrays) -> tuple[tuple[SampledToken, ...], ...]:
+    """The tokens that follow each sequence: up to the first that could not be drawn, or is not the draft in its place.
+
+    The draft in a token's place is in the sequence's next row.
+    """
     sampled, start = [], 0
-    for count in counts:
-        sampled.append(tuple(filter(None, drawn[start : start + count])))
+    for count in step.num_drawn:
+        kept: list[SampledToken] = []
+        for place in range(start, start + count):
+            token = drawn[place]
+            if token is None:
+                break
+            kept.append(token)
+            if place + 1 < start + count and token.token_id != step.token_ids[step.logits_rows[place] + 1]:
+                break
+        sampled.append(tuple(kept))
         start += count
     return tuple(sampled)
 
 
 def _not_finite(
-    histories: Sequence[History],
-    drawn: Sequence[SampledToken | None],
-    prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]],
+    step: StepArrays, sampled: Sequence[Sequence[SampledToken]], prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]]
 ) -> frozenset[int]:
     """The ids of requests for which no token could be drawn, or whose prompt has a log-probability that is not
     finite.
     """
-    undrawn = {history.request_id for history, token in zip(histories, drawn, strict=True) if token is None}
+    firsts = [end - count for count, end in zip(step.num_drawn, accumulate(step.num_drawn), strict=True)]
+    undrawn = {
+        step.histories[first].request_id
+        for first, count, tokens in zip(firsts, step.num_drawn, sampled, strict=True)
+        if count and not tokens
+    }
     return frozenset(undrawn).union(
         request_id for request_id, found in prompt_logprobs.items() if any(math.isnan(one.logprob) for one in found)
     )

@@ -200,11 +200,12 @@ class Scheduler:
             request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
             self._collect_prompt_logprobs(request, item, result.prompt_logprobs.get(request.request_id))
             if sampled:
-                outputs.append(self._take_tokens(request, sampled))
+                outputs.append(self._take_tokens(item, sampled))
         return outputs
 
-    def _take_tokens(self, request: Request, sampled: Sequence[SampledToken]) -> RequestOutput:
+    def _take_tokens(self, item: ScheduledRequest, sampled: Sequence[SampledToken]) -> RequestOutput:
         """Append the tokens, up to the one that ends the request."""
+        request = item.request
         first = request.num_output_tokens == 0
         token_ids: list[int] = []
         reason = None
@@ -214,6 +215,7 @@ class Scheduler:
             reason = self._finish_reason(request, token.token_id)
             if reason is not None:
                 break
+        self._keep_drafts(request, min(len(item.draft_token_ids), len(token_ids) - 1))
         self.generated_tokens += len(token_ids)
         self.waiting.charge(request, output_tokens=len(token_ids))
         logprobs = [token.logprobs for token in sampled[: len(token_ids)] if token.logprobs is not None]
@@ -227,6 +229,12 @@ class Scheduler:
         if reason is not None:
             self._finish(request, reason)
         return self._with_beginning(output, request) if first else output
+
+    def _keep_drafts(self, request: Request, count: int) -> None:
+        """Count as computed the drafts that were drawn, too, and let others find their blocks."""
+        if count:
+            self.blocks.publish(request, request.num_computed_tokens + count)
+            request.num_computed_tokens += count
 
     def _collect_prompt_logprobs(
         self, request: Request, item: ScheduledRequest, logprobs: Sequence[TokenLogprobs] | None

@@ -15,11 +15,21 @@ STALLED_SECONDS: Final = 0.002
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """One request's share of a step: compute `num_new_tokens` tokens from `num_computed_tokens` on."""
+    """One request's share of a step: compute `num_new_tokens` tokens from `num_computed_tokens` on.
+
+    Drafts are computed after the last known token. What is drawn at each place does not depend on them: they save the
+    steps of those that are guessed right, up to the first that is not. The request must hold blocks for them.
+    """
 
     request: Request  # read-only for the runner
     num_computed_tokens: int  # at the start of the step
     num_new_tokens: int  # 1 when decoding, a chunk of the prompt when prefilling
+    draft_token_ids: tuple[int, ...] = ()  # guesses at the tokens to be drawn; only where the step draws
+
+    @property
+    def num_rows(self) -> int:
+        """The rows that it takes in the step."""
+        return self.num_new_tokens + len(self.draft_token_ids)
 
     @property
     def samples(self) -> bool:
@@ -36,7 +46,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_new_tokens for item in self.scheduled)
+        return sum(item.num_rows for item in self.scheduled)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, LoadAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
-from loraplex_engine.scheduling.step import PendingResult, ScheduledRequest, StepPlan, StepResult
+from loraplex_engine.scheduling.step import PendingResult, SampledToken, ScheduledRequest, StepPlan, StepResult
 from tests.reference.stepping import step
 
 transformers = pytest.importorskip("transformers")
@@ -135,6 +136,54 @@ def test_a_sequence_in_the_middle_of_its_prompt_is_not_drawn_from() -> None:
     assert arrays.num_drawn == (0, 1)
     assert [history.num_tokens for history in arrays.histories] == [2]
     assert arrays.logits_rows.tolist() == [2]
+
+
+def test_a_token_is_drawn_after_each_draft_as_if_it_were_known() -> None:
+    drafted = ScheduledRequest(request([7, 8], [9], presence_penalty=1.0), 2, 1, draft_token_ids=(4, 6))
+    arrays = step_arrays(StepPlan((drafted, ScheduledRequest(request([1], [3]), 1, 1))), BLOCK_SIZE)
+    assert arrays.token_ids.tolist() == [9, 4, 6, 3]
+    assert arrays.positions.tolist() == [2, 3, 4, 1]
+    assert arrays.seq_lens.tolist() == [5, 2]
+    assert arrays.num_drawn == (3, 1)
+    assert arrays.logits_rows.tolist() == [0, 1, 2, 3]
+    assert [history.num_tokens for history in arrays.histories] == [3, 4, 5, 2]
+    assert [history.token_ids.tolist() for history in arrays.histories] == [
+        [7, 8, 9],
+        [7, 8, 9, 4],
+        [7, 8, 9, 4, 6],
+        [],
+    ]
+
+
+class ScriptedSampler:
+    def __init__(self, drawn: list[int | None]) -> None:
+        self.drawn = [None if token is None else SampledToken(token, None) for token in drawn]
+
+    def sample(self, logits: torch.Tensor, histories: Sequence[History]) -> list[SampledToken | None]:
+        assert len(logits) == len(histories) == len(self.drawn)
+        return self.drawn
+
+
+@pytest.mark.parametrize(
+    ("drawn", "kept", "failed"),
+    [
+        ([4, 6, 8], [4, 6, 8], False),
+        ([4, 5, None], [4, 5], False),
+        ([5, 6, 8], [5], False),
+        ([4, None, 8], [4], False),
+        ([None, 6, 8], [], True),
+    ],
+)
+def test_tokens_are_kept_up_to_the_first_that_is_not_the_draft_in_its_place(
+    folder: Path, drawn: list[int | None], kept: list[int], failed: bool
+) -> None:
+    core, _ = load(folder)
+    core.runner.sampler = ScriptedSampler([7, *drawn])  # type: ignore[assignment]
+    drafted = ScheduledRequest(request([7, 8], [9]), 2, 1, draft_token_ids=(4, 6))
+    result = core.runner.execute(StepPlan((ScheduledRequest(request([1], [3]), 1, 1), drafted))).result()
+    core.close()
+    assert [[token.token_id for token in tokens] for tokens in result.sampled] == [[7], kept]
+    assert bool(result.not_finite) == failed
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The scheduler's policy and its invariants, without a model: a fake runner makes up the tokens."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -348,6 +349,43 @@ def test_tokens_that_were_drawn_ahead_are_computed_by_the_next_step():
     )
     [item] = bench.scheduler.schedule().scheduled
     assert (item.num_computed_tokens, item.num_new_tokens, item.samples) == (1, 2, True)
+
+
+def update_with_drafts(bench: Bench, drafts: tuple[int, ...], drawn: tuple[int, ...]) -> None:
+    [item] = bench.scheduler.schedule().scheduled
+    assert bench.blocks.grow(item.request, item.request.num_tokens + len(drafts))
+    sampled = tuple(SampledToken(token, None) for token in drawn)
+    bench.scheduler.update(StepPlan((replace(item, draft_token_ids=drafts),)), StepResult((sampled,), {}))
+
+
+def test_drafts_that_were_drawn_are_computed_already_and_their_blocks_found():
+    bench = Bench()
+    bench.add(1, [5], max_tokens=20)
+    update_with_drafts(bench, drafts=(6, 7, 8, 9, 0), drawn=(6, 7, 8, 9, 4))
+    [item] = bench.scheduler.schedule().scheduled
+    assert (item.num_computed_tokens, item.num_new_tokens) == (5, 1)
+    other = bench.add(2, [5, 6, 7, 8, 3])
+    bench.scheduler.schedule()
+    assert other.num_cached_tokens == P
+    bench.blocks.check()
+
+
+def test_nobody_finds_a_block_with_a_draft_that_was_not_drawn():
+    bench = Bench()
+    bench.add(1, [5], max_tokens=20)
+    update_with_drafts(bench, drafts=(6, 7, 8), drawn=(6, 7, 9))
+    other = bench.add(2, [5, 6, 7, 8, 3])
+    bench.scheduler.schedule()
+    assert other.num_cached_tokens == 0
+
+
+def test_drafts_after_the_token_that_ends_a_request_are_forgotten():
+    bench = Bench()
+    bench.add(1, [5], max_tokens=20, eos_token_ids=(EOS,))
+    update_with_drafts(bench, drafts=(6, EOS, 8), drawn=(6, EOS, 8, 9))
+    assert bench.scheduler.generated_tokens == 2
+    assert not bench.scheduler.has_unfinished()
+    assert bench.blocks.num_used == 0
 
 
 def test_context_limit_ends_an_output():
