@@ -293,8 +293,8 @@ class Ops(Protocol):
         logits: float32 [S, V]; may be overwritten. p = softmax(x / temperature) is cut to the top_k best, of these to
         the fewest best that hold top_p of their sum, of these to those of at least min_p · max p, of these to the
         typical ones that hold typical_p of their sum; at least one remains. The token is the first at which the running
-        sum of p, in descending order (in that of the ids, where nothing is cut), passes u of the whole; u is
-        `sampling.uniform` of seed and position.
+        sum of p, in descending order (in that of the ids, where nothing is cut, or p is equal), passes u of the
+        whole; u is `sampling.uniform` of seed and position.
         Source: nucleus sampling (arXiv 1904.09751), min-p (arXiv 2407.01082), typical (arXiv 2202.00666).
         """
 

@@ -220,9 +220,7 @@ def _draw(logits: Tensor, draws: Draws) -> list[int]:
     few = np.flatnonzero(cut & (draws.top_k <= NUM_CANDIDATES))
     if len(few):
         k = min(NUM_CANDIDATES, logits.shape[-1])
-        values, ids = torch.topk(logprobs[few], k, dim=-1)
-        sorted_rows = values.double().cpu().numpy(), ids.cpu().numpy()
-        for row, row_values, row_ids in zip(few.tolist(), *sorted_rows, strict=True):
+        for row, row_values, row_ids in zip(few.tolist(), *_best(logprobs[few], k), strict=True):
             keep = _kept_of_sorted(row_values, draws.top_k[row], draws.top_p[row], draws.min_p[row])
             if keep < k or k == logits.shape[-1]:
                 weights = _typical_weights(row_values[:keep], draws.typical_p[row])
@@ -234,6 +232,32 @@ def _draw(logits: Tensor, draws: Draws) -> list[int]:
             pick = _pick_of_sorted if truncated[row] else _pick_of_all
             tokens[row] = pick(row_logprobs, draws, row, numbers[row])
     return tokens
+
+
+def _best(logprobs: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best tokens of each row, the best first: their log-probabilities and their ids, float64 and int64 [S, k].
+
+    On the CPU numpy finds them ten times faster than torch.
+    """
+    if logprobs.device.type == "cpu":
+        rows = logprobs.numpy()
+        ids = np.stack([_best_of_row(row, k) for row in rows])
+        return np.take_along_axis(rows, ids, axis=1).astype(np.float64), ids
+    best = torch.topk(logprobs, k, dim=-1)
+    return best.values.double().cpu().numpy(), best.indices.cpu().numpy()
+
+
+def _best_of_row(logprobs: np.ndarray, k: int) -> np.ndarray:
+    """The ids of the k best, equal ones in ascending order: float32 [V] → int64 [k]
+
+    The k-th best of the maxima of small groups is no better than the k-th best of all, and little worse.
+    """
+    size = min(max(len(logprobs) // (2 * k), 1), 16)
+    maxima = logprobs[: len(logprobs) // size * size].reshape(size, -1).max(axis=0)
+    bound = np.partition(maxima, -k)[-k]
+    candidates = np.flatnonzero(logprobs >= bound)
+    chosen: np.ndarray = candidates[np.argsort(-logprobs[candidates], kind="stable")[:k]]
+    return chosen
 
 
 def _pick_of_all(logprobs: np.ndarray, draws: Draws, row: int, number: float) -> int:

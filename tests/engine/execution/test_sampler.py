@@ -134,6 +134,16 @@ def test_what_is_drawn_is_always_in_the_support_of_transformers(seed, temperatur
     assert torch.isfinite(scores[0, OPS.draw_tokens(logits.repeat(20, 1), draws(histories))]).all()
 
 
+def test_equally_likely_tokens_are_drawn_alike_from_few_candidates_and_from_the_whole_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = random_logits(1, vocab=400).round()  # many times the same values
+    histories = [make_history(seed=seed, top_k=1 + seed % 60) for seed in range(200)]
+    few = OPS.draw_tokens(logits.repeat(200, 1), draws(histories))
+    monkeypatch.setattr(sampling, "NUM_CANDIDATES", 0)
+    assert OPS.draw_tokens(logits.repeat(200, 1), draws(histories)).tolist() == few.tolist()
+
+
 def test_tokens_that_are_equally_typical_stay_together():
     logits = torch.zeros(8)  # each has the same information, none is nearer to the expected one
     assert (draw_many(logits, typical_p=0.3) > 0).all()
