@@ -24,6 +24,7 @@ from loraplex_engine.link.messages import (
     LoadAdapter,
     PinAdapter,
     RequestOutput,
+    SetVocabulary,
     StepOutput,
     UnloadAdapter,
 )
@@ -63,6 +64,9 @@ class TokenSource:
         if not self._left:
             self._next_step = time.perf_counter()
         self._left[message.request_id] = message.sampling.max_tokens
+
+    def set_vocabulary(self, message: SetVocabulary) -> None:
+        pass
 
     def abort(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:

@@ -26,12 +26,14 @@ from loraplex_engine.link.messages import (
     LoadAdapter,
     PinAdapter,
     RequestOutput,
+    SetVocabulary,
     StepOutput,
     UnloadAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
+from loraplex_engine.scheduling.forms import FormPreparer
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.scheduler import Scheduler
 from loraplex_engine.scheduling.step import StepPlan, StepResult
@@ -59,15 +61,16 @@ class EngineCore:
         self.store = store
         self.pool = pool
         self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.limits = runner.limits(config)
+        self.forms = FormPreparer(self.limits.vocab_size)
         self.scheduler = Scheduler(
             self.blocks,
-            [AdapterPreparer(pool)],
+            [AdapterPreparer(pool), self.forms],
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=runner.max_model_len,
             clock=time.monotonic,
         )
-        self.limits = runner.limits(config)
         self._num_steps = 0
         self._num_arrivals = 0
         self._rejected: list[RequestOutput] = []
@@ -100,8 +103,9 @@ class EngineCore:
         return cls(runner, store, pool, config)
 
     def close(self) -> None:
-        """Stop the loader threads."""
+        """Stop the threads that load adapters and compile grammars."""
         self.store.close()
+        self.forms.close()
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -116,6 +120,10 @@ class EngineCore:
             return
         self._num_arrivals += 1
         self.scheduler.add(Request(message, self._num_arrivals, time.monotonic()))
+
+    def set_vocabulary(self, message: SetVocabulary) -> None:
+        """Take what the forms of later requests are made of."""
+        self.forms.set_vocabulary(message.token_bytes)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Forget requests in whatever state they are. Their blocks are free at once; unknown ids are ignored."""
@@ -210,6 +218,8 @@ class EngineCore:
             logger.exception("step %d failed; its requests end with an error: %s", self._num_steps, ids)
             self.scheduler.fail_step(plan, f"the engine could not compute this step: {error}")
             return None
+        if result.problems:
+            self.scheduler.fail_formless([item.request for item in plan.scheduled], result.problems)
         if result.not_finite:
             self._fail_not_finite([item.request for item in plan.scheduled], result.not_finite)
         return result
@@ -226,10 +236,11 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         scheduler, blocks = self.scheduler, self.blocks
+        adapters, forms = scheduler.rooms
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_waiting_for_adapter=scheduler.num_set_aside,
+            num_waiting=len(scheduler.waiting) + len(forms),
+            num_waiting_for_adapter=len(adapters),
             total_blocks=blocks.num_blocks,
             free_blocks=blocks.num_free,
             cached_blocks=blocks.num_cached,

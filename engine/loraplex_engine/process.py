@@ -26,6 +26,7 @@ from loraplex_engine.link.messages import (
     Ping,
     Pong,
     RequestOutput,
+    SetVocabulary,
     Shutdown,
     StepOutput,
     ToEngine,
@@ -46,6 +47,8 @@ class Core(Protocol):
     def limits(self) -> EngineLimits: ...
 
     def add(self, message: AddRequest) -> None: ...
+
+    def set_vocabulary(self, message: SetVocabulary) -> None: ...
 
     def abort(self, request_ids: Sequence[int]) -> None: ...
 
@@ -121,6 +124,8 @@ def handle(core: Core, message: ToEngine | BadRequest) -> FromEngine | None:
                 return _request_failed(core, request_id, str(error))
         case BadRequest(request_id=request_id, problem=problem):
             return _request_failed(core, request_id, f"not a valid request: {problem}")
+        case SetVocabulary():
+            core.set_vocabulary(message)
         case Abort(request_ids=request_ids):
             core.abort(request_ids)
         case LoadAdapter(key=key):

@@ -273,6 +273,12 @@ class Ops(Protocol):
         cannot store.
         """
 
+    def mask_logits(self, logits: Tensor, rows: Sequence[int], bits: Tensor) -> None:
+        """logits[rows[r], v] = −inf in place, for every v whose bit in row r of `bits` is 0; other rows stay.
+
+        logits: float32 [S, V]; bits: int32 [len(rows), W] on the host, 32·W ≥ V; v has bit v mod 32 of word v div 32.
+        """
+
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """silu(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""
 

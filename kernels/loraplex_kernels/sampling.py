@@ -98,6 +98,15 @@ class Likelihoods(NamedTuple):
 class TorchSampling:
     """The operations of `Ops` that end a step, in plain torch, on any device."""
 
+    def mask_logits(self, logits: Tensor, rows: Sequence[int], bits: Tensor) -> None:
+        bits = bits.to(logits.device, non_blocking=True)
+        if logits.is_cpu:  # row by row, each in a cache
+            for row, row_bits in zip(rows, bits, strict=True):
+                logits[row].masked_fill_(_forbidden(row_bits, logits.shape[-1]), -torch.inf)
+        else:
+            index = torch.tensor(rows, device=logits.device)
+            logits.index_put_((index,), logits[index].masked_fill_(_forbidden(bits, logits.shape[-1]), -torch.inf))
+
     def adjust_logits(self, logits: Tensor, changes: LogitChanges) -> None:
         _mask_rows_without_a_token(logits, changes.limits)
         if changes.penalties is not None:
@@ -308,3 +317,10 @@ def _pick(weights: np.ndarray, number: float) -> int:
     """The index at which the running sum of the weights passes `number` of their total."""
     sums = np.cumsum(weights)
     return min(int(np.searchsorted(sums, number * sums[-1], side="right")), len(weights) - 1)
+
+
+def _forbidden(bits: Tensor, count: int) -> Tensor:
+    """Whether the bit of each of `count` tokens is 0.  bits: int32 [..., W] → bool [..., count]"""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    octets = bits.view(torch.uint8).unsqueeze(-1)
+    return ((octets >> shifts) & 1).flatten(-2)[..., :count] == 0

@@ -34,6 +34,7 @@ from loraplex_engine.link.messages import (
     Ping,
     Pong,
     RequestOutput,
+    SetVocabulary,
     Shutdown,
     StepOutput,
     ToEngine,
@@ -63,6 +64,9 @@ class FakeCore:
         if not message.prompt_token_ids:
             raise ValueError("the prompt is empty")
         self.requests[message.request_id] = message
+
+    def set_vocabulary(self, message: SetVocabulary) -> None:
+        pass
 
     def abort(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:

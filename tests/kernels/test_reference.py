@@ -254,3 +254,16 @@ def test_rotary_store_kv(generator, dtype, norm):
     untouched = [s for s in range(12) if s not in slots.tolist()]
     assert not stored_k[untouched].any()
     assert not stored_v[untouched].any()
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 70])
+def test_mask_logits(generator, vocab):
+    logits = torch.randn(4, vocab, generator=generator)
+    bits = torch.randint(-(2**31), 2**31, (2, vocab // 32 + 1), generator=generator).to(torch.int32)
+    expected = logits.clone()
+    for row, words in zip((3, 1), bits.tolist(), strict=True):
+        for token in range(vocab):
+            if not words[token // 32] >> token % 32 & 1:
+                expected[row, token] = -math.inf
+    OPS.mask_logits(logits, [3, 1], bits)
+    assert torch.equal(logits, expected)

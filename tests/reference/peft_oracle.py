@@ -209,10 +209,10 @@ class RecordingSampler:
         self._sampler = sampler
         self.logits: dict[int, list[Tensor]] = {}
 
-    def sample(self, logits: Tensor, requests: Any) -> Any:
+    def sample(self, logits: Tensor, requests: Any, mask: Any) -> Any:
         for row, request in zip(logits, requests, strict=True):
             self.logits.setdefault(request.request_id, []).append(row.clone())
-        return self._sampler.sample(logits, requests)
+        return self._sampler.sample(logits, requests, mask)
 
 
 class Engine:

@@ -33,6 +33,7 @@ from loraplex_engine.link.messages import (
     LoadAdapter,
     PinAdapter,
     RequestOutput,
+    SetVocabulary,
     StepOutput,
     ToEngine,
     UnloadAdapter,
@@ -84,6 +85,9 @@ class ScriptedCore:
         if message.adapter is not None:
             self._moved.append((message.adapter, Residency.DEVICE))
         self.given[message.request_id] = len(message.output_token_ids)
+
+    def set_vocabulary(self, message: SetVocabulary) -> None:
+        pass
 
     def abort(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:

@@ -14,14 +14,17 @@ from loraplex_engine.execution.arrays import PromptTargets, StepArrays, step_arr
 from loraplex_engine.execution.batch import narrowed, step_batch
 from loraplex_engine.execution.cuda_graph import DecodeGraphs, decode_graphs
 from loraplex_engine.execution.device import described
+from loraplex_engine.execution.form_masks import FormMasks
 from loraplex_engine.execution.kv_cache import create_kv_cache, stored_dtype
 from loraplex_engine.execution.sampler import Sampler, describe
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
 from loraplex_engine.models import LanguageModel
+from loraplex_engine.scheduling.form import Form
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
 from loraplex_kernels.ops import LoraSegments, Ops
 
+NO_FORMS: Mapping[int, Form] = {}
 PROMPT_LOGPROB_ROWS = 128  # rows of the vocabulary held at once: 128 x 128k floats are 64 MiB
 
 
@@ -43,6 +46,7 @@ class ModelRunner:
                 f"max_model_len {self.max_model_len} is more than the {model.config.max_position_embeddings} positions "
                 "that the model was made for: lower it, or leave it out, or stretch them by rope_scaling"
             )
+        self.form_masks = FormMasks(model.config.vocab_size)
         self.kv_dtype = stored_dtype(config.kv_cache_dtype, model.dtype)
         self.decode_graphs: DecodeGraphs | None = None
         self.num_blocks = 1
@@ -79,11 +83,14 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> PendingResult:
         """Start to compute every token of the plan. Its result has the next one of each request that has caught up."""
-        return self.start(step_arrays(plan, self.block_size))
+        return self.start(step_arrays(plan, self.block_size), _forms(plan))
 
     @torch.inference_mode()
-    def start(self, step: StepArrays) -> PendingResult:
-        """Start a step that is laid out as arrays, whoever made them. What reads from the device is in its result."""
+    def start(self, step: StepArrays, forms: Mapping[int, Form] = NO_FORMS) -> PendingResult:
+        """Start a step that is laid out as arrays, whoever made them. What reads from the device is in its result.
+
+        forms: of the outputs that have one, by their place among `step.histories`.
+        """
         batch, count = step_batch(step, self.ops.device), len(step.histories)
         decoding = count == len(step.token_ids) == len(step.seq_lens)  # each row is a sequence's, and drawn from
         if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):
@@ -92,17 +99,25 @@ class ModelRunner:
             hidden = self.model.forward(batch, self.kv_cache)
         lora = batch.logits_lora if count == len(hidden) else narrowed(batch.logits_lora, 0, count)
         logits = self.model.logits(hidden[:count], lora) if count else None
-        return PendingResult(partial(self._finish, step, logits, hidden, batch.logits_lora))
+        return PendingResult(partial(self._finish, step, forms, logits, hidden, batch.logits_lora))
 
     @torch.inference_mode()
     def _finish(
-        self, step: StepArrays, logits: torch.Tensor | None, hidden: torch.Tensor, lora: LoraSegments | None
+        self,
+        step: StepArrays,
+        forms: Mapping[int, Form],
+        logits: torch.Tensor | None,
+        hidden: torch.Tensor,
+        lora: LoraSegments | None,
     ) -> StepResult:
         """Draw from the logits; None: no row is drawn from. hidden: the rows that `lora` numbers."""
-        drawn = [] if logits is None else self.sampler.sample(logits, step.histories)
+        mask = self.form_masks.fill(step.histories, forms) if forms else None  # while a device computes the logits
+        drawn = [] if logits is None else self.sampler.sample(logits, step.histories, mask)
         prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, len(step.histories), lora)
         sampled = _by_sequence(drawn, step)
-        return StepResult(sampled, prompt_logprobs, _not_finite(step, sampled, prompt_logprobs))
+        not_finite = _not_finite(step, sampled, prompt_logprobs)
+        problems = {} if mask is None else {one: why for one, why in mask.problems.items() if one in not_finite}
+        return StepResult(sampled, prompt_logprobs, not_finite - problems.keys(), problems)
 
     def _prompt_logprobs(
         self, targets: Sequence[PromptTargets], hidden: torch.Tensor, row: int, lora: LoraSegments | None
@@ -118,6 +133,23 @@ class ModelRunner:
                 details.extend(describe(self.ops, logits, chosen, [num_top] * len(wanted)))
                 row += len(wanted)
         return found
+
+
+def _forms(plan: StepPlan) -> Mapping[int, Form]:
+    """The forms of what is drawn in a step, by their place among its histories.
+
+    There is none behind a draft that is not of the form: it is not drawn, so nothing after it is kept.
+    """
+    forms: dict[int, Form] = {}
+    place = 0
+    for item in plan.scheduled:
+        form, drafts = item.request.form, item.draft_token_ids
+        for count in range(1 + len(drafts) if item.samples else 0):
+            known = None if form is None else form.after(drafts[:count])
+            if known is not None:
+                forms[place] = known
+            place += 1
+    return forms
 
 
 def _by_sequence(drawn: Sequence[SampledToken | None], step: StepArrays) -> tuple[tuple[SampledToken, ...], ...]:

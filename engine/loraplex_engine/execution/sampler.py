@@ -10,9 +10,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from loraplex_engine.execution.arrays import History
+from loraplex_engine.execution.form_masks import TokenMask
 from loraplex_engine.link.messages import TokenLogprobs
 from loraplex_engine.scheduling.step import SampledToken
 from loraplex_kernels.ops import Ops
@@ -27,14 +29,18 @@ class Sampler:
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
 
-    def sample(self, logits: Tensor, histories: Sequence[History]) -> list[SampledToken | None]:
-        """Draw the token of each row; None where the logits are NaN or infinite.
+    def sample(
+        self, logits: Tensor, histories: Sequence[History], mask: TokenMask | None = None
+    ) -> list[SampledToken | None]:
+        """Draw the token of each row; None where the logits are NaN or infinite, or `mask` leaves nothing.
 
         logits: float32 [S, V], row s belongs to histories[s]; may be overwritten.
         """
         asked = {row: count for row, h in enumerate(histories) if (count := h.sampling.num_logprobs) is not None}
         raw = logits[list(asked)] if asked else None  # before anything is changed
         self.ops.adjust_logits(logits, logit_changes(histories, logits.shape[-1]))
+        if mask is not None:
+            self.ops.mask_logits(logits, mask.rows, torch.from_numpy(mask.bits))
         token_ids = self.ops.draw_tokens(logits, draws(histories))
         details: dict[int, TokenLogprobs] = {}
         if raw is not None:

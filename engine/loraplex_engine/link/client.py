@@ -6,10 +6,11 @@ ZeroMQ, in-process and with a fake engine. It lives as long as its engine proces
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 
 from loraplex_engine.link.adapters import AdapterNews, EngineAdapters
 from loraplex_engine.link.connection import Connection, Send, new_answer, reject, resolve
-from loraplex_engine.link.messages import EngineStats, Ping, Pong, StepOutput
+from loraplex_engine.link.messages import EngineStats, Ping, Pong, SetVocabulary, StepOutput
 from loraplex_engine.link.requests import MAX_PENDING_TOKENS, EngineRequests
 
 # What an engine says once it runs. EngineReady, EngineFailed and LoadProgress come before, and belong to whoever
@@ -24,6 +25,7 @@ class EngineClient:
         self._connection = Connection(send)
         self.requests = EngineRequests(self._connection, max_pending_tokens)
         self.adapters = EngineAdapters(self._connection)
+        self._has_vocabulary = False
         self.stats: EngineStats | None = None  # as of the last step or pong
         self._nonces = itertools.count(1)
         self._pings: dict[int, asyncio.Future[Pong]] = {}
@@ -32,6 +34,12 @@ class EngineClient:
     def error(self) -> Exception | None:
         """The error given to `fail`; None: the engine lives."""
         return self._connection.error
+
+    def teach(self, token_bytes: Sequence[bytes]) -> None:
+        """Give the engine its vocabulary, as `SetVocabulary` has it, unless it has it already."""
+        if not self._has_vocabulary and self.error is None:
+            self._has_vocabulary = True
+            self._connection.send(SetVocabulary(list(token_bytes)))
 
     async def ping(self) -> Pong:
         """Wait for a sign of life from between two steps. The caller sets the timeout."""

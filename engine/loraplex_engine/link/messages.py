@@ -45,12 +45,22 @@ class AddRequest(Message, frozen=True):
     weight: float = 1.0  # of the tenant's share; above 0
     adapter_wait_seconds: float | None = None  # longest wait for the adapter, once it is its turn; None: for ever
     output_token_ids: list[int] = []  # tokens that an earlier engine generated: go on after them
+    grammar: str = ""  # of the form that the output must have, within `link.grammar`'s limits; "": any
 
     @property
     def prompt_token_ids(self) -> list[int]:
         """The prompt, which must be one part of token ids."""
         assert isinstance(self.prompt, list)
         return self.prompt
+
+
+class SetVocabulary(Message, frozen=True):
+    """The bytes that each token adds to a text, by id; empty: it adds none, or is a control token.
+
+    Needed before the first request with a grammar, and sent once.
+    """
+
+    token_bytes: list[bytes]
 
 
 class Abort(Message, frozen=True):
@@ -106,7 +116,9 @@ class Shutdown(Message, frozen=True):
     """Leave the loop and exit with status 0. Running requests end without an answer: drain first."""
 
 
-ToEngine = AddRequest | Abort | LoadAdapter | UnloadAdapter | BringAdapter | PinAdapter | Ping | Shutdown
+ToEngine = (
+    AddRequest | SetVocabulary | Abort | LoadAdapter | UnloadAdapter | BringAdapter | PinAdapter | Ping | Shutdown
+)
 
 
 # ---- engine → service ----------------------------------------------------------------------------------------------
@@ -143,7 +155,7 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     """The engine at the end of a step."""
 
     num_running: int
-    num_waiting: int  # waiting for a turn, or for blocks
+    num_waiting: int  # waiting for a turn, for blocks, or for a form that is compiled
     num_waiting_for_adapter: int
     total_blocks: int
     free_blocks: int  # never used or forgotten

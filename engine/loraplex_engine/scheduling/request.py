@@ -9,6 +9,7 @@ from typing import Final
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.messages import AddRequest, Embedded, Parts, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.scheduling.form import Form
 
 NO_TOKEN: Final = -1  # at each position of an embedded part: no vocabulary has it
 
@@ -43,6 +44,8 @@ class Request:
         "embedded",
         "finish_reason",
         "first_scheduled_time",
+        "form",
+        "form_key",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_given",
@@ -66,6 +69,9 @@ class Request:
         self.cache_salt = message.cache_salt
         # Prompt log-probabilities need every position computed, so there is nothing to take from the cache.
         self.bypass_prefix_cache = message.bypass_prefix_cache or sampling.num_prompt_logprobs is not None
+        # What its form is prepared for: a grammar, and the tokens that it has taken already.
+        self.form_key = (message.grammar, tuple(message.output_token_ids)) if message.grammar else None
+        self.form: Form | None = None  # that its output must have
         self.adapter_wait_seconds = message.adapter_wait_seconds
         self.tenant = message.tenant
         self.weight = message.weight

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -22,6 +22,8 @@ from loraplex_engine.scheduling.fairness import FairQueue
 from loraplex_engine.scheduling.request import Request, RequestState
 from loraplex_engine.scheduling.resources import NeverReadyError, Preparer, WaitingRoom
 from loraplex_engine.scheduling.step import SampledToken, ScheduledRequest, StepPlan, StepResult
+
+ENDED_BY_TOKEN = (FinishReason.STOP, FinishReason.EOS)
 
 
 class Scheduler:
@@ -208,11 +210,15 @@ class Scheduler:
         request = item.request
         first = request.num_output_tokens == 0
         token_ids: list[int] = []
-        reason = None
+        reason = stop_token_id = None
         for token in sampled:
             token_ids.append(token.token_id)
             request.token_ids.append(token.token_id)
             reason = self._finish_reason(request, token.token_id)
+            if reason in ENDED_BY_TOKEN:
+                stop_token_id = token.token_id
+            elif request.form is not None and request.form.take(token.token_id):
+                reason = FinishReason.STOP
             if reason is not None:
                 break
         self._keep_drafts(request, min(len(item.draft_token_ids), len(token_ids) - 1))
@@ -223,7 +229,7 @@ class Scheduler:
             request_id=request.request_id,
             token_ids=token_ids,
             finish_reason=reason,
-            stop_token_id=token_ids[-1] if reason in (FinishReason.STOP, FinishReason.EOS) else None,
+            stop_token_id=stop_token_id,
             logprobs=logprobs or None,
         )
         if reason is not None:
@@ -282,6 +288,12 @@ class Scheduler:
             self.blocks.retract(item.request)
         for item in plan.scheduled:
             self.fail(item.request, error)
+
+    def fail_formless(self, requests: Sequence[Request], problems: Mapping[int, str]) -> None:
+        """End the requests that have a problem, by id: their forms allow no token."""
+        for request in requests:
+            if request.request_id in problems:
+                self.fail(request, problems[request.request_id])
 
     def fail_not_finite(self, requests: Sequence[Request], error: str) -> None:
         """End the requests whose logits were NaN or infinite. No other request uses their cached blocks."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from loraplex_engine.link.messages import TokenLogprobs
@@ -64,6 +64,7 @@ class StepResult:
     sampled: tuple[tuple[SampledToken, ...], ...]  # by scheduled request, the tokens that follow; empty: none was drawn
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by request id: of the prompt tokens that this step's rows predict
     not_finite: frozenset[int] = frozenset()  # the ids of requests whose logits were NaN or infinite
+    problems: Mapping[int, str] = field(default_factory=dict)  # by request id: why its form allows no token
 
 
 @dataclass(frozen=True, slots=True)

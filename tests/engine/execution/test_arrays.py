@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.core import EngineCore
 from loraplex_engine.execution.arrays import History, StepArrays, step_arrays
+from loraplex_engine.execution.form_masks import TokenMask
+from loraplex_engine.execution.model_runner import NO_FORMS
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, LoadAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_engine.scheduling.form import Form
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, ScheduledRequest, StepPlan, StepResult
 from tests.reference.stepping import step
@@ -82,7 +85,7 @@ def test_steps_that_were_written_down_give_the_same_results_when_they_are_read_b
     written: list[bytes] = []
     results: list[StepResult] = []
 
-    def note(step: StepArrays) -> PendingResult:
+    def note(step: StepArrays, forms: Mapping[int, Form] = NO_FORMS) -> PendingResult:
         written.append(encoded(step))
         results.append(result := start(step).result())
         return PendingResult(lambda: result)
@@ -159,7 +162,9 @@ class ScriptedSampler:
     def __init__(self, drawn: list[int | None]) -> None:
         self.drawn = [None if token is None else SampledToken(token, None) for token in drawn]
 
-    def sample(self, logits: torch.Tensor, histories: Sequence[History]) -> list[SampledToken | None]:
+    def sample(
+        self, logits: torch.Tensor, histories: Sequence[History], mask: TokenMask | None
+    ) -> list[SampledToken | None]:
         assert len(logits) == len(histories) == len(self.drawn)
         return self.drawn
 

@@ -34,6 +34,7 @@ from loraplex_engine.link.messages import (
     LoadProgress,
     Message,
     Ping,
+    SetVocabulary,
     Shutdown,
     ToEngine,
     UnloadAdapter,
@@ -47,6 +48,7 @@ TO_ENGINE: list[ToEngine] = [
     Abort([1, 2]),
     LoadAdapter(KEY, "/adapters/pirate"),
     UnloadAdapter(KEY),
+    SetVocabulary([b"a", b"", b"\xff"]),
     Ping(9),
     Shutdown(),
 ]

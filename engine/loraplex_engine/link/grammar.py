@@ -1,0 +1,67 @@
+"""Grammars, which say what form an output must have: how they are written, and within which limits.
+
+They are texts of llguidance (Lark with its additions), which compiles them and says for each state which tokens may
+follow.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, regex_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+# The library counts work, not time. A grammar at these limits is read in about half a second, and a row's mask of
+# tokens takes at most about 15 ms; what needs more ends with an error.
+GRAMMAR_LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    max_grammar_size=100_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=50_000,  # of 1 to 2 kB
+    verbose_errors=False,  # or they hold what was written
+)
+
+# Where only one text can follow, any of its tokens may: the engine has no tokenizer to say which is the usual one.
+_HEADER = '%llguidance {"no_forcing": true}\n'
+
+# Between the parts of a JSON value: enough for any indentation, and never a stream of blanks without end.
+_WHITESPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
+
+
+def grammar_problem(grammar: str) -> str:
+    """Why a grammar cannot be compiled, or "". Takes up to a second, and leaves the interpreter to other threads."""
+    return LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar), limits=GRAMMAR_LIMITS)
+
+
+def schema_grammar(schema: Mapping[str, Any]) -> str:
+    """The grammar of the JSON values that a JSON Schema accepts. Raises ValueError for NaN and infinite numbers."""
+    text = json.dumps({**schema, "x-guidance": _WHITESPACE}, allow_nan=False)
+    return f"{_HEADER}start: %json {text}\n"
+
+
+def regex_grammar(pattern: str) -> str:
+    """The grammar of the texts that a regular expression matches as a whole: the syntax of Rust, \\d and \\w in ASCII.
+
+    Raises ValueError for one that ends in the middle of an escape.
+    """
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        raise ValueError("it ends with a backslash that escapes nothing")
+    return f"{_HEADER}start: /{regex_to_lark(pattern, use_ascii='dw')}/\n"
+
+
+def choice_grammar(choices: Iterable[str]) -> str:
+    """The grammar of these texts."""
+    spelled = ("".join(rf"\x{{{ord(character):x}}}" for character in choice) for choice in choices)
+    return f"{_HEADER}start: /{'|'.join(spelled)}/\n"
+
+
+def gbnf_grammar(text: str) -> str:
+    """The grammar that a text in GBNF says. Raises ValueError that says where it is wrong."""
+    try:
+        rules = gbnf_to_lark(text).partition("\n")[2]  # behind a header without options
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except Exception as error:  # of which the library has several
+        raise ValueError(str(error)) from error
+    return _HEADER + rules

@@ -1,0 +1,30 @@
+"""The form that one output must have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llguidance import LLMatcher
+
+
+class Form:
+    """What may follow the tokens that an output has so far."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+
+    def take(self, token_id: int) -> bool:
+        """Note the output's next token. Returns whether nothing but the end may follow it."""
+        return self.matcher.consume_token(token_id) and self.matcher.is_stopped()
+
+    def after(self, token_ids: Sequence[int]) -> Form | None:
+        """The form after these tokens, of which the output may never have any; None: nothing of it can follow them."""
+        if not token_ids:
+            return self
+        matcher = self.matcher.deep_copy()
+        return Form(matcher) if matcher.consume_tokens(list(token_ids)) and not matcher.is_stopped() else None
+
+    @property
+    def problem(self) -> str:
+        """Why the form cannot go on; "": it can."""
+        return self.matcher.get_error()

@@ -1,0 +1,114 @@
+"""Forms as something that requests need before they can run: a grammar, compiled for the model's vocabulary."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, repeat
+from threading import Lock
+
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from loraplex_engine.link.grammar import GRAMMAR_LIMITS
+from loraplex_engine.scheduling.form import Form
+from loraplex_engine.scheduling.request import Request
+from loraplex_engine.scheduling.resources import NeverReadyError, Preparer
+
+MAX_COMPILED = 128  # grammars that are kept: of some 100 kB, at most some MB
+NUM_THREADS = 2  # so that a large grammar does not keep small ones waiting
+
+FormKey = tuple[str, tuple[int, ...]]  # a grammar, and the tokens taken already
+
+
+class FormPreparer(Preparer):
+    """Gives requests their forms. Grammars are compiled in threads, and kept for requests to come."""
+
+    def __init__(self, vocab_size: int) -> None:
+        """`vocab_size`: of the model; ids beyond it are of no use."""
+        self._vocab_size = vocab_size
+        self._compiled: OrderedDict[FormKey, Future[LLMatcher]] = OrderedDict()  # the least recently used first
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "grammar")
+        self._tokenizer: Future[LLTokenizer] | None = None
+        self._num_done = 0
+        self._counting = Lock()
+
+    def set_vocabulary(self, token_bytes: Sequence[bytes]) -> None:
+        """Start to prepare the vocabulary, of which forms are made from now on."""
+        self._tokenizer = self._threads.submit(_tokenizer, token_bytes, self._vocab_size)
+        self._compiled.clear()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    @property
+    def changes(self) -> int:
+        return self._num_done
+
+    def key(self, request: Request) -> Hashable | None:
+        return request.form_key
+
+    def give(self, request: Request) -> bool:
+        key = request.form_key
+        assert key is not None
+        compiled = self._compiled.get(key) or self._compile(key)
+        if not compiled.done():
+            return False
+        self._compiled.move_to_end(key)
+        error = compiled.exception()
+        if error is not None:
+            raise NeverReadyError(f"its form cannot be prepared: {error}")
+        request.form = Form(compiled.result().deep_copy())
+        return True
+
+    def take_back(self, request: Request) -> None:
+        request.form = None
+
+    def _compile(self, key: FormKey) -> Future[LLMatcher]:
+        if self._tokenizer is None:
+            raise NeverReadyError("its form cannot be prepared: the engine was given no vocabulary")
+        self._make_room()
+        compiled = self._compiled[key] = self._threads.submit(_compiled, self._tokenizer, *key)
+        compiled.add_done_callback(self._note_done)
+        return compiled
+
+    def _make_room(self) -> None:
+        """Forget the least recently used grammars. What is being compiled stays: a request waits for it."""
+        done = (key for key, compiled in self._compiled.items() if compiled.done())
+        while len(self._compiled) >= MAX_COMPILED and (oldest := next(done, None)) is not None:
+            del self._compiled[oldest]
+            done = (key for key, compiled in self._compiled.items() if compiled.done())
+
+    def _note_done(self, compiled: Future[LLMatcher]) -> None:
+        with self._counting:
+            self._num_done += 1
+
+
+def _compiled(tokenizer: Future[LLTokenizer], grammar: str, token_ids: tuple[int, ...]) -> LLMatcher:
+    """The grammar's state after these tokens. Raises ValueError."""
+    matcher = LLMatcher(tokenizer.result(), LLMatcher.grammar_from_lark(grammar), log_level=0, limits=GRAMMAR_LIMITS)
+    matcher.consume_tokens(list(token_ids))
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
+    return matcher
+
+
+class _Vocabulary:
+    """A vocabulary as the library takes it. It turns no text into tokens."""
+
+    bos_token_id = None
+    special_token_ids = ()
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        self.tokens = tokens
+        self.eos_token_id = len(tokens) - 1
+
+    def __call__(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+
+def _tokenizer(token_bytes: Sequence[bytes], vocab_size: int) -> LLTokenizer:
+    """The vocabulary with one more token, "the end may follow": which tokens end it, each request says for itself."""
+    tokens = [token for token, _ in zip(chain(token_bytes, repeat(b"")), range(vocab_size), strict=False)]
+    return LLTokenizer(TokenizerWrapper(_Vocabulary([*tokens, b""])))
