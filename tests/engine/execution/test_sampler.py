@@ -137,7 +137,7 @@ def test_what_is_drawn_is_always_in_the_support_of_transformers(seed, temperatur
 def test_equally_likely_tokens_are_drawn_alike_from_few_candidates_and_from_the_whole_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    logits = random_logits(1, vocab=400).round()  # many times the same values
+    logits = random_logits(1, vocab=4000).round()  # many times the same values
     histories = [make_history(seed=seed, top_k=1 + seed % 60) for seed in range(200)]
     few = OPS.draw_tokens(logits.repeat(200, 1), draws(histories))
     monkeypatch.setattr(sampling, "NUM_CANDIDATES", 0)
