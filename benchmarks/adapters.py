@@ -33,7 +33,7 @@ from benchmarks.workload import make_work as scenario_work
 from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.pace import Rest
-from loraplex_engine.link.messages import LoadAdapter
+from loraplex_engine.link.messages import WantAdapter
 
 COUNTS = (5, 50, 500, 2000)
 LENGTHS = (8, 512)  # tokens of prompts and of outputs: those of S-LoRA (arXiv 2311.03285) at 5 and at 2,000 adapters
@@ -156,7 +156,7 @@ def beside(model: Path, threads: int, root: Path, before: dict[str, Any] | None)
     turns and get the same arrivals. Further rounds to those of a run before, if there was one."""
     bench = Bench(model, Setup(64, max_rank=HUGE_RANK), threads, root)
     for index in range(8):
-        bench.core.load_adapter(LoadAdapter(bench.keys[index], str(bench.paths[index])))
+        bench.core.want_adapter(WantAdapter(bench.keys[index], 1, str(bench.paths[index])))
     _make_bad(bench)
     bench.run(make_work("warm", range(8), 0.0, 64, (64, 64), (4, 4)), 8)
     rounds: list[dict[str, Any]] = before["rounds"] if before else []
@@ -181,7 +181,7 @@ def _one_arm(bench: Bench, arm: str, work: Sequence[Work], seed: int) -> dict[st
         for index in itertools.cycle(random.Random(seed).sample(ARMS[arm], len(ARMS[arm]))):
             key, path = bench.keys[index], bench.paths[index]
             asked = time.perf_counter()
-            bench.core.load_adapter(LoadAdapter(key, str(path)))
+            bench.core.want_adapter(WantAdapter(key, 1, str(path)))
             request = asyncio.ensure_future(bench.request(Work([300] * 8, 1, index), lambda count: None))
             await asyncio.wait({request, callers}, return_when=asyncio.FIRST_COMPLETED)
             if request.done():

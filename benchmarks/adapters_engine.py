@@ -22,7 +22,7 @@ from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import AddRequest, LoadAdapter, StepOutput
+from loraplex_engine.link.messages import AddRequest, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 
 RANKS = (8, 16, 32, 64)
@@ -118,7 +118,7 @@ class Bench:
         """Register every adapter and wait until all are in host memory. Seconds."""
         began = time.perf_counter()
         for key, path in zip(self.keys, self.paths, strict=True):
-            self.core.load_adapter(LoadAdapter(key, str(path)))
+            self.core.want_adapter(WantAdapter(key, 1, str(path)))
         while self.core.has_work():
             self.core.step()
             time.sleep(0.002)

@@ -20,7 +20,7 @@ from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import LoadAdapter
+from loraplex_engine.link.messages import WantAdapter
 from loraplex_engine.models import parse_model_config
 from loraplex_engine.models.layout import EMBEDDING, layer_linears, tensor_shapes
 
@@ -161,7 +161,7 @@ class Bench:
         self.core = EngineCore.load(config)
         keys = [AdapterKey(f"shared/{path.name}", digest(path)) for path in paths]
         for key, path in zip(keys, paths, strict=True):
-            self.core.load_adapter(LoadAdapter(key, str(path)))
+            self.core.want_adapter(WantAdapter(key, 1, str(path)))
         while self.core.has_work():
             self.core.step()
         self._driver = Driver(self.core, keys)

@@ -15,7 +15,7 @@ from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import QUANTIZATIONS, EngineConfig
-from loraplex_engine.link.messages import AddRequest, FromEngine, LoadAdapter, StepOutput
+from loraplex_engine.link.messages import AddRequest, FromEngine, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 
 
@@ -76,7 +76,7 @@ def load_adapters(core: EngineCore, model: Path, count: int) -> list[AdapterKey]
     paths = [model / "adapters" / f"a{index:02d}" for index in range(count)]
     keys = [AdapterKey(f"shared/{path.name}", digest(path)) for path in paths]
     for key, path in zip(keys, paths, strict=True):
-        core.load_adapter(LoadAdapter(key, str(path)))
+        core.want_adapter(WantAdapter(key, 1, str(path)))
     while core.has_work():
         core.step()
         time.sleep(0.002)  # the loader threads need the interpreter too

@@ -16,17 +16,14 @@ from benchmarks.workload import FIRST_TOKEN_ID, VOCAB
 from loraplex_engine.link.bus import EngineBus
 from loraplex_engine.link.messages import (
     AddRequest,
-    BringAdapter,
     Device,
     EngineLimits,
     EngineStats,
     FromEngine,
-    LoadAdapter,
-    PinAdapter,
     RequestOutput,
     SetVocabulary,
     StepOutput,
-    UnloadAdapter,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.process import run_engine
@@ -72,16 +69,7 @@ class TokenSource:
         for request_id in request_ids:
             self._left.pop(request_id, None)
 
-    def load_adapter(self, message: LoadAdapter) -> None:
-        raise ValueError("a token source has no adapters")
-
-    def unload_adapter(self, message: UnloadAdapter) -> None:
-        raise ValueError("a token source has no adapters")
-
-    def bring_adapter(self, message: BringAdapter) -> None:
-        raise ValueError("a token source has no adapters")
-
-    def pin_adapter(self, message: PinAdapter) -> None:
+    def want_adapter(self, wish: WantAdapter) -> None:
         raise ValueError("a token source has no adapters")
 
     def has_work(self) -> bool:

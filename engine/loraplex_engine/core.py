@@ -11,6 +11,7 @@ import torch
 
 from loraplex_adapters.errors import COLD
 from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.residency import Residency
 from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_engine.adapter_tiers import AdapterTiers
@@ -20,15 +21,12 @@ from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
     AddRequest,
-    BringAdapter,
     EngineStats,
     FromEngine,
-    LoadAdapter,
-    PinAdapter,
     RequestOutput,
     SetVocabulary,
     StepOutput,
-    UnloadAdapter,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.adapters import AdapterPreparer
@@ -165,22 +163,11 @@ class EngineCore:
 
     # ---- adapters --------------------------------------------------------------------------------------------------
 
-    def load_adapter(self, message: LoadAdapter) -> None:
-        """Start reading an adapter; a later step says how it went."""
-        self.adapters.load(message)
-
-    def unload_adapter(self, message: UnloadAdapter) -> None:
-        """Drop an adapter as soon as no accepted request uses it; a later step says so."""
-        self._not_finite.discard(message.key)
-        self.adapters.unload(message)
-
-    def bring_adapter(self, message: BringAdapter) -> None:
-        """Bring an adapter to the device ahead of its requests; a later step says so."""
-        self.adapters.bring(message.key)
-
-    def pin_adapter(self, message: PinAdapter) -> None:
-        """Keep an adapter on the device, or no longer; a later step says so."""
-        self.adapters.pin(message)
+    def want_adapter(self, wish: WantAdapter) -> None:
+        """Note what is wanted of an adapter; later steps carry it out and say how the adapter stands."""
+        if wish.most is not Residency.DEVICE:
+            self._not_finite.discard(wish.key)
+        self.adapters.want(wish)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -190,7 +177,8 @@ class EngineCore:
 
     def step(self) -> list[FromEngine]:
         """Run one step: compute the requests that are ready, and return everything that happened."""
-        events = self.adapters.advance(self.scheduler.adapter_users)
+        events: list[FromEngine] = []
+        self.adapters.advance(self.scheduler.adapter_users)
         plan = self.scheduler.schedule()
         self.store.pace.steps(running=bool(plan.scheduled))
         result = self._execute(plan)
@@ -200,7 +188,7 @@ class EngineCore:
         if plan.scheduled or outputs:
             self._num_steps += 1
             events.append(StepOutput(outputs, self.stats()))
-        return events + self.adapters.moves()
+        return events + self.adapters.changed()
 
     def _execute(self, plan: StepPlan) -> StepResult | None:
         """The plan's result, or None if it could not be computed: then its requests have failed, and only they.

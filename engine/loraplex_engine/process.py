@@ -9,20 +9,20 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from loraplex_adapters.errors import INVALID
+from loraplex_adapters.residency import Residency
 from loraplex_engine.link.bus import BadRequest, EngineBus
 from loraplex_engine.link.messages import (
     Abort,
-    AdapterFailed,
+    AdaptersChanged,
+    AdapterStatus,
     AddRequest,
-    BringAdapter,
     EngineFailed,
     EngineLimits,
     EngineReady,
     EngineStats,
     FromEngine,
-    LoadAdapter,
     LoadProgress,
-    PinAdapter,
     Ping,
     Pong,
     RequestOutput,
@@ -30,7 +30,7 @@ from loraplex_engine.link.messages import (
     Shutdown,
     StepOutput,
     ToEngine,
-    UnloadAdapter,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.step import STALLED_SECONDS
@@ -52,13 +52,7 @@ class Core(Protocol):
 
     def abort(self, request_ids: Sequence[int]) -> None: ...
 
-    def load_adapter(self, message: LoadAdapter) -> None: ...
-
-    def unload_adapter(self, message: UnloadAdapter) -> None: ...
-
-    def bring_adapter(self, message: BringAdapter) -> None: ...
-
-    def pin_adapter(self, message: PinAdapter) -> None: ...
+    def want_adapter(self, wish: WantAdapter) -> None: ...
 
     def has_work(self) -> bool:
         """Whether `step` would do or report anything, now or once another thread has finished."""
@@ -128,18 +122,13 @@ def handle(core: Core, message: ToEngine | BadRequest) -> FromEngine | None:
             core.set_vocabulary(message)
         case Abort(request_ids=request_ids):
             core.abort(request_ids)
-        case LoadAdapter(key=key):
+        case WantAdapter(key=key, order=order):
             try:
-                core.load_adapter(message)
+                core.want_adapter(message)
             except Exception as error:
                 logger.exception("adapter %s could not be taken", key)
-                return AdapterFailed(key, [str(error)])
-        case UnloadAdapter():
-            core.unload_adapter(message)
-        case BringAdapter():
-            core.bring_adapter(message)
-        case PinAdapter():
-            core.pin_adapter(message)
+                failed = AdapterStatus(key, order, Residency.DISK, problems=[str(error)], reason=INVALID)
+                return AdaptersChanged([failed])
         case Ping(nonce=nonce):
             return Pong(nonce, core.stats())
     return None

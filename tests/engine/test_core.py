@@ -8,23 +8,24 @@ from typing import Any
 import pytest
 import torch
 
+from loraplex_adapters.errors import INVALID
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.pace import Pace
+from loraplex_adapters.residency import Residency
 from loraplex_adapters.runtime.store import FinishedLoad
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
-    AdapterFailed,
-    AdapterUnloaded,
+    AdaptersChanged,
+    AdapterStatus,
     AddRequest,
     Device,
     Embedded,
     EngineLimits,
-    LoadAdapter,
     Parts,
     RequestOutput,
     StepOutput,
-    UnloadAdapter,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
@@ -81,6 +82,9 @@ class FakeAdapters:
 
     def is_registered(self, key: AdapterKey) -> bool:
         return key in self.known
+
+    def is_pinned(self, key: AdapterKey) -> bool:
+        return False
 
     def is_loading(self) -> bool:
         return False
@@ -225,13 +229,13 @@ def test_an_error_of_the_device_is_not_survived():
 
 def test_an_unloaded_adapter_goes_when_its_last_request_has_gone():
     bench = Bench()
-    bench.core.load_adapter(LoadAdapter(KEY, "somewhere"))
+    bench.core.want_adapter(WantAdapter(KEY, 1, "somewhere"))
     bench.add(1, adapter=KEY)
-    bench.core.unload_adapter(UnloadAdapter(KEY))
-    events = bench.core.step()
-    assert AdapterUnloaded(KEY) not in events
+    bench.core.want_adapter(WantAdapter(KEY, 2, least=Residency.DISK, most=Residency.DISK))
+    bench.core.step()
+    assert bench.adapters.unloaded == []
     bench.core.abort([1])
-    assert bench.core.step() == [AdapterUnloaded(KEY)]
+    assert bench.core.step() == [AdaptersChanged([AdapterStatus(KEY, 2, Residency.DISK)])]
     assert bench.adapters.unloaded == [KEY]
     assert not bench.core.has_work()
     bench.add(2, adapter=KEY)
@@ -241,10 +245,10 @@ def test_an_unloaded_adapter_goes_when_its_last_request_has_gone():
 
 def test_a_load_after_an_unload_keeps_the_adapter():
     bench = Bench()
-    bench.core.load_adapter(LoadAdapter(KEY, "somewhere"))
+    bench.core.want_adapter(WantAdapter(KEY, 1, "somewhere"))
     bench.add(1, adapter=KEY)
-    bench.core.unload_adapter(UnloadAdapter(KEY))
-    bench.core.load_adapter(LoadAdapter(KEY, "somewhere"))
+    bench.core.want_adapter(WantAdapter(KEY, 2, least=Residency.DISK, most=Residency.DISK))
+    bench.core.want_adapter(WantAdapter(KEY, 3, "somewhere"))
     bench.finish()
     assert bench.adapters.unloaded == []
 
@@ -252,7 +256,8 @@ def test_a_load_after_an_unload_keeps_the_adapter():
 def test_a_load_that_fails_is_reported():
     bench = Bench()
     bench.adapters.finished = [FinishedLoad(KEY, None, ["a tensor is missing"])]
-    assert bench.core.step() == [AdapterFailed(KEY, ["a tensor is missing"])]
+    failed = AdapterStatus(KEY, 0, Residency.DISK, problems=["a tensor is missing"], reason=INVALID)
+    assert bench.core.step() == [AdaptersChanged([failed])]
 
 
 def test_loads_are_held_back_exactly_while_requests_run(monkeypatch):

@@ -11,26 +11,25 @@ import msgspec
 import pytest
 import zmq
 
+from loraplex_adapters.errors import INVALID
 from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.residency import Residency
 from loraplex_engine.__main__ import limit_threads
 from loraplex_engine.link.bus import NUMBER, EngineBus, bus_address
 from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
     Abort,
-    AdapterFailed,
-    AdapterLoaded,
+    AdaptersChanged,
+    AdapterStatus,
     AddRequest,
-    BringAdapter,
     Device,
     EngineFailed,
     EngineLimits,
     EngineReady,
     EngineStats,
     FromEngine,
-    LoadAdapter,
     LoadProgress,
-    PinAdapter,
     Ping,
     Pong,
     RequestOutput,
@@ -38,7 +37,7 @@ from loraplex_engine.link.messages import (
     Shutdown,
     StepOutput,
     ToEngine,
-    UnloadAdapter,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.process import Core, Progress, run_engine
@@ -72,20 +71,14 @@ class FakeCore:
         for request_id in request_ids:
             self.requests.pop(request_id, None)
 
-    def load_adapter(self, message: LoadAdapter) -> None:
-        if message.path == "":
+    def want_adapter(self, wish: WantAdapter) -> None:
+        if wish.most is Residency.DISK:
+            self.unloaded.append(wish.key)
+            return
+        if wish.path == "":
             raise ValueError("no path")
         self.idle_steps_left = 2  # read by a thread of its own, as it were
-        self.events.append(AdapterLoaded(message.key, 8, 100, ["q_proj"], []))
-
-    def bring_adapter(self, message: BringAdapter) -> None:
-        raise NotImplementedError
-
-    def pin_adapter(self, message: PinAdapter) -> None:
-        raise NotImplementedError
-
-    def unload_adapter(self, message: UnloadAdapter) -> None:
-        self.unloaded.append(message.key)
+        self.events.append(AdaptersChanged([AdapterStatus(wish.key, wish.order, Residency.HOST)]))
 
     def has_work(self) -> bool:
         return bool(self.requests or self.events)
@@ -291,17 +284,18 @@ def test_an_abort_leaves_the_other_requests_alone(ready: Engine, peer: Peer, cor
 
 
 def test_an_adapter_is_reported_without_any_request(ready: Engine, peer: Peer) -> None:
-    peer.send(LoadAdapter(KEY, "/adapters/pirate"))
-    assert peer.receive() == AdapterLoaded(KEY, 8, 100, ["q_proj"], [])
+    peer.send(WantAdapter(KEY, 3, "/adapters/pirate"))
+    assert peer.receive() == AdaptersChanged([AdapterStatus(KEY, 3, Residency.HOST)])
 
 
 def test_an_adapter_that_the_core_refuses_is_reported(ready: Engine, peer: Peer) -> None:
-    peer.send(LoadAdapter(KEY, ""))
-    assert peer.receive() == AdapterFailed(KEY, ["no path"])
+    peer.send(WantAdapter(KEY, 3, ""))
+    failed = AdapterStatus(KEY, 3, Residency.DISK, problems=["no path"], reason=INVALID)
+    assert peer.receive() == AdaptersChanged([failed])
 
 
 def test_an_adapter_is_dropped_on_demand(ready: Engine, peer: Peer, core: FakeCore) -> None:
-    peer.send(UnloadAdapter(KEY), Ping(1))
+    peer.send(WantAdapter(KEY, 1, least=Residency.DISK, most=Residency.DISK), Ping(1))
     peer.receive()
     assert core.unloaded == [KEY]
 

@@ -13,7 +13,7 @@ from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import AddRequest, LoadAdapter, StepOutput
+from loraplex_engine.link.messages import AddRequest, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +74,7 @@ class Engine:
     def load(self, name: str) -> None:
         path = self._checkpoint.adapter(name)
         self._keys[name] = AdapterKey(f"shared/{name}", digest(path))
-        self.core.load_adapter(LoadAdapter(self._keys[name], str(path)))
+        self.core.want_adapter(WantAdapter(self._keys[name], 1, str(path)))
         while self.core.has_work():
             self.core.step()
 

@@ -20,7 +20,7 @@ from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey, compose
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import AddRequest, LoadAdapter, StepOutput
+from loraplex_engine.link.messages import AddRequest, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from tests.reference.stepping import step
 
@@ -231,7 +231,7 @@ class Engine:
         self.cached: dict[int, int] = {}
         for name, key in oracle.keys.items():
             if key is not None and name is not None and not key.parts:
-                self.core.load_adapter(LoadAdapter(key, str(oracle.folder / name)))
+                self.core.want_adapter(WantAdapter(key, 1, str(oracle.folder / name)))
         while self.core.has_work():
             for event in step(self.core):
                 assert getattr(event, "problems", None) is None, event

@@ -20,7 +20,7 @@ from loraplex_adapters.errors import COLD
 from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey, compose
 from loraplex_adapters.residency import Residency
-from loraplex_engine.link.messages import AdaptersMoved, AddRequest, BringAdapter, RequestOutput, StepOutput
+from loraplex_engine.link.messages import AdaptersChanged, AddRequest, RequestOutput, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from tests.reference.peft_oracle import (
     FAMILIES,
@@ -179,12 +179,13 @@ def test_a_wait_for_the_only_slot_ends_and_who_holds_it_goes_on(composed: Oracle
 def test_a_composition_can_be_brought_to_the_device_ahead_of_its_requests(composed: Oracle) -> None:
     engine = Engine(composed, kernels="reference")
     key = compose([(composed.key("plain"), 0.5), (composed.key("one-layer"), 0.5)])
-    engine.core.bring_adapter(BringAdapter(key))
-    moves = []
+    engine.core.want_adapter(WantAdapter(key, 1, least=Residency.DEVICE))
+    tiers = []
     while engine.core.has_work():
-        moves += [message.moves for message in step(engine.core) if isinstance(message, AdaptersMoved)]
+        changes = [message for message in step(engine.core) if isinstance(message, AdaptersChanged)]
+        tiers += [status.tier for message in changes for status in message.statuses if status.key == key]
     engine.core.close()
-    assert [(key, Residency.DEVICE)] in moves
+    assert tiers[-1] is Residency.DEVICE
 
 
 @pytest.mark.parametrize("kind", ["dora", "activated", "bias-all", "saved-head", "tokens"])

@@ -33,17 +33,12 @@ from loraplex_engine.core import EngineCore
 from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
-    AdapterFailed,
-    AdapterLoaded,
-    AdapterPinned,
-    AdaptersMoved,
-    AdapterUnloaded,
+    AdaptersChanged,
+    AdapterStatus,
     AddRequest,
-    LoadAdapter,
-    PinAdapter,
     RequestOutput,
     StepOutput,
-    UnloadAdapter,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from tests.reference.peft_oracle import KINDS, Oracle, oracle_of, random_prompt
@@ -123,7 +118,7 @@ class Alone:
         self._found: dict[tuple[str | None, int], tuple[list[int], str]] = {}
         for name, key in oracle.keys.items():
             if key is not None and name is not None:
-                self._engine.core.load_adapter(LoadAdapter(key, str(oracle.folder / name)))
+                self._engine.core.want_adapter(WantAdapter(key, 1, str(oracle.folder / name)))
 
     def tokens(self, key: AdapterKey | None, prompt: int) -> tuple[list[int], str]:
         """Those of an adapter by its content, and the error with which it ended."""
@@ -190,6 +185,8 @@ class Lives(RuleBasedStateMachine):
         self.registry = AdapterRegistry()
         self.running: dict[int, Running] = {}
         self.pinned: set[AdapterKey] = set()  # as the engine has said
+        self.to_be_pinned: set[AdapterKey] = set()
+        self.orders = itertools.count(1)
 
     # ---- what the service does -------------------------------------------------------------------------------------
 
@@ -215,9 +212,10 @@ class Lives(RuleBasedStateMachine):
         version = self._current(index)
         if pinned:
             self._ask_for(version)
+            self.to_be_pinned.add(version.key)
         else:
-            self.pinned.discard(version.key)
-        self.core.pin_adapter(PinAdapter(version.key, pinned))
+            self._unpin(version.key)
+        self._want(version.key, least=Residency.DISK)
 
     @precondition(lambda self: self._staying())
     @rule(index=indices, residency=st.sampled_from([Residency.DISK, Residency.HOST]))
@@ -319,20 +317,26 @@ class Lives(RuleBasedStateMachine):
             self._take(output)
         for message in messages:
             match message:
-                case AdapterLoaded(key=key):
-                    version = self._of(key)
-                    if version is not None and version.state is AdapterState.LOADING:
-                        self.registry.activate(key, AdapterInfo(message.rank, message.size_bytes, ()))
-                case AdapterUnloaded(key=key):
-                    version = self._of(key)
-                    if version is not None and version.state is AdapterState.DELETING and not version.num_requests:
-                        self.registry.remove(key)
-                case AdapterFailed():
-                    raise AssertionError(message)
-                case AdapterPinned(key=key, pinned=True):
-                    self.pinned.add(key)
-                case AdaptersMoved() | AdapterPinned() | StepOutput():
+                case AdaptersChanged(statuses=statuses):
+                    for status in statuses:
+                        self._hear(status)
+                case StepOutput():
                     pass
+
+    def _hear(self, status: AdapterStatus) -> None:
+        key, facts = status.key, status.facts
+        assert not status.reason, status
+        (self.pinned.add if status.pinned else self.pinned.discard)(key)
+        if status.problems:
+            self.to_be_pinned.discard(key)
+        version = self._of(key)
+        if version is None:
+            return
+        if facts is not None and version.state is AdapterState.LOADING:
+            self.registry.activate(key, AdapterInfo(facts.rank, facts.size_bytes, ()))
+        is_gone = facts is None and status.tier is Residency.DISK
+        if is_gone and version.state is AdapterState.DELETING and not version.num_requests:
+            self.registry.remove(key)
 
     def _take(self, output: RequestOutput) -> None:
         running = self.running[output.request_id]
@@ -370,12 +374,19 @@ class Lives(RuleBasedStateMachine):
                 self._unload(key)
 
     def _unload(self, key: AdapterKey, residency: Residency = Residency.DISK) -> None:
+        self._unpin(key)
+        self._want(key, least=Residency.DISK, most=residency)
+
+    def _unpin(self, key: AdapterKey) -> None:
         self.pinned.discard(key)
-        self.core.unload_adapter(UnloadAdapter(key, residency))
+        self.to_be_pinned.discard(key)
 
     def _ask_for(self, version: AdapterVersion, residency: Residency = Residency.HOST) -> None:
         path = self.alone.oracle.folder / version.spec.source
-        self.core.load_adapter(LoadAdapter(version.key, str(path), residency))
+        self._want(version.key, path=str(path), least=residency)
+
+    def _want(self, key: AdapterKey, **wish: Any) -> None:
+        self.core.want_adapter(WantAdapter(key, next(self.orders), pinned=key in self.to_be_pinned, **wish))
 
     def _staying(self) -> list[AdapterVersion]:
         versions = self.registry.list_versions(include_versions=True)

@@ -14,7 +14,7 @@ from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import AddRequest, LoadAdapter, RequestOutput, StepOutput
+from loraplex_engine.link.messages import AddRequest, RequestOutput, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from tests.reference.stepping import step
 
@@ -126,7 +126,7 @@ def make_core(oracle: Oracle, request: pytest.FixtureRequest) -> Iterator[Any]:
         }
         core = EngineCore.load(EngineConfig(model=str(oracle.folder / "base"), **(settings | fields)))
         for name, key in oracle.keys.items():
-            core.load_adapter(LoadAdapter(key, str(oracle.folder / "adapters" / name)))
+            core.want_adapter(WantAdapter(key, 1, str(oracle.folder / "adapters" / name)))
         while core.has_work():
             step(core)
         cores.append(core)

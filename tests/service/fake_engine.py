@@ -9,30 +9,26 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from loraplex_adapters.errors import INVALID
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.client import EngineClient, Running
 from loraplex_engine.link.messages import (
     Abort,
-    AdapterFailed,
-    AdapterLoaded,
-    AdapterPinned,
-    AdaptersMoved,
-    AdapterUnloaded,
+    AdapterFacts,
+    AdaptersChanged,
+    AdapterStatus,
     AddRequest,
-    BringAdapter,
     Device,
     EngineLimits,
     EngineStats,
-    LoadAdapter,
-    PinAdapter,
     Ping,
     Pong,
     RequestOutput,
     StepOutput,
     ToEngine,
     TokenLogprobs,
-    UnloadAdapter,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
 
@@ -81,12 +77,13 @@ class FakeEngine:
         self.tokens_per_step = 1
         self.steps_allowed: float = math.inf
         self.cached_tokens = 0
-        self.adapters: set[AdapterKey] = set()
+        self.adapters: dict[AdapterKey, AdapterFacts] = {}
+        self.tiers: dict[AdapterKey, Residency] = {}
         self.pinned: set[AdapterKey] = set()
         self.rejected_adapters: dict[str, list[str]] = {}  # problems, by path
         self.whole_adapters: dict[str, str] = {}  # why they cannot be composed, by path
         self.loads_allowed = True  # else loads wait until `allow_loads`
-        self._waiting_loads: list[LoadAdapter | BringAdapter] = []
+        self._waiting_wishes: list[WantAdapter] = []
         self._script_of: dict[int, Sequence[int]] = {}
         self._error_of: dict[int, str] = {}
         self._changed = asyncio.Event()
@@ -109,9 +106,9 @@ class FakeEngine:
 
     def allow_loads(self) -> None:
         self.loads_allowed = True
-        for message in self._waiting_loads:
-            self._load(message)
-        self._waiting_loads.clear()
+        for wish in self._waiting_wishes:
+            self._place(wish)
+        self._waiting_wishes.clear()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition on the engine holds, at most a few seconds."""
@@ -141,18 +138,11 @@ class FakeEngine:
                 self.aborted += request_ids
                 for request_id in request_ids:
                     self.sequences.pop(request_id, None)
-            case LoadAdapter() | BringAdapter():
-                if self.loads_allowed:
-                    self._load(message)
+            case WantAdapter(least=least):
+                if self.loads_allowed or least is Residency.DISK:
+                    self._place(message)
                 else:
-                    self._waiting_loads.append(message)
-            case UnloadAdapter(key=key):
-                self.adapters.discard(key)
-                self.pinned.discard(key)
-                self._deliver(AdapterUnloaded(key))
-            case PinAdapter(key=key, pinned=pinned):
-                (self.pinned.add if pinned else self.pinned.discard)(key)
-                self._deliver(AdapterPinned(key, pinned))
+                    self._waiting_wishes.append(message)
             case Ping(nonce=nonce):
                 self._deliver(Pong(nonce, self._stats()))
         self._changed.set()
@@ -211,17 +201,23 @@ class FakeEngine:
             queue_seconds=0.25 if first else 0.0,
         )
 
-    def _load(self, message: LoadAdapter | BringAdapter) -> None:
-        if isinstance(message, BringAdapter):
-            self._deliver(AdaptersMoved([(message.key, Residency.DEVICE)]))
-        elif message.path in self.rejected_adapters:
-            self._deliver(AdapterFailed(message.key, self.rejected_adapters[message.path]))
-        else:
-            self.adapters.add(message.key)
-            whole = self.whole_adapters.get(message.path, "")
-            self._deliver(AdapterLoaded(message.key, 8, 1024, ["q_proj"], [], whole))
-            if message.residency is Residency.DEVICE:
-                self._deliver(AdaptersMoved([(message.key, Residency.DEVICE)]))
+    def _place(self, wish: WantAdapter) -> None:
+        key, problems = wish.key, self.rejected_adapters.get(wish.path, [])
+        (self.pinned.add if wish.pinned else self.pinned.discard)(key)
+        if wish.most is Residency.DISK:
+            self.adapters.pop(key, None)
+        elif wish.path and not problems:
+            self.adapters[key] = AdapterFacts(8, 1024, ["q_proj"], [], self.whole_adapters.get(wish.path, ""))
+        if not problems:
+            least = Residency.DEVICE if wish.pinned else wish.least
+            self.tiers[key] = min(max(self.tiers.get(key, Residency.DISK), least), wish.most)
+        self.say(key, wish.order, problems, INVALID if problems else "")
+
+    def say(self, key: AdapterKey, order: int, problems: Sequence[str] = (), reason: str = "") -> None:
+        """Say how an adapter stands."""
+        tier, facts = self.tiers.get(key, Residency.DISK), self.adapters.get(key)
+        status = AdapterStatus(key, order, tier, key in self.pinned, facts, list(problems), reason)
+        self._deliver(AdaptersChanged([status]))
 
     def _deliver(self, message: Running) -> None:
         """Like a real engine, not before the sender has gone on."""

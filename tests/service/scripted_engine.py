@@ -15,28 +15,26 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
+from loraplex_adapters.errors import INVALID
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.bus import BadRequest, EngineBus
 from loraplex_engine.link.messages import (
-    AdapterFailed,
-    AdapterLoaded,
-    AdapterPinned,
-    AdaptersMoved,
-    AdapterUnloaded,
+    AdapterFacts,
+    AdaptersChanged,
+    AdapterStatus,
     AddRequest,
-    BringAdapter,
     Device,
     EngineLimits,
     EngineStats,
     FromEngine,
-    LoadAdapter,
-    PinAdapter,
     RequestOutput,
     SetVocabulary,
     StepOutput,
     ToEngine,
-    UnloadAdapter,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.process import Progress, run_engine
@@ -69,21 +67,21 @@ class ScriptedCore:
         self.requests: dict[int, AddRequest] = {}
         self.given: Counter[int] = Counter()
         self.adapters: set[AdapterKey] = set()
-        self.loaded: list[AdapterKey] = []  # every LoadAdapter, in order
+        self.loaded: list[AdapterKey] = []  # every order to read an adapter, one by one
         self.loads_allowed = threading.Event()
         self.loads_allowed.set()
-        self._loading: list[LoadAdapter] = []
         self.pinned: set[AdapterKey] = set()
         self.max_pins = 2
         self.residency: dict[AdapterKey, Residency] = {}
-        self._moved: list[tuple[AdapterKey, Residency]] = []
-        self._pinning: list[PinAdapter] = []
-        self._unloading: set[AdapterKey] = set()
+        self._orders: dict[AdapterKey, int] = {}
+        self._wishes: dict[AdapterKey, WantAdapter] = {}
+        self._moved: set[AdapterKey] = set()
 
     def add(self, message: AddRequest) -> None:
         self.requests[message.request_id] = message
         if message.adapter is not None:
-            self._moved.append((message.adapter, Residency.DEVICE))
+            self.residency[message.adapter] = Residency.DEVICE
+            self._moved.add(message.adapter)
         self.given[message.request_id] = len(message.output_token_ids)
 
     def set_vocabulary(self, message: SetVocabulary) -> None:
@@ -93,24 +91,15 @@ class ScriptedCore:
         for request_id in request_ids:
             self.requests.pop(request_id, None)
 
-    def load_adapter(self, message: LoadAdapter) -> None:
-        self.loaded.append(message.key)
-        self._loading.append(message)
-
-    def unload_adapter(self, message: UnloadAdapter) -> None:
-        if message.residency is Residency.DISK:
-            self._unloading.add(message.key)
-        else:
-            self._moved.append((message.key, Residency.HOST))
-
-    def bring_adapter(self, message: BringAdapter) -> None:
-        self._moved.append((message.key, Residency.DEVICE))
-
-    def pin_adapter(self, message: PinAdapter) -> None:
-        self._pinning.append(message)
+    def want_adapter(self, wish: WantAdapter) -> None:
+        if wish.path:
+            self.loaded.append(wish.key)
+        unread = self._wishes.pop(wish.key, wish)
+        self._wishes[wish.key] = msgspec.structs.replace(wish, path=wish.path or unread.path)
+        self._orders[wish.key] = wish.order
 
     def has_work(self) -> bool:
-        return bool(self.requests or self._loading or self._unloading or self._pinning or self._moved)
+        return bool(self.requests or self._wishes or self._moved)
 
     def step(self) -> list[FromEngine]:
         outputs = [self._next(request) for request in list(self.requests.values())]
@@ -143,40 +132,41 @@ class ScriptedCore:
         return RequestOutput(request.request_id, [token_id], reason, queue_seconds=None if number else 0.0)
 
     def _adapter_events(self) -> list[FromEngine]:
-        events: list[FromEngine] = []
-        if self.loads_allowed.is_set():
-            for load in self._loading:
-                if Path(load.path).name == REJECTED:
-                    events.append(AdapterFailed(load.key, ["q_proj: shape [8, 3], this model needs [rank, 64]"]))
-                else:
-                    self.adapters.add(load.key)
-                    if load.residency is Residency.DEVICE or load.key not in self.residency:
-                        self._moved.append((load.key, load.residency))
-                    events.append(AdapterLoaded(load.key, 4, 1024, ["q_proj"], ["a warning"]))
-            self._loading.clear()
-        for key in self._unloading - self._in_use():
-            self._unloading.discard(key)
-            self.adapters.discard(key)
-            self.residency.pop(key, None)
-            events.append(AdapterUnloaded(key))
-        events.extend(self._pin(message) for message in self._pinning)
-        self._pinning.clear()
-        if self._moved:
-            self.residency.update(self._moved)
-            events.append(AdaptersMoved(list(self._moved)))
-            self._moved.clear()
-        return events
+        ready = [wish for wish in self._wishes.values() if self._may_place(wish)]
+        for wish in ready:
+            del self._wishes[wish.key]
+        statuses = [self._place(wish) for wish in ready]
+        statuses += [self._status(key) for key in self._moved]
+        self._moved.clear()
+        return [AdaptersChanged(statuses)] if statuses else []
 
-    def _pin(self, message: PinAdapter) -> AdapterPinned:
-        key = message.key
-        if not message.pinned:
+    def _may_place(self, wish: WantAdapter) -> bool:
+        if wish.most is Residency.DISK:
+            return wish.key not in self._in_use()
+        return not wish.path or self.loads_allowed.is_set()
+
+    def _place(self, wish: WantAdapter) -> AdapterStatus:
+        key = wish.key
+        if Path(wish.path).name == REJECTED:
+            return self._status(key, ["q_proj: shape [8, 3], this model needs [rank, 64]"], INVALID)
+        if wish.path:
+            self.adapters.add(key)
+        if wish.most is Residency.DISK:
+            self.adapters.discard(key)
+        least = Residency.DEVICE if wish.pinned else wish.least
+        self.residency[key] = min(max(self.residency.get(key, Residency.DISK), least), wish.most)
+        if not wish.pinned:
             self.pinned.discard(key)
-        elif len(self.pinned) == self.max_pins:
-            return AdapterPinned(key, False, "unpin others")
+        elif len(self.pinned - {key}) == self.max_pins:
+            return self._status(key, ["unpin others"])
         else:
             self.pinned.add(key)
-            self._moved.append((key, Residency.DEVICE))
-        return AdapterPinned(key, message.pinned)
+        return self._status(key)
+
+    def _status(self, key: AdapterKey, problems: Sequence[str] = (), reason: str = "") -> AdapterStatus:
+        facts = AdapterFacts(4, 1024, ["q_proj"], ["a warning"]) if key in self.adapters else None
+        tier = self.residency.get(key, Residency.DISK)
+        return AdapterStatus(key, self._orders.get(key, 0), tier, key in self.pinned, facts, list(problems), reason)
 
 
 # ---- as a thread -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from google.rpc.error_details_pb2 import ErrorInfo, RequestInfo, ResourceInfo, R
 from loraplex.v1.errors_pb2 import ErrorReason
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import PartialUsage, StreamGenerateRequest
-from loraplex_engine.link.messages import LoadAdapter
+from loraplex_adapters.residency import Residency
+from loraplex_engine.link.messages import AdaptersChanged, AdapterStatus, WantAdapter
 from loraplex_service.admission.admission import AdmissionLimits
 from loraplex_service.errors import (
     MAX_STATUS_BYTES,
@@ -321,19 +322,20 @@ async def test_an_adapter_deleted_while_the_prompt_was_rendered_is_not_found(
 async def test_an_adapter_unloaded_in_the_same_moment_is_loaded_again(plane: DataPlane) -> None:
     version = plane.add_adapter()
     plane.engine.loads_allowed = False
-    waiting = asyncio.ensure_future(plane.generate(make_spec(model="pirate")))
-    await plane.engine.until(lambda: bool(plane.engine.received))
     unloading: list[asyncio.Task[None]] = []
 
     def unload(_: object) -> None:
         unloading.append(asyncio.ensure_future(plane.engine.client.adapters.unload(version.key)))
-        plane.engine.client.adapters.loaded.clear()
+        gone = AdapterStatus(version.key, 1, Residency.DISK)
+        plane.engine.client.deliver(AdaptersChanged([gone]))
 
-    plane.engine.client.adapters.start_loading(version.key, "").add_done_callback(unload)
+    plane.engine.client.adapters.start_loading(version.key, "/adapters/pirate").add_done_callback(unload)
+    waiting = asyncio.ensure_future(plane.generate(make_spec(model="pirate")))
+    await asyncio.sleep(0)
     plane.engine.allow_loads()
     assert (await waiting).target.adapter_version == version.version_name
     await unloading[0]
-    loads = [message for message in plane.engine.received if isinstance(message, LoadAdapter)]
+    loads = [message for message in plane.engine.received if isinstance(message, WantAdapter) and message.path]
     assert len(loads) == 2
 
 

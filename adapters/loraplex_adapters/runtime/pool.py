@@ -65,6 +65,10 @@ class AdapterPool:
         """Whether an adapter is on the device and takes requests. Does not count as use."""
         return key in self._residents and not self._residents[key].draining
 
+    def is_pinned(self, key: AdapterKey) -> bool:
+        """Whether an adapter stays on the device, used or not."""
+        return key in self._residents and self._residents[key].pinned
+
     def in_use(self) -> list[tuple[AdapterKey, int]]:
         """The adapters that requests use, with the number of requests."""
         return [(key, resident.num_requests) for key, resident in self._residents.items() if resident.num_requests]

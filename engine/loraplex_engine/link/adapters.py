@@ -1,221 +1,344 @@
-"""The adapters of one engine: what it was told to load, where each one is, and the callers who wait for that."""
+"""The adapters of one engine: what is wanted of each, how each one stands, and the callers who wait for a change."""
 
 import asyncio
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from loraplex_adapters.errors import COLD, AdapterConflict, AdapterRejected
+import msgspec
+
+from loraplex_adapters.errors import COLD, AdapterConflict, AdapterError, AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.connection import Connection, new_answer, reject, resolve
-from loraplex_engine.link.messages import (
-    AdapterFailed,
-    AdapterLoaded,
-    AdapterPinned,
-    AdaptersMoved,
-    AdapterUnloaded,
-    BringAdapter,
-    LoadAdapter,
-    PinAdapter,
-    UnloadAdapter,
-)
+from loraplex_engine.link.messages import AdapterFacts, AdapterStatus, WantAdapter
 
-# What an engine says about its adapters.
-AdapterNews = AdapterLoaded | AdapterFailed | AdapterUnloaded | AdapterPinned | AdaptersMoved
+T = TypeVar("T")
+
+Outcome = Callable[["EngineAdapter"], T | None]  # None or False: there is none yet
 
 MAX_REFUSED = 64  # adapters, of which callers may think of as many weighted sums as they like
 
 
+class Read(NamedTuple):
+    """The reading of an adapter into host memory that an engine was told to do, and has not answered."""
+
+    order: int
+    began: float  # by the loop's clock
+
+
+@dataclass(slots=True)
+class EngineAdapter:
+    """One adapter, or weighted sum: what is wanted of it, and how it stands."""
+
+    wish: WantAdapter  # the newest; once it is met or has failed, it lets the engine place the adapter as it likes
+    status: AdapterStatus  # the newest, which may answer an older wish
+    read: Read | None = None
+    refused: AdapterRejected | None = None  # why the last wish came to nothing; None: it did not, or that was told
+
+    @property
+    def facts(self) -> AdapterFacts | None:
+        """The facts of an adapter that the engine was given and not told to drop; None: of all others."""
+        return None if self.wish.most is Residency.DISK else self.status.facts
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether it is on the device, and was not told to leave it."""
+        return self.status.tier is Residency.DEVICE and self.wish.most is Residency.DEVICE
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is wanted or known of it."""
+        unwanted = self.wish == _nothing_wanted(self.wish, pinned=False) and self.read is None
+        return unwanted and self.status.facts is None and self.status.tier is not Residency.DEVICE and not self.refused
+
+    def take(self, status: AdapterStatus) -> None:
+        """Note how the adapter stands now, and whether that is all that was wanted."""
+        rose = status.tier > self.status.tier
+        self.status = status
+        if status.problems and status.reason:
+            self.refused = AdapterRejected(status.problems, status.reason)
+        elif rose:
+            self.refused = None
+        failed = bool(status.problems) and self.wish.most is Residency.DEVICE  # what is to leave, leaves all the same
+        if status.order >= self.wish.order and (failed or self._is_met()):
+            self.wish = _nothing_wanted(self.wish, pinned=status.pinned)
+
+    def has_been_read(self, order: int) -> AdapterFacts | None:
+        """The facts, once a wish to have the adapter in host memory is met. Raises AdapterRejected if it failed."""
+        status = self.status
+        if status.order < order:
+            return None
+        if status.facts is not None and status.tier >= Residency.HOST:
+            return status.facts
+        self._check(order)
+        return None
+
+    def has_arrived(self, order: int) -> bool:
+        """Whether a wish for the adapter on the device is met. Raises AdapterRejected if it failed or was undone."""
+        if self.status.order >= order and self.status.tier is Residency.DEVICE:
+            return True
+        self._check(order)
+        if self.wish.most is not Residency.DEVICE:
+            raise AdapterRejected(["it was unloaded meanwhile"], COLD)
+        return False
+
+    def is_pinned(self, order: int) -> bool:
+        """Whether a wish to pin the adapter is met. Raises AdapterConflict, or AdapterRejected if it was undone."""
+        if self.status.order >= order and self.status.pinned:
+            return True
+        self._check(order)
+        if not self.wish.pinned:
+            undone = "unpinned" if self.wish.most is Residency.DEVICE else "unloaded"
+            raise AdapterRejected([f"it was {undone} meanwhile"], COLD)
+        return False
+
+    def is_unpinned(self, order: int) -> bool:
+        """Whether a wish to unpin the adapter is met, or was taken back."""
+        return self.wish.pinned or (self.status.order >= order and not self.status.pinned)
+
+    def _is_met(self) -> bool:
+        wish, status = self.wish, self.status
+        if wish.most is Residency.DISK:
+            return status.facts is None
+        return wish.least <= status.tier <= wish.most and wish.pinned == status.pinned
+
+    def _check(self, order: int) -> None:
+        """Raise the problems of this wish, or of a later one that took its place."""
+        status = self.status
+        if status.order >= order and status.problems:
+            if not status.reason:
+                raise AdapterConflict("; ".join(status.problems))
+            raise AdapterRejected(status.problems, status.reason)
+
+
+class Wait(NamedTuple, Generic[T]):
+    """A caller who waits for an outcome for one adapter."""
+
+    outcome: Outcome[T]
+    answer: asyncio.Future[T]
+
+    def ends(self, adapter: EngineAdapter) -> bool:
+        """Whether the wait is over, which its caller then hears."""
+        try:
+            found = self.outcome(adapter)
+        except AdapterError as error:
+            reject(self.answer, error)
+        else:
+            if found:
+                resolve(self.answer, found)
+        return self.answer.done()
+
+
 class EngineAdapters:
-    """Has one engine load, move, pin and unload adapters, and knows where each one is."""
+    """Tells one engine what is wanted of adapters, and knows how each one stands."""
 
     def __init__(self, connection: Connection) -> None:
-        self.loaded: dict[AdapterKey, AdapterLoaded] = {}  # what the engine has been given and not told to drop
-        self.residency: dict[AdapterKey, Residency] = {}  # of those adapters; a missing one is on disk
         self.moves = Counter[tuple[Residency, Residency]]()  # from one place to another, adapters one by one
         self.num_loads = 0  # adapters read into host memory
         self.load_seconds = 0.0  # taken by all loads, from order to answer
         self.moved: Callable[[AdapterKey], None] = lambda key: None  # called when an adapter is in another place
         self._connection = connection
-        self._loads: dict[AdapterKey, asyncio.Future[AdapterLoaded]] = {}
-        self._load_began: dict[AdapterKey, float] = {}  # by the loop's clock
-        self._arrivals: dict[AdapterKey, asyncio.Future[None]] = {}  # on the device
-        self._leaving: set[AdapterKey] = set()  # on the device, and told to leave it
-        self._sums: set[AdapterKey] = set()  # weighted sums on the device
-        self._refused: dict[AdapterKey, AdapterRejected] = {}  # the latest that could not be loaded, or brought
-        self._unloads: dict[AdapterKey, asyncio.Future[None]] = {}
-        self._pins: dict[AdapterKey, asyncio.Future[AdapterPinned]] = {}
+        self._adapters: dict[AdapterKey, EngineAdapter] = {}
+        self._waits: dict[AdapterKey, list[Wait[Any]]] = {}
+        self._orders = itertools.count(1)
 
-    # ---- what callers ask for ----------------------------------------------------------------------------------------
+    # ---- how adapters stand ------------------------------------------------------------------------------------------
+
+    @property
+    def loaded(self) -> list[AdapterKey]:
+        """The adapters that the engine was given and not told to drop."""
+        return [key for key, adapter in self._adapters.items() if adapter.facts is not None]
+
+    @property
+    def residency(self) -> dict[AdapterKey, Residency]:
+        """The tiers of adapters; a missing one is on disk. Weighted sums count for no tier: their members do."""
+        return {key: adapter.status.tier for key, adapter in self._adapters.items() if not key.parts}
+
+    def facts(self, key: AdapterKey) -> AdapterFacts | None:
+        """The facts of an adapter that the engine was given and not told to drop; None: of all others."""
+        return self._adapters[key].facts if key in self._adapters else None
+
+    def tier(self, key: AdapterKey) -> Residency:
+        """The tier nearest to the device that holds an adapter or a weighted sum."""
+        return self._adapters[key].status.tier if key in self._adapters else Residency.DISK
 
     def holds(self, key: AdapterKey | None) -> bool:
         """Whether a request for this adapter, or this weighted sum, can be sent now. None: the base model alone."""
-        return self._connection.error is None and (key is None or all(member in self.loaded for member in key.members))
+        members = () if key is None else key.members
+        return self._connection.error is None and all(self.facts(member) is not None for member in members)
 
     def on_device(self, key: AdapterKey) -> bool:
         """Whether a request for this adapter, or this weighted sum, starts at once."""
-        if key.parts:
-            return key in self._sums
-        return self.residency.get(key) is Residency.DEVICE and key not in self._leaving
+        return key in self._adapters and self._adapters[key].is_on_device
 
-    def start_loading(self, key: AdapterKey, path: str) -> "asyncio.Future[AdapterLoaded]":
-        """Have the engine read an adapter into host memory and bind it to the model, and do not wait.
-
-        Callers that ask for the same adapter at the same time share the load, so do not cancel it. It ends with
-        AdapterRejected or the error with which the engine ended, which need not be looked at.
+    def until(self, key: AdapterKey, outcome: "Outcome[T]") -> "asyncio.Future[T]":
+        """The outcome for an adapter, once there is one. Ends with the AdapterError that `outcome` raises, or the error
+        with which the engine ended, which need not be looked at.
         """
         self._connection.check()
-        if key not in self._loads:
-            self._send_load(key, path, Residency.HOST)
-        return self._loads[key]
+        wait = Wait[T](outcome, new_answer())
+        self._waits.setdefault(key, []).append(wait)
+        self._tell(key)
+        return wait.answer
 
-    async def load(self, key: AdapterKey, path: str) -> AdapterLoaded:
+    # ---- what callers ask for ----------------------------------------------------------------------------------------
+
+    def start_loading(self, key: AdapterKey, path: str) -> "asyncio.Future[AdapterFacts]":
+        """Have the engine read an adapter into host memory and bind it to the model, and do not wait.
+
+        Callers that ask for the same adapter at the same time share the load. It ends with AdapterRejected or the error
+        with which the engine ended, which need not be looked at.
+        """
+        adapter = self._adapter(key)
+        read = adapter.read or self._read(key, path, max(Residency.HOST, adapter.wish.least))
+        return self.until(key, lambda adapter: adapter.has_been_read(read.order))
+
+    async def load(self, key: AdapterKey, path: str) -> AdapterFacts:
         """`start_loading`, and wait. Being cancelled does not disturb the load. Raises what it ends with."""
-        return await asyncio.shield(self.start_loading(key, path))
+        return await self.start_loading(key, path)
 
     async def bring_to_device(self, key: AdapterKey, path: str) -> None:
         """Load an adapter and have it on the device, and wait until it is there, however long others need the room.
 
         Raises what `start_loading` ends with, and AdapterRejected (COLD) if it is unloaded meanwhile.
         """
-        self._connection.check()
-        if self.on_device(key):
+        adapter = self._adapter(key)
+        if adapter.is_on_device:
             return
-        if key not in self._arrivals:
-            self._arrivals[key] = new_answer()
-            self._leaving.discard(key)
-            self._send_load(key, path, Residency.DEVICE)
-        await asyncio.shield(self._arrivals[key])
+        if adapter.read is None or adapter.wish.least is not Residency.DEVICE:
+            self._read(key, path, Residency.DEVICE)
+        order = adapter.wish.order
+        await self.until(key, lambda adapter: adapter.has_arrived(order))
 
     def start_bringing(self, key: AdapterKey) -> None:
         """Have the engine bring to the device what it was told to load, or a weighted sum of it. Does not wait.
 
         Raises AdapterRejected instead, once, if that came to nothing the last time.
         """
-        self._connection.check()
-        if key in self._refused:
-            raise self._refused.pop(key)
-        self._leaving.discard(key)
-        self._connection.send(BringAdapter(key))
+        adapter = self._adapter(key)
+        if adapter.refused is not None:
+            refused, adapter.refused = adapter.refused, None
+            raise refused
+        if adapter.wish.least is not Residency.DEVICE:
+            self._want(key, least=Residency.DEVICE, most=Residency.DEVICE)
 
     async def leave_device(self, key: AdapterKey) -> None:
         """Have an adapter leave the device once no request uses it, and stay in host memory. Does not wait for that."""
-        self._connection.check()
-        self._call_back(key)
-        self._connection.send(UnloadAdapter(key, Residency.HOST))
+        most = min(Residency.HOST, self._adapter(key).wish.most)  # an unload that waits goes on
+        self._want(key, least=Residency.DISK, most=most, pinned=False)
 
     async def pin(self, key: AdapterKey, pinned: bool) -> None:
         """Pin a loaded adapter to the device, or unpin it, and wait for the engine's confirmation.
 
         Raises AdapterConflict if there are too many pins, and AdapterRejected if it cannot get there, or (COLD) is
-        unloaded meanwhile.
+        unloaded or unpinned meanwhile.
         """
-        self._connection.check()
-        while key in self._pins:  # answers carry no number, so one load at a time
-            await asyncio.wait({self._pins[key]})
-            self._connection.check()
-        answer = self._pins[key] = new_answer()
-        self._connection.send(PinAdapter(key, pinned))
-        found = await asyncio.shield(answer)
-        if found.reason:
-            raise AdapterRejected([found.problem], found.reason)
-        if found.problem:
-            raise AdapterConflict(found.problem)
+        most = Residency.DEVICE if pinned else self._adapter(key).wish.most
+        order = self._want(key, pinned=pinned, most=most)
+        await self.until(key, lambda adapter: adapter.is_pinned(order) if pinned else adapter.is_unpinned(order))
 
     async def unload(self, key: AdapterKey) -> None:
-        """Have the engine drop an adapter, and wait until no request uses it any more, or until it is loaded again."""
-        # An engine that is told to forget what it still reads would never answer the load.
-        while key in self._loads and self._connection.error is None:
-            await asyncio.wait({self._loads[key]})
-        self._connection.check()
-        self.loaded.pop(key, None)
-        if key not in self._unloads:
-            self._unloads[key] = new_answer()
-            self._call_back(key)
-            self._connection.send(UnloadAdapter(key))
-        await asyncio.shield(self._unloads[key])
+        """Have the engine drop an adapter, and wait until no request uses it any more, or until it is loaded again.
+
+        A load that is under way ends first, so that its callers get what they waited for.
+        """
+        while self._adapter(key).read is not None:
+            await self.until(key, lambda adapter: adapter.read is None)
+        if self._adapter(key).wish.most is not Residency.DISK:
+            self._want(key, least=Residency.DISK, most=Residency.DISK, pinned=False)
+        await self.until(key, lambda adapter: adapter.wish.most is not Residency.DISK)
 
     # ---- what comes from the engine ----------------------------------------------------------------------------------
 
-    def deliver(self, message: AdapterNews) -> None:
-        """Take one message from the engine. Answers that nobody waits for any more are dropped."""
-        match message:
-            case AdapterLoaded(key=key) if key in self._unloads:
-                pass  # answers a load from before that unload: who asks twice may be answered twice
-            case AdapterLoaded(key=key):
-                self.loaded[key] = message
-                self._refused.pop(key, None)
-                self._move(key, max(Residency.HOST, self.residency.get(key, Residency.DISK)))
-                self._count_load(key)
-                resolve(self._loads.pop(key, None), message)
-            case AdapterFailed(key=key, problems=problems, reason=reason):
-                self._load_began.pop(key, None)
-                rejected = self._refused[key] = AdapterRejected(problems, reason)
-                if len(self._refused) > MAX_REFUSED:
-                    del self._refused[next(iter(self._refused))]
-                reject(self._loads.pop(key, None), rejected)
-                reject(self._arrivals.pop(key, None), rejected)
-            case AdapterUnloaded(key=key):
-                self._leave_memory(key)
-                resolve(self._unloads.pop(key, None), None)
-            case AdapterPinned(key=key):
-                resolve(self._pins.pop(key, None), message)
-            case AdaptersMoved(moves=moves):
-                self._take_moves(moves)
+    def deliver(self, statuses: Iterable[AdapterStatus]) -> None:
+        """Take what the engine says of adapters."""
+        for status in statuses:
+            adapter = self._adapter(status.key)
+            before = adapter.status.tier
+            adapter.take(status)
+            self._end_read(adapter)
+            self._note_move(adapter, before)
+            self._tell(status.key)
+            if status.problems:
+                self._forget_refusals()
+            self._drop_if_idle(status.key)
 
     def fail(self, error: Exception) -> None:
         """Note that the engine is gone: every call that waits ends with this error."""
-        self.loaded.clear()
-        self._sums.clear()
-        for key in list(self.residency):
-            self._leave_memory(key)
-        waiting: tuple[Mapping[AdapterKey, asyncio.Future[Any]], ...]
-        waiting = (self._loads, self._arrivals, self._unloads, self._pins)
-        for answers in waiting:
-            for answer in answers.values():
-                reject(answer, error)
+        lost, self._adapters = self._adapters, {}
+        for key, adapter in lost.items():
+            if adapter.status.tier is not Residency.DISK and not key.parts:
+                self.moved(key)
+        for waits in self._waits.values():
+            for wait in waits:
+                reject(wait.answer, error)
+        self._waits.clear()
 
-    def _send_load(self, key: AdapterKey, path: str, residency: Residency) -> None:
-        # This takes back an unload that has not happened yet: the engine will not answer that one.
-        resolve(self._unloads.pop(key, None), None)
-        if key not in self._loads:
-            self._loads[key] = new_answer()
-            self._load_began[key] = asyncio.get_running_loop().time()
-        self._connection.send(LoadAdapter(key, path, residency))
+    # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _call_back(self, key: AdapterKey) -> None:
-        """Fail waits for an adapter that is unloaded: its engine then forgets the order to bring it to the device."""
-        if self.residency.get(key) is Residency.DEVICE:
-            self._leaving.add(key)
-        reject(self._arrivals.pop(key, None), AdapterRejected(["it was unloaded meanwhile"], COLD))
+    def _adapter(self, key: AdapterKey) -> EngineAdapter:
+        if key not in self._adapters:
+            wish = WantAdapter(key, 0, least=Residency.DISK)
+            self._adapters[key] = EngineAdapter(wish, AdapterStatus(key, 0, Residency.DISK))
+        return self._adapters[key]
 
-    def _take_moves(self, moves: list[tuple[AdapterKey, Residency]]) -> None:
-        for key, residency in moves:
-            if key.parts:  # counts for no tier: it is made of adapters that do
-                (self._sums.add if residency is Residency.DEVICE else self._sums.discard)(key)
-                continue
-            self._move(key, residency)
-            if residency is Residency.DEVICE:
-                resolve(self._arrivals.pop(key, None), None)
+    def _want(self, key: AdapterKey, **changes: Any) -> int:
+        """Change what is wanted of an adapter, and tell the engine all of it. Returns the wish's order."""
+        self._connection.check()
+        adapter = self._adapter(key)
+        order = next(self._orders)
+        adapter.wish = msgspec.structs.replace(adapter.wish, **({"path": ""} | changes | {"order": order}))
+        adapter.refused = None
+        self._connection.send(adapter.wish)
+        self._tell(key)
+        return order
 
-    def _move(self, key: AdapterKey, residency: Residency) -> None:
-        before = self.residency.get(key, Residency.DISK)
-        if residency is not Residency.DEVICE:
-            self._leaving.discard(key)
-        self.residency[key] = residency
-        if residency is not before:
-            self.moves[before, residency] += 1
-            self.moved(key)
+    def _read(self, key: AdapterKey, path: str, least: Residency) -> Read:
+        order = self._want(key, path=path, least=least, most=Residency.DEVICE)
+        adapter = self._adapters[key]
+        adapter.read = adapter.read or Read(order, asyncio.get_running_loop().time())
+        return adapter.read
 
-    def _leave_memory(self, key: AdapterKey) -> None:
-        """Note that an adapter is on disk alone: it was unloaded, or its engine is gone. This counts as no move."""
-        self._leaving.discard(key)
-        if self.residency.pop(key, Residency.DISK) is not Residency.DISK:
-            self.moved(key)
+    def _tell(self, key: AdapterKey) -> None:
+        """End the waits for an adapter that are over now."""
+        adapter = self._adapter(key)
+        waits = [wait for wait in self._waits.pop(key, []) if not wait.ends(adapter)]
+        if waits:
+            self._waits[key] = waits
 
-    def _count_load(self, key: AdapterKey) -> None:
-        began = self._load_began.pop(key, None)
-        if began is not None:
+    def _end_read(self, adapter: EngineAdapter) -> None:
+        read, status = adapter.read, adapter.status
+        if read is None or status.order < read.order:
+            return
+        if status.facts is not None and status.tier is not Residency.DISK:
+            adapter.read = None
             self.num_loads += 1
-            self.load_seconds += asyncio.get_running_loop().time() - began
+            self.load_seconds += asyncio.get_running_loop().time() - read.began
+        elif status.problems:
+            adapter.read = None
+
+    def _note_move(self, adapter: EngineAdapter, before: Residency) -> None:
+        status = adapter.status
+        if status.tier is before or status.key.parts:
+            return
+        if status.facts is not None:  # else it was unloaded, which counts as no move
+            self.moves[before, status.tier] += 1
+        self.moved(status.key)
+
+    def _forget_refusals(self) -> None:
+        refused = [key for key, adapter in self._adapters.items() if adapter.refused is not None]
+        for key in refused[:-MAX_REFUSED]:
+            self._adapters[key].refused = None
+            self._drop_if_idle(key)
+
+    def _drop_if_idle(self, key: AdapterKey) -> None:
+        if key in self._adapters and self._adapters[key].is_idle and key not in self._waits:
+            del self._adapters[key]
+
+
+def _nothing_wanted(wish: WantAdapter, pinned: bool) -> WantAdapter:
+    """What is wanted after a wish has come to its end: no tier, and perhaps a pin that holds."""
+    return msgspec.structs.replace(wish, path="", least=Residency.DISK, most=Residency.DEVICE, pinned=pinned)

@@ -8,14 +8,14 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 
-from loraplex_engine.link.adapters import AdapterNews, EngineAdapters
+from loraplex_engine.link.adapters import EngineAdapters
 from loraplex_engine.link.connection import Connection, Send, new_answer, reject, resolve
-from loraplex_engine.link.messages import EngineStats, Ping, Pong, SetVocabulary, StepOutput
+from loraplex_engine.link.messages import AdaptersChanged, EngineStats, Ping, Pong, SetVocabulary, StepOutput
 from loraplex_engine.link.requests import MAX_PENDING_TOKENS, EngineRequests
 
 # What an engine says once it runs. EngineReady, EngineFailed and LoadProgress come before, and belong to whoever
 # started it.
-Running = StepOutput | AdapterNews | Pong
+Running = StepOutput | AdaptersChanged | Pong
 
 
 class EngineClient:
@@ -61,8 +61,8 @@ class EngineClient:
             case Pong(nonce=nonce, stats=stats):
                 self.stats = stats
                 resolve(self._pings.get(nonce), message)
-            case _:
-                self.adapters.deliver(message)
+            case AdaptersChanged(statuses=statuses):
+                self.adapters.deliver(statuses)
 
     def fail(self, error: Exception) -> None:
         """Note that the engine is gone: every stream and call, waiting or later, ends with this error.

@@ -5,7 +5,6 @@ Every message is one frame. `ToEngine` and `FromEngine` are the two closed sets:
 
 import msgspec
 
-from loraplex_adapters.errors import INVALID
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
@@ -69,41 +68,19 @@ class Abort(Message, frozen=True):
     request_ids: list[int]
 
 
-class LoadAdapter(Message, frozen=True):
-    """Read an adapter into host memory. Answered by `AdapterLoaded` or `AdapterFailed`; repeating it is harmless.
+class WantAdapter(Message, frozen=True):
+    """All that the service wants of one adapter, or of a weighted sum, from now on. It replaces every earlier wish.
 
-    With DEVICE the adapter then goes to the device as soon as there is room, which `AdaptersMoved` reports.
+    Answered by an `AdapterStatus` after the next step, and by another after each change. Between `least` and `most`,
+    and once the wish is met, the engine places the adapter as its requests need it.
     """
 
     key: AdapterKey
-    path: str  # directory, already resolved and allowed by the service
-    residency: Residency = Residency.HOST
-
-
-class UnloadAdapter(Message, frozen=True):
-    """Drop an adapter once no request uses it. Requests already accepted keep it. Answered by `AdapterUnloaded`.
-
-    With HOST the adapter only leaves the device, which `AdaptersMoved` reports. It is no longer pinned.
-    """
-
-    key: AdapterKey
-    residency: Residency = Residency.DISK
-
-
-class BringAdapter(Message, frozen=True):
-    """Bring an adapter that was loaded, or a weighted sum of such, to the device as soon as there is room.
-
-    Answered by `AdaptersMoved`, or by `AdapterFailed`.
-    """
-
-    key: AdapterKey
-
-
-class PinAdapter(Message, frozen=True):
-    """Bring an adapter that was loaded to the device and keep it there, or let it go. Answered by `AdapterPinned`."""
-
-    key: AdapterKey
-    pinned: bool
+    order: int  # grows with every wish for any adapter; at least 1
+    path: str = ""  # directory to read it from, resolved and allowed by the service; "": nothing is read for this wish
+    least: Residency = Residency.HOST  # the tier to bring it to, as soon as there is room
+    most: Residency = Residency.DEVICE  # the tier to lower it to, once no request uses it; DISK: it is forgotten
+    pinned: bool = False  # brought to the device, and kept there
 
 
 class Ping(Message, frozen=True):
@@ -116,9 +93,7 @@ class Shutdown(Message, frozen=True):
     """Leave the loop and exit with status 0. Running requests end without an answer: drain first."""
 
 
-ToEngine = (
-    AddRequest | SetVocabulary | Abort | LoadAdapter | UnloadAdapter | BringAdapter | PinAdapter | Ping | Shutdown
-)
+ToEngine = AddRequest | SetVocabulary | Abort | WantAdapter | Ping | Shutdown
 
 
 # ---- engine → service ----------------------------------------------------------------------------------------------
@@ -225,10 +200,9 @@ class LoadProgress(Message, frozen=True):
     bytes_total: int
 
 
-class AdapterLoaded(Message, frozen=True):
-    """The adapter is in host memory and bound to this model, tensor by tensor."""
+class AdapterFacts(msgspec.Struct, array_like=True, frozen=True):
+    """The result of reading an adapter and binding it to this model, tensor by tensor."""
 
-    key: AdapterKey
     rank: int  # the largest
     size_bytes: int
     target_modules: list[str]  # short names, sorted: "q_proj", …
@@ -236,34 +210,24 @@ class AdapterLoaded(Message, frozen=True):
     whole: str = ""  # why it cannot be one of several in a composition; "": it can
 
 
-class AdapterFailed(Message, frozen=True):
-    """The adapter cannot serve on this model. `problems` names every tensor or field at fault."""
+class AdapterStatus(msgspec.Struct, array_like=True, frozen=True):
+    """How an adapter, or a weighted sum, stands after a step. One that was never reported is on disk."""
 
     key: AdapterKey
-    problems: list[str]
-    reason: str = INVALID  # their kind: a name of loraplex.v1.ErrorReason
+    order: int  # of the newest wish that this takes into account; 0: none
+    tier: Residency  # HOST also if it is on the device and takes no more requests, to make room for another
+    pinned: bool = False
+    facts: AdapterFacts | None = None  # None: it was never read, it was forgotten, or it is a weighted sum
+    problems: list[
+        str
+    ] = []  # why it got no further in this step: every tensor or field at fault; empty: nothing failed
+    reason: str = ""  # their kind: a name of loraplex.v1.ErrorReason; "": there are too many pins
 
 
-class AdapterUnloaded(Message, frozen=True):
-    key: AdapterKey
+class AdaptersChanged(Message, frozen=True):
+    """The adapters for which a wish arrived, or that changed, in one step."""
 
-
-class AdapterPinned(Message, frozen=True):
-    """Whether the adapter is pinned now. `problem`: why it could not be."""
-
-    key: AdapterKey
-    pinned: bool
-    problem: str = ""
-    reason: str = ""  # its kind: a name of loraplex.v1.ErrorReason; "": there are too many pins
-
-
-class AdaptersMoved(Message, frozen=True):
-    """The new tiers of adapters, and of weighted sums of them, that have moved. An adapter never reported is on disk.
-
-    An adapter that is on the device but takes no more requests, to make room for another, counts as in host memory.
-    """
-
-    moves: list[tuple[AdapterKey, Residency]]
+    statuses: list[AdapterStatus]
 
 
 class Pong(Message, frozen=True):
@@ -271,15 +235,4 @@ class Pong(Message, frozen=True):
     stats: EngineStats
 
 
-FromEngine = (
-    EngineReady
-    | EngineFailed
-    | LoadProgress
-    | StepOutput
-    | AdapterLoaded
-    | AdapterFailed
-    | AdapterUnloaded
-    | AdapterPinned
-    | AdaptersMoved
-    | Pong
-)
+FromEngine = EngineReady | EngineFailed | LoadProgress | StepOutput | AdaptersChanged | Pong

@@ -17,7 +17,7 @@ from loraplex_adapters.registry import AdapterChange, AdapterRegistry, ChangeKin
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import AdapterInfo, AdapterState, AdapterVersion, full_name
 from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.messages import AdapterLoaded
+from loraplex_engine.link.messages import AdapterFacts
 from loraplex_service.adapters.background import BackgroundWork
 from loraplex_service.adapters.library import AdapterFiles, AdapterLibrary
 from loraplex_service.adapters.records import AdapterRecords
@@ -104,7 +104,7 @@ class AdapterDeployer:
     def prefetch(self, version: AdapterVersion) -> None:
         """Load a version into host memory ahead of its requests, if its model runs and the version is not there."""
         client = self._client(version)
-        if client is not None and version.key not in client.adapters.loaded and version.state is AdapterState.ACTIVE:
+        if client is not None and client.adapters.facts(version.key) is None and version.state is AdapterState.ACTIVE:
             self._deploy(client, version)
 
     def unload(self, version: AdapterVersion, residency: Residency = Residency.DISK) -> "asyncio.Task[None] | None":
@@ -150,10 +150,10 @@ class AdapterDeployer:
         loading = client.adapters.start_loading(version.key, self.directory(version))
         return self._work.begin(self._take_answer(version.key, loading))
 
-    async def _take_answer(self, key: AdapterKey, loading: "asyncio.Future[AdapterLoaded]") -> None:
+    async def _take_answer(self, key: AdapterKey, loading: "asyncio.Future[AdapterFacts]") -> None:
         with suppress(AdapterNotFound):  # it was deleted meanwhile
             try:
-                loaded = await asyncio.shield(loading)
+                loaded = await loading
             except AdapterRejected as error:
                 if error.reason != UNREADABLE or self._version(key).state is AdapterState.LOADING:
                     self._registry.fail(key, error.problems, error.reason)
@@ -293,7 +293,7 @@ def _text_warnings(text: AdapterText, description: AdapterDescription) -> tuple[
     return (*text.warnings, problem)
 
 
-def adapter_info(description: AdapterDescription, loaded: AdapterLoaded, warnings: Sequence[str] = ()) -> AdapterInfo:
+def adapter_info(description: AdapterDescription, loaded: AdapterFacts, warnings: Sequence[str] = ()) -> AdapterInfo:
     """Combine what is known of a version from its files and from the engine."""
     ranks = description.module_ranks
     return AdapterInfo(

@@ -100,7 +100,7 @@ class AdapterMessages:
     def _residency(self, version: AdapterVersion) -> AdapterResidency.ValueType:
         model = self._host.find(version.spec.base_model)
         client = None if model is None else model.client
-        residency = Residency.DISK if client is None else client.adapters.residency.get(version.key, Residency.DISK)
+        residency = Residency.DISK if client is None else client.adapters.tier(version.key)
         return RESIDENCIES[residency]
 
 

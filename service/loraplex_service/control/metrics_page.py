@@ -89,8 +89,8 @@ def _engine(client: EngineClient) -> EngineSnapshot:
     adapters = client.adapters
     return EngineSnapshot(
         client.stats,
-        list(adapters.loaded),
-        adapters.residency.copy(),
+        adapters.loaded,
+        adapters.residency,
         adapters.moves.copy(),
         adapters.num_loads,
         adapters.load_seconds,

@@ -45,7 +45,7 @@ class ColdAdapters:
             return False
         if policy.on_cold in (ON_COLD_FAIL, ON_COLD_USE_BASE) or policy.HasField("max_load_wait"):
             for version in target.versions:
-                if version.key not in client.adapters.loaded:
+                if client.adapters.facts(version.key) is None:
                     client.adapters.start_loading(version.key, self._adapter_path(version))
             try:
                 client.adapters.start_bringing(key)
@@ -80,7 +80,7 @@ class ColdAdapters:
         """
         loop = asyncio.get_running_loop()
         began, seconds = loop.time(), 0.0
-        while missing := [version for version in versions if version.key not in client.adapters.loaded]:
+        while missing := [version for version in versions if client.adapters.facts(version.key) is None]:
             for version in missing:  # while one is waited for, another may be unloaded
                 try:
                     await client.adapters.load(version.key, self._adapter_path(version))
@@ -108,7 +108,7 @@ class ColdAdapters:
 def _check_composable(target: Target) -> None:
     """Raise InvalidRequest if the target is a weighted sum with an adapter that cannot be part of a sum."""
     for version, _ in target.parts:
-        loaded = target.model.client.adapters.loaded.get(version.key)
+        loaded = target.model.client.adapters.facts(version.key)
         if loaded is not None and loaded.whole:
             raise InvalidRequest.at("spec.model", f"adapter {version.version_name} cannot be composed: {loaded.whole}")
 

@@ -20,7 +20,7 @@ from loraplex_engine.execution.arrays import History, StepArrays, step_arrays
 from loraplex_engine.execution.form_masks import TokenMask
 from loraplex_engine.execution.model_runner import NO_FORMS
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import AddRequest, LoadAdapter
+from loraplex_engine.link.messages import AddRequest, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.form import Form
 from loraplex_engine.scheduling.request import Request
@@ -72,7 +72,7 @@ def load(folder: Path) -> tuple[EngineCore, AdapterKey]:
     fields: dict[str, Any] = {"block_size": BLOCK_SIZE, "kv_cache_bytes": 1 << 20, "max_num_batched_tokens": 12}
     config = EngineConfig(model=str(folder / "base"), kernels="reference", max_resident_adapters=1, **fields)
     core, key = EngineCore.load(config), AdapterKey("shared/one", digest(folder / "adapter"))
-    core.load_adapter(LoadAdapter(key, str(folder / "adapter")))
+    core.want_adapter(WantAdapter(key, 1, str(folder / "adapter")))
     core.add(AddRequest(99, [1, 2], SamplingParams(seed=0, max_tokens=1), key))
     while core.has_work():
         step(core)

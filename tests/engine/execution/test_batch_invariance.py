@@ -14,7 +14,7 @@ from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import AddRequest, LoadAdapter, StepOutput, TokenLogprobs
+from loraplex_engine.link.messages import AddRequest, StepOutput, TokenLogprobs, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +74,7 @@ def run(folder: Path, chosen: list[int], arrive_together: bool, **settings: Any)
     core = EngineCore.load(config)
     keys = {name: AdapterKey(name, digest(folder / name)) for name in ADAPTERS}
     for name, key in keys.items():
-        core.load_adapter(LoadAdapter(key, str(folder / name)))
+        core.want_adapter(WantAdapter(key, 1, str(folder / name)))
     while core.has_work():
         core.step()
     outputs: dict[int, Output] = {index: [] for index in chosen}

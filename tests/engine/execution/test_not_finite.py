@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.residency import Residency
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import AddRequest, LoadAdapter, RequestOutput, StepOutput, UnloadAdapter
+from loraplex_engine.link.messages import AddRequest, RequestOutput, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
 transformers = pytest.importorskip("transformers")
@@ -62,7 +63,7 @@ def core(folder: Path, request: pytest.FixtureRequest) -> Any:
         kv_cache_bytes=8 * 8 * 2 * 2 * 2 * 16 * 4,  # 8 blocks: what one request leaves, the next one gets
     )
     core = EngineCore.load(config)
-    core.load_adapter(LoadAdapter(broken_key(folder), str(folder / BROKEN)))
+    core.want_adapter(WantAdapter(broken_key(folder), 1, str(folder / BROKEN)))
     while core.has_work():
         core.step()
     yield core
@@ -141,7 +142,7 @@ def test_the_log_names_the_adapter_once_until_it_is_unloaded(
         finish(core, ask(1, key), ask(2, key))
         finish(core, ask(3, key))
         assert [str(key) in record.getMessage() for record in caplog.records] == [True]
-        core.unload_adapter(UnloadAdapter(key))
-        core.load_adapter(LoadAdapter(key, str(folder / BROKEN)))
+        core.want_adapter(WantAdapter(key, 2, least=Residency.DISK, most=Residency.DISK))
+        core.want_adapter(WantAdapter(key, 3, str(folder / BROKEN)))
         finish(core, ask(4, key))
     assert len(caplog.records) == 2

@@ -21,7 +21,7 @@ from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.execution.memory_profile import cache_budget, largest_step
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import AddRequest, Device, LoadAdapter, StepOutput
+from loraplex_engine.link.messages import AddRequest, Device, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.step import PendingResult, StepPlan
 from tests.engine.execution.cuda_stand_in import TOTAL_BYTES, StandIn, one_cuda_device
@@ -115,7 +115,7 @@ def generate(config: EngineConfig, adapter: Path) -> list[list[int]]:
     """Greedy tokens of three requests that run together, the last two with an adapter."""
     core, narrow = EngineCore.load(config), AdapterKey("shared/narrow", digest(adapter))
     try:
-        core.load_adapter(LoadAdapter(narrow, str(adapter)))
+        core.want_adapter(WantAdapter(narrow, 1, str(adapter)))
         while core.has_work():
             step(core)
         tokens: list[list[int]] = [[], [], []]

@@ -1,22 +1,29 @@
 """A client of one engine, and what it sent."""
 
+from typing import Any
+
+import msgspec
 import pytest
 
 from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.residency import Residency
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import (
     Abort,
-    AdapterLoaded,
+    AdapterFacts,
+    AdaptersChanged,
+    AdapterStatus,
     AddRequest,
     EngineStats,
     RequestOutput,
     StepOutput,
     ToEngine,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import SamplingParams
 
 KEY = AdapterKey("shared/pirate", "ab" * 32)
-LOADED = AdapterLoaded(KEY, 8, 1024, ["q_proj"], [])
+FACTS = AdapterFacts(8, 1024, ["q_proj"], [])
 STATS = EngineStats(0, 0, 0, 8, 8, 0, 16, 1, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -32,6 +39,18 @@ class Wire:
 
     def step(self, *outputs: RequestOutput) -> None:
         self.client.deliver(StepOutput(list(outputs), STATS))
+
+    @property
+    def wishes(self) -> list[WantAdapter]:
+        return [message for message in self.sent if isinstance(message, WantAdapter)]
+
+    def say(self, order: int, tier: Residency = Residency.HOST, key: AdapterKey = KEY, **fields: Any) -> None:
+        """Say that an adapter is registered with the engine, and in this tier."""
+        status = AdapterStatus(key, order, tier, facts=None if key.parts else FACTS)
+        self.client.deliver(AdaptersChanged([msgspec.structs.replace(status, **fields)]))
+
+    def say_gone(self, order: int) -> None:
+        self.client.deliver(AdaptersChanged([AdapterStatus(KEY, order, Residency.DISK)]))
 
     @property
     def aborted(self) -> list[list[int]]:

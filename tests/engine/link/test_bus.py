@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.residency import Residency
 from loraplex_engine.link.bus import (
     NUMBER,
     BadRequest,
@@ -27,17 +28,18 @@ from loraplex_engine.link.bus import (
 from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_engine.link.messages import (
     Abort,
-    AdapterLoaded,
+    AdapterFacts,
+    AdaptersChanged,
+    AdapterStatus,
     AddRequest,
     FromEngine,
-    LoadAdapter,
     LoadProgress,
     Message,
     Ping,
     SetVocabulary,
     Shutdown,
     ToEngine,
-    UnloadAdapter,
+    WantAdapter,
 )
 from loraplex_engine.link.sampling_params import SamplingParams
 
@@ -46,8 +48,8 @@ SAMPLING = SamplingParams(seed=2**64 - 1, max_tokens=3, logit_bias={7: -1.5}, al
 TO_ENGINE: list[ToEngine] = [
     AddRequest(1, [5, 6], SAMPLING, KEY, "salt", True, -3),
     Abort([1, 2]),
-    LoadAdapter(KEY, "/adapters/pirate"),
-    UnloadAdapter(KEY),
+    WantAdapter(KEY, 1, "/adapters/pirate"),
+    WantAdapter(KEY, 2, least=Residency.DISK, most=Residency.DISK),
     SetVocabulary([b"a", b"", b"\xff"]),
     Ping(9),
     Shutdown(),
@@ -97,7 +99,7 @@ def test_no_damage_to_a_message_makes_the_decoder_raise(data: st.DataObject) -> 
     [
         pytest.param(b"\x91" * 100_000, id="nested arrays"),
         pytest.param(b"\x92\xa5Abort\xdd\xff\xff\xff\xff", id="an array said to have 2^32 items"),
-        pytest.param(b"\x92\xadUnloadAdapter\x92\xa1\xff\xa1a", id="a string that is no UTF-8"),
+        pytest.param(b"\x93\xabWantAdapter\x92\xa1\xff\xa1a", id="a string that is no UTF-8"),
     ],
 )
 def test_hostile_frames_are_dropped(frame: bytes) -> None:
@@ -172,7 +174,10 @@ async def test_messages_pass_both_ways_in_order(address: str) -> None:
         while len(received) < len(TO_ENGINE):
             received += await asyncio.to_thread(engine.receive, None)
         assert received == TO_ENGINE
-        answers: list[FromEngine] = [AdapterLoaded(KEY, rank, 10, ["q_proj"], []) for rank in range(3)]
+        answers: list[FromEngine] = [
+            AdaptersChanged([AdapterStatus(KEY, 1, Residency.HOST, facts=AdapterFacts(rank, 10, ["q_proj"], []))])
+            for rank in range(3)
+        ]
         for answer in answers:
             engine.send(answer)
         got: list[FromEngine] = []

@@ -20,7 +20,7 @@ from loraplex_engine.checkpoint.model_config import FeedForward, FusedLinear, Mo
 from loraplex_engine.core import EngineCore
 from loraplex_engine.layers.feed_forward import GatedLayout
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import AddRequest, LoadAdapter, StepOutput
+from loraplex_engine.link.messages import AddRequest, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.models import qwen2, registry
 from loraplex_engine.models.reading import Family
@@ -83,7 +83,7 @@ def generate(folder: Path, tensors: dict[str, Tensor], modules: Sequence[str], *
     save_file(tensors, folder / "model.safetensors")
     config = EngineConfig(model=str(folder), kv_cache_bytes=1 << 20, max_num_batched_tokens=9, threads=1)
     core, sampling = EngineCore.load(config), SamplingParams(seed=0, temperature=0.0, max_tokens=12)
-    core.load_adapter(LoadAdapter(key, str(folder / "adapter")))
+    core.want_adapter(WantAdapter(key, 1, str(folder / "adapter")))
     for number, adapter in enumerate((None, key)):
         core.add(AddRequest(number, list(range(3, 20)), sampling, adapter))
     tokens: list[list[int]] = [[], []]

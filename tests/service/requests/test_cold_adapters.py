@@ -5,7 +5,7 @@ from grpc import StatusCode as Code
 
 from loraplex_adapters.errors import COLD, TOO_LARGE
 from loraplex_adapters.residency import Residency
-from loraplex_engine.link.messages import AdapterFailed, AdaptersMoved, BringAdapter
+from loraplex_engine.link.messages import AdaptersChanged, AdapterStatus, WantAdapter
 from tests.service.data_plane import DataPlane, failure, make_spec
 
 POLICIES = {"fails": {"on_cold": "ON_COLD_FAIL"}, "goes without": {"on_cold": "ON_COLD_USE_BASE"}}
@@ -19,8 +19,13 @@ async def model(plane: DataPlane, request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def wishes_to_bring(plane: DataPlane) -> list[WantAdapter]:
+    wishes = [message for message in plane.engine.received if isinstance(message, WantAdapter)]
+    return [wish for wish in wishes if wish.least is Residency.DEVICE]
+
+
 def brought(plane: DataPlane) -> list[str]:
-    return [message.key.name for message in plane.engine.received if isinstance(message, BringAdapter)]
+    return [wish.key.name for wish in wishes_to_bring(plane)]
 
 
 async def test_one_that_would_rather_fail_fails_at_once_and_brings_it_to_the_device(
@@ -38,8 +43,8 @@ async def test_one_that_can_never_be_there_is_told_why_and_not_to_try_again(plan
     spec = make_spec(model=model, adapter_policy=POLICIES["fails"])
     plane.engine.loads_allowed = False
     await failure(plane.generate(spec))
-    [message] = [message for message in plane.engine.received if isinstance(message, BringAdapter)]
-    plane.engine.client.deliver(AdapterFailed(message.key, ["it needs 9 bytes on the device"], TOO_LARGE))
+    [wish] = wishes_to_bring(plane)
+    plane.engine.say(wish.key, wish.order, ["it needs 9 bytes on the device"], TOO_LARGE)
     failed = await failure(plane.generate(spec))
     assert (failed.code, failed.reason) == (Code.FAILED_PRECONDITION, TOO_LARGE)
     assert (await failure(plane.generate(spec))).reason == COLD  # it is tried again
@@ -57,7 +62,7 @@ async def test_one_that_leaves_the_device_is_cold_again(plane: DataPlane) -> Non
     await plane.engine.client.adapters.bring_to_device(version.key, "/adapters/default/pirate")
     spec = make_spec(model="pirate", adapter_policy=POLICIES["fails"])
     await plane.generate(spec)
-    plane.engine.client.deliver(AdaptersMoved([(version.key, Residency.HOST)]))
+    plane.engine.client.deliver(AdaptersChanged([AdapterStatus(version.key, 1, Residency.HOST)]))
     assert (await failure(plane.generate(spec))).reason == COLD
 
 

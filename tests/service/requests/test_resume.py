@@ -10,8 +10,9 @@ from grpc import StatusCode as Code
 from loraplex import FailedPrecondition, LoraplexError, Unavailable
 from loraplex.v1.inference_pb2 import GenerateResponse
 from loraplex_adapters.errors import UNREADABLE
+from loraplex_adapters.residency import Residency
 from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.messages import Abort, AdapterFailed, AddRequest, LoadAdapter, Ping, UnloadAdapter
+from loraplex_engine.link.messages import AddRequest, ToEngine, WantAdapter
 from loraplex_service.errors import Cancelled
 from loraplex_service.errors import Unavailable as EngineGone
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
@@ -171,8 +172,12 @@ async def begun(plane: DataPlane, model: str) -> "asyncio.Task[GenerateResponse]
     return running
 
 
-def of_adapters(engine: FakeEngine) -> list[type]:
-    return [type(message) for message in engine.received if not isinstance(message, Abort | Ping)]
+def wishes(messages: list[ToEngine]) -> list[WantAdapter]:
+    return [message for message in messages if isinstance(message, WantAdapter)]
+
+
+def has_been_told_to_read(engine: FakeEngine, path: str) -> bool:
+    return any(wish.path == path for wish in wishes(engine.received))
 
 
 async def test_a_request_whose_adapter_is_unloaded_while_it_goes_on_loads_it_again(
@@ -189,9 +194,9 @@ async def test_a_request_whose_adapter_is_unloaded_while_it_goes_on_loads_it_aga
     next_engine.allow_loads()
     assert (await running).usage.completion_tokens == 5
     await unloading
-    sent = of_adapters(next_engine)
-    assert sent.index(UnloadAdapter) < sent.index(AddRequest)
-    assert sent[: sent.index(AddRequest)].count(LoadAdapter) == 2
+    [request] = next_engine.requests
+    before = wishes(next_engine.received[: next_engine.received.index(request)])
+    assert [wish.most for wish in before] == [Residency.DEVICE, Residency.DISK, Residency.DEVICE]
 
 
 async def test_a_member_of_a_sum_that_is_unloaded_while_another_loads_is_loaded_again(
@@ -205,11 +210,11 @@ async def test_a_member_of_a_sum_that_is_unloaded_while_another_loads_is_loaded_
     await next_engine.until(lambda: bool(next_engine.received))
     next_engine.allow_loads()
     next_engine.loads_allowed = False
-    await next_engine.until(lambda: LoadAdapter(second.key, second.spec.source) in next_engine.received)
+    await next_engine.until(lambda: has_been_told_to_read(next_engine, second.spec.source))
     await next_engine.client.adapters.unload(first.key)
     next_engine.allow_loads()
     assert (await running).usage.completion_tokens == 5
-    assert next_engine.adapters == {first.key, second.key}
+    assert set(next_engine.adapters) == {first.key, second.key}
 
 
 async def test_a_request_whose_adapter_the_next_engine_cannot_read_ends_with_what_is_wrong(
@@ -221,7 +226,8 @@ async def test_a_request_whose_adapter_the_next_engine_cannot_read_ends_with_wha
     next_engine.loads_allowed = False
     lives.end()
     await next_engine.until(lambda: bool(next_engine.received))
-    next_engine.client.deliver(AdapterFailed(version.key, ["its file is gone"], UNREADABLE))
+    [wish] = wishes(next_engine.received)
+    next_engine.say(version.key, wish.order, ["its file is gone"], UNREADABLE)
     failed = await failure(running)
     assert (failed.code, failed.reason) == (Code.UNAVAILABLE, UNREADABLE)
     assert f"adapter {version.version_name} cannot be served: its file is gone" in failed.message
