@@ -98,15 +98,18 @@ def waited(client: Client, seconds: float) -> Waits:
 def send(kind: str, address: str) -> None:
     """One large message after another. What is refused is sent again after a while."""
     with Client(address) as client:
-        while True:
+        for number in itertools.count():
             try:
                 LARGE_CALLS[kind](client)
             except LoraplexError:
                 time.sleep(0.1)
+            if number == 0:
+                print("begun", flush=True)
 
 
 def burn(share: float) -> None:
     """So much of a core, a little at a time."""
+    print("begun", flush=True)
     while True:
         busy = time.process_time() + 0.01 * share
         while time.process_time() < busy:
@@ -116,15 +119,18 @@ def burn(share: float) -> None:
 
 @contextmanager
 def beside(arguments: Sequence[str], callers: int) -> Iterator[list[int]]:
-    """While so many processes of this module do something else. Their ids."""
+    """While so many processes of this module do something else, from when each has begun. Their ids."""
+    command = [sys.executable, "-m", "benchmarks.neighbours", *arguments]
     with ExitStack() as stack:
-        pids = []
+        processes = []
         for _ in range(callers):
-            process = stack.enter_context(subprocess.Popen([sys.executable, "-m", "benchmarks.neighbours", *arguments]))
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
             stack.callback(process.kill)
-            pids.append(process.pid)
-        time.sleep(3.0)  # they start
-        yield pids
+            processes.append(process)
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+        yield [process.pid for process in processes]
 
 
 @dataclass(frozen=True)
