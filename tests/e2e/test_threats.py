@@ -264,13 +264,17 @@ async def test_no_number_is_too_large_to_be_refused(client: AsyncClient, fields:
     ],
     ids=lambda constraint: ascii(constraint)[:40],
 )
-async def test_constraints_made_to_hurt_are_refused_by_name_before_anything_reads_them(
+async def test_constraints_made_to_hurt_are_refused_or_kept_to_in_time(
     client: AsyncClient, constraint: dict[str, Any]
 ) -> None:
     spec = generate_spec("storyteller", "A fox", max_tokens=4)
     spec.constraint.MergeFrom(Constraint(**constraint))
     _, item = [item async for item in client.batch_generate([spec])]
-    assert (item.error.code, "spec" in item.error.message) == (grpc.StatusCode.UNIMPLEMENTED.value[0], True)
+    if item.HasField("error"):
+        refused = item.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0] and "spec" in item.error.message
+        assert refused or "its form cannot go on" in item.error.message  # no text is complete, and it fails alone
+    else:
+        assert 1 <= item.response.outputs[0].finished.completion_tokens <= 4
 
 
 @pytest.mark.parametrize(

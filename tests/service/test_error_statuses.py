@@ -160,8 +160,6 @@ async def test_all_invalid_fields_are_named_at_once(plane: DataPlane) -> None:
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
-        ({"constraint": {"regex": "a+"}}, "spec.constraint"),
-        ({"constraint": {}}, "spec.constraint"),
         ({"sampling": {"bad_words": ["x"]}}, "spec.sampling.bad_words"),
         (
             {"prompt": {"chat": {"messages": [{"role": "user"}], "tools": [{"name": "f"}]}}},
@@ -172,6 +170,48 @@ async def test_all_invalid_fields_are_named_at_once(plane: DataPlane) -> None:
 async def test_unsupported_field_is_refused_by_name(plane: DataPlane, fields: Mapping[str, Any], path: str) -> None:
     failed = await both_ways(plane, make_spec(**fields))
     assert (failed.code, failed.reason, failed.fields) == (Code.UNIMPLEMENTED, "FEATURE_UNSUPPORTED", [path])
+
+
+@pytest.mark.parametrize(
+    ("constraint", "field", "problem"),
+    [
+        ({}, "", "is empty"),
+        ({"choices": {}}, ".choices.values", "is empty"),
+        ({"regex": "(?=a)b"}, ".regex", "look-ahead"),
+        ({"regex": "a\\"}, ".regex", "escapes nothing"),
+        ({"grammar": 'start ::= "a"'}, ".grammar", "No 'root' rule found"),
+        ({"grammar": "root ::= a\n" + 'a ::= "a"\n' * 1000}, ".grammar", "1001 rules; at most 1000"),
+        ({"json_schema": "{"}, ".json_schema", "not JSON"),
+        ({"json_schema": "[]"}, ".json_schema", "must be a JSON object"),
+        ({"json_schema": '{"const": NaN}'}, ".json_schema", "not JSON compliant"),
+        ({"json_schema": '{"items":' * 70 + "{}" + "}" * 70}, ".json_schema", "nested more than 64 levels"),
+        ({"json_schema": '{"x-guidance": {"lenient": true}}'}, ".json_schema", "x-guidance at /"),
+        ({"json_schema": '{"properties": {"not": {"not": {}}}}'}, ".json_schema", "not at /properties/not;"),
+        ({"json_schema": '{"$ref": "http://localhost/x"}'}, ".json_schema", "http://localhost/x"),
+    ],
+)
+async def test_a_constraint_that_cannot_be_kept_to_is_refused(
+    plane: DataPlane, constraint: dict[str, Any], field: str, problem: str
+) -> None:
+    failed = await both_ways(plane, make_spec(constraint=constraint))
+    assert (failed.code, failed.fields) == (Code.INVALID_ARGUMENT, [f"spec.constraint{field}"])
+    assert problem in failed.message
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"json_schema": '{"type": "object", "properties": {"a": {"$ref": "#"}}}'},
+        {"json_object": {}},
+        {"regex": "[a-z]+/"},
+        {"choices": {"values": ["a/b", '"']}},
+        {"grammar": 'root ::= "a" root | "b"'},
+    ],
+)
+async def test_an_engine_is_told_the_form_of_every_output(plane: DataPlane, constraint: dict[str, Any]) -> None:
+    await plane.generate(make_spec(constraint=constraint, sampling={"n": 2}))
+    first, second = plane.engine.requests
+    assert first.grammar == second.grammar != ""
 
 
 async def test_a_field_of_a_newer_contract_is_refused_not_ignored(plane: DataPlane) -> None:

@@ -376,7 +376,14 @@ Global___Stopping: typing_extensions.TypeAlias = Stopping
 
 @typing.final
 class Constraint(google.protobuf.message.Message):
-    """A form that the text must have: only tokens that can still lead to it are chosen."""
+    """A form that the text must have: only tokens that can still lead to it are chosen. The text is complete where the
+    output ends with FINISH_REASON_EOS, or with FINISH_REASON_STOP and nothing in Finished.matched: then nothing but the
+    end could follow. All else that ends an output, such as max_tokens and stop strings, may cut it short.
+
+    What cannot be read or kept to is refused with INVALID_ARGUMENT, as is what takes too much work: of a schema more than
+    64 levels or of a grammar more than 1000 rules. An output that needs too much work in a step ends with INTERNAL, as does
+    one that no text could complete, such as that of {"$ref": "#"}.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -386,11 +393,17 @@ class Constraint(google.protobuf.message.Message):
     CHOICES_FIELD_NUMBER: builtins.int
     GRAMMAR_FIELD_NUMBER: builtins.int
     json_schema: builtins.str
-    """A JSON value that this JSON Schema (as JSON text) accepts. At most 65,536 bytes."""
+    """A JSON value that this JSON Schema (an object, as JSON text) accepts. Keywords that the server cannot keep to are
+    refused, such as not, if, uniqueItems and contains; words that are no keywords are ignored. References lead to places
+    in the schema itself. Between its parts the value has at most 40 blanks and line ends in a row.
+    From 1 to 65,536 bytes.
+    """
     regex: builtins.str
-    """Text that this regular expression matches as a whole. At most 4096 bytes."""
+    """Text that this regular expression matches as a whole. Of the syntax of Rust's regex crate, \\d and \\w in ASCII;
+    without look-around, word boundaries and back-references. From 1 to 4096 bytes.
+    """
     grammar: builtins.str
-    """Text of this context-free grammar, in GBNF. At most 65,536 bytes."""
+    """Text of this context-free grammar, in GBNF, from its rule "root". From 1 to 65,536 bytes."""
     @property
     def json_object(self) -> Global___JsonObject:
         """Any JSON object."""
@@ -435,7 +448,7 @@ class Choices(google.protobuf.message.Message):
     VALUES_FIELD_NUMBER: builtins.int
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """At least 1, at most 256, each at most 65,536 bytes."""
+        """At least 1, at most 256, each from 1 to 65,536 bytes."""
 
     def __init__(
         self,

@@ -32,7 +32,9 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """Never sent."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """A stop string or a stop token of the request was found: see Finished.matched."""
+    """A stop string or a stop token of the request was found: see Finished.matched. With neither, the form that
+    GenerateSpec.constraint asks for is complete.
+    """
     FINISH_REASON_EOS: _FinishReason.ValueType  # 2
     """The model ended it."""
     FINISH_REASON_MAX_TOKENS: _FinishReason.ValueType  # 3
@@ -48,7 +50,9 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """Never sent."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""A stop string or a stop token of the request was found: see Finished.matched."""
+"""A stop string or a stop token of the request was found: see Finished.matched. With neither, the form that
+GenerateSpec.constraint asks for is complete.
+"""
 FINISH_REASON_EOS: FinishReason.ValueType  # 2
 """The model ended it."""
 FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 3

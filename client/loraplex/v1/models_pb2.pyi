@@ -42,6 +42,8 @@ class _ModelCapabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     """Takes OutputOptions.prompt_logprobs."""
     MODEL_CAPABILITY_PREFIX_CACHE: _ModelCapability.ValueType  # 5
     """Reuses prefixes of earlier prompts."""
+    MODEL_CAPABILITY_CONSTRAINT: _ModelCapability.ValueType  # 6
+    """Takes GenerateSpec.constraint."""
 
 class ModelCapability(_ModelCapability, metaclass=_ModelCapabilityEnumTypeWrapper):
     """Something that a model can do on this server."""
@@ -58,6 +60,8 @@ MODEL_CAPABILITY_PROMPT_LOGPROBS: ModelCapability.ValueType  # 4
 """Takes OutputOptions.prompt_logprobs."""
 MODEL_CAPABILITY_PREFIX_CACHE: ModelCapability.ValueType  # 5
 """Reuses prefixes of earlier prompts."""
+MODEL_CAPABILITY_CONSTRAINT: ModelCapability.ValueType  # 6
+"""Takes GenerateSpec.constraint."""
 Global___ModelCapability: typing_extensions.TypeAlias = ModelCapability
 
 @typing.final

@@ -54,7 +54,7 @@ class ServerInfo(google.protobuf.message.Message):
 
     @property
     def unsupported_features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Fields of this contract that it refuses with FEATURE_UNSUPPORTED, such as "GenerateSpec.constraint"."""
+        """Fields of this contract that it refuses with FEATURE_UNSUPPORTED, such as "Sampling.bad_words"."""
 
     def __init__(
         self,

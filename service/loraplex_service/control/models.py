@@ -10,6 +10,7 @@ from loraplex.v1 import models_pb2_grpc
 from loraplex.v1.models_pb2 import (
     MODEL_CAPABILITY_ADAPTERS,
     MODEL_CAPABILITY_CHAT,
+    MODEL_CAPABILITY_CONSTRAINT,
     MODEL_CAPABILITY_LOGPROBS,
     MODEL_CAPABILITY_PREFIX_CACHE,
     MODEL_CAPABILITY_PROMPT_LOGPROBS,
@@ -155,7 +156,12 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
         )
     )
     message.capabilities.extend(
-        (MODEL_CAPABILITY_ADAPTERS, MODEL_CAPABILITY_LOGPROBS, MODEL_CAPABILITY_PROMPT_LOGPROBS)
+        (
+            MODEL_CAPABILITY_ADAPTERS,
+            MODEL_CAPABILITY_LOGPROBS,
+            MODEL_CAPABILITY_PROMPT_LOGPROBS,
+            MODEL_CAPABILITY_CONSTRAINT,
+        )
     )
     if model.tokenizer is not None and model.tokenizer.chat_template is not None:
         message.capabilities.append(MODEL_CAPABILITY_CHAT)

@@ -199,6 +199,9 @@ class HostedModel:
     def _change(self) -> None:
         if self._loading is None and self._unloading is None and self._has_other_text():  # replaced, and started again
             self._loading = asyncio.create_task(self._load(), name=f"load {self.name}")
+        client, tokenizer = self.client, self.tokenizer
+        if client is not None and tokenizer is not None and not self._has_other_text():
+            client.teach(tokenizer.vocabulary)
         self.num_changes += 1
         self._changed(self)
 
@@ -271,6 +274,7 @@ def _read_text_files(config: HostedModelConfig) -> tuple[Tokenizer, str]:
     if config.chat_template is not None:
         source = Path(config.chat_template).read_text(encoding="utf-8")
         tokenizer.chat_template = ChatTemplate(source, **tokenizer.special_tokens)
+    _ = tokenizer.vocabulary  # made here, in a thread: the engine is told it as soon as it serves
     return tokenizer, _revision(directory)
 
 

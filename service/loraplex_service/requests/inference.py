@@ -43,6 +43,7 @@ from loraplex_service.errors import InvalidRequest, LoraplexError, MessageTooLar
 from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.target import Target, merged_sampling
 from loraplex_service.requests.cold_adapters import NO_WAIT, ColdAdapters, Wait
+from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.in_flight import InFlight, Requests
 from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.prompts import TextWork, prompt_tokens
@@ -97,6 +98,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._catalog = catalog
         self._admission = admission
         self._texts = texts
+        self._forms = Forms(texts)
         self._tenants = tenants
         self._adapter_texts = adapter_texts or AdapterTexts(adapter_path)
         self._cold_adapters = ColdAdapters(adapter_path, max_load_wait_seconds)
@@ -218,6 +220,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         model = target.model
         self._admission.check(model.name, model.limits, tenant.name, tenant.config.weight)
         prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")
+        grammar = await self._forms.grammar(spec.constraint, tenant, f"{path}.constraint")
         sampling = merged_sampling(spec.sampling, target.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(SEED_BITS)
         tokenizer = model.tokenizer
@@ -257,7 +260,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 tokenizer=model.tokenizer,
                 form=OutputForm.of(spec, streaming, params.max_tokens),
                 prompt=prompt,
-                sequences=_sequences(tenant, spec, model.client, prompt, _after(params, wait), adapter, wait, outputs),
+                sequences=_sequences(
+                    tenant, spec, model.client, prompt, _after(params, wait), adapter, wait, outputs, grammar
+                ),
                 arrival=call.arrival,
                 adapter_load_seconds=wait.seconds,
             )
@@ -321,6 +326,7 @@ def _sequences(
     adapter: AdapterKey | None,
     wait: Wait,
     outputs: int,
+    grammar: str,
 ) -> list[AddRequest]:
     """One request to the engine for each output. Only the first one asks for the prompt's log-probabilities."""
     first = AddRequest(
@@ -334,6 +340,7 @@ def _sequences(
         tenant=tenant.name,
         weight=tenant.config.weight,
         adapter_wait_seconds=wait.seconds_left,
+        grammar=grammar,
     )
     sequences = [first]
     for index in range(1, outputs):

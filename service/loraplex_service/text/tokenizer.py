@@ -153,6 +153,13 @@ class Tokenizer:
         piece = self._pieces[token_id]
         return piece.encode() if isinstance(piece, str) else piece
 
+    @cached_property
+    def vocabulary(self) -> Sequence[bytes]:
+        """`token_bytes` of every id; empty for control tokens, and for ids that have no token. Takes some 0.1 s."""
+        hidden = self.special_token_ids | set(self.eos_token_ids)
+        ids = range(self.num_token_ids)
+        return [b"" if i in hidden or self.id_to_token(i) is None else self.token_bytes(i) for i in ids]
+
     def token_text(self, token_id: int) -> str:
         """The text of a token for people (logprobs): parts of characters are U+FFFD. Special tokens are shown."""
         return self.token_bytes(token_id).decode(errors="replace")

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from loraplex.v1.adapters_pb2 import CreateAdapterRequest
-from loraplex.v1.generation_pb2 import GenerateSpec
+from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
 from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
 from loraplex.v1.prompt_pb2 import ChatMessage, Prompt
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
@@ -19,7 +19,7 @@ from loraplex_service.names.grammar import model_id, tenant_id
 from loraplex_service.validation.limits import LIMITS, TOTALS, Entries, Total
 
 # What the contract has and this server does not. Refused by name; ServerInfo lists them.
-UNSUPPORTED_FIELDS = ("GenerateSpec.constraint", "Sampling.bad_words", "Chat.tools")
+UNSUPPORTED_FIELDS = ("Sampling.bad_words", "Chat.tools")
 
 # Beyond these, fields that the contract does not have are not even looked at one by one: that takes long.
 MAX_UNKNOWN_BYTES = 64 << 10
@@ -141,6 +141,14 @@ def _check_spec(spec: GenerateSpec, path: str) -> Iterator[Violation]:
         yield Violation(_at(path, "output.top_logprobs"), "asks for log-probabilities, and logprobs is false")
 
 
+def _check_constraint(constraint: Constraint, path: str) -> Iterator[Violation]:
+    kind = constraint.WhichOneof("kind")
+    if kind is None:
+        yield Violation(path, "is empty: give json_schema, json_object, regex, choices or grammar, or leave it out")
+    elif kind == "choices" and not constraint.choices.values:
+        yield Violation(_at(path, "choices.values"), "is empty; give at least one")
+
+
 def _check_unary(spec: GenerateSpec, path: str) -> Iterator[Violation]:
     if spec.HasField("stream"):
         yield Violation(_at(path, "stream"), "has a meaning for StreamGenerate alone; leave it out")
@@ -223,6 +231,7 @@ _RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
     "TokenizeRequest": _check_tokenize,
     "DetokenizeRequest": _check_model,
     "GenerateSpec": _check_spec,
+    "Constraint": _check_constraint,
     "Prompt": _check_prompt,
     "ChatMessage": _check_chat_message,
     "CreateAdapterRequest": _check_registration,

@@ -1,0 +1,119 @@
+"""The form that a request asks for, as the grammar that its engine compiles."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from loraplex.v1.generation_pb2 import Constraint
+from loraplex_engine.link.grammar import (
+    choice_grammar,
+    gbnf_grammar,
+    grammar_problem,
+    regex_grammar,
+    schema_grammar,
+)
+from loraplex_service.admission.tenants import Tenant
+from loraplex_service.errors import InvalidRequest
+from loraplex_service.requests.prompts import TextWork
+
+MAX_NESTING = 64  # of a JSON Schema, in objects and lists
+MAX_RULES = 1000  # of a grammar in GBNF
+MAX_KEPT = 128  # constraints that were found good
+WORK_FACTOR = 16  # reading a grammar takes about as long as tokenising so many times its bytes
+
+# What holds schemas by names of its own, and what holds values.
+_NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+_VALUES = frozenset(("enum", "const", "default", "examples"))
+
+
+class Forms:
+    """Reads constraints, and refuses those that no engine can compile. The latest good ones are kept."""
+
+    def __init__(self, work: TextWork) -> None:
+        self._work = work
+        self._kept: OrderedDict[bytes, str] = OrderedDict()
+
+    async def grammar(self, constraint: Constraint, tenant: Tenant, path: str) -> str:
+        """The grammar of a constraint that is in its limits; "": none was asked for.
+
+        `path`: where the constraint is in the request. Raises InvalidRequest, Unavailable.
+        """
+        kind = constraint.WhichOneof("kind")
+        if kind is None:
+            return ""
+        key = constraint.SerializeToString(deterministic=True)
+        if key not in self._kept:
+            work = WORK_FACTOR * max(len(key), 1024)
+            try:
+                self._kept[key] = await self._work.on(tenant, work, lambda: checked_grammar(constraint))
+            except ValueError as error:
+                raise InvalidRequest.at(f"{path}.{kind}", f"cannot be used: {error}") from error
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+def checked_grammar(constraint: Constraint) -> str:
+    """The grammar of a constraint. Raises ValueError that says what is wrong with it, where, and what to do."""
+    if constraint.HasField("json_schema"):
+        return _schema(constraint.json_schema)
+    if constraint.HasField("json_object"):
+        return _compilable(schema_grammar({"type": "object"}))
+    if constraint.HasField("regex"):
+        return _compilable(regex_grammar(constraint.regex))
+    if constraint.HasField("choices"):
+        return _compilable(choice_grammar(constraint.choices.values))
+    num_rules = constraint.grammar.count("::=")
+    if num_rules > MAX_RULES:
+        raise ValueError(f"it has {num_rules} rules; at most {MAX_RULES} are allowed")
+    return _compilable(gbnf_grammar(constraint.grammar))
+
+
+def _compilable(grammar: str) -> str:
+    if problem := grammar_problem(grammar):
+        raise ValueError(problem.partition("\n   1 |")[0])  # behind it is the grammar as it was rewritten
+    return grammar
+
+
+def _schema(text: str) -> str:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise ValueError("it must be a JSON object: for any value, write {}")
+    if _is_deeper(schema, MAX_NESTING):
+        raise ValueError(f"it is nested more than {MAX_NESTING} levels deep; flatten it, or name parts in $defs")
+    if "x-guidance" in schema:
+        raise ValueError("x-guidance at /: the server sets it; leave it out")
+    try:
+        return _compilable(schema_grammar(schema))
+    except ValueError as error:
+        places = [f"{keyword} at {where}" for keyword, where in _places(schema) if f'"{keyword}"' in str(error)]
+        if "Unimplemented keys" not in str(error) or not places:
+            raise
+        raise ValueError(f"this server cannot keep to {', '.join(places[:5])}; leave it out") from error
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    parts: Collection[Any] = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
+
+
+def _places(schema: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """The keywords of a schema and of those inside, each with the path of the schema that has it."""
+    if isinstance(schema, list):
+        for index, part in enumerate(schema):
+            yield from _places(part, f"{where}/{index}")
+    elif isinstance(schema, dict):
+        for keyword, value in schema.items():
+            yield keyword, where or "/"
+            if keyword in _NAMED and isinstance(value, dict):
+                for name, part in value.items():
+                    yield from _places(part, f"{where}/{keyword}/{name}")
+            elif keyword not in _VALUES:
+                yield from _places(value, f"{where}/{keyword}")
