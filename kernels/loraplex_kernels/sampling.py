@@ -101,8 +101,9 @@ class TorchSampling:
     def mask_logits(self, logits: Tensor, rows: Sequence[int], bits: Tensor) -> None:
         bits = bits.to(logits.device, non_blocking=True)
         if logits.is_cpu:  # row by row, each in a cache
-            for row, row_bits in zip(rows, bits, strict=True):
-                logits[row].masked_fill_(_forbidden(row_bits, logits.shape[-1]), -torch.inf)
+            for row, octets in zip(rows, bits.numpy().view(np.uint8), strict=True):
+                allowed = np.unpackbits(octets, bitorder="little", count=logits.shape[-1])
+                np.putmask(logits[row].numpy(), allowed == 0, -np.inf)
         else:
             index = torch.tensor(rows, device=logits.device)
             logits.index_put_((index,), logits[index].masked_fill_(_forbidden(bits, logits.shape[-1]), -torch.inf))
