@@ -69,7 +69,7 @@ async def test_the_engine_forgets_the_request(
     await plane.engine.until_idle()
     assert plane.engine.aborted == [plane.engine.requests[0].request_id]
     assert plane.engine.used_blocks == 0
-    await asyncio.wait_for(plane.admission.wait_idle(), 5)
+    await asyncio.wait_for(plane.admission.wait_idle(), 20)
     expected = grpc.StatusCode.DEADLINE_EXCEEDED if how == "deadline" else grpc.StatusCode.CANCELLED
     assert await end_of(call, method) is expected
 
@@ -93,7 +93,7 @@ async def test_a_request_that_waits_for_its_adapter_never_reaches_the_engine(
         call.cancel()
     elif how == "close":
         await own_channel.close()
-    await asyncio.wait_for(plane.admission.wait_idle(), 5)
+    await asyncio.wait_for(plane.admission.wait_idle(), 20)
     plane.engine.allow_loads()
     await plane.engine.until(lambda: version.key in plane.engine.client.adapters.loaded)
     assert not plane.engine.requests
