@@ -77,7 +77,8 @@ def changes(rows: list[dict[str, Any]], vocab_size: int) -> LogitChanges:
 def draws(rows: list[dict[str, Any]]) -> Draws:
     names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     columns = [np.array([row[name] for row in rows]) for name in names]
-    return Draws(*columns, np.array([row["seed"] for row in rows], dtype=np.uint64), np.arange(len(rows)) + 7)
+    columns += [np.array([row["seed"] for row in rows], dtype=np.uint64), np.arange(len(rows)) + 7]
+    return Draws(*columns)
 
 
 def logits_of(rows: list[dict[str, Any]], vocab_size: int) -> torch.Tensor:

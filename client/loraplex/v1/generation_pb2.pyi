@@ -395,7 +395,7 @@ class Constraint(google.protobuf.message.Message):
     json_schema: builtins.str
     """A JSON value that this JSON Schema (an object, as JSON text) accepts. Keywords that the server cannot keep to are
     refused, such as not, if, uniqueItems and contains; words that are no keywords are ignored. References lead to places
-    in the schema itself. Between its parts the value has at most 40 blanks and line ends in a row.
+    in the schema itself. Between its parts the value has a blank at most, or one line end and at most 40 blanks behind it.
     From 1 to 65,536 bytes.
     """
     regex: builtins.str

@@ -25,8 +25,9 @@ GRAMMAR_LIMITS = LLParserLimits(
 # Where only one text can follow, any of its tokens may: the engine has no tokenizer to say which is the usual one.
 _HEADER = '%llguidance {"no_forcing": true}\n'
 
-# Between the parts of a JSON value: enough for any indentation, and never a stream of blanks without end.
-_WHITESPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
+# Between the parts of a JSON value: a blank, or a new line with any indentation. A model that is not sure writes one
+# blank line after the other where it may.
+_WHITESPACE = {"whitespace_pattern": r"\x20?|\x0D?\x0A[\x20\x09]{0,40}"}
 
 
 def grammar_problem(grammar: str) -> str:
