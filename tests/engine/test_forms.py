@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from loraplex_engine.link.grammar import gbnf_grammar, schema_grammar
 from loraplex_engine.link.grammar import regex_grammar as regex
-from loraplex_engine.link.grammar import schema_grammar
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
@@ -277,3 +277,24 @@ def test_drafts_change_nothing_in_an_output_with_a_form(make_engine: Callable[..
     drafted.finish()
     assert drafter.num_drafted > 0
     assert drafted.tokens(1) == tokens
+
+
+def test_a_token_of_text_that_ends_outputs_is_drawn_only_where_the_form_may_end(engine: Engine) -> None:
+    ends = (EOS, ord("b"))  # an adapter may name a token of the text as its end
+    engine.add(1, regex("[a-c]{8}d"), eos_token_ids=ends, logit_bias={ord("b"): 100.0})
+    engine.finish()
+    assert re.fullmatch(rb"[ac]{8}d", engine.text(1))
+
+
+@pytest.mark.parametrize("rules", ['root ::= root root | "a"', 'root ::= x x x x\nx ::= "a" x | x "a" | "a" | ""'])
+def test_a_grammar_with_countless_readings_ends_with_an_error_in_good_time(engine: Engine, rules: str) -> None:
+    engine.add(1, gbnf_grammar(rules), max_tokens=400, eos_token_ids=())
+    engine.finish()
+    assert "cannot go on" in engine.end(1).error
+    assert len(engine.tokens(1)) < 300
+
+
+def test_a_grammar_with_countless_readings_is_taken_up_again_token_by_token(engine: Engine) -> None:
+    engine.add(1, gbnf_grammar('root ::= root root | "a"'), [ord("a")] * 200, max_tokens=400, eos_token_ids=())
+    engine.finish()
+    assert "cannot go on" in engine.end(1).error

@@ -53,16 +53,15 @@ class FormMasks:
         return TokenMask(rows, bits, problems)
 
     def _let_end(self, bits: np.ndarray, history: History) -> None:
-        """Allow the tokens that end the output where the form may end, unless it is too early for them."""
+        """Allow the tokens that end the output where the form may end and it is not too early, and nowhere else."""
         sampling = history.sampling
         octets = bits.view(np.uint8)
-        if history.num_output_tokens < sampling.min_tokens:
-            ends = np.array(sampling.eos_token_ids + sampling.stop_token_ids, dtype=np.int64)
-            np.bitwise_and.at(octets, ends // 8, ~(1 << ends % 8).astype(np.uint8))
-        elif _holds(octets, np.array([self._vocab_size]))[0]:
+        may_end = _holds(octets, np.array([self._vocab_size]))[0]
+        is_early = history.num_output_tokens < sampling.min_tokens
+        _forbid(octets, [self._vocab_size, *sampling.eos_token_ids, *(sampling.stop_token_ids if is_early else ())])
+        if may_end and not is_early:
             ends = np.array(sampling.eos_token_ids, dtype=np.int64)
             np.bitwise_or.at(octets, ends // 8, (1 << ends % 8).astype(np.uint8))
-        octets[self._vocab_size // 8] &= ~np.uint8(1 << self._vocab_size % 8)
 
     def _is_drawable(self, bits: np.ndarray, history: History) -> bool:
         allowed = history.sampling.allowed_token_ids
@@ -75,3 +74,8 @@ def _holds(octets: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     """Whether each of these tokens is allowed."""
     held: np.ndarray = octets[token_ids // 8] >> token_ids % 8 & 1
     return held
+
+
+def _forbid(octets: np.ndarray, token_ids: Sequence[int]) -> None:
+    tokens = np.array(token_ids, dtype=np.int64)
+    np.bitwise_and.at(octets, tokens // 8, ~(1 << tokens % 8).astype(np.uint8))

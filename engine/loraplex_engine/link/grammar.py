@@ -11,13 +11,15 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-# The library counts work, not time. A grammar at these limits is read in about half a second, and a row's mask of
-# tokens takes at most about 15 ms; what needs more ends with an error.
+# The library counts work, not time. A grammar at these limits is read in about half a second. A row's mask, and taking
+# its token, take 4 ms each at most where each token may be said in many ways, and the mask 15 ms where regular
+# expressions are hard; what needs more ends with an error.
 GRAMMAR_LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
     max_grammar_size=100_000,
     step_lexer_fuel=200_000,
     step_max_items=50_000,
+    max_items_in_row=500,  # the parses that are open at a time: at the library's 2000 a token took 30 to 60 ms
     max_lexer_states=50_000,  # of 1 to 2 kB
     verbose_errors=False,  # or they hold what was written
 )

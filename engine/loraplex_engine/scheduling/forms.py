@@ -88,7 +88,9 @@ class FormPreparer(Preparer):
 def _compiled(tokenizer: Future[LLTokenizer], grammar: str, token_ids: tuple[int, ...]) -> LLMatcher:
     """The grammar's state after these tokens. Raises ValueError."""
     matcher = LLMatcher(tokenizer.result(), LLMatcher.grammar_from_lark(grammar), log_level=0, limits=GRAMMAR_LIMITS)
-    matcher.consume_tokens(list(token_ids))
+    for token_id in token_ids:  # one by one: the library keeps the interpreter lock until all are taken
+        if not matcher.consume_token(token_id):
+            break
     if matcher.is_error():
         raise ValueError(matcher.get_error())
     return matcher
