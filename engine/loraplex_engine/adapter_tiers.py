@@ -39,6 +39,8 @@ class AdapterTiers:
             self._pool.unpin(key)
         if wish.most is Residency.HOST:
             self._pool.unload(key)
+        elif wish.most is Residency.DEVICE:
+            self._pool.keep(key)
         (self._dropping.add if wish.most is Residency.DISK else self._dropping.discard)(key)
         if wish.most is Residency.DEVICE and (wish.pinned or wish.least is Residency.DEVICE):
             self._bringing[key] = wish.pinned

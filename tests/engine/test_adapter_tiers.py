@@ -59,6 +59,7 @@ class FakePool:
         self.pinned: set[AdapterKey] = set()
         self.wanted_room: list[AdapterKey] = []
         self.recalled: list[AdapterKey] = []
+        self.kept: list[AdapterKey] = []
         self.problems: list[str] = []
         self.pins_allowed = True
 
@@ -85,6 +86,9 @@ class FakePool:
             self.resident.discard(key)
             self.moved.add(key)
             self.changes += 1
+
+    def keep(self, key: AdapterKey) -> None:
+        self.kept.append(key)
 
     def pin(self, key: AdapterKey) -> None:
         if not self.pins_allowed:
@@ -318,3 +322,12 @@ def test_an_adapter_in_use_is_unloaded_when_it_is_not() -> None:
     assert bench.statuses(users=(KEY,)) == said(2, Residency.DEVICE)
     assert bench.tiers.has_work()
     assert bench.statuses() == said(2, Residency.DISK)
+
+
+def test_a_wish_for_the_device_takes_back_one_to_leave_it() -> None:
+    bench = Bench()
+    bench.tiers.want(TO_DEVICE)
+    bench.want(2, most=Residency.HOST)
+    kept_before = list(bench.pool.kept)
+    bench.want(3, most=Residency.DEVICE)
+    assert bench.pool.kept == [*kept_before, KEY]

@@ -86,6 +86,9 @@ class FakeAdapters:
     def is_pinned(self, key: AdapterKey) -> bool:
         return False
 
+    def keep(self, key: AdapterKey) -> None:
+        pass
+
     def is_loading(self) -> bool:
         return False
 

@@ -146,6 +146,11 @@ class AdapterPool:
                 self._drop(other)
                 self._changes += 1
 
+    def keep(self, key: AdapterKey) -> None:
+        """Take back an `unload` that waits for requests to end."""
+        if key in self._residents:
+            self._residents[key].unloading = False
+
     def pin(self, key: AdapterKey) -> None:
         """Keep an adapter on the device until `unpin`, used or not.
 

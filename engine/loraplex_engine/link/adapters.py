@@ -206,7 +206,7 @@ class EngineAdapters:
         Raises what `start_loading` ends with, and AdapterRejected (COLD) if it is unloaded meanwhile.
         """
         adapter = self._adapter(key)
-        if adapter.is_on_device:
+        if adapter.is_on_device and adapter.status.order >= adapter.wish.order:
             return
         if adapter.read is None or adapter.wish.least is not Residency.DEVICE:
             self._read(key, path, Residency.DEVICE)
@@ -263,6 +263,7 @@ class EngineAdapters:
             self._note_move(adapter, before)
             self._tell(status.key)
             if status.problems:
+                self._adapters[status.key] = self._adapters.pop(status.key)  # behind those that were refused before
                 self._forget_refusals()
             self._drop_if_idle(status.key)
 
@@ -291,7 +292,8 @@ class EngineAdapters:
         adapter = self._adapter(key)
         order = next(self._orders)
         adapter.wish = msgspec.structs.replace(adapter.wish, **({"path": ""} | changes | {"order": order}))
-        adapter.refused = None
+        if adapter.wish.most is not Residency.DEVICE:
+            adapter.refused = None
         self._connection.send(adapter.wish)
         self._tell(key)
         return order

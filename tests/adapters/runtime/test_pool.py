@@ -218,6 +218,15 @@ def test_unloading_waits_for_the_last_request(pool: AdapterPool, store: FakeStor
     assert pool.used_bytes == 0
 
 
+def test_unloading_that_waits_can_be_taken_back(pool: AdapterPool, store: FakeStore) -> None:
+    store.finish(key("a"))
+    pool.acquire(key("a"))
+    pool.unload(key("a"))
+    pool.keep(key("a"))
+    pool.release(key("a"))
+    assert pool.residents() == [(key("a"), 0)]
+
+
 def test_unloading_an_idle_adapter_frees_it_at_once(
     pool: AdapterPool, store: FakeStore, sites: dict[str, FakeSite]
 ) -> None:

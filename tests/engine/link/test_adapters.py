@@ -315,6 +315,39 @@ async def test_what_could_not_be_brought_is_said_once_and_then_tried_again(wire:
     assert [wish.order for wish in wire.wishes] == [1, 2]
 
 
+async def test_a_read_that_fails_again_and_again_is_said_each_second_time(wire: Wire) -> None:
+    """As callers do who have no time to wait: they start a load, and hear at the next call what became of it."""
+    wire.client.adapters.start_loading(KEY, "/a")
+    wire.say(1, Residency.DISK, facts=None, problems=["no file"], reason=UNREADABLE)
+    wire.client.adapters.start_loading(KEY, "/a")
+    with pytest.raises(AdapterRejected, match="no file"):
+        wire.client.adapters.start_bringing(KEY)
+
+
+async def test_an_adapter_that_was_to_leave_the_device_is_brought_again_after_a_load(wire: Wire) -> None:
+    wire.say(0, Residency.DEVICE)
+    await wire.client.adapters.leave_device(KEY)
+    wire.say(1, Residency.DEVICE)  # a request still uses it
+    wire.client.adapters.start_loading(KEY, "/a")
+    bringing = await bringing_begun(wire)
+    assert not bringing.done()
+    assert wire.wishes[-1].least is Residency.DEVICE
+    wire.say(wire.wishes[-1].order, Residency.DEVICE)
+    await bringing
+
+
+async def test_the_newest_refusal_is_kept_however_long_its_adapter_is_known(wire: Wire) -> None:
+    wire.say(0)
+    for order, number in enumerate(range(MAX_REFUSED), start=1):
+        key = compose([(KEY, number / 1000)])
+        wire.client.adapters.start_bringing(key)
+        wire.say(order, Residency.DISK, key, problems=["no"], reason=TOO_LARGE)
+    wire.client.adapters.start_bringing(KEY)
+    wire.say(MAX_REFUSED + 1, problems=["it needs 9 bytes"], reason=TOO_LARGE)
+    with pytest.raises(AdapterRejected, match="9 bytes"):
+        wire.client.adapters.start_bringing(KEY)
+
+
 async def test_of_weighted_sums_that_could_not_be_brought_only_some_are_kept(wire: Wire) -> None:
     sums = [compose([(KEY, number / 1000)]) for number in range(MAX_REFUSED + 1)]
     for order, key in enumerate(sums, start=1):
