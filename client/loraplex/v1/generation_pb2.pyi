@@ -381,10 +381,10 @@ class Constraint(google.protobuf.message.Message):
     end could follow. All else that ends an output, such as max_tokens and stop strings, may cut it short.
 
     What cannot be read or kept to is refused with INVALID_ARGUMENT, as is what takes too much work: of a schema more than
-    64 levels or of a grammar more than 1000 rules. An output that needs too much work in a step ends with INTERNAL, such as
-    one whose text so far can be read in hundreds of ways or whose object has hundreds of optional properties, as does one
-    that no text could complete, such as that of {"$ref": "#"}. Forms know the tokens of the base model: those that an
-    adapter adds are not chosen, and one that only an adapter calls special counts as its text.
+    64 levels or 100 properties of an object that are not required, of a grammar more than 1000 rules. An output that needs
+    too much work in a step ends with INTERNAL, such as one whose text can be read in hundreds of ways, as does one that
+    no text could complete, such as that of {"$ref": "#"}. Forms know the tokens of the base model: those that an adapter
+    adds are not chosen, and one that only an adapter calls special counts as its text.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -18,6 +18,7 @@ from loraplex_service.errors import InvalidRequest
 from loraplex_service.requests.prompts import TextWork
 
 MAX_NESTING = 64  # of a JSON Schema, in objects and lists
+MAX_OPTIONAL = 100  # properties of an object; from some 120 on engines have too many ways on at once
 MAX_RULES = 1000  # of a grammar in GBNF
 MAX_KEPT = 128  # constraints that were found good
 WORK_FACTOR = 16  # reading a grammar takes about as long as tokenising so many times its bytes
@@ -86,6 +87,10 @@ def _schema(text: str) -> str:
         raise ValueError("it must be a JSON object: for any value, write {}")
     if _is_deeper(schema, MAX_NESTING):
         raise ValueError(f"it is nested more than {MAX_NESTING} levels deep; flatten it, or name parts in $defs")
+    for where, part in _schemas(schema):
+        if _num_optional(part) > MAX_OPTIONAL:
+            problem = f"properties at {where} has {_num_optional(part)} that are not required"
+            raise ValueError(f"{problem}; at most {MAX_OPTIONAL} are allowed: add some to required")
     if "x-guidance" in schema:
         raise ValueError("x-guidance at /: the server sets it; leave it out")
     try:
@@ -104,16 +109,31 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
 
 
-def _places(schema: Any, where: str = "") -> Iterator[tuple[str, str]]:
+def _num_optional(schema: dict[str, Any]) -> int:
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict):
+        return 0
+    needed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    return len(properties.keys() - needed)
+
+
+def _places(schema: Any) -> Iterator[tuple[str, str]]:
     """The keywords of a schema and of those inside, each with the path of the schema that has it."""
+    for where, part in _schemas(schema):
+        for keyword in part:
+            yield keyword, where
+
+
+def _schemas(schema: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """A schema and those inside, each with its path."""
     if isinstance(schema, list):
         for index, part in enumerate(schema):
-            yield from _places(part, f"{where}/{index}")
+            yield from _schemas(part, f"{where}/{index}")
     elif isinstance(schema, dict):
+        yield where or "/", schema
         for keyword, value in schema.items():
-            yield keyword, where or "/"
             if keyword in _NAMED and isinstance(value, dict):
                 for name, part in value.items():
-                    yield from _places(part, f"{where}/{keyword}/{name}")
+                    yield from _schemas(part, f"{where}/{keyword}/{name}")
             elif keyword not in _VALUES:
-                yield from _places(value, f"{where}/{keyword}")
+                yield from _schemas(value, f"{where}/{keyword}")
