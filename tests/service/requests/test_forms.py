@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.v1.generation_pb2 import Choices, Constraint
+from loraplex.v1.generation_pb2 import Choices, Constraint, JsonObject
 from loraplex_service.requests.forms import MAX_NESTING, MAX_OPTIONAL, MAX_RULES, checked_grammar
 
 
@@ -61,7 +61,7 @@ def test_a_form_that_cannot_be_kept_to_is_refused_with_the_reason(name: str) -> 
         schema(an_object(300, [f"k{n}" for n in range(300)])),
         schema({"properties": {"properties": {"type": "string"}, "required": {"type": "string"}}}),
         schema({"enum": [an_object(200)]}),  # a value, and no schema
-        Constraint(json_object={}),
+        Constraint(json_object=JsonObject()),
         Constraint(regex="[a-z]+"),
         Constraint(choices=Choices(values=["a/b", "\n"])),
         Constraint(grammar='root ::= "a" root | "b"'),
