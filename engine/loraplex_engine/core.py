@@ -139,8 +139,9 @@ class EngineCore:
         count, num_outputs = len(message.prompt_token_ids), len(message.output_token_ids)
         if message.request_id in self.scheduler.requests:
             return f"request id {message.request_id} is in use"
-        if not 1 <= count < limits.max_model_len:
-            return f"prompt of {count} tokens: it must have 1 to {limits.max_model_len - 1}"
+        most = limits.max_model_len - (sampling.max_tokens > 0)  # the first drawn token has a position, too
+        if not 1 <= count <= most:
+            return f"prompt of {count} tokens: it must have 1 to {most}"
         if num_outputs and (num_outputs >= sampling.max_tokens or count + num_outputs >= limits.max_model_len):
             return f"{num_outputs} output tokens to go on from: there must be fewer than it may have"
         token_ids = (
@@ -155,8 +156,8 @@ class EngineCore:
             return f"token ids must lie in 0 to {limits.vocab_size - 1}"
         if not sampling.can_draw:
             return "no token could be drawn: allowed_token_ids is empty, or all of its tokens end the output too early"
-        if sampling.max_tokens < 1:
-            return f"max_tokens is {sampling.max_tokens}: it must be at least 1"
+        if sampling.max_tokens < 0:
+            return f"max_tokens is {sampling.max_tokens}: it must be at least 0"
         if not 0 < message.weight < math.inf:
             return f"weight is {message.weight}: it must be above 0"
         return ""

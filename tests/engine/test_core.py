@@ -160,7 +160,8 @@ class Bench:
         ({"allowed_token_ids": ()}, "no token could be drawn"),
         ({"allowed_token_ids": (5,), "eos_token_ids": (5,), "min_tokens": 2}, "no token could be drawn"),
         ({"allowed_token_ids": (98, 99), "num_token_ids": 98}, "no token could be drawn"),
-        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"prompt": [1] * 65, "max_tokens": 0}, "prompt of 65 tokens"),
         ({"adapter": KEY}, "not registered"),
         ({"output": [1, VOCAB]}, "token ids must lie in"),
         ({"output": [1, 2, 3]}, "3 output tokens to go on from"),
@@ -184,6 +185,17 @@ def test_a_request_goes_on_from_what_another_engine_generated():
     outputs = bench.finish()
     assert [output.token_ids for output in outputs] == [[7], [7]]
     assert outputs[-1].finish_reason is FinishReason.MAX_TOKENS
+
+
+def test_a_request_for_no_tokens_ends_once_its_prompt_is_computed():
+    bench = Bench()
+    bench.add(prompt=[1] * 64, max_tokens=0)
+    outputs = [bench.step() for _ in range(4)]
+    assert outputs[:3] == [[], [], []]
+    [(output,)] = outputs[3:]
+    assert (output.token_ids, output.finish_reason) == ([], FinishReason.MAX_TOKENS)
+    assert not bench.core.has_work()
+    assert bench.core.stats().prompt_tokens == 64
 
 
 def test_an_id_in_use_is_refused_and_its_owner_goes_on():

@@ -40,7 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     allowed_token_ids: tuple[int, ...] | None = None
     num_token_ids: int | None = None  # ids from here on have no token in the tokenizer: never drawn; None: all have one
-    max_tokens: int
+    max_tokens: int  # 0: none is drawn, and the output ends once the prompt is computed
     min_tokens: int = 0  # until then neither EOS nor stop ids can be sampled
     stop_token_ids: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()  # the model's; empty when the request ignores EOS

@@ -123,6 +123,11 @@ class Request:
         return len(self.token_ids)
 
     @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn; else the request ends once its prompt is computed."""
+        return self.sampling.max_tokens > 0
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 

@@ -203,7 +203,14 @@ class Scheduler:
             self._collect_prompt_logprobs(request, item, result.prompt_logprobs.get(request.request_id))
             if sampled:
                 outputs.append(self._take_tokens(item, sampled))
+            elif item.catches_up and not request.draws and request.state is RequestState.RUNNING:
+                outputs.append(self._end_without_tokens(request))
         return outputs
+
+    def _end_without_tokens(self, request: Request) -> RequestOutput:
+        """End a request that wanted no more than its prompt computed."""
+        self._finish(request, FinishReason.MAX_TOKENS)
+        return self._with_beginning(RequestOutput(request.request_id, [], FinishReason.MAX_TOKENS), request)
 
     def _take_tokens(self, item: ScheduledRequest, sampled: Sequence[SampledToken]) -> RequestOutput:
         """Append the tokens, up to the one that ends the request."""

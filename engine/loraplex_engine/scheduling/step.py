@@ -32,9 +32,14 @@ class ScheduledRequest:
         return self.num_new_tokens + len(self.draft_token_ids)
 
     @property
-    def samples(self) -> bool:
-        """Whether the step reaches the last known token, so that the next one is drawn."""
+    def catches_up(self) -> bool:
+        """Whether the step reaches the last known token."""
         return self.num_computed_tokens + self.num_new_tokens == self.request.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step draws the next token."""
+        return self.catches_up and self.request.draws
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,19 @@ def test_preempted_requests_continue_where_they_were():
     assert bench.blocks.num_used == 0
 
 
+def test_a_request_that_draws_nothing_takes_its_prefix_from_the_cache_and_says_how_it_began():
+    bench = Bench()
+    prompt = list(range(20, 32))
+    bench.add(1, prompt)
+    bench.finish()
+    bench.add(2, prompt, max_tokens=0)
+    bench.finish()
+    [output] = bench.outputs[2]
+    assert (output.token_ids, output.finish_reason) == ([], FinishReason.MAX_TOKENS)
+    assert (output.num_cached_tokens, output.queue_seconds) == (8, 0.0)
+    assert bench.blocks.num_used == 0
+
+
 def test_lower_priority_number_runs_first():
     bench = Bench(max_num_seqs=1)
     bench.add(1, [5], priority=5)
