@@ -50,7 +50,8 @@ from loraplex_service.ports.listeners import ConnectionLimits, Health, Service, 
 from loraplex_service.ports.probes import Probes, build_probe_server
 from loraplex_service.ports.receiving import ReceiveLimits
 from loraplex_service.ports.tls import server_credentials
-from loraplex_service.requests.inference import InferenceServicer, keeps_nothing
+from loraplex_service.requests.entrance import Entrance, keeps_nothing
+from loraplex_service.requests.inference import InferenceServicer
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.spare_memory import keep_giving_back
 from loraplex_service.state import StateFile
@@ -95,6 +96,7 @@ class Application:
     tenants: Tenants
     quota: AdapterQuota
     admission: Admission
+    entrance: Entrance
     inference: InferenceServicer
     health: Health
     probes: Probes
@@ -180,20 +182,18 @@ def assemble(
         AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens),
         check_records=telemetry.usage.check_room if telemetry.usage is not None else lambda: None,
     )
-    inference = InferenceServicer(
+    entrance = Entrance(
         catalog,
         admission,
-        texts,
-        deployer.directory,
         tenants,
+        deployer.directory,
         max_load_wait_seconds=limits.adapter_load_wait_seconds,
         resume_seconds=config.supervision.resume_seconds,
-        answer_bytes=limits.answer_bytes,
         observer=telemetry.observer,
-        metrics=telemetry.metrics,
         adapter_texts=adapter_texts,
         recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,
     )
+    inference = InferenceServicer(entrance, texts, telemetry.metrics, limits.answer_bytes)
     tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)
     server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex-server"), limits)
     inferring = (
@@ -231,6 +231,7 @@ def assemble(
         tenants,
         quota,
         admission,
+        entrance,
         inference,
         health,
         probes,
@@ -283,7 +284,7 @@ async def running(
             (data, admin),
             app.health,
             app.admission,
-            app.inference,
+            app.entrance,
             config.drain_grace_seconds,
             config.lame_duck_seconds,
         )

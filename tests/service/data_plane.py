@@ -36,6 +36,7 @@ from loraplex_service.names.routing import RouteBook
 from loraplex_service.names.target import LoadedModel
 from loraplex_service.ports.interceptors import CallInterceptor, CallLimits
 from loraplex_service.ports.listeners import ConnectionLimits, Health, Service, build_server
+from loraplex_service.requests.entrance import Entrance
 from loraplex_service.requests.inference import InferenceServicer
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.state import StateFile
@@ -145,6 +146,7 @@ class DataPlane:
     models: FakeModels
     registry: AdapterRegistry
     admission: Admission
+    entrance: Entrance
     servicer: InferenceServicer
     health: Health
     server: grpc.aio.Server
@@ -203,14 +205,10 @@ async def data_plane(
     model = LoadedModel("demo", "r1", engine.limits, engine.client, tokenizer, Sampling())
     hosted, registry, admission = FakeModels(model), AdapterRegistry(), Admission(admission_limits or AdmissionLimits())
     async with TemplateRenderer() as renderer:
-        servicer = InferenceServicer(
-            Catalog(hosted, registry, RouteBook(StateFile(None))),
-            admission,
-            TextWork.of(renderer),
-            adapter_path=lambda version: version.spec.source,
-            tenants=tenants,
-            answer_bytes=(limits or CallLimits()).answer_bytes,
-        )
+        catalog = Catalog(hosted, registry, RouteBook(StateFile(None)))
+        entrance = Entrance(catalog, admission, tenants, lambda version: version.spec.source)
+        answer_bytes = (limits or CallLimits()).answer_bytes
+        servicer = InferenceServicer(entrance, TextWork.of(renderer), answer_bytes=answer_bytes)
         name = "loraplex.v1.InferenceService"
         health = Health([name])
         services = [Service(name, servicer, add_InferenceServiceServicer_to_server)]
@@ -226,7 +224,18 @@ async def data_plane(
             async with grpc.aio.insecure_channel(address) as channel:
                 stub = InferenceServiceStub(channel)
                 yield DataPlane(
-                    engine, hosted, registry, admission, servicer, health, server, address, channel, stub, errors
+                    engine,
+                    hosted,
+                    registry,
+                    admission,
+                    entrance,
+                    servicer,
+                    health,
+                    server,
+                    address,
+                    channel,
+                    stub,
+                    errors,
                 )
         finally:
             await server.stop(None)

@@ -1,6 +1,6 @@
 """One generation, from its spec to its last token.
 
-`inference` holds the steps in order. `prompts` turns the prompt into tokens, in `turns` where it is long;
-`cold_adapters` waits for adapters; `run` is the admitted request on its engine; `outputs` turns tokens back into text;
-`in_flight` knows all requests by their ids.
+`inference` holds the steps in order; `entrance` is where all requests come in. `prompts` turns the prompt into tokens,
+in `turns` where it is long; `cold_adapters` waits for adapters; `run` is the admitted request on its engine; `outputs`
+turns tokens back into text; `in_flight` knows all requests by their ids.
 """

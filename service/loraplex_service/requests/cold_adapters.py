@@ -31,15 +31,15 @@ class ColdAdapters:
         self._adapter_path = adapter_path
         self._max_load_wait_seconds = max_load_wait_seconds
 
-    def goes_without(self, target: Target, policy: AdapterPolicy) -> bool:
+    def goes_without(self, target: Target, policy: AdapterPolicy, path: str) -> bool:
         """Whether the request goes on with the base model alone, because its adapter is cold and its policy is not to
         wait.
 
-        The adapter is brought to the device all the same, for later requests. Raises Unavailable (ADAPTER_COLD) if the
-        policy is to fail, what `unusable_adapter` returns for an adapter that failed to load, and InvalidRequest for a
-        sum that is not defined.
+        The adapter is brought to the device all the same, for later requests. `path`: the field that names it. Raises
+        Unavailable (ADAPTER_COLD) if the policy is to fail, what `unusable_adapter` returns for an adapter that failed
+        to load, and InvalidRequest for a sum that is not defined.
         """
-        _check_composable(target)
+        _check_composable(target, path)
         key, client = target.adapter_key, target.model.client
         if key is None or client.adapters.on_device(key):
             return False
@@ -56,7 +56,7 @@ class ColdAdapters:
             raise _cold(target, "is not on the device; it is being brought there")
         return policy.on_cold == ON_COLD_USE_BASE
 
-    async def load(self, target: Target, policy: AdapterPolicy, time_limit_seconds: float | None) -> Wait:
+    async def load(self, target: Target, policy: AdapterPolicy, time_limit_seconds: float | None, path: str) -> Wait:
         """Have the engine read the target's adapters into host memory. The scheduler brings them to the device later.
 
         The wait ends at the request's time limit at the latest, whether or not the adapters have been read. Raises
@@ -69,7 +69,7 @@ class ColdAdapters:
         except TimeoutError:
             assert time_limit_seconds is not None
             waited = time_limit_seconds
-        _check_composable(target)
+        _check_composable(target, path)
         return Wait(waited, max(may_wait - waited, 0.0))
 
     async def hold(self, client: EngineClient, versions: Sequence[AdapterVersion]) -> float:
@@ -105,12 +105,12 @@ class ColdAdapters:
             raise _cold(target, f"is not loaded after {wait_seconds:g} s; it goes on loading") from None
 
 
-def _check_composable(target: Target) -> None:
+def _check_composable(target: Target, path: str) -> None:
     """Raise InvalidRequest if the target is a weighted sum with an adapter that cannot be part of a sum."""
     for version, _ in target.parts:
         loaded = target.model.client.adapters.facts(version.key)
         if loaded is not None and loaded.whole:
-            raise InvalidRequest.at("spec.model", f"adapter {version.version_name} cannot be composed: {loaded.whole}")
+            raise InvalidRequest.at(path, f"adapter {version.version_name} cannot be composed: {loaded.whole}")
 
 
 def _cold(target: Target, problem: str) -> Unavailable:

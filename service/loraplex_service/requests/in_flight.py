@@ -3,14 +3,32 @@
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Protocol
 
+from loraplex.v1.inference_pb2 import Usage
 from loraplex_service.call import Call
 from loraplex_service.errors import Cancelled, DeadlineExceeded, LoraplexError
-from loraplex_service.requests.run import Run
+from loraplex_service.telemetry.records import GenerationRecord
 
 # At its deadline gRPC ends a call at both of its ends, and nothing that the server says arrives any more.
 MAX_MARGIN_SECONDS = 0.02  # before it: what a status may take to the caller
 MARGIN_SHARE = 0.05  # of the time that the caller gave, where that is less
+
+
+class Work(Protocol):
+    """What an engine does for one request."""
+
+    def usage(self) -> Usage:
+        """The tokens consumed so far."""
+
+    def record(self, status: str, trace_id: str) -> GenerationRecord:
+        """The request's record. `status`: the name of the gRPC status that it ends with."""
+
+    def end(self, error: Exception) -> None:
+        """Stop the engine's work at once, and have whoever waits for it get this error."""
+
+    def close(self) -> None:
+        """Stop the engine's work, if it has not ended."""
 
 
 class InFlight:
@@ -18,7 +36,7 @@ class InFlight:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self._run: Run | None = None
+        self._work: Work | None = None
         self._waiting: asyncio.Timeout | None = None
         self._error: LoraplexError | None = None
 
@@ -35,8 +53,8 @@ class InFlight:
         if self._error is not None:
             return
         self._error = error
-        if self._run is not None:
-            self._run.end(error)
+        if self._work is not None:
+            self._work.end(error)
         elif self._waiting is not None:
             self._waiting.reschedule(0)
 
@@ -53,11 +71,11 @@ class InFlight:
         finally:
             self._waiting = None
 
-    def runs(self, run: Run) -> None:
-        """Note that the request runs: `end` ends this run from now on."""
-        self._run = run
+    def runs(self, work: Work) -> None:
+        """Note that the request runs: `end` ends this work from now on."""
+        self._work = work
         if self._error is not None:
-            run.end(self._error)
+            work.end(self._error)
 
 
 def end_before(deadline: float, request: InFlight) -> asyncio.TimerHandle:

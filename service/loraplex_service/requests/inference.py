@@ -2,9 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -29,28 +28,23 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateRequest,
     StreamGenerateResponse,
 )
-from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.versions import AdapterVersion
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
-from loraplex_service.adapters.texts import AdapterTexts
-from loraplex_service.admission.admission import Admission
-from loraplex_service.admission.tenants import Tenant, Tenants
+from loraplex_service.admission.tenants import Tenant
 from loraplex_service.call import Call, current_call
-from loraplex_service.call_errors import error_status, known_error, status_name
-from loraplex_service.errors import InvalidRequest, LoraplexError, MessageTooLarge, Unavailable
-from loraplex_service.names.catalog import Catalog
-from loraplex_service.names.target import Target, merged_sampling
-from loraplex_service.requests.cold_adapters import NO_WAIT, ColdAdapters, Wait
+from loraplex_service.call_errors import error_status, known_error
+from loraplex_service.errors import InvalidRequest, MessageTooLarge
+from loraplex_service.names.target import merged_sampling
+from loraplex_service.requests.cold_adapters import Wait
+from loraplex_service.requests.entrance import Entered, Entrance, Size
 from loraplex_service.requests.forms import Forms
-from loraplex_service.requests.in_flight import InFlight, Requests
+from loraplex_service.requests.in_flight import InFlight
 from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.prompts import TextWork, prompt_tokens
 from loraplex_service.requests.run import Event, Job, Run
 from loraplex_service.requests.sampling import derived_seed, sampling_params
 from loraplex_service.telemetry.metrics import RequestMetrics
-from loraplex_service.telemetry.records import NOBODY, Observer
 from loraplex_service.validation.checks import check_item
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -67,47 +61,25 @@ _FIELD_OF_EVENT: dict[type[Event], str] = {
 }
 
 
-async def keeps_nothing() -> None:
-    return
-
-
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Generates text. Every accepted request ends with one Completed, or with one status."""
 
     def __init__(
         self,
-        catalog: Catalog,
-        admission: Admission,
+        entrance: Entrance,
         texts: TextWork,
-        adapter_path: Callable[[AdapterVersion], str],
-        tenants: Tenants,
-        max_load_wait_seconds: float = 60.0,
-        resume_seconds: float = 60.0,
-        observer: Observer = NOBODY,
         metrics: RequestMetrics | None = None,
-        adapter_texts: AdapterTexts | None = None,
-        recorded: Callable[[], Awaitable[None]] = keeps_nothing,
         answer_bytes: int = 32 << 20,
     ) -> None:
-        """`adapter_path`: the directory with a version's files, resolved and allowed, for engines to read.
-        `resume_seconds`: how long a request that has begun waits for the next engine after one has died.
-        `metrics`: gets the gaps between tokens; it gets all else as an observer. `recorded`: waits
-        until observers have stored the records of ended generations: callers see an end only then. `answer_bytes`:
-        the limit of an answer in one piece, and of each item of a batch.
+        """`metrics`: gets the gaps between tokens; it gets all else as an observer. `answer_bytes`: the limit of an
+        answer in one piece, and of each item of a batch.
         """
-        self._catalog = catalog
-        self._admission = admission
+        self._entrance = entrance
+        self._requests = entrance.requests
         self._texts = texts
         self._forms = Forms(texts)
-        self._tenants = tenants
-        self._adapter_texts = adapter_texts or AdapterTexts(adapter_path)
-        self._cold_adapters = ColdAdapters(adapter_path, max_load_wait_seconds)
-        self._resume_seconds = resume_seconds
         self._answer_bytes = answer_bytes
-        self._observer = observer
-        self._recorded = recorded
         self._token_gaps = (metrics or RequestMetrics()).token_gaps
-        self._requests = Requests()
 
     async def Generate(self, request: GenerateRequest, context: Context) -> GenerateResponse:  # noqa: N802
         with self._requests.known(current_call()) as known:
@@ -121,8 +93,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with self._run(known, request.spec, "spec", streaming=True) as run, aclosing(run.events()) as events:
                 async for event in events:
                     if isinstance(event, Completed):
-                        self._record(known.call, run, "OK")
-                        await self._recorded()  # so that the record exists before the caller knows the end
+                        self._entrance.record(known.call, run, "OK")
+                        await self._entrance.recorded()  # so that the record exists before the caller knows the end
                     fields: dict[str, Any] = {"seq": seq, _FIELD_OF_EVENT[type(event)]: event}
                     yield StreamGenerateResponse(**fields)
                     seq += 1
@@ -162,10 +134,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         wanted = set(request.request_ids), set(request.client_request_ids) - {""}  # the last: of those that have none
         return CancelGenerationResponse(cancelled_request_ids=self._requests.cancel(current_call().tenant, *wanted))
 
-    def end_all(self, error: LoraplexError) -> None:
-        """End every generation in flight with this error."""
-        self._requests.end_all(error)
-
     async def _batch_item(
         self,
         index: int,
@@ -189,7 +157,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _item_result(self, index: int, spec: GenerateSpec, item: InFlight) -> BatchGenerateResponse:
         try:
             if index > 0:  # the first is counted: it is the call
-                self._tenants.get(item.call.tenant).count_request()
+                self._entrance.tenants.get(item.call.tenant).count_request()
             check_item(spec, f"specs[{index}]")
             return BatchGenerateResponse(index=index, response=await self._generate(item, spec, f"specs[{index}]"))
         except Exception as error:
@@ -211,14 +179,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _run(self, known: InFlight, spec: GenerateSpec, path: str, streaming: bool) -> AsyncIterator[Run]:
         """Take one request from its spec to its run. However the block ends, the engine then forgets the request."""
         call = known.call
-        tenant = self._tenants.get(call.tenant)
+        tenant = self._entrance.tenants.get(call.tenant)
         call.labels = dict(spec.labels)
         if spec.HasField("client_request_id"):
             call.client_request_id = spec.client_request_id
-        target = self._catalog.resolve(call.tenant, spec.model, f"{path}.model", call.routing_key)
-        target = await self._adapter_texts.dressed(target)
+        target = await self._entrance.target(call, tenant, spec.model, f"{path}.model")
         model = target.model
-        self._admission.check(model.name, model.limits, tenant.name, tenant.config.weight)
         prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")
         grammar = await self._forms.grammar(spec.constraint, tenant, f"{path}.constraint")
         sampling = merged_sampling(spec.sampling, target.default_sampling)
@@ -228,86 +194,26 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             spec, sampling, model.limits, tokenizer.eos_token_ids, tokenizer.num_token_ids, len(prompt), seed, path
         )
         outputs = sampling.n or 1
-        with (
-            tenant.spending(self._admission.expected_tokens(len(prompt), outputs, params.max_tokens), call.used_tokens),
-            self._admission.enter(
-                model.name,
-                model.limits,
-                len(prompt),
-                outputs,
-                params.max_tokens,
-                tenant.name,
-                tenant.config.weight,
-                call.seconds_left(),
-            ),
-            self._catalog.using(target.versions) as start,
-        ):
-            without = self._cold_adapters.goes_without(target, spec.adapter_policy)
-            resolved = target.resolved(fell_back_to_base=without)
-            if resolved.adapter_version:
-                call.metadata["loraplex-adapter-version"] = resolved.adapter_version
-            await call.admit()
-            adapter, wait = None if without else target.adapter_key, NO_WAIT
-            if adapter is not None:
-                async with known.waiting():
-                    wait = await self._cold_adapters.load(target, spec.adapter_policy, params.time_limit_seconds)
+        size, limit = Size(len(prompt), outputs, params.max_tokens), params.time_limit_seconds
+        policy, named = spec.adapter_policy, f"{path}.model"
+        async with self._entrance.entered(known, tenant, target, policy, size, limit, named) as entered:
+            sequences = _sequences(tenant, spec, model.client, prompt, params, entered, outputs, grammar)
             job = Job(
                 request_id=call.request_id,
                 client_request_id=call.client_request_id,
                 labels=call.labels,
                 operation="chat" if spec.prompt.HasField("chat") else "text_completion",
-                target=resolved,
+                target=entered.target,
                 tokenizer=model.tokenizer,
                 form=OutputForm.of(spec, streaming, params.max_tokens),
                 prompt=prompt,
-                sequences=_sequences(
-                    tenant, spec, model.client, prompt, _after(params, wait), adapter, wait, outputs, grammar
-                ),
+                sequences=sequences,
                 arrival=call.arrival,
-                adapter_load_seconds=wait.seconds,
+                adapter_load_seconds=entered.wait.seconds,
             )
-            successor = partial(self._successor, target, adapter)
-            run = Run(job, model.client, successor, self._token_gaps.of((model.name,)), start)
-            call.usage = run.usage
-            known.runs(run)
-            status, caller_waits = "OK", True
-            try:
+            run = Run(job, model.client, entered.successor, self._token_gaps.of((model.name,)), entered.start)
+            async with self._entrance.working(known, run):
                 yield run
-            except BaseException as error:
-                status, caller_waits = status_name(error, call), isinstance(error, Exception)
-                raise
-            finally:
-                if not call.recorded:
-                    self._record(call, run, status)
-                run.close()
-                if caller_waits:
-                    await self._recorded()
-
-    def _record(self, call: Call, run: Run, status: str) -> None:
-        call.recorded = True
-        self._observer.generation_ended(call, run.record(status, call.trace_id))
-
-    async def _successor(self, target: Target, adapter: AdapterKey | None) -> EngineClient:
-        """Wait for the next engine after one has died, until it holds the request's adapters.
-
-        Raises Unavailable (ENGINE_RESTARTING) if it takes too long, and what `Catalog.successor` and
-        `ColdAdapters.hold` raise.
-        """
-        versions = () if adapter is None else target.versions  # None: it went on with the base model
-        try:
-            async with asyncio.timeout(self._resume_seconds):
-                while True:
-                    client = await self._catalog.successor(target.model)
-                    try:
-                        await self._cold_adapters.hold(client, versions)
-                        return client
-                    except Unavailable:
-                        if client.error is None:  # else the next engine died as well
-                            raise
-        except TimeoutError:
-            seconds = f"{self._resume_seconds:g} s"
-            message = f"the engine of model {target.model.name!r} is not back after {seconds}; try again"
-            raise Unavailable("ENGINE_RESTARTING", message) from None
 
 
 def _after(params: SamplingParams, wait: Wait) -> SamplingParams:
@@ -323,23 +229,23 @@ def _sequences(
     client: EngineClient,
     prompt: list[int],
     params: SamplingParams,
-    adapter: AdapterKey | None,
-    wait: Wait,
+    entered: Entered,
     outputs: int,
     grammar: str,
 ) -> list[AddRequest]:
     """One request to the engine for each output. Only the first one asks for the prompt's log-probabilities."""
+    params = _after(params, entered.wait)
     first = AddRequest(
         request_id=client.requests.new_id(),
         prompt=prompt,
         sampling=params,
-        adapter=adapter,
+        adapter=entered.adapter,
         cache_salt=tenant.cache_salt(spec.cache.salt),
         bypass_prefix_cache=spec.cache.bypass_prefix_cache,
         priority=-tenant.priority(spec.priority),  # higher is first for callers, lower is first for engines
         tenant=tenant.name,
         weight=tenant.config.weight,
-        adapter_wait_seconds=wait.seconds_left,
+        adapter_wait_seconds=entered.wait.seconds_left,
         grammar=grammar,
     )
     sequences = [first]

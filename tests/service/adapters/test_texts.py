@@ -104,7 +104,7 @@ async def test_trained_tokens_that_no_tokenizer_has_are_warned_of(padded: Contro
 async def test_a_text_that_was_changed_on_disk_is_not_read(padded: ControlPlane, tmp_path: Path) -> None:
     directory = write_text(write_adapter(tmp_path / "mine"))
     await create(padded, directory)
-    padded.app.inference._adapter_texts._held.clear()
+    padded.app.entrance._adapter_texts._held.clear()
     write_text(directory, template="of somebody else")
     with pytest.raises(Unavailable, match="they were changed"):
         await padded.client.tokenize("mine", "a")

@@ -146,7 +146,7 @@ async def test_two_servers_never_share_a_port(plane: DataPlane) -> None:
 
 
 async def drained(plane: DataPlane, grace_seconds: float) -> None:
-    await drain([plane.server], plane.health, plane.admission, plane.servicer, grace_seconds)
+    await drain([plane.server], plane.health, plane.admission, plane.entrance, grace_seconds)
 
 
 async def test_drain_lets_running_streams_finish(plane: DataPlane) -> None:
@@ -187,7 +187,7 @@ async def test_what_outlasts_the_grace_ends_as_draining_and_its_blocks_are_free(
 
 async def test_lame_duck_still_takes_requests(plane: DataPlane) -> None:
     draining = asyncio.ensure_future(
-        drain([plane.server], plane.health, plane.admission, plane.servicer, 1.0, lame_duck_seconds=60)
+        drain([plane.server], plane.health, plane.admission, plane.entrance, 1.0, lame_duck_seconds=60)
     )
     watch = watch_health(plane.channel)
     while (await next_of(watch)).status != NOT_SERVING:

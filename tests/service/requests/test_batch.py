@@ -48,7 +48,7 @@ async def test_what_a_failed_item_used_is_its_own(plane: DataPlane) -> None:
     plane.engine.steps_allowed = 0
     running = asyncio.ensure_future(run(plane, make_spec("abc"), make_spec("defgh")))
     await plane.engine.until(lambda: len(plane.engine.sequences) == 2)
-    plane.servicer.end_all(Unavailable("ENGINE_RESTARTING", "soon"))
+    plane.entrance.end_all(Unavailable("ENGINE_RESTARTING", "soon"))
     results = await running
     for index, tokens in ((0, 3), (1, 5)):
         usage = PartialUsage()

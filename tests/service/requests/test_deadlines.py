@@ -56,7 +56,7 @@ async def test_the_items_of_a_batch_end_each_with_what_it_consumed(plane: DataPl
 
 async def test_a_request_that_ends_in_time_leaves_nothing_behind(plane: DataPlane) -> None:
     await plane.generate(make_spec("abc"))
-    assert not plane.servicer._requests._by_id
+    assert not plane.entrance.requests._by_id
 
 
 @pytest.mark.parametrize(("seconds", "margin"), [(1e6, 0.02), (0.1, 0.005)])

@@ -118,7 +118,7 @@ async def test_a_request_can_be_cancelled_while_it_waits_for_the_next_engine(con
     async with asyncio.timeout(20):
         while control.app.host.get("tiny").client is not None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    control.app.inference.end_all(Cancelled("enough"))
+    control.app.entrance.end_all(Cancelled("enough"))
     with pytest.raises(LoraplexError, match="enough"):
         await stream.collect()
     stuck.set()
