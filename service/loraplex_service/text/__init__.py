@@ -18,6 +18,7 @@ from loraplex_service.text.errors import (
     TooManyTokensError,
 )
 from loraplex_service.text.literal import Span
+from loraplex_service.text.message_syntax import CallSpelling, MessageSyntax, Reasoning
 from loraplex_service.text.stop_strings import StopResult, StopStrings
 from loraplex_service.text.template_process import TemplateLimits
 from loraplex_service.text.tokenizer import MAX_TOKENS, Encoding, Tokenizer
@@ -26,10 +27,13 @@ __all__ = [
     "MAX_TOKENS",
     "AdapterText",
     "ArgumentsError",
+    "CallSpelling",
     "ChatTemplate",
     "Conversation",
     "Encoding",
     "IncrementalDetokenizer",
+    "MessageSyntax",
+    "Reasoning",
     "RendererError",
     "Span",
     "StopResult",

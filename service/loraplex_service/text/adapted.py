@@ -18,6 +18,7 @@ from tokenizers import AddedToken, models
 from loraplex_service.text.chat_template import ChatTemplate
 from loraplex_service.text.errors import TokenizerError
 from loraplex_service.text.literal import LiteralEncoder, Span
+from loraplex_service.text.message_syntax import message_syntax
 from loraplex_service.text.model_files import ModelFiles, read_file
 from loraplex_service.text.token_decoders import PieceTable
 from loraplex_service.text.token_lengths import NFC_FACTOR
@@ -106,6 +107,8 @@ class AdaptedTokenizer(Tokenizer):
         self.special_tokens = {**base.special_tokens, **named}
         templates = files.chat_templates or (base.chat_template.sources if base.chat_template is not None else {})
         self.chat_template = ChatTemplate(templates, **self.special_tokens) if templates else None
+        own_templates = files.chat_templates.values()
+        self.message_syntax = message_syntax(own_templates) if own_templates else base.message_syntax
 
     @property
     def num_token_ids(self) -> int:

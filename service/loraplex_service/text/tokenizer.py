@@ -14,6 +14,7 @@ from loraplex_service.text.chat_template import ChatTemplate
 from loraplex_service.text.detokenizer import IncrementalDetokenizer
 from loraplex_service.text.errors import TextError, TokenizerError, TooManyTokensError
 from loraplex_service.text.literal import LiteralEncoder, Span
+from loraplex_service.text.message_syntax import message_syntax
 from loraplex_service.text.model_files import ModelFiles
 from loraplex_service.text.token_decoders import PieceTable, token_decoder
 from loraplex_service.text.token_lengths import longest_token_bytes
@@ -64,6 +65,12 @@ class Tokenizer:
         self.chat_template: ChatTemplate | None = (
             ChatTemplate(files.chat_templates, **self.special_tokens) if files.chat_templates else None
         )
+        try:
+            self.message_syntax = message_syntax(
+                files.chat_templates.values(), files.tokenizer_config.get("response_template")
+            )
+        except TokenizerError as error:
+            raise TokenizerError(f"{files.directory / 'tokenizer_config.json'}: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
