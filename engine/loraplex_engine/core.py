@@ -120,7 +120,7 @@ class EngineCore:
         self.scheduler.add(Request(message, self._num_arrivals, time.monotonic()))
 
     def set_vocabulary(self, message: SetVocabulary) -> None:
-        """Take what the forms of later requests are made of."""
+        """Take what the forms of later requests are made of. Takes up to half a second."""
         self.forms.set_vocabulary(message.token_bytes)
 
     def abort(self, request_ids: Iterable[int]) -> None:

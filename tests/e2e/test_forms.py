@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from loraplex import AsyncClient
+from loraplex import AsyncClient, InvalidArgument
 from loraplex.v1.inference_pb2 import FINISH_REASON_EOS, FINISH_REASON_STOP, GenerateResponse
 
 SCHEMA = {
@@ -55,6 +55,19 @@ async def test_every_output_is_text_of_its_grammar(client: AsyncClient) -> None:
 async def test_an_output_is_a_json_object_from_its_first_token_on(client: AsyncClient) -> None:
     response = await client.generate("storyteller", "A fox", json_object=True, max_tokens=8)
     assert response.outputs[0].text.startswith("{")
+
+
+async def test_a_stop_string_ends_a_form_where_it_stands(client: AsyncClient) -> None:
+    response = await client.generate("storyteller", "A fox", regex="[ab]{4}(-[ab]{4}){9}", stop=["-"], n=4)
+    for output in response.outputs:
+        assert re.fullmatch("[ab]{4}", output.text)
+        assert (output.finished.reason, output.finished.stop) == (FINISH_REASON_STOP, "-")
+
+
+async def test_a_form_that_turns_out_to_have_no_end_is_the_callers_mistake(client: AsyncClient) -> None:
+    with pytest.raises(InvalidArgument, match=r"spec\.constraint: .* loosen allowed_token_ids") as raised:
+        await client.generate("storyteller", "A fox", regex="[a-f]{3}", allowed_token_ids=[0])
+    assert [one.field for one in raised.value.violations] == ["spec.constraint"]
 
 
 async def test_streams_with_a_form_and_without_share_an_engine(client: AsyncClient) -> None:

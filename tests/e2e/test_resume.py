@@ -30,6 +30,7 @@ class Order:
     model: str
     prompt: str
     seed: int | None  # None: greedy
+    regex: str | None = None
 
     async def run(self, client: AsyncClient, begun: asyncio.Semaphore | None = None) -> tuple[list[int], str]:
         """All its tokens and its text. `begun` is released once the first have come."""
@@ -41,6 +42,7 @@ class Order:
             token_ids=True,
             temperature=0.0 if self.seed is None else 1.0,
             seed=self.seed,
+            regex=self.regex,
         )
         seqs = []
         async for event in stream:
@@ -55,7 +57,12 @@ class Order:
 
 
 STRUCK = [
-    Order(model, f"Tell me a story about a fox and {index} hens.", index if index % 2 else None)
+    Order(
+        model,
+        f"Tell me a story about a fox and {index} hens.",
+        seed=index if index % 2 else None,
+        regex="[a-z .]*" if index % 5 == 0 else None,
+    )
     for index, model in enumerate(("storyteller", *MODELS["storyteller"]) * 13)
 ][:64]
 OTHERS = [Order("json", f"What is two plus {index}?", None) for index in range(8)]

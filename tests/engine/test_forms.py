@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from loraplex_engine.link.grammar import gbnf_grammar, schema_grammar
 from loraplex_engine.link.grammar import regex_grammar as regex
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.scheduling.forms import NUM_THREADS
 
 pytest.importorskip("transformers")
 
@@ -247,6 +249,21 @@ def test_more_grammars_than_are_kept_are_compiled_again(engine: Engine) -> None:
     assert all(engine.text(number) == b"%03dx" % (number % 130) for number in range(150))
 
 
+def test_the_grammar_of_requests_that_are_gone_is_not_compiled(engine: Engine) -> None:
+    may_go_on = Event()
+    for _ in range(NUM_THREADS):
+        engine.core.forms._queue._threads.submit(may_go_on.wait)
+    for number in range(3):
+        engine.add(number, regex("ab" if number else "cd"))
+    engine.step()
+    compiling = engine.core.forms._compiled
+    engine.core.abort([0, 1])
+    assert [grammar for grammar, _ in compiling] == [regex("ab")]
+    engine.core.abort([2])
+    assert not compiling
+    may_go_on.set()
+
+
 def test_a_request_waits_for_its_form_without_a_place_among_those_for_adapters(engine: Engine) -> None:
     engine.add(1, regex("ab"))
     engine.core.step()
@@ -290,8 +307,16 @@ def test_a_token_of_text_that_ends_outputs_is_drawn_only_where_the_form_may_end(
 def test_a_grammar_with_countless_readings_ends_with_an_error_in_good_time(engine: Engine, rules: str) -> None:
     engine.add(1, gbnf_grammar(rules), max_tokens=400, eos_token_ids=())
     engine.finish()
-    assert "cannot go on" in engine.end(1).error
+    assert "cannot go on: Parser Error: Current row has" in engine.end(1).error
+    assert engine.end(1).error_reason == "INVALID_PARAMETER"
     assert len(engine.tokens(1)) < 300
+
+
+def test_a_form_that_no_text_completes_ends_with_an_error_that_says_so(engine: Engine) -> None:
+    engine.add(1, gbnf_grammar('root ::= "a" x\nx ::= x'))
+    engine.finish()
+    assert (engine.text(1), engine.end(1).error_reason) == (b"a", "INVALID_PARAMETER")
+    assert engine.end(1).error == "its form cannot go on: no text can complete it"
 
 
 def test_a_grammar_with_countless_readings_is_taken_up_again_token_by_token(engine: Engine) -> None:

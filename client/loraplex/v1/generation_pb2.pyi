@@ -380,10 +380,10 @@ class Constraint(google.protobuf.message.Message):
     output ends with FINISH_REASON_EOS, or with FINISH_REASON_STOP and nothing in Finished.matched: then nothing but the
     end could follow. All else that ends an output, such as max_tokens and stop strings, may cut it short.
 
-    What cannot be read or kept to is refused with INVALID_ARGUMENT, as is what takes too much work: of a schema more than
-    64 levels or 100 properties of an object that are not required, of a grammar more than 1000 rules. An output that needs
-    too much work in a step ends with INTERNAL, such as one whose text can be read in hundreds of ways, as does one that
-    no text could complete, such as that of {"$ref": "#"}. Forms know the tokens of the base model: those that an adapter
+    What cannot be read or kept to is refused with INVALID_ARGUMENT, as is what no text could complete, such as
+    {"$ref": "#"}, and what takes too much work: of a schema more than 64 levels or 100 properties of an object that are
+    not required, of a grammar more than 1000 rules. An output that needs too much work in a step ends in the same way,
+    such as one whose text can be read in hundreds of ways, as does one for which no token is left to draw. Forms know the tokens of the base model: those that an adapter
     adds are not chosen, and one that only an adapter calls special counts as its text.
     """
 

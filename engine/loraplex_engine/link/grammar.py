@@ -11,6 +11,8 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+UNUSABLE_FORM = "INVALID_PARAMETER"  # the reason of an error that lies in a request's form
+
 # The library counts work, not time. A grammar at these limits is read in about half a second. A row's mask, and taking
 # its token, take 4 ms each at most where each token may be said in many ways, and the mask 15 ms where regular
 # expressions are hard; what needs more ends with an error.

@@ -123,7 +123,7 @@ class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
     queue_seconds: float | None = None  # from arrival to first scheduling; None: it ended before that
     adapter_load_seconds: float = 0.0  # the part of it spent waiting for the adapter
     error: str = ""  # with finish_reason ERROR: what went wrong with this request alone
-    error_reason: str = ""  # if its adapter is at fault: a name of loraplex.v1.ErrorReason
+    error_reason: str = ""  # if its adapter or its form is at fault: a name of loraplex.v1.ErrorReason
 
 
 class EngineStats(msgspec.Struct, array_like=True, frozen=True):

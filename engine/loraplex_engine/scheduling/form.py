@@ -27,4 +27,5 @@ class Form:
     @property
     def problem(self) -> str:
         """Why the form cannot go on; "": it can."""
-        return self.matcher.get_error()
+        problem = self.matcher.get_error().partition("\n")[0]  # behind it is that details are left out
+        return "no text can complete it" if problem == "NoExtensionBias" else problem

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import chain, repeat
 from threading import Lock
+from typing import cast
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from loraplex_engine.link.grammar import GRAMMAR_LIMITS
+from loraplex_engine.link.grammar import GRAMMAR_LIMITS, UNUSABLE_FORM
+from loraplex_engine.scheduling.compiling import TurnQueue
 from loraplex_engine.scheduling.form import Form
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.resources import NeverReadyError, Preparer
@@ -19,59 +21,74 @@ MAX_COMPILED = 128  # grammars that are kept: of some 100 kB, at most some MB
 NUM_THREADS = 2  # so that a large grammar does not keep small ones waiting
 
 FormKey = tuple[str, tuple[int, ...]]  # a grammar, and the tokens taken already
+Wanted = tuple[str, FormKey]  # by a tenant
 
 
 class FormPreparer(Preparer):
-    """Gives requests their forms. Grammars are compiled in threads, and kept for requests to come."""
+    """Gives requests their forms. Grammars are compiled in threads, by turns of the tenants, and kept for requests to
+    come.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         """`vocab_size`: of the model; ids beyond it are of no use."""
         self._vocab_size = vocab_size
         self._compiled: OrderedDict[FormKey, Future[LLMatcher]] = OrderedDict()  # the least recently used first
-        self._threads = ThreadPoolExecutor(NUM_THREADS, "grammar")
-        self._tokenizer: Future[LLTokenizer] | None = None
+        self._queue = TurnQueue(self._compile, NUM_THREADS, "grammar")
+        self._tokenizer: LLTokenizer | None = None
         self._num_done = 0
         self._counting = Lock()
 
     def set_vocabulary(self, token_bytes: Sequence[bytes]) -> None:
-        """Start to prepare the vocabulary, of which forms are made from now on."""
-        self._tokenizer = self._threads.submit(_tokenizer, token_bytes, self._vocab_size)
+        """Take the vocabulary, of which forms are made from now on. Takes up to half a second, and lets no other thread
+        go on meanwhile.
+        """
+        self._tokenizer = _tokenizer(token_bytes, self._vocab_size)
         self._compiled.clear()
 
     def close(self) -> None:
         """Stop the threads."""
-        self._threads.shutdown(cancel_futures=True)
+        self._queue.close()
 
     @property
     def changes(self) -> int:
         return self._num_done
 
     def key(self, request: Request) -> Hashable | None:
-        return request.form_key
+        return None if request.form_key is None else (request.tenant, request.form_key)
 
     def give(self, request: Request) -> bool:
         key = request.form_key
         assert key is not None
-        compiled = self._compiled.get(key) or self._compile(key)
+        compiled = self._compiled.get(key) or self._begin(key)
         if not compiled.done():
+            self._queue.add(request.tenant, key, compiled)
             return False
         self._compiled.move_to_end(key)
         error = compiled.exception()
         if error is not None:
-            raise NeverReadyError(f"its form cannot be prepared: {error}")
+            raise NeverReadyError(f"its form cannot be prepared: {error}", UNUSABLE_FORM)
         request.form = Form(compiled.result().deep_copy())
         return True
 
     def take_back(self, request: Request) -> None:
         request.form = None
 
-    def _compile(self, key: FormKey) -> Future[LLMatcher]:
+    def forget(self, key: Hashable) -> None:
+        tenant, form_key = cast(Wanted, key)
+        if self._queue.remove(tenant, form_key):
+            del self._compiled[form_key]
+
+    def _begin(self, key: FormKey) -> Future[LLMatcher]:
         if self._tokenizer is None:
             raise NeverReadyError("its form cannot be prepared: the engine was given no vocabulary")
         self._make_room()
-        compiled = self._compiled[key] = self._threads.submit(_compiled, self._tokenizer, *key)
+        compiled = self._compiled[key] = Future()
         compiled.add_done_callback(self._note_done)
         return compiled
+
+    def _compile(self, key: FormKey) -> LLMatcher:
+        assert self._tokenizer is not None
+        return _compiled(self._tokenizer, *key)
 
     def _make_room(self) -> None:
         """Forget the least recently used grammars. What is being compiled stays: a request waits for it."""
@@ -85,9 +102,9 @@ class FormPreparer(Preparer):
             self._num_done += 1
 
 
-def _compiled(tokenizer: Future[LLTokenizer], grammar: str, token_ids: tuple[int, ...]) -> LLMatcher:
+def _compiled(tokenizer: LLTokenizer, grammar: str, token_ids: tuple[int, ...]) -> LLMatcher:
     """The grammar's state after these tokens. Raises ValueError."""
-    matcher = LLMatcher(tokenizer.result(), LLMatcher.grammar_from_lark(grammar), log_level=0, limits=GRAMMAR_LIMITS)
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=GRAMMAR_LIMITS)
     for token_id in token_ids:  # one by one: the library keeps the interpreter lock until all are taken
         if not matcher.consume_token(token_id):
             break

@@ -43,6 +43,10 @@ class Preparer(Protocol):
     def take_back(self, request: Request) -> None:
         """Note that the request no longer needs what it holds."""
 
+    def forget(self, key: Hashable) -> None:
+        """Note that no request waits for this thing any more. By itself, nothing was begun for them alone."""
+        return None
+
     def hurry(self, request: Request) -> None:
         """Make way for a request that has waited long. By itself, nothing that others use is in its way."""
         return None
@@ -99,6 +103,7 @@ class WaitingRoom:
         del line[number]
         if not line:
             del self._lines[key]
+            self._preparer.forget(key)
         _, since = self._waits.pop(number)
         request.waits[key] = self._clock() - since
 

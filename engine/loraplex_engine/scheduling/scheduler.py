@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from loraplex_adapters.key import AdapterKey
+from loraplex_engine.link.grammar import UNUSABLE_FORM
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.block_manager import BlockManager
@@ -300,7 +301,7 @@ class Scheduler:
         """End the requests that have a problem, by id: their forms allow no token."""
         for request in requests:
             if request.request_id in problems:
-                self.fail(request, problems[request.request_id])
+                self.fail(request, problems[request.request_id], UNUSABLE_FORM)
 
     def fail_not_finite(self, requests: Sequence[Request], error: str) -> None:
         """End the requests whose logits were NaN or infinite. No other request uses their cached blocks."""

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,7 @@ class HostedModel:
             if not self._has_other_text():
                 if self.supervisor.limits is not None:
                     _check_ids(tokenizer, self.default_sampling, self.supervisor.limits.vocab_size)
+                await self._teach()
                 return
         raise TextError("its files were replaced after its engine had loaded them; load it again")
 
@@ -178,6 +180,13 @@ class HostedModel:
         if missing := unread(generation_config):
             message = "model %s: generation_config.json sets %s, which this server does not have: requests go without"
             logger.warning(message, self.name, ", ".join(missing))
+
+    async def _teach(self) -> None:
+        """Give the engine its vocabulary, and wait until it has prepared it: it does nothing else meanwhile."""
+        if self.client is not None and self.tokenizer is not None:
+            self.client.teach(self.tokenizer.vocabulary)
+            with suppress(LoraplexError):  # the engine died, of which the supervisor takes care
+                await self.client.ping()
 
     def _has_other_text(self) -> bool:
         return self.supervisor.state is EngineState.ACTIVE and self._text_revision != self.supervisor.revision

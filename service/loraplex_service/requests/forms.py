@@ -2,8 +2,10 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
+
+from llguidance.gbnf_to_lark import GrammarParser
 
 from loraplex.v1.generation_pb2 import Constraint
 from loraplex_engine.link.grammar import (
@@ -15,6 +17,7 @@ from loraplex_engine.link.grammar import (
 )
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import InvalidRequest
+from loraplex_service.requests.endless import Way, endless, grammar_ways, schema_ways
 from loraplex_service.requests.prompts import TextWork
 
 MAX_NESTING = 64  # of a JSON Schema, in objects and lists
@@ -69,7 +72,15 @@ def checked_grammar(constraint: Constraint) -> str:
     num_rules = constraint.grammar.count("::=")
     if num_rules > MAX_RULES:
         raise ValueError(f"it has {num_rules} rules; at most {MAX_RULES} are allowed")
-    return _compilable(gbnf_grammar(constraint.grammar))
+    grammar = _compilable(gbnf_grammar(constraint.grammar))
+    _check_ends("the rules", grammar_ways(GrammarParser().parse(constraint.grammar)))
+    return grammar
+
+
+def _check_ends(what: str, ways: Iterable[Way]) -> None:
+    names = sorted(part for part in endless(ways) if isinstance(part, str))
+    if names:
+        raise ValueError(f"no text can complete {what} {', '.join(names[:5])}: each needs one of them again")
 
 
 def _compilable(grammar: str) -> str:
@@ -94,12 +105,14 @@ def _schema(text: str) -> str:
     if "x-guidance" in schema:
         raise ValueError("x-guidance at /: the server sets it; leave it out")
     try:
-        return _compilable(schema_grammar(schema))
+        grammar = _compilable(schema_grammar(schema))
     except ValueError as error:
         places = [f"{keyword} at {where}" for keyword, where in _places(schema) if f'"{keyword}"' in str(error)]
         if "Unimplemented keys" not in str(error) or not places:
             raise
         raise ValueError(f"this server cannot keep to {', '.join(places[:5])}; leave it out") from error
+    _check_ends("the schemas at", schema_ways(_schemas(schema)))
+    return grammar
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

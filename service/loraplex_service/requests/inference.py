@@ -210,6 +210,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 sequences=sequences,
                 arrival=call.arrival,
                 adapter_load_seconds=entered.wait.seconds,
+                constraint_path=f"{path}.constraint",
             )
             run = Run(job, model.client, entered.successor, self._token_gaps.of((model.name,)), entered.start)
             async with self._entrance.working(known, run):

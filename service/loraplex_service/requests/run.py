@@ -20,10 +20,18 @@ from loraplex.v1.routes_pb2 import ResolvedTarget
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.versions import resource_name
 from loraplex_engine.link.client import EngineClient
+from loraplex_engine.link.grammar import UNUSABLE_FORM
 from loraplex_engine.link.messages import AddRequest, RequestOutput
 from loraplex_engine.link.requests import Generation, SlowConsumerError
 from loraplex_engine.link.sampling_params import FinishReason
-from loraplex_service.errors import EngineError, LoraplexError, SlowConsumer, Unavailable, unusable_adapter
+from loraplex_service.errors import (
+    EngineError,
+    InvalidRequest,
+    LoraplexError,
+    SlowConsumer,
+    Unavailable,
+    unusable_adapter,
+)
 from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.outputs import OutputBuilder, prompt_logprobs
 from loraplex_service.telemetry.records import AppliedAdapter, GenerationRecord
@@ -53,6 +61,7 @@ class Job:
     sequences: Sequence[AddRequest]  # one for each output, all with this prompt
     arrival: float
     adapter_load_seconds: float  # waited for already
+    constraint_path: str  # where the request says what form its outputs must have
 
 
 @dataclass(slots=True)
@@ -160,8 +169,8 @@ class Run:
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield all events, in order.
 
-        Raises EngineError, SlowConsumer, what `unusable_adapter` returns, the engine's error, and the one given to
-        `end`.
+        Raises EngineError, SlowConsumer, InvalidRequest for a form that cannot be kept to, what `unusable_adapter`
+        returns, the engine's error, and the one given to `end`.
         """
         loop = asyncio.get_running_loop()
         flush_at: float | None = None  # when the first of the held tokens has been held long enough
@@ -273,6 +282,8 @@ class Run:
         yield from self._take(everything=False)
 
     def _failure(self, output: RequestOutput) -> LoraplexError:
+        if output.error_reason == UNUSABLE_FORM:
+            return InvalidRequest.at(self._job.constraint_path, output.error)
         if output.error_reason:
             return unusable_adapter(self._job.target.adapter_version, output.error, output.error_reason)
         target = self._job.target

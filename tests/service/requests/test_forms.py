@@ -42,6 +42,25 @@ REFUSED = {
     "an expression": (Constraint(regex="(a"), "."),
     "a cut escape": (Constraint(regex="a\\"), "escapes nothing"),
     "rules": (Constraint(grammar='root ::= "a"\n' * (MAX_RULES + 1)), "it has 1001 rules"),
+    "a rule that leads to itself": (Constraint(grammar="root ::= root"), "complete the rules root: each needs"),
+    "a rule that goes on for ever": (Constraint(grammar='root ::= "a" root'), "the rules root:"),
+    "rules that lead to each other": (
+        Constraint(grammar='root ::= "a" | "b" x+\nx ::= (y | "c" y{2})\ny ::= x'),
+        "the rules x, y:",
+    ),
+    "a schema that is itself": (schema({"$ref": "#"}), "the schemas at /: each needs"),
+    "a schema that is all of itself": (schema({"allOf": [{"$ref": "#"}]}), "the schemas at /, /allOf/0:"),
+    "a property that needs itself": (
+        schema({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}),
+        "the schemas at /, /properties/a:",
+    ),
+    "a part that is itself": (
+        schema(
+            {"properties": {"a": {"$ref": "#/$defs/x~1y"}}, "$defs": {"x/y": {"oneOf": [{"$ref": "#/$defs/x~1y"}]}}}
+        ),
+        r"the schemas at /\$defs/x/y,",
+    ),
+    "an array that needs itself": (schema({"type": "array", "items": {"$ref": "#"}, "minItems": 1}), "at /, /items:"),
     "no root": (Constraint(grammar='a ::= "a"'), "."),
 }
 
@@ -61,6 +80,12 @@ def test_a_form_that_cannot_be_kept_to_is_refused_with_the_reason(name: str) -> 
         schema(an_object(300, [f"k{n}" for n in range(300)])),
         schema({"properties": {"properties": {"type": "string"}, "required": {"type": "string"}}}),
         schema({"enum": [an_object(200)]}),  # a value, and no schema
+        schema({"type": "object", "properties": {"a": {"$ref": "#"}}}),
+        schema({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}),  # numbers have no properties
+        schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]}),
+        schema({"type": "array", "items": {"$ref": "#"}, "prefixItems": [{"type": "null"}], "minItems": 1}),
+        schema({"type": "array", "items": {"$ref": "#"}}),
+        Constraint(grammar='root ::= (root)* "a" x?\nx ::= root | "b"'),
         Constraint(json_object=JsonObject()),
         Constraint(regex="[a-z]+"),
         Constraint(choices=Choices(values=["a/b", "\n"])),
