@@ -16,9 +16,13 @@ from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_engine.adapter_tiers import AdapterTiers
 from loraplex_engine.checkpoint.weights import resolve_model
+from loraplex_engine.drafting.costs import measured
+from loraplex_engine.drafting.drafting import Drafting
+from loraplex_engine.drafting.source import Ngrams
 from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.drafts import DraftKind
 from loraplex_engine.link.messages import (
     AddRequest,
     EngineStats,
@@ -61,6 +65,7 @@ class EngineCore:
         self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching)
         self.limits = runner.limits(config)
         self.forms = FormPreparer(self.limits.vocab_size)
+        self._draft_kinds = {DraftKind.NGRAM} if config.drafts is not None else set()
         self.scheduler = Scheduler(
             self.blocks,
             [AdapterPreparer(pool), self.forms],
@@ -68,6 +73,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=runner.max_model_len,
             clock=time.monotonic,
+            drafter=_drafting(runner, self.blocks, config),
         )
         self._num_steps = 0
         self._num_arrivals = 0
@@ -158,6 +164,8 @@ class EngineCore:
             return "no token could be drawn: allowed_token_ids is empty, or all of its tokens end the output too early"
         if sampling.max_tokens < 0:
             return f"max_tokens is {sampling.max_tokens}: it must be at least 0"
+        if message.drafts.most and message.drafts.kind not in self._draft_kinds:
+            return f"drafts of kind {message.drafts.kind} were not set up for this engine"
         if not 0 < message.weight < math.inf:
             return f"weight is {message.weight}: it must be above 0"
         return ""
@@ -244,4 +252,20 @@ class EngineCore:
             adapter_host_bytes=self.store.used_bytes,
             adapters=self.pool.in_use(),
             num_not_finite=scheduler.num_not_finite,
+            draft_tokens=scheduler.draft_tokens,
+            accepted_draft_tokens=scheduler.accepted_draft_tokens,
         )
+
+
+def _drafting(runner: ModelRunner, blocks: BlockManager, config: EngineConfig) -> Drafting | None:
+    """What adds drafts; None: the model has none."""
+    if config.drafts is None:
+        return None
+    return Drafting(
+        blocks,
+        {DraftKind.NGRAM: Ngrams()},
+        measured(runner, config.drafts.tokens, config.most_drawn),
+        config.most_drawn,
+        runner.max_model_len,
+        time.monotonic,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -50,8 +51,8 @@ class PromptTargets(NamedTuple):
 class StepArrays:
     """All that a step's results depend on besides the model, its adapters and its cache.
 
-    Refers to no live request, so that it can be kept, sent elsewhere, and computed again. The rows of one sequence are
-    adjacent; base rows come before adapter rows.
+    Refers to no live request, so that it can be kept, sent elsewhere, and computed again. The rows of one request are
+    adjacent; base rows come before adapter rows. They are one sequence, or one and one for each draft behind it.
     """
 
     token_ids: np.ndarray  # int64 [T]
@@ -65,27 +66,32 @@ class StepArrays:
     lora: Ranges
     logits_rows: np.ndarray  # int64 [L]: a row for each of `histories`, then those of `prompt_targets`
     logits_lora: Ranges  # `lora` of these rows, numbered as in `logits_rows`
-    num_drawn: tuple[int, ...]  # [S]: how many of `histories` are of each sequence, in order; its last rows are theirs
+    num_drawn: tuple[int, ...]  # how many of `histories` are of each request, in order; its last rows are theirs
     histories: tuple[History, ...]
     prompt_targets: tuple[PromptTargets, ...]
 
 
-def step_arrays(plan: StepPlan, block_size: int) -> StepArrays:
-    """Lay the plan's tokens side by side and say where each one sits in its sequence and in the cache."""
+def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> StepArrays:
+    """Lay the plan's tokens side by side and say where each one sits in its sequence and in the cache.
+
+    drafts_apart: each draft is a sequence of one token, as captured graphs want them. What it attends to is the same:
+    a layer stores all keys and values of a step before it reads any.
+    """
     scheduled = plan.scheduled
-    counts = np.array([item.num_rows for item in scheduled], dtype=np.int32)
-    computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
-    starts = np.zeros(len(scheduled) + 1, dtype=np.int32)
+    sequences = _sequences(scheduled, drafts_apart)
+    counts = np.array([count for _, _, count in sequences], dtype=np.int32)
+    computed = np.array([first for _, first, _ in sequences], dtype=np.int64)
+    starts = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
     seq_lens = (computed + counts).astype(np.int32)
 
     max_seq_len = int(seq_lens.max())
-    tables = _block_tables(scheduled, -(-max_seq_len // block_size))
-    sequence_of = np.repeat(np.arange(len(scheduled)), counts)
+    tables = _block_tables([item for item, _, _ in sequences], -(-max_seq_len // block_size))
+    sequence_of = np.repeat(np.arange(len(sequences)), counts)
     positions = np.arange(starts[-1]) - starts[:-1][sequence_of] + computed[sequence_of]
     slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
-    bounds = starts.tolist()
+    bounds = [0, *accumulate(item.num_rows for item in scheduled)]
     ranges = _lora_ranges(scheduled, bounds)
     num_drawn = tuple(1 + len(item.draft_token_ids) if item.samples else 0 for item in scheduled)
     histories = tuple(
@@ -114,6 +120,18 @@ def step_arrays(plan: StepPlan, block_size: int) -> StepArrays:
     )
 
 
+def _sequences(scheduled: Sequence[ScheduledRequest], drafts_apart: bool) -> list[tuple[ScheduledRequest, int, int]]:
+    """Each sequence of the step: whose it is, the position of its first token, and its tokens."""
+    if not drafts_apart:
+        return [(item, item.num_computed_tokens, item.num_rows) for item in scheduled]
+    found: list[tuple[ScheduledRequest, int, int]] = []
+    for item in scheduled:
+        first_draft = item.num_computed_tokens + item.num_new_tokens
+        found.append((item, item.num_computed_tokens, item.num_new_tokens))
+        found.extend((item, first_draft + place, 1) for place in range(len(item.draft_token_ids)))
+    return found
+
+
 def _token_ids(scheduled: Sequence[ScheduledRequest]) -> np.ndarray:
     tokens: list[int] = []
     for item in scheduled:
@@ -138,7 +156,7 @@ def _block_tables(scheduled: Sequence[ScheduledRequest], width: int) -> np.ndarr
 def _lora_ranges(scheduled: Sequence[ScheduledRequest], bounds: Sequence[int]) -> Ranges:
     """The range of each adapter's adjacent rows; what comes before an invocation is the base's.
 
-    bounds: the first row of each sequence, and the end of the last.
+    bounds: the first row of each request, and the end of the last.
     """
     ranges: list[tuple[int, int, int]] = []
     for item, start, end in zip(scheduled, bounds, bounds[1:], strict=False):

@@ -35,19 +35,19 @@ def batch_sizes(largest: int) -> list[int]:
 class DecodeInputs:
     """The tensors of a decoding step, at fixed addresses."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, most_rows: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.max_model_len = max_model_len
-        self.token_ids = zeros(max_num_seqs, dtype=torch.int64)
-        self.positions = zeros(max_num_seqs, dtype=torch.int64)
-        self.slot_mapping = zeros(max_num_seqs, dtype=torch.int64).fill_(-1)
-        self.rows = torch.arange(max_num_seqs, dtype=torch.int64, device=device)
-        self.query_starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self.seq_lens = zeros(max_num_seqs, dtype=torch.int32)
-        self.block_tables = zeros(max_num_seqs, -(-max_model_len // block_size), dtype=torch.int32)
-        self.segments = zeros(3, max_num_seqs, dtype=torch.int32)  # slots, starts, ends
+        self.token_ids = zeros(most_rows, dtype=torch.int64)
+        self.positions = zeros(most_rows, dtype=torch.int64)
+        self.slot_mapping = zeros(most_rows, dtype=torch.int64).fill_(-1)
+        self.rows = torch.arange(most_rows, dtype=torch.int64, device=device)
+        self.query_starts = torch.arange(most_rows + 1, dtype=torch.int32, device=device)
+        self.seq_lens = zeros(most_rows, dtype=torch.int32)
+        self.block_tables = zeros(most_rows, -(-max_model_len // block_size), dtype=torch.int32)
+        self.segments = zeros(3, most_rows, dtype=torch.int32)  # slots, starts, ends
 
     def fill(self, batch: StepBatch, size: int) -> None:
         """Copy a batch of one token per sequence in, and pad it to `size` rows."""
@@ -175,5 +175,5 @@ def decode_graphs(
     """Graphs to be captured; None: the operations cannot be captured, or no graphs are wanted."""
     if not config.cuda_graphs or not ops.capturable:
         return None
-    inputs = DecodeInputs(config.max_num_seqs, max_model_len, kv[0].block_size, ops.device)
+    inputs = DecodeInputs(config.most_drawn, max_model_len, kv[0].block_size, ops.device)
     return DecodeGraphs(model, ops, kv, inputs, config.max_adapter_rank)

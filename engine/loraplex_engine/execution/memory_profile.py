@@ -51,18 +51,20 @@ def largest_step(config: EngineConfig, max_model_len: int, block_size: int) -> S
     count = min(config.max_num_seqs, config.max_num_batched_tokens)
     share, rest = divmod(config.max_num_batched_tokens, count)
     lengths = [min(share + (index < rest), max_model_len - 1) for index in range(count)]
-    return StepPlan(tuple(_prompt(index, length, block_size) for index, length in enumerate(lengths)))
+    drafts = [min(config.most_drawn - count, lengths[0] - 1), *[0] * (count - 1)]
+    prompts = (_prompt(*each, block_size) for each in zip(range(count), lengths, drafts, strict=True))
+    return StepPlan(tuple(prompts))
 
 
-def _prompt(request_id: int, length: int, block_size: int) -> ScheduledRequest:
-    """A request with a whole prompt and the costliest sampling. All of its blocks are the first one."""
+def _prompt(request_id: int, length: int, drafts: int, block_size: int) -> ScheduledRequest:
+    """A request with a whole prompt, drafts at its end, and the costliest sampling. All of its blocks are the first."""
     sampling = SamplingParams(
         seed=0, max_tokens=1, top_k=1, repetition_penalty=2.0, num_logprobs=1, num_prompt_logprobs=1
     )
-    request = Request(AddRequest(request_id, [0] * length, sampling, None), request_id, now=0.0)
+    request = Request(AddRequest(request_id, [0] * (length - drafts), sampling, None), request_id, now=0.0)
     request.adapter_slot = 0  # with nothing in it
     request.block_ids = [0] * -(-length // block_size)
-    return ScheduledRequest(request, 0, length)
+    return ScheduledRequest(request, 0, length - drafts, (0,) * drafts)
 
 
 def _run_largest_step(runner: ModelRunner, config: EngineConfig) -> None:
@@ -82,7 +84,7 @@ def _graph_bytes(runner: ModelRunner, config: EngineConfig) -> int:
     graphs = decode_graphs(runner.model, runner.ops, runner.kv_cache, config, runner.max_model_len)
     if graphs is None:
         return 0
-    sizes = batch_sizes(config.max_num_seqs)
+    sizes = batch_sizes(config.most_drawn)
     first, *others = [_bytes_of_capturing(graphs, size) for size in sizes[:-3:-1]]
     return first + (len(sizes) - 1) * max(others, default=0)
 

@@ -83,7 +83,8 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> PendingResult:
         """Start to compute every token of the plan. Its result has the next one of each request that has caught up."""
-        return self.start(step_arrays(plan, self.block_size), _forms(plan))
+        arrays = step_arrays(plan, self.block_size, drafts_apart=self.decode_graphs is not None)
+        return self.start(arrays, _forms(plan))
 
     @torch.inference_mode()
     def start(self, step: StepArrays, forms: Mapping[int, Form] = NO_FORMS) -> PendingResult:
@@ -143,19 +144,20 @@ def _forms(plan: StepPlan) -> Mapping[int, Form]:
     forms: dict[int, Form] = {}
     place = 0
     for item in plan.scheduled:
-        form, drafts = item.request.form, item.draft_token_ids
-        for count in range(1 + len(drafts) if item.samples else 0):
-            known = None if form is None else form.after(drafts[:count])
-            if known is not None:
-                forms[place] = known
+        form = item.request.form
+        for known in range(1 + len(item.draft_token_ids) if item.samples else 0):
+            if form is not None and known:
+                form = form.after(item.draft_token_ids[known - 1])
+            if form is not None:
+                forms[place] = form
             place += 1
     return forms
 
 
 def _by_sequence(drawn: Sequence[SampledToken | None], step: StepArrays) -> tuple[tuple[SampledToken, ...], ...]:
-    """The tokens that follow each sequence: up to the first that could not be drawn, or is not the draft in its place.
+    """The tokens that follow each request: up to the first that could not be drawn, or is not the draft in its place.
 
-    The draft in a token's place is in the sequence's next row.
+    The draft in a token's place is in the request's next row.
     """
     sampled, start = [], 0
     for count in step.num_drawn:

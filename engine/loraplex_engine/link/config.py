@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from loraplex_engine.link.drafts import DraftConfig
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8", "int4")
 HEAD_QUANTIZATIONS = ("int8",)
@@ -39,6 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_batched_tokens: int = 2048  # tokens computed in one step
     enable_prefix_caching: bool = True
     cuda_graphs: bool = True  # on CUDA: capture decoding steps at the start, with and without adapters, and replay them
+    drafts: DraftConfig | None = None  # guesses at the next tokens, checked in one step; None: no request may have any
     batch_invariant: bool = False  # a request's bits never depend on its neighbours; may cost speed in prefill
     max_adapter_rank: int = 256
     max_resident_adapters: int = 256  # slots on the device
@@ -83,5 +86,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name, value in (counts | {k: v for k, v in optional.items() if v is not None}).items():
             if value < 1:
                 problems.append(f"{name} {value} must be at least 1")
+        problems += [] if self.drafts is None else self.drafts.problems()
         if problems:
             raise ValueError("engine config: " + "; ".join(problems))
+
+    @property
+    def most_drawn(self) -> int:
+        """The tokens that a step draws at most, those after drafts among them."""
+        return max(self.max_num_seqs, 0 if self.drafts is None else 1 + self.drafts.tokens)

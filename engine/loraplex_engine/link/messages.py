@@ -7,6 +7,7 @@ import msgspec
 
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
+from loraplex_engine.link.drafts import NO_DRAFTS, Drafts
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
 
@@ -45,6 +46,7 @@ class AddRequest(Message, frozen=True):
     adapter_wait_seconds: float | None = None  # longest wait for the adapter, once it is its turn; None: for ever
     output_token_ids: list[int] = []  # tokens that an earlier engine generated: go on after them
     grammar: str = ""  # of the form that the output must have, within `link.grammar`'s limits; "": any
+    drafts: Drafts = NO_DRAFTS
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -117,6 +119,8 @@ class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
     finish_reason: FinishReason | None = None  # set on the last output only
     stop_token_id: int | None = None  # the token that ended it, for STOP and EOS
     logprobs: list[TokenLogprobs] | None = None  # one per new token
+    num_drafts: int = 0  # that were checked for it
+    num_accepted_drafts: int = 0  # of these, drawn as well: they are among the tokens
     # The following fields are set once, with the first output.
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # [0] is None; all, if a token has been drawn
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
@@ -146,6 +150,8 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     adapter_host_bytes: int  # bytes of adapters in host memory
     adapters: list[tuple[AdapterKey, int]] = []  # adapters in use on the device, with their number of requests
     num_not_finite: int = 0  # requests that ended because their logits were NaN or infinite, cumulative
+    draft_tokens: int = 0  # checked, cumulative
+    accepted_draft_tokens: int = 0  # of these, drawn as well
 
 
 class StepOutput(Message, frozen=True):

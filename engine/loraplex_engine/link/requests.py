@@ -158,6 +158,8 @@ def _merge(outputs: list[RequestOutput]) -> RequestOutput:
         finish_reason=last.finish_reason,
         stop_token_id=last.stop_token_id,
         logprobs=logprobs or None,
+        num_drafts=sum(output.num_drafts for output in outputs),
+        num_accepted_drafts=sum(output.num_accepted_drafts for output in outputs),
         prompt_logprobs=next((output.prompt_logprobs for output in outputs if output.prompt_logprobs), None),
         num_cached_tokens=first.num_cached_tokens,
         queue_seconds=first.queue_seconds,

@@ -17,12 +17,14 @@ class Form:
         """Note the output's next token. Returns whether nothing but the end may follow it."""
         return self.matcher.consume_token(token_id) and self.matcher.is_stopped()
 
-    def after(self, token_ids: Sequence[int]) -> Form | None:
-        """The form after these tokens, of which the output may never have any; None: nothing of it can follow them."""
-        if not token_ids:
-            return self
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens may follow, one after the other."""
+        return int(self.matcher.validate_tokens(list(token_ids)))
+
+    def after(self, token_id: int) -> Form | None:
+        """The form after one more token, which the output may never have; None: nothing of it can follow that."""
         matcher = self.matcher.deep_copy()
-        return Form(matcher) if matcher.consume_tokens(list(token_ids)) and not matcher.is_stopped() else None
+        return Form(matcher) if matcher.consume_token(token_id) and not matcher.is_stopped() else None
 
     @property
     def problem(self) -> str:

@@ -41,6 +41,7 @@ class Request:
         "bypass_prefix_cache",
         "cache_salt",
         "deadline",
+        "drafts",
         "embedded",
         "finish_reason",
         "first_scheduled_time",
@@ -72,6 +73,7 @@ class Request:
         # What its form is prepared for: a grammar, and the tokens that it has taken already.
         self.form_key = (message.grammar, tuple(message.output_token_ids)) if message.grammar else None
         self.form: Form | None = None  # that its output must have
+        self.drafts = message.drafts
         self.adapter_wait_seconds = message.adapter_wait_seconds
         self.tenant = message.tenant
         self.weight = message.weight

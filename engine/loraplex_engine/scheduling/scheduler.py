@@ -19,6 +19,7 @@ from loraplex_engine.link.grammar import UNUSABLE_FORM
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.block_manager import BlockManager
+from loraplex_engine.scheduling.drafter import Drafter, NoDrafts
 from loraplex_engine.scheduling.fairness import FairQueue
 from loraplex_engine.scheduling.request import Request, RequestState
 from loraplex_engine.scheduling.resources import NeverReadyError, Preparer, WaitingRoom
@@ -38,12 +39,14 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         clock: Callable[[], float],
+        drafter: Drafter | None = None,
     ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.clock = clock
+        self.drafter = drafter or NoDrafts()
 
         self.requests: dict[int, Request] = {}  # all unfinished requests
         self.running: list[Request] = []  # in order of turn
@@ -57,6 +60,8 @@ class Scheduler:
         self.num_not_finite = 0  # requests that ended so
         self.prompt_tokens = 0  # computed, cumulative
         self.generated_tokens = 0
+        self.draft_tokens = 0  # computed, cumulative
+        self.accepted_draft_tokens = 0  # of these, drawn as well
 
     # ---- arrivals and departures -----------------------------------------------------------------------------------
 
@@ -115,7 +120,8 @@ class Scheduler:
         if not preempted:  # else blocks are short: whoever was preempted comes first
             self._admit(scheduled, budget)
         scheduled.sort(key=lambda item: -1 if item.request.adapter_slot is None else item.request.adapter_slot)
-        return StepPlan(tuple(scheduled))
+        left = self.max_num_batched_tokens - sum(item.num_new_tokens for item in scheduled)
+        return StepPlan(tuple(self.drafter.add(scheduled, left)))
 
     def _admit(self, scheduled: list[ScheduledRequest], budget: int) -> None:
         """Start waiting requests while budget, places and blocks last."""
@@ -196,6 +202,7 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Take in what a step computed: append tokens, finish requests, and say what each one got."""
         outputs, self._outputs = self._outputs, []
+        self.drafter.learn(plan, result)
         for item, sampled in zip(plan.scheduled, result.sampled, strict=True):
             request = item.request
             num_prompt_left = request.num_prompt_tokens - item.num_computed_tokens
@@ -229,7 +236,10 @@ class Scheduler:
                 reason = FinishReason.STOP
             if reason is not None:
                 break
-        self._keep_drafts(request, min(len(item.draft_token_ids), len(token_ids) - 1))
+        num_accepted = min(len(item.draft_token_ids), len(token_ids) - 1)
+        self._keep_drafts(request, num_accepted)
+        self.draft_tokens += len(item.draft_token_ids)
+        self.accepted_draft_tokens += num_accepted
         self.generated_tokens += len(token_ids)
         self.waiting.charge(request, output_tokens=len(token_ids))
         logprobs = [token.logprobs for token in sampled[: len(token_ids)] if token.logprobs is not None]
@@ -239,6 +249,8 @@ class Scheduler:
             finish_reason=reason,
             stop_token_id=stop_token_id,
             logprobs=logprobs or None,
+            num_drafts=len(item.draft_token_ids),
+            num_accepted_drafts=num_accepted,
         )
         if reason is not None:
             self._finish(request, reason)
@@ -319,6 +331,7 @@ class Scheduler:
             case RequestState.WAITING_FOR_RESOURCE:
                 self.rooms[request.num_given].leave(request)
         self.blocks.release(request)
+        self.drafter.forget(request)
         for room in self.rooms[: request.num_given]:
             room.release(request)
         if request.adapter is not None:

@@ -158,6 +158,20 @@ def test_a_token_is_drawn_after_each_draft_as_if_it_were_known() -> None:
     ]
 
 
+def test_drafts_can_be_sequences_of_their_own_that_see_the_same_tokens() -> None:
+    adapted = request([7, 8], [9])
+    adapted.adapter_slot = 1
+    plan = StepPlan((ScheduledRequest(request([1], [3]), 1, 1), ScheduledRequest(adapted, 2, 1, (4, 6))))
+    together, apart = step_arrays(plan, BLOCK_SIZE), step_arrays(plan, BLOCK_SIZE, drafts_apart=True)
+    assert apart.query_starts.tolist() == [0, 1, 2, 3, 4]
+    assert apart.seq_lens.tolist() == [2, 3, 4, 5]
+    assert apart.block_tables.tolist() == [[5, 2]] * 4
+    assert apart.max_query_len == 1
+    for name in ("token_ids", "positions", "slot_mapping", "lora", "logits_rows", "logits_lora", "num_drawn"):
+        assert np.array_equal(getattr(apart, name), getattr(together, name))
+    assert [history.num_tokens for history in apart.histories] == [2, 3, 4, 5]
+
+
 class ScriptedSampler:
     def __init__(self, drawn: list[int | None]) -> None:
         self.drawn = [None if token is None else SampledToken(token, None) for token in drawn]

@@ -21,6 +21,7 @@ from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.execution.memory_profile import cache_budget, largest_step
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.drafts import DraftConfig, DraftKind
 from loraplex_engine.link.messages import AddRequest, Device, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.step import PendingResult, StepPlan
@@ -196,6 +197,15 @@ def test_the_largest_step_has_all_tokens_sequences_and_samples_that_a_step_may_h
     plan = largest_step(config, max_model_len=64, block_size=4)
     assert [item.num_new_tokens for item in plan.scheduled] == lengths
     assert all(item.samples and item.request.adapter_slot == 0 for item in plan.scheduled)
+
+
+def test_the_largest_step_draws_after_drafts_too() -> None:
+    config = EngineConfig(
+        model="any", max_num_batched_tokens=16, max_num_seqs=2, drafts=DraftConfig(kind=DraftKind.NGRAM)
+    )
+    plan = largest_step(config, max_model_len=64, block_size=4)
+    assert plan.num_tokens == 16
+    assert sum(1 + len(item.draft_token_ids) for item in plan.scheduled) == config.most_drawn == 9
 
 
 def test_engines_load_onto_a_gpu_one_after_another(cuda: StandIn, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,35 @@
+"""Where drafts come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from loraplex_engine.drafting.ngram import NgramIndex
+from loraplex_engine.scheduling.request import Request
+
+
+class Source(Protocol):
+    """Guesses the tokens that follow."""
+
+    def propose(self, wanted: Mapping[int, tuple[Request, int]]) -> dict[int, Sequence[int]]:
+        """At most so many tokens that may follow each of these requests; by request id, as are the tokens."""
+
+    def forget(self, request: Request) -> None:
+        """Drop what is kept of a request, which may be nothing."""
+
+
+class Ngrams(Source):
+    """Drafts from the tokens of the requests themselves."""
+
+    def __init__(self) -> None:
+        self._indexes: dict[int, NgramIndex] = {}  # by request id
+
+    def propose(self, wanted: Mapping[int, tuple[Request, int]]) -> dict[int, Sequence[int]]:
+        return {
+            request_id: self._indexes.setdefault(request_id, NgramIndex()).continuation(request.token_ids, count)
+            for request_id, (request, count) in wanted.items()
+        }
+
+    def forget(self, request: Request) -> None:
+        self._indexes.pop(request.request_id, None)

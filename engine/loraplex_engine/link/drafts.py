@@ -1,0 +1,37 @@
+"""Drafts of speculative decoding, as a model is configured for them and as a request asks for them. Torch-free."""
+
+from collections.abc import Iterator
+from enum import StrEnum
+
+import msgspec
+
+MOST_DRAFTS = 32  # of a request in one step
+
+
+class DraftKind(StrEnum):
+    """Where drafts come from. The values are spelt in configurations."""
+
+    NGRAM = "ngram"  # what followed the same tokens before, in the prompt or the output
+    MODEL = "model"  # a smaller model
+
+
+class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The drafts of a model's requests, unless they ask for others."""
+
+    kind: DraftKind
+    tokens: int = 8  # at most so many of a request in one step
+
+    def problems(self) -> Iterator[str]:
+        """Describe every value that is out of range."""
+        if not 1 <= self.tokens <= MOST_DRAFTS:
+            yield f"drafts.tokens {self.tokens} must be from 1 to {MOST_DRAFTS}"
+
+
+class Drafts(msgspec.Struct, array_like=True, frozen=True):
+    """The drafts that one request may have."""
+
+    kind: DraftKind = DraftKind.NGRAM
+    most: int = 0  # in one step; 0: it has none
+
+
+NO_DRAFTS = Drafts()

@@ -1,0 +1,81 @@
+"""How many drafts a request may have, by what they won and cost so far."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraplex_engine.drafting.account import GRANT, SHARE, Account
+from loraplex_engine.drafting.costs import StepCosts
+
+CHEAP = [0.05 * count for count in range(1, 9)]
+DEAR = [0.3 * count for count in range(1, 9)]
+
+
+def settled(prices: list[float], right: bool, steps: int) -> tuple[Account, float, int]:
+    """The account of a request whose drafts are all right, or all wrong; what they cost, and the tokens they saved."""
+    account, spent, won = Account(), 0.0, 0
+    for _ in range(steps):
+        account.draw()
+        count = account.affordable(prices)
+        if count:
+            spent, won = spent + prices[count - 1], won + count * right
+            account.settle(prices[count - 1], count, count * right)
+    return account, spent, won
+
+
+@pytest.mark.parametrize("prices", [CHEAP, DEAR])
+def test_drafts_that_are_right_come_to_be_as_many_as_may_be(prices: list[float]) -> None:
+    account, _, _ = settled(prices, right=True, steps=20)
+    assert account.affordable(prices) == len(prices)
+
+
+@pytest.mark.parametrize("prices", [CHEAP, DEAR, [0.9], [4.0]])
+@pytest.mark.parametrize("steps", [50, 1000])
+def test_drafts_that_are_wrong_cost_no_more_than_the_grant_and_a_share_of_the_tokens(
+    prices: list[float], steps: int
+) -> None:
+    _, spent, _ = settled(prices, right=False, steps=steps)
+    assert spent <= GRANT + SHARE * steps + 1e-9
+
+
+def test_drafts_that_were_wrong_are_tried_again_and_come_back_when_they_are_right() -> None:
+    account, _, _ = settled(DEAR, right=False, steps=500)
+    tried = 0
+    for _ in range(100):
+        account.draw()
+        count = account.affordable(DEAR)
+        tried += bool(count)
+        if count:
+            account.settle(DEAR[count - 1], count, count)
+    assert tried > 20
+    assert account.affordable(DEAR) == len(DEAR)
+
+
+def test_drafts_that_could_never_pay_are_never_tried() -> None:
+    account = Account()
+    for _ in range(10_000):
+        account.draw()
+        assert account.affordable([1.0, 2.0]) == 0
+
+
+def test_the_time_of_a_step_is_the_median_of_its_latest_times() -> None:
+    costs = StepCosts({1: 1.0})
+    for seconds in (2.0, 2.0, 90.0):
+        costs.note(1, seconds)
+    assert costs.seconds(1) == 2.0
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(1, 10.0), (2, 11.0), (3, 13.0), (4, 15.0), (6, 19.0)])
+def test_times_that_were_not_measured_lie_between_those_that_were(rows: int, seconds: float) -> None:
+    assert StepCosts({1: 10.0, 2: 11.0, 4: 15.0}).seconds(rows) == seconds
+
+
+def test_with_one_time_known_every_row_takes_as_long() -> None:
+    assert StepCosts({2: 10.0}).seconds(6) == 30.0
+
+
+def test_the_price_of_rows_is_in_tokens_of_a_step_without_them() -> None:
+    costs = StepCosts({1: 10.0, 4: 16.0, 8: 24.0})
+    assert costs.prices(1, 1, 2) == pytest.approx([0.2, 0.4])
+    assert costs.prices(4, 4, 1) == pytest.approx([0.5])  # of four tokens that take 4 s each
+    assert costs.prices(4, 4, 0) == []
