@@ -289,6 +289,8 @@ class Client(_Reader):
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] | None = None,
+        logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None = None,
         skip_special_tokens: bool | None = None,
         json_schema: str | Mapping[str, object] | None = None,
         json_object: bool | None = None,
@@ -341,7 +343,8 @@ class Client(_Reader):
             logit_bias: Amounts to add to the logits, by token id. None: no amounts.
             allowed_token_ids: Token ids that may be chosen. None: all.
             bad_words: Words that are never written. None: no words.
-            max_tokens: Most tokens of an output. None: as many as the context and the model's limit leave room for.
+            max_tokens: Most tokens of an output; 0: none, the prompt is read. None: as many as the context has room
+                for.
             min_tokens: Number of tokens before which nothing ends an output. None: 0.
             stop: String or strings that end an output. None: no strings.
             stop_token_ids: Token ids that end an output. None: only the model's end of sequence.
@@ -356,6 +359,9 @@ class Client(_Reader):
             top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
             prompt_logprobs: Number of the likeliest tokens to return beside each token of the prompt. None: nothing of
                 the prompt.
+            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
+            logprobs_mode: Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn
+                from. None: raw.
             skip_special_tokens: Whether to leave special tokens out of the text. None: yes.
             json_schema: JSON Schema that the text must satisfy, as JSON text or as a mapping. None: any text.
             json_object: Whether the text must be a JSON object. None: no.
@@ -415,6 +421,8 @@ class Client(_Reader):
                 logprobs=logprobs,
                 top_logprobs=top_logprobs,
                 prompt_logprobs=prompt_logprobs,
+                logprob_token_ids=logprob_token_ids,
+                logprobs_mode=logprobs_mode,
                 skip_special_tokens=skip_special_tokens,
                 json_schema=json_schema,
                 json_object=json_object,
@@ -476,6 +484,8 @@ class Client(_Reader):
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] | None = None,
+        logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None = None,
         skip_special_tokens: bool | None = None,
         json_schema: str | Mapping[str, object] | None = None,
         json_object: bool | None = None,
@@ -528,7 +538,8 @@ class Client(_Reader):
             logit_bias: Amounts to add to the logits, by token id. None: no amounts.
             allowed_token_ids: Token ids that may be chosen. None: all.
             bad_words: Words that are never written. None: no words.
-            max_tokens: Most tokens of an output. None: as many as the context and the model's limit leave room for.
+            max_tokens: Most tokens of an output; 0: none, the prompt is read. None: as many as the context has room
+                for.
             min_tokens: Number of tokens before which nothing ends an output. None: 0.
             stop: String or strings that end an output. None: no strings.
             stop_token_ids: Token ids that end an output. None: only the model's end of sequence.
@@ -543,6 +554,9 @@ class Client(_Reader):
             top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
             prompt_logprobs: Number of the likeliest tokens to return beside each token of the prompt. None: nothing of
                 the prompt.
+            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
+            logprobs_mode: Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn
+                from. None: raw.
             skip_special_tokens: Whether to leave special tokens out of the text. None: yes.
             json_schema: JSON Schema that the text must satisfy, as JSON text or as a mapping. None: any text.
             json_object: Whether the text must be a JSON object. None: no.
@@ -602,6 +616,8 @@ class Client(_Reader):
                 logprobs=logprobs,
                 top_logprobs=top_logprobs,
                 prompt_logprobs=prompt_logprobs,
+                logprob_token_ids=logprob_token_ids,
+                logprobs_mode=logprobs_mode,
                 skip_special_tokens=skip_special_tokens,
                 json_schema=json_schema,
                 json_object=json_object,

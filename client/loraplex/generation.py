@@ -65,7 +65,7 @@ class GenerateOptions(PromptOptions, total=False):
     """Words that are never written. None: no words."""
     # When an output ends
     max_tokens: int | None
-    """Most tokens of an output. None: as many as the context and the model's limit leave room for."""
+    """Most tokens of an output; 0: none, the prompt is read. None: as many as the context has room for."""
     min_tokens: int | None
     """Number of tokens before which nothing ends an output. None: 0."""
     stop: str | Sequence[str] | None
@@ -91,6 +91,10 @@ class GenerateOptions(PromptOptions, total=False):
     """Number of the likeliest tokens to return beside each token. None: 0."""
     prompt_logprobs: int | None
     """Number of the likeliest tokens to return beside each token of the prompt. None: nothing of the prompt."""
+    logprob_token_ids: Sequence[int] | None
+    """Token ids whose log-probabilities to return beside each token. None: no ids."""
+    logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None
+    """Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn from. None: raw."""
     skip_special_tokens: bool | None
     """Whether to leave special tokens out of the text. None: yes."""
     # What form the text must have: at most one
@@ -132,6 +136,10 @@ _PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "stream")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "choices", "grammar")
 _PROMPT = ("add_special_tokens", "truncate_to_tokens", "literal_content")
 _CHAT = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_message")
+_ENUMS: dict[Any, tuple[str, Any]] = {
+    generation_pb2.OnCold.DESCRIPTOR: ("ON_COLD", generation_pb2.OnCold),
+    generation_pb2.LogprobsMode.DESCRIPTOR: ("LOGPROBS_MODE", generation_pb2.LogprobsMode),
+}
 _REQUEST = ("priority", "client_request_id", "labels")
 
 
@@ -198,8 +206,9 @@ def _put(message: Any, values: Mapping[str, Any]) -> None:
 def _convert(field: Any, value: Any) -> Any:
     if field.message_type is Duration.DESCRIPTOR:
         return duration(value)
-    if field.enum_type is generation_pb2.OnCold.DESCRIPTOR and isinstance(value, str):
-        return generation_pb2.OnCold.Value(f"ON_COLD_{value.upper()}")
+    if field.enum_type in _ENUMS and isinstance(value, str):
+        prefix, enum = _ENUMS[field.enum_type]
+        return enum.Value(f"{prefix}_{value.upper()}")
     if field.name == "stop" and isinstance(value, str):
         return [value]
     return value

@@ -157,6 +157,7 @@ class EngineCore:
             *(sampling.allowed_token_ids or ()),
             *sampling.stop_token_ids,
             *sampling.eos_token_ids,
+            *sampling.logprob_token_ids,
         )
         if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
             return f"token ids must lie in 0 to {limits.vocab_size - 1}"

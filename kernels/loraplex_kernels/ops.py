@@ -304,8 +304,14 @@ class Ops(Protocol):
         Source: nucleus sampling (arXiv 1904.09751), min-p (arXiv 2407.01082), typical (arXiv 2202.00666).
         """
 
-    def likelihoods(self, logits: Tensor, token_ids: Tensor, num_top: int) -> Likelihoods:
-        """log_softmax(x)[s, token_ids[s]], its rank, and the `num_top` largest of the row.
+    def cut_logits(self, logits: Tensor, draws: Draws) -> None:
+        """Make each row in place the distribution that `draw_tokens` draws from: x / temperature, −inf for what is cut.
 
-        logits: float32 [S, V], token_ids: int64 [S]
+        A row whose temperature is 0 stays.  logits: float32 [S, V]
+        """
+
+    def likelihoods(self, logits: Tensor, token_ids: Tensor, num_top: int) -> Likelihoods:
+        """log_softmax(x)[s, token_ids[s, n]], the rank of the first of them, and the `num_top` largest of the row.
+
+        logits: float32 [S, V], token_ids: int64 [S, N]
         """

@@ -87,10 +87,10 @@ class Draws:
 
 
 class Likelihoods(NamedTuple):
-    """How likely one token of each row is, and which are the most likely ones, in natural logarithms."""
+    """How likely some tokens of each row are, and which are the most likely ones, in natural logarithms."""
 
-    logprobs: Tensor  # float32 [S]
-    ranks: Tensor  # int64 [S]; 1: the most likely
+    logprobs: Tensor  # float32 [S, N]
+    ranks: Tensor  # int64 [S], of the first of them; 1: the most likely
     top_ids: Tensor  # int64 [S, k]
     top_logprobs: Tensor  # float32 [S, k]
 
@@ -132,12 +132,25 @@ class TorchSampling:
             token_ids[random_rows] = _draw(logits[random_rows], draws.of(random_rows))
         return torch.from_numpy(token_ids).to(logits.device)
 
+    def cut_logits(self, logits: Tensor, draws: Draws) -> None:
+        rows = np.flatnonzero(draws.temperatures > 0)
+        if not len(rows):
+            return
+        warmed = draws.of(rows)
+        logprobs = _logprobs(logits[rows], warmed)
+        for place, (ids, weights) in _left(logprobs, warmed).items():
+            left = torch.from_numpy(ids[weights > 0]).to(logits.device)
+            kept = logprobs[place, left]
+            logprobs[place] = -torch.inf
+            logprobs[place, left] = kept
+        logits[rows] = logprobs
+
     def likelihoods(self, logits: Tensor, token_ids: Tensor, num_top: int) -> Likelihoods:
         logprobs = torch.log_softmax(logits, dim=-1)
-        own = logprobs.gather(-1, token_ids[:, None])
-        ranks = (logprobs > own).sum(dim=-1) + 1
+        own = logprobs.gather(-1, token_ids)
+        ranks = (logprobs > own[:, :1]).sum(dim=-1) + 1
         top_logprobs, top_ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]), dim=-1)
-        return Likelihoods(own[:, 0], ranks, top_ids, top_logprobs)
+        return Likelihoods(own, ranks, top_ids, top_logprobs)
 
 
 def _on_device(logits: Tensor, *arrays: np.ndarray) -> tuple[Tensor, ...]:
@@ -221,27 +234,42 @@ def _most_likely(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw(logits: Tensor, draws: Draws) -> list[int]:
     """One token per row by temperature, top-k, top-p, min-p and typical-p, in this order. logits: float32 [S, V]."""
-    numbers = draws.numbers()
-    temperatures = torch.from_numpy(draws.temperatures.astype(np.float32)).to(logits.device)
-    logprobs = torch.log_softmax(logits / temperatures[:, None], dim=-1)
+    logprobs = _logprobs(logits, draws)
+    left = _left(logprobs, draws)
+    tokens: list[int] = []
+    for row, number in enumerate(draws.numbers()):
+        if row in left:
+            ids, weights = left[row]
+            tokens.append(int(ids[_pick(weights, number)]))
+        else:
+            tokens.append(_pick(np.exp(logprobs[row].double().cpu().numpy()), number))
+    return tokens
 
-    tokens = [-1] * len(numbers)
+
+def _logprobs(logits: Tensor, draws: Draws) -> Tensor:
+    """The logarithms of the probabilities at each row's temperature."""
+    temperatures = torch.from_numpy(draws.temperatures.astype(np.float32)).to(logits.device)
+    return torch.log_softmax(logits / temperatures[:, None], dim=-1)
+
+
+def _left(logprobs: Tensor, draws: Draws) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """What is left of each row that is cut: the ids of its tokens, the best first, and their weights. 0: cut, too."""
+    left: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     cut = (draws.top_k > 0) | (draws.top_p < 1) | (draws.min_p > 0)  # of the tail; typical_p alone may keep it
     few = np.flatnonzero(cut & (draws.top_k <= NUM_CANDIDATES))
     if len(few):
-        k = min(NUM_CANDIDATES, logits.shape[-1])
+        k = min(NUM_CANDIDATES, logprobs.shape[-1])
         for row, row_values, row_ids in zip(few.tolist(), *_best(logprobs[few], k), strict=True):
-            keep = _kept_of_sorted(row_values, draws.top_k[row], draws.top_p[row], draws.min_p[row])
-            if keep < k or k == logits.shape[-1]:
-                weights = _typical_weights(row_values[:keep], draws.typical_p[row])
-                tokens[row] = int(row_ids[_pick(weights, numbers[row])])
-    truncated = cut | (draws.typical_p < 1)
-    for row, token in enumerate(tokens):
-        if token < 0:
-            row_logprobs = logprobs[row].double().cpu().numpy()
-            pick = _pick_of_sorted if truncated[row] else _pick_of_all
-            tokens[row] = pick(row_logprobs, draws, row, numbers[row])
-    return tokens
+            weights = _left_of_sorted(row_values, draws, row)
+            if len(weights) < k or k == logprobs.shape[-1]:
+                left[row] = row_ids[: len(weights)], weights
+    for row in np.flatnonzero(cut | (draws.typical_p < 1)).tolist():
+        if row not in left:
+            values = logprobs[row].double().cpu().numpy()
+            order = np.argsort(-values, kind="stable")
+            weights = _left_of_sorted(values[order], draws, row)
+            left[row] = order[: len(weights)], weights
+    return left
 
 
 def _best(logprobs: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -270,16 +298,10 @@ def _best_of_row(logprobs: np.ndarray, k: int) -> np.ndarray:
     return chosen
 
 
-def _pick_of_all(logprobs: np.ndarray, draws: Draws, row: int, number: float) -> int:
-    return _pick(np.exp(logprobs), number)
-
-
-def _pick_of_sorted(logprobs: np.ndarray, draws: Draws, row: int, number: float) -> int:
-    """Draw from a whole row. logprobs: float64 [V]"""
-    order = np.argsort(-logprobs, kind="stable")
-    keep = _kept_of_sorted(logprobs[order], draws.top_k[row], draws.top_p[row], draws.min_p[row])
-    weights = _typical_weights(logprobs[order[:keep]], draws.typical_p[row])
-    return int(order[_pick(weights, number)])
+def _left_of_sorted(logprobs: np.ndarray, draws: Draws, row: int) -> np.ndarray:
+    """The weights of the first of these descending log-probabilities, as many as are kept."""
+    keep = _kept_of_sorted(logprobs, draws.top_k[row], draws.top_p[row], draws.min_p[row])
+    return _typical_weights(logprobs[:keep], draws.typical_p[row])
 
 
 def _kept_of_sorted(logprobs: np.ndarray, top_k: int, top_p: float, min_p: float) -> int:

@@ -30,6 +30,8 @@ VALUES: dict[str, Any] = {
     "logit_bias": {5: -1.5},
     "allowed_token_ids": [1, 2],
     "stop_token_ids": [3],
+    "logprob_token_ids": [4],
+    "logprobs_mode": generation_pb2.LOGPROBS_MODE_PROCESSED,
     "bad_words": ["no"],
     "stop": ["end"],
     "on_cold": generation_pb2.ON_COLD_FAIL,

@@ -100,12 +100,29 @@ def test_a_backend_draws_what_the_reference_draws(ops: Ops, rows: list[dict[str,
 
 
 @settings(max_examples=50, deadline=None)
+@given(rows=ROWS, vocab_size=st.sampled_from([31, 600, 3000]))
+def test_what_a_backend_cuts_is_never_drawn_and_the_rest_is_as_the_reference_has_it(
+    ops: Ops, rows: list[dict[str, Any]], vocab_size: int
+) -> None:
+    mine, theirs = (logits_of(rows, vocab_size) for _ in range(2))
+    tokens = ops.draw_tokens(mine.clone(), draws(rows))
+    ops.cut_logits(mine, draws(rows))
+    REFERENCE.cut_logits(theirs, draws(rows))
+    assert torch.equal(mine, theirs)
+    assert torch.isfinite(mine.gather(-1, tokens[:, None])).all()
+    kept = torch.isfinite(mine).sum(-1).tolist()
+    assert all(
+        count <= row["top_k"] for count, row in zip(kept, rows, strict=True) if row["top_k"] and row["temperature"]
+    )
+
+
+@settings(max_examples=50, deadline=None)
 @given(rows=ROWS, num_top=st.sampled_from([0, 1, 20]))
 def test_a_backend_finds_the_likelihoods_that_the_reference_finds(
     ops: Ops, rows: list[dict[str, Any]], num_top: int
 ) -> None:
     logits = logits_of(rows, 600)
-    token_ids = torch.arange(len(rows), device=DEVICE) * 50
+    token_ids = torch.arange(len(rows), device=DEVICE)[:, None] * 50 + torch.arange(3, device=DEVICE)
     mine, theirs = (each.likelihoods(logits.clone(), token_ids, num_top) for each in (ops, REFERENCE))
     torch.testing.assert_close(mine.logprobs, theirs.logprobs)
     torch.testing.assert_close(mine.top_logprobs, theirs.top_logprobs)

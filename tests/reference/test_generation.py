@@ -257,6 +257,38 @@ def test_prompt_logprobs_equal_transformers(oracle, make_core):
         assert details.top_ids == expected[position - 1].topk(2).indices.tolist()
 
 
+def test_a_score_computes_its_prefix_once_and_equals_transformers(oracle, make_core):
+    prefix, ends = random_prompt(21, 3), [random_prompt(5, 8), random_prompt(9, 9)]
+    client = Client(make_core(), oracle.keys)
+    client.add(9, random_prompt(6, 2), "attention", max_tokens=12)
+    for number, end in enumerate(ends):
+        client.add(
+            number,
+            prefix + end,
+            "wide",
+            max_tokens=0,
+            num_prompt_logprobs=0,
+            prompt_logprobs_from=21,
+            logprob_token_ids=(7, 8),
+        )
+    client.finish()
+    assert client.tokens(9) == oracle.greedy(random_prompt(6, 2), "attention", 12)
+    assert [client.outputs[number][0].num_cached_tokens for number in (0, 1)] == [0, 20]
+    oracle.model.set_adapter("wide")
+    for number, end in enumerate(ends):
+        with torch.inference_mode():
+            logits = oracle.model(input_ids=torch.tensor([prefix + end])).logits[0, 20:-1]
+        expected = torch.log_softmax(logits, -1)
+        [output] = client.outputs[number]
+        assert output.finish_reason is FinishReason.MAX_TOKENS
+        assert output.prompt_logprobs is not None
+        assert [each.token_id for each in output.prompt_logprobs if each is not None] == end
+        found = torch.tensor([[each.logprob, *each.named_logprobs] for each in output.prompt_logprobs if each])
+        wanted = torch.tensor([[token, 7, 8] for token in end])
+        # as above: weights three times the usual
+        assert torch.allclose(found, expected.gather(-1, wanted), rtol=1e-4, atol=1e-5)
+
+
 def test_seeded_sampling_does_not_depend_on_the_batch(oracle, make_core):
     prompt = random_prompt(9, 1)
 

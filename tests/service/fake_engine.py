@@ -30,7 +30,7 @@ from loraplex_engine.link.messages import (
     TokenLogprobs,
     WantAdapter,
 )
-from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
 LIMITS = EngineLimits(
     architecture="FakeForCausalLM",
@@ -174,7 +174,7 @@ class FakeEngine:
                 request.request_id, [], FinishReason.ERROR, error=error, error_reason=self.error_reason
             )
         token_ids: list[int] = []
-        reason, stop_token_id = None, None
+        reason, stop_token_id = (None if sampling.max_tokens else FinishReason.MAX_TOKENS), None
         script = self._script_of[request.request_id]
         while reason is None and len(token_ids) < self.tokens_per_step:
             token_id = script[len(sequence.output) % len(script)]
@@ -193,7 +193,7 @@ class FakeEngine:
             token_ids=token_ids,
             finish_reason=reason,
             stop_token_id=stop_token_id,
-            logprobs=[_logprobs(token_id, sampling.num_logprobs) for token_id in token_ids]
+            logprobs=[_logprobs(token_id, sampling.num_logprobs, sampling) for token_id in token_ids]
             if sampling.num_logprobs is not None
             else None,
             prompt_logprobs=_prompt_logprobs(request) if first and sampling.num_prompt_logprobs is not None else None,
@@ -243,12 +243,15 @@ class FakeEngine:
         )
 
 
-def _logprobs(token_id: int, count: int) -> TokenLogprobs:
+def _logprobs(token_id: int, count: int, sampling: SamplingParams) -> TokenLogprobs:
     """Token t has log-probability -t/256 and rank 1; the likeliest tokens are 0, 1, 2, …"""
     top = list(range(count))
-    return TokenLogprobs(token_id, -token_id / 256, 1, top, [-other / 256 for other in top])
+    tops, named = ([-other / 256 for other in ids] for ids in (top, sampling.logprob_token_ids))
+    return TokenLogprobs(token_id, -token_id / 256, 1, top, tops, named)
 
 
 def _prompt_logprobs(request: AddRequest) -> list[TokenLogprobs | None]:
-    count = request.sampling.num_prompt_logprobs or 0
-    return [None, *(_logprobs(token_id, count) for token_id in request.prompt_token_ids[1:])]
+    sampling = request.sampling
+    start, count = sampling.prompt_logprobs_from, sampling.num_prompt_logprobs or 0
+    known = [_logprobs(token_id, count, sampling) for token_id in request.prompt_token_ids[max(start, 1) :]]
+    return known if start else [None, *known]

@@ -125,7 +125,7 @@ class ScriptedCore:
         number = self.given[request.request_id]
         self.given[request.request_id] += 1
         token_id = request.prompt_token_ids[number % len(request.prompt_token_ids)]
-        finished = number + 1 == request.sampling.max_tokens
+        finished = number + 1 >= request.sampling.max_tokens
         if finished:
             del self.requests[request.request_id]
         reason = FinishReason.MAX_TOKENS if finished else None

@@ -21,6 +21,38 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _LogprobsMode:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LogprobsModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LogprobsMode.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LOGPROBS_MODE_UNSPECIFIED: _LogprobsMode.ValueType  # 0
+    """The default: RAW."""
+    LOGPROBS_MODE_RAW: _LogprobsMode.ValueType  # 1
+    """The model's own, before anything of Sampling, of Stopping.min_tokens and of Constraint has changed it."""
+    LOGPROBS_MODE_PROCESSED: _LogprobsMode.ValueType  # 2
+    """The one that the token was drawn from: after penalties and bias, what may not be drawn (allowed_token_ids, ends
+    before min_tokens, the form), temperature, top_k, top_p, min_p and typical_p, made whole again. Where the temperature
+    is 0, nothing divides or cuts it. A token that could not be drawn has minus infinity, and is in no list of the
+    likeliest.
+    """
+
+class LogprobsMode(_LogprobsMode, metaclass=_LogprobsModeEnumTypeWrapper):
+    """A distribution that a token is looked up in."""
+
+LOGPROBS_MODE_UNSPECIFIED: LogprobsMode.ValueType  # 0
+"""The default: RAW."""
+LOGPROBS_MODE_RAW: LogprobsMode.ValueType  # 1
+"""The model's own, before anything of Sampling, of Stopping.min_tokens and of Constraint has changed it."""
+LOGPROBS_MODE_PROCESSED: LogprobsMode.ValueType  # 2
+"""The one that the token was drawn from: after penalties and bias, what may not be drawn (allowed_token_ids, ends
+before min_tokens, the form), temperature, top_k, top_p, min_p and typical_p, made whole again. Where the temperature
+is 0, nothing divides or cuts it. A token that could not be drawn has minus infinity, and is in no list of the
+likeliest.
+"""
+Global___LogprobsMode: typing_extensions.TypeAlias = LogprobsMode
+
 class _OnCold:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -314,8 +346,9 @@ class Stopping(google.protobuf.message.Message):
     TIME_LIMIT_FIELD_NUMBER: builtins.int
     FIT_MAX_TOKENS_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
-    """At most this many tokens per output. Absent: as many as the context and the model's limit leave room for.
-    At least 1.
+    """At most this many tokens per output. Absent: as many as the context and the model's limit leave room for. 0: the
+    prompt is read, and each output is empty and ends with FINISH_REASON_MAX_TOKENS: to learn how likely the prompt is
+    (OutputOptions.prompt_logprobs), or to have it in the prefix cache. At least 0.
     """
     min_tokens: builtins.int
     """No stop string, stop token or end of sequence ends the output before this many tokens. A stop string counts if it
@@ -473,6 +506,8 @@ class OutputOptions(google.protobuf.message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    LOGPROBS_MODE_FIELD_NUMBER: builtins.int
     text: builtins.bool
     """Whether to return text. Default true. False saves the server the decoding, for callers that work on tokens."""
     token_ids: builtins.bool
@@ -487,6 +522,14 @@ class OutputOptions(google.protobuf.message.Message):
     """
     skip_special_tokens: builtins.bool
     """Whether to leave special tokens out of the text. Default true."""
+    logprobs_mode: Global___LogprobsMode.ValueType
+    """Which distribution the log-probabilities of an output's tokens are of. Those of the prompt are always RAW."""
+    @property
+    def logprob_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """For each token, and for each of the prompt's where prompt_logprobs asks for those, return the log-probabilities of
+        these tokens in its place too (TokenLogprob.named_logprobs). At most 20; implies logprobs if there is one.
+        """
+
     def __init__(
         self,
         *,
@@ -496,11 +539,15 @@ class OutputOptions(google.protobuf.message.Message):
         top_logprobs: builtins.int | None = ...,
         prompt_logprobs: builtins.int | None = ...,
         skip_special_tokens: builtins.bool | None = ...,
+        logprob_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        logprobs_mode: Global___LogprobsMode.ValueType | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "_token_ids", b"_token_ids", "_top_logprobs", b"_top_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "_token_ids", b"_token_ids", "_top_logprobs", b"_top_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_logprobs_mode", b"_logprobs_mode", "_prompt_logprobs", b"_prompt_logprobs", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "_token_ids", b"_token_ids", "_top_logprobs", b"_top_logprobs", "logprobs", b"logprobs", "logprobs_mode", b"logprobs_mode", "prompt_logprobs", b"prompt_logprobs", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_logprobs_mode", b"_logprobs_mode", "_prompt_logprobs", b"_prompt_logprobs", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "_token_ids", b"_token_ids", "_top_logprobs", b"_top_logprobs", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "logprobs_mode", b"logprobs_mode", "prompt_logprobs", b"prompt_logprobs", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_logprobs", b"_logprobs"]) -> typing.Literal["logprobs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_logprobs_mode", b"_logprobs_mode"]) -> typing.Literal["logprobs_mode"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]) -> typing.Literal["prompt_logprobs"] | None: ...
     @typing.overload

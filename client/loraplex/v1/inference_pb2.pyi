@@ -473,9 +473,7 @@ Global___PromptLogprobs: typing_extensions.TypeAlias = PromptLogprobs
 
 @typing.final
 class TokenLogprob(google.protobuf.message.Message):
-    """A token and how likely the model thought it: by its own distribution, before penalties, bias, temperature and
-    truncation.
-    """
+    """A token and how likely it was, by the distribution that OutputOptions.logprobs_mode names."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -485,6 +483,7 @@ class TokenLogprob(google.protobuf.message.Message):
     RANK_FIELD_NUMBER: builtins.int
     TOP_FIELD_NUMBER: builtins.int
     BYTES_FIELD_NUMBER: builtins.int
+    NAMED_LOGPROBS_FIELD_NUMBER: builtins.int
     token_id: builtins.int
     """The token."""
     text: builtins.str
@@ -499,7 +498,13 @@ class TokenLogprob(google.protobuf.message.Message):
     """
     @property
     def top(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
-        """The likeliest tokens at this place, likeliest first, as many as were asked for."""
+        """The likeliest tokens at this place, likeliest first, as many as were asked for, but none whose probability is 0."""
+
+    @property
+    def named_logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """The natural logarithms of the probabilities that the tokens of OutputOptions.logprob_token_ids have at this place,
+        in their order. None for the first token of a prompt.
+        """
 
     def __init__(
         self,
@@ -510,9 +515,10 @@ class TokenLogprob(google.protobuf.message.Message):
         rank: builtins.int | None = ...,
         top: collections.abc.Iterable[Global___TopLogprob] | None = ...,
         bytes: builtins.bytes = ...,
+        named_logprobs: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_logprob", b"_logprob", "_rank", b"_rank", "logprob", b"logprob", "rank", b"rank"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_logprob", b"_logprob", "_rank", b"_rank", "bytes", b"bytes", "logprob", b"logprob", "rank", b"rank", "text", b"text", "token_id", b"token_id", "top", b"top"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_logprob", b"_logprob", "_rank", b"_rank", "bytes", b"bytes", "logprob", b"logprob", "named_logprobs", b"named_logprobs", "rank", b"rank", "text", b"text", "token_id", b"token_id", "top", b"top"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_logprob", b"_logprob"]) -> typing.Literal["logprob"] | None: ...
     @typing.overload

@@ -39,12 +39,19 @@ class History(NamedTuple):
         return self.num_tokens - self.num_prompt_tokens
 
 
+class Wanted(NamedTuple):
+    """The tokens whose log-probabilities are told beside a token's own."""
+
+    num_top: int  # the most likely ones
+    named: tuple[int, ...]
+
+
 class PromptTargets(NamedTuple):
     """Tokens of one request's prompt, predicted by adjacent rows, whose log-probabilities are asked for."""
 
     request_id: int
     token_ids: list[int]
-    num_top: int  # the most likely tokens to tell beside each
+    beside: Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +208,10 @@ def _prompt_targets(
         request, num_top = item.request, item.request.sampling.num_prompt_logprobs
         if num_top is None:
             continue
-        first = item.num_computed_tokens + 1  # the first row predicts the token after its own
-        token_ids = request.token_ids[first : min(first + item.num_new_tokens, request.num_prompt_tokens)]
-        rows.extend(range(start, start + len(token_ids)))
-        targets.append(PromptTargets(request.request_id, token_ids, num_top))
+        next_token = item.num_computed_tokens + 1  # the first row predicts the token after its own
+        first = max(next_token, request.sampling.prompt_logprobs_from)
+        token_ids = request.token_ids[first : min(next_token + item.num_new_tokens, request.num_prompt_tokens)]
+        rows.extend(range(start + first - next_token, start + first - next_token + len(token_ids)))
+        beside = Wanted(num_top, request.sampling.logprob_token_ids)
+        targets.append(PromptTargets(request.request_id, token_ids, beside))
     return rows, tuple(targets)

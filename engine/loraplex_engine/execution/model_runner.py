@@ -125,13 +125,13 @@ class ModelRunner:
     ) -> dict[int, list[TokenLogprobs]]:
         """By request id. hidden: the rows that predict the targets begin at `row`, in order."""
         found: dict[int, list[TokenLogprobs]] = {}
-        for request_id, token_ids, num_top in targets:
+        for request_id, token_ids, beside in targets:
             details = found[request_id] = []
             for first in range(0, len(token_ids), PROMPT_LOGPROB_ROWS):
                 wanted = token_ids[first : first + PROMPT_LOGPROB_ROWS]
                 logits = self.model.logits(hidden[row : row + len(wanted)], narrowed(lora, row, row + len(wanted)))
                 chosen = torch.tensor(wanted, device=logits.device)
-                details.extend(describe(self.ops, logits, chosen, [num_top] * len(wanted)))
+                details.extend(describe(self.ops, logits, chosen, [beside] * len(wanted)))
                 row += len(wanted)
         return found
 

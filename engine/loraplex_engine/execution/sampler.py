@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_engine.execution.arrays import History
+from loraplex_engine.execution.arrays import History, Wanted
 from loraplex_engine.execution.form_masks import TokenMask
 from loraplex_engine.link.messages import TokenLogprobs
 from loraplex_engine.scheduling.step import SampledToken
@@ -36,17 +36,34 @@ class Sampler:
 
         logits: float32 [S, V], row s belongs to histories[s]; may be overwritten.
         """
-        asked = {row: count for row, h in enumerate(histories) if (count := h.sampling.num_logprobs) is not None}
-        raw = logits[list(asked)] if asked else None  # before anything is changed
+        asked = [row for row, history in enumerate(histories) if history.sampling.num_logprobs is not None]
+        as_drawn = [row for row in asked if histories[row].sampling.processed_logprobs]
+        as_given = [row for row in asked if not histories[row].sampling.processed_logprobs]
+        given = logits[as_given] if as_given else None  # before anything is changed
         self.ops.adjust_logits(logits, logit_changes(histories, logits.shape[-1]))
         if mask is not None:
             self.ops.mask_logits(logits, mask.rows, torch.from_numpy(mask.bits))
-        token_ids = self.ops.draw_tokens(logits, draws(histories))
+        drawn_by = draws(histories)
+        changed = logits[as_drawn] if as_drawn else None
+        token_ids = self.ops.draw_tokens(logits, drawn_by)
         details: dict[int, TokenLogprobs] = {}
-        if raw is not None:
-            described = describe(self.ops, raw, token_ids[list(asked)].clamp(min=0), list(asked.values()))
-            details = dict(zip(asked, described, strict=True))
+        if given is not None:
+            details |= self._details(given, as_given, token_ids, histories)
+        if changed is not None:
+            drawable = [place for place, row in enumerate(as_drawn) if token_ids[row] >= 0]
+            rows, left = [as_drawn[place] for place in drawable], changed[drawable]
+            self.ops.cut_logits(left, drawn_by.of(np.array(rows, dtype=np.int64)))
+            details |= self._details(left, rows, token_ids, histories)
         return [_sampled(token, details.get(row)) for row, token in enumerate(token_ids.tolist())]
+
+    def _details(
+        self, logits: Tensor, rows: Sequence[int], token_ids: Tensor, histories: Sequence[History]
+    ) -> dict[int, TokenLogprobs]:
+        """The log-probabilities that these rows ask for, by row. logits: float32 [len(rows), V]"""
+        params = [histories[row].sampling for row in rows]
+        asked = [Wanted(each.num_logprobs or 0, each.logprob_token_ids) for each in params]
+        chosen = token_ids[rows].clamp(min=0)
+        return dict(zip(rows, describe(self.ops, logits, chosen, asked), strict=True))
 
 
 def _sampled(token_id: int, logprobs: TokenLogprobs | None) -> SampledToken | None:
@@ -55,17 +72,30 @@ def _sampled(token_id: int, logprobs: TokenLogprobs | None) -> SampledToken | No
     return SampledToken(token_id, logprobs)
 
 
-def describe(ops: Ops, logits: Tensor, token_ids: Tensor, num_tops: Sequence[int]) -> list[TokenLogprobs]:
-    """The log-probability of each row's token, and of as many of its most likely ones as it has in `num_tops`.
+def describe(ops: Ops, logits: Tensor, token_ids: Tensor, wanted: Sequence[Wanted]) -> list[TokenLogprobs]:
+    """The log-probability of each row's token, and of those that are wanted beside it.
 
     logits: float32 [S, V], token_ids: int64 [S]
     """
-    found = ops.likelihoods(logits, token_ids, max(num_tops))
+    width = max((len(each.named) for each in wanted), default=0)
+    tokens = token_ids[:, None]
+    if width:
+        named = [[*each.named, *[0] * (width - len(each.named))] for each in wanted]
+        tokens = torch.cat((tokens, torch.tensor(named, device=logits.device)), dim=1)
+    found = ops.likelihoods(logits, tokens, max((each.num_top for each in wanted), default=0))
     columns = (column.tolist() for column in (token_ids, *found))
     return [
-        TokenLogprobs(token, logprob, rank, ids[:count], logprobs[:count])
-        for token, logprob, rank, ids, logprobs, count in zip(*columns, num_tops, strict=True)
+        _token_logprobs(token, own, rank, ids, tops, asked)
+        for token, own, rank, ids, tops, asked in zip(*columns, wanted, strict=True)
     ]
+
+
+def _token_logprobs(
+    token_id: int, own: list[float], rank: int, top_ids: list[int], tops: list[float], wanted: Wanted
+) -> TokenLogprobs:
+    logprob, *named = own
+    count = min(wanted.num_top, len(tops) - tops.count(-math.inf))
+    return TokenLogprobs(token_id, logprob, rank, top_ids[:count], tops[:count], named[: len(wanted.named)])
 
 
 def draws(histories: Sequence[History]) -> Draws:

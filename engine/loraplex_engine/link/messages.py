@@ -102,13 +102,14 @@ ToEngine = AddRequest | SetVocabulary | Abort | WantAdapter | Ping | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
-    """Natural-log probabilities at one position, of the model's distribution before temperature and truncation."""
+    """Natural-log probabilities at one position, of the distribution that `SamplingParams` names."""
 
     token_id: int  # the token at this position
     logprob: float
     rank: int  # 1: the most likely
-    top_ids: list[int]  # the k most likely, best first
+    top_ids: list[int]  # the k most likely, best first; none whose probability is 0
     top_logprobs: list[float]
+    named_logprobs: list[float] = []  # of `logprob_token_ids`, in their order
 
 
 class RequestOutput(msgspec.Struct, array_like=True, frozen=True):

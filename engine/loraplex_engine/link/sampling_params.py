@@ -46,6 +46,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()  # the model's; empty when the request ignores EOS
     num_logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely
     num_prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0  # the first token to be told of; those before it may come from the cache
+    logprob_token_ids: tuple[int, ...] = ()  # whose log-probabilities to tell beside those
+    processed_logprobs: bool = False  # of the distribution that a token is drawn from, instead of the model's own
     time_limit_seconds: float | None = None
 
     @property

@@ -77,16 +77,18 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def start(self, request: Request) -> None:
-        """Give a request that holds nothing the longest cached prefix of its tokens, and set its computed count to it.
-
-        Never the last token: the step that consumes it draws the next one.
+        """Give a request that holds nothing the longest cached prefix of its tokens that it may reuse, and set its
+        computed count to it.
         """
         assert not request.block_ids
         assert request.num_computed_tokens == 0
         if not self.enable_prefix_caching or request.bypass_prefix_cache:
             return
+        reusable = request.num_reusable_tokens
+        if reusable == 0:
+            return
         self.prefix_queries += request.num_tokens
-        for block_hash in self._hashes(request, (request.num_tokens - 1) // self.block_size):
+        for block_hash in self._hashes(request, reusable // self.block_size):
             block = self._block_of.get(block_hash)
             if block is None:
                 break

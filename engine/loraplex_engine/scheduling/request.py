@@ -68,8 +68,7 @@ class Request:
         self.sampling: SamplingParams = sampling
         self.adapter: AdapterKey | None = message.adapter
         self.cache_salt = message.cache_salt
-        # Prompt log-probabilities need every position computed, so there is nothing to take from the cache.
-        self.bypass_prefix_cache = message.bypass_prefix_cache or sampling.num_prompt_logprobs is not None
+        self.bypass_prefix_cache = message.bypass_prefix_cache
         # What its form is prepared for: a grammar, and the tokens that it has taken already.
         self.form_key = (message.grammar, tuple(message.output_token_ids)) if message.grammar else None
         self.form: Form | None = None  # that its output must have
@@ -123,6 +122,15 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """The most tokens to take from the cache. The row of a token that another is predicted from must be computed:
+        the last, which the next one is drawn from, and those before the prompt's tokens that are to be told of.
+        """
+        if self.sampling.num_prompt_logprobs is None:
+            return self.num_tokens - 1
+        return min(self.num_tokens, max(self.sampling.prompt_logprobs_from, 1)) - 1
 
     @property
     def draws(self) -> bool:

@@ -267,9 +267,11 @@ class Scheduler:
     ) -> None:
         if logprobs is None:
             return
-        if not request.prompt_logprobs:
+        start = request.sampling.prompt_logprobs_from
+        if not request.prompt_logprobs and start == 0:
             request.prompt_logprobs.append(None)  # nothing predicts the first token
-        already_known = len(request.prompt_logprobs) - 1 - item.num_computed_tokens  # after a preemption
+        first = max(item.num_computed_tokens + 1, start)
+        already_known = start + len(request.prompt_logprobs) - first  # after a preemption
         request.prompt_logprobs.extend(logprobs[max(0, already_known) :])
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from loraplex.v1.generation_pb2 import GenerateSpec
+from loraplex_service.requests.sampling import wants_logprobs
 from loraplex_service.timestamps import duration_seconds
 
 TOKENS_AT_ONCE = 256  # of an answer in one piece: they take less room in it than while they are held back
@@ -33,7 +34,7 @@ class OutputForm:
         return cls(
             text=text,
             token_ids=output.token_ids if output.HasField("token_ids") else not text,
-            logprobs=output.logprobs or output.top_logprobs > 0,
+            logprobs=wants_logprobs(output),
             skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
             stop=tuple(dict.fromkeys(stopping.stop)),
             include_stop=stopping.include_stop,

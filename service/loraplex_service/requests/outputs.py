@@ -173,6 +173,7 @@ def token_logprob(entry: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:
             )
             for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
         ],
+        named_logprobs=entry.named_logprobs,
     )
 
 

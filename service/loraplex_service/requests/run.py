@@ -360,7 +360,7 @@ class Run:
         self._timings.total_duration.CopyFrom(duration(asyncio.get_running_loop().time() - self._job.arrival))
         completed = Completed(usage=self.usage(), timings=self._timings)
         sampling = self._job.sequences[0].sampling
-        if not sampling.greedy:
+        if not sampling.greedy and sampling.max_tokens > 0:
             completed.seed = sampling.seed
         return completed
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 
-from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
+from loraplex.v1.generation_pb2 import LOGPROBS_MODE_PROCESSED, GenerateSpec, OutputOptions, Sampling
 from loraplex_engine.link.messages import EngineLimits
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_service.errors import InvalidRequest, PromptTooLong, Violation
@@ -51,14 +51,21 @@ def sampling_params(
         min_tokens=stopping.min_tokens,
         stop_token_ids=tuple(stopping.stop_token_ids),
         eos_token_ids=() if stopping.ignore_eos else eos_token_ids,
-        num_logprobs=output.top_logprobs if output.logprobs or output.top_logprobs else None,
+        num_logprobs=output.top_logprobs if wants_logprobs(output) else None,
         num_prompt_logprobs=output.prompt_logprobs if output.HasField("prompt_logprobs") else None,
+        logprob_token_ids=tuple(output.logprob_token_ids),
+        processed_logprobs=output.logprobs_mode == LOGPROBS_MODE_PROCESSED,
         time_limit_seconds=duration_seconds(stopping.time_limit) if stopping.HasField("time_limit") else None,
     )
     if not params.can_draw:
         problem = "leaves no token to draw: each one ends the output, which min_tokens forbids, or has no text"
         raise InvalidRequest(_of_sampling(spec, "allowed_token_ids", problem, path))
     return params
+
+
+def wants_logprobs(output: OutputOptions) -> bool:
+    """Whether the log-probabilities of the output's tokens are asked for."""
+    return bool(output.logprobs or output.top_logprobs or output.logprob_token_ids)
 
 
 def room_for_output(spec: GenerateSpec, limits: EngineLimits, prompt_tokens: int, path: str) -> int:
@@ -97,6 +104,7 @@ def _check_vocabulary(spec: GenerateSpec, sampling: Sampling, vocab_size: int, p
     violations = [
         *(_of_sampling(spec, name, problem(ids), path) for name, ids in merged.items()),
         Violation(f"{path}.stopping.stop_token_ids", problem(spec.stopping.stop_token_ids)),
+        Violation(f"{path}.output.logprob_token_ids", problem(spec.output.logprob_token_ids)),
     ]
     problems = [violation for violation in violations if violation.problem]
     if problems:

@@ -134,11 +134,13 @@ def _check_spec(spec: GenerateSpec, path: str) -> Iterator[Violation]:
     if not spec.HasField("prompt"):
         yield Violation(_at(path, "prompt"), _NO_PROMPT)
     stopping, output = spec.stopping, spec.output
-    if stopping.max_tokens > 0 and stopping.min_tokens > stopping.max_tokens:
+    if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
         problem = f"is {stopping.min_tokens}, more than max_tokens, {stopping.max_tokens}"
         yield Violation(_at(path, "stopping.min_tokens"), problem)
-    if output.top_logprobs > 0 and output.HasField("logprobs") and not output.logprobs:
-        yield Violation(_at(path, "output.top_logprobs"), "asks for log-probabilities, and logprobs is false")
+    if output.HasField("logprobs") and not output.logprobs:
+        for name in ("top_logprobs", "logprob_token_ids"):
+            if getattr(output, name):
+                yield Violation(_at(path, f"output.{name}"), "asks for log-probabilities, and logprobs is false")
 
 
 def _check_constraint(constraint: Constraint, path: str) -> Iterator[Violation]:

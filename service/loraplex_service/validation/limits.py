@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from google.protobuf.duration_pb2 import Duration
 
-from loraplex.v1.generation_pb2 import OnCold
+from loraplex.v1.generation_pb2 import LogprobsMode, OnCold
 from loraplex_service.timestamps import duration_seconds
 
 Problems = Iterator[tuple[str, str]]  # (suffix of the field's path, what is wrong there)
@@ -176,7 +176,7 @@ LIMITS: Mapping[str, Limit] = {
     "Sampling.logit_bias": Entries(1024, Range(-100, 100)),
     "Sampling.allowed_token_ids": Entries(1024),
     "Sampling.bad_words": Entries(64, Text(128)),
-    "Stopping.max_tokens": Range(1),
+    "Stopping.max_tokens": Range(0),
     "Stopping.min_tokens": Range(0),
     "Stopping.stop": Entries(16, Text(256, least=1, unit="bytes")),
     "Stopping.stop_token_ids": Entries(64),
@@ -187,6 +187,8 @@ LIMITS: Mapping[str, Limit] = {
     "Choices.values": Entries(256, Text(65536, least=1, unit="bytes")),
     "OutputOptions.top_logprobs": Range(0, 20),
     "OutputOptions.prompt_logprobs": Range(0, 20),
+    "OutputOptions.logprob_token_ids": Entries(20),
+    "OutputOptions.logprobs_mode": Known(LogprobsMode.values),
     "CacheOptions.salt": Text(128, unit="bytes"),
     "AdapterPolicy.on_cold": Known(OnCold.values),
     "AdapterPolicy.max_load_wait": Seconds(0),

@@ -235,6 +235,72 @@ def test_logprobs_are_of_the_model_not_of_the_sampler():
     assert details.top_ids == expected[0].topk(3).indices.tolist()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.3},
+        {"top_p": 0.6, "repetition_penalty": 1.3},
+        {"typical_p": 0.5, "min_tokens": 9, "eos_token_ids": (11,)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_candidates", [512, 4])
+def test_processed_logprobs_are_of_the_distribution_that_transformers_draws_from(fields, num_candidates, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(sampling, "NUM_CANDIDATES", num_candidates)
+    logits = random_logits(1, seed=3)
+    scores = logits.clone()
+    if "repetition_penalty" in fields:
+        penalty = transformers.RepetitionPenaltyLogitsProcessor(fields["repetition_penalty"])
+        scores = penalty(torch.tensor([[3, 4, 5]]), scores)
+    scores[:, list(fields.get("eos_token_ids", ()))] = -math.inf
+    scores /= fields.get("temperature", 1.0)
+    for name, warper in WARPERS.items():
+        if name in fields:
+            scores = getattr(transformers, warper)(fields[name])(None, scores)
+    expected = torch.log_softmax(scores[0], -1)
+
+    named = tuple(range(V))
+    history = make_history(output=[5], num_logprobs=V, processed_logprobs=True, logprob_token_ids=named, **fields)
+    details = sample(logits, [history])[0].logprobs
+    assert details is not None
+    assert torch.allclose(torch.tensor(details.named_logprobs), expected, atol=1e-5)
+    possible = int(torch.isfinite(expected).sum())
+    assert details.top_ids == expected.topk(possible).indices.tolist()  # and none that could not be drawn
+    assert details.logprob == details.named_logprobs[details.token_id]
+
+
+def test_processed_logprobs_of_a_greedy_row_are_neither_divided_nor_cut():
+    logits = random_logits(1)
+    history = make_history(temperature=0.0, top_k=1, num_logprobs=1, processed_logprobs=True, logit_bias={7: 30.0})
+    details = sample(logits, [history])[0].logprobs
+    logits[0, 7] += 30.0
+    assert details is not None
+    assert math.isclose(details.logprob, torch.log_softmax(logits, -1)[0, 7].item(), rel_tol=1e-5)
+
+
+def test_rows_that_name_different_tokens_get_their_own():
+    logits = random_logits(3)
+    expected = torch.log_softmax(logits, -1)
+    named = [(5, 6, 5), (), (49,)]
+    histories = [make_history(num_logprobs=0, logprob_token_ids=ids) for ids in named]
+    for row, token in enumerate(sample(logits, histories)):
+        assert token.logprobs is not None
+        assert torch.allclose(torch.tensor(token.logprobs.named_logprobs), expected[row, list(named[row])])
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_a_row_that_cannot_be_drawn_costs_its_neighbours_no_logprobs(processed):
+    logits = random_logits(2)
+    logits[0, 3] = math.nan
+    history = make_history(num_logprobs=2, processed_logprobs=processed, top_k=3)
+    spoilt, whole = Sampler(OPS).sample(logits, [history, history])
+    assert spoilt is None
+    assert whole is not None
+    assert whole.logprobs is not None
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-38, 1e-6, 0.5, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("everywhere", [True, False])

@@ -1,10 +1,13 @@
 """The stream of one generation: its events, their order, what is in them. The fake engine says the prompt back."""
 
 import math
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
-from loraplex.v1 import inference_pb2
+from loraplex.v1 import generation_pb2, inference_pb2
 from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt
 from loraplex_engine.link.sampling_params import FinishReason
@@ -298,6 +301,36 @@ async def test_long_prompt_logprobs_are_cut_into_messages(plane: DataPlane, monk
     assert sizes == [10, 10, 5]
 
 
+async def test_a_request_for_no_tokens_says_how_likely_its_prompt_is_and_has_an_empty_output(plane: DataPlane) -> None:
+    asked = {"prompt_logprobs": 0, "logprob_token_ids": [1, 2]}
+    answer = await plane.generate(make_spec("abc", stopping={"max_tokens": 0}, output=asked))
+    assert [list(entry.named_logprobs) for entry in answer.prompt_logprobs] == [[], *[[-1 / 256, -2 / 256]] * 2]
+    [output] = answer.outputs
+    assert (output.text, output.finished.reason) == ("", inference_pb2.FINISH_REASON_MAX_TOKENS)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 0)
+    assert not answer.HasField("seed")
+
+
+async def test_named_tokens_alone_ask_for_logprobs(plane: DataPlane) -> None:
+    answer = await plane.generate(make_spec("a", stopping={"max_tokens": 2}, output={"logprob_token_ids": [8]}))
+    assert [list(entry.named_logprobs) for entry in answer.outputs[0].logprobs] == [[-8 / 256]] * 2
+
+
+@pytest.mark.parametrize(
+    ("output", "field"),
+    [
+        ({"logprob_token_ids": [258]}, "spec.output.logprob_token_ids"),
+        ({"logprob_token_ids": [1], "logprobs": False}, "spec.output.logprob_token_ids"),
+        ({"logprobs_mode": 9}, "spec.output.logprobs_mode"),
+    ],
+)
+async def test_logprobs_that_cannot_be_told_are_refused_by_name(plane: DataPlane, output: Any, field: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await plane.generate(make_spec("a", output=output))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field in str(refused.value.details())
+
+
 # ---- what reaches the engine -----------------------------------------------------------------------------------------
 
 
@@ -337,7 +370,12 @@ async def test_everything_of_the_spec_reaches_the_engine(plane: DataPlane) -> No
             "allowed_token_ids": [65, 66],
         },
         stopping={"max_tokens": 9, "min_tokens": 2, "stop_token_ids": [66], "time_limit": {"seconds": 3}},
-        output={"top_logprobs": 3, "prompt_logprobs": 4},
+        output={
+            "top_logprobs": 3,
+            "prompt_logprobs": 4,
+            "logprob_token_ids": [67, 65],
+            "logprobs_mode": generation_pb2.LOGPROBS_MODE_PROCESSED,
+        },
         cache={"bypass_prefix_cache": True, "salt": "s"},
         priority=-5,
     )
@@ -351,6 +389,7 @@ async def test_everything_of_the_spec_reaches_the_engine(plane: DataPlane) -> No
     assert (sampling.max_tokens, sampling.min_tokens, sampling.stop_token_ids) == (9, 2, (66,))
     assert (sampling.eos_token_ids, sampling.time_limit_seconds) == ((EOS,), 3.0)
     assert (sampling.num_logprobs, sampling.num_prompt_logprobs) == (3, 4)
+    assert (sampling.logprob_token_ids, sampling.processed_logprobs) == ((67, 65), True)
     assert (request.bypass_prefix_cache, request.priority) == (True, 5)
 
 
