@@ -163,6 +163,8 @@ class EngineCore:
             return f"token ids must lie in 0 to {limits.vocab_size - 1}"
         if not sampling.can_draw:
             return "no token could be drawn: allowed_token_ids is empty, or all of its tokens end the output too early"
+        if message.pooling is not None and sampling.max_tokens:
+            return f"max_tokens is {sampling.max_tokens}: it must be 0 where hidden states are pooled"
         if sampling.max_tokens < 0:
             return f"max_tokens is {sampling.max_tokens}: it must be at least 0"
         if message.drafts.most and message.drafts.kind not in self._draft_kinds:

@@ -27,6 +27,7 @@ from loraplex_engine.link.messages import (
     StepOutput,
     WantAdapter,
 )
+from loraplex_engine.link.pooling import PoolingParams
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
 
@@ -131,11 +132,12 @@ class Bench:
         prompt: list[int] | None = None,
         adapter: AdapterKey | None = None,
         output: list[int] | None = None,
+        pooling: PoolingParams | None = None,
         **fields: Any,
     ):
         sampling = SamplingParams(**({"seed": 0, "max_tokens": 3} | fields))
         prompt = [1, 2, 3] if prompt is None else prompt
-        self.core.add(AddRequest(request_id, prompt, sampling, adapter, output_token_ids=output or []))
+        self.core.add(AddRequest(request_id, prompt, sampling, adapter, output_token_ids=output or [], pooling=pooling))
 
     def step(self) -> list[RequestOutput]:
         return [o for message in self.core.step() if isinstance(message, StepOutput) for o in message.outputs]
@@ -162,6 +164,7 @@ class Bench:
         ({"allowed_token_ids": (98, 99), "num_token_ids": 98}, "no token could be drawn"),
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"prompt": [1] * 65, "max_tokens": 0}, "prompt of 65 tokens"),
+        ({"pooling": PoolingParams()}, "max_tokens is 3: it must be 0 where hidden states are pooled"),
         ({"adapter": KEY}, "not registered"),
         ({"output": [1, VOCAB]}, "token ids must lie in"),
         ({"output": [1, 2, 3]}, "3 output tokens to go on from"),

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from loraplex_adapters.runtime.layer import LoRALinear
+from loraplex_engine.link.pooling import STATES_NOTHING, ModelPooling
 from loraplex_kernels.ops import HeadShape, LoraSegments, Ops
 
 
@@ -135,6 +136,7 @@ class ModelConfig:
     logits_soft_cap: float | None = None
     fits_float16: bool = True  # whether its activations stay below 65504
     quantization: str = ""  # how the weights are stored, for people; "" for none
+    pooling: ModelPooling = STATES_NOTHING
     unused_tensors: tuple[str, ...] = ()  # prefixes of checkpoint names that text generation does not read
 
     @property

@@ -23,8 +23,9 @@ Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 
 BASE_NAME = "model"  # what a model's files are called, unless a quantiser named them otherwise
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt")
-# Other layouts of the same weights, in some repositories: never what we read.
-HUB_FILES_LEFT_OUT = ("*/*", "consolidated*")
+# Other layouts of the same weights, in some repositories: never what we read. sentence-transformers numbers the folders
+# of what comes after the model: "1_Pooling".
+HUB_FILES_LEFT_OUT = ("[!0-9]*/*", "consolidated*")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 # Wrappers of the language model inside a checkpoint → its own names; the first that fits is taken.
@@ -48,18 +49,23 @@ MAX_LISTED = 8  # tensors named in one error; the rest are counted
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ModelError if there is none."""
+    value = read_json_value(path)
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def read_json_value(path: Path) -> Any:
+    """What a JSON file holds. Raises ModelError if it is none."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; a model directory needs one") from None
     _check_fetched(path, data)
     try:
-        value = json.loads(data.decode())
+        return json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def _check_fetched(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loraplex_engine.link.pooling import PoolingMethod, PoolingParams
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan
@@ -54,6 +55,17 @@ class PromptTargets(NamedTuple):
     beside: Wanted
 
 
+class PooledRows(NamedTuple):
+    """Adjacent rows of one request that its pooling counts."""
+
+    request_id: int
+    params: PoolingParams
+    num_rows: int
+    num_tokens: int  # of the whole prompt
+    is_last: bool  # whether the prompt's last token is among them
+    sum_before: bytes  # float64 [C] of the rows of earlier steps, for MEAN; empty: there were none
+
+
 @dataclass(frozen=True, slots=True)
 class StepArrays:
     """All that a step's results depend on besides the model, its adapters and its cache.
@@ -71,11 +83,12 @@ class StepArrays:
     max_query_len: int
     max_seq_len: int
     lora: Ranges
-    logits_rows: np.ndarray  # int64 [L]: a row for each of `histories`, then those of `prompt_targets`
+    logits_rows: np.ndarray  # int64 [L]: a row for each of `histories`, then those of `prompt_targets` and `pooled`
     logits_lora: Ranges  # `lora` of these rows, numbered as in `logits_rows`
     num_drawn: tuple[int, ...]  # how many of `histories` are of each request, in order; its last rows are theirs
     histories: tuple[History, ...]
     prompt_targets: tuple[PromptTargets, ...]
+    pooled: tuple[PooledRows, ...]
 
 
 def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> StepArrays:
@@ -108,7 +121,8 @@ def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> 
     )
     prompt_rows, targets = _prompt_targets(scheduled, bounds)
     drawn_rows = [row for end, drawn in zip(bounds[1:], num_drawn, strict=True) for row in range(end - drawn, end)]
-    logits_rows = drawn_rows + prompt_rows
+    pooled_rows, pooled = _pooled_rows(scheduled, bounds)
+    logits_rows = drawn_rows + prompt_rows + pooled_rows
     return StepArrays(
         token_ids=_token_ids(scheduled),
         positions=positions,
@@ -124,6 +138,7 @@ def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> 
         num_drawn=num_drawn,
         histories=histories,
         prompt_targets=targets,
+        pooled=pooled,
     )
 
 
@@ -215,3 +230,20 @@ def _prompt_targets(
         beside = Wanted(num_top, request.sampling.logprob_token_ids)
         targets.append(PromptTargets(request.request_id, token_ids, beside))
     return rows, tuple(targets)
+
+
+def _pooled_rows(
+    scheduled: Sequence[ScheduledRequest], bounds: Sequence[int]
+) -> tuple[list[int], tuple[PooledRows, ...]]:
+    """The rows that the requests' poolings count in this step, and what they are for."""
+    rows: list[int] = []
+    found: list[PooledRows] = []
+    for item, start, end in zip(scheduled, bounds, bounds[1:], strict=False):
+        request, params = item.request, item.request.pooling
+        if params is None or not (item.catches_up or params.reads_all_tokens):
+            continue
+        first = start if params.reads_all_tokens else end - 1
+        rows.extend(range(first, end))
+        before = bytes(request.pooled) if params.method is PoolingMethod.MEAN else b""
+        found.append(PooledRows(request.request_id, params, end - first, request.num_tokens, item.catches_up, before))
+    return rows, tuple(found)

@@ -16,6 +16,7 @@ from loraplex_engine.execution.cuda_graph import DecodeGraphs, decode_graphs
 from loraplex_engine.execution.device import described
 from loraplex_engine.execution.form_masks import FormMasks
 from loraplex_engine.execution.kv_cache import create_kv_cache, stored_dtype
+from loraplex_engine.execution.pooler import NOTHING_POOLED, pool
 from loraplex_engine.execution.sampler import Sampler, describe
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
@@ -79,6 +80,8 @@ class ModelRunner:
             kv_cache_bytes=sum(layer.nbytes for layer in self.kv_cache),
             kernel_backend=self.ops.name,
             device=described(self.ops.device),
+            hidden_size=model.config.hidden_size,
+            pooling=model.config.pooling,
         )
 
     def execute(self, plan: StepPlan) -> PendingResult:
@@ -115,10 +118,12 @@ class ModelRunner:
         mask = self.form_masks.fill(step.histories, forms) if forms else None  # while a device computes the logits
         drawn = [] if logits is None else self.sampler.sample(logits, step.histories, mask)
         prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, len(step.histories), lora)
+        num_before = len(step.logits_rows) - sum(rows.num_rows for rows in step.pooled)
+        pooled = pool(hidden[num_before:], step.pooled) if step.pooled else NOTHING_POOLED
         sampled = _by_sequence(drawn, step)
-        not_finite = _not_finite(step, sampled, prompt_logprobs)
+        not_finite = _not_finite(step, sampled, prompt_logprobs) | pooled.not_finite
         problems = {} if mask is None else {one: why for one, why in mask.problems.items() if one in not_finite}
-        return StepResult(sampled, prompt_logprobs, not_finite - problems.keys(), problems)
+        return StepResult(sampled, prompt_logprobs, not_finite - problems.keys(), pooled.parts, problems)
 
     def _prompt_logprobs(
         self, targets: Sequence[PromptTargets], hidden: torch.Tensor, row: int, lora: LoraSegments | None

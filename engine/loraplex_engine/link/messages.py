@@ -8,6 +8,7 @@ import msgspec
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.drafts import NO_DRAFTS, Drafts
+from loraplex_engine.link.pooling import STATES_NOTHING, ModelPooling, PoolingParams
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
 
@@ -47,6 +48,7 @@ class AddRequest(Message, frozen=True):
     output_token_ids: list[int] = []  # tokens that an earlier engine generated: go on after them
     grammar: str = ""  # of the form that the output must have, within `link.grammar`'s limits; "": any
     drafts: Drafts = NO_DRAFTS
+    pooling: PoolingParams | None = None  # what to make of its hidden states; then no tokens are drawn
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -129,6 +131,7 @@ class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
     adapter_load_seconds: float = 0.0  # the part of it spent waiting for the adapter
     error: str = ""  # with finish_reason ERROR: what went wrong with this request alone
     error_reason: str = ""  # if its adapter or its form is at fault: a name of loraplex.v1.ErrorReason
+    pooled: bytes = b""  # what `AddRequest.pooling` asked for: float32, little-endian
 
 
 class EngineStats(msgspec.Struct, array_like=True, frozen=True):
@@ -186,6 +189,8 @@ class EngineLimits(msgspec.Struct, array_like=True, frozen=True):
     kv_cache_bytes: int
     kernel_backend: str
     device: Device
+    hidden_size: int = 0
+    pooling: ModelPooling = STATES_NOTHING
 
 
 class EngineReady(Message, frozen=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import ModelConfig, ModelError
+from loraplex_engine.checkpoint.pooling import read_pooling
 from loraplex_engine.checkpoint.weights import read_json
 from loraplex_engine.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
 from loraplex_engine.models.reading import Family, text_fields
@@ -35,6 +36,7 @@ def read_model_config(directory: Path, rope_scaling: Mapping[str, object] | None
     if rope_scaling is not None:
         raw = with_rope_scaling(raw, rope_scaling)
     config = parse_model_config(raw, str(directory / "config.json"))
+    config = replace(config, pooling=read_pooling(directory))
     generation = directory / "generation_config.json"
     if not generation.exists():
         return config

@@ -8,6 +8,7 @@ from typing import Final
 
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.messages import AddRequest, Embedded, Parts, TokenLogprobs
+from loraplex_engine.link.pooling import PoolingMethod
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.scheduling.form import Form
 
@@ -52,6 +53,8 @@ class Request:
         "num_given",
         "num_prompt_tokens",
         "order",
+        "pooled",
+        "pooling",
         "prompt_logprobs",
         "request_id",
         "sampling",
@@ -69,6 +72,8 @@ class Request:
         self.adapter: AdapterKey | None = message.adapter
         self.cache_salt = message.cache_salt
         self.bypass_prefix_cache = message.bypass_prefix_cache
+        self.pooling = message.pooling
+        self.pooled = bytearray()  # of the rows computed so far, as StepResult has it
         # What its form is prepared for: a grammar, and the tokens that it has taken already.
         self.form_key = (message.grammar, tuple(message.output_token_ids)) if message.grammar else None
         self.form: Form | None = None  # that its output must have
@@ -119,6 +124,12 @@ class Request:
             else:
                 self.token_ids += part
 
+    def take_pooled(self, part: bytes) -> None:
+        """Take what a step made of its rows: in place of what was before, or behind it where each row counts."""
+        if self.pooling is None or self.pooling.method is not PoolingMethod.EACH:
+            self.pooled.clear()
+        self.pooled += part
+
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
@@ -126,8 +137,11 @@ class Request:
     @property
     def num_reusable_tokens(self) -> int:
         """The most tokens to take from the cache. The row of a token that another is predicted from must be computed:
-        the last, which the next one is drawn from, and those before the prompt's tokens that are to be told of.
+        the last, which the next one is drawn from, and those before the prompt's tokens that are to be told of; so must
+        the rows that are pooled.
         """
+        if self.pooling is not None and self.pooling.reads_all_tokens:
+            return 0
         if self.sampling.num_prompt_logprobs is None:
             return self.num_tokens - 1
         return min(self.num_tokens, max(self.sampling.prompt_logprobs_from, 1)) - 1

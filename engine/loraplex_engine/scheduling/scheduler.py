@@ -164,6 +164,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks. It keeps its adapter and recomputes, mostly from the prefix cache."""
         self.blocks.release(request)
+        request.pooled.clear()
         request.state = RequestState.WAITING
         self.waiting.push(request)
         self.num_preemptions += 1
@@ -209,6 +210,8 @@ class Scheduler:
             self.prompt_tokens += max(0, min(item.num_new_tokens, num_prompt_left))
             request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
             self._collect_prompt_logprobs(request, item, result.prompt_logprobs.get(request.request_id))
+            if request.request_id in result.pooled:
+                request.take_pooled(result.pooled[request.request_id])
             if sampled:
                 outputs.append(self._take_tokens(item, sampled))
             elif item.catches_up and not request.draws and request.state is RequestState.RUNNING:
@@ -218,7 +221,8 @@ class Scheduler:
     def _end_without_tokens(self, request: Request) -> RequestOutput:
         """End a request that wanted no more than its prompt computed."""
         self._finish(request, FinishReason.MAX_TOKENS)
-        return self._with_beginning(RequestOutput(request.request_id, [], FinishReason.MAX_TOKENS), request)
+        output = RequestOutput(request.request_id, [], FinishReason.MAX_TOKENS, pooled=bytes(request.pooled))
+        return self._with_beginning(output, request)
 
     def _take_tokens(self, item: ScheduledRequest, sampled: Sequence[SampledToken]) -> RequestOutput:
         """Append the tokens, up to the one that ends the request."""

@@ -69,6 +69,7 @@ class StepResult:
     sampled: tuple[tuple[SampledToken, ...], ...]  # by scheduled request, the tokens that follow; empty: none was drawn
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by request id: of the prompt tokens that this step's rows predict
     not_finite: frozenset[int] = frozenset()  # the ids of requests whose logits were NaN or infinite
+    pooled: Mapping[int, bytes] = field(default_factory=dict)  # by request id: its rows, or their sum so far
     problems: Mapping[int, str] = field(default_factory=dict)  # by request id: why its form allows no token
 
 

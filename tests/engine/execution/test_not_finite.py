@@ -18,6 +18,7 @@ from loraplex_adapters.residency import Residency
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, RequestOutput, StepOutput, WantAdapter
+from loraplex_engine.link.pooling import PoolingMethod, PoolingParams
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
 transformers = pytest.importorskip("transformers")
@@ -117,6 +118,22 @@ def test_a_broken_adapter_ends_its_request_alone(core: EngineCore, folder: Path,
     assert failed.token_ids == []
     assert tokens(outputs[2]) == alone
     assert core.stats().num_not_finite == 1
+
+
+@pytest.mark.parametrize("method", [PoolingMethod.LAST, PoolingMethod.MEAN])
+def test_an_embedding_that_is_no_number_ends_its_request_alone(
+    core: EngineCore, folder: Path, method: PoolingMethod
+) -> None:
+    params = PoolingParams(method=method)
+    wanted, broken = (
+        msgspec.structs.replace(ask(number, adapter, max_tokens=0), pooling=params)
+        for number, adapter in ((1, None), (2, broken_key(folder)))
+    )
+    outputs = finish(core, wanted, broken, ask(3))
+    assert [output.finish_reason for output in outputs[2]] == [FinishReason.ERROR]
+    assert outputs[2][0].pooled == b""
+    assert len(outputs[1][0].pooled) == 4 * HIDDEN
+    assert len(tokens(outputs[3])) == 6
 
 
 def test_what_it_leaves_in_the_cache_spoils_nobody(core: EngineCore, folder: Path) -> None:
