@@ -6,19 +6,15 @@ batch-invariant, near ties are the exception: there the last bits of a row decid
 """
 
 import asyncio
-import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-from google.protobuf.duration_pb2 import Duration
 
 from loraplex.v1 import inference_pb2
 from loraplex.v1.inference_pb2 import Completed, Delta, Finished, PromptLogprobs, Started, Timings, Usage
 from loraplex.v1.routes_pb2 import ResolvedTarget
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.versions import resource_name
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.grammar import UNUSABLE_FORM
 from loraplex_engine.link.messages import AddRequest, RequestOutput
@@ -32,16 +28,14 @@ from loraplex_service.errors import (
     Unavailable,
     unusable_adapter,
 )
+from loraplex_service.requests.accounting import request_record
 from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.outputs import OutputBuilder, prompt_logprobs
-from loraplex_service.telemetry.records import AppliedAdapter, GenerationRecord
+from loraplex_service.requests.succession import Succession
+from loraplex_service.telemetry.records import GenerationRecord
 from loraplex_service.telemetry.series import Distribution
 from loraplex_service.text import Tokenizer
 from loraplex_service.timestamps import duration
-
-logger = logging.getLogger(__name__)
-
-MAX_RESUMPTIONS = 2  # engine deaths of one request: it may be their cause
 
 Event = Started | PromptLogprobs | Delta | Finished | Completed
 
@@ -62,6 +56,14 @@ class Job:
     arrival: float
     adapter_load_seconds: float  # waited for already
     constraint_path: str  # where the request says what form its outputs must have
+
+    @property
+    def tenant(self) -> str:
+        return self.sequences[0].tenant
+
+    @property
+    def adapter(self) -> AdapterKey | None:
+        return self.sequences[0].adapter
 
 
 @dataclass(slots=True)
@@ -108,14 +110,10 @@ class Run:
         limit = job.sequences[0].sampling.time_limit_seconds
         self._ends_at = None if limit is None else self._submitted + limit
         self._is_over = limit == 0  # before an engine could begin
-        self._client = client
+        self._engines = Succession(job.request_id, client, successor, job.adapter)
         self._generation: Generation = client.requests.generate(*(() if self._is_over else job.sequences))
-        self._successor = successor
         self._token_gaps = token_gaps
         self._tell_started = start
-        self._num_resumptions = 0
-        self._waiting: asyncio.Future[EngineClient] | None = None  # for the successor
-        self._error: Exception | None = None  # given to `end`
 
     def usage(self) -> Usage:
         """The tokens consumed so far."""
@@ -127,40 +125,14 @@ class Run:
 
     def record(self, status: str, trace_id: str) -> GenerationRecord:
         """The generation's record. `status`: the name of the gRPC status that it ends with."""
-        job, first = self._job, self._job.sequences[0]
-        key = first.adapter
-        seconds = asyncio.get_running_loop().time() - job.arrival
         finished = [each.builder.finished for each in self._sequences if each.builder.finished is not None]
-        return GenerationRecord(
-            id=job.request_id,
-            client_request_id=job.client_request_id,
-            labels=job.labels,
-            trace_id=trace_id,
-            operation=job.operation,
-            tenant=first.tenant,
-            model=job.target.model,
-            model_revision=job.target.model_revision,
-            adapter=job.target.adapter_version if key is None or key.parts else resource_name(key),
-            adapter_digest="" if key is None else key.digest,
-            adapters=() if key is None else [_applied(member, weight) for member, weight in key.terms],
-            status=status,
-            finish_reasons=[inference_pb2.FinishReason.Name(f.reason).removeprefix("FINISH_REASON_") for f in finished],
-            prompt_tokens=len(self._prompt),
-            cached_prompt_tokens=self._cached_tokens,
-            completion_tokens=sum(each.builder.num_tokens for each in self._sequences),
-            started=time.time() - seconds,
-            seconds=seconds,
-            queue_seconds=_seconds(self._timings.queue_duration) if self._computed else None,
-            adapter_load_seconds=_seconds(self._timings.adapter_load_duration),
-            first_token_seconds=_seconds(self._timings.time_to_first_token) if self._has_token else None,
-        )
+        reasons = [inference_pb2.FinishReason.Name(f.reason).removeprefix("FINISH_REASON_") for f in finished]
+        return request_record(self._job, status, trace_id, self.usage(), self._timings, self._computed, reasons)
 
     def end(self, error: Exception) -> None:
         """Stop the engine's work at once, and make `events` raise this error."""
-        self._error = error
+        self._engines.end(error)
         self._generation.end(error)
-        if self._waiting is not None:
-            self._waiting.cancel()
 
     def close(self) -> None:
         """Stop the engine's work, if it has not ended."""
@@ -188,7 +160,7 @@ class Run:
             except SlowConsumerError as error:
                 raise SlowConsumer(f"the stream is read too slowly: {error}. Read faster, or ask for fewer") from error
             except Unavailable as lost:
-                if lost is self._error or self._client.error is None or self._num_resumptions == MAX_RESUMPTIONS:
+                if not self._engines.outlives(lost):
                     raise
                 for event in self._take(everything=True):  # the caller need not wait for outputs that have arrived
                     yield event
@@ -216,31 +188,12 @@ class Run:
 
     async def _resume(self) -> None:
         """Go on with the next engine. Tokens of the old one that were not read yet are generated again."""
-        self._num_resumptions += 1
-        client = await self._next_client()
-        while not client.adapters.holds(self._job.sequences[0].adapter):  # the engine died, or the adapter left it
-            if client.error is not None:
-                if self._num_resumptions == MAX_RESUMPTIONS:
-                    raise client.error
-                self._num_resumptions += 1
-            client = await self._next_client()
+        client = await self._engines.next()
         for sequence in self._open.values():  # each engine counts its requests anew
             sequence.request = self._continued(sequence, client.requests.new_id())
         self._open = {sequence.request.request_id: sequence for sequence in self._open.values()}
         unfinished = [sequence.request for sequence in self._open.values() if sequence.builder.finished is None]
-        self._client, self._generation = client, client.requests.generate(*unfinished)
-        logger.info("request %s goes on with another engine", self._job.request_id)
-
-    async def _next_client(self) -> EngineClient:
-        self._waiting = asyncio.ensure_future(self._successor())
-        try:
-            return await self._waiting
-        except asyncio.CancelledError:
-            if self._error is not None:
-                raise self._error from None
-            raise
-        finally:
-            self._waiting = None
+        self._generation = client.requests.generate(*unfinished)
 
     def _continued(self, sequence: _Sequence, request_id: int) -> AddRequest:
         """The request for the rest of an output."""
@@ -363,11 +316,3 @@ class Run:
         if not sampling.greedy and sampling.max_tokens > 0:
             completed.seed = sampling.seed
         return completed
-
-
-def _applied(key: AdapterKey, weight: float) -> AppliedAdapter:
-    return AppliedAdapter(resource_name(key), key.digest, weight)
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToMicroseconds() / 1e6
