@@ -19,6 +19,7 @@ from loraplex_engine.checkpoint.weights import resolve_model
 from loraplex_engine.drafting.costs import measured
 from loraplex_engine.drafting.drafting import Drafting
 from loraplex_engine.drafting.source import Ngrams
+from loraplex_engine.execution.bad_words import TokenTexts
 from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
@@ -64,7 +65,7 @@ class EngineCore:
         self.pool = pool
         self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching)
         self.limits = runner.limits(config)
-        self.forms = FormPreparer(self.limits.vocab_size)
+        self.forms = FormPreparer(self.limits.vocab_size, TokenTexts)
         self._draft_kinds = {DraftKind.NGRAM} if config.drafts is not None else set()
         self.scheduler = Scheduler(
             self.blocks,

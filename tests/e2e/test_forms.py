@@ -57,6 +57,14 @@ async def test_an_output_is_a_json_object_from_its_first_token_on(client: AsyncC
     assert response.outputs[0].text.startswith("{")
 
 
+async def test_no_output_has_a_bad_word(client: AsyncClient) -> None:
+    plain = await client.generate("storyteller", "A fox", max_tokens=40, temperature=0)
+    word = max(plain.outputs[0].text.split(), key=len)
+    words = [word, "the", "e "]
+    response = await client.generate("storyteller", "A fox", max_tokens=40, bad_words=words, n=4)
+    assert not any(word in output.text for output in response.outputs for word in words)
+
+
 async def test_a_stop_string_ends_a_form_where_it_stands(client: AsyncClient) -> None:
     response = await client.generate("storyteller", "A fox", regex="[ab]{4}(-[ab]{4}){9}", stop=["-"], n=4)
     for output in response.outputs:

@@ -20,7 +20,7 @@ from loraplex_engine.scheduling.forms import NUM_THREADS
 pytest.importorskip("transformers")
 
 from tests.engine.execution.test_drafts import Drafter
-from tests.engine.forms import EOS, Engine, save_tiny_model
+from tests.engine.forms import EOS, TOKENS, Engine, save_tiny_model
 
 SCHEMA = {
     "type": "object",
@@ -215,7 +215,7 @@ def test_a_form_that_no_token_can_go_on_ends_its_request_alone(engine: Engine) -
     engine.add(2, "")
     engine.finish()
     assert (engine.text(1), engine.end(1).finish_reason) == (b"ab", FinishReason.ERROR)
-    assert "no token that it may draw can go on its form" in engine.end(1).error
+    assert "no token is left to draw" in engine.end(1).error
     assert engine.core.stats().num_not_finite == 0
     assert engine.end(2).finish_reason in (FinishReason.EOS, FinishReason.MAX_TOKENS)
 
@@ -236,7 +236,7 @@ def test_no_control_token_is_text_of_a_form(engine: Engine) -> None:
 
 
 def test_an_engine_that_was_given_no_vocabulary_says_so(engine: Engine) -> None:
-    engine.core.forms._tokenizer = None
+    engine.core.forms._vocabulary = None
     engine.add(1, regex("a"))
     engine.finish()
     assert "no vocabulary" in engine.end(1).error
@@ -258,7 +258,7 @@ def test_the_grammar_of_requests_that_are_gone_is_not_compiled(engine: Engine) -
     engine.step()
     compiling = engine.core.forms._compiled
     engine.core.abort([0, 1])
-    assert [grammar for grammar, _ in compiling] == [regex("ab")]
+    assert [grammar for grammar, *_ in compiling] == [regex("ab")]
     engine.core.abort([2])
     assert not compiling
     may_go_on.set()
@@ -294,6 +294,56 @@ def test_drafts_change_nothing_in_an_output_with_a_form(make_engine: Callable[..
     drafted.finish()
     assert drafter.num_drafted > 0
     assert drafted.tokens(1) == tokens
+
+
+def test_no_output_has_a_bad_word_whichever_tokens_spell_it(engine: Engine) -> None:
+    bias = {token: 60.0 for token in (ord("a"), ord("b"), TOKENS.index(b"aa"))}
+    words = ("aaa", "ba", "é")
+    for number in range(20):
+        engine.add(number, "", bad_words=words, logit_bias=bias, temperature=2.0, eos_token_ids=(), max_tokens=40)
+    engine.finish()
+    for number in range(20):
+        assert len(engine.tokens(number)) == 40
+        assert not any(word.encode() in engine.text(number) for word in words)
+
+
+def test_a_form_goes_on_around_bad_words(engine: Engine) -> None:
+    engine.add(1, regex("([ab]){40}"), bad_words=("aba", "bbb", "aaa"))
+    engine.finish()
+    assert re.fullmatch(rb"[ab]{40}", engine.text(1))
+    assert not re.search(rb"aba|bbb|aaa", engine.text(1))
+
+
+def test_a_form_that_is_a_bad_word_ends_with_an_error(engine: Engine) -> None:
+    engine.add(1, regex("abc"), bad_words=("bc",))
+    engine.finish()
+    assert engine.text(1) == b"ab"
+    assert "bad_words" in engine.end(1).error
+
+
+def test_bad_words_that_leave_no_token_end_with_an_error(engine: Engine) -> None:
+    engine.add(1, "", allowed_token_ids=(ord("a"),), bad_words=("aa",))
+    engine.finish()
+    assert engine.text(1) == b"a"
+    assert "bad_words" in engine.end(1).error
+
+
+def test_another_engine_goes_on_without_a_bad_word_that_was_begun(make_engine: Callable[..., Engine]) -> None:
+    asked: dict[str, Any] = {"bad_words": ("abab",), "logit_bias": {ord("a"): 40.0, ord("b"): 40.0}, "max_tokens": 60}
+    first, second = make_engine(), make_engine()
+    first.add(1, "", **asked)
+    first.finish()
+    tokens = first.tokens(1)
+    second.add(1, "", output=tokens[:31], **asked)
+    second.finish()
+    assert b"abab" not in first.text(1)
+    assert tokens[:31] + second.tokens(1) == tokens
+
+
+def test_an_output_ends_early_only_where_it_may_without_bad_words_too(engine: Engine) -> None:
+    engine.add(1, "", bad_words=("zzz",), logit_bias={EOS: 100.0}, min_tokens=5)
+    engine.finish()
+    assert engine.tokens(1)[5:] == [EOS]
 
 
 def test_a_token_of_text_that_ends_outputs_is_drawn_only_where_the_form_may_end(engine: Engine) -> None:

@@ -160,7 +160,7 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
             MODEL + "    default_sampling: {top_p: 1" + "0" * 400 + "}", "top_p: the number is too large", id="huge"
         ),
         pytest.param(
-            MODEL + "    default_sampling: {bad_words: [x]}", "default_sampling.bad_words: is not", id="unsupported"
+            MODEL + "    default_sampling: {bad_words: ['']}", "bad_words[0]: has 0 characters", id="empty word"
         ),
         pytest.param(MODEL + "    chat_template: none.jinja", "chat_template: there is no file", id="chat template"),
         pytest.param(MODEL + "listen: 50051", "Expected `str`, got `int` - at `listen`", id="port alone"),

@@ -160,7 +160,6 @@ async def test_all_invalid_fields_are_named_at_once(plane: DataPlane) -> None:
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
-        ({"sampling": {"bad_words": ["x"]}}, "spec.sampling.bad_words"),
         (
             {"prompt": {"chat": {"messages": [{"role": "user"}], "tools": [{"name": "f"}]}}},
             "spec.prompt.chat.tools",

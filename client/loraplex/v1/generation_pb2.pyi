@@ -287,7 +287,10 @@ class Sampling(google.protobuf.message.Message):
 
     @property
     def bad_words(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Words never to write. At most 64, each at most 128 characters."""
+        """Words never to write: no output's text has any of them, spelt exactly so, whichever tokens they are made of and
+        also within other words. An output that can go on only with one of them ends with INVALID_ARGUMENT. The text of
+        tokens that an adapter adds is not looked at. At most 64, each from 1 to 128 characters.
+        """
 
     def __init__(
         self,

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from llguidance import LLExecutor
 
+from loraplex_engine.execution import token_bits
 from loraplex_engine.execution.arrays import History
 from loraplex_engine.scheduling.form import Form
 
-NOTHING_FITS = "no token that it may draw can go on its form: loosen allowed_token_ids or min_tokens, or the form"
+NOTHING_FITS = "no token is left to draw: loosen allowed_token_ids, bad_words or min_tokens, or the form"
 
 
 class TokenMask(NamedTuple):
@@ -28,7 +29,6 @@ class FormMasks:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._width = vocab_size // 32 + 1  # one token more than the vocabulary has: "the end may follow"
 
     @cached_property
     def _executor(self) -> LLExecutor:
@@ -37,45 +37,35 @@ class FormMasks:
     def fill(self, histories: Sequence[History], forms: Mapping[int, Form]) -> TokenMask:
         """The masks of the rows that have a form. forms: by row."""
         rows = list(forms)
-        bits = np.zeros((len(rows), self._width), dtype=np.int32)
-        places = [(form.matcher, place) for place, form in enumerate(forms.values())]
-        self._executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, bits.strides[0], len(rows))
+        bits = np.zeros((len(rows), token_bits.width(self._vocab_size)), dtype=np.int32)
+        matchers = [(form.matcher, place) for place, form in enumerate(forms.values()) if form.matcher is not None]
+        if matchers:
+            self._executor.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.strides[0], len(rows))
         problems: dict[int, str] = {}
-        for row, row_bits in zip(rows, bits, strict=True):
+        for row, octets in zip(rows, bits.view(np.uint8), strict=True):
             history = histories[row]
-            problem = forms[row].problem
-            if not problem:
-                self._let_end(row_bits, history)
-                problem = "" if self._is_drawable(row_bits, history) else NOTHING_FITS
+            problem = forms[row].problem or self._apply(forms[row], octets, history)
             if problem:
-                row_bits[:] = 0
+                octets[:] = 0
                 problems.setdefault(history.request_id, f"its form cannot go on: {problem}")
         return TokenMask(rows, bits, problems)
 
-    def _let_end(self, bits: np.ndarray, history: History) -> None:
+    def _apply(self, form: Form, octets: np.ndarray, history: History) -> str:
+        """Apply to what a form's grammar allows all else that has a say. Returns why no token is left, or ""."""
+        sampling = history.sampling
+        if form.matcher is None:
+            octets[:] = token_bits.first_tokens(sampling.num_token_ids or self._vocab_size, self._vocab_size)
+        self._let_end(octets, history)
+        form.apply_words(octets)
+        allowed = sampling.allowed_token_ids
+        return "" if (octets if allowed is None else token_bits.holds(octets, allowed)).any() else NOTHING_FITS
+
+    def _let_end(self, octets: np.ndarray, history: History) -> None:
         """Allow the tokens that end the output where the form may end and it is not too early, and nowhere else."""
         sampling = history.sampling
-        octets = bits.view(np.uint8)
-        may_end = _holds(octets, np.array([self._vocab_size]))[0]
+        may_end = token_bits.holds(octets, [self._vocab_size])[0]
         is_early = history.num_output_tokens < sampling.min_tokens
-        _forbid(octets, [self._vocab_size, *sampling.eos_token_ids, *(sampling.stop_token_ids if is_early else ())])
+        endings = (*sampling.eos_token_ids, *(sampling.stop_token_ids if is_early else ()))
+        token_bits.remove(octets, [self._vocab_size, *endings])
         if may_end and not is_early:
-            ends = np.array(sampling.eos_token_ids, dtype=np.int64)
-            np.bitwise_or.at(octets, ends // 8, (1 << ends % 8).astype(np.uint8))
-
-    def _is_drawable(self, bits: np.ndarray, history: History) -> bool:
-        allowed = history.sampling.allowed_token_ids
-        if allowed is None:
-            return bool(bits.any())
-        return bool(_holds(bits.view(np.uint8), np.array(allowed)).any())
-
-
-def _holds(octets: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-    """Whether each of these tokens is allowed."""
-    held: np.ndarray = octets[token_ids // 8] >> token_ids % 8 & 1
-    return held
-
-
-def _forbid(octets: np.ndarray, token_ids: Sequence[int]) -> None:
-    tokens = np.array(token_ids, dtype=np.int64)
-    np.bitwise_and.at(octets, tokens // 8, ~(1 << tokens % 8).astype(np.uint8))
+            token_bits.add(octets, sampling.eos_token_ids)

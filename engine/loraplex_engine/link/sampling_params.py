@@ -24,7 +24,8 @@ class FinishReason(IntEnum):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next token, and when to stop. The service has checked the ranges.
 
-    The order in which they act: penalties and logit_bias, then masks (allowed_token_ids, min_tokens), then greedy if
+    The order in which they act: penalties and logit_bias, then masks (allowed_token_ids, min_tokens, bad_words and
+    the form), then greedy if
     temperature is 0, else temperature, top_k, top_p, min_p, typical_p, and one draw from (seed, position).
     """
 
@@ -39,6 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int  # always set; the service draws one where the user gives none, and reports it
     logit_bias: dict[int, float] = {}
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()  # that the output's text must not have; none is empty
     num_token_ids: int | None = None  # ids from here on have no token in the tokenizer: never drawn; None: all have one
     max_tokens: int  # 0: none is drawn, and the output ends once the prompt is computed
     min_tokens: int = 0  # until then neither EOS nor stop ids can be sampled

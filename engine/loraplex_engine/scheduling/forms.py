@@ -1,9 +1,9 @@
-"""Forms as something that requests need before they can run: a grammar, compiled for the model's vocabulary."""
+"""Forms as something that requests need before they can run, made for the model's vocabulary."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from itertools import chain, repeat
 from threading import Lock
@@ -13,14 +13,14 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from loraplex_engine.link.grammar import GRAMMAR_LIMITS, UNUSABLE_FORM
 from loraplex_engine.scheduling.compiling import TurnQueue
-from loraplex_engine.scheduling.form import Form
+from loraplex_engine.scheduling.form import Form, Texts
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.resources import NeverReadyError, Preparer
 
 MAX_COMPILED = 128  # grammars that are kept: of some 100 kB, at most some MB
 NUM_THREADS = 2  # so that a large grammar does not keep small ones waiting
 
-FormKey = tuple[str, tuple[int, ...]]  # a grammar, and the tokens taken already
+FormKey = tuple[str, tuple[str, ...], tuple[int, ...]]  # a grammar, bad words, and the tokens taken already
 Wanted = tuple[str, FormKey]  # by a tenant
 
 
@@ -29,12 +29,13 @@ class FormPreparer(Preparer):
     come.
     """
 
-    def __init__(self, vocab_size: int) -> None:
-        """`vocab_size`: of the model; ids beyond it are of no use."""
+    def __init__(self, vocab_size: int, read_texts: Callable[[Sequence[bytes]], Texts]) -> None:
+        """`vocab_size`: of the model; ids beyond it are of no use. `read_texts`: reads the bytes of all tokens."""
         self._vocab_size = vocab_size
-        self._compiled: OrderedDict[FormKey, Future[LLMatcher]] = OrderedDict()  # the least recently used first
+        self._read_texts = read_texts
+        self._compiled: OrderedDict[FormKey, Future[Form]] = OrderedDict()  # the least recently used first
         self._queue = TurnQueue(self._compile, NUM_THREADS, "grammar")
-        self._tokenizer: LLTokenizer | None = None
+        self._vocabulary: Vocabulary | None = None
         self._num_done = 0
         self._counting = Lock()
 
@@ -42,7 +43,8 @@ class FormPreparer(Preparer):
         """Take the vocabulary, of which forms are made from now on. Takes up to half a second, and lets no other thread
         go on meanwhile.
         """
-        self._tokenizer = _tokenizer(token_bytes, self._vocab_size)
+        tokens = [token for token, _ in zip(chain(token_bytes, repeat(b"")), range(self._vocab_size), strict=False)]
+        self._vocabulary = Vocabulary(tokens, self._read_texts(tokens))
         self._compiled.clear()
 
     def close(self) -> None:
@@ -67,7 +69,7 @@ class FormPreparer(Preparer):
         error = compiled.exception()
         if error is not None:
             raise NeverReadyError(f"its form cannot be prepared: {error}", UNUSABLE_FORM)
-        request.form = Form(compiled.result().deep_copy())
+        request.form = compiled.result().copy()
         return True
 
     def take_back(self, request: Request) -> None:
@@ -78,17 +80,17 @@ class FormPreparer(Preparer):
         if self._queue.remove(tenant, form_key):
             del self._compiled[form_key]
 
-    def _begin(self, key: FormKey) -> Future[LLMatcher]:
-        if self._tokenizer is None:
+    def _begin(self, key: FormKey) -> Future[Form]:
+        if self._vocabulary is None:
             raise NeverReadyError("its form cannot be prepared: the engine was given no vocabulary")
         self._make_room()
-        compiled = self._compiled[key] = Future()
+        compiled = self._compiled[key] = Future[Form]()
         compiled.add_done_callback(self._note_done)
         return compiled
 
-    def _compile(self, key: FormKey) -> LLMatcher:
-        assert self._tokenizer is not None
-        return _compiled(self._tokenizer, *key)
+    def _compile(self, key: FormKey) -> Form:
+        assert self._vocabulary is not None
+        return self._vocabulary.form(*key)
 
     def _make_room(self) -> None:
         """Forget the least recently used grammars. What is being compiled stays: a request waits for it."""
@@ -97,23 +99,37 @@ class FormPreparer(Preparer):
             del self._compiled[oldest]
             done = (key for key, compiled in self._compiled.items() if compiled.done())
 
-    def _note_done(self, compiled: Future[LLMatcher]) -> None:
+    def _note_done(self, compiled: Future[Form]) -> None:
         with self._counting:
             self._num_done += 1
 
 
-def _compiled(tokenizer: LLTokenizer, grammar: str, token_ids: tuple[int, ...]) -> LLMatcher:
-    """The grammar's state after these tokens. Raises ValueError."""
-    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=GRAMMAR_LIMITS)
-    for token_id in token_ids:  # one by one: the library keeps the interpreter lock until all are taken
-        if not matcher.consume_token(token_id):
-            break
-    if matcher.is_error():
-        raise ValueError(matcher.get_error())
-    return matcher
+class Vocabulary:
+    """What forms are made of: a model's tokens, as the grammars' library takes them, and by their texts."""
+
+    def __init__(self, tokens: list[bytes], texts: Texts) -> None:
+        """With one more token, "the end may follow": which tokens end an output, each request says for itself."""
+        self._texts = texts
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens([*tokens, b""])))
+
+    def form(self, grammar: str, words: Sequence[str], token_ids: Sequence[int]) -> Form:
+        """The form after these tokens. Raises ValueError."""
+        bad_words = self._texts.without([word.encode() for word in words]) if words else None
+        form = Form(self._matcher(grammar) if grammar else None, bad_words)
+        for token_id in token_ids:  # one by one: the library keeps the interpreter lock until all are taken
+            form.take(token_id)
+            if form.problem:
+                break
+        if form.problem:
+            raise ValueError(form.problem)
+        return form
+
+    def _matcher(self, grammar: str) -> LLMatcher:
+        source = LLMatcher.grammar_from_lark(grammar)
+        return LLMatcher(self._tokenizer, source, log_level=0, limits=GRAMMAR_LIMITS)
 
 
-class _Vocabulary:
+class _Tokens:
     """A vocabulary as the library takes it. It turns no text into tokens."""
 
     bos_token_id = None
@@ -125,9 +141,3 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         raise NotImplementedError
-
-
-def _tokenizer(token_bytes: Sequence[bytes], vocab_size: int) -> LLTokenizer:
-    """The vocabulary with one more token, "the end may follow": which tokens end it, each request says for itself."""
-    tokens = [token for token, _ in zip(chain(token_bytes, repeat(b"")), range(vocab_size), strict=False)]
-    return LLTokenizer(TokenizerWrapper(_Vocabulary([*tokens, b""])))

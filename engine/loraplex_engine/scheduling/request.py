@@ -74,8 +74,9 @@ class Request:
         self.bypass_prefix_cache = message.bypass_prefix_cache
         self.pooling = message.pooling
         self.pooled = bytearray()  # of the rows computed so far, as StepResult has it
-        # What its form is prepared for: a grammar, and the tokens that it has taken already.
-        self.form_key = (message.grammar, tuple(message.output_token_ids)) if message.grammar else None
+        # What its form is prepared for: a grammar, words that it must not have, and the tokens that it has already.
+        has_form = message.grammar or sampling.bad_words
+        self.form_key = (message.grammar, sampling.bad_words, tuple(message.output_token_ids)) if has_form else None
         self.form: Form | None = None  # that its output must have
         self.drafts = message.drafts
         self.adapter_wait_seconds = message.adapter_wait_seconds

@@ -210,11 +210,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 sequences=sequences,
                 arrival=call.arrival,
                 adapter_load_seconds=entered.wait.seconds,
-                constraint_path=f"{path}.constraint",
+                form_path=_form_path(spec, path),
             )
             run = Run(job, model.client, entered.successor, self._token_gaps.of((model.name,)), entered.start)
             async with self._entrance.working(known, run):
                 yield run
+
+
+def _form_path(spec: GenerateSpec, path: str) -> str:
+    """Where a request says what form its outputs have; the name of a route or model, if theirs is the default."""
+    if spec.HasField("constraint"):
+        return f"{path}.constraint"
+    return f"{path}.sampling.bad_words" if spec.sampling.bad_words else f"{path}.model"
 
 
 def _after(params: SamplingParams, wait: Wait) -> SamplingParams:

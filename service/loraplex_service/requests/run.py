@@ -55,7 +55,7 @@ class Job:
     sequences: Sequence[AddRequest]  # one for each output, all with this prompt
     arrival: float
     adapter_load_seconds: float  # waited for already
-    constraint_path: str  # where the request says what form its outputs must have
+    form_path: str  # where the request says what form its outputs must have
 
     @property
     def tenant(self) -> str:
@@ -236,7 +236,7 @@ class Run:
 
     def _failure(self, output: RequestOutput) -> LoraplexError:
         if output.error_reason == UNUSABLE_FORM:
-            return InvalidRequest.at(self._job.constraint_path, output.error)
+            return InvalidRequest.at(self._job.form_path, output.error)
         if output.error_reason:
             return unusable_adapter(self._job.target.adapter_version, output.error, output.error_reason)
         target = self._job.target

@@ -46,6 +46,7 @@ def sampling_params(
         seed=seed,
         logit_bias=dict(sampling.logit_bias),
         allowed_token_ids=tuple(sampling.allowed_token_ids) or None,
+        bad_words=tuple(sampling.bad_words),
         num_token_ids=num_token_ids if num_token_ids < limits.vocab_size else None,
         max_tokens=max_tokens,
         min_tokens=stopping.min_tokens,

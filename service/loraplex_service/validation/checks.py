@@ -19,7 +19,7 @@ from loraplex_service.names.grammar import model_id, tenant_id
 from loraplex_service.validation.limits import LIMITS, TOTALS, Entries, Total
 
 # What the contract has and this server does not. Refused by name; ServerInfo lists them.
-UNSUPPORTED_FIELDS = ("Sampling.bad_words", "Chat.tools")
+UNSUPPORTED_FIELDS = ("Chat.tools",)
 
 # Beyond these, fields that the contract does not have are not even looked at one by one: that takes long.
 MAX_UNKNOWN_BYTES = 64 << 10

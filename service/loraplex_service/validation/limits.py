@@ -175,7 +175,7 @@ LIMITS: Mapping[str, Limit] = {
     "Sampling.n": Range(1, 16),
     "Sampling.logit_bias": Entries(1024, Range(-100, 100)),
     "Sampling.allowed_token_ids": Entries(1024),
-    "Sampling.bad_words": Entries(64, Text(128)),
+    "Sampling.bad_words": Entries(64, Text(128, least=1)),
     "Stopping.max_tokens": Range(0),
     "Stopping.min_tokens": Range(0),
     "Stopping.stop": Entries(16, Text(256, least=1, unit="bytes")),

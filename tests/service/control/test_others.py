@@ -94,7 +94,7 @@ async def test_the_server_says_what_it_is(control: ControlPlane) -> None:
     assert not info.draining
     assert [(device.name, device.memory_bytes) for device in info.devices] == [("cpu", 1 << 30)]
     assert (info.max_receive_bytes, info.max_batch_receive_bytes) == (4 << 20, 8 << 20)
-    assert "Sampling.bad_words" in info.unsupported_features
+    assert "Chat.tools" in info.unsupported_features
 
 
 async def test_the_load_is_told_again_and_again(control: ControlPlane) -> None:
