@@ -100,18 +100,13 @@ class TorchSampling:
 
     def mask_logits(self, logits: Tensor, rows: Sequence[int], bits: Tensor) -> None:
         bits = bits.to(logits.device, non_blocking=True)
-        if logits.is_cpu:  # row by row, each in a cache
-            for row, octets in zip(rows, bits.numpy().view(np.uint8), strict=True):
-                allowed = np.unpackbits(octets, bitorder="little", count=logits.shape[-1])
-                np.putmask(logits[row].numpy(), allowed == 0, -np.inf)
-        else:
-            index = torch.tensor(rows, device=logits.device)
-            logits.index_put_((index,), logits[index].masked_fill_(_forbidden(bits, logits.shape[-1]), -torch.inf))
+        index = torch.tensor(rows, device=logits.device)
+        logits.index_put_((index,), logits[index].masked_fill_(_forbidden(bits, logits.shape[-1]), -torch.inf))
 
     def adjust_logits(self, logits: Tensor, changes: LogitChanges) -> None:
         _mask_rows_without_a_token(logits, changes.limits)
         if changes.penalties is not None:
-            _apply_penalties(logits, changes.penalties)
+            self.penalise(logits, changes.penalties)
         if changes.bias is not None:
             index = _on_device(logits, changes.bias.row_of_each, changes.bias.token_ids)
             (values,) = _on_device(logits, changes.bias_values)
@@ -123,6 +118,28 @@ class TorchSampling:
             logits[index] = kept
         if changes.forbidden is not None:
             logits[_on_device(logits, changes.forbidden.row_of_each, changes.forbidden.token_ids)] = -torch.inf
+
+    def penalise(self, logits: Tensor, penalties: Penalties) -> None:
+        """The first part of `adjust_logits`."""
+        history, vocab_size = penalties.history, logits.shape[-1]
+        lengths = np.diff(history.starts)
+        places = np.repeat(np.arange(len(lengths)), lengths)  # among the rows with penalties
+        is_output = np.arange(len(places)) >= penalties.output_starts[places]
+        keys = places * vocab_size + history.token_ids
+        ordered = np.sort(keys)
+        seen = ordered[np.diff(ordered, prepend=-1) > 0]  # np.unique hashes them, which takes thirty times as long
+        said, times = np.unique(keys[is_output], return_counts=True)
+        counts = np.zeros(len(seen), dtype=np.int64)  # in the output
+        counts[np.searchsorted(seen, said)] = times
+
+        places, token_ids = np.divmod(seen, vocab_size)
+        lowered = np.where(counts > 0, penalties.presence[places] + penalties.frequency[places] * counts, 0.0)
+        repetition = penalties.repetition[places]
+        rows, tokens, factor, less = _on_device(
+            logits, history.rows[places], token_ids, repetition.astype(np.float32), lowered.astype(np.float32)
+        )
+        values = logits[rows, tokens]
+        logits[rows, tokens] = torch.where(values > 0, values / factor, values * factor) - less
 
     def draw_tokens(self, logits: Tensor, draws: Draws) -> Tensor:
         token_ids, best = _most_likely(logits)
@@ -137,18 +154,18 @@ class TorchSampling:
         if not len(rows):
             return
         warmed = draws.of(rows)
-        logprobs = _logprobs(logits[rows], warmed)
-        for place, (ids, weights) in _left(logprobs, warmed).items():
+        scaled = _at_temperature(logits[rows], warmed)
+        for place, (ids, weights) in _left(scaled, warmed).items():
             left = torch.from_numpy(ids[weights > 0]).to(logits.device)
-            kept = logprobs[place, left]
-            logprobs[place] = -torch.inf
-            logprobs[place, left] = kept
-        logits[rows] = logprobs
+            kept = scaled[place, left]
+            scaled[place] = -torch.inf
+            scaled[place, left] = kept
+        logits[rows] = scaled
 
     def likelihoods(self, logits: Tensor, token_ids: Tensor, num_top: int) -> Likelihoods:
         logprobs = torch.log_softmax(logits, dim=-1)
         own = logprobs.gather(-1, token_ids)
-        ranks = (logprobs > own[:, :1]).sum(dim=-1) + 1
+        ranks = (logits > logits.gather(-1, token_ids[:, :1])).sum(dim=-1) + 1
         top_logprobs, top_ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]), dim=-1)
         return Likelihoods(own, ranks, top_ids, top_logprobs)
 
@@ -166,28 +183,6 @@ def _mask_rows_without_a_token(logits: Tensor, limits: np.ndarray) -> None:
     for limit in distinct:
         if limit < logits.shape[-1]:
             logits[slice(None) if len(distinct) == 1 else np.flatnonzero(limits == limit), limit:] = -torch.inf
-
-
-def _apply_penalties(logits: Tensor, penalties: Penalties) -> None:
-    history, vocab_size = penalties.history, logits.shape[-1]
-    lengths = np.diff(history.starts)
-    places = np.repeat(np.arange(len(lengths)), lengths)  # among the rows with penalties
-    is_output = np.arange(len(places)) >= penalties.output_starts[places]
-    keys = places * vocab_size + history.token_ids
-    ordered = np.sort(keys)
-    seen = ordered[np.diff(ordered, prepend=-1) > 0]  # np.unique hashes them, which takes thirty times as long
-    said, times = np.unique(keys[is_output], return_counts=True)
-    counts = np.zeros(len(seen), dtype=np.int64)  # in the output
-    counts[np.searchsorted(seen, said)] = times
-
-    places, token_ids = np.divmod(seen, vocab_size)
-    lowered = np.where(counts > 0, penalties.presence[places] + penalties.frequency[places] * counts, 0.0)
-    repetition = penalties.repetition[places]
-    rows, tokens, factor, less = _on_device(
-        logits, history.rows[places], token_ids, repetition.astype(np.float32), lowered.astype(np.float32)
-    )
-    values = logits[rows, tokens]
-    logits[rows, tokens] = torch.where(values > 0, values / factor, values * factor) - less
 
 
 # ---- drawing -------------------------------------------------------------------------------------------------------
@@ -233,98 +228,109 @@ def _most_likely(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw(logits: Tensor, draws: Draws) -> list[int]:
-    """One token per row by temperature, top-k, top-p, min-p and typical-p, in this order. logits: float32 [S, V]."""
-    logprobs = _logprobs(logits, draws)
-    left = _left(logprobs, draws)
+    """One token per row by temperature, top-k, top-p, min-p and typical-p, in this order. logits: float32 [S, V].
+
+    A token's weight is e to the distance of its logit from the best, in float64, so that in which order a backend adds
+    them changes no token.
+    """
+    scaled = _at_temperature(logits, draws)
+    left = _left(scaled, draws)
     tokens: list[int] = []
     for row, number in enumerate(draws.numbers()):
         if row in left:
             ids, weights = left[row]
             tokens.append(int(ids[_pick(weights, number)]))
         else:
-            tokens.append(_pick(np.exp(logprobs[row].double().cpu().numpy()), number))
+            values = scaled[row].double().cpu().numpy()
+            tokens.append(_pick(np.exp(values - values.max()), number))
     return tokens
 
 
-def _logprobs(logits: Tensor, draws: Draws) -> Tensor:
-    """The logarithms of the probabilities at each row's temperature."""
+def _at_temperature(logits: Tensor, draws: Draws) -> Tensor:
     temperatures = torch.from_numpy(draws.temperatures.astype(np.float32)).to(logits.device)
-    return torch.log_softmax(logits / temperatures[:, None], dim=-1)
+    return logits / temperatures[:, None]
 
 
-def _left(logprobs: Tensor, draws: Draws) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """What is left of each row that is cut: the ids of its tokens, the best first, and their weights. 0: cut, too."""
+def _left(scaled: Tensor, draws: Draws) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """What is left of each row that is cut: the ids of its tokens, the best first, and their weights. 0: cut, too.
+
+    scaled: logits at each row's temperature
+    """
+    best = scaled.max(dim=-1, keepdim=True).values.double()
+    totals = (scaled.double() - best).exp().sum(dim=-1).cpu().numpy()
     left: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     cut = (draws.top_k > 0) | (draws.top_p < 1) | (draws.min_p > 0)  # of the tail; typical_p alone may keep it
     few = np.flatnonzero(cut & (draws.top_k <= NUM_CANDIDATES))
     if len(few):
-        k = min(NUM_CANDIDATES, logprobs.shape[-1])
-        for row, row_values, row_ids in zip(few.tolist(), *_best(logprobs[few], k), strict=True):
-            weights = _left_of_sorted(row_values, draws, row)
-            if len(weights) < k or k == logprobs.shape[-1]:
+        k = min(NUM_CANDIDATES, scaled.shape[-1])
+        for row, row_values, row_ids in zip(few.tolist(), *_best(scaled[few], k), strict=True):
+            weights = _left_of_sorted(row_values, totals[row], draws, row)
+            if len(weights) < k or k == scaled.shape[-1]:
                 left[row] = row_ids[: len(weights)], weights
     for row in np.flatnonzero(cut | (draws.typical_p < 1)).tolist():
         if row not in left:
-            values = logprobs[row].double().cpu().numpy()
+            values = scaled[row].double().cpu().numpy()
             order = np.argsort(-values, kind="stable")
-            weights = _left_of_sorted(values[order], draws, row)
+            weights = _left_of_sorted(values[order], totals[row], draws, row)
             left[row] = order[: len(weights)], weights
     return left
 
 
-def _best(logprobs: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best tokens of each row, the best first: their log-probabilities and their ids, float64 and int64 [S, k].
+def _best(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best tokens of each row, the best first: their logits and their ids, float64 and int64 [S, k].
 
     On the CPU numpy finds them ten times faster than torch.
     """
-    if logprobs.device.type == "cpu":
-        rows = logprobs.numpy()
+    if logits.device.type == "cpu":
+        rows = logits.numpy()
         ids = np.stack([_best_of_row(row, k) for row in rows])
         return np.take_along_axis(rows, ids, axis=1).astype(np.float64), ids
-    best = torch.topk(logprobs, k, dim=-1)
+    best = torch.topk(logits, k, dim=-1)
     return best.values.double().cpu().numpy(), best.indices.cpu().numpy()
 
 
-def _best_of_row(logprobs: np.ndarray, k: int) -> np.ndarray:
+def _best_of_row(logits: np.ndarray, k: int) -> np.ndarray:
     """The ids of the k best, equal ones in ascending order: float32 [V] → int64 [k]
 
     The k-th best of the maxima of small groups is no better than the k-th best of all, and little worse.
     """
-    size = min(max(len(logprobs) // (2 * k), 1), 16)
-    maxima = logprobs[: len(logprobs) // size * size].reshape(size, -1).max(axis=0)
+    size = min(max(len(logits) // (2 * k), 1), 16)
+    maxima = logits[: len(logits) // size * size].reshape(size, -1).max(axis=0)
     bound = np.partition(maxima, -k)[-k]
-    candidates = np.flatnonzero(logprobs >= bound)
-    chosen: np.ndarray = candidates[np.argsort(-logprobs[candidates], kind="stable")[:k]]
+    candidates = np.flatnonzero(logits >= bound)
+    chosen: np.ndarray = candidates[np.argsort(-logits[candidates], kind="stable")[:k]]
     return chosen
 
 
-def _left_of_sorted(logprobs: np.ndarray, draws: Draws, row: int) -> np.ndarray:
-    """The weights of the first of these descending log-probabilities, as many as are kept."""
-    keep = _kept_of_sorted(logprobs, draws.top_k[row], draws.top_p[row], draws.min_p[row])
-    return _typical_weights(logprobs[:keep], draws.typical_p[row])
+def _left_of_sorted(logits: np.ndarray, total: float, draws: Draws, row: int) -> np.ndarray:
+    """The weights of the first of these descending logits, as many as are kept. total: of the weights of all tokens."""
+    distances = logits - logits[0]
+    keep = _kept_of_sorted(distances, total, draws.top_k[row], draws.top_p[row], draws.min_p[row])
+    return _typical_weights(distances[:keep], draws.typical_p[row])
 
 
-def _kept_of_sorted(logprobs: np.ndarray, top_k: int, top_p: float, min_p: float) -> int:
-    """The number of these descending log-probabilities to keep: top_k, then top_p of the rest, then min_p.
+def _kept_of_sorted(distances: np.ndarray, total: float, top_k: int, top_p: float, min_p: float) -> int:
+    """The number of these tokens to keep: top_k, then top_p of the rest, then min_p.
 
-    At least one. top_p keeps the smallest set whose share reaches p, as transformers does after top_k has renormalised.
+    distances: from the best logit, descending; total: of the weights of all tokens. At least one is kept. top_p keeps
+    the smallest set whose share reaches p, as transformers does after top_k has renormalised.
     """
-    keep = min(top_k, len(logprobs)) if top_k > 0 else len(logprobs)
-    probs = np.exp(logprobs[:keep])
+    keep = min(top_k, len(distances)) if top_k > 0 else len(distances)
+    weights = np.exp(distances[:keep])
     if top_p < 1:
-        total = probs.sum() if top_k > 0 else 1.0
-        keep = min(keep, int(np.searchsorted(np.cumsum(probs), top_p * total)) + 1)
+        whole = weights.sum() if top_k > 0 else total
+        keep = min(keep, int(np.searchsorted(np.cumsum(weights), top_p * whole)) + 1)
     if min_p > 0:
-        keep = min(keep, int(np.count_nonzero(probs[:keep] >= min_p * probs[0])))
+        keep = min(keep, int(np.count_nonzero(weights[:keep] >= min_p)))
     return max(keep, 1)
 
 
-def _typical_weights(logprobs: np.ndarray, mass: float) -> np.ndarray:
-    """The probabilities of these tokens, not normalised: 0 but for the locally typical ones that hold `mass` of them.
+def _typical_weights(distances: np.ndarray, mass: float) -> np.ndarray:
+    """The weights of these tokens: 0 but for the locally typical ones that hold `mass` of them.
 
     Tokens that are equally typical stay or go together. Source: Meister et al., arXiv 2202.00666.
     """
-    weights: np.ndarray = np.exp(logprobs)
+    weights: np.ndarray = np.exp(distances)
     if mass >= 1:
         return weights
     probs = weights / weights.sum()

@@ -99,6 +99,62 @@ def test_a_backend_draws_what_the_reference_draws(ops: Ops, rows: list[dict[str,
     assert tokens.tolist() == REFERENCE.draw_tokens(theirs, draws(rows)).tolist()
 
 
+SHAPES = {
+    "flat": lambda x: x * 0.01,
+    "peaked": lambda x: x * 30,
+    "equal": lambda x: x * 0,
+    "ties": torch.round,
+    "masked": lambda x: x.masked_fill(x > 0, -torch.inf),
+    "nearly all masked": lambda x: x.masked_fill(x < x.amax(-1, keepdim=True) - 0.3, -torch.inf),
+    "far apart": lambda x: x * 1e30,
+}
+CUTS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.02, 0.7, 1.0, 90.0]),
+        "top_k": st.sampled_from([0, 3, 90, 2500, 10**6]),
+        "top_p": st.sampled_from([1e-6, 0.3, 0.9, 1.0]),
+        "min_p": st.sampled_from([0.0, 1e-20, 0.1, 1.0]),
+        "typical_p": st.sampled_from([0.2, 1.0]),
+        "seed": st.integers(0, 2**64 - 1),
+    }
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(CUTS, min_size=1, max_size=3),
+    shape=st.sampled_from(sorted(SHAPES)),
+    vocab_size=st.sampled_from([1, 100, 4099, 152_064]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_backend_draws_what_the_reference_draws_from_any_shape(
+    ops: Ops, rows: list[dict[str, Any]], shape: str, vocab_size: int, seed: int
+) -> None:
+    logits = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    logits = SHAPES[shape](logits)
+    tokens = ops.draw_tokens(logits.clone(), draws(rows))
+    assert tokens.tolist() == REFERENCE.draw_tokens(logits, draws(rows)).tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True),
+    vocab_size=st.sampled_from([1, 31, 32, 1000]),
+    data=st.data(),
+)
+def test_a_backend_masks_what_the_bits_forbid(ops: Ops, rows: list[int], vocab_size: int, data: st.DataObject) -> None:
+    words = -(-vocab_size // 32) + 1
+    bits = np.array([[data.draw(st.integers(-(2**31), 2**31 - 1)) for _ in range(words)] for _ in rows], dtype=np.int32)
+    logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = logits.cpu().clone()
+    for row, of_row in zip(rows, bits, strict=True):
+        for token in range(vocab_size):
+            if not int(of_row[token // 32]) >> token % 32 & 1:
+                expected[row, token] = -torch.inf
+    ops.mask_logits(logits, rows, torch.from_numpy(bits))
+    assert torch.equal(logits.cpu(), expected)
+
+
 @settings(max_examples=50, deadline=None)
 @given(rows=ROWS, vocab_size=st.sampled_from([31, 600, 3000]))
 def test_what_a_backend_cuts_is_never_drawn_and_the_rest_is_as_the_reference_has_it(

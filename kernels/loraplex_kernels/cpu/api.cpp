@@ -10,6 +10,7 @@
 #include "lora.h"
 #include "quantized.h"
 #include "rows.h"
+#include "sampling.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -100,7 +101,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 8; }
+EXPORT int loraplex_version() { return 9; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -250,5 +251,37 @@ EXPORT int loraplex_paged_attention(Context* context, int dtype, const void* q, 
                                 Scoring{scale, soft_cap, window});
             });
         });
+    });
+}
+
+EXPORT int loraplex_mask_logits(Context* context, float* logits, int64_t vocabulary, int64_t count,
+                                const int64_t* row_ids, const uint32_t* bits, int64_t words) {
+    return guarded([&] { mask_logits(*context, logits, vocabulary, count, row_ids, bits, words); });
+}
+
+EXPORT int loraplex_penalise(Context* context, float* logits, int64_t vocabulary, int64_t count, const int64_t* row_ids,
+                             const int64_t* starts, const int64_t* token_ids, const int64_t* output_starts,
+                             const double* repetition, const double* presence, const double* frequency) {
+    return guarded([&] {
+        penalise(*context, logits, vocabulary,
+                 Penalties{count, row_ids, starts, token_ids, output_starts, repetition, presence, frequency});
+    });
+}
+
+EXPORT int loraplex_draw_tokens(Context* context, float* logits, int64_t rows, int64_t vocabulary,
+                                const double* temperatures, const int64_t* top_k, const double* top_p,
+                                const double* min_p, const double* typical_p, const double* numbers, int64_t* tokens) {
+    return guarded([&] {
+        draw_tokens(*context, logits, rows, vocabulary, Draws{temperatures, top_k, top_p, min_p, typical_p, numbers},
+                    tokens);
+    });
+}
+
+EXPORT int loraplex_likelihoods(Context* context, const float* logits, int64_t rows, int64_t vocabulary, int64_t asked,
+                                const int64_t* token_ids, float* logprobs, int64_t* ranks, int64_t count,
+                                int64_t* top_ids, float* top_logprobs) {
+    return guarded([&] {
+        likelihoods(*context, logits, rows, vocabulary,
+                    Likelihoods{asked, token_ids, logprobs, ranks, count, top_ids, top_logprobs});
     });
 }

@@ -14,7 +14,7 @@ from typing import Any
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-VERSION = 8  # of the C interface; kernels/loraplex_kernels/cpu/api.cpp has the same
+VERSION = 9  # of the C interface; kernels/loraplex_kernels/cpu/api.cpp has the same
 
 # Result and arguments of each function of api.cpp, which a test compares with these.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -64,6 +64,19 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
             *(c_void_p, c_void_p, c_void_p, c_int64, c_float, c_float, c_int64),
         ),
+    ),
+    "mask_logits": (c_int, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64)),
+    "penalise": (
+        c_int,
+        (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "draw_tokens": (
+        c_int,
+        (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "likelihoods": (
+        c_int,
+        (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     ),
 }
 
@@ -140,6 +153,12 @@ def owned(owner: object, handle: int | None, destroy: Callable[[int], None], *ke
         raise MemoryError("the CPU kernels could not allocate memory")
     weakref.finalize(owner, _destroy, destroy, handle, keep)
     return handle
+
+
+def succeed(status: int) -> None:
+    """Raise MemoryError unless a compiled function returned 0."""
+    if status:
+        raise MemoryError("the CPU kernels could not allocate memory for intermediate results")
 
 
 def _destroy(destroy: Callable[[int], None], handle: int, keep: tuple[object, ...]) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.cpu.library import Library, owned
+from loraplex_kernels.cpu.library import Library, owned, succeed
 from loraplex_kernels.cpu.linear import DTYPE_CODES, CpuLinear, dtype_code, pack_dense, pack_quantized
 from loraplex_kernels.cpu.results import ResultMemory
+from loraplex_kernels.cpu.sampling import CpuSampling
 from loraplex_kernels.ops import (
     QUANTIZED_KV,
     AttentionMetadata,
@@ -27,7 +28,6 @@ from loraplex_kernels.ops import (
 )
 from loraplex_kernels.quantized import QuantizedWeight
 from loraplex_kernels.reference import LoraShape
-from loraplex_kernels.sampling import TorchSampling
 
 SILU, GELU_TANH = 0, 1
 ROUNDED_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}  # of a cache; 0: as the activations
@@ -108,7 +108,7 @@ class CpuLoraTable:
             raise ValueError(f"slot {slot} is not in a table of {len(self._held)}")
 
 
-class CpuOps(TorchSampling):
+class CpuOps(CpuSampling):
     """`Ops` in C++. A row's result is the same bit for bit whatever else is in the step."""
 
     name = "cpu"
@@ -313,9 +313,3 @@ def storage(cache: LayerKV) -> tuple[int | None, ...]:
 def block_shift(block_size: int) -> int:
     """The base-2 logarithm of a block size."""
     return block_size.bit_length() - 1
-
-
-def succeed(status: int) -> None:
-    """Raise MemoryError unless a compiled function returned 0."""
-    if status:
-        raise MemoryError("the CPU kernels could not allocate memory for intermediate results")
