@@ -229,8 +229,9 @@ class AdapterRegistry:
         labels: Mapping[str, str] | None = None,
         pinned: bool | None = None,
         etag: str | None = None,
+        default_constraint: bytes | None = None,
     ) -> AdapterVersion:
-        """Change labels or pinning; None: leave as it is. Raises AdapterNotFound, AdapterConflict for another etag."""
+        """Change what is given; None: leave as it is. Raises AdapterNotFound, AdapterConflict for another etag."""
         version = self.get(name)
         _check_etag(version, etag)
         spec = version.spec
@@ -238,6 +239,7 @@ class AdapterRegistry:
             spec,
             labels=spec.labels if labels is None else dict(labels),
             pinned=spec.pinned if pinned is None else pinned,
+            default_constraint=spec.default_constraint if default_constraint is None else default_constraint,
         )
         return self._save(replace(version, spec=spec))
 

@@ -53,6 +53,7 @@ class AdapterSpec:
     pinned: bool = False
     make_current: bool = True  # the alias moves to it as soon as it can be used
     residency: Residency = Residency.HOST  # how close to the device it is brought ahead of its requests
+    default_constraint: bytes = b""  # loraplex.v1.Constraint: of requests that set none; empty: there is none
 
 
 @dataclass(frozen=True, slots=True)

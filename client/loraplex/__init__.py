@@ -42,7 +42,7 @@ from loraplex.errors import (
     from_status,
     raise_for_error,
 )
-from loraplex.generation import GenerateOptions
+from loraplex.generation import GenerateOptions, constraint
 from loraplex.names import enum_name
 from loraplex.specs import generate_spec
 
@@ -72,6 +72,7 @@ __all__ = [
     "Unavailable",
     "Unsupported",
     "Violation",
+    "constraint",
     "enum_name",
     "from_status",
     "generate_spec",

@@ -297,6 +297,7 @@ class Client(_Reader):
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
+        any_text: bool | None = None,
         bypass_prefix_cache: bool | None = None,
         salt: str | None = None,
         on_cold: generation_pb2.OnCold.ValueType | str | None = None,
@@ -368,6 +369,8 @@ class Client(_Reader):
             regex: Regular expression that the whole text must match. None: any text.
             choices: Texts, one of which the output must be. None: any text.
             grammar: Grammar that the text must follow, in GBNF. None: any text.
+            any_text: Whether the text may be any, whatever the route or the adapter says. None: no, their default
+                holds.
             bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
             salt: Text without which no other request shares cached prefixes with this one. None: no salt.
             on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
@@ -429,6 +432,7 @@ class Client(_Reader):
                 regex=regex,
                 choices=choices,
                 grammar=grammar,
+                any_text=any_text,
                 bypass_prefix_cache=bypass_prefix_cache,
                 salt=salt,
                 on_cold=on_cold,
@@ -492,6 +496,7 @@ class Client(_Reader):
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
+        any_text: bool | None = None,
         bypass_prefix_cache: bool | None = None,
         salt: str | None = None,
         on_cold: generation_pb2.OnCold.ValueType | str | None = None,
@@ -563,6 +568,8 @@ class Client(_Reader):
             regex: Regular expression that the whole text must match. None: any text.
             choices: Texts, one of which the output must be. None: any text.
             grammar: Grammar that the text must follow, in GBNF. None: any text.
+            any_text: Whether the text may be any, whatever the route or the adapter says. None: no, their default
+                holds.
             bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
             salt: Text without which no other request shares cached prefixes with this one. None: no salt.
             on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
@@ -624,6 +631,7 @@ class Client(_Reader):
                 regex=regex,
                 choices=choices,
                 grammar=grammar,
+                any_text=any_text,
                 bypass_prefix_cache=bypass_prefix_cache,
                 salt=salt,
                 on_cold=on_cold,
@@ -910,6 +918,7 @@ class AdminClient(_Reader):
         residency: Residency | None = None,
         wait: float | None = None,
         validate_only: bool | None = None,
+        default_constraint: generation_pb2.Constraint | None = None,
         request_id: str | None = None,
         timeout: Timeout = "client",
         routing_key: str | None = None,
@@ -930,6 +939,7 @@ class AdminClient(_Reader):
             residency: How close to the device to bring the version: "disk", "host" or "device". None: host.
             wait: Seconds to wait at most until the version is there or has failed. None: return at once.
             validate_only: Whether to read and check the files and register nothing. None: no.
+            default_constraint: Form of the outputs of requests that set none: see `loraplex.constraint`. None: any.
             request_id: UUID by which the server knows a repeated call again. None: a new one.
             timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
             routing_key: Key of requests that go to the same target of a route, and to the same replica. None: to any.
@@ -949,6 +959,7 @@ class AdminClient(_Reader):
                 residency=residency,
                 wait=wait,
                 validate_only=validate_only,
+                default_constraint=default_constraint,
                 request_id=request_id,
                 timeout=timeout,
                 routing_key=routing_key,
@@ -971,6 +982,7 @@ class AdminClient(_Reader):
         residency: Residency | None = None,
         wait: float | None = None,
         validate_only: bool | None = None,
+        default_constraint: generation_pb2.Constraint | None = None,
         request_id: str | None = None,
         timeout: Timeout = "client",
         routing_key: str | None = None,
@@ -994,6 +1006,7 @@ class AdminClient(_Reader):
             residency: How close to the device to bring the version: "disk", "host" or "device". None: host.
             wait: Seconds to wait at most until the version is there or has failed. None: return at once.
             validate_only: Whether to read and check the files and register nothing. None: no.
+            default_constraint: Form of the outputs of requests that set none: see `loraplex.constraint`. None: any.
             request_id: UUID by which the server knows a repeated call again. None: a new one.
             timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
             routing_key: Key of requests that go to the same target of a route, and to the same replica. None: to any.
@@ -1013,6 +1026,7 @@ class AdminClient(_Reader):
                 residency=residency,
                 wait=wait,
                 validate_only=validate_only,
+                default_constraint=default_constraint,
                 request_id=request_id,
                 timeout=timeout,
                 routing_key=routing_key,
@@ -1029,6 +1043,7 @@ class AdminClient(_Reader):
         labels: Mapping[str, str] | None = None,
         pinned: bool | None = None,
         version: str | None = None,
+        default_constraint: generation_pb2.Constraint | None = None,
         etag: str = "",
         request_id: str | None = None,
         timeout: Timeout = "client",
@@ -1044,6 +1059,8 @@ class AdminClient(_Reader):
             labels: Labels that replace all others. None: unchanged.
             pinned: Whether the version must stay on the device. None: unchanged.
             version: Version that the bare name shall mean, such as "legal@1a2b3c4d5e6f". None: unchanged.
+            default_constraint: Form of the outputs of requests that set none: see `loraplex.constraint`. An empty one
+                removes it. None: unchanged.
             etag: Change only if this is still its etag. "": change in any case.
             request_id: UUID by which the server knows a repeated call again. None: a new one.
             timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
@@ -1058,6 +1075,7 @@ class AdminClient(_Reader):
                 labels=labels,
                 pinned=pinned,
                 version=version,
+                default_constraint=default_constraint,
                 etag=etag,
                 request_id=request_id,
                 timeout=timeout,
@@ -1234,7 +1252,7 @@ class AdminClient(_Reader):
 
         Args:
             route: Route as it shall be. Its name says which route to change.
-            update_mask: Fields to change, of targets, fallback, default_sampling and labels. None: all of these.
+            update_mask: Fields to change: targets, fallback, default_sampling, labels, default_constraint. None: all.
             allow_missing: Whether to create the route if there is none.
             request_id: UUID by which the server knows a repeated call again. None: a new one.
             timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.

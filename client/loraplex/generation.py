@@ -108,6 +108,8 @@ class GenerateOptions(PromptOptions, total=False):
     """Texts, one of which the output must be. None: any text."""
     grammar: str | None
     """Grammar that the text must follow, in GBNF. None: any text."""
+    any_text: bool | None
+    """Whether the text may be any, whatever the route or the adapter says. None: no, their default holds."""
     # The prefix cache
     bypass_prefix_cache: bool | None
     """Whether to compute the whole prompt anew and leave nothing in the cache. None: no."""
@@ -133,7 +135,7 @@ class GenerateOptions(PromptOptions, total=False):
 
 
 _PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "stream")
-_CONSTRAINTS = ("json_schema", "json_object", "regex", "choices", "grammar")
+_CONSTRAINTS = ("json_schema", "json_object", "regex", "choices", "grammar", "any_text")
 _PROMPT = ("add_special_tokens", "truncate_to_tokens", "literal_content")
 _CHAT = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_message")
 _ENUMS: dict[Any, tuple[str, Any]] = {
@@ -179,7 +181,9 @@ def build_spec(
         part = getattr(built, name)
         _put(part, {field: given[field] for field in part.DESCRIPTOR.fields_by_name if field in given})
     put_prompt_options(built.prompt, given)
-    _put_constraint(built, {name: given[name] for name in _CONSTRAINTS if name in given})
+    form = constraint(**{name: given[name] for name in _CONSTRAINTS if name in given})
+    if form.WhichOneof("kind"):
+        built.constraint.CopyFrom(form)
     _put(built, {name: given[name] for name in _REQUEST if name in given})
     return built
 
@@ -238,18 +242,42 @@ def _put_chat(prompt: prompt_pb2.Prompt, values: dict[str, Any]) -> None:
     _put(prompt.chat, values)
 
 
-def _put_constraint(spec: generation_pb2.GenerateSpec, values: dict[str, Any]) -> None:
-    if values.get("json_object") is False:
-        del values["json_object"]
-    if not values:
-        return
-    if len(values) > 1:
-        raise ValueError(f"an output has one constraint at most, and these are given: {', '.join(values)}")
-    [(name, value)] = values.items()
-    if name == "json_schema" and not isinstance(value, str):
-        value = json.dumps(value, ensure_ascii=False)
-    if name == "json_object":
-        value = generation_pb2.JsonObject()
-    if name == "choices":
-        value = generation_pb2.Choices(values=value)
-    _put(spec.constraint, {name: value})
+def constraint(
+    *,
+    json_schema: str | Mapping[str, object] | None = None,
+    json_object: bool | None = None,
+    regex: str | None = None,
+    choices: Sequence[str] | None = None,
+    grammar: str | None = None,
+    any_text: bool | None = None,
+) -> generation_pb2.Constraint:
+    """Build a constraint, such as the default of a route or an adapter. Without arguments: none.
+
+    Raises ValueError if there are several, and TypeError or ValueError for a value that does not fit.
+
+    Args:
+        json_schema: JSON Schema that the text must satisfy, as JSON text or as a mapping.
+        json_object: Whether the text must be a JSON object.
+        regex: Regular expression that the whole text must match.
+        choices: Texts, one of which the output must be.
+        grammar: Grammar that the text must follow, in GBNF.
+        any_text: Whether the text may be any, whatever else there is by default.
+    """
+    values: dict[str, Any] = {
+        "json_schema": json_schema if json_schema is None or isinstance(json_schema, str) else _json(json_schema),
+        "json_object": generation_pb2.JsonObject() if json_object else None,
+        "regex": regex,
+        "choices": None if choices is None else generation_pb2.Choices(values=choices),
+        "grammar": grammar,
+        "any_text": generation_pb2.AnyText() if any_text else None,
+    }
+    given = given_options(values)
+    if len(given) > 1:
+        raise ValueError(f"an output has one constraint at most, and these are given: {', '.join(given)}")
+    built = generation_pb2.Constraint()
+    _put(built, given)
+    return built
+
+
+def _json(value: Mapping[str, object]) -> str:
+    return json.dumps(value, ensure_ascii=False)

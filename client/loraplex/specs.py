@@ -57,6 +57,7 @@ def generate_spec(
     regex: str | None = None,
     choices: Sequence[str] | None = None,
     grammar: str | None = None,
+    any_text: bool | None = None,
     bypass_prefix_cache: bool | None = None,
     salt: str | None = None,
     on_cold: generation_pb2.OnCold.ValueType | str | None = None,
@@ -127,6 +128,8 @@ def generate_spec(
         regex: Regular expression that the whole text must match. None: any text.
         choices: Texts, one of which the output must be. None: any text.
         grammar: Grammar that the text must follow, in GBNF. None: any text.
+        any_text: Whether the text may be any, whatever the route or the adapter says. None: no, their default
+            holds.
         bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
         salt: Text without which no other request shares cached prefixes with this one. None: no salt.
         on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
@@ -183,6 +186,7 @@ def generate_spec(
         regex=regex,
         choices=choices,
         grammar=grammar,
+        any_text=any_text,
         bypass_prefix_cache=bypass_prefix_cache,
         salt=salt,
         on_cold=on_cold,

@@ -51,6 +51,7 @@ from loraplex_service.ports.probes import Probes, build_probe_server
 from loraplex_service.ports.receiving import ReceiveLimits
 from loraplex_service.ports.tls import server_credentials
 from loraplex_service.requests.entrance import Entrance, keeps_nothing
+from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.inference import InferenceServicer
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.spare_memory import keep_giving_back
@@ -193,7 +194,8 @@ def assemble(
         adapter_texts=adapter_texts,
         recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,
     )
-    inference = InferenceServicer(entrance, texts, telemetry.metrics, limits.answer_bytes)
+    forms = Forms(texts)
+    inference = InferenceServicer(entrance, texts, forms, telemetry.metrics, limits.answer_bytes)
     tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)
     server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex-server"), limits)
     inferring = (
@@ -202,10 +204,10 @@ def assemble(
     )
     quota = AdapterQuota(registry, library, tenants, state)
     adapters = AdapterServicer(
-        registry, records, registrar, deployer, library, host, tenants, quota, limits.upload_bytes
+        registry, records, registrar, deployer, library, host, tenants, quota, forms, limits.upload_bytes
     )
     models = ModelServicer(host, config.drain_grace_seconds)
-    route_servicer = RouteServicer(catalog, routes, state, tenants, deployer.prefetch)
+    route_servicer = RouteServicer(catalog, routes, state, tenants, forms, deployer.prefetch)
     admin = (
         Service("loraplex.v1.ModelService", models, add_ModelServiceServicer_to_server),
         Service("loraplex.v1.AdapterService", adapters, add_AdapterServiceServicer_to_server),

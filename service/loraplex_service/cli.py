@@ -24,10 +24,12 @@ import uvloop
 from rich.console import Console
 
 from loraplex import GenerateOptions, enum_name
+from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
 from loraplex_engine.link.logs import set_up_logging
 from loraplex_service.app import running
 from loraplex_service.commands.adapters import adapters
 from loraplex_service.commands.demo import play_demo
+from loraplex_service.commands.forms import asks_for_form
 from loraplex_service.commands.keys import keys
 from loraplex_service.commands.quantize import quantize
 from loraplex_service.commands.routes import routes
@@ -179,6 +181,7 @@ main.add_command(usage)
 @click.option("--stop", multiple=True, help="A string that ends the output; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end that the model sets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole response instead of the text.")
+@asks_for_form
 @reaches_server
 def generate(
     target: ServerAccess,
@@ -191,6 +194,7 @@ def generate(
     stop: tuple[str, ...],
     ignore_eos: bool,
     as_json: bool,
+    form: Constraint | None,
 ) -> None:
     """Generate from PROMPT with MODEL: a model, an adapter, or an adapter version. The text is printed as it comes."""
     said = [{"role": "user", "content": prompt}] if chat else prompt
@@ -198,7 +202,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop, ignore_eos=ignore_eos or None
     )
     with target.client() as client:
-        stream = client.stream_generate(model, said, **options)
+        stream = client.stream_generate(model, said, spec=GenerateSpec(constraint=form), **options)
         if as_json:
             print_json(stream.collect())
             return

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loraplex import GenerateOptions, generate_spec
+from loraplex import GenerateOptions, constraint, generate_spec
 from loraplex.generation import duration
 from loraplex.v1 import generation_pb2, prompt_pb2
 
@@ -131,10 +131,12 @@ def test_chat_options_without_chat_are_refused() -> None:
         ({"regex": "a+"}, generation_pb2.Constraint(regex="a+")),
         ({"choices": ["a", "b"]}, generation_pb2.Constraint(choices=generation_pb2.Choices(values=["a", "b"]))),
         ({"grammar": 'root ::= "a"'}, generation_pb2.Constraint(grammar='root ::= "a"')),
+        ({"any_text": True}, generation_pb2.Constraint(any_text=generation_pb2.AnyText())),
     ],
 )
 def test_constraints(options: Any, expected: generation_pb2.Constraint) -> None:
     assert generate_spec("demo", "Once", **options).constraint == expected
+    assert constraint(**options) == expected
 
 
 def test_json_object_false_is_no_constraint() -> None:

@@ -102,6 +102,7 @@ def test_options_of_a_generation_are_shown_with_type_and_default() -> None:
 # Messages whose fields are options themselves.
 SPREAD = {"GenerateSpec", "Sampling", "Stopping", "OutputOptions", "Constraint", "CacheOptions", "AdapterPolicy"}
 SPREAD |= {"StreamOptions", "Prompt", "Chat", "Adapter", "CreateAdapterRequest"}
+WHOLE = {"specs", "default_constraint"}  # options that are such messages
 OTHER_NAMES = {"parent": "tenant", "file": "directory", "chunk": "directory", "messages": "prompt"}
 LEFT_OUT = {
     "list_adapters": {"page_size", "page_token"},  # the client reads all pages
@@ -131,7 +132,7 @@ def settable(message: Any) -> Iterator[str]:
             continue
         if field.containing_oneof is not None and field.containing_oneof.name == "content":
             yield "prompt"
-        if kind in SPREAD and field.name != "specs":
+        if kind in SPREAD and field.name not in WHOLE:
             yield from settable(field.message_type)
         elif field.containing_oneof is None or field.containing_oneof.name != "content":
             yield OTHER_NAMES.get(field.name, field.name)

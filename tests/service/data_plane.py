@@ -37,6 +37,7 @@ from loraplex_service.names.target import LoadedModel
 from loraplex_service.ports.interceptors import CallInterceptor, CallLimits
 from loraplex_service.ports.listeners import ConnectionLimits, Health, Service, build_server
 from loraplex_service.requests.entrance import Entrance
+from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.inference import InferenceServicer
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.state import StateFile
@@ -208,7 +209,8 @@ async def data_plane(
         catalog = Catalog(hosted, registry, RouteBook(StateFile(None)))
         entrance = Entrance(catalog, admission, tenants, lambda version: version.spec.source)
         answer_bytes = (limits or CallLimits()).answer_bytes
-        servicer = InferenceServicer(entrance, TextWork.of(renderer), answer_bytes=answer_bytes)
+        texts = TextWork.of(renderer)
+        servicer = InferenceServicer(entrance, texts, Forms(texts), answer_bytes=answer_bytes)
         name = "loraplex.v1.InferenceService"
         health = Health([name])
         services = [Service(name, servicer, add_InferenceServiceServicer_to_server)]

@@ -51,8 +51,10 @@ from loraplex_service.models.host import ModelHost
 from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.routing import RouteBook
 from loraplex_service.names.target import LoadedModel
+from loraplex_service.requests.forms import Forms
+from loraplex_service.requests.prompts import TextWork
 from loraplex_service.state import StateFile
-from loraplex_service.text import Tokenizer
+from loraplex_service.text import TemplateRenderer, Tokenizer
 from tests.service.fake_engine import LIMITS, FakeEngine
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
@@ -169,9 +171,11 @@ class Life:
         registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work)
         book = RouteBook(state)
         catalog = Catalog(fake, registry, book)  # type: ignore[arg-type]  # no engine follows its engine
-        quota = AdapterQuota(registry, library, tenants, state)
-        adapters = AdapterServicer(registry, records, registrar, deployer, library, host, tenants, quota, 1 << 30)
-        routes = RouteServicer(catalog, book, state, tenants, deployer.prefetch)
+        quota, forms = AdapterQuota(registry, library, tenants, state), Forms(TextWork.of(TemplateRenderer()))
+        adapters = AdapterServicer(
+            registry, records, registrar, deployer, library, host, tenants, quota, forms, 1 << 30
+        )
+        routes = RouteServicer(catalog, book, state, tenants, forms, deployer.prefetch)
         return cls(directory, state, registry, library, registrar, work, fake, book, catalog, adapters, routes, engine)
 
     async def start(self) -> None:

@@ -18,7 +18,7 @@ from loraplex.operations.base import (
     optional_duration,
     tenant_name,
 )
-from loraplex.v1 import adapters_pb2
+from loraplex.v1 import adapters_pb2, generation_pb2
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Sent too if they are there: the signature, and how its text is tokenised.
@@ -51,6 +51,8 @@ class RegisterOptions(TypedDict, total=False):
     """Seconds to wait at most until the version is there or has failed. None: return at once."""
     validate_only: bool | None
     """Whether to read and check the files and register nothing. None: no."""
+    default_constraint: generation_pb2.Constraint | None
+    """Form of the outputs of requests that set none: see `loraplex.constraint`. None: any."""
     request_id: str | None
     """UUID by which the server knows a repeated call again. None: a new one."""
 
@@ -160,6 +162,7 @@ def update_adapter(
     labels: Mapping[str, str] | None = None,
     pinned: bool | None = None,
     version: str | None = None,
+    default_constraint: generation_pb2.Constraint | None = None,
     etag: str = "",
     request_id: str | None = None,
     **call: Unpack[CallOptions],
@@ -172,16 +175,22 @@ def update_adapter(
         labels: Labels that replace all others. None: unchanged.
         pinned: Whether the version must stay on the device. None: unchanged.
         version: Version that the bare name shall mean, such as "legal@1a2b3c4d5e6f". None: unchanged.
+        default_constraint: Form of the outputs of requests that set none: see `loraplex.constraint`. An empty one
+            removes it. None: unchanged.
         etag: Change only if this is still its etag. "": change in any case.
         request_id: UUID by which the server knows a repeated call again. None: a new one.
     """
     changes: dict[str, Any] = {"labels": labels, "pinned": pinned}
     changes["version"] = None if version is None else adapter_name(version, tenant)
+    changes["default_constraint"] = default_constraint
     changes = {field: value for field, value in changes.items() if value is not None}
     if not changes:
-        raise ValueError("nothing to change: pass labels=, pinned= or version=")
+        raise ValueError("nothing to change: pass labels=, pinned=, version= or default_constraint=")
+    adapter = adapters_pb2.Adapter(name=adapter_name(name, tenant), etag=etag, **changes)
+    if not adapter.default_constraint.WhichOneof("kind"):
+        adapter.ClearField("default_constraint")
     request = adapters_pb2.UpdateAdapterRequest(
-        adapter=adapters_pb2.Adapter(name=adapter_name(name, tenant), etag=etag, **changes),
+        adapter=adapter,
         update_mask=FieldMask(paths=list(changes)),
         request_id=request_id or new_id(),
     )
@@ -294,6 +303,7 @@ def _registration(
             digest=options.get("digest") or "",
             labels=options.get("labels") or {},
             pinned=options.get("pinned") or False,
+            default_constraint=options.get("default_constraint"),
         ),
         make_current=options.get("make_current"),
         residency=residency_value(options.get("residency")),

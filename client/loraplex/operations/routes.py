@@ -48,7 +48,7 @@ def update_route(
 
     Args:
         route: Route as it shall be. Its name says which route to change.
-        update_mask: Fields to change, of targets, fallback, default_sampling and labels. None: all of these.
+        update_mask: Fields to change: targets, fallback, default_sampling, labels, default_constraint. None: all.
         allow_missing: Whether to create the route if there is none.
         request_id: UUID by which the server knows a repeated call again. None: a new one.
     """

@@ -13,6 +13,7 @@ import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
 import google.rpc.status_pb2
+import loraplex.v1.generation_pb2
 import loraplex.v1.watch_pb2
 import sys
 import typing
@@ -148,6 +149,7 @@ class Adapter(google.protobuf.message.Message):
     LAST_USE_TIME_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
+    DEFAULT_CONSTRAINT_FIELD_NUMBER: builtins.int
     name: builtins.str
     """tenants/{tenant}/adapters/{adapter}. At most 512 characters."""
     version: builtins.str
@@ -219,6 +221,12 @@ class Adapter(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Labels for the operator's own use. At most 64; keys up to 63 characters, values up to 256."""
 
+    @property
+    def default_constraint(self) -> loraplex.v1.generation_pb2.Constraint:
+        """The form of the outputs of requests to this version that set no constraint of their own, such as the schema that it
+        was trained for.
+        """
+
     def __init__(
         self,
         *,
@@ -245,9 +253,10 @@ class Adapter(google.protobuf.message.Message):
         last_use_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         etag: builtins.str = ...,
+        default_constraint: loraplex.v1.generation_pb2.Constraint | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "last_use_time", b"last_use_time", "update_time", b"update_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["alpha", b"alpha", "base_model", b"base_model", "create_time", b"create_time", "current", b"current", "digest", b"digest", "error", b"error", "etag", b"etag", "labels", b"labels", "last_use_time", b"last_use_time", "module_ranks", b"module_ranks", "name", b"name", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "running_requests", b"running_requests", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "target_modules", b"target_modules", "update_time", b"update_time", "version", b"version", "waiting_requests", b"waiting_requests", "warnings", b"warnings"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "default_constraint", b"default_constraint", "error", b"error", "last_use_time", b"last_use_time", "update_time", b"update_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["alpha", b"alpha", "base_model", b"base_model", "create_time", b"create_time", "current", b"current", "default_constraint", b"default_constraint", "digest", b"digest", "error", b"error", "etag", b"etag", "labels", b"labels", "last_use_time", b"last_use_time", "module_ranks", b"module_ranks", "name", b"name", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "running_requests", b"running_requests", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "target_modules", b"target_modules", "update_time", b"update_time", "version", b"version", "waiting_requests", b"waiting_requests", "warnings", b"warnings"]) -> None: ...
 
 Global___Adapter: typing_extensions.TypeAlias = Adapter
 
@@ -466,8 +475,8 @@ class UpdateAdapterRequest(google.protobuf.message.Message):
 
     @property
     def update_mask(self) -> google.protobuf.field_mask_pb2.FieldMask:
-        """The fields to change, of labels, pinned, version; the last moves the alias, needs a bare name, and is how to roll
-        back: labels and pinned are then those of the version to which it moves. Absent: labels and pinned.
+        """The fields to change, of labels, pinned, default_constraint, version; the last moves the alias, needs a bare name,
+        and is how to roll back: the others are then those of the version to which it moves. Absent: labels and pinned.
         """
 
     def __init__(

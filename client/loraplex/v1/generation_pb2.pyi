@@ -169,7 +169,9 @@ class GenerateSpec(google.protobuf.message.Message):
 
     @property
     def constraint(self) -> Global___Constraint:
-        """What form the text must have."""
+        """What form the text must have. Absent: as the route's default_constraint says, else the adapter's, else any. A
+        weighted sum of adapters has no default.
+        """
 
     @property
     def cache(self) -> Global___CacheOptions:
@@ -430,6 +432,7 @@ class Constraint(google.protobuf.message.Message):
     REGEX_FIELD_NUMBER: builtins.int
     CHOICES_FIELD_NUMBER: builtins.int
     GRAMMAR_FIELD_NUMBER: builtins.int
+    ANY_TEXT_FIELD_NUMBER: builtins.int
     json_schema: builtins.str
     """A JSON value that this JSON Schema (an object, as JSON text) accepts. Keywords that the server cannot keep to are
     refused, such as not, if, uniqueItems and contains; words that are no keywords are ignored. References lead to places
@@ -450,6 +453,10 @@ class Constraint(google.protobuf.message.Message):
     def choices(self) -> Global___Choices:
         """One of these texts."""
 
+    @property
+    def any_text(self) -> Global___AnyText:
+        """Any text, whatever the route or the adapter has by default."""
+
     def __init__(
         self,
         *,
@@ -458,10 +465,11 @@ class Constraint(google.protobuf.message.Message):
         regex: builtins.str = ...,
         choices: Global___Choices | None = ...,
         grammar: builtins.str = ...,
+        any_text: Global___AnyText | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["choices", b"choices", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choices", b"choices", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["json_schema", "json_object", "regex", "choices", "grammar"] | None: ...
+    def HasField(self, field_name: typing.Literal["any_text", b"any_text", "choices", b"choices", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["any_text", b"any_text", "choices", b"choices", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["json_schema", "json_object", "regex", "choices", "grammar", "any_text"] | None: ...
 
 Global___Constraint: typing_extensions.TypeAlias = Constraint
 
@@ -476,6 +484,18 @@ class JsonObject(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___JsonObject: typing_extensions.TypeAlias = JsonObject
+
+@typing.final
+class AnyText(google.protobuf.message.Message):
+    """Marks that there is no constraint. Has no fields."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___AnyText: typing_extensions.TypeAlias = AnyText
 
 @typing.final
 class Choices(google.protobuf.message.Message):

@@ -19,7 +19,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from loraplex.v1 import generation_pb2 as loraplex_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/routes.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cloraplex/v1/generation.proto\"\xf8\x02\n\x05Route\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x08\x12.\n\x07targets\x18\x02 \x03(\x0b\x32\x18.loraplex.v1.RouteTargetB\x03\xe0\x41\x02\x12\x15\n\x08\x66\x61llback\x18\x03 \x01(\tH\x00\x88\x01\x01\x12/\n\x10\x64\x65\x66\x61ult_sampling\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.Sampling\x12\x34\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x03\xe0\x41\x03\x12\x34\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x03\xe0\x41\x03\x12.\n\x06labels\x18\x07 \x03(\x0b\x32\x1e.loraplex.v1.Route.LabelsEntry\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_fallback\"A\n\x0bRouteTarget\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x13\n\x06weight\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x90\x01\n\x0eResolvedTarget\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x04 \x01(\t\x12\r\n\x05route\x18\x05 \x01(\t\x12\x19\n\x11\x66\x65ll_back_to_base\x18\x06 \x01(\x08\"$\n\x0fGetRouteRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\"O\n\x11ListRoutesRequest\x12\x13\n\x06parent\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Q\n\x12ListRoutesResponse\x12\"\n\x06routes\x18\x01 \x03(\x0b\x32\x12.loraplex.v1.Route\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xac\x01\n\x12UpdateRouteRequest\x12&\n\x05route\x18\x01 \x01(\x0b\x32\x12.loraplex.v1.RouteB\x03\xe0\x41\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"k\n\x12\x44\x65leteRouteRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x11\n\x04\x65tag\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_etagB\r\n\x0b_request_id\"t\n\x14ResolveTargetRequest\x12\x13\n\x06parent\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tB\x03\xe0\x41\x02\x12\x18\n\x0brouting_key\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\t\n\x07_parentB\x0e\n\x0c_routing_key\"D\n\x15ResolveTargetResponse\x12+\n\x06target\x18\x01 \x01(\x0b\x32\x1b.loraplex.v1.ResolvedTarget2\xff\x02\n\x0cRouteService\x12<\n\x08GetRoute\x12\x1c.loraplex.v1.GetRouteRequest\x1a\x12.loraplex.v1.Route\x12M\n\nListRoutes\x12\x1e.loraplex.v1.ListRoutesRequest\x1a\x1f.loraplex.v1.ListRoutesResponse\x12\x42\n\x0bUpdateRoute\x12\x1f.loraplex.v1.UpdateRouteRequest\x1a\x12.loraplex.v1.Route\x12\x46\n\x0b\x44\x65leteRoute\x12\x1f.loraplex.v1.DeleteRouteRequest\x1a\x16.google.protobuf.Empty\x12V\n\rResolveTarget\x12!.loraplex.v1.ResolveTargetRequest\x1a\".loraplex.v1.ResolveTargetResponseB\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/routes.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cloraplex/v1/generation.proto\"\xad\x03\n\x05Route\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x08\x12.\n\x07targets\x18\x02 \x03(\x0b\x32\x18.loraplex.v1.RouteTargetB\x03\xe0\x41\x02\x12\x15\n\x08\x66\x61llback\x18\x03 \x01(\tH\x00\x88\x01\x01\x12/\n\x10\x64\x65\x66\x61ult_sampling\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.Sampling\x12\x34\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x03\xe0\x41\x03\x12\x34\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x03\xe0\x41\x03\x12.\n\x06labels\x18\x07 \x03(\x0b\x32\x1e.loraplex.v1.Route.LabelsEntry\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12\x33\n\x12\x64\x65\x66\x61ult_constraint\x18\t \x01(\x0b\x32\x17.loraplex.v1.Constraint\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_fallback\"A\n\x0bRouteTarget\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x13\n\x06weight\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xab\x01\n\x0eResolvedTarget\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x04 \x01(\t\x12\r\n\x05route\x18\x05 \x01(\t\x12\x19\n\x11\x66\x65ll_back_to_base\x18\x06 \x01(\x08\x12\x19\n\x11\x63onstraint_source\x18\x07 \x01(\t\"$\n\x0fGetRouteRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\"O\n\x11ListRoutesRequest\x12\x13\n\x06parent\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Q\n\x12ListRoutesResponse\x12\"\n\x06routes\x18\x01 \x03(\x0b\x32\x12.loraplex.v1.Route\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xac\x01\n\x12UpdateRouteRequest\x12&\n\x05route\x18\x01 \x01(\x0b\x32\x12.loraplex.v1.RouteB\x03\xe0\x41\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"k\n\x12\x44\x65leteRouteRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x11\n\x04\x65tag\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_etagB\r\n\x0b_request_id\"t\n\x14ResolveTargetRequest\x12\x13\n\x06parent\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tB\x03\xe0\x41\x02\x12\x18\n\x0brouting_key\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\t\n\x07_parentB\x0e\n\x0c_routing_key\"D\n\x15ResolveTargetResponse\x12+\n\x06target\x18\x01 \x01(\x0b\x32\x1b.loraplex.v1.ResolvedTarget2\xff\x02\n\x0cRouteService\x12<\n\x08GetRoute\x12\x1c.loraplex.v1.GetRouteRequest\x1a\x12.loraplex.v1.Route\x12M\n\nListRoutes\x12\x1e.loraplex.v1.ListRoutesRequest\x1a\x1f.loraplex.v1.ListRoutesResponse\x12\x42\n\x0bUpdateRoute\x12\x1f.loraplex.v1.UpdateRouteRequest\x1a\x12.loraplex.v1.Route\x12\x46\n\x0b\x44\x65leteRoute\x12\x1f.loraplex.v1.DeleteRouteRequest\x1a\x16.google.protobuf.Empty\x12V\n\rResolveTarget\x12!.loraplex.v1.ResolveTargetRequest\x1a\".loraplex.v1.ResolveTargetResponseB\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,27 +50,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESOLVETARGETREQUEST'].fields_by_name['model']._loaded_options = None
   _globals['_RESOLVETARGETREQUEST'].fields_by_name['model']._serialized_options = b'\340A\002'
   _globals['_ROUTE']._serialized_start=201
-  _globals['_ROUTE']._serialized_end=577
-  _globals['_ROUTE_LABELSENTRY']._serialized_start=519
-  _globals['_ROUTE_LABELSENTRY']._serialized_end=564
-  _globals['_ROUTETARGET']._serialized_start=579
-  _globals['_ROUTETARGET']._serialized_end=644
-  _globals['_RESOLVEDTARGET']._serialized_start=647
-  _globals['_RESOLVEDTARGET']._serialized_end=791
-  _globals['_GETROUTEREQUEST']._serialized_start=793
-  _globals['_GETROUTEREQUEST']._serialized_end=829
-  _globals['_LISTROUTESREQUEST']._serialized_start=831
-  _globals['_LISTROUTESREQUEST']._serialized_end=910
-  _globals['_LISTROUTESRESPONSE']._serialized_start=912
-  _globals['_LISTROUTESRESPONSE']._serialized_end=993
-  _globals['_UPDATEROUTEREQUEST']._serialized_start=996
-  _globals['_UPDATEROUTEREQUEST']._serialized_end=1168
-  _globals['_DELETEROUTEREQUEST']._serialized_start=1170
-  _globals['_DELETEROUTEREQUEST']._serialized_end=1277
-  _globals['_RESOLVETARGETREQUEST']._serialized_start=1279
-  _globals['_RESOLVETARGETREQUEST']._serialized_end=1395
-  _globals['_RESOLVETARGETRESPONSE']._serialized_start=1397
-  _globals['_RESOLVETARGETRESPONSE']._serialized_end=1465
-  _globals['_ROUTESERVICE']._serialized_start=1468
-  _globals['_ROUTESERVICE']._serialized_end=1851
+  _globals['_ROUTE']._serialized_end=630
+  _globals['_ROUTE_LABELSENTRY']._serialized_start=572
+  _globals['_ROUTE_LABELSENTRY']._serialized_end=617
+  _globals['_ROUTETARGET']._serialized_start=632
+  _globals['_ROUTETARGET']._serialized_end=697
+  _globals['_RESOLVEDTARGET']._serialized_start=700
+  _globals['_RESOLVEDTARGET']._serialized_end=871
+  _globals['_GETROUTEREQUEST']._serialized_start=873
+  _globals['_GETROUTEREQUEST']._serialized_end=909
+  _globals['_LISTROUTESREQUEST']._serialized_start=911
+  _globals['_LISTROUTESREQUEST']._serialized_end=990
+  _globals['_LISTROUTESRESPONSE']._serialized_start=992
+  _globals['_LISTROUTESRESPONSE']._serialized_end=1073
+  _globals['_UPDATEROUTEREQUEST']._serialized_start=1076
+  _globals['_UPDATEROUTEREQUEST']._serialized_end=1248
+  _globals['_DELETEROUTEREQUEST']._serialized_start=1250
+  _globals['_DELETEROUTEREQUEST']._serialized_end=1357
+  _globals['_RESOLVETARGETREQUEST']._serialized_start=1359
+  _globals['_RESOLVETARGETREQUEST']._serialized_end=1475
+  _globals['_RESOLVETARGETRESPONSE']._serialized_start=1477
+  _globals['_RESOLVETARGETRESPONSE']._serialized_end=1545
+  _globals['_ROUTESERVICE']._serialized_start=1548
+  _globals['_ROUTESERVICE']._serialized_end=1931
 # @@protoc_insertion_point(module_scope)

@@ -51,6 +51,7 @@ class Route(google.protobuf.message.Message):
     UPDATE_TIME_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
+    DEFAULT_CONSTRAINT_FIELD_NUMBER: builtins.int
     name: builtins.str
     """tenants/{tenant}/routes/{route}. At most 512 characters."""
     fallback: builtins.str
@@ -81,6 +82,10 @@ class Route(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Labels for the operator's own use. At most 64; keys up to 63 characters, values up to 256."""
 
+    @property
+    def default_constraint(self) -> loraplex.v1.generation_pb2.Constraint:
+        """The form of the outputs of requests that set no constraint of their own. It comes before the adapter's default."""
+
     def __init__(
         self,
         *,
@@ -92,9 +97,10 @@ class Route(google.protobuf.message.Message):
         update_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         etag: builtins.str = ...,
+        default_constraint: loraplex.v1.generation_pb2.Constraint | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_fallback", b"_fallback", "create_time", b"create_time", "default_sampling", b"default_sampling", "fallback", b"fallback", "update_time", b"update_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_fallback", b"_fallback", "create_time", b"create_time", "default_sampling", b"default_sampling", "etag", b"etag", "fallback", b"fallback", "labels", b"labels", "name", b"name", "targets", b"targets", "update_time", b"update_time"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_fallback", b"_fallback", "create_time", b"create_time", "default_constraint", b"default_constraint", "default_sampling", b"default_sampling", "fallback", b"fallback", "update_time", b"update_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_fallback", b"_fallback", "create_time", b"create_time", "default_constraint", b"default_constraint", "default_sampling", b"default_sampling", "etag", b"etag", "fallback", b"fallback", "labels", b"labels", "name", b"name", "targets", b"targets", "update_time", b"update_time"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_fallback", b"_fallback"]) -> typing.Literal["fallback"] | None: ...
 
 Global___Route: typing_extensions.TypeAlias = Route
@@ -137,6 +143,7 @@ class ResolvedTarget(google.protobuf.message.Message):
     ADAPTER_VERSION_FIELD_NUMBER: builtins.int
     ROUTE_FIELD_NUMBER: builtins.int
     FELL_BACK_TO_BASE_FIELD_NUMBER: builtins.int
+    CONSTRAINT_SOURCE_FIELD_NUMBER: builtins.int
     model: builtins.str
     """models/{model}: the base model that runs."""
     model_revision: builtins.str
@@ -151,6 +158,10 @@ class ResolvedTarget(google.protobuf.message.Message):
     """tenants/{tenant}/routes/{route}: the route that was taken; empty if none was."""
     fell_back_to_base: builtins.bool
     """The adapter was not on the device, and the base model answers alone because the request allowed it."""
+    constraint_source: builtins.str
+    """The route or the adapter version whose default_constraint the outputs follow; empty: the request has a constraint of
+    its own, or there is none.
+    """
     def __init__(
         self,
         *,
@@ -160,8 +171,9 @@ class ResolvedTarget(google.protobuf.message.Message):
         adapter_version: builtins.str = ...,
         route: builtins.str = ...,
         fell_back_to_base: builtins.bool = ...,
+        constraint_source: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter_version", b"adapter_version", "fell_back_to_base", b"fell_back_to_base", "model", b"model", "model_revision", b"model_revision", "quantization", b"quantization", "route", b"route"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_version", b"adapter_version", "constraint_source", b"constraint_source", "fell_back_to_base", b"fell_back_to_base", "model", b"model", "model_revision", b"model_revision", "quantization", b"quantization", "route", b"route"]) -> None: ...
 
 Global___ResolvedTarget: typing_extensions.TypeAlias = ResolvedTarget
 
@@ -255,7 +267,7 @@ class UpdateRouteRequest(google.protobuf.message.Message):
 
     @property
     def update_mask(self) -> google.protobuf.field_mask_pb2.FieldMask:
-        """The fields to change, of targets, fallback, default_sampling, labels. Absent: all of these."""
+        """The fields to change, of targets, fallback, default_sampling, labels, default_constraint. Absent: all of these."""
 
     def __init__(
         self,

@@ -357,6 +357,7 @@ class UsageRecord(google.protobuf.message.Message):
     ADAPTERS_FIELD_NUMBER: builtins.int
     CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    CONSTRAINT_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Unique: the server's id of the request, which the caller sees. Tells what was seen already."""
     trace_id: builtins.str
@@ -387,6 +388,10 @@ class UsageRecord(google.protobuf.message.Message):
     """Tokens generated, of all outputs, whether they were read or not."""
     client_request_id: builtins.str
     """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
+    constraint: builtins.str
+    """The kind of the constraint that its outputs followed, by default or because the request said so, such as
+    "json_schema"; empty: none.
+    """
     @property
     def finish_reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Of each output that finished, without the prefix FINISH_REASON_, such as "EOS"."""
@@ -443,9 +448,10 @@ class UsageRecord(google.protobuf.message.Message):
         adapters: collections.abc.Iterable[Global___UsedAdapter] | None = ...,
         client_request_id: builtins.str = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        constraint: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "queue_duration", b"queue_duration", "start_time", b"start_time", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_load_duration", b"adapter_load_duration", "adapters", b"adapters", "cached_prompt_tokens", b"cached_prompt_tokens", "client_request_id", b"client_request_id", "completion_tokens", b"completion_tokens", "finish_reasons", b"finish_reasons", "id", b"id", "labels", b"labels", "model", b"model", "model_revision", b"model_revision", "operation", b"operation", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "start_time", b"start_time", "status", b"status", "tenant", b"tenant", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration", "trace_id", b"trace_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_load_duration", b"adapter_load_duration", "adapters", b"adapters", "cached_prompt_tokens", b"cached_prompt_tokens", "client_request_id", b"client_request_id", "completion_tokens", b"completion_tokens", "constraint", b"constraint", "finish_reasons", b"finish_reasons", "id", b"id", "labels", b"labels", "model", b"model", "model_revision", b"model_revision", "operation", b"operation", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "start_time", b"start_time", "status", b"status", "tenant", b"tenant", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration", "trace_id", b"trace_id"]) -> None: ...
 
 Global___UsageRecord: typing_extensions.TypeAlias = UsageRecord
 

@@ -9,9 +9,11 @@ import click
 
 from loraplex import PermissionDenied, enum_name
 from loraplex.v1.adapters_pb2 import Adapter
+from loraplex.v1.generation_pb2 import Constraint
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.source import check_there, digest
 from loraplex_adapters.files.trust import SIGNATURE_FILE, sign
+from loraplex_service.commands.forms import asks_for_form
 from loraplex_service.commands.shared import EXISTING, ServerAccess, print_json, print_table, reaches_server
 
 
@@ -59,6 +61,7 @@ def get_adapter(target: ServerAccess, name: str) -> None:
 @click.option("--validate-only", is_flag=True, help="Read and check, but register nothing.")
 @click.option("--keep-current", is_flag=True, help="Do not move the bare name to this version.")
 @click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds; 0 returns at once.")
+@asks_for_form
 @reaches_server
 def create_adapter(
     target: ServerAccess,
@@ -68,9 +71,10 @@ def create_adapter(
     validate_only: bool,
     keep_current: bool,
     wait: float,
+    form: Constraint | None,
 ) -> None:
     """Register the adapter in SOURCE, which the server can reach: a directory under one of its adapter roots, relative
-    to one or to here, or s3://… or hf://…"""
+    to one or to here, or s3://… or hf://… A form is the default of requests that ask for none."""
 
     def create(source: str) -> Adapter:
         return admin.create_adapter(
@@ -81,6 +85,7 @@ def create_adapter(
             validate_only=validate_only,
             make_current=not keep_current,
             wait=wait,
+            default_constraint=form,
         )
 
     with target.admin() as admin:
@@ -119,11 +124,19 @@ def delete_adapter(target: ServerAccess, name: str, wait: float) -> None:
 @click.option("--base-model", required=True, help="The model that it adapts.")
 @click.option("--keep-current", is_flag=True, help="Do not move the bare name to this version.")
 @click.option("--wait", type=float, default=60.0, show_default=True, help="Seconds; 0 returns at once.")
+@asks_for_form
 @reaches_server
 def upload_adapter(
-    target: ServerAccess, adapter_id: str, directory: Path, base_model: str, keep_current: bool, wait: float
+    target: ServerAccess,
+    adapter_id: str,
+    directory: Path,
+    base_model: str,
+    keep_current: bool,
+    wait: float,
+    form: Constraint | None,
 ) -> None:
-    """Send the adapter in DIRECTORY, on this machine, to the server and register it."""
+    """Send the adapter in DIRECTORY, on this machine, to the server and register it. A form is the default of requests
+    that ask for none."""
     with _file_failures():
         check_there(directory)
     with target.admin() as admin:
@@ -134,8 +147,20 @@ def upload_adapter(
             tenant=target.tenant or "shared",
             make_current=not keep_current,
             wait=wait,
+            default_constraint=form,
         )
     _print_created(created)
+
+
+@adapters.command("form")
+@click.argument("name")
+@asks_for_form
+@reaches_server
+def set_form(target: ServerAccess, name: str, form: Constraint | None) -> None:
+    """Set the form of the outputs of requests to NAME that ask for none; without options, remove it."""
+    with target.admin() as admin:
+        changed = admin.update_adapter(name, default_constraint=form or Constraint(), tenant=target.tenant or "shared")
+        print_json(changed)
 
 
 @adapters.command("pin")

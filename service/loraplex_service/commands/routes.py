@@ -3,7 +3,9 @@
 import click
 
 from loraplex.operations.base import route_name
+from loraplex.v1.generation_pb2 import Constraint
 from loraplex.v1.routes_pb2 import Route, RouteTarget
+from loraplex_service.commands.forms import asks_for_form
 from loraplex_service.commands.shared import ServerAccess, print_json, print_table, reaches_server
 
 
@@ -35,17 +37,23 @@ def get_route(target: ServerAccess, name: str) -> None:
 @click.argument("name")
 @click.argument("targets", nargs=-1, required=True)
 @click.option("--fallback", help="Where requests go whose target is not available.")
+@asks_for_form
 @reaches_server
-def set_route(target: ServerAccess, name: str, targets: tuple[str, ...], fallback: str | None) -> None:
-    """Send requests for NAME to TARGETS: "legal", or with weights "legal@1a2b3c4d5e6f=95 legal@6f5e4d3c2b1a=5"."""
-    route = Route(name=route_name(name, target.tenant or "shared"), fallback=fallback)
+def set_route(
+    target: ServerAccess, name: str, targets: tuple[str, ...], fallback: str | None, form: Constraint | None
+) -> None:
+    """Send requests for NAME to TARGETS: "legal", or with weights "legal@1a2b3c4d5e6f=95 legal@6f5e4d3c2b1a=5". A form
+    is the default of requests that ask for none."""
+    route = Route(name=route_name(name, target.tenant or "shared"), fallback=fallback, default_constraint=form)
     for item in targets:
         model, _, weight = item.partition("=")
         if weight and not weight.isdecimal():
             raise click.BadParameter(f"{item!r}: a whole number is expected after the sign =", param_hint="TARGETS")
         route.targets.append(RouteTarget(model=model, weight=int(weight or 1)))
     with target.admin() as admin:
-        print_json(admin.update_route(route, update_mask=["targets", "fallback"], allow_missing=True))
+        print_json(
+            admin.update_route(route, update_mask=["targets", "fallback", "default_constraint"], allow_missing=True)
+        )
 
 
 @routes.command("resolve")

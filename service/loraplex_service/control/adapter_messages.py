@@ -8,6 +8,7 @@ from loraplex.v1.adapters_pb2 import (
     AdapterResidency,
     WatchAdaptersResponse,
 )
+from loraplex.v1.generation_pb2 import Constraint
 from loraplex.v1.watch_pb2 import WATCH_EVENT_TYPE_CHANGED, WATCH_EVENT_TYPE_DELETED
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.registry import AdapterChange, ChangeKind
@@ -59,6 +60,7 @@ class AdapterMessages:
             update_time=timestamp(version.update_time),
             labels=version.spec.labels,
             etag=version.etag,
+            default_constraint=constraint_of(version.spec),
         )
         inside = sees_inside(owner_of(version))
         if inside:
@@ -114,9 +116,15 @@ def validated_adapter(key: AdapterKey, spec: AdapterSpec, info: AdapterInfo) -> 
         source=spec.source,
         digest=f"sha256:{key.digest}",
         labels=spec.labels,
+        default_constraint=constraint_of(spec),
     )
     _add_facts(message, info)
     return message
+
+
+def constraint_of(spec: AdapterSpec) -> Constraint | None:
+    """The form of the outputs of requests that set none; None: any."""
+    return Constraint.FromString(spec.default_constraint) if spec.default_constraint else None
 
 
 def _add_facts(message: Adapter, info: AdapterInfo) -> None:

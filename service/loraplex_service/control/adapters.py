@@ -26,6 +26,7 @@ from loraplex.v1.adapters_pb2 import (
     WatchAdaptersRequest,
     WatchAdaptersResponse,
 )
+from loraplex.v1.generation_pb2 import Constraint
 from loraplex.v1.watch_pb2 import (
     WATCH_EVENT_TYPE_EXISTING,
     WATCH_EVENT_TYPE_SNAPSHOT_END,
@@ -60,10 +61,11 @@ from loraplex_service.errors import (
 from loraplex_service.latest import Latest
 from loraplex_service.models.host import ModelHost
 from loraplex_service.names.grammar import adapter_name, model_id, tenant_id
+from loraplex_service.requests.forms import Forms
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-UPDATABLE = ("labels", "pinned", "version")
+UPDATABLE = ("labels", "pinned", "default_constraint", "version")
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
@@ -79,6 +81,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         host: ModelHost,
         tenants: Tenants,
         quota: AdapterQuota,
+        forms: Forms,
         max_upload_bytes: int,
     ) -> None:
         self._registry = registry
@@ -91,6 +94,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self._tenants = tenants
         self._max_upload_bytes = max_upload_bytes
         self._quota = quota
+        self._forms = forms
         self._once = Once()
 
     # ---- looking -----------------------------------------------------------------------------------------------------
@@ -172,8 +176,10 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             pinned=request.adapter.pinned,
             residency=residency,
             make_current=request.make_current if request.HasField("make_current") else True,
+            default_constraint=_saved(request.adapter.default_constraint),
         )
         seconds = wait_seconds(request)
+        await self._check_form(tenant, request.adapter)
         if request.adapter.digest and request.adapter.digest != f"sha256:{files.digest}":
             raise InvalidRequest.at("adapter.digest", f"the files have another one, sha256:{files.digest}")
         await self._library.check_trust(self._tenants.get(tenant), files.digest, files.directory)
@@ -204,6 +210,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def _update(self, wanted: Adapter, fields: set[str]) -> AdapterVersion:
         version = self._get(wanted.name, "adapter.name")
         _check_etag(version, wanted.etag)
+        if "default_constraint" in fields:
+            await self._check_form(owner_of(version), wanted)
         if "version" in fields:
             version = self._next_current(wanted)
         repins = "pinned" in fields and wanted.pinned is not version.spec.pinned
@@ -225,6 +233,14 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if "labels" in fields:
             more = Adapter(labels=wanted.labels).ByteSize() - Adapter(labels=version.spec.labels).ByteSize()
             self._quota.check_state(owner_of(version), more)
+        if "default_constraint" in fields:
+            more = wanted.default_constraint.ByteSize() - len(version.spec.default_constraint)
+            self._quota.check_state(owner_of(version), more)
+
+    async def _check_form(self, tenant: str, adapter: Adapter) -> None:
+        """Raise InvalidRequest for a default constraint that no engine can keep to."""
+        path = "adapter.default_constraint"
+        await self._forms.grammar(adapter.default_constraint, self._tenants.get(tenant), path)
 
     def _next_current(self, wanted: Adapter) -> AdapterVersion:
         """The version to which an alias is to move. Raises InvalidRequest, NotFound, FailedPrecondition."""
@@ -339,7 +355,13 @@ def _updated(registry: AdapterRegistry, version: AdapterVersion, wanted: Adapter
             raise FailedPrecondition("ADAPTER_INVALID", str(error)) from error
     if "labels" in fields:
         version = registry.update(name, labels=wanted.labels)
+    if "default_constraint" in fields:
+        version = registry.update(name, default_constraint=_saved(wanted.default_constraint))
     return version
+
+
+def _saved(constraint: Constraint) -> bytes:
+    return constraint.SerializeToString(deterministic=True)
 
 
 def _fields_to_change(mask: FieldMask) -> set[str]:

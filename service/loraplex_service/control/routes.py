@@ -30,6 +30,7 @@ from loraplex_service.errors import Aborted, InvalidRequest, LoraplexError, NotF
 from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.grammar import route_name, tenant_id
 from loraplex_service.names.routing import RouteBook, weight_of
+from loraplex_service.requests.forms import Forms
 from loraplex_service.state import StateFile
 from loraplex_service.timestamps import timestamp
 
@@ -38,7 +39,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 R = TypeVar("R")
 T = TypeVar("T")
 
-UPDATABLE = ("targets", "fallback", "default_sampling", "labels")
+UPDATABLE = ("targets", "fallback", "default_sampling", "labels", "default_constraint")
 
 
 class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
@@ -50,6 +51,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         routes: RouteBook,
         state: StateFile,
         tenants: Tenants,
+        forms: Forms,
         prefetch: Callable[[AdapterVersion], None],
     ) -> None:
         """`prefetch`: called with every adapter to which requests may soon be routed."""
@@ -57,6 +59,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         self._routes = routes
         self._state = state
         self._tenants = tenants
+        self._forms = forms
         self._prefetch = prefetch
         self._once = Once()
 
@@ -103,6 +106,8 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         violations = list(self._violations(route, fields))
         if violations:
             raise InvalidRequest(*violations)
+        tenant = self._tenants.get(_owner(route))
+        await self._forms.grammar(route.default_constraint, tenant, "route.default_constraint")
         route.update_time.CopyFrom(timestamp(now))
         route.etag = f"{time.time_ns():x}"
         self._check_quota(route, known)

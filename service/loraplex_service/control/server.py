@@ -172,6 +172,7 @@ def _usage_message(record: GenerationRecord) -> UsageRecord:
         adapter_load_duration=_duration(record.adapter_load_seconds),
         time_to_first_token=_duration(record.first_token_seconds),
         client_request_id=record.client_request_id,
+        constraint=record.constraint,
         labels=record.labels,
     )
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from loraplex.v1.generation_pb2 import Sampling
+from loraplex.v1.generation_pb2 import Constraint, Sampling
 from loraplex.v1.routes_pb2 import ResolvedTarget, Route
 from loraplex_adapters.key import AdapterKey, compose
 from loraplex_adapters.versions import AdapterVersion
@@ -51,6 +51,18 @@ class Target:
         defaults = self.model.default_sampling
         return defaults if self.route is None else merged_sampling(self.route.default_sampling, defaults)
 
+    @property
+    def default_constraint(self) -> tuple[Constraint, str]:
+        """The form of the outputs of requests that set none, and the name of the route or adapter that says so.
+
+        An empty one, of nobody: any text.
+        """
+        if self.route is not None and self.route.HasField("default_constraint"):
+            return self.route.default_constraint, self.route.name
+        if self.adapter is not None and self.adapter.spec.default_constraint:
+            return Constraint.FromString(self.adapter.spec.default_constraint), self.adapter.version_name
+        return Constraint(), ""
+
     def resolved(self, fell_back_to_base: bool = False) -> ResolvedTarget:
         """The message that tells the caller what runs.
 
@@ -66,6 +78,7 @@ class Target:
             adapter_version="" if fell_back_to_base else adapter_version,
             route=self.route.name if self.route is not None else "",
             fell_back_to_base=fell_back_to_base,
+            constraint_source=self.default_constraint[1],
         )
 
 

@@ -39,12 +39,12 @@ class Forms:
         self._kept: OrderedDict[bytes, str] = OrderedDict()
 
     async def grammar(self, constraint: Constraint, tenant: Tenant, path: str) -> str:
-        """The grammar of a constraint that is in its limits; "": none was asked for.
+        """The grammar of a constraint that is in its limits; "": any text.
 
         `path`: where the constraint is in the request. Raises InvalidRequest, Unavailable.
         """
         kind = constraint.WhichOneof("kind")
-        if kind is None:
+        if kind in (None, "any_text"):
             return ""
         key = constraint.SerializeToString(deterministic=True)
         if key not in self._kept:

@@ -10,7 +10,7 @@ import grpc.aio
 import msgspec
 
 from loraplex.v1 import inference_pb2_grpc
-from loraplex.v1.generation_pb2 import GenerateSpec
+from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
 from loraplex.v1.inference_pb2 import (
     BatchGenerateRequest,
     BatchGenerateResponse,
@@ -35,7 +35,7 @@ from loraplex_service.admission.tenants import Tenant
 from loraplex_service.call import Call, current_call
 from loraplex_service.call_errors import error_status, known_error
 from loraplex_service.errors import InvalidRequest, MessageTooLarge
-from loraplex_service.names.target import merged_sampling
+from loraplex_service.names.target import Target, merged_sampling
 from loraplex_service.requests.cold_adapters import Wait
 from loraplex_service.requests.entrance import Entered, Entrance, Size
 from loraplex_service.requests.forms import Forms
@@ -68,6 +68,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self,
         entrance: Entrance,
         texts: TextWork,
+        forms: Forms,
         metrics: RequestMetrics | None = None,
         answer_bytes: int = 32 << 20,
     ) -> None:
@@ -77,7 +78,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._entrance = entrance
         self._requests = entrance.requests
         self._texts = texts
-        self._forms = Forms(texts)
+        self._forms = forms
         self._answer_bytes = answer_bytes
         self._token_gaps = (metrics or RequestMetrics()).token_gaps
 
@@ -186,7 +187,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         target = await self._entrance.target(call, tenant, spec.model, f"{path}.model")
         model = target.model
         prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")
-        grammar = await self._forms.grammar(spec.constraint, tenant, f"{path}.constraint")
+        constraint, named_by = _constraint(spec, target)
+        grammar = await self._forms.grammar(constraint, tenant, f"{path}.model" if named_by else f"{path}.constraint")
         sampling = merged_sampling(spec.sampling, target.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(SEED_BITS)
         tokenizer = model.tokenizer
@@ -197,13 +199,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         size, limit = Size(len(prompt), outputs, params.max_tokens), params.time_limit_seconds
         policy, named = spec.adapter_policy, f"{path}.model"
         async with self._entrance.entered(known, tenant, target, policy, size, limit, named) as entered:
+            resolved = entered.target
+            resolved.constraint_source = named_by
             sequences = _sequences(tenant, spec, model.client, prompt, params, entered, outputs, grammar)
             job = Job(
                 request_id=call.request_id,
                 client_request_id=call.client_request_id,
                 labels=call.labels,
                 operation="chat" if spec.prompt.HasField("chat") else "text_completion",
-                target=entered.target,
+                target=resolved,
+                constraint=(constraint.WhichOneof("kind") or "") if grammar else "",
                 tokenizer=model.tokenizer,
                 form=OutputForm.of(spec, streaming, params.max_tokens),
                 prompt=prompt,
@@ -215,6 +220,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             run = Run(job, model.client, entered.successor, self._token_gaps.of((model.name,)), entered.start)
             async with self._entrance.working(known, run):
                 yield run
+
+
+def _constraint(spec: GenerateSpec, target: Target) -> tuple[Constraint, str]:
+    """The constraint of a request, and who names it by default; "": the request itself, or nobody."""
+    return (spec.constraint, "") if spec.HasField("constraint") else target.default_constraint
 
 
 def _form_path(spec: GenerateSpec, path: str) -> str:

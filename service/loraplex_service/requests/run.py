@@ -55,6 +55,7 @@ class Job:
     sequences: Sequence[AddRequest]  # one for each output, all with this prompt
     arrival: float
     adapter_load_seconds: float  # waited for already
+    constraint: str  # the kind of the form that its outputs have; empty: none
     form_path: str  # where the request says what form its outputs must have
 
     @property
@@ -127,7 +128,8 @@ class Run:
         """The generation's record. `status`: the name of the gRPC status that it ends with."""
         finished = [each.builder.finished for each in self._sequences if each.builder.finished is not None]
         reasons = [inference_pb2.FinishReason.Name(f.reason).removeprefix("FINISH_REASON_") for f in finished]
-        return request_record(self._job, status, trace_id, self.usage(), self._timings, self._computed, reasons)
+        record = request_record(self._job, status, trace_id, self.usage(), self._timings, self._computed, reasons)
+        return msgspec.structs.replace(record, constraint=self._job.constraint)
 
     def end(self, error: Exception) -> None:
         """Stop the engine's work at once, and make `events` raise this error."""

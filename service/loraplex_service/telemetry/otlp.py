@@ -165,6 +165,7 @@ def _span_attributes(record: GenerationRecord) -> Attributes:
         "gen_ai.usage.output_tokens": record.completion_tokens,
         "loraplex.tenant": record.tenant,
         "loraplex.client_request_id": record.client_request_id,
+        "loraplex.constraint": record.constraint,
         **{f"loraplex.label.{name}": value for name, value in record.labels.items()},
         "loraplex.model_revision": record.model_revision,
         "loraplex.adapter_digest": record.adapter_digest,

@@ -30,6 +30,7 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str  # tenants/{tenant}/adapters/{adapter}; of a weighted sum {version}*{weight} + …; empty: the base model
     adapter_digest: str  # the version: sha-256 of its content; of a weighted sum, over its members and weights
     adapters: Sequence[AppliedAdapter] = ()  # all of them: none, one, or the members of a weighted sum
+    constraint: str = ""  # the kind of the form that its outputs had, such as json_schema; empty: none
     status: str  # of grpc: OK, CANCELLED, …
     finish_reasons: Sequence[str]  # of the outputs that finished: EOS, STOP, MAX_TOKENS, …
     prompt_tokens: int

@@ -97,6 +97,25 @@ async def test_an_adapter_of_a_model_that_failed_says_so_at_once(
     assert answer["error"]["message"] == "model 'other' could not be loaded: its tokenizer is broken"
 
 
+async def test_a_form_is_set_shown_and_removed(run: Run, control: ControlPlane, tmp_path: Path) -> None:
+    schema = tmp_path / "form.json"
+    schema.write_text('{"type": "object"}')
+    write_adapter(control.roots / "pirate")
+    arguments = ["adapters", "create", "pirate", "pirate", "--base-model", "tiny", "--json-schema", str(schema)]
+    assert json.loads((await run(*arguments)).output)["default_constraint"] == {"json_schema": '{"type": "object"}'}
+    changed = json.loads((await run("adapters", "form", "pirate", "--choice", "a", "--choice", "b")).output)
+    assert changed["default_constraint"] == {"choices": {"values": ["a", "b"]}}
+    assert "default_constraint" not in json.loads((await run("adapters", "form", "pirate")).output)
+    route = json.loads((await run("routes", "set", "main", "pirate", "--regex", "[ab]+")).output)
+    assert route["default_constraint"] == {"regex": "[ab]+"}
+
+
+def test_an_output_has_one_form_at_most() -> None:
+    result = CliRunner().invoke(main, ["adapters", "form", "pirate", "--regex", "a", "--json-object"])
+    assert result.exit_code == 2
+    assert "one constraint at most" in result.output
+
+
 async def test_a_route_is_set_resolved_and_deleted(run: Run) -> None:
     made = json.loads((await run("routes", "set", "main", "tiny=3", "models/other", "--fallback", "tiny")).output)
     assert [target["weight"] for target in made["targets"]] == [3, 1]

@@ -99,6 +99,17 @@ async def test_adapters_are_created_listed_switched_and_deleted(control: Control
     assert (await run(control, "adapters", "get", "pirate")).exit_code == 1
 
 
+async def test_a_form_is_asked_for(control: ControlPlane, tmp_path: Path) -> None:
+    grammar = tmp_path / "form.gbnf"
+    grammar.write_text('root ::= "a" | root "b"')
+    assert (
+        await run(control, "generate", "tiny", "abc", "--max-tokens", "3", "--grammar", str(grammar))
+    ).exit_code == 0
+    refused = await run(control, "generate", "tiny", "abc", "--regex", "(a")
+    assert refused.exit_code == 1
+    assert "spec.constraint.regex: cannot be used" in refused.output
+
+
 async def test_an_adapter_that_is_not_valid_is_an_exit_status(control: ControlPlane) -> None:
     write_adapter(control.roots / "rejected")
     result = await run(control, "adapters", "create", "pirate", "rejected", "--base-model", "tiny")

@@ -84,6 +84,13 @@ async def test_a_record_has_what_the_caller_calls_the_request(control: ControlPl
     assert (sent.client_request_id, dict(sent.labels)) == ("mine", {"team": "x"})
 
 
+async def test_a_record_says_what_form_the_outputs_had(control: ControlPlane) -> None:
+    await control.client.generate("tiny", "abc", max_tokens=5, regex="[abc]+")
+    [record] = records(control.roots / "usage.jsonl")
+    [sent] = (await anext(control.admin.watch_usage(existing_only=True))).records
+    assert (record["constraint"], sent.constraint) == ("regex", "regex")
+
+
 async def test_records_of_a_version_that_did_not_keep_callers_names_are_read() -> None:
     earlier = json.loads(msgspec.json.encode(RECORD))
     del earlier["client_request_id"], earlier["labels"]
