@@ -302,6 +302,8 @@ class Client(_Reader):
         salt: str | None = None,
         on_cold: generation_pb2.OnCold.ValueType | str | None = None,
         max_load_wait: float | datetime.timedelta | None = None,
+        draft_kind: generation_pb2.DraftKind.ValueType | str | None = None,
+        max_draft_tokens: int | None = None,
         min_tokens_per_chunk: int | None = None,
         max_chunk_delay: float | datetime.timedelta | None = None,
         priority: int | None = None,
@@ -375,6 +377,9 @@ class Client(_Reader):
             salt: Text without which no other request shares cached prefixes with this one. None: no salt.
             on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
             max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
+            draft_kind: Where drafts come from: "off" or "ngram". They change the speed alone. None: as the model is
+                configured.
+            max_draft_tokens: Most drafts at once. None: as many as the model is configured for.
             min_tokens_per_chunk: Number of tokens to gather into one message of a stream. None: 1.
             max_chunk_delay: Seconds to hold tokens back at most. None: 0.1.
             priority: Rank under load: higher goes before lower. None: 0.
@@ -437,6 +442,8 @@ class Client(_Reader):
                 salt=salt,
                 on_cold=on_cold,
                 max_load_wait=max_load_wait,
+                draft_kind=draft_kind,
+                max_draft_tokens=max_draft_tokens,
                 min_tokens_per_chunk=min_tokens_per_chunk,
                 max_chunk_delay=max_chunk_delay,
                 priority=priority,
@@ -501,6 +508,8 @@ class Client(_Reader):
         salt: str | None = None,
         on_cold: generation_pb2.OnCold.ValueType | str | None = None,
         max_load_wait: float | datetime.timedelta | None = None,
+        draft_kind: generation_pb2.DraftKind.ValueType | str | None = None,
+        max_draft_tokens: int | None = None,
         min_tokens_per_chunk: int | None = None,
         max_chunk_delay: float | datetime.timedelta | None = None,
         priority: int | None = None,
@@ -574,6 +583,9 @@ class Client(_Reader):
             salt: Text without which no other request shares cached prefixes with this one. None: no salt.
             on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
             max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
+            draft_kind: Where drafts come from: "off" or "ngram". They change the speed alone. None: as the model is
+                configured.
+            max_draft_tokens: Most drafts at once. None: as many as the model is configured for.
             min_tokens_per_chunk: Number of tokens to gather into one message of a stream. None: 1.
             max_chunk_delay: Seconds to hold tokens back at most. None: 0.1.
             priority: Rank under load: higher goes before lower. None: 0.
@@ -636,6 +648,8 @@ class Client(_Reader):
                 salt=salt,
                 on_cold=on_cold,
                 max_load_wait=max_load_wait,
+                draft_kind=draft_kind,
+                max_draft_tokens=max_draft_tokens,
                 min_tokens_per_chunk=min_tokens_per_chunk,
                 max_chunk_delay=max_chunk_delay,
                 priority=priority,

@@ -120,6 +120,11 @@ class GenerateOptions(PromptOptions, total=False):
     """What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait."""
     max_load_wait: float | datetime.timedelta | None
     """Seconds to wait for an adapter at most. None: the server's limit."""
+    # Guesses at the next tokens
+    draft_kind: generation_pb2.DraftKind.ValueType | str | None
+    """Where drafts come from: "off" or "ngram". They change the speed alone. None: as the model is configured."""
+    max_draft_tokens: int | None
+    """Most drafts at once. None: as many as the model is configured for."""
     # How a stream is cut into messages
     min_tokens_per_chunk: int | None
     """Number of tokens to gather into one message of a stream. None: 1."""
@@ -134,13 +139,14 @@ class GenerateOptions(PromptOptions, total=False):
     """Labels for your accounting, which come back in the answer. None: no labels."""
 
 
-_PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "stream")
+_PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "drafts", "stream")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "choices", "grammar", "any_text")
 _PROMPT = ("add_special_tokens", "truncate_to_tokens", "literal_content")
 _CHAT = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_message")
 _ENUMS: dict[Any, tuple[str, Any]] = {
     generation_pb2.OnCold.DESCRIPTOR: ("ON_COLD", generation_pb2.OnCold),
     generation_pb2.LogprobsMode.DESCRIPTOR: ("LOGPROBS_MODE", generation_pb2.LogprobsMode),
+    generation_pb2.DraftKind.DESCRIPTOR: ("DRAFT_KIND", generation_pb2.DraftKind),
 }
 _REQUEST = ("priority", "client_request_id", "labels")
 

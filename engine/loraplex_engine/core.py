@@ -66,7 +66,6 @@ class EngineCore:
         self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching)
         self.limits = runner.limits(config)
         self.forms = FormPreparer(self.limits.vocab_size, TokenTexts)
-        self._draft_kinds = {DraftKind.NGRAM} if config.drafts is not None else set()
         self.scheduler = Scheduler(
             self.blocks,
             [AdapterPreparer(pool), self.forms],
@@ -168,8 +167,8 @@ class EngineCore:
             return f"max_tokens is {sampling.max_tokens}: it must be 0 where hidden states are pooled"
         if sampling.max_tokens < 0:
             return f"max_tokens is {sampling.max_tokens}: it must be at least 0"
-        if message.drafts.most and message.drafts.kind not in self._draft_kinds:
-            return f"drafts of kind {message.drafts.kind} were not set up for this engine"
+        if message.drafts.most and not limits.drafts.offers(message.drafts.kind):
+            return f"drafts of kind {message.drafts.kind}: the model has none; give it some in its configuration"
         if not 0 < message.weight < math.inf:
             return f"weight is {message.weight}: it must be above 0"
         return ""

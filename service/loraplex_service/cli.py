@@ -47,6 +47,7 @@ M_ARENA_MAX: Final = -8  # malloc.h of glibc
 MAX_ARENAS: Final = 2
 SWITCH_SECONDS: Final = 0.0005  # after which a thread that works on a long text lets the event loop go on
 
+DRAFT_KINDS: Final = ("off", "ngram")
 EXISTING = click.Path(path_type=Path, exists=True)
 CONFIG_OPTION = click.option(
     "--config",
@@ -180,6 +181,7 @@ main.add_command(usage)
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, help="A string that ends the output; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end that the model sets.")
+@click.option("--drafts", type=click.Choice(DRAFT_KINDS), help="Where guesses at the next tokens come from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole response instead of the text.")
 @asks_for_form
 @reaches_server
@@ -193,13 +195,19 @@ def generate(
     seed: int | None,
     stop: tuple[str, ...],
     ignore_eos: bool,
+    drafts: str | None,
     as_json: bool,
     form: Constraint | None,
 ) -> None:
     """Generate from PROMPT with MODEL: a model, an adapter, or an adapter version. The text is printed as it comes."""
     said = [{"role": "user", "content": prompt}] if chat else prompt
     options = GenerateOptions(
-        max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop, ignore_eos=ignore_eos or None
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=stop,
+        ignore_eos=ignore_eos or None,
+        draft_kind=drafts,
     )
     with target.client() as client:
         stream = client.stream_generate(model, said, spec=GenerateSpec(constraint=form), **options)

@@ -41,7 +41,7 @@ VALUES: dict[str, Any] = {
     "max_load_wait": 1.5,
     "max_chunk_delay": 1.5,
 }
-PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "stream")
+PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "drafts", "stream")
 SPEC: Any = generation_pb2.GenerateSpec.DESCRIPTOR
 FIELDS = [(part, field.name) for part in PARTS for field in SPEC.fields_by_name[part].message_type.fields] + [
     (None, "priority"),
@@ -97,6 +97,12 @@ def test_labels_of_the_spec_are_replaced_as_a_whole() -> None:
 def test_on_cold_by_name(name: str) -> None:
     spec = generate_spec("demo", "Once", on_cold=name)
     assert generation_pb2.OnCold.Name(spec.adapter_policy.on_cold) == f"ON_COLD_{name.upper()}"
+
+
+@pytest.mark.parametrize("name", ["off", "ngram"])
+def test_draft_kind_by_name(name: str) -> None:
+    spec = generate_spec("demo", "Once", draft_kind=name)
+    assert generation_pb2.DraftKind.Name(spec.drafts.draft_kind) == f"DRAFT_KIND_{name.upper()}"
 
 
 def test_chat_options_go_into_the_chat() -> None:

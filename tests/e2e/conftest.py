@@ -65,6 +65,7 @@ def write_config(directory: Path, **settings: object) -> Path:
                 "dtype": "float32",
                 "threads": 1,
                 "kv_cache_bytes": 64 << 20,
+                "drafts": {"kind": "ngram"},
             }
             for name in MODELS
         ]

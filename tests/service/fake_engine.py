@@ -75,6 +75,7 @@ class FakeEngine:
         self.errors: list[str] = []  # with what the next requests fail in their first step
         self.error_reason = ""  # of those errors
         self.tokens_per_step = 1
+        self.drafts_per_step = (0, 0)  # of each sequence: how many are checked, and how many are right
         self.steps_allowed: float = math.inf
         self.cached_tokens = 0
         self.adapters: dict[AdapterKey, AdapterFacts] = {}
@@ -197,6 +198,8 @@ class FakeEngine:
             if sampling.num_logprobs is not None
             else None,
             prompt_logprobs=_prompt_logprobs(request) if first and sampling.num_prompt_logprobs is not None else None,
+            num_drafts=self.drafts_per_step[0],
+            num_accepted_drafts=self.drafts_per_step[1],
             num_cached_tokens=self.cached_tokens if first else 0,
             queue_seconds=0.25 if first else 0.0,
         )

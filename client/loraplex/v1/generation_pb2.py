@@ -17,7 +17,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from loraplex.v1 import prompt_pb2 as loraplex_dot_v1_dot_prompt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraplex/v1/generation.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x18loraplex/v1/prompt.proto\"\xc1\x04\n\x0cGenerateSpec\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12(\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.loraplex.v1.PromptB\x03\xe0\x41\x02\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.loraplex.v1.Sampling\x12\'\n\x08stopping\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.Stopping\x12*\n\x06output\x18\x05 \x01(\x0b\x32\x1a.loraplex.v1.OutputOptions\x12+\n\nconstraint\x18\x06 \x01(\x0b\x32\x17.loraplex.v1.Constraint\x12(\n\x05\x63\x61\x63he\x18\x07 \x01(\x0b\x32\x19.loraplex.v1.CacheOptions\x12\x32\n\x0e\x61\x64\x61pter_policy\x18\x08 \x01(\x0b\x32\x1a.loraplex.v1.AdapterPolicy\x12*\n\x06stream\x18\t \x01(\x0b\x32\x1a.loraplex.v1.StreamOptions\x12\x15\n\x08priority\x18\n \x01(\x05H\x00\x88\x01\x01\x12\x1e\n\x11\x63lient_request_id\x18\x0b \x01(\tH\x01\x88\x01\x01\x12\x35\n\x06labels\x18\x0c \x03(\x0b\x32%.loraplex.v1.GenerateSpec.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_priorityB\x14\n\x12_client_request_id\"\xa2\x04\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x16\n\ttypical_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\x05H\t\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x0b \x03(\x0b\x32$.loraplex.v1.Sampling.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x0c \x03(\r\x12\x11\n\tbad_words\x18\r \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_n\"\xb3\x02\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x19\n\x0cinclude_stop\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nignore_eos\x18\x06 \x01(\x08H\x03\x88\x01\x01\x12-\n\ntime_limit\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x0e\x66it_max_tokens\x18\x08 \x01(\x08H\x04\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0f\n\r_include_stopB\r\n\x0b_ignore_eosB\x11\n\x0f_fit_max_tokens\"\xd2\x01\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12.\n\x0bjson_object\x18\x02 \x01(\x0b\x32\x17.loraplex.v1.JsonObjectH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\'\n\x07\x63hoices\x18\x04 \x01(\x0b\x32\x14.loraplex.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x12(\n\x08\x61ny_text\x18\x06 \x01(\x0b\x32\x14.loraplex.v1.AnyTextH\x00\x42\x06\n\x04kind\"\x0c\n\nJsonObject\"\t\n\x07\x41nyText\"\x1e\n\x07\x43hoices\x12\x13\n\x06values\x18\x01 \x03(\tB\x03\xe0\x41\x02\"\xf1\x02\n\rOutputOptions\x12\x11\n\x04text\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x16\n\ttoken_ids\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x15\n\x08logprobs\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x19\n\x11logprob_token_ids\x18\x07 \x03(\r\x12\x35\n\rlogprobs_mode\x18\x08 \x01(\x0e\x32\x19.loraplex.v1.LogprobsModeH\x06\x88\x01\x01\x42\x07\n\x05_textB\x0c\n\n_token_idsB\x0b\n\t_logprobsB\x0f\n\r_top_logprobsB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokensB\x10\n\x0e_logprobs_mode\"d\n\x0c\x43\x61\x63heOptions\x12 \n\x13\x62ypass_prefix_cache\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x11\n\x04salt\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\x16\n\x14_bypass_prefix_cacheB\x07\n\x05_salt\"g\n\rAdapterPolicy\x12$\n\x07on_cold\x18\x01 \x01(\x0e\x32\x13.loraplex.v1.OnCold\x12\x30\n\rmax_load_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x7f\n\rStreamOptions\x12!\n\x14min_tokens_per_chunk\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x32\n\x0fmax_chunk_delay\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x17\n\x15_min_tokens_per_chunk*a\n\x0cLogprobsMode\x12\x1d\n\x19LOGPROBS_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11LOGPROBS_MODE_RAW\x10\x01\x12\x1b\n\x17LOGPROBS_MODE_PROCESSED\x10\x02*[\n\x06OnCold\x12\x17\n\x13ON_COLD_UNSPECIFIED\x10\x00\x12\x10\n\x0cON_COLD_WAIT\x10\x01\x12\x10\n\x0cON_COLD_FAIL\x10\x02\x12\x14\n\x10ON_COLD_USE_BASE\x10\x03\x42\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraplex/v1/generation.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x18loraplex/v1/prompt.proto\"\xe6\x04\n\x0cGenerateSpec\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12(\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.loraplex.v1.PromptB\x03\xe0\x41\x02\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.loraplex.v1.Sampling\x12\'\n\x08stopping\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.Stopping\x12*\n\x06output\x18\x05 \x01(\x0b\x32\x1a.loraplex.v1.OutputOptions\x12+\n\nconstraint\x18\x06 \x01(\x0b\x32\x17.loraplex.v1.Constraint\x12(\n\x05\x63\x61\x63he\x18\x07 \x01(\x0b\x32\x19.loraplex.v1.CacheOptions\x12\x32\n\x0e\x61\x64\x61pter_policy\x18\x08 \x01(\x0b\x32\x1a.loraplex.v1.AdapterPolicy\x12*\n\x06stream\x18\t \x01(\x0b\x32\x1a.loraplex.v1.StreamOptions\x12\x15\n\x08priority\x18\n \x01(\x05H\x00\x88\x01\x01\x12\x1e\n\x11\x63lient_request_id\x18\x0b \x01(\tH\x01\x88\x01\x01\x12\x35\n\x06labels\x18\x0c \x03(\x0b\x32%.loraplex.v1.GenerateSpec.LabelsEntry\x12#\n\x06\x64rafts\x18\r \x01(\x0b\x32\x13.loraplex.v1.Drafts\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_priorityB\x14\n\x12_client_request_id\"\xa2\x04\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x16\n\ttypical_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\x05H\t\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x0b \x03(\x0b\x32$.loraplex.v1.Sampling.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x0c \x03(\r\x12\x11\n\tbad_words\x18\r \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_n\"\xb3\x02\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x19\n\x0cinclude_stop\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nignore_eos\x18\x06 \x01(\x08H\x03\x88\x01\x01\x12-\n\ntime_limit\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x0e\x66it_max_tokens\x18\x08 \x01(\x08H\x04\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0f\n\r_include_stopB\r\n\x0b_ignore_eosB\x11\n\x0f_fit_max_tokens\"\xd2\x01\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12.\n\x0bjson_object\x18\x02 \x01(\x0b\x32\x17.loraplex.v1.JsonObjectH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\'\n\x07\x63hoices\x18\x04 \x01(\x0b\x32\x14.loraplex.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x12(\n\x08\x61ny_text\x18\x06 \x01(\x0b\x32\x14.loraplex.v1.AnyTextH\x00\x42\x06\n\x04kind\"\x0c\n\nJsonObject\"\t\n\x07\x41nyText\"\x1e\n\x07\x43hoices\x12\x13\n\x06values\x18\x01 \x03(\tB\x03\xe0\x41\x02\"\xf1\x02\n\rOutputOptions\x12\x11\n\x04text\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x16\n\ttoken_ids\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x15\n\x08logprobs\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x19\n\x11logprob_token_ids\x18\x07 \x03(\r\x12\x35\n\rlogprobs_mode\x18\x08 \x01(\x0e\x32\x19.loraplex.v1.LogprobsModeH\x06\x88\x01\x01\x42\x07\n\x05_textB\x0c\n\n_token_idsB\x0b\n\t_logprobsB\x0f\n\r_top_logprobsB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokensB\x10\n\x0e_logprobs_mode\"d\n\x0c\x43\x61\x63heOptions\x12 \n\x13\x62ypass_prefix_cache\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x11\n\x04salt\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\x16\n\x14_bypass_prefix_cacheB\x07\n\x05_salt\"g\n\rAdapterPolicy\x12$\n\x07on_cold\x18\x01 \x01(\x0e\x32\x13.loraplex.v1.OnCold\x12\x30\n\rmax_load_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"h\n\x06\x44rafts\x12*\n\ndraft_kind\x18\x01 \x01(\x0e\x32\x16.loraplex.v1.DraftKind\x12\x1d\n\x10max_draft_tokens\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x13\n\x11_max_draft_tokens\"\x7f\n\rStreamOptions\x12!\n\x14min_tokens_per_chunk\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x32\n\x0fmax_chunk_delay\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x17\n\x15_min_tokens_per_chunk*a\n\x0cLogprobsMode\x12\x1d\n\x19LOGPROBS_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11LOGPROBS_MODE_RAW\x10\x01\x12\x1b\n\x17LOGPROBS_MODE_PROCESSED\x10\x02*[\n\x06OnCold\x12\x17\n\x13ON_COLD_UNSPECIFIED\x10\x00\x12\x10\n\x0cON_COLD_WAIT\x10\x01\x12\x10\n\x0cON_COLD_FAIL\x10\x02\x12\x14\n\x10ON_COLD_USE_BASE\x10\x03*Q\n\tDraftKind\x12\x1a\n\x16\x44RAFT_KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44RAFT_KIND_OFF\x10\x01\x12\x14\n\x10\x44RAFT_KIND_NGRAM\x10\x02\x42\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,34 +35,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_CHOICES'].fields_by_name['values']._loaded_options = None
   _globals['_CHOICES'].fields_by_name['values']._serialized_options = b'\340A\002'
-  _globals['_LOGPROBSMODE']._serialized_start=2553
-  _globals['_LOGPROBSMODE']._serialized_end=2650
-  _globals['_ONCOLD']._serialized_start=2652
-  _globals['_ONCOLD']._serialized_end=2743
+  _globals['_LOGPROBSMODE']._serialized_start=2696
+  _globals['_LOGPROBSMODE']._serialized_end=2793
+  _globals['_ONCOLD']._serialized_start=2795
+  _globals['_ONCOLD']._serialized_end=2886
+  _globals['_DRAFTKIND']._serialized_start=2888
+  _globals['_DRAFTKIND']._serialized_end=2969
   _globals['_GENERATESPEC']._serialized_start=137
-  _globals['_GENERATESPEC']._serialized_end=714
-  _globals['_GENERATESPEC_LABELSENTRY']._serialized_start=634
-  _globals['_GENERATESPEC_LABELSENTRY']._serialized_end=679
-  _globals['_SAMPLING']._serialized_start=717
-  _globals['_SAMPLING']._serialized_end=1263
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1074
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1122
-  _globals['_STOPPING']._serialized_start=1266
-  _globals['_STOPPING']._serialized_end=1573
-  _globals['_CONSTRAINT']._serialized_start=1576
-  _globals['_CONSTRAINT']._serialized_end=1786
-  _globals['_JSONOBJECT']._serialized_start=1788
-  _globals['_JSONOBJECT']._serialized_end=1800
-  _globals['_ANYTEXT']._serialized_start=1802
-  _globals['_ANYTEXT']._serialized_end=1811
-  _globals['_CHOICES']._serialized_start=1813
-  _globals['_CHOICES']._serialized_end=1843
-  _globals['_OUTPUTOPTIONS']._serialized_start=1846
-  _globals['_OUTPUTOPTIONS']._serialized_end=2215
-  _globals['_CACHEOPTIONS']._serialized_start=2217
-  _globals['_CACHEOPTIONS']._serialized_end=2317
-  _globals['_ADAPTERPOLICY']._serialized_start=2319
-  _globals['_ADAPTERPOLICY']._serialized_end=2422
-  _globals['_STREAMOPTIONS']._serialized_start=2424
-  _globals['_STREAMOPTIONS']._serialized_end=2551
+  _globals['_GENERATESPEC']._serialized_end=751
+  _globals['_GENERATESPEC_LABELSENTRY']._serialized_start=671
+  _globals['_GENERATESPEC_LABELSENTRY']._serialized_end=716
+  _globals['_SAMPLING']._serialized_start=754
+  _globals['_SAMPLING']._serialized_end=1300
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1111
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1159
+  _globals['_STOPPING']._serialized_start=1303
+  _globals['_STOPPING']._serialized_end=1610
+  _globals['_CONSTRAINT']._serialized_start=1613
+  _globals['_CONSTRAINT']._serialized_end=1823
+  _globals['_JSONOBJECT']._serialized_start=1825
+  _globals['_JSONOBJECT']._serialized_end=1837
+  _globals['_ANYTEXT']._serialized_start=1839
+  _globals['_ANYTEXT']._serialized_end=1848
+  _globals['_CHOICES']._serialized_start=1850
+  _globals['_CHOICES']._serialized_end=1880
+  _globals['_OUTPUTOPTIONS']._serialized_start=1883
+  _globals['_OUTPUTOPTIONS']._serialized_end=2252
+  _globals['_CACHEOPTIONS']._serialized_start=2254
+  _globals['_CACHEOPTIONS']._serialized_end=2354
+  _globals['_ADAPTERPOLICY']._serialized_start=2356
+  _globals['_ADAPTERPOLICY']._serialized_end=2459
+  _globals['_DRAFTS']._serialized_start=2461
+  _globals['_DRAFTS']._serialized_end=2565
+  _globals['_STREAMOPTIONS']._serialized_start=2567
+  _globals['_STREAMOPTIONS']._serialized_end=2694
 # @@protoc_insertion_point(module_scope)

@@ -89,6 +89,30 @@ device as with ON_COLD_FAIL.
 """
 Global___OnCold: typing_extensions.TypeAlias = OnCold
 
+class _DraftKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DraftKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DraftKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DRAFT_KIND_UNSPECIFIED: _DraftKind.ValueType  # 0
+    """As the model is configured."""
+    DRAFT_KIND_OFF: _DraftKind.ValueType  # 1
+    """There are none."""
+    DRAFT_KIND_NGRAM: _DraftKind.ValueType  # 2
+    """What followed the same tokens before, in the prompt or the output."""
+
+class DraftKind(_DraftKind, metaclass=_DraftKindEnumTypeWrapper):
+    """Where drafts come from."""
+
+DRAFT_KIND_UNSPECIFIED: DraftKind.ValueType  # 0
+"""As the model is configured."""
+DRAFT_KIND_OFF: DraftKind.ValueType  # 1
+"""There are none."""
+DRAFT_KIND_NGRAM: DraftKind.ValueType  # 2
+"""What followed the same tokens before, in the prompt or the output."""
+Global___DraftKind: typing_extensions.TypeAlias = DraftKind
+
 @typing.final
 class GenerateSpec(google.protobuf.message.Message):
     """One generation: which model, what it reads, how it chooses tokens, when it stops, what comes back.
@@ -129,6 +153,7 @@ class GenerateSpec(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    DRAFTS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """What generates. Required, at most 512 characters. One of
       models/{model}
@@ -191,6 +216,10 @@ class GenerateSpec(google.protobuf.message.Message):
         16; keys up to 63 characters, values up to 256.
         """
 
+    @property
+    def drafts(self) -> Global___Drafts:
+        """Where guesses at the next tokens come from."""
+
     def __init__(
         self,
         *,
@@ -206,9 +235,10 @@ class GenerateSpec(google.protobuf.message.Message):
         priority: builtins.int | None = ...,
         client_request_id: builtins.str | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        drafts: Global___Drafts | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "labels", b"labels", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "labels", b"labels", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_client_request_id", b"_client_request_id"]) -> typing.Literal["client_request_id"] | None: ...
     @typing.overload
@@ -638,6 +668,35 @@ class AdapterPolicy(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["max_load_wait", b"max_load_wait", "on_cold", b"on_cold"]) -> None: ...
 
 Global___AdapterPolicy: typing_extensions.TypeAlias = AdapterPolicy
+
+@typing.final
+class Drafts(google.protobuf.message.Message):
+    """Speculative decoding: guesses at the next tokens, which one step checks together. An output that can be guessed, such
+    as one that copies its prompt, comes sooner, several tokens at a time. What it is stays the same: its tokens, their
+    log-probabilities and its end are those of decoding without drafts, also of a request that draws. Where few guesses
+    are right the server makes fewer, down to none. A model without MODEL_CAPABILITY_DRAFTS refuses all but
+    DRAFT_KIND_OFF.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DRAFT_KIND_FIELD_NUMBER: builtins.int
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
+    draft_kind: Global___DraftKind.ValueType
+    """Where they come from."""
+    max_draft_tokens: builtins.int
+    """At most this many at once. Absent: as many as the model is configured for, which is also the most. From 1 to 32."""
+    def __init__(
+        self,
+        *,
+        draft_kind: Global___DraftKind.ValueType = ...,
+        max_draft_tokens: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_draft_tokens", b"_max_draft_tokens", "max_draft_tokens", b"max_draft_tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_draft_tokens", b"_max_draft_tokens", "draft_kind", b"draft_kind", "max_draft_tokens", b"max_draft_tokens"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_draft_tokens", b"_max_draft_tokens"]) -> typing.Literal["max_draft_tokens"] | None: ...
+
+Global___Drafts: typing_extensions.TypeAlias = Drafts
 
 @typing.final
 class StreamOptions(google.protobuf.message.Message):

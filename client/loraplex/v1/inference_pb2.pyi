@@ -565,20 +565,28 @@ class Usage(google.protobuf.message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
     """Tokens of the prompt, counted once however many outputs there are."""
     cached_prompt_tokens: builtins.int
     """Of these, how many came from the prefix cache."""
     completion_tokens: builtins.int
     """Tokens generated, all outputs together."""
+    draft_tokens: builtins.int
+    """Drafts that were checked for them (GenerateSpec.drafts). They are no tokens of an output, and cost no quota."""
+    accepted_draft_tokens: builtins.int
+    """Of these, how many were right, and so are among completion_tokens."""
     def __init__(
         self,
         *,
         prompt_tokens: builtins.int = ...,
         cached_prompt_tokens: builtins.int = ...,
         completion_tokens: builtins.int = ...,
+        draft_tokens: builtins.int = ...,
+        accepted_draft_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "draft_tokens", b"draft_tokens", "prompt_tokens", b"prompt_tokens"]) -> None: ...
 
 Global___Usage: typing_extensions.TypeAlias = Usage
 

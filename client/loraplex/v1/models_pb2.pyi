@@ -44,6 +44,8 @@ class _ModelCapabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     """Reuses prefixes of earlier prompts."""
     MODEL_CAPABILITY_CONSTRAINT: _ModelCapability.ValueType  # 6
     """Takes GenerateSpec.constraint."""
+    MODEL_CAPABILITY_DRAFTS: _ModelCapability.ValueType  # 9
+    """Takes GenerateSpec.drafts of kinds other than DRAFT_KIND_OFF."""
 
 class ModelCapability(_ModelCapability, metaclass=_ModelCapabilityEnumTypeWrapper):
     """Something that a model can do on this server."""
@@ -62,6 +64,8 @@ MODEL_CAPABILITY_PREFIX_CACHE: ModelCapability.ValueType  # 5
 """Reuses prefixes of earlier prompts."""
 MODEL_CAPABILITY_CONSTRAINT: ModelCapability.ValueType  # 6
 """Takes GenerateSpec.constraint."""
+MODEL_CAPABILITY_DRAFTS: ModelCapability.ValueType  # 9
+"""Takes GenerateSpec.drafts of kinds other than DRAFT_KIND_OFF."""
 Global___ModelCapability: typing_extensions.TypeAlias = ModelCapability
 
 @typing.final

@@ -358,6 +358,8 @@ class UsageRecord(google.protobuf.message.Message):
     CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     CONSTRAINT_FIELD_NUMBER: builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Unique: the server's id of the request, which the caller sees. Tells what was seen already."""
     trace_id: builtins.str
@@ -392,6 +394,10 @@ class UsageRecord(google.protobuf.message.Message):
     """The kind of the constraint that its outputs followed, by default or because the request said so, such as
     "json_schema"; empty: none.
     """
+    draft_tokens: builtins.int
+    """As in Usage.draft_tokens."""
+    accepted_draft_tokens: builtins.int
+    """As in Usage.accepted_draft_tokens."""
     @property
     def finish_reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Of each output that finished, without the prefix FINISH_REASON_, such as "EOS"."""
@@ -449,9 +455,11 @@ class UsageRecord(google.protobuf.message.Message):
         client_request_id: builtins.str = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         constraint: builtins.str = ...,
+        draft_tokens: builtins.int = ...,
+        accepted_draft_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "queue_duration", b"queue_duration", "start_time", b"start_time", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_load_duration", b"adapter_load_duration", "adapters", b"adapters", "cached_prompt_tokens", b"cached_prompt_tokens", "client_request_id", b"client_request_id", "completion_tokens", b"completion_tokens", "constraint", b"constraint", "finish_reasons", b"finish_reasons", "id", b"id", "labels", b"labels", "model", b"model", "model_revision", b"model_revision", "operation", b"operation", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "start_time", b"start_time", "status", b"status", "tenant", b"tenant", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration", "trace_id", b"trace_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_load_duration", b"adapter_load_duration", "adapters", b"adapters", "cached_prompt_tokens", b"cached_prompt_tokens", "client_request_id", b"client_request_id", "completion_tokens", b"completion_tokens", "constraint", b"constraint", "draft_tokens", b"draft_tokens", "finish_reasons", b"finish_reasons", "id", b"id", "labels", b"labels", "model", b"model", "model_revision", b"model_revision", "operation", b"operation", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "start_time", b"start_time", "status", b"status", "tenant", b"tenant", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration", "trace_id", b"trace_id"]) -> None: ...
 
 Global___UsageRecord: typing_extensions.TypeAlias = UsageRecord
 

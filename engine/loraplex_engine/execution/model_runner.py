@@ -19,6 +19,7 @@ from loraplex_engine.execution.kv_cache import create_kv_cache, stored_dtype
 from loraplex_engine.execution.pooler import NOTHING_POOLED, pool
 from loraplex_engine.execution.sampler import Sampler, describe
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.drafts import NO_DRAFTS
 from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
 from loraplex_engine.models import LanguageModel
 from loraplex_engine.scheduling.form import Form
@@ -82,6 +83,7 @@ class ModelRunner:
             device=described(self.ops.device),
             hidden_size=model.config.hidden_size,
             pooling=model.config.pooling,
+            drafts=NO_DRAFTS if config.drafts is None else config.drafts.offered,
         )
 
     def execute(self, plan: StepPlan) -> PendingResult:

@@ -21,6 +21,11 @@ class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kind: DraftKind
     tokens: int = 8  # at most so many of a request in one step
 
+    @property
+    def offered(self) -> "Drafts":
+        """What requests have that do not ask for others."""
+        return Drafts(self.kind, self.tokens)
+
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range."""
         if not 1 <= self.tokens <= MOST_DRAFTS:
@@ -28,10 +33,14 @@ class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Drafts(msgspec.Struct, array_like=True, frozen=True):
-    """The drafts that one request may have."""
+    """The drafts that a request may have, or those of a model's requests unless they ask for others."""
 
     kind: DraftKind = DraftKind.NGRAM
-    most: int = 0  # in one step; 0: it has none
+    most: int = 0  # in one step; 0: there are none
+
+    def offers(self, kind: DraftKind) -> bool:
+        """Whether requests may have drafts of this kind, where these are the model's."""
+        return self.most > 0 and kind in (DraftKind.NGRAM, self.kind)
 
 
 NO_DRAFTS = Drafts()

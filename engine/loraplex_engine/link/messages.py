@@ -191,6 +191,7 @@ class EngineLimits(msgspec.Struct, array_like=True, frozen=True):
     device: Device
     hidden_size: int = 0
     pooling: ModelPooling = STATES_NOTHING
+    drafts: Drafts = NO_DRAFTS  # what requests have that do not ask for others; none: no request may have any
 
 
 class EngineReady(Message, frozen=True):

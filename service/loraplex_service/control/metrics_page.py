@@ -274,6 +274,18 @@ _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]]
         "Tokens generated, as the engine counts them while it runs.",
         lambda s: s.generated_tokens,
     ),
+    (
+        "loraplex_draft_tokens",
+        "vllm:spec_decode_num_draft_tokens",
+        "Drafts that were checked.",
+        lambda s: s.draft_tokens,
+    ),
+    (
+        "loraplex_accepted_draft_tokens",
+        "vllm:spec_decode_num_accepted_tokens",
+        "Drafts that were right.",
+        lambda s: s.accepted_draft_tokens,
+    ),
 )
 
 

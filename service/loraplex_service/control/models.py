@@ -11,6 +11,7 @@ from loraplex.v1.models_pb2 import (
     MODEL_CAPABILITY_ADAPTERS,
     MODEL_CAPABILITY_CHAT,
     MODEL_CAPABILITY_CONSTRAINT,
+    MODEL_CAPABILITY_DRAFTS,
     MODEL_CAPABILITY_LOGPROBS,
     MODEL_CAPABILITY_PREFIX_CACHE,
     MODEL_CAPABILITY_PROMPT_LOGPROBS,
@@ -167,6 +168,8 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
         message.capabilities.append(MODEL_CAPABILITY_CHAT)
     if model.config.enable_prefix_caching:
         message.capabilities.append(MODEL_CAPABILITY_PREFIX_CACHE)
+    if limits.drafts.most:
+        message.capabilities.append(MODEL_CAPABILITY_DRAFTS)
     if client is not None:
         message.device = limits.device.name
         message.memory_bytes = limits.weight_bytes + limits.kv_cache_bytes

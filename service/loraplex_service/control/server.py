@@ -174,6 +174,8 @@ def _usage_message(record: GenerationRecord) -> UsageRecord:
         client_request_id=record.client_request_id,
         constraint=record.constraint,
         labels=record.labels,
+        draft_tokens=record.draft_tokens,
+        accepted_draft_tokens=record.accepted_draft_tokens,
     )
 
 

@@ -74,6 +74,8 @@ def request_record(
         prompt_tokens=usage.prompt_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,
         completion_tokens=usage.completion_tokens,
+        draft_tokens=usage.draft_tokens,
+        accepted_draft_tokens=usage.accepted_draft_tokens,
         started=time.time() - seconds,
         seconds=seconds,
         queue_seconds=_seconds(timings.queue_duration) if computed else None,

@@ -29,6 +29,7 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateResponse,
 )
 from loraplex_engine.link.client import EngineClient
+from loraplex_engine.link.drafts import Drafts
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_service.admission.tenants import Tenant
@@ -37,6 +38,7 @@ from loraplex_service.call_errors import error_status, known_error
 from loraplex_service.errors import InvalidRequest, MessageTooLarge
 from loraplex_service.names.target import Target, merged_sampling
 from loraplex_service.requests.cold_adapters import Wait
+from loraplex_service.requests.drafts import wanted_drafts
 from loraplex_service.requests.entrance import Entered, Entrance, Size
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.in_flight import InFlight
@@ -195,13 +197,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         params = sampling_params(
             spec, sampling, model.limits, tokenizer.eos_token_ids, tokenizer.num_token_ids, len(prompt), seed, path
         )
+        drafts = wanted_drafts(spec, model.limits, path)
         outputs = sampling.n or 1
         size, limit = Size(len(prompt), outputs, params.max_tokens), params.time_limit_seconds
         policy, named = spec.adapter_policy, f"{path}.model"
         async with self._entrance.entered(known, tenant, target, policy, size, limit, named) as entered:
             resolved = entered.target
             resolved.constraint_source = named_by
-            sequences = _sequences(tenant, spec, model.client, prompt, params, entered, outputs, grammar)
+            sequences = _sequences(tenant, spec, model.client, prompt, params, entered, outputs, grammar, drafts)
             job = Job(
                 request_id=call.request_id,
                 client_request_id=call.client_request_id,
@@ -250,6 +253,7 @@ def _sequences(
     entered: Entered,
     outputs: int,
     grammar: str,
+    drafts: Drafts,
 ) -> list[AddRequest]:
     """One request to the engine for each output. Only the first one asks for the prompt's log-probabilities."""
     params = _after(params, entered.wait)
@@ -265,6 +269,7 @@ def _sequences(
         weight=tenant.config.weight,
         adapter_wait_seconds=entered.wait.seconds_left,
         grammar=grammar,
+        drafts=drafts,
     )
     sequences = [first]
     for index in range(1, outputs):

@@ -104,6 +104,7 @@ class Run:
         self._awaits_prompt_logprobs = job.sequences[0].sampling.num_prompt_logprobs is not None
         self._timings = Timings()
         self._cached_tokens = 0
+        self._draft_tokens = self._accepted_draft_tokens = 0
         self._started = False
         self._computed = False  # a step has worked for it
         self._has_token = False
@@ -122,6 +123,8 @@ class Run:
             prompt_tokens=len(self._prompt),
             cached_prompt_tokens=self._cached_tokens,
             completion_tokens=sum(sequence.builder.num_tokens for sequence in self._sequences),
+            draft_tokens=self._draft_tokens,
+            accepted_draft_tokens=self._accepted_draft_tokens,
         )
 
     def record(self, status: str, trace_id: str) -> GenerationRecord:
@@ -227,6 +230,8 @@ class Run:
         sequence = self._open[output.request_id]
         if sequence is self._sequences[0]:  # they come with its first output, or never
             self._awaits_prompt_logprobs = False
+        self._draft_tokens += output.num_drafts
+        self._accepted_draft_tokens += output.num_accepted_drafts
         sequence.token_ids += output.token_ids
         builder = sequence.builder
         builder.push(output)

@@ -93,6 +93,8 @@ def generation_fields(record: GenerationRecord) -> dict[str, object]:
         "prompt_tokens",
         "cached_prompt_tokens",
         "completion_tokens",
+        "draft_tokens",
+        "accepted_draft_tokens",
         "seconds",
         "queue_seconds",
         "first_token_seconds",

@@ -163,6 +163,8 @@ def _span_attributes(record: GenerationRecord) -> Attributes:
         "gen_ai.usage.input_tokens": record.prompt_tokens,
         "gen_ai.usage.cache_read.input_tokens": record.cached_prompt_tokens,
         "gen_ai.usage.output_tokens": record.completion_tokens,
+        "loraplex.draft_tokens": record.draft_tokens,
+        "loraplex.accepted_draft_tokens": record.accepted_draft_tokens,
         "loraplex.tenant": record.tenant,
         "loraplex.client_request_id": record.client_request_id,
         "loraplex.constraint": record.constraint,

@@ -36,6 +36,8 @@ class GenerationRecord(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_prompt_tokens: int  # the part found in the prefix cache
     completion_tokens: int  # of all outputs, generated, whether they were read or not
+    draft_tokens: int = 0  # drafts that were checked for them
+    accepted_draft_tokens: int = 0  # of these, right, and so among them
     started: float  # seconds since the epoch: when the call arrived
     seconds: float  # from the arrival to the end
     queue_seconds: float | None  # from the arrival to the first step that worked for it; None: there was none

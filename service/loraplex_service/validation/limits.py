@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from google.protobuf.duration_pb2 import Duration
 
-from loraplex.v1.generation_pb2 import LogprobsMode, OnCold
+from loraplex.v1.generation_pb2 import DraftKind, LogprobsMode, OnCold
+from loraplex_engine.link.drafts import MOST_DRAFTS
 from loraplex_service.timestamps import duration_seconds
 
 Problems = Iterator[tuple[str, str]]  # (suffix of the field's path, what is wrong there)
@@ -192,6 +193,8 @@ LIMITS: Mapping[str, Limit] = {
     "CacheOptions.salt": Text(128, unit="bytes"),
     "AdapterPolicy.on_cold": Known(OnCold.values),
     "AdapterPolicy.max_load_wait": Seconds(0),
+    "Drafts.draft_kind": Known(DraftKind.values),
+    "Drafts.max_draft_tokens": Range(1, MOST_DRAFTS),
     "StreamOptions.min_tokens_per_chunk": Range(1, 256),
     "StreamOptions.max_chunk_delay": Seconds(0, 10),
     # ---- prompt.proto
