@@ -79,6 +79,7 @@ CLASSES = (
                 "generate",
                 "stream_generate",
                 "batch_generate",
+                "score",
                 "cancel_generation",
                 "tokenize",
                 "detokenize",

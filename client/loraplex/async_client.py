@@ -263,6 +263,16 @@ class AsyncClient(_AsyncReader):
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] | None = None,
+        bypass_prefix_cache: bool | None = None,
+        salt: str | None = None,
+        on_cold: generation_pb2.OnCold.ValueType | str | None = None,
+        max_load_wait: float | datetime.timedelta | None = None,
+        priority: int | None = None,
+        client_request_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -286,10 +296,7 @@ class AsyncClient(_AsyncReader):
         time_limit: float | datetime.timedelta | None = None,
         text: bool | None = None,
         token_ids: bool | None = None,
-        logprobs: bool | None = None,
-        top_logprobs: int | None = None,
         prompt_logprobs: int | None = None,
-        logprob_token_ids: Sequence[int] | None = None,
         logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None = None,
         skip_special_tokens: bool | None = None,
         json_schema: str | Mapping[str, object] | None = None,
@@ -298,17 +305,10 @@ class AsyncClient(_AsyncReader):
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
         any_text: bool | None = None,
-        bypass_prefix_cache: bool | None = None,
-        salt: str | None = None,
-        on_cold: generation_pb2.OnCold.ValueType | str | None = None,
-        max_load_wait: float | datetime.timedelta | None = None,
         draft_kind: generation_pb2.DraftKind.ValueType | str | None = None,
         max_draft_tokens: int | None = None,
         min_tokens_per_chunk: int | None = None,
         max_chunk_delay: float | datetime.timedelta | None = None,
-        priority: int | None = None,
-        client_request_id: str | None = None,
-        labels: Mapping[str, str] | None = None,
         timeout: Timeout = "client",
         routing_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
@@ -333,6 +333,17 @@ class AsyncClient(_AsyncReader):
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
             continue_final_message: Whether the model continues the last message of a chat. None: no.
+            logprobs: Whether to return the log-probability of each token. None: no.
+            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
+            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
+            bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
+            salt: Text without which no other request shares cached prefixes with this one. None: no salt.
+            on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
+            max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
+            priority: Rank under load: higher goes before lower. None: 0.
+            client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
+                None: no name.
+            labels: Labels for your accounting, which come back in the answer. None: no labels.
             temperature: Divisor of the logits. 0 takes the likeliest token each time. None: 1.
             top_p: Total probability of the likeliest tokens to keep. None: 1, which keeps all.
             top_k: Number of the likeliest tokens to keep. 0 keeps all. None: 0.
@@ -358,11 +369,8 @@ class AsyncClient(_AsyncReader):
             time_limit: Seconds after which the outputs end as they are, without an error. None: no limit.
             text: Whether to return text. None: yes.
             token_ids: Whether to return token ids. None: no, unless text is False.
-            logprobs: Whether to return the log-probability of each token. None: no.
-            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
             prompt_logprobs: Number of the likeliest tokens to return beside each token of the prompt. None: nothing of
                 the prompt.
-            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
             logprobs_mode: Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn
                 from. None: raw.
             skip_special_tokens: Whether to leave special tokens out of the text. None: yes.
@@ -373,19 +381,11 @@ class AsyncClient(_AsyncReader):
             grammar: Grammar that the text must follow, in GBNF. None: any text.
             any_text: Whether the text may be any, whatever the route or the adapter says. None: no, their default
                 holds.
-            bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
-            salt: Text without which no other request shares cached prefixes with this one. None: no salt.
-            on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
-            max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
             draft_kind: Where drafts come from: "off" or "ngram". They change the speed alone. None: as the model is
                 configured.
             max_draft_tokens: Most drafts at once. None: as many as the model is configured for.
             min_tokens_per_chunk: Number of tokens to gather into one message of a stream. None: 1.
             max_chunk_delay: Seconds to hold tokens back at most. None: 0.1.
-            priority: Rank under load: higher goes before lower. None: 0.
-            client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
-                None: no name.
-            labels: Labels for your accounting, which come back in the answer. None: no labels.
             timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
             routing_key: Key of requests that go to the same target of a route, and to the same replica. None: to any.
             metadata: Further metadata, such as x-request-id or traceparent. None: no metadata.
@@ -403,6 +403,16 @@ class AsyncClient(_AsyncReader):
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                logprob_token_ids=logprob_token_ids,
+                bypass_prefix_cache=bypass_prefix_cache,
+                salt=salt,
+                on_cold=on_cold,
+                max_load_wait=max_load_wait,
+                priority=priority,
+                client_request_id=client_request_id,
+                labels=labels,
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
@@ -426,10 +436,7 @@ class AsyncClient(_AsyncReader):
                 time_limit=time_limit,
                 text=text,
                 token_ids=token_ids,
-                logprobs=logprobs,
-                top_logprobs=top_logprobs,
                 prompt_logprobs=prompt_logprobs,
-                logprob_token_ids=logprob_token_ids,
                 logprobs_mode=logprobs_mode,
                 skip_special_tokens=skip_special_tokens,
                 json_schema=json_schema,
@@ -438,17 +445,10 @@ class AsyncClient(_AsyncReader):
                 choices=choices,
                 grammar=grammar,
                 any_text=any_text,
-                bypass_prefix_cache=bypass_prefix_cache,
-                salt=salt,
-                on_cold=on_cold,
-                max_load_wait=max_load_wait,
                 draft_kind=draft_kind,
                 max_draft_tokens=max_draft_tokens,
                 min_tokens_per_chunk=min_tokens_per_chunk,
                 max_chunk_delay=max_chunk_delay,
-                priority=priority,
-                client_request_id=client_request_id,
-                labels=labels,
                 timeout=timeout,
                 routing_key=routing_key,
                 metadata=metadata,
@@ -469,6 +469,16 @@ class AsyncClient(_AsyncReader):
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] | None = None,
+        bypass_prefix_cache: bool | None = None,
+        salt: str | None = None,
+        on_cold: generation_pb2.OnCold.ValueType | str | None = None,
+        max_load_wait: float | datetime.timedelta | None = None,
+        priority: int | None = None,
+        client_request_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -492,10 +502,7 @@ class AsyncClient(_AsyncReader):
         time_limit: float | datetime.timedelta | None = None,
         text: bool | None = None,
         token_ids: bool | None = None,
-        logprobs: bool | None = None,
-        top_logprobs: int | None = None,
         prompt_logprobs: int | None = None,
-        logprob_token_ids: Sequence[int] | None = None,
         logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None = None,
         skip_special_tokens: bool | None = None,
         json_schema: str | Mapping[str, object] | None = None,
@@ -504,17 +511,10 @@ class AsyncClient(_AsyncReader):
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
         any_text: bool | None = None,
-        bypass_prefix_cache: bool | None = None,
-        salt: str | None = None,
-        on_cold: generation_pb2.OnCold.ValueType | str | None = None,
-        max_load_wait: float | datetime.timedelta | None = None,
         draft_kind: generation_pb2.DraftKind.ValueType | str | None = None,
         max_draft_tokens: int | None = None,
         min_tokens_per_chunk: int | None = None,
         max_chunk_delay: float | datetime.timedelta | None = None,
-        priority: int | None = None,
-        client_request_id: str | None = None,
-        labels: Mapping[str, str] | None = None,
         timeout: Timeout = "client",
         routing_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
@@ -539,6 +539,17 @@ class AsyncClient(_AsyncReader):
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
             continue_final_message: Whether the model continues the last message of a chat. None: no.
+            logprobs: Whether to return the log-probability of each token. None: no.
+            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
+            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
+            bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
+            salt: Text without which no other request shares cached prefixes with this one. None: no salt.
+            on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
+            max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
+            priority: Rank under load: higher goes before lower. None: 0.
+            client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
+                None: no name.
+            labels: Labels for your accounting, which come back in the answer. None: no labels.
             temperature: Divisor of the logits. 0 takes the likeliest token each time. None: 1.
             top_p: Total probability of the likeliest tokens to keep. None: 1, which keeps all.
             top_k: Number of the likeliest tokens to keep. 0 keeps all. None: 0.
@@ -564,11 +575,8 @@ class AsyncClient(_AsyncReader):
             time_limit: Seconds after which the outputs end as they are, without an error. None: no limit.
             text: Whether to return text. None: yes.
             token_ids: Whether to return token ids. None: no, unless text is False.
-            logprobs: Whether to return the log-probability of each token. None: no.
-            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
             prompt_logprobs: Number of the likeliest tokens to return beside each token of the prompt. None: nothing of
                 the prompt.
-            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
             logprobs_mode: Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn
                 from. None: raw.
             skip_special_tokens: Whether to leave special tokens out of the text. None: yes.
@@ -579,19 +587,11 @@ class AsyncClient(_AsyncReader):
             grammar: Grammar that the text must follow, in GBNF. None: any text.
             any_text: Whether the text may be any, whatever the route or the adapter says. None: no, their default
                 holds.
-            bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
-            salt: Text without which no other request shares cached prefixes with this one. None: no salt.
-            on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
-            max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
             draft_kind: Where drafts come from: "off" or "ngram". They change the speed alone. None: as the model is
                 configured.
             max_draft_tokens: Most drafts at once. None: as many as the model is configured for.
             min_tokens_per_chunk: Number of tokens to gather into one message of a stream. None: 1.
             max_chunk_delay: Seconds to hold tokens back at most. None: 0.1.
-            priority: Rank under load: higher goes before lower. None: 0.
-            client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
-                None: no name.
-            labels: Labels for your accounting, which come back in the answer. None: no labels.
             timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
             routing_key: Key of requests that go to the same target of a route, and to the same replica. None: to any.
             metadata: Further metadata, such as x-request-id or traceparent. None: no metadata.
@@ -609,6 +609,16 @@ class AsyncClient(_AsyncReader):
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                logprob_token_ids=logprob_token_ids,
+                bypass_prefix_cache=bypass_prefix_cache,
+                salt=salt,
+                on_cold=on_cold,
+                max_load_wait=max_load_wait,
+                priority=priority,
+                client_request_id=client_request_id,
+                labels=labels,
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
@@ -632,10 +642,7 @@ class AsyncClient(_AsyncReader):
                 time_limit=time_limit,
                 text=text,
                 token_ids=token_ids,
-                logprobs=logprobs,
-                top_logprobs=top_logprobs,
                 prompt_logprobs=prompt_logprobs,
-                logprob_token_ids=logprob_token_ids,
                 logprobs_mode=logprobs_mode,
                 skip_special_tokens=skip_special_tokens,
                 json_schema=json_schema,
@@ -644,17 +651,10 @@ class AsyncClient(_AsyncReader):
                 choices=choices,
                 grammar=grammar,
                 any_text=any_text,
-                bypass_prefix_cache=bypass_prefix_cache,
-                salt=salt,
-                on_cold=on_cold,
-                max_load_wait=max_load_wait,
                 draft_kind=draft_kind,
                 max_draft_tokens=max_draft_tokens,
                 min_tokens_per_chunk=min_tokens_per_chunk,
                 max_chunk_delay=max_chunk_delay,
-                priority=priority,
-                client_request_id=client_request_id,
-                labels=labels,
                 timeout=timeout,
                 routing_key=routing_key,
                 metadata=metadata,
@@ -686,6 +686,95 @@ class AsyncClient(_AsyncReader):
             inference.batch_generate(
                 specs,
                 max_concurrency=max_concurrency,
+                timeout=timeout,
+                routing_key=routing_key,
+                metadata=metadata,
+                wait_for_ready=wait_for_ready,
+            )
+        )
+
+    async def score(
+        self,
+        model: str,
+        prompt: PromptLike,
+        candidates: Sequence[str | Sequence[int]],
+        *,
+        add_special_tokens: bool | None = None,
+        truncate_to_tokens: int | None = None,
+        literal_content: bool | None = None,
+        tools: Sequence[Tool] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] | None = None,
+        bypass_prefix_cache: bool | None = None,
+        salt: str | None = None,
+        on_cold: generation_pb2.OnCold.ValueType | str | None = None,
+        max_load_wait: float | datetime.timedelta | None = None,
+        priority: int | None = None,
+        client_request_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: Timeout = "client",
+        routing_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        wait_for_ready: bool = False,
+    ) -> inference_pb2.ScoreResponse:
+        """Say how likely each candidate is to follow a prompt. The prompt is computed once for all.
+
+        Args:
+            model: Name of a model, an adapter, an adapter version or a route.
+            prompt: Text, token ids or chat messages.
+            candidates: Texts or token ids. A text is tokenised by itself: a blank in front is its own.
+            add_special_tokens: Whether the tokenizer adds its special tokens. None: yes for text, no for chat.
+            truncate_to_tokens: How many tokens to keep of a longer prompt: the last ones. None: a prompt that is too
+                long is refused.
+            literal_content: Whether text that spells a control token stays text. None: no for text; as the model is
+                configured for chat.
+            tools: Tools that the model may call, in a chat. None: no tools.
+            template_kwargs: Further variables of the chat template. None: no variables.
+            add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
+                continue_final_message.
+            continue_final_message: Whether the model continues the last message of a chat. None: no.
+            logprobs: Whether to return the log-probability of each token. None: no.
+            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
+            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
+            bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
+            salt: Text without which no other request shares cached prefixes with this one. None: no salt.
+            on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
+            max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
+            priority: Rank under load: higher goes before lower. None: 0.
+            client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
+                None: no name.
+            labels: Labels for your accounting, which come back in the answer. None: no labels.
+            timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
+            routing_key: Key of requests that go to the same target of a route, and to the same replica. None: to any.
+            metadata: Further metadata, such as x-request-id or traceparent. None: no metadata.
+            wait_for_ready: Whether to wait for a server that is not up yet, instead of failing with Unavailable.
+        """
+        return await self._run(
+            inference.score(
+                model,
+                prompt,
+                candidates,
+                add_special_tokens=add_special_tokens,
+                truncate_to_tokens=truncate_to_tokens,
+                literal_content=literal_content,
+                tools=tools,
+                template_kwargs=template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                logprob_token_ids=logprob_token_ids,
+                bypass_prefix_cache=bypass_prefix_cache,
+                salt=salt,
+                on_cold=on_cold,
+                max_load_wait=max_load_wait,
+                priority=priority,
+                client_request_id=client_request_id,
+                labels=labels,
                 timeout=timeout,
                 routing_key=routing_key,
                 metadata=metadata,

@@ -30,7 +30,36 @@ class PromptOptions(TypedDict, total=False):
     """Whether the model continues the last message of a chat. None: no."""
 
 
-class GenerateOptions(PromptOptions, total=False):
+class SharedOptions(PromptOptions, total=False):
+    """Options of whatever reads a prompt. None is the same as leaving an option out."""
+
+    # Log-probabilities
+    logprobs: bool | None
+    """Whether to return the log-probability of each token. None: no."""
+    top_logprobs: int | None
+    """Number of the likeliest tokens to return beside each token. None: 0."""
+    logprob_token_ids: Sequence[int] | None
+    """Token ids whose log-probabilities to return beside each token. None: no ids."""
+    # The prefix cache
+    bypass_prefix_cache: bool | None
+    """Whether to compute the whole prompt anew and leave nothing in the cache. None: no."""
+    salt: str | None
+    """Text without which no other request shares cached prefixes with this one. None: no salt."""
+    # An adapter that is not on the device
+    on_cold: generation_pb2.OnCold.ValueType | str | None
+    """What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait."""
+    max_load_wait: float | datetime.timedelta | None
+    """Seconds to wait for an adapter at most. None: the server's limit."""
+    # The request
+    priority: int | None
+    """Rank under load: higher goes before lower. None: 0."""
+    client_request_id: str | None
+    """Your name for this request, which comes back in the answer and in the server's logs. None: no name."""
+    labels: Mapping[str, str] | None
+    """Labels for your accounting, which come back in the answer. None: no labels."""
+
+
+class GenerateOptions(SharedOptions, total=False):
     """Options of a generation, by the names of the contract; see loraplex/v1/generation.proto.
 
     None is the same as leaving an option out. Zero is zero.
@@ -85,14 +114,8 @@ class GenerateOptions(PromptOptions, total=False):
     """Whether to return text. None: yes."""
     token_ids: bool | None
     """Whether to return token ids. None: no, unless text is False."""
-    logprobs: bool | None
-    """Whether to return the log-probability of each token. None: no."""
-    top_logprobs: int | None
-    """Number of the likeliest tokens to return beside each token. None: 0."""
     prompt_logprobs: int | None
     """Number of the likeliest tokens to return beside each token of the prompt. None: nothing of the prompt."""
-    logprob_token_ids: Sequence[int] | None
-    """Token ids whose log-probabilities to return beside each token. None: no ids."""
     logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None
     """Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn from. None: raw."""
     skip_special_tokens: bool | None
@@ -110,16 +133,6 @@ class GenerateOptions(PromptOptions, total=False):
     """Grammar that the text must follow, in GBNF. None: any text."""
     any_text: bool | None
     """Whether the text may be any, whatever the route or the adapter says. None: no, their default holds."""
-    # The prefix cache
-    bypass_prefix_cache: bool | None
-    """Whether to compute the whole prompt anew and leave nothing in the cache. None: no."""
-    salt: str | None
-    """Text without which no other request shares cached prefixes with this one. None: no salt."""
-    # An adapter that is not on the device
-    on_cold: generation_pb2.OnCold.ValueType | str | None
-    """What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait."""
-    max_load_wait: float | datetime.timedelta | None
-    """Seconds to wait for an adapter at most. None: the server's limit."""
     # Guesses at the next tokens
     draft_kind: generation_pb2.DraftKind.ValueType | str | None
     """Where drafts come from: "off" or "ngram". They change the speed alone. None: as the model is configured."""
@@ -130,13 +143,6 @@ class GenerateOptions(PromptOptions, total=False):
     """Number of tokens to gather into one message of a stream. None: 1."""
     max_chunk_delay: float | datetime.timedelta | None
     """Seconds to hold tokens back at most. None: 0.1."""
-    # The request
-    priority: int | None
-    """Rank under load: higher goes before lower. None: 0."""
-    client_request_id: str | None
-    """Your name for this request, which comes back in the answer and in the server's logs. None: no name."""
-    labels: Mapping[str, str] | None
-    """Labels for your accounting, which come back in the answer. None: no labels."""
 
 
 _PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "drafts", "stream")

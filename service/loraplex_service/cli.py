@@ -220,6 +220,26 @@ def generate(
 
 
 @main.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.argument("candidates", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole response, with each token, instead of the sums.")
+@reaches_server
+def score(target: ServerAccess, model: str, prompt: str, candidates: tuple[str, ...], as_json: bool) -> None:
+    """Say how likely each of CANDIDATES is to follow PROMPT with MODEL. A blank in front of a candidate is its own."""
+    with target.client() as client:
+        answer = client.score(model, prompt, candidates, logprobs=as_json)
+    if as_json:
+        print_json(answer)
+        return
+    rows = [
+        (f"{each.logprob:.4f}", str(each.num_tokens), text)
+        for each, text in zip(answer.scores, candidates, strict=True)
+    ]
+    print_table(("logprob", "tokens", "candidate"), rows)
+
+
+@main.command()
 @click.argument("service", default="")
 @reaches_server
 def health(target: ServerAccess, service: str) -> None:

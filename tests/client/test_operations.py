@@ -23,6 +23,7 @@ OPERATIONS: list[Operation[Any]] = [
     inference.generate("demo", "Once"),
     inference.stream_generate("demo", "Once"),
     inference.batch_generate([]),
+    inference.score("demo", "Once", [" upon", [1, 2]]),
     inference.cancel_generation(["r1"]),
     inference.tokenize("demo", "Once"),
     inference.detokenize("demo", [1]),

@@ -15,6 +15,7 @@ from google.protobuf import descriptor_pool
 
 import loraplex
 from loraplex import AdminClient, AsyncAdminClient, AsyncClient, Client
+from loraplex.generation import GenerateOptions, SharedOptions
 
 GENERATOR = Path(loraplex.__file__).parents[1] / "generate.py"
 CLIENTS: list[type] = [AsyncClient, AsyncAdminClient, Client, AdminClient]
@@ -111,6 +112,7 @@ LEFT_OUT = {
     "create_adapter": {"name", "version", "etag"},  # the server's to choose
     "upload_adapter": {"name", "version", "etag", "source"},
     "update_adapter": {"base_model", "source", "digest", "update_mask"},  # never change; the mask is what is given
+    "score": set(GenerateOptions.__annotations__) - set(SharedOptions.__annotations__),  # refused: nothing is generated
 }
 
 

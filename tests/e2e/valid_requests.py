@@ -26,6 +26,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "Generate": {"spec": SPEC},
     "StreamGenerate": {"spec": SPEC},
     "BatchGenerate": {"specs": [SPEC]},
+    "Score": {"spec": {"model": "storyteller", "prompt": PROMPT}, "candidates": [{"text": " ran"}]},
     "CancelGeneration": {"request_ids": ["a"]},
     "Tokenize": {"model": "storyteller", "prompt": PROMPT},
     "Detokenize": {"model": "storyteller", "token_ids": [65]},

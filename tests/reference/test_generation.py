@@ -285,8 +285,7 @@ def test_a_score_computes_its_prefix_once_and_equals_transformers(oracle, make_c
         assert [each.token_id for each in output.prompt_logprobs if each is not None] == end
         found = torch.tensor([[each.logprob, *each.named_logprobs] for each in output.prompt_logprobs if each])
         wanted = torch.tensor([[token, 7, 8] for token in end])
-        # as above: weights three times the usual
-        assert torch.allclose(found, expected.gather(-1, wanted), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(found, expected.gather(-1, wanted), rtol=1e-5, atol=1e-5)
 
 
 def test_seeded_sampling_does_not_depend_on_the_batch(oracle, make_core):

@@ -107,7 +107,7 @@ INVALID: list[tuple[Mapping[str, Any], str]] = [
         {"sampling": {"allowed_token_ids": [5, 257]}, "stopping": {"min_tokens": 1, "stop_token_ids": [5]}},
         "spec.sampling.allowed_token_ids",
     ),
-    ({"stopping": {"max_tokens": 0}}, "spec.stopping.max_tokens"),
+    ({"stopping": {"max_tokens": -1}}, "spec.stopping.max_tokens"),
     ({"stopping": {"max_tokens": -(2**31)}}, "spec.stopping.max_tokens"),
     ({"stopping": {"max_tokens": 3, "min_tokens": 4}}, "spec.stopping.min_tokens"),
     ({"stopping": {"min_tokens": 2**31 - 1}}, "spec.stopping.min_tokens"),

@@ -6,10 +6,17 @@ from typing import Unpack, cast
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from loraplex.channel import CallOptions, call_options
-from loraplex.generation import GenerateOptions, PromptOptions, build_spec, given_options, put_prompt_options
+from loraplex.generation import (
+    GenerateOptions,
+    PromptOptions,
+    SharedOptions,
+    build_spec,
+    given_options,
+    put_prompt_options,
+)
 from loraplex.operations.base import GenerationOperation, Operation, StreamOperation
 from loraplex.prompts import PromptLike, build_prompt
-from loraplex.v1 import generation_pb2, inference_pb2, tokenizer_pb2
+from loraplex.v1 import generation_pb2, inference_pb2, prompt_pb2, tokenizer_pb2
 
 # HealthCheckRequest and HealthCheckResponse have one field each, and are the same bytes as these messages. So health
 # needs no further package.
@@ -18,6 +25,10 @@ SERVING = 1  # HealthCheckResponse.SERVING
 
 class GenerateArguments(GenerateOptions, CallOptions, total=False):
     """Options of a generation, and of the call."""
+
+
+class ScoreArguments(SharedOptions, CallOptions, total=False):
+    """Options of a score, and of the call."""
 
 
 class TokenizeArguments(PromptOptions, CallOptions, total=False):
@@ -67,6 +78,30 @@ def stream_generate(
     request = inference_pb2.StreamGenerateRequest(spec=built)
     method = "/loraplex.v1.InferenceService/StreamGenerate"
     return GenerationOperation(method, request, inference_pb2.StreamGenerateResponse, call)
+
+
+def score(
+    model: str,
+    prompt: PromptLike,
+    candidates: Sequence[str | Sequence[int]],
+    **options: Unpack[ScoreArguments],
+) -> Operation[inference_pb2.ScoreResponse]:
+    """Say how likely each candidate is to follow a prompt. The prompt is computed once for all.
+
+    Args:
+        model: Name of a model, an adapter, an adapter version or a route.
+        prompt: Text, token ids or chat messages.
+        candidates: Texts or token ids. A text is tokenised by itself: a blank in front is its own.
+    """
+    built, call = _spec_and_call(model, prompt, None, cast(GenerateArguments, options))
+    request = inference_pb2.ScoreRequest(spec=built, candidates=[_candidate(each) for each in candidates])
+    return Operation("/loraplex.v1.InferenceService/Score", request, inference_pb2.ScoreResponse, call)
+
+
+def _candidate(given: str | Sequence[int]) -> inference_pb2.Candidate:
+    if isinstance(given, str):
+        return inference_pb2.Candidate(text=given)
+    return inference_pb2.Candidate(token_ids=prompt_pb2.TokenIds(ids=given))
 
 
 def batch_generate(

@@ -16,10 +16,11 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from loraplex.v1 import generation_pb2 as loraplex_dot_v1_dot_generation__pb2
+from loraplex.v1 import prompt_pb2 as loraplex_dot_v1_dot_prompt__pb2
 from loraplex.v1 import routes_pb2 as loraplex_dot_v1_dot_routes__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloraplex/v1/inference.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1cloraplex/v1/generation.proto\x1a\x18loraplex/v1/routes.proto\"?\n\x0fGenerateRequest\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.GenerateSpecB\x03\xe0\x41\x02\"\xa0\x03\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06target\x18\x02 \x01(\x0b\x32\x1b.loraplex.v1.ResolvedTarget\x12,\n\x07outputs\x18\x03 \x03(\x0b\x32\x1b.loraplex.v1.GenerateOutput\x12\x32\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x06 \x01(\x0b\x32\x14.loraplex.v1.Timings\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x11\x63lient_request_id\x18\x08 \x01(\t\x12\x39\n\x06labels\x18\t \x03(\x0b\x32).loraplex.v1.GenerateResponse.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_seed\"\x87\x01\n\x0eGenerateOutput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.Finished\"E\n\x15StreamGenerateRequest\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.GenerateSpecB\x03\xe0\x41\x02\"\x8c\x02\n\x16StreamGenerateResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.loraplex.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x12.loraplex.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.FinishedH\x00\x12+\n\tcompleted\x18\x05 \x01(\x0b\x32\x16.loraplex.v1.CompletedH\x00\x12\x36\n\x0fprompt_logprobs\x18\x06 \x01(\x0b\x32\x1b.loraplex.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xe8\x02\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06target\x18\x02 \x01(\x0b\x32\x1b.loraplex.v1.ResolvedTarget\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x05\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15\x61\x64\x61pter_load_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11\x63lient_request_id\x18\x07 \x01(\t\x12\x30\n\x06labels\x18\x08 \x03(\x0b\x32 .loraplex.v1.Started.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"k\n\x05\x44\x65lta\x12\x14\n\x0coutput_index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\"\x9a\x01\n\x08\x46inished\x12\x14\n\x0coutput_index\x18\x01 \x01(\x05\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12\x0e\n\x04stop\x18\x03 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x04 \x01(\rH\x00\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\x05\x42\t\n\x07matched\"q\n\tCompleted\x12!\n\x05usage\x18\x01 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x02 \x01(\x0b\x32\x14.loraplex.v1.Timings\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"=\n\x0ePromptLogprobs\x12+\n\x08logprobs\x18\x01 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\"\xb9\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04rank\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12$\n\x03top\x18\x05 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\x12\r\n\x05\x62ytes\x18\x06 \x01(\x0c\x12\x16\n\x0enamed_logprobs\x18\x07 \x03(\x02\x42\n\n\x08_logprobB\x07\n\x05_rank\"L\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\r\n\x05\x62ytes\x18\x04 \x01(\x0c\"\x8c\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x05\x12\x14\n\x0c\x64raft_tokens\x18\x04 \x01(\x05\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x05 \x01(\x05\"\xe1\x01\n\x07Timings\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15\x61\x64\x61pter_load_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0etotal_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x0cPartialUsage\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Usage\"w\n\x14\x42\x61tchGenerateRequest\x12-\n\x05specs\x18\x01 \x03(\x0b\x32\x19.loraplex.v1.GenerateSpecB\x03\xe0\x41\x02\x12\x1c\n\x0fmax_concurrency\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_max_concurrency\"\xb6\x01\n\x15\x42\x61tchGenerateResponse\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.loraplex.v1.GenerateResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12,\n\x07started\x18\x04 \x01(\x0b\x32\x19.loraplex.v1.BatchStartedH\x00\x42\x08\n\x06result\"#\n\x0c\x42\x61tchStarted\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"J\n\x17\x43\x61ncelGenerationRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12\x1a\n\x12\x63lient_request_ids\x18\x02 \x03(\t\"9\n\x18\x43\x61ncelGenerationResponse\x12\x1d\n\x15\x63\x61ncelled_request_ids\x18\x01 \x03(\t*\xb9\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x02\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x03\x12\x1f\n\x1b\x46INISH_REASON_CONTEXT_LIMIT\x10\x04\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x05\x32\xf3\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12[\n\x0eStreamGenerate\x12\".loraplex.v1.StreamGenerateRequest\x1a#.loraplex.v1.StreamGenerateResponse0\x01\x12X\n\rBatchGenerate\x12!.loraplex.v1.BatchGenerateRequest\x1a\".loraplex.v1.BatchGenerateResponse0\x01\x12_\n\x10\x43\x61ncelGeneration\x12$.loraplex.v1.CancelGenerationRequest\x1a%.loraplex.v1.CancelGenerationResponseB\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloraplex/v1/inference.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1cloraplex/v1/generation.proto\x1a\x18loraplex/v1/prompt.proto\x1a\x18loraplex/v1/routes.proto\"?\n\x0fGenerateRequest\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.GenerateSpecB\x03\xe0\x41\x02\"\xa0\x03\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06target\x18\x02 \x01(\x0b\x32\x1b.loraplex.v1.ResolvedTarget\x12,\n\x07outputs\x18\x03 \x03(\x0b\x32\x1b.loraplex.v1.GenerateOutput\x12\x32\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x06 \x01(\x0b\x32\x14.loraplex.v1.Timings\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x11\x63lient_request_id\x18\x08 \x01(\t\x12\x39\n\x06labels\x18\t \x03(\x0b\x32).loraplex.v1.GenerateResponse.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_seed\"\x87\x01\n\x0eGenerateOutput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.Finished\"E\n\x15StreamGenerateRequest\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.GenerateSpecB\x03\xe0\x41\x02\"\x8c\x02\n\x16StreamGenerateResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.loraplex.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x12.loraplex.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.FinishedH\x00\x12+\n\tcompleted\x18\x05 \x01(\x0b\x32\x16.loraplex.v1.CompletedH\x00\x12\x36\n\x0fprompt_logprobs\x18\x06 \x01(\x0b\x32\x1b.loraplex.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xe8\x02\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06target\x18\x02 \x01(\x0b\x32\x1b.loraplex.v1.ResolvedTarget\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x05\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15\x61\x64\x61pter_load_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11\x63lient_request_id\x18\x07 \x01(\t\x12\x30\n\x06labels\x18\x08 \x03(\x0b\x32 .loraplex.v1.Started.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"k\n\x05\x44\x65lta\x12\x14\n\x0coutput_index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\"\x9a\x01\n\x08\x46inished\x12\x14\n\x0coutput_index\x18\x01 \x01(\x05\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12\x0e\n\x04stop\x18\x03 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x04 \x01(\rH\x00\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\x05\x42\t\n\x07matched\"q\n\tCompleted\x12!\n\x05usage\x18\x01 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x02 \x01(\x0b\x32\x14.loraplex.v1.Timings\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"=\n\x0ePromptLogprobs\x12+\n\x08logprobs\x18\x01 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\"\xb9\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04rank\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12$\n\x03top\x18\x05 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\x12\r\n\x05\x62ytes\x18\x06 \x01(\x0c\x12\x16\n\x0enamed_logprobs\x18\x07 \x03(\x02\x42\n\n\x08_logprobB\x07\n\x05_rank\"L\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\r\n\x05\x62ytes\x18\x04 \x01(\x0c\"\x8c\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x05\x12\x14\n\x0c\x64raft_tokens\x18\x04 \x01(\x05\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x05 \x01(\x05\"\xe1\x01\n\x07Timings\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15\x61\x64\x61pter_load_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0etotal_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x0cPartialUsage\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Usage\"w\n\x14\x42\x61tchGenerateRequest\x12-\n\x05specs\x18\x01 \x03(\x0b\x32\x19.loraplex.v1.GenerateSpecB\x03\xe0\x41\x02\x12\x1c\n\x0fmax_concurrency\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_max_concurrency\"\xb6\x01\n\x15\x42\x61tchGenerateResponse\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.loraplex.v1.GenerateResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12,\n\x07started\x18\x04 \x01(\x0b\x32\x19.loraplex.v1.BatchStartedH\x00\x42\x08\n\x06result\"#\n\x0c\x42\x61tchStarted\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"m\n\x0cScoreRequest\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.GenerateSpecB\x03\xe0\x41\x02\x12/\n\ncandidates\x18\x02 \x03(\x0b\x32\x16.loraplex.v1.CandidateB\x03\xe0\x41\x02\"R\n\tCandidate\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\xc9\x02\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06target\x18\x02 \x01(\x0b\x32\x1b.loraplex.v1.ResolvedTarget\x12+\n\x06scores\x18\x03 \x03(\x0b\x32\x1b.loraplex.v1.CandidateScore\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x05 \x01(\x0b\x32\x14.loraplex.v1.Timings\x12\x19\n\x11\x63lient_request_id\x18\x06 \x01(\t\x12\x36\n\x06labels\x18\x07 \x03(\x0b\x32&.loraplex.v1.ScoreResponse.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"h\n\x0e\x43\x61ndidateScore\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x31\n\x0etoken_logprobs\x18\x03 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\"J\n\x17\x43\x61ncelGenerationRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12\x1a\n\x12\x63lient_request_ids\x18\x02 \x03(\t\"9\n\x18\x43\x61ncelGenerationResponse\x12\x1d\n\x15\x63\x61ncelled_request_ids\x18\x01 \x03(\t*\xb9\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x02\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x03\x12\x1f\n\x1b\x46INISH_REASON_CONTEXT_LIMIT\x10\x04\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x05\x32\xb3\x03\n\x10InferenceService\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12[\n\x0eStreamGenerate\x12\".loraplex.v1.StreamGenerateRequest\x1a#.loraplex.v1.StreamGenerateResponse0\x01\x12X\n\rBatchGenerate\x12!.loraplex.v1.BatchGenerateRequest\x1a\".loraplex.v1.BatchGenerateResponse0\x01\x12>\n\x05Score\x12\x19.loraplex.v1.ScoreRequest\x1a\x1a.loraplex.v1.ScoreResponse\x12_\n\x10\x43\x61ncelGeneration\x12$.loraplex.v1.CancelGenerationRequest\x1a%.loraplex.v1.CancelGenerationResponseB\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,52 +38,68 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTED_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_BATCHGENERATEREQUEST'].fields_by_name['specs']._loaded_options = None
   _globals['_BATCHGENERATEREQUEST'].fields_by_name['specs']._serialized_options = b'\340A\002'
-  _globals['_FINISHREASON']._serialized_start=3148
-  _globals['_FINISHREASON']._serialized_end=3333
-  _globals['_GENERATEREQUEST']._serialized_start=190
-  _globals['_GENERATEREQUEST']._serialized_end=253
-  _globals['_GENERATERESPONSE']._serialized_start=256
-  _globals['_GENERATERESPONSE']._serialized_end=672
-  _globals['_GENERATERESPONSE_LABELSENTRY']._serialized_start=618
-  _globals['_GENERATERESPONSE_LABELSENTRY']._serialized_end=663
-  _globals['_GENERATEOUTPUT']._serialized_start=675
-  _globals['_GENERATEOUTPUT']._serialized_end=810
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=812
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=881
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=884
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=1152
-  _globals['_STARTED']._serialized_start=1155
-  _globals['_STARTED']._serialized_end=1515
-  _globals['_STARTED_LABELSENTRY']._serialized_start=618
-  _globals['_STARTED_LABELSENTRY']._serialized_end=663
-  _globals['_DELTA']._serialized_start=1517
-  _globals['_DELTA']._serialized_end=1624
-  _globals['_FINISHED']._serialized_start=1627
-  _globals['_FINISHED']._serialized_end=1781
-  _globals['_COMPLETED']._serialized_start=1783
-  _globals['_COMPLETED']._serialized_end=1896
-  _globals['_PROMPTLOGPROBS']._serialized_start=1898
-  _globals['_PROMPTLOGPROBS']._serialized_end=1959
-  _globals['_TOKENLOGPROB']._serialized_start=1962
-  _globals['_TOKENLOGPROB']._serialized_end=2147
-  _globals['_TOPLOGPROB']._serialized_start=2149
-  _globals['_TOPLOGPROB']._serialized_end=2225
-  _globals['_USAGE']._serialized_start=2228
-  _globals['_USAGE']._serialized_end=2368
-  _globals['_TIMINGS']._serialized_start=2371
-  _globals['_TIMINGS']._serialized_end=2596
-  _globals['_PARTIALUSAGE']._serialized_start=2598
-  _globals['_PARTIALUSAGE']._serialized_end=2667
-  _globals['_BATCHGENERATEREQUEST']._serialized_start=2669
-  _globals['_BATCHGENERATEREQUEST']._serialized_end=2788
-  _globals['_BATCHGENERATERESPONSE']._serialized_start=2791
-  _globals['_BATCHGENERATERESPONSE']._serialized_end=2973
-  _globals['_BATCHSTARTED']._serialized_start=2975
-  _globals['_BATCHSTARTED']._serialized_end=3010
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=3012
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=3086
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=3088
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=3145
-  _globals['_INFERENCESERVICE']._serialized_start=3336
-  _globals['_INFERENCESERVICE']._serialized_end=3707
+  _globals['_SCOREREQUEST'].fields_by_name['spec']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['spec']._serialized_options = b'\340A\002'
+  _globals['_SCOREREQUEST'].fields_by_name['candidates']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['candidates']._serialized_options = b'\340A\002'
+  _globals['_SCORERESPONSE_LABELSENTRY']._loaded_options = None
+  _globals['_SCORERESPONSE_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=3807
+  _globals['_FINISHREASON']._serialized_end=3992
+  _globals['_GENERATEREQUEST']._serialized_start=216
+  _globals['_GENERATEREQUEST']._serialized_end=279
+  _globals['_GENERATERESPONSE']._serialized_start=282
+  _globals['_GENERATERESPONSE']._serialized_end=698
+  _globals['_GENERATERESPONSE_LABELSENTRY']._serialized_start=644
+  _globals['_GENERATERESPONSE_LABELSENTRY']._serialized_end=689
+  _globals['_GENERATEOUTPUT']._serialized_start=701
+  _globals['_GENERATEOUTPUT']._serialized_end=836
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=838
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=907
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=910
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=1178
+  _globals['_STARTED']._serialized_start=1181
+  _globals['_STARTED']._serialized_end=1541
+  _globals['_STARTED_LABELSENTRY']._serialized_start=644
+  _globals['_STARTED_LABELSENTRY']._serialized_end=689
+  _globals['_DELTA']._serialized_start=1543
+  _globals['_DELTA']._serialized_end=1650
+  _globals['_FINISHED']._serialized_start=1653
+  _globals['_FINISHED']._serialized_end=1807
+  _globals['_COMPLETED']._serialized_start=1809
+  _globals['_COMPLETED']._serialized_end=1922
+  _globals['_PROMPTLOGPROBS']._serialized_start=1924
+  _globals['_PROMPTLOGPROBS']._serialized_end=1985
+  _globals['_TOKENLOGPROB']._serialized_start=1988
+  _globals['_TOKENLOGPROB']._serialized_end=2173
+  _globals['_TOPLOGPROB']._serialized_start=2175
+  _globals['_TOPLOGPROB']._serialized_end=2251
+  _globals['_USAGE']._serialized_start=2254
+  _globals['_USAGE']._serialized_end=2394
+  _globals['_TIMINGS']._serialized_start=2397
+  _globals['_TIMINGS']._serialized_end=2622
+  _globals['_PARTIALUSAGE']._serialized_start=2624
+  _globals['_PARTIALUSAGE']._serialized_end=2693
+  _globals['_BATCHGENERATEREQUEST']._serialized_start=2695
+  _globals['_BATCHGENERATEREQUEST']._serialized_end=2814
+  _globals['_BATCHGENERATERESPONSE']._serialized_start=2817
+  _globals['_BATCHGENERATERESPONSE']._serialized_end=2999
+  _globals['_BATCHSTARTED']._serialized_start=3001
+  _globals['_BATCHSTARTED']._serialized_end=3036
+  _globals['_SCOREREQUEST']._serialized_start=3038
+  _globals['_SCOREREQUEST']._serialized_end=3147
+  _globals['_CANDIDATE']._serialized_start=3149
+  _globals['_CANDIDATE']._serialized_end=3231
+  _globals['_SCORERESPONSE']._serialized_start=3234
+  _globals['_SCORERESPONSE']._serialized_end=3563
+  _globals['_SCORERESPONSE_LABELSENTRY']._serialized_start=644
+  _globals['_SCORERESPONSE_LABELSENTRY']._serialized_end=689
+  _globals['_CANDIDATESCORE']._serialized_start=3565
+  _globals['_CANDIDATESCORE']._serialized_end=3669
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=3671
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=3745
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=3747
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=3804
+  _globals['_INFERENCESERVICE']._serialized_start=3995
+  _globals['_INFERENCESERVICE']._serialized_end=4430
 # @@protoc_insertion_point(module_scope)

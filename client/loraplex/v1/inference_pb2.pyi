@@ -12,6 +12,7 @@ import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.rpc.status_pb2
 import loraplex.v1.generation_pb2
+import loraplex.v1.prompt_pb2
 import loraplex.v1.routes_pb2
 import sys
 import typing
@@ -741,6 +742,161 @@ class BatchStarted(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["request_ids", b"request_ids"]) -> None: ...
 
 Global___BatchStarted: typing_extensions.TypeAlias = BatchStarted
+
+@typing.final
+class ScoreRequest(google.protobuf.message.Message):
+    """Request of Score. In all at most 4,194,304 characters and 16,384 entries, and 524,288 numbers."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: builtins.int
+    CANDIDATES_FIELD_NUMBER: builtins.int
+    @property
+    def spec(self) -> loraplex.v1.generation_pb2.GenerateSpec:
+        """Which model scores, what comes before the candidates, and who asks. Required. What belongs to a generation has no
+        meaning here and is refused by name: sampling, stopping, constraint, drafts, stream, and of output all but
+        logprobs, top_logprobs and logprob_token_ids, which ask for the tokens of each candidate.
+        """
+
+    @property
+    def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Candidate]:
+        """The texts whose likelihoods are asked for. At least 1, at most 16."""
+
+    def __init__(
+        self,
+        *,
+        spec: loraplex.v1.generation_pb2.GenerateSpec | None = ...,
+        candidates: collections.abc.Iterable[Global___Candidate] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "spec", b"spec"]) -> None: ...
+
+Global___ScoreRequest: typing_extensions.TypeAlias = ScoreRequest
+
+@typing.final
+class Candidate(google.protobuf.message.Message):
+    """A text that may follow the prompt."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """Plain text, tokenised by itself, without special tokens: a blank between it and the prompt is its own. From 1 to
+    65,536 bytes.
+    """
+    @property
+    def token_ids(self) -> loraplex.v1.prompt_pb2.TokenIds:
+        """Tokens as the model's own tokenizer numbers them."""
+
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+        token_ids: loraplex.v1.prompt_pb2.TokenIds | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["content", b"content", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["content", b"content"]) -> typing.Literal["text", "token_ids"] | None: ...
+
+Global___Candidate: typing_extensions.TypeAlias = Candidate
+
+@typing.final
+class ScoreResponse(google.protobuf.message.Message):
+    """Response of Score."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    SCORES_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
+    TIMINGS_FIELD_NUMBER: builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """The server's id of this request."""
+    client_request_id: builtins.str
+    """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
+    @property
+    def target(self) -> loraplex.v1.routes_pb2.ResolvedTarget:
+        """What scored."""
+
+    @property
+    def scores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CandidateScore]:
+        """One for each candidate, in their order."""
+
+    @property
+    def usage(self) -> Global___Usage:
+        """What was consumed: the prompt's tokens once, and those of each candidate, as prompt_tokens."""
+
+    @property
+    def timings(self) -> Global___Timings:
+        """How long it took."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """As in GenerateSpec.labels."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        target: loraplex.v1.routes_pb2.ResolvedTarget | None = ...,
+        scores: collections.abc.Iterable[Global___CandidateScore] | None = ...,
+        usage: Global___Usage | None = ...,
+        timings: Global___Timings | None = ...,
+        client_request_id: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["target", b"target", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["client_request_id", b"client_request_id", "labels", b"labels", "request_id", b"request_id", "scores", b"scores", "target", b"target", "timings", b"timings", "usage", b"usage"]) -> None: ...
+
+Global___ScoreResponse: typing_extensions.TypeAlias = ScoreResponse
+
+@typing.final
+class CandidateScore(google.protobuf.message.Message):
+    """How likely one candidate is."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOGPROB_FIELD_NUMBER: builtins.int
+    NUM_TOKENS_FIELD_NUMBER: builtins.int
+    TOKEN_LOGPROBS_FIELD_NUMBER: builtins.int
+    logprob: builtins.float
+    """The natural logarithm of its probability behind the prompt: the sum over its tokens."""
+    num_tokens: builtins.int
+    """Its tokens."""
+    @property
+    def token_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Its tokens with their log-probabilities, if asked for."""
+
+    def __init__(
+        self,
+        *,
+        logprob: builtins.float = ...,
+        num_tokens: builtins.int = ...,
+        token_logprobs: collections.abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprob", b"logprob", "num_tokens", b"num_tokens", "token_logprobs", b"token_logprobs"]) -> None: ...
+
+Global___CandidateScore: typing_extensions.TypeAlias = CandidateScore
 
 @typing.final
 class CancelGenerationRequest(google.protobuf.message.Message):

@@ -75,6 +75,11 @@ class InferenceServiceStub(object):
                 request_serializer=loraplex_dot_v1_dot_inference__pb2.BatchGenerateRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_inference__pb2.BatchGenerateResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/loraplex.v1.InferenceService/Score',
+                request_serializer=loraplex_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.CancelGeneration = channel.unary_unary(
                 '/loraplex.v1.InferenceService/CancelGeneration',
                 request_serializer=loraplex_dot_v1_dot_inference__pb2.CancelGenerationRequest.SerializeToString,
@@ -134,6 +139,14 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Says how likely each of several texts is to follow one prompt. Nothing is generated. What the texts have in common
+        is computed once, where the prefix cache is used.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelGeneration(self, request, context):
         """Cancels generations of the caller's own tenant, for when the call itself is out of reach, by the server's ids or by
         the caller's own. They end with status CANCELLED, whether they run or wait. Ids that are unknown, finished or another
@@ -160,6 +173,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.BatchGenerate,
                     request_deserializer=loraplex_dot_v1_dot_inference__pb2.BatchGenerateRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_inference__pb2.BatchGenerateResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=loraplex_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
             ),
             'CancelGeneration': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelGeneration,
@@ -269,6 +287,33 @@ class InferenceService(object):
             '/loraplex.v1.InferenceService/BatchGenerate',
             loraplex_dot_v1_dot_inference__pb2.BatchGenerateRequest.SerializeToString,
             loraplex_dot_v1_dot_inference__pb2.BatchGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.InferenceService/Score',
+            loraplex_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            loraplex_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,6 +73,22 @@ _InferenceServiceBatchGenerateType = typing_extensions.TypeVar(
     ],
 )
 
+_InferenceServiceScoreType = typing_extensions.TypeVar(
+    '_InferenceServiceScoreType',
+    grpc.UnaryUnaryMultiCallable[
+        loraplex.v1.inference_pb2.ScoreRequest,
+        loraplex.v1.inference_pb2.ScoreResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        loraplex.v1.inference_pb2.ScoreRequest,
+        loraplex.v1.inference_pb2.ScoreResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        loraplex.v1.inference_pb2.ScoreRequest,
+        loraplex.v1.inference_pb2.ScoreResponse,
+    ],
+)
+
 _InferenceServiceCancelGenerationType = typing_extensions.TypeVar(
     '_InferenceServiceCancelGenerationType',
     grpc.UnaryUnaryMultiCallable[
@@ -89,7 +105,7 @@ _InferenceServiceCancelGenerationType = typing_extensions.TypeVar(
     ],
 )
 
-class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceStreamGenerateType, _InferenceServiceBatchGenerateType, _InferenceServiceCancelGenerationType]):
+class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceStreamGenerateType, _InferenceServiceBatchGenerateType, _InferenceServiceScoreType, _InferenceServiceCancelGenerationType]):
     """Generates text. Data port.
 
     Metadata in:
@@ -128,6 +144,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
             loraplex.v1.inference_pb2.BatchGenerateResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
+            loraplex.v1.inference_pb2.ScoreRequest,
+            loraplex.v1.inference_pb2.ScoreResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
             loraplex.v1.inference_pb2.CancelGenerationRequest,
             loraplex.v1.inference_pb2.CancelGenerationResponse,
         ],
@@ -146,6 +166,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
         grpc.aio.UnaryStreamMultiCallable[
             loraplex.v1.inference_pb2.BatchGenerateRequest,
             loraplex.v1.inference_pb2.BatchGenerateResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            loraplex.v1.inference_pb2.ScoreRequest,
+            loraplex.v1.inference_pb2.ScoreResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             loraplex.v1.inference_pb2.CancelGenerationRequest,
@@ -172,6 +196,11 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     consumed (PartialUsage), and then the call.
     """
 
+    Score: _InferenceServiceScoreType
+    """Says how likely each of several texts is to follow one prompt. Nothing is generated. What the texts have in common
+    is computed once, where the prefix cache is used.
+    """
+
     CancelGeneration: _InferenceServiceCancelGenerationType
     """Cancels generations of the caller's own tenant, for when the call itself is out of reach, by the server's ids or by
     the caller's own. They end with status CANCELLED, whether they run or wait. Ids that are unknown, finished or another
@@ -190,6 +219,10 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         loraplex.v1.inference_pb2.BatchGenerateRequest,
         loraplex.v1.inference_pb2.BatchGenerateResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        loraplex.v1.inference_pb2.ScoreRequest,
+        loraplex.v1.inference_pb2.ScoreResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         loraplex.v1.inference_pb2.CancelGenerationRequest,
@@ -253,6 +286,16 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         no particular order. One that fails fails alone, as that item's error; so does one whose result is too large. While
         results are not read, no further items begin. At the call's deadline each item that has not ended fails, with what it
         consumed (PartialUsage), and then the call.
+        """
+
+    @abc.abstractmethod
+    def Score(
+        self,
+        request: loraplex.v1.inference_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[loraplex.v1.inference_pb2.ScoreResponse, collections.abc.Awaitable[loraplex.v1.inference_pb2.ScoreResponse]]:
+        """Says how likely each of several texts is to follow one prompt. Nothing is generated. What the texts have in common
+        is computed once, where the prefix cache is used.
         """
 
     @abc.abstractmethod

@@ -36,6 +36,7 @@ RULES: Mapping[str, Rule] = {
     "/loraplex.v1.InferenceService/Generate": INFERENCE,
     "/loraplex.v1.InferenceService/StreamGenerate": INFERENCE,
     "/loraplex.v1.InferenceService/BatchGenerate": INFERENCE,
+    "/loraplex.v1.InferenceService/Score": INFERENCE,
     "/loraplex.v1.InferenceService/CancelGeneration": INFERENCE,
     "/loraplex.v1.TokenizerService/Tokenize": INFERENCE,
     "/loraplex.v1.TokenizerService/Detokenize": INFERENCE,

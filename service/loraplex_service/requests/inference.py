@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from loraplex.v1.inference_pb2 import (
     BatchStarted,
     CancelGenerationRequest,
     CancelGenerationResponse,
+    Candidate,
     Completed,
     Delta,
     Finished,
@@ -24,6 +25,8 @@ from loraplex.v1.inference_pb2 import (
     GenerateRequest,
     GenerateResponse,
     PromptLogprobs,
+    ScoreRequest,
+    ScoreResponse,
     Started,
     StreamGenerateRequest,
     StreamGenerateResponse,
@@ -46,6 +49,7 @@ from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.prompts import TextWork, prompt_tokens
 from loraplex_service.requests.run import Event, Job, Run
 from loraplex_service.requests.sampling import derived_seed, sampling_params
+from loraplex_service.requests.scores import candidate_scores, candidate_tokens, scoring_sequences, scoring_spec
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.validation.checks import check_item
 
@@ -129,6 +133,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def Score(self, request: ScoreRequest, context: Context) -> ScoreResponse:  # noqa: N802
+        with self._requests.known(current_call()) as known:
+            spec, response = scoring_spec(request), ScoreResponse()
+            async with (
+                self._run(known, spec, "spec", False, request.candidates) as run,
+                aclosing(run.events()) as events,
+            ):
+                async for event in events:
+                    match event:
+                        case Started():
+                            _begin_response(response, event)
+                        case Completed():
+                            response.usage.CopyFrom(event.usage)
+                            response.timings.CopyFrom(event.timings)
+                scores = candidate_scores(run.scored(), request.spec.output, run.tokenizer, self._answer_bytes)
+                response.scores.extend(await scores)
+            return response
+
     async def CancelGeneration(  # noqa: N802
         self, request: CancelGenerationRequest, context: Context
     ) -> CancelGenerationResponse:
@@ -179,8 +201,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return response
 
     @asynccontextmanager
-    async def _run(self, known: InFlight, spec: GenerateSpec, path: str, streaming: bool) -> AsyncIterator[Run]:
-        """Take one request from its spec to its run. However the block ends, the engine then forgets the request."""
+    async def _run(
+        self,
+        known: InFlight,
+        spec: GenerateSpec,
+        path: str,
+        streaming: bool,
+        candidates: Sequence[Candidate] = (),
+    ) -> AsyncIterator[Run]:
+        """Take one request from its spec to its run. However the block ends, the engine then forgets the request.
+
+        `candidates`: what is scored behind the prompt, instead of outputs.
+        """
         call = known.call
         tenant = self._entrance.tenants.get(call.tenant)
         call.labels = dict(spec.labels)
@@ -189,6 +221,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         target = await self._entrance.target(call, tenant, spec.model, f"{path}.model")
         model = target.model
         prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")
+        room = model.limits.max_model_len - len(prompt)
+        scored = await candidate_tokens(candidates, room, model, self._texts, tenant)
         constraint, named_by = _constraint(spec, target)
         grammar = await self._forms.grammar(constraint, tenant, f"{path}.model" if named_by else f"{path}.constraint")
         sampling = merged_sampling(spec.sampling, target.default_sampling)
@@ -198,18 +232,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             spec, sampling, model.limits, tokenizer.eos_token_ids, tokenizer.num_token_ids, len(prompt), seed, path
         )
         drafts = wanted_drafts(spec, model.limits, path)
-        outputs = sampling.n or 1
-        size, limit = Size(len(prompt), outputs, params.max_tokens), params.time_limit_seconds
+        outputs = len(scored) or sampling.n or 1
+        size, limit = Size(len(prompt) + sum(map(len, scored)), outputs, params.max_tokens), params.time_limit_seconds
         policy, named = spec.adapter_policy, f"{path}.model"
         async with self._entrance.entered(known, tenant, target, policy, size, limit, named) as entered:
             resolved = entered.target
             resolved.constraint_source = named_by
             sequences = _sequences(tenant, spec, model.client, prompt, params, entered, outputs, grammar, drafts)
+            if scored:
+                sequences = scoring_sequences(sequences[0], scored, model.client)
             job = Job(
                 request_id=call.request_id,
                 client_request_id=call.client_request_id,
                 labels=call.labels,
-                operation="chat" if spec.prompt.HasField("chat") else "text_completion",
+                operation="score" if scored else "chat" if spec.prompt.HasField("chat") else "text_completion",
                 target=resolved,
                 constraint=(constraint.WhichOneof("kind") or "") if grammar else "",
                 tokenizer=model.tokenizer,
@@ -285,13 +321,17 @@ def _failed_item(index: int, error: Exception, call: Call) -> BatchGenerateRespo
     )
 
 
+def _begin_response(response: GenerateResponse | ScoreResponse, started: Started) -> None:
+    response.request_id = started.request_id
+    response.client_request_id = started.client_request_id
+    response.labels.update(started.labels)
+    response.target.CopyFrom(started.target)
+
+
 def _add_to_response(response: GenerateResponse, event: Event) -> None:
     match event:
         case Started():
-            response.request_id = event.request_id
-            response.client_request_id = event.client_request_id
-            response.labels.update(event.labels)
-            response.target.CopyFrom(event.target)
+            _begin_response(response, event)
         case PromptLogprobs():
             response.prompt_logprobs.extend(event.logprobs)
         case Delta():

@@ -17,7 +17,7 @@ from loraplex.v1.routes_pb2 import ResolvedTarget
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.grammar import UNUSABLE_FORM
-from loraplex_engine.link.messages import AddRequest, RequestOutput
+from loraplex_engine.link.messages import AddRequest, RequestOutput, TokenLogprobs
 from loraplex_engine.link.requests import Generation, SlowConsumerError
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_service.errors import (
@@ -52,7 +52,7 @@ class Job:
     tokenizer: Tokenizer
     form: OutputForm
     prompt: Sequence[int]  # its token ids
-    sequences: Sequence[AddRequest]  # one for each output, all with this prompt
+    sequences: Sequence[AddRequest]  # one for each output, all with this prompt, and perhaps more behind it
     arrival: float
     adapter_load_seconds: float  # waited for already
     constraint: str  # the kind of the form that its outputs have; empty: none
@@ -66,6 +66,11 @@ class Job:
     def adapter(self) -> AdapterKey | None:
         return self.sequences[0].adapter
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """The tokens that are read: those of the prompt once, and what each sequence has behind it."""
+        return len(self.prompt) + sum(len(each.prompt_token_ids) - len(self.prompt) for each in self.sequences)
+
 
 @dataclass(slots=True)
 class _Sequence:
@@ -73,7 +78,9 @@ class _Sequence:
 
     request: AddRequest
     builder: OutputBuilder
+    awaits_prompt_logprobs: bool
     token_ids: list[int] = field(default_factory=list)  # generated, whether or not the caller has seen them
+    scored: Sequence[TokenLogprobs] = ()  # what it has behind the prompt
     last_token: float | None = None  # the time of the last token
 
 
@@ -97,11 +104,14 @@ class Run:
         self._job = job
         self._prompt = job.prompt
         self._sequences = [
-            _Sequence(request, OutputBuilder(index, job.form, job.tokenizer, self._prompt))
+            _Sequence(
+                request,
+                OutputBuilder(index, job.form, job.tokenizer, self._prompt),
+                request.sampling.num_prompt_logprobs is not None,
+            )
             for index, request in enumerate(job.sequences)
         ]
         self._open = {sequence.request.request_id: sequence for sequence in self._sequences}  # Finished not sent yet
-        self._awaits_prompt_logprobs = job.sequences[0].sampling.num_prompt_logprobs is not None
         self._timings = Timings()
         self._cached_tokens = 0
         self._draft_tokens = self._accepted_draft_tokens = 0
@@ -120,7 +130,7 @@ class Run:
     def usage(self) -> Usage:
         """The tokens consumed so far."""
         return Usage(
-            prompt_tokens=len(self._prompt),
+            prompt_tokens=self._job.num_prompt_tokens,
             cached_prompt_tokens=self._cached_tokens,
             completion_tokens=sum(sequence.builder.num_tokens for sequence in self._sequences),
             draft_tokens=self._draft_tokens,
@@ -133,6 +143,15 @@ class Run:
         reasons = [inference_pb2.FinishReason.Name(f.reason).removeprefix("FINISH_REASON_") for f in finished]
         record = request_record(self._job, status, trace_id, self.usage(), self._timings, self._computed, reasons)
         return msgspec.structs.replace(record, constraint=self._job.constraint)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of its text."""
+        return self._job.tokenizer
+
+    def scored(self) -> list[Sequence[TokenLogprobs]]:
+        """What each sequence has behind the prompt, with its log-probabilities, once all events have come."""
+        return [sequence.scored for sequence in self._sequences]
 
     def end(self, error: Exception) -> None:
         """Stop the engine's work at once, and make `events` raise this error."""
@@ -203,7 +222,7 @@ class Run:
     def _continued(self, sequence: _Sequence, request_id: int) -> AddRequest:
         """The request for the rest of an output."""
         sampling = sequence.request.sampling
-        if not self._awaits_prompt_logprobs:
+        if not sequence.awaits_prompt_logprobs:
             sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
         if self._ends_at is not None:
             left = max(self._ends_at - asyncio.get_running_loop().time(), 0.0)
@@ -225,11 +244,13 @@ class Run:
             self._timings.time_to_first_token.CopyFrom(duration(seconds))
         if not self._started:
             yield self._start(output)
-        if output.prompt_logprobs is not None:
-            yield from prompt_logprobs(output.prompt_logprobs, self._prompt, self._job.tokenizer)
         sequence = self._open[output.request_id]
-        if sequence is self._sequences[0]:  # they come with its first output, or never
-            self._awaits_prompt_logprobs = False
+        sequence.awaits_prompt_logprobs = False  # they come with its first output, or never
+        if output.prompt_logprobs is not None:
+            if sequence.request.sampling.prompt_logprobs_from:
+                sequence.scored = [entry for entry in output.prompt_logprobs if entry is not None]
+            else:
+                yield from prompt_logprobs(output.prompt_logprobs, self._prompt, self._job.tokenizer)
         self._draft_tokens += output.num_drafts
         self._accepted_draft_tokens += output.num_accepted_drafts
         sequence.token_ids += output.token_ids
@@ -287,7 +308,7 @@ class Run:
             client_request_id=job.client_request_id,
             labels=job.labels,
             target=job.target,
-            prompt_tokens=len(self._prompt),
+            prompt_tokens=self._job.num_prompt_tokens,
             cached_prompt_tokens=output.num_cached_tokens,
             queue_duration=self._timings.queue_duration,
         )
@@ -300,7 +321,7 @@ class Run:
 
         The prompt's log-probabilities come first.
         """
-        if self._awaits_prompt_logprobs:
+        if self._sequences[0].awaits_prompt_logprobs:
             return
         for request_id, sequence in list(self._open.items()):
             builder = sequence.builder

@@ -10,7 +10,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from loraplex.v1.adapters_pb2 import CreateAdapterRequest
 from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
-from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
+from loraplex.v1.inference_pb2 import Candidate, GenerateRequest, ScoreRequest, StreamGenerateRequest
 from loraplex.v1.prompt_pb2 import ChatMessage, Prompt
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from loraplex_adapters.grammar import DIGEST, ID_RULE, is_id
@@ -161,9 +161,29 @@ def _check_generate(request: GenerateRequest, path: str) -> Iterator[Violation]:
     yield from _check_unary(request.spec, _at(path, "spec"))
 
 
-def _check_stream(request: GenerateRequest | StreamGenerateRequest, path: str) -> Iterator[Violation]:
+def _check_stream(request: GenerateRequest | StreamGenerateRequest | ScoreRequest, path: str) -> Iterator[Violation]:
     if not request.HasField("spec"):
         yield Violation(_at(path, "spec"), "is required")
+
+
+def _check_score(request: ScoreRequest, path: str) -> Iterator[Violation]:
+    yield from _check_stream(request, path)
+    if not request.candidates:
+        yield Violation(_at(path, "candidates"), "is empty; give at least one")
+    spec = _at(path, "spec")
+    for field, _ in request.spec.ListFields():
+        if field.name not in _SCORED:
+            yield Violation(_at(spec, field.name), _NOT_SCORED)
+    for field, _ in request.spec.output.ListFields():
+        if field.name not in ("logprobs", "top_logprobs", "logprob_token_ids"):
+            yield Violation(_at(spec, f"output.{field.name}"), _NOT_SCORED)
+
+
+def _check_candidate(candidate: Candidate, path: str) -> Iterator[Violation]:
+    if not candidate.HasField("content"):
+        yield Violation(path, "is empty: give text or token_ids")
+    elif candidate.HasField("token_ids") and not candidate.token_ids.ids:
+        yield Violation(_at(path, "token_ids"), "is empty")
 
 
 def _check_prompt(prompt: Prompt, path: str) -> Iterator[Violation]:
@@ -226,10 +246,14 @@ def _check_registration(request: CreateAdapterRequest, path: str) -> Iterator[Vi
 
 
 _DIGEST = re.compile(f"sha256:{DIGEST}")
+_SCORED = {"model", "prompt", "output", "cache", "adapter_policy", "priority", "client_request_id", "labels"}
+_NOT_SCORED = "has no meaning for Score, which generates nothing; leave it out"
 _NO_PROMPT = "is required: give text, token_ids or chat"
 _RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
     "GenerateRequest": _check_generate,
     "StreamGenerateRequest": _check_stream,
+    "ScoreRequest": _check_score,
+    "Candidate": _check_candidate,
     "TokenizeRequest": _check_tokenize,
     "DetokenizeRequest": _check_model,
     "GenerateSpec": _check_spec,

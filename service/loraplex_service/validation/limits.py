@@ -218,6 +218,8 @@ LIMITS: Mapping[str, Limit] = {
     # ---- inference.proto
     "BatchGenerateRequest.specs": Entries(256, alone=True),
     "BatchGenerateRequest.max_concurrency": Range(1),
+    "ScoreRequest.candidates": Entries(16),
+    "Candidate.text": Text(65536, least=1, unit="bytes"),
     "CancelGenerationRequest.request_ids": Entries(256, Text(128)),
     "CancelGenerationRequest.client_request_ids": Entries(256, Text(128)),
     # ---- tokenizer.proto
@@ -309,5 +311,6 @@ TOTALS: Mapping[str, Total] = {
     "Chat": Total(characters=1 << 21, entries=4096),
     "Choices": Total(characters=65536, entries=256),
     "BatchGenerateRequest": Total(characters=1 << 22, entries=16384, numbers=1 << 19),
+    "ScoreRequest": Total(characters=1 << 22, entries=16384, numbers=1 << 19),
     "Adapter": Total(characters=1 << 20, entries=8192, numbers=4096),
 }

@@ -38,12 +38,14 @@ DATA = (inference_pb2, tokenizer_pb2)
 ADMIN = (adapters_pb2, models_pb2, routes_pb2, server_pb2)
 PIRATE = "tenants/acme/adapters/pirate"
 SPEC: dict[str, Any] = {"model": PIRATE, "prompt": {"text": "x"}, "stopping": {"max_tokens": 1}}
+UNSAID: dict[str, Any] = {"model": PIRATE, "prompt": {"text": "x"}}
 
 # A request of each method about what belongs to acme.
 REQUESTS: dict[str, dict[str, Any]] = {
     "/loraplex.v1.InferenceService/Generate": {"spec": SPEC},
     "/loraplex.v1.InferenceService/StreamGenerate": {"spec": SPEC},
     "/loraplex.v1.InferenceService/BatchGenerate": {"specs": [SPEC]},
+    "/loraplex.v1.InferenceService/Score": {"spec": UNSAID, "candidates": [{"text": "y"}]},
     "/loraplex.v1.InferenceService/CancelGeneration": {"request_ids": ["a"]},
     "/loraplex.v1.TokenizerService/Tokenize": {"model": PIRATE, "prompt": {"text": "x"}},
     "/loraplex.v1.TokenizerService/Detokenize": {"model": PIRATE, "token_ids": [65]},

@@ -10,7 +10,13 @@ from google.protobuf.message import Message
 
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest
 from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
-from loraplex.v1.inference_pb2 import BatchGenerateRequest, CancelGenerationRequest, GenerateRequest
+from loraplex.v1.inference_pb2 import (
+    BatchGenerateRequest,
+    CancelGenerationRequest,
+    Candidate,
+    GenerateRequest,
+    ScoreRequest,
+)
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, TokenIds, ToolCall
 from loraplex.v1.routes_pb2 import Route, RouteTarget, UpdateRouteRequest
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
@@ -73,6 +79,13 @@ MESSAGES: dict[str, tuple[str, Message]] = {
     "BatchGenerate tokens": (
         "BatchGenerate",
         BatchGenerateRequest(specs=[spec(prompt=PROMPTS["tokens"])] * 2),
+    ),
+    "Score": (
+        "Score",
+        ScoreRequest(
+            spec=GenerateSpec(model="tiny", prompt=PROMPTS["tokens"], output={"top_logprobs": 20}),
+            candidates=[Candidate(token_ids={"ids": [97] * 16_000})] * 16,
+        ),
     ),
     "CancelGeneration": (
         "CancelGeneration",

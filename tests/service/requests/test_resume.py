@@ -1,14 +1,14 @@
 """A request whose engine dies goes on with the next one, as if nothing had happened."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import pytest
 from grpc import StatusCode as Code
 
 from loraplex import FailedPrecondition, LoraplexError, Unavailable
-from loraplex.v1.inference_pb2 import GenerateResponse
+from loraplex.v1.inference_pb2 import Candidate, GenerateResponse, ScoreRequest, ScoreResponse
 from loraplex_adapters.errors import UNREADABLE
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.client import EngineClient
@@ -197,6 +197,22 @@ async def test_a_request_whose_adapter_is_unloaded_while_it_goes_on_loads_it_aga
     [request] = next_engine.requests
     before = wishes(next_engine.received[: next_engine.received.index(request)])
     assert [wish.most for wish in before] == [Residency.DEVICE, Residency.DISK, Residency.DEVICE]
+
+
+async def answer(call: Awaitable[ScoreResponse]) -> ScoreResponse:
+    return await call
+
+
+async def test_candidates_are_scored_by_the_next_engine(plane: DataPlane, next_engine: FakeEngine) -> None:
+    lives = Lives(plane, next_engine)
+    plane.engine.steps_allowed = 0
+    spec = make_spec()
+    spec.ClearField("stopping")
+    request = ScoreRequest(spec=spec, candidates=[Candidate(text="x"), Candidate(text="y")])
+    running = asyncio.ensure_future(answer(plane.stub.Score(request)))
+    await plane.engine.until(lambda: len(plane.engine.requests) == 2)
+    lives.end()
+    assert [score.logprob for score in (await running).scores] == [-ord("x") / 256, -ord("y") / 256]
 
 
 async def test_a_member_of_a_sum_that_is_unloaded_while_another_loads_is_loaded_again(

@@ -1,0 +1,112 @@
+"""Scores of candidates: how likely each is to follow a prompt, by requests that generate nothing."""
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+
+from loraplex.v1.generation_pb2 import AnyText, Constraint, GenerateSpec, OutputOptions, Stopping
+from loraplex.v1.inference_pb2 import Candidate, CandidateScore, ScoreRequest
+from loraplex_engine.link.client import EngineClient
+from loraplex_engine.link.messages import AddRequest, TokenLogprobs
+from loraplex_service.admission.tenants import Tenant
+from loraplex_service.errors import InvalidRequest, MessageTooLarge
+from loraplex_service.names.target import LoadedModel
+from loraplex_service.requests.outputs import token_logprob
+from loraplex_service.requests.prompts import TextWork
+from loraplex_service.requests.sampling import wants_logprobs
+from loraplex_service.text import Tokenizer
+from loraplex_service.text.errors import TextError, TooManyTokensError
+
+TOKENS_AT_ONCE = 256  # of an answer, before other tasks get a turn
+
+
+def scoring_spec(request: ScoreRequest) -> GenerateSpec:
+    """The spec of a generation that only reads what is scored."""
+    spec = GenerateSpec()
+    spec.CopyFrom(request.spec)
+    spec.stopping.CopyFrom(Stopping(max_tokens=0))
+    spec.constraint.CopyFrom(Constraint(any_text=AnyText()))
+    asked = request.spec.output
+    spec.output.CopyFrom(
+        OutputOptions(
+            text=False,
+            token_ids=False,
+            prompt_logprobs=asked.top_logprobs,
+            logprob_token_ids=asked.logprob_token_ids,
+        )
+    )
+    return spec
+
+
+async def candidate_tokens(
+    candidates: Sequence[Candidate], room: int, model: LoadedModel, work: TextWork, tenant: Tenant
+) -> list[list[int]]:
+    """The tokens of each candidate, at least one. `room`: what the prompt leaves of the context.
+
+    Raises InvalidRequest, Unavailable.
+    """
+    found: list[list[int]] = []
+    for index, candidate in enumerate(candidates):
+        path = f"candidates[{index}].{candidate.WhichOneof('content')}"
+        if candidate.HasField("token_ids"):
+            ids = candidate.token_ids.ids
+            tokens = await work.on_tokens(tenant, min(len(ids), room), partial(_copied, ids, room + 1))
+        else:
+            text = candidate.text
+            size = len(text.encode(errors="surrogatepass"))
+            tokens = await work.on(tenant, size, partial(_encoded, text, room, model, path))
+        if len(tokens) > room:
+            raise InvalidRequest.at(path, f"has more tokens than the {room} that the prompt leaves of the context")
+        if (largest := max(tokens)) >= model.limits.vocab_size:
+            raise InvalidRequest.at(path, f"holds {largest}, and the vocabulary has {model.limits.vocab_size} tokens")
+        found.append(tokens)
+    return found
+
+
+def _copied(ids: Sequence[int], most: int) -> list[int]:
+    return list(ids[:most])
+
+
+def _encoded(text: str, room: int, model: LoadedModel, path: str) -> list[int]:
+    try:
+        tokens = model.tokenizer.encode(text, False, room)
+    except TooManyTokensError as error:
+        problem = f"has {error.count} tokens, and the prompt leaves {room} of the context"
+        raise InvalidRequest.at(path, problem) from error
+    except TextError as error:
+        raise InvalidRequest.at(path, str(error)) from error
+    if not tokens:
+        raise InvalidRequest.at(path, "comes to no tokens at all; give at least one")
+    return tokens
+
+
+def scoring_sequences(first: AddRequest, candidates: Sequence[list[int]], client: EngineClient) -> list[AddRequest]:
+    """A request to the engine for each candidate, of which `first` has the prompt."""
+    prompt = first.prompt_token_ids
+    sampling = msgspec.structs.replace(first.sampling, prompt_logprobs_from=len(prompt))
+    return [
+        msgspec.structs.replace(
+            first, request_id=client.requests.new_id(), prompt=prompt + candidate, sampling=sampling
+        )
+        for candidate in candidates
+    ]
+
+
+async def candidate_scores(
+    scored: Sequence[Sequence[TokenLogprobs]], output: OutputOptions, tokenizer: Tokenizer, most_bytes: int
+) -> list[CandidateScore]:
+    """The answer for each candidate, in turns with other tasks. Raises MessageTooLarge."""
+    scores, size = [], 0
+    for entries in scored:
+        score = CandidateScore(logprob=sum(entry.logprob for entry in entries), num_tokens=len(entries))
+        for start in range(0, len(entries) if wants_logprobs(output) else 0, TOKENS_AT_ONCE):
+            some = [token_logprob(entry, tokenizer) for entry in entries[start : start + TOKENS_AT_ONCE]]
+            score.token_logprobs.extend(some)
+            size += sum(each.ByteSize() for each in some)
+            if size > most_bytes:
+                raise MessageTooLarge.answer(size, most_bytes)
+            await asyncio.sleep(0)
+        scores.append(score)
+    return scores

@@ -1,0 +1,87 @@
+"""Score: how likely candidates are behind a prompt, by an engine whose probabilities can be worked out by hand."""
+
+from typing import Any
+
+import grpc
+import pytest
+
+from loraplex.v1.inference_pb2 import Candidate, ScoreRequest, ScoreResponse
+from loraplex.v1.prompt_pb2 import Prompt, TokenIds
+from loraplex_service.admission.tenants import TenantConfig, Tenants
+from loraplex_service.text import Tokenizer
+from tests.service.data_plane import DataPlane, data_plane, failure
+
+IDS = Candidate(token_ids=TokenIds(ids=[7, 9]))
+
+
+def asked(text: str = "abc", **fields: Any) -> ScoreRequest:
+    spec = {"model": "demo", "prompt": Prompt(text=text)} | fields.pop("spec", {})
+    return ScoreRequest(**({"spec": spec, "candidates": [Candidate(text="xy"), IDS]} | fields))
+
+
+async def scored(plane: DataPlane, request: ScoreRequest) -> ScoreResponse:
+    response: ScoreResponse = await plane.stub.Score(request)
+    return response
+
+
+async def test_each_candidate_has_the_sum_of_its_tokens(plane: DataPlane) -> None:
+    answer = await scored(plane, asked())
+    assert [each.logprob for each in answer.scores] == [-(ord("x") + ord("y")) / 256, -16 / 256]
+    assert [each.num_tokens for each in answer.scores] == [2, 2]
+    assert not answer.scores[0].token_logprobs
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3 + 4, 0)
+    assert answer.request_id
+    assert answer.target.model == "models/demo"
+
+
+async def test_tokens_come_back_where_they_are_asked_for(plane: DataPlane) -> None:
+    output = {"top_logprobs": 2, "logprob_token_ids": [4]}
+    answer = await scored(plane, asked(spec={"output": output, "labels": {"team": "a"}}))
+    tokens = answer.scores[1].token_logprobs
+    assert [(token.token_id, token.logprob) for token in tokens] == [(7, -7 / 256), (9, -9 / 256)]
+    assert [len(token.top) for token in tokens] == [2, 2]
+    assert [list(token.named_logprobs) for token in tokens] == [[-4 / 256]] * 2
+    assert answer.labels == {"team": "a"}
+
+
+async def test_the_engine_reads_the_prompt_before_each_candidate_and_draws_nothing(plane: DataPlane) -> None:
+    version = plane.add_adapter("default/pirate")
+    await scored(plane, asked(spec={"model": "pirate"}))
+    assert [request.prompt_token_ids[-3:] for request in plane.engine.requests] == [[99, 120, 121], [99, 7, 9]]
+    for request in plane.engine.requests:
+        assert request.adapter == version.key
+        assert (request.sampling.max_tokens, request.sampling.prompt_logprobs_from) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "at"),
+    [
+        ({"candidates": []}, "candidates"),
+        ({"candidates": [Candidate()]}, "candidates[0]"),
+        ({"candidates": [Candidate(token_ids=TokenIds())]}, "candidates[0].token_ids"),
+        ({"candidates": [Candidate(text="x" * 126)]}, "candidates[0].text"),
+        ({"candidates": [IDS, Candidate(token_ids=TokenIds(ids=[1] * 126))]}, "candidates[1].token_ids"),
+        ({"candidates": [Candidate(token_ids=TokenIds(ids=[258]))]}, "candidates[0].token_ids"),
+        ({"spec": {"sampling": {"n": 1}}}, "spec.sampling"),
+        ({"spec": {"stopping": {"max_tokens": 0}}}, "spec.stopping"),
+        ({"spec": {"constraint": {"json_object": {}}}}, "spec.constraint"),
+        ({"spec": {"stream": {}}}, "spec.stream"),
+        ({"spec": {"output": {"prompt_logprobs": 1}}}, "spec.output.prompt_logprobs"),
+        ({"spec": {"output": {"logprobs_mode": 1}}}, "spec.output.logprobs_mode"),
+        ({"spec": {"model": ""}}, "spec.model"),
+    ],
+    ids=str,
+)
+async def test_what_cannot_be_scored_is_refused_by_name(plane: DataPlane, fields: dict[str, Any], at: str) -> None:
+    failed = await failure(plane.stub.Score(asked(**fields)))
+    assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert at in failed.fields
+    assert not plane.engine.requests
+
+
+async def test_a_score_counts_against_the_quota_by_its_tokens(byte_tokenizer: Tokenizer) -> None:
+    tenants = Tenants({"default": TenantConfig(tokens_per_second=1, burst_seconds=10)})
+    async with data_plane(byte_tokenizer, tenants=tenants) as plane:
+        await scored(plane, asked())  # 7 of 10
+        failed = await failure(plane.stub.Score(asked()))
+    assert failed.reason == "TENANT_QUOTA"
