@@ -25,6 +25,7 @@ SOURCES = (
     "operations/adapters",
     "operations/inference",
     "operations/models",
+    "operations/pooled",
     "operations/routes",
     "operations/server",
 )
@@ -40,10 +41,12 @@ from google.protobuf.empty_pb2 import Empty
 from loraplex import generation
 from loraplex.awaiting import AsyncCaller, AsyncGenerateStream, AsyncStream
 from loraplex.channel import Timeout
-from loraplex.operations import adapters, inference, models, routes, server
+from loraplex.operations import adapters, inference, models, pooled, routes, server
 from loraplex.operations.adapters import Residency
 from loraplex.prompts import PromptLike, Tool
-from loraplex.v1 import adapters_pb2, generation_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
+from loraplex.v1 import (
+    adapters_pb2, generation_pb2, inference_pb2, models_pb2, pooling_pb2, routes_pb2, server_pb2, tokenizer_pb2
+)
 
 """
 
@@ -73,7 +76,7 @@ CLASSES = (
     ClientClass(
         "AsyncClient",
         "_AsyncReader",
-        "The data port: generates text, tokenises, looks at what there is. Made, used and closed in one event loop.",
+        "The data port: generates, embeds, tokenises, looks at what there is. Made, used and closed in one event loop.",
         {
             "inference": (
                 "generate",
@@ -83,7 +86,8 @@ CLASSES = (
                 "cancel_generation",
                 "tokenize",
                 "detokenize",
-            )
+            ),
+            "pooled": ("embed",),
         },
     ),
     ClientClass(

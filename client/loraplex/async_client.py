@@ -11,10 +11,19 @@ from google.protobuf.empty_pb2 import Empty
 
 from loraplex.awaiting import AsyncCaller, AsyncGenerateStream, AsyncStream
 from loraplex.channel import Timeout
-from loraplex.operations import adapters, inference, models, routes, server
+from loraplex.operations import adapters, inference, models, pooled, routes, server
 from loraplex.operations.adapters import Residency
 from loraplex.prompts import PromptLike, Tool
-from loraplex.v1 import adapters_pb2, generation_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
+from loraplex.v1 import (
+    adapters_pb2,
+    generation_pb2,
+    inference_pb2,
+    models_pb2,
+    pooling_pb2,
+    routes_pb2,
+    server_pb2,
+    tokenizer_pb2,
+)
 
 
 class _AsyncReader(AsyncCaller):
@@ -248,7 +257,7 @@ class _AsyncReader(AsyncCaller):
 
 
 class AsyncClient(_AsyncReader):
-    """The data port: generates text, tokenises, looks at what there is. Made, used and closed in one event loop."""
+    """The data port: generates, embeds, tokenises, looks at what there is. Made, used and closed in one event loop."""
 
     async def generate(
         self,
@@ -263,9 +272,6 @@ class AsyncClient(_AsyncReader):
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
-        logprobs: bool | None = None,
-        top_logprobs: int | None = None,
-        logprob_token_ids: Sequence[int] | None = None,
         bypass_prefix_cache: bool | None = None,
         salt: str | None = None,
         on_cold: generation_pb2.OnCold.ValueType | str | None = None,
@@ -273,6 +279,9 @@ class AsyncClient(_AsyncReader):
         priority: int | None = None,
         client_request_id: str | None = None,
         labels: Mapping[str, str] | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -333,9 +342,6 @@ class AsyncClient(_AsyncReader):
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
             continue_final_message: Whether the model continues the last message of a chat. None: no.
-            logprobs: Whether to return the log-probability of each token. None: no.
-            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
-            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
             bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
             salt: Text without which no other request shares cached prefixes with this one. None: no salt.
             on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
@@ -344,6 +350,9 @@ class AsyncClient(_AsyncReader):
             client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
                 None: no name.
             labels: Labels for your accounting, which come back in the answer. None: no labels.
+            logprobs: Whether to return the log-probability of each token. None: no.
+            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
+            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
             temperature: Divisor of the logits. 0 takes the likeliest token each time. None: 1.
             top_p: Total probability of the likeliest tokens to keep. None: 1, which keeps all.
             top_k: Number of the likeliest tokens to keep. 0 keeps all. None: 0.
@@ -403,9 +412,6 @@ class AsyncClient(_AsyncReader):
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                logprobs=logprobs,
-                top_logprobs=top_logprobs,
-                logprob_token_ids=logprob_token_ids,
                 bypass_prefix_cache=bypass_prefix_cache,
                 salt=salt,
                 on_cold=on_cold,
@@ -413,6 +419,9 @@ class AsyncClient(_AsyncReader):
                 priority=priority,
                 client_request_id=client_request_id,
                 labels=labels,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                logprob_token_ids=logprob_token_ids,
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
@@ -469,9 +478,6 @@ class AsyncClient(_AsyncReader):
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
-        logprobs: bool | None = None,
-        top_logprobs: int | None = None,
-        logprob_token_ids: Sequence[int] | None = None,
         bypass_prefix_cache: bool | None = None,
         salt: str | None = None,
         on_cold: generation_pb2.OnCold.ValueType | str | None = None,
@@ -479,6 +485,9 @@ class AsyncClient(_AsyncReader):
         priority: int | None = None,
         client_request_id: str | None = None,
         labels: Mapping[str, str] | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -539,9 +548,6 @@ class AsyncClient(_AsyncReader):
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
             continue_final_message: Whether the model continues the last message of a chat. None: no.
-            logprobs: Whether to return the log-probability of each token. None: no.
-            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
-            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
             bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
             salt: Text without which no other request shares cached prefixes with this one. None: no salt.
             on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
@@ -550,6 +556,9 @@ class AsyncClient(_AsyncReader):
             client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
                 None: no name.
             labels: Labels for your accounting, which come back in the answer. None: no labels.
+            logprobs: Whether to return the log-probability of each token. None: no.
+            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
+            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
             temperature: Divisor of the logits. 0 takes the likeliest token each time. None: 1.
             top_p: Total probability of the likeliest tokens to keep. None: 1, which keeps all.
             top_k: Number of the likeliest tokens to keep. 0 keeps all. None: 0.
@@ -609,9 +618,6 @@ class AsyncClient(_AsyncReader):
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                logprobs=logprobs,
-                top_logprobs=top_logprobs,
-                logprob_token_ids=logprob_token_ids,
                 bypass_prefix_cache=bypass_prefix_cache,
                 salt=salt,
                 on_cold=on_cold,
@@ -619,6 +625,9 @@ class AsyncClient(_AsyncReader):
                 priority=priority,
                 client_request_id=client_request_id,
                 labels=labels,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                logprob_token_ids=logprob_token_ids,
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
@@ -706,9 +715,6 @@ class AsyncClient(_AsyncReader):
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
-        logprobs: bool | None = None,
-        top_logprobs: int | None = None,
-        logprob_token_ids: Sequence[int] | None = None,
         bypass_prefix_cache: bool | None = None,
         salt: str | None = None,
         on_cold: generation_pb2.OnCold.ValueType | str | None = None,
@@ -716,6 +722,9 @@ class AsyncClient(_AsyncReader):
         priority: int | None = None,
         client_request_id: str | None = None,
         labels: Mapping[str, str] | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] | None = None,
         timeout: Timeout = "client",
         routing_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
@@ -737,9 +746,6 @@ class AsyncClient(_AsyncReader):
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
             continue_final_message: Whether the model continues the last message of a chat. None: no.
-            logprobs: Whether to return the log-probability of each token. None: no.
-            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
-            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
             bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
             salt: Text without which no other request shares cached prefixes with this one. None: no salt.
             on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
@@ -748,6 +754,9 @@ class AsyncClient(_AsyncReader):
             client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
                 None: no name.
             labels: Labels for your accounting, which come back in the answer. None: no labels.
+            logprobs: Whether to return the log-probability of each token. None: no.
+            top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
+            logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
             timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
             routing_key: Key of requests that go to the same target of a route, and to the same replica. None: to any.
             metadata: Further metadata, such as x-request-id or traceparent. None: no metadata.
@@ -765,9 +774,6 @@ class AsyncClient(_AsyncReader):
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                logprobs=logprobs,
-                top_logprobs=top_logprobs,
-                logprob_token_ids=logprob_token_ids,
                 bypass_prefix_cache=bypass_prefix_cache,
                 salt=salt,
                 on_cold=on_cold,
@@ -775,6 +781,9 @@ class AsyncClient(_AsyncReader):
                 priority=priority,
                 client_request_id=client_request_id,
                 labels=labels,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                logprob_token_ids=logprob_token_ids,
                 timeout=timeout,
                 routing_key=routing_key,
                 metadata=metadata,
@@ -901,6 +910,92 @@ class AsyncClient(_AsyncReader):
                 model,
                 token_ids,
                 skip_special_tokens=skip_special_tokens,
+                timeout=timeout,
+                routing_key=routing_key,
+                metadata=metadata,
+                wait_for_ready=wait_for_ready,
+            )
+        )
+
+    async def embed(
+        self,
+        model: str,
+        prompts: str | Iterable[PromptLike],
+        *,
+        pooling: pooling_pb2.Pooling.ValueType | str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        add_special_tokens: bool | None = None,
+        truncate_to_tokens: int | None = None,
+        literal_content: bool | None = None,
+        tools: Sequence[Tool] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        bypass_prefix_cache: bool | None = None,
+        salt: str | None = None,
+        on_cold: generation_pb2.OnCold.ValueType | str | None = None,
+        max_load_wait: float | datetime.timedelta | None = None,
+        priority: int | None = None,
+        client_request_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: Timeout = "client",
+        routing_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        wait_for_ready: bool = False,
+    ) -> pooling_pb2.EmbedResponse:
+        """Turn texts into vectors, one for each, in their order.
+
+        Args:
+            model: Name of a model, an adapter, an adapter version or a route.
+            prompts: Texts, lists of token ids or lists of chat messages. A string is one text.
+            pooling: Which hidden states make up a vector: "last" or "mean". None: as the checkpoint says, else last.
+            dimensions: How many numbers of each vector to return, its first ones. None: all.
+            normalize: Whether vectors are scaled to length 1. None: as the checkpoint says, else yes.
+            add_special_tokens: Whether the tokenizer adds its special tokens. None: yes for text, no for chat.
+            truncate_to_tokens: How many tokens to keep of a longer prompt: the last ones. None: a prompt that is too
+                long is refused.
+            literal_content: Whether text that spells a control token stays text. None: no for text; as the model is
+                configured for chat.
+            tools: Tools that the model may call, in a chat. None: no tools.
+            template_kwargs: Further variables of the chat template. None: no variables.
+            add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
+                continue_final_message.
+            continue_final_message: Whether the model continues the last message of a chat. None: no.
+            bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
+            salt: Text without which no other request shares cached prefixes with this one. None: no salt.
+            on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
+            max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
+            priority: Rank under load: higher goes before lower. None: 0.
+            client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
+                None: no name.
+            labels: Labels for your accounting, which come back in the answer. None: no labels.
+            timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
+            routing_key: Key of requests that go to the same target of a route, and to the same replica. None: to any.
+            metadata: Further metadata, such as x-request-id or traceparent. None: no metadata.
+            wait_for_ready: Whether to wait for a server that is not up yet, instead of failing with Unavailable.
+        """
+        return await self._run(
+            pooled.embed(
+                model,
+                prompts,
+                pooling=pooling,
+                dimensions=dimensions,
+                normalize=normalize,
+                add_special_tokens=add_special_tokens,
+                truncate_to_tokens=truncate_to_tokens,
+                literal_content=literal_content,
+                tools=tools,
+                template_kwargs=template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                bypass_prefix_cache=bypass_prefix_cache,
+                salt=salt,
+                on_cold=on_cold,
+                max_load_wait=max_load_wait,
+                priority=priority,
+                client_request_id=client_request_id,
+                labels=labels,
                 timeout=timeout,
                 routing_key=routing_key,
                 metadata=metadata,

@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 from google.protobuf.duration_pb2 import Duration
 
 from loraplex.prompts import PromptLike, Tool, build_prompt, build_tool
-from loraplex.v1 import generation_pb2, prompt_pb2
+from loraplex.v1 import generation_pb2, pooling_pb2, prompt_pb2
 
 
 class PromptOptions(TypedDict, total=False):
@@ -30,16 +30,9 @@ class PromptOptions(TypedDict, total=False):
     """Whether the model continues the last message of a chat. None: no."""
 
 
-class SharedOptions(PromptOptions, total=False):
-    """Options of whatever reads a prompt. None is the same as leaving an option out."""
+class RunOptions(PromptOptions, total=False):
+    """Options of how a request is run. None is the same as leaving an option out."""
 
-    # Log-probabilities
-    logprobs: bool | None
-    """Whether to return the log-probability of each token. None: no."""
-    top_logprobs: int | None
-    """Number of the likeliest tokens to return beside each token. None: 0."""
-    logprob_token_ids: Sequence[int] | None
-    """Token ids whose log-probabilities to return beside each token. None: no ids."""
     # The prefix cache
     bypass_prefix_cache: bool | None
     """Whether to compute the whole prompt anew and leave nothing in the cache. None: no."""
@@ -57,6 +50,18 @@ class SharedOptions(PromptOptions, total=False):
     """Your name for this request, which comes back in the answer and in the server's logs. None: no name."""
     labels: Mapping[str, str] | None
     """Labels for your accounting, which come back in the answer. None: no labels."""
+
+
+class SharedOptions(RunOptions, total=False):
+    """Options of whatever reads a prompt and tells of tokens. None is the same as leaving an option out."""
+
+    # Log-probabilities
+    logprobs: bool | None
+    """Whether to return the log-probability of each token. None: no."""
+    top_logprobs: int | None
+    """Number of the likeliest tokens to return beside each token. None: 0."""
+    logprob_token_ids: Sequence[int] | None
+    """Token ids whose log-probabilities to return beside each token. None: no ids."""
 
 
 class GenerateOptions(SharedOptions, total=False):
@@ -154,6 +159,7 @@ _ENUMS: dict[Any, tuple[str, Any]] = {
     generation_pb2.LogprobsMode.DESCRIPTOR: ("LOGPROBS_MODE", generation_pb2.LogprobsMode),
     generation_pb2.DraftKind.DESCRIPTOR: ("DRAFT_KIND", generation_pb2.DraftKind),
 }
+_RUN_PARTS = ("cache", "adapter_policy")
 _REQUEST = ("priority", "client_request_id", "labels")
 
 
@@ -189,13 +195,19 @@ def build_spec(
     if not built.prompt.HasField("content"):
         raise ValueError("no prompt: pass prompt=, or a spec that has one")
     given = given_options(options)
-    for name in _PARTS:
-        part = getattr(built, name)
-        _put(part, {field: given[field] for field in part.DESCRIPTOR.fields_by_name if field in given})
+    _put_parts(built, _PARTS, given)
     put_prompt_options(built.prompt, given)
     form = constraint(**{name: given[name] for name in _CONSTRAINTS if name in given})
     if form.WhichOneof("kind"):
         built.constraint.CopyFrom(form)
+    _put(built, {name: given[name] for name in _REQUEST if name in given})
+    return built
+
+
+def build_run_options(options: Mapping[str, Any]) -> pooling_pb2.RunOptions:
+    """Build the message of what these options say about how a request is run. Others are passed over."""
+    built, given = pooling_pb2.RunOptions(), given_options(options)
+    _put_parts(built, _RUN_PARTS, given)
     _put(built, {name: given[name] for name in _REQUEST if name in given})
     return built
 
@@ -206,6 +218,13 @@ def duration(value: float | datetime.timedelta) -> Duration:
     built = Duration()
     built.FromNanoseconds(round(seconds * 1e9))
     return built
+
+
+def _put_parts(message: Any, names: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Set the fields of these parts of a message that are given."""
+    for name in names:
+        part = getattr(message, name)
+        _put(part, {field: given[field] for field in part.DESCRIPTOR.fields_by_name if field in given})
 
 
 def _put(message: Any, values: Mapping[str, Any]) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from loraplex import generation
 from loraplex.prompts import PromptLike, Tool
-from loraplex.v1 import generation_pb2
+from loraplex.v1 import (
+    generation_pb2,
+)
 
 
 def generate_spec(
@@ -23,9 +25,6 @@ def generate_spec(
     template_kwargs: Mapping[str, object] | None = None,
     add_generation_prompt: bool | None = None,
     continue_final_message: bool | None = None,
-    logprobs: bool | None = None,
-    top_logprobs: int | None = None,
-    logprob_token_ids: Sequence[int] | None = None,
     bypass_prefix_cache: bool | None = None,
     salt: str | None = None,
     on_cold: generation_pb2.OnCold.ValueType | str | None = None,
@@ -33,6 +32,9 @@ def generate_spec(
     priority: int | None = None,
     client_request_id: str | None = None,
     labels: Mapping[str, str] | None = None,
+    logprobs: bool | None = None,
+    top_logprobs: int | None = None,
+    logprob_token_ids: Sequence[int] | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -92,9 +94,6 @@ def generate_spec(
         add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
             continue_final_message.
         continue_final_message: Whether the model continues the last message of a chat. None: no.
-        logprobs: Whether to return the log-probability of each token. None: no.
-        top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
-        logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
         bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
         salt: Text without which no other request shares cached prefixes with this one. None: no salt.
         on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
@@ -103,6 +102,9 @@ def generate_spec(
         client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
             None: no name.
         labels: Labels for your accounting, which come back in the answer. None: no labels.
+        logprobs: Whether to return the log-probability of each token. None: no.
+        top_logprobs: Number of the likeliest tokens to return beside each token. None: 0.
+        logprob_token_ids: Token ids whose log-probabilities to return beside each token. None: no ids.
         temperature: Divisor of the logits. 0 takes the likeliest token each time. None: 1.
         top_p: Total probability of the likeliest tokens to keep. None: 1, which keeps all.
         top_k: Number of the likeliest tokens to keep. 0 keeps all. None: 0.
@@ -157,9 +159,6 @@ def generate_spec(
         template_kwargs=template_kwargs,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
-        logprobs=logprobs,
-        top_logprobs=top_logprobs,
-        logprob_token_ids=logprob_token_ids,
         bypass_prefix_cache=bypass_prefix_cache,
         salt=salt,
         on_cold=on_cold,
@@ -167,6 +166,9 @@ def generate_spec(
         priority=priority,
         client_request_id=client_request_id,
         labels=labels,
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        logprob_token_ids=logprob_token_ids,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,

@@ -14,6 +14,7 @@ import grpc.aio
 from loraplex.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
 from loraplex.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from loraplex.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
+from loraplex.v1.pooling_pb2_grpc import add_PoolingServiceServicer_to_server
 from loraplex.v1.routes_pb2_grpc import add_RouteServiceServicer_to_server
 from loraplex.v1.server_pb2_grpc import add_ServerServiceServicer_to_server
 from loraplex.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
@@ -53,6 +54,7 @@ from loraplex_service.ports.tls import server_credentials
 from loraplex_service.requests.entrance import Entrance, keeps_nothing
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.inference import InferenceServicer
+from loraplex_service.requests.pooling import PoolingServicer
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.spare_memory import keep_giving_back
 from loraplex_service.state import StateFile
@@ -196,10 +198,12 @@ def assemble(
     )
     forms = Forms(texts)
     inference = InferenceServicer(entrance, texts, forms, telemetry.metrics, limits.answer_bytes)
+    pooling = PoolingServicer(entrance, texts, limits.answer_bytes)
     tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)
     server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex-server"), limits)
     inferring = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
+        Service("loraplex.v1.PoolingService", pooling, add_PoolingServiceServicer_to_server),
         Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
     )
     quota = AdapterQuota(registry, library, tenants, state)

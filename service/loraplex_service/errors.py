@@ -93,15 +93,15 @@ class PromptTooLong(InvalidRequest):
         )
 
     @classmethod
-    def of(cls, field: str, tokens: int, max_model_len: int, least: str = "") -> "PromptTooLong":
-        """The error for a prompt of so many tokens (with `least`: at least so many) that leaves no room for an
-        output.
+    def of(cls, field: str, tokens: int, max_model_len: int, num_drawn: int = 1, least: str = "") -> "PromptTooLong":
+        """The error for a prompt of so many tokens (with `least`: at least so many) that leaves no room for those to
+        be drawn.
         """
-        problem = (
-            f"has {least}{tokens} tokens; the context of {max_model_len}, less one for the output, takes "
-            f"{max_model_len - 1}. Shorten it, or set truncate_to_tokens"
-        )
-        return cls(field, problem, tokens, max_model_len - 1)
+        most = max_model_len - num_drawn
+        takes = f", less {'one' if num_drawn == 1 else num_drawn} for the output, takes {most}" if num_drawn else ""
+        problem = f"has {least}{tokens} tokens; the context of {max_model_len}{takes}"
+        remedy = "Shorten it, or set truncate_to_tokens"
+        return cls(field, f"{problem}. {remedy}", tokens, most)
 
 
 class FeatureUnsupported(LoraplexError):

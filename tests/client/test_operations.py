@@ -7,12 +7,13 @@ import pytest
 from google.protobuf import descriptor_pool
 
 from loraplex import AdminClient, AsyncAdminClient, AsyncClient, Client
-from loraplex.operations import adapters, inference, models, routes, server
+from loraplex.operations import adapters, inference, models, pooled, routes, server
 from loraplex.operations.base import Listing, Operation, Upload, adapter_name, model_name, route_name, tenant_name
-from loraplex.v1 import adapters_pb2, routes_pb2
+from loraplex.v1 import adapters_pb2, pooling_pb2, routes_pb2
 
 SERVICES = {
     "inference": "InferenceService",
+    "pooling": "PoolingService",
     "tokenizer": "TokenizerService",
     "models": "ModelService",
     "adapters": "AdapterService",
@@ -27,6 +28,7 @@ OPERATIONS: list[Operation[Any]] = [
     inference.cancel_generation(["r1"]),
     inference.tokenize("demo", "Once"),
     inference.detokenize("demo", [1]),
+    pooled.embed("demo", ["Once"]),
     models.get_model("demo"),
     models.list_models().page(""),
     models.load_model("demo"),
@@ -158,3 +160,21 @@ def test_names_in_full_or_as_ids() -> None:
 def test_the_label_of_a_request_is_also_metadata() -> None:
     operation = inference.generate("demo", "Once", client_request_id="mine", metadata={"traceparent": "t"})
     assert operation.call["metadata"] == {"x-request-id": "mine", "traceparent": "t"}
+
+
+def test_prompts_to_embed_are_of_all_kinds_and_have_the_options_of_prompts() -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    prompts = ["a text", [1, 2], chat]
+    options: dict[str, Any] = {"truncate_to_tokens": 5, "salt": "s", "on_cold": "fail", "labels": {"a": "b"}}
+    request: Any = pooled.embed("demo", prompts, pooling="mean", dimensions=4, normalize=False, **options).request
+    assert [prompt.WhichOneof("content") for prompt in request.prompts] == ["text", "token_ids", "chat"]
+    assert {prompt.truncate_to_tokens for prompt in request.prompts} == {5}
+    assert (request.pooling, request.dimensions, request.normalize) == (pooling_pb2.POOLING_MEAN, 4, False)
+    assert (request.options.cache.salt, request.options.labels["a"]) == ("s", "b")
+    assert request.options.adapter_policy.on_cold
+
+
+def test_a_string_is_one_text_to_embed() -> None:
+    request: Any = pooled.embed("demo", "Once").request
+    assert [prompt.text for prompt in request.prompts] == ["Once"]
+    assert not request.HasField("normalize")

@@ -19,7 +19,8 @@ from loraplex.generation import GenerateOptions, SharedOptions
 
 GENERATOR = Path(loraplex.__file__).parents[1] / "generate.py"
 CLIENTS: list[type] = [AsyncClient, AsyncAdminClient, Client, AdminClient]
-SERVICES = ["InferenceService", "TokenizerService", "ModelService", "AdapterService", "RouteService", "ServerService"]
+SERVICES = ["InferenceService", "PoolingService", "TokenizerService"]
+SERVICES += ["ModelService", "AdapterService", "RouteService", "ServerService"]
 
 
 def methods(client: type) -> dict[str, Callable[..., Any]]:
@@ -102,8 +103,8 @@ def test_options_of_a_generation_are_shown_with_type_and_default() -> None:
 
 # Messages whose fields are options themselves.
 SPREAD = {"GenerateSpec", "Sampling", "Stopping", "OutputOptions", "Constraint", "CacheOptions", "AdapterPolicy"}
-SPREAD |= {"Drafts", "StreamOptions", "Prompt", "Chat", "Adapter", "CreateAdapterRequest"}
-WHOLE = {"specs", "default_constraint"}  # options that are such messages
+SPREAD |= {"Drafts", "RunOptions", "StreamOptions", "Prompt", "Chat", "Adapter", "CreateAdapterRequest"}
+WHOLE = {"specs", "prompts", "default_constraint"}  # options that are such messages
 OTHER_NAMES = {"parent": "tenant", "file": "directory", "chunk": "directory", "messages": "prompt"}
 LEFT_OUT = {
     "list_adapters": {"page_size", "page_token"},  # the client reads all pages

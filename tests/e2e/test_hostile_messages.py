@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from loraplex import AsyncClient
-from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
+from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, pooling_pb2, routes_pb2, server_pb2, tokenizer_pb2
 from tests.e2e.conftest import Server
 from tests.service.requests.test_spec_fuzz import message_of
 
-DATA = (inference_pb2, tokenizer_pb2)
+DATA = (inference_pb2, pooling_pb2, tokenizer_pb2)
 ADMIN = (adapters_pb2, models_pb2, routes_pb2, server_pb2)
 METHODS: list[tuple[MethodDescriptor, bool]] = [
     (method, module in DATA)
@@ -88,5 +88,7 @@ def _make_valid(message: Message) -> None:
         message.spec.MergeFrom(type(message.spec)(**VALID_SPEC))  # type: ignore[attr-defined]
     if "specs" in fields:
         message.specs.add().MergeFrom(type(message.specs.add())(**VALID_SPEC))  # type: ignore[attr-defined]
+    if "prompts" in fields:
+        message.prompts.add().text = "A fox"  # type: ignore[attr-defined]
     if "model" in fields:
         message.model = "storyteller"  # type: ignore[attr-defined]

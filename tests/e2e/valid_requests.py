@@ -8,10 +8,10 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from loraplex.operations import adapters
-from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
+from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, pooling_pb2, routes_pb2, server_pb2, tokenizer_pb2
 from tests.e2e.conftest import DEMO, SPARE
 
-DATA = (inference_pb2, tokenizer_pb2)
+DATA = (inference_pb2, pooling_pb2, tokenizer_pb2)
 ADMIN = (adapters_pb2, models_pb2, routes_pb2, server_pb2)
 SHARED = "tenants/shared"
 PIRATE, DOOMED = f"{SHARED}/adapters/pirate", "doomed"
@@ -28,6 +28,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "BatchGenerate": {"specs": [SPEC]},
     "Score": {"spec": {"model": "storyteller", "prompt": PROMPT}, "candidates": [{"text": " ran"}]},
     "CancelGeneration": {"request_ids": ["a"]},
+    "Embed": {"model": "storyteller", "prompts": [PROMPT]},
     "Tokenize": {"model": "storyteller", "prompt": PROMPT},
     "Detokenize": {"model": "storyteller", "token_ids": [65]},
     "GetAdapter": {"name": PIRATE},

@@ -23,6 +23,7 @@ from loraplex.v1.inference_pb2 import (
     Usage,
 )
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub, add_InferenceServiceServicer_to_server
+from loraplex.v1.pooling_pb2_grpc import PoolingServiceStub, add_PoolingServiceServicer_to_server
 from loraplex.v1.prompt_pb2 import Prompt
 from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.versions import AdapterInfo, AdapterSpec, AdapterVersion
@@ -39,6 +40,7 @@ from loraplex_service.ports.listeners import ConnectionLimits, Health, Service, 
 from loraplex_service.requests.entrance import Entrance
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.inference import InferenceServicer
+from loraplex_service.requests.pooling import PoolingServicer
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.state import StateFile
 from loraplex_service.telemetry.logs import CallersThatLeft
@@ -47,7 +49,8 @@ from tests.own_log import is_of_closed_loop
 from tests.service.fake_engine import FakeEngine
 
 if TYPE_CHECKING:
-    from loraplex.v1.inference_pb2_grpc import InferenceServiceAsyncStub  # a type alone
+    from loraplex.v1.inference_pb2_grpc import InferenceServiceAsyncStub  # types alone
+    from loraplex.v1.pooling_pb2_grpc import PoolingServiceAsyncStub
 
 BOS, EOS = 256, 257
 
@@ -154,6 +157,7 @@ class DataPlane:
     address: str
     channel: grpc.aio.Channel
     stub: "InferenceServiceAsyncStub"
+    pooling: "PoolingServiceAsyncStub"
     errors: "ErrorLog"
 
     def endless(self) -> None:
@@ -213,7 +217,11 @@ async def data_plane(
         servicer = InferenceServicer(entrance, texts, Forms(texts), answer_bytes=answer_bytes)
         name = "loraplex.v1.InferenceService"
         health = Health([name])
-        services = [Service(name, servicer, add_InferenceServiceServicer_to_server)]
+        pooling = PoolingServicer(entrance, servicer._texts, answer_bytes)
+        services = [
+            Service(name, servicer, add_InferenceServiceServicer_to_server),
+            Service("loraplex.v1.PoolingService", pooling, add_PoolingServiceServicer_to_server),
+        ]
         interceptor = CallInterceptor(door, limits, tenants=tenants)
         server, port = build_server(services, health, interceptor, "127.0.0.1:0", limits=connections)
         await health.start()
@@ -224,7 +232,7 @@ async def data_plane(
         logging.getLogger().addHandler(errors)
         try:
             async with grpc.aio.insecure_channel(address) as channel:
-                stub = InferenceServiceStub(channel)
+                stub, pooling_stub = InferenceServiceStub(channel), PoolingServiceStub(channel)
                 yield DataPlane(
                     engine,
                     hosted,
@@ -237,6 +245,7 @@ async def data_plane(
                     address,
                     channel,
                     stub,
+                    pooling_stub,
                     errors,
                 )
         finally:

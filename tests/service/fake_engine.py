@@ -6,6 +6,7 @@ goes into `scripts`. Blocks are counted as a real engine would, so that a leak s
 
 import asyncio
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,7 @@ LIMITS = EngineLimits(
     kv_cache_bytes=1,
     kernel_backend="none",
     device=Device("cpu", "none", 1 << 30),
+    hidden_size=16,
 )
 
 
@@ -201,6 +203,7 @@ class FakeEngine:
             num_drafts=self.drafts_per_step[0],
             num_accepted_drafts=self.drafts_per_step[1],
             num_cached_tokens=self.cached_tokens if first else 0,
+            pooled=b"" if request.pooling is None else vector(request.prompt_token_ids),
             queue_seconds=0.25 if first else 0.0,
         )
 
@@ -244,6 +247,11 @@ class FakeEngine:
             adapter_device_bytes=0,
             adapter_host_bytes=0,
         )
+
+
+def vector(token_ids: Sequence[int]) -> bytes:
+    """What it makes of a prompt: the vector of its token ids."""
+    return array("f", token_ids).tobytes()
 
 
 def _logprobs(token_id: int, count: int, sampling: SamplingParams) -> TokenLogprobs:

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from array import array
 from asyncio.subprocess import PIPE
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ LIMITS = EngineLimits(
     kv_cache_bytes=2000,
     kernel_backend="none",
     device=Device("cpu", "none", 1 << 30),
+    hidden_size=4096,
 )
 STEP_SECONDS = 0.001  # so that an endless request does not take the processor from everybody else
 REJECTED = "rejected"  # an adapter in a directory of this name does not fit the model
@@ -70,6 +72,7 @@ class ScriptedCore:
         self.loaded: list[AdapterKey] = []  # every order to read an adapter, one by one
         self.loads_allowed = threading.Event()
         self.loads_allowed.set()
+        self.pools = True  # else requests without a next token wait for ever
         self.pinned: set[AdapterKey] = set()
         self.max_pins = 2
         self.residency: dict[AdapterKey, Residency] = {}
@@ -102,7 +105,8 @@ class ScriptedCore:
         return bool(self.requests or self._wishes or self._moved)
 
     def step(self) -> list[FromEngine]:
-        outputs = [self._next(request) for request in list(self.requests.values())]
+        ready = [request for request in self.requests.values() if request.pooling is None or self.pools]
+        outputs = [self._next(request) for request in ready]
         events = self._adapter_events()
         if outputs:
             time.sleep(STEP_SECONDS)
@@ -122,6 +126,10 @@ class ScriptedCore:
         return {request.adapter for request in self.requests.values() if request.adapter is not None}
 
     def _next(self, request: AddRequest) -> RequestOutput:
+        if request.pooling is not None:
+            del self.requests[request.request_id]
+            values = array("f", request.prompt_token_ids[: LIMITS.hidden_size]).tobytes()
+            return RequestOutput(request.request_id, [], FinishReason.MAX_TOKENS, queue_seconds=0.0, pooled=values)
         number = self.given[request.request_id]
         self.given[request.request_id] += 1
         token_id = request.prompt_token_ids[number % len(request.prompt_token_ids)]

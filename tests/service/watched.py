@@ -11,12 +11,12 @@ from pathlib import Path
 import grpc
 from google.protobuf.message import Message
 
-from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
+from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, pooling_pb2, routes_pb2, server_pb2, tokenizer_pb2
 
 START_SECONDS = 120.0
 CALL_SECONDS = 120.0
 
-_MODULES = (adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2)
+_MODULES = (adapters_pb2, inference_pb2, models_pb2, pooling_pb2, routes_pb2, server_pb2, tokenizer_pb2)
 _PATHS = {
     method.name: f"/{service.full_name}/{method.name}"
     for module in _MODULES
@@ -52,7 +52,8 @@ class Watched:
     def call(self, message: Message, method: str) -> tuple[grpc.StatusCode, str]:
         """What becomes of a call with this message, on a connection of its own."""
         path = _PATHS[method]
-        address = self.data if "Inference" in path or "Tokenizer" in path else self.admin
+        on_data = any(service in path for service in ("Inference", "Pooling", "Tokenizer"))
+        address = self.data if on_data else self.admin
         with grpc.insecure_channel(address, options=_OPTIONS) as channel:
             call: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
             try:

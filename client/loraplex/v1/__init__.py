@@ -4,6 +4,12 @@ Fields that hold enumerators give numbers that print as their names.
 """
 
 from loraplex.names import name_enumerators
-from loraplex.v1 import adapters_pb2, generation_pb2, inference_pb2, models_pb2
+from loraplex.v1 import adapters_pb2, generation_pb2, inference_pb2, models_pb2, pooling_pb2
 
-name_enumerators(adapters_pb2.DESCRIPTOR, generation_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR)
+name_enumerators(
+    adapters_pb2.DESCRIPTOR,
+    generation_pb2.DESCRIPTOR,
+    inference_pb2.DESCRIPTOR,
+    models_pb2.DESCRIPTOR,
+    pooling_pb2.DESCRIPTOR,
+)

@@ -46,6 +46,8 @@ class _ModelCapabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     """Takes GenerateSpec.constraint."""
     MODEL_CAPABILITY_DRAFTS: _ModelCapability.ValueType  # 9
     """Takes GenerateSpec.drafts of kinds other than DRAFT_KIND_OFF."""
+    MODEL_CAPABILITY_EMBED: _ModelCapability.ValueType  # 10
+    """Answers PoolingService.Embed: every model does."""
 
 class ModelCapability(_ModelCapability, metaclass=_ModelCapabilityEnumTypeWrapper):
     """Something that a model can do on this server."""
@@ -66,6 +68,8 @@ MODEL_CAPABILITY_CONSTRAINT: ModelCapability.ValueType  # 6
 """Takes GenerateSpec.constraint."""
 MODEL_CAPABILITY_DRAFTS: ModelCapability.ValueType  # 9
 """Takes GenerateSpec.drafts of kinds other than DRAFT_KIND_OFF."""
+MODEL_CAPABILITY_EMBED: ModelCapability.ValueType  # 10
+"""Answers PoolingService.Embed: every model does."""
 Global___ModelCapability: typing_extensions.TypeAlias = ModelCapability
 
 @typing.final

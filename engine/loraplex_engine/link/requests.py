@@ -44,13 +44,16 @@ class EngineRequests:
         Raises the error with which the engine ended.
         """
         self._connection.check()
-        generation = Generation(self, [request.request_id for request in requests], self._max_pending_tokens)
+        generation = Generation(self, self._max_pending_tokens)
         for request in requests:
-            assert request.request_id not in self._generations, "request ids come from new_id, each used once"
-            self._generations[request.request_id] = generation
-        for request in requests:
-            self._connection.send(request)
+            generation.add(request)
         return generation
+
+    def send(self, request: AddRequest, generation: "Generation") -> None:
+        """Start one sequence, whose outputs go to this generation."""
+        assert request.request_id not in self._generations, "request ids come from new_id, each used once"
+        self._generations[request.request_id] = generation
+        self._connection.send(request)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Have the engine forget these requests. Those that finished already, or never were, are passed over.
@@ -84,9 +87,9 @@ class Generation:
     reader is busy, what comes for one sequence is merged into one output. Leaving the `with` aborts what still runs.
     """
 
-    def __init__(self, requests: EngineRequests, request_ids: list[int], max_pending_tokens: int) -> None:
+    def __init__(self, requests: EngineRequests, max_pending_tokens: int) -> None:
         self._requests = requests
-        self._running = set(request_ids)
+        self._running: set[int] = set()
         self._max_pending_tokens = max_pending_tokens
         self._pending: dict[int, list[RequestOutput]] = {}  # in the order in which they are handed out
         self._num_pending_tokens = 0
@@ -115,6 +118,11 @@ class Generation:
         output = _merge(self._pending.pop(request_id))
         self._num_pending_tokens -= len(output.token_ids)
         return output
+
+    def add(self, request: AddRequest) -> None:
+        """Start one more sequence."""
+        self._running.add(request.request_id)
+        self._requests.send(request, self)
 
     def abort(self, request_id: int) -> None:
         """End one sequence, and drop its unread outputs. The others go on."""
@@ -166,4 +174,5 @@ def _merge(outputs: list[RequestOutput]) -> RequestOutput:
         adapter_load_seconds=first.adapter_load_seconds,
         error=last.error,
         error_reason=last.error_reason,
+        pooled=last.pooled,
     )

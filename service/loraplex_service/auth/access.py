@@ -38,6 +38,7 @@ RULES: Mapping[str, Rule] = {
     "/loraplex.v1.InferenceService/BatchGenerate": INFERENCE,
     "/loraplex.v1.InferenceService/Score": INFERENCE,
     "/loraplex.v1.InferenceService/CancelGeneration": INFERENCE,
+    "/loraplex.v1.PoolingService/Embed": INFERENCE,
     "/loraplex.v1.TokenizerService/Tokenize": INFERENCE,
     "/loraplex.v1.TokenizerService/Detokenize": INFERENCE,
     "/loraplex.v1.AdapterService/GetAdapter": _reads("name"),

@@ -12,6 +12,7 @@ from loraplex.v1.models_pb2 import (
     MODEL_CAPABILITY_CHAT,
     MODEL_CAPABILITY_CONSTRAINT,
     MODEL_CAPABILITY_DRAFTS,
+    MODEL_CAPABILITY_EMBED,
     MODEL_CAPABILITY_LOGPROBS,
     MODEL_CAPABILITY_PREFIX_CACHE,
     MODEL_CAPABILITY_PROMPT_LOGPROBS,
@@ -162,6 +163,7 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
             MODEL_CAPABILITY_LOGPROBS,
             MODEL_CAPABILITY_PROMPT_LOGPROBS,
             MODEL_CAPABILITY_CONSTRAINT,
+            MODEL_CAPABILITY_EMBED,
         )
     )
     if model.tokenizer is not None and model.tokenizer.chat_template is not None:

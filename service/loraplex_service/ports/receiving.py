@@ -18,7 +18,7 @@ from loraplex_service.ports.wire import SMALL_BYTES, check_wire
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_DATA = "/loraplex.v1.InferenceService/", "/loraplex.v1.TokenizerService/"
+_DATA = "/loraplex.v1.InferenceService/", "/loraplex.v1.PoolingService/", "/loraplex.v1.TokenizerService/"
 _BATCH = "/loraplex.v1.InferenceService/BatchGenerate"
 _ADAPTERS = "/loraplex.v1.AdapterService/"
 _ADAPTER_BYTES = 2 << 20  # a chunk of an upload; an adapter with the names of all of its modules

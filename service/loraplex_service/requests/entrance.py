@@ -35,6 +35,7 @@ class Size:
     prompt_tokens: int
     outputs: int
     max_tokens: int  # of each output
+    held_back_tokens: int = 0  # of the prompts, those that come to the engine only when others have ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ class Entrance:
             self._admission.enter(
                 model.name,
                 model.limits,
-                size.prompt_tokens,
+                size.prompt_tokens - size.held_back_tokens,
                 size.outputs,
                 size.max_tokens,
                 tenant.name,

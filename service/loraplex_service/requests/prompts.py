@@ -124,24 +124,27 @@ def adds_special_tokens(prompt: Prompt) -> bool:
     return prompt.WhichOneof("content") == "text"
 
 
-async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str) -> list[int]:
-    """The tokens of a prompt, at least one, cut to `truncate_to_tokens`.
+async def prompt_tokens(
+    prompt: Prompt, model: LoadedModel, work: TextWork, tenant: Tenant, path: str, num_drawn: int = 1
+) -> list[int]:
+    """The tokens of a prompt, at least one, cut to `truncate_to_tokens`. `num_drawn`: the room to leave behind them.
 
     Raises PromptTooLong for a prompt above the model's context, as early as that is certain; InvalidRequest,
     Unavailable.
     """
     kind, last = prompt.WhichOneof("content"), prompt.truncate_to_tokens
-    most = MAX_TOKENS if last else model.limits.max_model_len - 1
+    context = model.limits.max_model_len
+    most = MAX_TOKENS if last else context - num_drawn
     if kind == "token_ids":
         ids = prompt.token_ids.ids
         if len(ids) > most:
-            raise PromptTooLong.of(path, len(ids), model.limits.max_model_len)
+            raise PromptTooLong.of(path, len(ids), context, num_drawn)
         return await work.on_tokens(tenant, min(len(ids), last or len(ids)), lambda: _given(ids, last, model, path))
     rendered = await prompt_text(prompt, model, work, tenant, path)
     size = len(rendered.text.encode(errors="surrogatepass"))
     least = model.tokenizer.least_tokens(size)
     if not last and least > most:
-        raise PromptTooLong.of(path, least, model.limits.max_model_len, "at least ")
+        raise PromptTooLong.of(path, least, context, num_drawn, "at least ")
     try:
         return await work.on(
             tenant, rendered.work_size, lambda: _tokens(prompt, rendered, most, model, f"{path}.{kind}")
@@ -149,7 +152,7 @@ async def prompt_tokens(prompt: Prompt, model: LoadedModel, work: TextWork, tena
     except TooManyTokensError as error:
         if last or error.count <= most:
             raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
-        raise PromptTooLong.of(path, error.count, model.limits.max_model_len) from error
+        raise PromptTooLong.of(path, error.count, context, num_drawn) from error
     except TextError as error:
         raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
 

@@ -21,17 +21,15 @@ from loraplex_engine.link.messages import AddRequest, RequestOutput, TokenLogpro
 from loraplex_engine.link.requests import Generation, SlowConsumerError
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_service.errors import (
-    EngineError,
     InvalidRequest,
     LoraplexError,
     SlowConsumer,
     Unavailable,
-    unusable_adapter,
 )
 from loraplex_service.requests.accounting import request_record
 from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.outputs import OutputBuilder, prompt_logprobs
-from loraplex_service.requests.succession import Succession
+from loraplex_service.requests.succession import Succession, engine_failure
 from loraplex_service.telemetry.records import GenerationRecord
 from loraplex_service.telemetry.series import Distribution
 from loraplex_service.text import Tokenizer
@@ -265,14 +263,7 @@ class Run:
     def _failure(self, output: RequestOutput) -> LoraplexError:
         if output.error_reason == UNUSABLE_FORM:
             return InvalidRequest.at(self._job.form_path, output.error)
-        if output.error_reason:
-            return unusable_adapter(self._job.target.adapter_version, output.error, output.error_reason)
-        target = self._job.target
-        with_adapter = f" with {target.adapter_version}" if target.adapter_version else ""
-        return EngineError(
-            f"the engine could not go on with request {self._job.request_id} to {target.model}{with_adapter}: "
-            f"{output.error}"
-        )
+        return engine_failure(self._job.request_id, self._job.target, output)
 
     def _end_at_time_limit(self) -> Iterator[Event]:
         """End the outputs as an engine would at the time limit, while no engine has the request."""

@@ -4,9 +4,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from loraplex.v1.routes_pb2 import ResolvedTarget
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.client import EngineClient
-from loraplex_service.errors import Unavailable
+from loraplex_engine.link.messages import RequestOutput
+from loraplex_service.errors import EngineError, LoraplexError, Unavailable, unusable_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -68,3 +70,13 @@ class Succession:
             raise
         finally:
             self._waiting = None
+
+
+def engine_failure(request_id: str, target: ResolvedTarget, output: RequestOutput) -> LoraplexError:
+    """What the caller is told of a request that its engine could not compute."""
+    if output.error_reason:
+        return unusable_adapter(target.adapter_version, output.error, output.error_reason)
+    with_adapter = f" with {target.adapter_version}" if target.adapter_version else ""
+    return EngineError(
+        f"the engine could not go on with request {request_id} to {target.model}{with_adapter}: {output.error}"
+    )

@@ -11,6 +11,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from loraplex.v1.adapters_pb2 import CreateAdapterRequest
 from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
 from loraplex.v1.inference_pb2 import Candidate, GenerateRequest, ScoreRequest, StreamGenerateRequest
+from loraplex.v1.pooling_pb2 import EmbedRequest
 from loraplex.v1.prompt_pb2 import ChatMessage, Prompt
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from loraplex_adapters.grammar import DIGEST, ID_RULE, is_id
@@ -220,7 +221,13 @@ def _check_tokenize(request: TokenizeRequest, path: str) -> Iterator[Violation]:
         yield Violation(_at(path, "prompt.token_ids"), "are tokens already; give text or chat")
 
 
-def _check_model(request: TokenizeRequest | DetokenizeRequest, path: str) -> Iterator[Violation]:
+def _check_embed(request: EmbedRequest, path: str) -> Iterator[Violation]:
+    yield from _check_model(request, path)
+    if not request.prompts:
+        yield Violation(_at(path, "prompts"), "is empty; give at least one")
+
+
+def _check_model(request: TokenizeRequest | DetokenizeRequest | EmbedRequest, path: str) -> Iterator[Violation]:
     if not request.model:
         yield Violation(_at(path, "model"), "is required: name a model, an adapter or a route")
 
@@ -254,6 +261,7 @@ _RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
     "StreamGenerateRequest": _check_stream,
     "ScoreRequest": _check_score,
     "Candidate": _check_candidate,
+    "EmbedRequest": _check_embed,
     "TokenizeRequest": _check_tokenize,
     "DetokenizeRequest": _check_model,
     "GenerateSpec": _check_spec,

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from google.protobuf.duration_pb2 import Duration
 
 from loraplex.v1.generation_pb2 import DraftKind, LogprobsMode, OnCold
+from loraplex.v1.pooling_pb2 import Pooling
 from loraplex_engine.link.drafts import MOST_DRAFTS
 from loraplex_service.timestamps import duration_seconds
 
@@ -222,6 +223,14 @@ LIMITS: Mapping[str, Limit] = {
     "Candidate.text": Text(65536, least=1, unit="bytes"),
     "CancelGenerationRequest.request_ids": Entries(256, Text(128)),
     "CancelGenerationRequest.client_request_ids": Entries(256, Text(128)),
+    # ---- pooling.proto
+    "EmbedRequest.model": _NAME,
+    "EmbedRequest.prompts": Entries(256),
+    "EmbedRequest.pooling": Known(Pooling.values),
+    "EmbedRequest.dimensions": Range(1),
+    "RunOptions.priority": Range(-100, 100),
+    "RunOptions.client_request_id": Text(128),
+    "RunOptions.labels": Entries(16, Text(256), keys=Text(63)),
     # ---- tokenizer.proto
     "TokenizeRequest.model": _NAME,
     "DetokenizeRequest.model": _NAME,
@@ -312,5 +321,6 @@ TOTALS: Mapping[str, Total] = {
     "Choices": Total(characters=65536, entries=256),
     "BatchGenerateRequest": Total(characters=1 << 22, entries=16384, numbers=1 << 19),
     "ScoreRequest": Total(characters=1 << 22, entries=16384, numbers=1 << 19),
+    "EmbedRequest": Total(characters=1 << 22, entries=4096, numbers=1 << 19),
     "Adapter": Total(characters=1 << 20, entries=8192, numbers=4096),
 }

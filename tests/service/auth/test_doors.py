@@ -16,7 +16,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha import reflection_pb2
 
 from loraplex import AsyncAdminClient, AsyncClient, Unauthenticated
-from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
+from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, pooling_pb2, routes_pb2, server_pb2, tokenizer_pb2
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub
 from loraplex_service import app
@@ -34,7 +34,7 @@ from tests.service.data_plane import next_of
 from tests.service.health_calls import health_of
 from tests.service.scripted_engine import ThreadedEngines
 
-DATA = (inference_pb2, tokenizer_pb2)
+DATA = (inference_pb2, pooling_pb2, tokenizer_pb2)
 ADMIN = (adapters_pb2, models_pb2, routes_pb2, server_pb2)
 PIRATE = "tenants/acme/adapters/pirate"
 SPEC: dict[str, Any] = {"model": PIRATE, "prompt": {"text": "x"}, "stopping": {"max_tokens": 1}}
@@ -47,6 +47,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "/loraplex.v1.InferenceService/BatchGenerate": {"specs": [SPEC]},
     "/loraplex.v1.InferenceService/Score": {"spec": UNSAID, "candidates": [{"text": "y"}]},
     "/loraplex.v1.InferenceService/CancelGeneration": {"request_ids": ["a"]},
+    "/loraplex.v1.PoolingService/Embed": {"model": PIRATE, "prompts": [{"text": "x"}]},
     "/loraplex.v1.TokenizerService/Tokenize": {"model": PIRATE, "prompt": {"text": "x"}},
     "/loraplex.v1.TokenizerService/Detokenize": {"model": PIRATE, "token_ids": [65]},
     "/loraplex.v1.AdapterService/GetAdapter": {"name": PIRATE},

@@ -40,6 +40,18 @@ async def test_a_conversation_is_generated_from(control: ControlPlane) -> None:
     assert result.output == "[user]hi\n"
 
 
+async def test_texts_are_embedded_a_line_for_each(control: ControlPlane) -> None:
+    result = await run(control, "embed", "tiny", "ab", "c", "--pooling", "mean")
+    assert (result.exit_code, result.output) == (0, "[97.0, 98.0]\n[99.0]\n")
+
+
+async def test_the_whole_answer_of_an_embedding_can_be_printed(control: ControlPlane) -> None:
+    result = await run(control, "embed", "tiny", "ab", "--dimensions", "4", "--no-normalize", "--json")
+    response = json.loads(result.output)
+    assert response["embeddings"] == [{"values": [97.0, 98.0], "prompt_tokens": 2}]
+    assert response["report"]["usage"] == {"prompt_tokens": 2}
+
+
 async def test_what_the_server_refuses_is_said_in_its_words(control: ControlPlane) -> None:
     result = await run(control, "generate", "nope", "abc")
     assert result.exit_code == 1

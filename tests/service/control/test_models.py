@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from loraplex import FailedPrecondition, InvalidArgument, NotFound
-from loraplex.v1.models_pb2 import MODEL_CAPABILITY_ADAPTERS, MODEL_CAPABILITY_CHAT, Model
+from loraplex.v1.models_pb2 import MODEL_CAPABILITY_ADAPTERS, MODEL_CAPABILITY_CHAT, MODEL_CAPABILITY_EMBED, Model
 from loraplex.v1.watch_pb2 import (
     WATCH_EVENT_TYPE_CHANGED,
     WATCH_EVENT_TYPE_EXISTING,
@@ -23,7 +23,7 @@ async def test_a_loaded_model_says_what_it_is(control: ControlPlane) -> None:
     assert model.architecture == "ScriptedForCausalLM"
     assert model.limits.max_context_tokens == 1 << 20
     assert model.limits.max_adapter_rank == 8
-    assert {MODEL_CAPABILITY_CHAT, MODEL_CAPABILITY_ADAPTERS} <= set(model.capabilities)
+    assert {MODEL_CAPABILITY_CHAT, MODEL_CAPABILITY_ADAPTERS, MODEL_CAPABILITY_EMBED} <= set(model.capabilities)
     assert (model.device, model.memory_bytes) == ("cpu", 3000)
     assert model.revision.startswith("local-")
     assert dict(model.labels) == {"team": "a"}

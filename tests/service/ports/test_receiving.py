@@ -13,6 +13,7 @@ LIMITS = ReceiveLimits(request_bytes=10, batch_bytes=20)
     [
         ("/loraplex.v1.InferenceService/Generate", 10),
         ("/loraplex.v1.InferenceService/CancelGeneration", 10),
+        ("/loraplex.v1.PoolingService/Embed", 10),
         ("/loraplex.v1.TokenizerService/Tokenize", 10),
         ("/loraplex.v1.InferenceService/BatchGenerate", 20),
         ("/loraplex.v1.ModelService/ListModels", 256 << 10),

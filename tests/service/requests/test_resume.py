@@ -18,6 +18,7 @@ from loraplex_service.errors import Unavailable as EngineGone
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.data_plane import DataPlane, failure, make_spec
 from tests.service.fake_engine import FakeEngine
+from tests.service.scripted_engine import ScriptedCore
 
 LENGTH = 400  # tokens, of a millisecond each: still running when its engine dies
 
@@ -88,6 +89,37 @@ async def test_the_next_engine_gets_the_requests_adapter_before_the_request(cont
     await until(control, 2)
     assert (await stream.collect()).outputs[0].text == "ab" * (LENGTH // 2)
     assert request.adapter in control.core().loaded
+
+
+async def test_prompts_to_embed_that_an_engine_had_not_computed_are_sent_to_the_next(control: ControlPlane) -> None:
+    source = str(write_adapter(control.roots / "pirate"))
+    await control.admin.create_adapter("pirate", base_model="tiny", source=source, wait=20)
+    control.core().pools = False
+    call = asyncio.ensure_future(control.client.embed("pirate", [[number] for number in range(11)]))
+    held = await running(control, 4)
+    kill_engine(control)
+    await until(control, 2)
+    response = await call
+    assert [list(embedding.values) for embedding in response.embeddings] == [[number] for number in range(11)]
+    assert response.report.usage.prompt_tokens == 11
+    assert held[0].adapter in control.core().loaded
+
+
+async def test_a_request_to_embed_that_its_engines_die_of_is_given_up(control: ControlPlane) -> None:
+    def hold(core: ScriptedCore) -> None:
+        core.pools = False
+
+    control.engines["tiny"].prepare = hold
+    control.core().pools = False
+    call = asyncio.ensure_future(control.client.embed("tiny", "ab"))
+    for lives in (1, 2, 3):
+        await running(control, 1)
+        kill_engine(control)
+        if lives < 3:
+            await until(control, lives + 1)
+    with pytest.raises(Unavailable) as raised:
+        await call
+    assert raised.value.reason == "ENGINE_RESTARTING"
 
 
 async def test_a_request_that_its_engines_die_of_is_given_up(control: ControlPlane) -> None:

@@ -61,6 +61,15 @@ async def control(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterat
         yield control
 
 
+async def test_a_call_that_embeds_has_one_record_of_all_its_prompts(control: ControlPlane) -> None:
+    response = await control.client.embed("tiny", ["abc", "de"], client_request_id="mine")
+    [record] = records(control.roots / "usage.jsonl")
+    assert (record["id"], record["client_request_id"]) == (response.report.request_id, "mine")
+    assert (record["operation"], record["status"], record["finish_reasons"]) == ("embeddings", "OK", [])
+    assert (record["prompt_tokens"], record["completion_tokens"], record["first_token_seconds"]) == (5, 0, None)
+    assert record["queue_seconds"] is not None
+
+
 async def test_a_record_says_who_used_how_much_of_what(control: ControlPlane) -> None:
     source = write_adapter(control.roots / "pirate")
     adapter = await control.admin.create_adapter("pirate", base_model="tiny", source=str(source), tenant="default")

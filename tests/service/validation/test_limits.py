@@ -10,7 +10,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, routes_pb2, server_pb2, tokenizer_pb2
+from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, pooling_pb2, routes_pb2, server_pb2, tokenizer_pb2
 from loraplex.v1.adapters_pb2 import Adapter, UpdateAdapterRequest
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import BatchGenerateRequest
@@ -21,7 +21,7 @@ from loraplex_service.validation.checks import MAX_UNKNOWN_BYTES, check_request
 from loraplex_service.validation.limits import LIMITS, TOTALS, Entries, Text
 
 PROTO = Path(__file__).parents[3] / "proto" / "loraplex" / "v1"
-SERVICES = (inference_pb2, tokenizer_pb2, adapters_pb2, models_pb2, routes_pb2, server_pb2)
+SERVICES = (inference_pb2, pooling_pb2, tokenizer_pb2, adapters_pb2, models_pb2, routes_pb2, server_pb2)
 OF_SIZE = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
 

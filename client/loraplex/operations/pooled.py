@@ -1,0 +1,62 @@
+"""The data port: what a model makes of texts, in numbers."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Unpack
+
+from loraplex.channel import CallOptions, call_options
+from loraplex.generation import RunOptions, build_run_options, given_options, put_prompt_options
+from loraplex.operations.base import Operation
+from loraplex.prompts import PromptLike, build_prompt
+from loraplex.v1 import pooling_pb2, prompt_pb2
+
+
+class EmbedArguments(RunOptions, CallOptions, total=False):
+    """Options of prompts, of how they are run, and of the call."""
+
+
+def embed(
+    model: str,
+    prompts: str | Iterable[PromptLike],
+    *,
+    pooling: pooling_pb2.Pooling.ValueType | str | None = None,
+    dimensions: int | None = None,
+    normalize: bool | None = None,
+    **options: Unpack[EmbedArguments],
+) -> Operation[pooling_pb2.EmbedResponse]:
+    """Turn texts into vectors, one for each, in their order.
+
+    Args:
+        model: Name of a model, an adapter, an adapter version or a route.
+        prompts: Texts, lists of token ids or lists of chat messages. A string is one text.
+        pooling: Which hidden states make up a vector: "last" or "mean". None: as the checkpoint says, else last.
+        dimensions: How many numbers of each vector to return, its first ones. None: all.
+        normalize: Whether vectors are scaled to length 1. None: as the checkpoint says, else yes.
+    """
+    request = pooling_pb2.EmbedRequest(
+        model=model,
+        prompts=build_prompts(prompts, options),
+        pooling=_pooling(pooling),
+        dimensions=dimensions,
+        normalize=normalize,
+        options=build_run_options(options),
+    )
+    method = "/loraplex.v1.PoolingService/Embed"
+    return Operation(method, request, pooling_pb2.EmbedResponse, call_options(options))
+
+
+def _pooling(pooling: pooling_pb2.Pooling.ValueType | str | None) -> pooling_pb2.Pooling.ValueType:
+    if isinstance(pooling, str):
+        return pooling_pb2.Pooling.Value(f"POOLING_{pooling.upper()}")
+    return pooling or pooling_pb2.POOLING_UNSPECIFIED
+
+
+def build_prompts(prompts: str | Iterable[PromptLike], options: Mapping[str, Any]) -> list[prompt_pb2.Prompt]:
+    """Build the prompts, each with what the options say of prompts."""
+    given = given_options(options)
+    built = []
+    for each in [prompts] if isinstance(prompts, str) else prompts:
+        prompt = prompt_pb2.Prompt()
+        prompt.CopyFrom(build_prompt(each))
+        put_prompt_options(prompt, given)
+        built.append(prompt)
+    return built
