@@ -42,6 +42,7 @@ def main() -> int:
         *options,
         *sorted(TESTS.glob("test_cpu*.py")),
         TESTS / "test_quantized_kv.py",
+        TESTS / "test_sampling.py",
     ]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment()).returncode
 

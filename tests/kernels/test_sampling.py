@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_a_backend_draws_what_the_reference_draws(ops: Ops, rows: list[dict[str,
     assert tokens.tolist() == REFERENCE.draw_tokens(theirs, draws(rows)).tolist()
 
 
-SHAPES = {
+SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "flat": lambda x: x * 0.01,
     "peaked": lambda x: x * 30,
     "equal": lambda x: x * 0,

@@ -95,6 +95,16 @@ class ConfigFields:
             raise self.error(name, value, "a list of integers")
         return tuple(value)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers that is not empty."""
+        value = self._raw.get(name)
+        if not isinstance(value, list) or not value:
+            raise self.error(name, value, "a list of positive numbers")
+        return tuple(
+            ConfigFields({f"{name}[{place}]": each}, self.where).number(f"{name}[{place}]")
+            for place, each in enumerate(value)
+        )
+
     def names(self) -> tuple[str, ...]:
         return tuple(self._raw)
 

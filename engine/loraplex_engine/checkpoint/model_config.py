@@ -55,21 +55,33 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class LongRopeScaling:
+    """Each frequency divided by a factor of its own, attention made sharper.  Source: LongRoPE (arXiv 2402.13753)."""
+
+    short: tuple[float, ...]  # [D/2], for contexts up to the original one
+    long: tuple[float, ...]  # [D/2]
+    original_max_positions: int
+    attention_factor: float  # multiplies cosines and sines
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
     """The rotary embedding of one kind of layer."""
 
     theta: float
-    scaling: LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | None = None
+    scaling: LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
     """The attention settings that may differ from layer to layer."""
 
-    rope: Rope
+    rope: Rope | None  # None: keys and queries say nothing of their positions
     window: int | None = None  # tokens seen, the own one included; None: all
 
 
+# Where the norms of attention and feed-forward are: before each of the two, behind it, or both.
+NormPlaces = Literal["before", "behind", "around"]
 # Where ranks divide the inputs of a linear, its output is the sum of theirs.
 Split = Literal["outputs", "inputs", "nothing"]
 
@@ -85,6 +97,7 @@ class FusedLinear:
     bias: bool
     split: Split  # what several ranks divide
     unit: int = 1  # features that stay together when they do: those of a head
+    stored_fused: bool = False  # the checkpoint has them as one tensor, at `module`; so do adapters
 
 
 class FeedForward(Protocol):
@@ -127,12 +140,16 @@ class ModelConfig:
     dtype: str | None  # as the checkpoint states it: "bfloat16"
     qkv_bias: bool = False
     o_bias: bool = False
+    fused_tensors: bool = False  # query, key and value are one tensor in the checkpoint, and gate and up (Phi)
     qk_norm: bool = False  # RMS norm over each query and key head
-    sandwich_norms: bool = False  # norms also after attention and after the feed-forward (Gemma)
+    projection_norm: bool = False  # RMS norm over all of a token's queries, and over all of its keys (OLMo)
+    norms: NormPlaces = "before"
     norm_offset: float = 0.0  # added to every norm weight: Gemma's checkpoints store weight - 1
     embedding_scale: float | None = None
+    residual_scale: float | None = None  # of what attention and feed-forward add
     attention_scale: float
     attention_soft_cap: float | None = None
+    logits_scale: float | None = None
     logits_soft_cap: float | None = None
     fits_float16: bool = True  # whether its activations stay below 65504
     quantization: str = ""  # how the weights are stored, for people; "" for none

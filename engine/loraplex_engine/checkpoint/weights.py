@@ -225,12 +225,12 @@ class Checkpoint:
                 "Check that both are of the same model, and that the download is complete"
             )
 
-    def stacked(self, parts: Mapping[str, Part], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def stacked(self, parts: Sequence[tuple[str, Part]], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The rows of parts of float tensors one after another, converted on the way: [N₁ + N₂ + …, C].
 
         Raises ModelError, here and in `dense`, naming a tensor with a value that is no finite number.
         """
-        stored = [(self._tensors[name], part) for name, part in parts.items()]
+        stored = [(self._tensors[name], part) for name, part in parts]
         shapes = [_shape_of(tensor, part) for tensor, part in stored]
         result = empty_matrix((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype, device)
         start = 0

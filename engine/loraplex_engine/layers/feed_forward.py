@@ -1,4 +1,4 @@
-"""The gated feed-forward, and its layout."""
+"""The feed-forwards that every token goes through, and their layouts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_engine.checkpoint.model_config import FusedLinear
 from loraplex_kernels.ops import LoraSegments, Ops
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh"]  # of a gate
+PlainActivation = Literal["relu2"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +35,59 @@ class GatedFeedForward:
 
 @dataclass(frozen=True, slots=True)
 class GatedLayout:
-    """A gated feed-forward through which every token goes."""
+    """Two linears that are multiplied, one of them a gate, and one back."""
 
     intermediate_size: int  # F
     activation: Activation
     bias: bool = False
+    stored_fused: bool = False  # gate and up are one tensor in the checkpoint
 
     def linears(self, hidden_size: int) -> tuple[FusedLinear, FusedLinear]:
         size = self.intermediate_size
         parts = (("mlp.gate_proj", size), ("mlp.up_proj", size))
         return (
-            FusedLinear("gate_up", "mlp.gate_up_proj", hidden_size, parts, self.bias, "outputs"),
+            FusedLinear(
+                "gate_up", "mlp.gate_up_proj", hidden_size, parts, self.bias, "outputs", stored_fused=self.stored_fused
+            ),
             FusedLinear("down", "mlp.down_proj", size, (("mlp.down_proj", hidden_size),), self.bias, "inputs"),
         )
 
     def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> GatedFeedForward:
         gate_up, down = linears
         return GatedFeedForward(gate_up, down, ops.silu_and_mul if self.activation == "silu" else ops.gelu_tanh_and_mul)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainFeedForward:
+    """y = activation(x Uᵀ) Dᵀ"""
+
+    up: LoRALinear
+    down: LoRALinear
+    activation: PlainActivation
+
+    @property
+    def linears(self) -> tuple[LoRALinear, LoRALinear]:
+        return self.up, self.down
+
+    def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
+        return self.down(torch.relu_(self.up(x, lora)).square_(), lora)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLayout:
+    """A linear, an activation, and a linear back."""
+
+    intermediate_size: int  # F
+    activation: PlainActivation
+    bias: bool = False
+
+    def linears(self, hidden_size: int) -> tuple[FusedLinear, FusedLinear]:
+        size = self.intermediate_size
+        return (
+            FusedLinear("up", "mlp.up_proj", hidden_size, (("mlp.up_proj", size),), self.bias, "outputs"),
+            FusedLinear("down", "mlp.down_proj", size, (("mlp.down_proj", hidden_size),), self.bias, "inputs"),
+        )
+
+    def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> PlainFeedForward:
+        up, down = linears
+        return PlainFeedForward(up, down, self.activation)

@@ -11,6 +11,7 @@ from loraplex_engine.checkpoint.model_config import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     ModelError,
     Rope,
     YarnScaling,
@@ -18,16 +19,19 @@ from loraplex_engine.checkpoint.model_config import (
 from loraplex_kernels.finite import all_finite
 
 
-def cos_sin_table(rope: Rope, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
-    """Cosines, then sines, of position · frequency → float32 [num_positions, 2, D/2].
+def cos_sin_table(rope: Rope | None, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
+    """Cosines, then sines, of position · frequency → float32 [num_positions, 2, D/2]. None: nothing turns.
 
     float32 throughout, in the order of transformers' own arithmetic: an angle at position 100 000 amplifies a frequency
     that is one bit off.
     """
+    if rope is None:
+        still = torch.tensor([1.0, 0.0], device=device)
+        return still[None, :, None].repeat(num_positions, 1, head_dim // 2)
     frequencies = inverse_frequencies(rope, head_dim, num_positions)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
     table = torch.stack((angles.cos(), angles.sin()), dim=1)
-    if isinstance(rope.scaling, YarnScaling):
+    if isinstance(rope.scaling, YarnScaling | LongRopeScaling):
         table *= rope.scaling.attention_factor
     if not all_finite(table):
         raise ModelError(f"{rope}: its angles are not finite numbers; correct rope_theta or rope_scaling")
@@ -52,6 +56,11 @@ def inverse_frequencies(rope: Rope, head_dim: int, num_positions: int) -> Tensor
             return _llama3(frequencies, scaling)
         case YarnScaling() as scaling:
             return _yarn(powers, scaling, rope.theta, head_dim)
+        case LongRopeScaling(short, long, original):
+            # One of the two for all sequences, as in vLLM: a cached key is rotated once. transformers takes the other
+            # factors when a sequence grows beyond the original length, and keeps the cached keys.
+            factors = torch.tensor(long if num_positions > original else short, dtype=torch.float32)
+            return 1.0 / (factors * powers)
 
 
 def _dynamic_theta(theta: float, scaling: DynamicScaling, head_dim: int, num_positions: int) -> float:

@@ -13,6 +13,7 @@ from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
 from loraplex_engine.checkpoint.model_config import FeedForward, ModelConfig
 from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.layers.projection_norm import ProjectionNorm
 from loraplex_engine.models.layout import HEAD_MODULE, HEAD_SITE, held_heads, layer_linears, lora_targets, site_name
 from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
@@ -25,11 +26,12 @@ class DecoderLayer:
     qkv: LoRALinear
     o: LoRALinear
     feed_forward: FeedForward
-    norm_before_attention: AdaptedNorm
-    norm_before_mlp: AdaptedNorm
+    norm_before_attention: AdaptedNorm | None
+    norm_before_mlp: AdaptedNorm | None
     norm_after_attention: AdaptedNorm | None
     norm_after_mlp: AdaptedNorm | None
     qk_norm: QKNorm | None
+    projection_norm: ProjectionNorm | None
     cos_sin: Tensor  # float32 [max positions, 2, D/2], shared between layers of one kind
     window: int | None  # tokens
 
@@ -80,15 +82,14 @@ class LanguageModel:
         residual = self._embedding(batch.token_ids, lora)
         if self._embedding_scale is not None:
             residual *= self._embedding_scale
-        x = self._layers[0].norm_before_attention(residual, lora)
+        first = self._layers[0].norm_before_attention
+        x = residual if first is None else first(residual, lora)
         for index, layer in enumerate(self._layers):
             x = self._attention(layer, x, batch, kv[index])
-            x = layer.norm_before_mlp.add(x, residual, lora)
-            x = layer.feed_forward(x, lora)
-            if layer.norm_after_mlp is not None:
-                x = layer.norm_after_mlp(x, lora)
+            x = _added(self._sized(x, layer.norm_after_attention, lora), residual, layer.norm_before_mlp, lora)
+            x = self._sized(layer.feed_forward(x, lora), layer.norm_after_mlp, lora)
             if index + 1 < len(self._layers):
-                x = self._layers[index + 1].norm_before_attention.add(x, residual, lora)
+                x = _added(x, residual, self._layers[index + 1].norm_before_attention, lora)
         rows = batch.logits_rows
         if not len(rows):  # every sequence is in the middle of its prompt
             return x[:0]
@@ -100,6 +101,8 @@ class LanguageModel:
         lora: which of these rows belong to which adapter (`StepBatch.logits_lora`, or a part of it).
         """
         logits = self._head(hidden, lora).float()
+        if self.config.logits_scale is not None:
+            logits *= self.config.logits_scale
         cap = self.config.logits_soft_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
@@ -130,10 +133,13 @@ class LanguageModel:
         return {**linears, HEAD_SITE: self._head}
 
     def _attention(self, layer: DecoderLayer, x: Tensor, batch: StepBatch, kv: LayerKV) -> Tensor:
-        """x: [T, C], normed → [T, C], to be added to the residual."""
+        """x: [T, C] → [T, C]"""
         ops, config = self._ops, self.config
+        qkv = layer.qkv(x, batch.lora)
+        if layer.projection_norm is not None:
+            qkv = layer.projection_norm(qkv)
         q = ops.rotary_store_kv(
-            layer.qkv(x, batch.lora),
+            qkv,
             self.head_shape,
             layer.qk_norm,
             batch.positions,
@@ -142,7 +148,17 @@ class LanguageModel:
             batch.attention.slot_mapping,
         )
         x = ops.paged_attention(q, kv, batch.attention, config.attention_scale, layer.window, config.attention_soft_cap)
-        x = layer.o(x, batch.lora)
-        if layer.norm_after_attention is not None:
-            x = layer.norm_after_attention(x, batch.lora)
-        return x
+        return layer.o(x, batch.lora)
+
+    def _sized(self, x: Tensor, norm: AdaptedNorm | None, lora: LoraSegments | None) -> Tensor:
+        """x as it is added to the residual: normed and scaled, if the model does so.  x: [T, C], may be overwritten"""
+        if norm is not None:
+            x = norm(x, lora)
+        return x if self.config.residual_scale is None else x.mul_(self.config.residual_scale)
+
+
+def _added(x: Tensor, residual: Tensor, norm: AdaptedNorm | None, lora: LoraSegments | None) -> Tensor:
+    """residual += x in place; what the next part of the layer reads: its norm, or the sum itself.  [T, C]"""
+    if norm is not None:
+        return norm.add(x, residual, lora)
+    return residual.add_(x)

@@ -39,7 +39,7 @@ def gemma_config(architecture: str, fields: ConfigFields, layers: tuple[LayerAtt
         config,
         qkv_bias=bias,
         o_bias=bias,
-        sandwich_norms=True,
+        norms="around",
         norm_offset=1.0,
         embedding_scale=config.hidden_size**0.5,
         attention_scale=fields.number("query_pre_attn_scalar") ** -0.5,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig, Rope
 from loraplex_engine.models.gemma2 import gemma_config
-from loraplex_engine.models.reading import Family, sliding_layers
+from loraplex_engine.models.reading import Family, all_but_every, sliding_layers
 from loraplex_engine.models.rope_reading import rope_from
 
 DEFAULTS = {
@@ -35,9 +35,9 @@ DEFAULTS = {
 VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
 
 
-def read_ropes(fields: ConfigFields) -> tuple[Rope, Rope]:
+def read_ropes(fields: ConfigFields, local_theta: float) -> tuple[Rope, Rope]:
     """The rotary embeddings of global and local layers. `rope_scaling`, the older spelling, changes the global ones."""
-    global_theta, local_theta = fields.number("rope_theta"), fields.number("rope_local_base_freq")
+    global_theta = fields.number("rope_theta")
     nested = fields.filled_section("rope_parameters")
     full = sliding = None
     if nested is not None:
@@ -56,9 +56,8 @@ def read_ropes(fields: ConfigFields) -> tuple[Rope, Rope]:
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     fields = fields.with_defaults(DEFAULTS)
     window = fields.optional_integer("sliding_window")
-    every = fields.integer("sliding_window_pattern")
-    pattern = tuple((layer + 1) % every != 0 for layer in range(fields.integer("num_hidden_layers")))
-    global_rope, local_rope = read_ropes(fields)
+    pattern = all_but_every(fields.integer("sliding_window_pattern"), fields.integer("num_hidden_layers"))
+    global_rope, local_rope = read_ropes(fields, fields.number("rope_local_base_freq"))
     layers = tuple(
         LayerAttention(local_rope if slides else global_rope, window if slides else None)
         for slides in sliding_layers(fields, pattern)

@@ -33,6 +33,7 @@ def layer_linears(config: ModelConfig, layer: int) -> tuple[FusedLinear, ...]:
             config.qkv_bias,
             "outputs",
             config.head_dim,
+            config.fused_tensors,
         ),
         FusedLinear(
             "o",
@@ -62,6 +63,30 @@ def held_parts(linear: FusedLinear, shard: Shard) -> tuple[tuple[slice, slice], 
     )
 
 
+def stored_parts(linear: FusedLinear, shard: Shard) -> tuple[tuple[str, slice, slice], ...]:
+    """What a rank reads of a linear, in order: the module inside a layer that has it in the checkpoint, and the rows
+    and the columns there."""
+    held = held_parts(linear, shard)
+    if not linear.stored_fused:
+        return tuple((module, *part) for (module, _), part in zip(linear.parts, held, strict=True))
+    found: list[tuple[str, slice, slice]] = []
+    start = 0
+    for (_, size), (rows, columns) in zip(linear.parts, held, strict=True):
+        first, end = start + rows.start, start + rows.stop
+        if found and found[-1][1].stop == first:
+            first = found.pop()[1].start
+        found.append((linear.module, slice(first, end), columns))
+        start += size
+    return tuple(found)
+
+
+def stored_shapes(linear: FusedLinear) -> tuple[tuple[str, int], ...]:
+    """The modules inside a layer that have a linear in the checkpoint, and the output features of each."""
+    if not linear.stored_fused:
+        return linear.parts
+    return ((linear.module, sum(size for _, size in linear.parts)),)
+
+
 def adds_bias(linear: FusedLinear, shard: Shard) -> bool:
     """Whether a rank adds the bias: where the ranks' outputs are summed up, one of them does."""
     return linear.split != "inputs" or shard.rank == 0
@@ -79,8 +104,8 @@ class LayerNorms:
     """Module paths inside a layer. The checkpoint's names differ: what most models call post_attention is the norm
     before the feed-forward, and what Gemma calls so comes after attention, before the sum."""
 
-    before_attention: str
-    before_mlp: str
+    before_attention: str | None = None
+    before_mlp: str | None = None
     after_attention: str | None = None
     after_mlp: str | None = None
     query: str | None = None
@@ -88,17 +113,13 @@ class LayerNorms:
 
 
 def layer_norms(config: ModelConfig) -> LayerNorms:
-    query, key = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else (None, None)
-    if config.sandwich_norms:
-        return LayerNorms(
-            "input_layernorm",
-            "pre_feedforward_layernorm",
-            "post_attention_layernorm",
-            "post_feedforward_layernorm",
-            query,
-            key,
-        )
-    return LayerNorms("input_layernorm", "post_attention_layernorm", query=query, key=key)
+    query, key = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm or config.projection_norm else (None, None)
+    if config.norms == "before":
+        return LayerNorms("input_layernorm", "post_attention_layernorm", query=query, key=key)
+    behind = LayerNorms(None, None, "post_attention_layernorm", "post_feedforward_layernorm", query, key)
+    if config.norms == "behind":
+        return behind
+    return replace(behind, before_attention="input_layernorm", before_mlp="pre_feedforward_layernorm")
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -107,16 +128,17 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     norms = layer_norms(config)
     for layer in range(config.num_layers):
         for linear in layer_linears(config, layer):
-            for part, out_features in linear.parts:
+            for part, out_features in stored_shapes(linear):
                 shapes[f"model.layers.{layer}.{part}.weight"] = (out_features, linear.in_features)
                 if linear.bias:
                     shapes[f"model.layers.{layer}.{part}.bias"] = (out_features,)
         for norm in (norms.before_attention, norms.before_mlp, norms.after_attention, norms.after_mlp):
             if norm is not None:
                 shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
-        for norm in (norms.query, norms.key):
+        for norm, heads in ((norms.query, config.num_heads), (norms.key, config.num_kv_heads)):
             if norm is not None:
-                shapes[f"model.layers.{layer}.{norm}.weight"] = (config.head_dim,)
+                normed = config.head_dim * (heads if config.projection_norm else 1)
+                shapes[f"model.layers.{layer}.{norm}.weight"] = (normed,)
     shapes[FINAL_NORM] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = shapes[EMBEDDING]
@@ -153,7 +175,10 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
 
 
 def _linear_targets(site: str, linear: FusedLinear, shard: Shard) -> dict[str, LoraTarget]:
-    """The projections of a linear and the linear as a whole, each with the part of it that the rank holds."""
+    """The projections of a linear and the linear as a whole, each with the part of it that the rank holds.
+
+    Where a checkpoint has them as one, the model that adapters were trained beside has no projections by themselves.
+    """
     targets, all_rows, start, whole_start = {}, [], 0, 0
     for (module, size), (rows, columns) in zip(linear.parts, held_parts(linear, shard), strict=True):
         share = Share(size, linear.in_features, (rows,), columns, adds_bias(linear, shard))
@@ -161,5 +186,5 @@ def _linear_targets(site: str, linear: FusedLinear, shard: Shard) -> dict[str, L
         all_rows.append(slice(whole_start + rows.start, whole_start + rows.stop))
         start, whole_start = start + share.num_rows, whole_start + size
     share = replace(share, out_features=whole_start, rows=tuple(all_rows))
-    targets[linear.module] = LoraTarget(site, share.num_columns, 0, start, share=share)
-    return targets
+    whole = {linear.module: LoraTarget(site, share.num_columns, 0, start, share=share)}
+    return whole if linear.stored_fused else targets | whole

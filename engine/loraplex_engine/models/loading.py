@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from loraplex_engine.checkpoint.model_config import FusedLinear, LayerAttention,
 from loraplex_engine.checkpoint.shard import WHOLE, Shard
 from loraplex_engine.checkpoint.weights import Checkpoint, Part, Progress, read_json
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
+from loraplex_engine.layers.projection_norm import ProjectionNorm
 from loraplex_engine.layers.rotary import cos_sin_table
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models.decoder import DecoderLayer, LanguageModel
@@ -28,11 +29,12 @@ from loraplex_engine.models.layout import (
     HEAD_MODULE,
     HEAD_SITE,
     adds_bias,
-    held_parts,
     layer_linears,
     layer_norms,
     norm_site,
     site_name,
+    stored_parts,
+    stored_shapes,
     tensor_shapes,
 )
 from loraplex_engine.models.registry import read_model_config
@@ -55,7 +57,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-Held = Mapping[str, tuple[slice, slice]]  # by a projection's path: the rows and columns of it that the rank holds
+Held = Sequence[tuple[str, slice, slice]]  # tensors' paths, and the rows and columns of them that the rank holds
 Matrix = Sequence[Tensor] | QuantizedWeight  # dense: tensors [N₁, C], [N₂, C], … one above the other
 
 
@@ -107,7 +109,7 @@ def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
         LinearShape(f"model.layers.{layer}.{part}", out_features, linear.in_features, linear.bias)
         for layer in range(config.num_layers)
         for linear in layer_linears(config, layer)
-        for part, out_features in linear.parts
+        for part, out_features in stored_shapes(linear)
     ]
     if not config.tie_word_embeddings:
         shapes.append(LinearShape(HEAD_MODULE, config.vocab_size, config.hidden_size))
@@ -157,6 +159,8 @@ class _Loader:
         self.dtype = dtype
         self.num_positions = num_positions
         self.shard = shard
+        if config.projection_norm and shard.world > 1:
+            raise ModelError(f"{config.architecture} norms all of a token's queries at once: ranks cannot divide them")
         self.num_slots = engine.max_resident_adapters
         self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
         self.head_rounding = engine.head_quantization
@@ -168,7 +172,7 @@ class _Loader:
         self.nbytes = sum(table.nbytes for table in self.cos_sin.values())
 
     def load(self) -> LanguageModel:
-        embedding = self._rows({EMBEDDING: ()})
+        embedding = self._rows([(EMBEDDING, ())])
         # The largest matrix goes first: while it is packed it takes its room twice, and nothing else is there yet.
         head = self._lora_linear(HEAD_SITE, self._head(embedding))
         layers = [self._layer(index) for index in range(self.config.num_layers)]
@@ -191,22 +195,23 @@ class _Loader:
     def _layer(self, index: int) -> DecoderLayer:
         prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], layer_norms(self.config)
         qkv, o, *others = (self._fused(index, prefix, linear) for linear in layer_linears(self.config, index))
-        qk_norm = None
+        qk_norm = projection_norm = None
         if norms.query is not None and norms.key is not None:
-            qk_norm = QKNorm(
-                self._norm(f"{prefix}{norms.query}.weight"),
-                self._norm(f"{prefix}{norms.key}.weight"),
-                self.config.rms_norm_eps,
-            )
+            query, key = (self._norm(f"{prefix}{norm}.weight") for norm in (norms.query, norms.key))
+            if self.config.projection_norm:
+                projection_norm = ProjectionNorm(self.ops, query, key, self.config.rms_norm_eps)
+            else:
+                qk_norm = QKNorm(query, key, self.config.rms_norm_eps)
         return DecoderLayer(
             qkv=qkv,
             o=o,
             feed_forward=self.config.feed_forwards[index].build(self.ops, others),
-            norm_before_attention=self._layer_norm(index, norms.before_attention),
-            norm_before_mlp=self._layer_norm(index, norms.before_mlp),
+            norm_before_attention=self._layer_norm_if(index, norms.before_attention),
+            norm_before_mlp=self._layer_norm_if(index, norms.before_mlp),
             norm_after_attention=self._layer_norm_if(index, norms.after_attention),
             norm_after_mlp=self._layer_norm_if(index, norms.after_mlp),
             qk_norm=qk_norm,
+            projection_norm=projection_norm,
             cos_sin=self.cos_sin[attention.rope],
             window=self._window(attention),
         )
@@ -220,14 +225,12 @@ class _Loader:
         return None if window is None or window >= self.num_positions else window
 
     def _fused(self, index: int, prefix: str, linear: FusedLinear) -> LoRALinear:
-        held = {
-            prefix + path: part for (path, _), part in zip(linear.parts, held_parts(linear, self.shard), strict=True)
-        }
+        held = [(prefix + path, rows, columns) for path, rows, columns in stored_parts(linear, self.shard)]
         bias = self._bias(held, adds_bias(linear, self.shard)) if linear.bias else None
         return self._lora_linear(site_name(index, linear), self._linear(self._weights(held), bias))
 
     def _bias(self, held: Held, adds: bool) -> Tensor:
-        bias = self._rows({f"{path}.bias": (rows,) for path, (rows, _) in held.items()})
+        bias = self._rows([(f"{path}.bias", (rows,)) for path, rows, _ in held])
         return bias if adds else bias.zero_()
 
     def _lora_linear(self, site: str, linear: AnyLinear) -> LoRALinear:
@@ -236,11 +239,11 @@ class _Loader:
     def _weights(self, held: Held) -> list[Matrix]:
         """The weights of projections that are multiplied as one: as few matrices as possible, rows in order."""
         quantised = self.quantised
-        if self.rounding is None and (quantised is None or not any(path in quantised for path in held)):
-            return [self._dense({f"{path}.weight": part for path, part in held.items()})]
+        if self.rounding is None and (quantised is None or not any(path in quantised for path, *_ in held)):
+            return [self._dense([(f"{path}.weight", (rows, columns)) for path, rows, columns in held])]
         found: list[Matrix] = []
-        for path, part in held.items():
-            weight = self._weight(path, part)
+        for path, rows, columns in held:
+            weight = self._weight(path, (rows, columns))
             joined = None
             if found and not isinstance(weight, Sequence) and not isinstance(found[-1], Sequence):
                 joined = concatenate((found[-1], weight))
@@ -254,14 +257,14 @@ class _Loader:
         if self.quantised is not None and path in self.quantised:
             return self.quantised.read(path, self.ops.device, part)
         if self.rounding is None:
-            return self._dense({f"{path}.weight": part})
+            return self._dense([(f"{path}.weight", part)])
         # Rounded before it is cut, so that a weight becomes the same however many ranks there are.
-        return cut(round_to_nearest(self._dense({f"{path}.weight": ()})[0], self.rounding), *part)
+        return cut(round_to_nearest(self._dense([(f"{path}.weight", ())])[0], self.rounding), *part)
 
-    def _dense(self, parts: Mapping[str, Part]) -> list[Tensor]:
+    def _dense(self, parts: Sequence[tuple[str, Part]]) -> list[Tensor]:
         """The rows of several tensors, one after another; straight from the mapped file if packing copies them."""
         if self.ops.packing_copies:
-            return [self.checkpoint.dense(name, self.dtype, self.ops.device, part) for name, part in parts.items()]
+            return [self.checkpoint.dense(name, self.dtype, self.ops.device, part) for name, part in parts]
         return [self._rows(parts)]
 
     def _head(self, embedding: Tensor) -> AnyLinear:
@@ -277,8 +280,8 @@ class _Loader:
         if HEAD not in self.checkpoint:
             return [embedding]
         if not self.config.tie_word_embeddings:
-            return self._dense({HEAD: ()})
-        if torch.equal(self._rows({HEAD: ()}), embedding):
+            return self._dense([(HEAD, ())])
+        if torch.equal(self._rows([(HEAD, ())]), embedding):
             return [embedding]
         raise ModelError(
             f"{self.checkpoint.directory}: config.json ties {HEAD} to {EMBEDDING}, but the weights hold another one: "
@@ -303,7 +306,7 @@ class _Loader:
         return linears[0] if len(linears) == 1 else SideBySide(linears, bias)
 
     def _norm(self, name: str) -> Tensor:
-        weight = self.checkpoint.stacked({name: ()}, torch.float32, self.ops.device)
+        weight = self.checkpoint.stacked([(name, ())], torch.float32, self.ops.device)
         self.nbytes += weight.nbytes
         return weight.add_(self.config.norm_offset)
 
@@ -317,5 +320,5 @@ class _Loader:
         eps, offset = self.config.rms_norm_eps, self.config.norm_offset
         return AdaptedNorm(self.ops, self._norm(name), eps, offset, self.replaced.table.at(site))
 
-    def _rows(self, parts: Mapping[str, Part]) -> Tensor:
+    def _rows(self, parts: Sequence[tuple[str, Part]]) -> Tensor:
         return self.checkpoint.stacked(parts, self.dtype, self.ops.device)

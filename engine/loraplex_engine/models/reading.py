@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import (
     DynamicScaling,
+    FeedForwardLayout,
     LayerAttention,
     LinearScaling,
+    LongRopeScaling,
     ModelConfig,
     Rope,
     YarnScaling,
@@ -47,9 +49,15 @@ def text_fields(raw: Mapping[str, object], where: str) -> ConfigFields:
 
 
 def decoder_config(
-    architecture: str, fields: ConfigFields, layers: tuple[LayerAttention, ...], mlp_bias: bool = False
+    architecture: str,
+    fields: ConfigFields,
+    layers: tuple[LayerAttention, ...],
+    mlp_bias: bool = False,
+    feed_forward: FeedForwardLayout | None = None,
 ) -> ModelConfig:
     """Read the fields that all families spell alike. A family replaces the fields in which it differs.
+
+    feed_forward: of every layer. None: a gated one, as the fields describe it.
 
     Raises ModelError for shapes that no decoder can have.
     """
@@ -60,9 +68,11 @@ def decoder_config(
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if head_dim % 2:
         raise fields.error("head_dim", head_dim, "even, as rotary embeddings turn its two halves")
+    _check_factors(fields, layers, head_dim)
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})")
-    gated = GatedLayout(fields.integer("intermediate_size"), _activation(fields), mlp_bias)
+    if feed_forward is None:
+        feed_forward = GatedLayout(fields.integer("intermediate_size"), gate_activation(fields), mlp_bias)
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
@@ -73,12 +83,17 @@ def decoder_config(
         max_position_embeddings=_max_positions(fields, layers),
         rms_norm_eps=fields.number("rms_norm_eps"),
         layers=layers,
-        feed_forwards=(gated,) * len(layers),
+        feed_forwards=(feed_forward,) * len(layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         eos_token_ids=fields.token_ids("eos_token_id"),
         dtype=_dtype(fields),
         attention_scale=head_dim**-0.5,
     )
+
+
+def all_but_every(count: int, num_layers: int) -> tuple[bool, ...]:
+    """A pattern over the layers: True but for the last of every `count`."""
+    return tuple((layer + 1) % count != 0 for layer in range(num_layers))
 
 
 def sliding_layers(fields: ConfigFields, pattern: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -99,10 +114,18 @@ def _max_positions(fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> 
     positions.
     """
     stated = fields.integer("max_position_embeddings")
-    longest = max(int(_stretched(layer.rope, stated)) for layer in layers)
+    longest = max(int(_stretched(layer.rope, stated)) for layer in layers if layer.rope is not None)
     if longest > MAX_POSITIONS:
         raise fields.error("max_position_embeddings, with rope_scaling,", longest, f"at most {MAX_POSITIONS}")
     return longest
+
+
+def _check_factors(fields: ConfigFields, layers: tuple[LayerAttention, ...], head_dim: int) -> None:
+    for rope in {layer.rope for layer in layers if layer.rope is not None}:
+        if isinstance(rope.scaling, LongRopeScaling):
+            for name, factors in (("short_factor", rope.scaling.short), ("long_factor", rope.scaling.long)):
+                if len(factors) != head_dim // 2:
+                    raise fields.error(name, len(factors), f"{head_dim // 2} numbers, half of head_dim")
 
 
 def _stretched(rope: Rope, stated: int) -> float:
@@ -115,7 +138,8 @@ def _stretched(rope: Rope, stated: int) -> float:
             return stated
 
 
-def _activation(fields: ConfigFields) -> Activation:
+def gate_activation(fields: ConfigFields) -> Activation:
+    """The activation of a gated feed-forward."""
     name = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"  # Gemma's spelling goes first
     value = fields.text(name)
     if value not in ACTIVATIONS:

@@ -10,7 +10,23 @@ from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import ModelConfig, ModelError
 from loraplex_engine.checkpoint.pooling import read_pooling
 from loraplex_engine.checkpoint.weights import read_json
-from loraplex_engine.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
+from loraplex_engine.models import (
+    arcee,
+    cwm,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+)
 from loraplex_engine.models.reading import Family, text_fields
 from loraplex_engine.models.rope_reading import with_rope_scaling
 
@@ -19,8 +35,18 @@ FAMILIES: tuple[Family, ...] = (
     mistral.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,
+    gemma.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+    granite.FAMILY,
+    olmo2.FAMILY,
+    olmo2.FAMILY_3,
+    exaone4.FAMILY,
+    seed_oss.FAMILY,
+    cwm.FAMILY,
+    arcee.FAMILY,
 )
 
 

@@ -7,9 +7,16 @@ import math
 from collections.abc import Mapping
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
-from loraplex_engine.checkpoint.model_config import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
+from loraplex_engine.checkpoint.model_config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    YarnScaling,
+)
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 TEXT_ALONE = ("default", "mrope")  # positions in three dimensions are equal ones for text
 
 
@@ -52,6 +59,8 @@ def rope_from(section: ConfigFields, fields: ConfigFields, default_theta: float)
         )
     if kind == "yarn":
         return Rope(theta, _yarn(section, fields, theta))
+    if kind in ("longrope", "su"):  # the second spelling is that of the first Phi 3
+        return Rope(theta, _longrope(section, fields))
     if kind == "dynamic":
         return Rope(theta, DynamicScaling(section.number("factor"), fields.integer("max_position_embeddings")))
     if kind in TEXT_ALONE:
@@ -76,6 +85,18 @@ def _yarn(section: ConfigFields, fields: ConfigFields, theta: float) -> YarnScal
         beta_fast=section.number("beta_fast", 32.0),
         beta_slow=section.number("beta_slow", 1.0),
         truncate=section.flag("truncate", True),
+    )
+
+
+def _longrope(section: ConfigFields, fields: ConfigFields) -> LongRopeScaling:
+    original = _original_max_positions(section, fields)
+    factor = section.number("factor", fields.integer("max_position_embeddings") / original)
+    sharper = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return LongRopeScaling(
+        short=section.numbers("short_factor"),
+        long=section.numbers("long_factor"),
+        original_max_positions=original,
+        attention_factor=section.number("attention_factor", sharper),
     )
 
 

@@ -38,7 +38,7 @@ def write_shards(directory: Path, shards: dict[str, dict[str, Tensor]]) -> Path:
 def test_tensors_are_stacked_in_the_order_asked_for(tmp_path: Path) -> None:
     write(tmp_path, {"a": numbered(2, 3), "b": numbered(1, 3, first=100)})
     with Checkpoint(tmp_path) as checkpoint:
-        stacked = checkpoint.stacked({"b": (), "a": ()}, torch.float32, CPU)
+        stacked = checkpoint.stacked([("b", ()), ("a", ())], torch.float32, CPU)
     assert stacked.tolist() == [[100, 101, 102], [0, 1, 2], [3, 4, 5]]
 
 
@@ -48,21 +48,21 @@ def test_any_float_is_converted(tmp_path: Path, stored: torch.dtype, wanted: tor
     write(tmp_path, {"a": numbered(4, 4, dtype=stored)})
     with Checkpoint(tmp_path) as checkpoint:
         assert checkpoint.dtype("a") == stored
-        assert torch.equal(checkpoint.stacked({"a": ()}, wanted, CPU), numbered(4, 4, dtype=wanted))
+        assert torch.equal(checkpoint.stacked([("a", ())], wanted, CPU), numbered(4, 4, dtype=wanted))
 
 
 def test_parameters_do_not_share_memory_with_the_file(tmp_path: Path) -> None:
     write(tmp_path, {"a": numbered(2, 2)})
     with Checkpoint(tmp_path) as checkpoint:
-        checkpoint.stacked({"a": ()}, torch.float32, CPU).zero_()
-        assert torch.equal(checkpoint.stacked({"a": ()}, torch.float32, CPU), numbered(2, 2))
+        checkpoint.stacked([("a", ())], torch.float32, CPU).zero_()
+        assert torch.equal(checkpoint.stacked([("a", ())], torch.float32, CPU), numbered(2, 2))
 
 
 def test_parts_of_tensors_are_read_alone(tmp_path: Path) -> None:
     whole = numbered(4, 6)
     write(tmp_path, {"a": whole, "b": whole + 100})
     with Checkpoint(tmp_path) as checkpoint:
-        parts = {"b": (slice(2, 3), slice(3, 6)), "a": (slice(0, 2), slice(3, 6))}
+        parts = [("b", (slice(2, 3), slice(3, 6))), ("a", (slice(0, 2), slice(3, 6)))]
         wanted = torch.cat((whole[2:3, 3:] + 100, whole[:2, 3:]))
         assert torch.equal(checkpoint.stacked(parts, torch.float32, CPU), wanted)
         assert torch.equal(checkpoint.dense("a", torch.float32, CPU, (slice(1, 4),)), whole[1:])
@@ -72,7 +72,7 @@ def test_matrix_of_huge_pages_holds_what_is_stored(tmp_path: Path) -> None:
     rows = HUGE_PAGE_BYTES // 4096 + 1  # a little more than one page
     write(tmp_path, {"a": numbered(rows, 1024)})
     with Checkpoint(tmp_path) as checkpoint:
-        stacked = checkpoint.stacked({"a": ()}, torch.float32, CPU)
+        stacked = checkpoint.stacked([("a", ())], torch.float32, CPU)
     assert torch.equal(stacked, numbered(rows, 1024))
 
 
@@ -82,7 +82,7 @@ def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
     )
     with Checkpoint(tmp_path) as checkpoint:
         checkpoint.check({"a": (1, 2), "b": (1, 2)})
-        assert checkpoint.stacked({"a": (), "b": ()}, torch.float32, CPU).tolist() == [[0, 1], [5, 6]]
+        assert checkpoint.stacked([("a", ()), ("b", ())], torch.float32, CPU).tolist() == [[0, 1], [5, 6]]
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     write(tmp_path, {"a": numbered(2, 3), "b": numbered(1, 3, dtype=torch.float64)})
     seen: list[tuple[int, int]] = []
     with Checkpoint(tmp_path, progress=lambda done, total: seen.append((done, total))) as checkpoint:
-        checkpoint.stacked({"a": (), "b": ()}, torch.float32, CPU)
+        checkpoint.stacked([("a", ()), ("b", ())], torch.float32, CPU)
     assert seen == [(24, 48), (48, 48)]
 
 

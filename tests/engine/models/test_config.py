@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loraplex_engine.checkpoint.model_config import (
     DynamicScaling,
@@ -19,6 +20,7 @@ from loraplex_engine.checkpoint.model_config import (
     YarnScaling,
 )
 from loraplex_engine.layers.feed_forward import GatedLayout
+from loraplex_engine.layers.rotary import inverse_frequencies
 from loraplex_engine.models import parse_model_config, read_model_config
 from loraplex_engine.models.registry import FAMILIES
 
@@ -94,7 +96,18 @@ def test_head_dim_need_not_divide_the_hidden_size() -> None:
         ("dtype", "int8", "dtype is 'int8'; it must be one of float32"),
         ("architectures", "LlamaForCausalLM", "architectures is 'LlamaForCausalLM'; it must be a list"),
         ("rope_scaling", "linear", "rope_scaling is 'linear'; it must be an object"),
-        ("rope_scaling", {"type": "longrope"}, "type is 'longrope'; it must be one of default, linear"),
+        ("rope_scaling", {"type": "ntk"}, "type is 'ntk'; it must be one of default, linear"),
+        ("rope_scaling", {"type": "longrope"}, "short_factor is missing; it must be a list of positive numbers"),
+        (
+            "rope_scaling",
+            {"type": "su", "short_factor": [1.0] * 8, "long_factor": [1.0] * 7},
+            "long_factor is 7; it must be 8 numbers, half of head_dim",
+        ),
+        (
+            "rope_scaling",
+            {"type": "longrope", "short_factor": [1.0, "x"]},
+            r"short_factor\[1\] is 'x'; it must be a positive number",
+        ),
         ("rope_scaling", {"type": "linear"}, "rope_scaling: factor is missing"),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5; it must be 1"),
     ],
@@ -176,14 +189,15 @@ def test_dynamic_scaling_extends_the_positions() -> None:
 
 def test_yarn_extends_the_positions() -> None:
     config = parse(LLAMA, rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000})
-    scaling = config.layers[0].rope.scaling
-    assert isinstance(scaling, YarnScaling)
+    rope = config.layers[0].rope
+    assert rope is not None
+    assert isinstance(rope.scaling, YarnScaling)
     assert config.max_position_embeddings == 4000
 
 
 def test_linear_scaling_extends_the_positions() -> None:
     config = parse(LLAMA, rope_scaling={"type": "linear", "factor": 4.0})
-    assert config.layers[0].rope.scaling == LinearScaling(4.0)
+    assert config.layers[0].rope == Rope(10_000.0, LinearScaling(4.0))
     assert config.max_position_embeddings == 4000
 
 
@@ -250,7 +264,7 @@ def test_gemma2_alternates_and_caps() -> None:
     assert (config.attention_soft_cap, config.logits_soft_cap) == (50.0, 30.0)
     assert config.attention_scale == 1 / 12
     assert config.embedding_scale == 8.0
-    assert (config.norm_offset, config.sandwich_norms) == (1.0, True)
+    assert (config.norm_offset, config.norms) == (1.0, "around")
     assert config.feed_forwards == (GatedLayout(96, "gelu_tanh"),) * 4
 
 
@@ -312,3 +326,52 @@ def test_multimodal_gemma3_keeps_its_text_model_apart() -> None:
     assert config.tie_word_embeddings
     assert config.layers[5] == LayerAttention(GLOBAL)
     assert config.layers[4] == LayerAttention(LOCAL, 1024)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field", "value", "complaint"),
+    [
+        (
+            "SmolLM3ForCausalLM",
+            "no_rope_layers",
+            [1, 0, 2, 1],
+            "no_rope_layers is .*; it must be a list of 4 times 0 or 1",
+        ),
+        ("SmolLM3ForCausalLM", "no_rope_layers", [1], "it must be a list of 4 times 0 or 1"),
+        ("ArceeForCausalLM", "hidden_act", "silu", "hidden_act is 'silu'; it must be relu2"),
+        ("GemmaForCausalLM", "use_bidirectional_attention", True, "only causal models generate text"),
+        ("GraniteForCausalLM", "logits_scaling", 0, "logits_scaling is 0; it must be a positive number"),
+        ("Exaone4ForCausalLM", "sliding_window_pattern", "LLLG", "sliding_window_pattern is 'LLLG'"),
+    ],
+)
+def test_nonsense_of_a_family_is_named(architecture: str, field: str, value: object, complaint: str) -> None:
+    with pytest.raises(ModelError, match=complaint):
+        of(architecture, **{field: value, "num_key_value_heads": 2})
+
+
+def test_gemmas_first_files_mean_another_activation_than_they_say() -> None:
+    assert of("GemmaForCausalLM", hidden_act="gelu", num_key_value_heads=2).feed_forwards[0] == GatedLayout(
+        96, "gelu_tanh"
+    )
+
+
+def test_exaones_first_files_say_each_layers_kind() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = of("Exaone4ForCausalLM", sliding_window_pattern="LLLG", layer_types=kinds, num_key_value_heads=2)
+    assert [layer.window for layer in config.layers] == [4096, None] * 2
+    assert [layer.rope is None for layer in config.layers] == [False, True] * 2
+
+
+def test_cwm_has_a_scaling_where_its_file_states_none() -> None:
+    config = of("CwmForCausalLM", num_key_value_heads=2)
+    assert config.layers[0].rope == Rope(1e6, Llama3Scaling(16.0, 1.0, 4.0, 8192))
+
+
+def test_long_contexts_take_the_long_factors() -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config = parse(LLAMA, rope_scaling=scaling, original_max_position_embeddings=100)
+    rope = config.layers[0].rope
+    assert rope is not None
+    short, long = (inverse_frequencies(rope, 16, positions) for positions in (100, 101))
+    assert torch.equal(short, 2 * long)
+    assert config.max_position_embeddings == 1000

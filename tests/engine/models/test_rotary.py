@@ -67,7 +67,7 @@ def test_tables_equal_those_of_transformers(kind: str) -> None:
         rope_parameters=KINDS[kind],
     )
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
-    ours = parse_model_config({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, "config.json").layers[0].rope
+    ours = rope_of({**config.to_dict(), "architectures": ["LlamaForCausalLM"]})
 
     assert torch.equal(inverse_frequencies(ours, HEAD_DIM, 131_072), theirs.inv_freq)
     positions = torch.tensor([0, 1, 77, 4097, 131_071])
@@ -97,7 +97,9 @@ LLAMA: dict[str, Any] = {
 
 
 def rope_of(raw: dict[str, Any]) -> Rope:
-    return parse_model_config({"architectures": ["LlamaForCausalLM"], **raw}, "config.json").layers[0].rope
+    rope = parse_model_config({"architectures": ["LlamaForCausalLM"], **raw}, "config.json").layers[0].rope
+    assert rope is not None
+    return rope
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,7 @@ def test_each_spelling_of_gemma3_means_what_transformers_reads(spelling: dict[st
     theirs = transformers.models.gemma3.modeling_gemma3.Gemma3RotaryEmbedding(text)
     layers = parse_model_config({"architectures": ["Gemma3ForCausalLM"], **raw}, "config.json").layers
     for kind, layer in (("sliding_attention", layers[0]), ("full_attention", layers[5])):
+        assert layer.rope is not None
         ours = inverse_frequencies(layer.rope, HEAD_DIM, 4096)
         assert torch.equal(ours, getattr(theirs, f"{kind}_inv_freq"))
 

@@ -1,0 +1,12 @@
+"""docs/models.md names every architecture that loads, and no other."""
+
+import re
+
+from loraplex_engine.models.registry import FAMILIES
+from tests.docs.pages import ROOT
+
+
+def test_the_table_has_what_loads() -> None:
+    page = (ROOT / "docs" / "models.md").read_text()
+    named = re.findall(r"`(\w+For(?:CausalLM|ConditionalGeneration))`", page)
+    assert sorted(named) == sorted(name for family in FAMILIES for name in family.architectures)
