@@ -45,7 +45,15 @@ from loraplex.operations import adapters, inference, models, pooled, routes, ser
 from loraplex.operations.adapters import Residency
 from loraplex.prompts import PromptLike, Tool
 from loraplex.v1 import (
-    adapters_pb2, generation_pb2, inference_pb2, models_pb2, pooling_pb2, routes_pb2, server_pb2, tokenizer_pb2
+    adapters_pb2,
+    generation_pb2,
+    inference_pb2,
+    models_pb2,
+    pooling_pb2,
+    prompt_pb2,
+    routes_pb2,
+    server_pb2,
+    tokenizer_pb2,
 )
 
 """

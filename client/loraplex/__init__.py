@@ -44,6 +44,7 @@ from loraplex.errors import (
 )
 from loraplex.generation import GenerateOptions, constraint
 from loraplex.names import enum_name
+from loraplex.prompts import assistant_message
 from loraplex.specs import generate_spec
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "Unavailable",
     "Unsupported",
     "Violation",
+    "assistant_message",
     "constraint",
     "enum_name",
     "from_status",

@@ -20,6 +20,7 @@ from loraplex.v1 import (
     inference_pb2,
     models_pb2,
     pooling_pb2,
+    prompt_pb2,
     routes_pb2,
     server_pb2,
     tokenizer_pb2,
@@ -269,6 +270,8 @@ class AsyncClient(_AsyncReader):
         truncate_to_tokens: int | None = None,
         literal_content: bool | None = None,
         tools: Sequence[Tool] | None = None,
+        tool_choice: str | prompt_pb2.ToolChoice | None = None,
+        parallel_tool_calls: bool | None = None,
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
@@ -308,6 +311,7 @@ class AsyncClient(_AsyncReader):
         prompt_logprobs: int | None = None,
         logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None = None,
         skip_special_tokens: bool | None = None,
+        parse_message: bool | None = None,
         json_schema: str | Mapping[str, object] | None = None,
         json_object: bool | None = None,
         regex: str | None = None,
@@ -338,6 +342,9 @@ class AsyncClient(_AsyncReader):
             literal_content: Whether text that spells a control token stays text. None: no for text; as the model is
                 configured for chat.
             tools: Tools that the model may call, in a chat. None: no tools.
+            tool_choice: Whether the model calls tools: "auto", "none", "required", or the name of the tool to call.
+                None: auto.
+            parallel_tool_calls: Whether one message may call several tools. None: yes.
             template_kwargs: Further variables of the chat template. None: no variables.
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
@@ -383,6 +390,8 @@ class AsyncClient(_AsyncReader):
             logprobs_mode: Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn
                 from. None: raw.
             skip_special_tokens: Whether to leave special tokens out of the text. None: yes.
+            parse_message: Whether reasoning and calls of tools come apart from a chat's text. None: yes, where the
+                server knows how.
             json_schema: JSON Schema that the text must satisfy, as JSON text or as a mapping. None: any text.
             json_object: Whether the text must be a JSON object. None: no.
             regex: Regular expression that the whole text must match. None: any text.
@@ -409,6 +418,8 @@ class AsyncClient(_AsyncReader):
                 truncate_to_tokens=truncate_to_tokens,
                 literal_content=literal_content,
                 tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -448,6 +459,7 @@ class AsyncClient(_AsyncReader):
                 prompt_logprobs=prompt_logprobs,
                 logprobs_mode=logprobs_mode,
                 skip_special_tokens=skip_special_tokens,
+                parse_message=parse_message,
                 json_schema=json_schema,
                 json_object=json_object,
                 regex=regex,
@@ -475,6 +487,8 @@ class AsyncClient(_AsyncReader):
         truncate_to_tokens: int | None = None,
         literal_content: bool | None = None,
         tools: Sequence[Tool] | None = None,
+        tool_choice: str | prompt_pb2.ToolChoice | None = None,
+        parallel_tool_calls: bool | None = None,
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
@@ -514,6 +528,7 @@ class AsyncClient(_AsyncReader):
         prompt_logprobs: int | None = None,
         logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None = None,
         skip_special_tokens: bool | None = None,
+        parse_message: bool | None = None,
         json_schema: str | Mapping[str, object] | None = None,
         json_object: bool | None = None,
         regex: str | None = None,
@@ -544,6 +559,9 @@ class AsyncClient(_AsyncReader):
             literal_content: Whether text that spells a control token stays text. None: no for text; as the model is
                 configured for chat.
             tools: Tools that the model may call, in a chat. None: no tools.
+            tool_choice: Whether the model calls tools: "auto", "none", "required", or the name of the tool to call.
+                None: auto.
+            parallel_tool_calls: Whether one message may call several tools. None: yes.
             template_kwargs: Further variables of the chat template. None: no variables.
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
@@ -589,6 +607,8 @@ class AsyncClient(_AsyncReader):
             logprobs_mode: Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn
                 from. None: raw.
             skip_special_tokens: Whether to leave special tokens out of the text. None: yes.
+            parse_message: Whether reasoning and calls of tools come apart from a chat's text. None: yes, where the
+                server knows how.
             json_schema: JSON Schema that the text must satisfy, as JSON text or as a mapping. None: any text.
             json_object: Whether the text must be a JSON object. None: no.
             regex: Regular expression that the whole text must match. None: any text.
@@ -615,6 +635,8 @@ class AsyncClient(_AsyncReader):
                 truncate_to_tokens=truncate_to_tokens,
                 literal_content=literal_content,
                 tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -654,6 +676,7 @@ class AsyncClient(_AsyncReader):
                 prompt_logprobs=prompt_logprobs,
                 logprobs_mode=logprobs_mode,
                 skip_special_tokens=skip_special_tokens,
+                parse_message=parse_message,
                 json_schema=json_schema,
                 json_object=json_object,
                 regex=regex,
@@ -712,6 +735,8 @@ class AsyncClient(_AsyncReader):
         truncate_to_tokens: int | None = None,
         literal_content: bool | None = None,
         tools: Sequence[Tool] | None = None,
+        tool_choice: str | prompt_pb2.ToolChoice | None = None,
+        parallel_tool_calls: bool | None = None,
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
@@ -742,6 +767,9 @@ class AsyncClient(_AsyncReader):
             literal_content: Whether text that spells a control token stays text. None: no for text; as the model is
                 configured for chat.
             tools: Tools that the model may call, in a chat. None: no tools.
+            tool_choice: Whether the model calls tools: "auto", "none", "required", or the name of the tool to call.
+                None: auto.
+            parallel_tool_calls: Whether one message may call several tools. None: yes.
             template_kwargs: Further variables of the chat template. None: no variables.
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
@@ -771,6 +799,8 @@ class AsyncClient(_AsyncReader):
                 truncate_to_tokens=truncate_to_tokens,
                 literal_content=literal_content,
                 tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -833,6 +863,8 @@ class AsyncClient(_AsyncReader):
         truncate_to_tokens: int | None = None,
         literal_content: bool | None = None,
         tools: Sequence[Tool] | None = None,
+        tool_choice: str | prompt_pb2.ToolChoice | None = None,
+        parallel_tool_calls: bool | None = None,
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
@@ -854,6 +886,9 @@ class AsyncClient(_AsyncReader):
             literal_content: Whether text that spells a control token stays text. None: no for text; as the model is
                 configured for chat.
             tools: Tools that the model may call, in a chat. None: no tools.
+            tool_choice: Whether the model calls tools: "auto", "none", "required", or the name of the tool to call.
+                None: auto.
+            parallel_tool_calls: Whether one message may call several tools. None: yes.
             template_kwargs: Further variables of the chat template. None: no variables.
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
@@ -873,6 +908,8 @@ class AsyncClient(_AsyncReader):
                 truncate_to_tokens=truncate_to_tokens,
                 literal_content=literal_content,
                 tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -929,6 +966,8 @@ class AsyncClient(_AsyncReader):
         truncate_to_tokens: int | None = None,
         literal_content: bool | None = None,
         tools: Sequence[Tool] | None = None,
+        tool_choice: str | prompt_pb2.ToolChoice | None = None,
+        parallel_tool_calls: bool | None = None,
         template_kwargs: Mapping[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
@@ -958,6 +997,9 @@ class AsyncClient(_AsyncReader):
             literal_content: Whether text that spells a control token stays text. None: no for text; as the model is
                 configured for chat.
             tools: Tools that the model may call, in a chat. None: no tools.
+            tool_choice: Whether the model calls tools: "auto", "none", "required", or the name of the tool to call.
+                None: auto.
+            parallel_tool_calls: Whether one message may call several tools. None: yes.
             template_kwargs: Further variables of the chat template. None: no variables.
             add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
                 continue_final_message.
@@ -986,6 +1028,8 @@ class AsyncClient(_AsyncReader):
                 truncate_to_tokens=truncate_to_tokens,
                 literal_content=literal_content,
                 tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

@@ -79,4 +79,6 @@ class _Output:
             token_ids=[token for delta in self.deltas for token in delta.token_ids],
             logprobs=[logprob for delta in self.deltas for logprob in delta.logprobs],
             finished=self.finished,
+            reasoning="".join(delta.reasoning for delta in self.deltas),
+            tool_calls=[call for delta in self.deltas for call in delta.tool_calls],
         )

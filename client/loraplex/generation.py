@@ -7,7 +7,7 @@ from typing import Any, TypedDict, Unpack
 
 from google.protobuf.duration_pb2 import Duration
 
-from loraplex.prompts import PromptLike, Tool, build_prompt, build_tool
+from loraplex.prompts import PromptLike, Tool, build_prompt, build_tool, build_tool_choice
 from loraplex.v1 import generation_pb2, pooling_pb2, prompt_pb2
 
 
@@ -22,6 +22,10 @@ class PromptOptions(TypedDict, total=False):
     """Whether text that spells a control token stays text. None: no for text; as the model is configured for chat."""
     tools: Sequence[Tool] | None
     """Tools that the model may call, in a chat. None: no tools."""
+    tool_choice: str | prompt_pb2.ToolChoice | None
+    """Whether the model calls tools: "auto", "none", "required", or the name of the tool to call. None: auto."""
+    parallel_tool_calls: bool | None
+    """Whether one message may call several tools. None: yes."""
     template_kwargs: Mapping[str, object] | None
     """Further variables of the chat template. None: no variables."""
     add_generation_prompt: bool | None
@@ -125,6 +129,8 @@ class GenerateOptions(SharedOptions, total=False):
     """Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn from. None: raw."""
     skip_special_tokens: bool | None
     """Whether to leave special tokens out of the text. None: yes."""
+    parse_message: bool | None
+    """Whether reasoning and calls of tools come apart from a chat's text. None: yes, where the server knows how."""
     # What form the text must have: at most one
     json_schema: str | Mapping[str, object] | None
     """JSON Schema that the text must satisfy, as JSON text or as a mapping. None: any text."""
@@ -153,7 +159,14 @@ class GenerateOptions(SharedOptions, total=False):
 _PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "drafts", "stream")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "choices", "grammar", "any_text")
 _PROMPT = ("add_special_tokens", "truncate_to_tokens", "literal_content")
-_CHAT = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_message")
+_CHAT = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+)
 _ENUMS: dict[Any, tuple[str, Any]] = {
     generation_pb2.OnCold.DESCRIPTOR: ("ON_COLD", generation_pb2.OnCold),
     generation_pb2.LogprobsMode.DESCRIPTOR: ("LOGPROBS_MODE", generation_pb2.LogprobsMode),
@@ -267,6 +280,8 @@ def _put_chat(prompt: prompt_pb2.Prompt, values: dict[str, Any]) -> None:
         raise ValueError(f"{', '.join(values)} only go with chat messages, and the prompt is not chat")
     if "tools" in values:
         values["tools"] = [build_tool(tool) for tool in values["tools"]]
+    if "tool_choice" in values:
+        values["tool_choice"] = build_tool_choice(values["tool_choice"])
     if (kwargs := values.pop("template_kwargs", None)) is not None:
         prompt.chat.template_kwargs.Clear()
         prompt.chat.template_kwargs.update(kwargs)

@@ -4,13 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from loraplex.v1 import prompt_pb2
+from loraplex.v1 import inference_pb2, prompt_pb2
 
 Message: TypeAlias = prompt_pb2.ChatMessage | Mapping[str, object]
 Tool: TypeAlias = prompt_pb2.Tool | Mapping[str, object]
 PromptLike: TypeAlias = str | Sequence[int] | Sequence[Message] | prompt_pb2.Prompt
 
 _MESSAGE_KEYS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"}
+_TOOL_MODES = ("auto", "none", "required")
 _FUNCTION_KEYS = {"name", "description", "parameters"}
 
 
@@ -80,6 +81,16 @@ def _part_text(index: int, part: object) -> str:
     return text
 
 
+def assistant_message(output: inference_pb2.GenerateOutput) -> prompt_pb2.ChatMessage:
+    """Build the message that an output is, to go on with the conversation: its text, reasoning and calls of tools."""
+    return prompt_pb2.ChatMessage(
+        role="assistant",
+        content=output.text,
+        reasoning_content=output.reasoning or None,
+        tool_calls=output.tool_calls,
+    )
+
+
 def build_tool(tool: Tool) -> prompt_pb2.Tool:
     """Build a Tool from a mapping with the keys name, description and parameters.
 
@@ -95,6 +106,15 @@ def build_tool(tool: Tool) -> prompt_pb2.Tool:
         description=function.get("description"),
         parameters_json=_json_text(function.get("parameters")),
     )
+
+
+def build_tool_choice(choice: str | prompt_pb2.ToolChoice) -> prompt_pb2.ToolChoice:
+    """Build a ToolChoice from "auto", "none", "required" or the name of a tool."""
+    if isinstance(choice, prompt_pb2.ToolChoice):
+        return choice
+    if choice in _TOOL_MODES:
+        return prompt_pb2.ToolChoice(mode=prompt_pb2.ToolMode.Value(f"TOOL_MODE_{choice.upper()}"))
+    return prompt_pb2.ToolChoice(name=choice)
 
 
 def _build_tool_call(call: prompt_pb2.ToolCall | Mapping[str, Any]) -> prompt_pb2.ToolCall:

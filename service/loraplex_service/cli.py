@@ -9,6 +9,7 @@ import asyncio
 import ctypes
 import dataclasses
 import gc
+import json
 import logging
 import signal
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TextIO, TypeVar
 
 import click
 import msgspec
@@ -24,7 +25,9 @@ import uvloop
 from rich.console import Console
 
 from loraplex import GenerateOptions, enum_name
+from loraplex.prompts import build_tool
 from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
+from loraplex.v1.prompt_pb2 import Tool
 from loraplex_engine.link.logs import set_up_logging
 from loraplex_service.app import running
 from loraplex_service.commands.adapters import adapters
@@ -184,6 +187,8 @@ main.add_command(embed)
 @click.option("--stop", multiple=True, help="A string that ends the output; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end that the model sets.")
 @click.option("--drafts", type=click.Choice(DRAFT_KINDS), help="Where guesses at the next tokens come from.")
+@click.option("--tools", type=click.File(), help="A JSON file: a list of the tools that the model may call.")
+@click.option("--tool-choice", metavar="auto|none|required|TOOL", help="Whether the model calls tools, or which.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole response instead of the text.")
 @asks_for_form
 @reaches_server
@@ -198,10 +203,17 @@ def generate(
     stop: tuple[str, ...],
     ignore_eos: bool,
     drafts: str | None,
+    tools: TextIO | None,
+    tool_choice: str | None,
     as_json: bool,
     form: Constraint | None,
 ) -> None:
-    """Generate from PROMPT with MODEL: a model, an adapter, or an adapter version. The text is printed as it comes."""
+    """Generate from PROMPT with MODEL: a model, an adapter, or an adapter version. The text is printed as it comes.
+
+    Calls of tools are printed behind it, each as one line of JSON.
+    """
+    if tools is not None and not chat:
+        raise click.UsageError("--tools goes with --chat")
     said = [{"role": "user", "content": prompt}] if chat else prompt
     options = GenerateOptions(
         max_tokens=max_tokens,
@@ -211,6 +223,8 @@ def generate(
         ignore_eos=ignore_eos or None,
         draft_kind=drafts,
     )
+    if tools is not None:
+        options |= {"tools": _read_tools(tools), "tool_choice": tool_choice}
     with target.client() as client:
         stream = client.stream_generate(model, said, spec=GenerateSpec(constraint=form), **options)
         if as_json:
@@ -219,6 +233,16 @@ def generate(
         for piece in stream.text():
             click.echo(piece, nl=False)
         click.echo()
+        for call in stream.collect().outputs[0].tool_calls:
+            click.echo(json.dumps({"name": call.name, "arguments": json.loads(call.arguments_json)}))
+
+
+def _read_tools(file: TextIO) -> list[Tool]:
+    """The tools of a JSON file, a list of objects with name, description and parameters."""
+    try:
+        return [build_tool(tool) for tool in json.load(file)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise click.ClickException(f"{file.name}: holds no list of tools: {error}") from error
 
 
 @main.command()

@@ -123,6 +123,21 @@ def test_chat_options_go_into_the_chat() -> None:
     assert spec.prompt.truncate_to_tokens == 10
 
 
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("auto", prompt_pb2.ToolChoice(mode=prompt_pb2.TOOL_MODE_AUTO)),
+        ("none", prompt_pb2.ToolChoice(mode=prompt_pb2.TOOL_MODE_NONE)),
+        ("required", prompt_pb2.ToolChoice(mode=prompt_pb2.TOOL_MODE_REQUIRED)),
+        ("look", prompt_pb2.ToolChoice(name="look")),
+        (prompt_pb2.ToolChoice(name="none"), prompt_pb2.ToolChoice(name="none")),
+    ],
+)
+def test_tool_choice_is_a_mode_or_the_name_of_a_tool(choice: Any, expected: prompt_pb2.ToolChoice) -> None:
+    spec = generate_spec("demo", [{"role": "user", "content": "Hi"}], tools=[{"name": "look"}], tool_choice=choice)
+    assert spec.prompt.chat.tool_choice == expected
+
+
 def test_chat_options_without_chat_are_refused() -> None:
     with pytest.raises(ValueError, match="tools only go with chat messages"):
         generate_spec("demo", "Once", tools=[{"name": "look"}])

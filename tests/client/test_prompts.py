@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from loraplex.prompts import Message, build_message, build_prompt, build_tool
-from loraplex.v1 import prompt_pb2
+from loraplex.prompts import Message, assistant_message, build_message, build_prompt, build_tool
+from loraplex.v1 import inference_pb2, prompt_pb2
 
 
 def test_text() -> None:
@@ -82,3 +82,12 @@ def test_parts_that_are_no_text_are_refused_by_name(kind: str) -> None:
 def test_content_is_text_or_a_list_of_parts(content: Any) -> None:
     with pytest.raises(TypeError):
         build_message({"role": "user", "content": content})
+
+
+def test_an_output_is_the_assistants_next_message() -> None:
+    call = prompt_pb2.ToolCall(id="c1", name="look", arguments_json="{}")
+    output = inference_pb2.GenerateOutput(text="Yes.", reasoning="Hm.", tool_calls=[call])
+    assert assistant_message(output) == prompt_pb2.ChatMessage(
+        role="assistant", content="Yes.", reasoning_content="Hm.", tool_calls=[call]
+    )
+    assert not assistant_message(inference_pb2.GenerateOutput(text="Yes.")).HasField("reasoning_content")

@@ -4,7 +4,7 @@ Fields that hold enumerators give numbers that print as their names.
 """
 
 from loraplex.names import name_enumerators
-from loraplex.v1 import adapters_pb2, generation_pb2, inference_pb2, models_pb2, pooling_pb2
+from loraplex.v1 import adapters_pb2, generation_pb2, inference_pb2, models_pb2, pooling_pb2, prompt_pb2
 
 name_enumerators(
     adapters_pb2.DESCRIPTOR,
@@ -12,4 +12,5 @@ name_enumerators(
     inference_pb2.DESCRIPTOR,
     models_pb2.DESCRIPTOR,
     pooling_pb2.DESCRIPTOR,
+    prompt_pb2.DESCRIPTOR,
 )

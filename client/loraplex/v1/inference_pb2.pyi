@@ -44,6 +44,8 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """The model's context is full: also where Stopping.fit_max_tokens cut max_tokens."""
     FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 5
     """Stopping.time_limit was reached."""
+    FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 6
+    """The model ended it, and it calls tools: see tool_calls."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why an output ended."""
@@ -62,6 +64,8 @@ FINISH_REASON_CONTEXT_LIMIT: FinishReason.ValueType  # 4
 """The model's context is full: also where Stopping.fit_max_tokens cut max_tokens."""
 FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 5
 """Stopping.time_limit was reached."""
+FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 6
+"""The model ended it, and it calls tools: see tool_calls."""
 Global___FinishReason: typing_extensions.TypeAlias = FinishReason
 
 @typing.final
@@ -177,8 +181,12 @@ class GenerateOutput(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
+    REASONING_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_FIELD_NUMBER: builtins.int
     text: builtins.str
     """The text, if asked for."""
+    reasoning: builtins.str
+    """What the model thought before it answered, where it says so: see OutputOptions.parse_message."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The tokens, if asked for."""
@@ -191,6 +199,10 @@ class GenerateOutput(google.protobuf.message.Message):
     def finished(self) -> Global___Finished:
         """Why and how it ended. Its output_index is this output's."""
 
+    @property
+    def tool_calls(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[loraplex.v1.prompt_pb2.ToolCall]:
+        """The tools that the model calls, in order. As they are, they fit into ChatMessage.tool_calls."""
+
     def __init__(
         self,
         *,
@@ -198,9 +210,11 @@ class GenerateOutput(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs: collections.abc.Iterable[Global___TokenLogprob] | None = ...,
         finished: Global___Finished | None = ...,
+        reasoning: builtins.str = ...,
+        tool_calls: collections.abc.Iterable[loraplex.v1.prompt_pb2.ToolCall] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["finished", b"finished"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finished", b"finished", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finished", b"finished", "logprobs", b"logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]) -> None: ...
 
 Global___GenerateOutput: typing_extensions.TypeAlias = GenerateOutput
 
@@ -358,12 +372,16 @@ class Delta(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
+    REASONING_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_FIELD_NUMBER: builtins.int
     output_index: builtins.int
     """Which output, from 0 to Sampling.n - 1."""
     text: builtins.str
     """New text: always whole characters, held back while it could begin a stop string, as are the tokens that it is in.
     May be empty while tokens are not.
     """
+    reasoning: builtins.str
+    """New text of what the model thinks before it answers, where it says so: see OutputOptions.parse_message."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The new tokens, if asked for."""
@@ -372,6 +390,12 @@ class Delta(google.protobuf.message.Message):
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """One for each new token, if asked for."""
 
+    @property
+    def tool_calls(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[loraplex.v1.prompt_pb2.ToolCall]:
+        """New calls of tools, each whole: only once it has ended is it certain that it is one. A call of a tool that was not
+        offered is text, as is one that is cut short, or whose arguments are no JSON object.
+        """
+
     def __init__(
         self,
         *,
@@ -379,8 +403,10 @@ class Delta(google.protobuf.message.Message):
         text: builtins.str = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs: collections.abc.Iterable[Global___TokenLogprob] | None = ...,
+        reasoning: builtins.str = ...,
+        tool_calls: collections.abc.Iterable[loraplex.v1.prompt_pb2.ToolCall] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "output_index", b"output_index", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "output_index", b"output_index", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]) -> None: ...
 
 Global___Delta: typing_extensions.TypeAlias = Delta
 

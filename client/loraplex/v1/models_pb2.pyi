@@ -44,6 +44,10 @@ class _ModelCapabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     """Reuses prefixes of earlier prompts."""
     MODEL_CAPABILITY_CONSTRAINT: _ModelCapability.ValueType  # 6
     """Takes GenerateSpec.constraint."""
+    MODEL_CAPABILITY_TOOLS: _ModelCapability.ValueType  # 7
+    """Takes Chat.tools: its chat template shows them, and its calls come as tool_calls."""
+    MODEL_CAPABILITY_REASONING: _ModelCapability.ValueType  # 8
+    """Its reasoning comes apart from the text: see OutputOptions.parse_message."""
     MODEL_CAPABILITY_DRAFTS: _ModelCapability.ValueType  # 9
     """Takes GenerateSpec.drafts of kinds other than DRAFT_KIND_OFF."""
     MODEL_CAPABILITY_EMBED: _ModelCapability.ValueType  # 10
@@ -66,6 +70,10 @@ MODEL_CAPABILITY_PREFIX_CACHE: ModelCapability.ValueType  # 5
 """Reuses prefixes of earlier prompts."""
 MODEL_CAPABILITY_CONSTRAINT: ModelCapability.ValueType  # 6
 """Takes GenerateSpec.constraint."""
+MODEL_CAPABILITY_TOOLS: ModelCapability.ValueType  # 7
+"""Takes Chat.tools: its chat template shows them, and its calls come as tool_calls."""
+MODEL_CAPABILITY_REASONING: ModelCapability.ValueType  # 8
+"""Its reasoning comes apart from the text: see OutputOptions.parse_message."""
 MODEL_CAPABILITY_DRAFTS: ModelCapability.ValueType  # 9
 """Takes GenerateSpec.drafts of kinds other than DRAFT_KIND_OFF."""
 MODEL_CAPABILITY_EMBED: ModelCapability.ValueType  # 10

@@ -16,7 +16,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/prompt.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cgoogle/protobuf/struct.proto\"\x94\x02\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x12truncate_to_tokens\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x1c\n\x0fliteral_content\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\t\n\x07\x63ontentB\x15\n\x13_add_special_tokensB\x15\n\x13_truncate_to_tokensB\x12\n\x10_literal_content\"\x1c\n\x08TokenIds\x12\x10\n\x03ids\x18\x01 \x03(\rB\x03\xe0\x41\x02\"\x89\x02\n\x04\x43hat\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessageB\x03\xe0\x41\x02\x12 \n\x05tools\x18\x02 \x03(\x0b\x32\x11.loraplex.v1.Tool\x12\x30\n\x0ftemplate_kwargs\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08H\x01\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_message\"\xeb\x01\n\x0b\x43hatMessage\x12\x11\n\x04role\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04name\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x1e\n\x11reasoning_content\x18\x04 \x01(\tH\x02\x88\x01\x01\x12)\n\ntool_calls\x18\x05 \x03(\x0b\x32\x15.loraplex.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x06 \x01(\tH\x03\x88\x01\x01\x42\n\n\x08_contentB\x07\n\x05_nameB\x14\n\x12_reasoning_contentB\x0f\n\r_tool_call_id\"u\n\x04Tool\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x18\n\x0b\x64\x65scription\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1c\n\x0fparameters_json\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x0e\n\x0c_descriptionB\x12\n\x10_parameters_json\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\tB\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/prompt.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cgoogle/protobuf/struct.proto\"\x94\x02\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x12truncate_to_tokens\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x1c\n\x0fliteral_content\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\t\n\x07\x63ontentB\x15\n\x13_add_special_tokensB\x15\n\x13_truncate_to_tokensB\x12\n\x10_literal_content\"\x1c\n\x08TokenIds\x12\x10\n\x03ids\x18\x01 \x03(\rB\x03\xe0\x41\x02\"\xf1\x02\n\x04\x43hat\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessageB\x03\xe0\x41\x02\x12 \n\x05tools\x18\x02 \x03(\x0b\x32\x11.loraplex.v1.Tool\x12\x30\n\x0ftemplate_kwargs\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12,\n\x0btool_choice\x18\x06 \x01(\x0b\x32\x17.loraplex.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x07 \x01(\x08H\x02\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_messageB\x16\n\x14_parallel_tool_calls\"K\n\nToolChoice\x12%\n\x04mode\x18\x01 \x01(\x0e\x32\x15.loraplex.v1.ToolModeH\x00\x12\x0e\n\x04name\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"\xeb\x01\n\x0b\x43hatMessage\x12\x11\n\x04role\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04name\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x1e\n\x11reasoning_content\x18\x04 \x01(\tH\x02\x88\x01\x01\x12)\n\ntool_calls\x18\x05 \x03(\x0b\x32\x15.loraplex.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x06 \x01(\tH\x03\x88\x01\x01\x42\n\n\x08_contentB\x07\n\x05_nameB\x14\n\x12_reasoning_contentB\x0f\n\r_tool_call_id\"u\n\x04Tool\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x18\n\x0b\x64\x65scription\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1c\n\x0fparameters_json\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x0e\n\x0c_descriptionB\x12\n\x10_parameters_json\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t*e\n\x08ToolMode\x12\x19\n\x15TOOL_MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0eTOOL_MODE_AUTO\x10\x01\x12\x12\n\x0eTOOL_MODE_NONE\x10\x02\x12\x16\n\x12TOOL_MODE_REQUIRED\x10\x03\x42\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,16 +32,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE'].fields_by_name['role']._serialized_options = b'\340A\002'
   _globals['_TOOL'].fields_by_name['name']._loaded_options = None
   _globals['_TOOL'].fields_by_name['name']._serialized_options = b'\340A\002'
+  _globals['_TOOLMODE']._serialized_start=1281
+  _globals['_TOOLMODE']._serialized_end=1382
   _globals['_PROMPT']._serialized_start=105
   _globals['_PROMPT']._serialized_end=381
   _globals['_TOKENIDS']._serialized_start=383
   _globals['_TOKENIDS']._serialized_end=411
   _globals['_CHAT']._serialized_start=414
-  _globals['_CHAT']._serialized_end=679
-  _globals['_CHATMESSAGE']._serialized_start=682
-  _globals['_CHATMESSAGE']._serialized_end=917
-  _globals['_TOOL']._serialized_start=919
-  _globals['_TOOL']._serialized_end=1036
-  _globals['_TOOLCALL']._serialized_start=1038
-  _globals['_TOOLCALL']._serialized_end=1098
+  _globals['_CHAT']._serialized_end=783
+  _globals['_TOOLCHOICE']._serialized_start=785
+  _globals['_TOOLCHOICE']._serialized_end=860
+  _globals['_CHATMESSAGE']._serialized_start=863
+  _globals['_CHATMESSAGE']._serialized_end=1098
+  _globals['_TOOL']._serialized_start=1100
+  _globals['_TOOL']._serialized_end=1217
+  _globals['_TOOLCALL']._serialized_start=1219
+  _globals['_TOOLCALL']._serialized_end=1279
 # @@protoc_insertion_point(module_scope)

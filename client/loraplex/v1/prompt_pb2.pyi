@@ -7,6 +7,7 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.struct_pb2
 import sys
@@ -18,6 +19,44 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _ToolMode:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ToolModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ToolMode.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    TOOL_MODE_UNSPECIFIED: _ToolMode.ValueType  # 0
+    """The default: as TOOL_MODE_AUTO."""
+    TOOL_MODE_AUTO: _ToolMode.ValueType  # 1
+    """The model decides."""
+    TOOL_MODE_NONE: _ToolMode.ValueType  # 2
+    """No tool is called: as if the chat had no tools. The template is not told of them."""
+    TOOL_MODE_REQUIRED: _ToolMode.ValueType  # 3
+    """The model calls at least one tool, and writes nothing else but its reasoning before: only tokens are chosen that lead
+    to calls of the tools offered, with arguments that their parameters_json accepts. Where a schema does not speak of
+    additionalProperties, there are none. Schemas are limited as Constraint.json_schema is, and to 262,144 bytes in all.
+    What ends an output early, such as max_tokens, may cut a call short. Excludes GenerateSpec.constraint. Refused with
+    INVALID_ARGUMENT where calls in the model's form cannot be forced, such as those of Qwen 3 Coder.
+    """
+
+class ToolMode(_ToolMode, metaclass=_ToolModeEnumTypeWrapper):
+    """Whether the model calls any tool."""
+
+TOOL_MODE_UNSPECIFIED: ToolMode.ValueType  # 0
+"""The default: as TOOL_MODE_AUTO."""
+TOOL_MODE_AUTO: ToolMode.ValueType  # 1
+"""The model decides."""
+TOOL_MODE_NONE: ToolMode.ValueType  # 2
+"""No tool is called: as if the chat had no tools. The template is not told of them."""
+TOOL_MODE_REQUIRED: ToolMode.ValueType  # 3
+"""The model calls at least one tool, and writes nothing else but its reasoning before: only tokens are chosen that lead
+to calls of the tools offered, with arguments that their parameters_json accepts. Where a schema does not speak of
+additionalProperties, there are none. Schemas are limited as Constraint.json_schema is, and to 262,144 bytes in all.
+What ends an output early, such as max_tokens, may cut a call short. Excludes GenerateSpec.constraint. Refused with
+INVALID_ARGUMENT where calls in the model's form cannot be forced, such as those of Qwen 3 Coder.
+"""
+Global___ToolMode: typing_extensions.TypeAlias = ToolMode
 
 @typing.final
 class Prompt(google.protobuf.message.Message):
@@ -117,11 +156,17 @@ class Chat(google.protobuf.message.Message):
     TEMPLATE_KWARGS_FIELD_NUMBER: builtins.int
     ADD_GENERATION_PROMPT_FIELD_NUMBER: builtins.int
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: builtins.int
+    PARALLEL_TOOL_CALLS_FIELD_NUMBER: builtins.int
     add_generation_prompt: builtins.bool
     """Whether to end the prompt with the opening of an assistant message. Absent: true, unless continue_final_message."""
     continue_final_message: builtins.bool
     """Whether to leave the last message open, so that the model continues it. Absent: false. Excludes
     add_generation_prompt.
+    """
+    parallel_tool_calls: builtins.bool
+    """Whether one message may call several tools. Default true. False: an output ends with its first call. Some models call
+    one at most, such as Llama 3.
     """
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
@@ -129,7 +174,10 @@ class Chat(google.protobuf.message.Message):
 
     @property
     def tools(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Tool]:
-        """The tools that the model may call, offered to the template. At most 128."""
+        """The tools that the model may call, offered to the template. Each name once. At most 128. Refused with
+        INVALID_ARGUMENT where the chat template shows no tools, or where it is not known how the model calls them and
+        OutputOptions.parse_message is not false; see MODEL_CAPABILITY_TOOLS.
+        """
 
     @property
     def template_kwargs(self) -> google.protobuf.struct_pb2.Struct:
@@ -139,6 +187,10 @@ class Chat(google.protobuf.message.Message):
         with names up to 1024 characters, each list at most 4096 values, each text at most 1,048,576 characters.
         """
 
+    @property
+    def tool_choice(self) -> Global___ToolChoice:
+        """Whether the model calls tools. Absent: TOOL_MODE_AUTO."""
+
     def __init__(
         self,
         *,
@@ -147,15 +199,43 @@ class Chat(google.protobuf.message.Message):
         template_kwargs: google.protobuf.struct_pb2.Struct | None = ...,
         add_generation_prompt: builtins.bool | None = ...,
         continue_final_message: builtins.bool | None = ...,
+        tool_choice: Global___ToolChoice | None = ...,
+        parallel_tool_calls: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "template_kwargs", b"template_kwargs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages", "template_kwargs", b"template_kwargs", "tools", b"tools"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "parallel_tool_calls", b"parallel_tool_calls", "template_kwargs", b"template_kwargs", "tool_choice", b"tool_choice"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages", "parallel_tool_calls", b"parallel_tool_calls", "template_kwargs", b"template_kwargs", "tool_choice", b"tool_choice", "tools", b"tools"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]) -> typing.Literal["add_generation_prompt"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_continue_final_message", b"_continue_final_message"]) -> typing.Literal["continue_final_message"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]) -> typing.Literal["parallel_tool_calls"] | None: ...
 
 Global___Chat: typing_extensions.TypeAlias = Chat
+
+@typing.final
+class ToolChoice(google.protobuf.message.Message):
+    """Whether the model calls tools."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    mode: Global___ToolMode.ValueType
+    """Whether it calls any."""
+    name: builtins.str
+    """It calls this tool, one of Chat.tools, once; else as with TOOL_MODE_REQUIRED. At most 256 characters."""
+    def __init__(
+        self,
+        *,
+        mode: Global___ToolMode.ValueType = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["kind", b"kind", "mode", b"mode", "name", b"name"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "mode", b"mode", "name", b"name"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["mode", "name"] | None: ...
+
+Global___ToolChoice: typing_extensions.TypeAlias = ToolChoice
 
 @typing.final
 class ChatMessage(google.protobuf.message.Message):
@@ -218,7 +298,7 @@ class Tool(google.protobuf.message.Message):
     DESCRIPTION_FIELD_NUMBER: builtins.int
     PARAMETERS_JSON_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """The function's name. Required. At most 256 characters."""
+    """The function's name. Required: letters and digits of ASCII, and _ - . / : besides. At most 256 characters."""
     description: builtins.str
     """What it does, in words for the model. At most 65,536 characters."""
     parameters_json: builtins.str
@@ -243,7 +323,7 @@ Global___Tool: typing_extensions.TypeAlias = Tool
 
 @typing.final
 class ToolCall(google.protobuf.message.Message):
-    """One call of a tool."""
+    """One call of a tool: in a conversation that the caller sends, or in an output of the model."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -251,7 +331,9 @@ class ToolCall(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     ARGUMENTS_JSON_FIELD_NUMBER: builtins.int
     id: builtins.str
-    """Identifies the call within the conversation. At most 256 characters."""
+    """Identifies the call within the conversation. Those of the server are 9 letters and digits, and never the same again.
+    At most 256 characters.
+    """
     name: builtins.str
     """The name of the function. At most 256 characters."""
     arguments_json: builtins.str

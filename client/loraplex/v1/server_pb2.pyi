@@ -392,7 +392,7 @@ class UsageRecord(google.protobuf.message.Message):
     """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
     constraint: builtins.str
     """The kind of the constraint that its outputs followed, by default or because the request said so, such as
-    "json_schema"; empty: none.
+    "json_schema"; "tool_calls" where calls were required. Empty: none.
     """
     draft_tokens: builtins.int
     """As in Usage.draft_tokens."""

@@ -5,7 +5,8 @@ follow.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, regex_to_lark
@@ -41,8 +42,46 @@ def grammar_problem(grammar: str) -> str:
 
 def schema_grammar(schema: Mapping[str, Any]) -> str:
     """The grammar of the JSON values that a JSON Schema accepts. Raises ValueError for NaN and infinite numbers."""
-    text = json.dumps({**schema, "x-guidance": _WHITESPACE}, allow_nan=False)
-    return f"{_HEADER}start: %json {text}\n"
+    return f"{_HEADER}start: {_json_rule(schema)}\n"
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _WHITESPACE}, allow_nan=False)
+
+
+def literal(text: str, control_tokens: Mapping[str, int]) -> str:
+    """The expression of a text. What is a control token in it is that token, which has no text in grammars."""
+    ids = {token: f"<[{token_id}]>" for token, token_id in control_tokens.items() if token in text}
+    if not ids:
+        return json.dumps(text, ensure_ascii=False) if text else ""
+    parts = re.split("(" + "|".join(re.escape(token) for token in sorted(ids, key=len, reverse=True)) + ")", text)
+    return " ".join(ids.get(part) or json.dumps(part, ensure_ascii=False) for part in parts if part)
+
+
+def thought_rules(end: str, control_tokens: Mapping[str, int]) -> str:
+    """The rules of "thought": any text up to its end, and two new lines at most behind that."""
+    gap = r"/\n{0,2}/"
+    if any(end.startswith(token) for token in control_tokens):
+        return f"thought: /(?s:.*)/ {literal(end, control_tokens)} {gap}\n"
+    return f"thought: text_of_thought {gap}\ntext_of_thought[suffix={json.dumps(end)}]: /(?s:.*)/\n"
+
+
+def calls_grammar(
+    begin: str, calls: Sequence[tuple[str, Mapping[str, Any], str]], between: str | None, end: str
+) -> str:
+    """The grammar of calls of tools: each is a head, arguments that a JSON Schema accepts, and a tail.
+
+    All texts are expressions. `between` calls: None if there is one call alone. Raises ValueError as `schema_grammar`.
+    """
+    more = "" if between is None else f"({between} call)*"
+    lines = [
+        f"start: {begin} call {more} {end}",
+        "call: " + " | ".join(f"call{number}" for number in range(len(calls))),
+    ]
+    for number, (head, schema, tail) in enumerate(calls):
+        lines.append(f"call{number}: {head} arguments{number} {tail}")
+        lines.append(f"arguments{number}: {_json_rule(schema)}")
+    return _HEADER + "\n".join(lines) + "\n"
 
 
 def regex_grammar(pattern: str) -> str:

@@ -16,6 +16,8 @@ from loraplex.v1.models_pb2 import (
     MODEL_CAPABILITY_LOGPROBS,
     MODEL_CAPABILITY_PREFIX_CACHE,
     MODEL_CAPABILITY_PROMPT_LOGPROBS,
+    MODEL_CAPABILITY_REASONING,
+    MODEL_CAPABILITY_TOOLS,
     GetModelRequest,
     ListModelsRequest,
     ListModelsResponse,
@@ -168,6 +170,11 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
     )
     if model.tokenizer is not None and model.tokenizer.chat_template is not None:
         message.capabilities.append(MODEL_CAPABILITY_CHAT)
+        syntax = model.tokenizer.message_syntax
+        if syntax is not None and syntax.has_calls and model.tokenizer.chat_template.shows_tools:
+            message.capabilities.append(MODEL_CAPABILITY_TOOLS)
+        if syntax is not None and syntax.has_reasoning:
+            message.capabilities.append(MODEL_CAPABILITY_REASONING)
     if model.config.enable_prefix_caching:
         message.capabilities.append(MODEL_CAPABILITY_PREFIX_CACHE)
     if limits.drafts.most:

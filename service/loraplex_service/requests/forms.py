@@ -1,8 +1,9 @@
 """The form that a request asks for, as the grammar that its engine compiles."""
 
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from llguidance.gbnf_to_lark import GrammarParser
@@ -47,12 +48,15 @@ class Forms:
         if kind in (None, "any_text"):
             return ""
         key = constraint.SerializeToString(deterministic=True)
+        try:
+            return await self.kept(key, tenant, lambda: checked_grammar(constraint))
+        except ValueError as error:
+            raise InvalidRequest.at(f"{path}.{kind}", f"cannot be used: {error}") from error
+
+    async def kept(self, key: bytes, tenant: Tenant, make: Callable[[], str]) -> str:
+        """The grammar that `make` makes of what the key says. Raises what it raises, and Unavailable."""
         if key not in self._kept:
-            work = WORK_FACTOR * max(len(key), 1024)
-            try:
-                self._kept[key] = await self._work.on(tenant, work, lambda: checked_grammar(constraint))
-            except ValueError as error:
-                raise InvalidRequest.at(f"{path}.{kind}", f"cannot be used: {error}") from error
+            self._kept[key] = await self._work.on(tenant, WORK_FACTOR * max(len(key), 1024), make)
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
@@ -64,15 +68,15 @@ def checked_grammar(constraint: Constraint) -> str:
     if constraint.HasField("json_schema"):
         return _schema(constraint.json_schema)
     if constraint.HasField("json_object"):
-        return _compilable(schema_grammar({"type": "object"}))
+        return compilable(schema_grammar({"type": "object"}))
     if constraint.HasField("regex"):
-        return _compilable(regex_grammar(constraint.regex))
+        return compilable(regex_grammar(constraint.regex))
     if constraint.HasField("choices"):
-        return _compilable(choice_grammar(constraint.choices.values))
+        return compilable(choice_grammar(constraint.choices.values))
     num_rules = constraint.grammar.count("::=")
     if num_rules > MAX_RULES:
         raise ValueError(f"it has {num_rules} rules; at most {MAX_RULES} are allowed")
-    grammar = _compilable(gbnf_grammar(constraint.grammar))
+    grammar = compilable(gbnf_grammar(constraint.grammar))
     _check_ends("the rules", grammar_ways(GrammarParser().parse(constraint.grammar)))
     return grammar
 
@@ -83,13 +87,33 @@ def _check_ends(what: str, ways: Iterable[Way]) -> None:
         raise ValueError(f"no text can complete {what} {', '.join(names[:5])}: each needs one of them again")
 
 
-def _compilable(grammar: str) -> str:
+def compilable(grammar: str) -> str:
+    """The grammar as it is. Raises ValueError if it cannot be compiled within its limits."""
     if problem := grammar_problem(grammar):
-        raise ValueError(problem.partition("\n   1 |")[0])  # behind it is the grammar as it was rewritten
+        raise ValueError(re.split(r"\n +\d+ \|", problem)[0])  # behind it is the grammar as it was rewritten
     return grammar
 
 
 def _schema(text: str) -> str:
+    schema = read_schema(text)
+    try:
+        return compilable(schema_grammar(schema))
+    except ValueError as error:
+        if not (keywords := unkept_keywords(schema, error)):
+            raise
+        raise ValueError(f"this server cannot keep to {keywords}; leave it out") from error
+
+
+def unkept_keywords(schema: Any, error: ValueError) -> str:
+    """The keywords of a schema that keep a grammar from being compiled, with their places; "": others do."""
+    if "Unimplemented keys" not in str(error):
+        return ""
+    places = [f"{keyword} at {where}" for keyword, where in _places(schema) if f'"{keyword}"' in str(error)]
+    return ", ".join(places[:5])
+
+
+def read_schema(text: str) -> dict[str, Any]:
+    """A JSON Schema that is within the limits. Raises ValueError that says what is wrong with it, where."""
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -104,15 +128,8 @@ def _schema(text: str) -> str:
             raise ValueError(f"{problem}; at most {MAX_OPTIONAL} are allowed: add some to required")
     if "x-guidance" in schema:
         raise ValueError("x-guidance at /: the server sets it; leave it out")
-    try:
-        grammar = _compilable(schema_grammar(schema))
-    except ValueError as error:
-        places = [f"{keyword} at {where}" for keyword, where in _places(schema) if f'"{keyword}"' in str(error)]
-        if "Unimplemented keys" not in str(error) or not places:
-            raise
-        raise ValueError(f"this server cannot keep to {', '.join(places[:5])}; leave it out") from error
     _check_ends("the schemas at", schema_ways(_schemas(schema)))
-    return grammar
+    return schema
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

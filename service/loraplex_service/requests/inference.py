@@ -40,11 +40,13 @@ from loraplex_service.call import Call, current_call
 from loraplex_service.call_errors import error_status, known_error
 from loraplex_service.errors import InvalidRequest, MessageTooLarge
 from loraplex_service.names.target import Target, merged_sampling
+from loraplex_service.requests.calls import requires_calls
 from loraplex_service.requests.cold_adapters import Wait
 from loraplex_service.requests.drafts import wanted_drafts
 from loraplex_service.requests.entrance import Entered, Entrance, Size
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.in_flight import InFlight
+from loraplex_service.requests.messages import Messages
 from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.prompts import TextWork, prompt_tokens
 from loraplex_service.requests.run import Event, Job, Run
@@ -85,6 +87,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._requests = entrance.requests
         self._texts = texts
         self._forms = forms
+        self._messages = Messages(texts)
         self._answer_bytes = answer_bytes
         self._token_gaps = (metrics or RequestMetrics()).token_gaps
 
@@ -223,8 +226,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")
         room = model.limits.max_model_len - len(prompt)
         scored = await candidate_tokens(candidates, room, model, self._texts, tenant)
-        constraint, named_by = _constraint(spec, target)
-        grammar = await self._forms.grammar(constraint, tenant, f"{path}.model" if named_by else f"{path}.constraint")
+        calls = "" if scored else await self._messages.required_calls(self._forms, spec, model, prompt, tenant, path)
+        constraint, named_by = (Constraint(), "") if calls else _constraint(spec, target)
+        where = f"{path}.model" if named_by else f"{path}.constraint"
+        grammar = calls or await self._forms.grammar(constraint, tenant, where)
         sampling = merged_sampling(spec.sampling, target.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(SEED_BITS)
         tokenizer = model.tokenizer
@@ -233,6 +238,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         drafts = wanted_drafts(spec, model.limits, path)
         outputs = len(scored) or sampling.n or 1
+        messages = None if scored else await self._messages.of(spec, outputs, tokenizer, prompt, tenant, path)
         size, limit = Size(len(prompt) + sum(map(len, scored)), outputs, params.max_tokens), params.time_limit_seconds
         policy, named = spec.adapter_policy, f"{path}.model"
         async with self._entrance.entered(known, tenant, target, policy, size, limit, named) as entered:
@@ -247,7 +253,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 labels=call.labels,
                 operation="score" if scored else "chat" if spec.prompt.HasField("chat") else "text_completion",
                 target=resolved,
-                constraint=(constraint.WhichOneof("kind") or "") if grammar else "",
+                constraint="tool_calls" if calls else (constraint.WhichOneof("kind") or "") if grammar else "",
                 tokenizer=model.tokenizer,
                 form=OutputForm.of(spec, streaming, params.max_tokens),
                 prompt=prompt,
@@ -255,6 +261,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 arrival=call.arrival,
                 adapter_load_seconds=entered.wait.seconds,
                 form_path=_form_path(spec, path),
+                messages=messages,
             )
             run = Run(job, model.client, entered.successor, self._token_gaps.of((model.name,)), entered.start)
             async with self._entrance.working(known, run):
@@ -268,6 +275,8 @@ def _constraint(spec: GenerateSpec, target: Target) -> tuple[Constraint, str]:
 
 def _form_path(spec: GenerateSpec, path: str) -> str:
     """Where a request says what form its outputs have; the name of a route or model, if theirs is the default."""
+    if requires_calls(spec.prompt.chat):
+        return f"{path}.prompt.chat.tools"
     if spec.HasField("constraint"):
         return f"{path}.constraint"
     return f"{path}.sampling.bad_words" if spec.sampling.bad_words else f"{path}.model"
@@ -339,6 +348,8 @@ def _add_to_response(response: GenerateResponse, event: Event) -> None:
             output.text += event.text
             output.token_ids.extend(event.token_ids)
             output.logprobs.extend(event.logprobs)
+            output.reasoning += event.reasoning
+            output.tool_calls.extend(event.tool_calls)
         case Finished():
             _output(response, event.output_index).finished.CopyFrom(event)
         case Completed():

@@ -7,10 +7,11 @@ from itertools import islice
 
 from loraplex.v1 import inference_pb2
 from loraplex.v1.inference_pb2 import Delta, Finished, PromptLogprobs, TokenLogprob, TopLogprob
+from loraplex.v1.prompt_pb2 import ToolCall
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_service.requests.output_form import OutputForm
-from loraplex_service.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from loraplex_service.text import IncrementalDetokenizer, Message, PlainMessage, StopStrings, Tokenizer
 
 PROMPT_LOGPROBS_PER_MESSAGE = 256  # 20 likeliest tokens each: about 150 KB
 
@@ -31,7 +32,15 @@ class OutputBuilder:
     own text, or of a later token's, may be sent.
     """
 
-    def __init__(self, index: int, form: OutputForm, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        index: int,
+        form: OutputForm,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        message: Message | None = None,
+    ) -> None:
+        """`message`: reads the text; None: it is plain."""
         self.finished: Finished | None = None
         self.num_tokens = 0  # generated so far, the one that ended it included
         self.num_held_tokens = 0  # of these, not taken yet
@@ -40,14 +49,21 @@ class OutputBuilder:
         self._tokenizer = tokenizer
         self._detokenizer: IncrementalDetokenizer | None = None
         if form.text or form.stop:
-            self._detokenizer = IncrementalDetokenizer(tokenizer.pieces(form.skip_special_tokens), prompt_token_ids)
+            is_read = message is not None and form.skip_special_tokens
+            pieces = tokenizer.message_pieces if is_read else tokenizer.pieces(form.skip_special_tokens)
+            self._detokenizer = IncrementalDetokenizer(pieces, prompt_token_ids)
         self._stops = StopStrings(form.stop, form.include_stop)
         self._num_chars = 0  # of the output's text
         self._num_sent_chars = 0  # of these, not held back by `_stops`
         self._waiting: deque[_Token] = deque()
-        self._text: list[str] = []
+        self._message: Message = message or PlainMessage()
+        self._is_watched = bool(form.stop) or message is not None  # each token's text may end the output
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+
+    def takes_long(self, output: RequestOutput) -> bool:
+        """Whether to push this may take more than a millisecond."""
+        return self._message.takes_long(4 * len(output.token_ids))
 
     def push(self, output: RequestOutput) -> None:
         """Add the results of one or several steps. Sets `finished` once the output has ended. A stop string ends it
@@ -57,38 +73,43 @@ class OutputBuilder:
         if output.stop_token_id is not None and not self._form.include_stop:
             token_ids = token_ids[:-1]  # the engine gives the token that ended the output; it counts, and is not shown
         stop = None
-        if self._detokenizer is None or not self._form.stop:
+        if self._detokenizer is None or not self._is_watched:
             self._push_freely(token_ids, output.logprobs)
         else:
             stop = self._push_watched(self._detokenizer, token_ids, output.logprobs)
-        if stop is None:
+        if stop is None and not self._message.is_over:
             self.num_tokens += len(output.token_ids) - len(token_ids)
             if output.finish_reason is not None:
                 stop = self._flush()
         if stop is not None:
-            self._finish(FinishReason.STOP, None).stop = stop
+            self._finish(FinishReason.STOP, stop=stop)
+        elif self._message.is_over:
+            self._finish(FinishReason.EOS)
         elif output.finish_reason is not None:
             self._finish(output.finish_reason, output.stop_token_id)
 
     def take(self) -> Delta | None:
         """The Delta gathered since the last call; None: nothing that the caller asked for."""
-        delta = Delta(output_index=self._index)
+        part, delta = self._message.take(), Delta(output_index=self._index)
         if self._form.text:
-            delta.text = "".join(self._text)
+            delta.text, delta.reasoning = part.text, part.reasoning
+            delta.tool_calls.extend(
+                ToolCall(id=call.id, name=call.name, arguments_json=call.arguments_json) for call in part.calls
+            )
         if self._form.token_ids:
             delta.token_ids.extend(self._token_ids)
         if self._form.logprobs:
             delta.logprobs.extend(token_logprob(entry, self._tokenizer) for entry in self._logprobs)
-        self._text.clear()
         self._token_ids.clear()
         self._logprobs.clear()
         self.num_held_tokens = 0
-        return delta if delta.text or delta.token_ids or delta.logprobs else None
+        said = delta.text or delta.reasoning or delta.tool_calls
+        return delta if said or delta.token_ids or delta.logprobs else None
 
     def _push_freely(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> None:
         """Add all tokens at once: there are no stop strings to find."""
         if self._detokenizer is not None:
-            self._text.append(self._detokenizer.push(token_ids))
+            self._message.feed(self._detokenizer.push(token_ids))
         self.num_tokens += len(token_ids)
         self.num_held_tokens += len(token_ids)
         self._token_ids.extend(token_ids)
@@ -98,7 +119,10 @@ class OutputBuilder:
     def _push_watched(
         self, detokenizer: IncrementalDetokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None
     ) -> str | None:
-        """Add tokens one at a time, to know which one completes a stop string. Returns that string, or None."""
+        """Add tokens one at a time, to know which one completes a stop string or ends the message.
+
+        Returns that stop string, or None.
+        """
         for position, token_id in enumerate(token_ids):
             self.num_tokens += 1
             self.num_held_tokens += 1
@@ -107,7 +131,7 @@ class OutputBuilder:
             text = detokenizer.push((token_id,))
             self._num_chars += len(text)
             stop = self._watch(text)
-            if stop is not None:
+            if stop is not None or self._message.is_over:
                 return stop
         return None
 
@@ -119,7 +143,7 @@ class OutputBuilder:
 
     def _send(self, text: str) -> None:
         """Release text, with the tokens in which it begins."""
-        self._text.append(text)
+        self._message.feed(text)
         self._num_sent_chars += len(text)
         while self._waiting and self._waiting[0].start < self._num_sent_chars:
             self._let_go(self._waiting.popleft())
@@ -144,17 +168,24 @@ class OutputBuilder:
         self._waiting.clear()
         return None
 
-    def _finish(self, reason: FinishReason, stop_token_id: int | None) -> Finished:
+    def _finish(self, reason: FinishReason, stop_token_id: int | None = None, stop: str | None = None) -> None:
+        """`stop`: the stop string that ended the output."""
+        ended = stop is None and reason in (FinishReason.EOS, FinishReason.STOP)
+        self._message.finish(cut_short=not ended)
         if reason is FinishReason.MAX_TOKENS and self._form.fills_context:
             reason = FinishReason.CONTEXT_LIMIT
+        name = f"FINISH_REASON_{reason.name}"
+        if ended and self._message.num_calls and (reason is FinishReason.EOS or stop_token_id is None):
+            name = "FINISH_REASON_TOOL_CALLS"
         self.finished = Finished(
             output_index=self._index,
-            reason=inference_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}"),
+            reason=inference_pb2.FinishReason.Value(name),
             completion_tokens=self.num_tokens,
         )
-        if reason is FinishReason.STOP and stop_token_id is not None:
+        if stop is not None:
+            self.finished.stop = stop
+        elif reason is FinishReason.STOP and stop_token_id is not None:
             self.finished.stop_token_id = stop_token_id
-        return self.finished
 
 
 def token_logprob(entry: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.struct_pb2 import Value
 
-from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, ToolCall
+from loraplex.v1.prompt_pb2 import TOOL_MODE_NONE, Chat, ChatMessage, Prompt, Tool, ToolCall
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import InvalidRequest, PromptTooLong, Unavailable
 from loraplex_service.names.target import LoadedModel
@@ -28,6 +28,7 @@ T = TypeVar("T")
 # In bytes, or tokens. Shorter texts take less time to tokenise than to hand to another thread.
 _INLINE_SIZE = 8192
 _CHUNK = 1 << 12  # tokens
+_NO_PARAMETERS = '{"type": "object", "properties": {}}'
 # UTF-8 bytes of one text. Tokenising takes some 150 bytes of memory a byte, and a second a million.
 MAX_TEXT_BYTES = 2 << 20
 
@@ -93,6 +94,9 @@ async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant
     if prompt.WhichOneof("content") == "text":
         return PromptText(prompt.text, [(0, len(prompt.text))] if prompt.literal_content else ())
     literal = prompt.literal_content if prompt.HasField("literal_content") else model.literal_content
+    template = model.tokenizer.chat_template
+    if offered_tools(prompt.chat) and template is not None and not template.shows_tools:
+        raise InvalidRequest.at(f"{path}.chat.tools", "cannot be offered: the model's chat template shows no tools")
     size = prompt.chat.ByteSize()
     async with work.rendering.turn(tenant.name, tenant.config.weight, size):
         is_long = size > _INLINE_SIZE
@@ -100,7 +104,7 @@ async def prompt_text(prompt: Prompt, model: LoadedModel, work: TextWork, tenant
             conversation = (
                 await asyncio.to_thread(_conversation, prompt.chat) if is_long else _conversation(prompt.chat)
             )
-            given = model.tokenizer.chat_template, conversation, is_long
+            given = template, conversation, is_long
             if literal:
                 rendered = PromptText(*await work.renderer.render_literally(*given))
             else:
@@ -200,6 +204,7 @@ def _conversation(chat: Chat) -> Conversation:
     opens = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not continue_final
     return Conversation(
         messages=[_message(message) for message in chat.messages],
+        tools=[_tool(tool) for tool in offered_tools(chat)],
         add_generation_prompt=opens,
         continue_final_message=continue_final,
         variables=_variables(chat),
@@ -215,6 +220,20 @@ def _message(message: ChatMessage) -> Mapping[str, Any]:
     if message.tool_calls:
         fields["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return fields
+
+
+def offered_tools(chat: Chat) -> Sequence[Tool]:
+    """The tools that the model may call."""
+    return () if chat.tool_choice.mode == TOOL_MODE_NONE else chat.tools
+
+
+def _tool(tool: Tool) -> Mapping[str, Any]:
+    """The tool, with its schema as text, as `_tool_call` has arguments."""
+    described = {"description": tool.description} if tool.HasField("description") else {}
+    return {
+        "type": "function",
+        "function": {"name": tool.name, **described, "parameters_json": tool.parameters_json or _NO_PARAMETERS},
+    }
 
 
 def _tool_call(call: ToolCall) -> Mapping[str, Any]:

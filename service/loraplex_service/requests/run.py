@@ -32,7 +32,7 @@ from loraplex_service.requests.outputs import OutputBuilder, prompt_logprobs
 from loraplex_service.requests.succession import Succession, engine_failure
 from loraplex_service.telemetry.records import GenerationRecord
 from loraplex_service.telemetry.series import Distribution
-from loraplex_service.text import Tokenizer
+from loraplex_service.text import Message, Tokenizer
 from loraplex_service.timestamps import duration
 
 Event = Started | PromptLogprobs | Delta | Finished | Completed
@@ -55,6 +55,7 @@ class Job:
     adapter_load_seconds: float  # waited for already
     constraint: str  # the kind of the form that its outputs have; empty: none
     form_path: str  # where the request says what form its outputs must have
+    messages: Sequence[Message] | None = None  # that read the outputs; None: they are plain text
 
     @property
     def tenant(self) -> str:
@@ -101,13 +102,14 @@ class Run:
         """
         self._job = job
         self._prompt = job.prompt
+        messages: Sequence[Message | None] = job.messages or [None] * len(job.sequences)
         self._sequences = [
             _Sequence(
                 request,
-                OutputBuilder(index, job.form, job.tokenizer, self._prompt),
+                OutputBuilder(index, job.form, job.tokenizer, self._prompt, message),
                 request.sampling.num_prompt_logprobs is not None,
             )
-            for index, request in enumerate(job.sequences)
+            for index, (request, message) in enumerate(zip(job.sequences, messages, strict=True))
         ]
         self._open = {sequence.request.request_id: sequence for sequence in self._sequences}  # Finished not sent yet
         self._timings = Timings()
@@ -193,7 +195,14 @@ class Run:
                     for event in self._end_at_time_limit():
                         yield event
                 continue
-            for event in self._push(output):
+            for event in self._begun(output):
+                yield event
+            sequence = self._open[output.request_id]
+            if sequence.builder.takes_long(output):
+                await asyncio.to_thread(sequence.builder.push, output)
+            else:
+                sequence.builder.push(output)
+            for event in self._pushed(output):
                 yield event
             if not self._job.form.chunk_delay_seconds < float("inf") or not self._holds_tokens():
                 flush_at = None
@@ -233,7 +242,8 @@ class Run:
             adapter_wait_seconds=None,  # the caller's own limit began at its arrival
         )
 
-    def _push(self, output: RequestOutput) -> Iterator[Event]:
+    def _begun(self, output: RequestOutput) -> Iterator[Event]:
+        """The events that come before those of the output's tokens. Raises what `_failure` returns."""
         if output.finish_reason is FinishReason.ERROR:
             raise self._failure(output)
         if output.token_ids and not self._has_token:
@@ -251,12 +261,15 @@ class Run:
                 yield from prompt_logprobs(output.prompt_logprobs, self._prompt, self._job.tokenizer)
         self._draft_tokens += output.num_drafts
         self._accepted_draft_tokens += output.num_accepted_drafts
+
+    def _pushed(self, output: RequestOutput) -> Iterator[Event]:
+        """The events that are due once the output's builder has it."""
+        sequence = self._open[output.request_id]
         sequence.token_ids += output.token_ids
-        builder = sequence.builder
-        builder.push(output)
         if output.token_ids:
             self._observe_gaps(sequence, len(output.token_ids))
-        if builder.finished is not None and output.finish_reason is None:  # a stop string: the engine does not know
+        # A stop string, or the only call: the engine does not know of it.
+        if sequence.builder.finished is not None and output.finish_reason is None:
             self._generation.abort(output.request_id)
         yield from self._take(everything=False)
 
@@ -269,7 +282,10 @@ class Run:
         """End the outputs as an engine would at the time limit, while no engine has the request."""
         for request_id, sequence in list(self._open.items()):
             if sequence.builder.finished is None:
-                yield from self._push(RequestOutput(request_id, [], FinishReason.TIME_LIMIT))
+                output = RequestOutput(request_id, [], FinishReason.TIME_LIMIT)
+                yield from self._begun(output)
+                sequence.builder.push(output)
+                yield from self._pushed(output)
 
     def _observe_gaps(self, sequence: _Sequence, num_tokens: int) -> None:
         """Tokens that come together share the time since the one before; before the first there is no gap."""

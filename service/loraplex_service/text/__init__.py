@@ -18,6 +18,7 @@ from loraplex_service.text.errors import (
     TooManyTokensError,
 )
 from loraplex_service.text.literal import Span
+from loraplex_service.text.message_reader import Call, Message, MessageReader, MessageRules, PlainMessage
 from loraplex_service.text.message_syntax import CallSpelling, MessageSyntax, Reasoning
 from loraplex_service.text.stop_strings import StopResult, StopStrings
 from loraplex_service.text.template_process import TemplateLimits
@@ -27,12 +28,17 @@ __all__ = [
     "MAX_TOKENS",
     "AdapterText",
     "ArgumentsError",
+    "Call",
     "CallSpelling",
     "ChatTemplate",
     "Conversation",
     "Encoding",
     "IncrementalDetokenizer",
+    "Message",
+    "MessageReader",
+    "MessageRules",
     "MessageSyntax",
+    "PlainMessage",
     "Reasoning",
     "RendererError",
     "Span",

@@ -41,6 +41,11 @@ class ChatTemplate:
         self.sources: Mapping[str, str] = {"default": source} if isinstance(source, str) else dict(source)
         self.special_tokens: Mapping[str, str] = special_tokens
 
+    @property
+    def shows_tools(self) -> bool:
+        """Whether any template asks for the tools that are offered."""
+        return any(re.search(r"\btools\b", source) for source in self.sources.values())
+
     def select(self, name: str | None, has_tools: bool) -> str:
         """The template to use: the named one, else "tool_use" where there are tools, else "default".
 

@@ -21,7 +21,10 @@ class TemplateError(TextError):
 
 
 class ArgumentsError(TemplateError):
-    """The arguments of a tool call are no JSON object. `field`: the path of the field in the conversation."""
+    """The arguments of a tool call, or the parameters of a tool, are no JSON object.
+
+    `field`: the path of the field in the conversation.
+    """
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(problem)

@@ -4,6 +4,7 @@ A `response_template` is what transformers' ResponseParser reads messages by. Th
 Where there is none, it is one of those below: the chat template says which, by the marks that it writes around calls.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class CallSpelling:
     begin: str = ""
     between: str | None = None  # of calls; None: a message has one call at most
     end: str = ""
+    reasoning_end: str = ""  # that of the reasoning before calls, where it is not that before an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,11 @@ class MessageSyntax:
     @property
     def has_calls(self) -> bool:
         return "tool_calls" in self.response_template["fields"]
+
+    @property
+    def marks(self) -> str:
+        """All that marks the parts of a message, with what else the response template says of them."""
+        return json.dumps(self.response_template["fields"], ensure_ascii=False).replace("\\", "")
 
     @property
     def has_reasoning(self) -> bool:
@@ -96,6 +103,7 @@ def _tool_calls(content: str = "json", **options: Any) -> Fields:
 _JSON_CALL = '{{"name": "{name}", "arguments": '
 _CHAT_ML = "<|im_start|>assistant\n"
 _DEEPSEEK = ["<｜Assistant｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁end｜>"]
+_BETWEEN_CALLS: Fields = {"content": {"close": ["<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"]}}
 _LLAMA = "<|start_header_id|>assistant<|end_header_id|>"
 _MISTRAL = ["[/INST]", "[/TOOL_RESULTS]"]
 _MISTRAL_THOUGHT = Reasoning("[THINK]", "[/THINK]")
@@ -121,7 +129,10 @@ _FAMILIES = (
             r"(?: ?<\|constrain\|>)?(?: ?\w{1,32})?<\|message\|>",
             close=["<|call|>", "<|end|>"],
         ),
-        calls=CallSpelling("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"),
+        calls=CallSpelling(
+            "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>",
+            reasoning_end="<|end|><|start|>assistant",
+        ),
     ),
     # Gemma 4
     _Family(
@@ -152,10 +163,10 @@ _FAMILIES = (
         marks=("<｜tool▁call▁begin｜>", "```json"),
         start_anchor=_DEEPSEEK,
         tool_calls=_tool_calls(
-            open_pattern=r"\s{0,8}(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>"
-            rf"\w{{1,32}}<｜tool▁sep｜>{_NAME}\n```json\n",
-            close_pattern=r"\n```<｜tool▁call▁end｜>(?:<｜tool▁calls▁end｜>)?",
+            open_pattern=rf"\s{{0,8}}<｜tool▁call▁begin｜>\w{{1,32}}<｜tool▁sep｜>{_NAME}\n```json\n",
+            close="\n```<｜tool▁call▁end｜>",
         ),
+        content=_BETWEEN_CALLS,
         calls=CallSpelling(
             begin="<｜tool▁calls▁begin｜>",
             head="<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n",
@@ -169,9 +180,9 @@ _FAMILIES = (
         marks=("<｜tool▁call▁begin｜>",),
         start_anchor=_DEEPSEEK,
         tool_calls=_tool_calls(
-            open_pattern=rf"\s{{0,8}}(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>{_NAME}<｜tool▁sep｜>",
-            close_pattern=r"<｜tool▁call▁end｜>(?:<｜tool▁calls▁end｜>)?",
+            open_pattern=rf"\s{{0,8}}<｜tool▁call▁begin｜>{_NAME}<｜tool▁sep｜>", close="<｜tool▁call▁end｜>"
         ),
+        content=_BETWEEN_CALLS,
         calls=CallSpelling(
             begin="<｜tool▁calls▁begin｜>",
             head="<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>",

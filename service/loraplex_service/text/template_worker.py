@@ -121,35 +121,42 @@ def _parts(template: jinja2.Template, variables: Mapping[str, Any], max_chars: i
 
 
 class _ArgumentsError(Exception):
-    """The arguments of a tool's call are no JSON object."""
+    """The arguments of a tool's call, or a tool's parameters, are no JSON object."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(problem)
         self.field = field
 
 
-def _read_arguments(messages: Sequence[Mapping[str, Any]]) -> None:
+def _read_arguments(variables: Mapping[str, Any]) -> None:
     """Read the JSON that callers send as text: here, since they choose what it takes. Raises _ArgumentsError."""
-    for number, message in enumerate(messages):
+    for number, message in enumerate(variables.get("messages", ())):
         for place, call in enumerate(message.get("tool_calls") or ()):
-            function = call.get("function") if isinstance(call, dict) else None
-            if not isinstance(function, dict) or "arguments_json" not in function:
-                continue
-            field = f"messages[{number}].tool_calls[{place}].arguments_json"
-            try:
-                arguments = json.loads(function.pop("arguments_json") or "{}")
-            except (ValueError, RecursionError) as error:
-                raise _ArgumentsError(field, f"is not JSON: {error}") from error
-            if not isinstance(arguments, dict):
-                raise _ArgumentsError(field, "must be a JSON object")
-            function["arguments"] = arguments
+            _read_json(call, "arguments", f"messages[{number}].tool_calls[{place}]")
+    for place, tool in enumerate(variables.get("tools") or ()):
+        _read_json(tool, "parameters", f"tools[{place}]")
+
+
+def _read_json(holder: Any, name: str, path: str) -> None:
+    """Replace the text of a function's member by its value."""
+    function = holder.get("function") if isinstance(holder, dict) else None
+    if not isinstance(function, dict) or f"{name}_json" not in function:
+        return
+    field = f"{path}.{name}_json"
+    try:
+        value = json.loads(function.pop(f"{name}_json") or "{}")
+    except (ValueError, RecursionError) as error:
+        raise _ArgumentsError(field, f"is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _ArgumentsError(field, "must be a JSON object")
+    function[name] = value
 
 
 def _answer(line: bytes, max_output_chars: int) -> dict[str, Any]:
     try:
         request = json.loads(line.decode(errors="surrogatepass"))
         variables = request["variables"]
-        _read_arguments(variables.get("messages", ()))
+        _read_arguments(variables)
         if "said" not in request:
             return {"text": render(request["source"], variables, max_output_chars)}
         text, spans = render_literally(request["source"], variables, request["said"], max_output_chars)

@@ -161,9 +161,15 @@ class Tokenizer:
         return piece.encode() if isinstance(piece, str) else piece
 
     @cached_property
+    def control_tokens(self) -> Mapping[str, int]:
+        """The tokens that have no text in grammars, and their ids."""
+        ids = self.special_token_ids | set(self.eos_token_ids)
+        return {token: token_id for token_id in sorted(ids) if (token := self.id_to_token(token_id))}
+
+    @cached_property
     def vocabulary(self) -> Sequence[bytes]:
         """`token_bytes` of every id; empty for control tokens, and for ids that have no token. Takes some 0.1 s."""
-        hidden = self.special_token_ids | set(self.eos_token_ids)
+        hidden = set(self.control_tokens.values())
         ids = range(self.num_token_ids)
         return [b"" if i in hidden or self.id_to_token(i) is None else self.token_bytes(i) for i in ids]
 
@@ -174,6 +180,13 @@ class Tokenizer:
     def pieces(self, skip_special_tokens: bool) -> PieceTable:
         """The piece of text of every token, for detokenizers."""
         return self._pieces_without_special if skip_special_tokens else self._pieces
+
+    @cached_property
+    def message_pieces(self) -> PieceTable:
+        """The pieces without special tokens, but for those by which the parts of a message are told apart."""
+        marks = "" if self.message_syntax is None else self.message_syntax.marks
+        skipped = [token_id for token_id in self.special_token_ids if (self.id_to_token(token_id) or " ") not in marks]
+        return PieceTable(self.id_to_token, self._pieces.decoder, skipped)
 
     def _run(self, add_special_tokens: bool) -> Callable[[tokenizers.Tokenizer, str], Any]:
         def run(backend: tokenizers.Tokenizer, text: str) -> Any:

@@ -12,7 +12,7 @@ from loraplex.v1.adapters_pb2 import CreateAdapterRequest
 from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
 from loraplex.v1.inference_pb2 import Candidate, GenerateRequest, ScoreRequest, StreamGenerateRequest
 from loraplex.v1.pooling_pb2 import EmbedRequest
-from loraplex.v1.prompt_pb2 import ChatMessage, Prompt
+from loraplex.v1.prompt_pb2 import TOOL_MODE_REQUIRED, Chat, ChatMessage, Prompt, Tool
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from loraplex_adapters.grammar import DIGEST, ID_RULE, is_id
 from loraplex_service.errors import FeatureUnsupported, InvalidRequest, Violation
@@ -20,7 +20,7 @@ from loraplex_service.names.grammar import model_id, tenant_id
 from loraplex_service.validation.limits import LIMITS, TOTALS, Entries, Total
 
 # What the contract has and this server does not. Refused by name; ServerInfo lists them.
-UNSUPPORTED_FIELDS = ("Chat.tools",)
+UNSUPPORTED_FIELDS: tuple[str, ...] = ()
 
 # Beyond these, fields that the contract does not have are not even looked at one by one: that takes long.
 MAX_UNKNOWN_BYTES = 64 << 10
@@ -134,6 +134,7 @@ def _check_spec(spec: GenerateSpec, path: str) -> Iterator[Violation]:
         yield Violation(_at(path, "model"), "is required: name a model, an adapter or a route")
     if not spec.HasField("prompt"):
         yield Violation(_at(path, "prompt"), _NO_PROMPT)
+    yield from _check_message(spec, path)
     stopping, output = spec.stopping, spec.output
     if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
         problem = f"is {stopping.min_tokens}, more than max_tokens, {stopping.max_tokens}"
@@ -142,6 +143,39 @@ def _check_spec(spec: GenerateSpec, path: str) -> Iterator[Violation]:
         for name in ("top_logprobs", "logprob_token_ids"):
             if getattr(output, name):
                 yield Violation(_at(path, f"output.{name}"), "asks for log-probabilities, and logprobs is false")
+
+
+def _check_message(spec: GenerateSpec, path: str) -> Iterator[Violation]:
+    """The violations of what is asked of an output that is read as a message."""
+    output, chat = spec.output, spec.prompt.chat
+    if output.parse_message and not spec.prompt.HasField("chat"):
+        yield Violation(_at(path, "output.parse_message"), "goes with prompt.chat alone; leave it out")
+    elif output.parse_message and output.HasField("text") and not output.text:
+        yield Violation(_at(path, "output.parse_message"), "reads the text, and text is false")
+    if spec.HasField("constraint") and (chat.tool_choice.mode == TOOL_MODE_REQUIRED or chat.tool_choice.name):
+        yield Violation(_at(path, "constraint"), "excludes a tool_choice that requires calls")
+
+
+def _check_chat(chat: Chat, path: str) -> Iterator[Violation]:
+    names = [tool.name for tool in chat.tools]
+    if twice := [name for name in names if names.count(name) > 1]:
+        yield Violation(_at(path, "tools"), f"has two tools of the name {twice[0]!r}")
+    choice = chat.tool_choice
+    if not chat.HasField("tool_choice"):
+        return
+    match choice.WhichOneof("kind"):
+        case None:
+            yield Violation(_at(path, "tool_choice"), "is empty: give mode or name, or leave it out")
+        case "name" if choice.name not in names:
+            yield Violation(_at(path, "tool_choice.name"), f"is {choice.name!r}, which is none of the tools")
+        case "mode" if choice.mode == TOOL_MODE_REQUIRED and not names:
+            yield Violation(_at(path, "tool_choice.mode"), "requires a call, and there are no tools")
+
+
+def _check_tool(tool: Tool, path: str) -> Iterator[Violation]:
+    if not _TOOL_NAME.fullmatch(tool.name):
+        problem = "must be letters and digits of ASCII, and _ - . / : besides"
+        yield Violation(_at(path, "name"), problem if tool.name else "is required")
 
 
 def _check_constraint(constraint: Constraint, path: str) -> Iterator[Violation]:
@@ -252,6 +286,7 @@ def _check_registration(request: CreateAdapterRequest, path: str) -> Iterator[Vi
         yield Violation(_at(path, "adapter.source"), problem)
 
 
+_TOOL_NAME = re.compile(r"[\w./:-]+", re.ASCII)
 _DIGEST = re.compile(f"sha256:{DIGEST}")
 _SCORED = {"model", "prompt", "output", "cache", "adapter_policy", "priority", "client_request_id", "labels"}
 _NOT_SCORED = "has no meaning for Score, which generates nothing; leave it out"
@@ -267,6 +302,8 @@ _RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
     "GenerateSpec": _check_spec,
     "Constraint": _check_constraint,
     "Prompt": _check_prompt,
+    "Chat": _check_chat,
     "ChatMessage": _check_chat_message,
+    "Tool": _check_tool,
     "CreateAdapterRequest": _check_registration,
 }

@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from loraplex.v1.generation_pb2 import DraftKind, LogprobsMode, OnCold
 from loraplex.v1.pooling_pb2 import Pooling
+from loraplex.v1.prompt_pb2 import ToolMode
 from loraplex_engine.link.drafts import MOST_DRAFTS
 from loraplex_service.timestamps import duration_seconds
 
@@ -213,6 +214,8 @@ LIMITS: Mapping[str, Limit] = {
     "Tool.name": Text(256),
     "Tool.description": Text(65536),
     "Tool.parameters_json": Text(65536, unit="bytes"),
+    "ToolChoice.name": Text(256),
+    "ToolChoice.mode": Known(ToolMode.values),
     "ToolCall.id": Text(256),
     "ToolCall.name": Text(256),
     "ToolCall.arguments_json": Text(1 << 20),

@@ -182,7 +182,7 @@ async def test_who_infers_knows_what_there_is_from_the_data_port(house: House) -
         [model] = [model for model in await acme.list_models() if model.state == Model.STATE_ACTIVE]
         assert (model.name, model.limits.max_context_tokens) == ("models/tiny", 1 << 20)
         assert [adapter.name for adapter in await acme.list_adapters(tenant="acme")] == [ACMES]
-        assert "Chat.tools" in (await acme.get_server_info()).unsupported_features
+        assert (await acme.get_server_info()).version
         assert (await acme.resolve_target("pirate")).target.model == "models/tiny"
 
 

@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from loraplex.v1.models_pb2 import MODEL_CAPABILITY_TOOLS
 from loraplex_service.cli import main
 from loraplex_service.telemetry.config import UsageConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.service.requests.test_messages import with_template
 
 
 async def run(control: ControlPlane, *arguments: str) -> Result:
@@ -50,6 +53,49 @@ async def test_the_whole_answer_of_an_embedding_can_be_printed(control: ControlP
     response = json.loads(result.output)
     assert response["embeddings"] == [{"values": [97.0, 98.0], "prompt_tokens": 2}]
     assert response["report"]["usage"] == {"prompt_tokens": 2}
+
+
+@pytest.fixture
+async def with_tools(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    """The model says a call of the tool "look" and its prompt again and again."""
+    call = '<tool_call>{"name": "look", "arguments": {"at": 1}}</tool_call>'
+    directory = tmp_path / "model"
+    directory.mkdir()
+    with_template(byte_tokenizer_directory, directory, f"{{% if tools %}}{{% endif %}}<|im_start|>{call}")
+    async with control_plane(directory, tmp_path) as control:
+        yield control
+
+
+async def test_calls_of_tools_are_printed_as_lines_of_json(with_tools: ControlPlane, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text('[{"name": "look"}]')
+    options = ["--chat", "--tools", str(tmp_path / "tools.json"), "--tool-choice", "auto", "--max-tokens", "75"]
+    result = await run(with_tools, "generate", "tiny", "hi", *options)
+    assert result.output.splitlines()[-1] == '{"name": "look", "arguments": {"at": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "problem"),
+    [
+        ("[{", ["--chat"], "holds no list of tools"),
+        ("[1]", ["--chat"], "holds no list of tools"),
+        ('[{"name": "look", "args": {}}]', ["--chat"], "has no key args"),
+        ("[]", [], "--tools goes with --chat"),
+    ],
+)
+async def test_what_is_no_list_of_tools_is_refused(
+    control: ControlPlane, tmp_path: Path, file: str, options: list[str], problem: str
+) -> None:
+    (tmp_path / "tools.json").write_text(file)
+    result = await run(control, "generate", "tiny", "hi", "--tools", str(tmp_path / "tools.json"), *options)
+    assert result.exit_code != 0
+    assert problem in result.output
+
+
+async def test_a_model_says_that_it_takes_tools_and_no_other_does(
+    with_tools: ControlPlane, control: ControlPlane
+) -> None:
+    assert MODEL_CAPABILITY_TOOLS in (await with_tools.admin.get_model("tiny")).capabilities
+    assert MODEL_CAPABILITY_TOOLS not in (await control.admin.get_model("tiny")).capabilities
 
 
 async def test_what_the_server_refuses_is_said_in_its_words(control: ControlPlane) -> None:

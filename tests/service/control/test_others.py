@@ -4,6 +4,7 @@ import pytest
 
 from loraplex import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds
+from loraplex_service.validation.checks import UNSUPPORTED_FIELDS
 from tests.service.control_plane import ControlPlane, write_adapter
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ async def test_the_server_says_what_it_is(control: ControlPlane) -> None:
     assert not info.draining
     assert [(device.name, device.memory_bytes) for device in info.devices] == [("cpu", 1 << 30)]
     assert (info.max_receive_bytes, info.max_batch_receive_bytes) == (4 << 20, 8 << 20)
-    assert "Chat.tools" in info.unsupported_features
+    assert tuple(info.unsupported_features) == UNSUPPORTED_FIELDS
 
 
 async def test_the_load_is_told_again_and_again(control: ControlPlane) -> None:
