@@ -150,6 +150,7 @@ class Launches:
         self.ops.add_rms_norm(x, x.clone(), torch.zeros(width), 1e-6)
         self.ops.silu_and_mul(x)
         self.ops.gelu_tanh_and_mul(x)
+        self.ops.mask_logits(torch.zeros(2, 128256), [1], torch.zeros(1, 4009, dtype=torch.int32))
 
     def all(self):
         eight_billion, gemma, tiny = HeadShape(32, 8, 128), HeadShape(8, 4, 256), HeadShape(2, 2, 8)

@@ -90,6 +90,25 @@ def test_gated_activations(random, dtype, shape, name):
     close(getattr(OPS, name)(x), getattr(REFERENCE, name)(x))
 
 
+@pytest.mark.parametrize("vocab", [1, 31, 32, 1024, 2500])
+def test_mask_logits(random, vocab):
+    logits, generator = random(5, vocab), torch.Generator().manual_seed(3)
+    bits = torch.randint(-(2**31), 2**31, (3, vocab // 32 + 2), generator=generator).to(torch.int32)
+    expected = logits.clone()
+    REFERENCE.mask_logits(expected, [4, 0, 2], bits)
+    OPS.mask_logits(logits, [4, 0, 2], bits)
+    assert torch.equal(logits, expected)
+    assert expected.isneginf().any()
+    assert not expected[[1, 3]].isneginf().any()
+
+
+def test_a_mask_for_no_row_changes_nothing(random):
+    logits = random(2, 40)
+    expected = logits.clone()
+    OPS.mask_logits(logits, [], torch.zeros((0, 2), dtype=torch.int32))
+    assert torch.equal(logits, expected)
+
+
 def test_linear_with_bias(random):
     weight, bias, x = random(6, 10), random(6), random(3, 10)
     close(OPS.linear(x, OPS.pack_linear([weight], bias)), x @ weight.T + bias)

@@ -31,6 +31,7 @@ from loraplex_kernels.sampling import TorchSampling
 from loraplex_kernels.triton.activation import activate_and_mul
 from loraplex_kernels.triton.attention import Scoring, paged_attention
 from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, segmented_lora
+from loraplex_kernels.triton.mask import mask_logits
 from loraplex_kernels.triton.norm import rms_norm
 from loraplex_kernels.triton.quantized import TritonQuantizedLinear, quantized_linear
 from loraplex_kernels.triton.rotary import rotary_store_kv
@@ -135,3 +136,6 @@ class TritonOps(TorchSampling):
 
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         return activate_and_mul(x, gelu=True)
+
+    def mask_logits(self, logits: Tensor, rows: Sequence[int], bits: Tensor) -> None:
+        mask_logits(logits, rows, bits)
