@@ -99,17 +99,23 @@ def _schema(text: str) -> str:
     try:
         return compilable(schema_grammar(schema))
     except ValueError as error:
-        if not (keywords := unkept_keywords(schema, error)):
-            raise
-        raise ValueError(f"this server cannot keep to {keywords}; leave it out") from error
+        problem = str(error).rpartition("failed to compile JSON schema: ")[2]
+        if keywords := unkept_keywords(schema, error):
+            problem = f"this server cannot keep to {keywords}; leave it out"
+        elif problem.startswith("oneOf"):
+            places = ", ".join(_places(schema, "oneOf")[:5])
+            problem = f"this server cannot keep to {places}, whose schemas overlap; use anyOf"
+        raise ValueError(problem) from error
 
 
-def unkept_keywords(schema: Any, error: ValueError) -> str:
+def unkept_keywords(schema: dict[str, Any], error: ValueError) -> str:
     """The keywords of a schema that keep a grammar from being compiled, with their places; "": others do."""
     if "Unimplemented keys" not in str(error):
         return ""
-    places = [f"{keyword} at {where}" for keyword, where in _places(schema) if f'"{keyword}"' in str(error)]
-    return ", ".join(places[:5])
+    keywords = dict.fromkeys(
+        keyword for _, part in _schemas(schema) for keyword in part if f'"{keyword}"' in str(error)
+    )
+    return ", ".join([place for keyword in keywords for place in _places(schema, keyword)][:5])
 
 
 def read_schema(text: str) -> dict[str, Any]:
@@ -128,6 +134,8 @@ def read_schema(text: str) -> dict[str, Any]:
             raise ValueError(f"{problem}; at most {MAX_OPTIONAL} are allowed: add some to required")
     if "x-guidance" in schema:
         raise ValueError("x-guidance at /: the server sets it; leave it out")
+    if moved := [place for place in _places(schema, "$id") if place != "$id at /"]:  # it moves where $ref leads
+        raise ValueError(f"this server cannot keep to {', '.join(moved[:5])}; leave it out")
     _check_ends("the schemas at", schema_ways(_schemas(schema)))
     return schema
 
@@ -147,11 +155,9 @@ def _num_optional(schema: dict[str, Any]) -> int:
     return len(properties.keys() - needed)
 
 
-def _places(schema: Any) -> Iterator[tuple[str, str]]:
-    """The keywords of a schema and of those inside, each with the path of the schema that has it."""
-    for where, part in _schemas(schema):
-        for keyword in part:
-            yield keyword, where
+def _places(schema: Any, keyword: str) -> list[str]:
+    """Where a keyword is in a schema and in those inside."""
+    return [f"{keyword} at {where}" for where, part in _schemas(schema) if keyword in part]
 
 
 def _schemas(schema: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

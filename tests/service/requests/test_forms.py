@@ -32,6 +32,12 @@ REFUSED = {
     "too deep": (schema(nested(MAX_NESTING)), "nested more than 64 levels"),
     "endless depth": (Constraint(json_schema="[" * 30_000 + "]" * 30_000), "it is not JSON|must be a JSON object"),
     "a keyword": (schema({"properties": {"a": {"uniqueItems": True}}}), "uniqueItems at /properties/a; leave it out"),
+    "options that overlap": (
+        schema({"items": {"oneOf": [{"type": "integer"}, {"minimum": 2}]}}),
+        "cannot keep to oneOf at /items, whose schemas overlap; use anyOf",
+    ),
+    "another base of references": (schema({"properties": {"a": {"$id": "x"}}}), r"\$id at /properties/a; leave it out"),
+    "an unknown format": (schema({"type": "string", "format": "iri"}), "^Unknown format: iri"),
     "settings": (schema({"x-guidance": {"lenient": True}}), "x-guidance at /"),
     "optional properties": (schema(an_object(MAX_OPTIONAL + 1)), "properties at / has 101 that are not required"),
     "optional properties inside": (
@@ -83,6 +89,7 @@ def test_a_form_that_cannot_be_kept_to_is_refused_with_the_reason(name: str) -> 
         schema({"type": "object", "properties": {"a": {"$ref": "#"}}}),
         schema({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}),  # numbers have no properties
         schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]}),
+        schema({"$id": "https://example.com/a", "properties": {"$id": {"type": "string"}}}),
         schema({"type": "array", "items": {"$ref": "#"}, "prefixItems": [{"type": "null"}], "minItems": 1}),
         schema({"type": "array", "items": {"$ref": "#"}}),
         Constraint(grammar='root ::= (root)* "a" x?\nx ::= root | "b"'),
