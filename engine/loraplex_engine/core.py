@@ -255,6 +255,10 @@ class EngineCore:
             adapter_host_bytes=self.store.used_bytes,
             adapters=self.pool.in_use(),
             num_not_finite=scheduler.num_not_finite,
+            num_forms=self.forms.num_given,
+            num_forms_compiled=self.forms.num_compiled,
+            form_seconds=self.forms.compile_seconds,
+            num_forms_failed=scheduler.num_forms_failed,
             draft_tokens=scheduler.draft_tokens,
             accepted_draft_tokens=scheduler.accepted_draft_tokens,
         )

@@ -196,7 +196,7 @@ def assemble(
         adapter_texts=adapter_texts,
         recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,
     )
-    forms = Forms(texts)
+    forms = Forms(texts, telemetry.metrics.form_checks)
     inference = InferenceServicer(entrance, texts, forms, telemetry.metrics, limits.answer_bytes)
     pooling = PoolingServicer(entrance, texts, limits.answer_bytes)
     tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)

@@ -242,6 +242,15 @@ def test_an_engine_that_was_given_no_vocabulary_says_so(engine: Engine) -> None:
     assert "no vocabulary" in engine.end(1).error
 
 
+def test_forms_are_counted(engine: Engine) -> None:
+    for number, pattern in enumerate(("ab", "ab", "cd", "(?=a)b")):
+        engine.add(number, regex(pattern))
+    engine.finish()
+    stats = engine.core.stats()
+    assert (stats.num_forms, stats.num_forms_compiled, stats.num_forms_failed) == (3, 2, 1)
+    assert stats.form_seconds > 0
+
+
 def test_more_grammars_than_are_kept_are_compiled_again(engine: Engine) -> None:
     for number in range(150):
         engine.add(number, regex(f"{number % 130:03}x"))

@@ -156,6 +156,10 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     num_not_finite: int = 0  # requests that ended because their logits were NaN or infinite, cumulative
     draft_tokens: int = 0  # checked, cumulative
     accepted_draft_tokens: int = 0  # of these, drawn as well
+    num_forms: int = 0  # sequences that were given a form, cumulative, as are the next three
+    num_forms_compiled: int = 0  # once for all who ask for the same
+    form_seconds: float = 0.0  # that compiling them took in all
+    num_forms_failed: int = 0  # sequences that ended because of their form
 
 
 class StepOutput(Message, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
@@ -38,6 +39,9 @@ class FormPreparer(Preparer):
         self._vocabulary: Vocabulary | None = None
         self._num_done = 0
         self._counting = Lock()
+        self.num_given = 0
+        self.num_compiled = 0
+        self.compile_seconds = 0.0
 
     def set_vocabulary(self, token_bytes: Sequence[bytes]) -> None:
         """Take the vocabulary, of which forms are made from now on. Takes up to half a second, and lets no other thread
@@ -70,6 +74,7 @@ class FormPreparer(Preparer):
         if error is not None:
             raise NeverReadyError(f"its form cannot be prepared: {error}", UNUSABLE_FORM)
         request.form = compiled.result().copy()
+        self.num_given += 1
         return True
 
     def take_back(self, request: Request) -> None:
@@ -90,7 +95,12 @@ class FormPreparer(Preparer):
 
     def _compile(self, key: FormKey) -> Form:
         assert self._vocabulary is not None
-        return self._vocabulary.form(*key)
+        began = time.monotonic()
+        form = self._vocabulary.form(*key)
+        with self._counting:
+            self.num_compiled += 1
+            self.compile_seconds += time.monotonic() - began
+        return form
 
     def _make_room(self) -> None:
         """Forget the least recently used grammars. What is being compiled stays: a request waits for it."""

@@ -58,6 +58,7 @@ class Scheduler:
         self._outputs: list[RequestOutput] = []  # ends outside of a step; `update` returns them
         self.num_preemptions = 0
         self.num_not_finite = 0  # requests that ended so
+        self.num_forms_failed = 0  # requests that ended because of their form
         self.prompt_tokens = 0  # computed, cumulative
         self.generated_tokens = 0
         self.draft_tokens = 0  # computed, cumulative
@@ -305,6 +306,7 @@ class Scheduler:
     def fail(self, request: Request, error: str, reason: str = "") -> None:
         """End one request with an error, which the next `update` reports. `reason`: its kind, if it has a name."""
         self._finish(request, FinishReason.ERROR)
+        self.num_forms_failed += reason == UNUSABLE_FORM
         output = RequestOutput(request.request_id, [], FinishReason.ERROR, error=error, error_reason=reason)
         self._outputs.append(output)
 

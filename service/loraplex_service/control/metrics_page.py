@@ -199,6 +199,8 @@ def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
     text = "Time that generations waited for an adapter which was not in the engine's memory."
     yield _histogram("loraplex_adapter_wait_seconds", text, ("model",), metrics.adapter_wait)
     yield _histogram("loraplex_rpc_duration_seconds", "Calls of any method.", ("method", "status"), metrics.calls)
+    text = "Forms that requests, routes and adapters asked for: read, kept from before, or read and refused."
+    yield _counter("loraplex_form_checks", text, ("outcome",), metrics.form_checks)
     text = "Delay with which the service's event loop runs a due task: while it is blocked, no caller is served."
     yield _histogram("loraplex_event_loop_lag_seconds", text, (), metrics.loop_lag)
 
@@ -266,6 +268,15 @@ _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]]
         "Sequences that ended because their logits were NaN or infinite.",
         lambda s: s.num_not_finite,
     ),
+    ("loraplex_forms", None, "Sequences that were given a form.", lambda s: s.num_forms),
+    (
+        "loraplex_forms_compiled",
+        None,
+        "Forms compiled, once for all who ask for the same.",
+        lambda s: s.num_forms_compiled,
+    ),
+    ("loraplex_form_compile_seconds", None, "Time that compiling forms took in all.", lambda s: s.form_seconds),
+    ("loraplex_forms_failed", None, "Sequences that ended because of their form.", lambda s: s.num_forms_failed),
     ("loraplex_engine_steps", None, "Steps of the engine.", lambda s: s.num_steps),
     ("loraplex_engine_prompt_tokens", "vllm:prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
     (

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from llguidance.gbnf_to_lark import GrammarParser
@@ -20,6 +20,7 @@ from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import InvalidRequest
 from loraplex_service.requests.endless import Way, endless, grammar_ways, schema_ways
 from loraplex_service.requests.prompts import TextWork
+from loraplex_service.telemetry.series import Counter
 
 MAX_NESTING = 64  # of a JSON Schema, in objects and lists
 MAX_OPTIONAL = 100  # properties of an object; from some 120 on engines have too many ways on at once
@@ -35,8 +36,10 @@ _VALUES = frozenset(("enum", "const", "default", "examples"))
 class Forms:
     """Reads constraints, and refuses those that no engine can compile. The latest good ones are kept."""
 
-    def __init__(self, work: TextWork) -> None:
+    def __init__(self, work: TextWork, checks: Counter | None = None) -> None:
+        """`checks`: counts what is read, kept from before, and refused."""
         self._work = work
+        self._checks = checks or Counter()
         self._kept: OrderedDict[bytes, str] = OrderedDict()
 
     async def grammar(self, constraint: Constraint, tenant: Tenant, path: str) -> str:
@@ -55,8 +58,13 @@ class Forms:
 
     async def kept(self, key: bytes, tenant: Tenant, make: Callable[[], str]) -> str:
         """The grammar that `make` makes of what the key says. Raises what it raises, and Unavailable."""
+        self._checks.add(("kept" if key in self._kept else "read",))
         if key not in self._kept:
-            self._kept[key] = await self._work.on(tenant, WORK_FACTOR * max(len(key), 1024), make)
+            try:
+                self._kept[key] = await self._work.on(tenant, WORK_FACTOR * max(len(key), 1024), make)
+            except (ValueError, InvalidRequest):
+                self._checks.add(("refused",))
+                raise
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
@@ -108,7 +116,7 @@ def _schema(text: str) -> str:
         raise ValueError(problem) from error
 
 
-def unkept_keywords(schema: dict[str, Any], error: ValueError) -> str:
+def unkept_keywords(schema: Mapping[str, Any], error: ValueError) -> str:
     """The keywords of a schema that keep a grammar from being compiled, with their places; "": others do."""
     if "Unimplemented keys" not in str(error):
         return ""

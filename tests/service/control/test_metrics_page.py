@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraplex import NotFound
+from loraplex import InvalidArgument, NotFound
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.series import MAX_SERIES
@@ -126,6 +126,16 @@ async def test_requests_without_finite_logits_are_counted_by_model(
     monkeypatch.setattr(core, "stats", lambda: msgspec.structs.replace(stats(), num_not_finite=3))
     await control.client.generate("tiny", "abc", max_tokens=5)
     assert (await scrape(control)).value("loraplex_not_finite_requests_total", model="tiny") == 3
+
+
+async def test_forms_are_counted_by_what_became_of_them(control: ControlPlane) -> None:
+    for pattern in ("[abc]+", "[abc]+", "[0-9]+"):
+        await control.client.generate("tiny", "abc", max_tokens=3, regex=pattern)
+    with pytest.raises(InvalidArgument):
+        await control.client.generate("tiny", "abc", regex="(a")
+    page = await scrape(control)
+    counts = [page.value("loraplex_form_checks_total", outcome=outcome) for outcome in ("read", "kept", "refused")]
+    assert counts == [3, 1, 1]
 
 
 async def test_a_page_of_thousands_of_adapters_hardly_holds_the_event_loop(control: ControlPlane) -> None:
