@@ -58,6 +58,7 @@ FOUND_NOTHING = {
 # What is required beside a field, where the valid request has nothing there.
 BESIDE: dict[str, dict[str, Any]] = {
     "messages": {"role": "user", "content": "A fox"},
+    "tools": {"name": "f"},
     "tool_calls": {"id": "1", "name": "f", "arguments_json": "{}"},
 }
 
@@ -139,7 +140,7 @@ def is_name(path: Path) -> bool:
     """Whether the field names a resource."""
     leaf = path[-1]
     return leaf.name in ("parent", "base_model", "model") or (
-        leaf.name == "name" and owner_of(leaf) not in ("UploadFile", "ChatMessage", "Tool", "ToolCall")
+        leaf.name == "name" and owner_of(leaf) not in ("UploadFile", "ChatMessage", "Tool", "ToolCall", "ToolChoice")
     )
 
 
