@@ -95,12 +95,21 @@ class GenerateOptions(SharedOptions, total=False):
     """Number that makes the draws repeatable. None: the server chooses one and reports it."""
     n: int | None
     """Number of outputs to generate from the prompt. None: 1."""
+    best_of: int | None
+    """Number of outputs to draw, of which the n best come back. None: n."""
     logit_bias: Mapping[int, float] | None
     """Amounts to add to the logits, by token id. None: no amounts."""
     allowed_token_ids: Sequence[int] | None
     """Token ids that may be chosen. None: all."""
     bad_words: Sequence[str] | None
     """Words that are never written. None: no words."""
+    # A search for the likeliest outputs, instead of draws
+    num_beams: int | None
+    """Number of beginnings that go on in a search. None: no search."""
+    length_penalty: float | None
+    """Power of the length by which an output's score is divided: above 0 favours long ones. None: 1."""
+    early_stopping: generation_pb2.EarlyStopping.ValueType | str | None
+    """When a search with enough ended outputs ends: "heuristic", "always" or "never". None: heuristic."""
     # When an output ends
     max_tokens: int | None
     """Most tokens of an output; 0: none, the prompt is read. None: as many as the context has room for."""
@@ -156,7 +165,7 @@ class GenerateOptions(SharedOptions, total=False):
     """Seconds to hold tokens back at most. None: 0.1."""
 
 
-_PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "drafts", "stream")
+_PARTS = ("sampling", "beam_search", "stopping", "output", "cache", "adapter_policy", "drafts", "stream")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "choices", "grammar", "any_text")
 _PROMPT = ("add_special_tokens", "truncate_to_tokens", "literal_content")
 _CHAT = (
@@ -168,6 +177,7 @@ _CHAT = (
     "continue_final_message",
 )
 _ENUMS: dict[Any, tuple[str, Any]] = {
+    generation_pb2.EarlyStopping.DESCRIPTOR: ("EARLY_STOPPING", generation_pb2.EarlyStopping),
     generation_pb2.OnCold.DESCRIPTOR: ("ON_COLD", generation_pb2.OnCold),
     generation_pb2.LogprobsMode.DESCRIPTOR: ("LOGPROBS_MODE", generation_pb2.LogprobsMode),
     generation_pb2.DraftKind.DESCRIPTOR: ("DRAFT_KIND", generation_pb2.DraftKind),

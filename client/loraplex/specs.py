@@ -48,9 +48,13 @@ def generate_spec(
     frequency_penalty: float | None = None,
     seed: int | None = None,
     n: int | None = None,
+    best_of: int | None = None,
     logit_bias: Mapping[int, float] | None = None,
     allowed_token_ids: Sequence[int] | None = None,
     bad_words: Sequence[str] | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    early_stopping: generation_pb2.EarlyStopping.ValueType | str | None = None,
     max_tokens: int | None = None,
     min_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
@@ -122,9 +126,15 @@ def generate_spec(
         frequency_penalty: Amount to take from a token's logit for each time that the output has the token. None: 0.
         seed: Number that makes the draws repeatable. None: the server chooses one and reports it.
         n: Number of outputs to generate from the prompt. None: 1.
+        best_of: Number of outputs to draw, of which the n best come back. None: n.
         logit_bias: Amounts to add to the logits, by token id. None: no amounts.
         allowed_token_ids: Token ids that may be chosen. None: all.
         bad_words: Words that are never written. None: no words.
+        num_beams: Number of beginnings that go on in a search. None: no search.
+        length_penalty: Power of the length by which an output's score is divided: above 0 favours long ones. None:
+            1.
+        early_stopping: When a search with enough ended outputs ends: "heuristic", "always" or "never". None:
+            heuristic.
         max_tokens: Most tokens of an output; 0: none, the prompt is read. None: as many as the context has room
             for.
         min_tokens: Number of tokens before which nothing ends an output. None: 0.
@@ -190,9 +200,13 @@ def generate_spec(
         frequency_penalty=frequency_penalty,
         seed=seed,
         n=n,
+        best_of=best_of,
         logit_bias=logit_bias,
         allowed_token_ids=allowed_token_ids,
         bad_words=bad_words,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         stop=stop,

@@ -169,6 +169,8 @@ class EngineCore:
             return f"max_tokens is {sampling.max_tokens}: it must be at least 0"
         if message.drafts.most and not limits.drafts.offers(message.drafts.kind):
             return f"drafts of kind {message.drafts.kind}: the model has none; give it some in its configuration"
+        if message.beams is not None and message.beams.width > limits.max_num_seqs:
+            return f"{message.beams.width} beams: {limits.max_num_seqs} sequences run at the same time"
         if not 0 < message.weight < math.inf:
             return f"weight is {message.weight}: it must be above 0"
         return ""

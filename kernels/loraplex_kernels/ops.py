@@ -60,7 +60,15 @@ class LayerKV:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in (self.k, self.v, self.k_scale, self.v_scale) if each is not None)
+        return sum(each.nbytes for each in self._tensors())
+
+    def copy_block(self, source: int, copy: int) -> None:
+        """Give one block the content of another. Whatever the layout, a tensor's first dimension counts blocks."""
+        for each in self._tensors():
+            each[copy] = each[source]
+
+    def _tensors(self) -> list[Tensor]:
+        return [each for each in (self.k, self.v, self.k_scale, self.v_scale) if each is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,6 +186,8 @@ main.add_command(embed)
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, help="A string that ends the output; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end that the model sets.")
+@click.option("--best-of", type=int, help="Draw so many outputs, and print the likeliest.")
+@click.option("--num-beams", type=int, help="Search for the likeliest output with so many beams.")
 @click.option("--drafts", type=click.Choice(DRAFT_KINDS), help="Where guesses at the next tokens come from.")
 @click.option("--tools", type=click.File(), help="A JSON file: a list of the tools that the model may call.")
 @click.option("--tool-choice", metavar="auto|none|required|TOOL", help="Whether the model calls tools, or which.")
@@ -202,6 +204,8 @@ def generate(
     seed: int | None,
     stop: tuple[str, ...],
     ignore_eos: bool,
+    best_of: int | None,
+    num_beams: int | None,
     drafts: str | None,
     tools: TextIO | None,
     tool_choice: str | None,
@@ -222,10 +226,16 @@ def generate(
         stop=stop,
         ignore_eos=ignore_eos or None,
         draft_kind=drafts,
+        best_of=best_of,
+        num_beams=num_beams,
     )
     if tools is not None:
         options |= {"tools": _read_tools(tools), "tool_choice": tool_choice}
     with target.client() as client:
+        if best_of or num_beams:  # nothing comes before the end
+            answer = client.generate(model, said, spec=GenerateSpec(constraint=form), **options)
+            print_json(answer) if as_json else click.echo(answer.outputs[0].text)
+            return
         stream = client.stream_generate(model, said, spec=GenerateSpec(constraint=form), **options)
         if as_json:
             print_json(stream.collect())

@@ -31,6 +31,7 @@ VALUES: dict[str, Any] = {
     "allowed_token_ids": [1, 2],
     "stop_token_ids": [3],
     "logprob_token_ids": [4],
+    "early_stopping": generation_pb2.EARLY_STOPPING_NEVER,
     "logprobs_mode": generation_pb2.LOGPROBS_MODE_PROCESSED,
     "bad_words": ["no"],
     "stop": ["end"],
@@ -41,7 +42,7 @@ VALUES: dict[str, Any] = {
     "max_load_wait": 1.5,
     "max_chunk_delay": 1.5,
 }
-PARTS = ("sampling", "stopping", "output", "cache", "adapter_policy", "drafts", "stream")
+PARTS = ("sampling", "beam_search", "stopping", "output", "cache", "adapter_policy", "drafts", "stream")
 SPEC: Any = generation_pb2.GenerateSpec.DESCRIPTOR
 FIELDS = [(part, field.name) for part in PARTS for field in SPEC.fields_by_name[part].message_type.fields] + [
     (None, "priority"),

@@ -103,7 +103,7 @@ def test_options_of_a_generation_are_shown_with_type_and_default() -> None:
 
 # Messages whose fields are options themselves.
 SPREAD = {"GenerateSpec", "Sampling", "Stopping", "OutputOptions", "Constraint", "CacheOptions", "AdapterPolicy"}
-SPREAD |= {"Drafts", "RunOptions", "StreamOptions", "Prompt", "Chat", "Adapter", "CreateAdapterRequest"}
+SPREAD |= {"BeamSearch", "Drafts", "RunOptions", "StreamOptions", "Prompt", "Chat", "Adapter", "CreateAdapterRequest"}
 WHOLE = {"specs", "prompts", "default_constraint"}  # options that are such messages
 OTHER_NAMES = {"parent": "tenant", "file": "directory", "chunk": "directory", "messages": "prompt"}
 LEFT_OUT = {

@@ -21,3 +21,24 @@ async def test_a_prompt_read_without_an_output_scores_as_its_parts(client: Async
     answer = await client.score("storyteller", [65], [[32, 102, 111]])
     assert answer.scores[0].logprob == pytest.approx(sum(token.logprob for token in whole.prompt_logprobs), abs=1e-4)
     assert (whole.usage.completion_tokens, whole.outputs[0].text) == (0, "")
+
+
+@pytest.mark.parametrize("target", ["storyteller", "pirate"])
+async def test_a_search_finds_outputs_as_likely_as_its_scores_say(client: AsyncClient, target: str) -> None:
+    searched = await client.generate(target, "A fox", num_beams=4, n=3, max_tokens=8, ignore_eos=True, token_ids=True)
+    scores = [output.finished.score for output in searched.outputs]
+    assert scores == sorted(scores, reverse=True)
+    answer = await client.score(target, "A fox", [output.token_ids for output in searched.outputs])
+    assert [each.logprob / 8 for each in answer.scores] == pytest.approx(scores, abs=1e-3)
+    greedy = await client.generate(target, "A fox", temperature=0, max_tokens=8, ignore_eos=True, token_ids=True)
+    alone = await client.score(target, "A fox", [greedy.outputs[0].token_ids])
+    assert answer.scores[0].logprob >= alone.scores[0].logprob - 1e-3
+
+
+async def test_the_best_of_several_is_the_likeliest_of_them(client: AsyncClient) -> None:
+    asked = {"seed": 5, "max_tokens": 8, "ignore_eos": True, "logprobs": True}
+    every = await client.generate("storyteller", "A fox", n=6, **asked)
+    best = await client.generate("storyteller", "A fox", best_of=6, **asked)
+    means = {sum(token.logprob for token in each.logprobs) / 8: each.text for each in every.outputs}
+    assert best.outputs[0].text == means[max(means)]
+    assert best.outputs[0].finished.score == pytest.approx(max(means), abs=1e-4)

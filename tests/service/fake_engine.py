@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from loraplex_adapters.errors import INVALID
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
@@ -152,10 +154,10 @@ class FakeEngine:
 
     def step(self) -> None:
         """One step: every sequence gets its next tokens."""
-        outputs = [self._advance(sequence) for sequence in list(self.sequences.values())]
+        outputs = [each for sequence in list(self.sequences.values()) for each in self._outputs(sequence)]
         for output in outputs:
             if output.finish_reason is not None:
-                del self.sequences[output.request_id]
+                self.sequences.pop(output.request_id, None)
         self.client.deliver(StepOutput(outputs, self._stats()))
 
     async def _run(self) -> None:
@@ -167,6 +169,20 @@ class FakeEngine:
             else:
                 self._changed.clear()
                 await self._changed.wait()
+
+    def _outputs(self, sequence: Accepted) -> list[RequestOutput]:
+        """One output. A search says what it took until it ends; of its outputs each has a token less than the last."""
+        output, beams = self._advance(sequence), sequence.request.beams
+        if beams is None or output.error:
+            return [output]
+        taken = msgspec.structs.replace(output, token_ids=[], finish_reason=None, num_searched=beams.width)
+        if output.finish_reason is None:
+            return [taken]
+        found = [
+            msgspec.structs.replace(output, request_id=one, token_ids=sequence.output[place:], score=-float(place))
+            for place, one in enumerate(beams.output_ids)
+        ]
+        return [taken, *found]
 
     def _advance(self, sequence: Accepted) -> RequestOutput:
         request, sampling = sequence.request, sequence.request.sampling

@@ -21,6 +21,34 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _EarlyStopping:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _EarlyStoppingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_EarlyStopping.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    EARLY_STOPPING_UNSPECIFIED: _EarlyStopping.ValueType  # 0
+    """The default: HEURISTIC."""
+    EARLY_STOPPING_HEURISTIC: _EarlyStopping.ValueType  # 1
+    """When none that goes on could be better than the worst of them if it ended now (transformers: False)."""
+    EARLY_STOPPING_ALWAYS: _EarlyStopping.ValueType  # 2
+    """At once (transformers: True)."""
+    EARLY_STOPPING_NEVER: _EarlyStopping.ValueType  # 3
+    """When none that goes on could become better, however long it grows (transformers: "never")."""
+
+class EarlyStopping(_EarlyStopping, metaclass=_EarlyStoppingEnumTypeWrapper):
+    """When a beam search ends, once as many outputs have ended as it has beams."""
+
+EARLY_STOPPING_UNSPECIFIED: EarlyStopping.ValueType  # 0
+"""The default: HEURISTIC."""
+EARLY_STOPPING_HEURISTIC: EarlyStopping.ValueType  # 1
+"""When none that goes on could be better than the worst of them if it ended now (transformers: False)."""
+EARLY_STOPPING_ALWAYS: EarlyStopping.ValueType  # 2
+"""At once (transformers: True)."""
+EARLY_STOPPING_NEVER: EarlyStopping.ValueType  # 3
+"""When none that goes on could become better, however long it grows (transformers: "never")."""
+Global___EarlyStopping: typing_extensions.TypeAlias = EarlyStopping
+
 class _LogprobsMode:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -154,6 +182,7 @@ class GenerateSpec(google.protobuf.message.Message):
     CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     DRAFTS_FIELD_NUMBER: builtins.int
+    BEAM_SEARCH_FIELD_NUMBER: builtins.int
     model: builtins.str
     """What generates. Required, at most 512 characters. One of
       models/{model}
@@ -220,6 +249,10 @@ class GenerateSpec(google.protobuf.message.Message):
     def drafts(self) -> Global___Drafts:
         """Where guesses at the next tokens come from."""
 
+    @property
+    def beam_search(self) -> Global___BeamSearch:
+        """Search for the likeliest outputs instead of drawing them. Only for Generate and BatchGenerate."""
+
     def __init__(
         self,
         *,
@@ -236,9 +269,10 @@ class GenerateSpec(google.protobuf.message.Message):
         client_request_id: builtins.str | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         drafts: Global___Drafts | None = ...,
+        beam_search: Global___BeamSearch | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "labels", b"labels", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "beam_search", b"beam_search", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "beam_search", b"beam_search", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "labels", b"labels", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_client_request_id", b"_client_request_id"]) -> typing.Literal["client_request_id"] | None: ...
     @typing.overload
@@ -283,6 +317,7 @@ class Sampling(google.protobuf.message.Message):
     LOGIT_BIAS_FIELD_NUMBER: builtins.int
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: builtins.int
     BAD_WORDS_FIELD_NUMBER: builtins.int
+    BEST_OF_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """Divides the logits. 0 is greedy: always the likeliest token; so is anything below 0.00001. Default 1. From 0 to 10."""
     top_p: builtins.float
@@ -307,6 +342,12 @@ class Sampling(google.protobuf.message.Message):
     """
     n: builtins.int
     """How many outputs to generate from the prompt. Default 1. From 1 to 16. Each counts against quota."""
+    best_of: builtins.int
+    """Draw this many outputs, and return the n of them whose tokens have the highest mean log-probability
+    (OutputOptions.logprobs_mode says of which distribution), the best first, each with Finished.score. Each that is drawn
+    counts against quota. Only for Generate and BatchGenerate: nothing could be sent before all have ended. At least n.
+    From 1 to 16.
+    """
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
         """Added to the logits, by token id. At most 1024, each from -100 to 100."""
@@ -340,9 +381,12 @@ class Sampling(google.protobuf.message.Message):
         logit_bias: collections.abc.Mapping[builtins.int, builtins.float] | None = ...,
         allowed_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         bad_words: collections.abc.Iterable[builtins.str] | None = ...,
+        best_of: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_best_of", b"_best_of", "_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "best_of", b"best_of", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_best_of", b"_best_of", "_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "best_of", b"best_of", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_best_of", b"_best_of"]) -> typing.Literal["best_of"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_frequency_penalty", b"_frequency_penalty"]) -> typing.Literal["frequency_penalty"] | None: ...
     @typing.overload
@@ -365,6 +409,48 @@ class Sampling(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_typical_p", b"_typical_p"]) -> typing.Literal["typical_p"] | None: ...
 
 Global___Sampling: typing_extensions.TypeAlias = Sampling
+
+@typing.final
+class BeamSearch(google.protobuf.message.Message):
+    """A search for the outputs that are likeliest as a whole: at each place the best num_beams beginnings go on. It finds what
+    transformers' generate(num_beams=...) finds; an output ends with the model's end of sequence, a stop token or
+    max_tokens. Sampling.n of the outputs that have ended come back, at most num_beams, the best first, each with
+    Finished.score. Penalties and bias change log-probabilities instead of logits, as they do there. A default temperature
+    and other defaults of draws are passed over. Refused beside it: what says how to draw (temperature but 0, top_p, top_k,
+    min_p, typical_p, seed, best_of), bad_words, stop, constraint, drafts, and all log-probabilities.
+
+    It is one request, and takes num_beams of the places in which sequences run. Each token of each beam counts in
+    Usage.completion_tokens.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_BEAMS_FIELD_NUMBER: builtins.int
+    LENGTH_PENALTY_FIELD_NUMBER: builtins.int
+    EARLY_STOPPING_FIELD_NUMBER: builtins.int
+    num_beams: builtins.int
+    """How many beginnings go on. Required. At most as many as sequences run at the same time. From 2 to 16."""
+    length_penalty: builtins.float
+    """The score of an output is the sum of its tokens' log-probabilities, divided by their number to the power of this:
+    above 0 favours long outputs. Default 1. From -10 to 10.
+    """
+    early_stopping: Global___EarlyStopping.ValueType
+    """When to give up the beginnings that go on, once num_beams outputs have ended."""
+    def __init__(
+        self,
+        *,
+        num_beams: builtins.int = ...,
+        length_penalty: builtins.float | None = ...,
+        early_stopping: Global___EarlyStopping.ValueType | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_early_stopping", b"_early_stopping", "_length_penalty", b"_length_penalty", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_early_stopping", b"_early_stopping", "_length_penalty", b"_length_penalty", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty", "num_beams", b"num_beams"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_early_stopping", b"_early_stopping"]) -> typing.Literal["early_stopping"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_length_penalty", b"_length_penalty"]) -> typing.Literal["length_penalty"] | None: ...
+
+Global___BeamSearch: typing_extensions.TypeAlias = BeamSearch
 
 @typing.final
 class Stopping(google.protobuf.message.Message):

@@ -421,6 +421,7 @@ class Finished(google.protobuf.message.Message):
     STOP_FIELD_NUMBER: builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
     output_index: builtins.int
     """Which output, from 0 to Sampling.n - 1."""
     reason: Global___FinishReason.ValueType
@@ -431,6 +432,10 @@ class Finished(google.protobuf.message.Message):
     """The stop token."""
     completion_tokens: builtins.int
     """Tokens generated for this output, the one that ended it included."""
+    score: builtins.float
+    """What outputs were ranked by: with Sampling.best_of the mean log-probability of its tokens, with
+    GenerateSpec.beam_search their sum, divided as its length_penalty says. Absent otherwise.
+    """
     def __init__(
         self,
         *,
@@ -439,9 +444,13 @@ class Finished(google.protobuf.message.Message):
         stop: builtins.str = ...,
         stop_token_id: builtins.int = ...,
         completion_tokens: builtins.int = ...,
+        score: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["matched", b"matched", "stop", b"stop", "stop_token_id", b"stop_token_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "matched", b"matched", "output_index", b"output_index", "reason", b"reason", "stop", b"stop", "stop_token_id", b"stop_token_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_score", b"_score", "matched", b"matched", "score", b"score", "stop", b"stop", "stop_token_id", b"stop_token_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_score", b"_score", "completion_tokens", b"completion_tokens", "matched", b"matched", "output_index", b"output_index", "reason", b"reason", "score", b"score", "stop", b"stop", "stop_token_id", b"stop_token_id"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_score", b"_score"]) -> typing.Literal["score"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["matched", b"matched"]) -> typing.Literal["stop", "stop_token_id"] | None: ...
 
 Global___Finished: typing_extensions.TypeAlias = Finished
@@ -599,7 +608,7 @@ class Usage(google.protobuf.message.Message):
     cached_prompt_tokens: builtins.int
     """Of these, how many came from the prefix cache."""
     completion_tokens: builtins.int
-    """Tokens generated, all outputs together."""
+    """Tokens generated, all outputs together, those that were drawn or searched and do not come back among them."""
     draft_tokens: builtins.int
     """Drafts that were checked for them (GenerateSpec.drafts). They are no tokens of an output, and cost no quota."""
     accepted_draft_tokens: builtins.int

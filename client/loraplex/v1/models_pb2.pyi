@@ -52,6 +52,8 @@ class _ModelCapabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     """Takes GenerateSpec.drafts of kinds other than DRAFT_KIND_OFF."""
     MODEL_CAPABILITY_EMBED: _ModelCapability.ValueType  # 10
     """Answers PoolingService.Embed: every model does."""
+    MODEL_CAPABILITY_BEAM_SEARCH: _ModelCapability.ValueType  # 11
+    """Takes GenerateSpec.beam_search."""
 
 class ModelCapability(_ModelCapability, metaclass=_ModelCapabilityEnumTypeWrapper):
     """Something that a model can do on this server."""
@@ -78,6 +80,8 @@ MODEL_CAPABILITY_DRAFTS: ModelCapability.ValueType  # 9
 """Takes GenerateSpec.drafts of kinds other than DRAFT_KIND_OFF."""
 MODEL_CAPABILITY_EMBED: ModelCapability.ValueType  # 10
 """Answers PoolingService.Embed: every model does."""
+MODEL_CAPABILITY_BEAM_SEARCH: ModelCapability.ValueType  # 11
+"""Takes GenerateSpec.beam_search."""
 Global___ModelCapability: typing_extensions.TypeAlias = ModelCapability
 
 @typing.final

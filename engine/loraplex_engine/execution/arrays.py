@@ -89,6 +89,7 @@ class StepArrays:
     histories: tuple[History, ...]
     prompt_targets: tuple[PromptTargets, ...]
     pooled: tuple[PooledRows, ...]
+    copied_blocks: tuple[tuple[int, int], ...] = ()  # blocks, and those that get their contents before the step
 
 
 def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> StepArrays:
@@ -139,6 +140,7 @@ def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> 
         histories=histories,
         prompt_targets=targets,
         pooled=pooled,
+        copied_blocks=tuple(item.copied_block for item in scheduled if item.copied_block is not None),
     )
 
 

@@ -97,6 +97,9 @@ class ModelRunner:
 
         forms: of the outputs that have one, by their place among `step.histories`.
         """
+        for source, copy in step.copied_blocks:
+            for layer in self.kv_cache:
+                layer.copy_block(source, copy)
         batch, count = step_batch(step, self.ops.device), len(step.histories)
         decoding = count == len(step.token_ids) == len(step.seq_lens)  # each row is a sequence's, and drawn from
         if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):

@@ -40,13 +40,16 @@ class Sampler:
         as_drawn = [row for row in asked if histories[row].sampling.processed_logprobs]
         as_given = [row for row in asked if not histories[row].sampling.processed_logprobs]
         given = logits[as_given] if as_given else None  # before anything is changed
+        searched = [row for row, history in enumerate(histories) if history.sampling.num_candidates]
+        if searched:  # what is changed, as transformers has it, is the log-probabilities
+            logits[searched] = torch.log_softmax(logits[searched], dim=-1)
         self.ops.adjust_logits(logits, logit_changes(histories, logits.shape[-1]))
         if mask is not None:
             self.ops.mask_logits(logits, mask.rows, torch.from_numpy(mask.bits))
         drawn_by = draws(histories)
         changed = logits[as_drawn] if as_drawn else None
+        details = _best(logits, searched, histories) if searched else {}
         token_ids = self.ops.draw_tokens(logits, drawn_by)
-        details: dict[int, TokenLogprobs] = {}
         if given is not None:
             details |= self._details(given, as_given, token_ids, histories)
         if changed is not None:
@@ -64,6 +67,17 @@ class Sampler:
         asked = [Wanted(each.num_logprobs or 0, each.logprob_token_ids) for each in params]
         chosen = token_ids[rows].clamp(min=0)
         return dict(zip(rows, describe(self.ops, logits, chosen, asked), strict=True))
+
+
+def _best(logits: Tensor, rows: Sequence[int], histories: Sequence[History]) -> dict[int, TokenLogprobs]:
+    """The best tokens of some rows, which are logarithms already, by row."""
+    counts = [histories[row].sampling.num_candidates for row in rows]
+    best = torch.topk(logits[list(rows)], min(max(counts), logits.shape[-1]), dim=-1)
+    found: dict[int, TokenLogprobs] = {}
+    for row, count, ids, values in zip(rows, counts, best.indices.tolist(), best.values.tolist(), strict=True):
+        count = min(count, len(values) - values.count(-math.inf))
+        found[row] = TokenLogprobs(ids[0], values[0], 1, ids[:count], values[:count])
+    return found
 
 
 def _sampled(token_id: int, logprobs: TokenLogprobs | None) -> SampledToken | None:

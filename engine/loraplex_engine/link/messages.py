@@ -7,6 +7,7 @@ import msgspec
 
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
+from loraplex_engine.link.beams import Beams
 from loraplex_engine.link.drafts import NO_DRAFTS, Drafts
 from loraplex_engine.link.pooling import STATES_NOTHING, ModelPooling, PoolingParams
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
@@ -48,7 +49,13 @@ class AddRequest(Message, frozen=True):
     output_token_ids: list[int] = []  # tokens that an earlier engine generated: go on after them
     grammar: str = ""  # of the form that the output must have, within `link.grammar`'s limits; "": any
     drafts: Drafts = NO_DRAFTS
+    beams: Beams | None = None  # search for the best outputs, and answer only then, for each of them; None: draw one
     pooling: PoolingParams | None = None  # what to make of its hidden states; then no tokens are drawn
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The ids under which its outputs come."""
+        return [self.request_id] if self.beams is None else self.beams.output_ids
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -122,6 +129,8 @@ class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
     finish_reason: FinishReason | None = None  # set on the last output only
     stop_token_id: int | None = None  # the token that ended it, for STOP and EOS
     logprobs: list[TokenLogprobs] | None = None  # one per new token
+    score: float | None = None  # of an output that a search found; see `Beams`
+    num_searched: int = 0  # tokens that a search took in this step, whatever becomes of them
     num_drafts: int = 0  # that were checked for it
     num_accepted_drafts: int = 0  # of these, drawn as well: they are among the tokens
     # The following fields are set once, with the first output.

@@ -51,8 +51,9 @@ class EngineRequests:
 
     def send(self, request: AddRequest, generation: "Generation") -> None:
         """Start one sequence, whose outputs go to this generation."""
-        assert request.request_id not in self._generations, "request ids come from new_id, each used once"
-        self._generations[request.request_id] = generation
+        for output_id in request.output_ids:
+            assert output_id not in self._generations, "request ids come from new_id, each used once"
+            self._generations[output_id] = generation
         self._connection.send(request)
 
     def abort(self, request_ids: Iterable[int]) -> None:
@@ -121,7 +122,7 @@ class Generation:
 
     def add(self, request: AddRequest) -> None:
         """Start one more sequence."""
-        self._running.add(request.request_id)
+        self._running.update(request.output_ids)
         self._requests.send(request, self)
 
     def abort(self, request_id: int) -> None:
@@ -166,6 +167,8 @@ def _merge(outputs: list[RequestOutput]) -> RequestOutput:
         finish_reason=last.finish_reason,
         stop_token_id=last.stop_token_id,
         logprobs=logprobs or None,
+        score=last.score,
+        num_searched=sum(output.num_searched for output in outputs),
         num_drafts=sum(output.num_drafts for output in outputs),
         num_accepted_drafts=sum(output.num_accepted_drafts for output in outputs),
         prompt_logprobs=next((output.prompt_logprobs for output in outputs if output.prompt_logprobs), None),

@@ -51,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs_from: int = 0  # the first token to be told of; those before it may come from the cache
     logprob_token_ids: tuple[int, ...] = ()  # whose log-probabilities to tell beside those
     processed_logprobs: bool = False  # of the distribution that a token is drawn from, instead of the model's own
+    num_candidates: int = 0  # of a search: the best tokens to be told of, instead of one that is drawn
     time_limit_seconds: float | None = None
 
     @property

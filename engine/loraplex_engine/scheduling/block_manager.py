@@ -110,6 +110,20 @@ class BlockManager:
             request.block_ids.append(block)
         return True
 
+    def fork(self, parent: Request, child: Request) -> None:
+        """Give a request that holds nothing, and has the tokens of another, the other's blocks.
+
+        It shares those that are full. What is in the last one it gets as a copy, or, if no block is left, computes.
+        """
+        full = parent.num_computed_tokens // self.block_size
+        child.block_ids = parent.block_ids[:full]
+        child.num_computed_tokens = full * self.block_size
+        for block in child.block_ids:
+            self._references[block] += 1
+        if parent.num_computed_tokens > child.num_computed_tokens and self.grow(child, parent.num_computed_tokens):
+            child.copied_block = parent.block_ids[full]
+            child.num_computed_tokens = parent.num_computed_tokens
+
     def publish(self, request: Request, num_tokens: int) -> None:
         """Let others find the request's full blocks among its first `num_tokens` tokens.
 
@@ -149,6 +163,7 @@ class BlockManager:
                 else:
                     self._cached[block] = None
         request.block_ids = []
+        request.copied_block = None
         request.num_computed_tokens = 0
 
     def _hashes(self, request: Request, count: int) -> list[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from copy import copy
 from enum import Enum, auto
 from typing import Final
 
@@ -10,6 +11,7 @@ from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.messages import AddRequest, Embedded, Parts, TokenLogprobs
 from loraplex_engine.link.pooling import PoolingMethod
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.scheduling.beam_search import BeamSearch
 from loraplex_engine.scheduling.form import Form
 
 NO_TOKEN: Final = -1  # at each position of an embedded part: no vocabulary has it
@@ -41,6 +43,7 @@ class Request:
         "block_ids",
         "bypass_prefix_cache",
         "cache_salt",
+        "copied_block",
         "deadline",
         "drafts",
         "embedded",
@@ -58,6 +61,7 @@ class Request:
         "prompt_logprobs",
         "request_id",
         "sampling",
+        "search",
         "state",
         "tenant",
         "token_ids",
@@ -97,7 +101,9 @@ class Request:
         self.num_given = 0  # preparers that have given it what it needs, in the scheduler's order
         self.waits: dict[Hashable, float] = {}  # seconds that it waited for each thing that was not ready
 
+        self.search = None if message.beams is None else BeamSearch(message.beams, self)
         self.block_ids: list[int] = []
+        self.copied_block: int | None = None  # to be copied into its last block before its next step
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were asked for
         self.adapter_slot: int | None = None
         self.adapter_start: int | None = 0  # the first token that the adapter applies to; None: it was not invoked
@@ -124,6 +130,28 @@ class Request:
                 self.token_ids += [NO_TOKEN] * part.length
             else:
                 self.token_ids += part
+
+    def forked(self) -> Request:
+        """A sequence with the same tokens, which holds no blocks."""
+        fork = copy(self)
+        fork.token_ids, fork.block_hashes = list(self.token_ids), list(self.block_hashes)
+        fork.block_ids, fork.num_computed_tokens = [], 0
+        return fork
+
+    @property
+    def sequences(self) -> Sequence[Request]:
+        """What is computed for it: itself, or the sequences of its search."""
+        return (self,) if self.search is None else self.search.sequences
+
+    @property
+    def leader(self) -> Request:
+        """The request that the scheduler knows: itself, unless it is a sequence of a search."""
+        return self if self.search is None else self.search.leader
+
+    @property
+    def num_places(self) -> int:
+        """How many sequences it may have."""
+        return 1 if self.search is None else self.search.beams.width
 
     def take_pooled(self, part: bytes) -> None:
         """Take what a step made of its rows: in place of what was before, or behind it where each row counts."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -18,6 +18,7 @@ from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.grammar import UNUSABLE_FORM
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.scheduling.beam_search import BeamSearch, Continuation
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.drafter import Drafter, NoDrafts
 from loraplex_engine.scheduling.fairness import FairQueue
@@ -25,6 +26,7 @@ from loraplex_engine.scheduling.request import Request, RequestState
 from loraplex_engine.scheduling.resources import NeverReadyError, Preparer, WaitingRoom
 from loraplex_engine.scheduling.step import SampledToken, ScheduledRequest, StepPlan, StepResult
 
+TOO_WIDE = "the cache has too few blocks for its beams: search with fewer, or for shorter outputs"
 ENDED_BY_TOKEN = (FinishReason.STOP, FinishReason.EOS)
 
 
@@ -104,18 +106,22 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
-            while not self.blocks.grow(request, request.num_computed_tokens + num_new):
+            shares = self._shares(request, budget)
+            while not all(self.blocks.grow(each, each.num_computed_tokens + num_new) for each, num_new in shares):
                 preempted = True
                 victim = max(self.running[index:], key=self._claim)
+                if victim is request and request.search is not None and len(self.running) == 1:
+                    self.fail(request, TOO_WIDE)
+                    break
                 self.running.remove(victim)
                 self._preempt(victim)
                 if victim is request:
                     break
             if request.state is not RequestState.RUNNING:
                 continue  # the next one has this index now
-            scheduled.append(self._scheduled(request, num_new))
-            budget -= num_new
+            for each, num_new in shares:
+                scheduled.append(self._scheduled(each, num_new))
+                budget -= num_new
             index += 1
 
         if not preempted:  # else blocks are short: whoever was preempted comes first
@@ -124,19 +130,39 @@ class Scheduler:
         left = self.max_num_batched_tokens - sum(item.num_new_tokens for item in scheduled)
         return StepPlan(tuple(self.drafter.add(scheduled, left)))
 
+    def _shares(self, request: Request, budget: int) -> list[tuple[Request, int]]:
+        """The sequences of a running request to be computed now, each with the number of its tokens.
+
+        Those of a preempted search begin one after the other: each finds the blocks that it shares with others.
+        """
+        shares: list[tuple[Request, int]] = []
+        for sequence in request.sequences:
+            if not sequence.block_ids:
+                if shares:
+                    break
+                self.blocks.start(sequence)
+            num_new = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            if num_new:
+                shares.append((sequence, num_new))
+                budget -= num_new
+        return shares
+
     def _admit(self, scheduled: list[ScheduledRequest], budget: int) -> None:
         """Start waiting requests while budget, places and blocks last."""
-        while budget > 0 and len(self.running) < self.max_num_seqs:
+        places = self.max_num_seqs - sum(request.num_places for request in self.running)
+        while budget > 0 and places > 0:
             request = self.waiting.peek()
             if request is None:
                 break
             if not self._provide(request):
                 continue
-            self.blocks.start(request)
-            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
-            if not self.blocks.grow(request, request.num_computed_tokens + num_new):
-                self.blocks.release(request)
+            first = request.sequences[0]
+            self.blocks.start(first)
+            num_new = min(first.num_tokens - first.num_computed_tokens, budget)
+            if request.num_places > places or not self.blocks.grow(first, first.num_computed_tokens + num_new):
+                self.blocks.release(first)
                 break  # in order: no request overtakes one that waits for blocks
+            places -= request.num_places
             self.waiting.remove(request)
             request.state = RequestState.RUNNING
             if request.first_scheduled_time is None:
@@ -144,12 +170,16 @@ class Scheduler:
                 request.num_cached_tokens = request.num_computed_tokens
                 self.waiting.charge(request, prompt_tokens=request.num_tokens - request.num_computed_tokens)
             self._insert_running(request)
-            scheduled.append(self._scheduled(request, num_new))
+            scheduled.append(self._scheduled(first, num_new))
             budget -= num_new
 
     def _scheduled(self, request: Request, num_new: int) -> ScheduledRequest:
         self.blocks.publish(request, request.num_computed_tokens + num_new)
-        return ScheduledRequest(request, request.num_computed_tokens, num_new)
+        if request.copied_block is None:
+            return ScheduledRequest(request, request.num_computed_tokens, num_new)
+        copied = request.copied_block, request.block_ids[request.num_computed_tokens // self.blocks.block_size]
+        request.copied_block = None
+        return ScheduledRequest(request, request.num_computed_tokens, num_new, copied_block=copied)
 
     def _insert_running(self, request: Request) -> None:
         index = len(self.running)
@@ -164,11 +194,17 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks. It keeps its adapter and recomputes, mostly from the prefix cache."""
-        self.blocks.release(request)
+        self._release(request)
         request.pooled.clear()
         request.state = RequestState.WAITING
         self.waiting.push(request)
         self.num_preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        for sequence in request.sequences:
+            self.blocks.release(sequence)
+        if request.search is not None:
+            request.search.forget()
 
     # ---- resources -------------------------------------------------------------------------------------------------
 
@@ -213,7 +249,10 @@ class Scheduler:
             self._collect_prompt_logprobs(request, item, result.prompt_logprobs.get(request.request_id))
             if request.request_id in result.pooled:
                 request.take_pooled(result.pooled[request.request_id])
-            if sampled:
+            if request.search is not None:
+                if sampled and request.leader.state is RequestState.RUNNING:
+                    outputs += self._take_candidates(request, request.search, sampled[0])
+            elif sampled:
                 outputs.append(self._take_tokens(item, sampled))
             elif item.catches_up and not request.draws and request.state is RequestState.RUNNING:
                 outputs.append(self._end_without_tokens(request))
@@ -261,6 +300,49 @@ class Scheduler:
             self._finish(request, reason)
         return self._with_beginning(output, request) if first else output
 
+    def _take_candidates(self, sequence: Request, search: BeamSearch, token: SampledToken) -> list[RequestOutput]:
+        """Note what may follow a sequence of a search, which goes on once that is known of all."""
+        assert token.logprobs is not None
+        if not search.take(sequence, token.logprobs):
+            return []
+        leader, count = search.leader, len(search.sequences)
+        first = search.length == 0
+        self.generated_tokens += count
+        self.waiting.charge(leader, output_tokens=count)
+        taken = RequestOutput(leader.request_id, [], num_searched=count)
+        continuations = search.advance()
+        if continuations:
+            self._branch(search, continuations)
+        outputs = [self._with_beginning(taken, leader) if first else taken]
+        return outputs if continuations else outputs + self._end_search(search)
+
+    def _branch(self, search: BeamSearch, continuations: Sequence[Continuation]) -> None:
+        """Let sequences go on as their continuations. Those with several branch, and those with none end."""
+        parents = {each.sequence for each in continuations}
+        for sequence in search.sequences:
+            if sequence not in parents:
+                self.blocks.release(sequence)
+        heirs: list[Request] = []
+        for parent in (each.sequence for each in continuations):
+            heir = parent.forked() if parent in heirs else parent
+            if heir is not parent:
+                self.blocks.fork(parent, heir)
+            heirs.append(heir)
+        for heir, continuation in zip(heirs, continuations, strict=True):
+            heir.token_ids.append(continuation.token_id)
+        search.follow(heirs, continuations)
+
+    def _end_search(self, search: BeamSearch, reason: FinishReason | None = None) -> list[RequestOutput]:
+        """Say what a search has found. `reason`: why it goes no further, where it has not ended by itself."""
+        leader, found = search.leader, search.outputs(reason)
+        self._finish(leader, reason or found[0].reason)
+        return [
+            self._with_beginning(
+                RequestOutput(output_id, each.token_ids, each.reason, each.stop_token_id, score=each.score), leader
+            )
+            for output_id, each in zip(search.beams.output_ids, found, strict=True)
+        ]
+
     def _keep_drafts(self, request: Request, count: int) -> None:
         """Count as computed the drafts that were drawn, too, and let others find their blocks."""
         if count:
@@ -298,7 +380,9 @@ class Scheduler:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request_id = heapq.heappop(self._deadlines)
             request = self.requests.get(request_id)
-            if request is not None:
+            if request is not None and request.search is not None:
+                self._outputs += self._end_search(request.search, FinishReason.TIME_LIMIT)
+            elif request is not None:
                 self._finish(request, FinishReason.TIME_LIMIT)
                 output = RequestOutput(request_id, [], FinishReason.TIME_LIMIT)
                 self._outputs.append(output if request.num_output_tokens else self._with_beginning(output, request))
@@ -314,12 +398,12 @@ class Scheduler:
         """End every request of a step that could not be computed. The others have lost nothing."""
         for item in plan.scheduled:
             self.blocks.retract(item.request)
-        for item in plan.scheduled:
-            self.fail(item.request, error)
+        for request in _leaders(item.request for item in plan.scheduled):
+            self.fail(request, error)
 
     def fail_formless(self, requests: Sequence[Request], problems: Mapping[int, str]) -> None:
         """End the requests that have a problem, by id: their forms allow no token."""
-        for request in requests:
+        for request in _leaders(requests):
             if request.request_id in problems:
                 self.fail(request, problems[request.request_id], UNUSABLE_FORM)
 
@@ -327,8 +411,10 @@ class Scheduler:
         """End the requests whose logits were NaN or infinite. No other request uses their cached blocks."""
         for request in requests:
             self.blocks.distrust(request)
+        failed = _leaders(requests)
+        for request in failed:
             self.fail(request, error)
-        self.num_not_finite += len(requests)
+        self.num_not_finite += len(failed)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         match request.state:
@@ -338,7 +424,7 @@ class Scheduler:
                 self.waiting.remove(request)
             case RequestState.WAITING_FOR_RESOURCE:
                 self.rooms[request.num_given].leave(request)
-        self.blocks.release(request)
+        self._release(request)
         self.drafter.forget(request)
         for room in self.rooms[: request.num_given]:
             room.release(request)
@@ -361,3 +447,8 @@ class Scheduler:
             queue_seconds=None if began is None else began - request.arrival_time,
             adapter_load_seconds=request.waits.get(request.adapter, 0.0),
         )
+
+
+def _leaders(requests: Iterable[Request]) -> list[Request]:
+    """The requests that these are, or are sequences of, each once."""
+    return list(dict.fromkeys(request.leader for request in requests))

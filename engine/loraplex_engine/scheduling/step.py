@@ -25,6 +25,7 @@ class ScheduledRequest:
     num_computed_tokens: int  # at the start of the step
     num_new_tokens: int  # 1 when decoding, a chunk of the prompt when prefilling
     draft_token_ids: tuple[int, ...] = ()  # guesses at the tokens to be drawn; only where the step draws
+    copied_block: tuple[int, int] | None = None  # a block, and the one that gets its content before the step
 
     @property
     def num_rows(self) -> int:

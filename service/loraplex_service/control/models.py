@@ -9,6 +9,7 @@ import grpc.aio
 from loraplex.v1 import models_pb2_grpc
 from loraplex.v1.models_pb2 import (
     MODEL_CAPABILITY_ADAPTERS,
+    MODEL_CAPABILITY_BEAM_SEARCH,
     MODEL_CAPABILITY_CHAT,
     MODEL_CAPABILITY_CONSTRAINT,
     MODEL_CAPABILITY_DRAFTS,
@@ -166,6 +167,7 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
             MODEL_CAPABILITY_PROMPT_LOGPROBS,
             MODEL_CAPABILITY_CONSTRAINT,
             MODEL_CAPABILITY_EMBED,
+            MODEL_CAPABILITY_BEAM_SEARCH,
         )
     )
     if model.tokenizer is not None and model.tokenizer.chat_template is not None:

@@ -32,7 +32,7 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateResponse,
 )
 from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.drafts import Drafts
+from loraplex_engine.link.drafts import NO_DRAFTS, Drafts
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_service.admission.tenants import Tenant
@@ -49,6 +49,7 @@ from loraplex_service.requests.in_flight import InFlight
 from loraplex_service.requests.messages import Messages
 from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.prompts import TextWork, prompt_tokens
+from loraplex_service.requests.ranking import num_ranked, ranking_params, wanted_beams
 from loraplex_service.requests.run import Event, Job, Run
 from loraplex_service.requests.sampling import derived_seed, sampling_params
 from loraplex_service.requests.scores import candidate_scores, candidate_tokens, scoring_sequences, scoring_spec
@@ -237,9 +238,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             spec, sampling, model.limits, tokenizer.eos_token_ids, tokenizer.num_token_ids, len(prompt), seed, path
         )
         drafts = wanted_drafts(spec, model.limits, path)
-        outputs = len(scored) or sampling.n or 1
+        if spec.HasField("beam_search") and grammar:
+            problem = "excludes a form, which the route or the adapter names"
+            raise InvalidRequest.at(f"{path}.beam_search", problem)
+        params, search = ranking_params(params, spec, sampling, model.limits, path), spec.beam_search
+        outputs = len(scored) or (sampling.n or 1 if search.num_beams else max(sampling.best_of, sampling.n, 1))
+        num_read, limit = len(prompt) + sum(map(len, scored)), params.time_limit_seconds
+        size = Size(num_read, search.num_beams or outputs, params.max_tokens)
         messages = None if scored else await self._messages.of(spec, outputs, tokenizer, prompt, tenant, path)
-        size, limit = Size(len(prompt) + sum(map(len, scored)), outputs, params.max_tokens), params.time_limit_seconds
         policy, named = spec.adapter_policy, f"{path}.model"
         async with self._entrance.entered(known, tenant, target, policy, size, limit, named) as entered:
             resolved = entered.target
@@ -260,6 +266,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 sequences=sequences,
                 arrival=call.arrival,
                 adapter_load_seconds=entered.wait.seconds,
+                num_ranked=None if scored else num_ranked(sampling, search),
                 form_path=_form_path(spec, path),
                 messages=messages,
             )
@@ -314,7 +321,8 @@ def _sequences(
         weight=tenant.config.weight,
         adapter_wait_seconds=entered.wait.seconds_left,
         grammar=grammar,
-        drafts=drafts,
+        drafts=NO_DRAFTS if spec.HasField("beam_search") else drafts,
+        beams=wanted_beams(spec.beam_search),
     )
     sequences = [first]
     for index in range(1, outputs):

@@ -1,5 +1,6 @@
 """Turns the tokens of one output into text, log-probabilities and a finish reason for the caller."""
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,17 @@ class OutputBuilder:
         self.num_held_tokens = 0
         said = delta.text or delta.reasoning or delta.tool_calls
         return delta if said or delta.token_ids or delta.logprobs else None
+
+    def ranked(self, index: int, score: float) -> Iterator[Delta | Finished]:
+        """The whole output, which has ended, as the one with this index among the best."""
+        assert self.finished is not None
+        self._index = self.finished.output_index = index
+        if math.isfinite(score):
+            self.finished.score = score
+        delta = self.take()
+        if delta is not None:
+            yield delta
+        yield self.finished
 
     def _push_freely(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> None:
         """Add all tokens at once: there are no stop strings to find."""

@@ -6,6 +6,7 @@ batch-invariant, near ties are the exception: there the last bits of a row decid
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from loraplex_service.errors import (
 from loraplex_service.requests.accounting import request_record
 from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.outputs import OutputBuilder, prompt_logprobs
+from loraplex_service.requests.ranking import to_send
 from loraplex_service.requests.succession import Succession, engine_failure
 from loraplex_service.telemetry.records import GenerationRecord
 from loraplex_service.telemetry.series import Distribution
@@ -54,6 +56,7 @@ class Job:
     arrival: float
     adapter_load_seconds: float  # waited for already
     constraint: str  # the kind of the form that its outputs have; empty: none
+    num_ranked: int | None  # outputs that come back, the best, once all have ended; None: all, as they come
     form_path: str  # where the request says what form its outputs must have
     messages: Sequence[Message] | None = None  # that read the outputs; None: they are plain text
 
@@ -81,6 +84,21 @@ class _Sequence:
     token_ids: list[int] = field(default_factory=list)  # generated, whether or not the caller has seen them
     scored: Sequence[TokenLogprobs] = ()  # what it has behind the prompt
     last_token: float | None = None  # the time of the last token
+    logprob: float = 0.0  # the sum over its tokens, where it is ranked by their mean
+    num_summed: int = 0  # of its tokens
+    score: float | None = None  # that a search gave it
+
+    def rank(self, output: RequestOutput) -> None:
+        """Take into account what the builder has got."""
+        self.score = output.score
+        count, self.num_summed = self.builder.num_tokens - self.num_summed, self.builder.num_tokens
+        self.logprob += sum(entry.logprob for entry in (output.logprobs or ())[:count])
+
+    def ranked_by(self) -> float:
+        """What it is ranked by: the higher the better."""
+        if self.score is not None:
+            return self.score
+        return self.logprob / self.builder.num_tokens if self.builder.num_tokens else -math.inf
 
 
 class Run:
@@ -115,6 +133,8 @@ class Run:
         self._timings = Timings()
         self._cached_tokens = 0
         self._draft_tokens = self._accepted_draft_tokens = 0
+        self._searched_tokens = 0
+        self._found: list[RequestOutput] = []  # of a search that has ended, as long as some are missing
         self._started = False
         self._computed = False  # a step has worked for it
         self._has_token = False
@@ -123,7 +143,7 @@ class Run:
         self._ends_at = None if limit is None else self._submitted + limit
         self._is_over = limit == 0  # before an engine could begin
         self._engines = Succession(job.request_id, client, successor, job.adapter)
-        self._generation: Generation = client.requests.generate(*(() if self._is_over else job.sequences))
+        self._generation: Generation = client.requests.generate(*(() if self._is_over else to_send(job.sequences)))
         self._token_gaps = token_gaps
         self._tell_started = start
 
@@ -132,7 +152,7 @@ class Run:
         return Usage(
             prompt_tokens=self._job.num_prompt_tokens,
             cached_prompt_tokens=self._cached_tokens,
-            completion_tokens=sum(sequence.builder.num_tokens for sequence in self._sequences),
+            completion_tokens=self._searched_tokens or sum(each.builder.num_tokens for each in self._sequences),
             draft_tokens=self._draft_tokens,
             accepted_draft_tokens=self._accepted_draft_tokens,
         )
@@ -213,18 +233,32 @@ class Run:
     async def _next(self, flush_at: float | None) -> RequestOutput:
         """The engine's next output. Raises TimeoutError at `flush_at`."""
         if flush_at is None:  # most of the time; a timeout that never comes costs as much as one that does
-            return await anext(self._generation)
+            return await self._next_output()
         async with asyncio.timeout_at(flush_at):
-            return await anext(self._generation)
+            return await self._next_output()
+
+    async def _next_output(self) -> RequestOutput:
+        """The engine's next output. What a search has found comes when all of it has: no engine can die in between."""
+        while self._job.sequences[0].beams is not None:
+            num_ended = sum(sequence.builder.finished is not None for sequence in self._sequences)
+            if self._found and len(self._found) + num_ended == len(self._sequences):
+                return self._found.pop(0)
+            output = await anext(self._generation)
+            if output.finish_reason in (None, FinishReason.ERROR):
+                return output
+            self._found.append(output)
+        return await anext(self._generation)
 
     async def _resume(self) -> None:
         """Go on with the next engine. Tokens of the old one that were not read yet are generated again."""
         client = await self._engines.next()
+        self._found.clear()  # a search begins anew
+        self._searched_tokens = 0
         for sequence in self._open.values():  # each engine counts its requests anew
             sequence.request = self._continued(sequence, client.requests.new_id())
         self._open = {sequence.request.request_id: sequence for sequence in self._open.values()}
         unfinished = [sequence.request for sequence in self._open.values() if sequence.builder.finished is None]
-        self._generation = client.requests.generate(*unfinished)
+        self._generation = client.requests.generate(*to_send(unfinished))
 
     def _continued(self, sequence: _Sequence, request_id: int) -> AddRequest:
         """The request for the rest of an output."""
@@ -266,7 +300,10 @@ class Run:
         """The events that are due once the output's builder has it."""
         sequence = self._open[output.request_id]
         sequence.token_ids += output.token_ids
-        if output.token_ids:
+        self._searched_tokens += output.num_searched
+        if self._job.num_ranked is not None:
+            sequence.rank(output)
+        if output.token_ids and output.score is None:
             self._observe_gaps(sequence, len(output.token_ids))
         # A stop string, or the only call: the engine does not know of it.
         if sequence.builder.finished is not None and output.finish_reason is None:
@@ -330,6 +367,9 @@ class Run:
         """
         if self._sequences[0].awaits_prompt_logprobs:
             return
+        if self._job.num_ranked is not None:
+            yield from self._take_best(self._job.num_ranked)
+            return
         for request_id, sequence in list(self._open.items()):
             builder = sequence.builder
             if not everything and builder.finished is None and builder.num_held_tokens < self._job.form.chunk_tokens:
@@ -340,6 +380,15 @@ class Run:
             if builder.finished is not None:
                 del self._open[request_id]
                 yield builder.finished
+
+    def _take_best(self, count: int) -> Iterator[Event]:
+        """The best outputs, the best first, once all have ended."""
+        if any(sequence.builder.finished is None for sequence in self._sequences):
+            return
+        self._open.clear()
+        ranked = sorted(self._sequences, key=lambda sequence: -sequence.ranked_by())
+        for index, sequence in enumerate(ranked[:count]):
+            yield from sequence.builder.ranked(index, sequence.ranked_by())
 
     def _holds_tokens(self) -> bool:
         return any(sequence.builder.num_held_tokens for sequence in self._open.values())

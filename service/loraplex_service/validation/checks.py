@@ -143,6 +143,29 @@ def _check_spec(spec: GenerateSpec, path: str) -> Iterator[Violation]:
         for name in ("top_logprobs", "logprob_token_ids"):
             if getattr(output, name):
                 yield Violation(_at(path, f"output.{name}"), "asks for log-probabilities, and logprobs is false")
+    if spec.sampling.HasField("best_of") and spec.sampling.best_of < spec.sampling.n:
+        problem = f"is {spec.sampling.best_of}, fewer than n, {spec.sampling.n}"
+        yield Violation(_at(path, "sampling.best_of"), problem)
+    if spec.HasField("beam_search"):
+        yield from _check_beam_search(spec, path)
+
+
+def _check_beam_search(spec: GenerateSpec, path: str) -> Iterator[Violation]:
+    """The violations of a spec that asks for a search."""
+    if not spec.beam_search.num_beams:
+        yield Violation(_at(path, "beam_search.num_beams"), "is required: how many beginnings go on")
+    if spec.sampling.n > spec.beam_search.num_beams:
+        problem = f"is {spec.sampling.n}, more than beam_search.num_beams, {spec.beam_search.num_beams}"
+        yield Violation(_at(path, "sampling.n"), problem)
+    if spec.stopping.HasField("max_tokens") and not spec.stopping.max_tokens:
+        yield Violation(_at(path, "stopping.max_tokens"), "is 0, and beam_search searches for tokens")
+    for part, names in _NOT_SEARCHED.items():
+        for field, value in getattr(spec, part).ListFields():
+            if field.name in names and not (field.name == "temperature" and value == 0):
+                yield Violation(_at(path, f"{part}.{field.name}"), _IN_A_SEARCH)
+    for name, is_given in {"constraint": spec.HasField("constraint"), "drafts": spec.HasField("drafts")}.items():
+        if is_given:
+            yield Violation(_at(path, name), _IN_A_SEARCH)
 
 
 def _check_message(spec: GenerateSpec, path: str) -> Iterator[Violation]:
@@ -184,6 +207,16 @@ def _check_constraint(constraint: Constraint, path: str) -> Iterator[Violation]:
         yield Violation(path, "is empty: give json_schema, json_object, regex, choices or grammar, or leave it out")
     elif kind == "choices" and not constraint.choices.values:
         yield Violation(_at(path, "choices.values"), "is empty; give at least one")
+
+
+def _check_streaming(request: StreamGenerateRequest, path: str) -> Iterator[Violation]:
+    yield from _check_stream(request, path)
+    ranked = {"sampling.best_of": request.spec.sampling.HasField("best_of")}
+    ranked["beam_search"] = request.spec.HasField("beam_search")
+    for name, is_given in ranked.items():
+        if is_given:
+            problem = "ranks outputs once all have ended: nothing can be streamed. Use Generate or BatchGenerate"
+            yield Violation(_at(path, f"spec.{name}"), problem)
 
 
 def _check_unary(spec: GenerateSpec, path: str) -> Iterator[Violation]:
@@ -288,12 +321,18 @@ def _check_registration(request: CreateAdapterRequest, path: str) -> Iterator[Vi
 
 _TOOL_NAME = re.compile(r"[\w./:-]+", re.ASCII)
 _DIGEST = re.compile(f"sha256:{DIGEST}")
+_IN_A_SEARCH = "excludes beam_search; leave out one of them"
+_NOT_SEARCHED = {
+    "sampling": ("temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "best_of", "bad_words"),
+    "stopping": ("stop",),
+    "output": ("logprobs", "top_logprobs", "prompt_logprobs", "logprob_token_ids", "logprobs_mode"),
+}
 _SCORED = {"model", "prompt", "output", "cache", "adapter_policy", "priority", "client_request_id", "labels"}
 _NOT_SCORED = "has no meaning for Score, which generates nothing; leave it out"
 _NO_PROMPT = "is required: give text, token_ids or chat"
 _RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
     "GenerateRequest": _check_generate,
-    "StreamGenerateRequest": _check_stream,
+    "StreamGenerateRequest": _check_streaming,
     "ScoreRequest": _check_score,
     "Candidate": _check_candidate,
     "EmbedRequest": _check_embed,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from google.protobuf.duration_pb2 import Duration
 
-from loraplex.v1.generation_pb2 import DraftKind, LogprobsMode, OnCold
+from loraplex.v1.generation_pb2 import DraftKind, EarlyStopping, LogprobsMode, OnCold
 from loraplex.v1.pooling_pb2 import Pooling
 from loraplex.v1.prompt_pb2 import ToolMode
 from loraplex_engine.link.drafts import MOST_DRAFTS
@@ -176,6 +176,10 @@ LIMITS: Mapping[str, Limit] = {
     "Sampling.presence_penalty": Range(-2, 2),
     "Sampling.frequency_penalty": Range(-2, 2),
     "Sampling.n": Range(1, 16),
+    "Sampling.best_of": Range(1, 16),
+    "BeamSearch.num_beams": Range(2, 16),
+    "BeamSearch.length_penalty": Range(-10, 10),
+    "BeamSearch.early_stopping": Known(EarlyStopping.values),
     "Sampling.logit_bias": Entries(1024, Range(-100, 100)),
     "Sampling.allowed_token_ids": Entries(1024),
     "Sampling.bad_words": Entries(64, Text(128, least=1)),
