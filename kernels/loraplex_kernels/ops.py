@@ -248,14 +248,16 @@ class Ops(Protocol):
         shape: HeadShape,
         qk_norm: QKNorm | None,
         positions: Tensor,  # int64 [T]
-        cos_sin: Tensor,  # float32 [max positions, 2, D/2]: cosines, then sines
+        cos_sin: Tensor,  # float32 [max positions, 2, R/2]: cosines, then sines
         cache: LayerKV,
         slot_mapping: Tensor,  # int64 [T]
+        interleaved: bool = False,
     ) -> Tensor:
         """Norm (if any) and rotate queries and keys, store keys and values in the cache, return the queries [T, H, D].
 
-        With x₁ = x[..., :D/2], x₂ = x[..., D/2:]: out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. Values are not
-        rotated; `qkv` may be overwritten.  Source: RoFormer (arXiv 2104.09864), halves as in GPT-NeoX.
+        Of each head the first R ≤ D dimensions are turned, pair by pair: x₁ becomes x₁·cos − x₂·sin, and x₂ becomes
+        x₂·cos + x₁·sin. A pair is R/2 apart, as in GPT-NeoX; `interleaved`: two neighbours, as in GPT-J. Values are not
+        rotated; `qkv` may be overwritten.  Source: RoFormer (arXiv 2104.09864).
         """
 
     def paged_attention(

@@ -200,9 +200,10 @@ class ReferenceOps(TorchSampling):
         shape: HeadShape,
         qk_norm: QKNorm | None,
         positions: Tensor,  # int64 [T]
-        cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+        cos_sin: Tensor,  # float32 [max positions, 2, R/2]
         cache: LayerKV,
         slot_mapping: Tensor,  # int64 [T]
+        interleaved: bool = False,
     ) -> Tensor:
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
@@ -210,10 +211,10 @@ class ReferenceOps(TorchSampling):
         if qk_norm is not None:
             q = self.rms_norm(q.float(), qk_norm.q_weight, qk_norm.eps)  # rounds once, after the rotation
             k = self.rms_norm(k.float(), qk_norm.k_weight, qk_norm.eps)
-        cos, sin = cos_sin[positions].unsqueeze(2).unbind(1)  # [T, 1, D/2] each
-        _store(_rotate(k, cos, sin), cache.k, cache.k_scale, slot_mapping)
+        cos, sin = cos_sin[positions].unsqueeze(2).unbind(1)  # [T, 1, R/2] each
+        _store(_rotate(k, cos, sin, interleaved), cache.k, cache.k_scale, slot_mapping)
         _store(v, cache.v, cache.v_scale, slot_mapping)
-        return _rotate(q, cos, sin).to(qkv.dtype)
+        return _rotate(q, cos, sin, interleaved).to(qkv.dtype)
 
     def paged_attention(
         self,
@@ -266,10 +267,17 @@ class ReferenceOps(TorchSampling):
         return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, heads, D], cos and sin: float32 [T, 1, D/2] → float32 as x"""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x: [T, heads, D], cos and sin: float32 [T, 1, R/2] → float32 as x"""
+    dims = 2 * cos.shape[-1]
+    turning, rest = x[..., :dims].float(), x[..., dims:].float()
+    if interleaved:
+        first, second = turning[..., ::2], turning[..., 1::2]
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    else:
+        first, second = turning.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned, rest), dim=-1)
 
 
 def _store(heads: Tensor, stored: Tensor, scales: Tensor | None, slots: Tensor) -> None:

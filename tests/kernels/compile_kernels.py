@@ -140,11 +140,13 @@ class Launches:
     def small(self, shape, width):
         weight = torch.zeros(shape.head_dim)
         qkv = self.zeros(2, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
-        cos_sin, positions = torch.zeros(4, 2, shape.head_dim // 2), torch.zeros(2, dtype=torch.long)
+        positions = torch.zeros(2, dtype=torch.long)
+        whole, part = torch.zeros(4, 2, shape.head_dim // 2), torch.zeros(4, 2, shape.head_dim // 4)
         for stored in (self.dtype, *QUANTIZED_KV):
             cache = self.ops.allocate_kv(4, 16, shape, stored)
             for norm in (None, QKNorm(weight, weight, 1e-6)):
-                self.ops.rotary_store_kv(qkv, shape, norm, positions, cos_sin, cache, positions)
+                self.ops.rotary_store_kv(qkv, shape, norm, positions, whole, cache, positions)
+                self.ops.rotary_store_kv(qkv, shape, norm, positions, part, cache, positions, True)
         x = self.zeros(2, width)
         self.ops.rms_norm(x, torch.zeros(width), 1e-6)
         self.ops.add_rms_norm(x, x.clone(), torch.zeros(width), 1e-6)

@@ -467,10 +467,11 @@ def test_activations_of_extreme_values(ops):
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("heads", "head_dim"), [((3, 1), 8), ((4, 2), 64), ((2, 2), 80), ((12, 4), 128)])
-def test_rotary_store_kv(ops, dtype, heads: tuple[int, int], head_dim, norm):
+@pytest.mark.parametrize(("part", "interleaved"), [(1.0, False), (0.5, False), (1.0, True), (0.25, True)])
+def test_rotary_store_kv(ops, dtype, heads: tuple[int, int], head_dim, norm, part, interleaved):
     """Where the keys and values went is seen through attention over them."""
     shape, rows = HeadShape(*heads, head_dim), 30
-    angles = torch.rand(rows, head_dim // 2, generator=torch.Generator().manual_seed(1)) * 6
+    angles = torch.rand(rows, int(head_dim * part) // 2, generator=torch.Generator().manual_seed(1)) * 6
     cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)
     weights = rand(2, head_dim).abs()
     qk_norm = QKNorm(weights[0], weights[1], 1e-6) if norm else None
@@ -482,7 +483,7 @@ def test_rotary_store_kv(ops, dtype, heads: tuple[int, int], head_dim, norm):
     qkv, outputs = rand(rows, (heads[0] + 2 * heads[1]) * head_dim, dtype=dtype), []
     for backend in (ops, REFERENCE):
         kv = backend.allocate_kv(3, 16, shape, dtype)
-        q = backend.rotary_store_kv(qkv.clone(), shape, qk_norm, positions, cos_sin, kv, slots)
+        q = backend.rotary_store_kv(qkv.clone(), shape, qk_norm, positions, cos_sin, kv, slots, interleaved)
         outputs.append((q, backend.paged_attention(q, kv, metadata, head_dim**-0.5, None, None)))
     close(outputs[0][0], outputs[1][0])
     close(outputs[0][1], outputs[1][1])

@@ -226,9 +226,11 @@ def test_paged_attention_in_bounded_pieces(generator, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [False, True])
-def test_rotary_store_kv(generator, dtype, norm):
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dims", [8, 6, 2])
+def test_rotary_store_kv(generator, dtype, norm, interleaved, dims):
     shape, positions = HeadShape(3, 1, 8), torch.tensor([4, 0, 9])
-    angles = torch.rand(10, 4, generator=generator) * 6
+    angles = torch.rand(10, dims // 2, generator=generator) * 6
     cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)
     qkv = torch.randn(3, 5 * 8, generator=generator).to(dtype)
     weights = torch.rand(2, 8, generator=generator) + 0.5
@@ -240,11 +242,17 @@ def test_rotary_store_kv(generator, dtype, norm):
         if norm:
             head = head / torch.sqrt((head * head).mean() + 1e-6) * weight
         turns = [complex(math.cos(angle), math.sin(angle)) for angle in angles[position]]
-        pairs = [complex(a, b) * turn for a, b, turn in zip(head[:4], head[4:], turns, strict=True)]
-        return torch.tensor([z.real for z in pairs] + [z.imag for z in pairs])
+        firsts, seconds = slice(0, dims // 2), slice(dims // 2, dims)
+        if interleaved:
+            firsts, seconds = slice(0, dims, 2), slice(1, dims, 2)
+        pairs = [complex(a, b) * turn for a, b, turn in zip(head[firsts], head[seconds], turns, strict=True)]
+        head = head.clone()
+        head[firsts] = torch.tensor([z.real for z in pairs]).double()
+        head[seconds] = torch.tensor([z.imag for z in pairs]).double()
+        return head
 
     heads = qkv.clone().view(3, 5, 8)
-    q = OPS.rotary_store_kv(qkv, shape, qk_norm, positions, cos_sin, cache, slots)
+    q = OPS.rotary_store_kv(qkv, shape, qk_norm, positions, cos_sin, cache, slots, interleaved)
     stored_k, stored_v = cache.k.view(12, 1, 8), cache.v.view(12, 1, 8)
     for t, position in enumerate(positions.tolist()):
         for h in range(3):

@@ -130,16 +130,17 @@ def stored(cache, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("heads", [(3, 1, 8), (14, 2, 64), (2, 2, 80), (9, 3, 90), (1, 1, 256)])
-def test_rotary_store_kv(random, dtype, norm, heads):
+@pytest.mark.parametrize(("part", "interleaved"), [(1.0, False), (0.5, False), (1.0, True), (0.25, True)])
+def test_rotary_store_kv(random, dtype, norm, heads, part, interleaved):
     shape = HeadShape(*heads)
     qkv = random(3, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=dtype)
-    angles = random(10, shape.head_dim // 2)
+    angles = random(10, int(shape.head_dim * part) // 2)
     cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1).contiguous()
     qk_norm = QKNorm(random(shape.head_dim), random(shape.head_dim), 1e-6) if norm else None
     positions, slots = torch.tensor([4, 0, 9], device=DEVICE), torch.tensor([5, 2, 11], device=DEVICE)
     caches = [ops.allocate_kv(BLOCKS, BLOCK_SIZE, shape, dtype) for ops in BOTH]
     queries = [
-        ops.rotary_store_kv(qkv.clone(), shape, qk_norm, positions, cos_sin, cache, slots)
+        ops.rotary_store_kv(qkv.clone(), shape, qk_norm, positions, cos_sin, cache, slots, interleaved)
         for ops, cache in zip(BOTH, caches, strict=True)
     ]
     close(*queries)

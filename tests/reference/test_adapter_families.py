@@ -21,7 +21,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Olmo2": {"attention_bias": True},
     "Olmo3": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "Exaone4": {"sliding_window": 6, "sliding_window_pattern": 2},
-    "Phi3": {},
+    "Phi3": {"rope_parameters": {"partial_rotary_factor": 0.75}},
+    "Glm": {"head_dim": 8},
+    "Glm4": {"head_dim": 12},
+    "Ernie4_5": {"head_dim": 8},
+    "Helium": {"head_dim": 8},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear", "use_rslora": True},

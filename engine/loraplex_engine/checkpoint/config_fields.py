@@ -105,6 +105,10 @@ class ConfigFields:
             for place, each in enumerate(value)
         )
 
+    def raw(self) -> Mapping[str, object]:
+        """The object as it is in the file."""
+        return self._raw
+
     def names(self) -> tuple[str, ...]:
         return tuple(self._raw)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -70,6 +70,12 @@ class Rope:
 
     theta: float
     scaling: LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
+    part: float = 1.0  # of each head, from its first dimension on, that is turned
+    interleaved: bool = False  # what is turned together are neighbours, not a dimension of each half
+
+    def dims(self, head_dim: int) -> int:
+        """The dimensions of a head that are turned."""
+        return int(head_dim * self.part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +86,27 @@ class LayerAttention:
     window: int | None = None  # tokens seen, the own one included; None: all
 
 
-# Where the norms of attention and feed-forward are: before each of the two, behind it, or both.
-NormPlaces = Literal["before", "behind", "around"]
 # Where ranks divide the inputs of a linear, its output is the sum of theirs.
 Split = Literal["outputs", "inputs", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """The norms that a layer has, by their paths in it.
+
+    The checkpoints' names differ: what most models call post_attention is the norm before the feed-forward, and what
+    Gemma calls so comes after attention, before the sum.
+    """
+
+    before_attention: str | None = None
+    before_mlp: str | None = None
+    after_attention: str | None = None
+    after_mlp: str | None = None
+
+
+NORMS_BEFORE = LayerNorms("input_layernorm", "post_attention_layernorm")
+NORMS_BEHIND = LayerNorms(None, None, "post_attention_layernorm", "post_feedforward_layernorm")
+NORMS_AROUND = replace(NORMS_BEHIND, before_attention="input_layernorm", before_mlp="pre_feedforward_layernorm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +166,7 @@ class ModelConfig:
     fused_tensors: bool = False  # query, key and value are one tensor in the checkpoint, and gate and up (Phi)
     qk_norm: bool = False  # RMS norm over each query and key head
     projection_norm: bool = False  # RMS norm over all of a token's queries, and over all of its keys (OLMo)
-    norms: NormPlaces = "before"
+    norms: LayerNorms = NORMS_BEFORE
     norm_offset: float = 0.0  # added to every norm weight: Gemma's checkpoints store weight - 1
     embedding_scale: float | None = None
     residual_scale: float | None = None  # of what attention and feed-forward add

@@ -20,7 +20,7 @@ from loraplex_kernels.finite import all_finite
 
 
 def cos_sin_table(rope: Rope | None, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
-    """Cosines, then sines, of position · frequency → float32 [num_positions, 2, D/2]. None: nothing turns.
+    """Cosines, then sines, of position · frequency → float32 [num_positions, 2, R/2]. None: nothing turns.
 
     float32 throughout, in the order of transformers' own arithmetic: an angle at position 100 000 amplifies a frequency
     that is one bit off.
@@ -28,7 +28,7 @@ def cos_sin_table(rope: Rope | None, head_dim: int, num_positions: int, device: 
     if rope is None:
         still = torch.tensor([1.0, 0.0], device=device)
         return still[None, :, None].repeat(num_positions, 1, head_dim // 2)
-    frequencies = inverse_frequencies(rope, head_dim, num_positions)
+    frequencies = inverse_frequencies(rope, rope.dims(head_dim), num_positions)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
     table = torch.stack((angles.cos(), angles.sin()), dim=1)
     if isinstance(rope.scaling, YarnScaling | LongRopeScaling):
@@ -39,7 +39,7 @@ def cos_sin_table(rope: Rope | None, head_dim: int, num_positions: int, device: 
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, num_positions: int) -> Tensor:
-    """θ^(−2i/D), scaled as the model asks → float32 [D/2]
+    """θ^(−2i/D), scaled as the model asks → float32 [D/2], where D dimensions of a head are turned
 
     num_positions: the length of the longest sequence that is allowed.
     """

@@ -32,7 +32,8 @@ class DecoderLayer:
     norm_after_mlp: AdaptedNorm | None
     qk_norm: QKNorm | None
     projection_norm: ProjectionNorm | None
-    cos_sin: Tensor  # float32 [max positions, 2, D/2], shared between layers of one kind
+    cos_sin: Tensor  # float32 [max positions, 2, R/2], shared between layers of one kind
+    interleaved: bool  # how cos_sin is meant
     window: int | None  # tokens
 
     @property
@@ -146,6 +147,7 @@ class LanguageModel:
             layer.cos_sin,
             kv,
             batch.attention.slot_mapping,
+            layer.interleaved,
         )
         x = ops.paged_attention(q, kv, batch.attention, config.attention_scale, layer.window, config.attention_soft_cap)
         return layer.o(x, batch.lora)

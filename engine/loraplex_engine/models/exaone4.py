@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
-from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig
+from loraplex_engine.checkpoint.model_config import NORMS_BEHIND, LayerAttention, ModelConfig
 from loraplex_engine.models.reading import Family, all_but_every, decoder_config, sliding_layers
 from loraplex_engine.models.rope_reading import read_rope
 
@@ -32,7 +32,7 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
         LayerAttention(rope if slides or window is None else None, window if slides else None)
         for slides in sliding_layers(fields, pattern)
     )
-    return replace(decoder_config(architecture, fields, layers), qk_norm=True, norms="behind")
+    return replace(decoder_config(architecture, fields, layers), qk_norm=True, norms=NORMS_BEHIND)
 
 
 def _pattern(fields: ConfigFields, num_layers: int) -> tuple[bool, ...]:

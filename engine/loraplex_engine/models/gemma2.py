@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
-from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig
+from loraplex_engine.checkpoint.model_config import NORMS_AROUND, LayerAttention, ModelConfig
 from loraplex_engine.models.reading import Family, decoder_config, sliding_layers
 from loraplex_engine.models.rope_reading import read_rope
 
@@ -39,7 +39,7 @@ def gemma_config(architecture: str, fields: ConfigFields, layers: tuple[LayerAtt
         config,
         qkv_bias=bias,
         o_bias=bias,
-        norms="around",
+        norms=NORMS_AROUND,
         norm_offset=1.0,
         embedding_scale=config.hidden_size**0.5,
         attention_scale=fields.number("query_pre_attn_scalar") ** -0.5,

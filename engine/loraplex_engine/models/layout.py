@@ -5,7 +5,7 @@ Written down once: the expected tensors, the loading, the LoRA targets and each 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE
 from loraplex_adapters.runtime.targets import LoraTarget, Share, TargetKind
@@ -99,44 +99,30 @@ def held_heads(config: ModelConfig, shard: Shard) -> HeadShape:
     return HeadShape(query.stop - query.start, key_value.stop - key_value.start, config.head_dim)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerNorms:
-    """Module paths inside a layer. The checkpoint's names differ: what most models call post_attention is the norm
-    before the feed-forward, and what Gemma calls so comes after attention, before the sum."""
-
-    before_attention: str | None = None
-    before_mlp: str | None = None
-    after_attention: str | None = None
-    after_mlp: str | None = None
-    query: str | None = None
-    key: str | None = None
+# The norms of query and key heads, or of whole projections, by their paths in a layer.
+QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 
 
-def layer_norms(config: ModelConfig) -> LayerNorms:
-    query, key = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm or config.projection_norm else (None, None)
-    if config.norms == "before":
-        return LayerNorms("input_layernorm", "post_attention_layernorm", query=query, key=key)
-    behind = LayerNorms(None, None, "post_attention_layernorm", "post_feedforward_layernorm", query, key)
-    if config.norms == "behind":
-        return behind
-    return replace(behind, before_attention="input_layernorm", before_mlp="pre_feedforward_layernorm")
+def residual_norms(config: ModelConfig) -> tuple[str, ...]:
+    """The paths in a layer of the norms that adapters may replace."""
+    norms = config.norms
+    places = norms.before_attention, norms.before_mlp, norms.after_attention, norms.after_mlp
+    return tuple(place for place in places if place is not None)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this model holds, and its shape."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
-    norms = layer_norms(config)
     for layer in range(config.num_layers):
         for linear in layer_linears(config, layer):
             for part, out_features in stored_shapes(linear):
                 shapes[f"model.layers.{layer}.{part}.weight"] = (out_features, linear.in_features)
                 if linear.bias:
                     shapes[f"model.layers.{layer}.{part}.bias"] = (out_features,)
-        for norm in (norms.before_attention, norms.before_mlp, norms.after_attention, norms.after_mlp):
-            if norm is not None:
-                shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
-        for norm, heads in ((norms.query, config.num_heads), (norms.key, config.num_kv_heads)):
-            if norm is not None:
+        for norm in residual_norms(config):
+            shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
+        if config.qk_norm or config.projection_norm:
+            for norm, heads in ((QUERY_NORM, config.num_heads), (KEY_NORM, config.num_kv_heads)):
                 normed = config.head_dim * (heads if config.projection_norm else 1)
                 shapes[f"model.layers.{layer}.{norm}.weight"] = (normed,)
     shapes[FINAL_NORM] = (config.hidden_size,)
@@ -163,11 +149,9 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
         head: LoraTarget(HEAD_SITE, hidden, 0, vocabulary, tied_to=embedding if config.tie_word_embeddings else None),
         FINAL_NORM.removesuffix(".weight"): replace(norm, site=FINAL_NORM_SITE),
     }
-    norms = layer_norms(config)
     for layer in range(config.num_layers):
-        for module in (norms.before_attention, norms.before_mlp, norms.after_attention, norms.after_mlp):
-            if module is not None:
-                targets[f"model.layers.{layer}.{module}"] = replace(norm, site=norm_site(layer, module))
+        for module in residual_norms(config):
+            targets[f"model.layers.{layer}.{module}"] = replace(norm, site=norm_site(layer, module))
         for linear in layer_linears(config, layer):
             for module, target in _linear_targets(site_name(layer, linear), linear, shard).items():
                 targets[f"model.layers.{layer}.{module}"] = target

@@ -28,9 +28,10 @@ from loraplex_engine.models.layout import (
     HEAD,
     HEAD_MODULE,
     HEAD_SITE,
+    KEY_NORM,
+    QUERY_NORM,
     adds_bias,
     layer_linears,
-    layer_norms,
     norm_site,
     site_name,
     stored_parts,
@@ -193,11 +194,11 @@ class _Loader:
         )
 
     def _layer(self, index: int) -> DecoderLayer:
-        prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], layer_norms(self.config)
+        prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], self.config.norms
         qkv, o, *others = (self._fused(index, prefix, linear) for linear in layer_linears(self.config, index))
         qk_norm = projection_norm = None
-        if norms.query is not None and norms.key is not None:
-            query, key = (self._norm(f"{prefix}{norm}.weight") for norm in (norms.query, norms.key))
+        if self.config.qk_norm or self.config.projection_norm:
+            query, key = (self._norm(f"{prefix}{norm}.weight") for norm in (QUERY_NORM, KEY_NORM))
             if self.config.projection_norm:
                 projection_norm = ProjectionNorm(self.ops, query, key, self.config.rms_norm_eps)
             else:
@@ -213,6 +214,7 @@ class _Loader:
             qk_norm=qk_norm,
             projection_norm=projection_norm,
             cos_sin=self.cos_sin[attention.rope],
+            interleaved=attention.rope is not None and attention.rope.interleaved,
             window=self._window(attention),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
-from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig
+from loraplex_engine.checkpoint.model_config import NORMS_BEHIND, LayerAttention, ModelConfig
 from loraplex_engine.models.gemma3 import read_ropes
 from loraplex_engine.models.reading import Family, all_but_every, decoder_config, sliding_layers
 from loraplex_engine.models.rope_reading import read_rope
@@ -36,7 +36,7 @@ def olmo_config(architecture: str, fields: ConfigFields, layers: tuple[LayerAtte
     """What both versions have in common."""
     bias = fields.flag("attention_bias")
     config = decoder_config(architecture, fields, layers)
-    return replace(config, qkv_bias=bias, o_bias=bias, projection_norm=True, norms="behind")
+    return replace(config, qkv_bias=bias, o_bias=bias, projection_norm=True, norms=NORMS_BEHIND)
 
 
 FAMILY = Family(("Olmo2ForCausalLM",), ("olmo2",), read)

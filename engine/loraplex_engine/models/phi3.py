@@ -8,7 +8,7 @@ from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig
 from loraplex_engine.layers.feed_forward import GatedLayout
 from loraplex_engine.models.reading import Family, decoder_config, gate_activation
-from loraplex_engine.models.rope_reading import read_rope
+from loraplex_engine.models.rope_reading import read_partial_rope
 
 DEFAULTS = {
     "hidden_act": "silu",
@@ -20,7 +20,7 @@ DEFAULTS = {
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     fields = fields.with_defaults(DEFAULTS)
-    layer = LayerAttention(read_rope(fields), fields.optional_integer("sliding_window"))
+    layer = LayerAttention(read_partial_rope(fields), fields.optional_integer("sliding_window"))
     gated = GatedLayout(fields.integer("intermediate_size"), gate_activation(fields), stored_fused=True)
     layers = (layer,) * fields.integer("num_hidden_layers")
     return replace(decoder_config(architecture, fields, layers, feed_forward=gated), fused_tensors=True)

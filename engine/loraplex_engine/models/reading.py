@@ -68,7 +68,7 @@ def decoder_config(
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if head_dim % 2:
         raise fields.error("head_dim", head_dim, "even, as rotary embeddings turn its two halves")
-    _check_factors(fields, layers, head_dim)
+    _check_ropes(fields, layers, head_dim)
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})")
     if feed_forward is None:
@@ -120,12 +120,15 @@ def _max_positions(fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> 
     return longest
 
 
-def _check_factors(fields: ConfigFields, layers: tuple[LayerAttention, ...], head_dim: int) -> None:
+def _check_ropes(fields: ConfigFields, layers: tuple[LayerAttention, ...], head_dim: int) -> None:
     for rope in {layer.rope for layer in layers if layer.rope is not None}:
+        if rope.dims(head_dim) % 2 or not rope.dims(head_dim):
+            turned = f"such that an even number of the {head_dim} dimensions of a head turns"
+            raise fields.error("partial_rotary_factor", rope.part, turned)
         if isinstance(rope.scaling, LongRopeScaling):
             for name, factors in (("short_factor", rope.scaling.short), ("long_factor", rope.scaling.long)):
-                if len(factors) != head_dim // 2:
-                    raise fields.error(name, len(factors), f"{head_dim // 2} numbers, half of head_dim")
+                if len(factors) != rope.dims(head_dim) // 2:
+                    raise fields.error(name, len(factors), f"{rope.dims(head_dim) // 2} numbers, half of what turns")
 
 
 def _stretched(rope: Rope, stated: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import (
@@ -25,6 +26,20 @@ def read_rope(fields: ConfigFields, default_theta: float = 10_000.0) -> Rope:
     section = fields.filled_section("rope_scaling") or fields.filled_section("rope_parameters")
     theta = fields.number("rope_theta", default_theta)
     return rope_from(section, fields, theta) if section else Rope(theta)
+
+
+def read_partial_rope(fields: ConfigFields, default_part: float = 1.0, interleaved: bool = False) -> Rope:
+    """The one rotary embedding of a model that turns a part of each head, stated in either place."""
+    part = fields.number("partial_rotary_factor", default_part)
+    for name in ("rope_scaling", "rope_parameters"):
+        section = fields.filled_section(name)
+        if section is not None and section.has("partial_rotary_factor"):
+            part = section.number("partial_rotary_factor")
+            whole = section.changed_by(ConfigFields({"partial_rotary_factor": None}, section.where))
+            fields = fields.changed_by(ConfigFields({name: whole.raw()}, fields.where))
+    if not 0 < part <= 1:
+        raise fields.error("partial_rotary_factor", part, "above 0, and at most 1")
+    return replace(read_rope(fields), part=part, interleaved=interleaved)
 
 
 def with_rope_scaling(raw: Mapping[str, object], scaling: Mapping[str, object]) -> dict[str, object]:

@@ -101,7 +101,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 9; }
+EXPORT int loraplex_version() { return 10; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -223,15 +223,16 @@ EXPORT int64_t loraplex_cache_head_size(int dtype, int64_t block_shift, int64_t 
 
 EXPORT int loraplex_rotary_store_kv(Context* context, int dtype, const void* qkv, void* q, int64_t rows, int64_t heads,
                                     int64_t kv_heads, int64_t head_dim, const float* q_norm, const float* k_norm,
-                                    float eps, const int64_t* positions, const float* cos_sin, int stored, void* k,
-                                    void* v, float* k_scale, float* v_scale, int64_t block_shift,
-                                    const int64_t* slots) {
+                                    float eps, const int64_t* positions, const float* cos_sin, int64_t rotary_dim,
+                                    int interleaved, int stored, void* k, void* v, float* k_scale, float* v_scale,
+                                    int64_t block_shift, const int64_t* slots) {
     return guarded([&] {
         with_type(dtype, [&](auto of) {
             using T = typename decltype(of)::Type;
             with_cache<T>(stored, k, v, k_scale, v_scale, block_shift, kv_heads, head_dim, [&](const auto& cache) {
                 rotary_store_kv(*context, static_cast<const T*>(qkv), static_cast<T*>(q), rows, heads,
-                                QKNorm{q_norm, k_norm, eps}, positions, cos_sin, cache, slots);
+                                QKNorm{q_norm, k_norm, eps}, positions, Rotation{cos_sin, rotary_dim, interleaved != 0},
+                                cache, slots);
             });
         });
     });

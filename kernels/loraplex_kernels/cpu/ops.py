@@ -197,9 +197,10 @@ class CpuOps(CpuSampling):
         shape: HeadShape,
         qk_norm: QKNorm | None,
         positions: Tensor,  # int64 [T]
-        cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+        cos_sin: Tensor,  # float32 [max positions, 2, R/2]
         cache: LayerKV,
         slot_mapping: Tensor,  # int64 [T]
+        interleaved: bool = False,
     ) -> Tensor:
         assert qkv.is_contiguous()
         assert cos_sin.is_contiguous()
@@ -220,6 +221,8 @@ class CpuOps(CpuSampling):
             *norm,
             positions.data_ptr(),
             cos_sin.data_ptr(),
+            2 * cos_sin.shape[-1],
+            interleaved,
             *storage(cache),
             slot_mapping.data_ptr(),
         )

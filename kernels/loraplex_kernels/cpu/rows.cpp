@@ -45,15 +45,25 @@ void norm_row(const In* x, const float* weight, Out* out, int64_t c, float eps) 
     map(x, out, c, [&](Vec a, int64_t i) { return a * scale * weights_at(weight, i, c); });
 }
 
-// One head of half · 2 elements: norm if weight is not null, then rotate. out: float
+// One head of d elements: norm if weight is not null, then rotate. out: float
 template <class T>
-void rotate_head(const T* head, const float* weight, float eps, const float* cos, const float* sin, int64_t half,
+void rotate_head(const T* head, const float* weight, float eps, const Rotation& rotation, int64_t position, int64_t d,
                  float* out) {
-    const int64_t d = 2 * half;
+    const int64_t half = rotation.dims / 2;
+    const float* cos = rotation.cos_sin + position * rotation.dims;
+    const float* sin = cos + half;
     if (weight)
         norm_row(head, weight, out, d, eps);
     else
         map(head, out, d, [](Vec a, int64_t) { return a; });
+    if (rotation.interleaved) {
+        for (int64_t i = 0; i < half; ++i) {
+            const float first = out[2 * i], second = out[2 * i + 1];
+            out[2 * i] = first * cos[i] - second * sin[i];
+            out[2 * i + 1] = second * cos[i] + first * sin[i];
+        }
+        return;
+    }
     int64_t i = 0;
     for (; i + W <= half; i += W) {
         const Vec first = load(out + i), second = load(out + half + i), c = load(cos + i), s = load(sin + i);
@@ -106,26 +116,26 @@ void add_rms_norm(Context& context, const T* x, T* residual, const float* weight
 
 template <class T, class S>
 void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t heads, const QKNorm& norm,
-                     const int64_t* positions, const float* cos_sin, const Cache<T, S>& cache, const int64_t* slots) {
+                     const int64_t* positions, const Rotation& rotation, const Cache<T, S>& cache,
+                     const int64_t* slots) {
     constexpr int PAIR = Cache<T, S>::PAIR;
-    const int64_t d = cache.head_dim, half = d / 2, width = (heads + 2 * cache.kv_heads) * d;
+    const int64_t d = cache.head_dim, width = (heads + 2 * cache.kv_heads) * d;
     const int64_t key_stride = cache.tile_keys() * PAIR;
     const auto one = [&](int64_t row) {
         static thread_local Scratch wide, narrowed;
         float* turned = wide.get<float>(d);
         S* stored = narrowed.get<S>(d);
-        const float* cos = cos_sin + positions[row] * d;
         const T* from = qkv + row * width;
         // Every pair of a key goes to a cache line of its own: fetch them while the queries are rotated.
         for (int64_t head = 0; head < cache.kv_heads; ++head)
             for (int64_t pair = 0; pair < d / PAIR; ++pair)
                 __builtin_prefetch(cache.key(slots[row], head) + pair * key_stride, 1);
         for (int64_t head = 0; head < heads; ++head, from += d) {
-            rotate_head(from, norm.q, norm.eps, cos, cos + half, half, turned);
+            rotate_head(from, norm.q, norm.eps, rotation, positions[row], d, turned);
             map(turned, q + (row * heads + head) * d, d, [](Vec a, int64_t) { return a; });
         }
         for (int64_t head = 0; head < cache.kv_heads; ++head, from += d) {
-            rotate_head(from, norm.k, norm.eps, cos, cos + half, half, turned);
+            rotate_head(from, norm.k, norm.eps, rotation, positions[row], d, turned);
             if constexpr (Cache<T, S>::ROUNDED)
                 cache.k_scale[cache.scale(slots[row], head)] = round_head(turned, stored, d);
             else
@@ -160,7 +170,7 @@ void gate(Context& context, Activation activation, const T* x, T* out, int64_t r
 
 #define LORAPLEX_STORE(T, S)                                                                               \
     template void rotary_store_kv(Context&, const T*, T*, int64_t, int64_t, const QKNorm&, const int64_t*, \
-                                  const float*, const Cache<T, S>&, const int64_t*);
+                                  const Rotation&, const Cache<T, S>&, const int64_t*);
 #define LORAPLEX_ROWS(T)                                                                              \
     template void rms_norm<T>(Context&, const T*, const float*, T*, int64_t, int64_t, float);         \
     template void add_rms_norm<T>(Context&, const T*, T*, const float*, T*, int64_t, int64_t, float); \

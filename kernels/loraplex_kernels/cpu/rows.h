@@ -21,11 +21,18 @@ struct QKNorm {
     float eps;
 };
 
+// How the first `dims` of a head are turned, pair by pair: those `dims` / 2 apart, or neighbours.
+struct Rotation {
+    const float* cos_sin;  // [positions, 2, dims / 2]
+    int64_t dims;
+    bool interleaved;
+};
+
 // qkv: [rows, (heads + 2 kv heads) · D] → q: [rows, heads, D], keys and values to the cache.
-// cos_sin: [positions, 2, D / 2]
 template <class T, class S>
 void rotary_store_kv(Context& context, const T* qkv, T* q, int64_t rows, int64_t heads, const QKNorm& norm,
-                     const int64_t* positions, const float* cos_sin, const Cache<T, S>& cache, const int64_t* slots);
+                     const int64_t* positions, const Rotation& rotation, const Cache<T, S>& cache,
+                     const int64_t* slots);
 
 enum class Activation { silu, gelu_tanh };
 

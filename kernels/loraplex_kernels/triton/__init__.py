@@ -106,11 +106,12 @@ class TritonOps(TorchSampling):
         shape: HeadShape,
         qk_norm: QKNorm | None,
         positions: Tensor,  # int64 [T]
-        cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+        cos_sin: Tensor,  # float32 [max positions, 2, R/2]
         cache: LayerKV,
         slot_mapping: Tensor,  # int64 [T]; a negative slot stores nothing
+        interleaved: bool = False,
     ) -> Tensor:
-        return rotary_store_kv(qkv, shape, qk_norm, positions, cos_sin, cache, slot_mapping)
+        return rotary_store_kv(qkv, shape, qk_norm, positions, cos_sin, cache, slot_mapping, interleaved)
 
     def paged_attention(
         self,

@@ -16,12 +16,29 @@ BLOCK_H = 8
 
 
 @triton.jit
+def _pairs(
+    lanes: tl.tensor, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The two dimensions of a head that each of D/2 lanes has: a pair that is turned, or two of the rest."""
+    if INTERLEAVED:
+        first, second = 2 * lanes, 2 * lanes + 1
+    else:
+        first, second = lanes, lanes + ROTARY_DIM // 2
+    if ROTARY_DIM < HEAD_DIM:
+        turned = lanes < ROTARY_DIM // 2
+        beyond = lanes + ROTARY_DIM // 2
+        first = tl.where(turned, first, beyond)
+        second = tl.where(turned, second, beyond + (HEAD_DIM - ROTARY_DIM) // 2)
+    return first, second
+
+
+@triton.jit
 def _rotary_store_kv(
     qkv: tl.tensor,  # [T, (H + 2K)·D]
     q_weight: tl.tensor,  # float32 [D], read if NORM
     k_weight: tl.tensor,  # float32 [D], read if NORM
     positions: tl.tensor,  # int64 [T]
-    cos_sin: tl.tensor,  # float32 [max positions, 2, D/2]
+    cos_sin: tl.tensor,  # float32 [max positions, 2, R/2]
     slot_mapping: tl.tensor,  # int64 [T], negative: nowhere
     q_out: tl.tensor,  # [T, H, D]
     k_cache: tl.tensor,  # [B, K, P, D]
@@ -32,6 +49,8 @@ def _rotary_store_kv(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,  # R
+    INTERLEAVED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,  # P
     NORM: tl.constexpr,
     CODING: tl.constexpr,  # of the cache
@@ -41,26 +60,26 @@ def _rotary_store_kv(
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    half = tl.arange(0, BLOCK_HALF)
-    in_half = (half < HEAD_DIM // 2)[None, :]
+    lanes = tl.arange(0, BLOCK_HALF)
+    in_row = lanes < HEAD_DIM // 2
+    in_half = in_row[None, :]
+    lower, upper = _pairs(lanes, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
     is_query = heads < NUM_HEADS
     is_key = (heads >= NUM_HEADS) & (heads < NUM_HEADS + NUM_KV_HEADS)
     is_value = (heads >= NUM_HEADS + NUM_KV_HEADS) & (heads < NUM_HEADS + 2 * NUM_KV_HEADS)
 
-    start = token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM + heads[:, None] * HEAD_DIM + half[None, :]
+    start = token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM + heads[:, None] * HEAD_DIM
     inside = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & in_half
-    raw_first = tl.load(qkv + start, mask=inside, other=0)
-    raw_second = tl.load(qkv + start + HEAD_DIM // 2, mask=inside, other=0)
+    raw_first = tl.load(qkv + start + lower[None, :], mask=inside, other=0)
+    raw_second = tl.load(qkv + start + upper[None, :], mask=inside, other=0)
     first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     if NORM:
         squares = tl.sum(first * first + second * second, axis=1)
         inverse = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
         is_query_row = is_query[:, None]
-        upper = half + HEAD_DIM // 2
-        in_row = half < HEAD_DIM // 2
         q_first, k_first = (
-            tl.load(q_weight + half, mask=in_row, other=0),
-            tl.load(k_weight + half, mask=in_row, other=0),
+            tl.load(q_weight + lower, mask=in_row, other=0),
+            tl.load(k_weight + lower, mask=in_row, other=0),
         )
         q_second, k_second = (
             tl.load(q_weight + upper, mask=in_row, other=0),
@@ -71,16 +90,17 @@ def _rotary_store_kv(
         # Rounded as the norm's own result would be, were it written out.
         first = first.to(raw_first.dtype).to(tl.float32)
         second = second.to(raw_first.dtype).to(tl.float32)
-    angles = cos_sin + tl.load(positions + token) * HEAD_DIM + half[None, :]
-    cos = tl.load(angles, mask=in_half, other=0)
-    sin = tl.load(angles + HEAD_DIM // 2, mask=in_half, other=0)
+    angles = cos_sin + tl.load(positions + token) * ROTARY_DIM + lanes[None, :]
+    turned = (lanes < ROTARY_DIM // 2)[None, :]
+    cos = tl.load(angles, mask=turned, other=1)
+    sin = tl.load(angles + ROTARY_DIM // 2, mask=turned, other=0)
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
 
-    out = q_out + token * NUM_HEADS * HEAD_DIM + heads[:, None] * HEAD_DIM + half[None, :]
+    out = q_out + token * NUM_HEADS * HEAD_DIM + heads[:, None] * HEAD_DIM
     mask = is_query[:, None] & in_half
-    tl.store(out, turned_first.to(raw_first.dtype), mask=mask)
-    tl.store(out + HEAD_DIM // 2, turned_second.to(raw_first.dtype), mask=mask)
+    tl.store(out + lower[None, :], turned_first.to(raw_first.dtype), mask=mask)
+    tl.store(out + upper[None, :], turned_second.to(raw_first.dtype), mask=mask)
 
     slot = tl.load(slot_mapping + token)
     if slot < 0:
@@ -96,13 +116,13 @@ def _rotary_store_kv(
         tl.store(v_scale + places, scale, mask=is_value)
         divisor = tl.where(scale == 0, 1.0, scale)[:, None]
         first, second = encode(first / divisor, CODING), encode(second / divisor, CODING)
-    where = places[:, None] * HEAD_DIM + half[None, :]
+    where = places[:, None] * HEAD_DIM
     mask = is_key[:, None] & in_half
-    tl.store(k_cache + where, first, mask=mask)
-    tl.store(k_cache + where + HEAD_DIM // 2, second, mask=mask)
+    tl.store(k_cache + where + lower[None, :], first, mask=mask)
+    tl.store(k_cache + where + upper[None, :], second, mask=mask)
     mask = is_value[:, None] & in_half
-    tl.store(v_cache + where, first, mask=mask)
-    tl.store(v_cache + where + HEAD_DIM // 2, second, mask=mask)
+    tl.store(v_cache + where + lower[None, :], first, mask=mask)
+    tl.store(v_cache + where + upper[None, :], second, mask=mask)
 
 
 def rotary_store_kv(
@@ -110,9 +130,10 @@ def rotary_store_kv(
     shape: HeadShape,
     qk_norm: QKNorm | None,
     positions: Tensor,  # int64 [T]
-    cos_sin: Tensor,  # float32 [max positions, 2, D/2]
+    cos_sin: Tensor,  # float32 [max positions, 2, R/2]
     cache: LayerKV,  # [B, K, P, D] each
     slot_mapping: Tensor,  # int64 [T]; a negative slot stores nothing
+    interleaved: bool,
 ) -> Tensor:
     assert qkv.is_contiguous()
     assert cos_sin.is_contiguous()
@@ -135,6 +156,8 @@ def rotary_store_kv(
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
             HEAD_DIM=shape.head_dim,
+            ROTARY_DIM=2 * cos_sin.shape[-1],
+            INTERLEAVED=interleaved,
             BLOCK_SIZE=cache.block_size,
             NORM=qk_norm is not None,
             CODING=coding_of(cache.k.dtype),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loraplex_engine.checkpoint.model_config import (
+    NORMS_AROUND,
     DynamicScaling,
     LayerAttention,
     LinearScaling,
@@ -101,7 +102,7 @@ def test_head_dim_need_not_divide_the_hidden_size() -> None:
         (
             "rope_scaling",
             {"type": "su", "short_factor": [1.0] * 8, "long_factor": [1.0] * 7},
-            "long_factor is 7; it must be 8 numbers, half of head_dim",
+            "long_factor is 7; it must be 8 numbers, half of what turns",
         ),
         (
             "rope_scaling",
@@ -264,7 +265,7 @@ def test_gemma2_alternates_and_caps() -> None:
     assert (config.attention_soft_cap, config.logits_soft_cap) == (50.0, 30.0)
     assert config.attention_scale == 1 / 12
     assert config.embedding_scale == 8.0
-    assert (config.norm_offset, config.norms) == (1.0, "around")
+    assert (config.norm_offset, config.norms) == (1.0, NORMS_AROUND)
     assert config.feed_forwards == (GatedLayout(96, "gelu_tanh"),) * 4
 
 
@@ -339,6 +340,13 @@ def test_multimodal_gemma3_keeps_its_text_model_apart() -> None:
         ),
         ("SmolLM3ForCausalLM", "no_rope_layers", [1], "it must be a list of 4 times 0 or 1"),
         ("ArceeForCausalLM", "hidden_act", "silu", "hidden_act is 'silu'; it must be relu2"),
+        (
+            "GlmForCausalLM",
+            "partial_rotary_factor",
+            1.5,
+            "partial_rotary_factor is 1.5; it must be above 0",
+        ),
+        ("GlmForCausalLM", "rope_parameters", {"partial_rotary_factor": 0.26}, "an even number of the 128 dimensions"),
         ("GemmaForCausalLM", "use_bidirectional_attention", True, "only causal models generate text"),
         ("GraniteForCausalLM", "logits_scaling", 0, "logits_scaling is 0; it must be a positive number"),
         ("Exaone4ForCausalLM", "sliding_window_pattern", "LLLG", "sliding_window_pattern is 'LLLG'"),
