@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from loraplex_service.text.errors import TokenizerError
 from loraplex_service.text.message_syntax import REASONING_FIELDS, MessageSyntax
 
-MAX_CALL_CHARS = 1 << 17  # of one call, or one list of them: what is longer is text
-LONG_CALL_CHARS = 1 << 13  # from here on it takes a millisecond to read
+MAX_UNTOLD_CHARS = 1 << 12  # that may yet begin something: what marks parts may be any expression, tried on all of them
+LONG_CHARS = 1 << 11  # of these, or of a call: from here on they may take a millisecond to read
 
 _TEXT, _CALLS = "content", "tool_calls"
 _ID_CHARS = string.ascii_letters + string.digits
@@ -111,6 +111,7 @@ class MessageRules:
             self._calls = load_response_template({**anchor, "fields": {_CALLS: fields.get(_CALLS, {})}})
         except ValueError as error:
             raise TokenizerError(f"response_template cannot be used: {error}") from error
+        self.max_call_chars = syntax.max_call_chars
         self.fields: Mapping[str, Mapping[str, Any]] = fields
 
     def opened(self, prompt: str) -> str | None:
@@ -143,7 +144,9 @@ class MessageReader:
         self._texts = {name: _Stretches.of(rules.fields.get(name, {})) for name in (_TEXT, *REASONING_FIELDS)}
         self._calls: list[Call] = []
         self._call_chars = 0  # of the part that is open and could be a call
+        self._untold_chars = 0  # of which it is not known what they are
         self._cut_short = False
+        self._is_plain = False  # nothing more is looked for
         self._parser = rules.new_parser(rules.parts, prefix=opened)
         for event in self._parser.initial_events:
             self._see(event)
@@ -156,17 +159,26 @@ class MessageReader:
         return self._one_call and self.num_calls > 0
 
     def takes_long(self, num_chars: int) -> bool:
-        return self._call_chars + num_chars > LONG_CALL_CHARS
+        return self._call_chars + self._untold_chars + num_chars > LONG_CHARS
 
     def feed(self, text: str) -> None:
-        if text:
-            for event in self._parser.feed(text):
-                self._see(event)
+        if not text or self.is_over:
+            return
+        if self._is_plain:
+            self._texts[_TEXT].push(text)
+            return
+        events = self._parser.feed(text)
+        self._untold_chars = 0 if events else self._untold_chars + len(text)
+        for event in events:
+            self._see(event)
+        if self._untold_chars > MAX_UNTOLD_CHARS:
+            self.finish(cut_short=True)
 
     def finish(self, cut_short: bool) -> None:
-        self._cut_short = cut_short
-        for event in self._parser.finalize()[1]:
-            self._see(event)
+        if not self._is_plain:
+            self._is_plain, self._cut_short = True, cut_short
+            for event in self._parser.finalize()[1]:
+                self._see(event)
 
     def take(self) -> MessagePart:
         calls, self._calls = self._calls, []
@@ -191,7 +203,7 @@ class MessageReader:
         """Take a part that could be a call for what it is."""
         source = opening + body + closing
         is_whole = bool(closing) or not self._cut_short
-        calls = self._rules.calls(source, self._tools) if is_whole and len(source) <= MAX_CALL_CHARS else ()
+        calls = self._rules.calls(source, self._tools) if is_whole and len(source) <= self._rules.max_call_chars else ()
         if not calls:
             self._texts[_TEXT].push(source)
             self._texts[_TEXT].close()

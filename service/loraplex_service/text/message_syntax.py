@@ -52,6 +52,13 @@ class MessageSyntax:
     response_template: Mapping[str, Any]
     reasoning: Reasoning | None  # None: there is none, or nothing is known of it
     calls: CallSpelling | None  # None: calls cannot be forced
+    is_declared: bool = False  # the template lies beside the tokenizer
+
+    @property
+    def max_call_chars(self) -> int:
+        """How long a call, or a list of them, may be: to read strings and tags may take as long as the square of it."""
+        takes_long = "string_delims" in self.marks or (self.is_declared and "tag_pattern" in self.marks)
+        return 1 << 14 if takes_long else 1 << 17
 
     @property
     def has_calls(self) -> bool:
@@ -234,7 +241,10 @@ _FAMILIES = (
             "xml-inline",
             open_pattern=rf"\s{{0,8}}<tool_call>\s{{0,8}}<function={_NAME}>",
             close_pattern=r"</function>\s{0,8}</tool_call>",
-            content_args={"tag_pattern": r"<parameter=(?P<key>[^>\n]{1,256})>\s*(?P<value>.*?)\s*</parameter>"},
+            content_args={
+                "tag_pattern": r"<parameter=(?P<key>[^>\n]{1,256})>(?P<value>(?:(?!</?parameter).)*+)</parameter>",
+                "value_parser": {"name": "text"},
+            },
         ),
     ),
     # Hermes, Qwen 2.5, Qwen 3, SmolLM 3
@@ -273,7 +283,7 @@ def message_syntax(chat_templates: Iterable[str], declared: object = None) -> Me
     fields = declared.get("fields") if isinstance(declared, Mapping) else None
     if not isinstance(declared, Mapping) or not isinstance(fields, Mapping):
         raise TokenizerError("response_template must be an object that has `fields`, an object.")
-    return MessageSyntax(declared, _reasoning(fields), None if known is None else known.calls)
+    return MessageSyntax(declared, _reasoning(fields), None if known is None else known.calls, is_declared=True)
 
 
 def _reasoning(fields: Mapping[str, Any]) -> Reasoning | None:

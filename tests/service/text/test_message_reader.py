@@ -379,6 +379,39 @@ def test_a_response_template_that_transformers_refuses_is_refused() -> None:
         MessageRules(MessageSyntax({"start_anchor": "A", "fields": {"content": {"content": "x"}}}, None, None))
 
 
+GREEDY = {
+    "start_anchor": "A:",
+    "fields": {
+        "content": {},
+        "tool_calls": {
+            "open_pattern": r"\s*<call=(?P<name>\w+)>",
+            "close": "</call>",
+            "repeats": True,
+            "content": "xml-inline",
+            "content_args": {"tag_pattern": r"<(?P<key>\w+)>\s*(?P<value>.*?)\s*</\w+>"},
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+    },
+}
+
+
+def greedy() -> MessageReader:
+    syntax = message_syntax([], GREEDY)
+    assert syntax is not None
+    return MessageReader(MessageRules(syntax), tools=TOOLS)
+
+
+def test_where_an_expression_waits_for_too_long_all_that_follows_is_text() -> None:
+    pieces = [*"Hi", *(" " * 64 for _ in range(70)), "Bye. ", "<call=now></call>"]
+    assert read(greedy(), pieces) == ("Hi\nBye. <call=now></call>", "", [])
+
+
+def test_a_call_that_an_expression_takes_too_long_to_read_is_text() -> None:
+    short, long = (f"<call=weather><city>{'x' * size}</city></call>" for size in (10_000, 17_000))
+    text, _, [call] = read(greedy(), [short, long])
+    assert (call.name, text) == ("weather", long)
+
+
 @pytest.mark.parametrize("family", RULES)
 @pytest.mark.parametrize("piece", [" ", "\n" * 64, "<tool_call>", "[TOOL_CALLS]", "<", "<|channel|>", "{{[[", '<|"|>a'])
 def test_no_text_takes_long_to_read(family: str, piece: str) -> None:
