@@ -55,6 +55,7 @@ from loraplex.v1 import (
     server_pb2,
     tokenizer_pb2,
 )
+from loraplex.watermark import Watermark
 
 """
 

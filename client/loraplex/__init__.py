@@ -46,6 +46,7 @@ from loraplex.generation import GenerateOptions, constraint
 from loraplex.names import enum_name
 from loraplex.prompts import assistant_message
 from loraplex.specs import generate_spec
+from loraplex.watermark import Detection, Watermark
 
 __all__ = [
     "Aborted",
@@ -58,6 +59,7 @@ __all__ = [
     "Cancelled",
     "Client",
     "DeadlineExceeded",
+    "Detection",
     "FailedPrecondition",
     "GenerateOptions",
     "GenerateStream",
@@ -73,6 +75,7 @@ __all__ = [
     "Unavailable",
     "Unsupported",
     "Violation",
+    "Watermark",
     "assistant_message",
     "constraint",
     "enum_name",

@@ -25,6 +25,7 @@ from loraplex.v1 import (
     server_pb2,
     tokenizer_pb2,
 )
+from loraplex.watermark import Watermark
 
 
 class _AsyncReader(AsyncCaller):
@@ -299,6 +300,7 @@ class AsyncClient(_AsyncReader):
         logit_bias: Mapping[int, float] | None = None,
         allowed_token_ids: Sequence[int] | None = None,
         bad_words: Sequence[str] | None = None,
+        watermark: Watermark | None = None,
         num_beams: int | None = None,
         length_penalty: float | None = None,
         early_stopping: generation_pb2.EarlyStopping.ValueType | str | None = None,
@@ -378,6 +380,7 @@ class AsyncClient(_AsyncReader):
             logit_bias: Amounts to add to the logits, by token id. None: no amounts.
             allowed_token_ids: Token ids that may be chosen. None: all.
             bad_words: Words that are never written. None: no words.
+            watermark: Watermark, with which its `detect` finds the outputs again. None: no watermark.
             num_beams: Number of beginnings that go on in a search. None: no search.
             length_penalty: Power of the length by which an output's score is divided: above 0 favours long ones. None:
                 1.
@@ -457,6 +460,7 @@ class AsyncClient(_AsyncReader):
                 logit_bias=logit_bias,
                 allowed_token_ids=allowed_token_ids,
                 bad_words=bad_words,
+                watermark=watermark,
                 num_beams=num_beams,
                 length_penalty=length_penalty,
                 early_stopping=early_stopping,
@@ -530,6 +534,7 @@ class AsyncClient(_AsyncReader):
         logit_bias: Mapping[int, float] | None = None,
         allowed_token_ids: Sequence[int] | None = None,
         bad_words: Sequence[str] | None = None,
+        watermark: Watermark | None = None,
         num_beams: int | None = None,
         length_penalty: float | None = None,
         early_stopping: generation_pb2.EarlyStopping.ValueType | str | None = None,
@@ -609,6 +614,7 @@ class AsyncClient(_AsyncReader):
             logit_bias: Amounts to add to the logits, by token id. None: no amounts.
             allowed_token_ids: Token ids that may be chosen. None: all.
             bad_words: Words that are never written. None: no words.
+            watermark: Watermark, with which its `detect` finds the outputs again. None: no watermark.
             num_beams: Number of beginnings that go on in a search. None: no search.
             length_penalty: Power of the length by which an output's score is divided: above 0 favours long ones. None:
                 1.
@@ -688,6 +694,7 @@ class AsyncClient(_AsyncReader):
                 logit_bias=logit_bias,
                 allowed_token_ids=allowed_token_ids,
                 bad_words=bad_words,
+                watermark=watermark,
                 num_beams=num_beams,
                 length_penalty=length_penalty,
                 early_stopping=early_stopping,

@@ -9,6 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from loraplex.prompts import PromptLike, Tool, build_prompt, build_tool, build_tool_choice
 from loraplex.v1 import generation_pb2, pooling_pb2, prompt_pb2
+from loraplex.watermark import Watermark
 
 
 class PromptOptions(TypedDict, total=False):
@@ -103,6 +104,9 @@ class GenerateOptions(SharedOptions, total=False):
     """Token ids that may be chosen. None: all."""
     bad_words: Sequence[str] | None
     """Words that are never written. None: no words."""
+    # A mark of the outputs
+    watermark: Watermark | None
+    """Watermark, with which its `detect` finds the outputs again. None: no watermark."""
     # A search for the likeliest outputs, instead of draws
     num_beams: int | None
     """Number of beginnings that go on in a search. None: no search."""
@@ -224,6 +228,8 @@ def build_spec(
     if form.WhichOneof("kind"):
         built.constraint.CopyFrom(form)
     _put(built, {name: given[name] for name in _REQUEST if name in given})
+    if "watermark" in given:
+        built.watermark.CopyFrom(given["watermark"].message())
     return built
 
 

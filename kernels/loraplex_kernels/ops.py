@@ -296,10 +296,11 @@ class Ops(Protocol):
         """gelu_tanh(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""
 
     def adjust_logits(self, logits: Tensor, changes: LogitChanges) -> None:
-        """Change logits in place: penalties, then bias, then masks.  logits: float32 [S, V]
+        """Change logits in place: penalties, then bias, then watermarks, then masks.  logits: float32 [S, V]
 
         x[s, v] of a token v that the prompt or the output has becomes x / repetition if x > 0, else x · repetition.
-        With n > 0 times in the output it falls by presence + frequency · n. A bias is added. What is masked is −inf.
+        With n > 0 times in the output it falls by presence + frequency · n. A bias is added, and delta to what
+        `sampling.Watermarks` calls green. What is masked is −inf.
         Source: CTRL (arXiv 1909.05858) for repetition, as transformers has it.
         """
 

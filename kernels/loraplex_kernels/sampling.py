@@ -53,6 +53,19 @@ class Penalties:
 
 
 @dataclass(frozen=True, slots=True)
+class Watermarks:
+    """The green tokens of some rows: with a row's seed s those v for which mix(s + (v + 1) · c) / 2^64 < gamma.
+
+    mix is SplitMix64's finaliser and c its constant, modulo 2^64; the 53 highest bits of the result count.
+    """
+
+    rows: np.ndarray  # int64 [n]
+    seeds: np.ndarray  # uint64 [n]
+    gammas: np.ndarray  # float64 [n]
+    deltas: np.ndarray  # float32 [n]: added to their logits
+
+
+@dataclass(frozen=True, slots=True)
 class LogitChanges:
     """What is changed in the logits of each row before its token is drawn. None: in no row."""
 
@@ -62,6 +75,7 @@ class LogitChanges:
     bias_values: np.ndarray  # float32, one for each token id of `bias`
     allowed: RowTokens | None  # rows that may draw these alone
     forbidden: RowTokens | None
+    watermarks: Watermarks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +125,8 @@ class TorchSampling:
             index = _on_device(logits, changes.bias.row_of_each, changes.bias.token_ids)
             (values,) = _on_device(logits, changes.bias_values)
             logits.index_put_(index, values, accumulate=True)
+        if changes.watermarks is not None:
+            _mark(logits, changes.watermarks)
         if changes.allowed is not None:
             index = _on_device(logits, changes.allowed.row_of_each, changes.allowed.token_ids)
             kept = logits[index]
@@ -168,6 +184,27 @@ class TorchSampling:
         ranks = (logits > logits.gather(-1, token_ids[:, :1])).sum(dim=-1) + 1
         top_logprobs, top_ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]), dim=-1)
         return Likelihoods(own, ranks, top_ids, top_logprobs)
+
+
+def _mark(logits: Tensor, marks: Watermarks) -> None:
+    """Raise the green tokens. In whole numbers, which are the same on every device."""
+    seeds, limits = marks.seeds.view(np.int64), (marks.gammas * (1 << 53)).astype(np.int64)
+    rows, starts, most, more = _on_device(logits, marks.rows, seeds, limits, marks.deltas)
+    steps = torch.arange(1, logits.shape[-1] + 1, device=logits.device) * _signed(0x9E3779B97F4A7C15)
+    mixed = starts[:, None] + steps
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
+    mixed ^= _shifted(mixed, 31)
+    logits[rows] += (_shifted(mixed, 11) < most[:, None]) * more[:, None]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(words: Tensor, count: int) -> Tensor:
+    """Words of 64 bits, each moved down, with zeros behind it."""
+    return (words >> count) & ((1 << (64 - count)) - 1)
 
 
 def _on_device(logits: Tensor, *arrays: np.ndarray) -> tuple[Tensor, ...]:

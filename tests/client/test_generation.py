@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loraplex import GenerateOptions, constraint, generate_spec
+from loraplex import GenerateOptions, Watermark, constraint, generate_spec
 from loraplex.generation import duration
 from loraplex.v1 import generation_pb2, prompt_pb2
 
@@ -67,12 +67,21 @@ def test_every_field_is_reached_by_its_own_name(part: str | None, name: str) -> 
         assert (list(got) if isinstance(value, list) else got) == value
 
 
+def test_a_watermark_is_an_option_with_its_key() -> None:
+    spec = generate_spec("demo", "Once", watermark=Watermark(key=b"k" * 16, gamma=0.5, context_tokens=2))
+    mark = spec.watermark
+    assert (mark.key, mark.gamma, mark.delta, mark.context_tokens) == (b"k" * 16, 0.5, 2.0, 2)
+
+
 def test_options_are_the_fields_of_the_contract() -> None:
     content = prompt_pb2.Prompt.DESCRIPTOR.oneofs_by_name["content"].fields
     prompt = {field.name for field in prompt_pb2.Prompt.DESCRIPTOR.fields} - {field.name for field in content}
     chat = {field.name for field in prompt_pb2.Chat.DESCRIPTOR.fields} - {"messages"}
     constraint = {field.name for field in generation_pb2.Constraint.DESCRIPTOR.fields}
-    assert set(GenerateOptions.__annotations__) == {name for _, name in FIELDS} | prompt | chat | constraint
+    assert (
+        set(GenerateOptions.__annotations__)
+        == {name for _, name in FIELDS} | {"watermark"} | prompt | chat | constraint
+    )
 
 
 def test_options_come_before_the_spec() -> None:

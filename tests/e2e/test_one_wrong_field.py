@@ -57,6 +57,8 @@ FOUND_NOTHING = {
 }
 # What is required beside a field, where the valid request has nothing there.
 BESIDE: dict[str, dict[str, Any]] = {
+    "beam_search": {"num_beams": 2},
+    "watermark": {"key": b"k" * 16},
     "messages": {"role": "user", "content": "A fox"},
     "tools": {"name": "f"},
     "tool_calls": {"id": "1", "name": "f", "arguments_json": "{}"},
@@ -151,6 +153,8 @@ def changed(message: Message, path: Path, value: Any) -> None:
         inner = getattr(message, field.name)
         if field.name == "chat" and not inner.messages:
             inner.messages.add(**BESIDE["messages"])
+        if field.name in BESIDE and not field.is_repeated:
+            inner.MergeFrom(type(inner)(**BESIDE[field.name]))
         message = (inner[0] if len(inner) else inner.add(**BESIDE.get(field.name, {}))) if field.is_repeated else inner
         message.SetInParent()
     if leaf.is_repeated:

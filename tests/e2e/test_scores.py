@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraplex import AsyncClient
+from loraplex import AsyncClient, Watermark
 
 
 @pytest.mark.parametrize("target", ["storyteller", "pirate"])
@@ -42,3 +42,13 @@ async def test_the_best_of_several_is_the_likeliest_of_them(client: AsyncClient)
     means = {sum(token.logprob for token in each.logprobs) / 8: each.text for each in every.outputs}
     assert best.outputs[0].text == means[max(means)]
     assert best.outputs[0].finished.score == pytest.approx(max(means), abs=1e-4)
+
+
+async def test_a_watermark_is_found_by_who_has_its_key(client: AsyncClient) -> None:
+    mark = Watermark(key=b"a secret of bytes", delta=4.0)
+    answer = await client.generate(
+        "storyteller", "A fox", max_tokens=120, ignore_eos=True, seed=1, token_ids=True, watermark=mark
+    )
+    plain = await client.generate("storyteller", "A fox", max_tokens=120, ignore_eos=True, seed=1, token_ids=True)
+    assert mark.detect(answer.outputs[0].token_ids).z > 4
+    assert mark.detect(plain.outputs[0].token_ids).z < 4

@@ -183,6 +183,7 @@ class GenerateSpec(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     DRAFTS_FIELD_NUMBER: builtins.int
     BEAM_SEARCH_FIELD_NUMBER: builtins.int
+    WATERMARK_FIELD_NUMBER: builtins.int
     model: builtins.str
     """What generates. Required, at most 512 characters. One of
       models/{model}
@@ -253,6 +254,10 @@ class GenerateSpec(google.protobuf.message.Message):
     def beam_search(self) -> Global___BeamSearch:
         """Search for the likeliest outputs instead of drawing them. Only for Generate and BatchGenerate."""
 
+    @property
+    def watermark(self) -> Global___Watermark:
+        """Mark the outputs, so that who has the key can tell that they were generated. Absent: they are not marked."""
+
     def __init__(
         self,
         *,
@@ -270,9 +275,10 @@ class GenerateSpec(google.protobuf.message.Message):
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         drafts: Global___Drafts | None = ...,
         beam_search: Global___BeamSearch | None = ...,
+        watermark: Global___Watermark | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "beam_search", b"beam_search", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "beam_search", b"beam_search", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "labels", b"labels", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "beam_search", b"beam_search", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream", "watermark", b"watermark"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_client_request_id", b"_client_request_id", "_priority", b"_priority", "adapter_policy", b"adapter_policy", "beam_search", b"beam_search", "cache", b"cache", "client_request_id", b"client_request_id", "constraint", b"constraint", "drafts", b"drafts", "labels", b"labels", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "stream", b"stream", "watermark", b"watermark"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_client_request_id", b"_client_request_id"]) -> typing.Literal["client_request_id"] | None: ...
     @typing.overload
@@ -451,6 +457,50 @@ class BeamSearch(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_length_penalty", b"_length_penalty"]) -> typing.Literal["length_penalty"] | None: ...
 
 Global___BeamSearch: typing_extensions.TypeAlias = BeamSearch
+
+@typing.final
+class Watermark(google.protobuf.message.Message):
+    """A watermark: at each place some tokens, the green ones, are made more likely, and which these are only the key tells.
+    Source: Kirchenbauer et al., "A Watermark for Large Language Models", arXiv 2301.10226. A token is green by a keyed hash
+    of itself and of those before it, so that `Watermark.detect` of the Python client finds the mark in token ids without the
+    model and its vocabulary. It is added to logits after penalties and bias. The larger delta and the longer the output, the
+    surer it is found, and the more the text differs from what the model would have said.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    GAMMA_FIELD_NUMBER: builtins.int
+    DELTA_FIELD_NUMBER: builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: builtins.int
+    key: builtins.bytes
+    """The secret. It is in no answer, log, record and trace. Required. From 16 to 64 bytes."""
+    gamma: builtins.float
+    """The share of the tokens that are green. Default 0.25. From 0.01 to 0.99."""
+    delta: builtins.float
+    """Added to the logits of the green tokens. Default 2. Above 0, at most 20."""
+    context_tokens: builtins.int
+    """How many tokens before a token decide whether it is green; those of the prompt count. More of them are harder to
+    learn from, and lost with less editing. Default 1. From 1 to 8.
+    """
+    def __init__(
+        self,
+        *,
+        key: builtins.bytes = ...,
+        gamma: builtins.float | None = ...,
+        delta: builtins.float | None = ...,
+        context_tokens: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_context_tokens", b"_context_tokens", "_delta", b"_delta", "_gamma", b"_gamma", "context_tokens", b"context_tokens", "delta", b"delta", "gamma", b"gamma"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_context_tokens", b"_context_tokens", "_delta", b"_delta", "_gamma", b"_gamma", "context_tokens", b"context_tokens", "delta", b"delta", "gamma", b"gamma", "key", b"key"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_context_tokens", b"_context_tokens"]) -> typing.Literal["context_tokens"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_delta", b"_delta"]) -> typing.Literal["delta"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_gamma", b"_gamma"]) -> typing.Literal["gamma"] | None: ...
+
+Global___Watermark: typing_extensions.TypeAlias = Watermark
 
 @typing.final
 class Stopping(google.protobuf.message.Message):

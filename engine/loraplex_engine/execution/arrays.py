@@ -27,13 +27,17 @@ class History(NamedTuple):
     num_prompt_tokens: int
     num_tokens: int  # of prompt and output: the position of the token to be drawn
     token_ids: np.ndarray  # int64 [num_tokens], prompt, then output; empty: no parameter asks what they are
+    green_seed: int = 0  # of its watermark, if it has one
 
     @classmethod
     def of(cls, request: Request, drafts: Sequence[int] = ()) -> History:
         """The history of all tokens that the request has, and of these drafts after them."""
         sampling, token_ids = request.sampling, request.token_ids
         read = np.array([*token_ids, *drafts], dtype=np.int64) if sampling.needs_penalties else NO_TOKENS
-        return cls(request.request_id, sampling, request.num_prompt_tokens, len(token_ids) + len(drafts), read)
+        seed, mark = 0, sampling.watermark
+        if mark is not None:
+            seed = mark.seed([*token_ids[-mark.context_tokens :], *drafts][-mark.context_tokens :])
+        return cls(request.request_id, sampling, request.num_prompt_tokens, len(token_ids) + len(drafts), read, seed)
 
     @property
     def num_output_tokens(self) -> int:

@@ -18,7 +18,7 @@ from loraplex_engine.execution.form_masks import TokenMask
 from loraplex_engine.link.messages import TokenLogprobs
 from loraplex_engine.scheduling.step import SampledToken
 from loraplex_kernels.ops import Ops
-from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens
+from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 
 SEED_BITS = (1 << 64) - 1
 
@@ -138,6 +138,19 @@ def logit_changes(histories: Sequence[History], vocab_size: int) -> LogitChanges
         bias_values=np.array([value for bias in biases.values() for value in bias.values()], dtype=np.float32),
         allowed=RowTokens.of(list(allowed), list(allowed.values())),
         forbidden=RowTokens.of(list(endings), list(endings.values())),
+        watermarks=_watermarks(histories),
+    )
+
+
+def _watermarks(histories: Sequence[History]) -> Watermarks | None:
+    marked = {row: mark for row, history in enumerate(histories) if (mark := history.sampling.watermark) is not None}
+    if not marked:
+        return None
+    return Watermarks(
+        rows=np.array(list(marked)),
+        seeds=np.array([histories[row].green_seed for row in marked], dtype=np.uint64),
+        gammas=np.array([mark.gamma for mark in marked.values()]),
+        deltas=np.array([mark.delta for mark in marked.values()], dtype=np.float32),
     )
 
 

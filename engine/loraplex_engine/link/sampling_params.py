@@ -5,6 +5,8 @@ from enum import IntEnum
 
 import msgspec
 
+from loraplex_engine.link.watermark import Watermark
+
 # Divided by less than this, logits that differ at all differ so much that only the best token could be drawn.
 GREEDY_BELOW = 1e-5
 
@@ -24,9 +26,9 @@ class FinishReason(IntEnum):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next token, and when to stop. The service has checked the ranges.
 
-    The order in which they act: penalties and logit_bias, then masks (allowed_token_ids, min_tokens, bad_words and
-    the form), then greedy if
-    temperature is 0, else temperature, top_k, top_p, min_p, typical_p, and one draw from (seed, position).
+    The order in which they act: penalties and logit_bias, the watermark, then masks (allowed_token_ids, min_tokens,
+    bad_words and the form), then greedy if temperature is 0, else temperature, top_k, top_p, min_p, typical_p, and one
+    draw from (seed, position).
     """
 
     temperature: float = 1.0  # 0, and what is next to it, is greedy
@@ -51,6 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs_from: int = 0  # the first token to be told of; those before it may come from the cache
     logprob_token_ids: tuple[int, ...] = ()  # whose log-probabilities to tell beside those
     processed_logprobs: bool = False  # of the distribution that a token is drawn from, instead of the model's own
+    watermark: Watermark | None = None
     num_candidates: int = 0  # of a search: the best tokens to be told of, instead of one that is drawn
     time_limit_seconds: float | None = None
 

@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Iterable
 
+from loraplex.v1 import generation_pb2
 from loraplex.v1.generation_pb2 import LOGPROBS_MODE_PROCESSED, GenerateSpec, OutputOptions, Sampling
 from loraplex_engine.link.messages import EngineLimits
 from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_engine.link.watermark import Watermark
 from loraplex_service.errors import InvalidRequest, PromptTooLong, Violation
 from loraplex_service.timestamps import duration_seconds
 
@@ -55,6 +57,7 @@ def sampling_params(
         num_logprobs=output.top_logprobs if wants_logprobs(output) else None,
         num_prompt_logprobs=output.prompt_logprobs if output.HasField("prompt_logprobs") else None,
         logprob_token_ids=tuple(output.logprob_token_ids),
+        watermark=_watermark(spec.watermark) if spec.HasField("watermark") else None,
         processed_logprobs=output.logprobs_mode == LOGPROBS_MODE_PROCESSED,
         time_limit_seconds=duration_seconds(stopping.time_limit) if stopping.HasField("time_limit") else None,
     )
@@ -62,6 +65,15 @@ def sampling_params(
         problem = "leaves no token to draw: each one ends the output, which min_tokens forbids, or has no text"
         raise InvalidRequest(_of_sampling(spec, "allowed_token_ids", problem, path))
     return params
+
+
+def _watermark(asked: generation_pb2.Watermark) -> Watermark:
+    return Watermark(
+        asked.key,
+        asked.gamma if asked.HasField("gamma") else 0.25,
+        asked.delta if asked.HasField("delta") else 2.0,
+        asked.context_tokens or 1,
+    )
 
 
 def wants_logprobs(output: OutputOptions) -> bool:

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from loraplex.v1.adapters_pb2 import CreateAdapterRequest
-from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
+from loraplex.v1.generation_pb2 import Constraint, GenerateSpec, Watermark
 from loraplex.v1.inference_pb2 import Candidate, GenerateRequest, ScoreRequest, StreamGenerateRequest
 from loraplex.v1.pooling_pb2 import EmbedRequest
 from loraplex.v1.prompt_pb2 import TOOL_MODE_REQUIRED, Chat, ChatMessage, Prompt, Tool
@@ -136,7 +136,7 @@ def _check_spec(spec: GenerateSpec, path: str) -> Iterator[Violation]:
         yield Violation(_at(path, "prompt"), _NO_PROMPT)
     yield from _check_message(spec, path)
     stopping, output = spec.stopping, spec.output
-    if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
+    if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens >= 0:
         problem = f"is {stopping.min_tokens}, more than max_tokens, {stopping.max_tokens}"
         yield Violation(_at(path, "stopping.min_tokens"), problem)
     if output.HasField("logprobs") and not output.logprobs:
@@ -163,9 +163,9 @@ def _check_beam_search(spec: GenerateSpec, path: str) -> Iterator[Violation]:
         for field, value in getattr(spec, part).ListFields():
             if field.name in names and not (field.name == "temperature" and value == 0):
                 yield Violation(_at(path, f"{part}.{field.name}"), _IN_A_SEARCH)
-    for name, is_given in {"constraint": spec.HasField("constraint"), "drafts": spec.HasField("drafts")}.items():
-        if is_given:
-            yield Violation(_at(path, name), _IN_A_SEARCH)
+    for field, _ in spec.ListFields():
+        if field.name in ("constraint", "drafts", "watermark"):
+            yield Violation(_at(path, field.name), _IN_A_SEARCH)
 
 
 def _check_message(spec: GenerateSpec, path: str) -> Iterator[Violation]:
@@ -199,6 +199,11 @@ def _check_tool(tool: Tool, path: str) -> Iterator[Violation]:
     if not _TOOL_NAME.fullmatch(tool.name):
         problem = "must be letters and digits of ASCII, and _ - . / : besides"
         yield Violation(_at(path, "name"), problem if tool.name else "is required")
+
+
+def _check_watermark(watermark: Watermark, path: str) -> Iterator[Violation]:
+    if not watermark.key:
+        yield Violation(_at(path, "key"), "is required: from 16 to 64 bytes, which a detector needs as well")
 
 
 def _check_constraint(constraint: Constraint, path: str) -> Iterator[Violation]:
@@ -340,6 +345,7 @@ _RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
     "DetokenizeRequest": _check_model,
     "GenerateSpec": _check_spec,
     "Constraint": _check_constraint,
+    "Watermark": _check_watermark,
     "Prompt": _check_prompt,
     "Chat": _check_chat,
     "ChatMessage": _check_chat_message,

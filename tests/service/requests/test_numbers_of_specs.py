@@ -37,11 +37,13 @@ def floats_of(kind: Descriptor, path: tuple[str, ...] = ()) -> Iterator[tuple[st
             yield from floats_of(field.message_type, here)
 
 
+# What is required beside a number.
+BESIDE: dict[str, dict[str, Any]] = {"beam_search": {"num_beams": 2}, "watermark": {"key": b"k" * 16}}
 PATHS = list(floats_of(GenerateSpec.DESCRIPTOR))
 
 
 def with_number(path: tuple[str, ...], value: float) -> GenerateSpec:
-    spec = make_spec()
+    spec = make_spec(**{name: fields for name, fields in BESIDE.items() if name == path[0]})
     message: Any = spec
     *parents, name = path
     for parent in parents:

@@ -100,6 +100,7 @@ async def test_a_search_begins_anew_with_the_next_engine(plane: DataPlane, next_
         (SEARCH | {"stopping": {"max_tokens": 0}}, ["stopping.max_tokens"]),
         (SEARCH | {"output": {"logprobs": True}}, ["output.logprobs"]),
         (SEARCH | {"constraint": {"regex": "a"}}, ["constraint"]),
+        (SEARCH | {"watermark": {"key": b"k" * 16}}, ["watermark"]),
         (SEARCH | {"drafts": {"max_draft_tokens": 1}}, ["drafts"]),
         ({"beam_search": {"num_beams": 5}}, ["beam_search.num_beams"]),  # four sequences run at once
     ],

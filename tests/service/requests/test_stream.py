@@ -11,6 +11,7 @@ from loraplex.v1 import generation_pb2, inference_pb2
 from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt
 from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.link.watermark import Watermark
 from tests.service.data_plane import EOS, DataPlane, make_spec, text_of
 
 
@@ -377,6 +378,7 @@ async def test_everything_of_the_spec_reaches_the_engine(plane: DataPlane) -> No
             "logprobs_mode": generation_pb2.LOGPROBS_MODE_PROCESSED,
         },
         cache={"bypass_prefix_cache": True, "salt": "s"},
+        watermark={"key": b"k" * 16, "gamma": 0.5},
         priority=-5,
     )
     await plane.generate(made)
@@ -389,6 +391,7 @@ async def test_everything_of_the_spec_reaches_the_engine(plane: DataPlane) -> No
     assert (sampling.max_tokens, sampling.min_tokens, sampling.stop_token_ids) == (9, 2, (66,))
     assert (sampling.eos_token_ids, sampling.time_limit_seconds) == ((EOS,), 3.0)
     assert (sampling.num_logprobs, sampling.num_prompt_logprobs) == (3, 4)
+    assert sampling.watermark == Watermark(b"k" * 16, 0.5, 2.0, 1)
     assert (sampling.logprob_token_ids, sampling.processed_logprobs) == ((67, 65), True)
     assert (request.bypass_prefix_cache, request.priority) == (True, 5)
 
