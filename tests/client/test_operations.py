@@ -164,7 +164,7 @@ def test_the_label_of_a_request_is_also_metadata() -> None:
 
 def test_prompts_to_embed_are_of_all_kinds_and_have_the_options_of_prompts() -> None:
     chat = [{"role": "user", "content": "hi"}]
-    prompts = ["a text", [1, 2], chat]
+    prompts: list[Any] = ["a text", [1, 2], chat]
     options: dict[str, Any] = {"truncate_to_tokens": 5, "salt": "s", "on_cold": "fail", "labels": {"a": "b"}}
     request: Any = pooled.embed("demo", prompts, pooling="mean", dimensions=4, normalize=False, **options).request
     assert [prompt.WhichOneof("content") for prompt in request.prompts] == ["text", "token_ids", "chat"]

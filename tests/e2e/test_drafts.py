@@ -1,5 +1,7 @@
 """Drafts change how an output comes, and nothing in it: from the client to the engine and back."""
 
+from typing import Any
+
 import pytest
 
 from loraplex import AsyncAdminClient, AsyncClient
@@ -10,8 +12,8 @@ STORY = "The fox found the lamp. The fox found the lamp. The fox found the"
 
 @pytest.mark.parametrize("target", ["storyteller", "pirate"])
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.7, "seed": 5, "n": 2}])
-async def test_outputs_are_those_without_drafts(client: AsyncClient, target: str, options: dict[str, float]) -> None:
-    asked = options | {"max_tokens": 60, "ignore_eos": True, "token_ids": True, "logprobs": True}
+async def test_outputs_are_those_without_drafts(client: AsyncClient, target: str, options: dict[str, Any]) -> None:
+    asked: dict[str, Any] = options | {"max_tokens": 60, "ignore_eos": True, "token_ids": True, "logprobs": True}
     plain = await client.generate(target, STORY, draft_kind="off", **asked)
     drafted = await client.generate(target, STORY, draft_kind="ngram", **asked)
     assert drafted.outputs == plain.outputs

@@ -1,5 +1,7 @@
 """Scores from the client to the engine and back: they are the log-probabilities that generations have."""
 
+from typing import Any
+
 import pytest
 
 from loraplex import AsyncClient, Watermark
@@ -36,7 +38,7 @@ async def test_a_search_finds_outputs_as_likely_as_its_scores_say(client: AsyncC
 
 
 async def test_the_best_of_several_is_the_likeliest_of_them(client: AsyncClient) -> None:
-    asked = {"seed": 5, "max_tokens": 8, "ignore_eos": True, "logprobs": True}
+    asked: dict[str, Any] = {"seed": 5, "max_tokens": 8, "ignore_eos": True, "logprobs": True}
     every = await client.generate("storyteller", "A fox", n=6, **asked)
     best = await client.generate("storyteller", "A fox", best_of=6, **asked)
     means = {sum(token.logprob for token in each.logprobs) / 8: each.text for each in every.outputs}

@@ -33,7 +33,7 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 16}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": True}),
@@ -100,8 +100,8 @@ class Bench:
     """An engine, and what comes out of it by request."""
 
     def __init__(self, family: Family, **fields: Any) -> None:
-        settings = {"kernels": "cpu", "device": "cpu", "dtype": "float32", "kv_cache_bytes": 4 << 20, "threads": 1}
-        settings |= {"block_size": BLOCK, "max_model_len": 96, "max_num_seqs": 16} | fields
+        settings: dict[str, Any] = {"kernels": "cpu", "device": "cpu", "dtype": "float32", "kv_cache_bytes": 4 << 20}
+        settings |= {"threads": 1, "block_size": BLOCK, "max_model_len": 96, "max_num_seqs": 16} | fields
         self.core = EngineCore.load(EngineConfig(model=str(family.folder / "base"), **settings))
         self.key = family.key
         self.core.want_adapter(WantAdapter(family.key, 1, str(family.folder / "adapters" / "tuned")))
@@ -110,8 +110,8 @@ class Bench:
 
     def search(self, number: int, prompt: list[int], tuned: bool, beams: Beams, **fields: Any) -> None:
         ids = [number * 100 + place for place in range(len(beams.output_ids))]
-        fields = {"seed": 0, "temperature": 0.0, "eos_token_ids": EOS} | fields
-        sampling = SamplingParams(**fields, num_candidates=beams.num_candidates(len(EOS)))
+        sampled: dict[str, Any] = {"seed": 0, "temperature": 0.0, "eos_token_ids": EOS} | fields
+        sampling = SamplingParams(**sampled, num_candidates=beams.num_candidates(len(EOS)))
         key = self.key if tuned else None
         self.core.add(AddRequest(ids[0], prompt, sampling, key, beams=replace_ids(beams, ids)))
 

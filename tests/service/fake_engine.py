@@ -280,5 +280,6 @@ def _logprobs(token_id: int, count: int, sampling: SamplingParams) -> TokenLogpr
 def _prompt_logprobs(request: AddRequest) -> list[TokenLogprobs | None]:
     sampling = request.sampling
     start, count = sampling.prompt_logprobs_from, sampling.num_prompt_logprobs or 0
-    known = [_logprobs(token_id, count, sampling) for token_id in request.prompt_token_ids[max(start, 1) :]]
+    told = request.prompt_token_ids[max(start, 1) :]
+    known: list[TokenLogprobs | None] = [_logprobs(token_id, count, sampling) for token_id in told]
     return known if start else [None, *known]

@@ -158,20 +158,6 @@ async def test_all_invalid_fields_are_named_at_once(plane: DataPlane) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "path"),
-    [
-        (
-            {"prompt": {"chat": {"messages": [{"role": "user"}], "tools": [{"name": "f"}]}}},
-            "spec.prompt.chat.tools",
-        ),
-    ],
-)
-async def test_unsupported_field_is_refused_by_name(plane: DataPlane, fields: Mapping[str, Any], path: str) -> None:
-    failed = await both_ways(plane, make_spec(**fields))
-    assert (failed.code, failed.reason, failed.fields) == (Code.UNIMPLEMENTED, "FEATURE_UNSUPPORTED", [path])
-
-
-@pytest.mark.parametrize(
     ("constraint", "field", "problem"),
     [
         ({}, "", "is empty"),

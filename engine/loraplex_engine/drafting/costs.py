@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Mapping
 from statistics import median
 
 from loraplex_engine.execution.cuda_graph import batch_sizes
@@ -23,7 +24,7 @@ LONGEST_SECONDS = 2.0  # for measuring steps with more rows than one request may
 class StepCosts:
     """The seconds that steps take, by their rows."""
 
-    def __init__(self, seconds: dict[int, float]) -> None:
+    def __init__(self, seconds: Mapping[int, float]) -> None:
         """`seconds`: what is known at first, by rows; of one row at least."""
         self._times = {rows: deque([each], KEPT) for rows, each in seconds.items()}
         self._medians = dict(seconds)

@@ -46,7 +46,8 @@ class Oracle(Source):
     """Drafts of which each `wrong`-th is wrong; 0: none is."""
 
     def __init__(self, wrong: int = 0) -> None:
-        self.wrong, self.asked, self.forgotten = wrong, 0, []
+        self.wrong, self.asked = wrong, 0
+        self.forgotten: list[int] = []
 
     def propose(self, wanted: Mapping[int, tuple[Request, int]]) -> dict[int, Sequence[int]]:
         return {key: [self.token(request, place) for place in range(count)] for key, (request, count) in wanted.items()}

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.message import Message
 
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest
-from loraplex.v1.generation_pb2 import GenerateSpec, Sampling
+from loraplex.v1.generation_pb2 import GenerateSpec, OutputOptions, Sampling
 from loraplex.v1.inference_pb2 import (
     BatchGenerateRequest,
     CancelGenerationRequest,
@@ -84,8 +84,8 @@ MESSAGES: dict[str, tuple[str, Message]] = {
     "Score": (
         "Score",
         ScoreRequest(
-            spec=GenerateSpec(model="tiny", prompt=PROMPTS["tokens"], output={"top_logprobs": 20}),
-            candidates=[Candidate(token_ids={"ids": [97] * 16_000})] * 16,
+            spec=GenerateSpec(model="tiny", prompt=PROMPTS["tokens"], output=OutputOptions(top_logprobs=20)),
+            candidates=[Candidate(token_ids=TokenIds(ids=[97] * 16_000))] * 16,
         ),
     ),
     "Embed texts": ("Embed", EmbedRequest(model="tiny", prompts=[Prompt(text="a" * 16_000)] * 256)),

@@ -10,9 +10,10 @@ import msgspec
 import pytest
 from grpc import StatusCode as Code
 
+from loraplex.v1.generation_pb2 import ON_COLD_FAIL, ON_COLD_USE_BASE, AdapterPolicy, CacheOptions
 from loraplex.v1.inference_pb2 import CancelGenerationRequest
 from loraplex.v1.pooling_pb2 import POOLING_LAST, POOLING_MEAN, EmbedRequest, EmbedResponse, RunOptions
-from loraplex.v1.prompt_pb2 import Chat, Prompt, TokenIds
+from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, TokenIds
 from loraplex_adapters.errors import COLD
 from loraplex_engine.link.pooling import ModelPooling, PoolingMethod, PoolingParams
 from loraplex_service.admission.tenants import TenantConfig, Tenants
@@ -63,7 +64,7 @@ async def test_the_report_says_what_ran_and_what_it_took(plane: DataPlane) -> No
 
 async def test_the_engine_gets_what_generations_get_and_no_sampling(plane: DataPlane) -> None:
     version = plane.add_adapter()
-    options = RunOptions(priority=-3, cache={"salt": "s", "bypass_prefix_cache": True})
+    options = RunOptions(priority=-3, cache=CacheOptions(salt="s", bypass_prefix_cache=True))
     await plane.pooling.Embed(request(model="pirate", options=options))
     await plane.generate(make_spec(model="pirate", priority=-3, cache={"salt": "s"}))
     embedded, generated = plane.engine.requests
@@ -129,7 +130,7 @@ async def test_a_field_at_fault_is_named(plane: DataPlane, fields: dict[str, Any
 
 
 async def test_a_prompt_may_fill_the_context_and_may_be_a_conversation(plane: DataPlane) -> None:
-    chat = Prompt(chat=Chat(messages=[{"role": "user", "content": "hi"}], add_generation_prompt=False))
+    chat = Prompt(chat=Chat(messages=[ChatMessage(role="user", content="hi")], add_generation_prompt=False))
     response = await plane.pooling.Embed(request(prompts=[Prompt(text="a" * 128), chat]))
     assert vectors(response) == [[97.0] * 128, list(b"[user]hi")]
 
@@ -188,7 +189,8 @@ async def test_one_that_the_engine_cannot_compute_fails_the_call(plane: DataPlan
 
 async def test_a_cold_adapter_is_waited_for_or_not_as_asked(plane: DataPlane) -> None:
     plane.add_adapter()
-    fails, without = (RunOptions(adapter_policy={"on_cold": f"ON_COLD_{policy}"}) for policy in ("FAIL", "USE_BASE"))
+    policies = (AdapterPolicy(on_cold=policy) for policy in (ON_COLD_FAIL, ON_COLD_USE_BASE))
+    fails, without = (RunOptions(adapter_policy=policy) for policy in policies)
     plane.engine.loads_allowed = False
     failed = await failure(plane.pooling.Embed(request(model="pirate", options=fails)))
     assert (failed.code, failed.reason) == (Code.UNAVAILABLE, COLD)

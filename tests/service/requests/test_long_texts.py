@@ -242,7 +242,7 @@ def test_no_text_has_fewer_tokens_than_its_length_says(path: Path, text: str) ->
 
 
 def test_a_refusal_says_how_many_tokens_there_are_at_least() -> None:
-    error = PromptTooLong.of("spec.prompt", 7, 5, "at least ")
+    error = PromptTooLong.of("spec.prompt", 7, 5, least="at least ")
     assert str(error).startswith(
         "spec.prompt: has at least 7 tokens; the context of 5, less one for the output, takes 4"
     )

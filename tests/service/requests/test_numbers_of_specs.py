@@ -43,7 +43,8 @@ PATHS = list(floats_of(GenerateSpec.DESCRIPTOR))
 
 
 def with_number(path: tuple[str, ...], value: float) -> GenerateSpec:
-    spec = make_spec(**{name: fields for name, fields in BESIDE.items() if name == path[0]})
+    fields: dict[str, Any] = {name: fields for name, fields in BESIDE.items() if name == path[0]}
+    spec = make_spec(**fields)
     message: Any = spec
     *parents, name = path
     for parent in parents:
