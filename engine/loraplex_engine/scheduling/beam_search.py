@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 from loraplex_engine.link.beams import Beams, EarlyStopping
-from loraplex_engine.link.messages import TokenLogprobs
+from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
 
 if TYPE_CHECKING:
+    from loraplex_engine.scheduling.block_manager import BlockManager
     from loraplex_engine.scheduling.request import Request
 
 
@@ -74,19 +76,35 @@ class BeamSearch:
         going_on = going_on[: self.beams.width]
         return going_on if going_on and self._may_improve(going_on[0].total, length) else []
 
-    def follow(self, sequences: Sequence[Request], continuations: Sequence[Continuation]) -> None:
-        """Take these sequences in place of the old ones: each has become its continuation."""
-        self.sequences = list(sequences)
-        self._totals = {sequence: each.total for sequence, each in zip(sequences, continuations, strict=True)}
+    def branch(self, continuations: Sequence[Continuation], blocks: BlockManager) -> None:
+        """Let sequences go on as their continuations. Those with several branch, and those with none end."""
+        parents = {each.sequence for each in continuations}
+        for sequence in self.sequences:
+            if sequence not in parents:
+                blocks.release(sequence)
+        heirs: list[Request] = []
+        for parent in (each.sequence for each in continuations):
+            heir = parent.forked() if parent in heirs else parent
+            if heir is not parent:
+                blocks.fork(parent, heir)
+            heirs.append(heir)
+        for heir, continuation in zip(heirs, continuations, strict=True):
+            heir.token_ids.append(continuation.token_id)
+        self.sequences = heirs
+        self._totals = {heir: each.total for heir, each in zip(heirs, continuations, strict=True)}
 
-    def outputs(self, reason: FinishReason | None = None) -> list[Hypothesis]:
+    def outputs(self, reason: FinishReason | None) -> list[RequestOutput]:
         """The best outputs, as many as are wanted. With a reason the sequences that have not ended do so for it."""
         if reason is not None and self.length:
             for sequence in self.sequences:
                 self._keep(self._totals[sequence], _output(sequence), reason, None)
-        best = sorted(self.ended, key=lambda each: -each.score)[: len(self.beams.output_ids)]
-        missing = len(self.beams.output_ids) - len(best)
-        return best + [Hypothesis(-math.inf, [], reason or FinishReason.MAX_TOKENS)] * missing
+        ids = self.beams.output_ids
+        best = sorted(self.ended, key=lambda each: -each.score)[: len(ids)]
+        nothing = Hypothesis(-math.inf, [], reason or FinishReason.MAX_TOKENS)
+        return [
+            RequestOutput(output_id, each.token_ids, each.reason, each.stop_token_id, score=each.score)
+            for output_id, each in zip(ids, chain(best, repeat(nothing)), strict=False)
+        ]
 
     @property
     def length(self) -> int:

@@ -18,7 +18,7 @@ from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.grammar import UNUSABLE_FORM
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason
-from loraplex_engine.scheduling.beam_search import BeamSearch, Continuation
+from loraplex_engine.scheduling.beam_search import BeamSearch
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.drafter import Drafter, NoDrafts
 from loraplex_engine.scheduling.fairness import FairQueue
@@ -312,36 +312,15 @@ class Scheduler:
         taken = RequestOutput(leader.request_id, [], num_searched=count)
         continuations = search.advance()
         if continuations:
-            self._branch(search, continuations)
+            search.branch(continuations, self.blocks)
         outputs = [self._with_beginning(taken, leader) if first else taken]
         return outputs if continuations else outputs + self._end_search(search)
-
-    def _branch(self, search: BeamSearch, continuations: Sequence[Continuation]) -> None:
-        """Let sequences go on as their continuations. Those with several branch, and those with none end."""
-        parents = {each.sequence for each in continuations}
-        for sequence in search.sequences:
-            if sequence not in parents:
-                self.blocks.release(sequence)
-        heirs: list[Request] = []
-        for parent in (each.sequence for each in continuations):
-            heir = parent.forked() if parent in heirs else parent
-            if heir is not parent:
-                self.blocks.fork(parent, heir)
-            heirs.append(heir)
-        for heir, continuation in zip(heirs, continuations, strict=True):
-            heir.token_ids.append(continuation.token_id)
-        search.follow(heirs, continuations)
 
     def _end_search(self, search: BeamSearch, reason: FinishReason | None = None) -> list[RequestOutput]:
         """Say what a search has found. `reason`: why it goes no further, where it has not ended by itself."""
         leader, found = search.leader, search.outputs(reason)
-        self._finish(leader, reason or found[0].reason)
-        return [
-            self._with_beginning(
-                RequestOutput(output_id, each.token_ids, each.reason, each.stop_token_id, score=each.score), leader
-            )
-            for output_id, each in zip(search.beams.output_ids, found, strict=True)
-        ]
+        self._finish(leader, found[0].finish_reason or FinishReason.MAX_TOKENS)
+        return [self._with_beginning(output, leader) for output in found]
 
     def _keep_drafts(self, request: Request, count: int) -> None:
         """Count as computed the drafts that were drawn, too, and let others find their blocks."""
