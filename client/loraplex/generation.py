@@ -159,7 +159,7 @@ class GenerateOptions(SharedOptions, total=False):
     """Whether the text may be any, whatever the route or the adapter says. None: no, their default holds."""
     # Guesses at the next tokens
     draft_kind: generation_pb2.DraftKind.ValueType | str | None
-    """Where drafts come from: "off" or "ngram". They change the speed alone. None: as the model is configured."""
+    """Where drafts come from: "off", "ngram" or "model". They change the speed alone. None: as the model says."""
     max_draft_tokens: int | None
     """Most drafts at once. None: as many as the model is configured for."""
     # How a stream is cut into messages

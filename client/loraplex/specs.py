@@ -164,8 +164,8 @@ def generate_spec(
         grammar: Grammar that the text must follow, in GBNF. None: any text.
         any_text: Whether the text may be any, whatever the route or the adapter says. None: no, their default
             holds.
-        draft_kind: Where drafts come from: "off" or "ngram". They change the speed alone. None: as the model is
-            configured.
+        draft_kind: Where drafts come from: "off", "ngram" or "model". They change the speed alone. None: as the
+            model says.
         max_draft_tokens: Most drafts at once. None: as many as the model is configured for.
         min_tokens_per_chunk: Number of tokens to gather into one message of a stream. None: 1.
         max_chunk_delay: Seconds to hold tokens back at most. None: 0.1.

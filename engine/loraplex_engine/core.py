@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
 import torch
 
 from loraplex_adapters.errors import COLD
@@ -18,14 +19,16 @@ from loraplex_engine.adapter_tiers import AdapterTiers
 from loraplex_engine.checkpoint.weights import resolve_model
 from loraplex_engine.drafting.costs import measured
 from loraplex_engine.drafting.drafting import Drafting
-from loraplex_engine.drafting.source import Ngrams
+from loraplex_engine.drafting.model import ModelDrafts
+from loraplex_engine.drafting.source import Ngrams, Source
 from loraplex_engine.execution.bad_words import TokenTexts
-from loraplex_engine.execution.loading import load_runner
+from loraplex_engine.execution.loading import load_runner, load_runners
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftKind
 from loraplex_engine.link.messages import (
     AddRequest,
+    EngineLimits,
     EngineStats,
     FromEngine,
     RequestOutput,
@@ -59,12 +62,22 @@ class EngineCore:
     All methods are called from one thread. `step` never waits for a file: adapters are read by the store's own threads.
     """
 
-    def __init__(self, runner: ModelRunner, store: AdapterStore, pool: AdapterPool, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        store: AdapterStore,
+        pool: AdapterPool,
+        config: EngineConfig,
+        beside: ModelRunner | None = None,
+    ) -> None:
+        """`beside`: the small model that drafts, if there is one."""
         self.runner = runner
         self.store = store
         self.pool = pool
         self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching)
-        self.limits = runner.limits(config)
+        self.limits = (
+            runner.limits(config) if beside is None else _with_memory_of(beside, config, runner.limits(config))
+        )
         self.forms = FormPreparer(self.limits.vocab_size, TokenTexts)
         self.scheduler = Scheduler(
             self.blocks,
@@ -73,7 +86,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=runner.max_model_len,
             clock=time.monotonic,
-            drafter=_drafting(runner, self.blocks, config),
+            drafter=_drafting(runner, beside, self.blocks, config),
         )
         self._num_steps = 0
         self._num_arrivals = 0
@@ -87,7 +100,13 @@ class EngineCore:
     ) -> EngineCore:
         """Load the model that `config` names. Raises ValueError or OSError whose text says what the operator can do."""
         config.check()
-        runner = load_runner(config, resolve_model(config.model, config.revision), progress)
+        path, small = resolve_model(config.model, config.revision), config.drafting()
+        beside: ModelRunner | None = None
+        if small is None:
+            runner = load_runner(config, path, progress)
+        else:
+            small_path = resolve_model(small.model, small.revision)
+            runner, beside = load_runners(config, path, small, small_path, progress)
         model = runner.model
         store = AdapterStore(
             targets=model.lora_targets(),
@@ -104,7 +123,7 @@ class EngineCore:
             num_slots=config.max_resident_adapters,
             budget_bytes=config.adapter_device_bytes,
         )
-        return cls(runner, store, pool, config)
+        return cls(runner, store, pool, config, beside)
 
     def close(self) -> None:
         """Stop the threads that load adapters and compile grammars."""
@@ -266,13 +285,30 @@ class EngineCore:
         )
 
 
-def _drafting(runner: ModelRunner, blocks: BlockManager, config: EngineConfig) -> Drafting | None:
+def _with_memory_of(beside: ModelRunner, config: EngineConfig, limits: EngineLimits) -> EngineLimits:
+    """The limits of an engine that holds a small model too."""
+    small = beside.limits(config)
+    return msgspec.structs.replace(
+        limits,
+        weight_bytes=limits.weight_bytes + small.weight_bytes,
+        kv_cache_bytes=limits.kv_cache_bytes + small.kv_cache_bytes,
+    )
+
+
+def _drafting(
+    runner: ModelRunner, beside: ModelRunner | None, blocks: BlockManager, config: EngineConfig
+) -> Drafting | None:
     """What adds drafts; None: the model has none."""
     if config.drafts is None:
         return None
+    sources: dict[DraftKind, Source] = {DraftKind.NGRAM: Ngrams()}
+    if beside is not None:
+        budget = config.max_num_batched_tokens
+        costs = measured(beside, config.drafts.tokens, min(config.max_num_seqs, budget))
+        sources[DraftKind.MODEL] = ModelDrafts(beside, costs, budget)
     return Drafting(
         blocks,
-        {DraftKind.NGRAM: Ngrams()},
+        sources,
         measured(runner, config.drafts.tokens, config.most_drawn),
         config.most_drawn,
         runner.max_model_len,

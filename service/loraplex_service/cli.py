@@ -51,7 +51,7 @@ M_ARENA_MAX: Final = -8  # malloc.h of glibc
 MAX_ARENAS: Final = 2
 SWITCH_SECONDS: Final = 0.0005  # after which a thread that works on a long text lets the event loop go on
 
-DRAFT_KINDS: Final = ("off", "ngram")
+DRAFT_KINDS: Final = ("off", "ngram", "model")
 EXISTING = click.Path(path_type=Path, exists=True)
 CONFIG_OPTION = click.option(
     "--config",

@@ -197,11 +197,18 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
     def absolute(path: str) -> str:
         return str(base / Path(path).expanduser())
 
+    def located(model: str) -> str:
+        is_path = model.startswith((".", "/", "~")) or (base / model).is_dir()  # else an id of a hub
+        return absolute(model) if is_path else model
+
     def model(item: HostedModelConfig) -> HostedModelConfig:
-        is_path = item.model.startswith((".", "/", "~")) or (base / item.model).is_dir()  # else an id of a hub
+        drafts = item.drafts
+        if drafts is not None and drafts.model is not None:
+            drafts = msgspec.structs.replace(drafts, model=located(drafts.model))
         return msgspec.structs.replace(
             item,
-            model=absolute(item.model) if is_path else item.model,
+            model=located(item.model),
+            drafts=drafts,
             chat_template=None if item.chat_template is None else absolute(item.chat_template),
         )
 

@@ -109,7 +109,7 @@ def test_on_cold_by_name(name: str) -> None:
     assert generation_pb2.OnCold.Name(spec.adapter_policy.on_cold) == f"ON_COLD_{name.upper()}"
 
 
-@pytest.mark.parametrize("name", ["off", "ngram"])
+@pytest.mark.parametrize("name", ["off", "ngram", "model"])
 def test_draft_kind_by_name(name: str) -> None:
     spec = generate_spec("demo", "Once", draft_kind=name)
     assert generation_pb2.DraftKind.Name(spec.drafts.draft_kind) == f"DRAFT_KIND_{name.upper()}"

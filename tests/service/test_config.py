@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.drafts import DraftConfig, DraftKind
 from loraplex_service.config import (
     SECTIONS,
     ConfigError,
@@ -69,6 +70,27 @@ def test_the_source_of_an_adapter_is_looked_for_under_the_roots_and_then_beside_
             directory, MODEL + f"adapter_roots: [own]\nadapters: [{{name: p, model: tiny, source: {written}}}]"
         )
         assert config.adapters[0].source == str(directory / found)
+
+
+def test_the_small_model_of_drafts_is_found_as_models_are(directory: Path) -> None:
+    for written, found in (("models/tiny", str(directory / "models/tiny")), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")):
+        config = load(directory, MODEL + f"    drafts: {{kind: model, model: {written}}}")
+        assert config.models[0].drafts == DraftConfig(kind=DraftKind.MODEL, model=found)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "problem"),
+    [
+        ("{kind: model}", "drafts.model must name a directory or a hub id"),
+        ("{kind: model, model: ./gone}", "drafts.model: there is no directory"),
+        ("{kind: ngram, model: models/tiny}", "must be left out where drafts.kind is ngram"),
+        ("{kind: ngram, tokens: 33}", "drafts.tokens 33 must be from 1 to 32"),
+        ("{kind: magic}", "Invalid enum value 'magic'"),
+    ],
+)
+def test_drafts_that_make_no_sense_are_reported(directory: Path, drafts: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load(directory, MODEL + f"    drafts: {drafts}")
 
 
 def test_a_model_that_is_no_directory_is_the_id_of_a_hub(directory: Path) -> None:

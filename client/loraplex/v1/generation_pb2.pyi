@@ -129,6 +129,8 @@ class _DraftKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     """There are none."""
     DRAFT_KIND_NGRAM: _DraftKind.ValueType  # 2
     """What followed the same tokens before, in the prompt or the output."""
+    DRAFT_KIND_MODEL: _DraftKind.ValueType  # 3
+    """What a smaller model writes, without an adapter. Only where the model is configured for it."""
 
 class DraftKind(_DraftKind, metaclass=_DraftKindEnumTypeWrapper):
     """Where drafts come from."""
@@ -139,6 +141,8 @@ DRAFT_KIND_OFF: DraftKind.ValueType  # 1
 """There are none."""
 DRAFT_KIND_NGRAM: DraftKind.ValueType  # 2
 """What followed the same tokens before, in the prompt or the output."""
+DRAFT_KIND_MODEL: DraftKind.ValueType  # 3
+"""What a smaller model writes, without an adapter. Only where the model is configured for it."""
 Global___DraftKind: typing_extensions.TypeAlias = DraftKind
 
 @typing.final

@@ -43,12 +43,16 @@ class StepCosts:
         """The time of a step: measured, or between those of the nearest numbers of rows that were."""
         if rows in self._medians:
             return self._medians[rows]
-        place = min(max(bisect_left(self._known, rows), 1), len(self._known) - 1)
-        if place == 0:  # one number of rows is known: others take as much for each row
+        place = bisect_left(self._known, rows)
+        if place == 0:
+            return self._medians[self._known[0]]
+        if len(self._known) == 1:  # other steps take as much for each row
             return self._medians[self._known[0]] * rows / self._known[0]
-        low, high = self._known[place - 1], self._known[place]
+        low, high = self._known[place - 1 : place + 1] if place < len(self._known) else self._known[-2:]
         before, after = self._medians[low], self._medians[high]
-        return max(before + (after - before) * (rows - low) / (high - low), 0.0)
+        if place == len(self._known):  # more rows never take less
+            return after + max(after - before, 0.0) * (rows - high) / (high - low)
+        return before + (after - before) * (rows - low) / (high - low)
 
     def prices(self, num_requests: int, rows: int, most: int) -> list[float]:
         """What 1, 2, … `most` rows more cost, in a step that has `rows`: in tokens, of which it has `num_requests`

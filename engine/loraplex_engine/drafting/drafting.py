@@ -36,7 +36,7 @@ class Drafting(Drafter):
         self._max_model_len = max_model_len
         self._clock = clock
         self._accounts: dict[int, Account] = {}  # by request id
-        self._prices: dict[int, float] = {}  # of this step's drafts, by request id
+        self._prices: dict[int, list[float]] = {}  # of 1, 2, … drafts in this step, by request id
         self._began = 0.0  # when the step did, behind the drafts
 
     def add(self, scheduled: Sequence[ScheduledRequest], budget: int) -> list[ScheduledRequest]:
@@ -59,7 +59,7 @@ class Drafting(Drafter):
             request_id = item.request.request_id
             if item.draft_token_ids and sampled:
                 tried, right = len(item.draft_token_ids), len(sampled) - 1
-                self._accounts[request_id].settle(self._prices[request_id], tried, right)
+                self._accounts[request_id].settle(self._prices[request_id][tried - 1], tried, right)
 
     def forget(self, request: Request) -> None:
         if self._accounts.pop(request.request_id, None):
@@ -74,13 +74,23 @@ class Drafting(Drafter):
             if account is None:
                 continue
             account.draw()
-            prices = self._costs.prices(len(requests), rows, min(request.drafts.most, budget, self._useful(request)))
+            prices = self._prices_of(request, len(requests), rows, budget)
             count = account.affordable(prices)
             if count:
                 wanted[request.request_id] = request, count
-                self._prices[request.request_id] = prices[count - 1]
+                self._prices[request.request_id] = prices
                 rows, budget = rows + count, budget - count
         return wanted
+
+    def _prices_of(self, request: Request, num_requests: int, rows: int, budget: int) -> list[float]:
+        """What 1, 2, … drafts of a request cost, in tokens: to make them, and to check them in a step of `rows`."""
+        token_seconds = self._costs.seconds(num_requests) / num_requests
+        making = self._sources[request.drafts.kind].costs(request, num_requests, token_seconds)
+        most = min(request.drafts.most, budget, self._useful(request))
+        return [
+            price + (making.first + making.each * count) / token_seconds
+            for count, price in enumerate(self._costs.prices(num_requests, rows, most), 1)
+        ]
 
     def _useful(self, request: Request) -> int:
         """The drafts that can be drawn: the last token of an output follows them."""

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from loraplex_engine.drafting.ngram import NgramIndex
 from loraplex_engine.scheduling.request import Request
 
 
+class Costs(NamedTuple):
+    """The seconds that a request's next drafts take to make."""
+
+    first: float  # before there is any
+    each: float
+
+
+FREE = Costs(0.0, 0.0)
+NEVER = Costs(math.inf, 0.0)
+
+
 class Source(Protocol):
     """Guesses the tokens that follow."""
+
+    def costs(self, request: Request, num_requests: int, token_seconds: float) -> Costs:
+        """What drafts of this request cost, among so many requests. token_seconds: what a token costs without."""
 
     def propose(self, wanted: Mapping[int, tuple[Request, int]]) -> dict[int, Sequence[int]]:
         """At most so many tokens that may follow each of these requests; by request id, as are the tokens."""
@@ -24,6 +39,9 @@ class Ngrams(Source):
 
     def __init__(self) -> None:
         self._indexes: dict[int, NgramIndex] = {}  # by request id
+
+    def costs(self, request: Request, num_requests: int, token_seconds: float) -> Costs:
+        return FREE
 
     def propose(self, wanted: Mapping[int, tuple[Request, int]]) -> dict[int, Sequence[int]]:
         return {

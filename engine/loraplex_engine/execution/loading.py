@@ -2,31 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 
+from loraplex_engine.checkpoint.weights import read_json
 from loraplex_engine.execution.device import free_bytes, loading_turn, select_device
 from loraplex_engine.execution.kv_cache import block_bytes
 from loraplex_engine.execution.memory_profile import cache_budget
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import load_model
+from loraplex_engine.models.registry import read_model_config
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.selection import select_ops
+
+SAME_TOKENIZER = "the model that drafts must have the same tokenizer"
 
 
 def load_runner(config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:
     """The model in `path`, ready for steps. Raises ValueError if its cache would hold not even one sequence."""
+    ops = _ops(config)
+    with loading_turn(ops.device):
+        runner = ModelRunner(load_model(config, path, ops, progress), ops, config)
+        runner.allocate(_num_blocks([runner], config), config)
+        return runner
+
+
+def load_runners(
+    config: EngineConfig, path: Path, small: EngineConfig, small_path: Path, progress: Callable[[int, int], None]
+) -> tuple[ModelRunner, ModelRunner]:
+    """The models in both paths on one device, with caches of as many blocks. `small`: the config of the second.
+
+    Raises ValueError as `load_runner` does, and if the small one has another vocabulary.
+    """
+    _check_tokenizers(path, small_path)
+    ops = _ops(config)
+    with loading_turn(ops.device):
+        runner = ModelRunner(load_model(config, path, ops, progress), ops, config)
+        longest = min(runner.max_model_len, read_model_config(small_path).max_position_embeddings)
+        small = msgspec.structs.replace(small, max_model_len=longest)
+        beside = ModelRunner(load_model(small, small_path, ops), ops, small)
+        sizes = [each.model.config.vocab_size for each in (runner, beside)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{small_path}: has {sizes[1]} token ids, and {path} has {sizes[0]}: {SAME_TOKENIZER}")
+        num_blocks = _num_blocks([runner, beside], config)
+        runner.allocate(num_blocks, config)
+        beside.allocate(num_blocks, small)
+        return runner, beside
+
+
+def _check_tokenizers(path: Path, small_path: Path) -> None:
+    """Raise ValueError if the models call their tokens by different ids."""
+    files = [each / "tokenizer.json" for each in (path, small_path)]
+    if all(file.exists() for file in files):
+        one, other = (read_json(file).get("model") for file in files)
+        if isinstance(one, dict) and isinstance(other, dict) and one.get("vocab") != other.get("vocab"):
+            raise ValueError(f"{files[1]}: has another vocabulary than {files[0]}: {SAME_TOKENIZER}")
+
+
+def _ops(config: EngineConfig) -> Ops:
     device = select_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the current device
-    ops = _select_ops(device, config)
-    with loading_turn(device):
-        runner = ModelRunner(load_model(config, path, ops, progress), ops, config)
-        runner.allocate(_num_blocks(runner, config), config)
-        return runner
+    return _select_ops(device, config)
 
 
 def _select_ops(device: torch.device, config: EngineConfig) -> Ops:
@@ -40,9 +81,10 @@ def _select_ops(device: torch.device, config: EngineConfig) -> Ops:
     return ops
 
 
-def _num_blocks(runner: ModelRunner, config: EngineConfig) -> int:
-    """The number of blocks that fit into the memory for the cache."""
-    size = block_bytes(runner.model.config, runner.ops, runner.block_size, runner.kv_dtype)
+def _num_blocks(runners: Sequence[ModelRunner], config: EngineConfig) -> int:
+    """The number of blocks of each runner that fit into the memory for their caches. The first takes the requests."""
+    runner = runners[0]
+    size = sum(block_bytes(each.model.config, each.ops, each.block_size, each.kv_dtype) for each in runners)
     per_sequence = -(-runner.max_model_len // runner.block_size)
     budget = _cache_bytes(runner, config)
     useful = per_sequence * config.max_num_seqs  # more could never be in use

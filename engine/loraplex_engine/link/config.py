@@ -50,6 +50,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     adapter_loader_threads: int = 2
     adapter_load_share: float | None = None  # share of one core while requests run; None: 0.1 on the CPU, else 1
 
+    def drafting(self) -> EngineConfig | None:
+        """The configuration of the small model that drafts; None: there is none. Its steps are not captured."""
+        if self.drafts is None or self.drafts.model is None:
+            return None
+        of_large: dict[str, Any] = dict.fromkeys(("quantization", "head_quantization", "rope_scaling", "drafts"))
+        small: dict[str, Any] = {"model": self.drafts.model, "revision": self.drafts.revision, "cuda_graphs": False}
+        return msgspec.structs.replace(self, **of_large, **small)
+
     def check(self) -> None:
         """Raise ValueError naming each field that is out of range."""
         problems = []

@@ -20,6 +20,8 @@ class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     kind: DraftKind
     tokens: int = 8  # at most so many of a request in one step
+    model: str | None = None  # of kind model: a local directory, or a hub id, of a model with the same tokenizer
+    revision: str | None = None  # the revision of a hub id: pin it
 
     @property
     def offered(self) -> "Drafts":
@@ -30,6 +32,10 @@ class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Describe every value that is out of range."""
         if not 1 <= self.tokens <= MOST_DRAFTS:
             yield f"drafts.tokens {self.tokens} must be from 1 to {MOST_DRAFTS}"
+        if self.kind is DraftKind.MODEL and not self.model:
+            yield "drafts.model must name a directory or a hub id where drafts.kind is model"
+        if self.kind is not DraftKind.MODEL and (self.model or self.revision):
+            yield f"drafts.model and drafts.revision must be left out where drafts.kind is {self.kind}"
 
 
 class Drafts(msgspec.Struct, array_like=True, frozen=True):

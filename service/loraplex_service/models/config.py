@@ -44,6 +44,9 @@ class HostedModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_
             yield f"the name must be {ID_RULE}"
         if self.model.startswith("/") and not Path(self.model).is_dir():
             yield f"model: there is no directory {self.model}"
+        small = self.drafts.model if self.drafts is not None else None
+        if small is not None and small.startswith("/") and not Path(small).is_dir():
+            yield f"drafts.model: there is no directory {small}"
         if self.chat_template is not None and not Path(self.chat_template).is_file():
             yield f"chat_template: there is no file {self.chat_template}"
         for check in (self.check, self.sampling):

@@ -1,11 +1,17 @@
 """The drafts that a request may have: those of its model, or fewer, or others that the model has."""
 
-from loraplex.v1.generation_pb2 import DRAFT_KIND_NGRAM, DRAFT_KIND_OFF, DRAFT_KIND_UNSPECIFIED, GenerateSpec
+from loraplex.v1.generation_pb2 import (
+    DRAFT_KIND_MODEL,
+    DRAFT_KIND_NGRAM,
+    DRAFT_KIND_OFF,
+    DRAFT_KIND_UNSPECIFIED,
+    GenerateSpec,
+)
 from loraplex_engine.link.drafts import NO_DRAFTS, DraftKind, Drafts
 from loraplex_engine.link.messages import EngineLimits
 from loraplex_service.errors import FeatureUnsupported
 
-KINDS = {DRAFT_KIND_NGRAM: DraftKind.NGRAM}
+KINDS = {DRAFT_KIND_NGRAM: DraftKind.NGRAM, DRAFT_KIND_MODEL: DraftKind.MODEL}
 
 
 def wanted_drafts(spec: GenerateSpec, limits: EngineLimits, path: str) -> Drafts:

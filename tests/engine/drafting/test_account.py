@@ -70,6 +70,11 @@ def test_times_that_were_not_measured_lie_between_those_that_were(rows: int, sec
     assert StepCosts({1: 10.0, 2: 11.0, 4: 15.0}).seconds(rows) == seconds
 
 
+@pytest.mark.parametrize(("rows", "seconds"), [(1, 12.0), (3, 11.0), (8, 10.0), (100, 10.0)])
+def test_times_that_fall_with_the_rows_by_accident_stay_above_nothing(rows: int, seconds: float) -> None:
+    assert StepCosts({2: 12.0, 4: 10.0}).seconds(rows) == seconds
+
+
 def test_with_one_time_known_every_row_takes_as_long() -> None:
     assert StepCosts({2: 10.0}).seconds(6) == 30.0
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from loraplex_engine.drafting.costs import StepCosts
 from loraplex_engine.drafting.drafting import Drafting
-from loraplex_engine.drafting.source import Source
+from loraplex_engine.drafting.source import FREE as FREE_TO_MAKE
+from loraplex_engine.drafting.source import Costs, Source
 from loraplex_engine.link.drafts import DraftKind, Drafts
 from loraplex_engine.link.messages import AddRequest, RequestOutput
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
@@ -49,6 +50,9 @@ class Oracle(Source):
         self.wrong, self.asked = wrong, 0
         self.forgotten: list[int] = []
 
+    def costs(self, request: Request, num_requests: int, token_seconds: float) -> Costs:
+        return FREE_TO_MAKE
+
     def propose(self, wanted: Mapping[int, tuple[Request, int]]) -> dict[int, Sequence[int]]:
         return {key: [self.token(request, place) for place in range(count)] for key, (request, count) in wanted.items()}
 
@@ -67,7 +71,7 @@ class Bench:
     """A scheduler whose requests may have drafts."""
 
     def __init__(
-        self, num_blocks: int = 64, budget: int = 16, most_drawn: int = 16, times: Mapping[int, float] = FREE
+        self, num_blocks: int = 64, budget: int = 16, most_drawn: int = 16, times: dict[int, float] = FREE
     ) -> None:
         self.source = Oracle()
         self.blocks = BlockManager(num_blocks, P, enable_prefix_caching=True)

@@ -11,14 +11,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.core import EngineCore
 from loraplex_engine.drafting.costs import StepCosts
 from loraplex_engine.drafting.drafting import Drafting
-from loraplex_engine.drafting.source import Ngrams, Source
+from loraplex_engine.drafting.model import ModelDrafts
+from loraplex_engine.drafting.source import FREE, Costs, Ngrams, Source
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind, Drafts
 from loraplex_engine.link.grammar import choice_grammar, regex_grammar, schema_grammar
@@ -88,6 +89,9 @@ class Gambler(Source):
         self.outputs: dict[int, Sequence[int]] = {}  # of the plain engine, by request id
         self.num_asked = 0
 
+    def costs(self, request: Request, num_requests: int, token_seconds: float) -> Costs:
+        return FREE
+
     def propose(self, wanted: Mapping[int, tuple[Request, int]]) -> dict[int, Sequence[int]]:
         return {key: self.guess(request, count) for key, (request, count) in wanted.items()}
 
@@ -104,16 +108,20 @@ class Gambler(Source):
 class Engine:
     """An engine core with an adapter, whose requests may have drafts."""
 
-    def __init__(self, folder: Path, num_blocks: int, source: Source) -> None:
-        cache = num_blocks * P * 1 * 2 * 16 * 4
+    def __init__(self, folder: Path, num_blocks: int, source: Source | None) -> None:
+        """`source`: where drafts come from; None: from a small model."""
+        cache = num_blocks * P * 1 * 2 * 16 * 4 * (2 if source is None else 1)
         fields: dict[str, Any] = {"dtype": "float32", "kernels": "cpu", "threads": 1, "kv_cache_bytes": cache}
         limits: dict[str, Any] = {"block_size": P, "max_num_batched_tokens": 24, "max_model_len": 64}
-        drafts = DraftConfig(kind=DraftKind.NGRAM)
+        self.kind = DraftKind.MODEL if source is None else DraftKind.NGRAM
+        drafts = DraftConfig(kind=self.kind, model=str(folder / "small") if source is None else None)
         self.core = EngineCore.load(EngineConfig(model=str(folder / "base"), drafts=drafts, **fields, **limits))
+        configured = self.core.scheduler.drafter
+        assert isinstance(configured, Drafting)
+        self.source = source or configured._sources[self.kind]
         self.core.scheduler.drafter = Drafting(
-            self.core.blocks, {DraftKind.NGRAM: source}, FreeCosts({1: 1.0}), 256, 64, self.core.scheduler.clock
+            self.core.blocks, {self.kind: self.source}, FreeCosts({1: 1.0}), 256, 64, self.core.scheduler.clock
         )
-        self.source = source
         self.core.set_vocabulary(SetVocabulary(TOKENS))
         self.adapter = AdapterKey("shared/one", digest(folder / "adapter"))
         self.core.want_adapter(WantAdapter(self.adapter, 1, str(folder / "adapter")))
@@ -146,7 +154,7 @@ class Engine:
                 self.adapter if asked.adapted else None,
                 grammar=grammar,
                 output_token_ids=output,
-                drafts=Drafts(DraftKind.NGRAM, asked.drafts if drafts else 0),
+                drafts=Drafts(self.kind, asked.drafts if drafts else 0),
             )
         )
 
@@ -174,6 +182,11 @@ def told(outputs: Sequence[RequestOutput]) -> tuple[Any, ...]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("identity")
     save_tiny_model(folder / "base")
+    save_tiny_model(folder / "small")  # the same, but for what a little noise changes
+    weights = load_file(folder / "small" / "model.safetensors")
+    noise = torch.Generator().manual_seed(2)
+    noisy = {name: each + 0.002 * torch.randn(each.shape, generator=noise) for name, each in weights.items()}
+    save_file(noisy, folder / "small" / "model.safetensors", {"format": "pt"})
     (folder / "adapter").mkdir()
     fields = {"peft_type": "LORA", "r": 3, "lora_alpha": 30, "target_modules": ["up_proj"]}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
@@ -184,19 +197,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def no_source() -> None:
+    return None
+
+
 class Engines(NamedTuple):
     plain: Engine
-    drafted: Sequence[Engine]  # with n-grams or a gambler, with room for all or for few
+    drafted: Sequence[Engine]  # with n-grams, a gambler or a small model, with room for all or for few
 
 
 @pytest.fixture(scope="module")
 def engines(folder: Path) -> Iterator[Engines]:
-    drafted = [Engine(folder, blocks, source()) for blocks in (ROOM, TIGHT) for source in (Ngrams, Gambler)]
+    drafted = [Engine(folder, blocks, source()) for blocks in (ROOM, TIGHT) for source in (Ngrams, Gambler, no_source)]
     made = Engines(Engine(folder, ROOM, Ngrams()), drafted)
     yield made
     assert made.plain.core.scheduler.draft_tokens == 0
     for engine in drafted:
         assert engine.core.scheduler.draft_tokens >= engine.core.scheduler.accepted_draft_tokens > 0
+        assert not isinstance(engine.source, ModelDrafts) or engine.source._blocks.num_used == 0
     assert sum(engine.core.scheduler.num_preemptions for engine in drafted) > 0
     for engine in (made.plain, *drafted):
         engine.core.close()

@@ -6,9 +6,10 @@ import grpc
 import msgspec
 import pytest
 
-from loraplex.v1.generation_pb2 import DRAFT_KIND_NGRAM, DRAFT_KIND_OFF, Drafts
+from loraplex.v1.generation_pb2 import DRAFT_KIND_MODEL, DRAFT_KIND_NGRAM, DRAFT_KIND_OFF, Drafts
 from loraplex_engine.link import drafts as link
 from loraplex_engine.link.drafts import NO_DRAFTS, DraftKind
+from loraplex_service.errors import FeatureUnsupported
 from loraplex_service.requests.drafts import wanted_drafts
 from tests.service.data_plane import DataPlane, failure, make_spec
 from tests.service.fake_engine import LIMITS
@@ -33,6 +34,25 @@ NGRAM = link.Drafts(DraftKind.NGRAM, 8)
 def test_a_request_has_its_models_drafts_or_fewer(offered: link.Drafts, asked: Drafts | None, most: int) -> None:
     spec = make_spec() if asked is None else make_spec(drafts=asked)
     assert wanted_drafts(spec, msgspec.structs.replace(LIMITS, drafts=offered), "spec").most == most
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind"),
+    [
+        (Drafts(), DraftKind.MODEL),
+        (Drafts(draft_kind=DRAFT_KIND_MODEL), DraftKind.MODEL),
+        (Drafts(draft_kind=DRAFT_KIND_NGRAM), DraftKind.NGRAM),
+    ],
+)
+def test_a_model_with_a_small_one_has_both_kinds(asked: Drafts, kind: DraftKind) -> None:
+    limits = msgspec.structs.replace(LIMITS, drafts=link.Drafts(DraftKind.MODEL, 4))
+    assert wanted_drafts(make_spec(drafts=asked), limits, "spec") == link.Drafts(kind, 4)
+
+
+def test_drafts_of_a_small_model_are_refused_where_there_is_none() -> None:
+    limits = msgspec.structs.replace(LIMITS, drafts=NGRAM)
+    with pytest.raises(FeatureUnsupported, match="no drafts of kind model"):
+        wanted_drafts(make_spec(drafts=Drafts(draft_kind=DRAFT_KIND_MODEL)), limits, "spec")
 
 
 @pytest.mark.parametrize("asked", [Drafts(), Drafts(max_draft_tokens=2), Drafts(draft_kind=DRAFT_KIND_NGRAM)])
