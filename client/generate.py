@@ -85,7 +85,7 @@ CLASSES = (
     ClientClass(
         "AsyncClient",
         "_AsyncReader",
-        "The data port: generates, embeds, tokenises, looks at what there is. Made, used and closed in one event loop.",
+        "The data port: generates, embeds, classifies, looks around. Made, used and closed in one event loop.",
         {
             "inference": (
                 "generate",
@@ -96,7 +96,7 @@ CLASSES = (
                 "tokenize",
                 "detokenize",
             ),
-            "pooled": ("embed",),
+            "pooled": ("embed", "classify", "rerank"),
         },
     ),
     ClientClass(

@@ -259,7 +259,7 @@ class _AsyncReader(AsyncCaller):
 
 
 class AsyncClient(_AsyncReader):
-    """The data port: generates, embeds, tokenises, looks at what there is. Made, used and closed in one event loop."""
+    """The data port: generates, embeds, classifies, looks around. Made, used and closed in one event loop."""
 
     async def generate(
         self,
@@ -1068,6 +1068,158 @@ class AsyncClient(_AsyncReader):
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                bypass_prefix_cache=bypass_prefix_cache,
+                salt=salt,
+                on_cold=on_cold,
+                max_load_wait=max_load_wait,
+                priority=priority,
+                client_request_id=client_request_id,
+                labels=labels,
+                timeout=timeout,
+                routing_key=routing_key,
+                metadata=metadata,
+                wait_for_ready=wait_for_ready,
+            )
+        )
+
+    async def classify(
+        self,
+        model: str,
+        prompts: str | Iterable[PromptLike],
+        *,
+        activation: pooling_pb2.Activation.ValueType | str | None = None,
+        add_special_tokens: bool | None = None,
+        truncate_to_tokens: int | None = None,
+        literal_content: bool | None = None,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | prompt_pb2.ToolChoice | None = None,
+        parallel_tool_calls: bool | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        bypass_prefix_cache: bool | None = None,
+        salt: str | None = None,
+        on_cold: generation_pb2.OnCold.ValueType | str | None = None,
+        max_load_wait: float | datetime.timedelta | None = None,
+        priority: int | None = None,
+        client_request_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: Timeout = "client",
+        routing_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        wait_for_ready: bool = False,
+    ) -> pooling_pb2.ClassifyResponse:
+        """Classify texts, or each of their tokens, with an adapter that has a head for it.
+
+        Args:
+            model: Name of an adapter with a classification head, an adapter version or a route.
+            prompts: Texts, lists of token ids or lists of chat messages. A string is one text.
+            activation: How logits become probabilities: "softmax" or "sigmoid". None: sigmoid for one label alone.
+            add_special_tokens: Whether the tokenizer adds its special tokens. None: yes for text, no for chat.
+            truncate_to_tokens: How many tokens to keep of a longer prompt: the last ones. None: a prompt that is too
+                long is refused.
+            literal_content: Whether text that spells a control token stays text. None: no for text; as the model is
+                configured for chat.
+            tools: Tools that the model may call, in a chat. None: no tools.
+            tool_choice: Whether the model calls tools: "auto", "none", "required", or the name of the tool to call.
+                None: auto.
+            parallel_tool_calls: Whether one message may call several tools. None: yes.
+            template_kwargs: Further variables of the chat template. None: no variables.
+            add_generation_prompt: Whether a chat ends with the opening of an assistant message. None: yes, unless
+                continue_final_message.
+            continue_final_message: Whether the model continues the last message of a chat. None: no.
+            bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
+            salt: Text without which no other request shares cached prefixes with this one. None: no salt.
+            on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
+            max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
+            priority: Rank under load: higher goes before lower. None: 0.
+            client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
+                None: no name.
+            labels: Labels for your accounting, which come back in the answer. None: no labels.
+            timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
+            routing_key: Key of requests that go to the same target of a route, and to the same replica. None: to any.
+            metadata: Further metadata, such as x-request-id or traceparent. None: no metadata.
+            wait_for_ready: Whether to wait for a server that is not up yet, instead of failing with Unavailable.
+        """
+        return await self._run(
+            pooled.classify(
+                model,
+                prompts,
+                activation=activation,
+                add_special_tokens=add_special_tokens,
+                truncate_to_tokens=truncate_to_tokens,
+                literal_content=literal_content,
+                tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+                template_kwargs=template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                bypass_prefix_cache=bypass_prefix_cache,
+                salt=salt,
+                on_cold=on_cold,
+                max_load_wait=max_load_wait,
+                priority=priority,
+                client_request_id=client_request_id,
+                labels=labels,
+                timeout=timeout,
+                routing_key=routing_key,
+                metadata=metadata,
+                wait_for_ready=wait_for_ready,
+            )
+        )
+
+    async def rerank(
+        self,
+        model: str,
+        query: str,
+        documents: Iterable[str],
+        *,
+        template: str | None = None,
+        top_n: int | None = None,
+        keep_order: bool | None = None,
+        bypass_prefix_cache: bool | None = None,
+        salt: str | None = None,
+        on_cold: generation_pb2.OnCold.ValueType | str | None = None,
+        max_load_wait: float | datetime.timedelta | None = None,
+        priority: int | None = None,
+        client_request_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: Timeout = "client",
+        routing_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        wait_for_ready: bool = False,
+    ) -> pooling_pb2.RerankResponse:
+        """Say how well documents answer a query, with an adapter that has a head for it. The best one comes first.
+
+        Args:
+            model: Name of an adapter with a classification head, an adapter version or a route.
+            query: What is asked.
+            documents: What may answer it.
+            template: Text with {query} and {document} in it, as the head was trained with. None: two lines.
+            top_n: How many documents to return, the best ones. None: all.
+            keep_order: Whether documents come in the order in which they were given. None: no.
+            bypass_prefix_cache: Whether to compute the whole prompt anew and leave nothing in the cache. None: no.
+            salt: Text without which no other request shares cached prefixes with this one. None: no salt.
+            on_cold: What to do when the adapter is not on the device: "wait", "fail" or "use_base". None: wait.
+            max_load_wait: Seconds to wait for an adapter at most. None: the server's limit.
+            priority: Rank under load: higher goes before lower. None: 0.
+            client_request_id: Your name for this request, which comes back in the answer and in the server's logs.
+                None: no name.
+            labels: Labels for your accounting, which come back in the answer. None: no labels.
+            timeout: Seconds until DeadlineExceeded. "client": as the client was made with. None: no limit.
+            routing_key: Key of requests that go to the same target of a route, and to the same replica. None: to any.
+            metadata: Further metadata, such as x-request-id or traceparent. None: no metadata.
+            wait_for_ready: Whether to wait for a server that is not up yet, instead of failing with Unavailable.
+        """
+        return await self._run(
+            pooled.rerank(
+                model,
+                query,
+                documents,
+                template=template,
+                top_n=top_n,
+                keep_order=keep_order,
                 bypass_prefix_cache=bypass_prefix_cache,
                 salt=salt,
                 on_cold=on_cold,

@@ -35,7 +35,7 @@ class PromptOptions(TypedDict, total=False):
     """Whether the model continues the last message of a chat. None: no."""
 
 
-class RunOptions(PromptOptions, total=False):
+class RunOptions(TypedDict, total=False):
     """Options of how a request is run. None is the same as leaving an option out."""
 
     # The prefix cache
@@ -57,7 +57,7 @@ class RunOptions(PromptOptions, total=False):
     """Labels for your accounting, which come back in the answer. None: no labels."""
 
 
-class SharedOptions(RunOptions, total=False):
+class SharedOptions(PromptOptions, RunOptions, total=False):
     """Options of whatever reads a prompt and tells of tokens. None is the same as leaving an option out."""
 
     # Log-probabilities

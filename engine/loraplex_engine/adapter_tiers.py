@@ -141,4 +141,6 @@ def _facts(loaded: LoadedAdapter) -> AdapterFacts:
         target_modules=list(loaded.target_modules),
         warnings=list(loaded.warnings),
         whole=loaded.whole,
+        num_labels=loaded.num_labels,
+        each_token=loaded.each_token,
     )

@@ -34,7 +34,7 @@ from loraplex_service.commands.adapters import adapters
 from loraplex_service.commands.demo import play_demo
 from loraplex_service.commands.forms import asks_for_form
 from loraplex_service.commands.keys import keys
-from loraplex_service.commands.pooling import embed
+from loraplex_service.commands.pooling import classify, embed, rerank
 from loraplex_service.commands.quantize import quantize
 from loraplex_service.commands.routes import routes
 from loraplex_service.commands.shared import ServerAccess, call_failures, print_json, print_table, reaches_server
@@ -175,6 +175,8 @@ main.add_command(adapters)
 main.add_command(routes)
 main.add_command(usage)
 main.add_command(embed)
+main.add_command(classify)
+main.add_command(rerank)
 
 
 @main.command()

@@ -9,6 +9,7 @@ from google.protobuf import descriptor_pool
 from loraplex import AdminClient, AsyncAdminClient, AsyncClient, Client
 from loraplex.operations import adapters, inference, models, pooled, routes, server
 from loraplex.operations.base import Listing, Operation, Upload, adapter_name, model_name, route_name, tenant_name
+from loraplex.prompts import Message, PromptLike
 from loraplex.v1 import adapters_pb2, pooling_pb2, routes_pb2
 
 SERVICES = {
@@ -29,6 +30,8 @@ OPERATIONS: list[Operation[Any]] = [
     inference.tokenize("demo", "Once"),
     inference.detokenize("demo", [1]),
     pooled.embed("demo", ["Once"]),
+    pooled.classify("demo", ["Once"]),
+    pooled.rerank("demo", "What?", ["Once"]),
     models.get_model("demo"),
     models.list_models().page(""),
     models.load_model("demo"),
@@ -163,8 +166,8 @@ def test_the_label_of_a_request_is_also_metadata() -> None:
 
 
 def test_prompts_to_embed_are_of_all_kinds_and_have_the_options_of_prompts() -> None:
-    chat = [{"role": "user", "content": "hi"}]
-    prompts: list[Any] = ["a text", [1, 2], chat]
+    chat: list[Message] = [{"role": "user", "content": "hi"}]
+    prompts: list[PromptLike] = ["a text", [1, 2], chat]
     options: dict[str, Any] = {"truncate_to_tokens": 5, "salt": "s", "on_cold": "fail", "labels": {"a": "b"}}
     request: Any = pooled.embed("demo", prompts, pooling="mean", dimensions=4, normalize=False, **options).request
     assert [prompt.WhichOneof("content") for prompt in request.prompts] == ["text", "token_ids", "chat"]

@@ -1,5 +1,6 @@
 """The true server: `loraplex serve` as a process, with real engines, on the demo's models and real gRPC ports."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from loraplex import AsyncAdminClient, AsyncClient
 
@@ -20,6 +23,7 @@ DEMO = Path(__file__).resolve().parents[2] / "demo/loraplex_demo"
 LORAPLEX = Path(sys.executable).with_name("loraplex")
 SPARE = "spare"  # a model that is not loaded
 MODELS = {"storyteller": ("pirate", "shouting", "formal", "poet"), "quizzer": ("json",)}
+HEADS = {"judge": ("SEQ_CLS", 1), "entities": ("TOKEN_CLS", 3)}  # adapters to be registered: task, labels
 START_SECONDS = 120.0  # two engines on a busy machine
 END_SECONDS = 60.0
 
@@ -50,10 +54,24 @@ class Server:
         return self.process.wait(END_SECONDS)
 
 
+def write_head(directory: Path, task: str, num_labels: int) -> None:
+    """The pirate with a classification head, as PEFT saves one."""
+    shutil.copytree(DEMO / "adapters" / "pirate", directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config |= {"task_type": task, "modules_to_save": ["classifier", "score"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(directory / "adapter_model.safetensors")
+    width = next(tensor.shape[1] for key, tensor in tensors.items() if key.endswith("q_proj.lora_A.weight"))
+    head = torch.randn(num_labels, width, generator=torch.Generator().manual_seed(0))
+    save_file(tensors | {"base_model.model.score.weight": head}, directory / "adapter_model.safetensors")
+
+
 def write_config(directory: Path, **settings: object) -> Path:
     """The demo in float32, where a request's greedy tokens do not depend on its neighbours."""
     roots = directory / "adapters"
     roots.mkdir()
+    for name, (task, num_labels) in HEADS.items():
+        write_head(roots / name, task, num_labels)
     config = {
         "listen": "127.0.0.1:0",
         "admin_listen": "127.0.0.1:0",

@@ -231,6 +231,8 @@ async def prepare(admin: AsyncAdminClient, method: MethodDescriptor) -> None:
     """What the method takes away must be there."""
     if method.name == "DeleteAdapter":
         await admin.create_adapter(DOOMED, base_model="storyteller", source="pirate", wait=SECONDS)
+    if method.name in ("Classify", "Rerank"):
+        await admin.create_adapter("judge", base_model="storyteller", source="judge", wait=SECONDS)
     if method.name == "DeleteRoute":
         await admin.update_route(Route(name=DOOMED_ROUTE, targets=TARGETS), allow_missing=True)  # type: ignore[arg-type]
     if method.name in ("GetRoute", "UpdateRoute"):

@@ -29,6 +29,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "Score": {"spec": {"model": "storyteller", "prompt": PROMPT}, "candidates": [{"text": " ran"}]},
     "CancelGeneration": {"request_ids": ["a"]},
     "Embed": {"model": "storyteller", "prompts": [PROMPT]},
+    "Classify": {"model": "judge", "prompts": [PROMPT]},
+    "Rerank": {"model": "judge", "query": "Who?", "documents": ["A fox"]},
     "Tokenize": {"model": "storyteller", "prompt": PROMPT},
     "Detokenize": {"model": "storyteller", "token_ids": [65]},
     "GetAdapter": {"name": PIRATE},

@@ -69,6 +69,7 @@ class FakeAdapters:
     def __init__(self) -> None:
         self.changes = 0
         self.known: set[AdapterKey] = set()
+        self.with_heads: set[AdapterKey] = set()
         self.finished: list[FinishedLoad] = []
         self.unloaded: list[AdapterKey] = []
         self.moved: set[AdapterKey] = set()
@@ -99,6 +100,9 @@ class FakeAdapters:
 
     def invocation_tokens(self, key: AdapterKey) -> tuple[int, ...]:
         return ()
+
+    def has_head(self, key: AdapterKey) -> bool:
+        return key in self.with_heads
 
     def acquire(self, key: AdapterKey) -> int | None:
         return 0

@@ -47,13 +47,16 @@ class Embedder(Engine):
         self.core.add(AddRequest(number, prompt, sampling, self.oracle.keys[adapter], pooling=params))
         return number
 
+    def is_pooled(self, request_id: int) -> bool:
+        return request_id in self.embedded
+
     def step(self) -> None:
         for message in step(self.core):
             if isinstance(message, StepOutput):
                 for output in message.outputs:
                     assert not output.error
                     self.cached.setdefault(output.request_id, output.num_cached_tokens)
-                    if output.request_id in self.embedded:
+                    if self.is_pooled(output.request_id):
                         self.results[output.request_id] = np.frombuffer(output.pooled, dtype="<f4")
                     else:
                         self.tokens.setdefault(output.request_id, []).extend(output.token_ids)

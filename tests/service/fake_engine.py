@@ -33,6 +33,7 @@ from loraplex_engine.link.messages import (
     TokenLogprobs,
     WantAdapter,
 )
+from loraplex_engine.link.pooling import PoolingMethod
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
 LIMITS = EngineLimits(
@@ -87,6 +88,7 @@ class FakeEngine:
         self.pinned: set[AdapterKey] = set()
         self.rejected_adapters: dict[str, list[str]] = {}  # problems, by path
         self.whole_adapters: dict[str, str] = {}  # why they cannot be composed, by path
+        self.heads: dict[str, tuple[int, bool]] = {}  # labels, and whether they are of tokens, by path
         self.loads_allowed = True  # else loads wait until `allow_loads`
         self._waiting_wishes: list[WantAdapter] = []
         self._script_of: dict[int, Sequence[int]] = {}
@@ -219,9 +221,21 @@ class FakeEngine:
             num_drafts=self.drafts_per_step[0],
             num_accepted_drafts=self.drafts_per_step[1],
             num_cached_tokens=self.cached_tokens if first else 0,
-            pooled=b"" if request.pooling is None else vector(request.prompt_token_ids),
+            pooled=self._pooled(request),
             queue_seconds=0.25 if first else 0.0,
         )
+
+    def _pooled(self, request: AddRequest) -> bytes:
+        """The vector of a prompt is its token ids; a token's logits are its id minus 97, and less by 1 a label."""
+        if request.pooling is None:
+            return b""
+        tokens = request.prompt_token_ids
+        if not request.pooling.classify:
+            return array("f", tokens).tobytes()
+        assert request.adapter is not None
+        labels = range(self.adapters[request.adapter].num_labels)
+        rows = tokens if request.pooling.method is PoolingMethod.EACH else tokens[-1:]
+        return array("f", [token - 97 - label for token in rows for label in labels]).tobytes()
 
     def _place(self, wish: WantAdapter) -> None:
         key, problems = wish.key, self.rejected_adapters.get(wish.path, [])
@@ -229,7 +243,9 @@ class FakeEngine:
         if wish.most is Residency.DISK:
             self.adapters.pop(key, None)
         elif wish.path and not problems:
-            self.adapters[key] = AdapterFacts(8, 1024, ["q_proj"], [], self.whole_adapters.get(wish.path, ""))
+            self.adapters[key] = AdapterFacts(
+                8, 1024, ["q_proj"], [], self.whole_adapters.get(wish.path, ""), *self.heads.get(wish.path, (0, False))
+            )
         if not problems:
             least = Residency.DEVICE if wish.pinned else wish.least
             self.tiers[key] = min(max(self.tiers.get(key, Residency.DISK), least), wish.most)
@@ -265,11 +281,6 @@ class FakeEngine:
         )
 
 
-def vector(token_ids: Sequence[int]) -> bytes:
-    """What it makes of a prompt: the vector of its token ids."""
-    return array("f", token_ids).tobytes()
-
-
 def _logprobs(token_id: int, count: int, sampling: SamplingParams) -> TokenLogprobs:
     """Token t has log-probability -t/256 and rank 1; the likeliest tokens are 0, 1, 2, …"""
     top = list(range(count))
@@ -280,6 +291,5 @@ def _logprobs(token_id: int, count: int, sampling: SamplingParams) -> TokenLogpr
 def _prompt_logprobs(request: AddRequest) -> list[TokenLogprobs | None]:
     sampling = request.sampling
     start, count = sampling.prompt_logprobs_from, sampling.num_prompt_logprobs or 0
-    told = request.prompt_token_ids[max(start, 1) :]
-    known: list[TokenLogprobs | None] = [_logprobs(token_id, count, sampling) for token_id in told]
-    return known if start else [None, *known]
+    known = [_logprobs(token_id, count, sampling) for token_id in request.prompt_token_ids[max(start, 1) :]]
+    return [*known] if start else [None, *known]

@@ -48,7 +48,6 @@ _HARMLESS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
-        "task_type",
     )
 )
 
@@ -79,6 +78,7 @@ _UNDERSTOOD = frozenset(
         "peft_type",
         "r",
         "rank_pattern",
+        "task_type",
         "trainable_token_indices",
         "use_dora",
         "use_rslora",
@@ -109,6 +109,7 @@ class LoRAConfig:
     trained_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # ids by the end of a module path
     ensure_weight_tying: bool = False  # with a tied head, the tensors trained on head and embedding are tied too
     invocation_tokens: tuple[int, ...] = ()  # activated LoRA: it applies from their last occurrence in the prompt on
+    task_type: str = ""  # what it was trained for, as PEFT names it; "" if absent
 
     def rank_of(self, module: str) -> int:
         """The rank of one module, by its path in the trained model ("model.layers.0.self_attn.q_proj")."""
@@ -152,6 +153,7 @@ def parse_config(raw: bytes) -> LoRAConfig:
         trained_tokens=reader.trained_tokens(),
         ensure_weight_tying=reader.flag("ensure_weight_tying"),
         invocation_tokens=reader.token_ids("alora_invocation_tokens", MAX_INVOCATION_TOKENS),
+        task_type=str(fields.get("task_type") or ""),
     )
     reader.check_init()
     problems.extend(_undefined(config))

@@ -13,6 +13,7 @@ from loraplex_adapters.errors import BASE_MISMATCH, INVALID, AdapterRejected
 from loraplex_adapters.files.config import LoRAConfig
 from loraplex_adapters.files.names import Part, SplitNames, base_module_candidates, split_tensor_names
 from loraplex_adapters.pace import Rest, no_rest, resting
+from loraplex_adapters.runtime.classifier import CLASSIFIER_MODULES, ClassifierHead, bind_head
 from loraplex_adapters.runtime.copies import contradictions, half_tied, settle, tell_copies, trained_twice
 from loraplex_adapters.runtime.folding import Values, replaced_parameters, stacked, trained_ids
 from loraplex_adapters.runtime.replaced import ReplacedParameters
@@ -32,6 +33,7 @@ class BoundAdapter:
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it applies from their last occurrence in the prompt on
     whole: str = ""  # why it cannot be one of several in a composition; "": it can
     warnings: tuple[str, ...] = ()
+    head: ClassifierHead | None = None
 
 
 def bind(
@@ -52,6 +54,8 @@ def bind(
     mismatches: list[str] = []  # shapes of another base model
     split = split_tensor_names(tensors, rest)
     placed = _place(split, targets, problems, rest)
+    heads = [placed.pop(name) for name in list(placed) if placed[name].target.kind is TargetKind.CLASSIFIER]
+    head = bind_head(heads, tensors, config, problems)
     saved, ambiguous = tell_copies(placed, config)
     problems.extend([*ambiguous, *trained_twice(placed, saved)])
     for module in resting(placed.values(), rest):
@@ -60,7 +64,7 @@ def bind(
         shaped_as = embedding or module  # a tied head's LoRA is the embedding's, transposed
         problems.extend(_shape_problems(module, shaped_as, tensors, config, max_rank, mismatches))
     problems.extend(_overlaps(list(placed.values())))
-    problems.extend(_unmet(placed, targets, split.towers, config))
+    problems.extend(_unmet(placed, targets, split.towers, config, bool(heads)))
     problems.extend(half_tied(placed, targets, config))
     if not mismatches and not problems:
         problems.extend(contradictions(placed, tensors, config, dtype))
@@ -82,8 +86,9 @@ def bind(
         {module.name: len(tensors[module.key("A")]) for module in modules if module.is_adapted},
         ReplacedParameters(replaced) if replaced else None,
         config.invocation_tokens,
-        _why_whole(config, bool(replaced)),
+        _why_whole(config, bool(replaced), head is not None),
         (*split.warnings, *_idle(modules, weights, config, rest)),
+        head,
     )
 
 
@@ -129,6 +134,7 @@ _PARTS_OF: Mapping[TargetKind, frozenset[Part]] = {
     TargetKind.LINEAR: frozenset(("A", "B", "lora_bias", "magnitude", "weight", "bias", "tokens", "base", "again")),
     TargetKind.EMBEDDING: frozenset(("magnitude", "weight", "tokens", "base", "again")),  # and A and B of its own kind
     TargetKind.NORM: frozenset(("weight", "base", "again")),
+    TargetKind.CLASSIFIER: frozenset(("weight", "bias")),
 }
 
 
@@ -289,11 +295,17 @@ def _overlaps(modules: list[Module]) -> list[str]:
 
 
 def _unmet(
-    placed: Mapping[str, Module], targets: Mapping[str, LoraTarget], towers: Iterable[str], config: LoRAConfig
+    placed: Mapping[str, Module],
+    targets: Mapping[str, LoraTarget],
+    towers: Iterable[str],
+    config: LoRAConfig,
+    has_head: bool,
 ) -> Iterator[str]:
     """Problems with modules that adapter_config.json says were trained, and that the file does not hold."""
     modules = placed.values()
     for end in config.modules_to_save:
+        if has_head and end in CLASSIFIER_MODULES:  # PEFT writes all of these names for a head of any name
+            continue
         held = any("weight" in module.parts and module.is_one_of((end,)) for module in modules)
         if not held and not any(named_by(tower, (end,)) for tower in towers):
             yield f"adapter_config.json: modules_to_save names {end!r}, of which this model and the file hold no weight"
@@ -323,12 +335,13 @@ def _idle(modules: list[Module], weights: Mapping[str, LoraWeights], config: LoR
             yield f"{field_name}: no module with LoRA is matched by {listed}"
 
 
-def _why_whole(config: LoRAConfig, replaces: bool) -> str:
+def _why_whole(config: LoRAConfig, replaces: bool, has_head: bool) -> str:
     """The reason why a weighted sum with other adapters is not defined; "": it is."""
     reasons = {
         "it is a DoRA adapter": config.use_dora,
         "it is an activated LoRA adapter": bool(config.invocation_tokens),
         "it was trained with biases of the base": config.trains_bias,
         "it replaces whole parameters or tokens of the base": replaces,
+        "it has a classification head": has_head,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

@@ -26,6 +26,7 @@ class _Resident:
     draining: bool = False  # takes no new requests, so that another gets its room
     unloading: bool = False  # dropped as soon as no request uses it
     invocation_tokens: tuple[int, ...] = ()  # of activated LoRA
+    has_head: bool = False  # for classification
 
 
 class AdapterPool:
@@ -105,6 +106,10 @@ class AdapterPool:
     def invocation_tokens(self, key: AdapterKey) -> tuple[int, ...]:
         """The tokens in a prompt that invoke a held adapter; empty: it applies to all tokens."""
         return self._residents[key].invocation_tokens
+
+    def has_head(self, key: AdapterKey) -> bool:
+        """Whether a held adapter has a classification head."""
+        return self._residents[key].has_head
 
     def make_room(self, key: AdapterKey) -> None:
         """Make room for an adapter that has waited too long: let the resident with the fewest requests drain and leave.
@@ -233,7 +238,9 @@ class AdapterPool:
             self._clear(slot)
             problem = f"the device has no {loaded.nbytes} bytes left for it: {error}"
             raise AdapterRejected([problem], TOO_LARGE) from error
-        resident = self._residents[key] = _Resident(slot, loaded.nbytes, invocation_tokens=loaded.invocation_tokens)
+        resident = self._residents[key] = _Resident(
+            slot, loaded.nbytes, invocation_tokens=loaded.invocation_tokens, has_head=loaded.num_labels > 0
+        )
         self._used_bytes += loaded.nbytes
         self.moved.add(key)
         return resident

@@ -67,6 +67,7 @@ class TargetKind(Enum):
     LINEAR = "linear"
     EMBEDDING = "embedding"  # a linear of one-hot rows: C is the vocabulary, N the width
     NORM = "norm"  # can be replaced, but takes no LoRA
+    CLASSIFIER = "classification head"  # that the base need not have: C is the width, N what the adapter says
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from loraplex_adapters.files.source import digest_of, open_weights, read_config_
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.pace import Rest, no_rest, resting
 from loraplex_adapters.runtime.binding import BoundAdapter, bind
+from loraplex_adapters.runtime.classifier import CLASSIFIER_SITE
 from loraplex_adapters.runtime.composition import combine
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, EmbeddingLora
 from loraplex_adapters.runtime.replaced import REPLACED_SITE
@@ -45,6 +46,8 @@ class LoadedAdapter:
     warnings: tuple[str, ...]
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it applies from their last occurrence in the prompt on
     whole: str = ""  # why it cannot be one of several in a composition; "": it can
+    num_labels: int = 0  # of its classification head; 0: it has none
+    each_token: bool = False  # whether the head classifies tokens
 
     @property
     def rank(self) -> int:
@@ -78,7 +81,8 @@ def load_adapter(
     bound = bind(tensors, config, targets, dtype, max_rank, rest)
     packed = pack_adapter(bound, pack, rest)
     warnings = (*config.warnings, *bound.warnings)
-    return LoadedAdapter(key, packed, bound.ranks, warnings, bound.invocation_tokens, bound.whole)
+    labels = (0, False) if bound.head is None else (bound.head.num_labels, bound.head.each_token)
+    return LoadedAdapter(key, packed, bound.ranks, warnings, bound.invocation_tokens, bound.whole, *labels)
 
 
 def load_composition(
@@ -149,6 +153,8 @@ def pack_adapter(
         packed[site] = EmbeddingLora(weights) if site == EMBEDDING_SITE else pack(weights)
     if bound.replaced is not None:
         packed[REPLACED_SITE] = bound.replaced
+    if bound.head is not None:
+        packed[CLASSIFIER_SITE] = bound.head
     return packed
 
 

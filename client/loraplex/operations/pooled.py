@@ -4,14 +4,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
 from loraplex.channel import CallOptions, call_options
-from loraplex.generation import RunOptions, build_run_options, given_options, put_prompt_options
+from loraplex.generation import PromptOptions, RunOptions, build_run_options, given_options, put_prompt_options
 from loraplex.operations.base import Operation
 from loraplex.prompts import PromptLike, build_prompt
 from loraplex.v1 import pooling_pb2, prompt_pb2
 
 
-class EmbedArguments(RunOptions, CallOptions, total=False):
+class PoolingArguments(PromptOptions, RunOptions, CallOptions, total=False):
     """Options of prompts, of how they are run, and of the call."""
+
+
+class RerankArguments(RunOptions, CallOptions, total=False):
+    """Options of how the texts are run, and of the call."""
 
 
 def embed(
@@ -21,7 +25,7 @@ def embed(
     pooling: pooling_pb2.Pooling.ValueType | str | None = None,
     dimensions: int | None = None,
     normalize: bool | None = None,
-    **options: Unpack[EmbedArguments],
+    **options: Unpack[PoolingArguments],
 ) -> Operation[pooling_pb2.EmbedResponse]:
     """Turn texts into vectors, one for each, in their order.
 
@@ -42,6 +46,65 @@ def embed(
     )
     method = "/loraplex.v1.PoolingService/Embed"
     return Operation(method, request, pooling_pb2.EmbedResponse, call_options(options))
+
+
+def classify(
+    model: str,
+    prompts: str | Iterable[PromptLike],
+    *,
+    activation: pooling_pb2.Activation.ValueType | str | None = None,
+    **options: Unpack[PoolingArguments],
+) -> Operation[pooling_pb2.ClassifyResponse]:
+    """Classify texts, or each of their tokens, with an adapter that has a head for it.
+
+    Args:
+        model: Name of an adapter with a classification head, an adapter version or a route.
+        prompts: Texts, lists of token ids or lists of chat messages. A string is one text.
+        activation: How logits become probabilities: "softmax" or "sigmoid". None: sigmoid for one label alone.
+    """
+    if isinstance(activation, str):
+        activation = pooling_pb2.Activation.Value(f"ACTIVATION_{activation.upper()}")
+    request = pooling_pb2.ClassifyRequest(
+        model=model,
+        prompts=build_prompts(prompts, options),
+        activation=activation or pooling_pb2.ACTIVATION_UNSPECIFIED,
+        options=build_run_options(options),
+    )
+    method = "/loraplex.v1.PoolingService/Classify"
+    return Operation(method, request, pooling_pb2.ClassifyResponse, call_options(options))
+
+
+def rerank(
+    model: str,
+    query: str,
+    documents: Iterable[str],
+    *,
+    template: str | None = None,
+    top_n: int | None = None,
+    keep_order: bool | None = None,
+    **options: Unpack[RerankArguments],
+) -> Operation[pooling_pb2.RerankResponse]:
+    """Say how well documents answer a query, with an adapter that has a head for it. The best one comes first.
+
+    Args:
+        model: Name of an adapter with a classification head, an adapter version or a route.
+        query: What is asked.
+        documents: What may answer it.
+        template: Text with {query} and {document} in it, as the head was trained with. None: two lines.
+        top_n: How many documents to return, the best ones. None: all.
+        keep_order: Whether documents come in the order in which they were given. None: no.
+    """
+    request = pooling_pb2.RerankRequest(
+        model=model,
+        query=query,
+        documents=documents,
+        template=template,
+        top_n=top_n,
+        keep_order=keep_order,
+        options=build_run_options(options),
+    )
+    method = "/loraplex.v1.PoolingService/Rerank"
+    return Operation(method, request, pooling_pb2.RerankResponse, call_options(options))
 
 
 def _pooling(pooling: pooling_pb2.Pooling.ValueType | str | None) -> pooling_pb2.Pooling.ValueType:

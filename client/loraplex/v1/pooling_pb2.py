@@ -19,7 +19,7 @@ from loraplex.v1 import prompt_pb2 as loraplex_dot_v1_dot_prompt__pb2
 from loraplex.v1 import routes_pb2 as loraplex_dot_v1_dot_routes__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19loraplex/v1/pooling.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cloraplex/v1/generation.proto\x1a\x1bloraplex/v1/inference.proto\x1a\x18loraplex/v1/prompt.proto\x1a\x18loraplex/v1/routes.proto\"\xa8\x02\n\nRunOptions\x12(\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.CacheOptions\x12\x32\n\x0e\x61\x64\x61pter_policy\x18\x02 \x01(\x0b\x32\x1a.loraplex.v1.AdapterPolicy\x12\x15\n\x08priority\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x1e\n\x11\x63lient_request_id\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x33\n\x06labels\x18\x05 \x03(\x0b\x32#.loraplex.v1.RunOptions.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_priorityB\x14\n\x12_client_request_id\"\x94\x02\n\tRunReport\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06target\x18\x02 \x01(\x0b\x32\x1b.loraplex.v1.ResolvedTarget\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x04 \x01(\x0b\x32\x14.loraplex.v1.Timings\x12\x19\n\x11\x63lient_request_id\x18\x05 \x01(\t\x12\x32\n\x06labels\x18\x06 \x03(\x0b\x32\".loraplex.v1.RunReport.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xec\x01\n\x0c\x45mbedRequest\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12)\n\x07prompts\x18\x02 \x03(\x0b\x32\x13.loraplex.v1.PromptB\x03\xe0\x41\x02\x12%\n\x07pooling\x18\x03 \x01(\x0e\x32\x14.loraplex.v1.Pooling\x12\x17\n\ndimensions\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12(\n\x07options\x18\x06 \x01(\x0b\x32\x17.loraplex.v1.RunOptionsB\r\n\x0b_dimensionsB\x0c\n\n_normalize\"c\n\rEmbedResponse\x12*\n\nembeddings\x18\x01 \x03(\x0b\x32\x16.loraplex.v1.Embedding\x12&\n\x06report\x18\x02 \x01(\x0b\x32\x16.loraplex.v1.RunReport\"2\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05*F\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_LAST\x10\x01\x12\x10\n\x0cPOOLING_MEAN\x10\x02\x32P\n\x0ePoolingService\x12>\n\x05\x45mbed\x12\x19.loraplex.v1.EmbedRequest\x1a\x1a.loraplex.v1.EmbedResponseB\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19loraplex/v1/pooling.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cloraplex/v1/generation.proto\x1a\x1bloraplex/v1/inference.proto\x1a\x18loraplex/v1/prompt.proto\x1a\x18loraplex/v1/routes.proto\"\xa8\x02\n\nRunOptions\x12(\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.CacheOptions\x12\x32\n\x0e\x61\x64\x61pter_policy\x18\x02 \x01(\x0b\x32\x1a.loraplex.v1.AdapterPolicy\x12\x15\n\x08priority\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x1e\n\x11\x63lient_request_id\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x33\n\x06labels\x18\x05 \x03(\x0b\x32#.loraplex.v1.RunOptions.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_priorityB\x14\n\x12_client_request_id\"\x94\x02\n\tRunReport\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06target\x18\x02 \x01(\x0b\x32\x1b.loraplex.v1.ResolvedTarget\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x04 \x01(\x0b\x32\x14.loraplex.v1.Timings\x12\x19\n\x11\x63lient_request_id\x18\x05 \x01(\t\x12\x32\n\x06labels\x18\x06 \x03(\x0b\x32\".loraplex.v1.RunReport.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xec\x01\n\x0c\x45mbedRequest\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12)\n\x07prompts\x18\x02 \x03(\x0b\x32\x13.loraplex.v1.PromptB\x03\xe0\x41\x02\x12%\n\x07pooling\x18\x03 \x01(\x0e\x32\x14.loraplex.v1.Pooling\x12\x17\n\ndimensions\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12(\n\x07options\x18\x06 \x01(\x0b\x32\x17.loraplex.v1.RunOptionsB\r\n\x0b_dimensionsB\x0c\n\n_normalize\"c\n\rEmbedResponse\x12*\n\nembeddings\x18\x01 \x03(\x0b\x32\x16.loraplex.v1.Embedding\x12&\n\x06report\x18\x02 \x01(\x0b\x32\x16.loraplex.v1.RunReport\"2\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\"\xa7\x01\n\x0f\x43lassifyRequest\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12)\n\x07prompts\x18\x02 \x03(\x0b\x32\x13.loraplex.v1.PromptB\x03\xe0\x41\x02\x12+\n\nactivation\x18\x03 \x01(\x0e\x32\x17.loraplex.v1.Activation\x12(\n\x07options\x18\x04 \x01(\x0b\x32\x17.loraplex.v1.RunOptions\"\x94\x01\n\x10\x43lassifyResponse\x12\x34\n\x0f\x63lassifications\x18\x01 \x03(\x0b\x32\x1b.loraplex.v1.Classification\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12\x12\n\neach_token\x18\x03 \x01(\x08\x12&\n\x06report\x18\x04 \x01(\x0b\x32\x16.loraplex.v1.RunReport\"N\n\x0e\x43lassification\x12\x0e\n\x06logits\x18\x01 \x03(\x02\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\"\xe3\x01\n\rRerankRequest\x12\x12\n\x05model\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\x12\n\x05query\x18\x02 \x01(\tB\x03\xe0\x41\x02\x12\x16\n\tdocuments\x18\x03 \x03(\tB\x03\xe0\x41\x02\x12\x15\n\x08template\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05top_n\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nkeep_order\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12(\n\x07options\x18\x07 \x01(\x0b\x32\x17.loraplex.v1.RunOptionsB\x0b\n\t_templateB\x08\n\x06_top_nB\r\n\x0b_keep_order\"h\n\x0eRerankResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.loraplex.v1.RankedDocument\x12&\n\x06report\x18\x02 \x01(\x0b\x32\x16.loraplex.v1.RunReport\"T\n\x0eRankedDocument\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05score\x18\x02 \x01(\x02\x12\r\n\x05logit\x18\x03 \x01(\x02\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x05*F\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_LAST\x10\x01\x12\x10\n\x0cPOOLING_MEAN\x10\x02*X\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x43TIVATION_SOFTMAX\x10\x01\x12\x16\n\x12\x41\x43TIVATION_SIGMOID\x10\x02\x32\xdc\x01\n\x0ePoolingService\x12>\n\x05\x45mbed\x12\x19.loraplex.v1.EmbedRequest\x1a\x1a.loraplex.v1.EmbedResponse\x12G\n\x08\x43lassify\x12\x1c.loraplex.v1.ClassifyRequest\x1a\x1d.loraplex.v1.ClassifyResponse\x12\x41\n\x06Rerank\x12\x1a.loraplex.v1.RerankRequest\x1a\x1b.loraplex.v1.RerankResponseB\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMBEDREQUEST'].fields_by_name['model']._serialized_options = b'\340A\002'
   _globals['_EMBEDREQUEST'].fields_by_name['prompts']._loaded_options = None
   _globals['_EMBEDREQUEST'].fields_by_name['prompts']._serialized_options = b'\340A\002'
-  _globals['_POOLING']._serialized_start=1156
-  _globals['_POOLING']._serialized_end=1226
+  _globals['_CLASSIFYREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_CLASSIFYREQUEST'].fields_by_name['model']._serialized_options = b'\340A\002'
+  _globals['_CLASSIFYREQUEST'].fields_by_name['prompts']._loaded_options = None
+  _globals['_CLASSIFYREQUEST'].fields_by_name['prompts']._serialized_options = b'\340A\002'
+  _globals['_RERANKREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_RERANKREQUEST'].fields_by_name['model']._serialized_options = b'\340A\002'
+  _globals['_RERANKREQUEST'].fields_by_name['query']._loaded_options = None
+  _globals['_RERANKREQUEST'].fields_by_name['query']._serialized_options = b'\340A\002'
+  _globals['_RERANKREQUEST'].fields_by_name['documents']._loaded_options = None
+  _globals['_RERANKREQUEST'].fields_by_name['documents']._serialized_options = b'\340A\002'
+  _globals['_POOLING']._serialized_start=1979
+  _globals['_POOLING']._serialized_end=2049
+  _globals['_ACTIVATION']._serialized_start=2051
+  _globals['_ACTIVATION']._serialized_end=2139
   _globals['_RUNOPTIONS']._serialized_start=187
   _globals['_RUNOPTIONS']._serialized_end=483
   _globals['_RUNOPTIONS_LABELSENTRY']._serialized_start=403
@@ -51,6 +63,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMBEDRESPONSE']._serialized_end=1102
   _globals['_EMBEDDING']._serialized_start=1104
   _globals['_EMBEDDING']._serialized_end=1154
-  _globals['_POOLINGSERVICE']._serialized_start=1228
-  _globals['_POOLINGSERVICE']._serialized_end=1308
+  _globals['_CLASSIFYREQUEST']._serialized_start=1157
+  _globals['_CLASSIFYREQUEST']._serialized_end=1324
+  _globals['_CLASSIFYRESPONSE']._serialized_start=1327
+  _globals['_CLASSIFYRESPONSE']._serialized_end=1475
+  _globals['_CLASSIFICATION']._serialized_start=1477
+  _globals['_CLASSIFICATION']._serialized_end=1555
+  _globals['_RERANKREQUEST']._serialized_start=1558
+  _globals['_RERANKREQUEST']._serialized_end=1785
+  _globals['_RERANKRESPONSE']._serialized_start=1787
+  _globals['_RERANKRESPONSE']._serialized_end=1891
+  _globals['_RANKEDDOCUMENT']._serialized_start=1893
+  _globals['_RANKEDDOCUMENT']._serialized_end=1977
+  _globals['_POOLINGSERVICE']._serialized_start=2142
+  _globals['_POOLINGSERVICE']._serialized_end=2362
 # @@protoc_insertion_point(module_scope)

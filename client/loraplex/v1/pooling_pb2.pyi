@@ -47,6 +47,30 @@ POOLING_MEAN: Pooling.ValueType  # 2
 """The mean of all tokens'."""
 Global___Pooling: typing_extensions.TypeAlias = Pooling
 
+class _Activation:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ActivationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Activation.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ACTIVATION_UNSPECIFIED: _Activation.ValueType  # 0
+    """The default: softmax, or sigmoid where there is one label."""
+    ACTIVATION_SOFTMAX: _Activation.ValueType  # 1
+    """One of the labels holds: the probabilities of a text or token sum to 1."""
+    ACTIVATION_SIGMOID: _Activation.ValueType  # 2
+    """Each label holds or not, whatever the others do."""
+
+class Activation(_Activation, metaclass=_ActivationEnumTypeWrapper):
+    """How logits become probabilities."""
+
+ACTIVATION_UNSPECIFIED: Activation.ValueType  # 0
+"""The default: softmax, or sigmoid where there is one label."""
+ACTIVATION_SOFTMAX: Activation.ValueType  # 1
+"""One of the labels holds: the probabilities of a text or token sum to 1."""
+ACTIVATION_SIGMOID: Activation.ValueType  # 2
+"""Each label holds or not, whatever the others do."""
+Global___Activation: typing_extensions.TypeAlias = Activation
+
 @typing.final
 class RunOptions(google.protobuf.message.Message):
     """What every request of this service may say about how it is run."""
@@ -274,3 +298,224 @@ class Embedding(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["prompt_tokens", b"prompt_tokens", "values", b"values"]) -> None: ...
 
 Global___Embedding: typing_extensions.TypeAlias = Embedding
+
+@typing.final
+class ClassifyRequest(google.protobuf.message.Message):
+    """Request of Classify. In all at most 4,194,304 characters and 4096 entries, and 524,288 numbers."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    PROMPTS_FIELD_NUMBER: builtins.int
+    ACTIVATION_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """What classifies: an adapter with a head, or a route to one, as in GenerateSpec.model. Required. At most 512 characters."""
+    activation: Global___Activation.ValueType
+    """How logits become probabilities."""
+    @property
+    def prompts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[loraplex.v1.prompt_pb2.Prompt]:
+        """What is classified, each prompt by itself: at least 1, at most 256. A prompt may fill the whole context. The answer has
+        at most 32 MiB, eight bytes for each label, and of each token if tokens are classified; MESSAGE_TOO_LARGE.
+        """
+
+    @property
+    def options(self) -> Global___RunOptions:
+        """How the request is run."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        prompts: collections.abc.Iterable[loraplex.v1.prompt_pb2.Prompt] | None = ...,
+        activation: Global___Activation.ValueType = ...,
+        options: Global___RunOptions | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["options", b"options"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["activation", b"activation", "model", b"model", "options", b"options", "prompts", b"prompts"]) -> None: ...
+
+Global___ClassifyRequest: typing_extensions.TypeAlias = ClassifyRequest
+
+@typing.final
+class ClassifyResponse(google.protobuf.message.Message):
+    """Response of Classify."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLASSIFICATIONS_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    EACH_TOKEN_FIELD_NUMBER: builtins.int
+    REPORT_FIELD_NUMBER: builtins.int
+    each_token: builtins.bool
+    """Whether each token is classified, as by TOKEN_CLS; else each prompt as a whole, by its last token."""
+    @property
+    def classifications(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Classification]:
+        """One for each prompt, in the order of ClassifyRequest.prompts."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The labels, in the order of the numbers. Those that the base model's configuration names (id2label), if it names as
+        many; else LABEL_0, LABEL_1, ..., as transformers calls them.
+        """
+
+    @property
+    def report(self) -> Global___RunReport:
+        """How the request was run."""
+
+    def __init__(
+        self,
+        *,
+        classifications: collections.abc.Iterable[Global___Classification] | None = ...,
+        labels: collections.abc.Iterable[builtins.str] | None = ...,
+        each_token: builtins.bool = ...,
+        report: Global___RunReport | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["classifications", b"classifications", "each_token", b"each_token", "labels", b"labels", "report", b"report"]) -> None: ...
+
+Global___ClassifyResponse: typing_extensions.TypeAlias = ClassifyResponse
+
+@typing.final
+class Classification(google.protobuf.message.Message):
+    """What a prompt is, or what its tokens are."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOGITS_FIELD_NUMBER: builtins.int
+    PROBABILITIES_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    prompt_tokens: builtins.int
+    """Tokens of the prompt, special ones included."""
+    @property
+    def logits(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """What the head says: a number for each label; where each token is classified, such numbers of one token after another."""
+
+    @property
+    def probabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """The probabilities, likewise."""
+
+    def __init__(
+        self,
+        *,
+        logits: collections.abc.Iterable[builtins.float] | None = ...,
+        probabilities: collections.abc.Iterable[builtins.float] | None = ...,
+        prompt_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logits", b"logits", "probabilities", b"probabilities", "prompt_tokens", b"prompt_tokens"]) -> None: ...
+
+Global___Classification: typing_extensions.TypeAlias = Classification
+
+@typing.final
+class RerankRequest(google.protobuf.message.Message):
+    """Request of Rerank. In all at most 4,194,304 characters and 4096 entries."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    QUERY_FIELD_NUMBER: builtins.int
+    DOCUMENTS_FIELD_NUMBER: builtins.int
+    TEMPLATE_FIELD_NUMBER: builtins.int
+    TOP_N_FIELD_NUMBER: builtins.int
+    KEEP_ORDER_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """What judges: an adapter with a head, or a route to one, as in GenerateSpec.model. Required. At most 512 characters."""
+    query: builtins.str
+    """What is asked. Required. At most 65,536 characters."""
+    template: builtins.str
+    """How the model reads a query and a document: a text in which {query} and {document} are replaced by them, once each.
+    It has to be the one that the head was trained with. Absent: both, with a line end between them. All texts together, as
+    the model reads them, have at most 4,194,304 characters. At most 65,536 characters.
+    """
+    top_n: builtins.int
+    """Return only this many documents, the best ones. Absent: all. At least 1."""
+    keep_order: builtins.bool
+    """Whether documents come in the order in which they were given; else the best one comes first. Default false."""
+    @property
+    def documents(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What may answer it: at least 1, at most 256, each at most 2,097,152 characters."""
+
+    @property
+    def options(self) -> Global___RunOptions:
+        """How the request is run."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        query: builtins.str = ...,
+        documents: collections.abc.Iterable[builtins.str] | None = ...,
+        template: builtins.str | None = ...,
+        top_n: builtins.int | None = ...,
+        keep_order: builtins.bool | None = ...,
+        options: Global___RunOptions | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_keep_order", b"_keep_order", "_template", b"_template", "_top_n", b"_top_n", "keep_order", b"keep_order", "options", b"options", "template", b"template", "top_n", b"top_n"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_keep_order", b"_keep_order", "_template", b"_template", "_top_n", b"_top_n", "documents", b"documents", "keep_order", b"keep_order", "model", b"model", "options", b"options", "query", b"query", "template", b"template", "top_n", b"top_n"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_keep_order", b"_keep_order"]) -> typing.Literal["keep_order"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_template", b"_template"]) -> typing.Literal["template"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_top_n", b"_top_n"]) -> typing.Literal["top_n"] | None: ...
+
+Global___RerankRequest: typing_extensions.TypeAlias = RerankRequest
+
+@typing.final
+class RerankResponse(google.protobuf.message.Message):
+    """Response of Rerank."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DOCUMENTS_FIELD_NUMBER: builtins.int
+    REPORT_FIELD_NUMBER: builtins.int
+    @property
+    def documents(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RankedDocument]:
+        """The documents, best first unless RerankRequest.keep_order. Of equal ones, the one that was given first comes first."""
+
+    @property
+    def report(self) -> Global___RunReport:
+        """How the request was run."""
+
+    def __init__(
+        self,
+        *,
+        documents: collections.abc.Iterable[Global___RankedDocument] | None = ...,
+        report: Global___RunReport | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["documents", b"documents", "report", b"report"]) -> None: ...
+
+Global___RerankResponse: typing_extensions.TypeAlias = RerankResponse
+
+@typing.final
+class RankedDocument(google.protobuf.message.Message):
+    """How well one document answers."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
+    LOGIT_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """Which one: its index in RerankRequest.documents."""
+    score: builtins.float
+    """The probability that it answers: the sigmoid of one label's logit, or the second one's softmax."""
+    logit: builtins.float
+    """The logit of one label, or by how much the second one's is above the first one's: the same order, without rounding to
+    1 or 0.
+    """
+    prompt_tokens: builtins.int
+    """Tokens of the text that the model read."""
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        score: builtins.float = ...,
+        logit: builtins.float = ...,
+        prompt_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index", "logit", b"logit", "prompt_tokens", b"prompt_tokens", "score", b"score"]) -> None: ...
+
+Global___RankedDocument: typing_extensions.TypeAlias = RankedDocument

@@ -50,6 +50,16 @@ class PoolingServiceStub(object):
                 request_serializer=loraplex_dot_v1_dot_pooling__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_pooling__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/loraplex.v1.PoolingService/Classify',
+                request_serializer=loraplex_dot_v1_dot_pooling__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_pooling__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.Rerank = channel.unary_unary(
+                '/loraplex.v1.PoolingService/Rerank',
+                request_serializer=loraplex_dot_v1_dot_pooling__pb2.RerankRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_pooling__pb2.RerankResponse.FromString,
+                _registered_method=True)
 
 
 class PoolingServiceServicer(object):
@@ -69,6 +79,22 @@ class PoolingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Classifies texts, or each of their tokens, with the head that an adapter brings (PEFT's task_type SEQ_CLS or
+        TOKEN_CLS). A model, and an adapter without a head, are refused with FEATURE_UNSUPPORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rerank(self, request, context):
+        """Says how well documents answer a query, with an adapter whose head classifies whole texts and has one label, or two:
+        then the second one says "relevant". Others are refused with FEATURE_UNSUPPORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +102,16 @@ def add_PoolingServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=loraplex_dot_v1_dot_pooling__pb2.EmbedRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_pooling__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=loraplex_dot_v1_dot_pooling__pb2.ClassifyRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_pooling__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Rerank': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rerank,
+                    request_deserializer=loraplex_dot_v1_dot_pooling__pb2.RerankRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_pooling__pb2.RerankResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -111,6 +147,60 @@ class PoolingService(object):
             '/loraplex.v1.PoolingService/Embed',
             loraplex_dot_v1_dot_pooling__pb2.EmbedRequest.SerializeToString,
             loraplex_dot_v1_dot_pooling__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.PoolingService/Classify',
+            loraplex_dot_v1_dot_pooling__pb2.ClassifyRequest.SerializeToString,
+            loraplex_dot_v1_dot_pooling__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rerank(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.PoolingService/Rerank',
+            loraplex_dot_v1_dot_pooling__pb2.RerankRequest.SerializeToString,
+            loraplex_dot_v1_dot_pooling__pb2.RerankResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,7 +41,39 @@ _PoolingServiceEmbedType = typing_extensions.TypeVar(
     ],
 )
 
-class PoolingServiceStub(typing.Generic[_PoolingServiceEmbedType]):
+_PoolingServiceClassifyType = typing_extensions.TypeVar(
+    '_PoolingServiceClassifyType',
+    grpc.UnaryUnaryMultiCallable[
+        loraplex.v1.pooling_pb2.ClassifyRequest,
+        loraplex.v1.pooling_pb2.ClassifyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        loraplex.v1.pooling_pb2.ClassifyRequest,
+        loraplex.v1.pooling_pb2.ClassifyResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        loraplex.v1.pooling_pb2.ClassifyRequest,
+        loraplex.v1.pooling_pb2.ClassifyResponse,
+    ],
+)
+
+_PoolingServiceRerankType = typing_extensions.TypeVar(
+    '_PoolingServiceRerankType',
+    grpc.UnaryUnaryMultiCallable[
+        loraplex.v1.pooling_pb2.RerankRequest,
+        loraplex.v1.pooling_pb2.RerankResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        loraplex.v1.pooling_pb2.RerankRequest,
+        loraplex.v1.pooling_pb2.RerankResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        loraplex.v1.pooling_pb2.RerankRequest,
+        loraplex.v1.pooling_pb2.RerankResponse,
+    ],
+)
+
+class PoolingServiceStub(typing.Generic[_PoolingServiceEmbedType, _PoolingServiceClassifyType, _PoolingServiceRerankType]):
     """Reads without writing: what a model makes of texts, in numbers. Data port.
 
     The prompts of a call are computed in the same steps as generations, each with its own adapter. Metadata, in and out,
@@ -56,6 +88,14 @@ class PoolingServiceStub(typing.Generic[_PoolingServiceEmbedType]):
             loraplex.v1.pooling_pb2.EmbedRequest,
             loraplex.v1.pooling_pb2.EmbedResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            loraplex.v1.pooling_pb2.ClassifyRequest,
+            loraplex.v1.pooling_pb2.ClassifyResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            loraplex.v1.pooling_pb2.RerankRequest,
+            loraplex.v1.pooling_pb2.RerankResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -64,6 +104,14 @@ class PoolingServiceStub(typing.Generic[_PoolingServiceEmbedType]):
             loraplex.v1.pooling_pb2.EmbedRequest,
             loraplex.v1.pooling_pb2.EmbedResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            loraplex.v1.pooling_pb2.ClassifyRequest,
+            loraplex.v1.pooling_pb2.ClassifyResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            loraplex.v1.pooling_pb2.RerankRequest,
+            loraplex.v1.pooling_pb2.RerankResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Embed: _PoolingServiceEmbedType
@@ -71,10 +119,28 @@ class PoolingServiceStub(typing.Generic[_PoolingServiceEmbedType]):
     of whatever kind, they are those of the model with it.
     """
 
+    Classify: _PoolingServiceClassifyType
+    """Classifies texts, or each of their tokens, with the head that an adapter brings (PEFT's task_type SEQ_CLS or
+    TOKEN_CLS). A model, and an adapter without a head, are refused with FEATURE_UNSUPPORTED.
+    """
+
+    Rerank: _PoolingServiceRerankType
+    """Says how well documents answer a query, with an adapter whose head classifies whole texts and has one label, or two:
+    then the second one says "relevant". Others are refused with FEATURE_UNSUPPORTED.
+    """
+
 PoolingServiceAsyncStub: typing_extensions.TypeAlias = PoolingServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         loraplex.v1.pooling_pb2.EmbedRequest,
         loraplex.v1.pooling_pb2.EmbedResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        loraplex.v1.pooling_pb2.ClassifyRequest,
+        loraplex.v1.pooling_pb2.ClassifyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        loraplex.v1.pooling_pb2.RerankRequest,
+        loraplex.v1.pooling_pb2.RerankResponse,
     ],
 ]
 
@@ -95,6 +161,26 @@ class PoolingServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[loraplex.v1.pooling_pb2.EmbedResponse, collections.abc.Awaitable[loraplex.v1.pooling_pb2.EmbedResponse]]:
         """Turns texts into vectors: the model's hidden states after its final norm, one vector for each prompt. With an adapter,
         of whatever kind, they are those of the model with it.
+        """
+
+    @abc.abstractmethod
+    def Classify(
+        self,
+        request: loraplex.v1.pooling_pb2.ClassifyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[loraplex.v1.pooling_pb2.ClassifyResponse, collections.abc.Awaitable[loraplex.v1.pooling_pb2.ClassifyResponse]]:
+        """Classifies texts, or each of their tokens, with the head that an adapter brings (PEFT's task_type SEQ_CLS or
+        TOKEN_CLS). A model, and an adapter without a head, are refused with FEATURE_UNSUPPORTED.
+        """
+
+    @abc.abstractmethod
+    def Rerank(
+        self,
+        request: loraplex.v1.pooling_pb2.RerankRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[loraplex.v1.pooling_pb2.RerankResponse, collections.abc.Awaitable[loraplex.v1.pooling_pb2.RerankResponse]]:
+        """Says how well documents answer a query, with an adapter whose head classifies whole texts and has one label, or two:
+        then the second one says "relevant". Others are refused with FEATURE_UNSUPPORTED.
         """
 
 def add_PoolingServiceServicer_to_server(servicer: PoolingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -177,6 +177,7 @@ class ModelConfig:
     fits_float16: bool = True  # whether its activations stay below 65504
     quantization: str = ""  # how the weights are stored, for people; "" for none
     pooling: ModelPooling = STATES_NOTHING
+    labels: tuple[str, ...] = ()  # of classes; empty: the checkpoint names none
     unused_tensors: tuple[str, ...] = ()  # prefixes of checkpoint names that text generation does not read
 
     @property

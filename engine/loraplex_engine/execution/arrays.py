@@ -64,6 +64,7 @@ class PooledRows(NamedTuple):
 
     request_id: int
     params: PoolingParams
+    slot: int | None  # of its adapter
     num_rows: int
     num_tokens: int  # of the whole prompt
     is_last: bool  # whether the prompt's last token is among them
@@ -251,5 +252,15 @@ def _pooled_rows(
         first = start if params.reads_all_tokens else end - 1
         rows.extend(range(first, end))
         before = bytes(request.pooled) if params.method is PoolingMethod.MEAN else b""
-        found.append(PooledRows(request.request_id, params, end - first, request.num_tokens, item.catches_up, before))
+        found.append(
+            PooledRows(
+                request.request_id,
+                params,
+                request.adapter_slot,
+                end - first,
+                request.num_tokens,
+                item.catches_up,
+                before,
+            )
+        )
     return rows, tuple(found)

@@ -83,6 +83,7 @@ class ModelRunner:
             device=described(self.ops.device),
             hidden_size=model.config.hidden_size,
             pooling=model.config.pooling,
+            labels=list(model.config.labels),
             drafts=NO_DRAFTS if config.drafts is None else config.drafts.offered,
         )
 
@@ -124,7 +125,7 @@ class ModelRunner:
         drawn = [] if logits is None else self.sampler.sample(logits, step.histories, mask)
         prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, len(step.histories), lora)
         num_before = len(step.logits_rows) - sum(rows.num_rows for rows in step.pooled)
-        pooled = pool(hidden[num_before:], step.pooled) if step.pooled else NOTHING_POOLED
+        pooled = pool(hidden[num_before:], step.pooled, self.model.classifiers) if step.pooled else NOTHING_POOLED
         sampled = _by_sequence(drawn, step)
         not_finite = _not_finite(step, sampled, prompt_logprobs) | pooled.not_finite
         problems = {} if mask is None else {one: why for one, why in mask.problems.items() if one in not_finite}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loraplex_adapters.runtime.classifier import ClassifierHead
 from loraplex_engine.execution.arrays import PooledRows
 from loraplex_engine.link.pooling import PoolingMethod
 from loraplex_kernels.finite import all_finite
@@ -26,13 +27,14 @@ class Pooled:
 NOTHING_POOLED = Pooled()
 
 
-def pool(hidden: Tensor, wanted: Sequence[PooledRows]) -> Pooled:
-    """hidden: [sum of num_rows, C], the requests' rows one after another."""
+def pool(hidden: Tensor, wanted: Sequence[PooledRows], heads: Mapping[int, ClassifierHead]) -> Pooled:
+    """hidden: [sum of num_rows, C], the requests' rows one after another. heads: by slot."""
     parts: dict[int, bytes] = {}
     not_finite: set[int] = set()
     start = 0
     for rows in wanted:
-        part = _pooled(hidden[start : start + rows.num_rows], rows)
+        own = hidden[start : start + rows.num_rows]
+        part = _logits(own, rows, heads) if rows.params.classify else _vector(own, rows)
         start += rows.num_rows
         if all_finite(part):
             parts[rows.request_id] = part.numpy().tobytes()
@@ -41,7 +43,13 @@ def pool(hidden: Tensor, wanted: Sequence[PooledRows]) -> Pooled:
     return Pooled(parts, frozenset(not_finite))
 
 
-def _pooled(hidden: Tensor, rows: PooledRows) -> Tensor:
+def _logits(hidden: Tensor, rows: PooledRows, heads: Mapping[int, ClassifierHead]) -> Tensor:
+    """hidden: [R, C] of one request → float32 [R, labels]"""
+    assert rows.slot is not None, "checked when the request came"
+    return heads[rows.slot](hidden).cpu()
+
+
+def _vector(hidden: Tensor, rows: PooledRows) -> Tensor:
     """hidden: [R, C] of one request → its sum so far, float64 [C], or once all rows are here its result, float32."""
     if rows.params.method is PoolingMethod.MEAN:
         # In float64, so that it does not show in the result where a prompt was cut into chunks.

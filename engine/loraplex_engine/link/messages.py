@@ -204,6 +204,7 @@ class EngineLimits(msgspec.Struct, array_like=True, frozen=True):
     device: Device
     hidden_size: int = 0
     pooling: ModelPooling = STATES_NOTHING
+    labels: list[str] = []  # of classes, by the model's config.json; empty: it names none
     drafts: Drafts = NO_DRAFTS  # what requests have that do not ask for others; none: no request may have any
 
 
@@ -234,6 +235,8 @@ class AdapterFacts(msgspec.Struct, array_like=True, frozen=True):
     target_modules: list[str]  # short names, sorted: "q_proj", …
     warnings: list[str]
     whole: str = ""  # why it cannot be one of several in a composition; "": it can
+    num_labels: int = 0  # of its classification head; 0: it has none
+    each_token: bool = False  # whether the head classifies tokens; else whole prompts
 
 
 class AdapterStatus(msgspec.Struct, array_like=True, frozen=True):

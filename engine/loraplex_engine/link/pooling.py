@@ -16,10 +16,11 @@ class PoolingMethod(IntEnum):
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a prompt's hidden states, after the final norm, become the numbers that its caller gets.
 
-    In this order: the method, then `dimensions`, then `normalize`.
+    In this order: the method, then `dimensions`, then `normalize`; or the method and the head.
     """
 
     method: PoolingMethod = PoolingMethod.LAST
+    classify: bool = False  # give the logits of the adapter's classification head
     dimensions: int | None = None  # keep so many, the first ones; None: all
     normalize: bool = False  # to length 1
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from loraplex_adapters.runtime.classifier import CLASSIFIER_SITE, ClassifierHead, ClassifierSite
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear, Site
 from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
@@ -69,6 +70,7 @@ class LanguageModel:
         self._head = head
         self._head_rounding = head_rounding
         self._replaced = replaced
+        self._classifiers = ClassifierSite(ops.device)
         self.head_shape = held_heads(config, shard)
         # Rounded as the weights are: 50.6 is 50.5 in bfloat16, and so the models were trained.
         scale = config.embedding_scale
@@ -107,6 +109,11 @@ class LanguageModel:
         cap = self.config.logits_soft_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
+    @property
+    def classifiers(self) -> Mapping[int, ClassifierHead]:
+        """The heads of the adapters on the device, by slot: for hidden states as `forward` returns them."""
+        return self._classifiers.table.heads
+
     def can_be_captured(self, lora: LoraSegments | None) -> bool:
         """Whether a captured graph can replace `forward`: it cannot for adapters that do more than their
         tables beside the linears say, to the embedding or in place of parameters."""
@@ -123,7 +130,12 @@ class LanguageModel:
 
     def lora_sites(self) -> dict[str, Site]:
         """The places of adapters, by the names that the targets refer to."""
-        return {**self._linears(), EMBEDDING_SITE: self._embedding, REPLACED_SITE: self._replaced}
+        return {
+            **self._linears(),
+            EMBEDDING_SITE: self._embedding,
+            REPLACED_SITE: self._replaced,
+            CLASSIFIER_SITE: self._classifiers,
+        }
 
     def _linears(self) -> dict[str, LoRALinear]:
         linears = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from loraplex_adapters.runtime.classifier import CLASSIFIER_MODULES, CLASSIFIER_SITE
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE
 from loraplex_adapters.runtime.targets import LoraTarget, Share, TargetKind
 from loraplex_engine.checkpoint.model_config import FusedLinear, ModelConfig
@@ -149,6 +150,8 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
         head: LoraTarget(HEAD_SITE, hidden, 0, vocabulary, tied_to=embedding if config.tie_word_embeddings else None),
         FINAL_NORM.removesuffix(".weight"): replace(norm, site=FINAL_NORM_SITE),
     }
+    classifier = LoraTarget(CLASSIFIER_SITE, hidden, 0, 0, TargetKind.CLASSIFIER)
+    targets |= dict.fromkeys(CLASSIFIER_MODULES, classifier)
     for layer in range(config.num_layers):
         for module in residual_norms(config):
             targets[f"model.layers.{layer}.{module}"] = replace(norm, site=norm_site(layer, module))

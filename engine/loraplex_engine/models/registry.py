@@ -69,12 +69,20 @@ def read_model_config(directory: Path, rope_scaling: Mapping[str, object] | None
     if rope_scaling is not None:
         raw = with_rope_scaling(raw, rope_scaling)
     config = parse_model_config(raw, str(directory / "config.json"))
-    config = replace(config, pooling=read_pooling(directory))
+    config = replace(config, pooling=read_pooling(directory), labels=_labels(raw))
     generation = directory / "generation_config.json"
     if not generation.exists():
         return config
     more = ConfigFields(read_json(generation), str(generation)).token_ids("eos_token_id")
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
+
+
+def _labels(raw: Mapping[str, object]) -> tuple[str, ...]:
+    """The labels of classes, in order. Some that are not numbered from 0 on are none."""
+    named = raw.get("id2label")
+    if not isinstance(named, dict) or set(named) != {str(index) for index in range(len(named))}:
+        return ()
+    return tuple(str(named[str(index)]) for index in range(len(named)))
 
 
 def parse_model_config(raw: Mapping[str, object], where: str) -> ModelConfig:

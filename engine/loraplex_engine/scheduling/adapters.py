@@ -26,6 +26,9 @@ class AdapterSlots(Protocol):
     def invocation_tokens(self, key: AdapterKey) -> Sequence[int]:
         """The tokens in a prompt that invoke a held adapter; empty: it applies to all tokens."""
 
+    def has_head(self, key: AdapterKey) -> bool:
+        """Whether a held adapter has a classification head."""
+
     def make_room(self, key: AdapterKey) -> None:
         """Make room for an adapter that waits for room on the device."""
 
@@ -51,6 +54,9 @@ class AdapterPreparer(Preparer):
             raise NeverReadyError(str(rejected), rejected.reason) from rejected
         if request.adapter_slot is None:
             return False
+        if problem := _misuse(request, self._slots.has_head(key)):
+            self._slots.release(key)
+            raise NeverReadyError(problem)
         request.invoke_adapter(self._slots.invocation_tokens(key))
         return True
 
@@ -70,3 +76,15 @@ class AdapterPreparer(Preparer):
 def _adapter(request: Request) -> AdapterKey:
     assert request.adapter is not None
     return request.adapter
+
+
+def _misuse(request: Request, has_head: bool) -> str:
+    """Why an adapter with a classification head, or without one, is of no use to a request; "": it is."""
+    classifies = request.pooling is not None and request.pooling.classify
+    if classifies and not has_head:
+        return f"adapter {request.adapter} has no classification head"
+    return (
+        f"adapter {request.adapter} has a classification head, and generates no text"
+        if has_head and request.draws
+        else ""
+    )

@@ -39,6 +39,8 @@ RULES: Mapping[str, Rule] = {
     "/loraplex.v1.InferenceService/Score": INFERENCE,
     "/loraplex.v1.InferenceService/CancelGeneration": INFERENCE,
     "/loraplex.v1.PoolingService/Embed": INFERENCE,
+    "/loraplex.v1.PoolingService/Classify": INFERENCE,
+    "/loraplex.v1.PoolingService/Rerank": INFERENCE,
     "/loraplex.v1.TokenizerService/Tokenize": INFERENCE,
     "/loraplex.v1.TokenizerService/Detokenize": INFERENCE,
     "/loraplex.v1.AdapterService/GetAdapter": _reads("name"),

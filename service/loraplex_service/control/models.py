@@ -11,6 +11,7 @@ from loraplex.v1.models_pb2 import (
     MODEL_CAPABILITY_ADAPTERS,
     MODEL_CAPABILITY_BEAM_SEARCH,
     MODEL_CAPABILITY_CHAT,
+    MODEL_CAPABILITY_CLASSIFY,
     MODEL_CAPABILITY_CONSTRAINT,
     MODEL_CAPABILITY_DRAFTS,
     MODEL_CAPABILITY_EMBED,
@@ -18,6 +19,7 @@ from loraplex.v1.models_pb2 import (
     MODEL_CAPABILITY_PREFIX_CACHE,
     MODEL_CAPABILITY_PROMPT_LOGPROBS,
     MODEL_CAPABILITY_REASONING,
+    MODEL_CAPABILITY_RERANK,
     MODEL_CAPABILITY_TOOLS,
     GetModelRequest,
     ListModelsRequest,
@@ -168,6 +170,8 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
             MODEL_CAPABILITY_CONSTRAINT,
             MODEL_CAPABILITY_EMBED,
             MODEL_CAPABILITY_BEAM_SEARCH,
+            MODEL_CAPABILITY_CLASSIFY,
+            MODEL_CAPABILITY_RERANK,
         )
     )
     if model.tokenizer is not None and model.tokenizer.chat_template is not None:

@@ -45,6 +45,7 @@ from loraplex_service.requests.cold_adapters import Wait
 from loraplex_service.requests.drafts import wanted_drafts
 from loraplex_service.requests.entrance import Entered, Entrance, Size
 from loraplex_service.requests.forms import Forms
+from loraplex_service.requests.heads import check_generates
 from loraplex_service.requests.in_flight import InFlight
 from loraplex_service.requests.messages import Messages
 from loraplex_service.requests.output_form import OutputForm
@@ -248,6 +249,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         messages = None if scored else await self._messages.of(spec, outputs, tokenizer, prompt, tenant, path)
         policy, named = spec.adapter_policy, f"{path}.model"
         async with self._entrance.entered(known, tenant, target, policy, size, limit, named) as entered:
+            check_generates(target, entered, named)
             resolved = entered.target
             resolved.constraint_source = named_by
             sequences = _sequences(tenant, spec, model.client, prompt, params, entered, outputs, grammar, drafts)

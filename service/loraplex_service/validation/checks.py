@@ -11,7 +11,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from loraplex.v1.adapters_pb2 import CreateAdapterRequest
 from loraplex.v1.generation_pb2 import Constraint, GenerateSpec, Watermark
 from loraplex.v1.inference_pb2 import Candidate, GenerateRequest, ScoreRequest, StreamGenerateRequest
-from loraplex.v1.pooling_pb2 import EmbedRequest
+from loraplex.v1.pooling_pb2 import ClassifyRequest, EmbedRequest, RerankRequest
 from loraplex.v1.prompt_pb2 import TOOL_MODE_REQUIRED, Chat, ChatMessage, Prompt, Tool
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from loraplex_adapters.grammar import DIGEST, ID_RULE, is_id
@@ -293,13 +293,26 @@ def _check_tokenize(request: TokenizeRequest, path: str) -> Iterator[Violation]:
         yield Violation(_at(path, "prompt.token_ids"), "are tokens already; give text or chat")
 
 
-def _check_embed(request: EmbedRequest, path: str) -> Iterator[Violation]:
+def _check_prompts(request: EmbedRequest | ClassifyRequest, path: str) -> Iterator[Violation]:
     yield from _check_model(request, path)
     if not request.prompts:
         yield Violation(_at(path, "prompts"), "is empty; give at least one")
 
 
-def _check_model(request: TokenizeRequest | DetokenizeRequest | EmbedRequest, path: str) -> Iterator[Violation]:
+def _check_rerank(request: RerankRequest, path: str) -> Iterator[Violation]:
+    yield from _check_model(request, path)
+    if not request.query:
+        yield Violation(_at(path, "query"), "is required")
+    if not request.documents:
+        yield Violation(_at(path, "documents"), "is empty; give at least one")
+    if request.HasField("template") and any(request.template.count(name) != 1 for name in ("{query}", "{document}")):
+        yield Violation(_at(path, "template"), "must hold {query} and {document}, once each")
+
+
+_NamesModel = TokenizeRequest | DetokenizeRequest | EmbedRequest | ClassifyRequest | RerankRequest
+
+
+def _check_model(request: _NamesModel, path: str) -> Iterator[Violation]:
     if not request.model:
         yield Violation(_at(path, "model"), "is required: name a model, an adapter or a route")
 
@@ -340,7 +353,9 @@ _RULES: Mapping[str, Callable[[Any, str], Iterator[Violation]]] = {
     "StreamGenerateRequest": _check_streaming,
     "ScoreRequest": _check_score,
     "Candidate": _check_candidate,
-    "EmbedRequest": _check_embed,
+    "EmbedRequest": _check_prompts,
+    "ClassifyRequest": _check_prompts,
+    "RerankRequest": _check_rerank,
     "TokenizeRequest": _check_tokenize,
     "DetokenizeRequest": _check_model,
     "GenerateSpec": _check_spec,

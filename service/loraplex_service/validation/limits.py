@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from google.protobuf.duration_pb2 import Duration
 
 from loraplex.v1.generation_pb2 import DraftKind, EarlyStopping, LogprobsMode, OnCold
-from loraplex.v1.pooling_pb2 import Pooling
+from loraplex.v1.pooling_pb2 import Activation, Pooling
 from loraplex.v1.prompt_pb2 import ToolMode
 from loraplex_engine.link.drafts import MOST_DRAFTS
 from loraplex_service.timestamps import duration_seconds
@@ -239,6 +239,14 @@ LIMITS: Mapping[str, Limit] = {
     "EmbedRequest.prompts": Entries(256),
     "EmbedRequest.pooling": Known(Pooling.values),
     "EmbedRequest.dimensions": Range(1),
+    "ClassifyRequest.model": _NAME,
+    "ClassifyRequest.prompts": Entries(256),
+    "ClassifyRequest.activation": Known(Activation.values),
+    "RerankRequest.model": _NAME,
+    "RerankRequest.query": Text(65536),
+    "RerankRequest.documents": Entries(256, _PROMPT),
+    "RerankRequest.template": Text(65536),
+    "RerankRequest.top_n": Range(1),
     "RunOptions.priority": Range(-100, 100),
     "RunOptions.client_request_id": Text(128),
     "RunOptions.labels": Entries(16, Text(256), keys=Text(63)),
@@ -333,5 +341,7 @@ TOTALS: Mapping[str, Total] = {
     "BatchGenerateRequest": Total(characters=1 << 22, entries=16384, numbers=1 << 19),
     "ScoreRequest": Total(characters=1 << 22, entries=16384, numbers=1 << 19),
     "EmbedRequest": Total(characters=1 << 22, entries=4096, numbers=1 << 19),
+    "ClassifyRequest": Total(characters=1 << 22, entries=4096, numbers=1 << 19),
+    "RerankRequest": Total(characters=1 << 22, entries=4096),
     "Adapter": Total(characters=1 << 20, entries=8192, numbers=4096),
 }

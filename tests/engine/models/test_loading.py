@@ -201,7 +201,7 @@ def test_every_site_has_room_for_adapters(tmp_path: Path) -> None:
     model = load(checkpoint(tmp_path))
     sites, targets = model.lora_sites(), model.lora_targets()
     linears = {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("qkv", "o", "gate_up", "down")} | {"lm_head"}
-    assert set(sites) == linears | {"embed_tokens", "replaced"}
+    assert set(sites) == linears | {"embed_tokens", "replaced", "classifier"}
     norms = {target.site for target in targets.values() if target.kind is TargetKind.NORM}
     assert {target.site for target in targets.values()} - norms == set(sites) - {"replaced"}
     key = targets["model.layers.1.self_attn.k_proj"]

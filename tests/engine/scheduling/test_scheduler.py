@@ -31,6 +31,7 @@ class FakeSlots:
         self.broken: set[AdapterKey] = set()
         self.references: Counter[AdapterKey] = Counter()
         self.wanted: list[AdapterKey] = []
+        self.with_heads: set[AdapterKey] = set()
         self.invoked_by: dict[AdapterKey, tuple[int, ...]] = {}
 
     def make_room(self, key: AdapterKey) -> None:
@@ -43,6 +44,9 @@ class FakeSlots:
     def break_down(self, key: AdapterKey) -> None:
         self.broken.add(key)
         self.changes += 1
+
+    def has_head(self, key: AdapterKey) -> bool:
+        return key in self.with_heads
 
     def acquire(self, key: AdapterKey) -> int | None:
         if key in self.broken:

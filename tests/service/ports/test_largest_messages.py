@@ -17,7 +17,7 @@ from loraplex.v1.inference_pb2 import (
     GenerateRequest,
     ScoreRequest,
 )
-from loraplex.v1.pooling_pb2 import EmbedRequest
+from loraplex.v1.pooling_pb2 import ClassifyRequest, EmbedRequest, RerankRequest
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, TokenIds, ToolCall
 from loraplex.v1.routes_pb2 import Route, RouteTarget, UpdateRouteRequest
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
@@ -90,6 +90,8 @@ MESSAGES: dict[str, tuple[str, Message]] = {
     ),
     "Embed texts": ("Embed", EmbedRequest(model="tiny", prompts=[Prompt(text="a" * 16_000)] * 256)),
     "Embed chats": ("Embed", EmbedRequest(model="tiny", prompts=[chat([ChatMessage(role="user")] * 14)] * 256)),
+    "Classify texts": ("Classify", ClassifyRequest(model="tiny", prompts=[Prompt(text="a" * 16_000)] * 256)),
+    "Rerank": ("Rerank", RerankRequest(model="tiny", query="q", documents=["a" * 16_000] * 256)),
     "Embed tokens": ("Embed", EmbedRequest(model="tiny", prompts=[PROMPTS["tokens"]] * 2)),
     "CancelGeneration": (
         "CancelGeneration",

@@ -189,8 +189,9 @@ async def test_one_that_the_engine_cannot_compute_fails_the_call(plane: DataPlan
 
 async def test_a_cold_adapter_is_waited_for_or_not_as_asked(plane: DataPlane) -> None:
     plane.add_adapter()
-    policies = (AdapterPolicy(on_cold=policy) for policy in (ON_COLD_FAIL, ON_COLD_USE_BASE))
-    fails, without = (RunOptions(adapter_policy=policy) for policy in policies)
+    fails, without = (
+        RunOptions(adapter_policy=AdapterPolicy(on_cold=policy)) for policy in (ON_COLD_FAIL, ON_COLD_USE_BASE)
+    )
     plane.engine.loads_allowed = False
     failed = await failure(plane.pooling.Embed(request(model="pirate", options=fails)))
     assert (failed.code, failed.reason) == (Code.UNAVAILABLE, COLD)
