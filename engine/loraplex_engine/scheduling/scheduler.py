@@ -107,7 +107,7 @@ class Scheduler:
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             shares = self._shares(request, budget)
-            while not all(self.blocks.grow(each, each.num_computed_tokens + num_new) for each, num_new in shares):
+            while not self._grow(shares):
                 preempted = True
                 victim = max(self.running[index:], key=self._claim)
                 if victim is request and request.search is not None and len(self.running) == 1:
@@ -135,6 +135,8 @@ class Scheduler:
 
         Those of a preempted search begin one after the other: each finds the blocks that it shares with others.
         """
+        if request.search is None:
+            return [(request, min(request.num_tokens - request.num_computed_tokens, budget))]
         shares: list[tuple[Request, int]] = []
         for sequence in request.sequences:
             if not sequence.block_ids:
@@ -146,6 +148,13 @@ class Scheduler:
                 shares.append((sequence, num_new))
                 budget -= num_new
         return shares
+
+    def _grow(self, shares: Sequence[tuple[Request, int]]) -> bool:
+        """Make room for what is to be computed. False: blocks are too few."""
+        for sequence, num_new in shares:  # noqa: SIM110 - a generator takes a microsecond, for each request in each step
+            if not self.blocks.grow(sequence, sequence.num_computed_tokens + num_new):
+                return False
+        return True
 
     def _admit(self, scheduled: list[ScheduledRequest], budget: int) -> None:
         """Start waiting requests while budget, places and blocks last."""
