@@ -3,9 +3,11 @@
 import json
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from loraplex import AsyncClient, assistant_message
 from loraplex.v1.inference_pb2 import FINISH_REASON_TOOL_CALLS, GenerateOutput
@@ -27,6 +29,8 @@ TOOLS = [
     {"name": "count_legs", "description": "Counts.", "parameters": SCHEMA},
     {"name": "now", "parameters": {"type": "object", "properties": {}}},
 ]
+SHARED = Path(__file__).parents[3] / "shared/data"
+QWEN, CONFIGS = SHARED / "tokenizers/qwen2_bpe_slow", SHARED / "tokenizer-configs"
 ASKED = [{"role": "user", "content": "How many legs has a fox?"}]
 
 
@@ -103,3 +107,41 @@ async def test_outputs_with_tools_and_without_share_an_engine(caller: AsyncClien
     again = await caller.generate("dressed", "A fox", max_tokens=20, temperature=0)
     assert (await stream.collect()).outputs[0].tool_calls
     assert again.outputs[0].text == plain.outputs[0].text
+
+
+@pytest.mark.skipif(not QWEN.is_dir(), reason="no tokenizers of other projects here")
+async def test_required_calls_are_valid_with_a_large_vocabulary(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    config = Qwen2Config(
+        vocab_size=151_680,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    for file in QWEN.iterdir():
+        shutil.copy(file, directory)
+    chat_template = json.loads(next(CONFIGS.glob("*qwen3_30b-*")).read_text())["chat_template"]
+    (directory / "chat_template.jinja").write_text(chat_template)
+    model = {"name": "random", "model": str(directory), "threads": 1, "kv_cache_bytes": 64 << 20}
+    with running_server(tmp_path, models=[model], adapters=[]) as server:
+        async with AsyncClient(server.data, timeout=END_SECONDS) as client:
+            await client.wait_until_serving("models/random", timeout=START_SECONDS)
+            answer = await client.generate(
+                "random",
+                ASKED,
+                tools=TOOLS,
+                tool_choice="required",
+                parallel_tool_calls=False,
+                template_kwargs={"enable_thinking": False},
+                max_tokens=400,
+                n=8,
+                seed=5,
+            )
+    for output in answer.outputs:
+        [(name, _)] = arguments(output)
+        assert name in ("count_legs", "now")
