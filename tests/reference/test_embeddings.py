@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from loraplex_engine.core import EngineCore
+from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, StepOutput
-from loraplex_engine.link.pooling import PoolingMethod, PoolingParams
+from loraplex_engine.link.pooling import ModelPooling, PoolingMethod, PoolingParams
 from loraplex_engine.link.sampling_params import SamplingParams
-from tests.reference.peft_oracle import FAMILIES, TOLERANCE, Engine, Oracle, make_base, random_prompt
+from tests.reference.peft_oracle import FAMILIES, SHAPE, TOLERANCE, Engine, Oracle, make_base, random_prompt
 from tests.reference.stepping import step
+
+transformers = pytest.importorskip("transformers")
 
 LAST, MEAN = PoolingParams(), PoolingParams(method=PoolingMethod.MEAN)
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -157,3 +163,29 @@ def test_chunks_do_not_show_in_the_bits_of_an_embedding(oracle: Oracle):
         engine.finish()
         results.append([engine.results[number].tobytes() for number in engine.embedded])
     assert results[0] == results[1]
+
+
+def test_a_checkpoint_in_the_layout_of_sentence_transformers_embeds_as_it_says(tmp_path: Path):
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)
+    model = transformers.Qwen3Model(config).eval()
+    model.save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(stated))  # as Qwen3-Embedding has it, without a head in its file
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    core = EngineCore.load(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_bytes=1 << 22, threads=1))
+    said = core.limits.pooling
+    assert said == ModelPooling(PoolingMethod.LAST, normalize=True)
+    prompt = random_prompt(20, 1)
+    params = PoolingParams(method=said.method, normalize=said.normalize)
+    core.add(AddRequest(1, prompt, SamplingParams(seed=0, max_tokens=0), pooling=params))
+    [output] = [one for event in core.step() if isinstance(event, StepOutput) for one in event.outputs]
+    with torch.inference_mode():
+        last = model(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
+    expected = torch.nn.functional.normalize(last, dim=0).numpy()
+    assert np.abs(np.frombuffer(output.pooled, dtype="<f4") - expected).max() < TOLERANCE
+    core.close()
