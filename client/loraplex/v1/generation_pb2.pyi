@@ -587,6 +587,7 @@ class Constraint(google.protobuf.message.Message):
     """A form that the text must have: only tokens that can still lead to it are chosen. The text is complete where the
     output ends with FINISH_REASON_EOS, or with FINISH_REASON_STOP and nothing in Finished.matched: then nothing but the
     end could follow. All else that ends an output, such as max_tokens and stop strings, may cut it short.
+    Where outputs are read as messages (OutputOptions.parse_message), the form begins behind the reasoning.
 
     What cannot be read or kept to is refused with INVALID_ARGUMENT, as is what no text could complete, such as
     {"$ref": "#"}, and what takes too much work: of a schema more than 64 levels or 100 properties of an object that are

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from llguidance import LLExecutor
+from llguidance import LLExecutor, LLMatcher
 
 from loraplex_engine.execution import token_bits
 from loraplex_engine.execution.arrays import History
 from loraplex_engine.scheduling.form import Form
 
 NOTHING_FITS = "no token is left to draw: loosen allowed_token_ids, bad_words or min_tokens, or the form"
+
+MAX_THREADS = 32
 
 
 class TokenMask(NamedTuple):
@@ -25,47 +28,73 @@ class TokenMask(NamedTuple):
 
 
 class FormMasks:
-    """Fills the masks of all rows of a step with a form, on several threads."""
+    """Fills the masks of all rows of a step with a form, on several threads where there are cores for them."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
     @cached_property
-    def _executor(self) -> LLExecutor:
-        return LLExecutor()  # its threads start with the first form
+    def _executor(self) -> LLExecutor | None:
+        """Threads, which start with the first form; None: one would be all, and to wait for it takes longer."""
+        num_threads = (os.cpu_count() or 1) - 1
+        return LLExecutor(min(num_threads, MAX_THREADS)) if num_threads > 1 else None
 
     def fill(self, histories: Sequence[History], forms: Mapping[int, Form]) -> TokenMask:
         """The masks of the rows that have a form. forms: by row."""
-        rows = list(forms)
+        rows, given = list(forms), [histories[row] for row in forms]
         bits = np.zeros((len(rows), token_bits.width(self._vocab_size)), dtype=np.int32)
-        matchers = [(form.matcher, place) for place, form in enumerate(forms.values()) if form.matcher is not None]
-        if matchers:
-            self._executor.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.strides[0], len(rows))
+        octets = bits.view(np.uint8)
+        self._let_go_on(bits, [form.matcher for form in forms.values()], given)
+        self._let_end(octets.reshape(-1), given)
+        for form, row_octets in zip(forms.values(), octets, strict=True):
+            form.apply_words(row_octets)
         problems: dict[int, str] = {}
-        for row, octets in zip(rows, bits.view(np.uint8), strict=True):
-            history = histories[row]
-            problem = forms[row].problem or self._apply(forms[row], octets, history)
+        drawable: Sequence[bool] = np.any(bits, axis=1).tolist()
+        for place, (row, some) in enumerate(zip(rows, drawable, strict=True)):
+            problem = forms[row].problem or ("" if some and _is_drawable(octets[place], given[place]) else NOTHING_FITS)
             if problem:
-                octets[:] = 0
-                problems.setdefault(history.request_id, f"its form cannot go on: {problem}")
+                bits[place] = 0
+                problems.setdefault(given[place].request_id, f"its form cannot go on: {problem}")
         return TokenMask(rows, bits, problems)
 
-    def _apply(self, form: Form, octets: np.ndarray, history: History) -> str:
-        """Apply to what a form's grammar allows all else that has a say. Returns why no token is left, or ""."""
-        sampling = history.sampling
-        if form.matcher is None:
-            octets[:] = token_bits.first_tokens(sampling.num_token_ids or self._vocab_size, self._vocab_size)
-        self._let_end(octets, history)
-        form.apply_words(octets)
-        allowed = sampling.allowed_token_ids
-        return "" if (octets if allowed is None else token_bits.holds(octets, allowed)).any() else NOTHING_FITS
+    def _let_go_on(self, bits: np.ndarray, matchers: Sequence[LLMatcher | None], histories: Sequence[History]) -> None:
+        """Allow the tokens that each grammar does; without a grammar, all."""
+        places = [(matcher, place) for place, matcher in enumerate(matchers) if matcher is not None]
+        free = [place for place, matcher in enumerate(matchers) if matcher is None]
+        start, size = bits.ctypes.data, bits.strides[0]
+        if places and self._executor is not None:
+            self._executor.unsafe_compute_mask_ptr(places, start, size, len(bits))
+        elif places:
+            for matcher, place in places:
+                matcher.unsafe_compute_mask_ptr(start + place * size, size)
+        for place in free:
+            count = histories[place].sampling.num_token_ids or self._vocab_size
+            bits[place].view(np.uint8)[:] = token_bits.first_tokens(count, self._vocab_size)
 
-    def _let_end(self, octets: np.ndarray, history: History) -> None:
-        """Allow the tokens that end the output where the form may end and it is not too early, and nowhere else."""
-        sampling = history.sampling
-        may_end = token_bits.holds(octets, [self._vocab_size])[0]
-        is_early = history.num_output_tokens < sampling.min_tokens
-        endings = (*sampling.eos_token_ids, *(sampling.stop_token_ids if is_early else ()))
-        token_bits.remove(octets, [self._vocab_size, *endings])
-        if may_end and not is_early:
-            token_bits.add(octets, sampling.eos_token_ids)
+    def _let_end(self, octets: np.ndarray, histories: Sequence[History]) -> None:
+        """Allow the tokens that end an output where its form may end and it is not too early, and nowhere else.
+
+        octets: of all rows, one behind the other
+        """
+        width = 32 * token_bits.width(self._vocab_size)
+        ends = self._vocab_size + width * np.arange(len(histories))
+        may_end = token_bits.holds(octets, ends).tolist()
+        endings: list[int] = []
+        allowed: list[int] = []
+        for place, history in enumerate(histories):
+            sampling = history.sampling
+            is_early = history.num_output_tokens < sampling.min_tokens
+            ending = [place * width + token for token in sampling.eos_token_ids]
+            endings += ending
+            if is_early:
+                endings += [place * width + token for token in sampling.stop_token_ids]
+            elif may_end[place]:
+                allowed += ending
+        token_bits.remove(octets, ends)
+        token_bits.remove(octets, endings)
+        token_bits.add(octets, allowed)
+
+
+def _is_drawable(octets: np.ndarray, history: History) -> bool:
+    allowed = history.sampling.allowed_token_ids
+    return allowed is None or bool(token_bits.holds(octets, allowed).any())

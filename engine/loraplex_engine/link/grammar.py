@@ -66,6 +66,12 @@ def thought_rules(end: str, control_tokens: Mapping[str, int]) -> str:
     return f"thought: text_of_thought {gap}\ntext_of_thought[suffix={json.dumps(end)}]: /(?s:.*)/\n"
 
 
+def behind_thought(grammar: str, before: str, rules: str) -> str:
+    """A grammar behind what a model thinks first. before: an expression, whose `rules` are those of `thought_rules`."""
+    form = grammar.removeprefix(_HEADER)
+    return f"{_HEADER}start: {before} form\nform: %lark {{\n{form}}}\n{rules}"
+
+
 def calls_grammar(
     begin: str, calls: Sequence[tuple[str, Mapping[str, Any], str]], between: str | None, end: str
 ) -> str:

@@ -7,7 +7,7 @@ from loraplex.v1.prompt_pb2 import TOOL_MODE_REQUIRED, Chat
 from loraplex_engine.link.grammar import calls_grammar, literal, thought_rules
 from loraplex_service.errors import InvalidRequest, Violation
 from loraplex_service.requests.forms import compilable, read_schema, unkept_keywords
-from loraplex_service.text import CallSpelling, MessageSyntax
+from loraplex_service.text import CallSpelling, MessageSyntax, Reasoning
 
 MAX_SCHEMA_BYTES = 1 << 18  # of all tools: engines keep grammars for requests to come
 _NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -30,7 +30,7 @@ class CallForm:
         self._wanted = [number for number, tool in enumerate(chat.tools) if chat.tool_choice.name in ("", tool.name)]
         one = bool(chat.tool_choice.name) or (chat.HasField("parallel_tool_calls") and not chat.parallel_tool_calls)
         self._between = None if one or calls.between is None else self._literal(calls.between)
-        self._before, self._rules = self._thought(syntax, opened)
+        self._before, self._rules = thought(syntax.reasoning, opened, control_tokens, calls.reasoning_end)
 
     @property
     def key(self) -> bytes:
@@ -83,20 +83,25 @@ class CallForm:
             raise InvalidRequest.at(_schema_path(path, number), problem)
         return schema
 
-    def _thought(self, syntax: MessageSyntax, opened: str) -> tuple[str, str]:
-        """The expression of the reasoning that may come before the calls, and its rules."""
-        reasoning = syntax.reasoning
-        if reasoning is None:
-            return "", ""
-        end = self._calls.reasoning_end or reasoning.end
-        begun, ended = opened.rfind(reasoning.begin), opened.rfind(end)
-        if ended > begun:
-            return "", ""
-        rules = thought_rules(end, self._control)
-        return ("thought" if begun >= 0 else f"({self._literal(reasoning.begin)} thought)?"), rules
-
     def _literal(self, text: str) -> str:
         return literal(text, self._control)
+
+
+def thought(
+    reasoning: Reasoning | None, opened: str, control_tokens: Mapping[str, int], end: str | None = None
+) -> tuple[str, str]:
+    """The expression of the reasoning that may come before all else, and its rules; "": there is none to come.
+
+    `opened`: what the prompt has of the message already. `end`: of the reasoning, where it has another one.
+    """
+    if reasoning is None:
+        return "", ""
+    end = end or reasoning.end
+    begun, ended = opened.rfind(reasoning.begin), opened.rfind(end)
+    if ended > begun:
+        return "", ""
+    rules = thought_rules(end, control_tokens)
+    return ("thought" if begun >= 0 else f"({literal(reasoning.begin, control_tokens)} thought)?"), rules
 
 
 def _schema_path(path: str, number: int) -> str:

@@ -232,6 +232,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         constraint, named_by = (Constraint(), "") if calls else _constraint(spec, target)
         where = f"{path}.model" if named_by else f"{path}.constraint"
         grammar = calls or await self._forms.grammar(constraint, tenant, where)
+        if grammar and not calls:
+            grammar = await self._messages.behind_reasoning(grammar, spec, model, prompt, tenant, path)
         sampling = merged_sampling(spec.sampling, target.default_sampling)
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(SEED_BITS)
         tokenizer = model.tokenizer

@@ -8,10 +8,11 @@ from weakref import WeakKeyDictionary
 
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.prompt_pb2 import Chat, Tool
+from loraplex_engine.link.grammar import behind_thought
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import InvalidRequest
 from loraplex_service.names.target import LoadedModel
-from loraplex_service.requests.calls import CallForm, requires_calls
+from loraplex_service.requests.calls import CallForm, requires_calls, thought
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.prompts import TextWork, offered_tools
 from loraplex_service.text import Message, MessageReader, MessageRules, Tokenizer, TokenizerError
@@ -62,6 +63,22 @@ class Messages:
         opened = await self._opened(await self._rules_of(tokenizer, path), chat, tokenizer, prompt, tenant)
         form = CallForm(syntax, syntax.calls, tokenizer.control_tokens, opened, chat)
         return await forms.kept(form.key, tenant, lambda: form.grammar(where))
+
+    async def behind_reasoning(
+        self, grammar: str, spec: GenerateSpec, model: LoadedModel, prompt: Sequence[int], tenant: Tenant, path: str
+    ) -> str:
+        """A grammar, behind the reasoning where outputs are read as messages that may begin with one.
+
+        `path`: where the spec is in the request. Raises InvalidRequest, Unavailable.
+        """
+        tokenizer = model.tokenizer
+        syntax = tokenizer.message_syntax
+        if syntax is None or syntax.reasoning is None or not _is_read(spec, tokenizer, path):
+            return grammar
+        rules = await self._rules_of(tokenizer, path)
+        opened = await self._opened(rules, spec.prompt.chat, tokenizer, prompt, tenant)
+        before, parts = thought(syntax.reasoning, opened, tokenizer.control_tokens)
+        return behind_thought(grammar, before, parts) if before else grammar
 
     async def _opened(
         self, rules: MessageRules, chat: Chat, tokenizer: Tokenizer, prompt: Sequence[int], tenant: Tenant

@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 
-from loraplex_engine.link.grammar import choice_grammar, gbnf_grammar, grammar_problem, regex_grammar, schema_grammar
+from loraplex_engine.link.grammar import (
+    behind_thought,
+    choice_grammar,
+    gbnf_grammar,
+    grammar_problem,
+    regex_grammar,
+    schema_grammar,
+    thought_rules,
+)
+from tests.engine.masks import Masks
+
+EOS, TOKENS = 256, [*(bytes([byte]) for byte in range(256)), b"", b"</", b"think>"]
 
 ODD = ['a"b\\c/\n\t\u0001\u007fé😀', "{}[]()*+?.|^$", "%json", "</s>", "a/b", "\\"]
 
@@ -82,3 +93,26 @@ def test_a_grammar_made_to_hurt_is_read_or_refused(name: str) -> None:
 def test_numbers_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="JSON"):
         schema_grammar({"const": json.loads("NaN")})
+
+
+TEXTS = {
+    "gbnf": (gbnf_grammar('root ::= "(" root ")" | "start: {}"'), "(start: {})"),
+    "schema": (schema_grammar({"type": "object"}), '{"}": 1}'),
+    "regex": (regex_grammar("[a-z}]+"), "a}"),
+    "choices": (choice_grammar(["a", "b\n"]), "b\n"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_form_may_come_behind_a_thought(kind: str, is_open: bool) -> None:
+    grammar, text = TEXTS[kind]
+    masks = Masks(TOKENS, EOS)
+    before = "thought" if is_open else '("<think>" thought)?'
+    form = masks.form(behind_thought(grammar, before, thought_rules("</think>", {})))
+    begun = "" if is_open else "<think>"
+    assert masks.takes(form, f"{begun}Hm, {text} {{}}</think>{text}".encode())
+    assert masks.takes(form, f"{begun}</think>\n\n{text}".encode())
+    assert masks.takes(form, text.encode()) is not is_open
+    assert not masks.takes(form, f"{begun}Hm</think>".encode())
+    assert not masks.takes(form, f"{begun}Hm</think>{text}!".encode())

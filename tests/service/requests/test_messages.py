@@ -22,6 +22,7 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateResponse,
 )
 from loraplex.v1.prompt_pb2 import TOOL_MODE_NONE, TOOL_MODE_REQUIRED, Chat, ChatMessage, Prompt, Tool, ToolCall
+from loraplex_engine.link.grammar import behind_thought, regex_grammar, thought_rules
 from loraplex_service.text import Tokenizer
 from tests.service.data_plane import EOS, DataPlane, data_plane, failure, next_of
 
@@ -193,6 +194,18 @@ async def test_with_mode_none_no_tool_is_shown_and_no_call_made(tools: DataPlane
 async def test_reasoning_comes_apart_without_tools(tools: DataPlane) -> None:
     output = await answer(tools, "<think>a</think>b", chat(tools=[]))
     assert (output.reasoning, output.text) == ("a", "b")
+
+
+async def asked_grammar(plane: DataPlane, text: str, **fields: Any) -> str:
+    """The grammar that the engine is told."""
+    await answer(plane, text, chat(tools=[]), constraint={"regex": "[a-z]+"}, **fields)
+    return plane.engine.requests[-1].grammar
+
+
+async def test_a_form_begins_behind_the_reasoning(tools: DataPlane) -> None:
+    behind = await asked_grammar(tools, "<think>Hm</think>abc")
+    assert behind == behind_thought(regex_grammar("[a-z]+"), '("<think>" thought)?', thought_rules("</think>", {}))
+    assert await asked_grammar(tools, "abc", output={"parse_message": False}) == regex_grammar("[a-z]+")
 
 
 async def test_reasoning_that_the_template_has_opened_goes_on(tools: DataPlane) -> None:
