@@ -1,12 +1,15 @@
 """Tenants take turns, and what nobody waits for is not begun."""
 
+import os
+import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from threading import Event
 
 import pytest
 
-from loraplex_engine.scheduling.compiling import TurnQueue
+from loraplex_engine.scheduling.compiling import NICER, TurnQueue
 
 
 class Bench:
@@ -95,4 +98,16 @@ def test_who_waits_is_told_of_an_error() -> None:
     queue.add("a", "x", future)
     with pytest.raises(ValueError, match="invalid literal"):
         future.result()
+    queue.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_the_threads_give_way_to_the_steps() -> None:
+    def niceness(key: str) -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    queue = TurnQueue(niceness, 1, "test")
+    future: Future[int] = Future()
+    queue.add("a", "x", future)
+    assert future.result() == min(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) + NICER, 19)
     queue.close()
