@@ -48,7 +48,7 @@ class Forms:
         `path`: where the constraint is in the request. Raises InvalidRequest, Unavailable.
         """
         kind = constraint.WhichOneof("kind")
-        if kind in (None, "any_text"):
+        if kind is None or constraint.HasField("any_text"):
             return ""
         key = constraint.SerializeToString(deterministic=True)
         try:
