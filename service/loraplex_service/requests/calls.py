@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraplex.v1.prompt_pb2 import TOOL_MODE_REQUIRED, Chat
-from loraplex_engine.link.grammar import calls_grammar, literal, thought_rules
+from loraplex_engine.link.grammar import behind_thought, calls_grammar, literal, thought_rules
 from loraplex_service.errors import InvalidRequest, Violation
 from loraplex_service.requests.forms import compilable, read_schema, unkept_keywords
 from loraplex_service.text import CallSpelling, MessageSyntax, Reasoning
@@ -30,7 +30,7 @@ class CallForm:
         self._wanted = [number for number, tool in enumerate(chat.tools) if chat.tool_choice.name in ("", tool.name)]
         one = bool(chat.tool_choice.name) or (chat.HasField("parallel_tool_calls") and not chat.parallel_tool_calls)
         self._between = None if one or calls.between is None else self._literal(calls.between)
-        self._before, self._rules = thought(syntax.reasoning, opened, control_tokens, calls.reasoning_end)
+        self._before, self._rules = thought(syntax.reasoning, opened, control_tokens)
 
     @property
     def key(self) -> bytes:
@@ -87,21 +87,26 @@ class CallForm:
         return literal(text, self._control)
 
 
-def thought(
-    reasoning: Reasoning | None, opened: str, control_tokens: Mapping[str, int], end: str | None = None
-) -> tuple[str, str]:
+def thought(reasoning: Reasoning | None, opened: str, control_tokens: Mapping[str, int]) -> tuple[str, str]:
     """The expression of the reasoning that may come before all else, and its rules; "": there is none to come.
 
-    `opened`: what the prompt has of the message already. `end`: of the reasoning, where it has another one.
+    `opened`: what the prompt has of the message already.
     """
     if reasoning is None:
         return "", ""
-    end = end or reasoning.end
-    begun, ended = opened.rfind(reasoning.begin), opened.rfind(end)
+    begun, ended = opened.rfind(reasoning.begin), opened.rfind(reasoning.end)
     if ended > begun:
         return "", ""
-    rules = thought_rules(end, control_tokens)
+    rules = thought_rules(reasoning.end, control_tokens)
     return ("thought" if begun >= 0 else f"({literal(reasoning.begin, control_tokens)} thought)?"), rules
+
+
+def answer_grammar(grammar: str, reasoning: Reasoning, opened: str, control_tokens: Mapping[str, int]) -> str:
+    """The grammar of a message whose answer follows a grammar. `opened`: as `thought` has it."""
+    before, rules = thought(reasoning, opened, control_tokens)
+    if reasoning.answer and reasoning.answer not in opened:
+        before = f"{before} {literal(reasoning.answer, control_tokens)}"
+    return behind_thought(grammar, before, rules) if before else grammar
 
 
 def _schema_path(path: str, number: int) -> str:

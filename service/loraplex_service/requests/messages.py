@@ -8,11 +8,10 @@ from weakref import WeakKeyDictionary
 
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.prompt_pb2 import Chat, Tool
-from loraplex_engine.link.grammar import behind_thought
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import InvalidRequest
 from loraplex_service.names.target import LoadedModel
-from loraplex_service.requests.calls import CallForm, requires_calls, thought
+from loraplex_service.requests.calls import CallForm, answer_grammar, requires_calls
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.prompts import TextWork, offered_tools
 from loraplex_service.text import Message, MessageReader, MessageRules, Tokenizer, TokenizerError
@@ -77,8 +76,7 @@ class Messages:
             return grammar
         rules = await self._rules_of(tokenizer, path)
         opened = await self._opened(rules, spec.prompt.chat, tokenizer, prompt, tenant)
-        before, parts = thought(syntax.reasoning, opened, tokenizer.control_tokens)
-        return behind_thought(grammar, before, parts) if before else grammar
+        return answer_grammar(grammar, syntax.reasoning, opened, tokenizer.control_tokens)
 
     async def _opened(
         self, rules: MessageRules, chat: Chat, tokenizer: Tokenizer, prompt: Sequence[int], tenant: Tenant

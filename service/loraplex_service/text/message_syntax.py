@@ -34,7 +34,6 @@ class CallSpelling:
     begin: str = ""
     between: str | None = None  # of calls; None: a message has one call at most
     end: str = ""
-    reasoning_end: str = ""  # that of the reasoning before calls, where it is not that before an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,8 @@ class Reasoning:
     """The texts between which a model reasons. The prompt may hold the first, or both."""
 
     begin: str
-    end: str  # the answer begins behind it
+    end: str  # calls begin behind it, and the answer
+    answer: str = ""  # begins the answer, with reasoning and without
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class _Family:
         """The syntax of a chat template of this family; None: it is of another, or writes plain text alone."""
         if not all(mark in chat_template for mark in self.marks):
             return None
-        reasons = self.reasoning.end in chat_template
+        reasons = self.reasoning.begin in chat_template or self.reasoning.end in chat_template
         reasoning = {"reasoning_content": {"open": self.reasoning.begin, "close": self.reasoning_close}}
         fields = {**(reasoning if reasons else {}), **self.tool_calls}
         if not fields:
@@ -122,7 +122,9 @@ _FAMILIES = (
     _Family(
         marks=("<|channel|>", "<|message|>"),
         start_anchor="<|start|>assistant",
-        reasoning=Reasoning("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+        reasoning=Reasoning(
+            "<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>"
+        ),
         reasoning_close=["<|end|>", "<|return|>"],
         content={
             "content": {
@@ -136,10 +138,7 @@ _FAMILIES = (
             r"(?: ?<\|constrain\|>)?(?: ?\w{1,32})?<\|message\|>",
             close=["<|call|>", "<|end|>"],
         ),
-        calls=CallSpelling(
-            "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>",
-            reasoning_end="<|end|><|start|>assistant",
-        ),
+        calls=CallSpelling("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"),
     ),
     # Gemma 4
     _Family(

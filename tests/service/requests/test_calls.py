@@ -2,15 +2,18 @@
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from loraplex.v1.generation_pb2 import Constraint
 from loraplex.v1.prompt_pb2 import TOOL_MODE_REQUIRED, Chat, Tool
 from loraplex_engine.link.grammar import GRAMMAR_LIMITS
 from loraplex_service.errors import InvalidRequest
-from loraplex_service.requests.calls import CallForm
+from loraplex_service.requests.calls import CallForm, answer_grammar
+from loraplex_service.requests.forms import checked_grammar
 from loraplex_service.requests.messages import shown_tools
 from loraplex_service.text import Call, MessageReader
 from tests.service.text.test_message_reader import RULES, SYNTAXES, read
@@ -150,7 +153,7 @@ def test_reasoning_comes_before_the_calls(family: str) -> None:
     syntax = SYNTAXES[family]
     assert syntax.calls is not None
     assert syntax.reasoning is not None
-    end = syntax.calls.reasoning_end or syntax.reasoning.end
+    end = syntax.reasoning.end
     behind = f"I ask.{end}{calls_begin(family)}"
     text = written(family, form(family).grammar("chat"), 1, syntax.reasoning.begin + behind)
     assert len(calls_in(family, text)) >= 1
@@ -164,10 +167,27 @@ def test_reasoning_that_the_prompt_has_ended_does_not_come_again(family: str) ->
     syntax = SYNTAXES[family]
     assert syntax.calls is not None
     assert syntax.reasoning is not None
-    end = syntax.calls.reasoning_end or syntax.reasoning.end
+    end = syntax.reasoning.end
     grammar = form(family, f"{syntax.reasoning.begin}\n\n{end}\n\n").grammar("chat")
     assert grammar == form(family, f"{syntax.reasoning.begin}{end}").grammar("chat")
     assert written(family, grammar, 1).startswith(calls_begin(family))
+
+
+@pytest.mark.parametrize("family", REASONING)
+@pytest.mark.parametrize("constraint", [Constraint(regex="[0-9]{3}"), Constraint(grammar='root ::= "}" root | "{"')])
+def test_an_answer_of_a_form_comes_behind_the_reasoning(family: str, constraint: Constraint) -> None:
+    reasoning, grammar = SYNTAXES[family].reasoning, checked_grammar(constraint)
+    assert reasoning is not None
+    control = Vocabulary(MARKS.get(family, [])).control
+    ended = f"I know.{reasoning.end}{reasoning.answer}"
+    first = "1" if constraint.regex else "{"
+    for opened, before in (("", f"{reasoning.begin}{ended}"), (reasoning.begin, ended), ("", reasoning.answer)):
+        begins = before + first
+        text = written(family, answer_grammar(grammar, reasoning, opened, control), 1, begins)
+        said, thought, _ = read(MessageReader(RULES[family], opened), [text])
+        assert (thought, bool(re.fullmatch("[0-9]{3}|}*{", said))) == ("I know." if ended in text else "", True)
+    answered = f"{reasoning.begin}{reasoning.end}{reasoning.answer}"
+    assert answer_grammar(grammar, reasoning, answered, control) == grammar
 
 
 def tool(schema: Any) -> list[Tool]:

@@ -32,7 +32,7 @@ TEMPLATES = {
     "mistral-11": "[TOOL_CALLS]f[ARGS] [/THINK]",
     "gemma4": "<|tool_call> <tool_call|> <channel|>",
     "functiongemma": "<start_function_call>",
-    "harmony": "<|channel|> <|message|> <|channel|>final<|message|>",
+    "harmony": "<|channel|>analysis<|message|>",
     "deepseek": "<｜tool▁call▁begin｜> ```json </think>",
     "deepseek-3.1": "<｜tool▁call▁begin｜> </think>",
 }

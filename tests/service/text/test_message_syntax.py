@@ -50,8 +50,8 @@ def test_a_chat_template_that_writes_plain_text_has_no_syntax(template: str) -> 
         ("<｜Assistant｜> </think>", THINK),
         ("[TOOL_CALLS] [THINK] [/THINK]", Reasoning("[THINK]", "[/THINK]")),
         (
-            "<|channel|>final<|message|>",
-            Reasoning("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+            "<|channel|>analysis<|message|>",
+            Reasoning("<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>"),
         ),
     ],
 )
