@@ -44,6 +44,9 @@ class NoAdapters:
     def make_room(self, key: AdapterKey) -> None:
         """There is none to make."""
 
+    def has_head(self, key: AdapterKey) -> bool:
+        return False
+
     def release(self, key: AdapterKey) -> None:
         raise AssertionError("nothing was acquired")
 
