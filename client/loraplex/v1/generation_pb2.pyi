@@ -615,7 +615,9 @@ class Constraint(google.protobuf.message.Message):
     without look-around, word boundaries and back-references. From 1 to 4096 bytes.
     """
     grammar: builtins.str
-    """Text of this context-free grammar, in GBNF, from its rule "root". From 1 to 65,536 bytes."""
+    """Text of this context-free grammar, in GBNF, from its rule "root". From 1 to 65,536 bytes. Literals, and rules that
+    lead back to no rule, are read as long as they go: what would have to end one sooner is not drawn.
+    """
     @property
     def json_object(self) -> Global___JsonObject:
         """Any JSON object."""
