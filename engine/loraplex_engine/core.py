@@ -192,6 +192,8 @@ class EngineCore:
             return f"drafts of kind {message.drafts.kind}: the model has none; give it some in its configuration"
         if message.beams is not None and message.beams.width > limits.max_num_seqs:
             return f"{message.beams.width} beams: {limits.max_num_seqs} sequences run at the same time"
+        if message.beams is not None and (problem := _unsearchable(message)):
+            return f"a beam search has no {problem}"
         if not 0 < message.weight < math.inf:
             return f"weight is {message.weight}: it must be above 0"
         return ""
@@ -316,3 +318,11 @@ def _drafting(
         runner.max_model_len,
         time.monotonic,
     )
+
+
+def _unsearchable(message: AddRequest) -> str:
+    """What a search was sent without, or with; empty: it can be run."""
+    sampling = message.sampling
+    if not sampling.max_tokens or not sampling.num_candidates:
+        return "tokens to look for: max_tokens and num_candidates must be above 0"
+    return "constraint, bad words or drafts" if message.grammar or sampling.bad_words or message.drafts.most else ""

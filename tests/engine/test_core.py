@@ -14,6 +14,7 @@ from loraplex_adapters.pace import Pace
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.runtime.store import FinishedLoad
 from loraplex_engine.core import EngineCore
+from loraplex_engine.link.beams import Beams
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
     AdaptersChanged,
@@ -43,7 +44,8 @@ class FakeRunner:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
-        self.not_finite: frozenset[int] = frozenset()
+        self.not_finite: frozenset[int] = frozenset()  # of these no token is drawn
+        self.not_finite_prompts: frozenset[int] = frozenset()  # of these one is: only their prompts have such rows
 
     def limits(self, config: EngineConfig) -> EngineLimits:
         return EngineLimits(
@@ -60,7 +62,7 @@ class FakeRunner:
             (SampledToken(7, None),) if item.samples and item.request.request_id not in self.not_finite else ()
             for item in plan.scheduled
         )
-        return StepResult(tokens, {}, self.not_finite)
+        return StepResult(tokens, {}, self.not_finite | self.not_finite_prompts)
 
 
 class FakeAdapters:
@@ -137,11 +139,16 @@ class Bench:
         adapter: AdapterKey | None = None,
         output: list[int] | None = None,
         pooling: PoolingParams | None = None,
+        beams: Beams | None = None,
         **fields: Any,
     ):
         sampling = SamplingParams(**({"seed": 0, "max_tokens": 3} | fields))
         prompt = [1, 2, 3] if prompt is None else prompt
-        self.core.add(AddRequest(request_id, prompt, sampling, adapter, output_token_ids=output or [], pooling=pooling))
+        self.core.add(
+            AddRequest(
+                request_id, prompt, sampling, adapter, output_token_ids=output or [], pooling=pooling, beams=beams
+            )
+        )
 
     def step(self) -> list[RequestOutput]:
         return [o for message in self.core.step() if isinstance(message, StepOutput) for o in message.outputs]
@@ -170,6 +177,10 @@ class Bench:
         ({"prompt": [1] * 65, "max_tokens": 0}, "prompt of 65 tokens"),
         ({"pooling": PoolingParams()}, "max_tokens is 3: it must be 0 where hidden states are pooled"),
         ({"adapter": KEY}, "not registered"),
+        ({"beams": Beams(2, [1])}, "a beam search has no tokens to look for"),
+        ({"beams": Beams(2, [1]), "num_candidates": 4, "max_tokens": 0}, "a beam search has no tokens to look for"),
+        ({"beams": Beams(2, [1]), "num_candidates": 4, "bad_words": ("x",)}, "a beam search has no constraint"),
+        ({"beams": Beams(99, [1]), "num_candidates": 198}, "99 beams"),
         ({"output": [1, VOCAB]}, "token ids must lie in"),
         ({"output": [1, 2, 3]}, "3 output tokens to go on from"),
         ({"prompt": [1] * 62, "output": [1, 2]}, "2 output tokens to go on from"),
@@ -239,6 +250,17 @@ def test_a_request_without_finite_logits_fails_alone_and_counts():
     assert [(o.finish_reason, o.token_ids) for o in outputs if o.request_id == 1] == [(FinishReason.ERROR, [])]
     assert [o.token_ids for o in outputs if o.request_id == 2] == [[7], [7], [7]]
     assert bench.core.stats().num_not_finite == 1
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_a_request_that_drew_a_token_behind_a_prompt_that_is_not_finite_fails_alone(max_tokens: int) -> None:
+    bench = Bench()
+    bench.add(1, max_tokens=max_tokens, num_prompt_logprobs=0)
+    bench.add(2)
+    bench.runner.not_finite_prompts = frozenset({1})
+    outputs = bench.finish()
+    assert [(o.finish_reason, o.token_ids) for o in outputs if o.request_id == 1] == [(FinishReason.ERROR, [])]
+    assert [o.token_ids for o in outputs if o.request_id == 2] == [[7], [7], [7]]
 
 
 def test_an_error_of_the_device_is_not_survived():

@@ -57,7 +57,7 @@ class Drafting(Drafter):
             self._costs.note(plan.num_tokens, self._clock() - self._began)
         for item, sampled in zip(plan.scheduled, result.sampled, strict=True):
             request_id = item.request.request_id
-            if item.draft_token_ids and sampled:
+            if item.draft_token_ids and sampled and request_id in self._accounts:
                 tried, right = len(item.draft_token_ids), len(sampled) - 1
                 self._accounts[request_id].settle(self._prices[request_id][tried - 1], tried, right)
 

@@ -32,8 +32,20 @@ class History(NamedTuple):
     @classmethod
     def of(cls, request: Request, drafts: Sequence[int] = ()) -> History:
         """The history of all tokens that the request has, and of these drafts after them."""
+        return cls.each(request, drafts)[-1]
+
+    @classmethod
+    def each(cls, request: Request, drafts: Sequence[int]) -> list[History]:
+        """The history of the request, and that behind each of these drafts."""
+        known = NO_TOKENS
+        if request.sampling.needs_penalties:  # read once, however many drafts there are
+            known = np.array([*request.token_ids, *drafts], dtype=np.int64)
+        return [cls._behind(request, drafts[:count], known) for count in range(len(drafts) + 1)]
+
+    @classmethod
+    def _behind(cls, request: Request, drafts: Sequence[int], known: np.ndarray) -> History:
         sampling, token_ids = request.sampling, request.token_ids
-        read = np.array([*token_ids, *drafts], dtype=np.int64) if sampling.needs_penalties else NO_TOKENS
+        read = known[: len(token_ids) + len(drafts)]
         seed, mark = 0, sampling.watermark
         if mark is not None:
             seed = mark.seed([*token_ids[-mark.context_tokens :], *drafts][-mark.context_tokens :])
@@ -121,9 +133,10 @@ def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> 
     ranges = _lora_ranges(scheduled, bounds)
     num_drawn = tuple(1 + len(item.draft_token_ids) if item.samples else 0 for item in scheduled)
     histories = tuple(
-        History.of(item.request, item.draft_token_ids[:place])
+        history
         for item, drawn in zip(scheduled, num_drawn, strict=True)
-        for place in range(drawn)
+        if drawn
+        for history in History.each(item.request, item.draft_token_ids)
     )
     prompt_rows, targets = _prompt_targets(scheduled, bounds)
     drawn_rows = [row for end, drawn in zip(bounds[1:], num_drawn, strict=True) for row in range(end - drawn, end)]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 
 from loraplex_engine.execution import token_bits
+
+KEPT = 64  # sets of tokens, by what is before them: rows of one request often have the same
 
 
 class TokenTexts:
@@ -18,6 +21,7 @@ class TokenTexts:
         self.token_bytes = token_bytes
         ordered = sorted((text, token) for token, text in enumerate(token_bytes) if text)
         self._texts = [text for text, _ in ordered]
+        self.longest = max(map(len, self._texts), default=0)  # bytes
         self._ids = np.array([token for _, token in ordered], dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(self._texts), dtype=np.uint8)  # of all, in this order
         self._ends = np.cumsum([len(text) for text in self._texts])
@@ -47,13 +51,18 @@ class BadWords:
     """Says which tokens complete none of some words. Of the text before them only its last bytes matter."""
 
     def __init__(self, words: Sequence[bytes], tokens: TokenTexts) -> None:
-        self._words = sorted(words)
         self._tokens = tokens
         self._num_kept = max(map(len, words)) - 1
         vocab_size = len(tokens.token_bytes)
-        self._allowed = token_bits.first_tokens(vocab_size, vocab_size).copy()  # by the words within a token
+        allowed = token_bits.first_tokens(vocab_size, vocab_size).copy()  # by the words within a token
         for word in words:
-            token_bits.remove(self._allowed, tokens.holding(word))
+            token_bits.remove(allowed, tokens.holding(word))
+        # Where a word may be cut so that one token completes it, and those tokens, by what they begin with.
+        cuts = {(word[:place], word[place:]) for word in words for place in range(1, len(word))}
+        endings = {ending for _, ending in cuts if len(ending) <= tokens.longest}
+        self._completing = {ending: found for ending in endings if len(found := tokens.beginning_with(ending))}
+        self._cuts = [cut for cut in cuts if cut[1] in self._completing]
+        self._allowed_behind = lru_cache(KEPT)(partial(self._without_completing, allowed))
 
     def after(self, tail: bytes, token_ids: Sequence[int]) -> bytes:
         """What matters of a text after these tokens. tail: what mattered of it before them; empty: it was empty."""
@@ -62,11 +71,10 @@ class BadWords:
 
     def apply(self, octets: np.ndarray, tail: bytes) -> None:
         """Take what would complete a word behind a text out of a set of tokens. octets: as in `token_bits`, uint8"""
-        octets &= self._allowed
-        for start in range(len(tail)):
-            begun = tail[start:]
-            for word in self._words[bisect_left(self._words, begun) :]:
-                if not word.startswith(begun):
-                    break
-                if len(word) > len(begun):
-                    token_bits.remove(octets, self._tokens.beginning_with(word[len(begun) :]))
+        octets &= self._allowed_behind(tail)
+
+    def _without_completing(self, allowed: np.ndarray, tail: bytes) -> np.ndarray:
+        left = allowed.copy()
+        for ending in {ending for begun, ending in self._cuts if tail.endswith(begun)}:
+            token_bits.remove(left, self._completing[ending])
+        return left

@@ -22,5 +22,5 @@ class ProjectionNorm:
         """Norm the queries and the keys in place.  qkv: [T, (H + 2K)·D]"""
         queries, keys = len(self.query), len(self.key)
         for part, weight in ((qkv[:, :queries], self.query), (qkv[:, queries : queries + keys], self.key)):
-            part.copy_(self.ops.rms_norm(part, weight, self.eps))
+            part.copy_(self.ops.rms_norm(part.contiguous(), weight, self.eps))
         return qkv

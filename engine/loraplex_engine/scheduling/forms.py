@@ -83,7 +83,7 @@ class FormPreparer(Preparer):
     def forget(self, key: Hashable) -> None:
         tenant, form_key = cast(Wanted, key)
         if self._queue.remove(tenant, form_key):
-            del self._compiled[form_key]
+            self._compiled.pop(form_key, None)  # gone already, if another vocabulary came meanwhile
 
     def _begin(self, key: FormKey) -> Future[Form]:
         if self._vocabulary is None:

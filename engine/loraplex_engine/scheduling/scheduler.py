@@ -252,6 +252,8 @@ class Scheduler:
         self.drafter.learn(plan, result)
         for item, sampled in zip(plan.scheduled, result.sampled, strict=True):
             request = item.request
+            if request.leader.state is not RequestState.RUNNING:
+                continue  # it failed in this very step
             num_prompt_left = request.num_prompt_tokens - item.num_computed_tokens
             self.prompt_tokens += max(0, min(item.num_new_tokens, num_prompt_left))
             request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
@@ -259,11 +261,11 @@ class Scheduler:
             if request.request_id in result.pooled:
                 request.take_pooled(result.pooled[request.request_id])
             if request.search is not None:
-                if sampled and request.leader.state is RequestState.RUNNING:
+                if sampled:
                     outputs += self._take_candidates(request, request.search, sampled[0])
             elif sampled:
                 outputs.append(self._take_tokens(item, sampled))
-            elif item.catches_up and not request.draws and request.state is RequestState.RUNNING:
+            elif item.catches_up and not request.draws:
                 outputs.append(self._end_without_tokens(request))
         return outputs
 

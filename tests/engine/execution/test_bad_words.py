@@ -38,6 +38,19 @@ def test_a_token_is_allowed_if_no_word_ends_with_it(bad: list[bytes], drawn: lis
     assert allowed(bad, drawn) == expected
 
 
+def test_words_that_no_token_completes_cost_nothing_behind_a_text() -> None:
+    tokens = TokenTexts(TOKENS)
+    found = tokens.without([b"a" * 127 + bytes([byte]) for byte in range(1, 32)])  # no token begins so
+    assert not found._cuts
+
+
+def test_a_set_behind_a_text_is_made_once_for_all_rows_that_have_it() -> None:
+    found = TokenTexts(TOKENS).without([b"ab", b"bb"])
+    for _ in range(3):
+        found.apply(np.full(8, 255, dtype=np.uint8)[: len(token_bits.first_tokens(len(TOKENS), len(TOKENS)))], b"a")
+    assert found._allowed_behind.cache_info().misses == 1
+
+
 @given(text=short)
 def test_tokens_are_found_by_their_beginning_and_by_what_they_hold(text: bytes) -> None:
     tokens = TokenTexts(TOKENS)
