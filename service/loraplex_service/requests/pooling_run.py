@@ -63,10 +63,11 @@ class PoolingRun:
         self._submit()
 
     def usage(self) -> Usage:
-        """The tokens consumed so far: of the prompts that were computed."""
-        done = [(job, output) for job, output in zip(self._job.prompts, self._results, strict=True) if output]
+        """The tokens consumed so far: of the prompts that an engine was sent."""
+        done = [(place, output) for place, output in enumerate(self._results) if output is not None]
+        sent = [*self._places.values(), *(place for place, _ in done)]
         return Usage(
-            prompt_tokens=sum(len(request.prompt_token_ids) for request, _ in done),
+            prompt_tokens=sum(len(self._job.prompts[place].prompt_token_ids) for place in sent),
             cached_prompt_tokens=sum(output.num_cached_tokens for _, output in done),
         )
 

@@ -156,17 +156,17 @@ async def test_a_caller_that_leaves_takes_its_prompts_along(plane: DataPlane) ->
     assert plane.admission.idle
 
 
-async def test_it_ends_by_its_id_with_what_it_had_consumed(plane: DataPlane) -> None:
+async def test_it_ends_by_its_id_with_what_the_engine_was_sent(plane: DataPlane) -> None:
     plane.engine.steps_allowed = 0
     call = asyncio.ensure_future(
-        failure(plane.pooling.Embed(request(*"abcde", options=RunOptions(client_request_id="mine"))))
+        failure(plane.pooling.Embed(request(*"abcdefghi", options=RunOptions(client_request_id="mine"))))
     )
     await plane.engine.until(lambda: len(plane.engine.sequences) == 4)
     plane.engine.step()
-    await plane.engine.until(lambda: len(plane.engine.sequences) == 1)
+    await plane.engine.until(lambda: len(plane.engine.requests) == 8)
     await plane.stub.CancelGeneration(CancelGenerationRequest(client_request_ids=["mine"]))
     failed = await call
-    assert (failed.code, failed.partial_usage.prompt_tokens) == (Code.CANCELLED, 4)
+    assert (failed.code, failed.partial_usage.prompt_tokens) == (Code.CANCELLED, 8)
     await plane.engine.until_idle()
 
 
@@ -221,6 +221,18 @@ async def test_all_prompts_count_against_the_quota(metered: DataPlane) -> None:
     await metered.pooling.Embed(request("abc", "def"))
     failed = await failure(metered.pooling.Embed(request("abc")))
     assert (failed.code, failed.reason) == (Code.RESOURCE_EXHAUSTED, "TENANT_QUOTA")
+
+
+async def test_what_is_ended_before_it_is_computed_counts_against_the_quota(metered: DataPlane) -> None:
+    metered.engine.steps_allowed = 0
+    options = RunOptions(client_request_id="mine")
+    call = asyncio.ensure_future(failure(metered.pooling.Embed(request("abc", "def", options=options))))
+    await metered.engine.until(lambda: len(metered.engine.sequences) == 2)
+    await metered.stub.CancelGeneration(CancelGenerationRequest(client_request_ids=["mine"]))
+    await call
+    metered.engine.allow_steps(1)
+    failed = await failure(metered.pooling.Embed(request("abc")))
+    assert failed.reason == "TENANT_QUOTA"
 
 
 async def test_when_the_server_drains_it_ends_with_all_others(plane: DataPlane) -> None:
