@@ -61,15 +61,22 @@ class Succession:
             self._waiting.cancel()
 
     async def _next(self) -> EngineClient:
+        self._check_goes_on()
         self._waiting = asyncio.ensure_future(self._successor())
         try:
-            return await self._waiting
+            client = await self._waiting
         except asyncio.CancelledError:
-            if self._error is not None:
-                raise self._error from None
+            self._check_goes_on()
             raise
         finally:
             self._waiting = None
+        self._check_goes_on()  # `end` may come between the successor's end and here
+        return client
+
+    def _check_goes_on(self) -> None:
+        """Raise the error given to `end`."""
+        if self._error is not None:
+            raise self._error from None
 
 
 def engine_failure(request_id: str, target: ResolvedTarget, output: RequestOutput) -> LoraplexError:
