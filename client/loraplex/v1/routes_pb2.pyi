@@ -160,7 +160,7 @@ class ResolvedTarget(google.protobuf.message.Message):
     """The adapter was not on the device, and the base model answers alone because the request allowed it."""
     constraint_source: builtins.str
     """The route or the adapter version whose default_constraint the outputs follow; empty: the request has a constraint of
-    its own, or there is none.
+    its own, there is none, or there are no outputs.
     """
     def __init__(
         self,

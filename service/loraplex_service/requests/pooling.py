@@ -159,6 +159,7 @@ class PoolingServicer(pooling_pb2_grpc.PoolingServiceServicer):
             size = Size(sum(counts), at_once, max_tokens=0, held_back_tokens=held_back)
             policy = options.adapter_policy
             async with self._entrance.entered(known, tenant, target, policy, size, None, "model") as entered:
+                entered.target.ClearField("constraint_source")  # a form is one of outputs, and there are none
                 pooling = params(target, entered, counts)
                 job = PoolingJob(
                     request_id=call.request_id,

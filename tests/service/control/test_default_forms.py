@@ -62,6 +62,12 @@ async def test_an_adapter_names_the_form_of_what_asks_for_none(control: ControlP
     assert await grammar(control, "pirate") == (regex_grammar("[abc]+"), version)
 
 
+async def test_what_has_no_outputs_follows_no_form(control: ControlPlane) -> None:
+    version = await create(control, ABC)
+    target = (await control.client.embed("pirate", ["abc"])).report.target
+    assert (target.adapter_version, target.constraint_source) == (version, "")
+
+
 async def test_a_request_names_its_own_form_or_none(control: ControlPlane) -> None:
     await create(control, ABC)
     assert await grammar(control, "pirate", DIGITS) == (regex_grammar("[0-9]+"), "")
