@@ -14,7 +14,7 @@ from loraplex_service.names.target import LoadedModel
 from loraplex_service.requests.calls import CallForm, answer_grammar, requires_calls
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.prompts import TextWork, offered_tools
-from loraplex_service.text import Message, MessageReader, MessageRules, Tokenizer, TokenizerError
+from loraplex_service.text import Message, MessageReader, MessageRules, Tokenizer, TokenizerError, argument_types
 
 _WINDOWS = (64, 1024)  # the last tokens of a prompt, in which the model's message begins
 
@@ -37,13 +37,10 @@ class Messages:
             return None
         rules, chat = await self._rules_of(tokenizer, path), spec.prompt.chat
         opened = await self._opened(rules, chat, tokenizer, prompt, tenant)
-        tools = await self._work.on(tenant, chat.ByteSize(), lambda: shown_tools(chat))
+        tools = await self._work.on(tenant, chat.ByteSize(), lambda: typed_tools(chat))
         one_call = chat.HasField("parallel_tool_calls") and not chat.parallel_tool_calls
-        return await self._work.on(
-            tenant,
-            len(opened) * outputs,
-            lambda: [MessageReader(rules, opened, tools, one_call) for _ in range(outputs)],
-        )
+        first = await self._work.on(tenant, len(opened), lambda: MessageReader(rules, opened, tools, one_call))
+        return [first, *(first.twin() for _ in range(outputs - 1))]
 
     async def required_calls(
         self, forms: Forms, spec: GenerateSpec, model: LoadedModel, prompt: Sequence[int], tenant: Tenant, path: str
@@ -96,13 +93,13 @@ class Messages:
         return rules
 
 
-def shown_tools(chat: Chat) -> Sequence[Mapping[str, Any]]:
-    """The tools offered, as chat templates see them. Their schemas must be JSON objects."""
-    return [_shown(tool) for tool in offered_tools(chat)]
+def typed_tools(chat: Chat) -> Sequence[Mapping[str, Any]]:
+    """The tools offered, with the types of their arguments. Their schemas must be JSON objects."""
+    return [_typed(tool) for tool in offered_tools(chat)]
 
 
-def _shown(tool: Tool) -> Mapping[str, Any]:
-    function = {"name": tool.name, "parameters": json.loads(tool.parameters_json or "{}")}
+def _typed(tool: Tool) -> Mapping[str, Any]:
+    function = {"name": tool.name, "parameters": argument_types(json.loads(tool.parameters_json or "{}"))}
     return {"type": "function", "function": function}
 
 

@@ -7,6 +7,7 @@ or an operator can get wrong raises a `TextError`.
 """
 
 from loraplex_service.text.adapted import AdapterText, adapter_text
+from loraplex_service.text.argument_types import argument_types
 from loraplex_service.text.chat_template import ChatTemplate, Conversation, TemplateRenderer
 from loraplex_service.text.detokenizer import IncrementalDetokenizer
 from loraplex_service.text.errors import (
@@ -52,4 +53,5 @@ __all__ = [
     "TokenizerError",
     "TooManyTokensError",
     "adapter_text",
+    "argument_types",
 ]

@@ -4,6 +4,7 @@ transformers' ResponseParser finds the parts of a message, by the response templ
 call is read only once it has ended. One that turns out to be none is text, and nothing that the model wrote is lost.
 """
 
+import copy
 import json
 import re
 import secrets
@@ -17,7 +18,6 @@ from loraplex_service.text.errors import TokenizerError
 from loraplex_service.text.message_syntax import REASONING_FIELDS, MessageSyntax
 
 MAX_UNTOLD_CHARS = 1 << 12  # that may yet begin something: what marks parts may be any expression, tried on all of them
-LONG_CHARS = 1 << 11  # of these, or of a call: from here on they may take a millisecond to read
 
 _TEXT, _CALLS = "content", "tool_calls"
 _ID_CHARS = string.ascii_letters + string.digits
@@ -111,7 +111,7 @@ class MessageRules:
             self._calls = load_response_template({**anchor, "fields": {_CALLS: fields.get(_CALLS, {})}})
         except ValueError as error:
             raise TokenizerError(f"response_template cannot be used: {error}") from error
-        self.max_call_chars = syntax.max_call_chars
+        self.max_call_chars, self.long_chars = syntax.max_call_chars, syntax.long_chars
         self.fields: Mapping[str, Mapping[str, Any]] = fields
 
     def opened(self, prompt: str) -> str | None:
@@ -136,8 +136,9 @@ class MessageReader:
     def __init__(
         self, rules: MessageRules, opened: str = "", tools: Sequence[Mapping[str, Any]] = (), one_call: bool = False
     ) -> None:
-        """`opened`: what the prompt says of the message, which is not read again. `tools`: those offered, as chat
-        templates see them. `one_call`: the message is over after the first call.
+        """`opened`: what the prompt says of the message, which is not read again: a part of it that could be a call
+        passes for one. `tools`: those offered, as chat templates see them. `one_call`: the message is over after the
+        first call.
         """
         self.num_calls = 0
         self._rules, self._tools, self._one_call = rules, tools, one_call
@@ -149,17 +150,22 @@ class MessageReader:
         self._is_plain = False  # nothing more is looked for
         self._parser = rules.new_parser(rules.parts, prefix=opened)
         for event in self._parser.initial_events:
-            self._see(event)
+            self._see(event, is_told=True)
+        self._parser.initial_events.clear()
         for text in self._texts.values():
             text.forget()
-        self._calls, self.num_calls = [], 0
+
+    def twin(self) -> "MessageReader":
+        """One that has read the same, and reads on by itself."""
+        shared = (self._rules, self._rules.parts, self._tools)
+        return copy.deepcopy(self, {id(each): each for each in shared})
 
     @property
     def is_over(self) -> bool:
         return self._one_call and self.num_calls > 0
 
     def takes_long(self, num_chars: int) -> bool:
-        return self._call_chars + self._untold_chars + num_chars > LONG_CHARS
+        return self._call_chars + self._untold_chars + num_chars > self._rules.long_chars
 
     def feed(self, text: str) -> None:
         if not text or self.is_over:
@@ -185,7 +191,8 @@ class MessageReader:
         reasoning = "".join(self._texts[name].take() for name in REASONING_FIELDS)
         return MessagePart(self._texts[_TEXT].take(), reasoning, calls)
 
-    def _see(self, event: Mapping[str, Any]) -> None:
+    def _see(self, event: Mapping[str, Any], is_told: bool = False) -> None:
+        """`is_told`: the prompt says so."""
         name, kind = event["field"], event["type"]
         if self.is_over or kind == "region_open":
             return
@@ -193,7 +200,8 @@ class MessageReader:
             self._call_chars += len(event["text"])
         elif name == _CALLS:
             self._call_chars = 0
-            self._end_call(**event["value"])
+            if not is_told:
+                self._end_call(**event["value"])
         elif name in self._texts and kind == "region_chunk":
             self._texts[name].push(event["text"])
         elif name in self._texts:
@@ -265,7 +273,7 @@ def _part(name: str, field: Mapping[str, Any]) -> dict[str, Any]:
     if "close" in field or "close_pattern" in field:
         part["close_pattern"] = f"(?P<closing>{_pattern(field, 'close')})"
     shape = {"opening": "{opening}", "body": "{content}", "closing": "{closing}"}
-    return {**part, "repeats": True, "content": "text", "content_args": {"strip": False}, "transform": shape}
+    return {**part, "content": "text", "content_args": {"strip": False}, "transform": shape}
 
 
 def _pattern(field: Mapping[str, Any], anchor: str) -> str:

@@ -57,8 +57,16 @@ class MessageSyntax:
     @property
     def max_call_chars(self) -> int:
         """How long a call, or a list of them, may be: to read strings and tags may take as long as the square of it."""
-        takes_long = "string_delims" in self.marks or (self.is_declared and "tag_pattern" in self.marks)
-        return 1 << 14 if takes_long else 1 << 17
+        return 1 << 14 if self._is_read_slowly else 1 << 17
+
+    @property
+    def long_chars(self) -> int:
+        """How long a call is, or what may yet be one, when to read it begins to take a millisecond."""
+        return 1 << 8 if self._is_read_slowly else 1 << 11
+
+    @property
+    def _is_read_slowly(self) -> bool:
+        return "string_delims" in self.marks or (self.is_declared and "tag_pattern" in self.marks)
 
     @property
     def has_calls(self) -> bool:

@@ -14,7 +14,7 @@ from loraplex_engine.link.grammar import GRAMMAR_LIMITS
 from loraplex_service.errors import InvalidRequest
 from loraplex_service.requests.calls import CallForm, answer_grammar
 from loraplex_service.requests.forms import checked_grammar
-from loraplex_service.requests.messages import shown_tools
+from loraplex_service.requests.messages import typed_tools
 from loraplex_service.text import Call, MessageReader
 from tests.service.text.test_message_reader import RULES, SYNTAXES, read
 
@@ -91,7 +91,7 @@ def written(family: str, grammar: str, seed: int, begins: str = "") -> str:
 
 
 def calls_in(family: str, text: str, opened: str = "") -> list[Call]:
-    reader = MessageReader(RULES[family], opened, shown_tools(Chat(tools=TOOLS)))
+    reader = MessageReader(RULES[family], opened, typed_tools(Chat(tools=TOOLS)))
     said, _, calls = read(reader, [text])
     assert said == ""
     for call in calls:

@@ -215,6 +215,15 @@ async def test_reasoning_that_the_template_has_opened_goes_on(tools: DataPlane) 
     assert (output.reasoning, output.text) == (" it.", "Yes.")
 
 
+async def test_each_output_goes_on_with_the_call_that_the_message_has_begun(tools: DataPlane) -> None:
+    messages = [ChatMessage(role="assistant", content=CALL + CALL[:40])]
+    says(tools, CALL[40:], CALL[40:].replace("3", "4"))
+    asked = spec(chat(messages=messages, continue_final_message=True), sampling={"n": 2})
+    outputs = (await tools.generate(asked)).outputs
+    calls = sorted(arguments["days"] for output in outputs for _, arguments in called(output))
+    assert (calls, [output.text for output in outputs]) == ([3, 4], ["", ""])
+
+
 async def test_what_is_not_to_be_read_is_text(tools: DataPlane) -> None:
     text = f"<think>a</think> {CALL}"
     assert (await answer(tools, text, output={"parse_message": False})).text == text

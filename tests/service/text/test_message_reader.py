@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.utils.chat_parsing import parse_response
+from transformers.utils.chat_parsing import ResponseParser, parse_response
 
 from loraplex_service.text import TokenizerError
 from loraplex_service.text.message_reader import Call, MessageReader, MessageRules
@@ -271,6 +271,62 @@ def test_a_call_that_the_prompt_has_begun_is_read_whole() -> None:
     reader = MessageReader(RULES["hermes"], opened='<tool_call>\n{"name": "weather", ', tools=TOOLS)
     [call] = read(reader, ['"arguments": {}}', "</tool_call>"])[2]
     assert call.name == "weather"
+
+
+class CountedRules(MessageRules):
+    """Counts what is read by them."""
+
+    def __init__(self, syntax: MessageSyntax) -> None:
+        super().__init__(syntax)
+        self.num_parsers = self.num_calls = 0
+        rules = self
+
+        class Parser(ResponseParser):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                rules.num_parsers += 1
+                super().__init__(*args, **options)
+
+        self.new_parser = Parser
+
+    def calls(self, source: str, tools: Sequence[Mapping[str, Any]]) -> Sequence[Call]:
+        self.num_calls += 1
+        return super().calls(source, tools)
+
+
+def test_calls_that_the_prompt_tells_of_are_not_read() -> None:
+    rules = CountedRules(SYNTAXES["hermes"])
+    call = f'<tool_call>{{"name": "weather", "arguments": {PARIS}}}</tool_call> '
+    reader = MessageReader(rules, opened=call * 20, tools=TOOLS)
+    assert (rules.num_calls, reader.num_calls) == (0, 0)
+    assert len(read(reader, [call])[2]) == 1
+    assert (rules.num_calls, reader.num_calls) == (1, 1)
+
+
+@pytest.mark.parametrize("family", RULES)
+def test_twins_read_on_by_themselves_without_reading_again_what_they_have_read(family: str) -> None:
+    rules = CountedRules(SYNTAXES[family])
+    for _, source, text, reasoning, names in (each for each in CONVERSATIONS if each[0] == family):
+        rules.num_parsers = 0
+        begun, rest = source[: len(source) // 2], source[len(source) // 2 :]
+        first = MessageReader(rules, tools=TOOLS)
+        first.feed(begun)
+        twins = [first.twin(), first.twin()]
+        twins[0].feed(" and <other>")
+        for reader in (first, twins[1]):
+            answer = read(reader, [rest])
+            assert (*answer[:2], [call.name for call in answer[2]]) == (text, reasoning, names)
+        assert rules.num_parsers == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "begun"), [("gemma4", "<|tool_call>call:now{"), ("functiongemma", "<start_function_call>call:now{")]
+)
+def test_a_call_whose_strings_are_quadratic_to_read_is_long_early(family: str, begun: str) -> None:
+    reader = MessageReader(RULES[family], tools=TOOLS)
+    reader.feed(begun)
+    assert not reader.takes_long(4)
+    reader.feed(r"\"" * 128)
+    assert reader.takes_long(4)
 
 
 def test_text_that_goes_on_with_the_prompts_keeps_the_white_space_before_it() -> None:
