@@ -141,7 +141,8 @@ class InferenceServiceServicer(object):
 
     def Score(self, request, context):
         """Says how likely each of several texts is to follow one prompt. Nothing is generated. What the texts have in common
-        is computed once, where the prefix cache is used.
+        is computed once, where the prefix cache is used. An answer of more than 32 MiB ends the call as MESSAGE_TOO_LARGE,
+        before anything is computed where that is certain: ask for fewer log-probabilities, or score less at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

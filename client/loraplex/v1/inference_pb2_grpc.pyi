@@ -198,7 +198,8 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
 
     Score: _InferenceServiceScoreType
     """Says how likely each of several texts is to follow one prompt. Nothing is generated. What the texts have in common
-    is computed once, where the prefix cache is used.
+    is computed once, where the prefix cache is used. An answer of more than 32 MiB ends the call as MESSAGE_TOO_LARGE,
+    before anything is computed where that is certain: ask for fewer log-probabilities, or score less at a time.
     """
 
     CancelGeneration: _InferenceServiceCancelGenerationType
@@ -295,7 +296,8 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.inference_pb2.ScoreResponse, collections.abc.Awaitable[loraplex.v1.inference_pb2.ScoreResponse]]:
         """Says how likely each of several texts is to follow one prompt. Nothing is generated. What the texts have in common
-        is computed once, where the prefix cache is used.
+        is computed once, where the prefix cache is used. An answer of more than 32 MiB ends the call as MESSAGE_TOO_LARGE,
+        before anything is computed where that is certain: ask for fewer log-probabilities, or score less at a time.
         """
 
     @abc.abstractmethod

@@ -53,7 +53,13 @@ from loraplex_service.requests.prompts import TextWork, prompt_tokens
 from loraplex_service.requests.ranking import num_ranked, ranking_params, wanted_beams
 from loraplex_service.requests.run import Event, Job, Run
 from loraplex_service.requests.sampling import derived_seed, sampling_params
-from loraplex_service.requests.scores import candidate_scores, candidate_tokens, scoring_sequences, scoring_spec
+from loraplex_service.requests.scores import (
+    CandidateScores,
+    candidate_tokens,
+    check_size,
+    scoring_sequences,
+    scoring_spec,
+)
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.validation.checks import check_item
 
@@ -141,6 +147,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Score(self, request: ScoreRequest, context: Context) -> ScoreResponse:  # noqa: N802
         with self._requests.known(current_call()) as known:
             spec, response = scoring_spec(request), ScoreResponse()
+            scores = CandidateScores(len(request.candidates), request.spec.output, self._answer_bytes)
             async with (
                 self._run(known, spec, "spec", False, request.candidates) as run,
                 aclosing(run.events()) as events,
@@ -149,11 +156,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     match event:
                         case Started():
                             _begin_response(response, event)
+                        case Finished(output_index=index):
+                            await scores.add(index, run.take_scored(index), run.tokenizer)
                         case Completed():
                             response.usage.CopyFrom(event.usage)
                             response.timings.CopyFrom(event.timings)
-                scores = candidate_scores(run.scored(), request.spec.output, run.tokenizer, self._answer_bytes)
-                response.scores.extend(await scores)
+            response.scores.extend(scores.found)
             return response
 
     async def CancelGeneration(  # noqa: N802
@@ -228,6 +236,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")
         room = model.limits.max_model_len - len(prompt)
         scored = await candidate_tokens(candidates, room, model, self._texts, tenant)
+        check_size(scored, spec.output, self._answer_bytes)
         calls = "" if scored else await self._messages.required_calls(self._forms, spec, model, prompt, tenant, path)
         constraint, named_by = (Constraint(), "") if calls else _constraint(spec, target)
         where = f"{path}.model" if named_by else f"{path}.constraint"

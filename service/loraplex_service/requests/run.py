@@ -21,12 +21,7 @@ from loraplex_engine.link.grammar import UNUSABLE_FORM
 from loraplex_engine.link.messages import AddRequest, RequestOutput, TokenLogprobs
 from loraplex_engine.link.requests import Generation, SlowConsumerError
 from loraplex_engine.link.sampling_params import FinishReason
-from loraplex_service.errors import (
-    InvalidRequest,
-    LoraplexError,
-    SlowConsumer,
-    Unavailable,
-)
+from loraplex_service.errors import InvalidRequest, LoraplexError, SlowConsumer, Unavailable
 from loraplex_service.requests.accounting import request_record
 from loraplex_service.requests.output_form import OutputForm
 from loraplex_service.requests.outputs import OutputBuilder, prompt_logprobs
@@ -169,9 +164,11 @@ class Run:
         """The tokenizer of its text."""
         return self._job.tokenizer
 
-    def scored(self) -> list[Sequence[TokenLogprobs]]:
-        """What each sequence has behind the prompt, with its log-probabilities, once all events have come."""
-        return [sequence.scored for sequence in self._sequences]
+    def take_scored(self, index: int) -> Sequence[TokenLogprobs]:
+        """What a sequence that has finished has behind the prompt, with its log-probabilities. The run forgets it."""
+        sequence = self._sequences[index]
+        scored, sequence.scored = sequence.scored, ()
+        return scored
 
     def end(self, error: Exception) -> None:
         """Stop the engine's work at once, and make `events` raise this error."""

@@ -20,6 +20,8 @@ from loraplex_service.text import Tokenizer
 from loraplex_service.text.errors import TextError, TooManyTokensError
 
 TOKENS_AT_ONCE = 256  # of an answer, before other tasks get a turn
+TOP_BYTES = 9  # of one of the likeliest tokens at a place, at least, but for one of them
+NAMED_BYTES = 4  # of the log-probability of a named token
 
 
 def scoring_spec(request: ScoreRequest) -> GenerateSpec:
@@ -94,19 +96,34 @@ def scoring_sequences(first: AddRequest, candidates: Sequence[list[int]], client
     ]
 
 
-async def candidate_scores(
-    scored: Sequence[Sequence[TokenLogprobs]], output: OutputOptions, tokenizer: Tokenizer, most_bytes: int
-) -> list[CandidateScore]:
-    """The answer for each candidate, in turns with other tasks. Raises MessageTooLarge."""
-    scores, size = [], 0
-    for entries in scored:
-        score = CandidateScore(logprob=sum(entry.logprob for entry in entries), num_tokens=len(entries))
-        for start in range(0, len(entries) if wants_logprobs(output) else 0, TOKENS_AT_ONCE):
+def check_size(candidates: Sequence[list[int]], output: OutputOptions, most_bytes: int) -> None:
+    """Raise MessageTooLarge for an answer that is certain to be too large, before an engine computes it.
+
+    `output`: of the scoring spec.
+    """
+    of_token = TOP_BYTES * max(output.prompt_logprobs - 1, 0) + NAMED_BYTES * len(output.logprob_token_ids)
+    size = sum(map(len, candidates)) * of_token
+    if size > most_bytes:
+        raise MessageTooLarge.answer(size, most_bytes)
+
+
+class CandidateScores:
+    """The answer, candidate by candidate, as each has been read: what engines say of it is larger, and not kept."""
+
+    def __init__(self, count: int, output: OutputOptions, most_bytes: int) -> None:
+        self.found = [CandidateScore() for _ in range(count)]
+        self._wants_tokens = wants_logprobs(output)
+        self._most_bytes = most_bytes
+        self._size = 0
+
+    async def add(self, index: int, entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> None:
+        """Take what an engine says of a candidate, in turns with other tasks. Raises MessageTooLarge."""
+        score = self.found[index]
+        score.logprob, score.num_tokens = sum(entry.logprob for entry in entries), len(entries)
+        for start in range(0, len(entries) if self._wants_tokens else 0, TOKENS_AT_ONCE):
             some = [token_logprob(entry, tokenizer) for entry in entries[start : start + TOKENS_AT_ONCE]]
             score.token_logprobs.extend(some)
-            size += sum(each.ByteSize() for each in some)
-            if size > most_bytes:
-                raise MessageTooLarge.answer(size, most_bytes)
+            self._size += sum(each.ByteSize() for each in some)
+            if self._size > self._most_bytes:
+                raise MessageTooLarge.answer(self._size, self._most_bytes)
             await asyncio.sleep(0)
-        scores.append(score)
-    return scores

@@ -8,6 +8,7 @@ import pytest
 from loraplex.v1.inference_pb2 import Candidate, ScoreRequest, ScoreResponse
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds
 from loraplex_service.admission.tenants import TenantConfig, Tenants
+from loraplex_service.ports.interceptors import CallLimits
 from loraplex_service.text import Tokenizer
 from tests.service.data_plane import DataPlane, data_plane, failure
 
@@ -85,3 +86,24 @@ async def test_a_score_counts_against_the_quota_by_its_tokens(byte_tokenizer: To
         await scored(plane, asked())  # 7 of 10
         failed = await failure(plane.stub.Score(asked()))
     assert failed.reason == "TENANT_QUOTA"
+
+
+async def test_an_answer_that_is_certain_to_be_too_large_is_refused_before_it_is_computed(
+    byte_tokenizer: Tokenizer,
+) -> None:
+    async with data_plane(byte_tokenizer, limits=CallLimits(answer_bytes=300)) as plane:
+        for output in ({"top_logprobs": 20}, {"logprob_token_ids": range(20)}):
+            failed = await failure(plane.stub.Score(asked(spec={"output": output})))
+            assert (failed.reason, plane.engine.requests) == ("MESSAGE_TOO_LARGE", [])
+        await scored(plane, asked(spec={"output": {"top_logprobs": 1, "logprob_token_ids": [4]}}))
+
+
+async def test_an_answer_that_turns_out_too_large_ends_the_candidates_that_are_still_read(
+    byte_tokenizer: Tokenizer,
+) -> None:
+    candidates = [IDS, Candidate(token_ids=TokenIds(ids=[7] * 20))] + [IDS] * 9
+    async with data_plane(byte_tokenizer, limits=CallLimits(answer_bytes=100)) as plane:
+        failed = await failure(plane.stub.Score(asked(candidates=candidates, spec={"output": {"logprobs": True}})))
+        assert failed.reason == "MESSAGE_TOO_LARGE"
+        await plane.engine.until_idle()
+        assert plane.admission.idle
