@@ -427,7 +427,8 @@ class BeamSearch(google.protobuf.message.Message):
     max_tokens. Sampling.n of the outputs that have ended come back, at most num_beams, the best first, each with
     Finished.score. Penalties and bias change log-probabilities instead of logits, as they do there. A default temperature
     and other defaults of draws are passed over. Refused beside it: what says how to draw (temperature but 0, top_p, top_k,
-    min_p, typical_p, seed, best_of), bad_words, stop, constraint, drafts, and all log-probabilities.
+    min_p, typical_p, seed, best_of), bad_words, stop, drafts, all log-probabilities, and forms of
+    outputs: a constraint but any_text, one that a route or adapter has by default, and calls that tool_choice requires.
 
     It is one request, and takes num_beams of the places in which sequences run. Each token of each beam counts in
     Usage.completion_tokens.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loraplex.v1.prompt_pb2 import TOOL_MODE_REQUIRED, Chat
+from loraplex.v1.prompt_pb2 import Chat
 from loraplex_engine.link.grammar import behind_thought, calls_grammar, literal, thought_rules
 from loraplex_service.errors import InvalidRequest, Violation
 from loraplex_service.requests.forms import compilable, read_schema, unkept_keywords
@@ -11,10 +11,6 @@ from loraplex_service.text import CallSpelling, MessageSyntax, Reasoning
 
 MAX_SCHEMA_BYTES = 1 << 18  # of all tools: engines keep grammars for requests to come
 _NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-def requires_calls(chat: Chat) -> bool:
-    return chat.tool_choice.mode == TOOL_MODE_REQUIRED or bool(chat.tool_choice.name)
 
 
 class CallForm:

@@ -40,7 +40,6 @@ from loraplex_service.call import Call, current_call
 from loraplex_service.call_errors import error_status, known_error
 from loraplex_service.errors import InvalidRequest, MessageTooLarge
 from loraplex_service.names.target import Target, merged_sampling
-from loraplex_service.requests.calls import requires_calls
 from loraplex_service.requests.cold_adapters import Wait
 from loraplex_service.requests.drafts import wanted_drafts
 from loraplex_service.requests.entrance import Entered, Entrance, Size
@@ -61,7 +60,7 @@ from loraplex_service.requests.scores import (
     scoring_spec,
 )
 from loraplex_service.telemetry.metrics import RequestMetrics
-from loraplex_service.validation.checks import check_item
+from loraplex_service.validation.checks import check_item, requires_calls
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -251,7 +250,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         drafts = wanted_drafts(spec, model.limits, path)
         if spec.HasField("beam_search") and grammar:
-            problem = "excludes a form, which the route or the adapter names"
+            problem = "excludes a form, which the route or the adapter names; set constraint.any_text to have none"
             raise InvalidRequest.at(f"{path}.beam_search", problem)
         params, search = ranking_params(params, spec, sampling, model.limits, path), spec.beam_search
         outputs = len(scored) or (sampling.n or 1 if search.num_beams else max(sampling.best_of, sampling.n, 1))

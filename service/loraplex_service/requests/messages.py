@@ -11,10 +11,11 @@ from loraplex.v1.prompt_pb2 import Chat, Tool
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import InvalidRequest
 from loraplex_service.names.target import LoadedModel
-from loraplex_service.requests.calls import CallForm, answer_grammar, requires_calls
+from loraplex_service.requests.calls import CallForm, answer_grammar
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.prompts import TextWork, offered_tools
 from loraplex_service.text import Message, MessageReader, MessageRules, Tokenizer, TokenizerError, argument_types
+from loraplex_service.validation.checks import requires_calls
 
 _WINDOWS = (64, 1024)  # the last tokens of a prompt, in which the model's message begins
 

@@ -164,19 +164,27 @@ def _check_beam_search(spec: GenerateSpec, path: str) -> Iterator[Violation]:
             if field.name in names and not (field.name == "temperature" and value == 0):
                 yield Violation(_at(path, f"{part}.{field.name}"), _IN_A_SEARCH)
     for field, _ in spec.ListFields():
-        if field.name in ("constraint", "drafts", "watermark"):
+        is_free = field.name == "constraint" and spec.constraint.HasField("any_text")
+        if field.name in ("constraint", "drafts", "watermark") and not is_free:
             yield Violation(_at(path, field.name), _IN_A_SEARCH)
+    if requires_calls(spec.prompt.chat):
+        yield Violation(_at(path, "prompt.chat.tool_choice"), "requires calls, which excludes beam_search")
 
 
 def _check_message(spec: GenerateSpec, path: str) -> Iterator[Violation]:
     """The violations of what is asked of an output that is read as a message."""
-    output, chat = spec.output, spec.prompt.chat
+    output = spec.output
     if output.parse_message and not spec.prompt.HasField("chat"):
         yield Violation(_at(path, "output.parse_message"), "goes with prompt.chat alone; leave it out")
     elif output.parse_message and output.HasField("text") and not output.text:
         yield Violation(_at(path, "output.parse_message"), "reads the text, and text is false")
-    if spec.HasField("constraint") and (chat.tool_choice.mode == TOOL_MODE_REQUIRED or chat.tool_choice.name):
+    if spec.HasField("constraint") and requires_calls(spec.prompt.chat):
         yield Violation(_at(path, "constraint"), "excludes a tool_choice that requires calls")
+
+
+def requires_calls(chat: Chat) -> bool:
+    """Whether each output has to call a tool."""
+    return chat.tool_choice.mode == TOOL_MODE_REQUIRED or bool(chat.tool_choice.name)
 
 
 def _check_chat(chat: Chat, path: str) -> Iterator[Violation]:

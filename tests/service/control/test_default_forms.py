@@ -74,6 +74,15 @@ async def test_a_request_names_its_own_form_or_none(control: ControlPlane) -> No
     assert await grammar(control, "pirate", constraint(any_text=True)) == ("", "")
 
 
+async def test_a_search_goes_without_the_form_of_its_adapter_if_it_says_so(control: ControlPlane) -> None:
+    await create(control, ABC)
+    with pytest.raises(InvalidArgument, match=r"set constraint\.any_text"):
+        await control.client.generate("pirate", "abc", num_beams=2, max_tokens=3)
+    answer = await control.client.generate("pirate", "abc", num_beams=2, max_tokens=3, any_text=True)
+    assert answer.target.constraint_source == ""
+    assert answer.outputs[0].finished.HasField("score")
+
+
 async def test_a_routes_form_comes_before_the_adapters(control: ControlPlane) -> None:
     version = await create(control, ABC)
     route = await put_route(control, "pirate", DIGITS)
