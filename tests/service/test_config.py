@@ -179,6 +179,9 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
             MODEL + "    default_sampling: {top_p: 7}", "default_sampling.top_p: must be above 0", id="sampling value"
         ),
         pytest.param(
+            MODEL + "    default_sampling: {best_of: 2}", "default_sampling.best_of: cannot be a default", id="best of"
+        ),
+        pytest.param(
             MODEL + "    default_sampling: {top_p: 1" + "0" * 400 + "}", "top_p: the number is too large", id="huge"
         ),
         pytest.param(

@@ -68,7 +68,7 @@ class Route(google.protobuf.message.Message):
 
     @property
     def default_sampling(self) -> loraplex.v1.generation_pb2.Sampling:
-        """Sampling defaults of this route: they come before the model's own. May not set n."""
+        """Sampling defaults of this route: they come before the model's own. May not set n or best_of."""
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:

@@ -145,6 +145,8 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
             yield from self._target_violations(route, route.fallback, "route.fallback")
         if route.default_sampling.HasField("n"):
             yield Violation("route.default_sampling.n", "cannot be set by a route")
+        if route.default_sampling.HasField("best_of"):
+            yield Violation("route.default_sampling.best_of", "cannot be set by a route")
 
     def _target_violations(self, route: Route, name: str, field: str) -> Iterator[Violation]:
         if ROUTE_NAME.fullmatch(name):

@@ -36,7 +36,10 @@ class HostedModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_
         """`default_sampling` as a message of the contract. Raises ValueError naming the field at fault."""
         if self.default_sampling is None or self.default_sampling == "none":
             return Sampling()
-        return sampling_of_file(self.default_sampling, "default_sampling")
+        sampling = sampling_of_file(self.default_sampling, "default_sampling")
+        if sampling.HasField("best_of"):
+            raise ValueError("default_sampling.best_of: cannot be a default, since what is ranked cannot be streamed")
+        return sampling
 
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range; empty: none is."""

@@ -9,6 +9,7 @@ from loraplex_engine.link.beams import Beams, EarlyStopping
 from loraplex_engine.link.messages import AddRequest, EngineLimits
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_service.errors import InvalidRequest
+from loraplex_service.requests.sampling import of_sampling
 
 
 def num_ranked(sampling: Sampling, search: BeamSearch) -> int | None:
@@ -22,8 +23,9 @@ def ranking_params(
 ) -> SamplingParams:
     """The parameters of outputs that are ranked, or the same where none are.
 
-    Raises InvalidRequest for a search that the model cannot make.
+    Raises InvalidRequest for a search that the model cannot make, and for fewer to choose from than shall come back.
     """
+    _check_number(spec, merged, path)
     if not spec.HasField("beam_search"):
         is_told = params.num_logprobs is not None or num_ranked(merged, spec.beam_search) is None
         return params if is_told else msgspec.structs.replace(params, num_logprobs=0)
@@ -48,6 +50,14 @@ def ranking_params(
         typical_p=1.0,
         num_candidates=Beams(width, []).num_candidates(endings),
     )
+
+
+def _check_number(spec: GenerateSpec, merged: Sampling, path: str) -> None:
+    """Raise InvalidRequest if more outputs shall come back than there are to choose from."""
+    width, best_of = spec.beam_search.num_beams, merged.best_of
+    if merged.n > (width or best_of or merged.n):
+        least = f"beam_search.num_beams, {width}" if width else f"sampling.best_of, {best_of}"
+        raise InvalidRequest(of_sampling(spec, "n", f"is {merged.n}, more than {least}", path))
 
 
 def to_send(sequences: Sequence[AddRequest]) -> Sequence[AddRequest]:

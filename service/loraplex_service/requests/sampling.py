@@ -63,7 +63,7 @@ def sampling_params(
     )
     if not params.can_draw:
         problem = "leaves no token to draw: each one ends the output, which min_tokens forbids, or has no text"
-        raise InvalidRequest(_of_sampling(spec, "allowed_token_ids", problem, path))
+        raise InvalidRequest(of_sampling(spec, "allowed_token_ids", problem, path))
     return params
 
 
@@ -115,7 +115,7 @@ def _check_vocabulary(spec: GenerateSpec, sampling: Sampling, vocab_size: int, p
 
     merged = {"logit_bias": sampling.logit_bias, "allowed_token_ids": sampling.allowed_token_ids}
     violations = [
-        *(_of_sampling(spec, name, problem(ids), path) for name, ids in merged.items()),
+        *(of_sampling(spec, name, problem(ids), path) for name, ids in merged.items()),
         Violation(f"{path}.stopping.stop_token_ids", problem(spec.stopping.stop_token_ids)),
         Violation(f"{path}.output.logprob_token_ids", problem(spec.output.logprob_token_ids)),
     ]
@@ -124,7 +124,7 @@ def _check_vocabulary(spec: GenerateSpec, sampling: Sampling, vocab_size: int, p
         raise InvalidRequest(*problems)
 
 
-def _of_sampling(spec: GenerateSpec, name: str, problem: str, path: str) -> Violation:
+def of_sampling(spec: GenerateSpec, name: str, problem: str, path: str) -> Violation:
     """The violation of a sampling field: of the caller's own, or of a default of the model or route that it named."""
     if getattr(spec.sampling, name):
         return Violation(f"{path}.sampling.{name}", problem)

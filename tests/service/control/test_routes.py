@@ -180,6 +180,7 @@ async def test_a_missing_route_is_only_made_when_that_is_wanted(control: Control
         (route((NAME, 1)), "route.targets[0].model"),
         (route(("tiny", 1), fallback="nope"), "route.fallback"),
         (route(("tiny", 1), default_sampling=Sampling(n=2)), "route.default_sampling.n"),
+        (route(("tiny", 1), default_sampling=Sampling(best_of=2)), "route.default_sampling.best_of"),
         (route(("tiny", 1), default_sampling=Sampling(top_p=7)), "route.default_sampling.top_p"),
         (route(("tiny", 1), labels={"": "x"}), "route.labels"),
         (route(("tiny", 1), name="main"), "route.name"),

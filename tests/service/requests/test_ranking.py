@@ -16,6 +16,15 @@ from tests.service.fake_engine import FakeEngine
 
 THREE_TOKENS = {"max_tokens": 3}
 SEARCH: dict[str, Any] = {"beam_search": {"num_beams": 2}}
+REQUIRED_CALLS: dict[str, Any] = {
+    "prompt": {
+        "chat": {
+            "messages": [{"role": "user", "content": "hi"}],
+            "tools": [{"name": "look"}],
+            "tool_choice": {"name": "look"},
+        }
+    }
+}
 
 
 def said(plane: DataPlane, *scripts: str) -> None:
@@ -100,6 +109,7 @@ async def test_a_search_begins_anew_with_the_next_engine(plane: DataPlane, next_
         (SEARCH | {"stopping": {"max_tokens": 0}}, ["stopping.max_tokens"]),
         (SEARCH | {"output": {"logprobs": True}}, ["output.logprobs"]),
         (SEARCH | {"constraint": {"regex": "a"}}, ["constraint"]),
+        (SEARCH | REQUIRED_CALLS, ["prompt.chat.tool_choice"]),
         (SEARCH | {"watermark": {"key": b"k" * 16}}, ["watermark"]),
         (SEARCH | {"drafts": {"max_draft_tokens": 1}}, ["drafts"]),
         ({"beam_search": {"num_beams": 5}}, ["beam_search.num_beams"]),  # four sequences run at once
@@ -113,6 +123,18 @@ async def test_what_cannot_be_ranked_is_refused_by_name(
     assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
     assert {f"spec.{name}" for name in at} <= set(failed.fields)
     assert not plane.engine.requests
+
+
+@pytest.mark.parametrize("fields", [SEARCH, {"sampling": {"best_of": 2}}], ids=str)
+async def test_a_default_number_of_outputs_is_not_above_that_to_choose_from(
+    plane: DataPlane, fields: dict[str, Any]
+) -> None:
+    plane.models.models["demo"].default_sampling.n = 3
+    failed = await failure(plane.stub.Generate(GenerateRequest(spec=make_spec(**fields))))
+    assert (failed.code, failed.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["spec.model"])
+    assert "default sampling whose n is 3, more than" in failed.message
+    own = {"n": 1} | fields.get("sampling", {})
+    assert len((await plane.generate(make_spec(**(fields | {"sampling": own})))).outputs) == 1
 
 
 @pytest.mark.parametrize("fields", [SEARCH, {"sampling": {"best_of": 2}}], ids=str)
