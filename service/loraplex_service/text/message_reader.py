@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from loraplex_service.text.errors import TokenizerError
 from loraplex_service.text.message_syntax import REASONING_FIELDS, MessageSyntax
+from loraplex_service.text.part_parser import PartParser
 
 MAX_UNTOLD_CHARS = 1 << 12  # that may yet begin something: what marks parts may be any expression, tried on all of them
 
@@ -148,10 +149,9 @@ class MessageReader:
         self._untold_chars = 0  # of which it is not known what they are
         self._cut_short = False
         self._is_plain = False  # nothing more is looked for
-        self._parser = rules.new_parser(rules.parts, prefix=opened)
-        for event in self._parser.initial_events:
+        self._parser = PartParser(rules.new_parser(rules.parts, prefix=""))
+        for event in self._parser.feed(opened):
             self._see(event, is_told=True)
-        self._parser.initial_events.clear()
         for text in self._texts.values():
             text.forget()
 
@@ -183,7 +183,7 @@ class MessageReader:
     def finish(self, cut_short: bool) -> None:
         if not self._is_plain:
             self._is_plain, self._cut_short = True, cut_short
-            for event in self._parser.finalize()[1]:
+            for event in self._parser.finish():
                 self._see(event)
 
     def take(self) -> MessagePart:

@@ -13,6 +13,7 @@ from transformers.utils.chat_parsing import ResponseParser, parse_response
 from loraplex_service.text import TokenizerError
 from loraplex_service.text.message_reader import Call, MessageReader, MessageRules
 from loraplex_service.text.message_syntax import REASONING_FIELDS, MessageSyntax, message_syntax
+from loraplex_service.text.part_parser import LOOKED_BACK
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:
@@ -278,13 +279,17 @@ class CountedRules(MessageRules):
 
     def __init__(self, syntax: MessageSyntax) -> None:
         super().__init__(syntax)
-        self.num_parsers = self.num_calls = 0
+        self.num_parsers = self.num_calls = self.most_chars_kept = 0
         rules = self
 
         class Parser(ResponseParser):
             def __init__(self, *args: Any, **options: Any) -> None:
                 rules.num_parsers += 1
                 super().__init__(*args, **options)
+
+            def _can_grow(self, *args: Any) -> bool:
+                rules.most_chars_kept = max(rules.most_chars_kept, len(self._buffer))
+                return super()._can_grow(*args)
 
         self.new_parser = Parser
 
@@ -300,6 +305,33 @@ def test_calls_that_the_prompt_tells_of_are_not_read() -> None:
     assert (rules.num_calls, reader.num_calls) == (0, 0)
     assert len(read(reader, [call])[2]) == 1
     assert (rules.num_calls, reader.num_calls) == (1, 1)
+
+
+@pytest.mark.parametrize("cut", [7, 1 << 17])
+def test_marks_are_looked_for_in_a_bounded_text(cut: int) -> None:
+    rules = CountedRules(SYNTAXES["hermes"])
+    text = "x<tool_call></tool_call>" * 4000
+    reader = MessageReader(rules, opened=text, tools=TOOLS)
+    said, _, _ = read(reader, [text[start : start + cut] for start in range(0, len(text), cut)])
+    assert len(said) >= len(text)
+    assert 0 < rules.most_chars_kept <= 4 * LOOKED_BACK
+
+
+def test_what_begins_a_message_is_looked_for_at_its_beginning_alone() -> None:
+    begun, call = "x" * 3 * LOOKED_BACK, '{"name": "now", "parameters": {}}'
+    assert read(MessageReader(RULES["llama3"], tools=TOOLS), [begun, call]) == (begun + call, "", [])
+
+
+BEGINS_WITH_A_MARK = ("llama3", "harmony")
+
+
+@pytest.mark.parametrize(
+    ("family", "source", "names"),
+    [(each[0], each[1], each[4]) for each in CONVERSATIONS if each[0] not in BEGINS_WITH_A_MARK],
+)
+def test_calls_far_behind_the_beginning_are_found(family: str, source: str, names: list[str]) -> None:
+    calls = read(MessageReader(RULES[family], tools=TOOLS), ["word " * 4000, source])[2]
+    assert [call.name for call in calls] == names
 
 
 @pytest.mark.parametrize("family", RULES)
