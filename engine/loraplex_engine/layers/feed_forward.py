@@ -13,8 +13,7 @@ from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_engine.checkpoint.model_config import FusedLinear
 from loraplex_kernels.ops import LoraSegments, Ops
 
-Activation = Literal["silu", "gelu_tanh"]  # of a gate
-PlainActivation = Literal["relu2"]
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +57,11 @@ class GatedLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainFeedForward:
-    """y = activation(x Uᵀ) Dᵀ"""
+class SquaredReluFeedForward:
+    """y = max(x Uᵀ, 0)² Dᵀ"""
 
     up: LoRALinear
     down: LoRALinear
-    activation: PlainActivation
 
     @property
     def linears(self) -> tuple[LoRALinear, LoRALinear]:
@@ -74,11 +72,10 @@ class PlainFeedForward:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainLayout:
-    """A linear, an activation, and a linear back."""
+class SquaredReluLayout:
+    """A linear, the square of what is positive, and a linear back."""
 
     intermediate_size: int  # F
-    activation: PlainActivation
     bias: bool = False
 
     def linears(self, hidden_size: int) -> tuple[FusedLinear, FusedLinear]:
@@ -88,6 +85,5 @@ class PlainLayout:
             FusedLinear("down", "mlp.down_proj", size, (("mlp.down_proj", hidden_size),), self.bias, "inputs"),
         )
 
-    def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> PlainFeedForward:
-        up, down = linears
-        return PlainFeedForward(up, down, self.activation)
+    def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> SquaredReluFeedForward:
+        return SquaredReluFeedForward(*linears)

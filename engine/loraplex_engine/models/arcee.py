@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig
-from loraplex_engine.layers.feed_forward import PlainLayout
+from loraplex_engine.layers.feed_forward import SquaredReluLayout
 from loraplex_engine.models.reading import Family, decoder_config
 from loraplex_engine.models.rope_reading import read_rope
 
@@ -18,7 +18,7 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     if fields.text("hidden_act") != "relu2":
         raise fields.error("hidden_act", fields.text("hidden_act"), "relu2")
     layers = (LayerAttention(read_rope(fields)),) * fields.integer("num_hidden_layers")
-    plain = PlainLayout(fields.integer("intermediate_size"), "relu2", fields.flag("mlp_bias"))
+    plain = SquaredReluLayout(fields.integer("intermediate_size"), fields.flag("mlp_bias"))
     bias = fields.flag("attention_bias")
     return replace(decoder_config(architecture, fields, layers, feed_forward=plain), qkv_bias=bias, o_bias=bias)
 
