@@ -12,6 +12,10 @@ from tests.reference.peft_oracle import SHAPE, Engine, Oracle, random_prompt, ra
 transformers = pytest.importorskip("transformers")
 
 FAMILIES: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": 6},
+    "Ministral": {"sliding_window": 6, "head_dim": 8},
+    "Qwen2": {},
+    "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6},
     "Gemma": {"head_dim": 16},
     "Cwm": {"head_dim": 8, "sliding_window": 6},
     "SeedOss": {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},

@@ -38,6 +38,7 @@ from loraplex_service.errors import (
     to_status,
 )
 from loraplex_service.text import Tokenizer
+from loraplex_service.validation import checks
 from tests.service.data_plane import DataPlane, Failure, data_plane, failure, make_spec
 
 Code = grpc.StatusCode
@@ -155,6 +156,14 @@ async def test_stream_options_mean_nothing_to_generate(plane: DataPlane) -> None
 async def test_all_invalid_fields_are_named_at_once(plane: DataPlane) -> None:
     failed = await both_ways(plane, make_spec(sampling={"n": 0, "top_p": 5.0}, priority=1000))
     assert set(failed.fields) == {"spec.sampling.n", "spec.sampling.top_p", "spec.priority"}
+
+
+async def test_unsupported_field_is_refused_by_name(plane: DataPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "UNSUPPORTED_FIELDS", ("Chat.tools",))
+    chat = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "f"}]}
+    failed = await both_ways(plane, make_spec(prompt={"chat": chat}))
+    assert (failed.code, failed.reason) == (Code.UNIMPLEMENTED, "FEATURE_UNSUPPORTED")
+    assert failed.fields == ["spec.prompt.chat.tools"]
 
 
 @pytest.mark.parametrize(
