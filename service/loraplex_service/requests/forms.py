@@ -22,6 +22,7 @@ from loraplex_service.requests.endless import Way, endless, grammar_ways, schema
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.telemetry.series import Counter
 
+MOST_TRIED, MOST_TRIED_CHARS = 64, 4096  # schemas inside one, each by itself, to say where a problem is
 MAX_NESTING = 64  # of a JSON Schema, in objects and lists
 MAX_OPTIONAL = 100  # properties of an object; from some 120 on engines have too many ways on at once
 MAX_RULES = 1000  # of a grammar in GBNF
@@ -113,7 +114,18 @@ def _schema(text: str) -> str:
         elif problem.startswith("oneOf"):
             places = ", ".join(_places(schema, "oneOf")[:5])
             problem = f"this server cannot keep to {places}, whose schemas overlap; use anyOf"
+        elif problem and (where := _place_of(problem, schema)):
+            problem = f"{problem}, at {where}"
         raise ValueError(problem) from error
+
+
+def _place_of(problem: str, schema: Mapping[str, Any]) -> str:
+    """Where the innermost schema is that has this problem by itself; "": it is not among the first that are tried."""
+    found = list(_schemas(schema))
+    for where, part in found[: -MOST_TRIED - 1 : -1]:
+        if len(json.dumps(part)) <= MOST_TRIED_CHARS and problem in grammar_problem(schema_grammar(part)):
+            return where
+    return ""
 
 
 def unkept_keywords(schema: Mapping[str, Any], error: ValueError) -> str:

@@ -1,6 +1,7 @@
 """Which forms are taken, and what callers are told of those that are not."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -102,3 +103,17 @@ def test_a_form_that_cannot_be_kept_to_is_refused_with_the_reason(name: str) -> 
 )
 def test_a_form_that_can_be_kept_to_is_taken(constraint: Constraint) -> None:
     assert checked_grammar(constraint)
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"properties": {"a": {"type": "strin"}}}, "Invalid type: strin, at /properties/a"),
+        ({"items": {"items": {"pattern": "("}}}, "unclosed group, at /items/items"),
+        ({"$defs": {"n": {"minimum": "a"}}, "$ref": "#/$defs/n"}, "at /$defs/n"),
+        ({"type": "strin"}, "Invalid type: strin, at /"),
+    ],
+)
+def test_what_is_wrong_inside_a_schema_is_told_with_its_place(schema: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem) + "$"):
+        checked_grammar(Constraint(json_schema=json.dumps(schema)))
