@@ -426,6 +426,7 @@ async def test_a_deletion_whose_adapter_goes_while_it_is_saved_says_that_there_i
     monkeypatch.setattr(control.app.state, "save", save_while_it_goes)
     with pytest.raises(NotFound, match="there is no adapter"):
         await control.admin.delete_adapter("pirate")
+    await control.app.state.saved()
     assert control.app.state.read("adapter") == {}
 
 
