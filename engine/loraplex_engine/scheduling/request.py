@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from copy import copy
 from enum import Enum, auto
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
 
 from loraplex_adapters.key import AdapterKey
-from loraplex_engine.link.messages import AddRequest, Embedded, Parts, TokenLogprobs
+from loraplex_engine.link.messages import AddRequest, Embedded, Parts, RequestOutput, TokenLogprobs
 from loraplex_engine.link.pooling import PoolingMethod
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.scheduling.beam_search import BeamSearch
 from loraplex_engine.scheduling.form import Form
 
+if TYPE_CHECKING:
+    from loraplex_engine.scheduling.step import SampledToken
+
+ENDED_BY_TOKEN = (FinishReason.STOP, FinishReason.EOS)
 NO_TOKEN: Final = -1  # at each position of an embedded part: no vocabulary has it
+
+
+class Taken(NamedTuple):
+    """How many of the tokens that were drawn a request took, and why it ended with the last of these."""
+
+    num_tokens: int
+    reason: FinishReason | None = None  # None: it goes on
+    stop_token_id: int | None = None
 
 
 class RequestState(Enum):
@@ -158,6 +172,52 @@ class Request:
         if self.pooling is None or self.pooling.method is not PoolingMethod.EACH:
             self.pooled.clear()
         self.pooled += part
+
+    def take_tokens(self, sampled: Sequence[SampledToken], max_model_len: int) -> Taken:
+        """Append the tokens, up to the one that ends the request."""
+        for count, token in enumerate(sampled, 1):
+            self.token_ids.append(token.token_id)
+            reason = self._end(token.token_id, max_model_len)
+            if reason in ENDED_BY_TOKEN:
+                return Taken(count, reason, token.token_id)
+            if self.form is not None and self.form.take(token.token_id):
+                return Taken(count, FinishReason.STOP)
+            if reason is not None:
+                return Taken(count, reason)
+        return Taken(len(sampled))
+
+    def take_prompt_logprobs(self, first: int, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Take what a step says of the prompt's tokens, from the position `first` on."""
+        start = self.sampling.prompt_logprobs_from
+        if not self.prompt_logprobs and start == 0:
+            self.prompt_logprobs.append(None)  # nothing predicts the first token
+        already_known = start + len(self.prompt_logprobs) - max(first, start)  # after a preemption
+        self.prompt_logprobs.extend(logprobs[max(0, already_known) :])
+
+    def with_beginning(self, output: RequestOutput) -> RequestOutput:
+        """Add the facts that only the first output carries."""
+        began = self.first_scheduled_time
+        return msgspec.structs.replace(
+            output,
+            prompt_logprobs=self.prompt_logprobs or None,
+            num_cached_tokens=self.num_cached_tokens,
+            queue_seconds=None if began is None else began - self.arrival_time,
+            adapter_load_seconds=self.waits.get(self.adapter, 0.0),
+        )
+
+    def _end(self, token_id: int, max_model_len: int) -> FinishReason | None:
+        """Why the request ends with this token, which is its last now; None: it goes on."""
+        sampling = self.sampling
+        if self.num_output_tokens >= sampling.min_tokens:
+            if token_id in sampling.eos_token_ids:
+                return FinishReason.EOS
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+        if self.num_output_tokens >= sampling.max_tokens:
+            return FinishReason.MAX_TOKENS
+        if self.num_tokens >= max_model_len:
+            return FinishReason.CONTEXT_LIMIT
+        return None
 
     @property
     def num_tokens(self) -> int:

@@ -12,11 +12,9 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import msgspec
-
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.grammar import UNUSABLE_FORM
-from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
+from loraplex_engine.link.messages import RequestOutput
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.beam_search import BeamSearch
 from loraplex_engine.scheduling.block_manager import BlockManager
@@ -27,7 +25,6 @@ from loraplex_engine.scheduling.resources import NeverReadyError, Preparer, Wait
 from loraplex_engine.scheduling.step import SampledToken, ScheduledRequest, StepPlan, StepResult
 
 TOO_WIDE = "the cache has too few blocks for its beams: search with fewer, or for shorter outputs"
-ENDED_BY_TOKEN = (FinishReason.STOP, FinishReason.EOS)
 
 
 class Scheduler:
@@ -257,7 +254,8 @@ class Scheduler:
             num_prompt_left = request.num_prompt_tokens - item.num_computed_tokens
             self.prompt_tokens += max(0, min(item.num_new_tokens, num_prompt_left))
             request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
-            self._collect_prompt_logprobs(request, item, result.prompt_logprobs.get(request.request_id))
+            if request.request_id in result.prompt_logprobs:
+                request.take_prompt_logprobs(item.num_computed_tokens + 1, result.prompt_logprobs[request.request_id])
             if request.request_id in result.pooled:
                 request.take_pooled(result.pooled[request.request_id])
             if request.search is not None:
@@ -273,43 +271,32 @@ class Scheduler:
         """End a request that wanted no more than its prompt computed."""
         self._finish(request, FinishReason.MAX_TOKENS)
         output = RequestOutput(request.request_id, [], FinishReason.MAX_TOKENS, pooled=bytes(request.pooled))
-        return self._with_beginning(output, request)
+        return request.with_beginning(output)
 
     def _take_tokens(self, item: ScheduledRequest, sampled: Sequence[SampledToken]) -> RequestOutput:
         """Append the tokens, up to the one that ends the request."""
         request = item.request
         first = request.num_output_tokens == 0
-        token_ids: list[int] = []
-        reason = stop_token_id = None
-        for token in sampled:
-            token_ids.append(token.token_id)
-            request.token_ids.append(token.token_id)
-            reason = self._finish_reason(request, token.token_id)
-            if reason in ENDED_BY_TOKEN:
-                stop_token_id = token.token_id
-            elif request.form is not None and request.form.take(token.token_id):
-                reason = FinishReason.STOP
-            if reason is not None:
-                break
-        num_accepted = min(len(item.draft_token_ids), len(token_ids) - 1)
+        count, reason, stop_token_id = request.take_tokens(sampled, self.max_model_len)
+        num_accepted = min(len(item.draft_token_ids), count - 1)
         self._keep_drafts(request, num_accepted)
         self.draft_tokens += len(item.draft_token_ids)
         self.accepted_draft_tokens += num_accepted
-        self.generated_tokens += len(token_ids)
-        self.waiting.charge(request, output_tokens=len(token_ids))
-        logprobs = [token.logprobs for token in sampled[: len(token_ids)] if token.logprobs is not None]
+        self.generated_tokens += count
+        self.waiting.charge(request, output_tokens=count)
+        taken = sampled[:count]
         output = RequestOutput(
             request_id=request.request_id,
-            token_ids=token_ids,
+            token_ids=[token.token_id for token in taken],
             finish_reason=reason,
             stop_token_id=stop_token_id,
-            logprobs=logprobs or None,
+            logprobs=[token.logprobs for token in taken if token.logprobs is not None] or None,
             num_drafts=len(item.draft_token_ids),
             num_accepted_drafts=num_accepted,
         )
         if reason is not None:
             self._finish(request, reason)
-        return self._with_beginning(output, request) if first else output
+        return request.with_beginning(output) if first else output
 
     def _take_candidates(self, sequence: Request, search: BeamSearch, token: SampledToken) -> list[RequestOutput]:
         """Note what may follow a sequence of a search, which goes on once that is known of all."""
@@ -324,45 +311,20 @@ class Scheduler:
         continuations = search.advance()
         if continuations:
             search.branch(continuations, self.blocks)
-        outputs = [self._with_beginning(taken, leader) if first else taken]
+        outputs = [leader.with_beginning(taken) if first else taken]
         return outputs if continuations else outputs + self._end_search(search)
 
     def _end_search(self, search: BeamSearch, reason: FinishReason | None = None) -> list[RequestOutput]:
         """Say what a search has found. `reason`: why it goes no further, where it has not ended by itself."""
         leader, found = search.leader, search.outputs(reason)
         self._finish(leader, found[0].finish_reason or FinishReason.MAX_TOKENS)
-        return [self._with_beginning(output, leader) for output in found]
+        return [leader.with_beginning(output) for output in found]
 
     def _keep_drafts(self, request: Request, count: int) -> None:
         """Count as computed the drafts that were drawn, too, and let others find their blocks."""
         if count:
             self.blocks.publish(request, request.num_computed_tokens + count)
             request.num_computed_tokens += count
-
-    def _collect_prompt_logprobs(
-        self, request: Request, item: ScheduledRequest, logprobs: Sequence[TokenLogprobs] | None
-    ) -> None:
-        if logprobs is None:
-            return
-        start = request.sampling.prompt_logprobs_from
-        if not request.prompt_logprobs and start == 0:
-            request.prompt_logprobs.append(None)  # nothing predicts the first token
-        first = max(item.num_computed_tokens + 1, start)
-        already_known = start + len(request.prompt_logprobs) - first  # after a preemption
-        request.prompt_logprobs.extend(logprobs[max(0, already_known) :])
-
-    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling = request.sampling
-        if request.num_output_tokens >= sampling.min_tokens:
-            if token_id in sampling.eos_token_ids:
-                return FinishReason.EOS
-            if token_id in sampling.stop_token_ids:
-                return FinishReason.STOP
-        if request.num_output_tokens >= sampling.max_tokens:
-            return FinishReason.MAX_TOKENS
-        if request.num_tokens >= self.max_model_len:
-            return FinishReason.CONTEXT_LIMIT
-        return None
 
     def _expire(self) -> None:
         """Finish the requests whose own time limit has passed, in any state, with the tokens that they have."""
@@ -375,7 +337,7 @@ class Scheduler:
             elif request is not None:
                 self._finish(request, FinishReason.TIME_LIMIT)
                 output = RequestOutput(request_id, [], FinishReason.TIME_LIMIT)
-                self._outputs.append(output if request.num_output_tokens else self._with_beginning(output, request))
+                self._outputs.append(output if request.num_output_tokens else request.with_beginning(output))
 
     def fail(self, request: Request, error: str, reason: str = "") -> None:
         """End one request with an error, which the next `update` reports. `reason`: its kind, if it has a name."""
@@ -426,17 +388,6 @@ class Scheduler:
         request.state = RequestState.FINISHED
         request.finish_reason = reason
         del self.requests[request.request_id]
-
-    def _with_beginning(self, output: RequestOutput, request: Request) -> RequestOutput:
-        """Add the facts that only the first output carries."""
-        began = request.first_scheduled_time
-        return msgspec.structs.replace(
-            output,
-            prompt_logprobs=request.prompt_logprobs or None,
-            num_cached_tokens=request.num_cached_tokens,
-            queue_seconds=None if began is None else began - request.arrival_time,
-            adapter_load_seconds=request.waits.get(request.adapter, 0.0),
-        )
 
 
 def _leaders(requests: Iterable[Request]) -> list[Request]:
