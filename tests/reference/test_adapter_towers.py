@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from loraplex_adapters.files.source import digest
+from loraplex_adapters.key import AdapterKey
 from tests.reference.peft_oracle import SHAPE, Engine, Oracle, random_prompt, randomised
+from tests.reference.wrappers import WRAPPED
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -32,8 +36,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def new_oracle(folder: Path, tied: bool) -> Oracle:
-    """A small multi-modal model, whose text model is the base that is served."""
+def new_oracle(folder: Path, tied: bool, whole_served: bool) -> Oracle:
+    """A small multi-modal model, which is the base that is served, or else its text model by itself is."""
     text = transformers.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=tied, attention_bias=True)
     tower = transformers.CLIPVisionConfig(
         hidden_size=32,
@@ -47,6 +51,9 @@ def new_oracle(folder: Path, tied: bool) -> Oracle:
         vision_config=tower, text_config=text, tie_word_embeddings=tied, image_token_index=150
     )
     whole = randomised(transformers.LlavaForConditionalGeneration(config), 0)
+    if whole_served:
+        whole.save_pretrained(folder / "base")
+        return Oracle(folder, {None: None}, {None: whole.eval()})
     base = transformers.Qwen3ForCausalLM(whole.config.text_config)
     base.model.load_state_dict(whole.model.language_model.state_dict())
     base.lm_head.load_state_dict(whole.lm_head.state_dict())
@@ -56,9 +63,12 @@ def new_oracle(folder: Path, tied: bool) -> Oracle:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("copies", [False, True], ids=["", "with-copies"])
-def test_adapters_of_a_multi_modal_model_serve_its_text(tmp_path: Path, tied: bool, copies: bool) -> None:
+@pytest.mark.parametrize("whole_served", [False, True], ids=["text", "whole"])
+def test_adapters_of_a_multi_modal_model_serve_its_text(
+    tmp_path: Path, tied: bool, copies: bool, whole_served: bool
+) -> None:
     with warnings.catch_warnings(action="ignore"):
-        oracle = new_oracle(tmp_path, tied)
+        oracle = new_oracle(tmp_path, tied, whole_served)
         for seed, (name, fields) in enumerate(ADAPTERS.items(), start=1):
             oracle.write(name, fields, seed, save_embedding_layers=copies)
             oracle.read(name)
@@ -68,3 +78,26 @@ def test_adapters_of_a_multi_modal_model_serve_its_text(tmp_path: Path, tied: bo
     engine.finish()
     engine.check()
     engine.core.close()
+
+
+@pytest.mark.parametrize("name", ["idefics3", "voxtral", "qwen2_5_vl"])
+def test_adapters_are_read_in_the_names_of_every_generation(name: str, tmp_path: Path) -> None:
+    whole = randomised(WRAPPED[name](), 0)
+    whole.save_pretrained(tmp_path / "base")
+    oracle = Oracle(tmp_path, {None: None}, {None: whole})
+    for seed, adapter in enumerate(("later", "earlier"), start=1):
+        oracle.write(adapter, {"target_modules": ".*(q_proj|down_proj|fc1)"}, seed)
+        oracle.read(adapter)
+    file = tmp_path / "earlier" / "adapter_model.safetensors"
+    save_file({_earlier(key): tensor for key, tensor in load_file(file).items()}, file)
+    oracle.keys["earlier"] = AdapterKey("shared/earlier", digest(tmp_path / "earlier"))
+    engine = Engine(oracle, kernels="reference", max_model_len=64)
+    for index, served in enumerate(("later", "earlier", None)):
+        engine.add([token % 100 + 1 for token in random_prompt(9 + index, index)], served, 3)
+    engine.finish()
+    engine.check()
+    engine.core.close()
+
+
+def _earlier(key: str) -> str:
+    return key.replace("model.model.language_model.", "model.language_model.model.")

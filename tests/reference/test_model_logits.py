@@ -20,6 +20,7 @@ from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
 from loraplex_kernels.selection import select_ops
 from tests.engine.linears import linear_at
+from tests.reference.wrappers import WRAPPED, plain_name
 
 transformers = pytest.importorskip("transformers")
 
@@ -89,20 +90,6 @@ def gemma3(**changes: Any) -> Any:
     return transformers.Gemma3ForCausalLM(config)
 
 
-def gemma3_with_vision() -> Any:
-    text = {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 5, "sliding_window_pattern": 2}
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
-    return transformers.Gemma3ForConditionalGeneration(config)
-
-
 def of(name: str, **changes: Any) -> Any:
     """A model of a family by its name in transformers."""
     config = getattr(transformers, f"{name}Config")(**{**SMALL, "pad_token_id": 0, **changes})
@@ -142,7 +129,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         layer_types=["sliding_attention", "full_attention"] * 2,
         final_logit_softcapping=20.0,
     ),
-    "gemma3_with_vision": gemma3_with_vision,
+    "gemma3_with_vision": WRAPPED["gemma3_with_vision"],
     "gemma": lambda: of("Gemma", head_dim=16, hidden_act="gelu", attention_bias=True),
     "cwm": lambda: of("Cwm", head_dim=8, sliding_window=5, rope_parameters=LLAMA3_ROPE),
     "seed_oss": lambda: of("SeedOss", head_dim=10, attention_dropout=0.0, attention_out_bias=True, mlp_bias=True),
@@ -378,7 +365,7 @@ def test_rows_that_need_no_logits_are_left_out(pair: Pair) -> None:
 def test_an_adapter_on_every_target_equals_merged_weights(pair: Pair, tmp_path: Path) -> None:
     generator, ops = torch.Generator().manual_seed(11), select_ops(torch.device("cpu"), "reference")
     ours, merged = load(pair.path), pair.theirs.from_pretrained(pair.path, attn_implementation="eager").eval()
-    modules = {name.replace("model.language_model.", "model."): module for name, module in merged.named_modules()}
+    modules = {plain_name(name): module for name, module in merged.named_modules()}
     sites = ours.lora_sites()
     layers = {path: target for path, target in ours.lora_targets().items() if target.site.endswith(SITES)}
     bound = {path: target for path, target in layers.items() if path in modules}

@@ -32,7 +32,7 @@ _WRAPPERS = (
 
 # What multi-modal models have beside the decoder, at the root or below one of these. It computes nothing for text.
 _TOWER_ROOTS = frozenset(("model", "thinker"))
-_TOWERS = frozenset(
+TOWERS = frozenset(
     (
         *("aligner", "connector", "embed_audio", "embed_vision", "language_projection", "mlp1", "mm_projector"),
         *("multi_modal_projector", "patch_merger", "projector", "qformer", "resampler"),  # between tower and decoder
@@ -106,8 +106,17 @@ class SplitNames:
 
     @property
     def warnings(self) -> list[str]:
-        paths = sorted({".".join(module.split(".")[: _tower_depth(module)]) for module in self.towers})
-        return [f"{', '.join(paths)}: left out, because text alone is served"] if paths else []
+        return [f"{self._tower_paths}: left out, because text alone is served"] if self.towers else []
+
+    @property
+    def nothing_held(self) -> str:
+        """What a file without a LoRA tensor of the decoder holds, for errors."""
+        only = f" of the text model, which alone is served, but some of {self._tower_paths}"
+        return f"no LoRA tensors{only if self.towers else ''}"
+
+    @property
+    def _tower_paths(self) -> str:
+        return ", ".join(sorted({".".join(module.split(".")[: _tower_depth(module)]) for module in self.towers}))
 
 
 def parse_tensor_name(key: str) -> LoraTensorName | None:
@@ -168,7 +177,7 @@ def split_tensor_names(keys: Iterable[str], rest: Rest = no_rest) -> SplitNames:
 def _tower_depth(module: str) -> int:
     """The number of path components of the tower that a module belongs to; 0: it belongs to no tower."""
     for depth, component in enumerate(module.removeprefix(PEFT_PREFIX).split("."), start=1):
-        if component in _TOWERS:
+        if component in TOWERS:
             return depth
         if component not in _TOWER_ROOTS:
             return 0

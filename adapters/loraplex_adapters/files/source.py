@@ -170,7 +170,7 @@ def module_ranks(tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, int], li
         if name.part in ("A", "embedding_A")
     }
     if not ranks and not problems:
-        problems.append(f"{WEIGHTS_FILE}: it holds no LoRA tensors{' of the text model' * bool(split.towers)}")
+        problems.append(f"{WEIGHTS_FILE}: it holds {split.nothing_held}")
     return ranks, problems
 
 

@@ -125,7 +125,7 @@ def _place(split: SplitNames, targets: Mapping[str, LoraTarget], problems: list[
             continue
         parts[part] = name
     if not any(name.part in _A_OR_B for name in split.names) and not problems:
-        problems.append(f"the adapter holds no LoRA tensors{' of the text model' * bool(split.towers)}")
+        problems.append(f"the adapter holds {split.nothing_held}")
     return modules
 
 

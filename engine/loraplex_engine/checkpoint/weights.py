@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
+    ("model.text_model.", "model."),
     ("embed_tokens.", "model.embed_tokens."),  # saved from the base model, without its head
     ("layers.", "model.layers."),
     ("norm.", "model.norm."),
@@ -164,6 +166,7 @@ class Checkpoint:
         Raises ModelError if there are no safetensors, or one of them is damaged or missing.
         """
         self.directory = directory
+        self.passed_over: Counter[str] = Counter()  # tensors, by the prefix that they are unused for
         self._progress = progress
         self._files: dict[Path, Any] = {}
         self._tensors: dict[str, StoredTensor] = {}
@@ -274,7 +277,10 @@ class Checkpoint:
             raise ModelError(f"{path}: not a valid safetensors file ({error}): fetch it again") from error
         self._files[path] = file
         for stored_name in file.keys():  # noqa: SIM118 (not a mapping)
-            if stored_name.startswith(unused_prefixes) or BUFFERS.fullmatch(stored_name):
+            unused = next((prefix for prefix in unused_prefixes if stored_name.startswith(prefix)), None)
+            if unused is not None:
+                self.passed_over[unused] += 1
+            if unused is not None or BUFFERS.fullmatch(stored_name):
                 continue
             name = canonical_name(stored_name)
             if name in self._tensors:

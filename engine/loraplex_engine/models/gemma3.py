@@ -1,7 +1,4 @@
-"""Gemma 3, text: norms on query and key heads, five local layers to a global one, each kind with its own rotation.
-
-Of the multimodal checkpoints only the language model is read.
-"""
+"""Gemma 3, text: norms on query and key heads, five local layers to a global one, each kind with its own rotation."""
 
 from __future__ import annotations
 
@@ -32,7 +29,6 @@ DEFAULTS = {
     "rope_theta": 1_000_000.0,  # of the global layers
     "rope_local_base_freq": 10_000.0,
 }
-VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
 
 
 def read_ropes(fields: ConfigFields, local_theta: float) -> tuple[Rope, Rope]:
@@ -66,8 +62,7 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
         gemma_config(architecture, fields, layers),
         max_position_embeddings=fields.integer("max_position_embeddings"),  # which has the scaling in it
         qk_norm=True,
-        unused_tensors=VISION,
     )
 
 
-FAMILY = Family(("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), ("gemma3_text", "gemma3"), read)
+FAMILY = Family(("Gemma3ForCausalLM",), ("gemma3_text",), read)

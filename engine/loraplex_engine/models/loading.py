@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,6 +52,8 @@ from loraplex_engine.quantization import (
 from loraplex_kernels.ops import Ops, QKNorm
 from loraplex_kernels.quantized import QuantizedWeight, concatenate, dequantize
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -78,6 +81,13 @@ def load_model(
             f"({spec.label}): leave it out, or use the unquantised checkpoint"
         )
     with Checkpoint(path, model_config.unused_tensors, progress, base_names(path, raw)) as checkpoint:
+        if checkpoint.passed_over:
+            logger.info(
+                "%s: %d tensors are passed over (%s …): text alone is served",
+                model_config.architecture,
+                checkpoint.passed_over.total(),
+                " …, ".join(checkpoint.passed_over),
+            )
         expected = tensor_shapes(model_config)
         if HEAD in checkpoint:  # some files hold a tied head a second time
             expected[HEAD] = expected[EMBEDDING]

@@ -32,4 +32,4 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     return replace(decoder_config(architecture, fields, qwen_layers(fields)), qkv_bias=True)
 
 
-FAMILY = Family(("Qwen2ForCausalLM",), ("qwen2",), read)
+FAMILY = Family(("Qwen2ForCausalLM",), ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"), read)

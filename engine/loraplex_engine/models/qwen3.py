@@ -16,4 +16,4 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     return replace(decoder_config(architecture, fields, qwen_layers(fields)), qkv_bias=bias, o_bias=bias, qk_norm=True)
 
 
-FAMILY = Family(("Qwen3ForCausalLM",), ("qwen3",), read)
+FAMILY = Family(("Qwen3ForCausalLM",), ("qwen3", "qwen3_vl_text"), read)

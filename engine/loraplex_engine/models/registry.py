@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
@@ -32,6 +33,7 @@ from loraplex_engine.models import (
 )
 from loraplex_engine.models.reading import Family, text_fields
 from loraplex_engine.models.rope_reading import with_rope_scaling
+from loraplex_engine.models.wrappers import REFUSED, SHAPES, TOWER_TENSORS, WRAPPERS, Wrapper
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
@@ -54,6 +56,10 @@ FAMILIES: tuple[Family, ...] = (
     seed_oss.FAMILY,
     cwm.FAMILY,
     arcee.FAMILY,
+)
+ARCHITECTURES = (
+    *(name for family in FAMILIES for name in family.architectures),
+    *(wrapper.architecture for wrapper in WRAPPERS),
 )
 
 
@@ -87,27 +93,54 @@ def _labels(raw: Mapping[str, object]) -> tuple[str, ...]:
 
 def parse_model_config(raw: Mapping[str, object], where: str) -> ModelConfig:
     """The model that the contents of a config.json describe; `where` names the file in errors."""
-    family, architecture = _family(ConfigFields(raw, where))
-    return family.read(architecture, text_fields(raw, where))
-
-
-def _family(fields: ConfigFields) -> tuple[Family, str]:
-    architectures = fields.texts("architectures")
-    for architecture in architectures:
+    fields = ConfigFields(raw, where)
+    stated, model_type = fields.texts("architectures"), fields.text("model_type", "")
+    for wrapper in WRAPPERS:
+        if wrapper.architecture in stated or (not stated and wrapper.model_type == model_type):
+            return _read_text(wrapper, raw, where)
+    for architecture in stated:
         for family in FAMILIES:
             if architecture in family.architectures:
-                return family, architecture
+                return family.read(architecture, text_fields(raw, where))
     # A file may leave the architecture out. One that states another use of a known model (a classifier) is refused.
-    model_type = fields.text("model_type", "")
-    if not architectures:
-        for family in FAMILIES:
-            if model_type in family.model_types:
-                return family, family.architectures[0]
-    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    family_of_type = None if stated else _of_type(model_type)
+    if family_of_type is not None:
+        return family_of_type.read(family_of_type.architectures[0], text_fields(raw, where))
+    raise _unsupported(fields, stated, model_type)
+
+
+def _read_text(wrapper: Wrapper, raw: Mapping[str, object], where: str) -> ModelConfig:
+    """The language model within a wrapper. Before transformers 4.5x some files had its fields beside the towers'."""
+    nested = ConfigFields(raw, where).section("text_config")
+    text_type = wrapper.text_type if nested is None else nested.text("model_type", wrapper.text_type)
+    family = _of_type(text_type)
+    if family is None:
+        raise ModelError(f"{where}: {wrapper.architecture} around {text_type}, which is not supported; {_known()}")
+    fields = text_fields(raw, where).with_defaults(wrapper.defaults)
+    if nested is not None:
+        fields = fields.with_defaults(SHAPES.get(text_type, {}))
+        if wrapper.tied_inside and nested.flag("tie_word_embeddings"):
+            fields = fields.changed_by(ConfigFields({"tie_word_embeddings": True}, where))
+    config = family.read(family.architectures[0], fields)
+    return replace(config, architecture=wrapper.architecture, unused_tensors=TOWER_TENSORS)
+
+
+def _of_type(model_type: str) -> Family | None:
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
+
+
+def _unsupported(fields: ConfigFields, architectures: tuple[str, ...], model_type: str) -> ModelError:
+    reasons = [f"{name}: {REFUSED[name]}" for name in architectures if name in REFUSED]
+    if reasons:
+        return ModelError(f"{fields.where}: architecture not supported: {', '.join(reasons)}")
     stated = ", ".join(architectures) or (f"model_type {model_type}" if model_type else "none stated")
-    raise ModelError(
-        f"{fields.where}: architecture not supported: {stated}{_wrapped(fields)}; the known ones are {known}"
-    )
+    near = get_close_matches(architectures[0], ARCHITECTURES, n=1) if architectures else []
+    nearest = f"the nearest known one by its name is {near[0]}; " if near else ""
+    return ModelError(f"{fields.where}: architecture not supported: {stated}{_wrapped(fields)}; {nearest}{_known()}")
+
+
+def _known() -> str:
+    return f"the known ones are {', '.join(ARCHITECTURES)}"
 
 
 def _wrapped(fields: ConfigFields) -> str:

@@ -181,7 +181,7 @@ def test_lora_beside_the_decoder_is_left_out_with_one_warning(
 def test_lora_beside_the_decoder_alone_is_no_adapter(targets: Targets) -> None:
     beside = {f"base_model.model.visual.blocks.0.attn.qkv.lora_{part}.weight": torch.ones(3, 3) for part in "AB"}
     (problem,) = problems_with(beside, targets)
-    assert "no LoRA tensors of the text model" in problem
+    assert "no LoRA tensors of the text model, which alone is served, but some of visual" in problem
 
 
 def test_a_saved_part_beside_the_decoder_is_left_out_too(lora_tensors: TensorMaker, targets: Targets) -> None:

@@ -23,11 +23,12 @@ from loraplex_engine.checkpoint.model_config import (
 from loraplex_engine.layers.feed_forward import GatedLayout
 from loraplex_engine.layers.rotary import inverse_frequencies
 from loraplex_engine.models import parse_model_config, read_model_config
-from loraplex_engine.models.registry import FAMILIES
+from loraplex_engine.models.registry import ARCHITECTURES, FAMILIES
+from loraplex_engine.models.wrappers import WRAPPERS
 
 PUBLIC_CONFIGS = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "model-configs"
-KNOWN = {name for family in FAMILIES for name in family.architectures}
-KNOWN_TYPES = {name for family in FAMILIES for name in family.model_types}
+KNOWN = set(ARCHITECTURES)
+KNOWN_TYPES = {*(name for family in FAMILIES for name in family.model_types), *(each.model_type for each in WRAPPERS)}
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -119,13 +120,18 @@ def test_nonsense_is_named(field: str, value: object, complaint: str) -> None:
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"not supported: MambaForCausalLM; the known ones are .*Qwen3ForCausalLM"):
+    with pytest.raises(ModelError, match=r"not supported: MambaForCausalLM; .*the known ones are .*Qwen3ForCausalLM"):
         of("MambaForCausalLM")
 
 
-def test_a_wrapper_of_a_known_model_is_told_from_it() -> None:
-    raw = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {**LLAMA, "model_type": "mistral"}}
-    with pytest.raises(ModelError, match=r"Mistral3ForConditionalGeneration, which wraps a text model \(mistral\)"):
+def test_an_unknown_architecture_is_told_the_known_one_that_is_spelled_most_like_it() -> None:
+    with pytest.raises(ModelError, match=r"not supported: Qwen2ForCausaLM; the nearest .* is Qwen2ForCausalLM; the kn"):
+        of("Qwen2ForCausaLM")
+
+
+def test_an_unknown_wrapper_of_a_known_model_is_told_from_it() -> None:
+    raw = {"architectures": ["ChameleonForConditionalGeneration"], "text_config": {**LLAMA, "model_type": "mistral"}}
+    with pytest.raises(ModelError, match=r"ChameleonForConditionalGeneration, which wraps a text model \(mistral\)"):
         parse_model_config(raw, "config.json")
 
 
