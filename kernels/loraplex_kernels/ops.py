@@ -4,7 +4,7 @@ A backend is one object with the methods of `Ops`. It is chosen once, in `select
 it: no module asks again which device it is on.
 
 Letters: T tokens in the step, S sequences, H query heads, K kv heads, D head dim, R rank, B blocks, P block size,
-N output features, C input features, G segments, V vocabulary.
+N output features, C input features, G segments, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -153,12 +153,28 @@ class LoraTable(SlotTable, Protocol):
         """
 
 
+class LoraTableGroup(Protocol):
+    """The tables of E experts as one: what table e has in slot s, now or later, is in slot s·E + e.
+
+    The tables are then no longer read by themselves.
+    """
+
+    num_experts: int  # E
+
+
 class PackedLinear(Protocol):
     """A dense or quantised weight matrix in the layout that its backend multiplies fastest."""
 
     in_features: int  # C
     out_features: int  # N
     nbytes: int  # what it takes on the device: codes, scales and zeros, bias
+
+
+class LinearGroup(Protocol):
+    """The packed linears of several experts, all of one shape, as `grouped_linear` takes them."""
+
+    in_features: int  # C
+    out_features: int  # N
 
 
 class Ops(Protocol):
@@ -216,6 +232,24 @@ class Ops(Protocol):
         dtype of x before they multiply.
         """
 
+    def group_linears(self, experts: Sequence[PackedLinear]) -> LinearGroup:
+        """What `grouped_linear` multiplies by: the packed linears of E experts, which it shares memory with."""
+
+    def grouped_linear(self, x: Tensor, group_starts: Tensor, group: LinearGroup) -> Tensor:
+        """y[r] = `linear` of x[r] and expert e, for every row group_starts[e] ≤ r < group_starts[e + 1].
+
+        x: [R, C], sorted by expert; group_starts: int64 [E + 1], from 0 to R → [R, N]
+        """
+
+    def group_lora_tables(self, tables: Sequence[LoraTable]) -> LoraTableGroup:
+        """The tables of several experts as one for `segmented_lora`."""
+
+    def weighted_sums(self, x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        """y[t] = Σ_j weights[t, j] · x[rows[t, j]], in the order of j.
+
+        x: [R, C], rows: int64 [T, k], weights: float32 [T, k] → [T, C]
+        """
+
     def pack_lora(self, weights: LoraWeights) -> PackedLora:
         """Lay out one adapter for `LoraTable.put`, in host memory: loader threads call this beside the step.
 
@@ -225,7 +259,7 @@ class Ops(Protocol):
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> LoraTable:
         """An empty table for adapters in slots 0 … num_slots-1 at a linear of that shape."""
 
-    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable | LoraTableGroup) -> None:
         """y[t] += (x[t] Aᵀ) Bᵀ for every row t of every segment, A and B those of the segment's slot; y in place.
 
         An adapter with an affine part then has y[t] = gain ⊙ y[t] + offset, in float32, for all N columns: the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,8 +15,10 @@ from loraplex_kernels.ops import (
     AttentionMetadata,
     HeadShape,
     LayerKV,
+    LinearGroup,
     LoraSegments,
     LoraTable,
+    LoraTableGroup,
     LoraWeights,
     PackedLinear,
     PackedLora,
@@ -47,6 +49,22 @@ class ReferenceQuantizedLinear:
         self.bias = bias  # [N]
         self.out_features, self.in_features = weight.codes.shape
         self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+
+
+class ReferenceGroup:
+    """The linears of several experts."""
+
+    def __init__(self, experts: Sequence[PackedLinear]) -> None:
+        self.experts = tuple(experts)
+        self.out_features, self.in_features = experts[0].out_features, experts[0].in_features
+
+    def one_by_one(self, x: Tensor, group_starts: Tensor, linear: Callable[[Tensor, PackedLinear], Tensor]) -> Tensor:
+        """`Ops.grouped_linear`, where each expert's linear is an operation of its own."""
+        y = x.new_empty((len(x), self.out_features))
+        for expert, (start, end) in zip(self.experts, pairwise(group_starts.tolist()), strict=True):
+            if start < end:
+                y[start:end] = linear(x[start:end], expert)
+        return y
 
 
 class ReferenceLora:
@@ -90,8 +108,23 @@ class ReferenceLoraTable:
     def remove(self, slot: int) -> None:
         self.adapters[slot] = None
 
+    def adapter(self, slot: int) -> ReferenceLora | None:
+        return self.adapters[slot]
+
     def reserve(self, num_slices: int, rank: int) -> None:
         """Nothing to do: each adapter has its own memory."""
+
+
+class ReferenceLoraTables:
+    """The tables of several experts, one slot of each after another."""
+
+    def __init__(self, tables: Sequence[ReferenceLoraTable]) -> None:
+        self.num_experts = len(tables)
+        self._tables = tuple(tables)
+
+    def adapter(self, slot: int) -> ReferenceLora | None:
+        own, expert = divmod(slot, self.num_experts)
+        return self._tables[expert].adapter(own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +200,29 @@ class ReferenceOps(TorchSampling):
         assert isinstance(packed, ReferenceLinear)
         return F.linear(x, packed.weight, packed.bias)
 
+    def group_linears(self, experts: Sequence[PackedLinear]) -> ReferenceGroup:
+        return ReferenceGroup(experts)
+
+    def grouped_linear(self, x: Tensor, group_starts: Tensor, group: LinearGroup) -> Tensor:
+        assert isinstance(group, ReferenceGroup)
+        return group.one_by_one(x, group_starts, self.linear)
+
+    def group_lora_tables(self, tables: Sequence[LoraTable]) -> ReferenceLoraTables:
+        return ReferenceLoraTables([table for table in tables if isinstance(table, ReferenceLoraTable)])
+
+    def weighted_sums(self, x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        return weighted_sums(x, rows, weights)
+
     def pack_lora(self, weights: LoraWeights) -> ReferenceLora:
         return ReferenceLora(weights)
 
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> ReferenceLoraTable:
         return ReferenceLoraTable(in_features, out_features, num_slots)
 
-    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
-        assert isinstance(table, ReferenceLoraTable)
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable | LoraTableGroup) -> None:
+        assert isinstance(table, ReferenceLoraTable | ReferenceLoraTables)
         for slot, start, end in segments.ranges:
-            adapter = table.adapters[slot]
+            adapter = table.adapter(slot)
             if adapter is None:
                 continue
             shrunk = x[start:end].float() @ adapter.a_t
@@ -265,6 +311,14 @@ class ReferenceOps(TorchSampling):
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)
         return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def weighted_sums(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """`Ops.weighted_sums`."""
+    y = torch.zeros((len(rows), x.shape[1]), device=x.device)
+    for choice, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):
+        y.addcmul_(x.index_select(0, choice).float(), weight.unsqueeze(1))
+    return y.to(x.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

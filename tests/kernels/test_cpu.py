@@ -115,6 +115,63 @@ def test_row_of_a_linear_does_not_depend_on_the_others(ops, dtype):
         assert torch.equal(ops.linear(x[first:end], packed), alone[first:end])
 
 
+# ------------------------------------------------------------------------------------------------------------ experts
+
+
+def experts(ops, dtype, count, n, c, bias=True):
+    weights = [rand(n, c, dtype=dtype, seed=e) / c**0.5 for e in range(count)]
+    biases = [rand(n, dtype=dtype, seed=e) if bias else None for e in range(count)]
+    return [ops.pack_linear([weight], b) for weight, b in zip(weights, biases, strict=True)]
+
+
+def starts_of(counts):
+    return torch.tensor([0, *counts]).cumsum(0)
+
+
+@pytest.mark.parametrize("counts", [(1,), (0, 3, 0), (5, 0, 1, 40, 0, 2), (0, 300, 7)])
+@pytest.mark.parametrize(("n", "c"), [(31, 33), (70, 128), (1, 1)])
+def test_each_row_is_multiplied_by_its_own_expert(ops, dtype, counts, n, c):
+    x, packed = rand(sum(counts), c, dtype=dtype), experts(ops, dtype, len(counts), n, c)
+    y = ops.grouped_linear(x, starts_of(counts), ops.group_linears(packed))
+    alone = [ops.linear(rows, expert) for rows, expert in zip(x.split(counts), packed, strict=True)]
+    assert torch.equal(y, torch.cat(alone))
+
+
+def test_no_rows_at_all_are_multiplied_by_experts(ops, dtype):
+    group = ops.group_linears(experts(ops, dtype, 3, 8, 16))
+    assert ops.grouped_linear(rand(0, 16, dtype=dtype), starts_of([0, 0, 0]), group).shape == (0, 8)
+
+
+def test_adapters_of_all_experts_are_found_in_one_table(ops, dtype):
+    apart, tables = ([ops.lora_table(24, 40, 3) for _ in range(2)] for _ in range(2))
+    before = LoraWeights(rand(2, 24, dtype=dtype), (LoraSlice(0, 8, rand(32, 2, dtype=dtype, seed=1)),))
+    after = LoraWeights(rand(5, 24, dtype=dtype, seed=2), (LoraSlice(0, 0, rand(40, 5, dtype=dtype, seed=3)),))
+    tables[0].put(2, ops.pack_lora(before))
+    together = ops.group_lora_tables(tables)
+    tables[1].put(0, ops.pack_lora(after))
+    apart[0].put(2, ops.pack_lora(before))
+    apart[1].put(0, ops.pack_lora(after))
+    x, y = rand(9, 24, dtype=dtype, seed=4), rand(9, 40, dtype=dtype, seed=5)
+    expected = y.clone()
+    parts = torch.tensor([[4, 1, 5], [0, 3, 5], [3, 5, 9]], dtype=torch.int32)  # slot · 2 + expert, rows
+    for table, slot, (_, first, end) in ((apart[0], 2, parts.T[0]), (apart[1], 0, parts.T[1])):
+        own = torch.tensor([[slot], [first], [end]], dtype=torch.int32)
+        ops.segmented_lora(expected, x, LoraSegments(((slot, int(first), int(end)),), *own), table)
+    ops.segmented_lora(y, x, LoraSegments(tuple(map(tuple, parts.T.tolist())), *parts), together)
+    assert torch.equal(y, expected)
+    tables[0].remove(2)
+    before_it = y.clone()
+    ops.segmented_lora(y, x, LoraSegments(((4, 1, 5),), *parts[:, :1].contiguous()), together)
+    assert torch.equal(y, before_it)
+
+
+@pytest.mark.parametrize(("rows", "k", "c"), [(1, 1, 1), (3, 2, 33), (70, 8, 257), (0, 2, 8)])
+def test_weighted_sums(ops, dtype, rows, k, c):
+    x, weights = rand(rows * k, c, dtype=dtype), rand(rows, k, seed=1)
+    places = torch.randperm(rows * k, generator=torch.Generator().manual_seed(2)).view(rows, k)
+    close(ops.weighted_sums(x, places, weights), REFERENCE.weighted_sums(x, places, weights))
+
+
 def test_nan_and_infinity_pass_through_a_linear(ops, dtype):
     x = torch.ones(3, 8, dtype=dtype)
     x[0, 3], x[1, 3] = torch.nan, torch.inf

@@ -48,6 +48,7 @@ _HARMLESS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
+        "target_parameters",
     )
 )
 
@@ -59,7 +60,6 @@ _REFUSED = {
     "layer_replication": "replicated layers make another base model: register the expanded model",
     "megatron_config": "Megatron parallel layers are not supported: export the adapter with merged shards",
     "monteclora_config": "Monte Carlo LoRA is not supported",
-    "target_parameters": "LoRA on bare parameters is not supported",
     "use_bdlora": "block-diagonal LoRA is not supported",
     "use_qalora": "QA-LoRA pools the inputs of a layer and is not supported",
     "velora_config": "VeLoRA is not supported",

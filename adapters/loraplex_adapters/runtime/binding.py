@@ -15,6 +15,7 @@ from loraplex_adapters.files.names import Part, SplitNames, base_module_candidat
 from loraplex_adapters.pace import Rest, no_rest, resting
 from loraplex_adapters.runtime.classifier import CLASSIFIER_MODULES, ClassifierHead, bind_head
 from loraplex_adapters.runtime.copies import contradictions, half_tied, settle, tell_copies, trained_twice
+from loraplex_adapters.runtime.experts import split_experts
 from loraplex_adapters.runtime.folding import Values, replaced_parameters, stacked, trained_ids
 from loraplex_adapters.runtime.replaced import ReplacedParameters
 from loraplex_adapters.runtime.targets import HEAD_MODULE, LoraTarget, Module, TargetKind, named_by
@@ -53,6 +54,7 @@ def bind(
     problems: list[str] = []
     mismatches: list[str] = []  # shapes of another base model
     split = split_tensor_names(tensors, rest)
+    split, tensors = split_experts(split, tensors, targets, rest)
     placed = _place(split, targets, problems, rest)
     heads = [placed.pop(name) for name in list(placed) if placed[name].target.kind is TargetKind.CLASSIFIER]
     head = bind_head(heads, tensors, config, problems)
@@ -100,7 +102,7 @@ def _place(split: SplitNames, targets: Mapping[str, LoraTarget], problems: list[
     problems.extend(split.problems)
     modules: dict[str, Module] = {}
     for name in resting(split.names, rest):
-        reached = sorted(base_module_candidates(name.module) & targets.keys())
+        reached = sorted(base_module_candidates(name.base_module) & targets.keys())
         if not reached:
             head_norm = name.module.endswith(("q_norm", "k_norm"))
             more = " (norms over the heads of queries and keys cannot be replaced)" if head_norm else ""
@@ -132,6 +134,7 @@ def _place(split: SplitNames, targets: Mapping[str, LoraTarget], problems: list[
 _A_OR_B = ("A", "B", "embedding_A", "embedding_B")
 _PARTS_OF: Mapping[TargetKind, frozenset[Part]] = {
     TargetKind.LINEAR: frozenset(("A", "B", "lora_bias", "magnitude", "weight", "bias", "tokens", "base", "again")),
+    TargetKind.EXPERT: frozenset(("A", "B", "lora_bias", "magnitude")),
     TargetKind.EMBEDDING: frozenset(("magnitude", "weight", "tokens", "base", "again")),  # and A and B of its own kind
     TargetKind.NORM: frozenset(("weight", "base", "again")),
     TargetKind.CLASSIFIER: frozenset(("weight", "bias")),

@@ -65,6 +65,7 @@ class Share:
 
 class TargetKind(Enum):
     LINEAR = "linear"
+    EXPERT = "linear of an expert"  # cannot be replaced: its rows are not all rows of an adapter
     EMBEDDING = "embedding"  # a linear of one-hot rows: C is the vocabulary, N the width
     NORM = "norm"  # can be replaced, but takes no LoRA
     CLASSIFIER = "classification head"  # that the base need not have: C is the width, N what the adapter says
@@ -86,6 +87,7 @@ class LoraTarget:
     base: BaseWeight | None = None  # needed for DoRA, trained biases and copies of base weights
     tied_to: str | None = None  # the embedding whose weight this head shares
     rounding: Callable[[Tensor], Tensor] | None = None  # what became of the checkpoint's rows when the model was loaded
+    stack: str = ""  # of an expert: the path of the parameter [E, N, C] that this is a part of; "": none
     share: Share | None = None  # of a module that is divided: C and N above are the rank's; None: it is whole
 
     @property

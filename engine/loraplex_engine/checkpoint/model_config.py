@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -110,6 +110,21 @@ NORMS_AROUND = replace(NORMS_BEHIND, before_attention="input_layernorm", before_
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """One parameter of the matrices of all experts, [E, N, C], and the place of one of them there."""
+
+    path: str  # inside a layer, as adapters name it
+    index: int
+    count: int  # E
+    stored: bool  # the checkpoint has it so, not each expert's by itself
+    transposed: bool  # as [E, C, N], where it does
+
+    @property
+    def bias(self) -> str:
+        return f"{self.path}_bias"
+
+
+@dataclass(frozen=True, slots=True)
 class FusedLinear:
     """Projections that read the same input, multiplied as one: their rows one after another."""
 
@@ -121,6 +136,7 @@ class FusedLinear:
     split: Split  # what several ranks divide
     unit: int = 1  # features that stay together when they do: those of a head
     stored_fused: bool = False  # the checkpoint has them as one tensor, at `module`; so do adapters
+    stack: Stack | None = None  # of an expert
 
 
 class FeedForward(Protocol):
@@ -140,8 +156,14 @@ class FeedForwardLayout(Protocol):
     def linears(self, hidden_size: int) -> tuple[FusedLinear, ...]:
         """The linears, each with the names of its parts in a checkpoint."""
 
-    def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> FeedForward:
-        """The feed-forward that these linears make, given in the order of `linears`."""
+    def as_stored(self, holds: Callable[[str], bool]) -> FeedForwardLayout:
+        """The layout in the form that a checkpoint has, by which tensors a layer holds there (paths inside it)."""
+
+    def vectors(self) -> Mapping[str, int]:
+        """Its parameters beside the linears: the path inside a layer of each, and its length."""
+
+    def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> FeedForward:
+        """The feed-forward that these parameters make, given in the order of `linears` and of `vectors` (float32)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +201,7 @@ class ModelConfig:
     pooling: ModelPooling = STATES_NOTHING
     labels: tuple[str, ...] = ()  # of classes; empty: the checkpoint names none
     unused_tensors: tuple[str, ...] = ()  # prefixes of checkpoint names that text generation does not read
+    aliases: tuple[tuple[str, str], ...] = ()  # parts of other names that modules have elsewhere, and ours
 
     @property
     def num_layers(self) -> int:

@@ -160,14 +160,16 @@ class Checkpoint:
         unused_prefixes: tuple[str, ...] = (),
         progress: Progress | None = None,
         base_names: Sequence[str] = (BASE_NAME,),
+        aliases: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """base_names: as in `shard_paths`.
+        """base_names: as in `shard_paths`; aliases: parts of stored names, and what stands for them.
 
         Raises ModelError if there are no safetensors, or one of them is damaged or missing.
         """
         self.directory = directory
         self.passed_over: Counter[str] = Counter()  # tensors, by the prefix that they are unused for
         self._progress = progress
+        self._aliases = aliases
         self._files: dict[Path, Any] = {}
         self._tensors: dict[str, StoredTensor] = {}
         self._loaded_bytes = 0
@@ -260,7 +262,8 @@ class Checkpoint:
         # A slice is copied where a whole tensor stays in the mapped file.
         whole = _shape_of(stored, part) == stored.shape
         tensor: Tensor = file.get_tensor(stored.name) if whole else file.get_slice(stored.name)[part]
-        self._loaded_bytes += stored.nbytes
+        experts = len(stored.shape) == 3 and bool(part)  # of which each is read by itself
+        self._loaded_bytes += stored.nbytes // stored.shape[0] * len(tensor) if experts else stored.nbytes
         if self._progress is not None:
             self._progress(self._loaded_bytes, self.nbytes)
         return tensor
@@ -283,6 +286,8 @@ class Checkpoint:
             if unused is not None or BUFFERS.fullmatch(stored_name):
                 continue
             name = canonical_name(stored_name)
+            for alias, ours in self._aliases:
+                name = name.replace(alias, ours)
             if name in self._tensors:
                 other = self._tensors[name]
                 raise ModelError(

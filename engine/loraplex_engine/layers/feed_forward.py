@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ class GatedFeedForward:
         return self.down(self.activate_and_mul(self.gate_up(x, lora)), lora)
 
 
+class GatedNames(NamedTuple):
+    """What the linears of a gated feed-forward are called in its module."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    gate_up: str = "gate_up_proj"  # had the checkpoint fused them
+
+
+USUAL_NAMES = GatedNames()
+
+
 @dataclass(frozen=True, slots=True)
 class GatedLayout:
     """Two linears that are multiplied, one of them a gate, and one back."""
@@ -40,18 +52,28 @@ class GatedLayout:
     activation: Activation
     bias: bool = False
     stored_fused: bool = False  # gate and up are one tensor in the checkpoint
+    module: str = "mlp"  # inside a layer
+    names: GatedNames = USUAL_NAMES
+    site: str = ""  # in front of the names of its sites, where a layer has several
 
     def linears(self, hidden_size: int) -> tuple[FusedLinear, FusedLinear]:
         size = self.intermediate_size
-        parts = (("mlp.gate_proj", size), ("mlp.up_proj", size))
+        gate, up, down, gate_up = (f"{self.module}.{name}" for name in self.names)
+        parts = ((gate, size), (up, size))
         return (
             FusedLinear(
-                "gate_up", "mlp.gate_up_proj", hidden_size, parts, self.bias, "outputs", stored_fused=self.stored_fused
+                f"{self.site}gate_up", gate_up, hidden_size, parts, self.bias, "outputs", stored_fused=self.stored_fused
             ),
-            FusedLinear("down", "mlp.down_proj", size, (("mlp.down_proj", hidden_size),), self.bias, "inputs"),
+            FusedLinear(f"{self.site}down", down, size, ((down, hidden_size),), self.bias, "inputs"),
         )
 
-    def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> GatedFeedForward:
+    def as_stored(self, holds: Callable[[str], bool]) -> GatedLayout:
+        return self
+
+    def vectors(self) -> Mapping[str, int]:
+        return {}
+
+    def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> GatedFeedForward:
         gate_up, down = linears
         return GatedFeedForward(gate_up, down, ops.silu_and_mul if self.activation == "silu" else ops.gelu_tanh_and_mul)
 
@@ -85,5 +107,11 @@ class SquaredReluLayout:
             FusedLinear("down", "mlp.down_proj", size, (("mlp.down_proj", hidden_size),), self.bias, "inputs"),
         )
 
-    def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> SquaredReluFeedForward:
+    def as_stored(self, holds: Callable[[str], bool]) -> SquaredReluLayout:
+        return self
+
+    def vectors(self) -> Mapping[str, int]:
+        return {}
+
+    def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> SquaredReluFeedForward:
         return SquaredReluFeedForward(*linears)

@@ -26,6 +26,9 @@ class AnyLinear(Protocol):
     @property
     def bias(self) -> Tensor | None: ...  # [N], kept for adapters that change it
 
+    @property
+    def packed(self) -> tuple[PackedLinear, ...]: ...  # whose outputs lie side by side
+
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, C] → [T, N], a new tensor."""
 
@@ -43,15 +46,15 @@ class Linear:
         self.nbytes = packed.nbytes
         self.bias = bias  # [N]
         self._ops = ops
-        self._packed = packed
+        self.packed = (packed,)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, C] → [T, N], a new tensor."""
-        return self._ops.linear(x, self._packed)
+        return self._ops.linear(x, *self.packed)
 
     def dequantize(self, start: int, end: int) -> Tensor:
         """Rows start … end of W: float32 [end - start, C]."""
-        return self._ops.dequantize(self._packed, start, end)
+        return self._ops.dequantize(*self.packed, start, end)
 
 
 class SideBySide:
@@ -63,6 +66,7 @@ class SideBySide:
         self.out_features = sum(part.out_features for part in parts)
         self.nbytes = sum(part.nbytes for part in parts)
         self.bias = bias  # [N]
+        self.packed = tuple(packed for part in parts for packed in part.packed)
         self._parts = tuple(parts)
 
     def __call__(self, x: Tensor) -> Tensor:

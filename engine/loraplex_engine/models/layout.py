@@ -5,6 +5,7 @@ Written down once: the expected tensors, the loading, the LoRA targets and each 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from loraplex_adapters.runtime.classifier import CLASSIFIER_MODULES, CLASSIFIER_SITE
@@ -68,7 +69,7 @@ def stored_parts(linear: FusedLinear, shard: Shard) -> tuple[tuple[str, slice, s
     """What a rank reads of a linear, in order: the module inside a layer that has it in the checkpoint, and the rows
     and the columns there."""
     held = held_parts(linear, shard)
-    if not linear.stored_fused:
+    if not is_stored_fused(linear):
         return tuple((module, *part) for (module, _), part in zip(linear.parts, held, strict=True))
     found: list[tuple[str, slice, slice]] = []
     start = 0
@@ -81,9 +82,14 @@ def stored_parts(linear: FusedLinear, shard: Shard) -> tuple[tuple[str, slice, s
     return tuple(found)
 
 
+def is_stored_fused(linear: FusedLinear) -> bool:
+    """Whether the checkpoint has the projections of a linear in one tensor."""
+    return linear.stored_fused or (linear.stack is not None and linear.stack.stored)
+
+
 def stored_shapes(linear: FusedLinear) -> tuple[tuple[str, int], ...]:
     """The modules inside a layer that have a linear in the checkpoint, and the output features of each."""
-    if not linear.stored_fused:
+    if not is_stored_fused(linear):
         return linear.parts
     return ((linear.module, sum(size for _, size in linear.parts)),)
 
@@ -116,10 +122,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
         for linear in layer_linears(config, layer):
-            for part, out_features in stored_shapes(linear):
-                shapes[f"model.layers.{layer}.{part}.weight"] = (out_features, linear.in_features)
-                if linear.bias:
-                    shapes[f"model.layers.{layer}.{part}.bias"] = (out_features,)
+            shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _linear_shapes(linear)}
+        for vector, length in config.feed_forwards[layer].vectors().items():
+            shapes[f"model.layers.{layer}.{vector}"] = (length,)
         for norm in residual_norms(config):
             shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
         if config.qk_norm or config.projection_norm:
@@ -130,6 +135,22 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[HEAD] = shapes[EMBEDDING]
     return shapes
+
+
+def _linear_shapes(linear: FusedLinear) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of a linear inside a layer, and their shapes; of an expert those of all, where they are stacked."""
+    stack = linear.stack
+    if stack is None or not stack.stored:
+        for part, out_features in stored_shapes(linear):
+            yield f"{part}.weight", (out_features, linear.in_features)
+            if linear.bias:
+                yield f"{part}.bias", (out_features,)
+    elif stack.index == 0:
+        out_features = sum(size for _, size in linear.parts)
+        matrix = (linear.in_features, out_features) if stack.transposed else (out_features, linear.in_features)
+        yield stack.path, (stack.count, *matrix)
+        if linear.bias:
+            yield stack.bias, (stack.count, out_features)
 
 
 def site_name(layer: int, linear: FusedLinear) -> str:
@@ -158,7 +179,20 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
         for linear in layer_linears(config, layer):
             for module, target in _linear_targets(site_name(layer, linear), linear, shard).items():
                 targets[f"model.layers.{layer}.{module}"] = target
-    return targets
+            if linear.stack is not None:
+                whole = f"model.layers.{layer}.{linear.module}"
+                targets[whole] = replace(targets[whole], stack=f"model.layers.{layer}.{linear.stack.path}")
+    return _under_all_names(targets, config.aliases)
+
+
+def _under_all_names(targets: dict[str, LoraTarget], aliases: Sequence[tuple[str, str]]) -> dict[str, LoraTarget]:
+    """The targets, and those of them once more that are called otherwise elsewhere."""
+    found = dict(targets)
+    for alias, ours in aliases:
+        for path, target in targets.items():
+            if ours in path or ours in target.stack:
+                found[path.replace(ours, alias)] = replace(target, stack=target.stack.replace(ours, alias))
+    return found
 
 
 def _linear_targets(site: str, linear: FusedLinear, shard: Shard) -> dict[str, LoraTarget]:
@@ -166,12 +200,13 @@ def _linear_targets(site: str, linear: FusedLinear, shard: Shard) -> dict[str, L
 
     Where a checkpoint has them as one, the model that adapters were trained beside has no projections by themselves.
     """
+    kind = TargetKind.LINEAR if linear.stack is None else TargetKind.EXPERT
     targets, all_rows, start, whole_start = {}, [], 0, 0
     for (module, size), (rows, columns) in zip(linear.parts, held_parts(linear, shard), strict=True):
         share = Share(size, linear.in_features, (rows,), columns, adds_bias(linear, shard))
-        targets[module] = LoraTarget(site, share.num_columns, start, share.num_rows, share=share)
+        targets[module] = LoraTarget(site, share.num_columns, start, share.num_rows, kind, share=share)
         all_rows.append(slice(whole_start + rows.start, whole_start + rows.stop))
         start, whole_start = start + share.num_rows, whole_start + size
     share = replace(share, out_features=whole_start, rows=tuple(all_rows))
-    whole = {linear.module: LoraTarget(site, share.num_columns, 0, start, share=share)}
+    whole = {linear.module: LoraTarget(site, share.num_columns, 0, start, kind, share=share)}
     return whole if linear.stored_fused else targets | whole

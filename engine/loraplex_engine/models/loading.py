@@ -14,7 +14,15 @@ from torch import Tensor
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear
 from loraplex_adapters.runtime.replaced import ReplacementSite
 from loraplex_engine.checkpoint.memory import release_free_memory
-from loraplex_engine.checkpoint.model_config import FusedLinear, LayerAttention, ModelConfig, ModelError
+from loraplex_engine.checkpoint.model_config import (
+    FeedForward,
+    FeedForwardLayout,
+    FusedLinear,
+    LayerAttention,
+    ModelConfig,
+    ModelError,
+    Stack,
+)
 from loraplex_engine.checkpoint.shard import WHOLE, Shard
 from loraplex_engine.checkpoint.weights import Checkpoint, Part, Progress, read_json
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
@@ -80,7 +88,8 @@ def load_model(
             f"{path}: quantization {config.quantization!r} is asked for, and the checkpoint is quantised already "
             f"({spec.label}): leave it out, or use the unquantised checkpoint"
         )
-    with Checkpoint(path, model_config.unused_tensors, progress, base_names(path, raw)) as checkpoint:
+    names = base_names(path, raw)
+    with Checkpoint(path, model_config.unused_tensors, progress, names, model_config.aliases) as checkpoint:
         if checkpoint.passed_over:
             logger.info(
                 "%s: %d tensors are passed over (%s …): text alone is served",
@@ -88,6 +97,7 @@ def load_model(
                 checkpoint.passed_over.total(),
                 " …, ".join(checkpoint.passed_over),
             )
+        model_config = as_stored(model_config, checkpoint)
         expected = tensor_shapes(model_config)
         if HEAD in checkpoint:  # some files hold a tied head a second time
             expected[HEAD] = expected[EMBEDDING]
@@ -114,12 +124,22 @@ def load_model(
         return _Loader(model_config, checkpoint, quantised, ops, dtype, num_positions, config, shard).load()
 
 
+def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The config with its feed-forwards in the form that the checkpoint has them."""
+
+    def stored(layer: int, layout: FeedForwardLayout) -> FeedForwardLayout:
+        return layout.as_stored(lambda path: f"model.layers.{layer}.{path}" in checkpoint)
+
+    return replace(config, feed_forwards=tuple(stored(*each) for each in enumerate(config.feed_forwards)))
+
+
 def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
     """Every linear that a format may have quantised: those of the layers, and a head that is not the embedding."""
     shapes = [
         LinearShape(f"model.layers.{layer}.{part}", out_features, linear.in_features, linear.bias)
         for layer in range(config.num_layers)
         for linear in layer_linears(config, layer)
+        if linear.stack is None or not linear.stack.stored
         for part, out_features in stored_shapes(linear)
     ]
     if not config.tie_word_embeddings:
@@ -216,7 +236,7 @@ class _Loader:
         return DecoderLayer(
             qkv=qkv,
             o=o,
-            feed_forward=self.config.feed_forwards[index].build(self.ops, others),
+            feed_forward=self._feed_forward(index, others),
             norm_before_attention=self._layer_norm_if(index, norms.before_attention),
             norm_before_mlp=self._layer_norm_if(index, norms.before_mlp),
             norm_after_attention=self._layer_norm_if(index, norms.after_attention),
@@ -228,6 +248,16 @@ class _Loader:
             window=self._window(attention),
         )
 
+    def _feed_forward(self, index: int, linears: Sequence[LoRALinear]) -> FeedForward:
+        layout = self.config.feed_forwards[index]
+        vectors = [self._vector(f"model.layers.{index}.{path}") for path in layout.vectors()]
+        return layout.build(self.ops, linears, vectors)
+
+    def _vector(self, name: str) -> Tensor:
+        vector = self.checkpoint.stacked([(name, ())], torch.float32, self.ops.device)
+        self.nbytes += vector.nbytes
+        return vector
+
     def _window(self, attention: LayerAttention) -> int | None:
         """The window of a layer; None: it has none, or no sequence is longer.
 
@@ -238,12 +268,33 @@ class _Loader:
 
     def _fused(self, index: int, prefix: str, linear: FusedLinear) -> LoRALinear:
         held = [(prefix + path, rows, columns) for path, rows, columns in stored_parts(linear, self.shard)]
-        bias = self._bias(held, adds_bias(linear, self.shard)) if linear.bias else None
-        return self._lora_linear(site_name(index, linear), self._linear(self._weights(held), bias))
+        if linear.stack is not None and linear.stack.stored:
+            weights, biases = self._stacked(prefix, linear.stack, held)
+        else:
+            weights = self._weights(held)
+            biases = [(f"{path}.bias", (rows,)) for path, rows, _ in held]
+        bias = self._bias(biases, adds_bias(linear, self.shard)) if linear.bias else None
+        return self._lora_linear(site_name(index, linear), self._linear(weights, bias))
 
-    def _bias(self, held: Held, adds: bool) -> Tensor:
-        bias = self._rows([(f"{path}.bias", (rows,)) for path, rows, _ in held])
+    def _bias(self, parts: Sequence[tuple[str, Part]], adds: bool) -> Tensor:
+        bias = self._rows(parts).flatten()
         return bias if adds else bias.zero_()
+
+    def _stacked(self, prefix: str, stack: Stack, held: Held) -> tuple[list[Matrix], list[tuple[str, Part]]]:
+        """An expert's matrices where the checkpoint has those of all as one tensor, and where its biases lie."""
+        own = slice(stack.index, stack.index + 1)
+        whole = self.rounding is not None  # before it is cut, a matrix is rounded
+        found: list[Tensor] = []
+        for _, rows, columns in held:
+            part: Part = (own,) if whole else (own, columns, rows) if stack.transposed else (own, rows, columns)
+            matrix = self.checkpoint.dense(prefix + stack.path, self.dtype, self.ops.device, part)[0]
+            found.append((matrix.t() if stack.transposed else matrix).contiguous())
+        biases: list[tuple[str, Part]] = [(prefix + stack.bias, (own, rows)) for _, rows, _ in held]
+        if self.rounding is None:
+            return [found], biases
+        return [
+            cut(round_to_nearest(each, self.rounding), *at[1:]) for each, at in zip(found, held, strict=True)
+        ], biases
 
     def _lora_linear(self, site: str, linear: AnyLinear) -> LoRALinear:
         return LoRALinear(self.ops, linear, self.num_slots, self.replaced.table.at(site))
@@ -318,9 +369,7 @@ class _Loader:
         return linears[0] if len(linears) == 1 else SideBySide(linears, bias)
 
     def _norm(self, name: str) -> Tensor:
-        weight = self.checkpoint.stacked([(name, ())], torch.float32, self.ops.device)
-        self.nbytes += weight.nbytes
-        return weight.add_(self.config.norm_offset)
+        return self._vector(name).add_(self.config.norm_offset)
 
     def _layer_norm(self, index: int, module: str) -> AdaptedNorm:
         return self._adapted_norm(norm_site(index, module), f"model.layers.{index}.{module}.weight")

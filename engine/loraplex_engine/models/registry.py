@@ -24,10 +24,12 @@ from loraplex_engine.models import (
     helium,
     llama,
     mistral,
+    mixtral,
     olmo2,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     seed_oss,
     smollm3,
 )
@@ -56,6 +58,8 @@ FAMILIES: tuple[Family, ...] = (
     seed_oss.FAMILY,
     cwm.FAMILY,
     arcee.FAMILY,
+    mixtral.FAMILY,
+    qwen3_moe.FAMILY,
 )
 ARCHITECTURES = (
     *(name for family in FAMILIES for name in family.architectures),

@@ -71,6 +71,9 @@ auto created(F f) noexcept -> decltype(f()) {
 struct AnyLinear {
     virtual ~AnyLinear() = default;
     virtual void apply(Context& context, const void* x, void* y, int64_t rows) const = 0;
+    // Of several like this one.
+    virtual void apply_group(Context& context, const AnyLinear* const* experts, int64_t count, const int64_t* starts,
+                             const void* x, void* y) const = 0;
     virtual void unpack(int64_t first, int64_t last, float* out) const = 0;
     virtual int64_t bytes() const = 0;
 };
@@ -82,6 +85,13 @@ struct TypedLinear final : AnyLinear {
     explicit TypedLinear(Arguments&&... arguments) : linear(std::forward<Arguments>(arguments)...) {}
     void apply(Context& context, const void* x, void* y, int64_t rows) const override {
         linear.apply(context, static_cast<const T*>(x), static_cast<T*>(y), rows);
+    }
+    void apply_group(Context& context, const AnyLinear* const* experts, int64_t count, const int64_t* starts,
+                     const void* x, void* y) const override {
+        static thread_local std::vector<const L*> list;
+        list.clear();
+        for (int64_t e = 0; e < count; ++e) list.push_back(&static_cast<const TypedLinear*>(experts[e])->linear);
+        L::apply_group(context, list.data(), count, starts, static_cast<const T*>(x), static_cast<T*>(y));
     }
     void unpack(int64_t first, int64_t last, float* out) const override { linear.unpack(first, last, out); }
     int64_t bytes() const override { return linear.bytes(); }
@@ -101,7 +111,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 10; }
+EXPORT int loraplex_version() { return 11; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -148,6 +158,22 @@ EXPORT int64_t loraplex_linear_bytes(const AnyLinear* linear) { return linear->b
 
 EXPORT int loraplex_linear(Context* context, const AnyLinear* linear, const void* x, void* y, int64_t rows) {
     return guarded([&] { linear->apply(*context, x, y, rows); });
+}
+
+// experts: `count` linears of one dtype, shape and codec. x: sorted by expert, rows starts[e] … starts[e + 1] - 1 are e's.
+EXPORT int loraplex_grouped_linear(Context* context, const AnyLinear* const* experts, int64_t count,
+                                   const int64_t* starts, const void* x, void* y) {
+    return guarded([&] { experts[0]->apply_group(*context, experts, count, starts, x, y); });
+}
+
+EXPORT int loraplex_weighted_sums(Context* context, int dtype, const void* x, const int64_t* places,
+                                  const float* weights, void* out, int64_t rows, int64_t k, int64_t c) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            weighted_sums(*context, static_cast<const T*>(x), places, weights, static_cast<T*>(out), rows, k, c);
+        });
+    });
 }
 
 // parts: [count, 4] of rank_start, rank, out_start, n. affine: [2, affine_n], or null. Called by any thread.

@@ -86,13 +86,21 @@ void Linear<T>::unpack(int64_t first, int64_t last, float* out) const {
 }
 
 template <class T>
+int64_t Linear<T>::rows_at_once(int64_t stride) const {
+    return std::max<int64_t>(4 * ROWS_AT_ONCE, X_BLOCK_BYTES / (stride * int64_t(sizeof(X))));
+}
+
+template <class T>
+int64_t Linear<T>::panels_at_once() const {
+    return std::max<int64_t>(1, CHUNK_BYTES / (steps_ * PANEL * PAIR * int64_t(sizeof(T))));
+}
+
+template <class T>
 void Linear<T>::apply(Context& context, const T* x, T* y, int64_t rows) const {
     const Rows<X> input = prepare(context, x, rows, c_, steps_ * PAIR);
-    const int64_t panels = ceil_div(n_, PANEL);
-    const int64_t panel_bytes = steps_ * PANEL * PAIR * int64_t(sizeof(T));
-    const int64_t block = std::max<int64_t>(4 * ROWS_AT_ONCE, X_BLOCK_BYTES / (input.stride * int64_t(sizeof(X))));
+    const int64_t panels = ceil_div(n_, PANEL), group = panels_at_once();
+    const int64_t block = rows_at_once(input.stride);
     const int64_t blocks = ceil_div(rows, block);
-    const int64_t group = std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
     const int64_t groups = ceil_div(panels, group);
     context.pool.run(blocks * groups, [&](int64_t chunk) {
         const int64_t first = chunk / groups * block;
@@ -100,6 +108,32 @@ void Linear<T>::apply(Context& context, const T* x, T* y, int64_t rows) const {
         const RowsScope<X> scope(std::min(block, rows - first));
         for (int64_t p = begin; p < std::min(panels, begin + group); ++p)
             panel(input, y, first, std::min(block, rows - first), p);
+    });
+}
+
+template <class T>
+void Linear<T>::apply_group(Context& context, const Linear* const* experts, int64_t count, const int64_t* starts,
+                            const T* x, T* y) {
+    const Linear& shape = *experts[0];
+    const Rows<X> input = prepare(context, x, starts[count], shape.c_, shape.steps_ * PAIR);
+    const int64_t panels = ceil_div(shape.n_, PANEL), group = shape.panels_at_once();
+    const int64_t block = shape.rows_at_once(input.stride);
+    struct Piece {
+        const Linear* expert;
+        int64_t first, rows, begin;  // of rows and of panels
+    };
+    // Reused from step to step by the thread that steps; the workers only read it.
+    static thread_local std::vector<Piece> pieces;
+    pieces.clear();
+    for (int64_t e = 0; e < count; ++e)
+        for (int64_t first = starts[e]; first < starts[e + 1]; first += block)
+            for (int64_t begin = 0; begin < panels; begin += group)
+                pieces.push_back({experts[e], first, std::min(block, starts[e + 1] - first), begin});
+    context.pool.run(int64_t(pieces.size()), [&, list = pieces.data()](int64_t i) {
+        const Piece& piece = list[i];
+        const RowsScope<X> scope(piece.rows);
+        for (int64_t p = piece.begin; p < std::min(panels, piece.begin + group); ++p)
+            piece.expert->panel(input, y, piece.first, piece.rows, p);
     });
 }
 

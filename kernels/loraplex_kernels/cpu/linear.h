@@ -24,6 +24,10 @@ class Linear {
     // x: [rows, c] → y: [rows, n]
     void apply(Context& context, const T* x, T* y, int64_t rows) const;
 
+    // The rows of x that are sorted by expert: [starts[e], starts[e + 1]) → y = experts[e] of these. One region for all.
+    static void apply_group(Context& context, const Linear* const* experts, int64_t count, const int64_t* starts,
+                            const T* x, T* y);
+
     // Rows first … last - 1 of the weight → out: [last - first, c]
     void unpack(int64_t first, int64_t last, float* out) const;
 
@@ -33,6 +37,9 @@ class Linear {
     using X = typename Operand<T>::Type;
     static constexpr int PAIR = Operand<T>::pair;
 
+    // Rows that stay in a core's second cache beside a panel, and panels that are worth a trip to the chunk counter.
+    int64_t rows_at_once(int64_t stride) const;
+    int64_t panels_at_once() const;
     void pack(const T* const* rows, int64_t count, T* to) const;
     void panel(const Rows<X>& x, T* y, int64_t first, int64_t rows, int64_t panel) const;
 

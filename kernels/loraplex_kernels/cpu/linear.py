@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +24,28 @@ FLOAT8_FACTOR = 256.0  # the kernels read e4m3 with the exponent's bias of float
 class CpuLinear:
     """A matrix that the compiled kernels hold, dense or quantised. Shares no memory with its source tensors."""
 
-    def __init__(self, library: Library, handle: int | None, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self, library: Library, handle: int | None, shape: torch.Size, dtype: torch.dtype, codec: int | None = None
+    ) -> None:
         self.out_features, self.in_features = shape
         self.dtype = dtype  # of what it is multiplied with
+        self.codec = codec  # None: it is dense
         self.handle = owned(self, handle, library.linear_destroy, library)
         self.nbytes: int = library.linear_bytes(self.handle)
+
+
+class CpuLinearGroup:
+    """The linears of several experts, by their handles."""
+
+    def __init__(self, experts: Sequence[CpuLinear]) -> None:
+        first = experts[0]
+        self.out_features, self.in_features = first.out_features, first.in_features
+        self.dtype = first.dtype
+        # Experts whose codes are of different kinds are multiplied one after another.
+        self.alike = len({expert.codec for expert in experts}) == 1
+        self.experts = tuple(experts)
+        self._handles = np.array([expert.handle for expert in experts], dtype=np.uintp)
+        self.address = self._handles.ctypes.data
 
 
 def pack_dense(library: Library, weights: Sequence[Tensor], bias: Tensor | None) -> CpuLinear:
@@ -64,7 +82,7 @@ def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | Non
         form.group,
         *(_pointer(tensor) for tensor in (scale, offset, order, bias)),
     )
-    return CpuLinear(library, handle, codes.shape, dtype)
+    return CpuLinear(library, handle, codes.shape, dtype, form.codec)
 
 
 @dataclass(frozen=True, slots=True)

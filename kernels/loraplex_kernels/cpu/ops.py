@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from loraplex_kernels.cpu.library import Library, owned, succeed
-from loraplex_kernels.cpu.linear import DTYPE_CODES, CpuLinear, dtype_code, pack_dense, pack_quantized
+from loraplex_kernels.cpu.linear import DTYPE_CODES, CpuLinear, CpuLinearGroup, dtype_code, pack_dense, pack_quantized
 from loraplex_kernels.cpu.results import ResultMemory
 from loraplex_kernels.cpu.sampling import CpuSampling
 from loraplex_kernels.ops import (
@@ -19,8 +20,10 @@ from loraplex_kernels.ops import (
     AttentionMetadata,
     HeadShape,
     LayerKV,
+    LinearGroup,
     LoraSegments,
     LoraTable,
+    LoraTableGroup,
     LoraWeights,
     PackedLinear,
     PackedLora,
@@ -108,6 +111,25 @@ class CpuLoraTable:
             raise ValueError(f"slot {slot} is not in a table of {len(self._held)}")
 
 
+class CpuLoraTables:
+    """The tables of several experts, whose handles lie in one array: one slot of each after another."""
+
+    def __init__(self, tables: Sequence[CpuLoraTable]) -> None:
+        first = tables[0]
+        self.in_features, self.out_features = first.in_features, first.out_features
+        self.num_experts = len(tables)
+        self._tables = tuple(tables)
+        handles = np.stack([table.handles for table in tables], axis=1)
+        for expert, table in enumerate(tables):
+            table.handles = handles[:, expert]
+            del table.address
+        self.address = handles.ctypes.data
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return next((table.dtype for table in self._tables if table.dtype is not None), None)
+
+
 class CpuOps(CpuSampling):
     """`Ops` in C++. A row's result is the same bit for bit whatever else is in the step."""
 
@@ -152,14 +174,41 @@ class CpuOps(CpuSampling):
         succeed(self.library.linear(self._context, packed.handle, x.data_ptr(), y.data_ptr(), rows))
         return y
 
+    def group_linears(self, experts: Sequence[PackedLinear]) -> CpuLinearGroup:
+        return CpuLinearGroup([expert for expert in experts if isinstance(expert, CpuLinear)])
+
+    def grouped_linear(self, x: Tensor, group_starts: Tensor, group: LinearGroup) -> Tensor:
+        assert isinstance(group, CpuLinearGroup)
+        assert (x.dtype, x.shape[1]) == (group.dtype, group.in_features)
+        x = x.contiguous()
+        if not group.alike:
+            bounds = pairwise(group_starts.tolist())
+            pairs = zip(group.experts, bounds, strict=True)
+            return torch.cat([self.linear(x[start:end], expert) for expert, (start, end) in pairs])
+        y = self._results.empty(x, x.shape[0], group.out_features)
+        rows = group_starts.data_ptr(), x.data_ptr(), y.data_ptr()
+        succeed(self.library.grouped_linear(self._context, group.address, len(group.experts), *rows))
+        return y
+
+    def group_lora_tables(self, tables: Sequence[LoraTable]) -> CpuLoraTables:
+        return CpuLoraTables([table for table in tables if isinstance(table, CpuLoraTable)])
+
+    def weighted_sums(self, x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        assert weights.dtype is torch.float32
+        x, rows, weights = x.contiguous(), rows.contiguous(), weights.contiguous()
+        y = self._results.empty(x, len(rows), x.shape[1])
+        pointers = x.data_ptr(), rows.data_ptr(), weights.data_ptr(), y.data_ptr()
+        succeed(self.library.weighted_sums(self._context, DTYPE_CODES[x.dtype], *pointers, *rows.shape, x.shape[1]))
+        return y
+
     def pack_lora(self, weights: LoraWeights) -> CpuLora:
         return CpuLora(self.library, weights)
 
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> CpuLoraTable:
         return CpuLoraTable(in_features, out_features, num_slots)
 
-    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
-        assert isinstance(table, CpuLoraTable)
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable | LoraTableGroup) -> None:
+        assert isinstance(table, CpuLoraTable | CpuLoraTables)
         if table.dtype is None:
             return  # nothing was ever here
         assert x.dtype == y.dtype == table.dtype

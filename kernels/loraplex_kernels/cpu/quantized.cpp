@@ -335,6 +335,55 @@ void QuantizedLinear<T, Codec>::panel(const Input& x, T* y, int64_t first, int64
 }
 
 template <class T, class Codec>
+int64_t QuantizedLinear<T, Codec>::panels_at_once() const {
+    return std::max<int64_t>(1, CHUNK_BYTES / (units_ * UNIT_WORDS<Codec> * int64_t(sizeof(uint32_t))));
+}
+
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::apply_group(Context& context, const QuantizedLinear* const* experts, int64_t count,
+                                            const int64_t* starts, const T* x, T* y) {
+    struct Piece {
+        const QuantizedLinear* expert;
+        int64_t first, rows, begin;  // of rows and of panels
+    };
+    // Reused from step to step by the thread that steps; the workers only read it.
+    static thread_local std::vector<Piece> pieces;
+    pieces.clear();
+    const QuantizedLinear& shape = *experts[0];
+    const int64_t panels = ceil_div(shape.n_, CODE_PANEL), together = shape.panels_at_once();
+    bool has_offsets = false;
+    for (int64_t e = 0; e < count; ++e) {
+        const QuantizedLinear& expert = *experts[e];
+        const int64_t first = starts[e], rows = starts[e + 1] - first;
+        if (rows > FEW_ROWS<X> || (rows && expert.reordered_)) {
+            expert.apply(context, x + first * expert.c_, y + first * expert.n_, rows);
+        } else if (rows) {
+            has_offsets |= !expert.offsets_.empty();
+            for (int64_t begin = 0; begin < panels; begin += together)
+                pieces.push_back({&expert, first, rows, begin});
+        }
+    }
+    if (pieces.empty()) return;
+    Input input{pieces[0].expert->gather(context, x, starts[count])};
+    if (has_offsets) {
+        for (const Piece& piece : pieces)
+            if (!piece.expert->offsets_.empty()) {
+                input.sums = piece.expert->sum_groups(context, input.rows, starts[count]);
+                break;
+            }
+        input.sums_stride = starts[count];
+    }
+    Input without = input;
+    without.sums = nullptr;
+    context.pool.run(int64_t(pieces.size()), [&, list = pieces.data()](int64_t i) {
+        const Piece& piece = list[i];
+        const RowsScope<X> scope(piece.rows);
+        for (int64_t p = piece.begin; p < std::min(panels, piece.begin + together); ++p)
+            piece.expert->panel(piece.expert->offsets_.empty() ? without : input, y, piece.first, piece.rows, p);
+    });
+}
+
+template <class T, class Codec>
 void QuantizedLinear<T, Codec>::apply(Context& context, const T* x, T* y, int64_t rows) const {
     const auto width = int64_t(inputs_.size());
     Input input{gather(context, x, rows)};
@@ -348,13 +397,12 @@ void QuantizedLinear<T, Codec>::apply(Context& context, const T* x, T* y, int64_
         }
     }
     const int64_t panels = ceil_div(n_, CODE_PANEL);
-    const int64_t panel_bytes = units_ * UNIT_WORDS<Codec> * int64_t(sizeof(uint32_t));
     const int64_t fitting = X_BLOCK_BYTES / (width * int64_t(sizeof(X)));
     const int64_t blocks = ceil_div(rows, std::clamp<int64_t>(fitting, 4 * ROWS_AT_ONCE, MAX_ROWS));
     const auto block_begin = [&](int64_t block) {
         return std::min(rows, round_up(rows * block / blocks, input.tiled ? TILED_ROWS : 1));
     };
-    const int64_t together = std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
+    const int64_t together = panels_at_once();
     const int64_t chunks = ceil_div(panels, together);
     context.pool.run(blocks * chunks, [&](int64_t chunk) {
         const int64_t block = chunk / chunks, begin = chunk % chunks * together;

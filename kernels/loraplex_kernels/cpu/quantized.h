@@ -92,6 +92,10 @@ class QuantizedLinear {
     // x: [rows, c] → y: [rows, n]
     void apply(Context& context, const T* x, T* y, int64_t rows) const;
 
+    // As Linear has it: one region for all experts with few rows; those with many are enough work by themselves.
+    static void apply_group(Context& context, const QuantizedLinear* const* experts, int64_t count,
+                            const int64_t* starts, const T* x, T* y);
+
     // Rows first … last - 1 of the matrix, in the order of the inputs → out: [last - first, c]
     void unpack(int64_t first, int64_t last, float* out) const;
 
@@ -121,6 +125,7 @@ class QuantizedLinear {
         }
     };
 
+    int64_t panels_at_once() const;
     const uint32_t* units(int64_t panel, const Group& group) const {
         return codes_.data() + (panel * units_ + group.unit) * UNIT_WORDS<Codec>;
     }

@@ -168,6 +168,23 @@ void gate(Context& context, Activation activation, const T* x, T* out, int64_t r
     });
 }
 
+template <class T>
+void weighted_sums(Context& context, const T* x, const int64_t* places, const float* weights, T* out, int64_t rows,
+                   int64_t k, int64_t c) {
+    for_rows(context, rows, k * c, [&](int64_t row) {
+        const int64_t* from = places + row * k;
+        const float* factors = weights + row * k;
+        map(x + from[0] * c, out + row * c, c, [&](Vec first, int64_t i) {
+            Vec total = first * fill(factors[0]);
+            for (int64_t j = 1; j < k; ++j) {
+                const T* others = x + from[j] * c + i;
+                total = fma(i + W <= c ? load(others) : load_some(others, int(c - i)), fill(factors[j]), total);
+            }
+            return total;
+        });
+    });
+}
+
 #define LORAPLEX_STORE(T, S)                                                                               \
     template void rotary_store_kv(Context&, const T*, T*, int64_t, int64_t, const QKNorm&, const int64_t*, \
                                   const Rotation&, const Cache<T, S>&, const int64_t*);
@@ -177,7 +194,8 @@ void gate(Context& context, Activation activation, const T* x, T* out, int64_t r
     LORAPLEX_STORE(T, T)                                                                              \
     LORAPLEX_STORE(T, i8)                                                                             \
     LORAPLEX_STORE(T, f8)                                                                             \
-    template void gate<T>(Context&, Activation, const T*, T*, int64_t, int64_t);
+    template void gate<T>(Context&, Activation, const T*, T*, int64_t, int64_t);                      \
+    template void weighted_sums<T>(Context&, const T*, const int64_t*, const float*, T*, int64_t, int64_t, int64_t);
 LORAPLEX_ROWS(float)
 LORAPLEX_ROWS(bf16)
 LORAPLEX_ROWS(f16)

@@ -40,4 +40,9 @@ enum class Activation { silu, gelu_tanh };
 template <class T>
 void gate(Context& context, Activation activation, const T* x, T* out, int64_t rows, int64_t f);
 
+// out[t] = Σ_j weights[t, j] · x[places[t, j]].  x: [any, c], places and weights: [rows, k], out: [rows, c]
+template <class T>
+void weighted_sums(Context& context, const T* x, const int64_t* places, const float* weights, T* out, int64_t rows,
+                   int64_t k, int64_t c);
+
 }  // namespace loraplex

@@ -19,18 +19,20 @@ from loraplex_kernels.ops import (
     AttentionMetadata,
     HeadShape,
     LayerKV,
+    LinearGroup,
     LoraSegments,
     LoraTable,
+    LoraTableGroup,
     LoraWeights,
     PackedLinear,
     QKNorm,
 )
 from loraplex_kernels.quantized import QuantizedWeight
-from loraplex_kernels.reference import ReferenceLinear
+from loraplex_kernels.reference import ReferenceGroup, ReferenceLinear, weighted_sums
 from loraplex_kernels.sampling import TorchSampling
 from loraplex_kernels.triton.activation import activate_and_mul
 from loraplex_kernels.triton.attention import Scoring, paged_attention
-from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, segmented_lora
+from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, TritonLoraTables, segmented_lora
 from loraplex_kernels.triton.mask import mask_logits
 from loraplex_kernels.triton.norm import rms_norm
 from loraplex_kernels.triton.quantized import TritonQuantizedLinear, quantized_linear
@@ -84,14 +86,27 @@ class TritonOps(TorchSampling):
         assert isinstance(packed, ReferenceLinear)
         return F.linear(x, packed.weight, packed.bias)
 
+    def group_linears(self, experts: Sequence[PackedLinear]) -> ReferenceGroup:
+        return ReferenceGroup(experts)
+
+    def grouped_linear(self, x: Tensor, group_starts: Tensor, group: LinearGroup) -> Tensor:
+        assert isinstance(group, ReferenceGroup)
+        return group.one_by_one(x, group_starts, self.linear)
+
+    def group_lora_tables(self, tables: Sequence[LoraTable]) -> TritonLoraTables:
+        return TritonLoraTables([table for table in tables if isinstance(table, TritonLoraTable)])
+
+    def weighted_sums(self, x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        return weighted_sums(x, rows, weights)
+
     def pack_lora(self, weights: LoraWeights) -> TritonLora:
         return TritonLora(weights, self.device)
 
     def lora_table(self, in_features: int, out_features: int, num_slots: int) -> TritonLoraTable:
         return TritonLoraTable(in_features, out_features, num_slots, self.device, self._lora_growth)
 
-    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable) -> None:
-        assert isinstance(table, TritonLoraTable)
+    def segmented_lora(self, y: Tensor, x: Tensor, segments: LoraSegments, table: LoraTable | LoraTableGroup) -> None:
+        assert isinstance(table, TritonLoraTable | TritonLoraTables)
         segmented_lora(y, x, segments, table, self._num_multiprocessors)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

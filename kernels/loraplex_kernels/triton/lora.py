@@ -10,6 +10,7 @@ may change under a captured CUDA graph, as long as no rank exceeds the table's c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -329,6 +330,36 @@ class TritonLoraTable:
         self._dtype = dtype
 
 
+class TritonLoraTables:
+    """The tables of several experts, whose entries lie in one tensor: one slot of each after another."""
+
+    def __init__(self, tables: Sequence[TritonLoraTable]) -> None:
+        first = tables[0]
+        self.num_experts = len(tables)
+        self.in_features, self.out_features = first.in_features, first.out_features
+        self.entries = torch.stack([table.entries for table in tables], dim=1).flatten(0, 1)
+        for expert, table in enumerate(tables):
+            table.entries = self.entries[expert :: self.num_experts]
+        self._tables = tuple(tables)
+
+    @property
+    def capacity(self) -> int:
+        return max(table.capacity for table in self._tables)
+
+    @property
+    def slice_capacity(self) -> int:
+        return max(table.slice_capacity for table in self._tables)
+
+    @property
+    def has_scaled(self) -> bool:
+        return any(table.has_scaled for table in self._tables)
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """As that of a table."""
+        for table in self._tables:
+            table.check_dtype(dtype)
+
+
 def _room_for(rank: int) -> int:
     return max(MIN_RANK_STEP, int(triton.next_power_of_2(rank)))
 
@@ -358,7 +389,7 @@ def segmented_lora(
     y: Tensor,  # [T, N]
     x: Tensor,  # [T, C]
     segments: LoraSegments,
-    table: TritonLoraTable,
+    table: TritonLoraTable | TritonLoraTables,
     num_multiprocessors: int,
 ) -> None:
     """`Ops.segmented_lora`. The result of shrinking is rounded to the dtype of x before expanding, as in PEFT."""

@@ -65,7 +65,6 @@ def test_initialisations_that_change_the_base_are_refused(init: object) -> None:
     ("name", "value"),
     [
         ("layer_replication", [[0, 4], [2, 5]]),
-        ("target_parameters", ["experts.down_proj"]),
         ("use_qalora", True),
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", {"beta": 1e-4}),

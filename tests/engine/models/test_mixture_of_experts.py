@@ -1,10 +1,9 @@
-"""Layers may differ in their feed-forward: a family with a mixture of experts needs nothing but this file."""
+"""Mixtures of experts: what equal experts compute is what one does, dense or quantised, in each form of checkpoints."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,74 +13,39 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
-from loraplex_adapters.runtime.layer import LoRALinear
-from loraplex_engine.checkpoint.config_fields import ConfigFields
-from loraplex_engine.checkpoint.model_config import FeedForward, FusedLinear, ModelConfig
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.core import EngineCore
-from loraplex_engine.layers.feed_forward import GatedLayout
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
-from loraplex_engine.models import qwen2, registry
-from loraplex_engine.models.reading import Family
-from loraplex_kernels.ops import LoraSegments, Ops
+from loraplex_engine.models import load_model
 from tests.engine.models.loras import write_lora
 from tests.engine.quantization import packing
-from tests.engine.quantization.checkpoints import MODEL, load, logits, make_twins
+from tests.engine.quantization.checkpoints import MODEL, load, logits, make_twins, reference_ops
 from tests.engine.quantization.formats import gptq
 from tests.reference.stepping import step
 
-NUM_EXPERTS, PER_TOKEN = 3, 2
+NUM_EXPERTS = 3
+DENSE: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
+MIXED: dict[str, Any] = {
+    **DENSE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": NUM_EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": MODEL["intermediate_size"],
+    "norm_topk_prob": True,
+    "mlp_only_layers": [0],
+}
+TOKENS = torch.arange(3, 20)
 
 
-@dataclass
-class Mixture:
-    linears: Sequence[LoRALinear]
-    experts: Sequence[FeedForward]
-
-    def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
-        weights, chosen = self.linears[0](x, lora).float().softmax(1).topk(PER_TOKEN)
-        shares = torch.zeros(len(x), NUM_EXPERTS).scatter_(1, chosen, weights / weights.sum(1, keepdim=True))
-        return torch.einsum("te,etc->tc", shares, torch.stack([expert(x, lora) for expert in self.experts]))
-
-
-@dataclass(frozen=True)
-class MixtureLayout:
-    expert: GatedLayout
-
-    def linears(self, hidden_size: int) -> tuple[FusedLinear, ...]:
-        router = FusedLinear("router", "mlp.router", hidden_size, (("mlp.router", NUM_EXPERTS),), False, "nothing")
-        dense = self.expert.linears(hidden_size)
-        return router, *(_of_expert(index, linear) for index in range(NUM_EXPERTS) for linear in dense)
-
-    def build(self, ops: Ops, linears: Sequence[LoRALinear]) -> Mixture:
-        return Mixture(linears, [self.expert.build(ops, linears[i : i + 2]) for i in range(1, len(linears), 2)])
-
-
-def _of_expert(index: int, linear: FusedLinear) -> FusedLinear:
-    path = f"mlp.experts.{index}."
-    parts = tuple((part.replace("mlp.", path), size) for part, size in linear.parts)
-    return replace(linear, name=f"{index}.{linear.name}", module=linear.module.replace("mlp.", path), parts=parts)
-
-
-def read_mixture(architecture: str, fields: ConfigFields) -> ModelConfig:
-    config = qwen2.read(architecture, fields)
-    dense, last = config.feed_forwards
-    assert isinstance(last, GatedLayout)
-    return replace(config, feed_forwards=(dense, MixtureLayout(last)))
-
-
-@pytest.fixture(autouse=True)
-def _family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, Family(("MixtureForTests",), (), read_mixture)))
-
-
-def generate(folder: Path, tensors: dict[str, Tensor], modules: Sequence[str], **raw: Any) -> list[list[int]]:
-    """What a model of these weights continues a prompt with: alone, and with the same LoRA at each of `modules`."""
+def generate(folder: Path, modules: Sequence[str], backend: str) -> list[list[int]]:
+    """What a model continues a prompt with: alone, and with the same LoRA at each of `modules`."""
     key = write_lora(folder / "adapter", {f"model.layers.1.mlp.{module}": (128, 64) for module in modules})
-    (folder / "config.json").write_text(json.dumps({**MODEL, **raw}))
-    save_file(tensors, folder / "model.safetensors")
-    config = EngineConfig(model=str(folder), kv_cache_bytes=1 << 20, max_num_batched_tokens=9, threads=1)
+    config = EngineConfig(
+        model=str(folder), kv_cache_bytes=1 << 20, max_num_batched_tokens=9, threads=1, kernels=backend
+    )
     core, sampling = EngineCore.load(config), SamplingParams(seed=0, temperature=0.0, max_tokens=12)
     core.want_adapter(WantAdapter(key, 1, str(folder / "adapter")))
     for number, adapter in enumerate((None, key)):
@@ -95,24 +59,101 @@ def generate(folder: Path, tensors: dict[str, Tensor], modules: Sequence[str], *
     return tokens
 
 
-def test_equal_experts_generate_what_one_does_and_so_do_equal_adapters_on_them(tmp_path: Path) -> None:
-    dense = load_file(make_twins(tmp_path, {}, packing.gptq()).dense / "model.safetensors")
+def write(folder: Path, tensors: dict[str, Tensor], raw: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**MODEL, **raw}))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> dict[str, Tensor]:
+    return load_file(make_twins(tmp_path, {}, packing.gptq(), **DENSE).dense / "model.safetensors")
+
+
+@pytest.fixture
+def mixed(dense: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same model with equal experts in its last layer."""
     mlp = {name: tensor for name, tensor in dense.items() if ".1.mlp." in name}
-    mixed = {name: tensor for name, tensor in dense.items() if name not in mlp}
-    mixed["model.layers.1.mlp.router.weight"] = torch.randn(NUM_EXPERTS, 64, generator=Generator().manual_seed(1))
+    tensors = {name: tensor for name, tensor in dense.items() if name not in mlp}
+    tensors["model.layers.1.mlp.gate.weight"] = torch.randn(NUM_EXPERTS, 64, generator=Generator().manual_seed(1))
     for index, (name, tensor) in product(range(NUM_EXPERTS), mlp.items()):
-        mixed[name.replace("mlp", f"mlp.experts.{index}")] = tensor.clone()
-    wanted = generate(tmp_path / "one", dense, ["up_proj"])
+        tensors[name.replace("mlp", f"mlp.experts.{index}")] = tensor.clone()
+    return tensors
+
+
+def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The experts' matrices as transformers has them in memory."""
+    kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    experts = [
+        {kind: tensors[f"model.layers.1.mlp.experts.{index}.{kind}_proj.weight"] for kind in ("gate", "up", "down")}
+        for index in range(NUM_EXPERTS)
+    ]
+    kept["model.layers.1.mlp.experts.gate_up_proj"] = torch.stack([torch.cat((e["gate"], e["up"])) for e in experts])
+    kept["model.layers.1.mlp.experts.down_proj"] = torch.stack([e["down"] for e in experts])
+    return kept
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_equal_experts_generate_what_one_does_and_so_do_equal_adapters_on_them(
+    tmp_path: Path, dense: dict[str, Tensor], mixed: dict[str, Tensor], backend: str
+) -> None:
+    wanted = generate(write(tmp_path / "one", dense, DENSE), ["up_proj"], backend)
     assert wanted[0] != wanted[1]
     each = [f"experts.{index}.up_proj" for index in range(NUM_EXPERTS)]
-    assert generate(tmp_path / "mixed", mixed, each, architectures=["MixtureForTests"]) == wanted
+    assert generate(write(tmp_path / "mixed", mixed, MIXED), each, backend) == wanted
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_stacked_experts_are_the_same_as_those_with_tensors_of_their_own(
+    tmp_path: Path, mixed: dict[str, Tensor], quantization: str | None
+) -> None:
+    each = load(write(tmp_path / "each", mixed, MIXED), quantization=quantization)
+    together = load(write(tmp_path / "together", stacked(mixed), MIXED), quantization=quantization)
+    torch.testing.assert_close(logits(together, TOKENS), logits(each, TOKENS))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_its_part_of_stacked_experts(tmp_path: Path, mixed: dict[str, Tensor], rank: int) -> None:
+    def parts(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        folder = write(tmp_path / name, tensors, MIXED)
+        config = EngineConfig(model=str(folder), max_resident_adapters=2)
+        model = load_model(config, folder, reference_ops(), shard=Shard(rank, 2))
+        bases = {path: target.base for path, target in model.lora_targets().items() if ".experts." in path}
+        return {
+            path: base.dequantize(0, target.columns.stop)
+            for path, target in model.lora_targets().items()
+            if (base := bases.get(path)) is not None
+        }
+
+    each, together = parts("each", mixed), parts("together", stacked(mixed))
+    assert each
+    assert each.keys() == together.keys()
+    assert all(torch.equal(each[path], together[path]) for path in each)
 
 
 def test_experts_are_read_quantised_where_the_checkpoint_has_them_so(tmp_path: Path) -> None:
-    twins = make_twins(tmp_path, gptq(), packing.gptq(), ("router",), architectures=["MixtureForTests"])
-    tokens = torch.arange(3, 20)
-    torch.testing.assert_close(logits(load(twins.quantised), tokens), logits(load(twins.dense), tokens))
+    twins = make_twins(tmp_path, gptq(), packing.gptq(), ("gate",), **MIXED)
+    torch.testing.assert_close(logits(load(twins.quantised), TOKENS), logits(load(twins.dense), TOKENS))
 
 
-def test_a_new_kind_of_feed_forward_takes_little(request: pytest.FixtureRequest) -> None:
-    assert len(request.path.read_text().splitlines()) <= 120
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_experts", 1 << 20, "num_experts"),
+        ("num_experts_per_tok", 4, "num_experts_per_tok"),
+        ("moe_intermediate_size", "many", "moe_intermediate_size"),
+    ],
+)
+def test_a_file_with_impossible_experts_is_refused_by_the_field(
+    tmp_path: Path, mixed: dict[str, Tensor], field: str, value: object, message: str
+) -> None:
+    folder = write(tmp_path / "mixed", mixed, {**MIXED, field: value})
+    with pytest.raises(ModelError, match=rf"config\.json: {message}"):
+        load(folder)
+
+
+def test_a_checkpoint_that_lacks_an_expert_is_refused_by_name(tmp_path: Path, mixed: dict[str, Tensor]) -> None:
+    del mixed["model.layers.1.mlp.experts.2.up_proj.weight"]
+    with pytest.raises(ModelError, match=r"missing: model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight"):
+        load(write(tmp_path / "mixed", mixed, MIXED))

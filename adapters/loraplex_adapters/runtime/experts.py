@@ -1,0 +1,95 @@
+"""Adapters on the parameter of all experts, cut into one for each expert.
+
+PEFT's `target_parameters` train A [E·R, C] and B [N, R·E] of a parameter [E, N, C]: expert e has rows e·R … of A, and
+every E-th column of B, from e on. The file names the module that has the parameter, once for each of its parameters
+("experts.lora_A", "experts.base_layer.lora_A"); which is which, only the shapes tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from loraplex_adapters.files.names import LoraTensorName, Part, SplitNames, base_module_candidates
+from loraplex_adapters.pace import Rest, no_rest, resting
+from loraplex_adapters.runtime.targets import LoraTarget
+
+WRAPPER = ".base_layer"  # PEFT's, around a module that has several trained parameters
+
+Experts = dict[str, LoraTarget]  # of one parameter, by the path of each expert's module, in order
+Parameters = dict[str, dict[str, Experts]]  # by the module that has them, then by their own name
+
+
+def split_experts(
+    split: SplitNames, tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget], rest: Rest = no_rest
+) -> tuple[SplitNames, Mapping[str, Tensor]]:
+    """The names and tensors, with those of each expert in place of those of all.
+
+    Tensors that fit no parameter stay as they are, and are then found to have no place.
+    """
+    parameters = _parameters(targets)
+    if not parameters:
+        return split, tensors
+    shapes: dict[str, dict[Part, Tensor]] = {}
+    for name in split.names:
+        if name.part in ("A", "B"):
+            shapes.setdefault(name.module, {})[name.part] = tensors[name.key]
+    names: list[LoraTensorName] = []
+    cut: dict[str, Tensor] = dict(tensors)
+    for name in resting(split.names, rest):
+        fitting = _fitting(name.module, shapes.get(name.module, {}), parameters)
+        if fitting is None or name.part not in ("A", "B"):
+            names.append(name)
+            continue
+        parameter, experts = fitting
+        trained = f"{_unwrapped(name.module)}.{parameter}"
+        tensor = cut.pop(name.key)
+        for index, path in enumerate(experts):
+            own = replace(name, key=f"{name.key}[{index}]", module=trained, of_expert=path)
+            cut[own.key] = _of_expert(tensor, name.part, index, len(experts))
+            names.append(own)
+    return replace(split, names=names), cut
+
+
+def _parameters(targets: Mapping[str, LoraTarget]) -> Parameters:
+    found: Parameters = {}
+    for path, target in targets.items():
+        if target.stack:
+            module, _, parameter = target.stack.rpartition(".")
+            found.setdefault(module, {}).setdefault(parameter, {})[path] = target
+    return found
+
+
+def _fitting(module: str, shapes: Mapping[Part, Tensor], parameters: Parameters) -> tuple[str, Experts] | None:
+    """The one parameter of a module that tensors of these shapes can be for."""
+    candidates = base_module_candidates(_unwrapped(module)) & parameters.keys()
+    fitting = [
+        (name, experts)
+        for path in sorted(candidates)
+        for name, experts in parameters[path].items()
+        if all(_fits(tensor, part, experts) for part, tensor in shapes.items())
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _fits(tensor: Tensor, part: Part, experts: Experts) -> bool:
+    if tensor.dim() != 2:
+        return False
+    out_features, in_features = next(iter(experts.values())).whole_shape
+    size, ranks = (tensor.shape[1], tensor.shape[0]) if part == "A" else tensor.shape
+    return size == (in_features if part == "A" else out_features) and ranks % len(experts) == 0
+
+
+def _of_expert(tensor: Tensor, part: Part, index: int, count: int) -> Tensor:
+    if part == "A":
+        rank = len(tensor) // count
+        return tensor[index * rank : (index + 1) * rank]
+    return tensor[:, index::count]
+
+
+def _unwrapped(module: str) -> str:
+    while module.endswith(WRAPPER):
+        module = module.removesuffix(WRAPPER)
+    return module

@@ -1,0 +1,131 @@
+"""Mixtures of experts: feed-forwards of which every token goes through a few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loraplex_adapters.runtime.layer import LoRALinear
+from loraplex_engine.checkpoint.model_config import FeedForward, FusedLinear, ModelError, Stack
+from loraplex_engine.layers.feed_forward import GatedLayout
+from loraplex_engine.layers.linear import Linear, SideBySide
+from loraplex_engine.layers.routing import Routing
+from loraplex_kernels.ops import LoraSegments, Ops, PackedLinear
+from loraplex_kernels.routes import Routes, route
+
+
+class ExpertLinears:
+    """The same linear of every expert, with the adapters beside each: rows go to their own expert's."""
+
+    def __init__(self, ops: Ops, experts: Sequence[LoRALinear]) -> None:
+        packed = [_packed(expert) for expert in experts]
+        if len({len(parts) for parts in packed}) > 1:
+            raise ModelError("experts are quantised in different ways, so that they cannot be computed together")
+        self.num_experts = len(experts)
+        self._ops = ops
+        self._groups = [ops.group_linears(parts) for parts in zip(*packed, strict=True)]
+        self._table = ops.group_lora_tables([expert.table for expert in experts])
+
+    def __call__(self, x: Tensor, routes: Routes) -> Tensor:
+        """x: [R, C], sorted by expert → [R, N]"""
+        parts = [self._ops.grouped_linear(x, routes.starts, group) for group in self._groups]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if routes.lora is not None:
+            self._ops.segmented_lora(y, x, routes.lora, self._table)
+        return y
+
+
+def _packed(expert: LoRALinear) -> tuple[PackedLinear, ...]:
+    assert isinstance(expert.linear, Linear | SideBySide)
+    return expert.linear.packed
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """y = Σ weight[e] · expert[e](x) over a token's experts e, and the output of the shared one if there is one."""
+
+    ops: Ops
+    routing: Routing
+    correction: Tensor | None  # [E]
+    router: LoRALinear
+    gate_up: ExpertLinears
+    down: ExpertLinears
+    activate_and_mul: Callable[[Tensor], Tensor]  # [R, 2F] → [R, F]
+    shared: FeedForward | None  # of every token
+    shared_gate: LoRALinear | None  # how much the shared one counts: [T, C] → [T, 1]
+    linears: Sequence[LoRALinear]
+
+    def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
+        weights, chosen = self.routing(self.router(x, lora), self.correction)
+        routes = route(chosen, self.gate_up.num_experts, lora)
+        rows = x.index_select(0, routes.tokens)
+        outputs = self.down(self.activate_and_mul(self.gate_up(rows, routes)), routes)
+        y = self.ops.weighted_sums(outputs, routes.rows, weights)
+        if self.shared is not None:
+            others = self.shared(x, lora)
+            if self.shared_gate is not None:
+                others *= torch.sigmoid(self.shared_gate(x, lora))
+            y += others
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureLayout:
+    """A router, experts of one shape and perhaps a feed-forward beside them."""
+
+    num_experts: int  # E
+    expert: GatedLayout  # its module is that of all experts
+    routing: Routing
+    router: str = "mlp.gate"  # its path inside a layer
+    router_bias: bool = False
+    correction: str | None = None  # the path of what is added to the scores to choose by
+    shared: GatedLayout | None = None
+    shared_gate: str | None = None
+    stacked: bool = False  # the checkpoint has the experts' matrices as one tensor
+    transposed: bool = False  # which is [E, C, N]
+
+    def as_stored(self, holds: Callable[[str], bool]) -> MixtureLayout:
+        return replace(self, stacked=self.stacked or holds(f"{self.expert.module}.gate_up_proj"))
+
+    def linears(self, hidden_size: int) -> tuple[FusedLinear, ...]:
+        found = [_dense("router", self.router, hidden_size, self.num_experts, self.router_bias)]
+        for index in range(self.num_experts):
+            found.extend(self._expert(index, hidden_size))
+        if self.shared is not None:
+            found.extend(self.shared.linears(hidden_size))
+        if self.shared_gate is not None:
+            found.append(_dense("shared_gate", self.shared_gate, hidden_size, 1))
+        return tuple(found)
+
+    def vectors(self) -> Mapping[str, int]:
+        return {} if self.correction is None else {self.correction: self.num_experts}
+
+    def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> Mixture:
+        router, experts, others = linears[0], linears[1 : 1 + 2 * self.num_experts], linears[1 + 2 * self.num_experts :]
+        gated = self.expert.build(ops, experts[:2])
+        return Mixture(
+            ops,
+            self.routing,
+            vectors[0] if vectors else None,
+            router,
+            ExpertLinears(ops, experts[::2]),
+            ExpertLinears(ops, experts[1::2]),
+            gated.activate_and_mul,
+            None if self.shared is None else self.shared.build(ops, others[:2]),
+            None if self.shared_gate is None else others[-1],
+            tuple(linears),
+        )
+
+    def _expert(self, index: int, hidden_size: int) -> Iterator[FusedLinear]:
+        module = self.expert.module
+        expert = replace(self.expert, module=f"{module}.{index}", site=f"experts.{index}.")
+        for linear, parameter in zip(expert.linears(hidden_size), ("gate_up_proj", "down_proj"), strict=True):
+            stack = Stack(f"{module}.{parameter}", index, self.num_experts, self.stacked, self.transposed)
+            yield replace(linear, stack=stack)
+
+
+def _dense(site: str, path: str, in_features: int, out_features: int, bias: bool = False) -> FusedLinear:
+    return FusedLinear(site, path, in_features, ((path, out_features),), bias, "nothing")

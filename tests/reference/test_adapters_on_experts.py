@@ -1,0 +1,92 @@
+"""Adapters on experts, in each form that PEFT writes or reads, beside each other and the base in one batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.reference.peft_oracle import SHAPE, Engine, Oracle, random_prompt, randomised, read_base
+
+transformers = pytest.importorskip("transformers")
+
+NUM_EXPERTS = 5
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2},
+    "Qwen3Moe": {
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "head_dim": 8,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    },
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "o_proj"]},
+    "parameters": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": []},
+    "parameter": {"target_parameters": ["experts.down_proj"], "target_modules": ["v_proj"], "use_rslora": True},
+    "other-parameter": {"target_parameters": ["experts.gate_up_proj"], "target_modules": [], "alpha_pattern": {}},
+    "router": {"target_parameters": ["mlp.gate.weight", "experts.down_proj"], "target_modules": ["q_proj"]},
+    "ranks": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "target_modules": ["k_proj"],
+        "rank_pattern": {"experts.gate_up_proj": 3, "k_proj": 2},
+        "alpha_pattern": {"experts.down_proj": 9},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    folder, family = tmp_path_factory.mktemp(request.param), request.param
+    config = getattr(transformers, f"{family}Config")(**SHAPE, **FAMILIES[family])
+    randomised(getattr(transformers, f"{family}ForCausalLM")(config), 0).save_pretrained(folder / "base")
+    oracle = Oracle(folder, {None: None}, {None: read_base(folder / "base")})
+    for seed, (name, fields) in enumerate(KINDS.items(), start=1):
+        oracle.add(name, fields, seed)
+    names = ("w1", "w3", "w2") if family == "Mixtral" else ("gate_proj", "up_proj", "down_proj")
+    write_per_expert(folder / "per-expert", oracle, names)
+    oracle.read("per-expert")
+    return oracle
+
+
+def write_per_expert(folder: Path, oracle: Oracle, names: tuple[str, str, str]) -> None:
+    """An adapter as it was written for a model whose experts are modules of their own."""
+    config = oracle.models[None].config
+    family = type(oracle.models[None]).__name__
+    block = "block_sparse_moe" if family.startswith("Mixtral") else "mlp"
+    size = config.intermediate_size if block == "block_sparse_moe" else config.moe_intermediate_size
+    generator = torch.Generator().manual_seed(9)
+    tensors: dict[str, Tensor] = {}
+    for expert in range(NUM_EXPERTS):
+        shapes = zip(names, ((size, config.hidden_size),) * 2 + ((config.hidden_size, size),), strict=True)
+        for name, (out_features, in_features) in shapes:
+            path = f"base_model.model.model.layers.1.{block}.experts.{expert}.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(3, in_features, generator=generator) * 0.15
+            tensors[f"{path}.lora_B.weight"] = torch.randn(out_features, 3, generator=generator) * 0.15
+    folder.mkdir()
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 6, "target_modules": [*names]}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def engine(request: pytest.FixtureRequest, oracle: Oracle) -> Iterator[Engine]:
+    engine = Engine(oracle, max_num_batched_tokens=16, kernels=request.param)
+    yield engine
+    engine.core.close()
+
+
+def test_adapters_in_one_batch_equal_peft(engine: Engine) -> None:
+    adapters = [name for name in engine.oracle.keys if name is not None]
+    for index, adapter in enumerate([None, *adapters, *reversed(adapters)]):
+        engine.add(random_prompt(5 + index * 7 % 19, index), adapter, 3 + index % 4)
+    engine.finish()
+    engine.check()
