@@ -1,32 +1,48 @@
 """What ways of generating cost and save, each against generating without it, in turns in one run.
 
-    python -m benchmarks.generation MODEL [--parts drafts] [--pairs 10] [--tokens 200] [--threads 2] [--out REPORT.md]
+    python -m benchmarks.generation MODEL [--parts drafts forms] [--pairs 10] [--tokens 200] [--threads 2]
+        [--vllm-python PYTHON] [--out REPORT.md]
 
-Loads MODEL/base, as `benchmarks.models` writes it, into two engines. A part names kinds of work; of each the same
-request runs with and without, in turns, step by step, so that whatever else the machine does disturbs both alike. The
-figures are medians of the pairs' ratios.
+Loads MODEL/base, as `benchmarks.models` writes it. A part names kinds of work; of each the same requests run with and
+without, in turns, so that whatever else the machine does disturbs both alike. The figures are medians of the pairs'
+ratios. With the Python of an environment that has vLLM, the same requests run there as well; VLLM_PRELOAD may name the
+libraries that it is to be started with, as its documentation advises.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shlex
+import shutil
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from tokenizers import Tokenizer as TokenizerFile
+from tokenizers import decoders
+from tokenizers.models import WordLevel
+
+from benchmarks.forms import PEOPLE, STREAMS
 from benchmarks.measure import machine
+from benchmarks.systems.vllm_generation import Vllm
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind, Drafts
-from loraplex_engine.link.grammar import choice_grammar
+from loraplex_engine.link.grammar import choice_grammar, schema_grammar
 from loraplex_engine.link.messages import AddRequest, RequestOutput, SetVocabulary, StepOutput
 from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_service.requests.forms import compilable
+from loraplex_service.text import Tokenizer
+
+T = TypeVar("T")
 
 PROMPT = 200  # tokens
 EDITED = 25  # one token of so many is another in what is rewritten
@@ -35,37 +51,61 @@ FEW = 16  # tokens to draw from, so that every pair of them has occurred before
 
 
 class Work(NamedTuple):
-    """One request, without its id."""
+    """One request, in words that every system understands."""
 
     prompt: list[int]
-    asked: Mapping[str, Any]  # of its sampling
-    grammar: str = ""
+    seed: int
+    temperature: float
+    allowed: tuple[int, ...] = ()  # token ids; empty: all
+    choice: str = ""  # the only text that the output may be
+    schema: Mapping[str, Any] | None = None  # of the output
+
+    @property
+    def grammar(self) -> str:
+        if self.schema is not None:
+            return compilable(schema_grammar(self.schema))
+        return choice_grammar([self.choice]) if self.choice else ""
 
 
 class Subject:
-    """One engine, driven step by step, and what the latest request came to."""
+    """One engine, driven step by step, and what its latest requests came to."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.core = EngineCore.load(config)
         self.vocab_size = self.core.limits.vocab_size
-        self.core.set_vocabulary(SetVocabulary([spelt(token).encode() for token in range(self.vocab_size)]))
+        self.core.set_vocabulary(SetVocabulary(list(Tokenizer.load(Path(config.model)).vocabulary)))
         self._next_id = 0
 
-    def begin(self, work: Work, drafts: Drafts, tokens: int) -> None:
-        """Start a request, and compute its first token."""
-        self._next_id += 1
+    def close(self) -> None:
+        self.core.close()
+
+    def begin(self, works: list[Work], drafts: Drafts, tokens: int) -> None:
+        """Start requests, and compute the first token of each."""
         self.outputs: list[RequestOutput] = []
-        sampling = SamplingParams(max_tokens=tokens, **work.asked)
-        self.core.add(AddRequest(self._next_id, work.prompt, sampling, grammar=work.grammar, drafts=drafts))
-        while not self.outputs:
+        for work in works:
+            self._next_id += 1
+            allowed = work.allowed or None
+            sampling = SamplingParams(
+                max_tokens=tokens, seed=work.seed, temperature=work.temperature, allowed_token_ids=allowed
+            )
+            self.core.add(AddRequest(self._next_id, work.prompt, sampling, grammar=work.grammar, drafts=drafts))
+        while len({output.request_id for output in self.outputs}) < len(works):
             self._take()
-        self.seconds = 0.0  # from its first token on
+        self.num_first = len(self.token_ids)
+        self.seconds = 0.0  # from then on
 
     def step(self) -> None:
         if self.core.has_work():
             began = time.perf_counter()
             self._take()
             self.seconds += time.perf_counter() - began
+
+    def run(self, works: list[Work], drafts: Drafts, tokens: int) -> float:
+        """Run requests to their ends. Returns their tokens per second."""
+        self.begin(works, drafts, tokens)
+        while self.core.has_work():
+            self.step()
+        return self.tokens_per_second
 
     def _take(self) -> None:
         for event in self.core.step():
@@ -77,12 +117,28 @@ class Subject:
 
     @property
     def tokens_per_second(self) -> float:
-        return (len(self.token_ids) - len(self.outputs[0].token_ids)) / self.seconds
+        return (len(self.token_ids) - self.num_first) / self.seconds
 
 
 def spelt(token: int) -> str:
     """What a token adds to a text; no other token is spelt so, nor are several."""
     return f"{token:x} "
+
+
+def spell_all(model: Path, folder: Path) -> Path:
+    """Write the model with another tokenizer into a folder: each text has one spelling, so a form can force tokens."""
+    for file in model.iterdir():
+        if not file.name.startswith("tokenizer"):
+            (folder / file.name).symlink_to(file.resolve())
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    vocabulary = {spelt(token).replace(" ", "Ġ"): token for token in range(3, size)}
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **vocabulary}
+    tokenizer = TokenizerFile(WordLevel(words, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    shutil.copy(model / "tokenizer_config.json", folder)
+    return folder
 
 
 # ---- drafts ----------------------------------------------------------------------------------------------------------
@@ -96,30 +152,27 @@ def rewriting(subject: Subject, seed: int, tokens: int) -> Work:
         chance.randrange(3, subject.vocab_size) if place % EDITED == EDITED - 1 else token
         for place, token in enumerate(prompt)
     ]
-    grammar = choice_grammar(["".join(map(spelt, edited[:tokens])) + "end"])
-    return Work(prompt, {"seed": seed, "temperature": 0.0}, grammar)
+    return Work(prompt, seed, 0.0, choice="".join(map(spelt, edited[:tokens])) + "end")
 
 
 def looping(subject: Subject, seed: int, tokens: int) -> Work:
     """What the model writes by itself, greedily, behind 300 tokens of its own: random weights go in circles."""
-    prompt, asked = random.Random(seed).choices(range(3, subject.vocab_size), k=20), {"seed": 0, "temperature": 0.0}
-    subject.begin(Work(prompt, asked), Drafts(), 300)
-    while subject.core.has_work():
-        subject.step()
-    return Work(prompt + subject.token_ids, asked)
+    prompt = random.Random(seed).choices(range(3, subject.vocab_size), k=20)
+    subject.run([Work(prompt, 0, 0.0)], Drafts(), 300)
+    return Work(prompt + subject.token_ids, 0, 0.0)
 
 
 def drawing(subject: Subject, seed: int, tokens: int) -> Work:
     """Drawn from the whole vocabulary: there is nothing to copy."""
     prompt = random.Random(seed).choices(range(3, subject.vocab_size), k=PROMPT)
-    return Work(prompt, {"seed": seed, "temperature": 1.0})
+    return Work(prompt, seed, 1.0)
 
 
 def drawing_from_few(subject: Subject, seed: int, tokens: int) -> Work:
     """Drawn from few tokens: everything has occurred before, and nothing follows from it."""
     few = tuple(random.Random(seed).sample(range(3, subject.vocab_size), FEW))
     prompt = random.Random(seed).choices(few, k=PROMPT)
-    return Work(prompt, {"seed": seed, "temperature": 1.0, "allowed_token_ids": few})
+    return Work(prompt, seed, 1.0, allowed=few)
 
 
 DRAFTED: Mapping[str, Callable[[Subject, int, int], Work]] = {
@@ -132,36 +185,41 @@ DRAFTED: Mapping[str, Callable[[Subject, int, int], Work]] = {
 
 def drafts(args: argparse.Namespace) -> Iterator[str]:
     """Drafts against none, of a single stream."""
-    config = EngineConfig(
-        model=str(args.model / "base"),
-        threads=args.threads,
-        max_model_len=1024,
-        kv_cache_bytes=1 << 28,
-        enable_prefix_caching=False,
-        drafts=DraftConfig(kind=DraftKind.NGRAM, tokens=DRAFTS),
-    )
-    without, with_drafts = Subject(config), Subject(config)
-    yield "| work, one stream | tokens/s without | tokens/s with drafts | with / without (quartiles) | drafts | right |"
-    yield "|---|---|---|---|---|---|"
-    for name, make in DRAFTED.items():
-        ratios, rates, counts = [], [], []
-        for seed in range(args.pairs):
-            _in_turns(without, with_drafts, make(without, seed, args.tokens), args.tokens)
-            assert with_drafts.token_ids == without.token_ids
-            rates.append((without.tokens_per_second, with_drafts.tokens_per_second))
-            ratios.append(rates[-1][1] / rates[-1][0])
-            counts += [(output.num_drafts, output.num_accepted_drafts) for output in with_drafts.outputs]
-        low, median, high = statistics.quantiles(ratios, n=4)
-        middle = [f"{statistics.median(each):.1f}" for each in zip(*rates, strict=True)]
-        drafted = [str(sum(each)) for each in zip(*counts, strict=True)]
-        yield f"| {name} | {' | '.join([*middle, f'{median:.3f} ({low:.3f}, {high:.3f})', *drafted])} |"
-    without.core.close()
-    with_drafts.core.close()
+    with ExitStack() as stack:
+        folder = spell_all(args.model / "base", Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        without = Subject(_config(args, folder))
+        stack.callback(without.close)
+        with_drafts = Subject(_config(args, folder, drafts=DraftConfig(kind=DraftKind.NGRAM, tokens=DRAFTS)))
+        stack.callback(with_drafts.close)
+        peers: list[Vllm] = []
+        if args.vllm_python:
+            started = (Vllm(args.vllm_python, folder, args.threads, tokens) for tokens in (0, DRAFTS))
+            peers += (stack.enter_context(peer) for peer in started)
+        rates_head = "tokens/s without | tokens/s with drafts | with / without (quartiles)"
+        yield f"| work, one stream | system | {rates_head} | drafts | right |"
+        yield "|---|---|---|---|---|---|---|"
+        for name, make in DRAFTED.items():
+            rates: list[Sequence[float]] = []
+            peer_rates: list[Sequence[float]] = []
+            counts: list[tuple[int, int]] = []
+            for seed in range(args.pairs):
+                work = make(without, seed, args.tokens)
+                _in_turns(without, with_drafts, work, args.tokens)
+                assert with_drafts.token_ids == without.token_ids
+                rates.append((without.tokens_per_second, with_drafts.tokens_per_second))
+                counts += [(output.num_drafts, output.num_accepted_drafts) for output in with_drafts.outputs]
+                if peers:
+                    measured = [peer.run([work._asdict()], args.tokens) for peer in _turned(peers, seed)]
+                    peer_rates.append(_turned(measured, seed))
+            drafted = [str(sum(each)) for each in zip(*counts, strict=True)]
+            yield f"| {name} | Loraplex | {_compared(rates)} | {' | '.join(drafted)} |"
+            if peers:
+                yield f"| | {peers[0].name} | {_compared(peer_rates)} | | |"
 
 
 def _in_turns(without: Subject, with_drafts: Subject, work: Work, tokens: int) -> None:
-    without.begin(work, Drafts(), tokens)
-    with_drafts.begin(work, Drafts(DraftKind.NGRAM, DRAFTS), tokens)
+    without.begin([work], Drafts(), tokens)
+    with_drafts.begin([work], Drafts(DraftKind.NGRAM, DRAFTS), tokens)
     turns = [without, with_drafts]
     while without.core.has_work() or with_drafts.core.has_work():
         for subject in turns:
@@ -169,7 +227,58 @@ def _in_turns(without: Subject, with_drafts: Subject, work: Work, tokens: int) -
         turns.reverse()
 
 
-PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[str]]] = {"drafts": drafts}
+# ---- forms -----------------------------------------------------------------------------------------------------------
+
+
+def forms(args: argparse.Namespace) -> Iterator[str]:
+    """Streams that keep to a JSON schema against streams that are free, a whole batch each."""
+    with ExitStack() as stack:
+        subject = Subject(_config(args, args.model / "base"))
+        stack.callback(subject.close)
+        systems = {"Loraplex": lambda works: subject.run(works, Drafts(), args.tokens)}
+        if args.vllm_python:
+            peer = stack.enter_context(Vllm(args.vllm_python, args.model / "base", args.threads))
+            systems[peer.name] = lambda works: peer.run([work._asdict() for work in works], args.tokens)
+        chance = random.Random(0)
+        prompts = [chance.choices(range(3, subject.vocab_size), k=16) for _ in range(STREAMS)]
+        free = [Work(prompt, seed, 1.0) for seed, prompt in enumerate(prompts)]
+        formed = [work._replace(schema=PEOPLE) for work in free]
+        yield f"| system, {STREAMS} streams | tokens/s free | tokens/s in a form | in a form / free (quartiles) |"
+        yield "|---|---|---|---|"
+        rates: dict[str, list[Sequence[float]]] = {name: [] for name in systems}
+        for run in systems.values():
+            run(formed)  # compiles the schema
+        for pair in range(args.pairs):
+            for name, run in systems.items():
+                rates[name].append(_turned([run(each) for each in _turned([free, formed], pair)], pair))
+        for name, each in rates.items():
+            yield f"| {name} | {_compared(each)} |"
+
+
+def _turned(pair: Sequence[T], number: int) -> Sequence[T]:
+    """The pair, with the other one first every other time."""
+    return pair[::-1] if number % 2 else pair
+
+
+def _compared(rates: Sequence[Sequence[float]]) -> str:
+    """The medians of both rates, and of the second's ratio to the first."""
+    low, median, high = statistics.quantiles((after / before for before, after in rates), n=4)
+    middle = [f"{statistics.median(each):.1f}" for each in zip(*rates, strict=True)]
+    return f"{' | '.join(middle)} | {median:.3f} ({low:.3f}, {high:.3f})"
+
+
+def _config(args: argparse.Namespace, model: Path, **more: Any) -> EngineConfig:
+    return EngineConfig(
+        model=str(model),
+        threads=args.threads,
+        max_model_len=1024,
+        kv_cache_bytes=1 << 29,
+        enable_prefix_caching=False,
+        **more,
+    )
+
+
+PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[str]]] = {"drafts": drafts, "forms": forms}
 
 
 def main() -> None:
@@ -179,6 +288,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=PROMPT)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vllm-python", type=Path, help="the Python of an environment that has vLLM")
     parser.add_argument("--out", type=Path, help="the report is written there, too")
     args = parser.parse_args()
     lines = [*_heading(args), *(line for part in args.parts for line in ("", f"## {part}", "", *PARTS[part](args)))]
