@@ -17,13 +17,14 @@ import yaml
 
 from loraplex_adapters.grammar import ID_RULE, is_id
 from loraplex_engine.link.logs import LOG_FORMATS
-from loraplex_service.adapters.config import AdapterConfig
+from loraplex_service.adapters.config import AdapterConfig, ConstraintConfig
 from loraplex_service.admission.tenants import TenantConfig
 from loraplex_service.auth.config import AuthConfig, CertificateConfig, JwtConfig
 from loraplex_service.config_checks import Shape, number_problems
 from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
 from loraplex_service.models.device_shares import share_problems, with_shares
 from loraplex_service.ports.config import TlsConfig
+from loraplex_service.requests.forms import checked_grammar
 from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 
 ENVIRONMENT_PREFIX = "LORAPLEX_"
@@ -103,6 +104,7 @@ SECTIONS = (
     ServiceConfig,
     HostedModelConfig,
     AdapterConfig,
+    ConstraintConfig,
     TlsConfig,
     AuthConfig,
     JwtConfig,
@@ -267,6 +269,8 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
             yield f"{place}: model {adapter.model!r} is none of those configured: {', '.join(sorted(names))}"
         if not config.adapter_roots and not adapter.is_remote:
             yield f"{place}: adapter_roots is empty, so no adapter may be read; list the directory that it lies in"
+        if adapter.default_constraint is not None:
+            yield from (f"{place}: default_constraint: {each}" for each in _form_problems(adapter.default_constraint))
     for root in config.adapter_roots:
         if not Path(root).is_dir():
             yield f"adapter_roots: there is no directory {root}"
@@ -294,6 +298,16 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     if config.limits.template_workers < 1:
         yield f"limits: template_workers {config.limits.template_workers} must be at least 1"
     yield from number_problems(config)
+
+
+def _form_problems(constraint: ConstraintConfig) -> Iterator[str]:
+    if len(constraint.kinds) != 1:
+        yield f"give one of {', '.join(constraint.__struct_fields__)}"
+        return
+    try:
+        checked_grammar(constraint.message())
+    except ValueError as error:
+        yield f"{constraint.kinds[0]}: cannot be used: {error}"
 
 
 _COUNTS_OF_GRPC = (

@@ -28,6 +28,7 @@ TABLES: dict[str, type[msgspec.Struct]] = {
 IN_PROSE = {
     "TlsConfig": "`tls`",
     "AdapterConfig": "## `adapters`",
+    "ConstraintConfig": "## `adapters`",
     "JwtConfig": "## `auth`",
     "CertificateConfig": "## `auth`",
 }

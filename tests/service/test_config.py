@@ -6,6 +6,7 @@ from typing import get_args
 import msgspec
 import pytest
 
+from loraplex.v1.generation_pb2 import Choices, Constraint, JsonObject
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind
 from loraplex_service.config import (
@@ -119,6 +120,43 @@ def test_an_adapter_may_name_its_tenant(directory: Path, name: str, tenant: str,
     text = MODEL + f"adapter_roots: [adapters]\nadapters: [{{name: {name}, model: tiny, source: adapters/pirate}}]"
     adapter = load(directory, text).adapters[0]
     assert (adapter.tenant, adapter.adapter_id) == (tenant, adapter_id)
+
+
+def with_constraint(directory: Path, constraint: str) -> ServiceConfig:
+    entry = f"{{name: pirate, model: tiny, source: adapters/pirate, default_constraint: {constraint}}}"
+    return load(directory, MODEL + f"adapter_roots: [adapters]\nadapters: [{entry}]")
+
+
+@pytest.mark.parametrize(
+    ("written", "constraint"),
+    [
+        ("{json_schema: {type: integer}}", Constraint(json_schema='{"type": "integer"}')),
+        ("{json_object: true}", Constraint(json_object=JsonObject())),
+        ("{regex: '[0-9]+'}", Constraint(regex="[0-9]+")),
+        ("{choices: [yea, nay]}", Constraint(choices=Choices(values=["yea", "nay"]))),
+        ("{grammar: 'root ::= \"a\"'}", Constraint(grammar='root ::= "a"')),
+    ],
+)
+def test_an_adapter_may_have_a_default_constraint(directory: Path, written: str, constraint: Constraint) -> None:
+    found = with_constraint(directory, written).adapters[0].default_constraint
+    assert found is not None
+    assert found.message() == constraint
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("{}", "'pirate': default_constraint: give one of json_schema, json_object, regex, choices, grammar"),
+        ("{json_object: true, regex: a}", "default_constraint: give one of"),
+        ("{regex: '('}", "default_constraint: regex: cannot be used"),
+        ("{json_schema: {type: thing}}", "default_constraint: json_schema: cannot be used"),
+        ("{json_scheme: {}}", "json_scheme"),
+    ],
+)
+def test_a_default_constraint_that_cannot_be_kept_to_is_named(directory: Path, written: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        with_constraint(directory, written)
+    assert problem in str(raised.value)
 
 
 def test_the_environment_comes_before_the_file(directory: Path) -> None:

@@ -1,8 +1,39 @@
 """The part of the configuration that names the adapters."""
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 import msgspec
+
+from loraplex.v1.generation_pb2 import Choices, Constraint, JsonObject
+
+
+class ConstraintConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The form of outputs: one of these."""
+
+    json_schema: dict[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choices: tuple[str, ...] = ()
+    grammar: str | None = None  # in GBNF
+
+    @property
+    def kinds(self) -> list[str]:
+        """The fields that are given."""
+        return [name for name in self.__struct_fields__ if getattr(self, name) not in (None, False, ())]
+
+    def message(self) -> Constraint:
+        """Build the message of the contract. Call it where there is one kind."""
+        (kind,) = self.kinds
+        value = getattr(self, kind)
+        match kind:
+            case "json_schema":
+                value = json.dumps(value)
+            case "json_object":
+                value = JsonObject()
+            case "choices":
+                value = Choices(values=value)
+        return Constraint(**{kind: value})
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -14,6 +45,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     residency: Literal["host", "device"] = "host"  # the tier that it is loaded into ahead of its requests
     pinned: bool = False  # keep it on the device
     labels: dict[str, str] = {}
+    default_constraint: ConstraintConfig | None = None  # of requests that set none
 
     @property
     def tenant(self) -> str:

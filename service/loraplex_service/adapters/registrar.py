@@ -117,12 +117,14 @@ class AdapterRegistrar:
 
     async def create_configured(self, adapter: AdapterConfig) -> None:
         """Register an adapter of the configuration file. Errors are logged, and the other adapters go on."""
+        form = adapter.default_constraint
         spec = AdapterSpec(
             base_model=adapter.model,
             source=adapter.source,
             labels=adapter.labels,
             pinned=adapter.pinned,
             residency=Residency[adapter.residency.upper()],
+            default_constraint=b"" if form is None else form.message().SerializeToString(deterministic=True),
         )
         try:
             async with self._library.find(adapter.source) as files:

@@ -26,7 +26,7 @@ from loraplex.v1.adapters_pb2 import (
     AdapterResidency,
 )
 from loraplex.v1.watch_pb2 import WATCH_EVENT_TYPE_CHANGED, WATCH_EVENT_TYPE_DELETED, WATCH_EVENT_TYPE_SNAPSHOT_END
-from loraplex_service.adapters.config import AdapterConfig
+from loraplex_service.adapters.config import AdapterConfig, ConstraintConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 
@@ -589,7 +589,9 @@ async def test_adapters_of_the_configuration_are_there_from_the_start(
 ) -> None:
     good = write_adapter(tmp_path / "good")
     configured = (
-        AdapterConfig(name="good", model="tiny", source=str(good)),
+        AdapterConfig(
+            name="good", model="tiny", source=str(good), default_constraint=ConstraintConfig(choices=("yea", "nay"))
+        ),
         AdapterConfig(name="acme/own", model="tiny", source=str(write_adapter(tmp_path / "own", seed=1))),
         AdapterConfig(name="gone", model="tiny", source=str(tmp_path / "gone")),
     )
@@ -598,4 +600,5 @@ async def test_adapters_of_the_configuration_are_there_from_the_start(
         gone = found.pop("tenants/shared/adapters/gone")
         assert set(found) == {"tenants/acme/adapters/own", "tenants/shared/adapters/good"}
         assert gone == Adapter.STATE_FAILED
+        assert (await control.admin.get_adapter("good")).default_constraint.choices.values == ["yea", "nay"]
         assert (await control.client.generate("good", "ab", max_tokens=2)).usage.completion_tokens == 2
