@@ -34,6 +34,7 @@ from loraplex_service.admission.tenants import Tenants
 from loraplex_service.auth.door import Door
 from loraplex_service.config import LimitsConfig, ServiceConfig
 from loraplex_service.control.adapters import AdapterServicer
+from loraplex_service.control.metrics_snapshot import Served
 from loraplex_service.control.models import ModelServicer
 from loraplex_service.control.quota import AdapterQuota
 from loraplex_service.control.routes import RouteServicer
@@ -314,7 +315,7 @@ async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
     """Serve the metrics page, if configured. Returns its address, or None."""
     if app.config.metrics_listen is None:
         return None
-    from loraplex_service.control.metrics_page import MetricsPage, Served, metrics_server
+    from loraplex_service.control.metrics_page import MetricsPage, metrics_server
 
     served = Served(app.telemetry, app.host.all, app.registry.requests, lambda: app.admission.draining)
     page = MetricsPage(served, asyncio.get_running_loop())

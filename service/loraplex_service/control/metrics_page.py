@@ -4,97 +4,23 @@ Dashboards, autoscalers and gateways read the `vllm:` names already; each stands
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from copy import deepcopy
 from itertools import accumulate
 from time import time
-from typing import NamedTuple
 
 from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import VERSION_DIGITS, resource_name
-from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import EngineStats
-from loraplex_service.models.host import HostedModel
-from loraplex_service.models.supervisor import EngineState
+from loraplex_service.control.metrics_snapshot import EngineSnapshot, ModelSnapshot, Served, Snapshot
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.series import Counter, Histogram
-from loraplex_service.telemetry.setup import Telemetry
 
 SNAPSHOT_SECONDS = 5.0  # that a scrape waits for the event loop
-
-
-class Served(NamedTuple):
-    """The sources of all figures on the page, read on the event loop."""
-
-    telemetry: Telemetry
-    models: Callable[[], Sequence[HostedModel]]
-    adapter_requests: Callable[[str], Sequence[tuple[AdapterKey, int]]]  # of a model: in flight, by version
-    draining: Callable[[], bool]
-
-    def snapshot(self) -> "Snapshot":
-        usage = self.telemetry.usage
-        return Snapshot(
-            deepcopy(self.telemetry.metrics),
-            None if usage is None else usage.num_waiting,
-            self.draining(),
-            [_model(model, self.adapter_requests(model.name)) for model in self.models()],
-        )
-
-
-class Snapshot(NamedTuple):
-    """The figures of the page at one moment. A snapshot never changes, so any thread can render it."""
-
-    metrics: RequestMetrics
-    usage_waiting: int | None  # None: no records are kept
-    draining: bool
-    models: Sequence["ModelSnapshot"]
-
-
-class ModelSnapshot(NamedTuple):
-    name: str
-    active: bool
-    load_time: float | None
-    max_resident_adapters: int
-    adapter_requests: Sequence[tuple[AdapterKey, int]]
-    engine: "EngineSnapshot | None"  # None: it has none
-
-
-class EngineSnapshot(NamedTuple):
-    stats: EngineStats | None  # None: it has not told any
-    adapters: Sequence[AdapterKey]
-    residency: Mapping[AdapterKey, Residency]
-    moves: Mapping[tuple[Residency, Residency], int]
-    num_loads: int
-    load_seconds: float
-
-
-def _model(model: HostedModel, requests: Sequence[tuple[AdapterKey, int]]) -> ModelSnapshot:
-    return ModelSnapshot(
-        model.name,
-        model.state is EngineState.ACTIVE,
-        model.supervisor.load_time,
-        model.config.max_resident_adapters,
-        requests,
-        None if model.client is None else _engine(model.client),
-    )
-
-
-def _engine(client: EngineClient) -> EngineSnapshot:
-    adapters = client.adapters
-    return EngineSnapshot(
-        client.stats,
-        adapters.loaded,
-        adapters.residency,
-        adapters.moves.copy(),
-        adapters.num_loads,
-        adapters.load_seconds,
-    )
 
 
 class MetricsPage(Collector):
