@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -170,6 +170,30 @@ class PackedLinear(Protocol):
     nbytes: int  # what it takes on the device: codes, scales and zeros, bias
 
 
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """From a router's logits to the experts of each token."""
+
+    per_token: int  # k
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True  # the weights of a token's experts are divided by their sum
+    least_sum: float = 0.0  # which is then at least this
+    scale: float = 1.0  # of the weights, at last
+    groups: int = 1  # of neighbouring experts
+    groups_kept: int = 1  # from which a token's experts are chosen: those whose two best experts have the highest sum
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """A row for each expert of each token: R = T·k, those of one expert together, in the order of the tokens."""
+
+    weights: Tensor  # float32 [T, k]: how much each of a token's experts counts
+    rows: Tensor  # int64 [T, k]: the row of each
+    tokens: Tensor  # int64 [R]: the token of each row
+    starts: Tensor  # int64 [E + 1]: rows [starts[e], starts[e + 1]) are expert e's
+    lora: LoraSegments | None  # which rows belong to which adapter: slot s at expert e is slot s·E + e
+
+
 class LinearGroup(Protocol):
     """The packed linears of several experts, all of one shape, as `grouped_linear` takes them."""
 
@@ -230,6 +254,13 @@ class Ops(Protocol):
 
         A quantised weight stands for what `quantized.dequantize` returns, exact in float32; kernels may round it to the
         dtype of x before they multiply.
+        """
+
+    def route(self, logits: Tensor, routing: Routing, correction: Tensor | None, lora: LoraSegments | None) -> Routes:
+        """Choose the experts of each token: those with the k highest scores, or scores plus `correction`.
+
+        A score is softmax(logits)[e] or sigmoid(logits[e]), in float32. logits: [T, E]; correction: float32 [E], which
+        no weight has; lora: which tokens belong to which adapter.
         """
 
     def group_linears(self, experts: Sequence[PackedLinear]) -> LinearGroup:

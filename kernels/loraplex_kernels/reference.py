@@ -23,8 +23,11 @@ from loraplex_kernels.ops import (
     PackedLinear,
     PackedLora,
     QKNorm,
+    Routes,
+    Routing,
 )
 from loraplex_kernels.quantized import QuantizedWeight, dequantize
+from loraplex_kernels.routes import route
 from loraplex_kernels.sampling import TorchSampling
 
 # Bounds the float32 temporaries of attention: 2^24 elements are 64 MiB.
@@ -199,6 +202,9 @@ class ReferenceOps(TorchSampling):
             return F.linear(x.float(), dequantize(packed.weight), bias).to(x.dtype)
         assert isinstance(packed, ReferenceLinear)
         return F.linear(x, packed.weight, packed.bias)
+
+    def route(self, logits: Tensor, routing: Routing, correction: Tensor | None, lora: LoraSegments | None) -> Routes:
+        return route(logits, routing, correction, lora)
 
     def group_linears(self, experts: Sequence[PackedLinear]) -> ReferenceGroup:
         return ReferenceGroup(experts)

@@ -1,45 +1,52 @@
-"""The rows of a mixture of experts: one for each expert of each token, sorted by expert."""
+"""`Ops.route` in plain torch."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.ops import LoraSegments
+from loraplex_kernels.ops import LoraSegments, Routes, Routing
 
 
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """R = T·k rows, those of one expert together, in the order of the tokens."""
-
-    tokens: Tensor  # int64 [R]: the token of each row
-    rows: Tensor  # int64 [T, k]: the row of each token's choices
-    starts: Tensor  # int64 [E + 1]: rows [starts[e], starts[e + 1]) are expert e's
-    lora: LoraSegments | None  # which rows belong to which adapter: slot s at expert e is slot s·E + e
-
-
-def route(chosen: Tensor, num_experts: int, lora: LoraSegments | None) -> Routes:
-    """Sort the choices of all tokens by expert.  chosen: int64 [T, k]
-
-    lora: which tokens belong to which adapter.
-    """
+def route(logits: Tensor, routing: Routing, correction: Tensor | None, lora: LoraSegments | None) -> Routes:
+    """`Ops.route`."""
+    weights, chosen = choose_experts(logits.float(), routing, correction)
+    num_experts = logits.shape[1]
     order = chosen.flatten().argsort(stable=True)
     rows = torch.empty_like(order)
     rows[order] = torch.arange(len(order), device=order.device)
     tokens = order // chosen.shape[1]
-    counts = torch.bincount(chosen.flatten(), minlength=num_experts)
     starts = torch.zeros(num_experts + 1, dtype=torch.int64, device=chosen.device)
-    torch.cumsum(counts, 0, out=starts[1:])
-    segments = None if lora is None else _segments(chosen, tokens, starts, lora)
-    return Routes(tokens, rows.view_as(chosen), starts, segments)
+    torch.cumsum(torch.bincount(chosen.flatten(), minlength=num_experts), 0, out=starts[1:])
+    segments = None if lora is None else _segments(len(logits), tokens, starts, lora)
+    return Routes(weights, rows.view_as(chosen), tokens, starts, segments)
 
 
-def _segments(chosen: Tensor, tokens: Tensor, starts: Tensor, lora: LoraSegments) -> LoraSegments:
+def choose_experts(logits: Tensor, routing: Routing, correction: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weights of each token's experts and their numbers: [T, E] → float32 [T, k], int64 [T, k]"""
+    scores = logits.softmax(dim=-1) if routing.score == "softmax" else logits.sigmoid()
+    choosable = _of_kept_groups(scores if correction is None else scores + correction, routing)
+    chosen = choosable.topk(routing.per_token, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    if routing.normalised:
+        weights /= weights.sum(dim=-1, keepdim=True).clamp_(min=routing.least_sum)
+    return weights * routing.scale, chosen
+
+
+def _of_kept_groups(scores: Tensor, routing: Routing) -> Tensor:
+    """The scores, with −inf for experts of groups that are not kept."""
+    if routing.groups == 1:
+        return scores
+    grouped = scores.view(len(scores), routing.groups, -1)
+    kept = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(routing.groups_kept, dim=-1).indices
+    left = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, kept, False)
+    return grouped.masked_fill(left.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def _segments(num_tokens: int, tokens: Tensor, starts: Tensor, lora: LoraSegments) -> LoraSegments:
     """The rows of each adapter at each expert: as the tokens of an adapter lie together, so do their rows there."""
-    of_token = np.full(len(chosen), -1)
+    of_token = np.full(num_tokens, -1)
     for index, (_, first, end) in enumerate(lora.ranges):
         of_token[first:end] = index
     of_row = of_token[tokens.cpu().numpy()]
@@ -50,6 +57,11 @@ def _segments(chosen: Tensor, tokens: Tensor, starts: Tensor, lora: LoraSegments
     adapted = of_row[edges] >= 0
     first, end = edges[adapted], ends[adapted]
     slots = np.array([slot for slot, _, _ in lora.ranges])[of_row[first]] * len(num_rows) + experts[first]
-    columns = torch.from_numpy(np.stack((slots, first, end)).astype(np.int32)).to(chosen.device)
-    ranges = tuple(zip(slots.tolist(), first.tolist(), end.tolist(), strict=True))
+    columns = torch.from_numpy(np.stack((slots, first, end)).astype(np.int32)).to(tokens.device)
+    return segments_of(columns)
+
+
+def segments_of(columns: Tensor) -> LoraSegments:
+    """Segments from their slots, first rows and end rows: int32 [3, G]"""
+    ranges = tuple(zip(*columns.tolist(), strict=True))
     return LoraSegments(ranges, columns[0], columns[1], columns[2])

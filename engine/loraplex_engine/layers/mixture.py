@@ -12,9 +12,7 @@ from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_engine.checkpoint.model_config import FeedForward, FusedLinear, ModelError, Stack
 from loraplex_engine.layers.feed_forward import GatedLayout
 from loraplex_engine.layers.linear import Linear, SideBySide
-from loraplex_engine.layers.routing import Routing
-from loraplex_kernels.ops import LoraSegments, Ops, PackedLinear
-from loraplex_kernels.routes import Routes, route
+from loraplex_kernels.ops import LoraSegments, Ops, PackedLinear, Routes, Routing
 
 
 class ExpertLinears:
@@ -24,7 +22,6 @@ class ExpertLinears:
         packed = [_packed(expert) for expert in experts]
         if len({len(parts) for parts in packed}) > 1:
             raise ModelError("experts are quantised in different ways, so that they cannot be computed together")
-        self.num_experts = len(experts)
         self._ops = ops
         self._groups = [ops.group_linears(parts) for parts in zip(*packed, strict=True)]
         self._table = ops.group_lora_tables([expert.table for expert in experts])
@@ -59,11 +56,10 @@ class Mixture:
     linears: Sequence[LoRALinear]
 
     def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
-        weights, chosen = self.routing(self.router(x, lora), self.correction)
-        routes = route(chosen, self.gate_up.num_experts, lora)
+        routes = self.ops.route(self.router(x, lora), self.routing, self.correction, lora)
         rows = x.index_select(0, routes.tokens)
         outputs = self.down(self.activate_and_mul(self.gate_up(rows, routes)), routes)
-        y = self.ops.weighted_sums(outputs, routes.rows, weights)
+        y = self.ops.weighted_sums(outputs, routes.rows, routes.weights)
         if self.shared is not None:
             others = self.shared(x, lora)
             if self.shared_gate is not None:

@@ -8,10 +8,10 @@ from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig
 from loraplex_engine.layers.feed_forward import GatedLayout, GatedNames
 from loraplex_engine.layers.mixture import MixtureLayout
-from loraplex_engine.layers.routing import Routing
 from loraplex_engine.models.experts import experts_per_token, number_of_experts
 from loraplex_engine.models.reading import Family, decoder_config, gate_activation
 from loraplex_engine.models.rope_reading import read_rope
+from loraplex_kernels.ops import Routing
 
 DEFAULTS = {
     "hidden_act": "silu",

@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "lora.h"
 #include "quantized.h"
+#include "routes.h"
 #include "rows.h"
 #include "sampling.h"
 
@@ -111,7 +112,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 11; }
+EXPORT int loraplex_version() { return 13; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -160,10 +161,30 @@ EXPORT int loraplex_linear(Context* context, const AnyLinear* linear, const void
     return guarded([&] { linear->apply(*context, x, y, rows); });
 }
 
-// experts: `count` linears of one dtype, shape and codec. x: sorted by expert, rows starts[e] … starts[e + 1] - 1 are e's.
+// experts: `count` linears of one dtype, shape and codec. x: sorted by expert, rows starts[e] … starts[e + 1] - 1 are
+// e's.
 EXPORT int loraplex_grouped_linear(Context* context, const AnyLinear* const* experts, int64_t count,
                                    const int64_t* starts, const void* x, void* y) {
     return guarded([&] { experts[0]->apply_group(*context, experts, count, starts, x, y); });
+}
+
+// Returns the number of segments, as `route` has it, or -1 without memory.
+EXPORT int64_t loraplex_route(Context* context, int dtype, const void* logits, const float* correction, int64_t tokens,
+                              int64_t experts, int64_t per_token, int sigmoid, int normalised, float least_sum,
+                              float scale, int64_t groups, int64_t groups_kept, int64_t adapters, const int32_t* slots,
+                              const int32_t* starts, const int32_t* ends, float* weights, int64_t* rows,
+                              int64_t* row_tokens, int64_t* row_starts, int32_t* segments) {
+    int64_t count = -1;
+    const int failed = guarded([&] {
+        count = with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            const Routing routing{per_token, sigmoid != 0, normalised != 0, least_sum, scale, groups, groups_kept};
+            return route(*context, static_cast<const T*>(logits), correction, tokens, experts, routing,
+                         Segments{adapters, slots, starts, ends},
+                         Routes{weights, rows, row_tokens, row_starts, segments});
+        });
+    });
+    return failed ? -1 : count;
 }
 
 EXPORT int loraplex_weighted_sums(Context* context, int dtype, const void* x, const int64_t* places,

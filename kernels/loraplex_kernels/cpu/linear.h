@@ -24,7 +24,8 @@ class Linear {
     // x: [rows, c] → y: [rows, n]
     void apply(Context& context, const T* x, T* y, int64_t rows) const;
 
-    // The rows of x that are sorted by expert: [starts[e], starts[e + 1]) → y = experts[e] of these. One region for all.
+    // The rows of x that are sorted by expert: [starts[e], starts[e + 1]) → y = experts[e] of these. One region for
+    // all.
     static void apply_group(Context& context, const Linear* const* experts, int64_t count, const int64_t* starts,
                             const T* x, T* y);
 

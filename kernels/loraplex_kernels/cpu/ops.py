@@ -28,9 +28,12 @@ from loraplex_kernels.ops import (
     PackedLinear,
     PackedLora,
     QKNorm,
+    Routes,
+    Routing,
 )
 from loraplex_kernels.quantized import QuantizedWeight
 from loraplex_kernels.reference import LoraShape
+from loraplex_kernels.routes import segments_of
 
 SILU, GELU_TANH = 0, 1
 ROUNDED_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}  # of a cache; 0: as the activations
@@ -173,6 +176,36 @@ class CpuOps(CpuSampling):
         y = self._results.empty(x, rows, packed.out_features)
         succeed(self.library.linear(self._context, packed.handle, x.data_ptr(), y.data_ptr(), rows))
         return y
+
+    def route(self, logits: Tensor, routing: Routing, correction: Tensor | None, lora: LoraSegments | None) -> Routes:
+        logits = logits.contiguous()
+        (num_tokens, num_experts), k = logits.shape, routing.per_token
+        weights, places = torch.empty(num_tokens, k), torch.empty((num_tokens, k), dtype=torch.int64)
+        tokens = torch.empty(num_tokens * k, dtype=torch.int64)
+        starts = torch.empty(num_experts + 1, dtype=torch.int64)
+        segments = torch.empty((3, 0 if lora is None else num_tokens * k), dtype=torch.int32)
+        adapters: tuple[int | None, ...] = (0, None, None, None)
+        if lora is not None:
+            adapters = len(lora.ranges), lora.slots.data_ptr(), lora.starts.data_ptr(), lora.ends.data_ptr()
+        count = self.library.route(
+            self._context,
+            DTYPE_CODES[logits.dtype],
+            logits.data_ptr(),
+            None if correction is None else correction.data_ptr(),
+            num_tokens,
+            num_experts,
+            k,
+            routing.score == "sigmoid",
+            routing.normalised,
+            routing.least_sum,
+            routing.scale,
+            routing.groups,
+            routing.groups_kept,
+            *adapters,
+            *(each.data_ptr() for each in (weights, places, tokens, starts, segments)),
+        )
+        succeed(count < 0)
+        return Routes(weights, places, tokens, starts, None if lora is None else segments_of(segments[:, :count]))
 
     def group_linears(self, experts: Sequence[PackedLinear]) -> CpuLinearGroup:
         return CpuLinearGroup([expert for expert in experts if isinstance(expert, CpuLinear)])

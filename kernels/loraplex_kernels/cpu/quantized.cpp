@@ -359,8 +359,7 @@ void QuantizedLinear<T, Codec>::apply_group(Context& context, const QuantizedLin
             expert.apply(context, x + first * expert.c_, y + first * expert.n_, rows);
         } else if (rows) {
             has_offsets |= !expert.offsets_.empty();
-            for (int64_t begin = 0; begin < panels; begin += together)
-                pieces.push_back({&expert, first, rows, begin});
+            for (int64_t begin = 0; begin < panels; begin += together) pieces.push_back({&expert, first, rows, begin});
         }
     }
     if (pieces.empty()) return;

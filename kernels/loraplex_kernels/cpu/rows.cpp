@@ -188,13 +188,13 @@ void weighted_sums(Context& context, const T* x, const int64_t* places, const fl
 #define LORAPLEX_STORE(T, S)                                                                               \
     template void rotary_store_kv(Context&, const T*, T*, int64_t, int64_t, const QKNorm&, const int64_t*, \
                                   const Rotation&, const Cache<T, S>&, const int64_t*);
-#define LORAPLEX_ROWS(T)                                                                              \
-    template void rms_norm<T>(Context&, const T*, const float*, T*, int64_t, int64_t, float);         \
-    template void add_rms_norm<T>(Context&, const T*, T*, const float*, T*, int64_t, int64_t, float); \
-    LORAPLEX_STORE(T, T)                                                                              \
-    LORAPLEX_STORE(T, i8)                                                                             \
-    LORAPLEX_STORE(T, f8)                                                                             \
-    template void gate<T>(Context&, Activation, const T*, T*, int64_t, int64_t);                      \
+#define LORAPLEX_ROWS(T)                                                                                             \
+    template void rms_norm<T>(Context&, const T*, const float*, T*, int64_t, int64_t, float);                        \
+    template void add_rms_norm<T>(Context&, const T*, T*, const float*, T*, int64_t, int64_t, float);                \
+    LORAPLEX_STORE(T, T)                                                                                             \
+    LORAPLEX_STORE(T, i8)                                                                                            \
+    LORAPLEX_STORE(T, f8)                                                                                            \
+    template void gate<T>(Context&, Activation, const T*, T*, int64_t, int64_t);                                     \
     template void weighted_sums<T>(Context&, const T*, const int64_t*, const float*, T*, int64_t, int64_t, int64_t);
 LORAPLEX_ROWS(float)
 LORAPLEX_ROWS(bf16)

@@ -26,9 +26,12 @@ from loraplex_kernels.ops import (
     LoraWeights,
     PackedLinear,
     QKNorm,
+    Routes,
+    Routing,
 )
 from loraplex_kernels.quantized import QuantizedWeight
 from loraplex_kernels.reference import ReferenceGroup, ReferenceLinear, weighted_sums
+from loraplex_kernels.routes import route
 from loraplex_kernels.sampling import TorchSampling
 from loraplex_kernels.triton.activation import activate_and_mul
 from loraplex_kernels.triton.attention import Scoring, paged_attention
@@ -85,6 +88,9 @@ class TritonOps(TorchSampling):
             return quantized_linear(x, packed, self._num_multiprocessors)
         assert isinstance(packed, ReferenceLinear)
         return F.linear(x, packed.weight, packed.bias)
+
+    def route(self, logits: Tensor, routing: Routing, correction: Tensor | None, lora: LoraSegments | None) -> Routes:
+        return route(logits, routing, correction, lora)
 
     def group_linears(self, experts: Sequence[PackedLinear]) -> ReferenceGroup:
         return ReferenceGroup(experts)
