@@ -1,4 +1,4 @@
-"""Quantised weight matrices in canonical form: every checkpoint format is unpacked into one of three records.
+"""Quantised weight matrices in canonical form: every checkpoint format is unpacked into one of four records.
 
 A loader makes records, a backend's `Ops.pack_quantized` lays them out for its kernels, and `dequantize` defines the
 value of each. Codes take a byte each here, and live only until they are packed.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-AFFINE_BITS = (2, 3, 4, 8)
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 TABLE_SIZE = 16
 
 
@@ -55,6 +55,34 @@ class AffineWeight(_Record):
 
 
 @dataclass(frozen=True, slots=True)
+class MinimumWeight(_Record):
+    """W[n, c] = scale[g, n] · codes[n, c] − minimum[g, n] with g = c // group_size.  GGUF's types with a minimum.
+
+    Not an affine record: a zero point in units of codes would have to be rounded, and a scale may be 0 here.
+    """
+
+    codes: Tensor  # uint8 [N, C], each below 2^bits
+    bits: int  # one of AFFINE_BITS
+    scale: Tensor  # float32 [G, N]
+    minimum: Tensor  # float32 [G, N]
+    group_size: int  # columns that share a scale; the last group may be shorter
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes.shape
+        assert self.bits in AFFINE_BITS
+        assert self.scale.shape == self.minimum.shape == (-(-columns // self.group_size), rows)
+        assert self.codes.dtype == torch.uint8
+        assert self.scale.dtype == self.minimum.dtype == torch.float32
+
+    def as_affine(self) -> AffineWeight:
+        """The record that kernels multiply: the same but for the zero points, which are rounded to float32."""
+        flat = self.scale == 0  # all weights of the group are its minimum: code 0, whatever it is
+        scale = torch.where(flat, 1.0, self.scale)
+        codes = self.codes.masked_fill(_spread(flat, self), 0) if bool(flat.any()) else self.codes
+        return AffineWeight(codes, self.bits, scale, self.minimum / scale, self.group_size)
+
+
+@dataclass(frozen=True, slots=True)
 class TableWeight(_Record):
     """W = table[codes] · absmax[i // block] with i = n·C + c.  bitsandbytes' nf4 and fp4 (QLoRA, arXiv 2305.14314).
 
@@ -92,7 +120,7 @@ class Float8Weight(_Record):
         assert self.scale.dtype == torch.float32
 
 
-QuantizedWeight = AffineWeight | TableWeight | Float8Weight
+QuantizedWeight = AffineWeight | MinimumWeight | TableWeight | Float8Weight
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
@@ -106,16 +134,19 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
         rows, across = weight.block
         by_row = weight.scale.repeat_interleave(rows, dim=0)[: len(weight.codes)]
         return weight.codes.float() * by_row.repeat_interleave(across, dim=1)[:, :columns]
-
-    def spread(per_group: Tensor) -> Tensor:
-        return per_group.t().repeat_interleave(weight.group_size, dim=1)[:, :columns]
-
-    dense = spread(weight.scale) * (weight.codes.float() - spread(weight.zero))
+    if isinstance(weight, MinimumWeight):
+        return _spread(weight.scale, weight) * weight.codes.float() - _spread(weight.minimum, weight)
+    dense = _spread(weight.scale, weight) * (weight.codes.float() - _spread(weight.zero, weight))
     if weight.input_order is None:
         return dense
     restored = torch.empty_like(dense)
     restored[:, weight.input_order] = dense
     return restored
+
+
+def _spread(per_group: Tensor, weight: AffineWeight | MinimumWeight) -> Tensor:
+    """[G, N] → [N, C]"""
+    return per_group.t().repeat_interleave(weight.group_size, dim=1)[:, : weight.codes.shape[1]]
 
 
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
@@ -136,6 +167,12 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
             return None
         scale, zero = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("scale", "zero"))
         return replace(first, codes=codes, scale=scale, zero=zero)
+    if isinstance(first, MinimumWeight):
+        minima = [weight for weight in weights if isinstance(weight, MinimumWeight)]
+        if any((part.bits, part.group_size) != (first.bits, first.group_size) for part in minima):
+            return None
+        scale, minimum = (torch.cat([getattr(part, name) for part in minima], dim=1) for name in ("scale", "minimum"))
+        return replace(first, codes=codes, scale=scale, minimum=minimum)
     if isinstance(first, TableWeight):
         tables = [weight for weight in weights if isinstance(weight, TableWeight)]
         if any(part.block != first.block or not torch.equal(part.table, first.table) for part in tables):

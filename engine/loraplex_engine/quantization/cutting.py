@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from loraplex_engine.checkpoint.model_config import ModelError
-from loraplex_kernels.quantized import AffineWeight, Float8Weight, QuantizedWeight, TableWeight
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, MinimumWeight, QuantizedWeight, TableWeight
 
 
 def cut(weight: QuantizedWeight, rows: slice, columns: slice) -> QuantizedWeight:
@@ -21,6 +21,10 @@ def cut(weight: QuantizedWeight, rows: slice, columns: slice) -> QuantizedWeight
     match weight:
         case AffineWeight():
             return _cut_affine(weight, codes, rows, columns)
+        case MinimumWeight():
+            groups = _units(columns, weight.codes.shape[1], weight.group_size)
+            scale, minimum = weight.scale[groups, rows].contiguous(), weight.minimum[groups, rows].contiguous()
+            return replace(weight, codes=codes, scale=scale, minimum=minimum)
         case TableWeight():
             return _cut_table(weight, codes, rows, columns)
         case Float8Weight():

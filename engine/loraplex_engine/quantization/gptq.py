@@ -18,11 +18,12 @@ from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor
 from loraplex_engine.quantization.spec import LinearShape, check_scales, group_count, require_multiple
 from loraplex_engine.quantization.unpacking import unpack_codes
-from loraplex_kernels.quantized import AFFINE_BITS, AffineWeight
+from loraplex_kernels.quantized import AffineWeight
 
 logger = logging.getLogger(__name__)
 
 WORD_BITS = 32
+BITS = (2, 3, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 
 
@@ -140,8 +141,8 @@ def parse(fields: ConfigFields) -> GptqSpec:
 def _parameters(fields: ConfigFields, base: Parameters | None) -> Parameters:
     """Read the model's parameters (base None), or the changes that a `dynamic` entry makes to `base`."""
     bits = fields.integer("bits", None if base is None else base.bits)
-    if bits not in AFFINE_BITS:
-        raise fields.error("bits", bits, f"one of {', '.join(map(str, AFFINE_BITS))}")
+    if bits not in BITS:
+        raise fields.error("bits", bits, f"one of {', '.join(map(str, BITS))}")
     group_size = fields.integer("group_size", -1 if base is None else base.group_size, minimum=-1)
     if group_size == 0:
         raise fields.error("group_size", group_size, "positive, or -1 for whole columns")

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.cpu.library import Library, owned
-from loraplex_kernels.quantized import TABLE_SIZE, AffineWeight, Float8Weight, QuantizedWeight, TableWeight
+from loraplex_kernels.quantized import (
+    TABLE_SIZE,
+    AffineWeight,
+    Float8Weight,
+    MinimumWeight,
+    QuantizedWeight,
+    TableWeight,
+)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TABLE, SIGNED_BYTE, FLOAT8 = 0, 1, 2
@@ -98,6 +105,8 @@ class _Coded:
 
 
 def _coded(weight: QuantizedWeight) -> _Coded:
+    if isinstance(weight, MinimumWeight):
+        return _coded_affine(weight.as_affine())
     if isinstance(weight, AffineWeight):
         return _coded_affine(weight)
     if isinstance(weight, TableWeight):
@@ -109,9 +118,9 @@ def _coded_affine(weight: AffineWeight) -> _Coded:
     """Convert an affine record. Values count from the middle of the codes, so that symmetric weights need no offset."""
     middle = 1 << (weight.bits - 1)
     offset = middle - weight.zero if (weight.zero != middle).any() else None
-    if weight.bits == 8:
+    if weight.bits > 4:
         scale, offset = weight.scale * SIGNED_BYTE_FACTOR, offset if offset is None else offset / SIGNED_BYTE_FACTOR
-        return _Coded(SIGNED_BYTE, weight.codes ^ middle, None, weight.group_size, scale, offset)
+        return _Coded(SIGNED_BYTE, weight.codes - middle, None, weight.group_size, scale, offset)
     table = torch.arange(TABLE_SIZE, dtype=torch.float32) - middle
     return _Coded(TABLE, weight.codes, table, weight.group_size, weight.scale, offset)
 

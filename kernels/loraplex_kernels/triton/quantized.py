@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.quantized import AffineWeight, Float8Weight, QuantizedWeight, TableWeight
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, MinimumWeight, QuantizedWeight, TableWeight
 from loraplex_kernels.triton.codes import FLOAT8, PLAIN, as_codes, coding_of, decode
 from loraplex_kernels.triton.primitives import LEAST_STEP, Tile, dot
 
@@ -167,6 +167,8 @@ class TritonQuantizedLinear:
         self.order: Tensor | None = None  # int32 [C]: column c of the codes is input feature order[c]
         self.coding = PLAIN.value
         self.nibbles = True
+        if isinstance(weight, MinimumWeight):
+            weight = weight.as_affine()
         if isinstance(weight, AffineWeight):
             self.group_size = weight.group_size
             self.scales, self.zeros = narrowed(weight.scale), narrowed(weight.zero)
