@@ -74,6 +74,8 @@ def quantize(job: Job) -> None:
     Raises ModelError saying what is missing: the package, the calibration text, a new directory.
     """
     source = resolve_model(job.model)
+    if source.is_file():
+        raise ModelError(f"{source}: is a GGUF file: start from the model in Hugging Face layout that it was made of")
     spec = read_spec(source, read_json(source / "config.json"))
     if spec is not None:
         raise ModelError(f"{source}: is quantised already ({spec.label}): start from the unquantised model")

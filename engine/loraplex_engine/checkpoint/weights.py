@@ -1,21 +1,24 @@
-"""Reads a model's parameters from its files: finds the directory, opens its safetensors, reads one tensor at a time."""
+"""Reads a model's parameters from its files: finds them, opens its safetensors or GGUF, reads one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraplex_adapters.files.gguf import SUFFIX, GGUFError, hub_parts, parts_of
+from loraplex_engine.checkpoint.gguf_blocks import FLOAT_TYPES, READERS
+from loraplex_engine.checkpoint.gguf_model import GGUFModel
 from loraplex_engine.checkpoint.memory import empty_matrix
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_kernels.finite import all_finite
@@ -42,8 +45,11 @@ PREFIXES = (
 # Buffers that some old checkpoints hold; they follow from config.json.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias")
 
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOATS = tuple(STORED_DTYPES)
+STORED_DTYPES = {
+    **FLOAT_TYPES,
+    **dict.fromkeys(READERS, torch.bfloat16),  # stored in blocks: the width of what they were made from
+}
+FLOATS = tuple(FLOAT_TYPES)
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 LFS_POINTER = b"version https://git-lfs"
 MAX_LISTED = 8  # tensors named in one error; the rest are counted
@@ -77,22 +83,30 @@ def _check_fetched(path: Path, data: bytes) -> None:
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The directory of a model: `model` itself if it is one, else a snapshot of that hub id (downloaded if need be).
+    """The directory of a model, or its GGUF file: `model` itself if it is one, else of that hub id (downloaded if need
+    be), which the name of a file may follow.
 
     Raises ModelError if it is neither, or cannot be fetched.
     """
-    directory = Path(model).expanduser()
-    if directory.is_dir():
-        return directory
-    if not HUB_ID.fullmatch(model):
-        raise ModelError(f"model {model!r}: no such directory, and not of the form of a hub id (owner/name)")
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.suffix == SUFFIX and path.is_file()):
+        return path
+    repository, file = hub_parts(model)
+    if not HUB_ID.fullmatch(repository):
+        raise ModelError(
+            f"model {model!r}: no such directory, and not of the form of a hub id (owner/name), nor a GGUF file here "
+            f"(FILE{SUFFIX}) or there (owner/name/FILE{SUFFIX})"
+        )
     from huggingface_hub import snapshot_download  # only where it is needed: it takes a third of a second to import
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     at = f"model {model!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         found = snapshot_download(
-            model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_FILES_LEFT_OUT)
+            repository,
+            revision=revision,
+            allow_patterns=list(HUB_FILES) if file is None else [str(part) for part in _parts(file)],
+            ignore_patterns=list(HUB_FILES_LEFT_OUT) if file is None else None,
         )
     except GatedRepoError as error:
         raise ModelError(f"{at}: access is gated: accept its licence on the hub and set HF_TOKEN") from error
@@ -107,14 +121,23 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             f"{at}: no such directory, not in the local hub cache, and it could not be downloaded: {error}. "
             "Give the path of a local directory, or fetch it where there is a network and share HF_HOME"
         ) from error
-    return Path(found)
+    if file is not None and not (Path(found) / file).is_file():
+        raise ModelError(f"{at}: the repository has no file {file}")
+    return Path(found) if file is None else Path(found) / file
+
+
+def _parts(file: str) -> list[Path]:
+    try:
+        return parts_of(Path(file))
+    except GGUFError as error:
+        raise ModelError(f"{file}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """The place, dtype and shape of a tensor, before any of it is read."""
 
-    path: Path
+    file: TensorFile
     name: str  # in the file
     shape: tuple[int, ...]
     dtype: str  # the format's code
@@ -148,6 +171,55 @@ class ExpectedTensor:
 Part = tuple[slice, ...]  # of each dimension of a tensor; (): all of it
 
 
+class TensorFile(Protocol):
+    """An open file of tensors, mapped and not read ahead."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def entries(self) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+        """The name, the shape, the format's code of the dtype, and the bytes of each tensor."""
+
+    def pieces(self, name: str, part: Part) -> Iterator[Tensor]:
+        """A tensor or a part of it: all at once, or some of its rows at a time. It may lie in the mapped file."""
+
+    def raw(self, name: str) -> Tensor:
+        """A tensor as it is stored. It may lie in the mapped file."""
+
+
+class _Safetensors:
+    """One file of safetensors."""
+
+    def __init__(self, path: Path, closing: ExitStack) -> None:
+        """Raises ModelError if it is damaged or missing."""
+        self.path = path
+        try:
+            self._file = closing.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise ModelError(f"{path}: named by the index, but not there: complete the download") from None
+        except (SafetensorError, OSError) as error:
+            if path.is_file():
+                with path.open("rb") as damaged:
+                    _check_fetched(path, damaged.read(len(LFS_POINTER)))
+            raise ModelError(f"{path}: not a valid safetensors file ({error}): fetch it again") from error
+
+    def entries(self) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+        for name in self._file.keys():  # noqa: SIM118 (not a mapping)
+            part = self._file.get_slice(name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            yield name, shape, dtype, ITEM_BYTES.get(dtype, 0) * torch.Size(shape).numel()
+
+    def pieces(self, name: str, part: Part) -> Iterator[Tensor]:
+        # A slice is copied where a whole tensor stays in the mapped file.
+        part_of_it = self._file.get_slice(name)
+        whole = _shape_of(part_of_it.get_shape(), part) == tuple(part_of_it.get_shape())
+        yield self.raw(name) if whole else part_of_it[part]
+
+    def raw(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+
 class Checkpoint:
     """The tensors of a model directory by their names in the Hugging Face model. Files are mapped, not read ahead.
 
@@ -170,13 +242,12 @@ class Checkpoint:
         self.passed_over: Counter[str] = Counter()  # tensors, by the prefix that they are unused for
         self._progress = progress
         self._aliases = aliases
-        self._files: dict[Path, Any] = {}
         self._tensors: dict[str, StoredTensor] = {}
         self._loaded_bytes = 0
         self._closing = ExitStack()
         try:
-            for path in shard_paths(directory, base_names):
-                self._open(path, unused_prefixes)
+            for file in self._open(base_names):
+                self._add(file, unused_prefixes)
         except BaseException:
             self._closing.close()
             raise
@@ -236,50 +307,54 @@ class Checkpoint:
         Raises ModelError, here and in `dense`, naming a tensor with a value that is no finite number.
         """
         stored = [(self._tensors[name], part) for name, part in parts]
-        shapes = [_shape_of(tensor, part) for tensor, part in stored]
+        shapes = [_shape_of(tensor.shape, part) for tensor, part in stored]
         result = empty_matrix((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype, device)
         start = 0
-        for (tensor, part), shape in zip(stored, shapes, strict=True):
-            rows = result[start : start + shape[0]]
-            rows.copy_(self._read(tensor, part))
-            _check_finite(tensor, rows)
-            start += shape[0]
+        for tensor, part in stored:
+            first = start
+            for piece in self._pieces(tensor, part):
+                result[start : start + len(piece)].copy_(piece)
+                start += len(piece)
+            _check_finite(tensor, result[first:start])
         return result
 
     def dense(self, name: str, dtype: torch.dtype, device: torch.device, part: Part) -> Tensor:
         """Part of one float tensor, converted. On the CPU it may lie in the mapped file: not to be written to."""
         stored = self._tensors[name]
-        tensor = self._read(stored, part).to(device).to(dtype)
+        pieces = [piece.to(device).to(dtype) for piece in self._pieces(stored, part)]
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         _check_finite(stored, tensor)
         return tensor
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """One tensor as it is stored. On the CPU it may lie in the mapped file: not to be written to."""
-        return self._read(self._tensors[name]).to(device)
-
-    def _read(self, stored: StoredTensor, part: Part = ()) -> Tensor:
-        file = self._files[stored.path]
-        # A slice is copied where a whole tensor stays in the mapped file.
-        whole = _shape_of(stored, part) == stored.shape
-        tensor: Tensor = file.get_tensor(stored.name) if whole else file.get_slice(stored.name)[part]
-        experts = len(stored.shape) == 3 and bool(part)  # of which each is read by itself
-        self._loaded_bytes += stored.nbytes // stored.shape[0] * len(tensor) if experts else stored.nbytes
-        if self._progress is not None:
-            self._progress(self._loaded_bytes, self.nbytes)
+        stored = self._tensors[name]
+        tensor = stored.file.raw(stored.name).to(device)
+        self._count(stored.nbytes)
         return tensor
 
-    def _open(self, path: Path, unused_prefixes: tuple[str, ...]) -> None:
-        try:
-            file = self._closing.enter_context(safe_open(path, framework="pt"))
-        except FileNotFoundError:
-            raise ModelError(f"{path}: named by the index, but not there: complete the download") from None
-        except (SafetensorError, OSError) as error:
-            if path.is_file():
-                with path.open("rb") as damaged:
-                    _check_fetched(path, damaged.read(len(LFS_POINTER)))
-            raise ModelError(f"{path}: not a valid safetensors file ({error}): fetch it again") from error
-        self._files[path] = file
-        for stored_name in file.keys():  # noqa: SIM118 (not a mapping)
+    def _pieces(self, stored: StoredTensor, part: Part) -> Iterator[Tensor]:
+        num_read = 0
+        for piece in stored.file.pieces(stored.name, part):
+            num_read += len(piece)
+            yield piece
+        experts = len(stored.shape) == 3 and bool(part)  # of which each is read by itself
+        self._count(stored.nbytes // stored.shape[0] * num_read if experts else stored.nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        self._loaded_bytes += nbytes
+        if self._progress is not None:
+            self._progress(self._loaded_bytes, self.nbytes)
+
+    def _open(self, base_names: Sequence[str]) -> Iterator[TensorFile]:
+        if self.directory.is_file():
+            yield GGUFModel(self.directory)
+            return
+        for path in shard_paths(self.directory, base_names):
+            yield _Safetensors(path, self._closing)
+
+    def _add(self, file: TensorFile, unused_prefixes: tuple[str, ...]) -> None:
+        for stored_name, shape, dtype, nbytes in file.entries():
             unused = next((prefix for prefix in unused_prefixes if stored_name.startswith(prefix)), None)
             if unused is not None:
                 self.passed_over[unused] += 1
@@ -291,30 +366,27 @@ class Checkpoint:
             if name in self._tensors:
                 other = self._tensors[name]
                 raise ModelError(
-                    f"{self.directory}: {name} is there twice: as {other.name} in {other.path.name} "
-                    f"and as {stored_name} in {path.name}"
+                    f"{self.directory}: {name} is there twice: as {other.name} in {other.file.path.name} "
+                    f"and as {stored_name} in {file.path.name}"
                 )
-            part = file.get_slice(stored_name)
-            shape, dtype = tuple(part.get_shape()), part.get_dtype()
-            nbytes = ITEM_BYTES.get(dtype, 0) * torch.Size(shape).numel()
-            self._tensors[name] = StoredTensor(path, stored_name, shape, dtype, nbytes)
+            self._tensors[name] = StoredTensor(file, stored_name, shape, dtype, nbytes)
 
 
-def _shape_of(stored: StoredTensor, part: Part) -> tuple[int, ...]:
-    return (*(each.stop - each.start for each in part), *stored.shape[len(part) :])
+def _shape_of(shape: Sequence[int], part: Part) -> tuple[int, ...]:
+    return (*(each.stop - each.start for each in part), *shape[len(part) :])
 
 
 def _check_finite(stored: StoredTensor, converted: Tensor) -> None:
     """Raise ModelError if a value is not finite: it would make every answer of the model so."""
     if all_finite(converted):
         return
-    with safe_open(stored.path, framework="pt") as file:
-        if all_finite(file.get_tensor(stored.name)):
-            raise ModelError(
-                f"{stored.path}: {stored.name} holds values that are too large for {converted.dtype}: choose bfloat16 "
-                "or float32 as dtype"
-            )
-    raise ModelError(f"{stored.path}: {stored.name} holds NaN or infinite values: it is damaged, fetch it again")
+    path = stored.file.path
+    if all(all_finite(piece) for piece in stored.file.pieces(stored.name, ())):
+        raise ModelError(
+            f"{path}: {stored.name} holds values that are too large for {converted.dtype}: choose bfloat16 or float32 "
+            "as dtype"
+        )
+    raise ModelError(f"{path}: {stored.name} holds NaN or infinite values: it is damaged, fetch it again")
 
 
 def shard_paths(directory: Path, base_names: Sequence[str] = (BASE_NAME,)) -> list[Path]:
@@ -331,8 +403,10 @@ def shard_paths(directory: Path, base_names: Sequence[str] = (BASE_NAME,)) -> li
     hint = ""
     if others := _names(directory, "*.safetensors"):
         hint = f"; it has {_listed(others)}: if that is the whole model, rename it to {single_file(BASE_NAME)}"
-    elif others := _names(directory, "*.bin", "*.pt", "*.pth", "*.gguf"):
+    elif others := _names(directory, "*.bin", "*.pt", "*.pth"):
         hint = f"; it has {_listed(others)}, which may run code or hold another layout: convert it"
+    elif others := _names(directory, f"*{SUFFIX}"):
+        hint = f"; it has {_listed(others)}: name the file itself as the model"
     raise ModelError(f"{directory}: neither {wanted}{hint}")
 
 

@@ -153,6 +153,11 @@ def _linear_shapes(linear: FusedLinear) -> Iterator[tuple[str, tuple[int, ...]]]
             yield stack.bias, (stack.count, out_features)
 
 
+def head_module(config: ModelConfig) -> str:
+    """The module that has the matrix of the head in a checkpoint."""
+    return EMBEDDING.removesuffix(".weight") if config.tie_word_embeddings else HEAD_MODULE
+
+
 def site_name(layer: int, linear: FusedLinear) -> str:
     return f"layers.{layer}.{linear.name}"
 

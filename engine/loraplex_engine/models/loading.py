@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear
 from loraplex_adapters.runtime.replaced import ReplacementSite
+from loraplex_engine.checkpoint.config_source import read_config
 from loraplex_engine.checkpoint.memory import release_free_memory
 from loraplex_engine.checkpoint.model_config import (
     FeedForward,
@@ -24,7 +25,7 @@ from loraplex_engine.checkpoint.model_config import (
     Stack,
 )
 from loraplex_engine.checkpoint.shard import WHOLE, Shard
-from loraplex_engine.checkpoint.weights import Checkpoint, Part, Progress, read_json
+from loraplex_engine.checkpoint.weights import Checkpoint, Part, Progress
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
 from loraplex_engine.layers.projection_norm import ProjectionNorm
 from loraplex_engine.layers.rotary import cos_sin_table
@@ -40,6 +41,7 @@ from loraplex_engine.models.layout import (
     KEY_NORM,
     QUERY_NORM,
     adds_bias,
+    head_module,
     layer_linears,
     norm_site,
     site_name,
@@ -76,12 +78,12 @@ Matrix = Sequence[Tensor] | QuantizedWeight  # dense: tensors [N₁, C], [N₂, 
 def load_model(
     config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None, shard: Shard = WHOLE
 ) -> LanguageModel:
-    """Load the model in directory `path`, or a rank's share of it, for inference on the device of `ops`.
+    """Load the model in `path`, a directory or a GGUF file, or a rank's share of it, for the device of `ops`.
 
     Raises ModelError if it is of no known family, or its weights are not all that its config.json asks for.
     """
     model_config = read_model_config(path, config.rope_scaling)
-    raw = read_json(path / "config.json")
+    raw = read_config(path)
     spec = read_spec(path, raw)
     if spec is not None and config.quantization is not None:
         raise ModelError(
@@ -106,9 +108,9 @@ def load_model(
             quantised = QuantizedReader(checkpoint, spec, _linear_shapes(model_config))
             for name in quantised.replaced:
                 expected.pop(name, None)
-            if config.head_quantization is not None and HEAD_MODULE in quantised:
+            if config.head_quantization is not None and (head := head_module(model_config)) in quantised:
                 raise ModelError(
-                    f"{path}: head_quantization {config.head_quantization!r} is asked for, and {HEAD_MODULE} is "
+                    f"{path}: head_quantization {config.head_quantization!r} is asked for, and {head} is "
                     f"quantised already ({spec.label}): leave it out"
                 )
         checkpoint.check(expected, None if quantised is None else quantised.expected)
@@ -134,7 +136,7 @@ def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
-    """Every linear that a format may have quantised: those of the layers, and a head that is not the embedding."""
+    """Every linear that a format may have quantised: those of the layers, and the head, be it the embedding."""
     shapes = [
         LinearShape(f"model.layers.{layer}.{part}", out_features, linear.in_features, linear.bias)
         for layer in range(config.num_layers)
@@ -142,8 +144,7 @@ def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
         if linear.stack is None or not linear.stack.stored
         for part, out_features in stored_shapes(linear)
     ]
-    if not config.tie_word_embeddings:
-        shapes.append(LinearShape(HEAD_MODULE, config.vocab_size, config.hidden_size))
+    shapes.append(LinearShape(head_module(config), config.vocab_size, config.hidden_size))
     return shapes
 
 
@@ -331,8 +332,9 @@ class _Loader:
         return [self._rows(parts)]
 
     def _head(self, embedding: Tensor) -> AnyLinear:
-        if self.quantised is not None and HEAD_MODULE in self.quantised:
-            return self._linear([self.quantised.read(HEAD_MODULE, self.ops.device)], None)
+        module = head_module(self.config)
+        if self.quantised is not None and module in self.quantised:
+            return self._linear([self.quantised.read(module, self.ops.device)], None)
         weight = self._head_weight(embedding)
         if self.head_rounding is None:
             return self._linear([weight], None)

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.config_source import config_file, read_config
 from loraplex_engine.checkpoint.model_config import ModelConfig, ModelError
 from loraplex_engine.checkpoint.pooling import read_pooling
 from loraplex_engine.checkpoint.weights import read_json
@@ -68,17 +69,19 @@ ARCHITECTURES = (
 
 
 def read_model_config(directory: Path, rope_scaling: Mapping[str, object] | None = None) -> ModelConfig:
-    """The model in a directory. Raises ModelError if it is of no known family, or its config.json makes no sense.
+    """The model in a directory, or in a GGUF file.
+
+    Raises ModelError if it is of no known family, or what it states makes no sense.
 
     rope_scaling: replaces the file's.
 
     Ends of sequence are those of config.json and of generation_config.json together: instruction-tuned models often
     state the end of a turn only in the latter.
     """
-    raw = read_json(directory / "config.json")
+    raw = read_config(directory)
     if rope_scaling is not None:
         raw = with_rope_scaling(raw, rope_scaling)
-    config = parse_model_config(raw, str(directory / "config.json"))
+    config = parse_model_config(raw, str(config_file(directory)))
     config = replace(config, pooling=read_pooling(directory), labels=_labels(raw))
     generation = directory / "generation_config.json"
     if not generation.exists():

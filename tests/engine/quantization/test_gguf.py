@@ -1,0 +1,174 @@
+"""GGUF's blocks: their values to the last bit, and models made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from loraplex_adapters.files.gguf import TYPES
+from loraplex_engine.checkpoint.gguf_blocks import READERS, dequantize_rows, record_of
+from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.models import load_model, read_model_config
+from loraplex_kernels.ops import Ops
+from loraplex_kernels.quantized import MinimumWeight, concatenate, dequantize
+from loraplex_kernels.selection import select_ops
+from tests.gguf_files import gguf, random_blocks, write_gguf
+from tests.reference.test_model_logits import LENGTHS, Stepper, llama, prompts, randomised
+
+ROWS, BLOCKS = 6, 3
+
+
+def stored(name: str) -> torch.Tensor:
+    elements, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    return torch.from_numpy(random_blocks(ROWS, BLOCKS * elements, gguf.GGMLQuantizationType[name]))
+
+
+def test_sizes_and_numbers_are_those_of_the_format() -> None:
+    for number, known in TYPES.items():
+        kind = gguf.GGMLQuantizationType[known.name]
+        assert (kind.value, *gguf.GGML_QUANT_SIZES[kind]) == (number, known.elements, known.nbytes)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_values_are_those_of_the_gguf_package_to_the_last_bit(name: str) -> None:
+    rows = stored(name)
+    expected = gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType[name])
+    assert np.array_equal(dequantize_rows(name, rows).numpy(), expected)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("name", READERS)
+def test_products_are_those_of_the_values(name: str, kernels: str) -> None:
+    ops = select_ops(torch.device("cpu"), kernels)
+    record = record_of(name, stored(name))
+    dense = dequantize(record)
+    x = torch.randn(5, dense.shape[1], generator=torch.Generator().manual_seed(1))
+    packed = ops.pack_quantized(record, None, torch.float32)
+    assert_close(ops.linear(x, packed), x @ dense.t())
+    assert_close(ops.dequantize(packed, 1, 4), dense[1:4])
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    # float32 sums in another order, and zero points that are rounded once.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())
+
+
+def test_a_group_without_a_scale_is_its_minimum(cpu: Ops) -> None:
+    scale, minimum = torch.tensor([[0.0, 0.5]]), torch.tensor([[-3.0, 1.0]])
+    record = MinimumWeight(torch.full((2, 32), 9, dtype=torch.uint8), 4, scale, minimum, 32)
+    packed = cpu.pack_quantized(record, None, torch.float32)
+    assert torch.equal(cpu.dequantize(packed, 0, 2), dequantize(record))
+    assert dequantize(record)[0, 0] == 3.0
+
+
+def test_minimum_records_are_joined_where_they_are_alike() -> None:
+    one, other = record_of("Q4_K", stored("Q4_K")), record_of("Q4_K", stored("Q4_K").flip(0))
+    joined = concatenate([one, other])
+    assert joined is not None
+    assert torch.equal(dequantize(joined), torch.cat([dequantize(one), dequantize(other)]))
+    assert concatenate([one, record_of("Q5_K", stored("Q5_K"))]) is None
+
+
+@pytest.fixture
+def cpu() -> Ops:
+    return select_ops(torch.device("cpu"), "cpu")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_model_of_blocks_answers_as_the_dense_model_of_their_values(name: str, tmp_path: Path) -> None:
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0]
+    model = llama(
+        hidden_size=size, intermediate_size=2 * size, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    packed, dense = tmp_path / "packed.gguf", tmp_path / "dense.gguf"
+    write_gguf(packed, randomised(model), "llama", name)
+    unpack(packed, dense)
+    found = []
+    for path in (packed, dense):
+        ops = select_ops(torch.device("cpu"), "reference")
+        loaded = load_model(EngineConfig(model=str(path), dtype="float32", max_model_len=64), path, ops)
+        stepper = Stepper(loaded, prompts())
+        stepper.step(*enumerate(LENGTHS))
+        found.append(torch.cat(stepper.results()))
+    assert_close(found[0], found[1])
+
+
+def unpack(packed: Path, dense: Path) -> None:
+    """The same file with numbers in place of blocks."""
+    reader, writer = gguf.GGUFReader(packed), gguf.GGUFWriter(dense, "llama")
+    for key, field in reader.fields.items():
+        if key.startswith("llama."):
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, np.ascontiguousarray(numbers, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_the_label_names_the_types(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, llama(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), "llama", "Q8_0")
+    ops = select_ops(torch.device("cpu"), "reference")
+    assert load_model(EngineConfig(model=str(path)), path, ops).config.quantization == "gguf-Q8_0"
+
+
+def test_rounding_what_is_rounded_already_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, llama(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), "llama", "Q8_0")
+    ops = select_ops(torch.device("cpu"), "reference")
+    with pytest.raises(ModelError, match="quantised already"):
+        load_model(EngineConfig(model=str(path), quantization="int8"), path, ops)
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="architecture not supported: mamba; the known ones are llama"):
+        read_model_config(tmp_path / "model.gguf")
+
+
+def test_a_split_model_is_read_from_all_its_parts(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.gguf"
+    write_gguf(whole, randomised(llama()), "llama")
+    first = split(whole, tmp_path)
+    ops = select_ops(torch.device("cpu"), "reference")
+    config = EngineConfig(model=str(first), dtype="float32")
+    one, other = (Stepper(load_model(config, path, ops), prompts()) for path in (whole, first))
+    for stepper in (one, other):
+        stepper.step(*enumerate(LENGTHS))
+    assert torch.equal(torch.cat(one.results()), torch.cat(other.results()))
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "whole.gguf", llama(), "llama")
+    first = split(tmp_path / "whole.gguf", tmp_path)
+    (tmp_path / "model-00002-of-00002.gguf").unlink()
+    with pytest.raises(ModelError, match=r"model-00002-of-00002\.gguf: a part of the model, but not there"):
+        read_model_config(first)
+
+
+def split(whole: Path, directory: Path) -> Path:
+    """All metadata and a half of the tensors in the first part, the others in the second."""
+    reader = gguf.GGUFReader(whole)
+    parts = [directory / f"model-0000{place}-of-00002.gguf" for place in (1, 2)]
+    for place, part in enumerate(parts):
+        writer = gguf.GGUFWriter(part, "llama")
+        for key, field in reader.fields.items() if place == 0 else ():
+            if key.startswith("llama."):
+                writer.add_key_value(key, field.contents(), field.types[0])
+        for tensor in reader.tensors[place::2]:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts[0]
