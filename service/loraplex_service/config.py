@@ -21,7 +21,7 @@ from loraplex_service.adapters.config import AdapterConfig, ConstraintConfig
 from loraplex_service.admission.tenants import TenantConfig
 from loraplex_service.auth.config import AuthConfig, CertificateConfig, JwtConfig
 from loraplex_service.config_checks import Shape, number_problems
-from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
+from loraplex_service.models.config import HostedModelConfig, SupervisionConfig, is_model
 from loraplex_service.models.device_shares import share_problems, with_shares
 from loraplex_service.ports.config import TlsConfig
 from loraplex_service.requests.forms import checked_grammar
@@ -200,7 +200,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         return str(base / Path(path).expanduser())
 
     def located(model: str) -> str:
-        is_path = model.startswith((".", "/", "~")) or (base / model).is_dir()  # else an id of a hub
+        is_path = model.startswith((".", "/", "~")) or is_model(base / model)  # else an id of a hub
         return absolute(model) if is_path else model
 
     def model(item: HostedModelConfig) -> HostedModelConfig:

@@ -7,9 +7,15 @@ from typing import Any, Literal
 import msgspec
 
 from loraplex.v1.generation_pb2 import Sampling
+from loraplex_adapters.files.gguf import SUFFIX, GGUFError, parts_of
 from loraplex_adapters.grammar import ID_RULE, is_id
 from loraplex_engine.link.config import EngineConfig
 from loraplex_service.models.generation_defaults import sampling_of_file
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path may be that of a model: of a directory, or of a GGUF file."""
+    return path.is_dir() or (path.suffix == SUFFIX and path.is_file())
 
 
 class HostedModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,7 +31,7 @@ class HostedModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_
 
     @property
     def is_local(self) -> bool:
-        """Whether `model` is a directory (an absolute path, once the file is read) rather than a hub id."""
+        """Whether `model` is a directory or a file (an absolute path, once the configuration is read) and no hub id."""
         return self.model.startswith("/")
 
     def engine(self) -> EngineConfig:
@@ -45,11 +51,9 @@ class HostedModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_
         """Describe every value that is out of range; empty: none is."""
         if not is_id(self.name):
             yield f"the name must be {ID_RULE}"
-        if self.model.startswith("/") and not Path(self.model).is_dir():
-            yield f"model: there is no directory {self.model}"
         small = self.drafts.model if self.drafts is not None else None
-        if small is not None and small.startswith("/") and not Path(small).is_dir():
-            yield f"drafts.model: there is no directory {small}"
+        for field, model in (("model", self.model), ("drafts.model", small)):
+            yield from () if model is None else _place_problems(field, model)
         if self.chat_template is not None and not Path(self.chat_template).is_file():
             yield f"chat_template: there is no file {self.chat_template}"
         for check in (self.check, self.sampling):
@@ -57,6 +61,15 @@ class HostedModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_
                 check()
             except ValueError as error:
                 yield str(error)
+
+
+def _place_problems(field: str, model: str) -> Iterator[str]:
+    if model.startswith("/") and not is_model(Path(model)):
+        yield f"{field}: there is no directory {model}, and no {SUFFIX} file of that name"
+    try:
+        parts_of(Path(model))
+    except GGUFError as error:
+        yield f"{field}: {model} {error}"
 
 
 class SupervisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.v1.generation_pb2 import Sampling
+from loraplex_adapters.files.gguf import hub_parts, parts_of
 from loraplex_engine.link.client import EngineClient
 from loraplex_service.errors import FailedPrecondition, LoraplexError, NotFound, Unavailable
 from loraplex_service.models.config import HostedModelConfig
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_SECONDS = 0.05
 LOADING_RETRY_SECONDS = 5.0
-REVISED = (".safetensors", ".json", ".jinja", ".model")  # the files of a model that another revision may change
+REVISED = (".safetensors", ".json")  # the files of a model directory that another revision may change
 
 Supervise = Callable[[HostedModelConfig, Callable[[], None]], EngineSupervisor]  # the callback hears of every change
 
@@ -278,13 +279,13 @@ class ModelHost:
 
 def _read_text_files(config: HostedModelConfig) -> tuple[Tokenizer, str]:
     """Read the tokenizer and the revision. Raises TextError, OSError."""
-    directory = Path(config.model) if config.is_local else _fetched_directory(config)
-    tokenizer = Tokenizer.load(directory)
+    path = Path(config.model) if config.is_local else _fetched(config)
+    tokenizer = Tokenizer.load(path)
     if config.chat_template is not None:
         source = Path(config.chat_template).read_text(encoding="utf-8")
         tokenizer.chat_template = ChatTemplate(source, **tokenizer.special_tokens)
     _ = tokenizer.vocabulary  # made here, in a thread: the engine is told it as soon as it serves
-    return tokenizer, _revision(directory)
+    return tokenizer, _revision(path)
 
 
 def revision_of(config: HostedModelConfig) -> str:
@@ -292,7 +293,7 @@ def revision_of(config: HostedModelConfig) -> str:
     if config.is_local:
         return _revision(Path(config.model))
     try:
-        return _revision(_fetched_directory(config))
+        return _revision(_fetched(config))
     except FileNotFoundError:
         return ""
 
@@ -314,21 +315,25 @@ def _check_ids(tokenizer: Tokenizer, sampling: Sampling, vocab_size: int) -> Non
             )
 
 
-def _fetched_directory(config: HostedModelConfig) -> Path:
-    """The directory into which the engine has fetched a model from the hub."""
+def _fetched(config: HostedModelConfig) -> Path:
+    """The directory into which the engine has fetched a model from the hub, or the GGUF file in it."""
     from huggingface_hub import snapshot_download  # only where it is needed: it takes a third of a second to import
 
-    return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+    repository, file = hub_parts(config.model)
+    found = Path(snapshot_download(repository, revision=config.revision, local_files_only=True))
+    return found if file is None else found / file
 
 
-def _revision(directory: Path) -> str:
-    """The commit of a hub snapshot; for other directories a digest over the files' names, sizes and times.
+def _revision(path: Path) -> str:
+    """The commit of a hub snapshot; for others a digest over the files' names, sizes and times.
 
     The content is not digested: that would read every byte of the weights once more.
     """
-    if directory.parent.name == "snapshots":
-        return directory.name
-    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json"))
+    is_file = path.is_file()
+    for directory in path.parents if is_file else (path,):
+        if directory.parent.name == "snapshots":
+            return directory.name
+    files = parts_of(path) if is_file else sorted(file for file in path.iterdir() if file.suffix in REVISED)
     stats = [(path.name, path.stat()) for path in files]
     listing = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
     return f"local-{hashlib.sha256(listing.encode()).hexdigest()[:12]}"

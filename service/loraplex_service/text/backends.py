@@ -1,7 +1,7 @@
 """Builds a `tokenizers.Tokenizer` from the files of a model directory, in any of their three forms."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from loraplex_service.text.errors import TokenizerError
+from loraplex_service.text.gguf_tokenizer import read_vocabulary
 from loraplex_service.text.model_files import ModelFiles, read_file
 from loraplex_service.text.sentencepiece_model import read_sentencepiece
 from loraplex_service.text.token_decoders import METASPACE
@@ -25,12 +26,18 @@ class Backend(NamedTuple):
 
 
 def load_backend(files: ModelFiles) -> Backend:
-    """The tokenizer of a directory: tokenizer.json, else vocab.json + merges.txt, else tokenizer.model.
+    """The tokenizer of a GGUF file, or of a directory: tokenizer.json, else vocab.json + merges.txt, else
+    tokenizer.model.
 
     With tokenizer.json, that file alone says whether a text gets BOS and EOS; with the others, `add_bos_token` and
     `add_eos_token` of tokenizer_config.json do (as transformers 5). Raises TokenizerError.
     """
     directory = files.directory
+    if files.gguf is not None:
+        backend = _from_gguf(files.directory, files.gguf)
+        _add_bos_and_eos(backend, files)
+        _mark_special_tokens(backend.tokenizer, files)
+        return backend
     if not directory.is_dir():
         raise TokenizerError(f"{directory}: is no directory. Give the directory that holds the model's files.")
     if (path := directory / "tokenizer.json").is_file():
@@ -60,6 +67,15 @@ def load_backend(files: ModelFiles) -> Backend:
     _use_llama_spacing(backend.tokenizer, files)
     backend.tokenizer.encode_special_tokens = bool(files.tokenizer_config.get("split_special_tokens", False))
     return backend
+
+
+def _from_gguf(path: Path, metadata: Mapping[str, object]) -> Backend:
+    try:
+        return Backend(read_vocabulary(metadata))
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from error
+    except Exception as error:  # the library raises bare Exception for every malformed vocabulary
+        raise TokenizerError(f"{path}: its vocabulary cannot be read ({error}). Fetch the file again.") from error
 
 
 def _from_json(data: bytes) -> Backend:

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from loraplex_service.text.errors import TokenizerError
+from loraplex_service.text.gguf_tokenizer import read_metadata, read_text
 
 # A JSON file larger than this is not a configuration. Tokenizers themselves are read by their own library.
 MAX_CONFIG_BYTES = 64 << 20
@@ -17,19 +18,25 @@ LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The content of a Hugging Face model directory about text, besides the vocabulary."""
+    """The content of a Hugging Face model directory, or of a GGUF file, about text, besides the vocabulary."""
 
-    directory: Path
+    directory: Path  # or the file
     tokenizer_config: Mapping[str, Any]
     special_tokens_map: Mapping[str, Any]
     added_tokens: Mapping[int, AddedToken]  # by id; from tokenizer_config.json, else added_tokens.json
     model_config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     chat_templates: Mapping[str, str]  # by name; "default" where there is only one
+    gguf: Mapping[str, object] | None = None  # the metadata of a GGUF file
 
     @classmethod
     def read(cls, directory: Path) -> "ModelFiles":
-        """Read the files of a model directory. Raises TokenizerError for a file that exists and cannot be read."""
+        """Read the files of a model directory, or a GGUF file.
+
+        Raises TokenizerError for a file that exists and cannot be read.
+        """
+        if directory.is_file():
+            return cls._read_gguf(directory)
         tokenizer_config = _json_object(directory / "tokenizer_config.json")
         # Once the configuration lists the added tokens itself, the two older files no longer count (as transformers).
         outdated = "added_tokens_decoder" in tokenizer_config
@@ -43,6 +50,15 @@ class ModelFiles:
             generation_config=_json_object(directory / "generation_config.json"),
             chat_templates=_chat_templates(directory, tokenizer_config),
         )
+
+    @classmethod
+    def _read_gguf(cls, path: Path) -> "ModelFiles":
+        metadata = read_metadata(path)
+        try:
+            config, generation, templates = read_text(metadata)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+        return cls(path, config, {}, {}, {}, generation, templates, metadata)
 
     @classmethod
     def read_beside_adapter(cls, directory: Path) -> "ModelFiles":

@@ -5,7 +5,7 @@ sentencepiece_model.proto. Equality with the library is tested in tests/service/
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
@@ -14,7 +14,15 @@ from loraplex_service.text.errors import TokenizerError
 from loraplex_service.text.token_decoders import METASPACE
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # SentencePiece.Type
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # SentencePiece.Type
+
+
+class Piece(NamedTuple):
+    """One entry of a vocabulary, as SentencePiece names its parts."""
+
+    piece: str
+    score: float
+    type: int
 
 
 def read_sentencepiece(data: bytes) -> tuple[tokenizers.Tokenizer, str | None, str | None]:
@@ -35,25 +43,40 @@ def read_sentencepiece(data: bytes) -> tuple[tokenizers.Tokenizer, str | None, s
         raise TokenizerError("writes spaces as suffixes or not at all, which is not supported. Provide tokenizer.json.")
     tokenizer = tokenizers.Tokenizer(_model(proto))
     tokenizer.normalizer = _normalizer(rules)
-    stages: list[Any] = [decoders.Replace(METASPACE, " ")]
-    if trainer.byte_fallback:
-        stages.append(decoders.ByteFallback())
-    stages.append(decoders.Fuse())
-    if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
-        stages.append(decoders.Strip(" ", 1, 0))
-    tokenizer.decoder = decoders.Sequence(stages)
+    tokenizer.decoder = _decoder(trainer.byte_fallback, rules.add_dummy_prefix or rules.remove_extra_whitespaces)
     tokenizer.add_tokens(
         [
-            AddedToken(piece.piece, special=piece.type == _CONTROL, normalized=False)
+            AddedToken(piece.piece, special=piece.type == CONTROL, normalized=False)
             for piece in proto.pieces
-            if piece.type in (_CONTROL, _USER_DEFINED)
+            if piece.type in (CONTROL, USER_DEFINED)
         ]
     )
     return tokenizer, _control_piece(proto, trainer.bos_id), _control_piece(proto, trainer.eos_id)
 
 
+def piece_tokenizer(pieces: Sequence[Piece], unknown: str, prefix: bool, squeezes: bool) -> tokenizers.Tokenizer:
+    """The tokenizer of a BPE vocabulary with tokens for single bytes, without added tokens.
+
+    prefix: a text begins with a space. squeezes: of several spaces one is left.
+    """
+    tokenizer = tokenizers.Tokenizer(_bpe(pieces, unknown, True))
+    tokenizer.normalizer = normalizers.Sequence(_spacing(prefix, squeezes))
+    tokenizer.decoder = _decoder(True, prefix or squeezes)
+    return tokenizer
+
+
+def _decoder(byte_fallback: bool, strips: bool) -> decoders.Decoder:
+    stages: list[Any] = [decoders.Replace(METASPACE, " ")]
+    if byte_fallback:
+        stages.append(decoders.ByteFallback())
+    stages.append(decoders.Fuse())
+    if strips:
+        stages.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(stages)
+
+
 def _control_piece(proto: Any, token_id: int) -> str | None:
-    if 0 <= token_id < len(proto.pieces) and proto.pieces[token_id].type == _CONTROL:
+    if 0 <= token_id < len(proto.pieces) and proto.pieces[token_id].type == CONTROL:
         return str(proto.pieces[token_id].piece)
     return None
 
@@ -64,20 +87,24 @@ def _model(proto: Any) -> models.Model:
         scored = [(piece.piece, piece.score) for piece in proto.pieces]
         return models.Unigram(scored, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     if trainer.model_type == _BPE:
-        return models.BPE(
-            vocab={piece.piece: token_id for token_id, piece in enumerate(proto.pieces)},
-            merges=list(_merges(proto.pieces)),
-            unk_token=trainer.unk_piece,
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
+        return _bpe(proto.pieces, trainer.unk_piece, trainer.byte_fallback)
     raise TokenizerError("holds a WORD or CHAR model; BPE and Unigram are supported. Provide tokenizer.json.")
+
+
+def _bpe(pieces: Sequence[Any], unknown: str, byte_fallback: bool) -> models.Model:
+    return models.BPE(
+        vocab={piece.piece: token_id for token_id, piece in enumerate(pieces)},
+        merges=list(_merges(pieces)),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=byte_fallback,
+    )
 
 
 def _merges(pieces: Sequence[Any]) -> Iterator[tuple[str, str]]:
     """Every way to join two pieces into a third, best score first: the order in which SentencePiece joins them."""
-    mergeable = {piece.piece: token_id for token_id, piece in enumerate(pieces) if piece.type == _NORMAL}
-    for piece in sorted((piece for piece in pieces if piece.type == _NORMAL), key=lambda piece: -piece.score):
+    mergeable = {piece.piece: token_id for token_id, piece in enumerate(pieces) if piece.type == NORMAL}
+    for piece in sorted((piece for piece in pieces if piece.type == NORMAL), key=lambda piece: -piece.score):
         text = piece.piece
         halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
         known = [(left, right) for left, right in halves if left in mergeable and right in mergeable]
@@ -88,8 +115,13 @@ def _normalizer(rules: Any) -> normalizers.Normalizer:
     stages: list[Any] = []
     if rules.precompiled_charsmap:
         stages.append(normalizers.Precompiled(rules.precompiled_charsmap))
-    if rules.remove_extra_whitespaces:
+    return normalizers.Sequence([*stages, *_spacing(rules.add_dummy_prefix, rules.remove_extra_whitespaces)])
+
+
+def _spacing(prefix: bool, squeezes: bool) -> list[Any]:
+    stages: list[Any] = []
+    if squeezes:
         stages += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if rules.add_dummy_prefix:
+    if prefix:
         stages.append(normalizers.Prepend(METASPACE))
-    return normalizers.Sequence([*stages, normalizers.Replace(" ", METASPACE)])
+    return [*stages, normalizers.Replace(" ", METASPACE)]
