@@ -17,8 +17,9 @@ from loraplex_engine.execution.kv_cache import create_kv_cache
 from loraplex_engine.layers.mixture import MixtureLayout
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import LanguageModel, load_model
+from loraplex_engine.models.model import Model
 from loraplex_engine.models.step_batch import StepBatch
-from loraplex_kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights
+from loraplex_kernels.ops import AttentionMetadata, LoraSegments, LoraSlice, LoraWeights, Ops
 from loraplex_kernels.selection import select_ops
 from tests.engine.linears import linear_at
 from tests.reference.wrappers import WRAPPED, plain_name
@@ -238,12 +239,12 @@ def expected_logits(theirs: Any, sequences: Sequence[Sequence[int]]) -> list[Ten
 class Stepper:
     """Feeds chosen numbers of tokens of each sequence to a model, over a cache whose blocks are shuffled."""
 
-    def __init__(self, model: LanguageModel, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: Model, sequences: Sequence[Sequence[int]], ops: Ops | None = None) -> None:
         self.model = model
         self.sequences = sequences
         self.done = [0] * len(sequences)
         self.logits: list[list[Tensor]] = [[] for _ in sequences]
-        ops = select_ops(torch.device("cpu"), "reference")
+        ops = ops or select_ops(torch.device("cpu"), "reference")
         self.kv = create_kv_cache(model.config, ops, NUM_BLOCKS, BLOCK_SIZE, model.dtype)
         shuffled = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(5)).tolist()
         per_sequence = NUM_BLOCKS // len(sequences)

@@ -20,7 +20,7 @@ from loraplex.v1 import generation_pb2 as loraplex_dot_v1_dot_generation__pb2
 from loraplex.v1 import watch_pb2 as loraplex_dot_v1_dot_watch__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/models.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1cloraplex/v1/generation.proto\x1a\x17loraplex/v1/watch.proto\"\xd2\x06\n\x05Model\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x08\x12\x13\n\x06source\x18\x02 \x01(\tB\x03\xe0\x41\x03\x12\x15\n\x08revision\x18\x03 \x01(\tB\x03\xe0\x41\x03\x12,\n\x05state\x18\x04 \x01(\x0e\x32\x18.loraplex.v1.Model.StateB\x03\xe0\x41\x03\x12\x19\n\x0c\x61rchitecture\x18\x05 \x01(\tB\x03\xe0\x41\x03\x12\x12\n\x05\x64type\x18\x06 \x01(\tB\x03\xe0\x41\x03\x12\x19\n\x0cquantization\x18\x07 \x01(\tB\x03\xe0\x41\x03\x12\x13\n\x06\x64\x65vice\x18\x08 \x01(\tB\x03\xe0\x41\x03\x12-\n\x06limits\x18\t \x01(\x0b\x32\x18.loraplex.v1.ModelLimitsB\x03\xe0\x41\x03\x12\x37\n\x0c\x63\x61pabilities\x18\n \x03(\x0e\x32\x1c.loraplex.v1.ModelCapabilityB\x03\xe0\x41\x03\x12\x34\n\x10\x64\x65\x66\x61ult_sampling\x18\x0b \x01(\x0b\x32\x15.loraplex.v1.SamplingB\x03\xe0\x41\x03\x12\x19\n\x0cmemory_bytes\x18\x0c \x01(\x03\x42\x03\xe0\x41\x03\x12\x19\n\x0c\x62ytes_loaded\x18\r \x01(\x03\x42\x03\xe0\x41\x03\x12\x18\n\x0b\x62ytes_total\x18\x0e \x01(\x03\x42\x03\xe0\x41\x03\x12\x1d\n\x10running_requests\x18\x0f \x01(\x05\x42\x03\xe0\x41\x03\x12\x1d\n\x10waiting_requests\x18\x10 \x01(\x05\x42\x03\xe0\x41\x03\x12\x32\n\tload_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x03\xe0\x41\x03\x12&\n\x05\x65rror\x18\x12 \x01(\x0b\x32\x12.google.rpc.StatusB\x03\xe0\x41\x03\x12\x33\n\x06labels\x18\x13 \x03(\x0b\x32\x1e.loraplex.v1.Model.LabelsEntryB\x03\xe0\x41\x03\x12\x11\n\x04\x65tag\x18\x14 \x01(\tB\x03\xe0\x41\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"~\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_UNLOADED\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x10\n\x0cSTATE_ACTIVE\x10\x03\x12\x13\n\x0fSTATE_UNLOADING\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"\x97\x01\n\x0bModelLimits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\x05\x12\x19\n\x11max_output_tokens\x18\x02 \x01(\x05\x12\x18\n\x10max_adapter_rank\x18\x03 \x01(\x05\x12\x19\n\x11max_adapter_bytes\x18\x04 \x01(\x03\x12\x1c\n\x14max_running_requests\x18\x05 \x01(\x05\"$\n\x0fGetModelRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.loraplex.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"v\n\x10LoadModelRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"\xa2\x01\n\x12UnloadModelRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12(\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"0\n\x12WatchModelsRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"c\n\x13WatchModelsResponse\x12)\n\x04type\x18\x01 \x01(\x0e\x32\x1b.loraplex.v1.WatchEventType\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Model*\xc9\x03\n\x0fModelCapability\x12 \n\x1cMODEL_CAPABILITY_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_CAPABILITY_CHAT\x10\x01\x12\x1d\n\x19MODEL_CAPABILITY_ADAPTERS\x10\x02\x12\x1d\n\x19MODEL_CAPABILITY_LOGPROBS\x10\x03\x12$\n MODEL_CAPABILITY_PROMPT_LOGPROBS\x10\x04\x12!\n\x1dMODEL_CAPABILITY_PREFIX_CACHE\x10\x05\x12\x1f\n\x1bMODEL_CAPABILITY_CONSTRAINT\x10\x06\x12\x1a\n\x16MODEL_CAPABILITY_TOOLS\x10\x07\x12\x1e\n\x1aMODEL_CAPABILITY_REASONING\x10\x08\x12\x1b\n\x17MODEL_CAPABILITY_DRAFTS\x10\t\x12\x1a\n\x16MODEL_CAPABILITY_EMBED\x10\n\x12 \n\x1cMODEL_CAPABILITY_BEAM_SEARCH\x10\x0b\x12\x1d\n\x19MODEL_CAPABILITY_CLASSIFY\x10\x0c\x12\x1b\n\x17MODEL_CAPABILITY_RERANK\x10\r2\xf3\x02\n\x0cModelService\x12<\n\x08GetModel\x12\x1c.loraplex.v1.GetModelRequest\x1a\x12.loraplex.v1.Model\x12M\n\nListModels\x12\x1e.loraplex.v1.ListModelsRequest\x1a\x1f.loraplex.v1.ListModelsResponse\x12>\n\tLoadModel\x12\x1d.loraplex.v1.LoadModelRequest\x1a\x12.loraplex.v1.Model\x12\x42\n\x0bUnloadModel\x12\x1f.loraplex.v1.UnloadModelRequest\x1a\x12.loraplex.v1.Model\x12R\n\x0bWatchModels\x12\x1f.loraplex.v1.WatchModelsRequest\x1a .loraplex.v1.WatchModelsResponse0\x01\x42\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/models.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1cloraplex/v1/generation.proto\x1a\x17loraplex/v1/watch.proto\"\x80\x08\n\x05Model\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x08\x12\x13\n\x06source\x18\x02 \x01(\tB\x03\xe0\x41\x03\x12\x15\n\x08revision\x18\x03 \x01(\tB\x03\xe0\x41\x03\x12,\n\x05state\x18\x04 \x01(\x0e\x32\x18.loraplex.v1.Model.StateB\x03\xe0\x41\x03\x12\x19\n\x0c\x61rchitecture\x18\x05 \x01(\tB\x03\xe0\x41\x03\x12\x12\n\x05\x64type\x18\x06 \x01(\tB\x03\xe0\x41\x03\x12\x19\n\x0cquantization\x18\x07 \x01(\tB\x03\xe0\x41\x03\x12\x13\n\x06\x64\x65vice\x18\x08 \x01(\tB\x03\xe0\x41\x03\x12-\n\x06limits\x18\t \x01(\x0b\x32\x18.loraplex.v1.ModelLimitsB\x03\xe0\x41\x03\x12\x37\n\x0c\x63\x61pabilities\x18\n \x03(\x0e\x32\x1c.loraplex.v1.ModelCapabilityB\x03\xe0\x41\x03\x12\x34\n\x10\x64\x65\x66\x61ult_sampling\x18\x0b \x01(\x0b\x32\x15.loraplex.v1.SamplingB\x03\xe0\x41\x03\x12\x19\n\x0cmemory_bytes\x18\x0c \x01(\x03\x42\x03\xe0\x41\x03\x12\x19\n\x0c\x62ytes_loaded\x18\r \x01(\x03\x42\x03\xe0\x41\x03\x12\x18\n\x0b\x62ytes_total\x18\x0e \x01(\x03\x42\x03\xe0\x41\x03\x12\x1d\n\x10running_requests\x18\x0f \x01(\x05\x42\x03\xe0\x41\x03\x12\x1d\n\x10waiting_requests\x18\x10 \x01(\x05\x42\x03\xe0\x41\x03\x12\x32\n\tload_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x03\xe0\x41\x03\x12&\n\x05\x65rror\x18\x12 \x01(\x0b\x32\x12.google.rpc.StatusB\x03\xe0\x41\x03\x12\x33\n\x06labels\x18\x13 \x03(\x0b\x32\x1e.loraplex.v1.Model.LabelsEntryB\x03\xe0\x41\x03\x12>\n\x0eimplementation\x18\x15 \x01(\x0e\x32!.loraplex.v1.Model.ImplementationB\x03\xe0\x41\x03\x12\x11\n\x04\x65tag\x18\x14 \x01(\tB\x03\xe0\x41\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"~\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_UNLOADED\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x10\n\x0cSTATE_ACTIVE\x10\x03\x12\x13\n\x0fSTATE_UNLOADING\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"l\n\x0eImplementation\x12\x1e\n\x1aIMPLEMENTATION_UNSPECIFIED\x10\x00\x12\x19\n\x15IMPLEMENTATION_NATIVE\x10\x01\x12\x1f\n\x1bIMPLEMENTATION_TRANSFORMERS\x10\x02\"\x97\x01\n\x0bModelLimits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\x05\x12\x19\n\x11max_output_tokens\x18\x02 \x01(\x05\x12\x18\n\x10max_adapter_rank\x18\x03 \x01(\x05\x12\x19\n\x11max_adapter_bytes\x18\x04 \x01(\x03\x12\x1c\n\x14max_running_requests\x18\x05 \x01(\x05\"$\n\x0fGetModelRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.loraplex.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"v\n\x10LoadModelRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"\xa2\x01\n\x12UnloadModelRequest\x12\x11\n\x04name\x18\x01 \x01(\tB\x03\xe0\x41\x02\x12(\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nrequest_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_request_id\"0\n\x12WatchModelsRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"c\n\x13WatchModelsResponse\x12)\n\x04type\x18\x01 \x01(\x0e\x32\x1b.loraplex.v1.WatchEventType\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Model*\xc9\x03\n\x0fModelCapability\x12 \n\x1cMODEL_CAPABILITY_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_CAPABILITY_CHAT\x10\x01\x12\x1d\n\x19MODEL_CAPABILITY_ADAPTERS\x10\x02\x12\x1d\n\x19MODEL_CAPABILITY_LOGPROBS\x10\x03\x12$\n MODEL_CAPABILITY_PROMPT_LOGPROBS\x10\x04\x12!\n\x1dMODEL_CAPABILITY_PREFIX_CACHE\x10\x05\x12\x1f\n\x1bMODEL_CAPABILITY_CONSTRAINT\x10\x06\x12\x1a\n\x16MODEL_CAPABILITY_TOOLS\x10\x07\x12\x1e\n\x1aMODEL_CAPABILITY_REASONING\x10\x08\x12\x1b\n\x17MODEL_CAPABILITY_DRAFTS\x10\t\x12\x1a\n\x16MODEL_CAPABILITY_EMBED\x10\n\x12 \n\x1cMODEL_CAPABILITY_BEAM_SEARCH\x10\x0b\x12\x1d\n\x19MODEL_CAPABILITY_CLASSIFY\x10\x0c\x12\x1b\n\x17MODEL_CAPABILITY_RERANK\x10\r2\xf3\x02\n\x0cModelService\x12<\n\x08GetModel\x12\x1c.loraplex.v1.GetModelRequest\x1a\x12.loraplex.v1.Model\x12M\n\nListModels\x12\x1e.loraplex.v1.ListModelsRequest\x1a\x1f.loraplex.v1.ListModelsResponse\x12>\n\tLoadModel\x12\x1d.loraplex.v1.LoadModelRequest\x1a\x12.loraplex.v1.Model\x12\x42\n\x0bUnloadModel\x12\x1f.loraplex.v1.UnloadModelRequest\x1a\x12.loraplex.v1.Model\x12R\n\x0bWatchModels\x12\x1f.loraplex.v1.WatchModelsRequest\x1a .loraplex.v1.WatchModelsResponse0\x01\x42\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -68,6 +68,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL'].fields_by_name['error']._serialized_options = b'\340A\003'
   _globals['_MODEL'].fields_by_name['labels']._loaded_options = None
   _globals['_MODEL'].fields_by_name['labels']._serialized_options = b'\340A\003'
+  _globals['_MODEL'].fields_by_name['implementation']._loaded_options = None
+  _globals['_MODEL'].fields_by_name['implementation']._serialized_options = b'\340A\003'
   _globals['_MODEL'].fields_by_name['etag']._loaded_options = None
   _globals['_MODEL'].fields_by_name['etag']._serialized_options = b'\340A\003'
   _globals['_GETMODELREQUEST'].fields_by_name['name']._loaded_options = None
@@ -76,30 +78,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADMODELREQUEST'].fields_by_name['name']._serialized_options = b'\340A\002'
   _globals['_UNLOADMODELREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_UNLOADMODELREQUEST'].fields_by_name['name']._serialized_options = b'\340A\002'
-  _globals['_MODELCAPABILITY']._serialized_start=1844
-  _globals['_MODELCAPABILITY']._serialized_end=2301
+  _globals['_MODELCAPABILITY']._serialized_start=2018
+  _globals['_MODELCAPABILITY']._serialized_end=2475
   _globals['_MODEL']._serialized_start=220
-  _globals['_MODEL']._serialized_end=1070
-  _globals['_MODEL_LABELSENTRY']._serialized_start=897
-  _globals['_MODEL_LABELSENTRY']._serialized_end=942
-  _globals['_MODEL_STATE']._serialized_start=944
-  _globals['_MODEL_STATE']._serialized_end=1070
-  _globals['_MODELLIMITS']._serialized_start=1073
-  _globals['_MODELLIMITS']._serialized_end=1224
-  _globals['_GETMODELREQUEST']._serialized_start=1226
-  _globals['_GETMODELREQUEST']._serialized_end=1262
-  _globals['_LISTMODELSREQUEST']._serialized_start=1264
-  _globals['_LISTMODELSREQUEST']._serialized_end=1322
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1324
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1405
-  _globals['_LOADMODELREQUEST']._serialized_start=1407
-  _globals['_LOADMODELREQUEST']._serialized_end=1525
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1528
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1690
-  _globals['_WATCHMODELSREQUEST']._serialized_start=1692
-  _globals['_WATCHMODELSREQUEST']._serialized_end=1740
-  _globals['_WATCHMODELSRESPONSE']._serialized_start=1742
-  _globals['_WATCHMODELSRESPONSE']._serialized_end=1841
-  _globals['_MODELSERVICE']._serialized_start=2304
-  _globals['_MODELSERVICE']._serialized_end=2675
+  _globals['_MODEL']._serialized_end=1244
+  _globals['_MODEL_LABELSENTRY']._serialized_start=961
+  _globals['_MODEL_LABELSENTRY']._serialized_end=1006
+  _globals['_MODEL_STATE']._serialized_start=1008
+  _globals['_MODEL_STATE']._serialized_end=1134
+  _globals['_MODEL_IMPLEMENTATION']._serialized_start=1136
+  _globals['_MODEL_IMPLEMENTATION']._serialized_end=1244
+  _globals['_MODELLIMITS']._serialized_start=1247
+  _globals['_MODELLIMITS']._serialized_end=1398
+  _globals['_GETMODELREQUEST']._serialized_start=1400
+  _globals['_GETMODELREQUEST']._serialized_end=1436
+  _globals['_LISTMODELSREQUEST']._serialized_start=1438
+  _globals['_LISTMODELSREQUEST']._serialized_end=1496
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1498
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1579
+  _globals['_LOADMODELREQUEST']._serialized_start=1581
+  _globals['_LOADMODELREQUEST']._serialized_end=1699
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1702
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1864
+  _globals['_WATCHMODELSREQUEST']._serialized_start=1866
+  _globals['_WATCHMODELSREQUEST']._serialized_end=1914
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=1916
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=2015
+  _globals['_MODELSERVICE']._serialized_start=2478
+  _globals['_MODELSERVICE']._serialized_end=2849
 # @@protoc_insertion_point(module_scope)

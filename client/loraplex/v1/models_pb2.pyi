@@ -133,6 +133,29 @@ class Model(google.protobuf.message.Message):
     STATE_FAILED: Model.State.ValueType  # 5
     """Could not be loaded, or ended and could not be started again: see error."""
 
+    class _Implementation:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _ImplementationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Model._Implementation.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        IMPLEMENTATION_UNSPECIFIED: Model._Implementation.ValueType  # 0
+        """Not loaded."""
+        IMPLEMENTATION_NATIVE: Model._Implementation.ValueType  # 1
+        """This server's own."""
+        IMPLEMENTATION_TRANSFORMERS: Model._Implementation.ValueType  # 2
+        """The class that transformers has for its architecture, with this server's attention, linears and adapters in it."""
+
+    class Implementation(_Implementation, metaclass=_ImplementationEnumTypeWrapper):
+        """Whose code computes a model's layers. What a model can do does not depend on it."""
+
+    IMPLEMENTATION_UNSPECIFIED: Model.Implementation.ValueType  # 0
+    """Not loaded."""
+    IMPLEMENTATION_NATIVE: Model.Implementation.ValueType  # 1
+    """This server's own."""
+    IMPLEMENTATION_TRANSFORMERS: Model.Implementation.ValueType  # 2
+    """The class that transformers has for its architecture, with this server's attention, linears and adapters in it."""
+
     @typing.final
     class LabelsEntry(google.protobuf.message.Message):
         DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -168,6 +191,7 @@ class Model(google.protobuf.message.Message):
     LOAD_TIME_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    IMPLEMENTATION_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
     name: builtins.str
     """models/{model}."""
@@ -195,6 +219,8 @@ class Model(google.protobuf.message.Message):
     """Requests that run now."""
     waiting_requests: builtins.int
     """Requests that wait now."""
+    implementation: Global___Model.Implementation.ValueType
+    """Who computes its layers, known once it is loaded."""
     etag: builtins.str
     """Changes with the model's state."""
     @property
@@ -245,10 +271,11 @@ class Model(google.protobuf.message.Message):
         load_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         error: google.rpc.status_pb2.Status | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        implementation: Global___Model.Implementation.ValueType = ...,
         etag: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["default_sampling", b"default_sampling", "error", b"error", "limits", b"limits", "load_time", b"load_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bytes_loaded", b"bytes_loaded", "bytes_total", b"bytes_total", "capabilities", b"capabilities", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "error", b"error", "etag", b"etag", "labels", b"labels", "limits", b"limits", "load_time", b"load_time", "memory_bytes", b"memory_bytes", "name", b"name", "quantization", b"quantization", "revision", b"revision", "running_requests", b"running_requests", "source", b"source", "state", b"state", "waiting_requests", b"waiting_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "bytes_loaded", b"bytes_loaded", "bytes_total", b"bytes_total", "capabilities", b"capabilities", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "error", b"error", "etag", b"etag", "implementation", b"implementation", "labels", b"labels", "limits", b"limits", "load_time", b"load_time", "memory_bytes", b"memory_bytes", "name", b"name", "quantization", b"quantization", "revision", b"revision", "running_requests", b"running_requests", "source", b"source", "state", b"state", "waiting_requests", b"waiting_requests"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
 

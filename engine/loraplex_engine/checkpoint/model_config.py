@@ -17,6 +17,14 @@ class ModelError(ValueError):
     """The model cannot be served as it is. The message says which model, what is wrong with it, and what to do."""
 
 
+class UnknownArchitectureError(ModelError):
+    """No native family reads the model."""
+
+
+class NotBorrowedError(ModelError):
+    """The reason why transformers' own modelling cannot serve a model."""
+
+
 @dataclass(frozen=True, slots=True)
 class LinearScaling:
     """Positions divided by a factor."""

@@ -24,6 +24,7 @@ from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_kernels.finite import all_finite
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
+Names = Callable[[str], str | None]  # from a tensor's name in the files to the model's; None: it is not read
 
 BASE_NAME = "model"  # what a model's files are called, unless a quantiser named them otherwise
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt")
@@ -232,16 +233,16 @@ class Checkpoint:
         unused_prefixes: tuple[str, ...] = (),
         progress: Progress | None = None,
         base_names: Sequence[str] = (BASE_NAME,),
-        aliases: Sequence[tuple[str, str]] = (),
+        names: Names | None = None,
     ) -> None:
-        """base_names: as in `shard_paths`; aliases: parts of stored names, and what stands for them.
+        """base_names: as in `shard_paths`; names: in place of `canonical_name`.
 
         Raises ModelError if there are no safetensors, or one of them is damaged or missing.
         """
         self.directory = directory
         self.passed_over: Counter[str] = Counter()  # tensors, by the prefix that they are unused for
         self._progress = progress
-        self._aliases = aliases
+        self._names = names or canonical_name
         self._tensors: dict[str, StoredTensor] = {}
         self._loaded_bytes = 0
         self._closing = ExitStack()
@@ -260,6 +261,9 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closing.close()
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -360,9 +364,9 @@ class Checkpoint:
                 self.passed_over[unused] += 1
             if unused is not None or BUFFERS.fullmatch(stored_name):
                 continue
-            name = canonical_name(stored_name)
-            for alias, ours in self._aliases:
-                name = name.replace(alias, ours)
+            name = self._names(stored_name)
+            if name is None:
+                continue
             if name in self._tensors:
                 other = self._tensors[name]
                 raise ModelError(
@@ -436,6 +440,14 @@ def canonical_name(stored_name: str) -> str:
         if stored_name.startswith(prefix):
             return replacement + stored_name.removeprefix(prefix)
     return stored_name
+
+
+def aliased_name(aliases: Sequence[tuple[str, str]], stored_name: str) -> str:
+    """`canonical_name`, with some parts of it replaced by what stands for them."""
+    name = canonical_name(stored_name)
+    for alias, ours in aliases:
+        name = name.replace(alias, ours)
+    return name
 
 
 def _dims(shape: tuple[int | None, ...] | None) -> str:

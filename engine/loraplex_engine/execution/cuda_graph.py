@@ -14,10 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.models import LanguageModel
-from loraplex_engine.models.layout import layer_linears, site_name
+from loraplex_engine.models.model import Model
 from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import AttentionMetadata, LayerKV, LoraSegments, Ops
 
@@ -102,7 +100,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Model,
         ops: Ops,
         kv: Sequence[LayerKV],
         inputs: DecodeInputs,
@@ -159,21 +157,17 @@ class DecodeGraphs:
         return _Captured(graph, hidden, self._ops.lora_growth)
 
 
-def reserve_adapters(model: LanguageModel, max_rank: int) -> None:
+def reserve_adapters(model: Model, max_rank: int) -> None:
     """Make the table of every linear wide enough for any adapter of up to that rank."""
-    sites = model.lora_sites()
-    for layer in range(model.config.num_layers):
-        for linear in layer_linears(model.config, layer):
-            site = sites[site_name(layer, linear)]
-            assert isinstance(site, LoRALinear)
-            site.table.reserve(len(linear.parts), max_rank)
+    for linear, num_slices in model.adapted_linears():
+        linear.table.reserve(num_slices, max_rank)
 
 
 def decode_graphs(
-    model: LanguageModel, ops: Ops, kv: Sequence[LayerKV], config: EngineConfig, max_model_len: int
+    model: Model, ops: Ops, kv: Sequence[LayerKV], config: EngineConfig, max_model_len: int
 ) -> DecodeGraphs | None:
-    """Graphs to be captured; None: the operations cannot be captured, or no graphs are wanted."""
-    if not config.cuda_graphs or not ops.capturable:
+    """Graphs to be captured; None: the model or the operations cannot be captured, or no graphs are wanted."""
+    if not (config.cuda_graphs and ops.capturable and model.capturable):
         return None
     inputs = DecodeInputs(config.most_drawn, max_model_len, kv[0].block_size, ops.device)
     return DecodeGraphs(model, ops, kv, inputs, config.max_adapter_rank)

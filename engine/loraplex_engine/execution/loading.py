@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import torch
 
-from loraplex_engine.checkpoint.weights import read_json
+from loraplex_engine.checkpoint.model_config import ModelError, NotBorrowedError, UnknownArchitectureError
+from loraplex_engine.checkpoint.weights import Progress, read_json
 from loraplex_engine.execution.device import free_bytes, loading_turn, select_device
 from loraplex_engine.execution.kv_cache import block_bytes
 from loraplex_engine.execution.memory_profile import cache_budget
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import load_model
-from loraplex_engine.models.registry import read_model_config
+from loraplex_engine.models.model import Model
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.selection import select_ops
 
 SAME_TOKENIZER = "the model that drafts must have the same tokenizer"
 
 
-def load_runner(config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> ModelRunner:
+def load_runner(config: EngineConfig, path: Path, progress: Progress) -> ModelRunner:
     """The model in `path`, ready for steps. Raises ValueError if its cache would hold not even one sequence."""
     ops = _ops(config)
     with loading_turn(ops.device):
-        runner = ModelRunner(load_model(config, path, ops, progress), ops, config)
+        runner = ModelRunner(_load(config, path, ops, progress), ops, config)
         runner.allocate(_num_blocks([runner], config), config)
         return runner
 
 
 def load_runners(
-    config: EngineConfig, path: Path, small: EngineConfig, small_path: Path, progress: Callable[[int, int], None]
+    config: EngineConfig, path: Path, small: EngineConfig, small_path: Path, progress: Progress
 ) -> tuple[ModelRunner, ModelRunner]:
     """The models in both paths on one device, with caches of as many blocks. `small`: the config of the second.
 
@@ -41,10 +42,12 @@ def load_runners(
     _check_tokenizers(path, small_path)
     ops = _ops(config)
     with loading_turn(ops.device):
-        runner = ModelRunner(load_model(config, path, ops, progress), ops, config)
-        longest = min(runner.max_model_len, read_model_config(small_path).max_position_embeddings)
+        runner = ModelRunner(_load(config, path, ops, progress), ops, config)
+        small = msgspec.structs.replace(small, max_model_len=runner.max_model_len)
+        model = _load(small, small_path, ops)
+        longest = min(runner.max_model_len, model.config.max_position_embeddings)
         small = msgspec.structs.replace(small, max_model_len=longest)
-        beside = ModelRunner(load_model(small, small_path, ops), ops, small)
+        beside = ModelRunner(model, ops, small)
         sizes = [each.model.config.vocab_size for each in (runner, beside)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"{small_path}: has {sizes[1]} token ids, and {path} has {sizes[0]}: {SAME_TOKENIZER}")
@@ -52,6 +55,26 @@ def load_runners(
         runner.allocate(num_blocks, config)
         beside.allocate(num_blocks, small)
         return runner, beside
+
+
+def _load(config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None) -> Model:
+    """The model in `path`, by a native family, or else by transformers' class; or by what `config` says."""
+    unknown: UnknownArchitectureError | None = None
+    if config.implementation != "transformers":
+        try:
+            return load_model(config, path, ops, progress)
+        except UnknownArchitectureError as error:
+            if config.implementation == "native":
+                raise
+            unknown = error
+    from loraplex_engine.borrowed.loading import load_borrowed  # only where it is needed: it takes seconds to import
+
+    try:
+        return load_borrowed(config, path, ops, progress)
+    except NotBorrowedError as error:
+        if unknown is None:
+            raise
+        raise ModelError(f"{unknown}; and transformers' own modelling cannot serve it: {error}") from error
 
 
 def _check_tokenizers(path: Path, small_path: Path) -> None:

@@ -21,7 +21,7 @@ from loraplex_engine.execution.sampler import Sampler, describe
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import NO_DRAFTS
 from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
-from loraplex_engine.models import LanguageModel
+from loraplex_engine.models.model import Model
 from loraplex_engine.scheduling.form import Form
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
 from loraplex_kernels.ops import LoraSegments, Ops
@@ -33,7 +33,7 @@ PROMPT_LOGPROB_ROWS = 128  # rows of the vocabulary held at once: 128 x 128k flo
 class ModelRunner:
     """Owns the model and its cache on one device. Knows no policy: it executes the plan that it is given."""
 
-    def __init__(self, model: LanguageModel, ops: Ops, config: EngineConfig) -> None:
+    def __init__(self, model: Model, ops: Ops, config: EngineConfig) -> None:
         """The cache has one block until `allocate`: enough to measure what a step takes.
 
         Raises ValueError if `config` asks for longer sequences than the model was made for.
@@ -84,6 +84,7 @@ class ModelRunner:
             hidden_size=model.config.hidden_size,
             pooling=model.config.pooling,
             labels=list(model.config.labels),
+            implementation=model.implementation,
             drafts=NO_DRAFTS if config.drafts is None else config.drafts.offered,
         )
 

@@ -10,6 +10,7 @@ import msgspec
 from loraplex_engine.link.drafts import DraftConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+IMPLEMENTATIONS = ("auto", "native", "transformers")
 QUANTIZATIONS = ("nf4", "int8", "int4")
 HEAD_QUANTIZATIONS = ("int8",)
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
@@ -24,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str  # a local directory, or a hub id
     revision: str | None = None  # the revision of a hub id: pin it
+    implementation: str = "auto"  # who computes the layers; auto: transformers' class where no native family does
     dtype: str = "auto"  # auto: bfloat16 where the checkpoint is 16-bit, else float32
     quantization: str | None = None  # applied to an unquantised checkpoint at load; None: leave it as it is
     head_quantization: str | None = None  # applied to a dense lm_head at load, whatever the other linears are
@@ -55,7 +57,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.drafts is None or self.drafts.model is None:
             return None
         of_large: dict[str, Any] = dict.fromkeys(("quantization", "head_quantization", "rope_scaling", "drafts"))
-        small: dict[str, Any] = {"model": self.drafts.model, "revision": self.drafts.revision, "cuda_graphs": False}
+        small: dict[str, Any] = {
+            "model": self.drafts.model,
+            "revision": self.drafts.revision,
+            "cuda_graphs": False,
+            "implementation": "auto",
+        }
         return msgspec.structs.replace(self, **of_large, **small)
 
     def check(self) -> None:
@@ -63,6 +70,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         problems = []
         if not self.model:
             problems.append("model must name a directory or a hub id")
+        if self.implementation not in IMPLEMENTATIONS:
+            problems.append(f"implementation {self.implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
         if self.dtype not in DTYPES:
             problems.append(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:

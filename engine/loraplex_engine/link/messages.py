@@ -205,6 +205,7 @@ class EngineLimits(msgspec.Struct, array_like=True, frozen=True):
     hidden_size: int = 0
     pooling: ModelPooling = STATES_NOTHING
     labels: list[str] = []  # of classes, by the model's config.json; empty: it names none
+    implementation: str = "native"  # or "transformers"
     drafts: Drafts = NO_DRAFTS  # what requests have that do not ask for others; none: no request may have any
 
 

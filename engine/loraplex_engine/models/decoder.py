@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +45,9 @@ class DecoderLayer:
 
 class LanguageModel:
     """Token ids and a paged cache in, logits out. Holds parameters only: a step is all in its arguments."""
+
+    implementation = "native"
+    capturable = True
 
     def __init__(
         self,
@@ -136,6 +139,12 @@ class LanguageModel:
             REPLACED_SITE: self._replaced,
             CLASSIFIER_SITE: self._classifiers,
         }
+
+    def adapted_linears(self) -> Iterator[tuple[LoRALinear, int]]:
+        """Each linear of the layers, and the projections in it."""
+        for index, layer in enumerate(self._layers):
+            for spec, linear in zip(layer_linears(self.config, index), layer.linears, strict=True):
+                yield linear, len(spec.parts)
 
     def _linears(self) -> dict[str, LoRALinear]:
         linears = {

@@ -25,7 +25,7 @@ from loraplex_engine.checkpoint.model_config import (
     Stack,
 )
 from loraplex_engine.checkpoint.shard import WHOLE, Shard
-from loraplex_engine.checkpoint.weights import Checkpoint, Part, Progress
+from loraplex_engine.checkpoint.weights import Checkpoint, Part, Progress, aliased_name
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
 from loraplex_engine.layers.projection_norm import ProjectionNorm
 from loraplex_engine.layers.rotary import cos_sin_table
@@ -85,13 +85,9 @@ def load_model(
     model_config = read_model_config(path, config.rope_scaling)
     raw = read_config(path)
     spec = read_spec(path, raw)
-    if spec is not None and config.quantization is not None:
-        raise ModelError(
-            f"{path}: quantization {config.quantization!r} is asked for, and the checkpoint is quantised already "
-            f"({spec.label}): leave it out, or use the unquantised checkpoint"
-        )
-    names = base_names(path, raw)
-    with Checkpoint(path, model_config.unused_tensors, progress, names, model_config.aliases) as checkpoint:
+    check_quantization(config, spec, path)
+    names = partial(aliased_name, model_config.aliases)
+    with Checkpoint(path, model_config.unused_tensors, progress, base_names(path, raw), names) as checkpoint:
         if checkpoint.passed_over:
             logger.info(
                 "%s: %d tensors are passed over (%s …): text alone is served",
@@ -114,7 +110,7 @@ def load_model(
                     f"quantised already ({spec.label}): leave it out"
                 )
         checkpoint.check(expected, None if quantised is None else quantised.expected)
-        model_config = replace(model_config, quantization=_label(config, spec))
+        model_config = replace(model_config, quantization=quantization_label(config, spec))
         longest = model_config.max_position_embeddings
         num_positions = min(config.max_model_len or longest, longest)
         dtype = compute_dtype(config.dtype, model_config.dtype, checkpoint.dtype(EMBEDDING))
@@ -148,10 +144,19 @@ def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
     return shapes
 
 
-def _label(config: EngineConfig, spec: QuantSpec | None) -> str:
+def check_quantization(config: EngineConfig, spec: QuantSpec | None, path: Path) -> None:
+    """Raise ModelError if a quantised checkpoint is to be quantised while it is loaded."""
+    if spec is not None and config.quantization is not None:
+        raise ModelError(
+            f"{path}: quantization {config.quantization!r} is asked for, and the checkpoint is quantised already "
+            f"({spec.label}): leave it out, or use the unquantised checkpoint"
+        )
+
+
+def quantization_label(config: EngineConfig, spec: QuantSpec | None, head: str = HEAD_MODULE) -> str:
     """The quantisation, for people: "nf4", "gptq-4bit-g128, lm_head int8"."""
     linears = config.quantization or (spec.label if spec is not None else "")
-    head = f"{HEAD_MODULE} {config.head_quantization}" if config.head_quantization else ""
+    head = f"{head} {config.head_quantization}" if config.head_quantization else ""
     return ", ".join(filter(None, (linears, head)))
 
 
@@ -166,7 +171,8 @@ def compute_dtype(requested: str, stated: str | None, stored: torch.dtype) -> to
     return torch.bfloat16 if checkpoint_dtype.itemsize == 2 else torch.float32
 
 
-def _rounded(method: str, rows: Tensor) -> Tensor:
+def rounded(method: str, rows: Tensor) -> Tensor:
+    """Rows of a weight, as quantising them while they are loaded changes them."""
     return dequantize(round_to_nearest(rows, method))
 
 
@@ -221,7 +227,7 @@ class _Loader:
             self.replaced,
             self.nbytes,
             self.shard,
-            partial(_rounded, self.head_rounding) if self.head_rounding is not None else None,
+            partial(rounded, self.head_rounding) if self.head_rounding is not None else None,
         )
 
     def _layer(self, index: int) -> DecoderLayer:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.config_source import config_file, read_config
-from loraplex_engine.checkpoint.model_config import ModelConfig, ModelError
+from loraplex_engine.checkpoint.model_config import ModelConfig, UnknownArchitectureError
 from loraplex_engine.checkpoint.pooling import read_pooling
 from loraplex_engine.checkpoint.weights import read_json
 from loraplex_engine.models import (
@@ -82,7 +82,7 @@ def read_model_config(directory: Path, rope_scaling: Mapping[str, object] | None
     if rope_scaling is not None:
         raw = with_rope_scaling(raw, rope_scaling)
     config = parse_model_config(raw, str(config_file(directory)))
-    config = replace(config, pooling=read_pooling(directory), labels=_labels(raw))
+    config = replace(config, pooling=read_pooling(directory), labels=class_labels(raw))
     generation = directory / "generation_config.json"
     if not generation.exists():
         return config
@@ -90,7 +90,7 @@ def read_model_config(directory: Path, rope_scaling: Mapping[str, object] | None
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
 
 
-def _labels(raw: Mapping[str, object]) -> tuple[str, ...]:
+def class_labels(raw: Mapping[str, object]) -> tuple[str, ...]:
     """The labels of classes, in order. Some that are not numbered from 0 on are none."""
     named = raw.get("id2label")
     if not isinstance(named, dict) or set(named) != {str(index) for index in range(len(named))}:
@@ -122,7 +122,9 @@ def _read_text(wrapper: Wrapper, raw: Mapping[str, object], where: str) -> Model
     text_type = wrapper.text_type if nested is None else nested.text("model_type", wrapper.text_type)
     family = _of_type(text_type)
     if family is None:
-        raise ModelError(f"{where}: {wrapper.architecture} around {text_type}, which is not supported; {_known()}")
+        raise UnknownArchitectureError(
+            f"{where}: {wrapper.architecture} around {text_type}, which is not supported; {_known()}"
+        )
     fields = text_fields(raw, where).with_defaults(wrapper.defaults)
     if nested is not None:
         fields = fields.with_defaults(SHAPES.get(text_type, {}))
@@ -136,14 +138,16 @@ def _of_type(model_type: str) -> Family | None:
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-def _unsupported(fields: ConfigFields, architectures: tuple[str, ...], model_type: str) -> ModelError:
+def _unsupported(fields: ConfigFields, architectures: tuple[str, ...], model_type: str) -> UnknownArchitectureError:
     reasons = [f"{name}: {REFUSED[name]}" for name in architectures if name in REFUSED]
     if reasons:
-        return ModelError(f"{fields.where}: architecture not supported: {', '.join(reasons)}")
+        return UnknownArchitectureError(f"{fields.where}: architecture not supported: {', '.join(reasons)}")
     stated = ", ".join(architectures) or (f"model_type {model_type}" if model_type else "none stated")
     near = get_close_matches(architectures[0], ARCHITECTURES, n=1) if architectures else []
     nearest = f"the nearest known one by its name is {near[0]}; " if near else ""
-    return ModelError(f"{fields.where}: architecture not supported: {stated}{_wrapped(fields)}; {nearest}{_known()}")
+    return UnknownArchitectureError(
+        f"{fields.where}: architecture not supported: {stated}{_wrapped(fields)}; {nearest}{_known()}"
+    )
 
 
 def _known() -> str:

@@ -57,6 +57,7 @@ STATES = {
     EngineState.RESTARTING: Model.STATE_LOADING,
     EngineState.FAILED: Model.STATE_FAILED,
 }
+IMPLEMENTATIONS = {"native": Model.IMPLEMENTATION_NATIVE, "transformers": Model.IMPLEMENTATION_TRANSFORMERS}
 
 
 class ModelServicer(models_pb2_grpc.ModelServiceServicer):
@@ -153,6 +154,7 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
     message.architecture = limits.architecture
     message.dtype = limits.dtype
     message.quantization = limits.quantization
+    message.implementation = IMPLEMENTATIONS[limits.implementation]
     message.limits.CopyFrom(
         ModelLimits(
             max_context_tokens=limits.max_model_len,
