@@ -219,11 +219,10 @@ class Engine:
     """An engine with the oracle's adapters, and the check that it computes what PEFT computes."""
 
     def __init__(self, oracle: Oracle, **fields: Any) -> None:
-        options: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 1 << 22, "block_size": 4, "threads": 1}
+        options: dict[str, Any] = {"model": str(oracle.folder / "base"), "dtype": "float32", "kv_cache_bytes": 1 << 22}
+        options |= {"block_size": 4, "threads": 1, "max_model_len": 96}
         self.oracle = oracle
-        self.core = EngineCore.load(
-            EngineConfig(model=str(oracle.folder / "base"), **(options | {"max_model_len": 96} | fields))
-        )
+        self.core = EngineCore.load(EngineConfig(**(options | fields)))
         self.sampler = RecordingSampler(self.core.runner.sampler)
         self.core.runner.sampler = self.sampler  # type: ignore[assignment]
         self.tokens: dict[int, list[int]] = {}

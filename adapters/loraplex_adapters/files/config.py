@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.pattern import ModulePattern
@@ -90,15 +90,24 @@ _UNDERSTOOD = frozenset(
 _INIT_KEEPS_BASE = frozenset(("gaussian", "eva", "orthogonal", "mica"))
 
 
+class Matching(Protocol):
+    """What some modules' paths match."""
+
+    @property
+    def pattern(self) -> str: ...  # for people
+
+    def matches(self, module: str) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class LoRAConfig:
-    """The settings in adapter_config.json that affect the arithmetic of an adapter."""
+    """The settings of an adapter that affect the arithmetic of an adapter."""
 
     rank: int
     alpha: float
     use_rslora: bool
-    rank_patterns: tuple[tuple[ModulePattern, int], ...]  # in the file's order: the first that matches counts
-    alpha_patterns: tuple[tuple[ModulePattern, float], ...]
+    rank_patterns: tuple[tuple[Matching, int], ...]  # in the file's order: the first that matches counts
+    alpha_patterns: tuple[tuple[Matching, float], ...]
     base_model: str  # a hint for people: it is no identity. "" if absent
     target_modules: tuple[str, ...]  # advice
     warnings: tuple[str, ...]
@@ -109,6 +118,9 @@ class LoRAConfig:
     trained_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # ids by the end of a module path
     ensure_weight_tying: bool = False  # with a tied head, the tensors trained on head and embedding are tied too
     invocation_tokens: tuple[int, ...] = ()  # activated LoRA: it applies from their last occurrence in the prompt on
+    rows_neighboured: bool = (
+        False  # of B for queries and keys: partners of both halves of a head lie side by side (GGUF)
+    )
     task_type: str = ""  # what it was trained for, as PEFT names it; "" if absent
 
     def rank_of(self, module: str) -> int:

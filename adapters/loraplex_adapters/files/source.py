@@ -1,7 +1,8 @@
 """Adapter directories under allow-listed roots, checked before a single tensor is read.
 
-An adapter directory holds adapter_config.json and adapter_model.safetensors, and maybe tokenizer files; no other file
-is read. Files from outside count as hostile: every size is capped before anything is parsed.
+An adapter directory holds adapter_config.json and adapter_model.safetensors, or adapter_model.gguf alone, and maybe
+tokenizer files; no other file is read. Files from outside count as hostile: every size is capped before anything is
+parsed.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 from loraplex_adapters.errors import AdapterRejected, SourceNotAllowed
 from loraplex_adapters.files.config import MAX_CONFIG_BYTES, LoRAConfig, parse_config
+from loraplex_adapters.files.gguf_lora import GGUF_FILE, read_lora
 from loraplex_adapters.files.names import LoraTensorName, split_tensor_names
-from loraplex_adapters.files.safetensors import TensorEntry, read_header
+from loraplex_adapters.files.safetensors import Header, TensorEntry, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,7 +34,7 @@ TEXT_FILES: Mapping[str, int] = {
 }
 MAX_WEIGHT_BYTES = 16 << 30
 MAX_REFERENCE_LENGTH = 1024
-FILES = (CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, GGUF_FILE, *TEXT_FILES)
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HASH_CHUNK = 1 << 20
@@ -100,9 +103,8 @@ def describe(directory: Path) -> AdapterDescription:
     Reads every byte once, for the digest, so call it in a thread that may block. Raises AdapterRejected, OSError.
     """
     config_bytes = read_config_bytes(directory)
-    config = parse_config(config_bytes)
     with open_weights(directory) as file:
-        header = read_header(file)
+        config, header = read_settings(config_bytes, file)
         file.seek(0)
         text = text_digest(directory)
         digest = digest_of(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""), text)
@@ -111,6 +113,22 @@ def describe(directory: Path) -> AdapterDescription:
         raise AdapterRejected(problems)
     short = {module.rpartition(".")[2] for module in ranks}
     return AdapterDescription(digest, text, config, ranks, tuple(sorted(short)), header.data_bytes)
+
+
+def required_files(directory: Path) -> tuple[str, ...]:
+    """The names of the files that an adapter's directory must hold: those that PEFT writes, or llama.cpp's one."""
+    is_gguf = os.path.lexists(directory / GGUF_FILE) and not os.path.lexists(directory / CONFIG_FILE)
+    return (GGUF_FILE,) if is_gguf else (CONFIG_FILE, WEIGHTS_FILE)
+
+
+def weights_file(directory: Path) -> Path:
+    """The file that has the tensors."""
+    return directory / required_files(directory)[-1]
+
+
+def read_settings(config: bytes | None, file: BinaryIO) -> tuple[LoRAConfig, Header]:
+    """What the config's bytes, if there is one, and the header of the weights say. Raises AdapterRejected."""
+    return read_lora(file) if config is None else (parse_config(config), read_header(file))
 
 
 def check_there(directory: Path) -> None:
@@ -143,15 +161,16 @@ def text_digest(directory: Path) -> str:
 def fingerprint(directory: Path) -> str | None:
     """Sizes and times of an adapter's files; None: they are missing. A changed fingerprint means changed files."""
     try:
-        found = [(directory / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        found = [(directory / name).stat() for name in required_files(directory)]
         found += [(directory / name).stat() for name in TEXT_FILES if (directory / name).exists()]
     except OSError:
         return None
     return " ".join(f"{status.st_size}:{status.st_mtime_ns}" for status in found)
 
 
-def digest_of(config: bytes, weights: Iterable[bytes | memoryview], text: str = "") -> str:
+def digest_of(config: bytes | None, weights: Iterable[bytes | memoryview], text: str = "") -> str:
     """The digest from the config's bytes, the weights' bytes in pieces of any length, and the text digest."""
+    config = b"" if config is None else config
     hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
     hasher.update(config)
     for chunk in weights:
@@ -185,17 +204,23 @@ def _rank(name: LoraTensorName, entry: TensorEntry, problems: list[str]) -> int:
     return entry.shape[0]
 
 
-def read_config_bytes(directory: Path) -> bytes:
-    """The bytes of adapter_config.json. Raises AdapterRejected if there is none or it is too large."""
+def read_config_bytes(directory: Path) -> bytes | None:
+    """The bytes of adapter_config.json; None: a GGUF file is there instead.
+
+    Raises AdapterRejected if it is missing or too large.
+    """
+    if CONFIG_FILE not in required_files(directory):
+        return None
     with _open(directory, CONFIG_FILE, MAX_CONFIG_BYTES) as file:
         return file.read(MAX_CONFIG_BYTES + 1)
 
 
 def open_weights(directory: Path) -> BufferedReader:
-    """Open adapter_model.safetensors for reading. Raises AdapterRejected if it is missing or no plain file."""
-    if not (directory / WEIGHTS_FILE).exists():
+    """Open the file of the tensors for reading. Raises AdapterRejected if it is missing or no plain file."""
+    path = weights_file(directory)
+    if not path.exists():
         _explain_missing_weights(directory)
-    return _open(directory, WEIGHTS_FILE, MAX_WEIGHT_BYTES)
+    return _open(directory, path.name, MAX_WEIGHT_BYTES)
 
 
 def _explain_missing_weights(directory: Path) -> None:

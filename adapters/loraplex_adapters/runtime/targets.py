@@ -34,6 +34,7 @@ class Share:
     rows: tuple[slice, ...]  # of N, one after another in the rank's linear
     columns: slice  # of C
     adds_bias: bool  # False: another rank does, and the ranks' outputs are summed up
+    unit: int = 1  # of N, that stay together: the rows of a head
 
     @property
     def num_rows(self) -> int:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from loraplex_adapters.errors import AdapterRejected
-from loraplex_adapters.files.config import LoRAConfig, parse_config
-from loraplex_adapters.files.safetensors import TensorEntry, read_header
-from loraplex_adapters.files.source import digest_of, open_weights, read_config_bytes, text_digest
+from loraplex_adapters.files.config import LoRAConfig
+from loraplex_adapters.files.names import PEFT_PREFIX
+from loraplex_adapters.files.safetensors import TensorEntry
+from loraplex_adapters.files.source import digest_of, open_weights, read_config_bytes, read_settings, text_digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.pace import Rest, no_rest, resting
 from loraplex_adapters.runtime.binding import BoundAdapter, bind
@@ -25,6 +26,9 @@ from loraplex_adapters.runtime.targets import LoraTarget
 from loraplex_kernels.ops import LoraWeights, PackedLora
 
 PIECE_BYTES = 1 << 18  # read and hashed at once
+
+B_ENDING = ".lora_B.weight"
+NEIGHBOURED = (f".q_proj{B_ENDING}", f".k_proj{B_ENDING}")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -77,7 +81,7 @@ def load_adapter(
 
     Raises AdapterRejected; OSError if the disk fails.
     """
-    tensors, config = _read(key, directory, rest)
+    tensors, config = _read(key, directory, targets, rest)
     bound = bind(tensors, config, targets, dtype, max_rank, rest)
     packed = pack_adapter(bound, pack, rest)
     warnings = (*config.warnings, *bound.warnings)
@@ -101,21 +105,22 @@ def load_composition(
     """
     parts = []
     for (member, weight), directory in zip(key.parts, directories, strict=True):
-        tensors, config = _read(member, directory, rest)
+        tensors, config = _read(member, directory, targets, rest)
         parts.append((str(member), bind(tensors, config, targets, dtype, max_rank, rest), weight))
     bound = combine(parts, rest)
     return LoadedAdapter(key, pack_adapter(bound, pack, rest), bound.ranks, ())
 
 
-def _read(key: AdapterKey, directory: Path, rest: Rest) -> tuple[dict[str, Tensor], LoRAConfig]:
+def _read(
+    key: AdapterKey, directory: Path, targets: Mapping[str, LoraTarget], rest: Rest
+) -> tuple[dict[str, Tensor], LoRAConfig]:
     """The tensors and the config of the version that `key` names.
 
     The bytes that are checked are the bytes that are used: the file is read once.
     """
     config_bytes = read_config_bytes(directory)
-    config = parse_config(config_bytes)
     with open_weights(directory) as file:
-        header = read_header(file)
+        config, header = read_settings(config_bytes, file)
         unsupported = [
             f"{name}: dtype {entry.dtype}, a float is expected"
             for name, entry in header.tensors.items()
@@ -133,7 +138,21 @@ def _read(key: AdapterKey, directory: Path, rest: Rest) -> tuple[dict[str, Tenso
         raise AdapterRejected([f"the files have the digest {found[:12]}…, not {key.digest[:12]}…: they were changed"])
     data = content[header.data_start :]
     tensors = {name: _tensor(data, entry) for name, entry in resting(header.tensors.items(), rest)}
-    return tensors, config
+    return _in_halves(tensors, targets) if config.rows_neighboured else tensors, config
+
+
+def _in_halves(tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget]) -> dict[str, Tensor]:
+    """The tensors with the rows of each B for queries and keys as the model has them: first one half of a head, then
+    the other. Of a B that does not fit, the binding tells."""
+
+    def ordered(name: str, tensor: Tensor) -> Tensor:
+        target = targets.get(name.removeprefix(PEFT_PREFIX).removesuffix(B_ENDING))
+        if target is None or target.share is None or not name.endswith(NEIGHBOURED) or len(tensor) % target.share.unit:
+            return tensor
+        heads = tensor.view(-1, target.share.unit // 2, 2, *tensor.shape[1:])
+        return heads.transpose(1, 2).reshape(tensor.shape)
+
+    return {name: ordered(name, tensor) for name, tensor in tensors.items()}
 
 
 def _filled(piece: Tensor, file: BufferedReader, directory: Path) -> memoryview:

@@ -208,7 +208,7 @@ def _linear_targets(site: str, linear: FusedLinear, shard: Shard) -> dict[str, L
     kind = TargetKind.LINEAR if linear.stack is None else TargetKind.EXPERT
     targets, all_rows, start, whole_start = {}, [], 0, 0
     for (module, size), (rows, columns) in zip(linear.parts, held_parts(linear, shard), strict=True):
-        share = Share(size, linear.in_features, (rows,), columns, adds_bias(linear, shard))
+        share = Share(size, linear.in_features, (rows,), columns, adds_bias(linear, shard), linear.unit)
         targets[module] = LoraTarget(site, share.num_columns, start, share.num_rows, kind, share=share)
         all_rows.append(slice(whole_start + rows.start, whole_start + rows.stop))
         start, whole_start = start + share.num_rows, whole_start + size

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex_adapters.files.source import WEIGHTS_FILE
+from loraplex_adapters.files.source import weights_file
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.versions import AdapterVersion
@@ -75,6 +75,6 @@ class AdapterQuota:
 
 def _weight_bytes(directory: Path) -> int:
     try:
-        return (directory / WEIGHTS_FILE).stat().st_size
+        return weights_file(directory).stat().st_size
     except OSError:
         return 0  # the files have gone: then they take no room
