@@ -17,6 +17,40 @@ from tests.reference.peft_oracle import SHAPE, Engine, Oracle, random_prompt, ra
 transformers = pytest.importorskip("transformers")
 
 NUM_EXPERTS = 5
+GROUPS: dict[str, Any] = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+# Further families: the names of their routers, and of linears beside the experts or (what PEFT makes of them) of these.
+OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "Qwen2Moe": (
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+        },
+        "mlp.gate.weight",
+        "shared_expert_gate",
+    ),
+    "Olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, "mlp.gate.weight", "k_proj"),
+    "GraniteMoeShared": (
+        {"num_local_experts": 4, "shared_intermediate_size": 24},
+        "block_sparse_moe.router.weight",
+        "input_linear",
+    ),
+    "Glm4Moe": ({**GROUPS, "head_dim": 8}, "mlp.gate.weight", "gate_proj up_proj down_proj"),
+    "Ernie4_5_Moe": (
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "tie_word_embeddings": False},
+        "mlp.gate.weight",
+        "v_proj",
+    ),
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2},
     "Qwen3Moe": {
@@ -46,14 +80,19 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     folder, family = tmp_path_factory.mktemp(request.param), request.param
-    config = getattr(transformers, f"{family}Config")(**SHAPE, **FAMILIES[family])
-    randomised(getattr(transformers, f"{family}ForCausalLM")(config), 0).save_pretrained(folder / "base")
-    oracle = Oracle(folder, {None: None}, {None: read_base(folder / "base")})
-    for seed, (name, fields) in enumerate(KINDS.items(), start=1):
-        oracle.add(name, fields, seed)
+    oracle = make_oracle(folder, family, FAMILIES[family], KINDS)
     names = ("w1", "w3", "w2") if family == "Mixtral" else ("gate_proj", "up_proj", "down_proj")
     write_per_expert(folder / "per-expert", oracle, names)
     oracle.read("per-expert")
+    return oracle
+
+
+def make_oracle(folder: Path, family: str, fields: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> Oracle:
+    config = getattr(transformers, f"{family}Config")(**SHAPE, **fields)
+    randomised(getattr(transformers, f"{family}ForCausalLM")(config), 0).save_pretrained(folder / "base")
+    oracle = Oracle(folder, {None: None}, {None: read_base(folder / "base")})
+    for seed, (name, kind) in enumerate(kinds.items(), start=1):
+        oracle.add(name, kind, seed)
     return oracle
 
 
@@ -85,6 +124,25 @@ def engine(request: pytest.FixtureRequest, oracle: Oracle) -> Iterator[Engine]:
 
 
 def test_adapters_in_one_batch_equal_peft(engine: Engine) -> None:
+    check_beside_each_other(engine)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_adapters_of_other_families_equal_peft(family: str, tmp_path: Path) -> None:
+    fields, router, linears = OTHERS[family]
+    parameters = ["experts.gate_up_proj", "experts.down_proj", router]
+    kinds = {
+        "experts": {"target_parameters": parameters, "target_modules": ["q_proj"]},
+        "linears": {"target_modules": [*linears.split(), "o_proj"]},
+    }
+    engine = Engine(make_oracle(tmp_path, family, fields, kinds), max_num_batched_tokens=16, kernels="cpu")
+    try:
+        check_beside_each_other(engine)
+    finally:
+        engine.core.close()
+
+
+def check_beside_each_other(engine: Engine) -> None:
     adapters = [name for name in engine.oracle.keys if name is not None]
     for index, adapter in enumerate([None, *adapters, *reversed(adapters)]):
         engine.add(random_prompt(5 + index * 7 % 19, index), adapter, 3 + index % 4)

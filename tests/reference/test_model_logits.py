@@ -45,6 +45,16 @@ SMALL: dict[str, Any] = {
 }
 GEMMA: dict[str, Any] = {**SMALL, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16, "pad_token_id": 0}
 EXPERTS = {"moe_intermediate_size": 40, "num_experts": 7, "num_experts_per_tok": 3}
+GROUPS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -97,6 +107,15 @@ def of(name: str, **changes: Any) -> Any:
     """A model of a family by its name in transformers."""
     config = getattr(transformers, f"{name}Config")(**{**SMALL, "pad_token_id": 0, **changes})
     return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def corrected(model: Any) -> Any:
+    """A model whose corrections of the routers' scores change who is chosen."""
+    generator = torch.Generator().manual_seed(2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+    return model
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -183,6 +202,35 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_moe": lambda: of("Qwen3Moe", **EXPERTS, head_dim=10, norm_topk_prob=True),
     "qwen3_moe_some_dense": lambda: of(
         "Qwen3Moe", **EXPERTS, mlp_only_layers=[1], use_sliding_window=True, sliding_window=5, attention_bias=True
+    ),
+    "qwen2_moe": lambda: of("Qwen2Moe", **EXPERTS, shared_expert_intermediate_size=40),
+    "qwen2_moe_slides": lambda: of(
+        "Qwen2Moe",
+        **EXPERTS,
+        shared_expert_intermediate_size=24,
+        use_sliding_window=True,
+        sliding_window=5,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+    ),
+    "olmoe": lambda: of("Olmoe", num_experts=6, num_experts_per_tok=4, norm_topk_prob=True),
+    "granite_moe": lambda: of("GraniteMoe", num_local_experts=5, residual_multiplier=0.3, logits_scaling=2.0),
+    "granite_moe_shared": lambda: of(
+        "GraniteMoeShared", num_local_experts=5, shared_intermediate_size=32, embedding_multiplier=2.0
+    ),
+    "glm4_moe": lambda: corrected(of("Glm4Moe", **GROUPS, head_dim=8, use_qk_norm=True, attention_bias=True)),
+    "glm4_moe_one_group": lambda: corrected(of("Glm4Moe", **{**GROUPS, "n_group": 1, "topk_group": 1}, head_dim=8)),
+    "dots1": lambda: corrected(
+        of(
+            "Dots1",
+            **GROUPS,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            norm_topk_prob=True,
+        )
+    ),
+    "ernie_moe": lambda: of(
+        "Ernie4_5_Moe", moe_num_experts=6, moe_k=2, moe_intermediate_size=32, moe_layer_start_index=1
     ),
     "phi3_tied": lambda: of("Phi3", tie_word_embeddings=True, num_key_value_heads=6),
 }
@@ -297,7 +345,7 @@ class Stepper:
         return [torch.cat(parts) for parts in self.logits]
 
 
-SITES = (".qkv", ".o", ".gate_up", ".up", ".down")
+SITES = (".qkv", ".o", ".gate_up", ".up", ".down", ".shared_gate")
 
 
 def segments(ranges: list[tuple[int, int, int]]) -> LoraSegments | None:

@@ -56,8 +56,8 @@ def split_experts(
 def _parameters(targets: Mapping[str, LoraTarget]) -> Parameters:
     found: Parameters = {}
     for path, target in targets.items():
-        if target.stack:
-            module, _, parameter = target.stack.rpartition(".")
+        for stack in target.stacks:
+            module, _, parameter = stack.rpartition(".")
             found.setdefault(module, {}).setdefault(parameter, {})[path] = target
     return found
 

@@ -88,7 +88,7 @@ class LoraTarget:
     base: BaseWeight | None = None  # needed for DoRA, trained biases and copies of base weights
     tied_to: str | None = None  # the embedding whose weight this head shares
     rounding: Callable[[Tensor], Tensor] | None = None  # what became of the checkpoint's rows when the model was loaded
-    stack: str = ""  # of an expert: the path of the parameter [E, N, C] that this is a part of; "": none
+    stacks: tuple[str, ...] = ()  # of an expert: the paths of the parameter [E, N, C] that this is a part of
     share: Share | None = None  # of a module that is divided: C and N above are the rank's; None: it is whole
 
     @property

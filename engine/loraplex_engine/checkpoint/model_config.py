@@ -167,8 +167,8 @@ class FeedForwardLayout(Protocol):
     def as_stored(self, holds: Callable[[str], bool]) -> FeedForwardLayout:
         """The layout in the form that a checkpoint has, by which tensors a layer holds there (paths inside it)."""
 
-    def vectors(self) -> Mapping[str, int]:
-        """Its parameters beside the linears: the path inside a layer of each, and its length."""
+    def vectors(self) -> Mapping[str, tuple[int, ...]]:
+        """Its parameters beside the linears: the path inside a layer of each, and its shape."""
 
     def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> FeedForward:
         """The feed-forward that these parameters make, given in the order of `linears` and of `vectors` (float32)."""

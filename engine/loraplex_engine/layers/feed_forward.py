@@ -70,7 +70,7 @@ class GatedLayout:
     def as_stored(self, holds: Callable[[str], bool]) -> GatedLayout:
         return self
 
-    def vectors(self) -> Mapping[str, int]:
+    def vectors(self) -> Mapping[str, tuple[int, ...]]:
         return {}
 
     def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> GatedFeedForward:
@@ -110,7 +110,7 @@ class SquaredReluLayout:
     def as_stored(self, holds: Callable[[str], bool]) -> SquaredReluLayout:
         return self
 
-    def vectors(self) -> Mapping[str, int]:
+    def vectors(self) -> Mapping[str, tuple[int, ...]]:
         return {}
 
     def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> SquaredReluFeedForward:

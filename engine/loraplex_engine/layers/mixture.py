@@ -78,6 +78,7 @@ class MixtureLayout:
     router: str = "mlp.gate"  # its path inside a layer
     router_bias: bool = False
     correction: str | None = None  # the path of what is added to the scores to choose by
+    correction_shape: tuple[int, ...] | None = None  # None: [E]
     shared: GatedLayout | None = None
     shared_gate: str | None = None
     stacked: bool = False  # the checkpoint has the experts' matrices as one tensor
@@ -96,8 +97,8 @@ class MixtureLayout:
             found.append(_dense("shared_gate", self.shared_gate, hidden_size, 1))
         return tuple(found)
 
-    def vectors(self) -> Mapping[str, int]:
-        return {} if self.correction is None else {self.correction: self.num_experts}
+    def vectors(self) -> Mapping[str, tuple[int, ...]]:
+        return {} if self.correction is None else {self.correction: self.correction_shape or (self.num_experts,)}
 
     def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> Mixture:
         router, experts, others = linears[0], linears[1 : 1 + 2 * self.num_experts], linears[1 + 2 * self.num_experts :]
@@ -105,7 +106,7 @@ class MixtureLayout:
         return Mixture(
             ops,
             self.routing,
-            vectors[0] if vectors else None,
+            vectors[0].flatten() if vectors else None,
             router,
             ExpertLinears(ops, experts[::2]),
             ExpertLinears(ops, experts[1::2]),

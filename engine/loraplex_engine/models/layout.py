@@ -123,8 +123,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_layers):
         for linear in layer_linears(config, layer):
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _linear_shapes(linear)}
-        for vector, length in config.feed_forwards[layer].vectors().items():
-            shapes[f"model.layers.{layer}.{vector}"] = (length,)
+        for vector, shape in config.feed_forwards[layer].vectors().items():
+            shapes[f"model.layers.{layer}.{vector}"] = shape
         for norm in residual_norms(config):
             shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
         if config.qk_norm or config.projection_norm:
@@ -186,7 +186,7 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
                 targets[f"model.layers.{layer}.{module}"] = target
             if linear.stack is not None:
                 whole = f"model.layers.{layer}.{linear.module}"
-                targets[whole] = replace(targets[whole], stack=f"model.layers.{layer}.{linear.stack.path}")
+                targets[whole] = replace(targets[whole], stacks=(f"model.layers.{layer}.{linear.stack.path}",))
     return _under_all_names(targets, config.aliases)
 
 
@@ -195,8 +195,11 @@ def _under_all_names(targets: dict[str, LoraTarget], aliases: Sequence[tuple[str
     found = dict(targets)
     for alias, ours in aliases:
         for path, target in targets.items():
-            if ours in path or ours in target.stack:
-                found[path.replace(ours, alias)] = replace(target, stack=target.stack.replace(ours, alias))
+            stacks = tuple(stack.replace(ours, alias) for stack in target.stacks)
+            if ours in path:
+                found[path.replace(ours, alias)] = replace(target, stacks=stacks)
+            elif stacks != target.stacks:
+                found[path] = replace(target, stacks=(*found[path].stacks, *stacks))
     return found
 
 
