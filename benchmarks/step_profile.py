@@ -51,7 +51,11 @@ PARTS: dict[str, tuple[tuple[type | ModuleType, str], ...]] = {
     "LoRA": ((CpuOps, "segmented_lora"),),
     "attention": ((CpuOps, "paged_attention"),),
     "norms, rotary, gate": tuple(
-        (CpuOps, name) for name in ("rms_norm", "add_rms_norm", "rotary_store_kv", "silu_and_mul", "gelu_tanh_and_mul")
+        (CpuOps, name)
+        for name in (
+            *("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rotary_store_kv"),
+            *("silu_and_mul", "gelu_tanh_and_mul", "gelu_tanh", "xielu"),
+        )
     ),
     "between kernels": ((LanguageModel, "forward"), (LanguageModel, "logits")),
     "sampler": ((Sampler, "sample"),),

@@ -38,6 +38,16 @@ class QKNorm:
     eps: float
 
 
+@dataclass(frozen=True, slots=True)
+class Xielu:
+    """The trained shape of a layer's activation (Apertus)."""
+
+    positive: float
+    negative: float
+    beta: float
+    eps: float
+
+
 # Types that keys and values are rounded to, and the largest number of each.
 QUANTIZED_KV = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -307,6 +317,15 @@ class Ops(Protocol):
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """residual += x in place, then rms_norm(residual).  x, residual: [T, C] → [T, C]"""
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """y[t] = (x[t] − m) / sqrt(mean_c((x[t] − m)²) + eps) · weight + bias, with m = mean_c(x[t]).
+
+        x: [T, C], weight and bias: [C] float32 → [T, C]
+        """
+
+    def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """residual += x in place, then layer_norm(residual).  x, residual: [T, C] → [T, C]"""
+
     def rotary_store_kv(
         self,
         qkv: Tensor,  # [T, (H + 2K)·D]
@@ -359,6 +378,15 @@ class Ops(Protocol):
 
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         """gelu_tanh(x[:, :F]) · x[:, F:].  x: [T, 2F] → [T, F]"""
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """0.5 · x · (1 + tanh(sqrt(2 / π) · (x + 0.044715 · x³))).  x: [T, F] → [T, F]"""
+
+    def xielu(self, x: Tensor, shape: Xielu) -> Tensor:
+        """positive · x² + beta · x where x > 0; negative · (exp(min(x, eps)) − 1 − x) + beta · x elsewhere.
+
+        x: [T, F] → [T, F].  Source: xIELU (arXiv 2411.13010).
+        """
 
     def adjust_logits(self, logits: Tensor, changes: LogitChanges) -> None:
         """Change logits in place: penalties, then bias, then watermarks, then masks.  logits: float32 [S, V]

@@ -25,6 +25,7 @@ from loraplex_kernels.ops import (
     QKNorm,
     Routes,
     Routing,
+    Xielu,
 )
 from loraplex_kernels.quantized import QuantizedWeight, dequantize
 from loraplex_kernels.routes import route
@@ -246,6 +247,13 @@ class ReferenceOps(TorchSampling):
         residual += x
         return self.rms_norm(residual, weight, eps)
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        return F.layer_norm(x.float(), (x.shape[-1],), weight, bias, eps).to(x.dtype)
+
+    def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        residual += x
+        return self.layer_norm(residual, weight, bias, eps)
+
     def rotary_store_kv(
         self,
         qkv: Tensor,  # [T, (H + 2K)·D]
@@ -317,6 +325,15 @@ class ReferenceOps(TorchSampling):
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)
         return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        return F.gelu(x.float(), approximate="tanh").to(x.dtype)
+
+    def xielu(self, x: Tensor, shape: Xielu) -> Tensor:
+        wide = x.float()
+        below = shape.negative * (torch.expm1(wide.clamp(max=shape.eps)) - wide)
+        curve = torch.where(wide > 0, shape.positive * wide * wide, below)
+        return (curve + shape.beta * wide).to(x.dtype)
 
 
 def weighted_sums(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from loraplex_kernels.ops import (  # noqa: E402  (after the skip)
     LoraSegments,
     LoraSlice,
     LoraWeights,
+    Xielu,
 )
 from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight  # noqa: E402
 from loraplex_kernels.reference import ReferenceOps  # noqa: E402
@@ -162,5 +163,10 @@ def test_small_operations(ops, reference, random, width):
     expected = reference.add_rms_norm(x, expected_residual := residual.clone(), weight, 1e-6)
     torch.testing.assert_close(ops.add_rms_norm(x, residual, weight, 1e-6), expected, **TOLERANCE)
     assert torch.equal(residual, expected_residual)
+    expected = reference.add_layer_norm(x, residual.clone(), weight, weight, 1e-6)
+    torch.testing.assert_close(ops.add_layer_norm(x, residual, weight, weight, 1e-6), expected, **TOLERANCE)
+    torch.testing.assert_close(ops.gelu_tanh(x), reference.gelu_tanh(x), **TOLERANCE)
+    curve = Xielu(0.9, 1.3, 0.5, -1e-6)
+    torch.testing.assert_close(ops.xielu(x, curve), reference.xielu(x, curve), **TOLERANCE)
     torch.testing.assert_close(ops.silu_and_mul(x), reference.silu_and_mul(x), **TOLERANCE)
     torch.testing.assert_close(ops.gelu_tanh_and_mul(x), reference.gelu_tanh_and_mul(x), **TOLERANCE)

@@ -28,6 +28,7 @@ from loraplex_kernels.ops import (
     LoraSlice,
     LoraWeights,
     QKNorm,
+    Xielu,
 )
 from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight
 
@@ -150,6 +151,9 @@ class Launches:
         x = self.zeros(2, width)
         self.ops.rms_norm(x, torch.zeros(width), 1e-6)
         self.ops.add_rms_norm(x, x.clone(), torch.zeros(width), 1e-6)
+        self.ops.layer_norm(x, torch.zeros(width), torch.zeros(width), 1e-6)
+        self.ops.gelu_tanh(x)
+        self.ops.xielu(x, Xielu(0.9, 1.3, 0.5, -1e-6))
         self.ops.silu_and_mul(x)
         self.ops.gelu_tanh_and_mul(x)
         self.ops.mask_logits(torch.zeros(2, 128256), [1], torch.zeros(1, 4009, dtype=torch.int32))

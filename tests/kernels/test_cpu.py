@@ -16,6 +16,7 @@ from loraplex_kernels.ops import (
     LoraSlice,
     LoraWeights,
     QKNorm,
+    Xielu,
 )
 from loraplex_kernels.reference import ReferenceOps
 from loraplex_kernels.selection import select_ops
@@ -507,6 +508,24 @@ def test_add_rms_norm(ops, dtype, rows, width):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1, 7), (3, 48), (40, 768), (5, 33)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norm(ops, dtype, rows, width, biased):
+    x, weight, bias = rand(rows, width, dtype=dtype) + 1, rand(width), rand(width, seed=2) if biased else None
+    close(ops.layer_norm(x, weight, bias, 1e-5), REFERENCE.layer_norm(x, weight, bias, 1e-5))
+    ours, theirs = rand(rows, width, dtype=dtype, seed=1), rand(rows, width, dtype=dtype, seed=1)
+    expected = REFERENCE.add_layer_norm(x, theirs, weight, bias, 1e-6)
+    close(ops.add_layer_norm(x, ours, weight, bias, 1e-6), expected)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 96), (30, 1000), (2, 33)])
+def test_activations_without_a_gate(ops, dtype, rows, width):
+    x, curve = rand(rows, width, dtype=dtype) * 4, Xielu(0.9, 1.3, 0.5, -1e-6)
+    close(ops.gelu_tanh(x), REFERENCE.gelu_tanh(x))
+    close(ops.xielu(x, curve), REFERENCE.xielu(x, curve))
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 2), (3, 96), (30, 1000), (2, 66)])
 @pytest.mark.parametrize("name", ["silu_and_mul", "gelu_tanh_and_mul"])
 def test_gated_activations(ops, dtype, rows, width, name):
@@ -518,6 +537,10 @@ def test_activations_of_extreme_values(ops):
     x = torch.tensor([[-1e4, -100.0, -88.0, 0.0, 88.0, 100.0, 1e4, torch.nan] + [1.0] * 8])
     close(ops.silu_and_mul(x)[0, :7], REFERENCE.silu_and_mul(x)[0, :7])
     close(ops.gelu_tanh_and_mul(x)[0, :7], REFERENCE.gelu_tanh_and_mul(x)[0, :7])
+    close(ops.gelu_tanh(x)[0, :7], REFERENCE.gelu_tanh(x)[0, :7])
+    curve = Xielu(0.9, 1.3, 0.5, -1e-6)
+    close(ops.xielu(x, curve)[0, :7], REFERENCE.xielu(x, curve)[0, :7])
+    assert ops.xielu(x, curve)[0, 7].isnan()
     assert ops.silu_and_mul(x)[0, 7].isnan()
     assert ops.gelu_tanh_and_mul(x)[0, 7].isnan()
 
@@ -551,6 +574,10 @@ def test_rows_of_every_operation_do_not_depend_on_the_others(ops, dtype):
     for operation in (
         lambda part: ops.rms_norm(part, weight, 1e-5),
         lambda part: ops.add_rms_norm(part, part.clone(), weight, 1e-5),
+        lambda part: ops.layer_norm(part, weight, weight, 1e-5),
+        lambda part: ops.add_layer_norm(part, part.clone(), weight, None, 1e-5),
+        lambda part: ops.xielu(part, Xielu(0.9, 1.3, 0.5, -1e-6)),
+        ops.gelu_tanh,
         ops.silu_and_mul,
         ops.gelu_tanh_and_mul,
     ):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loraplex_kernels.ops import AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm
+from loraplex_kernels.ops import AttentionMetadata, HeadShape, LoraSegments, LoraSlice, LoraWeights, QKNorm, Xielu
 from loraplex_kernels.reference import ReferenceOps
 from tests.kernels.tolerance import Tolerance
 
@@ -145,6 +145,37 @@ def test_add_rms_norm_updates_the_residual(generator, dtype):
     out = OPS.add_rms_norm(x, residual, weight, 1e-6)
     assert torch.equal(residual, total)
     assert torch.equal(out, OPS.rms_norm(total, weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norm(generator, dtype, biased):
+    x = (torch.randn(3, 48, generator=generator) + 2).to(dtype)
+    weight, bias = torch.rand(2, 48, generator=generator) + 0.5
+    apart = x.double() - x.double().mean(1, keepdim=True)
+    expected = apart / (apart.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight + (bias if biased else 0)
+    close(OPS.layer_norm(x, weight, bias if biased else None, 1e-5), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_layer_norm_updates_the_residual(generator, dtype):
+    x, residual = torch.randn(2, 3, 48, generator=generator).to(dtype)
+    weight, bias = torch.rand(2, 48, generator=generator) + 0.5
+    total = x + residual
+    out = OPS.add_layer_norm(x, residual, weight, bias, 1e-6)
+    assert torch.equal(residual, total)
+    assert torch.equal(out, OPS.layer_norm(total, weight, bias, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_without_a_gate(generator, dtype):
+    x = (torch.randn(3, 10, generator=generator) * 3).to(dtype)
+    wide = x.double()
+    gelu = 0.5 * wide * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
+    close(OPS.gelu_tanh(x), gelu)
+    below = 1.3 * (torch.expm1(wide.clamp(max=-1e-6)) - wide)
+    curve = torch.where(wide > 0, 0.9 * wide**2, below) + 0.5 * wide
+    close(OPS.xielu(x, Xielu(positive=0.9, negative=1.3, beta=0.5, eps=-1e-6)), curve)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

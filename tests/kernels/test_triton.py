@@ -15,6 +15,7 @@ from loraplex_kernels.ops import (
     LoraWeights,
     Ops,
     QKNorm,
+    Xielu,
 )
 from loraplex_kernels.reference import ReferenceOps
 from loraplex_kernels.selection import select_ops
@@ -88,6 +89,25 @@ def test_add_rms_norm_updates_the_residual_as_the_reference_does(random, dtype):
 def test_gated_activations(random, dtype, shape, name):
     x = random(*shape, dtype=dtype) * 4
     close(getattr(OPS, name)(x), getattr(REFERENCE, name)(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 10), (2, 1500), (0, 10)])
+def test_activations_without_a_gate(random, dtype, shape):
+    x, curve = random(*shape, dtype=dtype) * 4, Xielu(0.9, 1.3, 0.5, -1e-6)
+    close(OPS.gelu_tanh(x), REFERENCE.gelu_tanh(x))
+    close(OPS.xielu(x, curve), REFERENCE.xielu(x, curve))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 48), (2, 1000), (0, 8)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norm(random, dtype, shape, biased):
+    x, weight, bias = random(*shape, dtype=dtype) * 3 + 1, random(shape[1]), random(shape[1]) if biased else None
+    close(OPS.layer_norm(x, weight, bias, 1e-5), REFERENCE.layer_norm(x, weight, bias, 1e-5))
+    residual = random(*shape, dtype=dtype)
+    expected = REFERENCE.add_layer_norm(x, residual.clone(), weight, bias, 1e-5)
+    close(OPS.add_layer_norm(x, residual, weight, bias, 1e-5), expected)
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 1024, 2500])

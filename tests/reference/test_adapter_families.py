@@ -30,6 +30,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Glm4": {"head_dim": 12},
     "Ernie4_5": {"head_dim": 8},
     "Helium": {"head_dim": 8},
+    "Starcoder2": {"sliding_window": 6},
+    "Nemotron": {"head_dim": 8, "attention_bias": True},
+    "StableLm": {"qk_layernorm": True, "use_qkv_bias": True},
+    "Phi": {},
+    "Cohere": {"use_qk_norm": True, "logit_scale": 0.5},
+    "Cohere2": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "HunYuanDenseV1": {"head_dim": 8},
+    "Ministral3": {"head_dim": 8},
+    "Apertus": {},
+}
+# What families call otherwise, or what they have in place of it.
+NAMES: dict[str, dict[str, str]] = {
+    "Starcoder2": {"down_proj": "c_proj"},
+    "Phi": {
+        "o_proj": "dense",
+        "down_proj": "fc2",
+        "model.norm": "final_layernorm",
+        "post_attention_layernorm": "input_layernorm",
+    },
+    "Apertus": {"post_attention_layernorm": "feedforward_layernorm"},
+    "Cohere": {"post_attention_layernorm": "input_layernorm"},
+    "Cohere2": {"post_attention_layernorm": "input_layernorm"},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear", "use_rslora": True},
@@ -47,7 +69,7 @@ def test_adapters_in_one_batch_equal_peft(family: str, tmp_path: Path) -> None:
     randomised(model, 0).save_pretrained(tmp_path / "base")
     oracle = Oracle(tmp_path, {None: None}, {None: read_base(tmp_path / "base")})
     for seed, (name, fields) in enumerate(KINDS.items(), start=1):
-        oracle.add(name, fields, seed)
+        oracle.add(name, _named(fields, NAMES.get(family, {})), seed)
     engine = Engine(oracle, max_num_batched_tokens=16)
     try:
         for index, adapter in enumerate([None, *KINDS, *reversed(KINDS)]):
@@ -56,3 +78,10 @@ def test_adapters_in_one_batch_equal_peft(family: str, tmp_path: Path) -> None:
         engine.check()
     finally:
         engine.core.close()
+
+
+def _named(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {
+        field: [names.get(each, each) for each in value] if isinstance(value, list) else value
+        for field, value in fields.items()
+    }

@@ -118,6 +118,13 @@ def corrected(model: Any) -> Any:
     return model
 
 
+def internlm3() -> Any:
+    """A Llama model under the name that the published files have."""
+    kind = type("InternLM3ForCausalLM", (transformers.LlamaForCausalLM,), {})
+    fields = {**SMALL, "head_dim": 10, "attention_bias": True, "mlp_bias": True, "pad_token_id": 0}
+    return kind(transformers.InternLM3Config(**fields))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "llama_tied_mha": lambda: llama(tie_word_embeddings=True, num_key_value_heads=6),
@@ -232,6 +239,28 @@ MODELS: dict[str, Callable[[], Any]] = {
     "ernie_moe": lambda: of(
         "Ernie4_5_Moe", moe_num_experts=6, moe_k=2, moe_intermediate_size=32, moe_layer_start_index=1
     ),
+    "starcoder2": lambda: of("Starcoder2", sliding_window=5),
+    "starcoder2_no_bias": lambda: of("Starcoder2", use_bias=False, tie_word_embeddings=False),
+    "nemotron": lambda: of("Nemotron", head_dim=12, attention_bias=True, mlp_bias=True),
+    "stablelm": lambda: of("StableLm", use_qkv_bias=True, rope_parameters={"partial_rotary_factor": 0.5}),
+    "stablelm_parallel": lambda: of(
+        "StableLm", qk_layernorm=True, use_parallel_residual=True, rope_parameters={"partial_rotary_factor": 0.25}
+    ),
+    "phi": lambda: of("Phi"),
+    "cohere": lambda: of("Cohere", logit_scale=0.5),
+    "cohere_norms": lambda: of("Cohere", use_qk_norm=True, attention_bias=True, tie_word_embeddings=False),
+    "cohere2": lambda: of("Cohere2", num_hidden_layers=4, sliding_window=5),
+    "hunyuan": lambda: of("HunYuanDenseV1", head_dim=10, attention_bias=True),
+    "hunyuan_alpha": lambda: of(
+        "HunYuanDenseV1",
+        head_dim=8,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
+    ),
+    "ministral3": lambda: of(
+        "Ministral3", head_dim=8, sliding_window=7, rope_parameters={**YARN_ROPE, "llama_4_scaling_beta": 0.7}
+    ),
+    "internlm3": internlm3,
+    "apertus": lambda: of("Apertus", attention_bias=True, rope_parameters=LLAMA3_ROPE),
     "phi3_tied": lambda: of("Phi3", tie_word_embeddings=True, num_key_value_heads=6),
 }
 

@@ -78,7 +78,7 @@ def bind(
     replaced = replaced_parameters(modules, config, targets, values)
     by_site: dict[str, list[Module]] = {}
     for module in modules:
-        if module.parts.keys() & {"A", "bias"}:
+        if module.parts.keys() & {"A", "bias"} and module.target.kind is not TargetKind.NORM:
             by_site.setdefault(module.target.site, []).append(module)
     weights = {site: stacked(members, config, targets, values) for site, members in by_site.items()}
     if problems:
@@ -88,7 +88,7 @@ def bind(
         {module.name: len(tensors[module.key("A")]) for module in modules if module.is_adapted},
         ReplacedParameters(replaced) if replaced else None,
         config.invocation_tokens,
-        _why_whole(config, bool(replaced), head is not None),
+        _why_whole(config, bool(replaced) or any("bias" in each.parts for each in modules), head is not None),
         (*split.warnings, *_idle(modules, weights, config, rest)),
         head,
     )
@@ -117,7 +117,8 @@ def _place(split: SplitNames, targets: Mapping[str, LoraTarget], problems: list[
             part = "A" if part == "embedding_A" else "B"
             fits = target.kind is TargetKind.EMBEDDING
         else:
-            fits = part in _PARTS_OF[target.kind]
+            norm_without = target.kind is TargetKind.NORM and target.base is None
+            fits = part in _PARTS_OF[target.kind] and not (part == "bias" and norm_without)
         if not fits:
             problems.append(f"{name.key}: {reached[0]} is of kind {target.kind.value}, which takes no such tensor")
             continue
@@ -136,7 +137,7 @@ _PARTS_OF: Mapping[TargetKind, frozenset[Part]] = {
     TargetKind.LINEAR: frozenset(("A", "B", "lora_bias", "magnitude", "weight", "bias", "tokens", "base", "again")),
     TargetKind.EXPERT: frozenset(("A", "B", "lora_bias", "magnitude")),
     TargetKind.EMBEDDING: frozenset(("magnitude", "weight", "tokens", "base", "again")),  # and A and B of its own kind
-    TargetKind.NORM: frozenset(("weight", "base", "again")),
+    TargetKind.NORM: frozenset(("weight", "bias", "base", "again")),  # a bias where the base has one
     TargetKind.CLASSIFIER: frozenset(("weight", "bias")),
 }
 
@@ -171,7 +172,7 @@ def _part_problems(module: Module, config: LoRAConfig, saved: frozenset[str]) ->
     whole_vocabulary = module.target.kind is TargetKind.EMBEDDING or module.name == HEAD_MODULE
     if "base" in parts and not trained_whole and not whole_vocabulary:
         yield f"{module.key('base')}: a full copy of a base weight that modules_to_save does not name"
-    if "bias" in parts and not trained_whole and not config.trains_bias:
+    if "bias" in parts and not trained_whole and not config.trains_bias and not whole_vocabulary:
         yield f"{module.key('bias')}: a trained bias, but adapter_config.json says bias='none'"
     if "tokens" in parts and not trained_ids(module, config):
         yield f"{module.key('tokens')}: trained rows of tokens that trainable_token_indices does not name"

@@ -15,7 +15,7 @@ from loraplex_adapters.files.config import LoRAConfig
 from loraplex_adapters.files.names import Part
 from loraplex_adapters.pace import resting
 from loraplex_adapters.runtime.folding import WEIGHT_ELEMENTS, Values, base_rows, trained_ids
-from loraplex_adapters.runtime.targets import LoraTarget, Module, TargetKind
+from loraplex_adapters.runtime.targets import HEAD_MODULE, LoraTarget, Module, TargetKind
 
 Modules = dict[str, Module]  # by the model's own name
 Targets = Mapping[str, LoraTarget]
@@ -88,6 +88,9 @@ def settle(modules: Modules, targets: Targets, config: LoRAConfig, values: Value
         embedding = modules.get(module.target.tied_to or "")
         if embedding is not None and _shares_tokens(module, embedding, config):
             module.parts.pop("tokens", None)
+    head = modules.get(HEAD_MODULE)
+    if head is not None and "bias" in head.parts and _is_the_bias(head, values):
+        del head.parts["bias"]  # a copy, as of the weight
     copied = {name: module.parts.pop("base") for name, module in modules.items() if "base" in module.parts}
     for name, copy in copied.items():
         readers = [reader for reader in _sharing(name, targets) if "weight" not in _parts(modules, reader)]
@@ -138,6 +141,12 @@ def _is_the_base(key: str, target: LoraTarget, targets: Targets, values: Values)
     rows_at_once = max(1, WEIGHT_ELEMENTS // target.in_features)
     starts = resting(range(0, len(copy), rows_at_once), values.rest)
     return all(_are_rows_of(target, copy[start : start + rows_at_once], start) for start in starts)
+
+
+def _is_the_bias(module: Module, values: Values) -> bool:
+    bias = None if module.target.base is None else module.target.base.bias
+    assert bias is not None, "checked before"
+    return torch.equal(values.converted(module.key("bias")), bias.cpu())
 
 
 def _are_rows_of(target: LoraTarget, rows: Tensor, start: int) -> bool:

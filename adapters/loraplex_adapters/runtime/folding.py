@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from loraplex_adapters.files.config import LoRAConfig
-from loraplex_adapters.files.names import base_module_candidates
+from loraplex_adapters.files.names import Part, base_module_candidates
 from loraplex_adapters.pace import Rest
-from loraplex_adapters.runtime.replaced import ReplacedRows
+from loraplex_adapters.runtime.replaced import NORM_BIAS, NORM_WEIGHT, ReplacedRows
 from loraplex_adapters.runtime.targets import LoraTarget, Module, TargetKind, named_by
 from loraplex_kernels.finite import all_finite
 from loraplex_kernels.ops import LoraSlice, LoraWeights
@@ -124,6 +124,9 @@ def base_rows(target: LoraTarget, start: int, end: int) -> Tensor:
     return target.base.dequantize(target.out_start + start, target.out_start + end).cpu()
 
 
+_ROWS_OF_NORMS: tuple[tuple[Part, slice], ...] = (("weight", NORM_WEIGHT), ("bias", NORM_BIAS))
+
+
 def replaced_parameters(
     modules: list[Module], config: LoRAConfig, targets: Mapping[str, LoraTarget], values: Values
 ) -> dict[str, tuple[ReplacedRows, ...]]:
@@ -135,9 +138,13 @@ def replaced_parameters(
 
     for module in modules:
         target = module.target
+        if target.kind is TargetKind.NORM:
+            for part, row in _ROWS_OF_NORMS:
+                if part in module.parts:
+                    add(target.site, row, values.float32(module.key(part)))
+            continue
         if "weight" in module.parts:
-            norm = target.kind is TargetKind.NORM
-            weight = values.float32(module.key("weight")) if norm else values.converted(module.key("weight"))
+            weight = values.converted(module.key("weight"))
             add(target.site, slice(0, len(weight)) if target.kind is not TargetKind.LINEAR else target.columns, weight)
         if "tokens" in module.parts:
             add(target.site, torch.tensor(trained_ids(module, config)), values.converted(module.key("tokens")))

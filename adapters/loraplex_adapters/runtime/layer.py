@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loraplex_adapters.runtime.replaced import ReplacedRows
+from loraplex_adapters.runtime.replaced import NORM_WEIGHT, ReplacedRows
 from loraplex_kernels.ops import LoraSegments, LoraWeights, Ops, SlotTable
 
 EMBEDDING_SITE = "embed_tokens"
@@ -163,38 +164,86 @@ def _look_up(x: Tensor, token_ids: Tensor, part: ReplacedRows) -> None:
     x.copy_(torch.where(same.any(dim=1, keepdim=True), own, x))
 
 
+class Norm(Protocol):
+    """How the models' norms are computed.  x, residual: [T, C]; weight, bias: float32 [C]"""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """→ [T, C]"""
+
+    def add(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """residual += x in place, then the norm of the residual → [T, C]"""
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """`Ops.rms_norm`, which has no bias."""
+
+    ops: Ops
+    eps: float
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.ops.rms_norm(x, weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.ops.add_rms_norm(x, residual, weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """`Ops.layer_norm`."""
+
+    ops: Ops
+    eps: float
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.ops.layer_norm(x, weight, bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.ops.add_layer_norm(x, residual, weight, bias, self.eps)
+
+
 class AdaptedNorm:
-    """An RMS norm whose weight adapters may replace."""
+    """A norm whose weight and bias adapters may replace."""
 
     def __init__(
         self,
-        ops: Ops,
-        weight: Tensor,  # float32 [C], `offset` added
-        eps: float,
+        norm: Norm,
+        weight: Tensor,  # float32 [C], as the checkpoint has it
+        bias: Tensor | None,  # float32 [C]
         offset: float,  # what the model adds to the checkpoint's weight, and to an adapter's
         replaced: Mapping[int, tuple[ReplacedRows, ...]] = NOTHING_REPLACED,
     ) -> None:
-        self.weight = weight
-        self._ops = ops
-        self._eps = eps
+        self.bias = bias
+        self._norm = norm
+        self._weight = weight + offset
         self._offset = offset
         self._replaced = replaced
 
     def __call__(self, x: Tensor, segments: LoraSegments | None) -> Tensor:
         """x: [T, C] → [T, C]"""
-        y = self._ops.rms_norm(x, self.weight, self._eps)
+        y = self._norm(x, self._weight, self.bias)
         if self._replaced and segments is not None:
             self._replace(y, x, segments)
         return y
 
     def add(self, x: Tensor, residual: Tensor, segments: LoraSegments | None) -> Tensor:
         """residual += x in place, then the norm of the residual.  x, residual: [T, C] → [T, C]"""
-        y = self._ops.add_rms_norm(x, residual, self.weight, self._eps)
+        y = self._norm.add(x, residual, self._weight, self.bias)
         if self._replaced and segments is not None:
             self._replace(y, residual, segments)
         return y
 
     def _replace(self, y: Tensor, x: Tensor, segments: LoraSegments) -> None:
         for slot, start, end in segments.ranges:
+            weight, bias = self._weight, self.bias
             for part in self._replaced.get(slot, ()):
-                y[start:end] = self._ops.rms_norm(x[start:end], part.weight + self._offset, self._eps)
+                if part.rows == NORM_WEIGHT:
+                    weight = part.weight + self._offset
+                else:
+                    bias = part.weight
+            if weight is not self._weight or bias is not self.bias:
+                y[start:end] = self._norm(x[start:end], weight, bias)
+
+    def dequantize(self, start: int, end: int) -> Tensor:
+        """Part of the weight, as the checkpoint has it."""
+        return (self._weight - self._offset)[start:end]

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NORM_WEIGHT, NORM_BIAS = slice(0, 1), slice(1, 2)  # the rows that a norm is taken to have
 REPLACED_SITE = "replaced"  # the one site that keeps all of an adapter's replaced parameters
 
 
 @dataclass(frozen=True, slots=True)
 class ReplacedRows:
-    """Some rows of one parameter: outputs of a linear's weight, tokens of an embedding, or a whole norm."""
+    """Some rows of one parameter: outputs of a linear's weight, tokens of an embedding, weight or bias of a norm."""
 
     rows: slice | Tensor  # which; int64 indices if they do not lie together
     weight: Tensor  # [rows, C]; of a norm float32 [C], as the checkpoint has it

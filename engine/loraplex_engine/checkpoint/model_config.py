@@ -87,6 +87,18 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryGrowth:
+    """Queries that grow with their position: by 1 + β · ln(1 + ⌊position / original⌋) (Ministral 3)."""
+
+    beta: float
+    original_max_positions: int
+
+
+# How a checkpoint has the weights of norms that differ from head to head: in one tensor, or in one for each head.
+HeadNormTensors = Literal["together", "apart"]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerAttention:
     """The attention settings that may differ from layer to layer."""
 
@@ -185,7 +197,7 @@ class ModelConfig:
     num_kv_heads: int  # K
     head_dim: int  # D
     max_position_embeddings: int  # tokens, with a scaling of the rotary embedding included
-    rms_norm_eps: float
+    norm_eps: float
     layers: tuple[LayerAttention, ...]
     feed_forwards: tuple[FeedForwardLayout, ...]  # one for each layer
     tie_word_embeddings: bool
@@ -193,11 +205,21 @@ class ModelConfig:
     dtype: str | None  # as the checkpoint states it: "bfloat16"
     qkv_bias: bool = False
     o_bias: bool = False
+    o_module: str = "self_attn.o_proj"  # its path in a layer
+    head_bias: bool = False
     fused_tensors: bool = False  # query, key and value are one tensor in the checkpoint, and gate and up (Phi)
     qk_norm: bool = False  # RMS norm over each query and key head
+    qk_norm_modules: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")  # the paths of norms on heads
+    qk_norm_rotated: bool = False  # it comes behind the rotation (Hunyuan)
     projection_norm: bool = False  # RMS norm over all of a token's queries, and over all of its keys (OLMo)
+    head_norm: HeadNormTensors | None = None  # layer norms of heads, each with its own weights
+    query_growth: QueryGrowth | None = None
     norms: LayerNorms = NORMS_BEFORE
     norm_offset: float = 0.0  # added to every norm weight: Gemma's checkpoints store weight - 1
+    layer_norm: bool = False  # norms subtract the mean first; False: RMS norms
+    norm_bias: bool = False  # norms have one
+    final_norm: str = "norm"  # the path in the model of the norm before the head
+    parallel: bool = False  # attention and feed-forward read the same hidden state, and are added to it together
     embedding_scale: float | None = None
     residual_scale: float | None = None  # of what attention and feed-forward add
     attention_scale: float

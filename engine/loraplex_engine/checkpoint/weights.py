@@ -311,7 +311,7 @@ class Checkpoint:
         Raises ModelError, here and in `dense`, naming a tensor with a value that is no finite number.
         """
         stored = [(self._tensors[name], part) for name, part in parts]
-        shapes = [_shape_of(tensor.shape, part) for tensor, part in stored]
+        shapes = [_shape_of(tensor.shape, part) or (1,) for tensor, part in stored]
         result = empty_matrix((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype, device)
         start = 0
         for tensor, part in stored:
@@ -339,7 +339,7 @@ class Checkpoint:
 
     def _pieces(self, stored: StoredTensor, part: Part) -> Iterator[Tensor]:
         num_read = 0
-        for piece in stored.file.pieces(stored.name, part):
+        for piece in map(torch.atleast_1d, stored.file.pieces(stored.name, part)):  # a number is a vector of one
             num_read += len(piece)
             yield piece
         experts = len(stored.shape) == 3 and bool(part)  # of which each is read by itself

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_engine.checkpoint.model_config import FusedLinear
-from loraplex_kernels.ops import LoraSegments, Ops
+from loraplex_kernels.ops import LoraSegments, Ops, Xielu
 
 Activation = Literal["silu", "gelu_tanh"]
+PlainActivation = Literal["gelu_tanh", "relu2", "xielu"]
+XIELU: Mapping[str, tuple[int, ...]] = {
+    "mlp.act_fn.alpha_p": (1,),
+    "mlp.act_fn.alpha_n": (1,),
+    "mlp.act_fn.beta": (),
+    "mlp.act_fn.eps": (),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +88,56 @@ class GatedLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class SquaredReluFeedForward:
-    """y = max(x Uᵀ, 0)² Dᵀ"""
+class PlainFeedForward:
+    """y = activation(x Uᵀ) Dᵀ"""
 
     up: LoRALinear
     down: LoRALinear
+    activate: Callable[[Tensor], Tensor]  # [T, F] → [T, F], may overwrite
 
     @property
     def linears(self) -> tuple[LoRALinear, LoRALinear]:
         return self.up, self.down
 
     def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
-        return self.down(torch.relu_(self.up(x, lora)).square_(), lora)
+        return self.down(self.activate(self.up(x, lora)), lora)
 
 
 @dataclass(frozen=True, slots=True)
-class SquaredReluLayout:
-    """A linear, the square of what is positive, and a linear back."""
+class PlainLayout:
+    """A linear, an activation, and a linear back."""
 
     intermediate_size: int  # F
+    activation: PlainActivation
     bias: bool = False
+    modules: tuple[str, str] = ("mlp.up_proj", "mlp.down_proj")  # the linears' paths in a layer
 
     def linears(self, hidden_size: int) -> tuple[FusedLinear, FusedLinear]:
-        size = self.intermediate_size
+        size, (up, down) = self.intermediate_size, self.modules
         return (
-            FusedLinear("up", "mlp.up_proj", hidden_size, (("mlp.up_proj", size),), self.bias, "outputs"),
-            FusedLinear("down", "mlp.down_proj", size, (("mlp.down_proj", hidden_size),), self.bias, "inputs"),
+            FusedLinear("up", up, hidden_size, ((up, size),), self.bias, "outputs"),
+            FusedLinear("down", down, size, ((down, hidden_size),), self.bias, "inputs"),
         )
 
-    def as_stored(self, holds: Callable[[str], bool]) -> SquaredReluLayout:
+    def as_stored(self, holds: Callable[[str], bool]) -> PlainLayout:
         return self
 
     def vectors(self) -> Mapping[str, tuple[int, ...]]:
-        return {}
+        return XIELU if self.activation == "xielu" else {}
 
-    def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> SquaredReluFeedForward:
-        return SquaredReluFeedForward(*linears)
+    def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> PlainFeedForward:
+        up, down = linears
+        if self.activation == "xielu":
+            return PlainFeedForward(up, down, partial(ops.xielu, shape=_xielu(vectors)))
+        return PlainFeedForward(up, down, ops.gelu_tanh if self.activation == "gelu_tanh" else _squared_relu)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)², in place."""
+    return torch.relu_(x).square_()
+
+
+def _xielu(vectors: Sequence[Tensor]) -> Xielu:
+    """The two slopes are stored such that any number is a positive one, the second on top of beta."""
+    positive, negative, beta, eps = (vector.cpu() for vector in vectors)
+    return Xielu(F.softplus(positive).item(), (beta + F.softplus(negative)).item(), beta.item(), eps.item())

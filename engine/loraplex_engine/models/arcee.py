@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig
-from loraplex_engine.layers.feed_forward import SquaredReluLayout
-from loraplex_engine.models.reading import Family, decoder_config
+from loraplex_engine.layers.feed_forward import PlainLayout
+from loraplex_engine.models.reading import Family, decoder_config, plain_activation
 from loraplex_engine.models.rope_reading import read_rope
 
 DEFAULTS = {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 128_001}
@@ -15,10 +15,8 @@ DEFAULTS = {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "max_position_embedding
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     fields = fields.with_defaults(DEFAULTS)
-    if fields.text("hidden_act") != "relu2":
-        raise fields.error("hidden_act", fields.text("hidden_act"), "relu2")
     layers = (LayerAttention(read_rope(fields)),) * fields.integer("num_hidden_layers")
-    plain = SquaredReluLayout(fields.integer("intermediate_size"), fields.flag("mlp_bias"))
+    plain = PlainLayout(fields.integer("intermediate_size"), plain_activation(fields), fields.flag("mlp_bias"))
     bias = fields.flag("attention_bias")
     return replace(decoder_config(architecture, fields, layers, feed_forward=plain), qkv_bias=bias, o_bias=bias)
 

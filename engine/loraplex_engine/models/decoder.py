@@ -14,8 +14,19 @@ from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
 from loraplex_engine.checkpoint.model_config import FeedForward, ModelConfig
 from loraplex_engine.checkpoint.shard import Shard
-from loraplex_engine.layers.projection_norm import ProjectionNorm
-from loraplex_engine.models.layout import HEAD_MODULE, HEAD_SITE, held_heads, layer_linears, lora_targets, site_name
+from loraplex_engine.layers.projection_norm import HeadNorm, ProjectionNorm
+from loraplex_engine.layers.query_scale import QueryScale
+from loraplex_engine.models.layout import (
+    FINAL_NORM_SITE,
+    HEAD_MODULE,
+    HEAD_SITE,
+    held_heads,
+    layer_linears,
+    lora_targets,
+    norm_site,
+    residual_norms,
+    site_name,
+)
 from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
 
@@ -32,7 +43,8 @@ class DecoderLayer:
     norm_after_attention: AdaptedNorm | None
     norm_after_mlp: AdaptedNorm | None
     qk_norm: QKNorm | None
-    projection_norm: ProjectionNorm | None
+    projection_norm: ProjectionNorm | HeadNorm | None
+    query_scale: QueryScale | None
     cos_sin: Tensor  # float32 [max positions, 2, R/2], shared between layers of one kind
     interleaved: bool  # how cos_sin is meant
     window: int | None  # tokens
@@ -41,6 +53,12 @@ class DecoderLayer:
     def linears(self) -> tuple[LoRALinear, ...]:
         """The linears, in the order of `layout.layer_linears`."""
         return self.qkv, self.o, *self.feed_forward.linears
+
+    @property
+    def norms(self) -> tuple[AdaptedNorm, ...]:
+        """The norms, in the order of `layout.residual_norms`."""
+        places = self.norm_before_attention, self.norm_before_mlp, self.norm_after_attention, self.norm_after_mlp
+        return tuple(norm for norm in places if norm is not None)
 
 
 class LanguageModel:
@@ -91,9 +109,12 @@ class LanguageModel:
         first = self._layers[0].norm_before_attention
         x = residual if first is None else first(residual, lora)
         for index, layer in enumerate(self._layers):
-            x = self._attention(layer, x, batch, kv[index])
-            x = _added(self._sized(x, layer.norm_after_attention, lora), residual, layer.norm_before_mlp, lora)
-            x = self._sized(layer.feed_forward(x, lora), layer.norm_after_mlp, lora)
+            if self.config.parallel:
+                x = self._both(layer, x, residual, batch, kv[index])
+            else:
+                x = self._attention(layer, x, batch, kv[index])
+                x = _added(self._sized(x, layer.norm_after_attention, lora), residual, layer.norm_before_mlp, lora)
+                x = self._sized(layer.feed_forward(x, lora), layer.norm_after_mlp, lora)
             if index + 1 < len(self._layers):
                 x = _added(x, residual, self._layers[index + 1].norm_before_attention, lora)
         rows = batch.logits_rows
@@ -127,6 +148,7 @@ class LanguageModel:
         """The modules that an adapter may change, by their path in the Hugging Face model."""
         bases: dict[str, BaseWeight] = {site: linear.linear for site, linear in self._linears().items()}
         bases[EMBEDDING_SITE] = self._embedding
+        bases |= {site: norm for site, norm in self._norms().items() if norm.bias is not None}
         targets = lora_targets(self.config, self.shard)
         targets = {path: replace(target, base=bases.get(target.site)) for path, target in targets.items()}
         return {**targets, HEAD_MODULE: replace(targets[HEAD_MODULE], rounding=self._head_rounding)}
@@ -154,6 +176,20 @@ class LanguageModel:
         }
         return {**linears, HEAD_SITE: self._head}
 
+    def _norms(self) -> dict[str, AdaptedNorm]:
+        norms = {
+            norm_site(index, path): norm
+            for index, layer in enumerate(self._layers)
+            for path, norm in zip(residual_norms(self.config), layer.norms, strict=True)
+        }
+        return {**norms, FINAL_NORM_SITE: self._final_norm}
+
+    def _both(self, layer: DecoderLayer, x: Tensor, residual: Tensor, batch: StepBatch, kv: LayerKV) -> Tensor:
+        """Attention and feed-forward side by side, each of what its norm makes of the residual.  → [T, C]"""
+        norm = layer.norm_before_mlp
+        read = x if norm is None else norm(residual, batch.lora)
+        return self._attention(layer, x, batch, kv).add_(layer.feed_forward(read, batch.lora))
+
     def _attention(self, layer: DecoderLayer, x: Tensor, batch: StepBatch, kv: LayerKV) -> Tensor:
         """x: [T, C] → [T, C]"""
         ops, config = self._ops, self.config
@@ -170,6 +206,8 @@ class LanguageModel:
             batch.attention.slot_mapping,
             layer.interleaved,
         )
+        if layer.query_scale is not None:
+            layer.query_scale(q, batch.positions)
         x = ops.paged_attention(q, kv, batch.attention, config.attention_scale, layer.window, config.attention_soft_cap)
         return layer.o(x, batch.lora)
 

@@ -16,9 +16,8 @@ from loraplex_engine.checkpoint.shard import Shard
 from loraplex_kernels.ops import HeadShape
 
 EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
 HEAD_MODULE = "lm_head"
-HEAD = f"{HEAD_MODULE}.weight"
+HEAD, HEAD_BIAS = f"{HEAD_MODULE}.weight", f"{HEAD_MODULE}.bias"
 HEAD_SITE, FINAL_NORM_SITE = HEAD_MODULE, "norm"
 
 
@@ -39,9 +38,9 @@ def layer_linears(config: ModelConfig, layer: int) -> tuple[FusedLinear, ...]:
         ),
         FusedLinear(
             "o",
-            "self_attn.o_proj",
+            config.o_module,
             query,
-            (("self_attn.o_proj", hidden),),
+            ((config.o_module, hidden),),
             config.o_bias,
             "inputs",
             config.head_dim,
@@ -106,15 +105,33 @@ def held_heads(config: ModelConfig, shard: Shard) -> HeadShape:
     return HeadShape(query.stop - query.start, key_value.stop - key_value.start, config.head_dim)
 
 
-# The norms of query and key heads, or of whole projections, by their paths in a layer.
-QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
-
-
 def residual_norms(config: ModelConfig) -> tuple[str, ...]:
     """The paths in a layer of the norms that adapters may replace."""
     norms = config.norms
     places = norms.before_attention, norms.before_mlp, norms.after_attention, norms.after_mlp
     return tuple(place for place in places if place is not None)
+
+
+def query_key_norms(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], ...]:
+    """The tensors inside a layer of the norm of its queries and of that of its keys, and their shapes; (): none."""
+    if not (config.qk_norm or config.projection_norm or config.head_norm):
+        return ()
+    dim, norms = config.head_dim, zip(config.qk_norm_modules, (config.num_heads, config.num_kv_heads), strict=True)
+    if config.head_norm == "apart":
+        return tuple({f"{path}.norms.{head}.weight": (dim,) for head in range(heads)} for path, heads in norms)
+    if config.head_norm == "together":
+        return tuple({f"{path}.weight": (heads, dim)} for path, heads in norms)
+    return tuple({f"{path}.weight": (dim * heads if config.projection_norm else dim,)} for path, heads in norms)
+
+
+def final_norm(config: ModelConfig) -> str:
+    """The path in a checkpoint of the norm before the head."""
+    return f"model.{config.final_norm}"
+
+
+def norm_tensors(config: ModelConfig, path: str) -> tuple[str, ...]:
+    """The tensors of the norm at a path."""
+    return (f"{path}.weight", f"{path}.bias") if config.norm_bias else (f"{path}.weight",)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -126,12 +143,14 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for vector, shape in config.feed_forwards[layer].vectors().items():
             shapes[f"model.layers.{layer}.{vector}"] = shape
         for norm in residual_norms(config):
-            shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
-        if config.qk_norm or config.projection_norm:
-            for norm, heads in ((QUERY_NORM, config.num_heads), (KEY_NORM, config.num_kv_heads)):
-                normed = config.head_dim * (heads if config.projection_norm else 1)
-                shapes[f"model.layers.{layer}.{norm}.weight"] = (normed,)
-    shapes[FINAL_NORM] = (config.hidden_size,)
+            for name in norm_tensors(config, f"model.layers.{layer}.{norm}"):
+                shapes[name] = (config.hidden_size,)
+        for tensors in query_key_norms(config):
+            shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in tensors.items()}
+    for name in norm_tensors(config, final_norm(config)):
+        shapes[name] = (config.hidden_size,)
+    if config.head_bias:
+        shapes[HEAD_BIAS] = (config.vocab_size,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = shapes[EMBEDDING]
     return shapes
@@ -174,7 +193,7 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
     targets = {
         embedding: LoraTarget(EMBEDDING_SITE, vocabulary, 0, hidden, TargetKind.EMBEDDING),
         head: LoraTarget(HEAD_SITE, hidden, 0, vocabulary, tied_to=embedding if config.tie_word_embeddings else None),
-        FINAL_NORM.removesuffix(".weight"): replace(norm, site=FINAL_NORM_SITE),
+        final_norm(config): replace(norm, site=FINAL_NORM_SITE),
     }
     classifier = LoraTarget(CLASSIFIER_SITE, hidden, 0, 0, TargetKind.CLASSIFIER)
     targets |= dict.fromkeys(CLASSIFIER_MODULES, classifier)

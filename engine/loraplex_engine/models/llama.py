@@ -11,6 +11,15 @@ from loraplex_engine.models.rope_reading import read_rope
 
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 
+DEFAULTS_INTERNLM3 = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32_768,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "eos_token_id": 2,
+}
+
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     fields = fields.with_defaults(DEFAULTS)
@@ -20,5 +29,15 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     return replace(config, qkv_bias=bias, o_bias=bias)
 
 
+def read_internlm3(architecture: str, fields: ConfigFields) -> ModelConfig:
+    """InternLM 3, whose files call the biases otherwise."""
+    fields = fields.with_defaults(DEFAULTS_INTERNLM3)
+    bias = fields.flag("bias", fields.flag("mlp_bias"))
+    qkv_bias = fields.flag("qkv_bias", fields.flag("attention_bias"))
+    layers = (LayerAttention(read_rope(fields)),) * fields.integer("num_hidden_layers")
+    return replace(decoder_config(architecture, fields, layers, mlp_bias=bias), qkv_bias=qkv_bias, o_bias=bias)
+
+
+FAMILY_INTERNLM3 = Family(("InternLM3ForCausalLM",), ("internlm3",), read_internlm3)
 # The second spelling is that of the first converted Llama checkpoints.
 FAMILY = Family(("LlamaForCausalLM", "LLaMAForCausalLM"), ("llama",), read)

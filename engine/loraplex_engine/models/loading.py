@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear
+from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LayerNorm, LoRAEmbedding, LoRALinear, RMSNorm
 from loraplex_adapters.runtime.replaced import ReplacementSite
 from loraplex_engine.checkpoint.config_source import read_config
 from loraplex_engine.checkpoint.memory import release_free_memory
@@ -27,23 +27,25 @@ from loraplex_engine.checkpoint.model_config import (
 from loraplex_engine.checkpoint.shard import WHOLE, Shard
 from loraplex_engine.checkpoint.weights import Checkpoint, Part, Progress, aliased_name
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
-from loraplex_engine.layers.projection_norm import ProjectionNorm
+from loraplex_engine.layers.projection_norm import NO_NORMS, QueryKeyNorms, norms_of
+from loraplex_engine.layers.query_scale import QueryScale, growth_table
 from loraplex_engine.layers.rotary import cos_sin_table
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models.decoder import DecoderLayer, LanguageModel
 from loraplex_engine.models.layout import (
     EMBEDDING,
-    FINAL_NORM,
     FINAL_NORM_SITE,
     HEAD,
+    HEAD_BIAS,
     HEAD_MODULE,
     HEAD_SITE,
-    KEY_NORM,
-    QUERY_NORM,
     adds_bias,
+    final_norm,
     head_module,
     layer_linears,
     norm_site,
+    norm_tensors,
+    query_key_norms,
     site_name,
     stored_parts,
     stored_shapes,
@@ -59,7 +61,7 @@ from loraplex_engine.quantization import (
     read_spec,
     round_to_nearest,
 )
-from loraplex_kernels.ops import Ops, QKNorm
+from loraplex_kernels.ops import Ops
 from loraplex_kernels.quantized import QuantizedWeight, concatenate, dequantize
 
 logger = logging.getLogger(__name__)
@@ -140,7 +142,7 @@ def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
         if linear.stack is None or not linear.stack.stored
         for part, out_features in stored_shapes(linear)
     ]
-    shapes.append(LinearShape(head_module(config), config.vocab_size, config.hidden_size))
+    shapes.append(LinearShape(head_module(config), config.vocab_size, config.hidden_size, config.head_bias))
     return shapes
 
 
@@ -197,7 +199,7 @@ class _Loader:
         self.dtype = dtype
         self.num_positions = num_positions
         self.shard = shard
-        if config.projection_norm and shard.world > 1:
+        if (config.projection_norm or config.head_norm) and shard.world > 1:
             raise ModelError(f"{config.architecture} norms all of a token's queries at once: ranks cannot divide them")
         self.num_slots = engine.max_resident_adapters
         self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
@@ -208,13 +210,15 @@ class _Loader:
             for rope in {layer.rope for layer in config.layers}
         }
         self.nbytes = sum(table.nbytes for table in self.cos_sin.values())
+        growth = config.query_growth
+        self.growth = None if growth is None else growth_table(growth, num_positions, dtype, ops.device)
 
     def load(self) -> LanguageModel:
         embedding = self._rows([(EMBEDDING, ())])
         # The largest matrix goes first: while it is packed it takes its room twice, and nothing else is there yet.
         head = self._lora_linear(HEAD_SITE, self._head(embedding))
         layers = [self._layer(index) for index in range(self.config.num_layers)]
-        final_norm = self._adapted_norm(FINAL_NORM_SITE, FINAL_NORM)
+        last_norm = self._adapted_norm(FINAL_NORM_SITE, final_norm(self.config))
         self.nbytes += embedding.nbytes
         adapted_embedding = LoRAEmbedding(embedding, self.replaced.table.at(EMBEDDING_SITE))
         return LanguageModel(
@@ -222,7 +226,7 @@ class _Loader:
             self.ops,
             adapted_embedding,
             layers,
-            final_norm,
+            last_norm,
             head,
             self.replaced,
             self.nbytes,
@@ -233,23 +237,19 @@ class _Loader:
     def _layer(self, index: int) -> DecoderLayer:
         prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], self.config.norms
         qkv, o, *others = (self._fused(index, prefix, linear) for linear in layer_linears(self.config, index))
-        qk_norm = projection_norm = None
-        if self.config.qk_norm or self.config.projection_norm:
-            query, key = (self._norm(f"{prefix}{norm}.weight") for norm in (QUERY_NORM, KEY_NORM))
-            if self.config.projection_norm:
-                projection_norm = ProjectionNorm(self.ops, query, key, self.config.rms_norm_eps)
-            else:
-                qk_norm = QKNorm(query, key, self.config.rms_norm_eps)
+        on_heads = self._query_key_norms(prefix)
+        scaled = on_heads.query_factor is not None or self.growth is not None
         return DecoderLayer(
             qkv=qkv,
             o=o,
             feed_forward=self._feed_forward(index, others),
-            norm_before_attention=self._layer_norm_if(index, norms.before_attention),
-            norm_before_mlp=self._layer_norm_if(index, norms.before_mlp),
-            norm_after_attention=self._layer_norm_if(index, norms.after_attention),
-            norm_after_mlp=self._layer_norm_if(index, norms.after_mlp),
-            qk_norm=qk_norm,
-            projection_norm=projection_norm,
+            norm_before_attention=self._layer_norm(index, norms.before_attention),
+            norm_before_mlp=self._layer_norm(index, norms.before_mlp),
+            norm_after_attention=self._layer_norm(index, norms.after_attention),
+            norm_after_mlp=self._layer_norm(index, norms.after_mlp),
+            qk_norm=on_heads.of_kernels,
+            projection_norm=on_heads.of_projections,
+            query_scale=QueryScale(on_heads.query_factor, self.growth) if scaled else None,
             cos_sin=self.cos_sin[attention.rope],
             interleaved=attention.rope is not None and attention.rope.interleaved,
             window=self._window(attention),
@@ -257,13 +257,21 @@ class _Loader:
 
     def _feed_forward(self, index: int, linears: Sequence[LoRALinear]) -> FeedForward:
         layout = self.config.feed_forwards[index]
-        vectors = [self._vector(f"model.layers.{index}.{path}") for path in layout.vectors()]
+        vectors = [self._vector([(f"model.layers.{index}.{path}", ())]) for path in layout.vectors()]
         return layout.build(self.ops, linears, vectors)
 
-    def _vector(self, name: str) -> Tensor:
-        vector = self.checkpoint.stacked([(name, ())], torch.float32, self.ops.device)
+    def _vector(self, parts: Sequence[tuple[str, Part]]) -> Tensor:
+        """float32, the parts one after another."""
+        vector = self.checkpoint.stacked(parts, torch.float32, self.ops.device)
         self.nbytes += vector.nbytes
         return vector
+
+    def _query_key_norms(self, prefix: str) -> QueryKeyNorms:
+        parts = [[(prefix + name, ()) for name in norm] for norm in query_key_norms(self.config)]
+        if not parts:
+            return NO_NORMS
+        query, key = (self._norm(names) for names in parts)
+        return norms_of(self.config, self.ops, query, key, self.dtype)
 
     def _window(self, attention: LayerAttention) -> int | None:
         """The window of a layer; None: it has none, or no sequence is longer.
@@ -339,12 +347,13 @@ class _Loader:
 
     def _head(self, embedding: Tensor) -> AnyLinear:
         module = head_module(self.config)
+        bias = self._rows([(HEAD_BIAS, ())]) if self.config.head_bias else None
         if self.quantised is not None and module in self.quantised:
-            return self._linear([self.quantised.read(module, self.ops.device)], None)
+            return self._linear([self.quantised.read(module, self.ops.device)], bias)
         weight = self._head_weight(embedding)
         if self.head_rounding is None:
-            return self._linear([weight], None)
-        return self._linear([round_to_nearest(weight[0], self.head_rounding)], None)
+            return self._linear([weight], bias)
+        return self._linear([round_to_nearest(weight[0], self.head_rounding)], bias)
 
     def _head_weight(self, embedding: Tensor) -> list[Tensor]:
         """The head's matrix; if the model ties them, the embedding's."""
@@ -376,18 +385,18 @@ class _Loader:
         release_free_memory()
         return linears[0] if len(linears) == 1 else SideBySide(linears, bias)
 
-    def _norm(self, name: str) -> Tensor:
-        return self._vector(name).add_(self.config.norm_offset)
+    def _norm(self, parts: Sequence[tuple[str, Part]]) -> Tensor:
+        return self._vector(parts).add_(self.config.norm_offset)
 
-    def _layer_norm(self, index: int, module: str) -> AdaptedNorm:
-        return self._adapted_norm(norm_site(index, module), f"model.layers.{index}.{module}.weight")
+    def _layer_norm(self, index: int, path: str | None) -> AdaptedNorm | None:
+        return None if path is None else self._adapted_norm(norm_site(index, path), f"model.layers.{index}.{path}")
 
-    def _layer_norm_if(self, index: int, module: str | None) -> AdaptedNorm | None:
-        return None if module is None else self._layer_norm(index, module)
-
-    def _adapted_norm(self, site: str, name: str) -> AdaptedNorm:
-        eps, offset = self.config.rms_norm_eps, self.config.norm_offset
-        return AdaptedNorm(self.ops, self._norm(name), eps, offset, self.replaced.table.at(site))
+    def _adapted_norm(self, site: str, path: str) -> AdaptedNorm:
+        weight, *bias = (self._vector([(name, ())]) for name in norm_tensors(self.config, path))
+        kind = (LayerNorm if self.config.layer_norm else RMSNorm)(self.ops, self.config.norm_eps)
+        return AdaptedNorm(
+            kind, weight, bias[0] if bias else None, self.config.norm_offset, self.replaced.table.at(site)
+        )
 
     def _rows(self, parts: Sequence[tuple[str, Part]]) -> Tensor:
         return self.checkpoint.stacked(parts, self.dtype, self.ops.device)

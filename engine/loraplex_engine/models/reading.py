@@ -16,7 +16,7 @@ from loraplex_engine.checkpoint.model_config import (
     Rope,
     YarnScaling,
 )
-from loraplex_engine.layers.feed_forward import Activation, GatedLayout
+from loraplex_engine.layers.feed_forward import Activation, GatedLayout, PlainActivation
 
 # transformers' names of the two activations that the kernels have
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -25,6 +25,12 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+}
+PLAIN_ACTIVATIONS: Mapping[str, PlainActivation] = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
 MAX_POSITIONS = 1 << 28  # a context that no machine holds the keys of: the file is wrong
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -54,10 +60,12 @@ def decoder_config(
     layers: tuple[LayerAttention, ...],
     mlp_bias: bool = False,
     feed_forward: FeedForwardLayout | None = None,
+    norm_eps: float | None = None,
 ) -> ModelConfig:
     """Read the fields that all families spell alike. A family replaces the fields in which it differs.
 
     feed_forward: of every layer. None: a gated one, as the fields describe it.
+    norm_eps: None: it is in the field that most families have.
 
     Raises ModelError for shapes that no decoder can have.
     """
@@ -81,7 +89,7 @@ def decoder_config(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=_max_positions(fields, layers),
-        rms_norm_eps=fields.number("rms_norm_eps"),
+        norm_eps=fields.number("rms_norm_eps") if norm_eps is None else norm_eps,
         layers=layers,
         feed_forwards=(feed_forward,) * len(layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
@@ -148,6 +156,14 @@ def gate_activation(fields: ConfigFields) -> Activation:
     if value not in ACTIVATIONS:
         raise fields.error(name, value, f"one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
+
+
+def plain_activation(fields: ConfigFields) -> PlainActivation:
+    """The activation of a feed-forward without a gate."""
+    value = fields.text("hidden_act")
+    if value not in PLAIN_ACTIVATIONS:
+        raise fields.error("hidden_act", value, f"one of {', '.join(PLAIN_ACTIVATIONS)}")
+    return PLAIN_ACTIVATIONS[value]
 
 
 def _dtype(fields: ConfigFields) -> str | None:

@@ -13,7 +13,9 @@ from loraplex_engine.checkpoint.model_config import ModelConfig, UnknownArchitec
 from loraplex_engine.checkpoint.pooling import read_pooling
 from loraplex_engine.checkpoint.weights import read_json
 from loraplex_engine.models import (
+    apertus,
     arcee,
+    cohere,
     cwm,
     dots1,
     ernie4_5,
@@ -27,11 +29,14 @@ from loraplex_engine.models import (
     granite,
     granite_moe,
     helium,
+    hunyuan,
     llama,
     mistral,
     mixtral,
+    nemotron,
     olmo2,
     olmoe,
+    phi,
     phi3,
     qwen2,
     qwen2_moe,
@@ -39,6 +44,8 @@ from loraplex_engine.models import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    stablelm,
+    starcoder2,
 )
 from loraplex_engine.models.reading import Family, text_fields
 from loraplex_engine.models.rope_reading import with_rope_scaling
@@ -47,6 +54,7 @@ from loraplex_engine.models.wrappers import REFUSED, SHAPES, TOWER_TENSORS, WRAP
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     mistral.FAMILY,
+    mistral.FAMILY_3,
     qwen2.FAMILY,
     qwen3.FAMILY,
     gemma.FAMILY,
@@ -74,6 +82,15 @@ FAMILIES: tuple[Family, ...] = (
     glm4_moe.FAMILY,
     dots1.FAMILY,
     ernie4_5_moe.FAMILY,
+    starcoder2.FAMILY,
+    nemotron.FAMILY,
+    stablelm.FAMILY,
+    phi.FAMILY,
+    cohere.FAMILY,
+    cohere.FAMILY_2,
+    hunyuan.FAMILY,
+    apertus.FAMILY,
+    llama.FAMILY_INTERNLM3,
 )
 ARCHITECTURES = (
     *(name for family in FAMILIES for name in family.architectures),

@@ -112,7 +112,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 13; }
+EXPORT int loraplex_version() { return 14; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -246,6 +246,37 @@ EXPORT int loraplex_add_rms_norm(Context* context, int dtype, const void* x, voi
             using T = typename decltype(of)::Type;
             add_rms_norm(*context, static_cast<const T*>(x), static_cast<T*>(residual), weight, static_cast<T*>(out),
                          rows, c, eps);
+        });
+    });
+}
+
+EXPORT int loraplex_layer_norm(Context* context, int dtype, const void* x, void* residual, const float* weight,
+                               const float* bias, void* out, int64_t rows, int64_t c, float eps) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            layer_norm(*context, static_cast<const T*>(x), static_cast<T*>(residual), weight, bias,
+                       static_cast<T*>(out), rows, c, eps);
+        });
+    });
+}
+
+EXPORT int loraplex_gelu_tanh(Context* context, int dtype, const void* x, void* out, int64_t rows, int64_t f) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            gelu_tanh(*context, static_cast<const T*>(x), static_cast<T*>(out), rows, f);
+        });
+    });
+}
+
+EXPORT int loraplex_xielu(Context* context, int dtype, float positive, float negative, float beta, float eps,
+                          const void* x, void* out, int64_t rows, int64_t f) {
+    return guarded([&] {
+        with_type(dtype, [&](auto of) {
+            using T = typename decltype(of)::Type;
+            xielu(*context, Xielu{positive, negative, beta, eps}, static_cast<const T*>(x), static_cast<T*>(out), rows,
+                  f);
         });
     });
 }

@@ -14,7 +14,7 @@ from typing import Any
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-VERSION = 13  # of the C interface; kernels/loraplex_kernels/cpu/api.cpp has the same
+VERSION = 14  # of the C interface; kernels/loraplex_kernels/cpu/api.cpp has the same
 
 # Result and arguments of each function of api.cpp, which a test compares with these.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -72,6 +72,12 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "rms_norm": (c_int, (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float)),
     "add_rms_norm": (c_int, (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float)),
+    "layer_norm": (
+        c_int,
+        (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float),
+    ),
+    "gelu_tanh": (c_int, (c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64)),
+    "xielu": (c_int, (c_void_p, c_int, c_float, c_float, c_float, c_float, c_void_p, c_void_p, c_int64, c_int64)),
     "gate": (c_int, (c_void_p, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64)),
     "cache_head_size": (c_int64, (c_int, c_int64, c_int64)),
     "rotary_store_kv": (

@@ -30,6 +30,7 @@ from loraplex_kernels.ops import (
     QKNorm,
     Routes,
     Routing,
+    Xielu,
 )
 from loraplex_kernels.quantized import QuantizedWeight
 from loraplex_kernels.reference import LoraShape
@@ -273,6 +274,25 @@ class CpuOps(CpuSampling):
         succeed(self.library.add_rms_norm(*call, out.data_ptr(), rows, width, eps))
         return out
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        return self._layer_norm(x, None, weight, bias, eps)
+
+    def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        assert residual.is_contiguous()
+        return self._layer_norm(x, residual, weight, bias, eps)
+
+    def _layer_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        x = x.contiguous()
+        rows, width = x.shape
+        out = self._results.empty(x, rows, width)
+        added = None if residual is None else residual.data_ptr()
+        call = self._context, DTYPE_CODES[x.dtype], x.data_ptr(), added, weight.data_ptr()
+        offset = None if bias is None else bias.data_ptr()
+        succeed(self.library.layer_norm(*call, offset, out.data_ptr(), rows, width, eps))
+        return out
+
     def rotary_store_kv(
         self,
         qkv: Tensor,  # [T, (H + 2K)·D]
@@ -379,6 +399,20 @@ class CpuOps(CpuSampling):
 
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         return self._gate(GELU_TANH, x)
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = self._results.empty(x, *x.shape)
+        succeed(self.library.gelu_tanh(self._context, DTYPE_CODES[x.dtype], x.data_ptr(), out.data_ptr(), *x.shape))
+        return out
+
+    def xielu(self, x: Tensor, shape: Xielu) -> Tensor:
+        x = x.contiguous()
+        out = self._results.empty(x, *x.shape)
+        numbers = shape.positive, shape.negative, shape.beta, shape.eps
+        call = self._context, DTYPE_CODES[x.dtype], *numbers, x.data_ptr(), out.data_ptr()
+        succeed(self.library.xielu(*call, *x.shape))
+        return out
 
     def _gate(self, activation: int, x: Tensor) -> Tensor:
         x = x.contiguous()

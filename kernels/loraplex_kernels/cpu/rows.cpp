@@ -45,6 +45,32 @@ void norm_row(const In* x, const float* weight, Out* out, int64_t c, float eps) 
     map(x, out, c, [&](Vec a, int64_t i) { return a * scale * weights_at(weight, i, c); });
 }
 
+// bias: null for none.
+template <class T>
+void layer_norm_row(const T* x, const float* weight, const float* bias, T* out, int64_t c, float eps) {
+    const auto some = [&](int64_t i) {
+        return i + W <= c ? load(x + i) : load_some(x + i, int(c - i));
+    };
+    Vec total = zero(), squares = zero();
+    for (int64_t i = 0; i < c; i += W) total = total + some(i);
+    const Vec mean = fill(sum(total) / float(c));
+    for (int64_t i = 0; i < c; i += W) {
+        const Vec apart = some(i) - mean, inside = i + W <= c ? apart : between(0, int(c - i), apart, zero());
+        squares = fma(inside, inside, squares);
+    }
+    const Vec scale = fill(1.0f / std::sqrt(sum(squares) / float(c) + eps));
+    map(x, out, c, [&](Vec a, int64_t i) {
+        const Vec normed = (a - mean) * scale * weights_at(weight, i, c);
+        return bias ? normed + weights_at(bias, i, c) : normed;
+    });
+}
+
+template <class T>
+void add_row(const T* added, T* total, int64_t c) {
+    map(total, total, c,
+        [&](Vec a, int64_t i) { return a + (i + W <= c ? load(added + i) : load_some(added + i, int(c - i))); });
+}
+
 // One head of d elements: norm if weight is not null, then rotate. out: float
 template <class T>
 void rotate_head(const T* head, const float* weight, float eps, const Rotation& rotation, int64_t position, int64_t d,
@@ -95,6 +121,15 @@ inline Vec activated(Activation activation, Vec x) {
     return fill(0.5f) * x * (fill(1.0f) + hyperbolic_tangent(inner));
 }
 
+// Source: arXiv 2411.13010. What only one side of 0 has is 0 on the other.
+inline Vec activated(const Xielu& xielu, Vec x) {
+    const Vec positive = maximum(x, zero()), negative = minimum(x, zero());
+    const Vec is_negative = fill(1.0f) - minimum(positive * fill(1e30f), fill(1.0f));
+    const Vec curve = exponential(minimum(x, fill(xielu.eps))) - fill(1.0f) - negative;
+    return fill(xielu.beta) * x + fill(xielu.positive) * positive * positive +
+           fill(xielu.negative) * is_negative * curve;
+}
+
 }  // namespace
 
 template <class T>
@@ -106,11 +141,22 @@ template <class T>
 void add_rms_norm(Context& context, const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t c,
                   float eps) {
     for_rows(context, rows, c, [&](int64_t row) {
-        const T* added = x + row * c;
         T* total = residual + row * c;
-        map(total, total, c,
-            [&](Vec a, int64_t i) { return a + (i + W <= c ? load(added + i) : load_some(added + i, int(c - i))); });
+        add_row(x + row * c, total, c);
         norm_row(total, weight, out + row * c, c, eps);
+    });
+}
+
+template <class T>
+void layer_norm(Context& context, const T* x, T* residual, const float* weight, const float* bias, T* out, int64_t rows,
+                int64_t c, float eps) {
+    for_rows(context, rows, c, [&](int64_t row) {
+        const T* from = x + row * c;
+        if (residual) {
+            add_row(from, residual + row * c, c);
+            from = residual + row * c;
+        }
+        layer_norm_row(from, weight, bias, out + row * c, c, eps);
     });
 }
 
@@ -185,12 +231,29 @@ void weighted_sums(Context& context, const T* x, const int64_t* places, const fl
     });
 }
 
+template <class T>
+void gelu_tanh(Context& context, const T* x, T* out, int64_t rows, int64_t f) {
+    for_rows(context, rows, f, [&](int64_t row) {
+        map(x + row * f, out + row * f, f, [](Vec a, int64_t) { return activated(Activation::gelu_tanh, a); });
+    });
+}
+
+template <class T>
+void xielu(Context& context, const Xielu& shape, const T* x, T* out, int64_t rows, int64_t f) {
+    for_rows(context, rows, f, [&](int64_t row) {
+        map(x + row * f, out + row * f, f, [&](Vec a, int64_t) { return activated(shape, a); });
+    });
+}
+
 #define LORAPLEX_STORE(T, S)                                                                               \
     template void rotary_store_kv(Context&, const T*, T*, int64_t, int64_t, const QKNorm&, const int64_t*, \
                                   const Rotation&, const Cache<T, S>&, const int64_t*);
 #define LORAPLEX_ROWS(T)                                                                                             \
     template void rms_norm<T>(Context&, const T*, const float*, T*, int64_t, int64_t, float);                        \
     template void add_rms_norm<T>(Context&, const T*, T*, const float*, T*, int64_t, int64_t, float);                \
+    template void layer_norm<T>(Context&, const T*, T*, const float*, const float*, T*, int64_t, int64_t, float);    \
+    template void gelu_tanh<T>(Context&, const T*, T*, int64_t, int64_t);                                            \
+    template void xielu<T>(Context&, const Xielu&, const T*, T*, int64_t, int64_t);                                  \
     LORAPLEX_STORE(T, T)                                                                                             \
     LORAPLEX_STORE(T, i8)                                                                                            \
     LORAPLEX_STORE(T, f8)                                                                                            \

@@ -14,6 +14,12 @@ template <class T>
 void add_rms_norm(Context& context, const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t c,
                   float eps);
 
+// If there is a residual, it becomes residual + x, and is x from then on.
+// out = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) · weight + bias.  bias: null for none
+template <class T>
+void layer_norm(Context& context, const T* x, T* residual, const float* weight, const float* bias, T* out, int64_t rows,
+                int64_t c, float eps);
+
 // Weights of the norms over query and key heads; null: none.
 struct QKNorm {
     const float* q;
@@ -44,5 +50,16 @@ void gate(Context& context, Activation activation, const T* x, T* out, int64_t r
 template <class T>
 void weighted_sums(Context& context, const T* x, const int64_t* places, const float* weights, T* out, int64_t rows,
                    int64_t k, int64_t c);
+
+// out = gelu_tanh(x).  x: [rows, f]
+template <class T>
+void gelu_tanh(Context& context, const T* x, T* out, int64_t rows, int64_t f);
+
+// Where x > 0: positive · x² + beta · x; elsewhere: negative · (exp(min(x, eps)) - 1 - x) + beta · x.
+struct Xielu {
+    float positive, negative, beta, eps;
+};
+template <class T>
+void xielu(Context& context, const Xielu& shape, const T* x, T* out, int64_t rows, int64_t f);
 
 }  // namespace loraplex

@@ -28,16 +28,17 @@ from loraplex_kernels.ops import (
     QKNorm,
     Routes,
     Routing,
+    Xielu,
 )
 from loraplex_kernels.quantized import QuantizedWeight
 from loraplex_kernels.reference import ReferenceGroup, ReferenceLinear, weighted_sums
 from loraplex_kernels.routes import route
 from loraplex_kernels.sampling import TorchSampling
-from loraplex_kernels.triton.activation import activate_and_mul
+from loraplex_kernels.triton.activation import activate, activate_and_mul
 from loraplex_kernels.triton.attention import Scoring, paged_attention
 from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, TritonLoraTables, segmented_lora
 from loraplex_kernels.triton.mask import mask_logits
-from loraplex_kernels.triton.norm import rms_norm
+from loraplex_kernels.triton.norm import norm
 from loraplex_kernels.triton.quantized import TritonQuantizedLinear, quantized_linear
 from loraplex_kernels.triton.rotary import rotary_store_kv
 
@@ -116,10 +117,16 @@ class TritonOps(TorchSampling):
         segmented_lora(y, x, segments, table, self._num_multiprocessors)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(x, None, weight, eps)
+        return norm(x, None, weight, None, eps, centred=False)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(x, residual, weight, eps)
+        return norm(x, residual, weight, None, eps, centred=False)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        return norm(x, None, weight, bias, eps, centred=True)
+
+    def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        return norm(x, residual, weight, bias, eps, centred=True)
 
     def rotary_store_kv(
         self,
@@ -158,6 +165,12 @@ class TritonOps(TorchSampling):
 
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         return activate_and_mul(x, gelu=True)
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        return activate(x, None)
+
+    def xielu(self, x: Tensor, shape: Xielu) -> Tensor:
+        return activate(x, shape)
 
     def mask_logits(self, logits: Tensor, rows: Sequence[int], bits: Tensor) -> None:
         mask_logits(logits, rows, bits)

@@ -17,6 +17,7 @@ from loraplex_engine.checkpoint.model_config import (
     Llama3Scaling,
     ModelConfig,
     ModelError,
+    QueryGrowth,
     Rope,
     YarnScaling,
 )
@@ -345,7 +346,7 @@ def test_multimodal_gemma3_keeps_its_text_model_apart() -> None:
             "no_rope_layers is .*; it must be a list of 4 times 0 or 1",
         ),
         ("SmolLM3ForCausalLM", "no_rope_layers", [1], "it must be a list of 4 times 0 or 1"),
-        ("ArceeForCausalLM", "hidden_act", "silu", "hidden_act is 'silu'; it must be relu2"),
+        ("ArceeForCausalLM", "hidden_act", "silu", "hidden_act is 'silu'; it must be one of .*, relu2"),
         (
             "GlmForCausalLM",
             "partial_rotary_factor",
@@ -389,3 +390,42 @@ def test_long_contexts_take_the_long_factors() -> None:
     short, long = (inverse_frequencies(rope, 16, positions) for positions in (100, 101))
     assert torch.equal(short, 2 * long)
     assert config.max_position_embeddings == 1000
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "complaint"),
+    [
+        ("PhiForCausalLM", {"qk_layernorm": True}, "qk_layernorm is True; it must be false"),
+        ("PhiForCausalLM", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be one of gelu_pytorch_tanh"),
+        ("HunYuanDenseV1ForCausalLM", {"rope_scaling": {"type": "dynamic", "alpha": 1e30}}, "alpha .* at most 1e.06"),
+        (
+            "HunYuanDenseV1ForCausalLM",
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_scaling is 'yarn or longrope'; it must be one that keeps the length of ",
+        ),
+        (
+            "Ministral3ForCausalLM",
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
+            "original_max_position_embeddings is missing",
+        ),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused(architecture: str, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ModelError, match=complaint):
+        of(architecture, num_key_value_heads=2, head_dim=16, **changes)
+
+
+def test_the_first_command_r_states_its_length_apart() -> None:
+    assert of("CohereForCausalLM", model_max_length=131_072).max_position_embeddings == 131_072
+
+
+def test_layers_of_command_r7b_without_a_window_do_not_turn() -> None:
+    layers = of("Cohere2ForCausalLM", sliding_window=9).layers
+    assert [(layer.window, layer.rope is None) for layer in layers] == [*[(9, False)] * 3, (None, True)]
+
+
+def test_ministral_3_without_a_rotation_has_that_of_its_class() -> None:
+    config = of("Ministral3ForCausalLM", num_key_value_heads=2)
+    assert isinstance(config.layers[0].rope, Rope)
+    assert isinstance(config.layers[0].rope.scaling, YarnScaling)
+    assert config.query_growth == QueryGrowth(0.1, 16_384)
