@@ -209,6 +209,8 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
         pytest.param("listen: a:1\nlisten: b:1", "the key 'listen' appears twice", id="a key twice"),
         pytest.param("models: [{name: A b, model: x/y}]", "the name must be 1 to 63 of a-z", id="name of a model"),
         pytest.param("models: [{name: a, model: ./nowhere}]", "there is no directory", id="no such directory"),
+        pytest.param("models: [{name: a, model: ./x.gguf}]", "and no .gguf file of that name", id="no such file"),
+        pytest.param("models: [{name: a, model: a/b/x-00002-of-00003.gguf}]", "name the first one", id="another part"),
         pytest.param("models: [{name: a, model: x/y}, {name: a, model: x/z}]", "'a' appears 2 times", id="name twice"),
         pytest.param(
             MODEL + "    default_sampling: {temprature: 1}", 'has no field named "temprature"', id="sampling field"

@@ -16,7 +16,7 @@ from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.generation_defaults import default_sampling, unread
 from loraplex_service.models.supervisor import EngineState, EngineSupervisor
 from loraplex_service.names.target import LoadedModel, merged_sampling
-from loraplex_service.text import ChatTemplate, TextError, Tokenizer
+from loraplex_service.text import TextError, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def _read_text_files(config: HostedModelConfig) -> tuple[Tokenizer, str]:
     tokenizer = Tokenizer.load(path)
     if config.chat_template is not None:
         source = Path(config.chat_template).read_text(encoding="utf-8")
-        tokenizer.chat_template = ChatTemplate(source, **tokenizer.special_tokens)
+        tokenizer.use_chat_template(source)
     _ = tokenizer.vocabulary  # made here, in a thread: the engine is told it as soon as it serves
     return tokenizer, _revision(path)
 

@@ -16,6 +16,8 @@ from loraplex_service.text.errors import TokenizerError
 from loraplex_service.text.sentencepiece_model import CONTROL, USER_DEFINED, Piece, piece_tokenizer
 
 UNUSED = 5
+MAX_TOKENS = 1 << 20
+MAX_SQUARED_CHARS = 1 << 27  # of all tokens: to find the pieces of one takes the square of its length; 2^24 are usual
 KEY = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -76,6 +78,8 @@ def _tokens(metadata: Mapping[str, object]) -> list[str]:
     tokens = metadata.get(KEY + "tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise TokenizerError(f"{KEY}tokens is missing or no list of texts: the file has no vocabulary.")
+    if len(tokens) > MAX_TOKENS or sum(len(token) ** 2 for token in tokens) > MAX_SQUARED_CHARS:
+        raise TokenizerError(f"{KEY}tokens has more than {MAX_TOKENS} tokens, or far longer ones than any vocabulary.")
     return tokens
 
 

@@ -81,6 +81,13 @@ class Tokenizer:
         files = ModelFiles.read(path)
         return cls(load_backend(files), files)
 
+    def use_chat_template(self, source: str) -> None:
+        """Put another template in the place of the model's own; unless the files declare how messages are read, they
+        are read by its marks. Before the first request. Raises TemplateError."""
+        self.chat_template = ChatTemplate(source, **self.special_tokens)
+        if self.message_syntax is None or not self.message_syntax.is_declared:
+            self.message_syntax = message_syntax([source])
+
     @cached_property
     def num_token_ids(self) -> int:
         """The highest token id plus 1. A model's head may be padded beyond it."""

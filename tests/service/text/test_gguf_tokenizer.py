@@ -14,7 +14,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as Library
 
 from loraplex_service.text import Tokenizer, TokenizerError
-from loraplex_service.text.gguf_tokenizer import CUTS
+from loraplex_service.text.gguf_tokenizer import CUTS, MAX_TOKENS, read_text
 from tests.gguf_files import finish, gguf
 from tests.service.text.test_sentencepiece import TRAINED, sentencepiece, texts, train
 
@@ -181,6 +181,22 @@ def test_an_unknown_kind_is_refused_by_name(tmp_path: Path) -> None:
     finish(writer)
     with pytest.raises(TokenizerError, match=r"tokenizer\.ggml\.model is 'bert'"):
         Tokenizer.load(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("tokens", [["a" * 12_000], ["a"] * (MAX_TOKENS + 1)], ids=["long", "many"])
+def test_tokens_beyond_all_bounds_are_refused(tokens: list[str]) -> None:
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens}
+    with pytest.raises(TokenizerError, match=r"tokenizer\.ggml\.tokens has more than"):
+        read_text(metadata)
+
+
+def test_another_template_brings_its_own_way_of_calling_tools(library: Library, tmp_path: Path) -> None:
+    write_bpe(tmp_path / "model.gguf", library, "gpt-2", add_chat_template="{{ messages[0].content }}")
+    ours = Tokenizer.load(tmp_path / "model.gguf")
+    assert ours.message_syntax is None
+    ours.use_chat_template("<|im_start|>{{ tools }}<tool_call>")
+    assert ours.message_syntax is not None
+    assert ours.message_syntax.calls is not None
 
 
 def test_a_file_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
