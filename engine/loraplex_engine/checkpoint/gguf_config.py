@@ -133,10 +133,13 @@ def read_gguf_config(path: Path) -> Config:
 def _shape(model: GGUFModel) -> Config:
     fields = model.fields
     heads = same_in_all_layers(fields, "attention.head_count")
+    num_layers = fields.integer("block_count")
+    if num_layers > len(model.tensors):
+        raise fields.error("block_count", num_layers, f"at most the {len(model.tensors)} tensors that there are")
     return {
         "hidden_size": fields.integer("embedding_length"),
         "intermediate_size": same_in_all_layers(fields, "feed_forward_length"),
-        "num_hidden_layers": fields.integer("block_count"),
+        "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": same_in_all_layers(fields, "attention.head_count_kv", heads),
         "head_dim": model.head_dim,

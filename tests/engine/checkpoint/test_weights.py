@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,23 @@ def test_a_hub_id_that_cannot_be_fetched_says_what_to_do(tmp_path: Path, monkeyp
     hub_cache(tmp_path, monkeypatch)
     with pytest.raises(ModelError, match=r"'owner/name' at revision 'abc'.*not in the local hub cache"):
         resolve_model("owner/name", "abc")
+
+
+def test_a_file_of_a_repository_is_fetched_with_its_parts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        asked.append((repository, options["revision"], options["allow_patterns"]))
+        (tmp_path / "Q4").mkdir()
+        (tmp_path / "Q4/x-00001-of-00002.gguf").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    found = resolve_model("owner/name/Q4/x-00001-of-00002.gguf", "abc")
+    assert found == tmp_path / "Q4/x-00001-of-00002.gguf"
+    assert asked == [("owner/name", "abc", ["Q4/x-00001-of-00002.gguf", "Q4/x-00002-of-00002.gguf"])]
 
 
 def test_a_hub_id_is_found_in_the_cache_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,26 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
         read_model_config(tmp_path / "model.gguf")
 
 
+def test_more_layers_than_tensors_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    model = llama()
+    write_gguf(tmp_path / "model.gguf", model, "llama")
+    data = (tmp_path / "model.gguf").read_bytes()
+    place = data.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    (tmp_path / "model.gguf").write_bytes(data[:place] + (1 << 31).to_bytes(4, "little") + data[place + 4 :])
+    with pytest.raises(ModelError, match=r"block_count is 2147483648; it must be at most the \d+ tensors"):
+        read_model_config(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("key", ["embedding_length", "attention.head_count", "attention.key_length"])
+def test_shapes_that_the_tensors_contradict_are_refused(key: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", llama(head_dim=8), "llama")
+    data, name = (tmp_path / "model.gguf").read_bytes(), f"llama.{key}".encode()
+    place = data.index(name + (4).to_bytes(4, "little")) + len(name) + 4
+    (tmp_path / "model.gguf").write_bytes(data[:place] + (1 << 20).to_bytes(4, "little") + data[place + 4 :])
+    with pytest.raises(ModelError, match=r"model\.gguf"):
+        load_model(EngineConfig(model="x"), tmp_path / "model.gguf", select_ops(torch.device("cpu"), "reference"))
+
+
 def test_a_split_model_is_read_from_all_its_parts(tmp_path: Path) -> None:
     whole = tmp_path / "whole.gguf"
     write_gguf(whole, randomised(llama()), "llama")
