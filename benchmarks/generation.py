@@ -3,15 +3,16 @@
     python -m benchmarks.generation MODEL [--parts drafts forms] [--pairs 10] [--tokens 200] [--threads 2]
         [--vllm-python PYTHON] [--out REPORT.md]
 
-Loads MODEL/base, as `benchmarks.models` writes it. A part names kinds of work; of each the same requests run with and
-without, in turns, so that whatever else the machine does disturbs both alike. The figures are medians of the pairs'
-ratios. With the Python of an environment that has vLLM, the same requests run there as well; VLLM_PRELOAD may name the
-libraries that it is to be started with, as its documentation advises.
+Loads MODEL/base, as `benchmarks.models` writes it, or a trained model: a directory or a GGUF file. A part names kinds
+of work; of each the same requests run with and without, in turns, so that whatever else the machine does disturbs both
+alike. The figures are medians of the pairs' ratios. With the Python of an environment that has vLLM, the same requests
+run there as well; VLLM_PRELOAD may name the libraries that it is to be started with, as its documentation advises.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 import shlex
@@ -40,7 +41,7 @@ from loraplex_engine.link.grammar import choice_grammar, schema_grammar
 from loraplex_engine.link.messages import AddRequest, RequestOutput, SetVocabulary, StepOutput
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_service.requests.forms import compilable
-from loraplex_service.text import Tokenizer
+from loraplex_service.text import ChatTemplate, Conversation, TemplateRenderer, Tokenizer
 
 T = TypeVar("T")
 
@@ -73,7 +74,8 @@ class Subject:
     def __init__(self, config: EngineConfig) -> None:
         self.core = EngineCore.load(config)
         self.vocab_size = self.core.limits.vocab_size
-        self.core.set_vocabulary(SetVocabulary(list(Tokenizer.load(Path(config.model)).vocabulary)))
+        self.tokenizer = Tokenizer.load(Path(config.model))
+        self.core.set_vocabulary(SetVocabulary(list(self.tokenizer.vocabulary)))
         self._next_id = 0
 
     def close(self) -> None:
@@ -123,6 +125,11 @@ class Subject:
 def spelt(token: int) -> str:
     """What a token adds to a text; no other token is spelt so, nor are several."""
     return f"{token:x} "
+
+
+def is_untrained(model: Path) -> bool:
+    """Whether `benchmarks.models` wrote it."""
+    return (model / "base").is_dir()
 
 
 def spell_all(model: Path, folder: Path) -> Path:
@@ -175,18 +182,40 @@ def drawing_from_few(subject: Subject, seed: int, tokens: int) -> Work:
     return Work(prompt, seed, 1.0, allowed=few)
 
 
-DRAFTED: Mapping[str, Callable[[Subject, int, int], Work]] = {
-    f"rewriting: the prompt again, one token of {EDITED} changed, forced by a form": rewriting,
-    "looping: greedy, in the circles of random weights": looping,
+def repeating(subject: Subject, seed: int, tokens: int) -> Work:
+    """A passage of our own pages, which a trained model is asked to repeat."""
+    pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+    passages = [each for page in pages for each in page.read_text().split("\n\n") if 400 < len(each) < 800]
+    content = f"Repeat this text, word by word, and write nothing else:\n\n{random.Random(seed).choice(passages)}"
+    conversation = Conversation([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = asyncio.run(_rendered(subject.tokenizer.chat_template, conversation))
+    return Work(subject.tokenizer.encode(text, add_special_tokens=False), seed, 0.0)
+
+
+async def _rendered(template: ChatTemplate | None, conversation: Conversation) -> str:
+    async with TemplateRenderer() as renderer:
+        return await renderer.render(template, conversation)
+
+
+RANDOM: Mapping[str, Callable[[Subject, int, int], Work]] = {
     "random: drawn from the whole vocabulary": drawing,
     f"random: drawn from {FEW} tokens, so that all pairs have occurred": drawing_from_few,
+}
+DRAFTED_TRAINED = {"repeating: asked to repeat a passage, greedy": repeating, **RANDOM}
+DRAFTED = {
+    f"rewriting: the prompt again, one token of {EDITED} changed, forced by a form": rewriting,
+    "looping: greedy, in the circles of random weights": looping,
+    **RANDOM,
 }
 
 
 def drafts(args: argparse.Namespace) -> Iterator[str]:
     """Drafts against none, of a single stream."""
     with ExitStack() as stack:
-        folder = spell_all(args.model / "base", Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        folder, kinds = args.model, DRAFTED_TRAINED
+        if is_untrained(args.model):
+            folder = spell_all(args.model / "base", Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            kinds = DRAFTED
         without = Subject(_config(args, folder))
         stack.callback(without.close)
         with_drafts = Subject(_config(args, folder, drafts=DraftConfig(kind=DraftKind.NGRAM, tokens=DRAFTS)))
@@ -198,7 +227,7 @@ def drafts(args: argparse.Namespace) -> Iterator[str]:
         rates_head = "tokens/s without | tokens/s with drafts | with / without (quartiles)"
         yield f"| work, one stream | system | {rates_head} | drafts | right |"
         yield "|---|---|---|---|---|---|---|"
-        for name, make in DRAFTED.items():
+        for name, make in kinds.items():
             rates: list[Sequence[float]] = []
             peer_rates: list[Sequence[float]] = []
             counts: list[tuple[int, int]] = []
@@ -233,11 +262,12 @@ def _in_turns(without: Subject, with_drafts: Subject, work: Work, tokens: int) -
 def forms(args: argparse.Namespace) -> Iterator[str]:
     """Streams that keep to a JSON schema against streams that are free, a whole batch each."""
     with ExitStack() as stack:
-        subject = Subject(_config(args, args.model / "base"))
+        model = args.model / "base" if is_untrained(args.model) else args.model
+        subject = Subject(_config(args, model))
         stack.callback(subject.close)
         systems = {"Loraplex": lambda works: subject.run(works, Drafts(), args.tokens)}
         if args.vllm_python:
-            peer = stack.enter_context(Vllm(args.vllm_python, args.model / "base", args.threads))
+            peer = stack.enter_context(Vllm(args.vllm_python, model, args.threads))
             systems[peer.name] = lambda works: peer.run([work._asdict() for work in works], args.tokens)
         chance = random.Random(0)
         prompts = [chance.choices(range(3, subject.vocab_size), k=16) for _ in range(STREAMS)]
@@ -283,7 +313,7 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[str]]] = {"drafts": 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="directory made by benchmarks.models")
+    parser.add_argument("model", type=Path, help="directory made by benchmarks.models, or a trained model")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=PROMPT)
