@@ -42,6 +42,7 @@ AUDIO: dict[str, Any] = {
 }
 GEMMA3 = {**TEXT, "model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5}
 MROPE = {"rope_type": "default", "rope_theta": 900.0, "mrope_section": [1, 1, 2]}
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
 QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 1, "temporal_patch_size": 1}
 
 
@@ -65,6 +66,11 @@ WRAPPED: dict[str, Callable[[], Any]] = {
     ),
     "gemma3_with_vision_tied": lambda: wrapper("Gemma3", GEMMA3, mm_tokens_per_image=1, tie_word_embeddings=True),
     "mistral3": lambda: wrapper("Mistral3", of("mistral", head_dim=12, sliding_window=None), {"head_dim": 8}),
+    "mistral3_around_ministral3": lambda: wrapper(
+        "Mistral3",
+        of("ministral3", head_dim=12, rope_parameters={**YARN, "llama_4_scaling_beta": 0.5}),
+        {"head_dim": 8},
+    ),
     "llava": lambda: wrapper("Llava", of("llama")),
     "llava_next": lambda: wrapper("LlavaNext", of("mistral", sliding_window=6)),
     "llava_next_video": lambda: wrapper("LlavaNextVideo", of("llama")),
