@@ -9,7 +9,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
-VOCAB = 101
+VOCAB = 151
 LENGTH = 64
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,

@@ -132,6 +132,7 @@ def _place(split: SplitNames, targets: Mapping[str, LoraTarget], problems: list[
     return modules
 
 
+_WHOLE: tuple[Part, ...] = ("weight", "base", "again")
 _A_OR_B = ("A", "B", "embedding_A", "embedding_B")
 _PARTS_OF: Mapping[TargetKind, frozenset[Part]] = {
     TargetKind.LINEAR: frozenset(("A", "B", "lora_bias", "magnitude", "weight", "bias", "tokens", "base", "again")),
@@ -143,11 +144,14 @@ _PARTS_OF: Mapping[TargetKind, frozenset[Part]] = {
 
 
 def _held(modules: Iterable[Module], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The rank's part of each tensor for a module that is divided."""
+    """Tensors as the linear has them: the rank's part of each for a module that is divided, weights upright."""
     for module in modules:
         if (share := module.target.share) is not None:
             for part, name in module.parts.items():
                 yield name.key, share.cut(part, tensors[name.key])
+        elif module.target.transposed:
+            for key in {module.key(part) for part in _WHOLE if part in module.parts}:
+                yield key, tensors[key].t()
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -258,7 +262,7 @@ def _weight_shape(target: LoraTarget) -> tuple[int, ...]:
         case TargetKind.EMBEDDING:
             return (in_features, out_features)
         case _:
-            return (out_features, in_features)
+            return (in_features, out_features) if target.transposed else (out_features, in_features)
 
 
 def _resized(module: Module, part: Part) -> str:

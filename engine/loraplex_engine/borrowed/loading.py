@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraplex_adapters.runtime.classifier import CLASSIFIER_MODULES, CLASSIFIER_SITE
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, LoRAEmbedding, LoRALinear, Site
 from loraplex_adapters.runtime.replaced import ReplacementSite
 from loraplex_adapters.runtime.targets import LoraTarget, TargetKind
@@ -18,7 +19,7 @@ from loraplex_engine.borrowed.attention import IMPLEMENTATION, LAYER, PagedAtten
 from loraplex_engine.borrowed.classes import build, class_of, parameters_without_memory, skeleton
 from loraplex_engine.borrowed.comparison import compare
 from loraplex_engine.borrowed.model import BorrowedFacts, BorrowedModel
-from loraplex_engine.borrowed.modules import AdaptedEmbedding, AdaptedLinear
+from loraplex_engine.borrowed.modules import AdaptedEmbedding, AdaptedLinear, NormParameters, ReplaceableNorm
 from loraplex_engine.borrowed.names import stored_names
 from loraplex_engine.borrowed.outline import Outline
 from loraplex_engine.borrowed.own_attention import replace_own_attention
@@ -134,6 +135,10 @@ class _Loader:
             self._linear(name, embedding)
         for name in self.outline.others:
             self._other(name)
+        for path in self.outline.norms:
+            self._norm(path)
+        classifier = LoraTarget(CLASSIFIER_SITE, self.facts.hidden_size, 0, 0, TargetKind.CLASSIFIER)
+        self.targets |= dict.fromkeys(CLASSIFIER_MODULES, classifier)
         self._attention()
         model, facts = self.model, self.facts
         return BorrowedModel(
@@ -174,6 +179,7 @@ class _Loader:
             base=linear,
             tied_to=self.outline.embedding if is_head and self.outline.tied else None,
             rounding=rounding,
+            transposed=name in self.outline.transposed,
         )
 
     def _packed(self, name: str, bias: Tensor | None, embedding: Tensor) -> PackedLinear:
@@ -202,6 +208,14 @@ class _Loader:
     def _other(self, name: str) -> None:
         kept = any(re.search(pattern, name) for pattern in self.outline.float32)
         self._put(name, self._read(name, torch.float32 if kept else self.dtype))
+
+    def _norm(self, path: str) -> None:
+        norm = self.model.get_submodule(path)
+        self.model.set_submodule(path, ReplaceableNorm(norm, self.replaced.table.at(path), self.step))
+        parameters = NormParameters(norm)
+        (width,) = self.outline.shapes[f"{path}.weight"]
+        base = None if parameters.bias is None else parameters
+        self.targets[path] = LoraTarget(path, 0, 0, width, TargetKind.NORM, base)
 
     def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         shape = self.outline.shapes[name]

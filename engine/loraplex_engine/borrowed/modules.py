@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from loraplex_adapters.runtime.layer import LoRAEmbedding, LoRALinear
+from loraplex_adapters.runtime.replaced import NORM_WEIGHT, ReplacedRows
 from loraplex_engine.borrowed.step import CurrentStep
 
 
@@ -35,3 +39,38 @@ class AdaptedEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: [1, T] → [1, T, C]"""
         return self.embedding(token_ids.flatten(), self._step.lora).view(*token_ids.shape, -1)
+
+
+class ReplaceableNorm(nn.Module):
+    """A norm of the current step's rows, in the class's own way, whose parameters adapters may replace."""
+
+    def __init__(self, norm: nn.Module, replaced: Mapping[int, tuple[ReplacedRows, ...]], step: CurrentStep) -> None:
+        super().__init__()
+        self.norm = norm
+        self._replaced = replaced  # by slot; others change it
+        self._step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [1, T, …, C] → [1, T, …, C]"""
+        y: Tensor = self.norm(x)
+        if self._replaced and self._step.lora is not None:
+            for slot, start, end in self._step.lora.ranges:
+                own = {
+                    "weight" if part.rows == NORM_WEIGHT else "bias": part.weight.to(x.dtype)
+                    for part in self._replaced.get(slot, ())
+                }
+                if own:
+                    y[:, start:end] = functional_call(self.norm, own, (x[:, start:end],))
+        return y
+
+
+class NormParameters:
+    """The parameters of a norm, for adapters that replace some of them."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self._weight = norm.get_parameter("weight")
+        self.bias = norm._parameters.get("bias")
+
+    def dequantize(self, start: int, end: int) -> Tensor:
+        """Part of the weight, float32"""
+        return self._weight[start:end].float()

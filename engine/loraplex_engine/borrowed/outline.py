@@ -24,7 +24,8 @@ class Outline:
     def __init__(self, model: Any, where: str) -> None:
         self.model = model
         self._where = where
-        self.layers = probe(model, where)
+        found = probe(model, where)
+        self.layers, self.norms = found.layers, found.norms
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         paths = {module: path for path, module in model.named_modules()}
         self.embedding = paths[model.get_input_embeddings()]

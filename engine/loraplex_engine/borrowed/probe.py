@@ -7,10 +7,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loraplex_engine.borrowed.attention import LAYER, AttentionShape, attend
@@ -18,7 +19,7 @@ from loraplex_engine.borrowed.own_attention import replace_own_attention
 from loraplex_engine.checkpoint.model_config import NotBorrowedError
 
 PROBE = "loraplex_probe"  # what a configuration calls the attention of a probe
-TOKENS = 4
+TOKENS = 37  # no number of heads: which dimension counts tokens is told by it
 # Settings of a call that change no result, or that say again what is known.
 HARMLESS = frozenset(
     (
@@ -39,6 +40,14 @@ class BorrowedLayer:
     window: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a class was seen to do."""
+
+    layers: tuple[BorrowedLayer, ...]  # in order
+    norms: tuple[str, ...]  # paths of norms of the rows or of their heads, which have a weight
+
+
 class _Mask:
     """What a class asks of a mask that it has made: which window, or why it is no plain causal one."""
 
@@ -47,15 +56,18 @@ class _Mask:
         self.plain = plain
 
 
-def probe(model: Any, where: str) -> tuple[BorrowedLayer, ...]:
-    """The attention of each layer of a model without memory, in order.
+def probe(model: Any, where: str) -> Found:
+    """See what a model without memory does.
 
     Raises NotBorrowedError if it does what we do not.
     """
     layers: list[BorrowedLayer] = []
+    norms: list[str] = []
     calls = _Calls(layers, where)
     for name, module in model.named_modules():
         setattr(module, LAYER, calls.of(name))
+        if _is_norm(module):
+            module.register_forward_hook(partial(_note_norm, norms, name))
     replace_own_attention(model, META)
     model.config._attn_implementation = PROBE
     ids = torch.zeros((1, TOKENS), dtype=torch.int64, device=META)
@@ -70,7 +82,19 @@ def probe(model: Any, where: str) -> tuple[BorrowedLayer, ...]:
     except Exception as error:  # whatever the class does that has no meaning without memory
         raise NotBorrowedError(f"{where}: {type(model).__name__} cannot be followed: {error}") from error
     _check(model, layers, logits, where)
-    return tuple(layers)
+    return Found(tuple(layers), tuple(dict.fromkeys(norms)))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module has what norms have: a weight by columns, perhaps a bias, and nothing else."""
+    weight, own = module._parameters.get("weight"), {name for name, _ in module.named_parameters()}
+    return weight is not None and weight.dim() == 1 and own <= {"weight", "bias"} and not list(module.buffers())
+
+
+def _note_norm(norms: list[str], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    shape, width = output.shape, len(module.get_parameter("weight"))
+    if len(inputs) == 1 and inputs[0].shape == shape and shape[:2] == (1, TOKENS) and shape[-1] == width:
+        norms.append(name)
 
 
 def takes_positions(model: Any) -> bool:
