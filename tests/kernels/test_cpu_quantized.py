@@ -107,6 +107,28 @@ def test_product_is_the_references(ops, dtype, kind):
         )
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param((affine(64, 128, group=32), affine(64, 128, group=32)), id="of one layout"),
+        pytest.param((affine(64, 128, group=128), affine(64, 128, group=32)), id="groups that get shorter"),
+        pytest.param((affine(64, 128, group=32), affine(64, 128, group=128)), id="groups that get longer"),
+        pytest.param((affine(64, 128, group=32), affine(64, 128, group=20)), id="groups that need padding"),
+        pytest.param((affine(64, 128, group=20), affine(64, 128, group=32)), id="groups that needed padding"),
+        pytest.param((affine(64, 128), affine(64, 128, ordered=True)), id="one with act-order"),
+        pytest.param((affine(64, 128, symmetric=True), affine(64, 128)), id="one with offsets"),
+        pytest.param((affine(64, 128), affine(64, 128, bits=8)), id="of different codecs"),
+    ],
+)
+@pytest.mark.parametrize("counts", [(2, 2), (0, 3), (40, 1)])
+def test_experts_may_have_other_codes_than_the_first(ops, dtype, weights, counts):
+    packed = [ops.pack_quantized(weight, None, dtype) for weight in weights]
+    x = rand(sum(counts), 128, dtype)
+    y = ops.grouped_linear(x, torch.tensor([0, *counts]).cumsum(0), ops.group_linears(packed))
+    alone = [ops.linear(rows, expert) for rows, expert in zip(x.split(counts), packed, strict=True)]
+    assert torch.equal(y, torch.cat(alone))
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_row_does_not_depend_on_the_others(ops, dtype, kind):
     weight = WEIGHTS[kind]()

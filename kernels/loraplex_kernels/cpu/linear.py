@@ -32,11 +32,16 @@ class CpuLinear:
     """A matrix that the compiled kernels hold, dense or quantised. Shares no memory with its source tensors."""
 
     def __init__(
-        self, library: Library, handle: int | None, shape: torch.Size, dtype: torch.dtype, codec: int | None = None
+        self,
+        library: Library,
+        handle: int | None,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        form: tuple[int, int] | None = None,
     ) -> None:
         self.out_features, self.in_features = shape
         self.dtype = dtype  # of what it is multiplied with
-        self.codec = codec  # None: it is dense
+        self.form = form  # codec, and inputs that share a scale; None: it is dense
         self.handle = owned(self, handle, library.linear_destroy, library)
         self.nbytes: int = library.linear_bytes(self.handle)
 
@@ -49,7 +54,7 @@ class CpuLinearGroup:
         self.out_features, self.in_features = first.out_features, first.in_features
         self.dtype = first.dtype
         # Experts whose codes are of different kinds are multiplied one after another.
-        self.alike = len({expert.codec for expert in experts}) == 1
+        self.alike = len({expert.form for expert in experts}) == 1
         self.experts = tuple(experts)
         self._handles = np.array([expert.handle for expert in experts], dtype=np.uintp)
         self.address = self._handles.ctypes.data
@@ -89,7 +94,7 @@ def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | Non
         form.group,
         *(_pointer(tensor) for tensor in (scale, offset, order, bias)),
     )
-    return CpuLinear(library, handle, codes.shape, dtype, form.codec)
+    return CpuLinear(library, handle, codes.shape, dtype, (form.codec, form.group))
 
 
 @dataclass(frozen=True, slots=True)
