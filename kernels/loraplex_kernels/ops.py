@@ -352,12 +352,14 @@ class Ops(Protocol):
         scale: float,
         window: int | None,
         soft_cap: float | None,
+        sinks: Tensor | None = None,  # float32 [H]
     ) -> Tensor:
         """Causal attention of each sequence's new tokens over its cached keys and values → [T, H·D].
 
         Query i of a sequence with n new tokens and length L sits at position p = L − n + i and sees keys
         max(0, p − window + 1) … p.  score = scale · q·k, with soft cap c: c · tanh(score / c).  Query head h reads kv
-        head h // (H / K).  Source: PagedAttention (arXiv 2309.06180).
+        head h // (H / K).  With sinks, each head's softmax has one score more, sinks[h], that takes no value.
+        Source: PagedAttention (arXiv 2309.06180).
         """
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:

@@ -284,6 +284,7 @@ class ReferenceOps(TorchSampling):
         scale: float,
         window: int | None,
         soft_cap: float | None,
+        sinks: Tensor | None = None,  # float32 [H]
     ) -> Tensor:
         starts = metadata.query_starts.tolist()
         out = torch.empty_like(q)
@@ -295,7 +296,8 @@ class ReferenceOps(TorchSampling):
             longest = max(positions[s] for s in group)
             last = metadata.seq_lens[chosen].long().unsqueeze(1) - 1  # [S, 1]
             tables = metadata.block_tables[chosen]
-            out[rows] = _attend(q[rows].unsqueeze(1), cache, tables, last, longest, scale, window, soft_cap).squeeze(1)
+            part = q[rows].unsqueeze(1)
+            out[rows] = _attend(part, cache, tables, last, longest, scale, window, soft_cap, sinks).squeeze(1)
         for s, length in enumerate(positions):
             start, end = starts[s], starts[s + 1]
             if end - start < 2:
@@ -307,7 +309,7 @@ class ReferenceOps(TorchSampling):
                 seen = length - end + after  # keys up to the last query of these rows
                 at = torch.arange(length - end + first, seen, device=q.device).unsqueeze(0)  # [1, rows]
                 part = q[first:after].unsqueeze(0)
-                out[first:after] = _attend(part, cache, tables, at, seen, scale, window, soft_cap).squeeze(0)
+                out[first:after] = _attend(part, cache, tables, at, seen, scale, window, soft_cap, sinks).squeeze(0)
         return out.flatten(1)
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
@@ -391,6 +393,7 @@ def _attend(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    sinks: Tensor | None,  # [H]
 ) -> Tensor:
     """n queries of each of S sequences over the first `num_keys` cached positions, masked → [S, n, H, D]"""
     sequences, n, num_heads, head_dim = q.shape
@@ -414,6 +417,10 @@ def _attend(
     if window is not None:
         hidden |= keys <= positions.unsqueeze(-1) - window
     hidden = hidden.repeat_interleave(num_heads // num_kv_heads, dim=1).unsqueeze(1)
-    weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
+    scores.masked_fill_(hidden, float("-inf"))
+    if sinks is not None:
+        of_heads = sinks.float().view(1, num_kv_heads, 1, -1).expand(sequences, -1, n, -1)
+        scores = torch.cat((scores, of_heads.reshape(sequences, num_kv_heads, -1, 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :num_keys]
     attended = weights @ gather(cache.v, cache.v_scale)
     return attended.view(sequences, num_kv_heads, n, -1, head_dim).transpose(1, 2).flatten(2, 3).to(q.dtype)

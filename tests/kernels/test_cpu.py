@@ -373,10 +373,10 @@ class Caches:
         lens = torch.tensor(lengths, dtype=torch.int32)
         return AttentionMetadata(starts, lens, self.tables, slots, max(new), max(lengths))
 
-    def attend(self, q, new, window=None, soft_cap=None):
+    def attend(self, q, new, window=None, soft_cap=None, sinks=None):
         scale = q.shape[-1] ** -0.5
         return [
-            backend.paged_attention(q, kv, self.metadata(new), scale, window, soft_cap)
+            backend.paged_attention(q, kv, self.metadata(new), scale, window, soft_cap, sinks)
             for backend, kv in zip(self.backends, self.kv, strict=True)
         ]
 
@@ -391,6 +391,15 @@ def test_paged_attention(ops, dtype, heads: tuple[int, int], window, soft_cap):
     lengths, new = [1, 16, 17, 130, 33, 64], [1, 1, 17, 90, 3, 1]
     caches = Caches(ops, HeadShape(*heads, 64), lengths, 16, dtype)
     close(*caches.attend(rand(sum(new), heads[0], 64, dtype=dtype), new, window, soft_cap))
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("heads", [(3, 1), (14, 2)])
+def test_paged_attention_with_sinks(ops, dtype, heads: tuple[int, int], window):
+    lengths, new = [1, 16, 17, 600, 33, 64], [1, 1, 17, 90, 3, 1]
+    caches = Caches(ops, HeadShape(*heads, 64), lengths, 16, dtype)
+    sinks = 2 * rand(heads[0])
+    close(*caches.attend(rand(sum(new), heads[0], 64, dtype=dtype), new, window, sinks=sinks))
 
 
 @pytest.mark.parametrize("head_dim", [2, 8, 40, 64, 72, 80, 96, 128, 192, 256])

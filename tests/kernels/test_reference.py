@@ -220,7 +220,7 @@ class Cache:
         return AttentionMetadata(starts, lens, self.tables, slots, max(new), max(self.lengths))
 
 
-def attention_formula(cache, q, new, scale, window, soft_cap):
+def attention_formula(cache, q, new, scale, window, soft_cap, sinks=None):
     rows, group = [], cache.shape.num_heads // cache.shape.num_kv_heads
     for s, n in enumerate(new):
         for i in range(n):
@@ -231,7 +231,11 @@ def attention_formula(cache, q, new, scale, window, soft_cap):
                 scores = scale * (keys @ q[sum(new[:s]) + i, h].double())
                 if soft_cap is not None:
                     scores = soft_cap * torch.tanh(scores / soft_cap)
-                rows.append(torch.softmax(scores, 0) @ cache.values[s][first : p + 1, h // group].double())
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[h : h + 1].double()))
+                rows.append(
+                    torch.softmax(scores, 0)[: p + 1 - first] @ cache.values[s][first : p + 1, h // group].double()
+                )
     return torch.stack(rows).view(sum(new), -1)
 
 
@@ -244,6 +248,15 @@ def test_paged_attention(generator, dtype, window, soft_cap, heads: tuple[int, i
     q = torch.randn(sum(new), heads[0], 8, generator=generator).to(dtype)
     actual = OPS.paged_attention(q, cache.kv, cache.metadata(new), 0.3, window, soft_cap)
     close(actual, attention_formula(cache, q, new, 0.3, window, soft_cap))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_sink_takes_its_share_of_the_weights(generator, window):
+    lengths, new = [1, 9, 17, 12], [1, 1, 17, 3]
+    cache = Cache(generator, HeadShape(6, 2, 8), lengths, 4, torch.float32)
+    q, sinks = torch.randn(sum(new), 6, 8, generator=generator), torch.randn(6, generator=generator)
+    actual = OPS.paged_attention(q, cache.kv, cache.metadata(new), 0.3, window, None, sinks)
+    close(actual, attention_formula(cache, q, new, 0.3, window, None, sinks))
 
 
 def test_paged_attention_in_bounded_pieces(generator, monkeypatch):

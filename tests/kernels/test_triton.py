@@ -218,10 +218,10 @@ class Attention:
             max_seq_len=max(lengths),
         )
 
-    def check(self, window=None, soft_cap=None):
-        scale = self.q.shape[-1] ** -0.5
-        expected = REFERENCE.paged_attention(self.q, self.expected_cache, self.metadata, scale, window, soft_cap)
-        close(OPS.paged_attention(self.q, self.cache, self.metadata, scale, window, soft_cap), expected)
+    def check(self, window=None, soft_cap=None, sinks=None):
+        how = self.metadata, self.q.shape[-1] ** -0.5, window, soft_cap, sinks
+        expected = REFERENCE.paged_attention(self.q, self.expected_cache, *how)
+        close(OPS.paged_attention(self.q, self.cache, *how), expected)
 
 
 MIXED = ([1, 9, 70, 75, 8], [1, 1, 70, 3, 8])
@@ -231,6 +231,16 @@ MIXED = ([1, 9, 70, 75, 8], [1, 1, 70, 3, 8])
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (5, None), (None, 2.0), (66, 1.0)])
 def test_attention_of_prompts_and_decoding_together(random, dtype, window, soft_cap):
     Attention(random, (4, 2, 64), *MIXED, 16, dtype).check(window, soft_cap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_with_sinks(random, dtype, window):
+    Attention(random, (4, 2, 64), *MIXED, 16, dtype).check(window, sinks=2 * random(4))
+
+
+def test_decoding_with_sinks_split_over_the_keys(random):
+    Attention(random, (4, 1, 64), [1100, 3, 300], [1, 1, 1], 16, torch.float16).check(sinks=2 * random(4))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,17 @@ OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
         "mlp.gate.weight",
         "shared_expert_gate",
     ),
+    "GptOss": (
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "mlp.router.weight",
+        "k_proj",
+    ),
     "Olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, "mlp.gate.weight", "k_proj"),
     "GraniteMoeShared": (
         {"num_local_experts": 4, "shared_intermediate_size": 24},

@@ -55,6 +55,13 @@ GROUPS = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
+SINKS = {
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "head_dim": 8,
+    "sliding_window": 5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -261,6 +268,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "internlm3": internlm3,
     "apertus": lambda: of("Apertus", attention_bias=True, rope_parameters=LLAMA3_ROPE),
+    "gpt_oss": lambda: of("GptOss", **SINKS, num_hidden_layers=4, swiglu_limit=1.5),
+    "gpt_oss_yarn": lambda: of("GptOss", **{**SINKS, "rope_parameters": YARN_ROPE}, layer_types=["full_attention"] * 3),
     "phi3_tied": lambda: of("Phi3", tie_word_embeddings=True, num_key_value_heads=6),
 }
 

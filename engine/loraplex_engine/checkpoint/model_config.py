@@ -224,6 +224,7 @@ class ModelConfig:
     residual_scale: float | None = None  # of what attention and feed-forward add
     attention_scale: float
     attention_soft_cap: float | None = None
+    attention_sinks: bool = False  # each head has a score that takes no value
     logits_scale: float | None = None
     logits_soft_cap: float | None = None
     fits_float16: bool = True  # whether its activations stay below 65504

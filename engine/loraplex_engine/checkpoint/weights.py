@@ -337,12 +337,17 @@ class Checkpoint:
         self._count(stored.nbytes)
         return tensor
 
+    def entry(self, name: str, index: int, device: torch.device) -> Tensor:
+        """One entry of a tensor's first dimension, as it is stored."""
+        (entry,) = self._pieces(self._tensors[name], (slice(index, index + 1),))
+        return entry[0].to(device)
+
     def _pieces(self, stored: StoredTensor, part: Part) -> Iterator[Tensor]:
         num_read = 0
         for piece in map(torch.atleast_1d, stored.file.pieces(stored.name, part)):  # a number is a vector of one
             num_read += len(piece)
             yield piece
-        experts = len(stored.shape) == 3 and bool(part)  # of which each is read by itself
+        experts = len(stored.shape) > 2 and bool(part)  # of which each is read by itself
         self._count(stored.nbytes // stored.shape[0] * num_read if experts else stored.nbytes)
 
     def _count(self, nbytes: int) -> None:

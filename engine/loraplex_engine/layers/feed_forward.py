@@ -15,7 +15,22 @@ from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_engine.checkpoint.model_config import FusedLinear
 from loraplex_kernels.ops import LoraSegments, Ops, Xielu
 
-Activation = Literal["silu", "gelu_tanh"]
+
+@dataclass(frozen=True, slots=True)
+class ClampedSwish:
+    """(up + 1) · gate · sigmoid(α · gate), of values within a limit; gate and up lie in turn.  gpt-oss."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, 2F] → [T, F]"""
+        gate = x[:, ::2].float().clamp(max=self.limit)
+        up = x[:, 1::2].float().clamp_(-self.limit, self.limit)
+        return (up.add_(1) * gate * torch.sigmoid(gate * self.alpha)).to(x.dtype)
+
+
+Activation = Literal["silu", "gelu_tanh"] | ClampedSwish
 PlainActivation = Literal["gelu_tanh", "relu2", "xielu"]
 XIELU: Mapping[str, tuple[int, ...]] = {
     "mlp.act_fn.alpha_p": (1,),
@@ -64,14 +79,22 @@ class GatedLayout:
     module: str = "mlp"  # inside a layer
     names: GatedNames = USUAL_NAMES
     site: str = ""  # in front of the names of its sites, where a layer has several
+    in_turn: bool = False  # the rows of gate and up are one linear's, one of each in turn
 
     def linears(self, hidden_size: int) -> tuple[FusedLinear, FusedLinear]:
         size = self.intermediate_size
         gate, up, down, gate_up = (f"{self.module}.{name}" for name in self.names)
-        parts = ((gate, size), (up, size))
+        parts = ((gate_up, 2 * size),) if self.in_turn else ((gate, size), (up, size))
         return (
             FusedLinear(
-                f"{self.site}gate_up", gate_up, hidden_size, parts, self.bias, "outputs", stored_fused=self.stored_fused
+                f"{self.site}gate_up",
+                gate_up,
+                hidden_size,
+                parts,
+                self.bias,
+                "outputs",
+                unit=2 if self.in_turn else 1,
+                stored_fused=self.stored_fused,
             ),
             FusedLinear(f"{self.site}down", down, size, ((down, hidden_size),), self.bias, "inputs"),
         )
@@ -84,7 +107,13 @@ class GatedLayout:
 
     def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> GatedFeedForward:
         gate_up, down = linears
-        return GatedFeedForward(gate_up, down, ops.silu_and_mul if self.activation == "silu" else ops.gelu_tanh_and_mul)
+        return GatedFeedForward(gate_up, down, self.activate_and_mul(ops))
+
+    def activate_and_mul(self, ops: Ops) -> Callable[[Tensor], Tensor]:
+        """[T, 2F] → [T, F]"""
+        if isinstance(self.activation, ClampedSwish):
+            return self.activation
+        return ops.silu_and_mul if self.activation == "silu" else ops.gelu_tanh_and_mul
 
 
 @dataclass(frozen=True, slots=True)

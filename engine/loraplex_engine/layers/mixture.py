@@ -102,7 +102,6 @@ class MixtureLayout:
 
     def build(self, ops: Ops, linears: Sequence[LoRALinear], vectors: Sequence[Tensor] = ()) -> Mixture:
         router, experts, others = linears[0], linears[1 : 1 + 2 * self.num_experts], linears[1 + 2 * self.num_experts :]
-        gated = self.expert.build(ops, experts[:2])
         return Mixture(
             ops,
             self.routing,
@@ -110,7 +109,7 @@ class MixtureLayout:
             router,
             ExpertLinears(ops, experts[::2]),
             ExpertLinears(ops, experts[1::2]),
-            gated.activate_and_mul,
+            self.expert.activate_and_mul(ops),
             None if self.shared is None else self.shared.build(ops, others[:2]),
             None if self.shared_gate is None else others[-1],
             tuple(linears),

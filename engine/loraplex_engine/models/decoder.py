@@ -48,6 +48,7 @@ class DecoderLayer:
     cos_sin: Tensor  # float32 [max positions, 2, R/2], shared between layers of one kind
     interleaved: bool  # how cos_sin is meant
     window: int | None  # tokens
+    sinks: Tensor | None  # float32 [H]
 
     @property
     def linears(self) -> tuple[LoRALinear, ...]:
@@ -208,7 +209,8 @@ class LanguageModel:
         )
         if layer.query_scale is not None:
             layer.query_scale(q, batch.positions)
-        x = ops.paged_attention(q, kv, batch.attention, config.attention_scale, layer.window, config.attention_soft_cap)
+        scale, cap = config.attention_scale, config.attention_soft_cap
+        x = ops.paged_attention(q, kv, batch.attention, scale, layer.window, cap, layer.sinks)
         return layer.o(x, batch.lora)
 
     def _sized(self, x: Tensor, norm: AdaptedNorm | None, lora: LoraSegments | None) -> Tensor:

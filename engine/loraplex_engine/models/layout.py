@@ -105,6 +105,9 @@ def held_heads(config: ModelConfig, shard: Shard) -> HeadShape:
     return HeadShape(query.stop - query.start, key_value.stop - key_value.start, config.head_dim)
 
 
+SINKS = "self_attn.sinks"
+
+
 def residual_norms(config: ModelConfig) -> tuple[str, ...]:
     """The paths in a layer of the norms that adapters may replace."""
     norms = config.norms
@@ -140,6 +143,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_layers):
         for linear in layer_linears(config, layer):
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _linear_shapes(linear)}
+        if config.attention_sinks:
+            shapes[f"model.layers.{layer}.{SINKS}"] = (config.num_heads,)
         for vector, shape in config.feed_forwards[layer].vectors().items():
             shapes[f"model.layers.{layer}.{vector}"] = shape
         for norm in residual_norms(config):

@@ -39,6 +39,7 @@ from loraplex_engine.models.layout import (
     HEAD_BIAS,
     HEAD_MODULE,
     HEAD_SITE,
+    SINKS,
     adds_bias,
     final_norm,
     head_module,
@@ -141,6 +142,13 @@ def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
         for linear in layer_linears(config, layer)
         if linear.stack is None or not linear.stack.stored
         for part, out_features in stored_shapes(linear)
+    ]
+    shapes += [
+        LinearShape(f"model.layers.{layer}.{stack.path}", out_features, linear.in_features, linear.bias, stack.count)
+        for layer in range(config.num_layers)
+        for linear in layer_linears(config, layer)
+        if (stack := linear.stack) is not None and stack.stored and stack.index == 0
+        for _, out_features in stored_shapes(linear)
     ]
     shapes.append(LinearShape(head_module(config), config.vocab_size, config.hidden_size, config.head_bias))
     return shapes
@@ -253,12 +261,17 @@ class _Loader:
             cos_sin=self.cos_sin[attention.rope],
             interleaved=attention.rope is not None and attention.rope.interleaved,
             window=self._window(attention),
+            sinks=self._vector([(prefix + SINKS, self._heads)]) if self.config.attention_sinks else None,
         )
 
     def _feed_forward(self, index: int, linears: Sequence[LoRALinear]) -> FeedForward:
         layout = self.config.feed_forwards[index]
         vectors = [self._vector([(f"model.layers.{index}.{path}", ())]) for path in layout.vectors()]
         return layout.build(self.ops, linears, vectors)
+
+    @property
+    def _heads(self) -> Part:
+        return (self.shard.part(self.config.num_heads, 1),)
 
     def _vector(self, parts: Sequence[tuple[str, Part]]) -> Tensor:
         """float32, the parts one after another."""
@@ -298,13 +311,16 @@ class _Loader:
     def _stacked(self, prefix: str, stack: Stack, held: Held) -> tuple[list[Matrix], list[tuple[str, Part]]]:
         """An expert's matrices where the checkpoint has those of all as one tensor, and where its biases lie."""
         own = slice(stack.index, stack.index + 1)
+        biases: list[tuple[str, Part]] = [(prefix + stack.bias, (own, rows)) for _, rows, _ in held]
+        if self.quantised is not None and prefix + stack.path in self.quantised:
+            read = self.quantised.read
+            return [read(prefix + stack.path, self.ops.device, at[1:], stack.index) for at in held], biases
         whole = self.rounding is not None  # before it is cut, a matrix is rounded
         found: list[Tensor] = []
         for _, rows, columns in held:
             part: Part = (own,) if whole else (own, columns, rows) if stack.transposed else (own, rows, columns)
             matrix = self.checkpoint.dense(prefix + stack.path, self.dtype, self.ops.device, part)[0]
             found.append((matrix.t() if stack.transposed else matrix).contiguous())
-        biases: list[tuple[str, Part]] = [(prefix + stack.bias, (own, rows)) for _, rows, _ in held]
         if self.rounding is None:
             return [found], biases
         return [

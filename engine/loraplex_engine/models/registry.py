@@ -26,6 +26,7 @@ from loraplex_engine.models import (
     gemma3,
     glm4,
     glm4_moe,
+    gpt_oss,
     granite,
     granite_moe,
     helium,
@@ -91,6 +92,7 @@ FAMILIES: tuple[Family, ...] = (
     hunyuan.FAMILY,
     apertus.FAMILY,
     llama.FAMILY_INTERNLM3,
+    gpt_oss.FAMILY,
 )
 ARCHITECTURES = (
     *(name for family in FAMILIES for name in family.architectures),

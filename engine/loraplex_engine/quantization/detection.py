@@ -9,7 +9,7 @@ from pathlib import Path
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.checkpoint.weights import BASE_NAME, read_json
-from loraplex_engine.quantization import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq
+from loraplex_engine.quantization import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, mxfp4
 from loraplex_engine.quantization.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ FORMATS: Mapping[str, Callable[[ConfigFields], QuantSpec]] = {
     "compressed-tensors": compressed_tensors.parse,
     "fp8": fp8.parse,
     "gguf": gguf.parse,
+    "mxfp4": mxfp4.parse,
 }
 SECTIONS = ("quantization_config", "compression_config")  # of config.json; the second is an old spelling
 # Files of their own, beside a config.json that says nothing: AutoGPTQ's and AutoAWQ's, and what they imply.

@@ -31,7 +31,7 @@ class QuantizedReader:
         self.expected: dict[str, ExpectedTensor] = {}  # what the checkpoint must hold for them
         dense = []
         for linear in linears:
-            if self._is_dense(linear.path):
+            if self._is_dense(linear):
                 dense.append(linear.path)
                 continue
             self._linears[linear.path] = linear
@@ -43,19 +43,27 @@ class QuantizedReader:
     @property
     def replaced(self) -> list[str]:
         """The float tensors that the checkpoint would hold for these linears, were they dense."""
-        return [f"{path}.weight" for path in self._linears]
+        return [linear.weight for linear in self._linears.values()]
 
     def __contains__(self, path: str) -> bool:
         return path in self._linears
 
-    def read(self, path: str, device: torch.device, part: tuple[slice, slice] | None = None) -> QuantizedWeight:
+    def read(
+        self, path: str, device: torch.device, part: tuple[slice, slice] | None = None, expert: int | None = None
+    ) -> QuantizedWeight:
         """Read a linear's record, or the one of some of its rows and columns.
+
+        expert: which, where the linear is that of several.
 
         Raises ModelError naming a tensor with impossible values, or a linear that cannot be cut so.
         """
         linear, checkpoint = self._linears[path], self._checkpoint
         names = {suffix: path + suffix for suffix in self._spec.tensors(linear)}
-        stored = {suffix: checkpoint.tensor(name, device) for suffix, name in names.items() if name in checkpoint}
+        stored = {
+            suffix: checkpoint.tensor(name, device) if expert is None else checkpoint.entry(name, expert, device)
+            for suffix, name in names.items()
+            if name in checkpoint
+        }
         try:
             record = self._spec.read(linear, stored)
         except ModelError as error:
@@ -65,7 +73,7 @@ class QuantizedReader:
         except ModelError as error:
             raise ModelError(f"{checkpoint.directory}: {path}: {error}") from None
 
-    def _is_dense(self, path: str) -> bool:
-        checkpoint, weight = self._checkpoint, f"{path}.weight"
+    def _is_dense(self, linear: LinearShape) -> bool:
+        checkpoint, weight, path = self._checkpoint, linear.weight, linear.path
         marked = any(path + suffix in checkpoint for suffix in self._spec.markers)
         return not marked and weight in checkpoint and checkpoint.stored_dtype(weight) in FLOATS

@@ -22,6 +22,12 @@ class LinearShape:
     out_features: int  # N
     in_features: int  # C
     has_bias: bool = False
+    count: int | None = None  # experts, whose matrices are one tensor [E, N, C]; None: it is one matrix
+
+    @property
+    def weight(self) -> str:
+        """The tensor of a dense one."""
+        return f"{self.path}.weight" if self.count is None else self.path
 
     def error(self, suffix: str, problem: str) -> ModelError:
         return ModelError(f"{self.path}{suffix} {problem}")

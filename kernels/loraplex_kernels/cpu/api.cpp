@@ -112,7 +112,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 14; }
+EXPORT int loraplex_version() { return 15; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -320,14 +320,14 @@ EXPORT int loraplex_paged_attention(Context* context, int dtype, const void* q, 
                                     int64_t kv_heads, int64_t head_dim, int stored, void* k, void* v, float* k_scale,
                                     float* v_scale, int64_t block_shift, int64_t sequences, const int32_t* query_starts,
                                     const int32_t* lengths, const int32_t* block_tables, int64_t blocks_per_table,
-                                    float scale, float soft_cap, int64_t window) {
+                                    float scale, float soft_cap, int64_t window, const float* sinks) {
     return guarded([&] {
         with_type(dtype, [&](auto of) {
             using T = typename decltype(of)::Type;
             with_cache<T>(stored, k, v, k_scale, v_scale, block_shift, kv_heads, head_dim, [&](const auto& cache) {
                 paged_attention(*context, static_cast<const T*>(q), static_cast<T*>(out), heads, cache,
                                 Sequences{sequences, query_starts, lengths, block_tables, blocks_per_table},
-                                Scoring{scale, soft_cap, window});
+                                Scoring{scale, soft_cap, sinks, window});
             });
         });
     });

@@ -326,7 +326,10 @@ class Attention {
 
     void write(const Item& item, const Summary& whole) const {
         for (int64_t row = 0; row < item.queries * group_; ++row) {
-            const Vec scale = fill(1.0f / whole.total[row]);
+            float total = whole.total[row];
+            if (scoring_.sinks)
+                total += std::exp(scoring_.sinks[item.kv_head * group_ + row % group_] - whole.largest[row]);
+            const Vec scale = fill(1.0f / total);
             map(whole.sums + row * width_, out_ + row_offset(item, row), cache_.head_dim,
                 [&](Vec a, int64_t) { return a * scale; });
         }

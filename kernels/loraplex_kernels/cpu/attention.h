@@ -67,6 +67,7 @@ struct Sequences {
 struct Scoring {
     float scale;
     float soft_cap;  // 0: none
+    const float* sinks;  // [heads], scores of no key and no value; null: none
     int64_t window;  // 0: none
 };
 

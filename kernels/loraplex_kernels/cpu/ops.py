@@ -339,6 +339,7 @@ class CpuOps(CpuSampling):
         scale: float,
         window: int | None,
         soft_cap: float | None,
+        sinks: Tensor | None = None,  # float32 [H]
     ) -> Tensor:
         q = q.contiguous()
         rows, heads, head_dim = q.shape
@@ -361,6 +362,7 @@ class CpuOps(CpuSampling):
             scale,
             soft_cap or 0.0,
             window or 0,
+            None if sinks is None else sinks.data_ptr(),
         )
         succeed(status)
         return out

@@ -149,8 +149,9 @@ class TritonOps(TorchSampling):
         scale: float,
         window: int | None,
         soft_cap: float | None,
+        sinks: Tensor | None = None,  # float32 [H]
     ) -> Tensor:
-        return paged_attention(q, cache, metadata, Scoring(scale, window, soft_cap), self._num_multiprocessors)
+        return paged_attention(q, cache, metadata, Scoring(scale, window, soft_cap, sinks), self._num_multiprocessors)
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> LayerKV:
         size = (num_blocks, shape.num_kv_heads, block_size, shape.head_dim)

@@ -128,12 +128,14 @@ def _attention(
     query_starts: tl.tensor,  # int32 [S + 1]
     seq_lens: tl.tensor,  # int32 [S]
     block_tables: tl.tensor,  # int32 [S, max blocks]
+    sinks: tl.tensor,  # float32 [H], read if HAS_SINKS
     num_sequences: tl.tensor,
     max_blocks: tl.tensor,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     CODING: tl.constexpr,  # of the cache
+    HAS_SINKS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads that share a kv head
     HEAD_DIM: tl.constexpr,
@@ -203,6 +205,8 @@ def _attention(
         dim_mask, seen_by_all, last, SCALE, WINDOW, SOFT_CAP, CODING, True, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
     )  # fmt: skip
 
+    if HAS_SINKS and SPLITS == 1:
+        total += tl.exp2(tl.load(sinks + heads, mask=row_mask, other=0) * LOG2_E - highest)
     attended = accumulated / tl.maximum(total, 1e-30)[:, None]
     if SPLITS > 1:
         part = (sequence.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads) * SPLITS + split
@@ -220,6 +224,8 @@ def _combine(
     out: tl.tensor,  # [T, H, D]
     query_starts: tl.tensor,
     seq_lens: tl.tensor,
+    sinks: tl.tensor,  # float32 [H], read if HAS_SINKS
+    HAS_SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -243,6 +249,8 @@ def _combine(
     mask = written[:, None] & (dims < HEAD_DIM)[None, :]
     values = tl.load(parts + part[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0)
     total = tl.maximum(tl.sum(weights, axis=0), 1e-30)
+    if HAS_SINKS:
+        total += tl.exp2(tl.load(sinks + head) * LOG2_E - highest)
     attended = tl.sum(values * weights[:, None], axis=0) / total
     place = out + (row.to(tl.int64) * NUM_HEADS + head) * HEAD_DIM + dims
     tl.store(place, attended.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
@@ -275,6 +283,7 @@ class Scoring:
     scale: float
     window: int | None
     soft_cap: float | None
+    sinks: Tensor | None = None  # float32 [H]
 
 
 def paged_attention(
@@ -305,6 +314,8 @@ def paged_attention(
                 out,
                 metadata.query_starts,
                 metadata.seq_lens,
+                out if scoring.sinks is None else scoring.sinks,
+                HAS_SINKS=scoring.sinks is not None,
                 WINDOW=scoring.window,
                 NUM_HEADS=num_heads,
                 HEAD_DIM=head_dim,
@@ -341,12 +352,14 @@ def _launch(
         metadata.query_starts,
         metadata.seq_lens,
         metadata.block_tables,
+        out if scoring.sinks is None else scoring.sinks,
         num_sequences,
         metadata.block_tables.stride(0),
         SCALE=scoring.scale,
         WINDOW=scoring.window,
         SOFT_CAP=scoring.soft_cap,
         CODING=coding_of(cache.k.dtype),
+        HAS_SINKS=scoring.sinks is not None,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
