@@ -100,14 +100,14 @@ class Launches:
     def zeros(self, *shape):
         return torch.zeros(shape, dtype=self.dtype)
 
-    def attention(self, shape, new, lengths, window=None, soft_cap=None, stored=None):
+    def attention(self, shape, new, lengths, window=None, soft_cap=None, stored=None, sinks=None):
         cache = self.ops.allocate_kv(4, 16, shape, stored or self.dtype)
         starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32)
         lens = torch.tensor(lengths, dtype=torch.int32)
         tables, slots = torch.zeros(len(new), 4, dtype=torch.int32), torch.zeros(sum(new), dtype=torch.long)
         metadata = AttentionMetadata(starts, lens, tables, slots, max(new), max(lengths))
         q = self.zeros(sum(new), shape.num_heads, shape.head_dim)
-        self.ops.paged_attention(q, cache, metadata, 0.1, window, soft_cap)
+        self.ops.paged_attention(q, cache, metadata, 0.1, window, soft_cap, sinks)
 
     def lora(self, in_features, out_features, ranks, rows):
         table, part = self.ops.lora_table(in_features, out_features, 1), out_features // len(ranks)
@@ -138,6 +138,12 @@ class Launches:
             for count in rows:
                 self.ops.linear(self.zeros(count, in_features), packed)
 
+    def experts(self, in_features, out_features, rows, bias=False):
+        bias = self.zeros(out_features) if bias else None
+        linears = [self.ops.pack_linear([self.zeros(out_features, in_features)], bias) for _ in range(2)]
+        starts = torch.tensor([0, rows // 2, rows])
+        self.ops.grouped_linear(self.zeros(rows, in_features), starts, self.ops.group_linears(linears))
+
     def small(self, shape, width):
         weight = torch.zeros(shape.head_dim)
         qkv = self.zeros(2, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
@@ -166,12 +172,17 @@ class Launches:
             self.attention(gemma, [1], [9000], 512, 50.0, stored=stored)
             self.attention(gemma, [300], [900], 512, 50.0, stored=stored)
         self.attention(HeadShape(14, 2, 64), [1] * 64, [900] * 64)  # so many that no sequence is split
+        sinks = torch.zeros(14)
+        for new, lengths in (([1], [3000]), ([1] * 64, [900] * 64), ([300], [900])):
+            self.attention(HeadShape(14, 2, 64), new, lengths, 128, sinks=sinks)
         self.attention(tiny, [1], [40])
         self.attention(tiny, [30], [40])
         self.lora(4096, 6144, (16, 16, 16), 8)
         self.lora(4096, 28672, (64, 64), 2048)
         self.lora(4096, 4097, (256,), 200)
         self.quantised(2048, 1024, (1, 300))
+        self.experts(2048, 1536, 16)
+        self.experts(768, 2048, 400, bias=True)
         self.small(eight_billion, 8192)
 
 

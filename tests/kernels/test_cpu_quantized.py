@@ -191,3 +191,23 @@ def test_float8_that_is_no_number_is_refused(ops):
 def test_dtype_that_is_not_computed_in_is_refused(ops):
     with pytest.raises(ValueError, match="not in float64"):
         ops.pack_quantized(affine(2, 2), None, torch.float64)
+
+
+@pytest.mark.parametrize("counts", [(1, 0, 5), (3, 40, 2), (0, 20, 300)])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "some offsets", "ordered", "table", "float8", "mixed"])
+def test_each_row_is_multiplied_by_its_own_expert(ops, dtype, counts, kind):
+    n, c = 130, 160
+    records = {
+        "symmetric": [affine(n, c, symmetric=True) for _ in counts],
+        "asymmetric": [affine(n, c, group=32) for _ in counts],
+        "some offsets": [affine(n, c, symmetric=index == 1) for index, _ in enumerate(counts)],
+        "ordered": [affine(n, c, ordered=True) for _ in counts],
+        "table": [table(n, c, 32) for _ in counts],
+        "float8": [float8(n, c, (128, 128)) for _ in counts],
+        "mixed": [affine(n, c), affine(n, c, bits=8), table(n, c)],
+    }[kind]
+    experts = [ops.pack_quantized(record, None, dtype) for record in records]
+    x = torch.randn(sum(counts), c, generator=generator()).to(dtype)
+    y = ops.grouped_linear(x, torch.tensor([0, *counts]).cumsum(0), ops.group_linears(experts))
+    alone = [ops.linear(rows, expert) for rows, expert in zip(x.split(counts), experts, strict=True)]
+    assert torch.equal(y, torch.cat(alone))

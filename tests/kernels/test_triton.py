@@ -487,3 +487,36 @@ def test_second_dtype_at_one_linear_is_refused(random):
 
 def test_backend_is_chosen_by_name():
     assert isinstance(select_ops(DEVICE, "triton"), TritonOps)
+
+
+# ---- experts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "n", "c"), [((1,), 8, 16), ((0, 3, 0), 70, 33), ((5, 0, 1, 40, 0, 2), 130, 96), ((90, 70), 33, 160)]
+)
+def test_each_row_is_multiplied_by_its_own_expert(random, dtype, bias, counts, n, c):
+    linears = []
+    for _ in counts:
+        weight = random(n, c, dtype=dtype) / c**0.5
+        linears.append(OPS.pack_linear([weight], random(n, dtype=dtype) if bias else None))
+    x, starts = random(sum(counts), c, dtype=dtype), torch.tensor([0, *counts], device=DEVICE).cumsum(0)
+    y = OPS.grouped_linear(x, starts, OPS.group_linears(linears))
+    close(y, REFERENCE.grouped_linear(x, starts, REFERENCE.group_linears(linears)))
+
+
+def test_adapters_of_all_experts_are_found_in_one_table(random):
+    tables = [OPS.lora_table(24, 40, 3) for _ in range(2)]
+    weights = [LoraWeights(random(2, 24), (LoraSlice(0, 0, random(40, 2)),)) for _ in range(2)]
+    tables[0].put(2, OPS.pack_lora(weights[0]))
+    together = OPS.group_lora_tables(tables)
+    tables[1].put(0, OPS.pack_lora(weights[1]))
+    x, y = random(9, 24), random(9, 40)
+    expected = y.clone()
+    for part, rows in ((weights[0], slice(1, 5)), (weights[1], slice(6, 9))):
+        expected[rows] += x[rows] @ part.a.T @ part.slices[0].b.T
+    columns = torch.tensor([[4, 1], [1, 6], [5, 9]], dtype=torch.int32, device=DEVICE)
+    OPS.segmented_lora(y, x, LoraSegments(((4, 1, 5), (1, 6, 9)), *columns), together)
+    close(y, expected)

@@ -29,6 +29,7 @@ KERNELS = {
     "_expand",
     "_scale",
     "_quantized_linear",
+    "_grouped_linear",
     "_add_splits",
     "_rotary_store_kv",
     "_norm",

@@ -48,7 +48,6 @@ _HARMLESS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
-        "target_parameters",
     )
 )
 
@@ -78,6 +77,7 @@ _UNDERSTOOD = frozenset(
         "peft_type",
         "r",
         "rank_pattern",
+        "target_parameters",
         "task_type",
         "trainable_token_indices",
         "use_dora",
@@ -109,7 +109,7 @@ class LoRAConfig:
     rank_patterns: tuple[tuple[Matching, int], ...]  # in the file's order: the first that matches counts
     alpha_patterns: tuple[tuple[Matching, float], ...]
     base_model: str  # a hint for people: it is no identity. "" if absent
-    target_modules: tuple[str, ...]  # advice
+    target_modules: tuple[str, ...]  # advice, and so is the next
     warnings: tuple[str, ...]
     use_dora: bool = False
     lora_bias: bool = False  # lora_B has a bias
@@ -121,7 +121,13 @@ class LoRAConfig:
     rows_neighboured: bool = (
         False  # of B for queries and keys: partners of both halves of a head lie side by side (GGUF)
     )
+    target_parameters: tuple[str, ...] = ()  # parameters of modules, such as those of all experts
     task_type: str = ""  # what it was trained for, as PEFT names it; "" if absent
+
+    @property
+    def highest_rank(self) -> int:
+        """The largest that a module may have."""
+        return max((self.rank, *(rank for _, rank in self.rank_patterns)))
 
     def rank_of(self, module: str) -> int:
         """The rank of one module, by its path in the trained model ("model.layers.0.self_attn.q_proj")."""
@@ -165,6 +171,7 @@ def parse_config(raw: bytes) -> LoRAConfig:
         trained_tokens=reader.trained_tokens(),
         ensure_weight_tying=reader.flag("ensure_weight_tying"),
         invocation_tokens=reader.token_ids("alora_invocation_tokens", MAX_INVOCATION_TOKENS),
+        target_parameters=reader.names("target_parameters"),
         task_type=str(fields.get("task_type") or ""),
     )
     reader.check_init()

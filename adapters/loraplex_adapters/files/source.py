@@ -8,6 +8,7 @@ parsed.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,7 +109,7 @@ def describe(directory: Path) -> AdapterDescription:
         file.seek(0)
         text = text_digest(directory)
         digest = digest_of(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""), text)
-    ranks, problems = module_ranks(header.tensors)
+    ranks, problems = module_ranks(header.tensors, config)
     if problems:
         raise AdapterRejected(problems)
     short = {module.rpartition(".")[2] for module in ranks}
@@ -179,12 +180,17 @@ def digest_of(config: bytes | None, weights: Iterable[bytes | memoryview], text:
     return hashlib.sha256(f"{digest} {text}".encode()).hexdigest() if text else digest
 
 
-def module_ranks(tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, int], list[str]]:
-    """The rank of each adapted module by the shapes of its A, and what is wrong with the names or shapes."""
+def module_ranks(tensors: Mapping[str, TensorEntry], config: LoRAConfig) -> tuple[dict[str, int], list[str]]:
+    """The rank of each adapted module by the shapes of its A, and what is wrong with the names or shapes.
+
+    Of a parameter of all experts A has that rank for each: how many there are only the model says, and the largest rank
+    that the config states is taken.
+    """
     split = split_tensor_names(tensors)
     problems = split.problems
+    most = config.highest_rank if config.target_parameters else math.inf
     ranks = {
-        name.module: _rank(name, tensors[name.key], problems)
+        name.module: int(min(_rank(name, tensors[name.key], problems), most))
         for name in split.names
         if name.part in ("A", "embedding_A")
     }

@@ -195,7 +195,7 @@ class Adapter(google.protobuf.message.Message):
 
     @property
     def module_ranks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
-        """Ranks of the modules, by module name, only if they differ. At most 4096; keys up to 256 characters."""
+        """Ranks of the modules, by module name, only if they differ and there are at most 4096; keys up to 256 characters."""
 
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:

@@ -14,6 +14,7 @@ from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
 from loraplex_engine.checkpoint.model_config import FeedForward, ModelConfig
 from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.layers.mixture import MixtureLayout
 from loraplex_engine.layers.projection_norm import HeadNorm, ProjectionNorm
 from loraplex_engine.layers.query_scale import QueryScale
 from loraplex_engine.models.layout import (
@@ -66,7 +67,6 @@ class LanguageModel:
     """Token ids and a paged cache in, logits out. Holds parameters only: a step is all in its arguments."""
 
     implementation = "native"
-    capturable = True
 
     def __init__(
         self,
@@ -94,6 +94,8 @@ class LanguageModel:
         self._replaced = replaced
         self._classifiers = ClassifierSite(ops.device)
         self.head_shape = held_heads(config, shard)
+        # How many rows each expert has is read back from the device.
+        self.capturable = not any(isinstance(layout, MixtureLayout) for layout in config.feed_forwards)
         # Rounded as the weights are: 50.6 is 50.5 in bfloat16, and so the models were trained.
         scale = config.embedding_scale
         self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()

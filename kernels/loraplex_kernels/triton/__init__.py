@@ -31,11 +31,12 @@ from loraplex_kernels.ops import (
     Xielu,
 )
 from loraplex_kernels.quantized import QuantizedWeight
-from loraplex_kernels.reference import ReferenceGroup, ReferenceLinear, weighted_sums
+from loraplex_kernels.reference import ReferenceLinear, weighted_sums
 from loraplex_kernels.routes import route
 from loraplex_kernels.sampling import TorchSampling
 from loraplex_kernels.triton.activation import activate, activate_and_mul
 from loraplex_kernels.triton.attention import Scoring, paged_attention
+from loraplex_kernels.triton.grouped import TritonGroup, grouped_linear
 from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, TritonLoraTables, segmented_lora
 from loraplex_kernels.triton.mask import mask_logits
 from loraplex_kernels.triton.norm import norm
@@ -93,12 +94,14 @@ class TritonOps(TorchSampling):
     def route(self, logits: Tensor, routing: Routing, correction: Tensor | None, lora: LoraSegments | None) -> Routes:
         return route(logits, routing, correction, lora)
 
-    def group_linears(self, experts: Sequence[PackedLinear]) -> ReferenceGroup:
-        return ReferenceGroup(experts)
+    def group_linears(self, experts: Sequence[PackedLinear]) -> TritonGroup:
+        return TritonGroup(experts, self.device)
 
     def grouped_linear(self, x: Tensor, group_starts: Tensor, group: LinearGroup) -> Tensor:
-        assert isinstance(group, ReferenceGroup)
-        return group.one_by_one(x, group_starts, self.linear)
+        assert isinstance(group, TritonGroup)
+        if group.weights is None:
+            return group.one_by_one(x, group_starts, self.linear)
+        return grouped_linear(x, group_starts, group)
 
     def group_lora_tables(self, tables: Sequence[LoraTable]) -> TritonLoraTables:
         return TritonLoraTables([table for table in tables if isinstance(table, TritonLoraTable)])

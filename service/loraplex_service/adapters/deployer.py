@@ -28,6 +28,8 @@ from loraplex_service.text import AdapterText
 
 logger = logging.getLogger(__name__)
 
+MAX_MODULE_RANKS = 4096  # that are told: the contract has no more
+
 
 class AdapterDeployer:
     """Makes engines follow the registry. For one event loop; long work runs in threads and in tasks of its own."""
@@ -301,7 +303,7 @@ def adapter_info(description: AdapterDescription, loaded: AdapterFacts, warnings
         size_bytes=loaded.size_bytes,
         target_modules=tuple(loaded.target_modules),
         alpha=description.config.alpha,
-        module_ranks=ranks if len(set(ranks.values())) > 1 else {},
+        module_ranks=ranks if len(set(ranks.values())) > 1 and len(ranks) <= MAX_MODULE_RANKS else {},
         warnings=(*loaded.warnings, *warnings),
     )
 

@@ -309,3 +309,20 @@ def test_a_file_of_its_text_may_not_lead_out_of_the_roots(make_adapter: AdapterM
     (directory / "tokenizer.json").symlink_to(outside)
     with pytest.raises(SourceNotAllowed):
         AdapterSource([tmp_path]).resolve(directory.name)
+
+
+def test_an_adapter_on_the_parameter_of_all_experts_has_the_rank_that_its_config_states(tmp_path: Path) -> None:
+    """Of A it has that many rows for each of eight experts."""
+    fields = {
+        "peft_type": "LORA",
+        "r": 4,
+        "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
+        "rank_pattern": {"experts.gate_up_proj": 6},
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    prefix = "base_model.model.model.layers.0.mlp.experts"
+    shapes = {f"{prefix}.base_layer": (8 * 6, 16), prefix: (8 * 4, 12)}
+    tensors = {f"{module}.lora_A.weight": torch.zeros(shape) for module, shape in shapes.items()}
+    tensors |= {f"{module}.lora_B.weight": torch.zeros(20, rows) for module, (rows, _) in shapes.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert describe(tmp_path).rank == 6

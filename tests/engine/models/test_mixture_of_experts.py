@@ -20,10 +20,11 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.models import load_model
+from loraplex_kernels.selection import select_ops
 from tests.engine.models.loras import write_lora
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import MODEL, load, logits, make_twins, reference_ops
-from tests.engine.quantization.formats import gptq
+from tests.engine.quantization.formats import FORMATS
 from tests.reference.stepping import step
 
 NUM_EXPERTS = 3
@@ -132,9 +133,25 @@ def test_a_rank_reads_its_part_of_stacked_experts(tmp_path: Path, mixed: dict[st
     assert all(torch.equal(each[path], together[path]) for path in each)
 
 
-def test_experts_are_read_quantised_where_the_checkpoint_has_them_so(tmp_path: Path) -> None:
-    twins = make_twins(tmp_path, gptq(), packing.gptq(), ("gate",), **MIXED)
-    torch.testing.assert_close(logits(load(twins.quantised), TOKENS), logits(load(twins.dense), TOKENS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptq",
+        "gptq act-order",
+        "awq gemm",
+        "bitsandbytes nf4",
+        "compressed-tensors int4, asymmetric",
+        "compressed-tensors int8",
+        "fp8 blocks",
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_experts_are_read_quantised_where_the_checkpoint_has_them_so(tmp_path: Path, name: str, backend: str) -> None:
+    section, packer = FORMATS[name]
+    twins = make_twins(tmp_path, section, packer, ("gate",), **MIXED)
+    ops = select_ops(torch.device("cpu"), backend, threads=1)
+    found, wanted = (logits(load(path, ops), TOKENS, ops) for path in (twins.quantised, twins.dense))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -157,3 +174,8 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused_by_name(tmp_path: Path, mi
     del mixed["model.layers.1.mlp.experts.2.up_proj.weight"]
     with pytest.raises(ModelError, match=r"missing: model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight"):
         load(write(tmp_path / "mixed", mixed, MIXED))
+
+
+def test_steps_of_experts_are_not_captured(tmp_path: Path, dense: dict[str, Tensor], mixed: dict[str, Tensor]) -> None:
+    assert load(write(tmp_path / "one", dense, DENSE)).capturable
+    assert not load(write(tmp_path / "mixed", mixed, MIXED)).capturable
