@@ -64,7 +64,9 @@ def add_metadata(writer: Any, config: Any, architecture: str) -> None:
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    if getattr(config, "sliding_window", None) and architecture not in ("qwen2", "qwen3"):
+    if architecture == "phi3":
+        writer.add_sliding_window(config.sliding_window or 0)
+    elif getattr(config, "sliding_window", None) and architecture not in ("qwen2", "qwen3"):
         writer.add_sliding_window(config.sliding_window)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loraplex_adapters.files.gguf import end_token_ids
+from loraplex_adapters.files.gguf import GGUFError
+from loraplex_adapters.files.gguf_tokens import end_token_ids
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.gguf_blocks import FLOAT_TYPES
 from loraplex_engine.checkpoint.gguf_model import GGUFModel, same_in_all_layers
@@ -35,7 +36,8 @@ class Architecture:
 
 
 def _window(fields: ConfigFields) -> Config:
-    return {"sliding_window": fields.optional_integer("attention.sliding_window")}
+    # 0 stands for none: converters write it for Phi 4.
+    return {"sliding_window": fields.integer("attention.sliding_window", 0, minimum=0) or None}
 
 
 def _gemma2(fields: ConfigFields) -> Config:
@@ -81,7 +83,7 @@ def _head_dim(fields: ConfigFields) -> int:
 
 
 def _olmo(fields: ConfigFields) -> str:
-    return "Olmo3ForCausalLM" if fields.has("attention.sliding_window") else "Olmo2ForCausalLM"
+    return "Olmo3ForCausalLM" if _window(fields)["sliding_window"] else "Olmo2ForCausalLM"
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -121,13 +123,20 @@ def read_gguf_config(path: Path) -> Config:
         "dtype": "float32" if embedding.type.name == "F32" else "bfloat16",
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": HEAD not in model.tensors,
-        "eos_token_id": end_token_ids(model.metadata),
+        "eos_token_id": _ends(model),
         **_shape(model),
         **_biases(model),
         **_rope(model, architecture),
         **architecture.more(fields),
         **_quantization(model),
     }
+
+
+def _ends(model: GGUFModel) -> list[int]:
+    try:
+        return end_token_ids(model.metadata)
+    except GGUFError as error:
+        raise ModelError(f"{model.path}: {error}") from None
 
 
 def _shape(model: GGUFModel) -> Config:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from loraplex_adapters.files.gguf import GGUFError
 from loraplex_service.text.errors import TokenizerError
 from loraplex_service.text.gguf_tokenizer import read_vocabulary
 from loraplex_service.text.model_files import ModelFiles, read_file
@@ -72,7 +73,7 @@ def load_backend(files: ModelFiles) -> Backend:
 def _from_gguf(path: Path, metadata: Mapping[str, object]) -> Backend:
     try:
         return Backend(read_vocabulary(metadata))
-    except TokenizerError as error:
+    except (GGUFError, TokenizerError) as error:
         raise TokenizerError(f"{path}: {error}") from error
     except Exception as error:  # the library raises bare Exception for every malformed vocabulary
         raise TokenizerError(f"{path}: its vocabulary cannot be read ({error}). Fetch the file again.") from error

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from loraplex_adapters.files.gguf import GGUFError, end_token_ids, read_gguf
+from loraplex_adapters.files.gguf import GGUFError, read_gguf
+from loraplex_adapters.files.gguf_tokens import KEY, end_token_ids, token_id
 from loraplex_service.text.errors import TokenizerError
 from loraplex_service.text.sentencepiece_model import CONTROL, USER_DEFINED, Piece, piece_tokenizer
 
 UNUSED = 5
 MAX_TOKENS = 1 << 20
 MAX_SQUARED_CHARS = 1 << 27  # of all tokens: to find the pieces of one takes the square of its length; 2^24 are usual
-KEY = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 SAMPLING = {
@@ -48,10 +48,10 @@ def read_metadata(path: Path) -> Mapping[str, object]:
 
 
 def read_text(metadata: Mapping[str, object]) -> GGUFText:
-    """Raises TokenizerError for an entry that makes no sense; its message does not name the file."""
+    """Raises TokenizerError or GGUFError for an entry that makes no sense; its message does not name the file."""
     tokens = _tokens(metadata)
-    special = {name: metadata.get(f"{KEY}{key}_token_id") for name, key in SPECIAL.items()}
-    named = {name: tokens[index] for name, index in special.items() if isinstance(index, int) and index < len(tokens)}
+    special = {name: token_id(metadata, key) for name, key in SPECIAL.items()}
+    named = {name: tokens[index] for name, index in special.items() if index is not None}
     rule = PIECES if metadata.get(KEY + "model") == "llama" else _cut(metadata)
     adds = {
         "add_bos_token": bool(metadata.get(KEY + "add_bos_token", rule.adds_bos)),
@@ -63,7 +63,10 @@ def read_text(metadata: Mapping[str, object]) -> GGUFText:
 
 
 def read_vocabulary(metadata: Mapping[str, object]) -> tokenizers.Tokenizer:
-    """The tokenizer that the metadata describe. Raises TokenizerError; its message does not name the file."""
+    """The tokenizer that the metadata describe.
+
+    Raises TokenizerError or GGUFError; its message does not name the file.
+    """
     kind = metadata.get(KEY + "model")
     if kind not in ("gpt2", "llama"):
         raise TokenizerError(f"{KEY}model is {kind!r}: gpt2 (byte-level BPE) and llama (SentencePiece) are supported.")
@@ -76,7 +79,7 @@ def read_vocabulary(metadata: Mapping[str, object]) -> tokenizers.Tokenizer:
 
 def _tokens(metadata: Mapping[str, object]) -> list[str]:
     tokens = metadata.get(KEY + "tokens")
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise TokenizerError(f"{KEY}tokens is missing or no list of texts: the file has no vocabulary.")
     if len(tokens) > MAX_TOKENS or sum(len(token) ** 2 for token in tokens) > MAX_SQUARED_CHARS:
         raise TokenizerError(f"{KEY}tokens has more than {MAX_TOKENS} tokens, or far longer ones than any vocabulary.")
@@ -104,12 +107,9 @@ def _templates(metadata: Mapping[str, object]) -> Iterator[tuple[str, str]]:
 
 
 def _sentencepiece(metadata: Mapping[str, object], pieces: Sequence[Piece]) -> tokenizers.Tokenizer:
-    unknown = metadata.get(KEY + "unknown_token_id", 0)
-    if not isinstance(unknown, int) or unknown >= len(pieces):
-        raise TokenizerError(f"{KEY}unknown_token_id is {unknown!r}: it must be one of {len(pieces)} ids.")
     return piece_tokenizer(
         pieces,
-        unknown=pieces[unknown].piece,
+        unknown=pieces[token_id(metadata, "unknown") or 0].piece,
         prefix=bool(metadata.get(KEY + "add_space_prefix", True)),
         squeezes=bool(metadata.get(KEY + "remove_extra_whitespaces", False)),
     )

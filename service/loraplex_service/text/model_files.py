@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from loraplex_adapters.files.gguf import GGUFError
 from loraplex_service.text.errors import TokenizerError
 from loraplex_service.text.gguf_tokenizer import read_metadata, read_text
 
@@ -56,7 +57,7 @@ class ModelFiles:
         metadata = read_metadata(path)
         try:
             config, generation, templates = read_text(metadata)
-        except TokenizerError as error:
+        except (GGUFError, TokenizerError) as error:
             raise TokenizerError(f"{path}: {error}") from error
         return cls(path, config, {}, {}, {}, generation, templates, metadata)
 
