@@ -16,6 +16,8 @@ from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.gguf_lora import GGUF_FILE
 from loraplex_adapters.files.source import check_there, describe, digest
 from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.runtime.targets import LoraTarget
+from loraplex_adapters.runtime.weights import load_adapter
 from tests.gguf_files import blocks, converted, finish, gguf, write_gguf
 from tests.reference.peft_oracle import ALL, KINDS, VOCAB, Engine, Oracle, random_prompt, randomised, transformers
 
@@ -124,6 +126,20 @@ def write_adapter(directory: Path, tensors: tuple[str, ...] = (), **metadata: An
 def test_a_model_is_no_adapter(tmp_path: Path) -> None:
     write_adapter(tmp_path, type=gguf.GGUFType.MODEL)
     assert "adapter_model.gguf: general.type is 'model', not 'adapter'" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["granitemoe", "mistral3", "nonsense"])
+def test_an_architecture_that_is_not_known_is_refused_by_name(architecture: str, tmp_path: Path) -> None:
+    write_adapter(tmp_path, ("blk.0.attn_q.weight.lora_a",), architecture=architecture)
+    assert f"general.architecture is '{architecture}'; the known ones are llama" in refused(tmp_path)
+
+
+def test_rows_in_another_order_are_refused_where_heads_are_of_no_known_size(tmp_path: Path) -> None:
+    write_adapter(tmp_path, ("blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"))
+    targets = {"model.layers.0.self_attn.q_proj": LoraTarget("site", 8, 0, 16)}
+    key = AdapterKey("x", digest(tmp_path))
+    with pytest.raises(AdapterRejected, match=r"layers\.0\.self_attn\.q_proj: .*the size of the heads is not known"):
+        load_adapter(key, tmp_path, targets, torch.float32, 64, lambda weights: weights)
 
 
 def test_what_is_no_linear_is_refused_by_name(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loraplex_adapters.files import gguf_names
 from loraplex_engine.checkpoint.gguf_config import ARCHITECTURES
 from tests.gguf_files import write_gguf
 from tests.reference.test_model_logits import (
@@ -71,6 +72,10 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
 
 def test_every_architecture_is_tried() -> None:
     assert {architecture for architecture, _ in MODELS.values()} == set(ARCHITECTURES)
+
+
+def test_adapters_are_read_for_the_architectures_that_models_are() -> None:
+    assert set(gguf_names.ARCHITECTURES) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,11 +13,13 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 SUFFIX = ".gguf"
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+FILE_OF_REPOSITORY = re.compile(r"((?!\.\.?/)[\w.-]+/)*[\w.-]+\.gguf")
 MAX_PARTS = 1000
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # the first one had other widths, and nobody has such files
@@ -116,13 +118,7 @@ def hub_parts(model: str) -> tuple[str, str | None]:
     """The repository of a hub that a model's name begins with, and the GGUF file in it; None: the name has none."""
     owner, _, rest = model.partition("/")
     name, _, file = rest.partition("/")
-    return (f"{owner}/{name}", file) if file.endswith(SUFFIX) and ".." not in Path(file).parts else (model, None)
-
-
-def end_token_ids(metadata: Mapping[str, object]) -> list[object]:
-    """The ids that end a text, a turn or a message, as the metadata state them."""
-    found = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
-    return list(dict.fromkeys(each for each in found if each is not None))
+    return (f"{owner}/{name}", file) if FILE_OF_REPOSITORY.fullmatch(file) else (model, None)
 
 
 def read_gguf(file: BinaryIO) -> GGUFHeader:
@@ -148,6 +144,7 @@ def read_gguf(file: BinaryIO) -> GGUFHeader:
         if offset % alignment:
             _reject(f"tensor {name} begins at {offset}, no multiple of {alignment}")
         tensors[name] = _placed(name, stated, shape, data_start + offset, header.file_bytes)
+    _check_apart(tensors)
     return GGUFHeader(metadata, tensors)
 
 
@@ -163,6 +160,13 @@ def _placed(name: str, stated: int, shape: tuple[int, ...], start: int, file_byt
     if start + tensor.nbytes > file_bytes:
         _reject(f"tensor {name} ends at byte {start + tensor.nbytes}, and the file at {file_bytes}: it is cut off")
     return tensor
+
+
+def _check_apart(tensors: Mapping[str, GGUFTensor]) -> None:
+    """Raise GGUFError where two tensors share bytes: a small file could hold any number of large ones."""
+    for (ahead, one), (name, other) in pairwise(sorted(tensors.items(), key=lambda item: item[1].start)):
+        if other.start < one.start + one.nbytes:
+            _reject(f"tensor {name} begins within {ahead}")
 
 
 class _Header:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.config import MAX_INVOCATION_TOKENS, LoRAConfig
 from loraplex_adapters.files.gguf import GGUFError, GGUFHeader, read_gguf
-from loraplex_adapters.files.gguf_names import LINEARS, NEIGHBOURED, module_name
+from loraplex_adapters.files.gguf_names import ARCHITECTURES, LINEARS, NEIGHBOURED, module_name
 from loraplex_adapters.files.names import PEFT_PREFIX
 from loraplex_adapters.files.safetensors import Header, TensorEntry
 
@@ -64,6 +64,10 @@ def _wrong_kind(metadata: Mapping[str, object]) -> Iterator[str]:
     for key, expected in _EXPECTED.items():
         if metadata.get(key) != expected:
             yield f"{key} is {str(metadata.get(key))[:80]!r}, not {expected!r}: it is no LoRA adapter"
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        yield f"general.architecture is {str(architecture)[:80]!r}; the known ones are {known}: take PEFT's files"
 
 
 def _peft_name(architecture: str, stored: str) -> str | None:

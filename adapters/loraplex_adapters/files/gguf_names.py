@@ -19,6 +19,11 @@ LINEARS = {
     "ffn_down": "mlp.down_proj",
 }
 HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+# Whose tensors are known: what their converters rename and reorder.
+ARCHITECTURES = (
+    *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "smollm3", "granite", "olmo2", "exaone4", "glm4"),
+    *("ernie4_5", "seed_oss", "arcee"),
+)
 # Gate and up are one tensor there, named as up alone.
 FUSED_GATE = {"phi3": "mlp.gate_up_proj", "glm4": "mlp.gate_up_proj"}
 # Of each head's rows of query and key, a dimension of one half and its partner in the other are neighbours there.

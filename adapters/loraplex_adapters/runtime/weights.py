@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.config import LoRAConfig
-from loraplex_adapters.files.names import PEFT_PREFIX
+from loraplex_adapters.files.names import PEFT_PREFIX, base_module_candidates
 from loraplex_adapters.files.safetensors import TensorEntry
 from loraplex_adapters.files.source import digest_of, open_weights, read_config_bytes, read_settings, text_digest
 from loraplex_adapters.key import AdapterKey
@@ -146,13 +146,30 @@ def _in_halves(tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget])
     the other. Of a B that does not fit, the binding tells."""
 
     def ordered(name: str, tensor: Tensor) -> Tensor:
-        target = targets.get(name.removeprefix(PEFT_PREFIX).removesuffix(B_ENDING))
-        if target is None or target.share is None or not name.endswith(NEIGHBOURED) or len(tensor) % target.share.unit:
+        module = name.removeprefix(PEFT_PREFIX).removesuffix(B_ENDING)
+        reached = base_module_candidates(module) & targets.keys()
+        if not name.endswith(NEIGHBOURED) or len(reached) != 1:
             return tensor
-        heads = tensor.view(-1, target.share.unit // 2, 2, *tensor.shape[1:])
-        return heads.transpose(1, 2).reshape(tensor.shape)
+        size = _head_size(module, targets[reached.pop()])
+        return tensor if len(tensor) % size else _halves(tensor, size)
 
     return {name: ordered(name, tensor) for name, tensor in tensors.items()}
+
+
+def _head_size(module: str, target: LoraTarget) -> int:
+    if target.share is None or target.share.unit == 1:
+        raise AdapterRejected(
+            [
+                f"{module}: llama.cpp's form has its rows in another order in each head, and of this model the size of "
+                "the heads is not known here: take PEFT's files"
+            ]
+        )
+    return target.share.unit
+
+
+def _halves(tensor: Tensor, size: int) -> Tensor:
+    heads = tensor.view(-1, size // 2, 2, *tensor.shape[1:])
+    return heads.transpose(1, 2).reshape(tensor.shape)
 
 
 def _filled(piece: Tensor, file: BufferedReader, directory: Path) -> memoryview:

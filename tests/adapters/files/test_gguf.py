@@ -89,6 +89,10 @@ LIES = {
     "type": (file([], [tensor("w", (256,), 19, 0)], bytes(999)), "of type IQ1_S; the known ones are F32"),
     "alignment": (file([entry("general.alignment", 4, struct.pack("<I", 0))], []), "general.alignment is 0"),
     "twice": (file([NAME, NAME], []), "there twice"),
+    "shared bytes": (
+        file([], [tensor(name, (8,), 0, offset) for name, offset in (("w", 32), ("v", 0), ("u", 32))], bytes(99)),
+        "tensor u begins within w",
+    ),
     "tensor twice": (file([], [tensor("w", (8,), 0, 0)] * 2, bytes(99)), "tensor w is there twice"),
     "version": (file([], [], version=1), "version 1"),
     "big-endian": (file([], [], version=0x3000000), "big-endian"),
@@ -122,4 +126,10 @@ def test_another_part_is_no_model() -> None:
 def test_a_repository_may_be_followed_by_a_file() -> None:
     assert hub_parts("owner/name/Q4/x.gguf") == ("owner/name", "Q4/x.gguf")
     assert hub_parts("owner/name") == ("owner/name", None)
-    assert hub_parts("owner/name/../x.gguf") == ("owner/name/../x.gguf", None)
+
+
+@pytest.mark.parametrize(
+    "file", ["../x.gguf", "a/../x.gguf", "./x.gguf", "/etc/x.gguf", "a//x.gguf", "*.gguf", "[x].gguf"]
+)
+def test_what_is_no_plain_path_within_a_repository_is_no_file_of_it(file: str) -> None:
+    assert hub_parts(f"owner/name/{file}") == (f"owner/name/{file}", None)
