@@ -41,6 +41,8 @@ from loraplex_service.control.routes import RouteServicer
 from loraplex_service.control.server import ServerServicer
 from loraplex_service.control.tokenizer import TokenizerServicer
 from loraplex_service.errors import Unavailable
+from loraplex_service.http.process import http_process
+from loraplex_service.http.settings import DoorSettings
 from loraplex_service.latest import Latest
 from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.host import HostedModel, ModelHost, revision_of
@@ -83,6 +85,7 @@ class Addresses:
     admin: str
     health: str | None = None  # None: no port for probes is configured
     metrics: str | None = None  # None: no Prometheus page is configured
+    http: str | None = None  # None: no HTTP is configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +274,8 @@ async def running(
         app = assemble(config, bus_directory, texts, launch_for or engine_processes(config), telemetry)
         health_address = await _start_probes(app, stack)
         metrics_address = await _start_metrics(app, stack)
-        data, admin, addresses = _listeners(app, health_address, metrics_address)
+        door = f"unix:{bus_directory.path}/http"
+        data, admin, addresses = _listeners(app, health_address, metrics_address, door)
         shutting_down = Unavailable("DRAINING", "the server is shutting down; try another replica")
         stack.push_async_callback(app.host.close, shutting_down)
         stack.push_async_callback(app.state.close)
@@ -286,6 +290,7 @@ async def running(
         await app.register_configured()
         await data.start()
         await admin.start()
+        addresses = replace(addresses, http=await _start_http(app, stack, door))
         stack.push_async_callback(
             drain,
             (data, admin),
@@ -322,8 +327,29 @@ async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
     return await stack.enter_async_context(metrics_server(page, app.config.metrics_listen))
 
 
+async def _start_http(app: Application, stack: AsyncExitStack, target: str) -> str | None:
+    """Start the HTTP process, if configured. Returns its address, or None."""
+    config, limits = app.config, app.config.limits
+    if config.http_listen is None:
+        return None
+    settings = DoorSettings(
+        target=target,
+        log_level=config.log_level,
+        log_format=config.log_format,
+        tls=config.tls,
+        body_bytes=limits.batch_bytes,
+        waiting_bytes=max(limits.waiting_text_bytes, limits.batch_bytes),
+        message_seconds=limits.message_seconds,
+        unread_seconds=limits.unread_seconds,
+        idle_seconds=limits.idle_connection_seconds,
+        connections=limits.connections,
+        calls_per_connection=limits.calls_per_connection,
+    )
+    return await stack.enter_async_context(http_process(config.http_listen, settings, config.supervision))
+
+
 def _listeners(
-    app: Application, health_address: str | None, metrics_address: str | None
+    app: Application, health_address: str | None, metrics_address: str | None, door: str
 ) -> tuple[grpc.aio.Server, grpc.aio.Server, Addresses]:
     config = app.config
     call_limits, connections = _call_limits(config.limits), _connection_limits(config.limits)
@@ -334,6 +360,8 @@ def _listeners(
         return build_server(services, app.health, interceptor, address, credentials, connections)
 
     data, data_port = listen(app.data, config.listen)
+    if config.http_listen is not None:
+        data.add_insecure_port(door)  # in a directory that is this user's alone
     admin, admin_port = listen(app.admin, config.admin_listen)
     hosts = [address.rpartition(":")[0] for address in (config.listen, config.admin_listen)]
     own = (f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}")

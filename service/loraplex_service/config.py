@@ -80,6 +80,9 @@ class ServiceConfig(_Section, frozen=True):
     metrics_listen: str | None = (
         None  # the Prometheus page, in plaintext: see service/loraplex_service/control/metrics_page.py
     )
+    http_listen: str | None = (
+        None  # OpenAI's API over HTTP, from a process of its own: see service/loraplex_service/http
+    )
     tls: TlsConfig | None = None
     insecure: bool = False  # allow other addresses than loopback without TLS and without credentials
     auth: AuthConfig | None = None  # None: every caller that reaches a listener may call
@@ -327,7 +330,7 @@ def _repeated(key: str, names: list[str]) -> Iterator[str]:
 
 
 def _listener_problems(config: ServiceConfig) -> Iterator[str]:
-    for key in ("listen", "admin_listen", "health_listen", "metrics_listen"):
+    for key in ("listen", "admin_listen", "health_listen", "metrics_listen", "http_listen"):
         address: str | None = getattr(config, key)
         if address is None:
             continue

@@ -12,7 +12,7 @@ SPARE = 512  # for models, engines, files of adapters, logs
 
 def descriptors_needed(config: ServiceConfig) -> int:
     """The number of descriptors that the process needs when all allowed connections are open."""
-    listeners = (config.listen, config.admin_listen, config.health_listen, config.metrics_listen)
+    listeners = (config.listen, config.admin_listen, config.health_listen, config.metrics_listen, config.http_listen)
     return config.limits.connections * sum(listener is not None for listener in listeners) + SPARE
 
 

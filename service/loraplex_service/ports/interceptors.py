@@ -342,7 +342,10 @@ def _client_request_id(metadata: Mapping[str, str]) -> str:
 
 def _caller(context: Context, metadata: Mapping[str, str]) -> Caller:
     certificate = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
-    return Caller(metadata, context.peer(), certificate)
+    peer = context.peer()
+    if peer.startswith("unix:"):  # the HTTP process of this service: it says whom it calls for
+        peer = metadata.get("loraplex-peer", peer)
+    return Caller(metadata, peer, certificate)
 
 
 def _deadline(context: Context) -> float | None:

@@ -1,0 +1,91 @@
+"""`python -m loraplex_service.http DESCRIPTOR`: the HTTP process, on a socket that listens already.
+
+The first line of its stdin is its DoorSettings, as JSON. It ends when its parent is gone, or has it end: the end of its
+stdin says so. Requests that run then end with it; the service has let them finish before.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from typing import Any, Final
+
+import msgspec
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from loraplex_engine.link.logs import set_up_logging
+from loraplex_service.http.door import Door
+from loraplex_service.http.exchange import Room
+from loraplex_service.http.patience import PatientProtocol
+from loraplex_service.http.service import Clients
+from loraplex_service.http.settings import DoorSettings
+from loraplex_service.http.tls import server_context
+
+FLUSH_SECONDS: Final = 1  # for the last bytes of answers
+HEAD_BYTES: Final = 32 << 10  # of a request: more than gRPC takes as metadata
+
+
+def main() -> None:
+    settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=DoorSettings)
+    set_up_logging(settings.log_level, settings.log_format, f"http[{os.getpid()}]")
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of each request that is no HTTP
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as listener:
+        uvloop.run(serve(settings, listener))
+
+
+async def serve(settings: DoorSettings, listener: socket.socket) -> None:
+    """Serve until the end of stdin."""
+    clients = Clients(settings.target, settings.calls_per_connection)
+    room = Room(settings.body_bytes, settings.waiting_bytes, settings.message_seconds)
+    server = uvicorn.Server(_configuration(settings, Door(clients, room, version("loraplex-server"))))
+    stop = partial(setattr, server, "should_exit", True)
+    await _at_end_of_stdin(stop)
+    await server.serve(sockets=[listener])
+    await clients.close()
+
+
+def _configuration(settings: DoorSettings, door: Door) -> uvicorn.Config:
+    def protocol(**arguments: Any) -> PatientProtocol:
+        return PatientProtocol(H11Protocol(**arguments), settings.message_seconds)
+
+    options: dict[str, Any] = {
+        "http": protocol,
+        "ws": "none",
+        "lifespan": "off",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "proxy_headers": False,  # who calls is who connects: nothing that a caller says of it is believed
+        "limit_concurrency": settings.connections,
+        "timeout_keep_alive": round(settings.idle_seconds),
+        "timeout_graceful_shutdown": FLUSH_SECONDS,
+        "h11_max_incomplete_event_size": HEAD_BYTES,
+    }
+    config = uvicorn.Config(door, **options)
+    config.load()
+    config.ssl = None if settings.tls is None else server_context(settings.tls)
+    return config
+
+
+async def _at_end_of_stdin(stop: Callable[[], None]) -> None:
+    """Call `stop` when the parent closes this process's stdin, or is gone."""
+    loop = asyncio.get_running_loop()
+
+    class Watch(asyncio.Protocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            stop()
+
+    await loop.connect_read_pipe(Watch, sys.stdin)
+
+
+if __name__ == "__main__":
+    main()

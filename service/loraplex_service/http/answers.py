@@ -1,0 +1,304 @@
+"""Outputs in OpenAI's words: whole, and as the chunks of a stream."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from loraplex.v1.inference_pb2 import (
+    Delta,
+    Finished,
+    FinishReason,
+    GenerateOutput,
+    GenerateResponse,
+    StreamGenerateResponse,
+    TokenLogprob,
+    Usage,
+)
+from loraplex.v1.prompt_pb2 import ToolCall
+from loraplex_service.http.parameters import Draft
+
+FINISH_REASONS = {
+    FinishReason.FINISH_REASON_STOP: "stop",
+    FinishReason.FINISH_REASON_EOS: "stop",
+    FinishReason.FINISH_REASON_MAX_TOKENS: "length",
+    FinishReason.FINISH_REASON_CONTEXT_LIMIT: "length",
+    FinishReason.FINISH_REASON_TIME_LIMIT: "length",
+    FinishReason.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
+LEAST_LOGPROB = -9999.0  # JSON knows no infinity; this is OpenAI's word for it
+
+Json = dict[str, Any]
+
+
+class Said(Protocol):
+    """What an output and a part of one have in common."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob]: ...
+
+
+def usage(used: Iterable[Usage]) -> Json:
+    """What was consumed, of all prompts together."""
+    total = Counter[str]()
+    for one in used:
+        total.update(prompt=one.prompt_tokens, completion=one.completion_tokens, cached=one.cached_prompt_tokens)
+        total.update(drafts=one.accepted_draft_tokens, wrong=one.draft_tokens - one.accepted_draft_tokens)
+    return {
+        "prompt_tokens": total["prompt"],
+        "completion_tokens": total["completion"],
+        "total_tokens": total["prompt"] + total["completion"],
+        "prompt_tokens_details": {"cached_tokens": total["cached"]},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": total["drafts"],
+            "rejected_prediction_tokens": total["wrong"],
+        },
+    }
+
+
+def finish(finished: Finished) -> Json:
+    """Why an output ended; `stop_reason` is the stop string or token, as vLLM has it."""
+    kind = finished.WhichOneof("matched")
+    reason = None if kind is None else getattr(finished, kind)
+    return {"finish_reason": FINISH_REASONS.get(finished.reason, "stop"), "stop_reason": reason}
+
+
+class Answers:
+    """The answer to one request, of which `object_name` tells the kind."""
+
+    prefix = ""
+    object_name = ""
+    chunk_name = ""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._created = int(time.time())
+        self._id = ""
+        self._fingerprint: str | None = None
+        self._begun: set[int] = set()  # the outputs of which something was sent
+
+    def whole(self, responses: Sequence[GenerateResponse]) -> Json:
+        """The answer with all outputs of all prompts."""
+        self._meet(responses[0].request_id, responses[0].target.model_revision)
+        choices: list[Json] = []
+        for number, response in enumerate(responses):
+            for output in response.outputs:
+                choices.append(self._whole(len(choices), number, output, response))
+        return {**self._head(self.object_name), "choices": choices, "usage": usage(r.usage for r in responses)}
+
+    def chunks(self, message: StreamGenerateResponse) -> Iterator[Json]:
+        """The chunks that one message of a stream becomes."""
+        match message.WhichOneof("event"):
+            case "started":
+                self._meet(message.started.request_id, message.started.target.model_revision)
+            case "delta":
+                yield from self._opening(message.delta.output_index)
+                yield self._chunk(self._part(message.delta.output_index, message.delta))
+            case "finished":
+                index = message.finished.output_index
+                yield from self._opening(index)
+                yield self._chunk({**self._nothing(index), **finish(message.finished)})
+            case "completed":
+                yield from self.usage_chunks([message.completed.usage])
+
+    def chunks_of(self, first: int, number: int, response: GenerateResponse) -> Iterator[Json]:
+        """The chunks of one of several prompts, whose outputs are complete. `first`: the index of its first output."""
+        self._meet(response.request_id, response.target.model_revision)
+        for place, output in enumerate(response.outputs):
+            yield self._chunk(self._whole(first + place, number, output, response))
+
+    def usage_chunks(self, used: Sequence[Usage]) -> Iterator[Json]:
+        """The last chunk of a stream, where it was asked for."""
+        if self._draft.include_usage:
+            yield {**self._head(self.chunk_name), "choices": [], "usage": usage(used)}
+
+    def _meet(self, request_id: str, revision: str) -> None:
+        self._id = self._id or f"{self.prefix}-{request_id}"
+        self._fingerprint = revision or None
+
+    def _head(self, name: str) -> Json:
+        return {
+            "id": self._id,
+            "object": name,
+            "created": self._created,
+            "model": self._draft.message.model,
+            "system_fingerprint": self._fingerprint,
+        }
+
+    def _chunk(self, choice: Json) -> Json:
+        chunk = {**self._head(self.chunk_name), "choices": [choice]}
+        return {**chunk, "usage": None} if self._draft.include_usage else chunk
+
+    def _opening(self, index: int) -> Iterator[Json]:
+        if index not in self._begun:
+            self._begun.add(index)
+            yield from (self._chunk(choice) for choice in self._first(index))
+
+    def _ids(self, said: Said) -> Json:
+        return {"token_ids": list(said.token_ids)} if said.token_ids else {}
+
+    def _first(self, index: int) -> Iterator[Json]:
+        """What comes before anything else of an output."""
+        return iter(())
+
+    def _whole(self, index: int, number: int, output: GenerateOutput, response: GenerateResponse) -> Json:
+        """A choice. `number`: of the prompt."""
+        raise NotImplementedError
+
+    def _part(self, index: int, delta: Delta) -> Json:
+        raise NotImplementedError
+
+    def _nothing(self, index: int) -> Json:
+        """A choice to which nothing is added."""
+        raise NotImplementedError
+
+
+class ChatAnswers(Answers):
+    """Of /v1/chat/completions."""
+
+    prefix = "chatcmpl"
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def __init__(self, draft: Draft) -> None:
+        super().__init__(draft)
+        self._calls = Counter[int]()  # of tools, by output
+
+    def _whole(self, index: int, number: int, output: GenerateOutput, response: GenerateResponse) -> Json:
+        message: Json = {"role": "assistant", "content": output.text or (None if output.tool_calls else "")}
+        message |= self._reasoning(output.reasoning)
+        if output.tool_calls:
+            message["tool_calls"] = [_call(call) for call in output.tool_calls]
+        choice = {"index": index, "message": message, "logprobs": _chat_logprobs(output.logprobs)}
+        return {**choice, **finish(output.finished), **self._ids(output), **_prompt_logprobs(response.prompt_logprobs)}
+
+    def _first(self, index: int) -> Iterator[Json]:
+        yield {**self._nothing(index), "delta": {"role": "assistant", "content": ""}}
+
+    def _part(self, index: int, delta: Delta) -> Json:
+        said = {**({"content": delta.text} if delta.text else {}), **self._reasoning(delta.reasoning)}
+        if delta.tool_calls:
+            said["tool_calls"] = [{"index": self._next_call(index), **_call(call)} for call in delta.tool_calls]
+        logprobs = _chat_logprobs(delta.logprobs)
+        return {**self._nothing(index), "delta": said, "logprobs": logprobs, **self._ids(delta)}
+
+    def _nothing(self, index: int) -> Json:
+        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
+
+    def _next_call(self, index: int) -> int:
+        self._calls[index] += 1
+        return self._calls[index] - 1
+
+    def _reasoning(self, text: str) -> Json:
+        return {"reasoning_content": text} if text and self._draft.include_reasoning else {}
+
+
+class TextAnswers(Answers):
+    """Of /v1/completions. `echoes`: what comes back in front of the outputs of each prompt; empty: nothing."""
+
+    prefix = "cmpl"
+    object_name = chunk_name = "text_completion"
+
+    def __init__(self, draft: Draft, echoes: Sequence[str] = ()) -> None:
+        super().__init__(draft)
+        self._echoes = echoes
+        self._prompt: Sequence[TokenLogprob] = ()  # of the prompt that a stream answers
+        self._offsets = Counter[int]()  # how much of an output's text there was
+
+    def chunks(self, message: StreamGenerateResponse) -> Iterator[Json]:
+        if message.WhichOneof("event") == "prompt_logprobs":
+            self._prompt = [*self._prompt, *message.prompt_logprobs.logprobs]
+        yield from super().chunks(message)
+
+    def _whole(self, index: int, number: int, output: GenerateOutput, response: GenerateResponse) -> Json:
+        echo = self._echoes[number] if self._echoes else ""
+        shown = [*(response.prompt_logprobs if echo else ()), *(output.logprobs if self._asked else ())]
+        choice = {"index": index, "text": echo + output.text, "logprobs": self._logprobs(index, shown)}
+        prompt = {} if echo else _prompt_logprobs(response.prompt_logprobs)
+        return {**choice, **finish(output.finished), **self._ids(output), **prompt}
+
+    @property
+    def _asked(self) -> bool:
+        return bool(self._draft.message.output.logprobs)
+
+    def _first(self, index: int) -> Iterator[Json]:
+        if self._echoes:
+            logprobs = self._logprobs(index, self._prompt)
+            yield {**self._nothing(index), "text": self._echoes[0], "logprobs": logprobs}
+
+    def _part(self, index: int, delta: Delta) -> Json:
+        logprobs = self._logprobs(index, delta.logprobs)
+        return {**self._nothing(index), "text": delta.text, "logprobs": logprobs, **self._ids(delta)}
+
+    def _nothing(self, index: int) -> Json:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Json | None:
+        if not tokens or not self._asked:
+            return None
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [_logprob(token) for token in tokens],
+            "top_logprobs": [_likeliest(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _call(call: ToolCall) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments_json}}
+
+
+def _logprob(token: TokenLogprob) -> float | None:
+    return max(token.logprob, LEAST_LOGPROB) if token.HasField("logprob") else None
+
+
+def _likeliest(token: TokenLogprob) -> dict[str, float] | None:
+    """The likeliest tokens and the token itself; None: the first token of a prompt."""
+    own = _logprob(token)
+    if own is None:
+        return None
+    return {**{top.text: max(top.logprob, LEAST_LOGPROB) for top in token.top}, token.text: own}
+
+
+def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> Json | None:
+    if not tokens:
+        return None
+    return {
+        "content": [
+            {
+                **_spelt(token.text, _logprob(token), token.bytes),
+                "top_logprobs": [_spelt(top.text, max(top.logprob, LEAST_LOGPROB), top.bytes) for top in token.top],
+            }
+            for token in tokens
+        ]
+    }
+
+
+def _spelt(text: str, logprob: float | None, raw: bytes) -> Json:
+    return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+
+def _prompt_logprobs(tokens: Sequence[TokenLogprob]) -> Json:
+    """As vLLM has them: for each token of the prompt the likeliest ones and itself, by id."""
+    return {"prompt_logprobs": [_by_id(token) for token in tokens]} if tokens else {}
+
+
+def _by_id(token: TokenLogprob) -> Json | None:
+    own = _logprob(token)
+    if own is None:
+        return None
+    found: Json = {}
+    for place, top in enumerate(token.top, 1):
+        logprob = max(top.logprob, LEAST_LOGPROB)
+        found[str(top.token_id)] = {"logprob": logprob, "rank": place, "decoded_token": top.text}
+    rank = token.rank if token.HasField("rank") else None
+    found.setdefault(str(token.token_id), {"logprob": own, "rank": rank, "decoded_token": token.text})
+    return found

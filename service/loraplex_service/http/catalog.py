@@ -1,0 +1,55 @@
+"""What the `model` of a request may be: models, adapters and routes, as OpenAI lists models."""
+
+import asyncio
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from loraplex import AsyncClient
+from loraplex.channel import CallOptions
+from loraplex.v1.adapters_pb2 import Adapter
+from loraplex.v1.models_pb2 import Model
+
+OWNER = "loraplex"  # of what belongs to no tenant
+
+
+async def listed(client: AsyncClient, call: CallOptions) -> list[dict[str, Any]]:
+    """All that is ready and that the caller may use, by the names of the contract."""
+    models, adapters, routes = await asyncio.gather(
+        client.list_models(**call), client.list_adapters(**call), client.list_routes(**call)
+    )
+    limits = {model.name: model.limits.max_context_tokens for model in models}
+    return [
+        *(
+            _card(model.name, model.load_time, max_model_len=limits[model.name] or None)
+            for model in models
+            if model.state == Model.STATE_ACTIVE
+        ),
+        *(
+            _card(adapter.name, adapter.create_time, adapter.base_model, limits.get(adapter.base_model) or None)
+            for adapter in adapters
+            if adapter.state == Adapter.STATE_ACTIVE
+        ),
+        *(_card(route.name, route.create_time) for route in routes),
+    ]
+
+
+async def retrieved(client: AsyncClient, name: str, call: CallOptions) -> dict[str, Any]:
+    """What a name leads to now: any that the `model` of a request may be. Raises NotFound."""
+    target = (await client.resolve_target(name, **call)).target
+    parent = target.model if target.adapter_version or target.route else None
+    return {**_card(name, Timestamp(), parent), "root": target.adapter_version or target.model}
+
+
+def _card(name: str, created: Timestamp, parent: str | None = None, max_model_len: int | None = None) -> dict[str, Any]:
+    """`parent`: the model that an adapter belongs to."""
+    owner = name.split("/")[1] if name.startswith("tenants/") else OWNER
+    return {
+        "id": name,
+        "object": "model",
+        "created": created.seconds,
+        "owned_by": owner,
+        "root": name,
+        "parent": parent,
+        "max_model_len": max_model_len,
+    }

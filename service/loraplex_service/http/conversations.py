@@ -1,0 +1,136 @@
+"""OpenAI's messages and tools as those of the contract."""
+
+from typing import Any
+
+from google.protobuf.json_format import ParseDict, ParseError
+
+from loraplex.prompts import build_message, build_tool
+from loraplex.v1.prompt_pb2 import Prompt, TokenIds, ToolMode
+from loraplex_service.http.parameters import Draft, Put, checked, items, mapping, text, wrong
+
+# Keys of messages in answers, which clients send back as they came. With a value they are refused by name.
+EMPTY_IN_ANSWERS = ("refusal", "audio", "function_call", "annotations")
+
+
+def put_messages(draft: Draft, value: Any) -> None:
+    """The conversation."""
+    chat = draft.message.prompt.chat
+    for index, message in enumerate(items(value)):
+        try:
+            chat.messages.append(build_message(_own(mapping(message))))
+        except KeyError as error:
+            raise wrong(f"messages[{index}]", f"has no {error}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise wrong(f"messages[{index}]", str(error)) from error
+
+
+def _own(message: dict[str, Any]) -> dict[str, Any]:
+    """The message by our names, without what says nothing."""
+    own = {key: value for key, value in message.items() if value or key not in EMPTY_IN_ANSWERS}
+    if "reasoning" in own:
+        own.setdefault("reasoning_content", own.pop("reasoning"))
+    return own
+
+
+def put_tools(draft: Draft, value: Any) -> None:
+    """The tools that the model may call."""
+    for index, tool in enumerate(items(value)):
+        name = f"tools[{index}]"
+        try:
+            if mapping(tool).get("type", "function") != "function":
+                raise wrong(f"{name}.type", "tools of type 'function' are taken", code="unsupported_parameter")
+            function = dict(mapping(tool["function"]))
+            if function.pop("strict", None) and draft.strict_tool is None:
+                draft.strict_tool = name
+            draft.message.prompt.chat.tools.append(build_tool(function))
+        except KeyError as error:
+            raise wrong(name, f"has no {error}") from error
+        except (ValueError, TypeError) as error:
+            raise wrong(name, str(error)) from error
+
+
+def put_tool_choice(draft: Draft, value: Any) -> None:
+    """Whether the model calls tools, or which."""
+    choice = draft.message.prompt.chat.tool_choice
+    modes = {mode: ToolMode.Value(f"TOOL_MODE_{mode.upper()}") for mode in ("auto", "none", "required")}
+    if isinstance(value, str) and value in modes:
+        choice.mode = modes[value]
+    elif isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict):
+        choice.name = text(value["function"].get("name"))
+    else:
+        raise ValueError('must be "auto", "none", "required" or {"type": "function", "function": {"name": …}}')
+
+
+def check_strict_tools(draft: Draft) -> None:
+    """Raise Refusal for a tool whose calls must follow its schema, where nothing makes them."""
+    choice = draft.message.prompt.chat.tool_choice
+    forced = choice.WhichOneof("kind") == "name" or choice.mode == ToolMode.TOOL_MODE_REQUIRED
+    if draft.strict_tool is not None and not forced:
+        problem = 'calls are held to their schemas where tool_choice requires them: set it to "required" or a tool'
+        raise wrong(f"{draft.strict_tool}.function.strict", problem, code="unsupported_parameter")
+
+
+def put_template_kwargs(draft: Draft, value: Any) -> None:
+    """Further variables of the chat template."""
+    draft.message.prompt.chat.template_kwargs.update(mapping(value))
+
+
+def put_documents(draft: Draft, value: Any) -> None:
+    """What templates for retrieval read."""
+    draft.message.prompt.chat.template_kwargs.update({"documents": items(value)})
+
+
+def put_reasoning_effort(draft: Draft, value: Any) -> None:
+    """How much a model is to think, for templates that know the word."""
+    draft.message.prompt.chat.template_kwargs.update({"reasoning_effort": text(value)})
+
+
+# ---- prompts of completions, embeddings and tokens -------------------------------------------------------------------
+
+
+def prompts(value: Any) -> list[Prompt]:
+    """What a text, a list of token ids, or a list of either means."""
+    several = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
+    return [_prompt(one) for one in (value if several else [value])]
+
+
+def _prompt(value: Any) -> Prompt:
+    if isinstance(value, str):
+        return Prompt(text=value)
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise TypeError("must be a text, a list of token ids, or a list of either")
+    return Prompt(token_ids=TokenIds(ids=value))
+
+
+def put_prompts(draft: Draft, value: Any) -> None:
+    """What a completion goes on from; each of several has choices of its own."""
+    draft.prompts = prompts(value)
+    draft.paths.append(("specs", "prompt"))
+
+
+def put_inputs(draft: Draft, value: Any) -> None:
+    """What is embedded."""
+    draft.message.prompts.extend(prompts(value))
+
+
+def put_in_each(name: str) -> Put:
+    """An option of each prompt."""
+
+    def put(draft: Draft, value: Any) -> None:
+        for prompt in draft.message.prompts:
+            setattr(prompt, name, checked(prompt.DESCRIPTOR.fields_by_name[name], value))
+
+    return put
+
+
+def put_text(draft: Draft, value: Any) -> None:
+    """What is tokenised."""
+    draft.message.prompt.text = text(value)
+
+
+def put_spec(draft: Draft, value: Any) -> None:
+    """Fields of the contract by its own names."""
+    try:
+        ParseDict(mapping(value), draft.message)
+    except (ParseError, AttributeError) as error:
+        raise ValueError(str(error)) from error

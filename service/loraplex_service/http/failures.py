@@ -1,0 +1,105 @@
+"""What callers of HTTP are told of failures: OpenAI's statuses and bodies, with the service's reason and field."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import grpc
+
+from loraplex import LoraplexError
+
+Named = Callable[[str], str | None]  # from the path of a field of the contract to the parameter that it was given by
+
+
+class Kind(NamedTuple):
+    """How one kind of failure is told."""
+
+    status: int
+    type: str
+    code: str = ""  # "": the reason, in lower case
+
+
+# OpenAI's own codes where clients look for them.
+BY_REASON = {
+    "MODEL_NOT_FOUND": Kind(404, "invalid_request_error", "model_not_found"),
+    "ADAPTER_NOT_FOUND": Kind(404, "invalid_request_error", "model_not_found"),
+    "ROUTE_NOT_FOUND": Kind(404, "invalid_request_error", "model_not_found"),
+    "PROMPT_TOO_LONG": Kind(400, "invalid_request_error", "context_length_exceeded"),
+    "INVALID_PARAMETER": Kind(400, "invalid_request_error", "invalid_value"),
+    "FEATURE_UNSUPPORTED": Kind(400, "invalid_request_error", "unsupported_parameter"),
+    "TENANT_QUOTA": Kind(429, "rate_limit_error", "rate_limit_exceeded"),
+    "MESSAGE_TOO_LARGE": Kind(413, "invalid_request_error"),
+}
+BY_CODE = {
+    grpc.StatusCode.INVALID_ARGUMENT: Kind(400, "invalid_request_error"),
+    grpc.StatusCode.OUT_OF_RANGE: Kind(400, "invalid_request_error"),
+    grpc.StatusCode.UNIMPLEMENTED: Kind(400, "invalid_request_error"),
+    grpc.StatusCode.FAILED_PRECONDITION: Kind(400, "invalid_request_error"),
+    grpc.StatusCode.UNAUTHENTICATED: Kind(401, "authentication_error", "invalid_api_key"),
+    grpc.StatusCode.PERMISSION_DENIED: Kind(403, "permission_error"),
+    grpc.StatusCode.NOT_FOUND: Kind(404, "invalid_request_error"),
+    grpc.StatusCode.ALREADY_EXISTS: Kind(409, "invalid_request_error"),
+    grpc.StatusCode.ABORTED: Kind(409, "invalid_request_error"),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Kind(429, "rate_limit_error"),
+    grpc.StatusCode.CANCELLED: Kind(499, "server_error"),
+    grpc.StatusCode.UNAVAILABLE: Kind(503, "server_error"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: Kind(504, "server_error"),
+}
+FAULT = Kind(500, "server_error")
+_SPEC = re.compile(r"\b(?:spec|specs\[\d+\])\.")
+
+
+class Refusal(Exception):  # noqa: N818  (named for what happened)
+    """The door itself answers: the request is not one that could be forwarded."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str = "", retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code or None
+        self.retry_after = retry_after
+
+
+class Failure(NamedTuple):
+    """An answer that says what went wrong."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str]
+
+
+def refused(refusal: Refusal) -> Failure:
+    """The answer for what the door refuses."""
+    kind = "invalid_request_error" if refusal.status < 500 else "server_error"
+    return _failure(refusal.status, refusal.message, kind, refusal.param, refusal.code, refusal.retry_after)
+
+
+def failed(error: LoraplexError, named: Named = lambda path: None) -> Failure:
+    """The answer for a call that failed. `named`: the parameters of the request, by what they became."""
+    kind = BY_REASON.get(error.reason) or BY_CODE.get(error.code, FAULT)
+    message, param = _SPEC.sub("", error.message), None
+    for violation in error.violations:
+        path = _SPEC.sub("", violation.field, count=1)
+        name = named(path) or path
+        message = message.replace(path, name)
+        param = param or name
+    if kind.code == "model_not_found":
+        param = "model"
+    code = kind.code or (error.reason or error.code.name).lower()
+    failure = _failure(kind.status, message or error.code.name, kind.type, param, code, error.retry_after)
+    failure.body["error"]["reason"] = error.reason or None
+    return failure
+
+
+def _failure(
+    status: int, message: str, kind: str, param: str | None, code: str | None, retry_after: float | None
+) -> Failure:
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    headers = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Failure(status, body, headers)

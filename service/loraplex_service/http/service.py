@@ -1,0 +1,94 @@
+"""The clients with which the door calls the service, and what goes along with every call."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from loraplex import AsyncClient, AsyncGenerateStream
+from loraplex.channel import CallOptions
+from loraplex.operations.base import GenerationOperation, Operation
+from loraplex.v1.generation_pb2 import GenerateSpec
+from loraplex.v1.inference_pb2 import StreamGenerateRequest, StreamGenerateResponse
+from loraplex_service.http.exchange import Exchange
+from loraplex_service.http.failures import Refusal
+
+ResponseT = TypeVar("ResponseT", bound=Message)
+
+# What a caller may say beside the body, by the same names as in gRPC's metadata.
+FORWARDED = ("authorization", "loraplex-tenant", "loraplex-routing-key", "x-request-id", "traceparent", "tracestate")
+TIMEOUT = "loraplex-timeout-seconds"
+_OPTIONS: dict[str, str | int] = {
+    "grpc.use_local_subchannel_pool": 1,  # else all clients would share one connection
+    "grpc.enable_retries": 0,  # the caller is told, and decides itself
+    "grpc.max_receive_message_length": -1,  # the service bounds its answers
+}
+
+
+class ServiceClient(AsyncClient):
+    """A client that sends requests as they are, too: what they lack the service says, in its own words."""
+
+    async def ask(self, method: str, request: Message, response: type[ResponseT], call: CallOptions) -> ResponseT:
+        """Call a unary method, such as "TokenizerService/Tokenize"."""
+        return await self._run(Operation(f"/loraplex.v1.{method}", request, response, call))
+
+    def stream(self, spec: GenerateSpec, call: CallOptions) -> AsyncGenerateStream:
+        """Call StreamGenerate."""
+        method, request = "/loraplex.v1.InferenceService/StreamGenerate", StreamGenerateRequest(spec=spec)
+        return self._stream_generation(GenerationOperation(method, request, StreamGenerateResponse, call))
+
+
+class Clients:
+    """As many clients as there are calls for, each with a connection of its own, since a connection takes so many."""
+
+    def __init__(self, target: str, calls_per_client: int) -> None:
+        self._target = target
+        self._calls_per_client = calls_per_client
+        self._calls = Counter[ServiceClient]()
+
+    @contextmanager
+    def lease(self) -> Iterator[ServiceClient]:
+        """A client for one call."""
+        client = next((one for one, calls in self._calls.items() if calls < self._calls_per_client), None)
+        if client is None:
+            client = ServiceClient(self._target, options=_OPTIONS)
+        self._calls[client] += 1
+        try:
+            yield client
+        finally:
+            self._calls[client] -= 1
+
+    @property
+    def num_calls(self) -> int:
+        """Calls in progress."""
+        return self._calls.total()
+
+    async def close(self) -> None:
+        """Cancel all calls, and close all connections."""
+        for client in self._calls:
+            await client.close()
+
+
+def call_options(exchange: Exchange) -> CallOptions:
+    """The options of a call that come from the request's headers. Raises Refusal for what gRPC cannot carry."""
+    metadata = {name: exchange.headers[name] for name in FORWARDED if name in exchange.headers}
+    for name, value in metadata.items():
+        if not (value.isascii() and value.isprintable()):
+            raise Refusal(400, f"the header {name} has characters other than those of printable ASCII", param=name)
+    if exchange.peer:
+        metadata["loraplex-peer"] = exchange.peer
+    return {"metadata": metadata, "timeout": _timeout(exchange.headers.get(TIMEOUT))}
+
+
+def _timeout(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 1e6:
+        raise Refusal(400, f"the header {TIMEOUT} must be a number of seconds above 0", param=TIMEOUT)
+    return seconds

@@ -1,0 +1,333 @@
+"""The parameters of each endpoint: what they become in the contract, or why they are refused.
+
+docs/http.md is rendered from these tables.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from loraplex import constraint
+from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
+from loraplex.v1.pooling_pb2 import EmbedRequest
+from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
+from loraplex_service.http import conversations as said
+from loraplex_service.http.parameters import (
+    Draft,
+    Parameter,
+    Put,
+    Table,
+    flag,
+    items,
+    label,
+    listing,
+    mapping,
+    number,
+    refused,
+    scalar,
+    text,
+    whole,
+    wrong,
+)
+
+COMPLETION_TOKENS = 16  # of /v1/completions by default, as OpenAI has it
+
+
+# ---- values that are no field as they are ----------------------------------------------------------------------------
+
+
+def _put_stream(draft: Draft, value: Any) -> None:
+    draft.stream = flag(value)
+
+
+def _put_stream_options(draft: Draft, value: Any) -> None:
+    options = mapping(value)
+    if unknown := sorted(options.keys() - {"include_usage", "include_obfuscation"}):
+        raise wrong(f"stream_options.{unknown[0]}", "include_usage is taken", code="unsupported_parameter")
+    draft.include_usage = flag(options.get("include_usage") or False)
+
+
+def _put_logit_bias(draft: Draft, value: Any) -> None:
+    for token, bias in mapping(value).items():
+        draft.message.sampling.logit_bias[int(token)] = number(bias)
+
+
+def _put_top_k(draft: Draft, value: Any) -> None:
+    draft.message.sampling.top_k = 0 if value == -1 else whole(value)
+
+
+def _put_metadata(draft: Draft, value: Any) -> None:
+    for key, content in mapping(value).items():
+        draft.message.labels[key] = text(content)
+
+
+def _put_routing_key(draft: Draft, value: Any) -> None:
+    draft.routing_key = text(value)
+
+
+def _put_priority(draft: Draft, value: Any) -> None:
+    draft.message.priority = -whole(value)
+
+
+def _put_include_reasoning(draft: Draft, value: Any) -> None:
+    draft.include_reasoning = flag(value)
+
+
+def _put_echo(draft: Draft, value: Any) -> None:
+    draft.echo = flag(value)
+
+
+def _put_encoding_format(draft: Draft, value: Any) -> None:
+    if value not in ("float", "base64"):
+        raise ValueError('must be "float" or "base64"')
+    draft.base64 = value == "base64"
+
+
+def _put_return_token_ids(draft: Draft, value: Any) -> None:
+    draft.message.output.token_ids = flag(value)
+    draft.message.output.text = True
+
+
+def _put_completion_logprobs(draft: Draft, value: Any) -> None:
+    draft.message.output.logprobs = True
+    draft.message.output.top_logprobs = whole(value)
+
+
+def _put_older_max_tokens(draft: Draft, value: Any) -> None:
+    stopping = draft.message.stopping
+    if any(name == "max_completion_tokens" for _, name in draft.paths) and stopping.max_tokens != whole(value):
+        raise ValueError("max_completion_tokens has another value; set one of them")
+    stopping.max_tokens = whole(value)
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------------
+
+
+def _constrain(draft: Draft, form: Constraint) -> None:
+    if draft.message.HasField("constraint"):
+        raise ValueError("another parameter asks for a form already; set one of them")
+    draft.message.constraint.CopyFrom(form)
+
+
+def _form(kind: str, value: Any) -> Constraint:
+    """The form of one kind, as vLLM names them."""
+    match kind:
+        case "json":
+            return constraint(json_schema=value if isinstance(value, str) else _schema(value))
+        case "json_object":
+            return constraint(json_object=flag(value))
+        case "choice":
+            return constraint(choices=[text(each) for each in items(value)])
+        case "regex":
+            return constraint(regex=text(value))
+    return constraint(grammar=text(value))
+
+
+def _schema(value: Any) -> str:
+    return json.dumps(mapping(value), ensure_ascii=False)
+
+
+def _put_form(kind: str) -> Put:
+    return lambda draft, value: _constrain(draft, _form(kind, value))
+
+
+def _put_structured_outputs(draft: Draft, value: Any) -> None:
+    for kind, content in mapping(value).items():
+        if kind not in ("json", "json_object", "regex", "choice", "grammar"):
+            problem = "json, json_object, regex, choice and grammar are taken"
+            raise wrong(f"structured_outputs.{kind}", problem, code="unsupported_parameter")
+        if content not in (None, False):
+            _constrain(draft, _form(kind, content))
+
+
+def _put_response_format(draft: Draft, value: Any) -> None:
+    _constrain(draft, _response_form(mapping(value)))
+
+
+def _response_form(value: Mapping[str, Any]) -> Constraint:
+    match value.get("type"):
+        case "text":
+            return constraint(any_text=True)
+        case "json_object":
+            return constraint(json_object=True)
+        case "json_schema":
+            return constraint(json_schema=_schema(mapping(value.get("json_schema")).get("schema")))
+    raise ValueError('type must be "text", "json_object" or "json_schema"')
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+_SPEC = Parameter(
+    "loraplex", "", said.put_spec, "further fields of `GenerateSpec` by their own names; others come on top"
+)
+_MODEL = scalar("model", "model", "a model, an adapter, a version, a route or a weighted sum")
+_ADD_SPECIAL = scalar("add_special_tokens", "prompt.add_special_tokens")
+
+_GENERATION = (
+    _SPEC,
+    _MODEL,
+    scalar("temperature", "sampling.temperature"),
+    scalar("top_p", "sampling.top_p"),
+    scalar("n", "sampling.n"),
+    scalar("seed", "sampling.seed"),
+    scalar("frequency_penalty", "sampling.frequency_penalty"),
+    scalar("presence_penalty", "sampling.presence_penalty"),
+    Parameter("logit_bias", "sampling.logit_bias", _put_logit_bias),
+    listing("stop", "stopping.stop"),
+    Parameter("stream", "", _put_stream, "server-sent events, the last one `[DONE]`"),
+    Parameter("stream_options", "", _put_stream_options, "`include_usage`"),
+    Parameter("response_format", "constraint", _put_response_format, "`text` is any text, whatever is the default"),
+    label("user"),
+    label("safety_identifier"),
+    Parameter("metadata", "labels", _put_metadata),
+    Parameter("prompt_cache_key", "", _put_routing_key, "as the header `loraplex-routing-key`"),
+    Parameter("top_k", "sampling.top_k", _put_top_k, "-1 is off, too"),
+    scalar("min_p", "sampling.min_p"),
+    scalar("typical_p", "sampling.typical_p"),
+    scalar("repetition_penalty", "sampling.repetition_penalty"),
+    listing("allowed_token_ids", "sampling.allowed_token_ids"),
+    listing("bad_words", "sampling.bad_words"),
+    listing("stop_token_ids", "stopping.stop_token_ids"),
+    scalar("min_tokens", "stopping.min_tokens"),
+    scalar("ignore_eos", "stopping.ignore_eos"),
+    scalar("include_stop_str_in_output", "stopping.include_stop"),
+    scalar("skip_special_tokens", "output.skip_special_tokens"),
+    scalar("prompt_logprobs", "output.prompt_logprobs"),
+    Parameter("return_token_ids", "output.token_ids", _put_return_token_ids),
+    scalar("truncate_prompt_tokens", "prompt.truncate_to_tokens"),
+    _ADD_SPECIAL,
+    scalar("cache_salt", "cache.salt"),
+    Parameter("priority", "priority", _put_priority, "lower goes first, as vLLM has it: with the other sign"),
+    scalar("request_id", "client_request_id"),
+    Parameter("guided_json", "constraint.json_schema", _put_form("json")),
+    Parameter("guided_regex", "constraint.regex", _put_form("regex")),
+    Parameter("guided_choice", "constraint.choices", _put_form("choice")),
+    Parameter("guided_grammar", "constraint.grammar", _put_form("grammar")),
+    Parameter("structured_outputs", "constraint", _put_structured_outputs, "json, json_object, regex, choice, grammar"),
+    refused("store", "nothing is kept", False),
+    refused("service_tier", "there is one tier", "auto", "default"),
+    refused("use_beam_search", 'searches are asked for by {"loraplex": {"beam_search": …}}', False),
+    refused("length_penalty", "it belongs to beam searches", 1.0),
+    refused("spaces_between_special_tokens", "tokens are joined as the tokenizer joins them", True),
+    refused("return_tokens_as_token_ids", "token ids come by return_token_ids", False),
+    refused("guided_decoding_backend", "there is one", "auto"),
+    refused("logits_processors", "no code of callers is run"),
+    refused("kv_transfer_params", "caches are not moved between servers"),
+    refused("vllm_xargs", "there is nothing that takes them"),
+)
+
+
+def _new_spec() -> Draft:
+    return Draft(GenerateSpec())
+
+
+def _default_length(draft: Draft) -> None:
+    if not draft.message.stopping.HasField("max_tokens"):
+        draft.message.stopping.max_tokens = max(COMPLETION_TOKENS, draft.message.stopping.min_tokens)
+
+
+_CONVERSATION = (
+    Parameter("messages", "prompt.chat.messages", said.put_messages, "their content is text, whole or in parts"),
+    Parameter("tools", "prompt.chat.tools", said.put_tools, "`strict` needs a tool_choice that requires calls"),
+    scalar("add_generation_prompt", "prompt.chat.add_generation_prompt"),
+    scalar("continue_final_message", "prompt.chat.continue_final_message"),
+    Parameter("chat_template_kwargs", "prompt.chat.template_kwargs", said.put_template_kwargs),
+    refused("chat_template", "templates belong to models and adapters"),
+    refused("chat_template_content_format", "contents reach templates as text", "auto", "string"),
+    refused("mm_processor_kwargs", "there is text alone"),
+)
+
+CHAT = Table(
+    "/v1/chat/completions",
+    _new_spec,
+    (
+        *_GENERATION,
+        *_CONVERSATION,
+        scalar("max_completion_tokens", "stopping.max_tokens"),
+        Parameter("max_tokens", "stopping.max_tokens", _put_older_max_tokens, "the older name"),
+        scalar("logprobs", "output.logprobs"),
+        scalar("top_logprobs", "output.top_logprobs"),
+        Parameter("tool_choice", "prompt.chat.tool_choice", said.put_tool_choice),
+        scalar("parallel_tool_calls", "prompt.chat.parallel_tool_calls"),
+        Parameter(
+            "reasoning_effort",
+            "prompt.chat.template_kwargs",
+            said.put_reasoning_effort,
+            "for chat templates that know the word",
+        ),
+        Parameter("documents", "prompt.chat.template_kwargs", said.put_documents),
+        Parameter("include_reasoning", "", _put_include_reasoning, "false leaves `reasoning_content` out"),
+        refused("echo", "continue_final_message goes on with what was said", False),
+        refused("best_of", "it belongs to /v1/completions"),
+        refused("functions", "they are `tools` now"),
+        refused("function_call", "it is `tool_choice` now"),
+        refused("modalities", "there is text alone", ["text"]),
+        refused("audio", "there is text alone"),
+        refused("prediction", 'drafts are asked for by {"loraplex": {"drafts": …}}'),
+        refused("verbosity", "say it in the conversation", "medium"),
+        refused("web_search_options", "nothing is searched"),
+    ),
+    said.check_strict_tools,
+)
+
+COMPLETIONS = Table(
+    "/v1/completions",
+    _new_spec,
+    (
+        *_GENERATION,
+        Parameter("prompt", "prompt", said.put_prompts, "a text, token ids, or a list of either"),
+        scalar("max_tokens", "stopping.max_tokens", f"{COMPLETION_TOKENS} by default, as OpenAI has it"),
+        Parameter("logprobs", "output.top_logprobs", _put_completion_logprobs, "0: those of the tokens alone"),
+        scalar("best_of", "sampling.best_of"),
+        Parameter("echo", "", _put_echo, "the prompt comes back in front of each output"),
+        refused("suffix", "nothing is filled in before a text"),
+        refused("prompt_embeds", "prompts are texts or tokens"),
+    ),
+    _default_length,
+)
+
+EMBEDDINGS = Table(
+    "/v1/embeddings",
+    lambda: Draft(EmbedRequest()),
+    (
+        _MODEL,
+        Parameter("input", "prompts", said.put_inputs, "a text, token ids, or a list of either: at most 256"),
+        scalar("dimensions", "dimensions"),
+        Parameter("encoding_format", "", _put_encoding_format, "`float` or `base64`"),
+        label("user", "options.labels"),
+        scalar("normalize", "normalize"),
+        Parameter("truncate_prompt_tokens", "prompts", said.put_in_each("truncate_to_tokens")),
+        Parameter("add_special_tokens", "prompts", said.put_in_each("add_special_tokens")),
+        scalar("cache_salt", "options.cache.salt"),
+        scalar("request_id", "options.client_request_id"),
+    ),
+)
+
+TOKENIZE = Table(
+    "/tokenize",
+    lambda: Draft(TokenizeRequest()),
+    (
+        _MODEL,
+        Parameter("prompt", "prompt.text", said.put_text, "a text; or `messages`"),
+        *_CONVERSATION,
+        _ADD_SPECIAL,
+        refused("return_token_strs", "/detokenize has the texts of tokens", False),
+    ),
+)
+
+DETOKENIZE = Table(
+    "/detokenize",
+    lambda: Draft(DetokenizeRequest()),
+    (_MODEL, listing("tokens", "token_ids"), scalar("skip_special_tokens", "skip_special_tokens")),
+)
+
+TABLES = (CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, DETOKENIZE)
+
+
+def rendered(table: Table) -> list[str]:
+    """The table as lines of Markdown."""
+    lines = ["| parameter | becomes | |", "|---|---|---|"]
+    for parameter in table.parameters:
+        becomes = f"`{parameter.becomes}`" if parameter.becomes else "–"
+        lines.append(f"| `{parameter.name}` | {becomes} | {parameter.note} |")
+    return lines

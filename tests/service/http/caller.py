@@ -1,0 +1,100 @@
+"""A caller of the door in its own process: ASGI without a server, in front of a real service with a scripted engine."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraplex_service.http.door import Door
+from loraplex_service.http.exchange import Room
+from loraplex_service.http.service import Clients
+
+BODY_BYTES = 1 << 20
+Json = dict[str, Any]
+
+
+@dataclass
+class Answer:
+    """What came back."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> Json:
+        """Of an answer that is an error."""
+        assert self.status >= 400, self.body
+        error: Json = self.json["error"]
+        return error
+
+    @property
+    def events(self) -> list[Any]:
+        """Of a stream; `[DONE]` as it is."""
+        assert self.headers["content-type"].startswith("text/event-stream")
+        events = [part.removeprefix("data: ") for part in self.body.decode().split("\n\n") if part]
+        return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+
+@dataclass
+class Caller:
+    """Makes requests of the door. `leave`: set by a test to have the caller go away."""
+
+    door: Door
+    clients: Clients
+    model: str = "tiny"
+    leave: asyncio.Event = field(default_factory=asyncio.Event)
+    heard: asyncio.Event = field(default_factory=asyncio.Event)  # the first part of a stream came
+
+    async def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+        return await self.request("GET", path, b"", headers or {})
+
+    async def post(self, path: str, content: Any, headers: Mapping[str, str] | None = None) -> Answer:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        return await self.request("POST", path, body, {"content-type": "application/json"} | dict(headers or {}))
+
+    async def chat(self, said: str = "hi", **parameters: Any) -> Answer:
+        conversation = {"model": self.model, "messages": [{"role": "user", "content": said}], "max_tokens": 4}
+        return await self.post("/v1/chat/completions", conversation | parameters)
+
+    async def complete(self, prompt: Any = "ab", **parameters: Any) -> Answer:
+        return await self.post("/v1/completions", {"model": self.model, "prompt": prompt, "max_tokens": 4} | parameters)
+
+    async def request(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        answer, parts = Answer(), [body]
+
+        async def receive() -> Json:
+            if parts:
+                return {"type": "http.request", "body": parts.pop(), "more_body": False}
+            await self.leave.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                answer.status = message["status"]
+                answer.headers = {key.decode(): value.decode() for key, value in message["headers"]}
+            else:
+                answer.body += message["body"]
+                self.heard.set()
+
+        pairs = [(key.encode(), value.encode("latin-1")) for key, value in headers.items()]
+        client = ("127.0.0.1", 40000)
+        scope = {"type": "http", "method": method, "path": path, "headers": pairs, "client": client}
+        await self.door(scope, receive, send)
+        return answer
+
+
+@asynccontextmanager
+async def caller_of(address: str, model: str = "tiny") -> AsyncIterator[Caller]:
+    """A caller of a door in front of the service at this address."""
+    clients = Clients(address, calls_per_client=64)
+    try:
+        yield Caller(Door(clients, Room(BODY_BYTES, 2 * BODY_BYTES, seconds=20.0), "1.2.3"), clients, model)
+    finally:
+        await clients.close()

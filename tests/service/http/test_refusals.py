@@ -1,0 +1,253 @@
+"""What callers of HTTP are told when something goes wrong."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as Packed
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from loraplex import LoraplexError
+from loraplex.v1.errors_pb2 import ErrorReason
+from loraplex_service.admission.tenants import TenantConfig, Tenants
+from loraplex_service.auth.config import AuthConfig
+from loraplex_service.auth.door import Door
+from loraplex_service.errors import Unavailable
+from loraplex_service.http.exchange import _peer
+from loraplex_service.http.failures import BY_CODE, BY_REASON, failed
+from loraplex_service.ports.interceptors import _caller
+from loraplex_service.text import Tokenizer
+from tests.service.data_plane import DataPlane, data_plane
+from tests.service.http.caller import BODY_BYTES, Caller, caller_of
+
+REASONS = [name.removeprefix("ERROR_REASON_") for name in ErrorReason.keys()[1:]]
+
+
+@pytest.fixture
+async def other(plane: DataPlane) -> AsyncIterator[Caller]:
+    async with caller_of(plane.address, "demo") as caller:
+        yield caller
+
+
+def error_of(code: grpc.StatusCode, reason: str, *details: Any) -> LoraplexError:
+    status = Status(code=code.value[0], message="spec.sampling.top_p: is wrong")
+    for detail in (ErrorInfo(reason=reason, domain="loraplex"), *details):
+        packed = Packed()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return LoraplexError(code, status)
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
+def test_every_status_of_grpc_has_one_of_http(code: grpc.StatusCode) -> None:
+    failure = failed(error_of(code, ""))
+    assert failure.status == (BY_CODE[code].status if code in BY_CODE else 500)
+    assert set(failure.body["error"]) == {"message", "type", "param", "code", "reason"}
+    assert failure.body["error"]["code"]
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_every_reason_is_told(reason: str) -> None:
+    error = failed(error_of(grpc.StatusCode.UNAVAILABLE, reason)).body["error"]
+    assert error["reason"] == reason
+    assert error["code"] == (
+        BY_REASON[reason].code if reason in BY_REASON and BY_REASON[reason].code else reason.lower()
+    )
+
+
+def test_reasons_with_words_of_their_own_exist() -> None:
+    assert set(REASONS) >= BY_REASON.keys()
+
+
+def test_when_to_try_again_is_told_in_whole_seconds() -> None:
+    retry = RetryInfo()
+    retry.retry_delay.FromMilliseconds(1200)
+    assert failed(error_of(grpc.StatusCode.UNAVAILABLE, "OVERLOADED", retry)).headers == {"retry-after": "2"}
+
+
+def test_a_field_is_told_by_the_name_of_its_parameter() -> None:
+    violation = BadRequest.FieldViolation(field="spec.sampling.top_p", description="is wrong")
+    error = error_of(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER", BadRequest(field_violations=[violation]))
+    named = {"sampling.top_p": "top_p"}.get
+    assert failed(error, named).body["error"]["param"] == "top_p"
+    assert failed(error, named).body["error"]["message"] == "top_p: is wrong"
+    assert failed(error).body["error"]["param"] == "sampling.top_p"
+
+
+# ---- from the service ------------------------------------------------------------------------------------------------
+
+
+async def test_a_value_outside_its_limits(caller: Caller) -> None:
+    answer = await caller.chat(temperature=11)
+    assert answer.status == 400
+    assert (answer.error["param"], answer.error["code"]) == ("temperature", "invalid_value")
+    assert answer.error["message"].startswith("temperature: ")
+
+
+@pytest.mark.parametrize("missing", ["model", "messages"])
+async def test_a_parameter_that_is_missing(caller: Caller, missing: str) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+    answer = await caller.post("/v1/chat/completions", {**body, missing: None})
+    assert answer.status == 400
+    assert answer.error["param"] in (missing, "prompt")
+
+
+async def test_a_model_that_does_not_exist(caller: Caller) -> None:
+    answer = await caller.chat(model="nobody", stream=True)
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (404, "model_not_found", "model")
+
+
+async def test_a_model_that_is_not_loaded(caller: Caller) -> None:
+    answer = await caller.chat(model="other")
+    assert (answer.status, answer.error["reason"]) == (400, "MODEL_UNLOADED")
+
+
+async def test_a_server_that_cannot_now_says_when_to_come_again(plane: DataPlane, other: Caller) -> None:
+    plane.models.problems["demo"] = Unavailable("OVERLOADED", "the queue is full", retry_after_seconds=3)
+    answer = await other.chat()
+    assert (answer.status, answer.headers["retry-after"], answer.error["code"]) == (503, "3", "overloaded")
+
+
+async def test_a_tenant_over_its_quota(byte_tokenizer: Tokenizer) -> None:
+    tenants = Tenants({}, TenantConfig(requests_per_second=0.1))
+    async with data_plane(byte_tokenizer, tenants=tenants) as plane, caller_of(plane.address, "demo") as caller:
+        assert (await caller.complete()).status == 200
+        answer = await caller.complete()
+    assert (answer.status, answer.error["type"], answer.error["code"]) == (
+        429,
+        "rate_limit_error",
+        "rate_limit_exceeded",
+    )
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+async def test_a_time_that_the_caller_sets_ends_its_request(plane: DataPlane, other: Caller) -> None:
+    plane.engine.steps_allowed = 0
+    body = {"model": "demo", "prompt": "ab"}
+    answer = await other.post("/v1/completions", body, {"loraplex-timeout-seconds": "0.2"})
+    assert answer.status == 504
+    await plane.engine.until_idle()
+
+
+async def test_what_fails_in_a_stream_is_its_last_event(plane: DataPlane, other: Caller) -> None:
+    plane.engine.steps_allowed = 1
+    asked = asyncio.create_task(other.complete(stream=True, max_tokens=50))
+    await other.heard.wait()
+    plane.entrance.end_all(Unavailable("DRAINING", "the server is shutting down"))
+    answer = await asked
+    assert answer.status == 200
+    assert answer.events[-1]["error"]["reason"] == "DRAINING"
+    assert b"[DONE]" not in answer.body
+
+
+async def test_a_token_is_asked_for_and_none_is_known(byte_tokenizer: Tokenizer) -> None:
+    door = Door(AuthConfig(trusted_peers=("10.0.0.0/8",)))
+    async with data_plane(byte_tokenizer, door=door) as plane, caller_of(plane.address, "demo") as caller:
+        for headers in ({}, {"authorization": "Bearer no"}, {"loraplex-tenant": "acme"}):
+            answer = await caller.post("/v1/completions", {"model": "demo", "prompt": "x"}, headers)
+            assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_an_id_of_the_caller_reaches_the_service(caller: Caller) -> None:
+    answer = await caller.post("/v1/completions", {"model": "tiny", "prompt": "x"}, {"x-request-id": "x" * 200})
+    assert (answer.status, answer.error["param"]) == (400, "x-request-id")
+
+
+# ---- from the door ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"[]", 400),
+        (b"\xff", 400),
+        (b'{"model": "\\ud800"}', 400),
+        (b"[" * 100_000, 400),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400),
+        (b"x" * (BODY_BYTES + 1), 413),
+    ],
+    ids=["cut", "list", "bytes", "surrogate", "deep", "number", "large"],
+)
+async def test_a_body_that_cannot_be_read(caller: Caller, body: bytes, status: int) -> None:
+    answer = await caller.post("/v1/completions", body)
+    assert answer.status == status
+    assert answer.error["type"] == "invalid_request_error"
+
+
+async def test_many_large_bodies_at_once_are_refused_and_leave_room_behind(caller: Caller) -> None:
+    caller.door._room.taken = 2 * BODY_BYTES
+    answer = await caller.post("/tokenize", {"model": "tiny", "prompt": "x"})
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    caller.door._room.taken = 0
+    assert (await caller.post("/tokenize", {"model": "tiny", "prompt": "x"})).status == 200
+    assert caller.door._room.taken == 0
+
+
+@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-encoding": "gzip"}])
+async def test_a_body_that_is_no_json_by_its_headers(caller: Caller, headers: dict[str, str]) -> None:
+    """A page in a browser may send text/plain to any address, and JSON only to those that allow it."""
+    assert (await caller.post("/tokenize", {}, headers)).status == 415
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405)],
+)
+async def test_what_there_is_not(caller: Caller, method: str, path: str, status: int) -> None:
+    answer = await caller.request(method, path, b"", {})
+    assert answer.status == status
+    assert path in answer.error["message"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"authorization": "Bearer é"}, {"loraplex-timeout-seconds": "nan"}, {"loraplex-timeout-seconds": "soon"}],
+)
+async def test_a_header_that_cannot_be_passed_on(caller: Caller, headers: dict[str, str]) -> None:
+    answer = await caller.post("/tokenize", {"model": "tiny", "prompt": "x"}, headers)
+    assert (answer.status, answer.error["param"]) == (400, next(iter(headers)))
+
+
+async def test_a_fault_of_the_door_says_nothing_of_it(caller: Caller, caplog: pytest.LogCaptureFixture) -> None:
+    caller.door._room = None  # type: ignore[assignment]
+    with caplog.at_level(logging.CRITICAL):
+        answer = await caller.post("/tokenize", {"model": "tiny", "prompt": "x"})
+    assert (answer.status, answer.error["type"]) == (500, "server_error")
+    assert "None" not in json.dumps(answer.json).replace("null", "")
+
+
+# ---- whom the door speaks for ----------------------------------------------------------------------------------------
+
+
+class Context:
+    """What the service sees of a call."""
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+
+    def peer(self) -> str:
+        return self._peer
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
+
+def caller_seen(peer: str, **metadata: str) -> str:
+    return _caller(Context(peer), {key.replace("_", "-"): value for key, value in metadata.items()}).peer  # type: ignore[arg-type]
+
+
+def test_the_door_says_whom_it_calls_for_and_nobody_else_is_believed() -> None:
+    assert caller_seen("unix:", loraplex_peer="ipv4:10.1.2.3:4") == "ipv4:10.1.2.3:4"
+    assert caller_seen("ipv4:10.9.9.9:4", loraplex_peer="ipv4:127.0.0.1:4") == "ipv4:10.9.9.9:4"
+
+
+@pytest.mark.parametrize(("host", "peer"), [("10.1.2.3", "ipv4:10.1.2.3:7"), ("::1", "ipv6:%5B::1%5D:7")])
+def test_an_address_is_written_as_grpc_writes_it(host: str, peer: str) -> None:
+    assert _peer((host, 7)) == peer
