@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
     "dashboard": {"dashboard": {"enabled": True}},
+    "http": {"http": {"enabled": True}},
     "placement": {
         "nodeSelector": {"gpu": "h100"},
         "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
@@ -157,7 +158,9 @@ def test_every_port_that_something_refers_to_is_one_that_the_service_listens_on(
             ("admin", config.admin_listen),
             ("health", config.health_listen or ":0"),
             ("metrics", config.metrics_listen or ":0"),
+            ("http", config.http_listen),
         )
+        if address is not None
     }
     assert ports == listening
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
@@ -297,3 +300,14 @@ def test_every_value_is_described() -> None:
     text = (CHART / "README.md").read_text()
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert [key for key in values if f"`{key}" not in text] == []
+
+
+def test_http_is_offered_where_it_is_switched_on(chart: Chart) -> None:
+    def of(values: dict[str, Any]) -> tuple[list[str], list[Any]]:
+        release = chart.render(MODELS | values)
+        ports = release.get("Service", "prod-loraplex")["spec"]["ports"]
+        rules = release.get("NetworkPolicy", "prod-loraplex")["spec"]["ingress"]
+        return [port["name"] for port in ports], [rule["from"] for rule in rules if rule["ports"] == [{"port": "http"}]]
+
+    assert of({}) == (["grpc"], [])
+    assert of({"http": {"enabled": True}}) == (["grpc", "http"], [[{"podSelector": {}}]])
