@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ MAX_PINNED_FRACTION = 0.5  # share of slots and bytes; the rest stays free for o
 class _Resident:
     slot: int
     nbytes: int
+    sites: tuple[str, ...]  # of its tables: there are thousands of a model with experts
     num_requests: int = 0
     pinned: bool = False
     draining: bool = False  # takes no new requests, so that another gets its room
@@ -235,11 +236,15 @@ class AdapterPool:
             for site, packed in loaded.packed.items():
                 self._sites[site].table.put(slot, packed)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            self._clear(slot)
+            self._clear(slot, loaded.packed)
             problem = f"the device has no {loaded.nbytes} bytes left for it: {error}"
             raise AdapterRejected([problem], TOO_LARGE) from error
         resident = self._residents[key] = _Resident(
-            slot, loaded.nbytes, invocation_tokens=loaded.invocation_tokens, has_head=loaded.num_labels > 0
+            slot,
+            loaded.nbytes,
+            tuple(loaded.packed),
+            invocation_tokens=loaded.invocation_tokens,
+            has_head=loaded.num_labels > 0,
         )
         self._used_bytes += loaded.nbytes
         self.moved.add(key)
@@ -249,13 +254,13 @@ class AdapterPool:
         resident = self._residents.pop(key)
         self._used_bytes -= resident.nbytes
         self.moved.add(key)
-        self._clear(resident.slot)
+        self._clear(resident.slot, resident.sites)
 
     def _drain(self, key: AdapterKey) -> None:
         self._residents[key].draining = True
         self.moved.add(key)
 
-    def _clear(self, slot: int) -> None:
-        for site in self._sites.values():
-            site.table.remove(slot)
+    def _clear(self, slot: int, sites: Iterable[str]) -> None:
+        for site in sites:
+            self._sites[site].table.remove(slot)
         self._free_slots.append(slot)

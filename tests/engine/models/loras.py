@@ -13,10 +13,19 @@ from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
 
 
-def write_lora(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int = 2, bias: bool = False) -> AdapterKey:
+def write_lora(
+    folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int = 2, bias: bool = False, dora: bool = False
+) -> AdapterKey:
     """An adapter at modules of these shapes [N, C]. At modules of one shape it is the same.  bias: of B, too."""
     folder.mkdir(parents=True)
-    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 4 * rank, "target_modules": [*shapes], "lora_bias": bias}
+    fields = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 4 * rank,
+        "target_modules": [*shapes],
+        "lora_bias": bias,
+        "use_dora": dora,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     tensors = {}
     for module, (out_features, in_features) in shapes.items():
@@ -24,6 +33,9 @@ def write_lora(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int = 
         name = f"base_model.model.{module}.lora"
         tensors[f"{name}_A.weight"] = torch.randn(rank, in_features, generator=generator)
         tensors[f"{name}_B.weight"] = torch.randn(out_features, rank, generator=generator)
+        if dora:
+            magnitudes = torch.rand(out_features, generator=generator) + 0.5
+            tensors[f"{name}_magnitude_vector"] = magnitudes
         if bias:
             tensors[f"{name}_B.bias"] = torch.randn(out_features, generator=generator)
     save_file(tensors, folder / "adapter_model.safetensors")

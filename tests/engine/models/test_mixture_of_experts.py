@@ -41,9 +41,9 @@ MIXED: dict[str, Any] = {
 TOKENS = torch.arange(3, 20)
 
 
-def generate(folder: Path, modules: Sequence[str], backend: str) -> list[list[int]]:
+def generate(folder: Path, modules: Sequence[str], backend: str, **kind: bool) -> list[list[int]]:
     """What a model continues a prompt with: alone, and with the same LoRA at each of `modules`."""
-    key = write_lora(folder / "adapter", {f"model.layers.1.mlp.{module}": (128, 64) for module in modules})
+    key = write_lora(folder / "adapter", {f"model.layers.1.mlp.{module}": (128, 64) for module in modules}, **kind)
     config = EngineConfig(
         model=str(folder), kv_cache_bytes=1 << 20, max_num_batched_tokens=9, threads=1, kernels=backend
     )
@@ -96,13 +96,14 @@ def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"bias": True}])
 def test_equal_experts_generate_what_one_does_and_so_do_equal_adapters_on_them(
-    tmp_path: Path, dense: dict[str, Tensor], mixed: dict[str, Tensor], backend: str
+    tmp_path: Path, dense: dict[str, Tensor], mixed: dict[str, Tensor], backend: str, kind: dict[str, bool]
 ) -> None:
-    wanted = generate(write(tmp_path / "one", dense, DENSE), ["up_proj"], backend)
+    wanted = generate(write(tmp_path / "one", dense, DENSE), ["up_proj"], backend, **kind)
     assert wanted[0] != wanted[1]
     each = [f"experts.{index}.up_proj" for index in range(NUM_EXPERTS)]
-    assert generate(write(tmp_path / "mixed", mixed, MIXED), each, backend) == wanted
+    assert generate(write(tmp_path / "mixed", mixed, MIXED), each, backend, **kind) == wanted
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
