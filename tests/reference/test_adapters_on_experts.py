@@ -78,7 +78,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "parameters": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": []},
     "parameter": {"target_parameters": ["experts.down_proj"], "target_modules": ["v_proj"], "use_rslora": True},
     "other-parameter": {"target_parameters": ["experts.gate_up_proj"], "target_modules": [], "alpha_pattern": {}},
-    "router": {"target_parameters": ["mlp.gate.weight", "experts.down_proj"], "target_modules": ["q_proj"]},
+    "router": {
+        "target_parameters": ["mlp.gate.weight", "experts.down_proj"],
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"gate.weight": 2},
+        "alpha_pattern": {"mlp.gate.weight": 9, "mlp.gate": 60},
+    },
     "ranks": {
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         "target_modules": ["k_proj"],

@@ -136,6 +136,10 @@ class LoRAConfig:
     def alpha_of(self, module: str) -> float:
         return next((alpha for pattern, alpha in self.alpha_patterns if pattern.matches(module)), self.alpha)
 
+    def trains_parameter(self, path: str) -> bool:
+        """Whether a parameter ("model.layers.0.mlp.gate.weight") was trained by its own name."""
+        return f".{path}".endswith(tuple(f".{end}" for end in self.target_parameters))
+
     def scale_of(self, module: str) -> float:
         """The factor of B: alpha / rank, or with rsLoRA alpha / √rank, both of the module itself.
 
@@ -171,7 +175,7 @@ def parse_config(raw: bytes) -> LoRAConfig:
         trained_tokens=reader.trained_tokens(),
         ensure_weight_tying=reader.flag("ensure_weight_tying"),
         invocation_tokens=reader.token_ids("alora_invocation_tokens", MAX_INVOCATION_TOKENS),
-        target_parameters=reader.names("target_parameters"),
+        target_parameters=reader.names("target_parameters", MAX_PATTERNS),
         task_type=str(fields.get("task_type") or ""),
     )
     reader.check_init()
@@ -300,13 +304,16 @@ class _Reader:
                 self._problems.append(f"{name}[{_show(text)}]: {error}")
         return tuple(found)
 
-    def names(self, name: str) -> tuple[str, ...]:
+    def names(self, name: str, most: int | None = None) -> tuple[str, ...]:
         """A list of strings, or one string (a regex, "all-linear")."""
         value = self._fields.get(name)
         if value is None:
             return ()
         if isinstance(value, str):
             return (value,)
+        if isinstance(value, list) and most is not None and len(value) > most:
+            self._problems.append(f"{name}: {len(value)} names, at most {most} are allowed")
+            return ()
         if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
             return tuple(sorted(value))
         self._problems.append(f"{name}={_show(value)}: a string or a list of strings is expected")

@@ -94,12 +94,12 @@ class LoraTensorName:
     module: str  # the module's path in the model that the adapter was trained on, as PEFT's patterns see it
     part: Part
     adapter: str | None  # an adapter name left in the key, such as "default"
-    of_expert: str = ""  # the module of the expert that it is for, cut from a tensor of all experts; "": it is whole
+    changes: str = ""  # the module that it changes, where a parameter was trained by its own path; "": `module`
 
     @property
     def base_module(self) -> str:
         """The path of the module that it changes."""
-        return self.of_expert or self.module
+        return self.changes or self.module
 
 
 @dataclass(frozen=True, slots=True)

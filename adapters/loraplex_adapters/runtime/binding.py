@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraplex_adapters.errors import BASE_MISMATCH, INVALID, AdapterRejected
 from loraplex_adapters.files.config import LoRAConfig
-from loraplex_adapters.files.names import Part, SplitNames, base_module_candidates, split_tensor_names
+from loraplex_adapters.files.names import LoraTensorName, Part, SplitNames, base_module_candidates, split_tensor_names
 from loraplex_adapters.pace import Rest, no_rest, resting
 from loraplex_adapters.runtime.classifier import CLASSIFIER_MODULES, ClassifierHead, bind_head
 from loraplex_adapters.runtime.copies import contradictions, half_tied, settle, tell_copies, trained_twice
@@ -55,6 +55,7 @@ def bind(
     mismatches: list[str] = []  # shapes of another base model
     split = split_tensor_names(tensors, rest)
     split, tensors = split_experts(split, tensors, targets, rest)
+    split = replace(split, names=[_as_trained(name, config) for name in resting(split.names, rest)])
     placed = _place(split, targets, problems, rest)
     heads = [placed.pop(name) for name in list(placed) if placed[name].target.kind is TargetKind.CLASSIFIER]
     head = bind_head(heads, tensors, config, problems)
@@ -95,6 +96,14 @@ def bind(
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------
+
+
+def _as_trained(name: LoraTensorName, config: LoRAConfig) -> LoraTensorName:
+    """The name under the path that PEFT's patterns see: that of the weight, where it was trained as a parameter."""
+    weight = f"{name.module}.weight"
+    if name.changes or not config.trains_parameter(weight):
+        return name
+    return replace(name, module=weight, changes=name.module)
 
 
 def _place(split: SplitNames, targets: Mapping[str, LoraTarget], problems: list[str], rest: Rest) -> dict[str, Module]:

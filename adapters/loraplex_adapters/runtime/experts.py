@@ -47,7 +47,7 @@ def split_experts(
         trained = f"{_unwrapped(name.module)}.{parameter}"
         tensor = cut.pop(name.key)
         for index, path in enumerate(experts):
-            own = replace(name, key=f"{name.key}[{index}]", module=trained, of_expert=path)
+            own = replace(name, key=f"{name.key}[{index}]", module=trained, changes=path)
             cut[own.key] = _of_expert(tensor, name.part, index, len(experts))
             names.append(own)
     return replace(split, names=names), cut

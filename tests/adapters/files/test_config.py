@@ -129,6 +129,8 @@ def test_book_keeping_and_advice_are_accepted(fields: dict[str, object]) -> None
         ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
         ({"rank_pattern": {f"m{i}": 1 for i in range(5000)}}, "at most"),
         ({"target_modules": {"q": 1}}, "a list of strings"),
+        ({"target_parameters": [1]}, "a list of strings"),
+        ({"target_parameters": [f"m{i}" for i in range(5000)]}, "at most"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused(fields: dict[str, object], message: str) -> None:

@@ -400,6 +400,27 @@ def test_the_trained_name_decides_about_patterns(lora_tensors: TensorMaker, targ
     assert torch.equal(adapter.weights["0.qkv"].slices[0].b, expected)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "pattern"),
+    [(["q_proj.weight"], "q_proj.weight"), ([f"{Q}.weight"], "q_proj.weight"), (["proj.weight"], "q_proj")],
+)
+def test_patterns_see_a_weight_that_was_trained_as_a_parameter(
+    lora_tensors: TensorMaker, targets: Targets, parameters: list[str], pattern: str
+) -> None:
+    tensors = lora_tensors([Q], rank=2)
+    patterns = {"rank_pattern": {pattern: 2}, "alpha_pattern": {pattern: 10}}
+    adapter = bound(tensors, targets, target_parameters=parameters, **patterns)  # type: ignore[arg-type]
+    assert torch.equal(adapter.weights["0.qkv"].slices[0].b, tensors[B] * 5.0)
+
+
+def test_patterns_that_name_the_module_miss_a_weight_that_was_trained_as_a_parameter(
+    lora_tensors: TensorMaker, targets: Targets
+) -> None:
+    tensors = lora_tensors([Q])
+    adapter = bound(tensors, targets, target_parameters=["q_proj.weight"], alpha_pattern={"q_proj": 10})
+    assert torch.equal(adapter.weights["0.qkv"].slices[0].b, tensors[B] * 2.0)
+
+
 @pytest.mark.parametrize("stored", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_any_float_is_converted_with_one_rounding_after_the_scale(
     lora_tensors: TensorMaker, targets: Targets, stored: torch.dtype
