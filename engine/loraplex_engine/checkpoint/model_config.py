@@ -157,6 +157,7 @@ class FusedLinear:
     unit: int = 1  # features that stay together when they do: those of a head
     stored_fused: bool = False  # the checkpoint has them as one tensor, at `module`; so do adapters
     stack: Stack | None = None  # of an expert
+    kept_dense: bool = False  # quantising the model while it is loaded leaves it alone
 
 
 class FeedForward(Protocol):

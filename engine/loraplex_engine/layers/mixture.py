@@ -124,4 +124,5 @@ class MixtureLayout:
 
 
 def _dense(site: str, path: str, in_features: int, out_features: int, bias: bool = False) -> FusedLinear:
-    return FusedLinear(site, path, in_features, ((path, out_features),), bias, "nothing")
+    """A linear that decides on others: it is small, and were it rounded, tokens would go to other experts."""
+    return FusedLinear(site, path, in_features, ((path, out_features),), bias, "nothing", kept_dense=True)

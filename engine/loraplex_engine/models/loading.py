@@ -299,7 +299,7 @@ class _Loader:
         if linear.stack is not None and linear.stack.stored:
             weights, biases = self._stacked(prefix, linear.stack, held)
         else:
-            weights = self._weights(held)
+            weights = self._weights(held, None if linear.kept_dense else self.rounding)
             biases = [(f"{path}.bias", (rows,)) for path, rows, _ in held]
         bias = self._bias(biases, adds_bias(linear, self.shard)) if linear.bias else None
         return self._lora_linear(site_name(index, linear), self._linear(weights, bias))
@@ -330,14 +330,14 @@ class _Loader:
     def _lora_linear(self, site: str, linear: AnyLinear) -> LoRALinear:
         return LoRALinear(self.ops, linear, self.num_slots, self.replaced.table.at(site))
 
-    def _weights(self, held: Held) -> list[Matrix]:
+    def _weights(self, held: Held, rounding: str | None) -> list[Matrix]:
         """The weights of projections that are multiplied as one: as few matrices as possible, rows in order."""
         quantised = self.quantised
-        if self.rounding is None and (quantised is None or not any(path in quantised for path, *_ in held)):
+        if rounding is None and (quantised is None or not any(path in quantised for path, *_ in held)):
             return [self._dense([(f"{path}.weight", (rows, columns)) for path, rows, columns in held])]
         found: list[Matrix] = []
         for path, rows, columns in held:
-            weight = self._weight(path, (rows, columns))
+            weight = self._weight(path, (rows, columns), rounding)
             joined = None
             if found and not isinstance(weight, Sequence) and not isinstance(found[-1], Sequence):
                 joined = concatenate((found[-1], weight))
@@ -347,13 +347,13 @@ class _Loader:
                 found[-1] = joined
         return found
 
-    def _weight(self, path: str, part: tuple[slice, slice]) -> Matrix:
+    def _weight(self, path: str, part: tuple[slice, slice], rounding: str | None) -> Matrix:
         if self.quantised is not None and path in self.quantised:
             return self.quantised.read(path, self.ops.device, part)
-        if self.rounding is None:
+        if rounding is None:
             return self._dense([(f"{path}.weight", part)])
         # Rounded before it is cut, so that a weight becomes the same however many ranks there are.
-        return cut(round_to_nearest(self._dense([(f"{path}.weight", ())])[0], self.rounding), *part)
+        return cut(round_to_nearest(self._dense([(f"{path}.weight", ())])[0], rounding), *part)
 
     def _dense(self, parts: Sequence[tuple[str, Part]]) -> list[Tensor]:
         """The rows of several tensors, one after another; straight from the mapped file if packing copies them."""

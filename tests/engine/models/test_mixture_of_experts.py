@@ -115,6 +115,18 @@ def test_stacked_experts_are_the_same_as_those_with_tensors_of_their_own(
     torch.testing.assert_close(logits(together, TOKENS), logits(each, TOKENS))
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "int4"])
+def test_quantising_while_loading_leaves_the_router_as_it_is(
+    tmp_path: Path, mixed: dict[str, Tensor], quantization: str
+) -> None:
+    model = load(write(tmp_path / "mixed", mixed, MIXED), quantization=quantization)
+    router, expert = (f"model.layers.1.mlp.{module}" for module in ("gate", "experts.0.down_proj"))
+    bases = {path: target.base for path, target in model.lora_targets().items() if path in (router, expert)}
+    found = {path: base.dequantize(0, len(mixed[f"{path}.weight"])) for path, base in bases.items() if base is not None}
+    assert torch.equal(found[router], mixed[f"{router}.weight"].float())
+    assert not torch.equal(found[expert], mixed[f"{expert}.weight"].float())
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_reads_its_part_of_stacked_experts(tmp_path: Path, mixed: dict[str, Tensor], rank: int) -> None:
     def parts(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
