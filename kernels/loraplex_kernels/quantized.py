@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 TABLE_SIZE = 16
+UNIT_COLUMNS = 256  # that share a unit of their scales
 
 
 class _Record:
@@ -45,6 +47,8 @@ class AffineWeight(_Record):
     zero: Tensor  # float32 [G, N], in units of codes
     group_size: int  # columns that share a scale; the last group may be shorter: G = ceil(C / group_size)
     input_order: Tensor | None = None  # int64 [C], a permutation
+    # float32 [ceil(C / UNIT_COLUMNS), N]: float16 numbers that scales are whole multiples of, -128 to 127
+    scale_unit: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -66,6 +70,8 @@ class MinimumWeight(_Record):
     scale: Tensor  # float32 [G, N]
     minimum: Tensor  # float32 [G, N]
     group_size: int  # columns that share a scale; the last group may be shorter
+    scale_unit: Tensor | None = None  # as in AffineWeight
+    minimum_unit: Tensor | None = None  # the same of the minima
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -75,7 +81,7 @@ class MinimumWeight(_Record):
         assert self.scale.dtype == self.minimum.dtype == torch.float32
 
     def as_affine(self) -> AffineWeight:
-        """The record that kernels multiply: the same but for the zero points, which are rounded to float32."""
+        """The same but for the zero points, which are rounded to float32: for kernels that know no minima."""
         flat = self.scale == 0  # all weights of the group are its minimum: code 0, whatever it is
         scale = torch.where(flat, 1.0, self.scale)
         codes = self.codes.masked_fill(_spread(flat, self), 0) if bool(flat.any()) else self.codes
@@ -165,14 +171,13 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         parts = [weight for weight in weights if isinstance(weight, AffineWeight)]
         if any(not _alike(first, part) for part in parts):
             return None
-        scale, zero = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("scale", "zero"))
-        return replace(first, codes=codes, scale=scale, zero=zero)
+        return replace(first, codes=codes, **_side_by_side(parts, ("scale", "zero", "scale_unit")))
     if isinstance(first, MinimumWeight):
         minima = [weight for weight in weights if isinstance(weight, MinimumWeight)]
         if any((part.bits, part.group_size) != (first.bits, first.group_size) for part in minima):
             return None
-        scale, minimum = (torch.cat([getattr(part, name) for part in minima], dim=1) for name in ("scale", "minimum"))
-        return replace(first, codes=codes, scale=scale, minimum=minimum)
+        names = ("scale", "minimum", "scale_unit", "minimum_unit")
+        return replace(first, codes=codes, **_side_by_side(minima, names))
     if isinstance(first, TableWeight):
         tables = [weight for weight in weights if isinstance(weight, TableWeight)]
         if any(part.block != first.block or not torch.equal(part.table, first.table) for part in tables):
@@ -186,6 +191,15 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
     if any(len(part.codes) % first.block[0] for part in blocks[:-1]):
         return None
     return replace(first, codes=codes, scale=torch.cat([part.scale for part in blocks]))
+
+
+def _side_by_side(parts: Sequence[AffineWeight | MinimumWeight], names: Sequence[str]) -> dict[str, Any]:
+    """The tensors of these names, one part's columns after another's; None for those that some part lacks."""
+    found = {name: [getattr(part, name) for part in parts] for name in names}
+    return {
+        name: None if any(tensor is None for tensor in tensors) else torch.cat(tensors, dim=1)
+        for name, tensors in found.items()
+    }
 
 
 def _alike(one: AffineWeight, other: AffineWeight) -> bool:

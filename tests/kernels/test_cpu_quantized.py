@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraplex_kernels.cpu import library
-from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight, dequantize
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, MinimumWeight, TableWeight, dequantize
 from loraplex_kernels.reference import ReferenceOps
 from loraplex_kernels.selection import select_ops
 
@@ -63,7 +63,35 @@ def float8(n, c, block):
     return Float8Weight(codes, torch.rand(-(-n // block[0]), -(-c // block[1]), generator=g) + 0.1, block)
 
 
+def multiples(n, c, group, low, high):
+    """Scales that are whole multiples of a float16 number for each 256 columns, and these numbers."""
+    g = generator()
+    unit = (torch.rand(-(-c // 256), n, generator=g) / 64).half().float()
+    factors = torch.randint(low, high + 1, (c // group, n), generator=g)
+    return unit.repeat_interleave(256 // group, dim=0)[: c // group] * factors, unit
+
+
+def minimum(n, c, bits, group, in_units=True):
+    codes = torch.randint(0, 1 << bits, (n, c), generator=generator(), dtype=torch.uint8)
+    (scale, scale_unit), (lowest, lowest_unit) = multiples(n, c, group, 0, 63), multiples(n, c, group, 0, 15)
+    units = (scale_unit, lowest_unit) if in_units else ()
+    return MinimumWeight(codes, bits, scale, lowest, group, *units)
+
+
+def affine_in_units(n, c, bits, group):
+    codes = torch.randint(0, 1 << bits, (n, c), generator=generator(), dtype=torch.uint8)
+    scale, unit = multiples(n, c, group, -128, 127)
+    return AffineWeight(codes, bits, scale, torch.full_like(scale, 1 << (bits - 1)), group, scale_unit=unit)
+
+
 WEIGHTS = {
+    "minima": lambda: minimum(70, 96, 4, 32, in_units=False),
+    "minima of bytes": lambda: minimum(70, 96, 5, 32, in_units=False),
+    "minima in units": lambda: minimum(70, 768, 4, 32),
+    "minima of bytes in units": lambda: minimum(33, 512, 5, 32),
+    "minima in units, groups of 16": lambda: minimum(130, 512, 2, 16),
+    "scales in units": lambda: affine_in_units(70, 768, 3, 16),
+    "scales of bytes in units": lambda: affine_in_units(130, 512, 6, 16),
     "groups of 32": lambda: affine(64, 128, group=32),
     "groups of 64, symmetric": lambda: affine(100, 256, group=64, symmetric=True),
     "groups of 128": lambda: affine(130, 384),

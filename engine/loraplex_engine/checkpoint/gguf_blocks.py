@@ -59,33 +59,33 @@ def _q8_0(blocks: Tensor) -> AffineWeight:
 
 def _q2_k(blocks: Tensor) -> MinimumWeight:
     both, codes, scale, lowest = _split(blocks, K // 16, K // 4, 2, 2)
-    return _minimum(_fields(codes, 2, 32), 2, _float16(scale) * (both & 15), _float16(lowest) * (both >> 4))
+    return _minimum(_fields(codes, 2, 32), 2, _float16(scale), _float16(lowest), both & 15, both >> 4)
 
 
 def _q3_k(blocks: Tensor) -> AffineWeight:
     high, low, scales, scale = _split(blocks, K // 8, K // 4, 12, 2)
     codes = _fields(low, 2, 32) | _fields(high, 1, 32) << 2
     factors = _fields(scales[..., :8], 4, 8) | _fields(scales[..., 8:], 2, 4) << 4
-    return _affine(codes, 3, _float16(scale) * (factors.float() - 32), 4)
+    return _affine(codes, 3, _float16(scale), 4, factors.float() - 32)
 
 
 def _q4_k(blocks: Tensor) -> MinimumWeight:
     scale, lowest, factors, codes = _split(blocks, 2, 2, 12, K // 2)
     of_scale, of_lowest = _six_bits(factors)
-    return _minimum(_fields(codes, 4, 32), 4, _float16(scale) * of_scale, _float16(lowest) * of_lowest)
+    return _minimum(_fields(codes, 4, 32), 4, _float16(scale), _float16(lowest), of_scale, of_lowest)
 
 
 def _q5_k(blocks: Tensor) -> MinimumWeight:
     scale, lowest, factors, high, low = _split(blocks, 2, 2, 12, K // 8, K // 2)
     of_scale, of_lowest = _six_bits(factors)
     codes = _fields(low, 4, 32) | _fields(high, 1, 32) << 4
-    return _minimum(codes, 5, _float16(scale) * of_scale, _float16(lowest) * of_lowest)
+    return _minimum(codes, 5, _float16(scale), _float16(lowest), of_scale, of_lowest)
 
 
 def _q6_k(blocks: Tensor) -> AffineWeight:
     low, high, factors, scale = _split(blocks, K // 2, K // 4, K // 16, 2)
     codes = _fields(low, 4, 64) | _fields(high, 2, 32) << 4
-    return _affine(codes, 6, _float16(scale) * factors.view(torch.int8), 32)
+    return _affine(codes, 6, _float16(scale), 32, factors.view(torch.int8))
 
 
 def _iq4_nl(blocks: Tensor) -> TableWeight:
@@ -168,14 +168,31 @@ def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 # ---- records -------------------------------------------------------------------------------------------------------
 
 
-def _affine(codes: Tensor, bits: int, scale: Tensor, zero: int) -> AffineWeight:
-    """codes: [N, B, elements]; scale: [N, B, groups of a block]"""
-    by_group = _by_group(scale)
-    return AffineWeight(codes.flatten(1), bits, by_group, torch.full_like(by_group, zero), _group_size(codes, scale))
+def _affine(codes: Tensor, bits: int, scale: Tensor, zero: int, factors: Tensor | None = None) -> AffineWeight:
+    """codes: [N, B, elements]; scale: [N, B, 1]; factors: of the scale for each group, [N, B, groups of a block]."""
+    whole = scale if factors is None else scale * factors
+    by_group = _by_group(whole)
+    unit = None if factors is None else _by_group(scale)
+    zeros = torch.full_like(by_group, zero)
+    return AffineWeight(codes.flatten(1), bits, by_group, zeros, _group_size(codes, whole), scale_unit=unit)
 
 
-def _minimum(codes: Tensor, bits: int, scale: Tensor, minimum: Tensor) -> MinimumWeight:
-    return MinimumWeight(codes.flatten(1), bits, _by_group(scale), _by_group(minimum), _group_size(codes, scale))
+def _minimum(
+    codes: Tensor,
+    bits: int,
+    scale: Tensor,
+    minimum: Tensor,
+    of_scale: Tensor | None = None,
+    of_minimum: Tensor | None = None,
+) -> MinimumWeight:
+    """codes: [N, B, elements]; scale, minimum: [N, B, 1]; of_…: their factors, as in `_affine`."""
+    if of_scale is None or of_minimum is None:
+        return MinimumWeight(codes.flatten(1), bits, _by_group(scale), _by_group(minimum), _group_size(codes, scale))
+    scales, minima = scale * of_scale, minimum * of_minimum
+    units = _by_group(scale), _by_group(minimum)
+    return MinimumWeight(
+        codes.flatten(1), bits, _by_group(scales), _by_group(minima), _group_size(codes, scales), *units
+    )
 
 
 def _table(codes: Tensor, values: Sequence[int], scale: Tensor) -> TableWeight:

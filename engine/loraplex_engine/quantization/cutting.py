@@ -7,7 +7,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from loraplex_engine.checkpoint.model_config import ModelError
-from loraplex_kernels.quantized import AffineWeight, Float8Weight, MinimumWeight, QuantizedWeight, TableWeight
+from loraplex_kernels.quantized import (
+    UNIT_COLUMNS,
+    AffineWeight,
+    Float8Weight,
+    MinimumWeight,
+    QuantizedWeight,
+    TableWeight,
+)
 
 
 def cut(weight: QuantizedWeight, rows: slice, columns: slice) -> QuantizedWeight:
@@ -23,8 +30,14 @@ def cut(weight: QuantizedWeight, rows: slice, columns: slice) -> QuantizedWeight
             return _cut_affine(weight, codes, rows, columns)
         case MinimumWeight():
             groups = _units(columns, weight.codes.shape[1], weight.group_size)
-            scale, minimum = weight.scale[groups, rows].contiguous(), weight.minimum[groups, rows].contiguous()
-            return replace(weight, codes=codes, scale=scale, minimum=minimum)
+            return replace(
+                weight,
+                codes=codes,
+                scale=weight.scale[groups, rows].contiguous(),
+                minimum=weight.minimum[groups, rows].contiguous(),
+                scale_unit=_cut_unit(weight.scale_unit, weight.codes.shape[1], rows, columns),
+                minimum_unit=_cut_unit(weight.minimum_unit, weight.codes.shape[1], rows, columns),
+            )
         case TableWeight():
             return _cut_table(weight, codes, rows, columns)
         case Float8Weight():
@@ -40,7 +53,16 @@ def _cut_affine(weight: AffineWeight, codes: Tensor, rows: slice, columns: slice
     groups = _units(columns, c, weight.group_size)
     scale, zero = weight.scale[groups, rows].contiguous(), weight.zero[groups, rows].contiguous()
     group_size = min(weight.group_size, codes.shape[1])
-    return replace(weight, codes=codes, scale=scale, zero=zero, group_size=group_size)
+    unit = _cut_unit(weight.scale_unit, c, rows, columns)
+    return replace(weight, codes=codes, scale=scale, zero=zero, group_size=group_size, scale_unit=unit)
+
+
+def _cut_unit(unit: Tensor | None, c: int, rows: slice, columns: slice) -> Tensor | None:
+    """What scales are multiples of; None, which only takes more room, where a cut goes through the columns of one."""
+    ends_within = columns.stop % UNIT_COLUMNS and columns.stop != c
+    if unit is None or columns.start % UNIT_COLUMNS or ends_within:
+        return None
+    return unit[columns.start // UNIT_COLUMNS : -(-columns.stop // UNIT_COLUMNS), rows].contiguous()
 
 
 def _cut_table(weight: TableWeight, codes: Tensor, rows: slice, columns: slice) -> TableWeight:

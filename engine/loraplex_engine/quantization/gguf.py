@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.gguf_blocks import READERS, record_of
 from loraplex_engine.checkpoint.weights import ExpectedTensor
 from loraplex_engine.quantization.spec import LinearShape
+from loraplex_kernels.finite import all_finite
 from loraplex_kernels.quantized import QuantizedWeight
 
 WEIGHT = ".weight"
@@ -34,12 +35,16 @@ class GGUFSpec:
         return {WEIGHT: ExpectedTensor((linear.out_features, linear.in_features), tuple(READERS))}
 
     def read(self, linear: LinearShape, stored: Mapping[str, Tensor]) -> QuantizedWeight:
-        return record_of(self.types[linear.path + WEIGHT], stored[WEIGHT])
+        record = record_of(self.types[linear.path + WEIGHT], stored[WEIGHT])
+        tensors = (getattr(record, field.name) for field in fields(record))
+        if not all(all_finite(each) for each in tensors if isinstance(each, Tensor) and each.is_floating_point()):
+            raise linear.error(WEIGHT, "holds NaN or Inf among its scales: the file is damaged, fetch it again")
+        return record
 
 
-def parse(fields: ConfigFields) -> GGUFSpec:
+def parse(section: ConfigFields) -> GGUFSpec:
     """The types that the file's own header states. Raises ModelError for a config.json that claims this form."""
-    types = fields.raw().get("types")
+    types = section.raw().get("types")
     if not isinstance(types, dict):
-        raise fields.error("quant_method", "gguf", "left to GGUF files themselves: name the file as the model")
+        raise section.error("quant_method", "gguf", "left to GGUF files themselves: name the file as the model")
     return GGUFSpec(types)

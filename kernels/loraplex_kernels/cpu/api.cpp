@@ -112,7 +112,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 15; }
+EXPORT int loraplex_version() { return 16; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -135,13 +135,15 @@ EXPORT AnyLinear* loraplex_linear_create(Context* context, int dtype, int64_t c,
     });
 }
 
-// codec: 0 entries of a table of 16, 1 signed bytes times 2^24, 2 float8 e4m3 divided by 256. scale and offset: of
-// these values, [groups, n]; order: [c]; offset, order and bias may be null, and so may table for the other codecs.
+// codec: 0 entries of a table of 16, 1 signed bytes, 2 float8 e4m3. scale and offset: of these values, [groups, n], and
+// their units, as QuantizedMatrix has them; order: [c]; all but scale may be null, and so may table for other codecs.
 EXPORT AnyLinear* loraplex_quantized_create(Context* context, int dtype, int codec, int64_t n, int64_t c,
                                             const uint8_t* codes, const float* table, int64_t group, const float* scale,
-                                            const float* offset, const int64_t* order, const void* bias) {
+                                            const float* offset, int minima, const float* scale_unit,
+                                            const float* offset_unit, const int64_t* order, const void* bias) {
     return created([&] {
-        const QuantizedMatrix matrix{n, c, codes, table, group, scale, offset, order};
+        const QuantizedMatrix matrix{n,      c,           codes,      table,       group, scale,
+                                     offset, minima != 0, scale_unit, offset_unit, order};
         return with_type(dtype, [&](auto of) -> AnyLinear* {
             return create_quantized(*context, codec, matrix, static_cast<const typename decltype(of)::Type*>(bias));
         });

@@ -21,6 +21,7 @@ constexpr int WORDS = 16;  // that hold neighbouring columns
 // 16 values of any kind: integers of up to 4 bits, nf4, fp4.
 struct TableCodec {
     static constexpr int BITS = 4;
+    static constexpr float FACTOR = 1.0f;  // what it makes of codes, times this, are the values
 
     explicit TableCodec(const float* entries) : table(entries) {
 #if defined(__AVX512BF16__)
@@ -46,6 +47,7 @@ struct TableCodec {
 // Numbers from -128 to 127, times 2^24: so a byte need not be brought down from the top of its word.
 struct SignedCodec {
     static constexpr int BITS = 8;
+    static constexpr float FACTOR = 1.0f / (1 << 24);
     Vec decode(Words words, int at) const { return signed_byte(words, at); }
 #if defined(__AVX512FP16__)
     // By way of float16, which takes a whole vector at once. Of a byte in the upper half of 16 bits its exponent is 23
@@ -66,6 +68,7 @@ struct SignedCodec {
 // Float8 e4m3, divided by 256.
 struct Float8Codec {
     static constexpr int BITS = 8;
+    static constexpr float FACTOR = 256.0f;
     Vec decode(Words words, int at) const { return float8_byte(words, at); }
 #if defined(__AVX512BF16__)
     __m512bh decode_pair(Words words, int at) const { return pair_up(decode(words, at), decode(words, at + 16)); }

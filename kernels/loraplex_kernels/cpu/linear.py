@@ -24,8 +24,6 @@ from loraplex_kernels.quantized import (
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TABLE, SIGNED_BYTE, FLOAT8 = 0, 1, 2
 FLOAT8_NAN = 0x7F  # and the same with a sign
-SIGNED_BYTE_FACTOR = 2.0**-24  # the kernels read bytes at the top of words of 32 bits
-FLOAT8_FACTOR = 256.0  # the kernels read e4m3 with the exponent's bias of float16: 2^8 too small
 
 
 class CpuLinear:
@@ -81,8 +79,8 @@ def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | Non
     form = _coded(weight)
     order = getattr(weight, "input_order", None)
     bias = None if bias is None else bias.to(dtype).contiguous()
-    tensors = [form.scale, form.offset, None if order is None else order.long()]
-    scale, offset, order = (None if tensor is None else tensor.contiguous() for tensor in tensors)
+    values = [form.scale, form.offset, form.scale_unit, form.offset_unit, None if order is None else order.long()]
+    scale, offset, scale_unit, offset_unit, order = (None if each is None else each.contiguous() for each in values)
     codes, table = form.codes.contiguous(), form.table
     handle = library.quantized_create(
         library.context,
@@ -92,14 +90,18 @@ def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | Non
         codes.data_ptr(),
         _pointer(table),
         form.group,
-        *(_pointer(tensor) for tensor in (scale, offset, order, bias)),
+        _pointer(scale),
+        _pointer(offset),
+        form.minima,
+        *(_pointer(tensor) for tensor in (scale_unit, offset_unit, order, bias)),
     )
     return CpuLinear(library, handle, codes.shape, dtype, (form.codec, form.group))
 
 
 @dataclass(frozen=True, slots=True)
 class _Coded:
-    """W[n, c] = scale[g, n] · (value(codes[n, c]) + offset[g, n]), g = c // group: the form of all records here."""
+    """W[n, c] = scale[g, n] · (value(codes[n, c]) + offset[g, n]) with g = c // group, or the offset outside of the
+    brackets: the forms of all records here."""
 
     codec: int
     codes: Tensor  # uint8 [N, C]
@@ -107,11 +109,14 @@ class _Coded:
     group: int
     scale: Tensor  # float32 [G, N]
     offset: Tensor | None  # float32 [G, N]
+    minima: bool = False  # the offset is outside
+    scale_unit: Tensor | None = None  # as in the records
+    offset_unit: Tensor | None = None
 
 
 def _coded(weight: QuantizedWeight) -> _Coded:
     if isinstance(weight, MinimumWeight):
-        return _coded_affine(weight.as_affine())
+        return _coded_minimum(weight)
     if isinstance(weight, AffineWeight):
         return _coded_affine(weight)
     if isinstance(weight, TableWeight):
@@ -123,11 +128,19 @@ def _coded_affine(weight: AffineWeight) -> _Coded:
     """Convert an affine record. Values count from the middle of the codes, so that symmetric weights need no offset."""
     middle = 1 << (weight.bits - 1)
     offset = middle - weight.zero if (weight.zero != middle).any() else None
+    scales = (weight.group_size, weight.scale, offset, False, weight.scale_unit)
     if weight.bits > 4:
-        scale, offset = weight.scale * SIGNED_BYTE_FACTOR, offset if offset is None else offset / SIGNED_BYTE_FACTOR
-        return _Coded(SIGNED_BYTE, weight.codes - middle, None, weight.group_size, scale, offset)
-    table = torch.arange(TABLE_SIZE, dtype=torch.float32) - middle
-    return _Coded(TABLE, weight.codes, table, weight.group_size, weight.scale, offset)
+        return _Coded(SIGNED_BYTE, weight.codes - middle, None, *scales)
+    return _Coded(TABLE, weight.codes, torch.arange(TABLE_SIZE, dtype=torch.float32) - middle, *scales)
+
+
+def _coded_minimum(weight: MinimumWeight) -> _Coded:
+    unit = None if weight.minimum_unit is None else -weight.minimum_unit
+    scales = (weight.group_size, weight.scale, -weight.minimum, True, weight.scale_unit, unit)
+    if weight.bits > 4:
+        assert weight.bits < 8  # as signed bytes
+        return _Coded(SIGNED_BYTE, weight.codes, None, *scales)
+    return _Coded(TABLE, weight.codes, torch.arange(TABLE_SIZE, dtype=torch.float32), *scales)
 
 
 def _coded_table(weight: TableWeight) -> _Coded:
@@ -144,7 +157,7 @@ def _coded_float8(weight: Float8Weight) -> _Coded:
     if ((codes & FLOAT8_NAN) == FLOAT8_NAN).any():
         raise ValueError("a float8 weight has elements that are not numbers")
     rows, columns = weight.block
-    scale = weight.scale.repeat_interleave(rows, dim=0)[: len(codes)].t() * FLOAT8_FACTOR
+    scale = weight.scale.repeat_interleave(rows, dim=0)[: len(codes)].t()
     return _Coded(FLOAT8, codes, None, columns, scale, None)
 
 

@@ -122,30 +122,49 @@ class Products<bf16> {
 }  // namespace
 
 template <class S>
-bool GroupValues::try_as(Context& context, const std::vector<float>& values) {
+bool GroupValues::try_as(Context& context, const std::vector<float>& values, Kind kind) {
     if (!std::all_of(values.begin(), values.end(), [](float v) { return widen(narrow<S>(v)) == v; })) return false;
     data_ = Array<char>(context.arena, values.size() * sizeof(S));
     S* to = reinterpret_cast<S*>(data_.data());
     for (size_t i = 0; i < values.size(); ++i) to[i] = narrow<S>(values[i]);
-    width_ = std::is_same_v<S, bf16> ? 1 : int(sizeof(S));
+    kind_ = kind;
     return true;
 }
 
-GroupValues::GroupValues(Context& context, std::vector<float> values) : size_(int64_t(values.size())) {
-    if (!try_as<f16>(context, values) && !try_as<bf16>(context, values)) try_as<float>(context, values);
+GroupValues::GroupValues(Context& context, const std::vector<float>& values) : size_(int64_t(values.size())) {
+    if (!try_as<f16>(context, values, FLOAT16) && !try_as<bf16>(context, values, BFLOAT16))
+        try_as<float>(context, values, FLOAT32);
 }
 
-Vec GroupValues::at(int64_t index) const {
-    switch (width_) {
-        case 1: return load(reinterpret_cast<const bf16*>(data_.data()) + index);
-        case 2: return load(reinterpret_cast<const f16*>(data_.data()) + index);
-        default: return load(reinterpret_cast<const float*>(data_.data()) + index);
+GroupValues::GroupValues(Context& context, const std::vector<float>& values, const std::vector<float>& units,
+                         int64_t groups, int64_t groups_in_unit)
+    : kind_(MULTIPLES), size_(int64_t(values.size())), groups_(groups), groups_in_unit_(groups_in_unit),
+      units_in_panel_(ceil_div(groups, groups_in_unit)), data_(context.arena, values.size()),
+      units_(context.arena, units.size()) {
+    for (size_t i = 0; i < units.size(); ++i) units_.data()[i] = narrow<f16>(units[i]);
+    i8* to = reinterpret_cast<i8*>(data_.data());
+    for (int64_t i = 0; i < size_; ++i) {
+        const int64_t row = i / CODE_PANEL, unit = row / groups_ * units_in_panel_ + row % groups_ / groups_in_unit_;
+        const float of = units[unit * CODE_PANEL + i % CODE_PANEL];
+        to[i] = narrow<i8>(of == 0.0f ? 0.0f : values[i] / of);
     }
+}
+
+Vec GroupValues::at(int64_t index, int64_t column) const {
+    const int64_t place = index * CODE_PANEL + column;
+    switch (kind_) {
+        case FLOAT32: return load(reinterpret_cast<const float*>(data_.data()) + place);
+        case FLOAT16: return load(reinterpret_cast<const f16*>(data_.data()) + place);
+        case BFLOAT16: return load(reinterpret_cast<const bf16*>(data_.data()) + place);
+        default: break;
+    }
+    const int64_t unit = index / groups_ * units_in_panel_ + index % groups_ / groups_in_unit_;
+    return load(reinterpret_cast<const i8*>(data_.data()) + place) * load(units_.data() + unit * CODE_PANEL + column);
 }
 
 template <class T, class Codec>
 QuantizedLinear<T, Codec>::QuantizedLinear(Context& context, const QuantizedMatrix& matrix, const T* bias)
-    : n_(matrix.n), c_(matrix.c), units_(0), codec_(make_codec<Codec>(matrix.table)) {
+    : n_(matrix.n), c_(matrix.c), units_(0), minima_(matrix.minima), codec_(make_codec<Codec>(matrix.table)) {
     for (int64_t first = 0; first < c_;) {
         const int64_t source = first / matrix.group;
         const int64_t end = std::min({c_, (source + 1) * matrix.group, first + MAX_GROUP});
@@ -161,17 +180,24 @@ QuantizedLinear<T, Codec>::QuantizedLinear(Context& context, const QuantizedMatr
     reordered_ = int64_t(inputs_.size()) != c_ || matrix.order;
     pack(context, matrix);
     const int64_t panels = ceil_div(n_, CODE_PANEL);
-    const auto spread = [&](const float* values) {  // [groups of the matrix, n] → [panels, groups, CODE_PANEL]
-        std::vector<float> out;
-        out.reserve(panels * groups_.size() * CODE_PANEL);
+    const auto in_panels = [&](const float* values, int64_t rows, auto source) {
+        std::vector<float> out;  // [panels, rows, CODE_PANEL]
+        out.reserve(panels * rows * CODE_PANEL);
         for (int64_t p = 0; p < panels; ++p)
-            for (const Group& group : groups_)
+            for (int64_t row = 0; row < rows; ++row)
                 for (int64_t j = p * CODE_PANEL; j < (p + 1) * CODE_PANEL; ++j)
-                    out.push_back(j < n_ ? values[group.source * n_ + j] : 0.0f);
+                    out.push_back(j < n_ ? values[source(row) * n_ + j] : 0.0f);
         return out;
     };
-    scales_ = GroupValues(context, spread(matrix.scale));
-    if (matrix.offset) offsets_ = GroupValues(context, spread(matrix.offset));
+    const auto groups = int64_t(groups_.size());
+    const auto group_values = [&](const float* values, const float* units) {
+        const auto spread = in_panels(values, groups, [&](int64_t g) { return groups_[g].source; });
+        if (!units) return GroupValues(context, spread);
+        const auto of_units = in_panels(units, ceil_div(c_, UNIT_INPUTS), [](int64_t unit) { return unit; });
+        return GroupValues(context, spread, of_units, groups, UNIT_INPUTS / matrix.group);
+    };
+    scales_ = group_values(matrix.scale, matrix.scale_unit);
+    if (matrix.offset) offsets_ = group_values(matrix.offset, matrix.offset_unit);
     if (!bias) return;
     bias_ = Array<float>(context.arena, panels * CODE_PANEL);
     for (int64_t j = 0; j < panels * CODE_PANEL; ++j) bias_.data()[j] = j < n_ ? widen(bias[j]) : 0.0f;
@@ -256,16 +282,29 @@ CodeColumns<Codec, typename Operand<T>::Type> QuantizedLinear<T, Codec>::codes(i
     return {units(panel, group), 2 * group.units / PAIR_OF<X>, AHEAD<Codec>, codec_};
 }
 
+template <class T, class Codec>
+Vec QuantizedLinear<T, Codec>::scale(int64_t panel, int64_t group, int64_t column) const {
+    const Vec scale = scales_.at(panel * int64_t(groups_.size()) + group, column);
+    if constexpr (Codec::FACTOR == 1.0f) return scale;
+    return scale * fill(Codec::FACTOR);
+}
+
+template <class T, class Codec>
+Vec QuantizedLinear<T, Codec>::offset(int64_t panel, int64_t group, int64_t column) const {
+    const Vec offset = offsets_.at(panel * int64_t(groups_.size()) + group, column);
+    if (Codec::FACTOR == 1.0f || minima_) return offset;
+    return offset * fill(1.0f / Codec::FACTOR);
+}
+
 // What takes the products of rows with a group to their totals, from the first row on.
 template <class T, class Codec>
 GroupFactors QuantizedLinear<T, Codec>::factors(int64_t panel, int64_t group, const Input& x, int64_t first) const {
-    const auto groups = int64_t(groups_.size());
     GroupFactors factors;
     factors.sums = x.sums ? x.sums + group * x.sums_stride + first : nullptr;
+    factors.minima = minima_;
     for (int v = 0; v < CODE_VECTORS; ++v) {
-        const int64_t values = (panel * groups + group) * CODE_PANEL + v * W;
-        store(factors.scale + v * W, scales_.at(values));
-        if (x.sums) store(factors.offset + v * W, offsets_.at(values));
+        store(factors.scale + v * W, scale(panel, group, v * W));
+        if (x.sums) store(factors.offset + v * W, offset(panel, group, v * W));
     }
     return factors;
 }
@@ -419,12 +458,12 @@ void QuantizedLinear<T, Codec>::unpack(int64_t first, int64_t last, float* out) 
             const Group& group = groups_[g];
             unpack_codes(CodeColumns<Codec, float>{units(p, group), 2 * group.units, 0, codec_}, unpacked);
             for (int v = 0; v < CODE_VECTORS; ++v) {
-                const int64_t values = (p * int64_t(groups_.size()) + g) * CODE_PANEL + v * W;
-                const Vec scale = scales_.at(values);
-                const Vec offset = offsets_.empty() ? zero() : offsets_.at(values);
+                const Vec of_scale = scale(p, g, v * W);
+                const Vec beside = offsets_.empty() ? zero() : offset(p, g, v * W);
                 for (int64_t i = 0; i < group.count; ++i) {
                     float weights[W];
-                    store(weights, scale * (load(unpacked + i * CODE_PANEL + v * W) + offset));
+                    const Vec value = load(unpacked + i * CODE_PANEL + v * W);
+                    store(weights, minima_ ? of_scale * value + beside : of_scale * (value + beside));
                     for (int j = 0; j < W; ++j) {
                         const int64_t row = p * CODE_PANEL + v * W + j;
                         if (row >= first && row < last) out[(row - first) * c_ + inputs_[group.input + i]] = weights[j];

@@ -2,16 +2,21 @@
 //
 //     y[n] = Σ_g scale[g, n] · (Σ_{c in g} x[c] · value[n, c] + offset[g, n] · Σ_{c in g} x[c]) + bias[n]
 //
+// or, where offsets are minima, with scale[g, n] for the values alone.
+//
 // A value is what a codec makes of a code: exact in bfloat16, but for tables of other numbers. So nothing else is
 // rounded than in a product of float32 matrices.
 #pragma once
 
 #include <vector>
 
+#include "bytes.h"
 #include "codes.h"
 #include "linear.h"
 
 namespace loraplex {
+
+constexpr int64_t UNIT_INPUTS = 256;  // that share a unit; a group lies in one
 
 // What a quantised matrix [n, c] is made of. Copied.
 struct QuantizedMatrix {
@@ -21,26 +26,38 @@ struct QuantizedMatrix {
     int64_t group;         // inputs that share a scale; the last group may be shorter
     const float* scale;    // [groups, n]
     const float* offset;   // [groups, n], or null: none
+    bool minima;           // offsets are added as they are, not times the scale
+    // [ceil(c / UNIT_INPUTS), n]: what scales and offsets are whole multiples of, from -128 to 127; null: of nothing
+    const float* scale_unit;
+    const float* offset_unit;
     const int64_t* order;  // [c]: which input a column of codes multiplies; null: its own
 };
 
-// One number for each group and output, as narrow as holds all of them exactly.
+// One number for each group and output [panels, groups, CODE_PANEL], as narrow as holds all of them exactly; or a byte
+// each, times what the groups of a unit have in common.
 class GroupValues {
   public:
     GroupValues() = default;
-    GroupValues(Context& context, std::vector<float> values);
+    GroupValues(Context& context, const std::vector<float>& values);
+    // units: [panels, units, CODE_PANEL]; every `groups_in_unit` groups share one.
+    GroupValues(Context& context, const std::vector<float>& values, const std::vector<float>& units, int64_t groups,
+                int64_t groups_in_unit);
 
     bool empty() const { return size_ == 0; }
-    int64_t bytes() const { return int64_t(data_.bytes()); }
-    Vec at(int64_t index) const;
+    int64_t bytes() const { return int64_t(data_.bytes() + units_.bytes()); }
+    // index: panel · groups + group
+    Vec at(int64_t index, int64_t column) const;
 
   private:
-    template <class S>
-    bool try_as(Context& context, const std::vector<float>& values);
+    enum Kind { FLOAT32, FLOAT16, BFLOAT16, MULTIPLES };
 
-    int width_ = 4;  // bytes: 4 float32, 2 float16, 1 stands for bfloat16
-    int64_t size_ = 0;
+    template <class S>
+    bool try_as(Context& context, const std::vector<float>& values, Kind kind);
+
+    Kind kind_ = FLOAT32;
+    int64_t size_ = 0, groups_ = 0, groups_in_unit_ = 0, units_in_panel_ = 0;
     Array<char> data_;
+    Array<f16> units_;
 };
 
 // Takes the products of rows with one group to the rows' totals.
@@ -48,23 +65,26 @@ struct GroupFactors {
     alignas(64) float scale[CODE_PANEL];
     alignas(64) float offset[CODE_PANEL];
     const float* sums;  // of the group's inputs, by row; null: there are no offsets
+    bool minima;
 
-    // totals[r] += scale · (products + offset · sum) for rows first … end - 1 and some vectors of the panel.
-    // products: [end - first, stride], totals: [rows, CODE_PANEL]
+    // totals[r] += scale · (products + offset · sum), or scale · products + offset · sum with minima, for rows first …
+    // end - 1 and some vectors of the panel. products: [end - first, stride], totals: [rows, CODE_PANEL]
     void add(const float* products, int64_t stride, int vector, int vectors, int64_t first, int64_t end,
              float* totals) const {
         for (int v = 0; v < vectors; v += 2) {
             const int64_t column = (vector + v) * W;
-            if (sums)
-                add_pairs<true>(products + v * W, stride, column, first, end, totals + column);
+            if (!sums)
+                add_pairs<false, false>(products + v * W, stride, column, first, end, totals + column);
+            else if (minima)
+                add_pairs<true, true>(products + v * W, stride, column, first, end, totals + column);
             else
-                add_pairs<false>(products + v * W, stride, column, first, end, totals + column);
+                add_pairs<true, false>(products + v * W, stride, column, first, end, totals + column);
         }
     }
 
   private:
     // Of two neighbouring vectors: a row's sum is read once for both.
-    template <bool OFFSETS>
+    template <bool OFFSETS, bool MINIMA>
     void add_pairs(const float* products, int64_t stride, int64_t column, int64_t first, int64_t end,
                    float* totals) const {
         const Vec scales[2] = {load(scale + column), load(scale + column + W)};
@@ -76,9 +96,12 @@ struct GroupFactors {
             const Vec sum_of_inputs = OFFSETS ? fill(sums[r]) : zero();
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
-                Vec product = load(products + v * W);
-                if (OFFSETS) product = fma(offsets[v], sum_of_inputs, product);
-                store(to + v * W, fma(scales[v], product, load(to + v * W)));
+                Vec product = load(products + v * W), total = load(to + v * W);
+                if (MINIMA)
+                    total = fma(offsets[v], sum_of_inputs, total);
+                else if (OFFSETS)
+                    product = fma(offsets[v], sum_of_inputs, product);
+                store(to + v * W, fma(scales[v], product, total));
             }
         }
     }
@@ -106,17 +129,17 @@ class QuantizedLinear {
 
     // Neighbouring inputs with one scale each; a long group of the matrix is several of these.
     struct Group {
-        int64_t first, count;   // columns of codes
-        int64_t unit, units;    // where they are packed, two inputs a unit
-        int64_t input, steps;   // where x has them, and how many steps of the inner loop they take
-        int64_t source;         // group of the matrix
+        int64_t first, count;  // columns of codes
+        int64_t unit, units;  // where they are packed, two inputs a unit
+        int64_t input, steps;  // where x has them, and how many steps of the inner loop they take
+        int64_t source;  // group of the matrix
     };
 
     // x as it is multiplied.
     struct Input {
         Rows<X> rows;
-        bool few = true;              // as FEW_ROWS has it
-        bool tiled = false;           // as `tile_rows` does it
+        bool few = true;  // as FEW_ROWS has it
+        bool tiled = false;  // as `tile_rows` does it
         const float* sums = nullptr;  // of the inputs of each group [groups, sums_stride]; null: there are no offsets
         int64_t sums_stride = 0;
 
@@ -133,6 +156,9 @@ class QuantizedLinear {
     void pack(Context& context, const QuantizedMatrix& matrix);
     Rows<X> gather(Context& context, const T* x, int64_t rows) const;
     const float* sum_groups(Context& context, const Rows<X>& x, int64_t rows) const;
+    // The scale of what the codec makes of codes, and the offset beside it, of some outputs of a group.
+    Vec scale(int64_t panel, int64_t group, int64_t column) const;
+    Vec offset(int64_t panel, int64_t group, int64_t column) const;
     GroupFactors factors(int64_t panel, int64_t group, const Input& x, int64_t first) const;
     void unpack_group(int64_t panel, const Group& group, X* to) const;
     void add_codes(const Input& x, int64_t first, int64_t rows, int64_t panel, float* totals) const;
@@ -141,6 +167,7 @@ class QuantizedLinear {
 
     int64_t n_, c_, units_;
     bool reordered_;  // x is not multiplied as it comes
+    bool minima_;
     Codec codec_;
     std::vector<Group> groups_;
     std::vector<int32_t> inputs_;  // by place in x as it is multiplied: which input, or -1: none

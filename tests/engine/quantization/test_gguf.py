@@ -52,6 +52,23 @@ def test_products_are_those_of_the_values(name: str, kernels: str) -> None:
     assert_close(ops.dequantize(packed, 1, 4), dense[1:4])
 
 
+# Bytes for each weight, as docs/quantization.md has them.
+PACKED = {
+    **{"Q4_0": 0.563, "IQ4_NL": 0.563, "Q4_1": 0.625, "Q5_0": 1.063, "Q5_1": 1.125, "Q8_0": 1.063, "Q2_K": 0.641},
+    **{"Q3_K": 0.571, "Q4_K": 0.579, "Q5_K": 1.079, "Q6_K": 1.071, "IQ4_XS": 0.625, "MXFP4": 0.563},
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_weights_stay_as_small_as_the_docs_say(name: str, cpu: Ops) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    rows = torch.from_numpy(random_blocks(256, 1024, kind))
+    packed = cpu.pack_quantized(record_of(name, rows), None, torch.bfloat16)
+    inputs = 4 * 1024  # a number for each input, whatever the rows
+    room_ahead = 8 << 10  # that is prefetched
+    assert packed.nbytes <= PACKED[name] * 256 * 1024 + inputs + room_ahead
+
+
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     # float32 sums in another order, and zero points that are rounded once.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())
