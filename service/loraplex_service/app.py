@@ -345,7 +345,9 @@ async def _start_http(app: Application, stack: AsyncExitStack, target: str) -> s
         connections=limits.connections,
         calls_per_connection=limits.calls_per_connection,
     )
-    return await stack.enter_async_context(http_process(config.http_listen, settings, config.supervision))
+    return await stack.enter_async_context(
+        http_process(config.http_listen, settings, config.supervision, app.telemetry.metrics.http_requests)
+    )
 
 
 def _listeners(

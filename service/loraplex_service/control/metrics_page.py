@@ -127,6 +127,8 @@ def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
     yield _histogram("loraplex_rpc_duration_seconds", "Calls of any method.", ("method", "status"), metrics.calls)
     text = "Forms that requests, routes and adapters asked for: read, kept from before, or read and refused."
     yield _counter("loraplex_form_checks", text, ("outcome",), metrics.form_checks)
+    text = "Requests of HTTP that were answered."
+    yield _counter("loraplex_http_requests", text, ("endpoint", "status"), metrics.http_requests)
     text = "Delay with which the service's event loop runs a due task: while it is blocked, no caller is served."
     yield _histogram("loraplex_event_loop_lag_seconds", text, (), metrics.loop_lag)
 

@@ -25,9 +25,10 @@ from loraplex_service.http.door import Door
 from loraplex_service.http.exchange import Room
 from loraplex_service.http.patience import PatientProtocol
 from loraplex_service.http.service import Clients
-from loraplex_service.http.settings import DoorSettings
+from loraplex_service.http.settings import AnswerCount, DoorSettings
 from loraplex_service.http.tls import server_context
 
+TELL_SECONDS: Final = 1.0
 FLUSH_SECONDS: Final = 1  # for the last bytes of answers
 HEAD_BYTES: Final = 32 << 10  # of a request: more than gRPC takes as metadata
 
@@ -46,11 +47,30 @@ async def serve(settings: DoorSettings, listener: socket.socket) -> None:
     """Serve until the end of stdin."""
     clients = Clients(settings.target, settings.calls_per_connection)
     room = Room(settings.body_bytes, settings.waiting_bytes, settings.message_seconds)
-    server = uvicorn.Server(_configuration(settings, Door(clients, room, version("loraplex-server"))))
+    door = Door(clients, room, version("loraplex-server"))
+    server = uvicorn.Server(_configuration(settings, door))
     stop = partial(setattr, server, "should_exit", True)
     await _at_end_of_stdin(stop)
+    telling = asyncio.create_task(_keep_telling(door))
     await server.serve(sockets=[listener])
+    telling.cancel()
+    _tell(door)
     await clients.close()
+
+
+async def _keep_telling(door: Door) -> None:
+    while True:
+        await asyncio.sleep(TELL_SECONDS)
+        _tell(door)
+
+
+def _tell(door: Door) -> None:
+    """Tell the parent what was answered since the last time, as one line on stdout."""
+    if door.answered:
+        counts = [AnswerCount(*labels, number) for labels, number in door.answered.items()]
+        door.answered.clear()
+        sys.stdout.buffer.write(msgspec.json.encode(counts) + b"\n")
+        sys.stdout.buffer.flush()
 
 
 def _configuration(settings: DoorSettings, door: Door) -> uvicorn.Config:

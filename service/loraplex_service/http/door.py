@@ -4,6 +4,7 @@ import asyncio
 import base64
 import logging
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -29,6 +30,7 @@ Handler: TypeAlias = Callable[[Exchange], Awaitable[None]]
 ResultT = TypeVar("ResultT")
 DONE = b"data: [DONE]\n\n"
 MODEL = "/v1/models/"
+OTHER = "other"  # what is no endpoint
 
 
 class Door:
@@ -38,6 +40,7 @@ class Door:
         self._clients = clients
         self._room = room
         self._version = version
+        self.answered = Counter[tuple[str, str]]()  # by endpoint and status; whoever tells them clears it
         self._routes: dict[str, tuple[str, Handler]] = {
             "/health": ("GET", self._health),
             "/version": ("GET", self._tell_version),
@@ -65,6 +68,13 @@ class Door:
         except Exception:
             logger.exception("%s failed", exchange.path)
             await _tell(exchange, refused(Refusal(500, "the server failed; its log says why")))
+        finally:
+            self.answered[self._endpoint(exchange.path), str(exchange.status)] += 1
+
+    def _endpoint(self, path: str) -> str:
+        if path.startswith(MODEL):
+            return MODEL
+        return path if path in self._routes else OTHER
 
     def _route(self, path: str) -> tuple[str, Handler]:
         if path.startswith(MODEL):

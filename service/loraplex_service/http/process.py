@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
-from loraplex_service.http.settings import DoorSettings
+from loraplex_service.http.settings import AnswerCount, DoorSettings
 from loraplex_service.models.config import SupervisionConfig
+from loraplex_service.telemetry.series import Counter
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,12 @@ BACKLOG = 1024
 
 
 @asynccontextmanager
-async def http_process(address: str, settings: DoorSettings, supervision: SupervisionConfig) -> AsyncIterator[str]:
+async def http_process(
+    address: str, settings: DoorSettings, supervision: SupervisionConfig, answered: Counter
+) -> AsyncIterator[str]:
     """Run the process for the length of the block; yields the address with the port that was taken for port 0.
+
+    `answered`: counts its answers, by endpoint and status.
 
     Raises RuntimeError where what it needs is not installed, OSError for an address that cannot be used.
     """
@@ -32,7 +37,7 @@ async def http_process(address: str, settings: DoorSettings, supervision: Superv
         )
     host, _, port = address.rpartition(":")
     with _listening(host.strip("[]"), int(port), settings.unread_seconds) as listener:
-        keeping = asyncio.create_task(_keep_alive(listener, settings, supervision), name="http")
+        keeping = asyncio.create_task(_keep_alive(listener, settings, supervision, answered), name="http")
         try:
             yield f"{host}:{listener.getsockname()[1]}"
         finally:
@@ -55,12 +60,14 @@ def _listening(host: str, port: int, unread_seconds: float) -> socket.socket:
     return listener
 
 
-async def _keep_alive(listener: socket.socket, settings: DoorSettings, supervision: SupervisionConfig) -> None:
+async def _keep_alive(
+    listener: socket.socket, settings: DoorSettings, supervision: SupervisionConfig, answered: Counter
+) -> None:
     delay = supervision.restart_delay_seconds
     clock = asyncio.get_running_loop().time
     while True:
         began = clock()
-        status = await _live(listener, settings, supervision.stop_seconds)
+        status = await _live(listener, settings, supervision.stop_seconds, answered)
         logger.error("the HTTP process ended with status %d; its log says why", status)
         if clock() - began >= supervision.stable_seconds:
             delay = supervision.restart_delay_seconds
@@ -68,9 +75,11 @@ async def _keep_alive(listener: socket.socket, settings: DoorSettings, supervisi
         delay = min(2 * delay, supervision.restart_delay_max_seconds)
 
 
-async def _live(listener: socket.socket, settings: DoorSettings, stop_seconds: float) -> int:
+async def _live(listener: socket.socket, settings: DoorSettings, stop_seconds: float, answered: Counter) -> int:
     """Run one process from its start to its end, and return its status. When cancelled, have it end."""
     process = await _start(listener, settings)
+    assert process.stdout is not None
+    counting = asyncio.create_task(_count(process.stdout, answered))
     try:
         return await process.wait()
     finally:
@@ -83,6 +92,19 @@ async def _live(listener: socket.socket, settings: DoorSettings, stop_seconds: f
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+        await asyncio.gather(counting, return_exceptions=True)
+
+
+async def _count(lines: asyncio.StreamReader, answered: Counter) -> None:
+    """Count what the process tells, until it ends."""
+    async for line in lines:
+        try:
+            counts = msgspec.json.decode(line, type=list[AnswerCount])
+        except msgspec.DecodeError:  # printed by something else; unread, it would stop the process in the end
+            logger.warning("the HTTP process printed %r", line)
+            continue
+        for told in counts:
+            answered.add((told.endpoint, told.status), told.number)
 
 
 async def _start(listener: socket.socket, settings: DoorSettings) -> Process:
@@ -92,6 +114,7 @@ async def _start(listener: socket.socket, settings: DoorSettings) -> Process:
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=PIPE,
+        stdout=PIPE,
         env=os.environ | {"PYTHONPATH": import_path},
         pass_fds=(listener.fileno(),),
         start_new_session=True,

@@ -20,6 +20,7 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 # What a caller may say beside the body, by the same names as in gRPC's metadata.
 FORWARDED = ("authorization", "loraplex-tenant", "loraplex-routing-key", "x-request-id", "traceparent", "tracestate")
 TIMEOUT = "loraplex-timeout-seconds"
+MAX_HEADER_BYTES = 7 << 10  # gRPC takes 8 KiB of metadata, names and its own included, and refuses more without a word
 _OPTIONS: dict[str, str | int] = {
     "grpc.use_local_subchannel_pool": 1,  # else all clients would share one connection
     "grpc.enable_retries": 0,  # the caller is told, and decides itself
@@ -77,6 +78,8 @@ def call_options(exchange: Exchange) -> CallOptions:
     for name, value in metadata.items():
         if not (value.isascii() and value.isprintable()):
             raise Refusal(400, f"the header {name} has characters other than those of printable ASCII", param=name)
+    if sum(map(len, metadata.values())) > MAX_HEADER_BYTES:
+        raise Refusal(431, f"the headers that are passed on have more than {MAX_HEADER_BYTES} bytes together")
     if exchange.peer:
         metadata["loraplex-peer"] = exchange.peer
     return {"metadata": metadata, "timeout": _timeout(exchange.headers.get(TIMEOUT))}

@@ -1,4 +1,4 @@
-"""What the service tells its HTTP process at its start."""
+"""What the service tells its HTTP process at its start, and what it is told while that runs."""
 
 import msgspec
 
@@ -19,3 +19,11 @@ class DoorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     idle_seconds: float = 300.0  # of a connection between two requests
     connections: int = 1024
     calls_per_connection: int = 64  # on one connection to the service
+
+
+class AnswerCount(msgspec.Struct, frozen=True, array_like=True):
+    """How often an endpoint answered with a status since the last line on stdout, which is a list of these."""
+
+    endpoint: str
+    status: str
+    number: int

@@ -43,6 +43,7 @@ class RequestMetrics:
         self.adapter_wait = Histogram()
         self.calls = Histogram()  # (method, status)
         self.loop_lag = Histogram(LAG_BUCKETS)  # ()
+        self.http_requests = Counter()  # (endpoint, status): the HTTP process tells them
         self.form_checks = Counter()  # (outcome,): read, kept, refused
 
     def call_started(self, call: Call, method: str, metadata: Mapping[str, str]) -> None:

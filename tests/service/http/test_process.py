@@ -18,6 +18,7 @@ from loraplex_service.http.process import http_process
 from loraplex_service.http.settings import DoorSettings
 from loraplex_service.models.config import SupervisionConfig
 from loraplex_service.ports.config import TlsConfig
+from loraplex_service.telemetry.series import Counter
 from tests.service.authority import Authority
 from tests.service.control_plane import ControlPlane, control_plane
 
@@ -83,6 +84,17 @@ async def test_a_generation_over_a_real_port(served: ControlPlane) -> None:
     body = {"model": "tiny", "prompt": "ab", "max_tokens": 4}
     status, answer = await ask(served.addresses.http, request_of("/v1/completions", body))
     assert (status, answer["choices"][0]["text"]) == (200, "abab")
+
+
+@needs_uvicorn
+async def test_answers_are_counted_by_endpoint_and_status(served: ControlPlane) -> None:
+    for path in ("/version", "/nothing", "/nothing/else"):
+        await ask(served.addresses.http, request_of(path))
+    counted = served.app.telemetry.metrics.http_requests.values
+    async with asyncio.timeout(20):
+        while ("other", "404") not in counted:  # noqa: ASYNC110 - the process tells nobody else
+            await asyncio.sleep(0.01)
+    assert (counted["/version", "200"], counted["other", "404"]) == (1, 2)
 
 
 @needs_uvicorn
@@ -221,13 +233,13 @@ async def test_a_caller_without_the_certificate_that_is_asked_for_is_refused(tmp
 def alone(tls: TlsConfig) -> Any:
     """The process alone, in front of no service."""
     settings = DoorSettings(target="unix:/nowhere", tls=tls)
-    return http_process("127.0.0.1:0", settings, SupervisionConfig())
+    return http_process("127.0.0.1:0", settings, SupervisionConfig(), Counter())
 
 
 async def test_without_uvicorn_the_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"pip install 'loraplex-server\[http\]'"):
-        async with http_process("127.0.0.1:0", DoorSettings(target="unix:/nowhere"), SupervisionConfig()):
+        async with http_process("127.0.0.1:0", DoorSettings(target="unix:/nowhere"), SupervisionConfig(), Counter()):
             pass
 
 
@@ -236,5 +248,5 @@ async def test_a_port_that_is_taken_keeps_the_server_from_starting() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(OSError, match="in use"):
-            async with http_process(address, DoorSettings(target="unix:/nowhere"), SupervisionConfig()):
+            async with http_process(address, DoorSettings(target="unix:/nowhere"), SupervisionConfig(), Counter()):
                 pass

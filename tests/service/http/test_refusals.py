@@ -215,6 +215,11 @@ async def test_a_header_that_cannot_be_passed_on(caller: Caller, headers: dict[s
     assert (answer.status, answer.error["param"]) == (400, next(iter(headers)))
 
 
+async def test_more_headers_than_grpc_takes(caller: Caller) -> None:
+    answer = await caller.post("/tokenize", {"model": "tiny", "prompt": "x"}, {"tracestate": "x" * 8000})
+    assert answer.status == 431
+
+
 async def test_a_fault_of_the_door_says_nothing_of_it(caller: Caller, caplog: pytest.LogCaptureFixture) -> None:
     caller.door._room = None  # type: ignore[assignment]
     with caplog.at_level(logging.CRITICAL):
