@@ -30,7 +30,13 @@ from loraplex_engine.checkpoint.pooling import read_pooling
 from loraplex_engine.checkpoint.weights import Checkpoint, Progress, read_json
 from loraplex_engine.layers.linear import Linear
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.models.loading import check_quantization, compute_dtype, quantization_label, rounded
+from loraplex_engine.models.loading import (
+    check_head_quantization,
+    check_quantization,
+    compute_dtype,
+    quantization_label,
+    rounded,
+)
 from loraplex_engine.models.registry import class_labels
 from loraplex_engine.models.rope_reading import with_rope_scaling
 from loraplex_engine.quantization import QuantizedReader, base_names, read_spec, round_to_nearest
@@ -67,6 +73,8 @@ def load_borrowed(config: EngineConfig, path: Path, ops: Ops, progress: Progress
     names = stored_names(outline.model, outline.shapes.keys(), str(path))
     with Checkpoint(path, progress=progress, base_names=base_names(path, raw), names=names) as checkpoint:
         quantised = outline.check(checkpoint, spec)
+        if quantised is not None:
+            check_head_quantization(config, quantised, outline.head, path)
         dtype = compute_dtype(config.dtype, _stated_dtype(class_config), checkpoint.dtype(outline.embedding_weight))
         facts = _facts(raw, path, outline, config, quantization_label(config, spec, outline.head))
         with parameters_without_memory():

@@ -48,8 +48,9 @@ class Outline:
             del expected[head]
         quantised = None
         if spec is not None:
-            linears = [each for path, each in self.linears.items() if path not in self.transposed]
-            quantised = QuantizedReader(checkpoint, spec, [each for each in linears if each.path != self.head])
+            left_out = {*self.transposed, *([self.head] if self.tied else [])}
+            linears = [each for path, each in self.linears.items() if path not in left_out]
+            quantised = QuantizedReader(checkpoint, spec, linears)
             for name in quantised.replaced:
                 expected.pop(name, None)
         checkpoint.check(expected, None if quantised is None else quantised.expected)

@@ -107,11 +107,7 @@ def load_model(
             quantised = QuantizedReader(checkpoint, spec, _linear_shapes(model_config))
             for name in quantised.replaced:
                 expected.pop(name, None)
-            if config.head_quantization is not None and (head := head_module(model_config)) in quantised:
-                raise ModelError(
-                    f"{path}: head_quantization {config.head_quantization!r} is asked for, and {head} is "
-                    f"quantised already ({spec.label}): leave it out"
-                )
+            check_head_quantization(config, quantised, head_module(model_config), path)
         checkpoint.check(expected, None if quantised is None else quantised.expected)
         model_config = replace(model_config, quantization=quantization_label(config, spec))
         longest = model_config.max_position_embeddings
@@ -160,6 +156,15 @@ def check_quantization(config: EngineConfig, spec: QuantSpec | None, path: Path)
         raise ModelError(
             f"{path}: quantization {config.quantization!r} is asked for, and the checkpoint is quantised already "
             f"({spec.label}): leave it out, or use the unquantised checkpoint"
+        )
+
+
+def check_head_quantization(config: EngineConfig, quantised: QuantizedReader, head: str, path: Path) -> None:
+    """Raise ModelError if a quantised head is to be quantised while it is loaded."""
+    if config.head_quantization is not None and head in quantised:
+        raise ModelError(
+            f"{path}: head_quantization {config.head_quantization!r} is asked for, and {head} is quantised already "
+            f"({quantised.label}): leave it out"
         )
 
 

@@ -25,6 +25,7 @@ class QuantizedReader:
 
     def __init__(self, checkpoint: Checkpoint, spec: QuantSpec, linears: Iterable[LinearShape]) -> None:
         """Find the quantised linears. Raises ModelError for a shape that the format cannot have."""
+        self.label = spec.label
         self._checkpoint = checkpoint
         self._spec = spec
         self._linears: dict[str, LinearShape] = {}
