@@ -20,7 +20,16 @@ CHANGING_ROPES = ("dynamic", "longrope")
 # Layers that attend to keys and values of every token, or of a window.
 ATTENTION_LAYERS = frozenset(("attention", "full_attention", "sliding_attention"))
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-NOT_FOR_CLASSES = ("quantization_config", "compression_config", "auto_map", "_attn_implementation")
+# Fields that say how transformers is to run a model, or who else is.
+NOT_FOR_CLASSES = frozenset(
+    (
+        *("quantization_config", "compression_config", "auto_map", "_attn_implementation", "attn_implementation"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+    )
+)
+TRANSPOSED = "Conv1D"  # a linear whose weight lies transposed
+# Linears by their class's name: others may compute more than x Wᵀ + b.
+LINEARS = ("Linear", "FalconLinear", TRANSPOSED)
 
 
 def class_of(raw: Mapping[str, object], where: str) -> tuple[type[Any], Any]:

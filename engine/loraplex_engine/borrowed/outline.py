@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraplex_engine.borrowed.classes import LINEARS, TRANSPOSED
 from loraplex_engine.borrowed.probe import probe
 from loraplex_engine.checkpoint.model_config import ModelError, NotBorrowedError
 from loraplex_engine.checkpoint.weights import Checkpoint
 from loraplex_engine.quantization import LinearShape, QuantizedReader, QuantSpec
 
-TRANSPOSED = "Conv1D"  # a linear whose weight lies transposed
-# Linears by their class's name: others may compute more than x Wᵀ + b.
-LINEARS = ("Linear", "FalconLinear", TRANSPOSED)
 MOST_BUFFER_BYTES = 1 << 30  # of what a class computes from its configuration alone
 
 
@@ -35,6 +33,9 @@ class Outline:
         self.transposed = {path for each, path in paths.items() if type(each).__name__ == TRANSPOSED}
         if self.head not in self.linears:
             raise NotBorrowedError(f"{where}: {self.head} is no plain linear")
+        rows, needed = self.shapes[self.embedding_weight][0], self.linears[self.head].out_features
+        if rows < needed:
+            raise NotBorrowedError(f"{where}: {self.head} has {needed} tokens, and {self.embedding} {rows}")
         self.float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
         self.tied = self._is_tied()
         of_linears = {f"{path}.{leaf}" for path in self.linears for leaf in ("weight", "bias")}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loraplex_engine.borrowed.attention import LAYER, AttentionShape, attend
+from loraplex_engine.borrowed.classes import LINEARS
 from loraplex_engine.borrowed.own_attention import replace_own_attention
 from loraplex_engine.checkpoint.model_config import NotBorrowedError
 
@@ -66,6 +67,8 @@ def probe(model: Any, where: str) -> Found:
     calls = _Calls(layers, where)
     for name, module in model.named_modules():
         setattr(module, LAYER, calls.of(name))
+        if type(module).__name__ in LINEARS:
+            module.register_forward_hook(partial(_check_rows, f"{where}: {name}"))
         if _is_norm(module):
             module.register_forward_hook(partial(_note_norm, norms, name))
     replace_own_attention(model, META)
@@ -89,6 +92,13 @@ def _is_norm(module: nn.Module) -> bool:
     """Whether a module has what norms have: a weight by columns, perhaps a bias, and nothing else."""
     weight, own = module._parameters.get("weight"), {name for name, _ in module.named_parameters()}
     return weight is not None and weight.dim() == 1 and own <= {"weight", "bias"} and not list(module.buffers())
+
+
+def _check_rows(which: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Raise NotBorrowedError unless a linear is given each token once: adapters go by rows."""
+    rows = output.numel() // output.shape[-1]
+    if rows != TOKENS:
+        raise NotBorrowedError(f"{which} is given {rows} rows for {TOKENS} tokens: adapters could not tell them apart")
 
 
 def _note_norm(norms: list[str], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
