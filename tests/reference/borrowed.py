@@ -66,5 +66,6 @@ BORROWED: dict[str, Callable[[], Any]] = {
     "starcoder2": lambda: of("Starcoder2", GROUPED, sliding_window=7),
     "olmo": lambda: of("Olmo", GROUPED, clip_qkv=8.0),
     "apertus": lambda: of("Apertus", GROUPED),
+    "granite_swa": lambda: of("GraniteSWA", GROUPED, num_hidden_layers=4, sliding_window=5),
     "biogpt": lambda: of("BioGpt"),
 }

@@ -63,6 +63,7 @@ class PagedAttention:
         scaling: float | None = None,
         softcap: float | None = None,
         slopes: Tensor | None = None,  # float32 [H]: score += slope · position of the key
+        s_aux: Tensor | None = None,  # [H]: sinks, as classes call them
         **_: object,
     ) -> Tensor:
         """→ [1, T, H, E]"""
@@ -74,9 +75,10 @@ class PagedAttention:
         if slopes is not None:
             q, k = with_alibi(q, k, slopes / scale, step.batch.positions)
         qkv = torch.cat([F.pad(each, (0, cached.head_dim - each.shape[-1])).flatten(1) for each in (q, k, v)], dim=1)
+        sinks = None if s_aux is None else s_aux.float()
         nowhere = torch.zeros_like(step.batch.positions)
         q = self._ops.rotary_store_kv(qkv, cached, None, nowhere, self._still, cache, attention.slot_mapping)
-        out = self._ops.paged_attention(q, cache, attention, scale, self._window, softcap)
+        out = self._ops.paged_attention(q, cache, attention, scale, self._window, softcap, sinks)
         return out.view(1, len(q), cached.num_heads, cached.head_dim)[..., : self._shape.value_dim]
 
 

@@ -26,7 +26,7 @@ HARMLESS = frozenset(
     (
         *("dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"),
         *("cache", "past_key_values", "past_key_value", "position_embeddings", "layer_idx", "return_dict"),
-        *("output_router_logits", "num_items_in_batch"),
+        *("output_router_logits", "num_items_in_batch", "s_aux"),
     )
 )
 META = torch.device("meta")
