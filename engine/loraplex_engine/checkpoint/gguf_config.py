@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ Read = Callable[[ConfigFields], Config]  # from the metadata under the architect
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FREQUENCY_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling, worked out
+WINDOW_PATTERN = "attention.sliding_window_pattern"
+POOLING = (0, 3)  # none, and of the last token
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
@@ -33,6 +36,7 @@ class Architecture:
     more: Read = field(default=_nothing)  # what not all models have
     activation: str = "silu"
     partial: bool = False  # the file states how much of each head is turned
+    windows: bool = False  # in some layers, and the file may state in which
 
 
 def _window(fields: ConfigFields) -> Config:
@@ -91,13 +95,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "gemma": Architecture("GemmaForCausalLM", activation="gelu_pytorch_tanh"),
-    "gemma2": Architecture("Gemma2ForCausalLM", _gemma2, "gelu_pytorch_tanh"),
-    "gemma3": Architecture("Gemma3ForCausalLM", _gemma3, "gelu_pytorch_tanh"),
+    "gemma2": Architecture("Gemma2ForCausalLM", _gemma2, "gelu_pytorch_tanh", windows=True),
+    "gemma3": Architecture("Gemma3ForCausalLM", _gemma3, "gelu_pytorch_tanh", windows=True),
     "phi3": Architecture("Phi3ForCausalLM", _window, partial=True),
     "smollm3": Architecture("SmolLM3ForCausalLM"),
     "granite": Architecture("GraniteForCausalLM", _granite),
-    "olmo2": Architecture(_olmo, _window),
-    "exaone4": Architecture("Exaone4ForCausalLM", _window),
+    "olmo2": Architecture(_olmo, _window, windows=True),
+    "exaone4": Architecture("Exaone4ForCausalLM", _window, windows=True),
     "glm4": Architecture("Glm4ForCausalLM", partial=True),
     "ernie4_5": Architecture("Ernie4_5ForCausalLM"),
     "seed_oss": Architecture("SeedOssForCausalLM"),
@@ -116,6 +120,8 @@ def read_gguf_config(path: Path) -> Config:
     if EMBEDDING not in model.tensors:
         raise ModelError(f"{path}: tensor token_embd.weight is missing: it is no language model, or a part of one")
     architecture, embedding = ARCHITECTURES[name], model.tensors[EMBEDDING]
+    more = architecture.more(fields)
+    _check_attention(model, more)
     return {
         "architectures": [architecture.name if isinstance(architecture.name, str) else architecture.name(fields)],
         "model_type": name,
@@ -127,7 +133,8 @@ def read_gguf_config(path: Path) -> Config:
         **_shape(model),
         **_biases(model),
         **_rope(model, architecture),
-        **architecture.more(fields),
+        **more,
+        **(_layer_types(fields) if architecture.windows else {}),
         **_quantization(model),
     }
 
@@ -137,6 +144,41 @@ def _ends(model: GGUFModel) -> list[int]:
         return end_token_ids(model.metadata)
     except GGUFError as error:
         raise ModelError(f"{model.path}: {error}") from None
+
+
+def _check_attention(model: GGUFModel, more: Config) -> None:
+    """Raise ModelError where the file states another attention than is computed."""
+    fields = model.fields
+    if not fields.flag("attention.causal", True):
+        raise fields.error("attention.causal", False, "true: only causal models generate text")
+    pooling = fields.integer("pooling_type", 0, minimum=0)
+    if pooling not in POOLING:
+        raise fields.error("pooling_type", pooling, "0 or 3: of a GGUF file, prompts are embedded by their last token")
+    if "attention_multiplier" not in more:
+        scalar = more.get("query_pre_attn_scalar", model.head_dim)
+        assert isinstance(scalar, int)
+        _check_number(fields, "attention.scale", scalar**-0.5)
+
+
+def _check_number(fields: ConfigFields, name: str, computed: float) -> None:
+    """Raise ModelError where the file states another number. 0 stands for none."""
+    stated = fields.number_or_zero(name)
+    if stated and not math.isclose(stated, computed, rel_tol=1e-3):
+        raise fields.error(name, stated, f"{computed:.6g}, which is computed")
+
+
+def _layer_types(fields: ConfigFields) -> Config:
+    """Which layers have a window, where the file says it: of each, or the length of groups whose last has none."""
+    count, stated = fields.integer("block_count"), fields.raw().get(WINDOW_PATTERN)
+    if stated is None:
+        return {}
+    if type(stated) is int and stated >= 0:
+        slides = [not stated or (layer + 1) % stated != 0 for layer in range(count)]
+    elif isinstance(stated, list) and len(stated) == count and set(stated) <= {0, 1}:
+        slides = [bool(each) for each in stated]
+    else:
+        raise fields.error(WINDOW_PATTERN, stated, f"a number of layers, or true or false of each of {count}")
+    return {"layer_types": ["sliding_attention" if each else "full_attention" for each in slides]}
 
 
 def _shape(model: GGUFModel) -> Config:
@@ -187,18 +229,22 @@ def _scaling(model: GGUFModel) -> Config | None:
     short, long, factors = (model.factors(name) for name in (SHORT_FACTORS, LONG_FACTORS, FREQUENCY_FACTORS))
     if short is not None and long is not None:
         return _by_factors(short, long, original, fields.number("rope.scaling.attn_factor", 1.0))
+    kind = fields.text("rope.scaling.type", "linear")
+    factor = fields.number_or_zero("rope.scaling.factor") or fields.number_or_zero("rope.scale_linear") or 1.0
+    if factors is None and kind not in ("none", "linear", "yarn"):
+        raise fields.error("rope.scaling.type", kind, "none, linear or yarn; longrope has tensors of factors")
+    turned = kind == "yarn" and factors is None
+    for name in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+        _check_number(fields, name, 0.1 * math.log(max(1.0, factor)) + 1.0 if turned else 1.0)
     if factors is not None:
         return _by_factors(factors, factors, original, 1.0)
-    kind = fields.text("rope.scaling.type", "none")
-    if kind == "none":
+    if kind == "none" or factor == 1.0:
         return None
-    found: Config = {"rope_type": kind, "factor": fields.number("rope.scaling.factor")}
+    found: Config = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         found["original_max_position_embeddings"] = original
         for name in ("beta_fast", "beta_slow"):
             found[name] = fields.optional_number(f"rope.scaling.yarn_{name}")
-    elif kind != "linear":
-        raise fields.error("rope.scaling.type", kind, "none, linear or yarn; longrope has tensors of factors")
     return found
 
 

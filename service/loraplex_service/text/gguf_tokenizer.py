@@ -14,11 +14,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from loraplex_adapters.files.gguf import GGUFError, read_gguf
 from loraplex_adapters.files.gguf_tokens import KEY, end_token_ids, token_id
 from loraplex_service.text.errors import TokenizerError
-from loraplex_service.text.sentencepiece_model import CONTROL, USER_DEFINED, Piece, piece_tokenizer
+from loraplex_service.text.sentencepiece_model import CONTROL, USER_DEFINED, Piece, as_in_text, piece_tokenizer
 
 UNUSED = 5
 MAX_TOKENS = 1 << 20
 MAX_SQUARED_CHARS = 1 << 27  # of all tokens: to find the pieces of one takes the square of its length; 2^24 are usual
+PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 TEMPLATE = "tokenizer.chat_template"
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 SAMPLING = {
@@ -70,11 +71,19 @@ def read_vocabulary(metadata: Mapping[str, object]) -> tokenizers.Tokenizer:
     kind = metadata.get(KEY + "model")
     if kind not in ("gpt2", "llama"):
         raise TokenizerError(f"{KEY}model is {kind!r}: gpt2 (byte-level BPE) and llama (SentencePiece) are supported.")
-    pieces = _pieces(metadata)
-    tokenizer = _sentencepiece(metadata, pieces) if kind == "llama" else _byte_level(metadata, pieces)
+    pieces, squeezes = _pieces(metadata), bool(metadata.get(KEY + "remove_extra_whitespaces", False))
+    if kind == "llama" and not squeezes:
+        pieces = as_in_text(pieces)
+    tokenizer = _sentencepiece(metadata, pieces, squeezes) if kind == "llama" else _byte_level(metadata, pieces)
     added = [piece for piece in pieces if piece.type in (CONTROL, USER_DEFINED) and piece.piece]
-    tokenizer.add_tokens([AddedToken(piece.piece, special=piece.type == CONTROL, normalized=False) for piece in added])
+    # Which tokens take the spaces behind them, files do not say: of Phi 3's models with this vocabulary most do.
+    takes = kind == "llama" and metadata.get("general.architecture") == "phi3"
+    tokenizer.add_tokens([_added(piece, takes and piece.piece not in PHI3_PLAIN) for piece in added])
     return tokenizer
+
+
+def _added(piece: Piece, takes_spaces: bool) -> AddedToken:
+    return AddedToken(piece.piece, special=piece.type == CONTROL, rstrip=takes_spaces, normalized=False)
 
 
 def _tokens(metadata: Mapping[str, object]) -> list[str]:
@@ -106,12 +115,12 @@ def _templates(metadata: Mapping[str, object]) -> Iterator[tuple[str, str]]:
 # ---- SentencePiece -------------------------------------------------------------------------------------------------
 
 
-def _sentencepiece(metadata: Mapping[str, object], pieces: Sequence[Piece]) -> tokenizers.Tokenizer:
+def _sentencepiece(metadata: Mapping[str, object], pieces: Sequence[Piece], squeezes: bool) -> tokenizers.Tokenizer:
     return piece_tokenizer(
         pieces,
         unknown=pieces[token_id(metadata, "unknown") or 0].piece,
         prefix=bool(metadata.get(KEY + "add_space_prefix", True)),
-        squeezes=bool(metadata.get(KEY + "remove_extra_whitespaces", False)),
+        squeezes=squeezes,
     )
 
 

@@ -15,6 +15,7 @@ from loraplex_service.text.token_decoders import METASPACE
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # SentencePiece.Type
+MAX_PIECE_CHARS = 1024  # the longest that vocabularies have are a tenth of it: runs of spaces or dashes
 
 
 class Piece(NamedTuple):
@@ -41,17 +42,28 @@ def read_sentencepiece(data: bytes) -> tuple[tokenizers.Tokenizer, str | None, s
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     if trainer.treat_whitespace_as_suffix or not rules.escape_whitespaces:
         raise TokenizerError("writes spaces as suffixes or not at all, which is not supported. Provide tokenizer.json.")
-    tokenizer = tokenizers.Tokenizer(_model(proto))
+    pieces = [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    if not rules.remove_extra_whitespaces and trainer.model_type == _BPE:
+        pieces = as_in_text(pieces)
+    tokenizer = tokenizers.Tokenizer(_model(trainer, pieces))
     tokenizer.normalizer = _normalizer(rules)
     tokenizer.decoder = _decoder(trainer.byte_fallback, rules.add_dummy_prefix or rules.remove_extra_whitespaces)
     tokenizer.add_tokens(
         [
             AddedToken(piece.piece, special=piece.type == CONTROL, normalized=False)
-            for piece in proto.pieces
+            for piece in pieces
             if piece.type in (CONTROL, USER_DEFINED)
         ]
     )
     return tokenizer, _control_piece(proto, trainer.bos_id), _control_piece(proto, trainer.eos_id)
+
+
+def as_in_text(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces with spaces for the marks in those that users have defined: these are found in the text itself."""
+    return [
+        piece._replace(piece=piece.piece.replace(METASPACE, " ")) if piece.type == USER_DEFINED else piece
+        for piece in pieces
+    ]
 
 
 def piece_tokenizer(pieces: Sequence[Piece], unknown: str, prefix: bool, squeezes: bool) -> tokenizers.Tokenizer:
@@ -81,17 +93,19 @@ def _control_piece(proto: Any, token_id: int) -> str | None:
     return None
 
 
-def _model(proto: Any) -> models.Model:
-    trainer = proto.trainer_spec
+def _model(trainer: Any, pieces: Sequence[Piece]) -> models.Model:
     if trainer.model_type == _UNIGRAM:
-        scored = [(piece.piece, piece.score) for piece in proto.pieces]
+        scored = [(piece.piece, piece.score) for piece in pieces]
         return models.Unigram(scored, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     if trainer.model_type == _BPE:
-        return _bpe(proto.pieces, trainer.unk_piece, trainer.byte_fallback)
+        return _bpe(pieces, trainer.unk_piece, trainer.byte_fallback)
     raise TokenizerError("holds a WORD or CHAR model; BPE and Unigram are supported. Provide tokenizer.json.")
 
 
-def _bpe(pieces: Sequence[Any], unknown: str, byte_fallback: bool) -> models.Model:
+def _bpe(pieces: Sequence[Piece], unknown: str, byte_fallback: bool) -> models.Model:
+    longest = max(len(piece.piece) for piece in pieces)
+    if longest > MAX_PIECE_CHARS:  # to find its halves takes the square of it
+        raise TokenizerError(f"holds a piece of {longest} characters: at most {MAX_PIECE_CHARS} are allowed.")
     return models.BPE(
         vocab={piece.piece: token_id for token_id, piece in enumerate(pieces)},
         merges=list(_merges(pieces)),
@@ -101,12 +115,12 @@ def _bpe(pieces: Sequence[Any], unknown: str, byte_fallback: bool) -> models.Mod
     )
 
 
-def _merges(pieces: Sequence[Any]) -> Iterator[tuple[str, str]]:
+def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
     """Every way to join two pieces into a third, best score first: the order in which SentencePiece joins them."""
     mergeable = {piece.piece: token_id for token_id, piece in enumerate(pieces) if piece.type == NORMAL}
     for piece in sorted((piece for piece in pieces if piece.type == NORMAL), key=lambda piece: -piece.score):
         text = piece.piece
-        halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        halves = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
         known = [(left, right) for left, right in halves if left in mergeable and right in mergeable]
         yield from sorted(known, key=lambda pair: (mergeable[pair[0]], mergeable[pair[1]]))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +13,14 @@ import torch
 
 from loraplex_adapters.files.gguf import TYPES
 from loraplex_engine.checkpoint.gguf_blocks import READERS, dequantize_rows, record_of
-from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.checkpoint.model_config import LinearScaling, ModelConfig, ModelError, YarnScaling
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import load_model, read_model_config
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.quantized import MinimumWeight, concatenate, dequantize
 from loraplex_kernels.selection import select_ops
 from tests.gguf_files import gguf, random_blocks, write_gguf
-from tests.reference.test_model_logits import LENGTHS, Stepper, llama, prompts, randomised
+from tests.reference.test_model_logits import LENGTHS, Stepper, gemma3, llama, prompts, randomised
 
 ROWS, BLOCKS = 6, 3
 
@@ -209,3 +212,78 @@ def split(whole: Path, directory: Path) -> Path:
         writer.write_tensors_to_file()
         writer.close()
     return parts[0]
+
+
+def metadata_of(path: Path, family: str, model: Any, **entries: tuple[Any, str]) -> ModelConfig:
+    """What is read of a file with further entries: each its value, and the writer's way to add it."""
+
+    def add(writer: Any) -> None:
+        for name, (value, kind) in entries.items():
+            getattr(writer, f"add_{kind}")(f"{family}.{name}", value)
+
+    write_gguf(path / "model.gguf", model, family, vocabulary=add)
+    return read_model_config(path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_of_no_stated_type_is_linear(name: str, tmp_path: Path) -> None:
+    config = metadata_of(tmp_path, "llama", llama(), **{name: (4.0, "float32")})
+    rope = config.layers[0].rope
+    assert rope is not None
+    assert rope.scaling == LinearScaling(4.0)
+
+
+@pytest.mark.parametrize(
+    ("stated", "slides"),
+    [
+        ((3, "uint32"), [True, True, False, True, True, False]),
+        (([False, True, True, True, True, True], "array"), [False, True, True, True, True, True]),
+    ],
+    ids=["of groups", "of each"],
+)
+def test_the_layers_with_windows_are_those_that_the_file_states(
+    stated: tuple[Any, str], slides: list[bool], tmp_path: Path
+) -> None:
+    model = gemma3(num_hidden_layers=6)
+    config = metadata_of(tmp_path, "gemma3", model, **{"attention.sliding_window_pattern": stated})
+    assert [layer.window is not None for layer in config.layers] == slides
+
+
+YARN = {
+    "rope.scaling.type": ("yarn", "string"),
+    "rope.scaling.factor": (4.0, "float32"),
+    "rope.scaling.original_context_length": (16, "uint32"),
+}
+
+
+def test_a_factor_of_attention_that_is_what_yarn_makes_is_read(tmp_path: Path) -> None:
+    stated = {"rope.scaling.attn_factor": (0.1 * math.log(4.0) + 1.0, "float32")}
+    rope = metadata_of(tmp_path, "llama", llama(), **YARN, **stated).layers[0].rope
+    assert rope is not None
+    assert isinstance(rope.scaling, YarnScaling)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {**YARN, "rope.scaling.attn_factor": (3.0, "float32")},
+        {"rope.scaling.attn_factor": (3.0, "float32")},
+        {"attention.causal": (False, "bool")},
+        {"pooling_type": (1, "uint32")},
+        {"attention.scale": (0.5, "float32")},
+        {"rope.scaling.type": ("dynamic", "string")},
+    ],
+    ids=lambda entries: list(entries)[-1],
+)
+def test_what_would_be_computed_otherwise_is_refused_by_name(
+    entries: dict[str, tuple[Any, str]], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=rf"llama\.\*: {re.escape(list(entries)[-1])} is "):
+        metadata_of(tmp_path, "llama", llama(), **entries)
+
+
+@pytest.mark.parametrize("stated", [(-1, "int32"), ([True], "array")], ids=["negative", "short"])
+def test_a_pattern_of_windows_that_makes_no_sense_is_refused(stated: tuple[Any, str], tmp_path: Path) -> None:
+    name = "attention.sliding_window_pattern"
+    with pytest.raises(ModelError, match=rf"{name} is .*; it must be a number of layers"):
+        metadata_of(tmp_path, "gemma3", gemma3(num_hidden_layers=6), **{name: stated})

@@ -14,7 +14,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as Library
 
 from loraplex_service.text import Tokenizer, TokenizerError
-from loraplex_service.text.gguf_tokenizer import CUTS, MAX_TOKENS, read_text
+from loraplex_service.text.gguf_tokenizer import CUTS, MAX_TOKENS, read_text, read_vocabulary
 from tests.gguf_files import finish, gguf
 from tests.service.text.test_sentencepiece import TRAINED, sentencepiece, texts, train
 
@@ -103,7 +103,10 @@ def write_pieces(path: Path, model: bytes, **flags: bool) -> None:
     ids = range(processor.GetPieceSize())
     types = [next((kind for name, kind in kinds.items() if getattr(processor, name)(each)), 1) for each in ids]
     tokens = [processor.IdToPiece(each) for each in ids]
-    types = [USER_DEFINED if token in ("<turn>", "\n\n") else kind for token, kind in zip(tokens, types, strict=True)]
+    types = [
+        USER_DEFINED if token in ("<turn>", "\n\n", "▁▁▁", "▁▁") else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -204,4 +207,31 @@ def test_a_file_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     finish(writer)
     with pytest.raises(TokenizerError, match="has no vocabulary"):
+        Tokenizer.load(tmp_path / "model.gguf")
+
+
+PHI3 = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "<|endoftext|>", "<|end|>", "b", "▁"],
+    "tokenizer.ggml.token_type": [2, *[CONTROL] * 3, 1, 1],
+    "tokenizer.ggml.add_space_prefix": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "token", "found"),
+    [
+        ("phi3", "<|end|>", [3, 4]),
+        ("phi3", "<|endoftext|>", [2, 5, 4]),
+        ("llama", "<|end|>", [3, 5, 4]),
+    ],
+)
+def test_spaces_behind_phi3s_own_tokens_belong_to_them(architecture: str, token: str, found: list[int]) -> None:
+    tokenizer = read_vocabulary(PHI3 | {"general.architecture": architecture})
+    assert tokenizer.encode(f"{token} b").ids == found
+
+
+def test_an_id_of_no_token_is_refused_with_the_file(library: Library, tmp_path: Path) -> None:
+    write_bpe(tmp_path / "model.gguf", library, "gpt-2", add_eot_token_id=70_000)
+    with pytest.raises(TokenizerError, match=r"model\.gguf: tokenizer\.ggml\.eot_token_id is 70000"):
         Tokenizer.load(tmp_path / "model.gguf")

@@ -31,7 +31,7 @@ TRAINED = {
         "remove_extra_whitespaces": False,
         "add_dummy_prefix": False,
         "normalization_rule_name": "identity",
-        "user_defined_symbols": ["<turn>", "\n\n"],
+        "user_defined_symbols": ["<turn>", "\n\n", "▁▁▁", "▁▁"],
     },
 }
 
@@ -101,4 +101,22 @@ def test_word_model_is_refused(tmp_path):
 def test_spaces_as_suffixes_are_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(train(model_type="bpe", vocab_size=130, treat_whitespace_as_suffix=True))
     with pytest.raises(TokenizerError, match="suffixes"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_piece_of_spaces_is_found_in_the_text(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train(**TRAINED["bpe spaces"]))
+    theirs = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    found = Tokenizer.load(tmp_path).encode("the   fox  jumps")
+    assert {theirs.piece_to_id("▁▁▁"), theirs.piece_to_id("▁▁")} <= set(found)
+    assert found == theirs.encode("the   fox  jumps")
+
+
+def test_a_piece_longer_than_any_vocabulary_has_is_refused(tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(train(**TRAINED["bpe bytes"]))
+    proto.pieces.add(piece="a" * 1025, score=-1.0)
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model: holds a piece of 1025 characters: at most 1024"):
         Tokenizer.load(tmp_path)
