@@ -90,7 +90,11 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     Raises ModelError if it is neither, or cannot be fetched.
     """
     path = Path(model).expanduser()
-    if path.is_dir() or (path.suffix == SUFFIX and path.is_file()):
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            _check_no_file_is_meant(f"model {model!r}", [each.name for each in path.iterdir()])
+        return path
+    if path.suffix == SUFFIX and path.is_file():
         return path
     repository, file = hub_parts(model)
     if not HUB_ID.fullmatch(repository):
@@ -122,9 +126,32 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             f"{at}: no such directory, not in the local hub cache, and it could not be downloaded: {error}. "
             "Give the path of a local directory, or fetch it where there is a network and share HF_HOME"
         ) from error
+    if file is None and not (Path(found) / "config.json").exists():
+        _check_no_file_is_meant(at, _files_of(repository, revision))
     if file is not None and not (Path(found) / file).is_file():
         raise ModelError(f"{at}: the repository has no file {file}")
     return Path(found) if file is None else Path(found) / file
+
+
+def _check_no_file_is_meant(model: str, files: Iterable[str]) -> None:
+    """Raise ModelError where there are GGUF files in place of config.json, one of which must be named."""
+    found = sorted(name for name in files if name.endswith(SUFFIX))
+    if found:
+        more = f" and {len(found) - MAX_LISTED} others" if len(found) > MAX_LISTED else ""
+        raise ModelError(
+            f"{model}: holds no config.json, but the GGUF files {', '.join(found[:MAX_LISTED])}{more}: name one of "
+            "them behind it, as in owner/name/FILE.gguf or directory/FILE.gguf"
+        )
+
+
+def _files_of(repository: str, revision: str | None) -> list[str]:
+    """The names of a repository's files; none where the hub cannot be asked."""
+    from huggingface_hub import list_repo_files  # only where it is needed, as above
+
+    try:
+        return list_repo_files(repository, revision=revision)
+    except Exception:  # offline, or the model is in the cache alone: what is missing is said when it is read
+        return []
 
 
 def _parts(file: str) -> list[Path]:

@@ -33,6 +33,7 @@ PLAIN_ACTIVATIONS: Mapping[str, PlainActivation] = {
     "relu2": "relu2",
 }
 MAX_POSITIONS = 1 << 28  # a context that no machine holds the keys of: the file is wrong
+MAX_LAYERS = 1024  # eight times those of the deepest models: the file is wrong
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -46,12 +47,18 @@ class Family:
 
 
 def text_fields(raw: Mapping[str, object], where: str) -> ConfigFields:
-    """The fields of the language model, which a multimodal config keeps under `text_config`."""
+    """The fields of the language model, which a multimodal config keeps under `text_config`.
+
+    Raises ModelError for more layers than a model has: all are listed, before their tensors are looked for.
+    """
     text = raw.get("text_config")
     # The outer ones are the whole model's; inside there may only be the defaults of its class.
     outer = {name: raw[name] for name in ("tie_word_embeddings", "eos_token_id") if raw.get(name) is not None}
     merged = {**raw, **text, **outer} if isinstance(text, dict) else dict(raw)
-    return ConfigFields(merged, where)
+    fields, layers = ConfigFields(merged, where), "num_hidden_layers"
+    if fields.has(layers) and fields.integer(layers) > MAX_LAYERS:
+        raise fields.error(layers, fields.integer(layers), f"at most {MAX_LAYERS}")
+    return fields
 
 
 def decoder_config(

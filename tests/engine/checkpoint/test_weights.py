@@ -222,6 +222,25 @@ def test_a_file_of_a_repository_is_fetched_with_its_parts_alone(
     assert asked == [("owner/name", "abc", ["Q4/x-00001-of-00002.gguf", "Q4/x-00002-of-00002.gguf"])]
 
 
+MEANT = r"holds no config\.json, but the GGUF files a\.gguf, b\.gguf: name one of them"
+
+
+def test_a_directory_of_gguf_files_says_that_one_is_to_be_named(tmp_path: Path) -> None:
+    for name in ("b.gguf", "a.gguf", "README.md"):
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=MEANT):
+        resolve_model(str(tmp_path))
+
+
+def test_a_repository_of_gguf_files_says_that_one_is_to_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, **options: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository, revision: ["b.gguf", "a.gguf"])
+    with pytest.raises(ModelError, match=MEANT):
+        resolve_model("owner/name")
+
+
 def test_a_hub_id_is_found_in_the_cache_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_cache(tmp_path, monkeypatch)
     commit = "0123456789abcdef0123456789abcdef01234567"

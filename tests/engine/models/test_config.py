@@ -89,6 +89,7 @@ def test_head_dim_need_not_divide_the_hidden_size() -> None:
         ("hidden_size", None, "hidden_size is missing"),
         ("vocab_size", "many", "vocab_size is 'many'; it must be an integer"),
         ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("num_hidden_layers", 10**8, "num_hidden_layers is 100000000; it must be at most 1024"),
         ("rms_norm_eps", True, "rms_norm_eps is True; it must be a positive number"),
         ("num_key_value_heads", 3, r"num_key_value_heads is 3; it must be a divisor of num_attention_heads \(4\)"),
         ("head_dim", 15, "head_dim is 15; it must be even"),
