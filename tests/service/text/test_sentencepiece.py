@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -115,7 +116,7 @@ def test_a_piece_of_spaces_is_found_in_the_text(tmp_path):
 def test_a_piece_longer_than_any_vocabulary_has_is_refused(tmp_path):
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(train(**TRAINED["bpe bytes"]))
+    proto = cast(Any, sentencepiece_model_pb2).ModelProto.FromString(train(**TRAINED["bpe bytes"]))
     proto.pieces.add(piece="a" * 1025, score=-1.0)
     (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
     with pytest.raises(TokenizerError, match=r"tokenizer\.model: holds a piece of 1025 characters: at most 1024"):
