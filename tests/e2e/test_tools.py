@@ -13,6 +13,7 @@ from loraplex import AsyncClient, assistant_message
 from loraplex.v1.inference_pb2 import FINISH_REASON_TOOL_CALLS, GenerateOutput
 from loraplex.v1.models_pb2 import MODEL_CAPABILITY_REASONING, MODEL_CAPABILITY_TOOLS
 from tests.e2e.conftest import DEMO, END_SECONDS, START_SECONDS, Server, running_server
+from tests.service.http.caller import caller_of
 
 # The storyteller, which was never taught any of this, in the dress of other models.
 TEMPLATE = (
@@ -145,3 +146,17 @@ async def test_required_calls_are_valid_with_a_large_vocabulary(tmp_path: Path) 
     for output in answer.outputs:
         [(name, _)] = arguments(output)
         assert name in ("count_legs", "now")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_named_tool_is_called_over_http_too(dressed: Server, caller: AsyncClient, stream: bool) -> None:
+    tools = [{"type": "function", "function": tool} for tool in TOOLS]
+    choice = {"type": "function", "function": {"name": "count_legs"}}
+    asked = {"tools": tools, "tool_choice": choice, "max_tokens": 200, "seed": 1, "stream": stream}
+    async with caller_of(dressed.data, "dressed") as http:
+        answer = await http.chat("How many legs has a fox?", **asked)
+    said = [part["choices"][0] for part in (answer.events[:-1] if stream else [answer.json])]
+    [call] = [call for part in said for call in part["delta" if stream else "message"].get("tool_calls", ())]
+    assert call["function"]["name"] == "count_legs"
+    assert set(json.loads(call["function"]["arguments"])) == {"animal", "legs"}
+    assert said[-1]["finish_reason"] == "tool_calls"
