@@ -24,12 +24,33 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 NOT_FOR_CLASSES = frozenset(
     (
         *("quantization_config", "compression_config", "auto_map", "_attn_implementation", "attn_implementation"),
-        *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_labels"),
     )
 )
+# Fields from which configurations and classes make lists of layers, in the spellings of all families.
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "attention_types")
 TRANSPOSED = "Conv1D"  # a linear whose weight lies transposed
 # Linears by their class's name: others may compute more than x Wᵀ + b.
 LINEARS = ("Linear", "FalconLinear", TRANSPOSED)
+
+
+def check_layers(raw: Mapping[str, object], num_tensors: int, where: str) -> None:
+    """Raise NotBorrowedError for more layers than there are tensors, before lists are made of them."""
+    for name in LAYER_COUNTS:
+        for count in _integers(raw.get(name)):
+            if count > num_tensors:
+                raise NotBorrowedError(f"{where}: {name} is {count}, and the weights are {num_tensors} tensors")
+
+
+def _integers(value: object) -> Iterator[int]:
+    """Those in a value, and in its lists however deep."""
+    values = [value]
+    while values:
+        each = values.pop()
+        if isinstance(each, list):
+            values.extend(each)
+        elif isinstance(each, int):
+            yield each
 
 
 def class_of(raw: Mapping[str, object], where: str) -> tuple[type[Any], Any]:

@@ -16,7 +16,7 @@ from loraplex_adapters.runtime.layer import EMBEDDING_SITE, LoRAEmbedding, LoRAL
 from loraplex_adapters.runtime.replaced import ReplacementSite
 from loraplex_adapters.runtime.targets import LoraTarget, TargetKind
 from loraplex_engine.borrowed.attention import IMPLEMENTATION, LAYER, PagedAttention
-from loraplex_engine.borrowed.classes import build, class_of, parameters_without_memory, skeleton
+from loraplex_engine.borrowed.classes import build, check_layers, class_of, parameters_without_memory, skeleton
 from loraplex_engine.borrowed.comparison import compare
 from loraplex_engine.borrowed.model import BorrowedFacts, BorrowedModel
 from loraplex_engine.borrowed.modules import AdaptedEmbedding, AdaptedLinear, NormParameters, ReplaceableNorm
@@ -55,15 +55,11 @@ def load_borrowed(config: EngineConfig, path: Path, ops: Ops, progress: Progress
     where, raw = str(path / "config.json"), read_json(path / "config.json")
     if config.rope_scaling is not None:
         raw = with_rope_scaling(raw, config.rope_scaling)
-    cls, class_config = class_of(raw, where)
     spec = read_spec(path, raw)
     check_quantization(config, spec, path)
     with Checkpoint(path, base_names=base_names(path, raw), names=str) as stored:
-        if class_config.num_hidden_layers > len(stored):
-            raise NotBorrowedError(
-                f"{where}: num_hidden_layers is {class_config.num_hidden_layers}, and the weights are {len(stored)} "
-                "tensors"
-            )
+        check_layers(raw, len(stored), where)
+    cls, class_config = class_of(raw, where)
     outline = Outline(skeleton(cls, class_config, where), where)
     if outline.layers[0].shape.alibi and config.kv_cache_dtype != "auto":
         raise ModelError(

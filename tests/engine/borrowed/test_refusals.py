@@ -105,11 +105,20 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_more_layers_than_tensors_are_refused_before_they_are_made(tmp_path: Path) -> None:
-    saved("gpt2", tmp_path)
-    change_config(tmp_path, n_layer=10**12)
-    with pytest.raises(ModelError, match="num_hidden_layers is 1000000000000, and the weights are 28 tensors"):
+@pytest.mark.parametrize(
+    "fields", [{"num_layers": 10**12}, {"attention_types": [[["global"], 10**12]]}, {"num_hidden_layers": 10**12}]
+)
+def test_more_layers_than_tensors_are_refused_before_they_are_made(fields: dict[str, Any], tmp_path: Path) -> None:
+    saved("gpt_neo", tmp_path)
+    change_config(tmp_path, **fields)
+    with pytest.raises(ModelError, match=r" is 1000000000000, and the weights are \d+ tensors"):
         load(tmp_path)
+
+
+def test_labels_without_end_are_not_made(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path)
+    change_config(tmp_path, num_labels=10**12)
+    load(tmp_path)
 
 
 def test_tables_beyond_reason_are_refused_before_they_are_made(tmp_path: Path) -> None:
