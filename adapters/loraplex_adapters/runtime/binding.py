@@ -54,7 +54,7 @@ def bind(
     problems: list[str] = []
     mismatches: list[str] = []  # shapes of another base model
     split = split_tensor_names(tensors, rest)
-    split, tensors = split_experts(split, tensors, targets, rest)
+    split, tensors = split_experts(split, tensors, targets, mismatches, rest)
     split = replace(split, names=[_as_trained(name, config) for name in resting(split.names, rest)])
     placed = _place(split, targets, problems, rest)
     heads = [placed.pop(name) for name in list(placed) if placed[name].target.kind is TargetKind.CLASSIFIER]

@@ -23,11 +23,15 @@ Parameters = dict[str, dict[str, Experts]]  # by the module that has them, then 
 
 
 def split_experts(
-    split: SplitNames, tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget], rest: Rest = no_rest
+    split: SplitNames,
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, LoraTarget],
+    mismatches: list[str],
+    rest: Rest = no_rest,
 ) -> tuple[SplitNames, Mapping[str, Tensor]]:
     """The names and tensors, with those of each expert in place of those of all.
 
-    Tensors that fit no parameter stay as they are, and are then found to have no place.
+    Tensors that fit none of their module's parameters go to `mismatches`.
     """
     parameters = _parameters(targets)
     if not parameters:
@@ -39,11 +43,15 @@ def split_experts(
     names: list[LoraTensorName] = []
     cut: dict[str, Tensor] = dict(tensors)
     for name in resting(split.names, rest):
-        fitting = _fitting(name.module, shapes.get(name.module, {}), parameters)
-        if fitting is None or name.part not in ("A", "B"):
+        known = _of_module(name.module, parameters) if name.part in ("A", "B") else {}
+        if not known:
             names.append(name)
             continue
-        parameter, experts = fitting
+        fitting = [each for each in known.items() if _all_fit(shapes[name.module], each[1])]
+        if len(fitting) != 1:
+            mismatches.append(_misfit(name, tensors[name.key], known))
+            continue
+        parameter, experts = fitting[0]
         trained = f"{_unwrapped(name.module)}.{parameter}"
         tensor = cut.pop(name.key)
         for index, path in enumerate(experts):
@@ -62,16 +70,24 @@ def _parameters(targets: Mapping[str, LoraTarget]) -> Parameters:
     return found
 
 
-def _fitting(module: str, shapes: Mapping[Part, Tensor], parameters: Parameters) -> tuple[str, Experts] | None:
-    """The one parameter of a module that tensors of these shapes can be for."""
+def _of_module(module: str, parameters: Parameters) -> dict[str, Experts]:
+    """The parameters of a module of the trained model, by their names."""
     candidates = base_module_candidates(_unwrapped(module)) & parameters.keys()
-    fitting = [
-        (name, experts)
-        for path in sorted(candidates)
-        for name, experts in parameters[path].items()
-        if all(_fits(tensor, part, experts) for part, tensor in shapes.items())
-    ]
-    return fitting[0] if len(fitting) == 1 else None
+    return {name: experts for path in sorted(candidates) for name, experts in parameters[path].items()}
+
+
+def _misfit(name: LoraTensorName, tensor: Tensor, known: Mapping[str, Experts]) -> str:
+    shapes = ((parameter, next(iter(experts.values())).whole_shape) for parameter, experts in known.items())
+    listed = ", ".join(f"{parameter} [{rows}, {columns}]" for parameter, (rows, columns) in shapes)
+    count = len(next(iter(known.values())))
+    return (
+        f"{name.key}: shape {list(tensor.shape)}, with its partner it fits none of this model's parameters of {count} "
+        f"experts: {listed}"
+    )
+
+
+def _all_fit(shapes: Mapping[Part, Tensor], experts: Experts) -> bool:
+    return all(_fits(tensor, part, experts) for part, tensor in shapes.items())
 
 
 def _fits(tensor: Tensor, part: Part, experts: Experts) -> bool:

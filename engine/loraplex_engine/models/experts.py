@@ -7,15 +7,16 @@ from dataclasses import replace
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import FeedForwardLayout, ModelConfig
 
-MAX_EXPERTS = 4096
+MAX_EXPERTS = 1 << 16  # of all layers: the largest models have half as many
 
 
 def number_of_experts(fields: ConfigFields, *names: str) -> int:
     """The number of experts, under the first of these names that the file has. Raises ModelError for too many."""
     name = next((name for name in names if fields.has(name)), names[0])
     count = fields.integer(name)
-    if count > MAX_EXPERTS:
-        raise fields.error(name, count, f"at most {MAX_EXPERTS}")
+    num_layers = fields.integer("num_hidden_layers")
+    if count * num_layers > MAX_EXPERTS:
+        raise fields.error(name, count, f"at most {MAX_EXPERTS} in all of the {num_layers} layers together")
     return count
 
 

@@ -171,6 +171,7 @@ def test_experts_are_read_quantised_where_the_checkpoint_has_them_so(tmp_path: P
     ("field", "value", "message"),
     [
         ("num_experts", 1 << 20, "num_experts"),
+        ("num_hidden_layers", 1 << 17, "num_experts"),
         ("num_experts_per_tok", 4, "num_experts_per_tok"),
         ("moe_intermediate_size", "many", "moe_intermediate_size"),
     ],
