@@ -10,10 +10,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraplex_adapters.files.gguf import SUFFIX, GGUFError, hub_parts, parts_of
@@ -21,6 +20,7 @@ from loraplex_engine.checkpoint.gguf_blocks import FLOAT_TYPES, READERS
 from loraplex_engine.checkpoint.gguf_model import GGUFModel
 from loraplex_engine.checkpoint.memory import empty_matrix
 from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.checkpoint.tensor_files import Part, SafetensorsFile, TensorFile, check_fetched, shape_of
 from loraplex_kernels.finite import all_finite
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
@@ -51,8 +51,6 @@ STORED_DTYPES = {
     **dict.fromkeys(READERS, torch.bfloat16),  # stored in blocks: the width of what they were made from
 }
 FLOATS = tuple(FLOAT_TYPES)
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-LFS_POINTER = b"version https://git-lfs"
 MAX_LISTED = 8  # tensors named in one error; the rest are counted
 
 
@@ -70,17 +68,11 @@ def read_json_value(path: Path) -> Any:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; a model directory needs one") from None
-    _check_fetched(path, data)
+    check_fetched(path, data)
     try:
         return json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from None
-
-
-def _check_fetched(path: Path, data: bytes) -> None:
-    """data: the file's first bytes, or all. Raises ModelError if Git has left a note of where the file is instead."""
-    if data.startswith(LFS_POINTER):
-        raise ModelError(f"{path}: is a Git LFS pointer, not the file: run `git lfs pull` in {path.parent}")
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
@@ -196,58 +188,6 @@ class ExpectedTensor:
         )
 
 
-Part = tuple[slice, ...]  # of each dimension of a tensor; (): all of it
-
-
-class TensorFile(Protocol):
-    """An open file of tensors, mapped and not read ahead."""
-
-    @property
-    def path(self) -> Path: ...
-
-    def entries(self) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-        """The name, the shape, the format's code of the dtype, and the bytes of each tensor."""
-
-    def pieces(self, name: str, part: Part) -> Iterator[Tensor]:
-        """A tensor or a part of it: all at once, or some of its rows at a time. It may lie in the mapped file."""
-
-    def raw(self, name: str) -> Tensor:
-        """A tensor as it is stored. It may lie in the mapped file."""
-
-
-class _Safetensors:
-    """One file of safetensors."""
-
-    def __init__(self, path: Path, closing: ExitStack) -> None:
-        """Raises ModelError if it is damaged or missing."""
-        self.path = path
-        try:
-            self._file = closing.enter_context(safe_open(path, framework="pt"))
-        except FileNotFoundError:
-            raise ModelError(f"{path}: named by the index, but not there: complete the download") from None
-        except (SafetensorError, OSError) as error:
-            if path.is_file():
-                with path.open("rb") as damaged:
-                    _check_fetched(path, damaged.read(len(LFS_POINTER)))
-            raise ModelError(f"{path}: not a valid safetensors file ({error}): fetch it again") from error
-
-    def entries(self) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-        for name in self._file.keys():  # noqa: SIM118 (not a mapping)
-            part = self._file.get_slice(name)
-            shape, dtype = tuple(part.get_shape()), part.get_dtype()
-            yield name, shape, dtype, ITEM_BYTES.get(dtype, 0) * torch.Size(shape).numel()
-
-    def pieces(self, name: str, part: Part) -> Iterator[Tensor]:
-        # A slice is copied where a whole tensor stays in the mapped file.
-        part_of_it = self._file.get_slice(name)
-        whole = _shape_of(part_of_it.get_shape(), part) == tuple(part_of_it.get_shape())
-        yield self.raw(name) if whole else part_of_it[part]
-
-    def raw(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-
 class Checkpoint:
     """The tensors of a model directory by their names in the Hugging Face model. Files are mapped, not read ahead.
 
@@ -338,7 +278,7 @@ class Checkpoint:
         Raises ModelError, here and in `dense`, naming a tensor with a value that is no finite number.
         """
         stored = [(self._tensors[name], part) for name, part in parts]
-        shapes = [_shape_of(tensor.shape, part) or (1,) for tensor, part in stored]
+        shapes = [shape_of(tensor.shape, part) or (1,) for tensor, part in stored]
         result = empty_matrix((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype, device)
         start = 0
         for tensor, part in stored:
@@ -387,7 +327,7 @@ class Checkpoint:
             yield GGUFModel(self.directory)
             return
         for path in shard_paths(self.directory, base_names):
-            yield _Safetensors(path, self._closing)
+            yield SafetensorsFile(path, self._closing)
 
     def _add(self, file: TensorFile, unused_prefixes: tuple[str, ...]) -> None:
         for stored_name, shape, dtype, nbytes in file.entries():
@@ -406,10 +346,6 @@ class Checkpoint:
                     f"and as {stored_name} in {file.path.name}"
                 )
             self._tensors[name] = StoredTensor(file, stored_name, shape, dtype, nbytes)
-
-
-def _shape_of(shape: Sequence[int], part: Part) -> tuple[int, ...]:
-    return (*(each.stop - each.start for each in part), *shape[len(part) :])
 
 
 def _check_finite(stored: StoredTensor, converted: Tensor) -> None:

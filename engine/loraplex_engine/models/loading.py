@@ -25,7 +25,8 @@ from loraplex_engine.checkpoint.model_config import (
     Stack,
 )
 from loraplex_engine.checkpoint.shard import WHOLE, Shard
-from loraplex_engine.checkpoint.weights import Checkpoint, Part, Progress, aliased_name
+from loraplex_engine.checkpoint.tensor_files import Part
+from loraplex_engine.checkpoint.weights import Checkpoint, Progress, aliased_name
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
 from loraplex_engine.layers.projection_norm import NO_NORMS, QueryKeyNorms, norms_of
 from loraplex_engine.layers.query_scale import QueryScale, growth_table
