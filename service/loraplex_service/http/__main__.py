@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
@@ -69,8 +70,8 @@ def _tell(door: Door) -> None:
     if door.answered:
         counts = [AnswerCount(*labels, number) for labels, number in door.answered.items()]
         door.answered.clear()
-        sys.stdout.buffer.write(msgspec.json.encode(counts) + b"\n")
-        sys.stdout.buffer.flush()
+        with suppress(BrokenPipeError):  # the parent is gone
+            os.write(sys.stdout.fileno(), msgspec.json.encode(counts) + b"\n")
 
 
 def _configuration(settings: DoorSettings, door: Door) -> uvicorn.Config:

@@ -61,10 +61,15 @@ def put_tool_choice(draft: Draft, value: Any) -> None:
         raise ValueError('must be "auto", "none", "required" or {"type": "function", "function": {"name": …}}')
 
 
-def check_strict_tools(draft: Draft) -> None:
-    """Raise Refusal for a tool whose calls must follow its schema, where nothing makes them."""
+def check_tools(draft: Draft) -> None:
+    """Raise Refusal for a tool whose calls must follow its schema, where nothing makes them.
+
+    Where calls are required, any text is no wish: the contract knows no form beside them.
+    """
     choice = draft.message.prompt.chat.tool_choice
     forced = choice.WhichOneof("kind") == "name" or choice.mode == ToolMode.TOOL_MODE_REQUIRED
+    if forced and draft.message.constraint.HasField("any_text"):
+        draft.message.ClearField("constraint")
     if draft.strict_tool is not None and not forced:
         problem = 'calls are held to their schemas where tool_choice requires them: set it to "required" or a tool'
         raise wrong(f"{draft.strict_tool}.function.strict", problem, code="unsupported_parameter")

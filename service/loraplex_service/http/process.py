@@ -19,6 +19,7 @@ from loraplex_service.telemetry.series import Counter
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
+ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TZ", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 
 
 @asynccontextmanager
@@ -109,13 +110,15 @@ async def _count(lines: asyncio.StreamReader, answered: Counter) -> None:
 
 async def _start(listener: socket.socket, settings: DoorSettings) -> Process:
     import_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    # Of the environment nothing that it does not need: it speaks with strangers, and others' secrets may be there.
+    kept = {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name.startswith("GRPC_")}
     # -P: the working directory must not come before it. A session of its own: Ctrl-C is for the service to act on.
     command = (sys.executable, "-P", "-m", "loraplex_service.http", str(listener.fileno()))
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=PIPE,
         stdout=PIPE,
-        env=os.environ | {"PYTHONPATH": import_path},
+        env=kept | {"PYTHONPATH": import_path},
         pass_fds=(listener.fileno(),),
         start_new_session=True,
     )

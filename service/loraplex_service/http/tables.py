@@ -267,7 +267,7 @@ CHAT = Table(
         refused("verbosity", "say it in the conversation", "medium"),
         refused("web_search_options", "nothing is searched"),
     ),
-    said.check_strict_tools,
+    said.check_tools,
 )
 
 COMPLETIONS = Table(

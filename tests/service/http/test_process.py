@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from loraplex_service.config import LimitsConfig
-from loraplex_service.http.process import http_process
+from loraplex_service.http.process import _listening, _start, http_process
 from loraplex_service.http.settings import DoorSettings
 from loraplex_service.models.config import SupervisionConfig
 from loraplex_service.ports.config import TlsConfig
@@ -68,6 +68,10 @@ def children() -> dict[int, str]:
     pids = [int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in pids}
     return {pid: command for pid, command in commands.items() if "loraplex_service.http" in command}
+
+
+def environment_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
 
 
 @pytest.fixture
@@ -250,3 +254,25 @@ async def test_a_port_that_is_taken_keeps_the_server_from_starting() -> None:
         with pytest.raises(OSError, match="in use"):
             async with http_process(address, DoorSettings(target="unix:/nowhere"), SupervisionConfig(), Counter()):
                 pass
+
+
+@needs_uvicorn
+async def test_a_process_whose_parent_is_gone_ends() -> None:
+    with _listening("127.0.0.1", 0, unread_seconds=30.0) as listener:
+        process = await _start(listener, DoorSettings(target="unix:/nowhere"))
+        assert process.stdin is not None
+        process.stdin.close()
+        async with asyncio.timeout(30):
+            assert await process.wait() == 0
+
+
+@needs_uvicorn
+async def test_a_process_is_given_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    with _listening("127.0.0.1", 0, unread_seconds=30.0) as listener:
+        process = await _start(listener, DoorSettings(target="unix:/nowhere"))
+        try:
+            assert b"hidden" not in environment_of(process.pid)
+        finally:
+            process.kill()
+            await process.communicate()

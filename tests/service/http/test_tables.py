@@ -166,6 +166,12 @@ def test_a_strict_tool_is_taken_where_calls_are_required_and_refused_elsewhere()
     assert raised.value.param == "tools[1].function.strict"
 
 
+def test_any_text_is_no_form_beside_calls_that_are_required() -> None:
+    asked = {"tools": [TOOL], "response_format": {"type": "text"}}
+    assert not CHAT.read(asked | {"tool_choice": "required"}).message.HasField("constraint")
+    assert CHAT.read(asked | {"tool_choice": "auto"}).message.constraint.HasField("any_text")
+
+
 def test_an_answer_can_be_sent_back_as_it_came() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
     said = {"role": "assistant", "content": None, "refusal": None, "annotations": [], "tool_calls": [call]}
