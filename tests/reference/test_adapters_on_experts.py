@@ -143,6 +143,20 @@ def test_adapters_in_one_batch_equal_peft(engine: Engine) -> None:
     check_beside_each_other(engine)
 
 
+def test_a_row_of_the_base_has_the_same_bits_beside_adapters(oracle: Oracle) -> None:
+    engine = Engine(oracle, max_num_batched_tokens=64, kernels="cpu", enable_prefix_caching=False)
+    try:
+        alone = engine.add(random_prompt(9, 1), None, 1)
+        engine.finish()
+        for index, adapter in enumerate(KINDS):
+            engine.add(random_prompt(3 + index, index), adapter, 2)
+        beside = engine.add(random_prompt(9, 1), None, 1)
+        engine.finish()
+        assert torch.equal(engine.sampler.logits[alone][0], engine.sampler.logits[beside][0])
+    finally:
+        engine.core.close()
+
+
 @pytest.mark.parametrize("family", OTHERS)
 def test_adapters_of_other_families_equal_peft(family: str, tmp_path: Path) -> None:
     fields, router, linears = OTHERS[family]
