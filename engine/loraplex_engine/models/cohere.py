@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import HeadNormTensors, LayerAttention, LayerNorms, ModelConfig, Rope
-from loraplex_engine.models.reading import Family, all_but_every, decoder_config, sliding_layers
+from loraplex_engine.models.reading import MAX_POSITIONS, Family, all_but_every, decoder_config, sliding_layers
 from loraplex_engine.models.rope_reading import read_rope
 
 DEFAULTS = {
@@ -28,6 +28,8 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     config = _config(architecture, fields, layers)
     # Beside the positions of the training the first files state there what the model is for.
     longest = fields.integer("model_max_length", config.max_position_embeddings)
+    if longest > MAX_POSITIONS:
+        raise fields.error("model_max_length", longest, f"at most {MAX_POSITIONS}")
     head_norm: HeadNormTensors | None = "together" if fields.flag("use_qk_norm") else None
     return replace(config, head_norm=head_norm, max_position_embeddings=max(longest, config.max_position_embeddings))
 

@@ -13,7 +13,7 @@ from loraplex_engine.models.experts import experts_per_token, number_of_experts,
 from loraplex_engine.models.reading import Family, gate_activation
 from loraplex_kernels.ops import Routing
 
-DEFAULTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+DEFAULTS = {**granite.DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2}
 IN_CHECKPOINTS = (
     ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
     ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
@@ -39,7 +39,7 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
 
 
 def _shared(architecture: str, fields: ConfigFields) -> GatedLayout | None:
-    size = fields.integer("shared_intermediate_size", 0 if architecture == "GraniteMoeForCausalLM" else 1024, 0)
+    size = fields.integer("shared_intermediate_size", 0, minimum=0)
     if not size or architecture == "GraniteMoeForCausalLM":
         return None
     activation = gate_activation(fields)

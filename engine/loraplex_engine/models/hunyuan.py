@@ -28,9 +28,9 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
 
 
 def _rope(fields: ConfigFields) -> Rope:
-    """What the files call dynamic is a base that a fixed α stretches, whatever the length."""
+    """What the files call dynamic is, with an α, a base that it stretches, whatever the length."""
     section = fields.filled_section("rope_scaling") or fields.filled_section("rope_parameters")
-    if section is None or not section.has("alpha"):
+    if section is None or not _is_stretched(section):
         rope = read_rope(fields)
         if isinstance(rope.scaling, YarnScaling | LongRopeScaling):
             raise fields.error(
@@ -43,6 +43,11 @@ def _rope(fields: ConfigFields) -> Rope:
     if alpha > MAX_ALPHA:
         raise section.error("alpha", alpha, f"at most {MAX_ALPHA:g}")
     return Rope(theta * alpha ** (dim / max(dim - 2, 1)))
+
+
+def _is_stretched(section: ConfigFields) -> bool:
+    kind = section.text("rope_type" if section.has("rope_type") else "type", "default")
+    return kind == "dynamic" and section.number_or_zero("alpha") > 0
 
 
 FAMILY = Family(("HunYuanDenseV1ForCausalLM",), ("hunyuan_v1_dense",), read)

@@ -22,6 +22,7 @@ from loraplex_engine.checkpoint.model_config import (
     YarnScaling,
 )
 from loraplex_engine.layers.feed_forward import GatedLayout
+from loraplex_engine.layers.mixture import MixtureLayout
 from loraplex_engine.layers.rotary import inverse_frequencies
 from loraplex_engine.models import parse_model_config, read_model_config
 from loraplex_engine.models.registry import ARCHITECTURES, FAMILIES
@@ -399,6 +400,7 @@ def test_long_contexts_take_the_long_factors() -> None:
         ("PhiForCausalLM", {"qk_layernorm": True}, "qk_layernorm is True; it must be false"),
         ("PhiForCausalLM", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be one of gelu_pytorch_tanh"),
         ("HunYuanDenseV1ForCausalLM", {"rope_scaling": {"type": "dynamic", "alpha": 1e30}}, "alpha .* at most 1e.06"),
+        ("CohereForCausalLM", {"model_max_length": 1 << 40}, "model_max_length .* at most"),
         (
             "HunYuanDenseV1ForCausalLM",
             {"rope_scaling": {"type": "yarn", "factor": 2.0}},
@@ -430,3 +432,18 @@ def test_ministral_3_without_a_rotation_has_that_of_its_class() -> None:
     assert isinstance(config.layers[0].rope, Rope)
     assert isinstance(config.layers[0].rope.scaling, YarnScaling)
     assert config.query_growth == QueryGrowth(0.1, 16_384)
+
+
+def test_an_alpha_stretches_what_hunyuan_calls_dynamic_alone() -> None:
+    def rope(**scaling: Any) -> Rope | None:
+        return of("HunYuanDenseV1ForCausalLM", head_dim=16, rope_scaling=scaling).layers[0].rope
+
+    assert rope(type="dynamic", alpha=50.0, factor=1.0) == Rope(10_000.0 * 50 ** (16 / 14))
+    assert rope(rope_type="default", alpha=50.0) == Rope(10_000.0)
+    assert rope(type="dynamic", alpha=0, factor=2.0) == Rope(10_000.0, DynamicScaling(2.0, 1000))
+
+
+def test_granite_has_no_shared_expert_unless_the_file_says_so() -> None:
+    experts = of("GraniteMoeSharedForCausalLM", num_local_experts=4).feed_forwards[0]
+    assert isinstance(experts, MixtureLayout)
+    assert experts.shared is None
