@@ -30,8 +30,8 @@ class Values:
     def float32(self, key: str) -> Tensor:
         return self.converted(key, dtype=torch.float32)
 
-    def empty(self, columns: int) -> Tensor:
-        return torch.empty((0, columns), dtype=self._dtype)
+    def empty(self, target: LoraTarget) -> Tensor:
+        return torch.empty((0, target.in_features), dtype=target.dtype or self._dtype)
 
     def converted(self, key: str, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """tensor · scale, multiplied in float32, contiguous."""
@@ -55,13 +55,12 @@ def stacked(
     for module in modules:
         if not module.is_adapted:
             continue
-        a = values.converted(module.key("A"))
-        b = values.converted(module.key("B"), config.scale_of(module.trained_name))
+        a = values.converted(module.key("A"), dtype=module.target.dtype)
+        b = values.converted(module.key("B"), config.scale_of(module.trained_name), module.target.dtype)
         parts.append(a)
         slices.append(LoraSlice(rank_start, module.target.out_start, b))
         rank_start += len(a)
-    in_features = modules[0].target.in_features
-    a = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else values.empty(in_features)
+    a = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else values.empty(modules[0].target)
     return LoraWeights(a, tuple(slices), _affine(modules, config, targets, values))
 
 
@@ -144,10 +143,14 @@ def replaced_parameters(
                     add(target.site, row, values.float32(module.key(part)))
             continue
         if "weight" in module.parts:
-            weight = values.converted(module.key("weight"))
+            weight = values.converted(module.key("weight"), dtype=target.dtype)
             add(target.site, slice(0, len(weight)) if target.kind is not TargetKind.LINEAR else target.columns, weight)
         if "tokens" in module.parts:
-            add(target.site, torch.tensor(trained_ids(module, config)), values.converted(module.key("tokens")))
+            add(
+                target.site,
+                torch.tensor(trained_ids(module, config)),
+                values.converted(module.key("tokens"), dtype=target.dtype),
+            )
     _share_tokens(replaced, modules, targets)
     return replaced
 

@@ -90,6 +90,7 @@ class LoraTarget:
     rounding: Callable[[Tensor], Tensor] | None = None  # what became of the checkpoint's rows when the model was loaded
     stacks: tuple[str, ...] = ()  # of an expert: the paths of the parameter [E, N, C] that this is a part of
     transposed: bool = False  # checkpoints have its weight as [C, N], and adapters that replace it, too
+    dtype: torch.dtype | None = None  # that it is computed in; None: the model's
     share: Share | None = None  # of a module that is divided: C and N above are the rank's; None: it is whole
 
     @property

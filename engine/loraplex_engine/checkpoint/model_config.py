@@ -158,6 +158,7 @@ class FusedLinear:
     stored_fused: bool = False  # the checkpoint has them as one tensor, at `module`; so do adapters
     stack: Stack | None = None  # of an expert
     kept_dense: bool = False  # quantising the model while it is loaded leaves it alone
+    in_float32: bool = False  # whatever the model computes in
 
 
 class FeedForward(Protocol):

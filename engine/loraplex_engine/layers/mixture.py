@@ -48,6 +48,7 @@ class Mixture:
     routing: Routing
     correction: Tensor | None  # [E]
     router: LoRALinear
+    float32_router: bool
     gate_up: ExpertLinears
     down: ExpertLinears
     activate_and_mul: Callable[[Tensor], Tensor]  # [R, 2F] → [R, F]
@@ -56,7 +57,8 @@ class Mixture:
     linears: Sequence[LoRALinear]
 
     def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
-        routes = self.ops.route(self.router(x, lora), self.routing, self.correction, lora)
+        scores = self.router(x.float() if self.float32_router else x, lora)
+        routes = self.ops.route(scores, self.routing, self.correction, lora)
         rows = x.index_select(0, routes.tokens)
         outputs = self.down(self.activate_and_mul(self.gate_up(rows, routes)), routes)
         y = self.ops.weighted_sums(outputs, routes.rows, routes.weights)
@@ -77,6 +79,7 @@ class MixtureLayout:
     routing: Routing
     router: str = "mlp.gate"  # its path inside a layer
     router_bias: bool = False
+    float32_router: bool = False  # it reads and computes in float32, whatever the model does
     correction: str | None = None  # the path of what is added to the scores to choose by
     correction_shape: tuple[int, ...] | None = None  # None: [E]
     shared: GatedLayout | None = None
@@ -88,7 +91,8 @@ class MixtureLayout:
         return replace(self, stacked=self.stacked or holds(f"{self.expert.module}.gate_up_proj"))
 
     def linears(self, hidden_size: int) -> tuple[FusedLinear, ...]:
-        found = [_dense("router", self.router, hidden_size, self.num_experts, self.router_bias)]
+        router = _dense("router", self.router, hidden_size, self.num_experts, self.router_bias)
+        found = [replace(router, in_float32=self.float32_router)]
         for index in range(self.num_experts):
             found.extend(self._expert(index, hidden_size))
         if self.shared is not None:
@@ -107,6 +111,7 @@ class MixtureLayout:
             self.routing,
             vectors[0].flatten() if vectors else None,
             router,
+            self.float32_router,
             ExpertLinears(ops, experts[::2]),
             ExpertLinears(ops, experts[1::2]),
             self.expert.activate_and_mul(ops),

@@ -46,6 +46,7 @@ def _mixture(fields: ConfigFields) -> MixtureLayout:
         num_experts,
         GatedLayout(size, activation, module="mlp.experts"),
         Routing(experts_per_token(fields, num_experts, "moe_k"), least_sum=fields.number("moe_norm_min")),
+        float32_router=True,
         correction="mlp.moe_statics.e_score_correction_bias",
         correction_shape=(1, num_experts),
         shared=GatedLayout(shared, activation, module="mlp.shared_experts", site="shared.") if shared else None,

@@ -69,6 +69,7 @@ def group_mixture(fields: ConfigFields) -> MixtureLayout:
             groups=groups,
             groups_kept=kept,
         ),
+        float32_router=True,
         correction="mlp.gate.e_score_correction_bias",
         shared=GatedLayout(size * shared, activation, module="mlp.shared_experts", site="shared.") if shared else None,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from loraplex_adapters.runtime.classifier import CLASSIFIER_MODULES, CLASSIFIER_SITE
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE
 from loraplex_adapters.runtime.targets import LoraTarget, Share, TargetKind
@@ -233,12 +235,13 @@ def _linear_targets(site: str, linear: FusedLinear, shard: Shard) -> dict[str, L
     Where a checkpoint has them as one, the model that adapters were trained beside has no projections by themselves.
     """
     kind = TargetKind.LINEAR if linear.stack is None else TargetKind.EXPERT
+    dtype = torch.float32 if linear.in_float32 else None
     targets, all_rows, start, whole_start = {}, [], 0, 0
     for (module, size), (rows, columns) in zip(linear.parts, held_parts(linear, shard), strict=True):
         share = Share(size, linear.in_features, (rows,), columns, adds_bias(linear, shard), linear.unit)
-        targets[module] = LoraTarget(site, share.num_columns, start, share.num_rows, kind, share=share)
+        targets[module] = LoraTarget(site, share.num_columns, start, share.num_rows, kind, share=share, dtype=dtype)
         all_rows.append(slice(whole_start + rows.start, whole_start + rows.stop))
         start, whole_start = start + share.num_rows, whole_start + size
     share = replace(share, out_features=whole_start, rows=tuple(all_rows))
-    whole = {linear.module: LoraTarget(site, share.num_columns, 0, start, kind, share=share)}
+    whole = {linear.module: LoraTarget(site, share.num_columns, 0, start, kind, share=share, dtype=dtype)}
     return whole if linear.stored_fused else targets | whole

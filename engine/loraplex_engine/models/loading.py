@@ -228,7 +228,7 @@ class _Loader:
         self.growth = None if growth is None else growth_table(growth, num_positions, dtype, ops.device)
 
     def load(self) -> LanguageModel:
-        embedding = self._rows([(EMBEDDING, ())])
+        embedding = self._rows([(EMBEDDING, ())], self.dtype)
         # The largest matrix goes first: while it is packed it takes its room twice, and nothing else is there yet.
         head = self._lora_linear(HEAD_SITE, self._head(embedding))
         layers = [self._layer(index) for index in range(self.config.num_layers)]
@@ -302,16 +302,17 @@ class _Loader:
 
     def _fused(self, index: int, prefix: str, linear: FusedLinear) -> LoRALinear:
         held = [(prefix + path, rows, columns) for path, rows, columns in stored_parts(linear, self.shard)]
+        dtype = torch.float32 if linear.in_float32 else self.dtype
         if linear.stack is not None and linear.stack.stored:
             weights, biases = self._stacked(prefix, linear.stack, held)
         else:
-            weights = self._weights(held, None if linear.kept_dense else self.rounding)
+            weights = self._weights(held, None if linear.kept_dense else self.rounding, dtype)
             biases = [(f"{path}.bias", (rows,)) for path, rows, _ in held]
-        bias = self._bias(biases, adds_bias(linear, self.shard)) if linear.bias else None
-        return self._lora_linear(site_name(index, linear), self._linear(weights, bias))
+        bias = self._bias(biases, adds_bias(linear, self.shard), dtype) if linear.bias else None
+        return self._lora_linear(site_name(index, linear), self._linear(weights, bias, dtype))
 
-    def _bias(self, parts: Sequence[tuple[str, Part]], adds: bool) -> Tensor:
-        bias = self._rows(parts).flatten()
+    def _bias(self, parts: Sequence[tuple[str, Part]], adds: bool, dtype: torch.dtype) -> Tensor:
+        bias = self._rows(parts, dtype).flatten()
         return bias if adds else bias.zero_()
 
     def _stacked(self, prefix: str, stack: Stack, held: Held) -> tuple[list[Matrix], list[tuple[str, Part]]]:
@@ -336,14 +337,14 @@ class _Loader:
     def _lora_linear(self, site: str, linear: AnyLinear) -> LoRALinear:
         return LoRALinear(self.ops, linear, self.num_slots, self.replaced.table.at(site))
 
-    def _weights(self, held: Held, rounding: str | None) -> list[Matrix]:
+    def _weights(self, held: Held, rounding: str | None, dtype: torch.dtype) -> list[Matrix]:
         """The weights of projections that are multiplied as one: as few matrices as possible, rows in order."""
         quantised = self.quantised
         if rounding is None and (quantised is None or not any(path in quantised for path, *_ in held)):
-            return [self._dense([(f"{path}.weight", (rows, columns)) for path, rows, columns in held])]
+            return [self._dense([(f"{path}.weight", (rows, columns)) for path, rows, columns in held], dtype)]
         found: list[Matrix] = []
         for path, rows, columns in held:
-            weight = self._weight(path, (rows, columns), rounding)
+            weight = self._weight(path, (rows, columns), rounding, dtype)
             joined = None
             if found and not isinstance(weight, Sequence) and not isinstance(found[-1], Sequence):
                 joined = concatenate((found[-1], weight))
@@ -353,44 +354,44 @@ class _Loader:
                 found[-1] = joined
         return found
 
-    def _weight(self, path: str, part: tuple[slice, slice], rounding: str | None) -> Matrix:
+    def _weight(self, path: str, part: tuple[slice, slice], rounding: str | None, dtype: torch.dtype) -> Matrix:
         if self.quantised is not None and path in self.quantised:
             return self.quantised.read(path, self.ops.device, part)
         if rounding is None:
-            return self._dense([(f"{path}.weight", part)])
+            return self._dense([(f"{path}.weight", part)], dtype)
         # Rounded before it is cut, so that a weight becomes the same however many ranks there are.
-        return cut(round_to_nearest(self._dense([(f"{path}.weight", ())])[0], rounding), *part)
+        return cut(round_to_nearest(self._dense([(f"{path}.weight", ())], dtype)[0], rounding), *part)
 
-    def _dense(self, parts: Sequence[tuple[str, Part]]) -> list[Tensor]:
+    def _dense(self, parts: Sequence[tuple[str, Part]], dtype: torch.dtype) -> list[Tensor]:
         """The rows of several tensors, one after another; straight from the mapped file if packing copies them."""
         if self.ops.packing_copies:
-            return [self.checkpoint.dense(name, self.dtype, self.ops.device, part) for name, part in parts]
-        return [self._rows(parts)]
+            return [self.checkpoint.dense(name, dtype, self.ops.device, part) for name, part in parts]
+        return [self._rows(parts, dtype)]
 
     def _head(self, embedding: Tensor) -> AnyLinear:
         module = head_module(self.config)
-        bias = self._rows([(HEAD_BIAS, ())]) if self.config.head_bias else None
+        bias = self._rows([(HEAD_BIAS, ())], self.dtype) if self.config.head_bias else None
         if self.quantised is not None and module in self.quantised:
-            return self._linear([self.quantised.read(module, self.ops.device)], bias)
+            return self._linear([self.quantised.read(module, self.ops.device)], bias, self.dtype)
         weight = self._head_weight(embedding)
         if self.head_rounding is None:
-            return self._linear([weight], bias)
-        return self._linear([round_to_nearest(weight[0], self.head_rounding)], bias)
+            return self._linear([weight], bias, self.dtype)
+        return self._linear([round_to_nearest(weight[0], self.head_rounding)], bias, self.dtype)
 
     def _head_weight(self, embedding: Tensor) -> list[Tensor]:
         """The head's matrix; if the model ties them, the embedding's."""
         if HEAD not in self.checkpoint:
             return [embedding]
         if not self.config.tie_word_embeddings:
-            return self._dense([(HEAD, ())])
-        if torch.equal(self._rows([(HEAD, ())]), embedding):
+            return self._dense([(HEAD, ())], self.dtype)
+        if torch.equal(self._rows([(HEAD, ())], self.dtype), embedding):
             return [embedding]
         raise ModelError(
             f"{self.checkpoint.directory}: config.json ties {HEAD} to {EMBEDDING}, but the weights hold another one: "
             "set tie_word_embeddings to false to use it, or remove it"
         )
 
-    def _linear(self, weights: Sequence[Matrix], bias: Tensor | None) -> AnyLinear:
+    def _linear(self, weights: Sequence[Matrix], bias: Tensor | None, dtype: torch.dtype) -> AnyLinear:
         """One linear from these matrices, their rows one after another; bias [N] of all of them."""
         linears, start = [], 0
         for weight in weights:
@@ -399,7 +400,7 @@ class _Loader:
             packed = (
                 self.ops.pack_linear(weight, part)
                 if isinstance(weight, Sequence)
-                else self.ops.pack_quantized(weight, part, self.dtype)
+                else self.ops.pack_quantized(weight, part, dtype)
             )
             linears.append(Linear(self.ops, packed, part))
             start += rows
@@ -420,5 +421,5 @@ class _Loader:
             kind, weight, bias[0] if bias else None, self.config.norm_offset, self.replaced.table.at(site)
         )
 
-    def _rows(self, parts: Sequence[tuple[str, Part]]) -> Tensor:
-        return self.checkpoint.stacked(parts, self.dtype, self.ops.device)
+    def _rows(self, parts: Sequence[tuple[str, Part]], dtype: torch.dtype) -> Tensor:
+        return self.checkpoint.stacked(parts, dtype, self.ops.device)

@@ -41,9 +41,11 @@ MIXED: dict[str, Any] = {
 TOKENS = torch.arange(3, 20)
 
 
-def generate(folder: Path, modules: Sequence[str], backend: str, **kind: bool) -> list[list[int]]:
+def generate(
+    folder: Path, modules: Sequence[str], backend: str, shape: tuple[int, int] = (128, 64), **kind: bool
+) -> list[list[int]]:
     """What a model continues a prompt with: alone, and with the same LoRA at each of `modules`."""
-    key = write_lora(folder / "adapter", {f"model.layers.1.mlp.{module}": (128, 64) for module in modules}, **kind)
+    key = write_lora(folder / "adapter", {f"model.layers.1.mlp.{module}": shape for module in modules}, **kind)
     config = EngineConfig(
         model=str(folder), kv_cache_bytes=1 << 20, max_num_batched_tokens=9, threads=1, kernels=backend
     )
@@ -193,3 +195,52 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused_by_name(tmp_path: Path, mi
 def test_steps_of_experts_are_not_captured(tmp_path: Path, dense: dict[str, Tensor], mixed: dict[str, Tensor]) -> None:
     assert load(write(tmp_path / "one", dense, DENSE)).capturable
     assert not load(write(tmp_path / "mixed", mixed, MIXED)).capturable
+
+
+GROUPED: dict[str, Any] = {
+    **DENSE,
+    "architectures": ["Glm4MoeForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "use_qk_norm": True,
+    "n_routed_experts": NUM_EXPERTS,
+    "n_shared_experts": 0,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": MODEL["intermediate_size"],
+}
+ROUTER = "model.layers.1.mlp.gate"
+
+
+@pytest.fixture
+def grouped(mixed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts that differ, and that a router tells apart by less than bfloat16 does."""
+    generator = Generator().manual_seed(2)
+    for name in sorted(name for name in mixed if ".experts." in name):
+        mixed[name] = torch.randn(mixed[name].shape, generator=generator)
+    nearly = 1 + 1e-4 * torch.arange(NUM_EXPERTS).unsqueeze(1)
+    mixed[f"{ROUTER}.weight"] = torch.randn(1, 64, generator=generator) * nearly
+    mixed[f"{ROUTER}.e_score_correction_bias"] = torch.zeros(NUM_EXPERTS)
+    return mixed
+
+
+def test_a_router_in_float32_chooses_the_same_experts_in_any_order(tmp_path: Path, grouped: dict[str, Tensor]) -> None:
+    wanted = logits(load(write(tmp_path / "one", grouped, GROUPED)), TOKENS)
+    reversed_ = {
+        name.replace(f"experts.{index}.", f"experts.{NUM_EXPERTS - 1 - index}."): tensor
+        for index in range(NUM_EXPERTS)
+        for name, tensor in grouped.items()
+        if f"experts.{index}." in name or ".experts." not in name
+    }
+    reversed_[f"{ROUTER}.weight"] = grouped[f"{ROUTER}.weight"].flip(0).contiguous()
+    assert torch.equal(logits(load(write(tmp_path / "other", reversed_, GROUPED)), TOKENS), wanted)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_adapter_on_a_router_in_float32_generates_what_it_does_when_merged(
+    tmp_path: Path, grouped: dict[str, Tensor], backend: str
+) -> None:
+    plain = generate(write(tmp_path / "plain", grouped, GROUPED), ["gate"], backend, (NUM_EXPERTS, 64))
+    lora = load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors")
+    a, b = (lora[f"base_model.model.{ROUTER}.lora_{part}.weight"] for part in "AB")
+    grouped[f"{ROUTER}.weight"] += 4.0 * b @ a
+    merged = generate(write(tmp_path / "merged", grouped, GROUPED), ["gate"], backend, (NUM_EXPERTS, 64))
+    assert plain[1] == merged[0] != plain[0]
