@@ -100,7 +100,7 @@ def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"bias": True}])
 def test_equal_experts_generate_what_one_does_and_so_do_equal_adapters_on_them(
-    tmp_path: Path, dense: dict[str, Tensor], mixed: dict[str, Tensor], backend: str, kind: dict[str, bool]
+    tmp_path: Path, dense: dict[str, Tensor], mixed: dict[str, Tensor], backend: str, kind: dict[str, Any]
 ) -> None:
     wanted = generate(write(tmp_path / "one", dense, DENSE), ["up_proj"], backend, **kind)
     assert wanted[0] != wanted[1]
@@ -173,7 +173,7 @@ def test_experts_are_read_quantised_where_the_checkpoint_has_them_so(tmp_path: P
     ("field", "value", "message"),
     [
         ("num_experts", 1 << 20, "num_experts"),
-        ("num_hidden_layers", 1 << 17, "num_experts"),
+        ("num_experts", 1 << 15 | 1, "num_experts"),
         ("num_experts_per_tok", 4, "num_experts_per_tok"),
         ("moe_intermediate_size", "many", "moe_intermediate_size"),
     ],
