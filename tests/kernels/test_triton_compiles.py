@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,28 @@ def case(capability, dtype):
 CASES = [case(capability, dtype) for capability in SHARED_BYTES for dtype in SPILLED_BYTES]
 
 
-@pytest.mark.parametrize(("capability", "dtype"), CASES)
-def test_every_kernel_compiles_and_fits(capability, dtype, tmp_path):
+@pytest.fixture(scope="module")
+def compilations(request, tmp_path_factory):
+    """What becomes of each case that is selected: as many are compiled side by side as there are cores."""
+    name = test_every_kernel_compiles_and_fits.__name__
+    params = [item.callspec.params for item in request.session.items if getattr(item, "originalname", "") == name]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            (each["capability"], each["dtype"]): pool.submit(compiled, tmp_path_factory.mktemp("cache"), **each)
+            for each in params
+        }
+
+
+def compiled(cache, capability, dtype):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, str(SCRIPT), str(capability), dtype]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), CASES)
+def test_every_kernel_compiles_and_fits(capability, dtype, compilations):
+    result = compilations[capability, dtype].result()
     assert result.returncode == 0, result.stderr
     used = [json.loads(line) for line in result.stdout.splitlines()]
     assert {each["kernel"] for each in used} == KERNELS
