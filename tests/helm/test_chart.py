@@ -311,3 +311,10 @@ def test_http_is_offered_where_it_is_switched_on(chart: Chart) -> None:
 
     assert of({}) == (["grpc"], [])
     assert of({"http": {"enabled": True}}) == (["grpc", "http"], [[{"podSelector": {}}]])
+
+
+@pytest.mark.parametrize("named", [[], [{"namespaceSelector": {"matchLabels": {"team": "a"}}}]])
+def test_http_past_envoy_is_for_those_alone_who_are_named(chart: Chart, named: list[Any]) -> None:
+    values = {"http": {"enabled": True}, "envoy": {"enabled": True}, "networkPolicy": {"dataFrom": named}}
+    rules = chart.render(MODELS | values).get("NetworkPolicy", "prod-loraplex")["spec"]["ingress"]
+    assert [rule["from"] for rule in rules if rule["ports"] == [{"port": "http"}]] == ([named] if named else [])
