@@ -6,7 +6,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 
 from loraplex.prompts import build_message, build_tool
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds, ToolMode
-from loraplex_service.http.parameters import Draft, Put, checked, items, mapping, text, wrong
+from loraplex_service.http.parameters import Draft, Put, bounded, checked, items, mapping, text, wrong
 
 # Keys of messages in answers, which clients send back as they came. With a value they are refused by name.
 EMPTY_IN_ANSWERS = ("refusal", "audio", "function_call", "annotations")
@@ -15,7 +15,7 @@ EMPTY_IN_ANSWERS = ("refusal", "audio", "function_call", "annotations")
 def put_messages(draft: Draft, value: Any) -> None:
     """The conversation."""
     chat = draft.message.prompt.chat
-    for index, message in enumerate(items(value)):
+    for index, message in enumerate(items(value, "Chat.messages")):
         try:
             chat.messages.append(build_message(_own(mapping(message))))
         except KeyError as error:
@@ -34,7 +34,7 @@ def _own(message: dict[str, Any]) -> dict[str, Any]:
 
 def put_tools(draft: Draft, value: Any) -> None:
     """The tools that the model may call."""
-    for index, tool in enumerate(items(value)):
+    for index, tool in enumerate(items(value, "Chat.tools")):
         name = f"tools[{index}]"
         try:
             if mapping(tool).get("type", "function") != "function":
@@ -45,7 +45,7 @@ def put_tools(draft: Draft, value: Any) -> None:
             draft.message.prompt.chat.tools.append(build_tool(function))
         except KeyError as error:
             raise wrong(name, f"has no {error}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise wrong(name, str(error)) from error
 
 
@@ -93,29 +93,29 @@ def put_reasoning_effort(draft: Draft, value: Any) -> None:
 # ---- prompts of completions, embeddings and tokens -------------------------------------------------------------------
 
 
-def prompts(value: Any) -> list[Prompt]:
-    """What a text, a list of token ids, or a list of either means."""
+def prompts(value: Any, of: str) -> list[Prompt]:
+    """What a text, a list of token ids, or a list of either means. `of`: the field that bounds their number."""
     several = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
-    return [_prompt(one) for one in (value if several else [value])]
+    return [_prompt(one) for one in (items(value, of) if several else [value])]
 
 
 def _prompt(value: Any) -> Prompt:
     if isinstance(value, str):
         return Prompt(text=value)
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
+    if not isinstance(value, list) or not all(type(token) is int for token in bounded(value, "TokenIds.ids")):
         raise TypeError("must be a text, a list of token ids, or a list of either")
     return Prompt(token_ids=TokenIds(ids=value))
 
 
 def put_prompts(draft: Draft, value: Any) -> None:
     """What a completion goes on from; each of several has choices of its own."""
-    draft.prompts = prompts(value)
+    draft.prompts = prompts(value, "BatchGenerateRequest.specs")
     draft.paths.append(("specs", "prompt"))
 
 
 def put_inputs(draft: Draft, value: Any) -> None:
     """What is embedded."""
-    draft.message.prompts.extend(prompts(value))
+    draft.message.prompts.extend(prompts(value, "EmbedRequest.prompts"))
 
 
 def put_in_each(name: str) -> Put:

@@ -30,6 +30,7 @@ Handler: TypeAlias = Callable[[Exchange], Awaitable[None]]
 ResultT = TypeVar("ResultT")
 DONE = b"data: [DONE]\n\n"
 MODEL = "/v1/models/"
+HEALTH_SECONDS = 2.0  # for the service to say how it is
 OTHER = "other"  # what is no endpoint
 
 
@@ -87,7 +88,7 @@ class Door:
 
     async def _health(self, exchange: Exchange) -> None:
         with self._clients.lease() as client:
-            serving = await client.is_serving()
+            serving = await client.serves_within(HEALTH_SECONDS)
         await exchange.answer({"status": "ok" if serving else "not serving"}, 200 if serving else 503)
 
     async def _tell_version(self, exchange: Exchange) -> None:
@@ -108,11 +109,11 @@ class Door:
     # ---- generations -------------------------------------------------------------------------------------------------
 
     async def _chat(self, exchange: Exchange) -> None:
-        draft = await _draft(exchange, CHAT)
+        draft = await self._draft(exchange, CHAT)
         await self._serve(exchange, draft, lambda client: self._generate(exchange, client, draft, ChatAnswers(draft)))
 
     async def _completions(self, exchange: Exchange) -> None:
-        draft = await _draft(exchange, COMPLETIONS)
+        draft = await self._draft(exchange, COMPLETIONS)
         if draft.echo and draft.message.output.logprobs:
             draft.message.output.prompt_logprobs = draft.message.output.top_logprobs
 
@@ -123,7 +124,7 @@ class Door:
         await self._serve(exchange, draft, complete)
 
     async def _generate(self, exchange: Exchange, client: ServiceClient, draft: Draft, answers: Answers) -> None:
-        specs, call = _specs(draft), _call_options(exchange, draft)
+        specs, call = _specs(draft, self._room.body_bytes), _call_options(exchange, draft)
         if draft.stream:
             await (_stream_one if len(specs) == 1 else _stream_several)(exchange, client, specs, call, answers)
             return
@@ -138,7 +139,7 @@ class Door:
     # ---- numbers and tokens ------------------------------------------------------------------------------------------
 
     async def _embeddings(self, exchange: Exchange) -> None:
-        draft = await _draft(exchange, EMBEDDINGS)
+        draft = await self._draft(exchange, EMBEDDINGS)
 
         async def embed(client: ServiceClient) -> None:
             call = _call_options(exchange, draft)
@@ -155,7 +156,7 @@ class Door:
         await self._serve(exchange, draft, embed)
 
     async def _tokenize(self, exchange: Exchange) -> None:
-        draft = await _draft(exchange, TOKENIZE)
+        draft = await self._draft(exchange, TOKENIZE)
 
         async def tokenize(client: ServiceClient) -> None:
             call = _call_options(exchange, draft)
@@ -166,7 +167,7 @@ class Door:
         await self._serve(exchange, draft, tokenize)
 
     async def _detokenize(self, exchange: Exchange) -> None:
-        draft = await _draft(exchange, DETOKENIZE)
+        draft = await self._draft(exchange, DETOKENIZE)
 
         async def detokenize(client: ServiceClient) -> None:
             call = _call_options(exchange, draft)
@@ -174,6 +175,15 @@ class Door:
             await exchange.answer({"prompt": response.text})
 
         await self._serve(exchange, draft, detokenize)
+
+    async def _draft(self, exchange: Exchange, table: Table) -> Draft:
+        call = call_options(exchange)
+
+        async def admit() -> None:
+            with self._clients.lease() as client:
+                await client.check_role(call)
+
+        return await exchange.read(admit, table.read)
 
     async def _serve(
         self, exchange: Exchange, draft: Draft, work: Callable[[ServiceClient], Coroutine[Any, Any, None]]
@@ -212,10 +222,6 @@ async def _tell(exchange: Exchange, failure: Failure) -> None:
     await exchange.end()
 
 
-async def _draft(exchange: Exchange, table: Table) -> Draft:
-    return table.read(await exchange.json())
-
-
 def _call_options(exchange: Exchange, draft: Draft) -> CallOptions:
     options = call_options(exchange)
     return options if draft.routing_key is None else {**options, "routing_key": draft.routing_key}
@@ -229,10 +235,15 @@ def _headers(request_id: str, target: ResolvedTarget) -> dict[str, str]:
 # ---- generations -----------------------------------------------------------------------------------------------------
 
 
-def _specs(draft: Draft) -> list[GenerateSpec]:
-    """A spec for each prompt."""
+def _specs(draft: Draft, most_bytes: int) -> list[GenerateSpec]:
+    """A spec for each prompt. Raises Refusal where what they share would become too large, once in each."""
     if not draft.prompts:
         return [draft.message]
+    if (size := len(draft.prompts) * draft.message.ByteSize()) > most_bytes:
+        problem = (
+            f"what all {len(draft.prompts)} prompts share makes {size} bytes, once in each; {most_bytes} are taken"
+        )
+        raise Refusal(413, problem, code="message_too_large")
     specs = []
     for prompt in draft.prompts:
         spec = GenerateSpec()

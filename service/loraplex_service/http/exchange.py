@@ -1,40 +1,51 @@
 """One request of HTTP and its answer, over ASGI: bodies of bounded size, JSON, and server-sent events."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
+from loraplex import LoraplexError
 from loraplex_service.http.failures import Refusal
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
+Admit: TypeAlias = Callable[[], Awaitable[None]]
+ResultT = TypeVar("ResultT")
 Headers: TypeAlias = Mapping[str, str]
 
 EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 MOST_THROWN_AWAY = 8  # times the largest body
+SMALL_BYTES = 64 << 10  # a body's first bytes: they take no room, and nobody asks whose they are
+MOST_LEVELS = 32  # of lists and objects in each other: what the contract takes may have as many
 
 
 @dataclass(slots=True)
 class Room:
-    """Bounds the bodies that are being received, each and all together."""
+    """Bounds the bodies that are being received, each and all together. Small ones always have room."""
 
     body_bytes: int
     waiting_bytes: int
     seconds: float  # for a body to come
     taken: int = 0
 
-    def take(self, size: int) -> None:
-        """Raises Refusal where there is no room."""
-        if self.taken + size > self.waiting_bytes:
+    def take(self, size: int, more: int) -> None:
+        """Make room for more of a body of which there are `size` bytes. Raises Refusal where there is none."""
+        if size + more > self.body_bytes:
+            problem = f"the body has more than the {self.body_bytes} bytes that are taken"
+            raise Refusal(413, problem, code="message_too_large")
+        needed = _beyond_small(size + more) - _beyond_small(size)
+        if self.taken + needed > self.waiting_bytes:
             raise Refusal(503, "too many large requests come in at once; try again", code="overloaded", retry_after=1.0)
-        self.taken += size
+        self.taken += needed
 
     def give_back(self, size: int) -> None:
-        self.taken -= size
+        """Give back what a body of this size took."""
+        self.taken -= _beyond_small(size)
 
 
 class Exchange:
@@ -52,38 +63,50 @@ class Exchange:
         self._send = send
         self._room = room
 
-    async def json(self) -> dict[str, Any]:
-        """Return the body, which must be a JSON object. Raises Refusal, and ConnectionError where the caller left."""
+    async def read(self, admit: Admit, make: Callable[[dict[str, Any]], ResultT]) -> ResultT:
+        """Return what is made of the body, which must be a JSON object. Raises Refusal, ConnectionError, LoraplexError.
+
+        `admit`: called before more of a body is kept than a small one has; raises for callers who may send nothing.
+        """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" or self.headers.get("content-encoding", "identity") != "identity":
             raise Refusal(415, "the body must be JSON: content-type: application/json, without a content-encoding")
+        body = bytearray()
         try:
-            value = msgspec.json.decode(await self._body())
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Refusal(400, f"the body is no JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise Refusal(400, "the body must be a JSON object")
-        return value
+            await self._receive_into(body, admit)
+            if len(body) > SMALL_BYTES:  # in a thread: the loop has others to serve
+                return await asyncio.to_thread(lambda: make(_object(body)))
+            return make(_object(body))
+        finally:
+            self._room.give_back(len(body))
 
-    async def _body(self) -> bytes:
-        most = self._room.body_bytes
-        length = self.headers.get("content-length", "")
-        kept, size, body = min(int(length), most) if length.isdecimal() else most, 0, bytearray()
-        self._room.take(kept)
+    async def _receive_into(self, body: bytearray, admit: Admit) -> None:
         try:
             async with asyncio.timeout(self._room.seconds):
-                # What is too large is read and thrown away: of a caller who still sends, the answer would be lost.
-                while (part := await self._next()) is not None and size <= MOST_THROWN_AWAY * most:
-                    size += len(part)
-                    if size <= most:
-                        body += part
+                await self._collect(body, admit)
         except TimeoutError:
             raise Refusal(408, f"the body did not come within {self._room.seconds:g} s") from None
-        finally:
-            self._room.give_back(kept)
-        if size > most:
-            raise Refusal(413, f"the body has more than the {most} bytes that are taken", code="message_too_large")
-        return bytes(body)
+        except (Refusal, LoraplexError):
+            self._room.give_back(len(body))
+            body.clear()
+            await self._throw_away()
+            raise
+
+    async def _collect(self, body: bytearray, admit: Admit) -> None:
+        """Take room for the body as it comes: what a caller only promises to send costs others nothing."""
+        while (part := await self._next()) is not None:
+            if len(body) <= SMALL_BYTES < len(body) + len(part):
+                await admit()
+            self._room.take(len(body), len(part))
+            body += part
+
+    async def _throw_away(self) -> None:
+        """Read the rest of a body that is refused: of a caller who still sends, the answer would be lost."""
+        size = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._room.seconds):
+                while (part := await self._next()) is not None and size <= MOST_THROWN_AWAY * self._room.body_bytes:
+                    size += len(part)
 
     async def _next(self) -> bytes | None:
         """The next part of the body; None: there is no more. Raises ConnectionError where the caller left."""
@@ -127,6 +150,35 @@ class Exchange:
 
     async def _part(self, body: bytes, more: bool) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _object(body: bytearray) -> dict[str, Any]:
+    """The JSON object that a body is. Raises Refusal."""
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refusal(400, f"the body is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    if _is_deeper(value, MOST_LEVELS):
+        raise Refusal(400, f"the body has more than {MOST_LEVELS} lists and objects in each other")
+    return value
+
+
+def _beyond_small(size: int) -> int:
+    return max(0, size - SMALL_BYTES)
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether JSON has more than `most` lists and objects in each other."""
+    level = [value]
+    for _ in range(most):
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
+    return bool(level)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _joined(pairs: Any) -> dict[str, str]:

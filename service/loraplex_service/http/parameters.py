@@ -1,14 +1,15 @@
 """How the parameters of a JSON body become fields of the contract, each by one entry of a table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from loraplex.v1.prompt_pb2 import Prompt
 from loraplex_service.http.failures import Refusal
+from loraplex_service.validation.limits import LIMITS, Entries
 
 INTEGERS = {
     FieldDescriptor.CPPTYPE_INT32,
@@ -17,6 +18,7 @@ INTEGERS = {
     FieldDescriptor.CPPTYPE_UINT64,
 }
 REALS = {FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT}
+SizedT = TypeVar("SizedT", bound=Sized)
 
 
 @dataclass(slots=True)
@@ -54,7 +56,7 @@ class Parameter:
 
     name: str
     becomes: str  # a path in the message of the contract; "": of none
-    put: Put  # raises Refusal, ValueError and TypeError
+    put: Put  # raises Refusal, ValueError, TypeError and OverflowError
     note: str = ""
     taken: bool = True
 
@@ -82,7 +84,7 @@ class Table:
             draft.paths.append((parameter.becomes, parameter.name))
             try:
                 parameter.put(draft, value)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:  # the last: a number beyond its field's type
                 raise wrong(parameter.name, str(error)) from error
         self.check(draft)
         return draft
@@ -112,7 +114,8 @@ def listing(name: str, path: str, note: str = "") -> Parameter:
     def put(draft: Draft, value: Any) -> None:
         message, field_name = place(draft.message, path)
         descriptor = message.DESCRIPTOR.fields_by_name[field_name]
-        values = value if isinstance(value, list) else [value]
+        of = f"{message.DESCRIPTOR.name}.{field_name}"
+        values = items(value, of) if isinstance(value, list) else [value]
         getattr(message, field_name).extend([checked(descriptor, each) for each in values])
 
     return Parameter(name, path, put, note)
@@ -198,7 +201,16 @@ def mapping(value: Any) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
-def items(value: Any) -> list[Any]:
+def items(value: Any, of: str = "") -> list[Any]:
+    """`of`: the field of the contract that the list becomes, whose limit holds for it."""
     if not isinstance(value, list):
         raise TypeError("must be a list")
+    return bounded(value, of)
+
+
+def bounded(value: SizedT, of: str) -> SizedT:
+    """A list or an object within its field's limit: one beyond it costs time and memory to build. Raises ValueError."""
+    limit = LIMITS.get(of)
+    if isinstance(limit, Entries) and len(value) > limit.most:
+        raise ValueError(f"has {len(value)} entries; at most {limit.most} are allowed")
     return value

@@ -1,17 +1,23 @@
 """The clients with which the door calls the service, and what goes along with every call."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from loraplex import AsyncClient, AsyncGenerateStream
+from loraplex import AsyncClient, AsyncGenerateStream, LoraplexError
 from loraplex.channel import CallOptions
 from loraplex.operations.base import GenerationOperation, Operation
 from loraplex.v1.generation_pb2 import GenerateSpec
-from loraplex.v1.inference_pb2 import StreamGenerateRequest, StreamGenerateResponse
+from loraplex.v1.inference_pb2 import (
+    CancelGenerationRequest,
+    CancelGenerationResponse,
+    StreamGenerateRequest,
+    StreamGenerateResponse,
+)
 from loraplex_service.http.exchange import Exchange
 from loraplex_service.http.failures import Refusal
 
@@ -34,6 +40,18 @@ class ServiceClient(AsyncClient):
     async def ask(self, method: str, request: Message, response: type[ResponseT], call: CallOptions) -> ResponseT:
         """Call a unary method, such as "TokenizerService/Tokenize"."""
         return await self._run(Operation(f"/loraplex.v1.{method}", request, response, call))
+
+    async def check_role(self, call: CallOptions) -> None:
+        """Raise what the service says to callers who may not generate. It is asked to cancel nothing: that is cheap."""
+        nothing = CancelGenerationRequest(client_request_ids=[""])
+        await self.ask("InferenceService/CancelGeneration", nothing, CancelGenerationResponse, call)
+
+    async def serves_within(self, seconds: float) -> bool:
+        """Say whether the service says in time that it can be used."""
+        with suppress(LoraplexError, TimeoutError):
+            async with asyncio.timeout(seconds):
+                return await self.is_serving()
+        return False
 
     def stream(self, spec: GenerateSpec, call: CallOptions) -> AsyncGenerateStream:
         """Call StreamGenerate."""

@@ -17,6 +17,7 @@ from loraplex_service.http.parameters import (
     Parameter,
     Put,
     Table,
+    bounded,
     flag,
     items,
     label,
@@ -48,7 +49,7 @@ def _put_stream_options(draft: Draft, value: Any) -> None:
 
 
 def _put_logit_bias(draft: Draft, value: Any) -> None:
-    for token, bias in mapping(value).items():
+    for token, bias in bounded(mapping(value), "Sampling.logit_bias").items():
         draft.message.sampling.logit_bias[int(token)] = number(bias)
 
 
@@ -57,7 +58,7 @@ def _put_top_k(draft: Draft, value: Any) -> None:
 
 
 def _put_metadata(draft: Draft, value: Any) -> None:
-    for key, content in mapping(value).items():
+    for key, content in bounded(mapping(value), "GenerateSpec.labels").items():
         draft.message.labels[key] = text(content)
 
 
@@ -117,7 +118,7 @@ def _form(kind: str, value: Any) -> Constraint:
         case "json_object":
             return constraint(json_object=flag(value))
         case "choice":
-            return constraint(choices=[text(each) for each in items(value)])
+            return constraint(choices=[text(each) for each in items(value, "Choices.values")])
         case "regex":
             return constraint(regex=text(value))
     return constraint(grammar=text(value))

@@ -51,6 +51,7 @@ class Caller:
     model: str = "tiny"
     leave: asyncio.Event = field(default_factory=asyncio.Event)
     heard: asyncio.Event = field(default_factory=asyncio.Event)  # the first part of a stream came
+    holds_back: bool = False  # promises more of each body than it sends; `heard` says that this was taken
 
     async def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
         return await self.request("GET", path, b"", headers or {})
@@ -66,12 +67,25 @@ class Caller:
     async def complete(self, prompt: Any = "ab", **parameters: Any) -> Answer:
         return await self.post("/v1/completions", {"model": self.model, "prompt": prompt, "max_tokens": 4} | parameters)
 
+    @asynccontextmanager
+    async def held_up(self, size: int, declared: int | None = None) -> AsyncIterator[None]:
+        """Another caller, of whose large body so much has come, and who leaves at the end of the block."""
+        another = Caller(self.door, self.clients, self.model, holds_back=True)
+        headers = {"content-type": "application/json", "content-length": str(declared or size)}
+        asked = asyncio.create_task(another.request("POST", "/tokenize", b"x" * size, headers))
+        await another.heard.wait()
+        yield
+        another.leave.set()
+        await asked
+
     async def request(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         answer, parts = Answer(), [body]
 
         async def receive() -> Json:
             if parts:
-                return {"type": "http.request", "body": parts.pop(), "more_body": False}
+                return {"type": "http.request", "body": parts.pop(), "more_body": self.holds_back}
+            if self.holds_back:
+                self.heard.set()
             await self.leave.wait()
             return {"type": "http.disconnect"}
 

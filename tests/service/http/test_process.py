@@ -267,6 +267,14 @@ async def test_a_process_whose_parent_is_gone_ends() -> None:
 
 
 @needs_uvicorn
+async def test_a_service_that_hangs_is_not_healthy() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are taken, and nothing is said
+        settings = DoorSettings(target=f"127.0.0.1:{silent.getsockname()[1]}")
+        async with http_process("127.0.0.1:0", settings, SupervisionConfig(), Counter()) as address:
+            assert await ask(address, request_of("/health")) == (503, {"status": "not serving"})
+
+
+@needs_uvicorn
 async def test_a_process_is_given_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     with _listening("127.0.0.1", 0, unread_seconds=30.0) as listener:

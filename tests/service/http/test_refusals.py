@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
@@ -18,7 +19,7 @@ from loraplex_service.admission.tenants import TenantConfig, Tenants
 from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.door import Door
 from loraplex_service.errors import Unavailable
-from loraplex_service.http.exchange import _peer
+from loraplex_service.http.exchange import SMALL_BYTES, _peer
 from loraplex_service.http.failures import BY_CODE, BY_REASON, failed
 from loraplex_service.ports.interceptors import _caller
 from loraplex_service.text import Tokenizer
@@ -171,9 +172,12 @@ async def test_an_id_of_the_caller_reaches_the_service(caller: Caller) -> None:
         (b'{"model": "\\ud800"}', 400),
         (b"[" * 100_000, 400),
         (b'{"seed": ' + b"9" * 5000 + b"}", 400),
+        (b'{"temperature": ' + b"9" * 400 + b"}", 400),
+        (b'{"logit_bias": {"1": ' + b"9" * 400 + b"}}", 400),
+        (b'{"loraplex": {"sampling": {"temperature": ' + b"9" * 400 + b"}}}", 400),
         (b"x" * (BODY_BYTES + 1), 413),
     ],
-    ids=["cut", "list", "bytes", "surrogate", "deep", "number", "large"],
+    ids=["cut", "list", "bytes", "surrogate", "deep", "number", "real", "bias", "field", "large"],
 )
 async def test_a_body_that_cannot_be_read(caller: Caller, body: bytes, status: int) -> None:
     answer = await caller.post("/v1/completions", body)
@@ -181,13 +185,100 @@ async def test_a_body_that_cannot_be_read(caller: Caller, body: bytes, status: i
     assert answer.error["type"] == "invalid_request_error"
 
 
+async def until_taken(caller: Caller, size: int) -> None:
+    async with asyncio.timeout(20):
+        while caller.door._room.taken < size:  # noqa: ASYNC110 - the room tells nobody
+            await asyncio.sleep(0.01)
+
+
 async def test_many_large_bodies_at_once_are_refused_and_leave_room_behind(caller: Caller) -> None:
-    caller.door._room.taken = 2 * BODY_BYTES
-    answer = await caller.post("/tokenize", {"model": "tiny", "prompt": "x"})
-    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
-    caller.door._room.taken = 0
-    assert (await caller.post("/tokenize", {"model": "tiny", "prompt": "x"})).status == 200
+    async with caller.held_up(BODY_BYTES), caller.held_up(BODY_BYTES):
+        await until_taken(caller, 2 * (BODY_BYTES - SMALL_BYTES))
+        answer = await caller.post("/tokenize", {"model": "tiny", "prompt": "x" * (BODY_BYTES // 2)})
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert (await caller.post("/tokenize", {"model": "tiny", "prompt": "x"})).status == 200
     assert caller.door._room.taken == 0
+
+
+async def test_a_body_that_is_only_promised_takes_no_room(caller: Caller) -> None:
+    async with AsyncExitStack() as stack:
+        for _ in range(8):
+            await stack.enter_async_context(caller.held_up(1, declared=BODY_BYTES))
+        assert caller.door._room.taken == 0
+        large = {"model": "tiny", "prompt": "x" * (2 * SMALL_BYTES)}
+        assert (await caller.post("/tokenize", large)).status == 200
+
+
+async def test_a_large_body_of_a_caller_whom_nobody_knows_is_not_kept(byte_tokenizer: Tokenizer) -> None:
+    door = Door(AuthConfig(trusted_peers=("10.0.0.0/8",)))
+    async with data_plane(byte_tokenizer, door=door) as plane, caller_of(plane.address, "demo") as caller:
+        answer = await caller.post("/v1/completions", b"x" * BODY_BYTES)
+    assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a"] * 257}),
+        ("/v1/completions", {"prompt": [[1]] * 257}),
+        ("/v1/embeddings", {"input": ["a"] * 257}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}] * 1025}),
+        ("/v1/chat/completions", {"tools": [{"type": "function", "function": {"name": "a"}}] * 129}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(token): 1 for token in range(1025)}}),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [1] * 65}),
+    ],
+    ids=["prompts", "tokens", "inputs", "messages", "tools", "biases", "stop tokens"],
+)
+async def test_a_list_beyond_its_limit_is_refused_before_anything_is_built(
+    caller: Caller, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caller.clients, "_target", "unix:/nowhere")
+    answer = await caller.post(path, {"model": "tiny"} | body)
+    assert (answer.status, answer.error["param"]) == (400, list(body)[-1])
+    assert "entries; at most" in answer.error["message"]
+
+
+async def test_what_many_prompts_share_may_not_become_too_large_once_in_each(caller: Caller) -> None:
+    answer = await caller.complete(["a"] * 256, guided_regex="a" * (BODY_BYTES // 128))
+    assert (answer.status, answer.error["code"]) == (413, "message_too_large")
+    assert "all 256 prompts share" in answer.error["message"]
+
+
+def nested(levels: int, value: Any = 1) -> Any:
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("parameter", "beyond"),
+    [
+        ("chat_template_kwargs", {"a": 10**400}),
+        ("chat_template_kwargs", nested(900)),
+        ("chat_template_kwargs", nested(32)),
+        ("documents", [[[nested(300)]]]),
+        ("loraplex", {"prompt": {"chat": {"templateKwargs": nested(300)}}}),
+        ("tools", [{"type": "function", "function": {"function": [1]}}]),
+        ("tools", [{"type": "function", "function": {"name": "a", "parameters": nested(900)}}]),
+    ],
+    ids=["number", "very deep", "deep", "documents", "field", "tool", "schema"],
+)
+async def test_what_no_message_can_hold_is_a_fault_of_the_request(caller: Caller, parameter: str, beyond: Any) -> None:
+    answer = await caller.chat(**{parameter: beyond})
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    "deep",
+    [
+        {"chat_template_kwargs": nested(31)},
+        {"documents": [nested(30)]},
+        {"loraplex": {"prompt": {"chat": {"templateKwargs": nested(28)}}}},
+    ],
+    ids=["variables", "documents", "field"],
+)
+async def test_what_is_as_deep_as_may_be_is_taken(caller: Caller, deep: dict[str, Any]) -> None:
+    assert (await caller.chat(**deep)).status == 200
 
 
 @pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-encoding": "gzip"}])
