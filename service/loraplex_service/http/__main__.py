@@ -10,8 +10,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
@@ -38,10 +38,18 @@ def main() -> None:
     settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=DoorSettings)
     set_up_logging(settings.log_level, settings.log_format, f"http[{os.getpid()}]")
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of each request that is no HTTP
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # a group's signals are for the service to act on
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as listener:
         uvloop.run(serve(settings, listener))
+
+
+class _Server(uvicorn.Server):
+    """Ends when it is told to, and by no signal: streams would be cut that the service still lets finish."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def serve(settings: DoorSettings, listener: socket.socket) -> None:
@@ -49,7 +57,7 @@ async def serve(settings: DoorSettings, listener: socket.socket) -> None:
     clients = Clients(settings.target, settings.calls_per_connection)
     room = Room(settings.body_bytes, settings.waiting_bytes, settings.message_seconds)
     door = Door(clients, room, version("loraplex-server"))
-    server = uvicorn.Server(_configuration(settings, door))
+    server = _Server(_configuration(settings, door))
     stop = partial(setattr, server, "should_exit", True)
     await _at_end_of_stdin(stop)
     telling = asyncio.create_task(_keep_telling(door))

@@ -266,6 +266,22 @@ async def test_a_process_whose_parent_is_gone_ends() -> None:
             assert await process.wait() == 0
 
 
+def ignored_signals(pid: int) -> set[signal.Signals]:
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    mask = int(status["SigIgn"], 16)
+    return {number for number in signal.Signals if mask >> (number - 1) & 1}
+
+
+@needs_uvicorn
+async def test_a_process_ends_by_no_signal_that_its_group_may_get(served: ControlPlane) -> None:
+    [pid] = children()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        assert number in ignored_signals(pid)
+        os.kill(pid, number)
+    assert (await ask(served.addresses.http, request_of("/version")))[0] == 200
+    assert [pid] == list(children())
+
+
 @needs_uvicorn
 async def test_a_service_that_hangs_is_not_healthy() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are taken, and nothing is said
