@@ -1,7 +1,7 @@
 """Outputs in OpenAI's words: whole, and as the chunks of a stream."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from loraplex.v1.inference_pb2 import (
     Usage,
 )
 from loraplex.v1.prompt_pb2 import ToolCall
+from loraplex_service.http.offsets import TextOffsets
 from loraplex_service.http.parameters import Draft
 
 FINISH_REASONS = {
@@ -207,7 +208,7 @@ class TextAnswers(Answers):
         super().__init__(draft)
         self._echoes = echoes
         self._prompt: Sequence[TokenLogprob] = ()  # of the prompt that a stream answers
-        self._offsets = Counter[int]()  # how much of an output's text there was
+        self._offsets = defaultdict[int, TextOffsets](TextOffsets)  # by output
 
     def chunks(self, message: StreamGenerateResponse) -> Iterator[Json]:
         if message.WhichOneof("event") == "prompt_logprobs":
@@ -217,7 +218,8 @@ class TextAnswers(Answers):
     def _whole(self, index: int, number: int, output: GenerateOutput, response: GenerateResponse) -> Json:
         echo = self._echoes[number] if self._echoes else ""
         shown = [*(response.prompt_logprobs if echo else ()), *(output.logprobs if self._asked else ())]
-        choice = {"index": index, "text": echo + output.text, "logprobs": self._logprobs(index, shown)}
+        text = echo + output.text
+        choice = {"index": index, "text": text, "logprobs": self._logprobs(index, text, shown)}
         prompt = {} if echo else _prompt_logprobs(response.prompt_logprobs)
         return {**choice, **finish(output.finished), **self._ids(output), **prompt}
 
@@ -227,23 +229,20 @@ class TextAnswers(Answers):
 
     def _first(self, index: int) -> Iterator[Json]:
         if self._echoes:
-            logprobs = self._logprobs(index, self._prompt)
+            logprobs = self._logprobs(index, self._echoes[0], self._prompt)
             yield {**self._nothing(index), "text": self._echoes[0], "logprobs": logprobs}
 
     def _part(self, index: int, delta: Delta) -> Json:
-        logprobs = self._logprobs(index, delta.logprobs)
+        logprobs = self._logprobs(index, delta.text, delta.logprobs)
         return {**self._nothing(index), "text": delta.text, "logprobs": logprobs, **self._ids(delta)}
 
     def _nothing(self, index: int) -> Json:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Json | None:
+    def _logprobs(self, index: int, text: str, tokens: Sequence[TokenLogprob]) -> Json | None:
+        offsets = self._offsets[index].of(text, tokens)
         if not tokens or not self._asked:
             return None
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token.text)
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [_logprob(token) for token in tokens],

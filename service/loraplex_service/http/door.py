@@ -124,7 +124,7 @@ class Door:
         await self._serve(exchange, draft, complete)
 
     async def _generate(self, exchange: Exchange, client: ServiceClient, draft: Draft, answers: Answers) -> None:
-        specs, call = _specs(draft, self._room.body_bytes), _call_options(exchange, draft)
+        specs, call = _specs(draft, self._room.body_bytes), call_options(exchange, draft.routing_key)
         if draft.stream:
             await (_stream_one if len(specs) == 1 else _stream_several)(exchange, client, specs, call, answers)
             return
@@ -142,7 +142,7 @@ class Door:
         draft = await self._draft(exchange, EMBEDDINGS)
 
         async def embed(client: ServiceClient) -> None:
-            call = _call_options(exchange, draft)
+            call = call_options(exchange, draft.routing_key)
             response = await client.ask("PoolingService/Embed", draft.message, EmbedResponse, call)
             data = [
                 {"object": "embedding", "index": index, "embedding": _vector(each.values, draft.base64)}
@@ -159,7 +159,7 @@ class Door:
         draft = await self._draft(exchange, TOKENIZE)
 
         async def tokenize(client: ServiceClient) -> None:
-            call = _call_options(exchange, draft)
+            call = call_options(exchange, draft.routing_key)
             response = await client.ask("TokenizerService/Tokenize", draft.message, TokenizeResponse, call)
             tokens, limit = list(response.token_ids), response.max_context_tokens
             await exchange.answer({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
@@ -170,7 +170,7 @@ class Door:
         draft = await self._draft(exchange, DETOKENIZE)
 
         async def detokenize(client: ServiceClient) -> None:
-            call = _call_options(exchange, draft)
+            call = call_options(exchange, draft.routing_key)
             response = await client.ask("TokenizerService/Detokenize", draft.message, DetokenizeResponse, call)
             await exchange.answer({"prompt": response.text})
 
@@ -220,11 +220,6 @@ async def _tell(exchange: Exchange, failure: Failure) -> None:
         return
     await exchange.event(failure.body)
     await exchange.end()
-
-
-def _call_options(exchange: Exchange, draft: Draft) -> CallOptions:
-    options = call_options(exchange)
-    return options if draft.routing_key is None else {**options, "routing_key": draft.routing_key}
 
 
 def _headers(request_id: str, target: ResolvedTarget) -> dict[str, str]:
@@ -297,7 +292,7 @@ async def _batch(
 
 async def _echoes(exchange: Exchange, client: ServiceClient, draft: Draft) -> list[str]:
     """The texts of the prompts."""
-    call = _call_options(exchange, draft)
+    call = call_options(exchange, draft.routing_key)
 
     async def text_of(prompt: Prompt) -> str:
         if prompt.HasField("text"):

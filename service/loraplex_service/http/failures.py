@@ -29,6 +29,7 @@ BY_REASON = {
     "INVALID_PARAMETER": Kind(400, "invalid_request_error", "invalid_value"),
     "FEATURE_UNSUPPORTED": Kind(400, "invalid_request_error", "unsupported_parameter"),
     "TENANT_QUOTA": Kind(429, "rate_limit_error", "rate_limit_exceeded"),
+    "SLOW_CONSUMER": Kind(429, "rate_limit_error"),
     "MESSAGE_TOO_LARGE": Kind(413, "invalid_request_error"),
 }
 BY_CODE = {
@@ -41,7 +42,7 @@ BY_CODE = {
     grpc.StatusCode.NOT_FOUND: Kind(404, "invalid_request_error"),
     grpc.StatusCode.ALREADY_EXISTS: Kind(409, "invalid_request_error"),
     grpc.StatusCode.ABORTED: Kind(409, "invalid_request_error"),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Kind(429, "rate_limit_error"),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Kind(413, "invalid_request_error"),  # gRPC's own bounds: they do not pass
     grpc.StatusCode.CANCELLED: Kind(499, "server_error"),
     grpc.StatusCode.UNAVAILABLE: Kind(503, "server_error"),
     grpc.StatusCode.DEADLINE_EXCEEDED: Kind(504, "server_error"),

@@ -24,7 +24,8 @@ from loraplex_service.http.failures import Refusal
 ResponseT = TypeVar("ResponseT", bound=Message)
 
 # What a caller may say beside the body, by the same names as in gRPC's metadata.
-FORWARDED = ("authorization", "loraplex-tenant", "loraplex-routing-key", "x-request-id", "traceparent", "tracestate")
+ROUTING_KEY = "loraplex-routing-key"
+FORWARDED = ("authorization", "loraplex-tenant", ROUTING_KEY, "x-request-id", "traceparent", "tracestate")
 TIMEOUT = "loraplex-timeout-seconds"
 MAX_HEADER_BYTES = 7 << 10  # gRPC takes 8 KiB of metadata, names and its own included, and refuses more without a word
 _OPTIONS: dict[str, str | int] = {
@@ -90,14 +91,22 @@ class Clients:
             await client.close()
 
 
-def call_options(exchange: Exchange) -> CallOptions:
-    """The options of a call that come from the request's headers. Raises Refusal for what gRPC cannot carry."""
+def call_options(exchange: Exchange, routing_key: str | None = None) -> CallOptions:
+    """The options of a call that come from the request's headers. Raises Refusal for what gRPC cannot carry.
+
+    `routing_key`: of the body, which goes along as the header does, and comes before it.
+    """
     metadata = {name: exchange.headers[name] for name in FORWARDED if name in exchange.headers}
+    names = {name: name for name in metadata}
+    if routing_key is not None:
+        metadata[ROUTING_KEY], names[ROUTING_KEY] = routing_key, "prompt_cache_key"
     for name, value in metadata.items():
         if not (value.isascii() and value.isprintable()):
-            raise Refusal(400, f"the header {name} has characters other than those of printable ASCII", param=name)
-    if sum(map(len, metadata.values())) > MAX_HEADER_BYTES:
-        raise Refusal(431, f"the headers that are passed on have more than {MAX_HEADER_BYTES} bytes together")
+            problem = f"{names[name]}: has characters other than those of printable ASCII"
+            raise Refusal(400, problem, param=names[name], code="invalid_value")
+    if sum(len(name) + len(value) for name, value in metadata.items()) > MAX_HEADER_BYTES:
+        together = ", ".join(names.values())
+        raise Refusal(431, f"what goes along with the call has more than {MAX_HEADER_BYTES} bytes: {together}")
     if exchange.peer:
         metadata["loraplex-peer"] = exchange.peer
     return {"metadata": metadata, "timeout": _timeout(exchange.headers.get(TIMEOUT))}

@@ -222,7 +222,9 @@ def _new_spec() -> Draft:
     return Draft(GenerateSpec())
 
 
-def _default_length(draft: Draft) -> None:
+def _finish_completion(draft: Draft) -> None:
+    if draft.echo and draft.message.prompt.HasField("truncate_to_tokens"):
+        raise wrong("echo", "does not go with truncate_prompt_tokens: what would come back was not all read")
     if not draft.message.stopping.HasField("max_tokens"):
         draft.message.stopping.max_tokens = max(COMPLETION_TOKENS, draft.message.stopping.min_tokens)
 
@@ -284,7 +286,7 @@ COMPLETIONS = Table(
         refused("suffix", "nothing is filled in before a text"),
         refused("prompt_embeds", "prompts are texts or tokens"),
     ),
-    _default_length,
+    _finish_completion,
 )
 
 EMBEDDINGS = Table(

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import (
     FINISH_REASON_CONTEXT_LIMIT,
@@ -94,6 +96,41 @@ def test_what_cannot_be_has_a_number_that_json_knows() -> None:
     never = TokenLogprob(text="x", logprob=float("-inf"), top=[TopLogprob(text="y", logprob=float("-inf"))])
     [told] = whole(GenerateOutput(logprobs=[never]))["logprobs"]["content"]
     assert (told["logprob"], told["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)
+
+
+def shown(text: str, *tokens: bytes) -> GenerateOutput:
+    return GenerateOutput(text=text, logprobs=[TokenLogprob(bytes=each, logprob=-1.0) for each in tokens])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "offsets"),
+    [
+        ("abc", (b"<bos>", b"a", b"<tool>", b"bc", b"<eos>"), [0, 0, 1, 1, 3]),
+        ("aéb", (b"a", b"\xc3", b"\xa9", b"b"), [0, 1, 1, 2]),
+        ("a\ufffdb", (b"a", b"\xc3", b"b"), [0, 1, 1]),
+        ("Once upon", (b" Once", b" upon"), [0, 4]),
+        ("ab<eos>", (b"ab", b"<eos>"), [0, 2]),
+    ],
+    ids=["special tokens", "shared characters", "broken characters", "first spaces", "special tokens that are shown"],
+)
+def test_offsets_are_places_in_the_text(text: str, tokens: tuple[bytes, ...], offsets: list[int]) -> None:
+    asked = draft()
+    asked.message.output.logprobs = True
+    response = GenerateResponse(request_id="r", outputs=[shown(text, *tokens)])
+    [choice] = TextAnswers(asked).whole([response])["choices"]
+    assert choice["logprobs"]["text_offset"] == offsets
+
+
+def test_offsets_in_a_stream_go_on_where_the_text_was() -> None:
+    asked = draft()
+    asked.message.output.logprobs = True
+    answers, parts = TextAnswers(asked), [("a", b"a"), ("", b"<tool>"), ("", b"\xc3"), ("é", b"\xa9"), ("b", b"b")]
+    offsets = []
+    for text, token in parts:
+        delta = Delta(text=text, logprobs=shown(text, token).logprobs)
+        [chunk] = answers.chunks(StreamGenerateResponse(delta=delta))
+        offsets += chunk["choices"][0]["logprobs"]["text_offset"]
+    assert offsets == [0, 1, 1, 1, 2]
 
 
 def test_prompt_logprobs_are_by_token_id_as_vllm_has_them() -> None:

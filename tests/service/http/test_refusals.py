@@ -71,6 +71,13 @@ def test_when_to_try_again_is_told_in_whole_seconds() -> None:
     assert failed(error_of(grpc.StatusCode.UNAVAILABLE, "OVERLOADED", retry)).headers == {"retry-after": "2"}
 
 
+def test_only_what_passes_is_told_as_a_limit_of_rate() -> None:
+    passing = {
+        reason for reason in REASONS if failed(error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)).status == 429
+    }
+    assert passing == {"TENANT_QUOTA", "SLOW_CONSUMER"}
+
+
 def test_a_field_is_told_by_the_name_of_its_parameter() -> None:
     violation = BadRequest.FieldViolation(field="spec.sampling.top_p", description="is wrong")
     error = error_of(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER", BadRequest(field_violations=[violation]))
@@ -309,6 +316,15 @@ async def test_a_header_that_cannot_be_passed_on(caller: Caller, headers: dict[s
 async def test_more_headers_than_grpc_takes(caller: Caller) -> None:
     answer = await caller.post("/tokenize", {"model": "tiny", "prompt": "x"}, {"tracestate": "x" * 8000})
     assert answer.status == 431
+
+
+@pytest.mark.parametrize(("key", "status"), [("é", 400), ("x" * 20_000, 431)], ids=["no ASCII", "long"])
+async def test_a_cache_key_that_no_header_can_hold_is_a_fault_of_the_request(
+    caller: Caller, key: str, status: int
+) -> None:
+    answer = await caller.chat(prompt_cache_key=key)
+    assert (answer.status, answer.error["type"]) == (status, "invalid_request_error")
+    assert "prompt_cache_key" in answer.error["message"]
 
 
 async def test_a_fault_of_the_door_says_nothing_of_it(caller: Caller, caplog: pytest.LogCaptureFixture) -> None:

@@ -140,6 +140,12 @@ def test_two_forms_are_refused() -> None:
     assert raised.value.param == "guided_regex"
 
 
+def test_an_echo_of_a_prompt_that_is_cut_is_refused() -> None:
+    with pytest.raises(Refusal, match="truncate_prompt_tokens") as raised:
+        COMPLETIONS.read({"prompt": "abc", "echo": True, "truncate_prompt_tokens": 1})
+    assert raised.value.param == "echo"
+
+
 def test_two_lengths_are_refused() -> None:
     assert CHAT.read({"max_tokens": 3, "max_completion_tokens": 3}).message.stopping.max_tokens == 3
     with pytest.raises(Refusal) as raised:
