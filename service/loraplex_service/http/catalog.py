@@ -9,6 +9,7 @@ from loraplex import AsyncClient
 from loraplex.channel import CallOptions
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.models_pb2 import Model
+from loraplex.v1.routes_pb2 import ResolvedTarget
 
 OWNER = "loraplex"  # of what belongs to no tenant
 
@@ -37,8 +38,21 @@ async def listed(client: AsyncClient, call: CallOptions) -> list[dict[str, Any]]
 async def retrieved(client: AsyncClient, name: str, call: CallOptions) -> dict[str, Any]:
     """What a name leads to now: any that the `model` of a request may be. Raises NotFound."""
     target = (await client.resolve_target(name, **call)).target
-    parent = target.model if target.adapter_version or target.route else None
-    return {**_card(name, Timestamp(), parent), "root": target.adapter_version or target.model}
+    model = await client.get_model(target.model, **call)
+    created, parent = await _creation(client, target, model, call), None
+    if target.adapter_version or target.route:
+        parent = target.model
+    card = _card(name, created, parent, model.limits.max_context_tokens or None)
+    return {**card, "root": target.adapter_version or target.model}
+
+
+async def _creation(client: AsyncClient, target: ResolvedTarget, model: Model, call: CallOptions) -> Timestamp:
+    """When there was first what a name leads to; of a weighted sum, when its model was loaded."""
+    if target.route:
+        return (await client.get_route(target.route, **call)).create_time
+    if target.adapter_version and "*" not in target.adapter_version:
+        return (await client.get_adapter(target.adapter_version.partition("@")[0], **call)).create_time
+    return model.load_time
 
 
 def _card(name: str, created: Timestamp, parent: str | None = None, max_model_len: int | None = None) -> dict[str, Any]:

@@ -122,6 +122,10 @@ async def test_adapters_and_routes_are_models(control: ControlPlane, caller: Cal
     assert adapted.headers["loraplex-adapter-version"] == created.version
     found = (await caller.get("/v1/models/pirate")).json
     assert (found["id"], found["parent"]) == ("pirate", "models/tiny")
+    for told in listed["data"]:
+        found = (await caller.get(f"/v1/models/{told['id']}")).json
+        assert found["created"] == told["created"] > 0
+        assert found["max_model_len"] == listed["data"][0]["max_model_len"] > 0
 
 
 async def test_embeddings_come_as_numbers_or_as_their_bytes(caller: Caller) -> None:
