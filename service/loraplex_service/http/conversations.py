@@ -12,8 +12,15 @@ from loraplex_service.http.parameters import Draft, Put, bounded, checked, items
 EMPTY_IN_ANSWERS = ("refusal", "audio", "function_call", "annotations")
 
 
+def begin(draft: Draft) -> None:
+    """Make the prompt a conversation: what is wrong with it is wrong with the messages, also where none are given."""
+    draft.message.prompt.chat.SetInParent()
+    draft.paths += [(path, "messages") for path in ("prompt", "prompt.chat", "prompt.chat.messages")]
+
+
 def put_messages(draft: Draft, value: Any) -> None:
     """The conversation."""
+    begin(draft)
     chat = draft.message.prompt.chat
     for index, message in enumerate(items(value, "Chat.messages")):
         try:
@@ -27,9 +34,8 @@ def put_messages(draft: Draft, value: Any) -> None:
 def _own(message: dict[str, Any]) -> dict[str, Any]:
     """The message by our names, without what says nothing."""
     own = {key: value for key, value in message.items() if value or key not in EMPTY_IN_ANSWERS}
-    if "reasoning" in own:
-        own.setdefault("reasoning_content", own.pop("reasoning"))
-    return own
+    reasoning = own.pop("reasoning", None)
+    return {**own, "reasoning_content": reasoning} if own.get("reasoning_content") is None else own
 
 
 def put_tools(draft: Draft, value: Any) -> None:

@@ -30,6 +30,7 @@ Handler: TypeAlias = Callable[[Exchange], Awaitable[None]]
 ResultT = TypeVar("ResultT")
 DONE = b"data: [DONE]\n\n"
 MODEL = "/v1/models/"
+METHODS = {"GET": ("GET", "HEAD"), "POST": ("POST",)}  # uvicorn leaves out the body of an answer to HEAD
 HEALTH_SECONDS = 2.0  # for the service to say how it is
 OTHER = "other"  # what is no endpoint
 
@@ -57,8 +58,8 @@ class Door:
         exchange = Exchange(scope, receive, send, self._room)
         try:
             method, handler = self._route(exchange.path)
-            if exchange.method != method:
-                raise Refusal(405, f"{exchange.path} takes {method} alone")
+            if exchange.method not in METHODS[method]:
+                raise Refusal(405, f"{exchange.path} takes {method} alone", allow=", ".join(METHODS[method]))
             await handler(exchange)
         except ConnectionError:
             return  # the caller left

@@ -55,14 +55,22 @@ class Refusal(Exception):  # noqa: N818  (named for what happened)
     """The door itself answers: the request is not one that could be forwarded."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str = "", retry_after: float | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str = "",
+        retry_after: float | None = None,
+        allow: str = "",
     ) -> None:
+        """`allow`: the methods that there are, where the one of the request is none."""
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code or None
         self.retry_after = retry_after
+        self.allow = allow
 
 
 class Failure(NamedTuple):
@@ -76,7 +84,10 @@ class Failure(NamedTuple):
 def refused(refusal: Refusal) -> Failure:
     """The answer for what the door refuses."""
     kind = "invalid_request_error" if refusal.status < 500 else "server_error"
-    return _failure(refusal.status, refusal.message, kind, refusal.param, refusal.code, refusal.retry_after)
+    failure = _failure(refusal.status, refusal.message, kind, refusal.param, refusal.code, refusal.retry_after)
+    if refusal.allow:
+        failure.headers["allow"] = refusal.allow
+    return failure
 
 
 def failed(error: LoraplexError, named: Named = lambda path: None) -> Failure:

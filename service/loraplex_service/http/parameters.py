@@ -28,6 +28,7 @@ class Draft:
     message: Any
     prompts: list[Prompt] = field(default_factory=list)  # where a request may have several
     stream: bool = False
+    has_stream_options: bool = False
     include_usage: bool = False
     include_reasoning: bool = True
     echo: bool = False
@@ -43,7 +44,7 @@ class Draft:
         ]
         if not found:
             return None
-        mine, name = max(found, key=lambda each: len(each[0]))
+        mine, name = max(reversed(found), key=lambda each: len(each[0]))  # of several the last: it came on top
         return name + path[len(mine) :]
 
 
@@ -127,6 +128,7 @@ def label(name: str, path: str = "labels") -> Parameter:
     def put(draft: Draft, value: Any) -> None:
         message, field_name = place(draft.message, path)
         getattr(message, field_name)[name] = text(value)
+        draft.paths.append((f"{path}[{name}]", name))
 
     return Parameter(name, path, put, f"as the label `{name}`")
 

@@ -41,10 +41,29 @@ def _put_stream(draft: Draft, value: Any) -> None:
     draft.stream = flag(value)
 
 
+def _check_options(draft: Draft) -> None:
+    """Raise Refusal for what an answer in OpenAI's words could not tell."""
+    if draft.has_stream_options and not draft.stream:
+        raise wrong("stream_options", "goes with stream alone")
+    output = draft.message.output
+    if draft.stream and output.HasField("prompt_logprobs"):
+        problem = "does not go with stream, whose chunks have no place for it"
+        raise wrong("prompt_logprobs", problem, code="unsupported_parameter")
+    if output.logprob_token_ids:
+        problem = "is not told over HTTP, whose answers have no place for it"
+        raise wrong("loraplex.output.logprobTokenIds", problem, code="unsupported_parameter")
+
+
+def _check_chat(draft: Draft) -> None:
+    _check_options(draft)
+    said.check_tools(draft)
+
+
 def _put_stream_options(draft: Draft, value: Any) -> None:
     options = mapping(value)
     if unknown := sorted(options.keys() - {"include_usage", "include_obfuscation"}):
         raise wrong(f"stream_options.{unknown[0]}", "include_usage is taken", code="unsupported_parameter")
+    draft.has_stream_options = True
     draft.include_usage = flag(options.get("include_usage") or False)
 
 
@@ -60,6 +79,7 @@ def _put_top_k(draft: Draft, value: Any) -> None:
 def _put_metadata(draft: Draft, value: Any) -> None:
     for key, content in bounded(mapping(value), "GenerateSpec.labels").items():
         draft.message.labels[key] = text(content)
+        draft.paths.append((f"labels[{key}]", f"metadata.{key}"))
 
 
 def _put_routing_key(draft: Draft, value: Any) -> None:
@@ -133,7 +153,9 @@ def _put_form(kind: str) -> Put:
 
 
 def _put_structured_outputs(draft: Draft, value: Any) -> None:
-    for kind, content in mapping(value).items():
+    if all(content in (None, False) for content in mapping(value).values()):
+        raise ValueError("asks for no form; leave it out")
+    for kind, content in value.items():
         if kind not in ("json", "json_object", "regex", "choice", "grammar"):
             problem = "json, json_object, regex, choice and grammar are taken"
             raise wrong(f"structured_outputs.{kind}", problem, code="unsupported_parameter")
@@ -222,7 +244,14 @@ def _new_spec() -> Draft:
     return Draft(GenerateSpec())
 
 
+def _new_chat() -> Draft:
+    draft = _new_spec()
+    said.begin(draft)
+    return draft
+
+
 def _finish_completion(draft: Draft) -> None:
+    _check_options(draft)
     if draft.echo and draft.message.prompt.HasField("truncate_to_tokens"):
         raise wrong("echo", "does not go with truncate_prompt_tokens: what would come back was not all read")
     if not draft.message.stopping.HasField("max_tokens"):
@@ -242,7 +271,7 @@ _CONVERSATION = (
 
 CHAT = Table(
     "/v1/chat/completions",
-    _new_spec,
+    _new_chat,
     (
         *_GENERATION,
         *_CONVERSATION,
@@ -270,7 +299,7 @@ CHAT = Table(
         refused("verbosity", "say it in the conversation", "medium"),
         refused("web_search_options", "nothing is searched"),
     ),
-    said.check_tools,
+    _check_chat,
 )
 
 COMPLETIONS = Table(

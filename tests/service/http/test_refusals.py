@@ -102,7 +102,30 @@ async def test_a_parameter_that_is_missing(caller: Caller, missing: str) -> None
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
     answer = await caller.post("/v1/chat/completions", {**body, missing: None})
     assert answer.status == 400
-    assert answer.error["param"] in (missing, "prompt")
+    assert answer.error["param"] == missing
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"user": "a" * 300, "metadata": {"k": "v"}}, "user"),
+        ({"user": "a", "metadata": {"k": "v" * 300}}, "metadata.k"),
+        ({"user": "a", "metadata": {str(key): "v" for key in range(16)}}, "metadata"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages[0].role"),
+        ({"tools": [{"type": "function", "function": {"name": "a"}}]}, "tools"),
+    ],
+    ids=["user", "metadata", "too many labels", "no messages", "a message", "tools"],
+)
+async def test_the_parameter_at_fault_is_named(caller: Caller, given: dict[str, Any], param: str) -> None:
+    error = (await caller.chat(**given)).error
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+
+
+async def test_a_conversation_that_its_template_cannot_show_is_a_fault_of_the_messages(caller: Caller) -> None:
+    error = (await caller.chat(continue_final_message=True, messages=[{"role": "tool", "tool_call_id": "a"}])).error
+    assert error["param"].startswith("messages")
 
 
 async def test_a_model_that_does_not_exist(caller: Caller) -> None:
@@ -302,6 +325,17 @@ async def test_what_there_is_not(caller: Caller, method: str, path: str, status:
     answer = await caller.request(method, path, b"", {})
     assert answer.status == status
     assert path in answer.error["message"]
+
+
+@pytest.mark.parametrize(("path", "allowed"), [("/v1/completions", "POST"), ("/v1/models", "GET, HEAD")])
+async def test_the_methods_that_there_are_are_told(caller: Caller, path: str, allowed: str) -> None:
+    answer = await caller.request("OPTIONS", path, b"", {})
+    assert (answer.status, answer.headers["allow"]) == (405, allowed)
+
+
+@pytest.mark.parametrize("path", ["/health", "/version", "/v1/models"])
+async def test_what_can_be_read_can_be_asked_for_its_head(caller: Caller, path: str) -> None:
+    assert (await caller.request("HEAD", path, b"", {})).status == 200
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,9 @@ def value_of(table: Table, parameter: Parameter) -> Any:
 
 def body_for(table: Table, parameter: Parameter) -> dict[str, Any]:
     """A body with the parameter, and with what it needs beside it."""
-    beside = {"input": "x"} if table is EMBEDDINGS else {}
+    beside: dict[str, Any] = {"input": "x"} if table is EMBEDDINGS else {}
+    if parameter.name == "stream_options":
+        beside["stream"] = True
     return {**beside, parameter.name: value_of(table, parameter)}
 
 
@@ -144,6 +146,31 @@ def test_an_echo_of_a_prompt_that_is_cut_is_refused() -> None:
     with pytest.raises(Refusal, match="truncate_prompt_tokens") as raised:
         COMPLETIONS.read({"prompt": "abc", "echo": True, "truncate_prompt_tokens": 1})
     assert raised.value.param == "echo"
+
+
+@pytest.mark.parametrize(
+    ("table", "given", "param"),
+    [
+        (CHAT, {"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        (COMPLETIONS, {"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+        (CHAT, {"loraplex": {"output": {"logprobTokenIds": [1]}}}, "loraplex.output.logprobTokenIds"),
+        (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
+        (COMPLETIONS, {"stream": False, "stream_options": {}}, "stream_options"),
+        (CHAT, {"structured_outputs": {}}, "structured_outputs"),
+        (CHAT, {"structured_outputs": {"json": None}}, "structured_outputs"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(table: Table, given: dict[str, Any], param: str) -> None:
+    with pytest.raises(Refusal) as raised:
+        table.read(given)
+    assert (raised.value.status, raised.value.param) == (400, param)
+
+
+@pytest.mark.parametrize("other", [{}, {"reasoning_content": None}])
+def test_reasoning_goes_by_either_name(other: dict[str, Any]) -> None:
+    said = {"role": "assistant", "content": "x", "reasoning": "hm"}
+    [message] = CHAT.read({"messages": [said | other]}).message.prompt.chat.messages
+    assert message.reasoning_content == "hm"
 
 
 def test_two_lengths_are_refused() -> None:
