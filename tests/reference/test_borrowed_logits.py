@@ -88,3 +88,37 @@ def test_names_of_old_files_are_found(tmp_path: Path) -> None:
     stepper = Stepper(load(tmp_path), prompts())
     stepper.step(*enumerate(LENGTHS))
     assert_same(stepper.results(), expected_logits(theirs, prompts()))
+
+
+@pytest.mark.parametrize("name", ["GPTNeoX", "Persimmon"])
+def test_a_scaled_rotation_turns_the_same_part_of_each_head(name: str, tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 30_000.0, "partial_rotary_factor": 1.0}
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    saved(of(name, rope_parameters=rope), tmp_path)
+    theirs = type(of(name)).from_pretrained(tmp_path, rope_parameters={**rope, **scaling})
+    stepper = Stepper(load(tmp_path, rope_scaling=scaling), prompts())
+    stepper.step(*enumerate(LENGTHS))
+    assert_same(stepper.results(), expected_logits(theirs.eval(), prompts()))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, 2 * LENGTH),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 4.0}, 4 * LENGTH),
+    ],
+)
+def test_a_scaled_rotation_lengthens_a_model(scaling: dict[str, Any], longest: int, tmp_path: Path) -> None:
+    saved(BORROWED["gpt_neox"](), tmp_path)
+    assert load(tmp_path, rope_scaling=scaling).config.max_position_embeddings == longest
+
+
+def test_a_step_makes_no_table_of_all_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.mpt import modeling_mpt
+
+    saved(BORROWED["mpt"](), tmp_path)
+    stepper, made = Stepper(load(tmp_path), prompts()), []
+    monkeypatch.setattr(modeling_mpt, "build_mpt_alibi_tensor", lambda *sizes: made.append(sizes))
+    stepper.step((0, 3))
+    assert not made

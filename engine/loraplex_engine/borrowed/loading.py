@@ -24,6 +24,7 @@ from loraplex_engine.borrowed.names import stored_names
 from loraplex_engine.borrowed.outline import Outline
 from loraplex_engine.borrowed.own_attention import replace_own_attention
 from loraplex_engine.borrowed.step import CurrentStep
+from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.memory import release_free_memory
 from loraplex_engine.checkpoint.model_config import ModelError, NotBorrowedError
 from loraplex_engine.checkpoint.pooling import read_pooling
@@ -38,7 +39,7 @@ from loraplex_engine.models.loading import (
     rounded,
 )
 from loraplex_engine.models.registry import class_labels
-from loraplex_engine.models.rope_reading import with_rope_scaling
+from loraplex_engine.models.rope_reading import max_positions, read_partial_rope, with_rope_scaling
 from loraplex_engine.quantization import QuantizedReader, base_names, read_spec, round_to_nearest
 from loraplex_kernels.ops import Ops, PackedLinear
 
@@ -61,6 +62,8 @@ def load_borrowed(config: EngineConfig, path: Path, ops: Ops, progress: Progress
         check_layers(raw, len(stored), where)
     cls, class_config = class_of(raw, where)
     outline = Outline(skeleton(cls, class_config, where), where)
+    if config.rope_scaling is not None and not outline.turns:
+        raise ModelError(f"{path}: rope_scaling is asked for, and {cls.__name__} turns nothing by one: leave it out")
     if outline.layers[0].shape.alibi and config.kv_cache_dtype != "auto":
         raise ModelError(
             f"{path}: kv_cache_dtype {config.kv_cache_dtype!r} is asked for, and the keys of {cls.__name__} hold "
@@ -93,11 +96,20 @@ def _facts(
         hidden_size=head.in_features,
         num_layers=len(outline.layers),
         head_shape=outline.layers[0].shape.cached,
-        max_position_embeddings=longest,
+        max_position_embeddings=_max_positions(outline, longest, str(path / "config.json")),
         quantization=quantization,
         pooling=read_pooling(path),
         labels=class_labels(raw),
     )
+
+
+def _max_positions(outline: Outline, stated: int, where: str) -> int:
+    """The stated positions, as many times as the class's rotary embeddings stretch them."""
+    sections = (outline.model.config.rope_parameters or {}) if outline.turns else {}
+    of_layers = [section for section in sections.values() if isinstance(section, dict)] or [sections]
+    fields = ConfigFields({"max_position_embeddings": stated}, where)
+    ropes = [read_partial_rope(fields.changed_by(ConfigFields({"rope_parameters": each}, where))) for each in of_layers]
+    return max_positions(ropes, fields)
 
 
 def _stated_dtype(class_config: Any) -> str | None:

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from loraplex_engine.borrowed.classes import LINEARS, TRANSPOSED
+from loraplex_engine.borrowed.own_attention import own_table_bytes
 from loraplex_engine.borrowed.probe import probe
 from loraplex_engine.checkpoint.model_config import ModelError, NotBorrowedError
 from loraplex_engine.checkpoint.weights import Checkpoint
 from loraplex_engine.quantization import LinearShape, QuantizedReader, QuantSpec
 
-MOST_BUFFER_BYTES = 1 << 30  # of what a class computes from its configuration alone
+MOST_TABLE_BYTES = 1 << 30  # of what a class computes from its configuration alone
 
 
 class Outline:
@@ -40,7 +41,12 @@ class Outline:
         self.tied = self._is_tied()
         of_linears = {f"{path}.{leaf}" for path in self.linears for leaf in ("weight", "bias")}
         self.others = [name for name in self.shapes if name not in of_linears and name != self.embedding_weight]
-        self._check_buffers()
+        self._check_tables()
+
+    @property
+    def turns(self) -> bool:
+        """Whether the class turns queries and keys by a rotary embedding that its configuration describes."""
+        return hasattr(type(self.model.config), "rope_parameters") and not self.layers[0].shape.alibi
 
     def check(self, checkpoint: Checkpoint, spec: QuantSpec | None) -> QuantizedReader | None:
         """The reader of quantised linears; None: there are none. Raises ModelError unless all tensors are there."""
@@ -67,12 +73,12 @@ class Outline:
             )
         return True
 
-    def _check_buffers(self) -> None:
-        nbytes = sum(buffer.nbytes for buffer in self.model.buffers())
-        if nbytes > MOST_BUFFER_BYTES:
+    def _check_tables(self) -> None:
+        nbytes = sum(buffer.nbytes for buffer in self.model.buffers()) + own_table_bytes(self.model)
+        if nbytes > MOST_TABLE_BYTES:
             raise ModelError(
                 f"{self._where}: {type(self.model).__name__} would compute {nbytes} bytes of tables from it: is "
-                "max_position_embeddings right?"
+                "max_position_embeddings (or max_seq_len) right?"
             )
 
 

@@ -104,24 +104,39 @@ OWN_ATTENTION: Mapping[str, Callable[[Any, torch.device], Forward]] = {
     "MptAttention": _mpt,
     "GPTNeoSelfAttention": _gpt_neo,
 }
-# Its model converts a mask that it expects to have made.
-WANTS_MASK = ("MptModel",)
+# Its model converts a mask that it expects to have made, and makes a table of all positions for its attention.
+WANTS_MASK = MAKES_TABLE = ("MptModel",)
+TABLE = "build_mpt_alibi_tensor"
 
 
 def replace_own_attention(model: nn.Module, device: torch.device) -> None:
-    """Have every attention of a class in OWN_ATTENTION call what is registered."""
+    """Have every attention of a class in OWN_ATTENTION call what is registered, and no table made for it."""
     for module in model.modules():
-        make = OWN_ATTENTION.get(type(module).__name__)
-        if make is not None:
-            module.forward = make(module, device)
+        name = type(module).__name__
+        if name in OWN_ATTENTION:
+            module.forward = OWN_ATTENTION[name](module, device)
+        if name in MAKES_TABLE:
+            setattr(module, TABLE, _no_table)
+
+
+def own_table_bytes(model: nn.Module) -> int:
+    """What a class's own attention has made in every pass, for all positions that its configuration states."""
+    makers: list[Any] = [each for each in model.modules() if type(each).__name__ in MAKES_TABLE]
+    return sum(each.num_heads * each.config.max_seq_len * torch.float32.itemsize for each in makers)
+
+
+def _no_table(*_: object, **__: object) -> Tensor:
+    return torch.empty(0)
 
 
 @contextmanager
 def own_attention_again(model: nn.Module) -> Iterator[None]:
     """Have the classes attend as they do by themselves meanwhile."""
-    replaced = {each: each.__dict__.pop("forward") for each in model.modules() if type(each).__name__ in OWN_ATTENTION}
+    changed = {**dict.fromkeys(OWN_ATTENTION, "forward"), **dict.fromkeys(MAKES_TABLE, TABLE)}
+    modules = [(each, changed[name]) for each in model.modules() if (name := type(each).__name__) in changed]
+    replaced = [(module, attribute, module.__dict__.pop(attribute)) for module, attribute in modules]
     try:
         yield
     finally:
-        for module, forward in replaced.items():
-            module.forward = forward
+        for module, attribute, ours in replaced:
+            setattr(module, attribute, ours)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import HeadNormTensors, LayerAttention, LayerNorms, ModelConfig, Rope
-from loraplex_engine.models.reading import MAX_POSITIONS, Family, all_but_every, decoder_config, sliding_layers
-from loraplex_engine.models.rope_reading import read_rope
+from loraplex_engine.models.reading import Family, all_but_every, decoder_config, sliding_layers
+from loraplex_engine.models.rope_reading import MAX_POSITIONS, read_rope
 
 DEFAULTS = {
     "hidden_act": "silu",

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import (
-    DynamicScaling,
     FeedForwardLayout,
     LayerAttention,
-    LinearScaling,
     LongRopeScaling,
     ModelConfig,
-    Rope,
-    YarnScaling,
 )
 from loraplex_engine.layers.feed_forward import Activation, GatedLayout, PlainActivation
+from loraplex_engine.models.rope_reading import max_positions
 
 # transformers' names of the two activations that the kernels have
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -32,7 +29,6 @@ PLAIN_ACTIVATIONS: Mapping[str, PlainActivation] = {
     "gelu_new": "gelu_tanh",
     "relu2": "relu2",
 }
-MAX_POSITIONS = 1 << 28  # a context that no machine holds the keys of: the file is wrong
 MAX_LAYERS = 1024  # eight times those of the deepest models: the file is wrong
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -95,7 +91,7 @@ def decoder_config(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=_max_positions(fields, layers),
+        max_position_embeddings=max_positions((layer.rope for layer in layers if layer.rope is not None), fields),
         norm_eps=fields.number("rms_norm_eps") if norm_eps is None else norm_eps,
         layers=layers,
         feed_forwards=(feed_forward,) * len(layers),
@@ -124,17 +120,6 @@ def sliding_layers(fields: ConfigFields, pattern: tuple[bool, ...]) -> tuple[boo
     return tuple(kind == "sliding_attention" for kind in kinds)
 
 
-def _max_positions(fields: ConfigFields, layers: tuple[LayerAttention, ...]) -> int:
-    """The stated positions times the factor of the scaling, as in vLLM; YaRN's section states the original
-    positions.
-    """
-    stated = fields.integer("max_position_embeddings")
-    longest = max(int(_stretched(layer.rope, stated)) for layer in layers if layer.rope is not None)
-    if longest > MAX_POSITIONS:
-        raise fields.error("max_position_embeddings, with rope_scaling,", longest, f"at most {MAX_POSITIONS}")
-    return longest
-
-
 def _check_ropes(fields: ConfigFields, layers: tuple[LayerAttention, ...], head_dim: int) -> None:
     for rope in {layer.rope for layer in layers if layer.rope is not None}:
         if rope.dims(head_dim) % 2 or not rope.dims(head_dim):
@@ -144,16 +129,6 @@ def _check_ropes(fields: ConfigFields, layers: tuple[LayerAttention, ...], head_
             for name, factors in (("short_factor", rope.scaling.short), ("long_factor", rope.scaling.long)):
                 if len(factors) != rope.dims(head_dim) // 2:
                     raise fields.error(name, len(factors), f"{rope.dims(head_dim) // 2} numbers, half of what turns")
-
-
-def _stretched(rope: Rope, stated: int) -> float:
-    match rope.scaling:
-        case LinearScaling(factor) | DynamicScaling(factor):
-            return max(1.0, factor) * stated
-        case YarnScaling(factor=factor, original_max_positions=original):
-            return max(factor * original, stated)
-        case _:  # Llama 3's files state what they are stretched to
-            return stated
 
 
 def gate_activation(fields: ConfigFields) -> Activation:

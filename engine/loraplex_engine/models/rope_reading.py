@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
@@ -19,6 +19,8 @@ from loraplex_engine.checkpoint.model_config import (
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 TEXT_ALONE = ("default", "mrope")  # positions in three dimensions are equal ones for text
+KEPT = ("rope_theta", "partial_rotary_factor")  # what is turned, and from which base: no matter of scaling
+MAX_POSITIONS = 1 << 28  # a context that no machine holds the keys of: the file is wrong
 
 
 def read_rope(fields: ConfigFields, default_theta: float = 10_000.0) -> Rope:
@@ -43,14 +45,36 @@ def read_partial_rope(fields: ConfigFields, default_part: float = 1.0, interleav
 
 
 def with_rope_scaling(raw: Mapping[str, object], scaling: Mapping[str, object]) -> dict[str, object]:
-    """The content of config.json with this `rope_scaling`. Of its own rotary fields only the base θ stays."""
+    """The content of config.json with this `rope_scaling`. Of its own rotary fields only KEPT stay."""
     text = raw.get("text_config")
     part = text if isinstance(text, dict) else raw
     sections = (part.get("rope_scaling"), part.get("rope_parameters"))
-    stated = [section for section in sections if isinstance(section, dict) and "rope_theta" in section]
-    theta = {"rope_theta": stated[0]["rope_theta"]} if stated else {}
-    changed = {**part, "rope_scaling": {**theta, **scaling}}
+    stated = [section for section in sections if isinstance(section, dict)]
+    kept = {name: section[name] for name in KEPT for section in reversed(stated) if name in section}
+    changed = {**part, "rope_scaling": {**kept, **scaling}}
     return {**raw, "text_config": changed} if part is text else changed
+
+
+def max_positions(ropes: Iterable[Rope], fields: ConfigFields) -> int:
+    """The stated positions times the factor of the scaling, as in vLLM; YaRN's section states the original
+    positions.
+    """
+    stated = fields.integer("max_position_embeddings")
+    lengths = [stated] if stated > MAX_POSITIONS else [int(_stretched(rope, stated)) for rope in ropes]
+    longest = max(lengths, default=stated)
+    if longest > MAX_POSITIONS:
+        raise fields.error("max_position_embeddings, with rope_scaling,", longest, f"at most {MAX_POSITIONS}")
+    return longest
+
+
+def _stretched(rope: Rope, stated: int) -> float:
+    match rope.scaling:
+        case LinearScaling(factor) | DynamicScaling(factor):
+            return max(1.0, factor) * stated
+        case YarnScaling(factor=factor, original_max_positions=original):
+            return max(factor * original, stated)
+        case _:  # Llama 3's files state what they are stretched to
+            return stated
 
 
 def rope_from(section: ConfigFields, fields: ConfigFields, default_theta: float) -> Rope:

@@ -152,3 +152,22 @@ def test_a_configuration_without_sense_is_named(tmp_path: Path) -> None:
     change_config(tmp_path, n_head=7)
     with pytest.raises(ModelError, match=r"GPT2LMHeadModel cannot be made of it: .*divisible by num_heads"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gptj", "codegen", "bloom", "mpt", "falcon_alibi"])
+def test_a_rotation_is_not_asked_of_a_class_that_turns_nothing_by_its_configuration(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"rope_scaling is asked for, and \w+ turns nothing by one: leave it out"):
+        load(saved(name, tmp_path), rope_scaling={"rope_type": "linear", "factor": 2.0})
+
+
+def test_positions_that_own_attention_would_have_a_table_of_are_bounded(tmp_path: Path) -> None:
+    saved("mpt", tmp_path)
+    change_config(tmp_path, max_seq_len=1 << 28)
+    with pytest.raises(ModelError, match=r"would compute 6442450944 bytes of tables from it: is .*max_seq_len"):
+        load(tmp_path)
+
+
+def test_stretched_positions_beyond_reason_are_refused(tmp_path: Path) -> None:
+    saved("olmo", tmp_path)
+    with pytest.raises(ModelError, match="max_position_embeddings, with rope_scaling, is 64000000000; it must be at"):
+        load(tmp_path, rope_scaling={"rope_type": "linear", "factor": 1e9})
