@@ -63,10 +63,8 @@ def class_of(raw: Mapping[str, object], where: str) -> tuple[type[Any], Any]:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         stated = f"model_type {kind!r}" if kind is not None else f"{', '.join(architectures) or 'no architecture'}"
         raise NotBorrowedError(f"{where}: transformers {transformers.__version__} knows no {stated}")
-    try:
+    with errors_named(f"{where}: {kind} configuration"):
         config = CONFIG_MAPPING[kind].from_dict({name: raw[name] for name in raw if name not in NOT_FOR_CLASSES})
-    except Exception as error:  # each configuration checks in its own way
-        raise NotBorrowedError(f"{where}: {kind} configuration: {error}") from error
     _check_config(config, where)
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     if not isinstance(name, str):
@@ -103,10 +101,19 @@ def build(cls: type[Any], config: Any, where: str) -> Any:
     """The class's module, its parameters without memory and its buffers as they are computed. For inference."""
     config._attn_implementation = "eager"  # what every class has; changed where it is called
     config.use_cache = False
-    try:
+    with errors_named(f"{where}: {cls.__name__} cannot be made of it"):
         return cls(config).eval().requires_grad_(False)
+
+
+@contextmanager
+def errors_named(what: str) -> Iterator[None]:
+    """Raise NotBorrowedError, of what was tried, for errors of transformers' code: each class has its own."""
+    try:
+        yield
+    except NotBorrowedError:
+        raise
     except Exception as error:
-        raise NotBorrowedError(f"{where}: {cls.__name__} cannot be made of it: {error}") from error
+        raise NotBorrowedError(f"{what}: {error}") from error
 
 
 @contextmanager

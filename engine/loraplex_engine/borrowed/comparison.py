@@ -1,4 +1,4 @@
-"""Holds a loaded model against its class's own attention: the same hidden states, or it is not served.
+"""Holds a loaded model against its class's own attention: the same states and logits, or it is not served.
 
 A class may do what no probe sees, such as counting positions itself. Two short sequences, side by side and in chunks,
 would then differ from one that the class computes by itself.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraplex_engine.borrowed.attention import IMPLEMENTATION
+from loraplex_engine.borrowed.classes import errors_named
 from loraplex_engine.borrowed.model import BorrowedModel
 from loraplex_engine.borrowed.own_attention import own_attention_again
 from loraplex_engine.checkpoint.model_config import NotBorrowedError
@@ -21,39 +22,54 @@ from loraplex_kernels.ops import AttentionMetadata, Ops
 TOKENS = 23
 STRIDE = 7919  # between token ids: a prime
 BLOCK_SIZE = 16
-# Of the length of all states. In 16 bits each layer rounds in another order; what is computed wrongly is worth 0.3 on.
+# Of the length of all states, and of all logits. In 16 bits each layer rounds in another order; what is computed
+# wrongly is worth 0.3 on.
 TOLERANCES = {torch.float32: 1e-3}
 TOLERANCE_16_BITS = 0.1
 
 
 @torch.inference_mode()
 def compare(model: BorrowedModel, ops: Ops, where: str) -> None:
-    """Raise NotBorrowedError if the model's states are not those of its class."""
+    """Raise NotBorrowedError if the model's states and logits are not those of its class."""
     count = min(TOKENS, model.config.max_position_embeddings)
     tokens = torch.arange(count, device=ops.device) * STRIDE % model.config.vocab_size
-    wanted = _own_states(model.module, tokens)
-    found = _our_states(model, ops, tokens)
-    error = max(float((each - wanted).norm() / wanted.norm()) for each in found)
-    if not error <= TOLERANCES.get(model.dtype, TOLERANCE_16_BITS):
-        raise NotBorrowedError(
-            f"{where}: {model.config.architecture}'s states differ from those of its own attention by {error:.1e} of "
-            "their length: it does something that the paged cache does not know"
-        )
+    name = model.config.architecture
+    with errors_named(f"{where}: {name} with its own attention cannot be computed"):
+        states, logits = _own_results(model.module, tokens)
+    with errors_named(f"{where}: {name} with the paged cache cannot be computed"):
+        found = [(each, model.logits(each)) for each in _our_states(model, ops, tokens)]
+    for what, error in (
+        ("states", max(_distance(each, states) for each, _ in found)),
+        ("logits", max(_distance(each, logits) for _, each in found)),
+    ):
+        if not error <= TOLERANCES.get(model.dtype, TOLERANCE_16_BITS):
+            raise NotBorrowedError(
+                f"{where}: {name}'s {what} differ from those of its own attention by {error:.1e} of their length: it "
+                "does something that the paged cache does not know"
+            )
 
 
-def _own_states(module: Any, tokens: Tensor) -> Tensor:
-    """What the class computes with its own attention and masks → float32 [T, C]"""
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    """Of the length of what is wanted. Two that are zero are equal."""
+    return float((found.float() - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _own_results(module: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What the class computes with its own attention and masks → float32 states [T, C], float32 logits [T, V]"""
+    states: list[Tensor] = []
+    noting = module.get_decoder().register_forward_hook(lambda _, __, found: states.append(found.last_hidden_state[0]))
     module.config._attn_implementation = "sdpa" if module._supports_sdpa else "eager"
     try:
         with own_attention_again(module):
-            found: Tensor = module.get_decoder()(input_ids=tokens[None], use_cache=False).last_hidden_state
-        return found[0].float()
+            logits: Tensor = module(input_ids=tokens[None], use_cache=False).logits[0]
+        return states[0].float(), logits.float()
     finally:
         module.config._attn_implementation = IMPLEMENTATION
+        noting.remove()
 
 
 def _our_states(model: BorrowedModel, ops: Ops, tokens: Tensor) -> list[Tensor]:
-    """Two sequences of these tokens, one of them in two chunks → float32 [T, C] of each"""
+    """Two sequences of these tokens, one of them in two chunks → [T, C] of each"""
     blocks = -(-len(tokens) // BLOCK_SIZE)
     facts = model.config
     kv = [ops.allocate_kv(2 * blocks, BLOCK_SIZE, facts.head_shape, model.dtype) for _ in range(facts.num_layers)]
@@ -61,7 +77,7 @@ def _our_states(model: BorrowedModel, ops: Ops, tokens: Tensor) -> list[Tensor]:
     first = model.forward(_batch(tokens, ((0, 0, half),), blocks), kv)
     second = model.forward(_batch(tokens, ((0, half, len(tokens)), (1, 0, len(tokens))), blocks), kv)
     rest = len(tokens) - half
-    return [torch.cat((first, second[:rest])).float(), second[rest:].float()]
+    return [torch.cat((first, second[:rest])), second[rest:]]
 
 
 def _batch(tokens: Tensor, parts: tuple[tuple[int, int, int], ...], blocks: int) -> StepBatch:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loraplex_engine.borrowed.attention import LAYER, AttentionShape, attend
-from loraplex_engine.borrowed.classes import LINEARS
+from loraplex_engine.borrowed.classes import LINEARS, errors_named
 from loraplex_engine.borrowed.own_attention import replace_own_attention
 from loraplex_engine.checkpoint.model_config import NotBorrowedError
 
@@ -77,13 +77,9 @@ def probe(model: Any, where: str) -> Found:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if takes_positions(model):
         inputs["position_ids"] = ids
-    try:
-        with torch.inference_mode(), torch.device("meta"):
-            logits = model(**inputs, use_cache=False).logits
-    except NotBorrowedError:
-        raise
-    except Exception as error:  # whatever the class does that has no meaning without memory
-        raise NotBorrowedError(f"{where}: {type(model).__name__} cannot be followed: {error}") from error
+    # Whatever the class does may have no meaning without memory.
+    with errors_named(f"{where}: {type(model).__name__} cannot be followed"), torch.inference_mode(), META:
+        logits = model(**inputs, use_cache=False).logits
     _check(model, layers, logits, where)
     return Found(tuple(layers), tuple(dict.fromkeys(norms)))
 

@@ -171,3 +171,30 @@ def test_stretched_positions_beyond_reason_are_refused(tmp_path: Path) -> None:
     saved("olmo", tmp_path)
     with pytest.raises(ModelError, match="max_position_embeddings, with rope_scaling, is 64000000000; it must be at"):
         load(tmp_path, rope_scaling={"rope_type": "linear", "factor": 1e9})
+
+
+def test_a_class_that_cannot_compute_with_other_linears_is_named(tmp_path: Path) -> None:
+    saved("bloom", tmp_path)
+    change_config(tmp_path, pretraining_tp=2, slow_but_exact=True)
+    with pytest.raises(ModelError, match=r"BloomForCausalLM with its own attention cannot be computed: .*'weight'"):
+        load(tmp_path)
+
+
+def test_a_model_whose_pass_over_the_cache_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loraplex_engine.borrowed.model import BorrowedModel
+
+    def fail(*_: object) -> Tensor:
+        raise ValueError("five dimensions")
+
+    monkeypatch.setattr(BorrowedModel, "logits", fail)
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel with the paged cache cannot be computed: five dimensions"):
+        load(saved("gpt2", tmp_path))
+
+
+def test_logits_that_differ_from_the_class_are_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loraplex_engine.borrowed.model import BorrowedModel
+
+    true = BorrowedModel.logits
+    monkeypatch.setattr(BorrowedModel, "logits", lambda model, hidden: 2 * true(model, hidden))
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel's logits differ from those of its own attention by 1\.0e"):
+        load(saved("gpt2", tmp_path))
