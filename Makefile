@@ -49,7 +49,7 @@ gpu-check:  ## on a machine with a GPU, with its own Python: tests, kernels and 
 
 gpu-packages:  ## wheels of what gpu-check needs and such a machine may lack, for its Python; bring the folder there
 	for version in 3.11 3.12 3.13; do $(PYTHON) -m pip download --quiet --no-deps --only-binary :all: \
-		--platform manylinux2014_x86_64 --python-version $$version --dest gpu-packages msgspec || exit 1; done
+		--platform manylinux2014_x86_64 --python-version $$version --dest gpu-packages msgspec llguidance || exit 1; done
 
 stubs: $(VENV)/.installed-dev  ## generate client/loraplex/v1 from proto/, and the client's methods with all options
 	proto/stubs.sh generate

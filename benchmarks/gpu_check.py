@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_check [--out DIR] [--seconds 520] [--models llama-1b llama-8b] [--packages DIR]
 
 Writes DIR/gpu_check.json and DIR/gpu_check.md after each part, so that an interrupted run keeps what it has. Ends with
-status 1 if a test failed or a part was left out. Needs torch, triton, numpy, safetensors, pytest, transformers, peft
-and msgspec, and nothing of the service. A machine with a GPU has most of them; what it lacks is taken from the wheels
-in --packages, which `make gpu-packages` fetches where there is a package index.
+status 1 if a test failed or a part was left out. Needs torch, triton, numpy, safetensors, pytest, transformers, peft,
+msgspec and llguidance, and nothing of the service. A machine with a GPU has most of them; what it lacks is taken from
+the wheels in --packages, which `make gpu-packages` fetches where there is a package index.
 
 --interpret runs the same on the CPU under Triton's interpreter with tiny shapes: it shows that the script works, and
 its times mean nothing.
@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = [str(ROOT / folder) for folder in ("engine", "adapters", "kernels")]  # it runs where nothing is installed
-NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "peft", "msgspec")
+NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "peft", "msgspec", "llguidance")
 TESTS = (
     "tests/kernels/test_triton_codes.py",
     "tests/kernels/test_triton_quantized.py",

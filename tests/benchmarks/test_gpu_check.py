@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE = ("torch", "triton", "transformers", "peft", "grpcio", "numpy", "safetensors", "tokenizers", "pytest", "pip")
-CARRIED = "msgspec"
+CARRIED = ("msgspec", "llguidance")
 # Imported by Python as it starts, and so by each process that it starts: finds what is not hidden.
 HIDE = """
 import sys
@@ -37,6 +37,7 @@ sys.meta_path[:] = [BuiltinImporter, FrozenImporter, BareMachine]
 """
 
 GpuCheck = Callable[..., "subprocess.CompletedProcess[str]"]
+BareMachine = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def with_dependencies(names: tuple[str, ...]) -> set[str]:
@@ -61,10 +62,10 @@ def normalised(name: str) -> str:
 
 
 @pytest.fixture
-def gpu_check(tmp_path: Path) -> GpuCheck:
-    """Runs it on a machine with the bare packages and `extra` ones: gpu_check(*extra, options=[…])."""
+def bare_machine(tmp_path: Path) -> BareMachine:
+    """Runs Python on a machine with the bare packages and `extra` ones: bare_machine(*extra, arguments=(…))."""
 
-    def run(*extra: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def run(*extra: str, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
         there = with_dependencies((*BARE, *extra))
         modules = importlib.metadata.packages_distributions().items()
         hidden = {module for module, projects in modules if not there.intersection(map(normalised, projects))}
@@ -72,16 +73,33 @@ def gpu_check(tmp_path: Path) -> GpuCheck:
         projects = {each.name for each in importlib.metadata.distributions() if normalised(each.name) not in there}
         (tmp_path / "sitecustomize.py").write_text(f"HIDDEN = {hidden!r}\nHIDDEN_PROJECTS = {projects!r}\n{HIDE}")
         environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
-        arguments = ("--out", str(tmp_path / "out"), "--interpret", *options)
-        command = [sys.executable, "-m", "benchmarks.gpu_check", *arguments]
+        command = [sys.executable, *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     return run
 
 
+@pytest.fixture
+def gpu_check(bare_machine: BareMachine, tmp_path: Path) -> GpuCheck:
+    """Runs it on a bare machine: gpu_check(*extra, options=[…])."""
+
+    def run(*extra: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        arguments = ("-m", "benchmarks.gpu_check", "--out", str(tmp_path / "out"), "--interpret", *options)
+        return bare_machine(*extra, arguments=arguments)
+
+    return run
+
+
+def test_all_that_it_imports_is_there_on_a_bare_machine(bare_machine: BareMachine) -> None:
+    modules = "benchmarks.gpu_kernels, benchmarks.gpu_engine"
+    program = f"from benchmarks.gpu_check import OURS, put_on_path; put_on_path(OURS); import {modules}"
+    result = bare_machine(*CARRIED, arguments=("-c", program))
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.long
 def test_every_part_runs_with_the_packages_of_a_bare_machine(gpu_check: GpuCheck, tmp_path: Path) -> None:
-    result = gpu_check(CARRIED, options=("--seconds", "7200"))
+    result = gpu_check(*CARRIED, options=("--seconds", "7200"))
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     report = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
     assert report["left_out"] == []
@@ -96,7 +114,7 @@ def test_what_is_neither_installed_nor_carried_is_named_in_one_line(gpu_check: G
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert "not installed, and no wheel for this Python" in last
-    assert ": msgspec; run `make gpu-packages`" in last
+    assert f": {', '.join(CARRIED)}; run `make gpu-packages`" in last
 
 
 def test_what_is_not_installed_is_taken_from_the_wheels_that_were_carried(
