@@ -9,6 +9,9 @@ SHARE = 0.005  # and for each token that it draws: so that drafts that stopped p
 MOST = 4.0  # tokens that are kept of what was won
 MEMORY = 6.0  # drafts that count in the estimate of how many are right
 LEAST_GAIN = 1.02
+TRUST = 0.25  # tokens that may be lost beyond the balance, for each of the latest guesses that was right,
+MOST_TRUST = 1.0  # and in all
+MOST_STEPS_BETWEEN = 8  # that are watched, while guesses are wrong
 
 
 class Account:
@@ -16,6 +19,9 @@ class Account:
 
     def __init__(self) -> None:
         self.balance = GRANT
+        self._trust = 0.0
+        self._between = 1  # steps from one that is watched to the next
+        self._until = 1  # the next one
         self._right, self._tried = 1.0, 2.0  # of the latest drafts; as if one of two had been right
 
     def affordable(self, prices: Sequence[float]) -> int:
@@ -26,7 +32,7 @@ class Account:
         chance = self._right / self._tried
         best, best_gain, expected, reached = 0, LEAST_GAIN, 1.0, 1.0
         for count, price in enumerate(prices, 1):
-            if price > self.balance:
+            if price > self.balance + self._trust:
                 break
             reached *= chance
             expected += reached
@@ -44,7 +50,22 @@ class Account:
     def settle(self, price: float, tried: int, right: int) -> None:
         """Note what drafts came to: the first that was wrong, if any, is the last that was tried."""
         self.balance = min(self.balance + right - price, MOST)
-        tested = min(right + 1, tried)
+        self._note(right, min(right + 1, tried))
+
+    def may_watch(self) -> bool:
+        """Whether to look, in a step without drafts, if a guess would have been right: more rarely while it is not."""
+        self._until -= 1
+        return self._until <= 0
+
+    def watch(self, right: bool | None) -> None:
+        """Note whether a guess that was not computed would have been right. None: there was none."""
+        self._between = 1 if right else min(2 * self._between, MOST_STEPS_BETWEEN)
+        self._until = self._between
+        if right is not None:
+            self._note(int(right), 1)
+
+    def _note(self, right: int, tested: int) -> None:
+        self._trust = min(max(self._trust + TRUST * (2 * right - tested), 0.0), MOST_TRUST)
         fade = (1.0 - 1.0 / MEMORY) ** tested
         self._right = self._right * fade + right
         self._tried = self._tried * fade + tested

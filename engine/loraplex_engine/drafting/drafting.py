@@ -37,18 +37,22 @@ class Drafting(Drafter):
         self._clock = clock
         self._accounts: dict[int, Account] = {}  # by request id
         self._prices: dict[int, list[float]] = {}  # of 1, 2, … drafts in this step, by request id
+        self._guesses: dict[int, Sequence[int]] = {}  # of the next token, where it is not computed; by request id
         self._began = 0.0  # when the step did, behind the drafts
 
     def add(self, scheduled: Sequence[ScheduledRequest], budget: int) -> list[ScheduledRequest]:
         budget = min(budget, self._most_drawn - sum(item.samples for item in scheduled))
         self._prices = {}
-        wanted = self._wanted([item.request for item in scheduled if _decodes(item)], budget)
-        drafts: dict[int, Sequence[int]] = {}
+        decoding = [item.request for item in scheduled if _decodes(item)]
+        wanted = self._wanted(decoding, budget)
+        watched = self._watched(decoding, wanted)
+        found: dict[int, Sequence[int]] = {}
         for kind, source in self._sources.items():
-            of_kind = {each: asked for each, asked in wanted.items() if asked[0].drafts.kind is kind}
+            of_kind = {each: asked for each, asked in (wanted | watched).items() if asked[0].drafts.kind is kind}
             if of_kind:
-                drafts |= source.propose(of_kind)
-        added = [self._with(item, drafts.get(item.request.request_id, ())) for item in scheduled]
+                found |= source.propose(of_kind)
+        self._guesses = {request_id: found.pop(request_id, ()) for request_id in watched}
+        added = [self._with(item, found.get(item.request.request_id, ())) for item in scheduled]
         self._began = self._clock()
         return added
 
@@ -57,9 +61,15 @@ class Drafting(Drafter):
             self._costs.note(plan.num_tokens, self._clock() - self._began)
         for item, sampled in zip(plan.scheduled, result.sampled, strict=True):
             request_id = item.request.request_id
-            if item.draft_token_ids and sampled and request_id in self._accounts:
+            account = self._accounts.get(request_id)
+            if account is None or not sampled:
+                continue
+            if item.draft_token_ids:
                 tried, right = len(item.draft_token_ids), len(sampled) - 1
-                self._accounts[request_id].settle(self._prices[request_id][tried - 1], tried, right)
+                account.settle(self._prices[request_id][tried - 1], tried, right)
+            elif request_id in self._guesses:
+                guess = self._guesses[request_id]
+                account.watch(sampled[0].token_id == guess[0] if guess else None)
 
     def forget(self, request: Request) -> None:
         if self._accounts.pop(request.request_id, None):
@@ -81,6 +91,22 @@ class Drafting(Drafter):
                 self._prices[request.request_id] = prices
                 rows, budget = rows + count, budget - count
         return wanted
+
+    def _watched(
+        self, requests: Sequence[Request], wanted: Mapping[int, tuple[Request, int]]
+    ) -> dict[int, tuple[Request, int]]:
+        """The requests without drafts whose next token is guessed all the same, where that costs nothing.
+
+        Whether it was right says whether drafts would pay.
+        """
+        return {
+            request.request_id: (request, 1)
+            for request in requests
+            if request.request_id not in wanted
+            and (account := self._accounts.get(request.request_id)) is not None
+            and self._sources[request.drafts.kind].is_free
+            and account.may_watch()
+        }
 
     def _prices_of(self, request: Request, num_requests: int, rows: int, budget: int) -> list[float]:
         """What 1, 2, … drafts of a request cost, in tokens: to make them, and to check them in a step of `rows`."""

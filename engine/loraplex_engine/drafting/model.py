@@ -25,6 +25,8 @@ READING = 0.01  # of the time of the longest output: what reading a prompt may t
 class ModelDrafts(Source):
     """Keeps a copy of each request for the small model, and lets that draw what may follow."""
 
+    is_free = False
+
     def __init__(self, runner: ModelRunner, costs: StepCosts, max_num_batched_tokens: int) -> None:
         """`costs`: of the small model's steps."""
         self._runner = runner

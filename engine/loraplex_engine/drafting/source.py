@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from loraplex_engine.drafting.ngram import NgramIndex
 from loraplex_engine.scheduling.request import Request
@@ -24,6 +24,8 @@ NEVER = Costs(math.inf, 0.0)
 class Source(Protocol):
     """Guesses the tokens that follow."""
 
+    is_free: ClassVar[bool]  # whether a guess takes no time to speak of
+
     def costs(self, request: Request, num_requests: int, token_seconds: float) -> Costs:
         """What drafts of this request cost, among so many requests. token_seconds: what a token costs without."""
 
@@ -36,6 +38,8 @@ class Source(Protocol):
 
 class Ngrams(Source):
     """Drafts from the tokens of the requests themselves."""
+
+    is_free = True
 
     def __init__(self) -> None:
         self._indexes: dict[int, NgramIndex] = {}  # by request id

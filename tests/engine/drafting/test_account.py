@@ -51,6 +51,33 @@ def test_drafts_that_were_wrong_are_tried_again_and_come_back_when_they_are_righ
     assert account.affordable(DEAR) == len(DEAR)
 
 
+def test_guesses_that_were_right_without_being_computed_earn_drafts_and_wrong_ones_take_them_back() -> None:
+    account, _, _ = settled(DEAR, right=False, steps=500)
+    assert account.affordable(DEAR) == 0
+    for _ in range(6):
+        account.watch(True)
+    assert account.affordable(DEAR) > 0
+    for _ in range(6):
+        account.watch(False)
+    assert account.affordable(DEAR) == 0
+
+
+def test_steps_are_watched_more_rarely_while_guesses_are_wrong() -> None:
+    account = Account()
+
+    def watched(steps: int, right: bool | None) -> int:
+        count = 0
+        for _ in range(steps):
+            if account.may_watch():
+                count += 1
+                account.watch(right)
+        return count
+
+    assert watched(80, False) < 15
+    assert watched(80, None) == 10
+    assert watched(80, True) > 70
+
+
 def test_drafts_that_could_never_pay_are_never_tried() -> None:
     account = Account()
     for _ in range(10_000):

@@ -46,6 +46,8 @@ def execute(plan: StepPlan) -> StepResult:
 class Oracle(Source):
     """Drafts of which each `wrong`-th is wrong; 0: none is."""
 
+    is_free = False
+
     def __init__(self, wrong: int = 0) -> None:
         self.wrong, self.asked = wrong, 0
         self.forgotten: list[int] = []
@@ -121,6 +123,20 @@ def test_right_drafts_save_steps() -> None:
     bench.add(1, [5, 6, 7])
     assert len(bench.finish()) < 10
     assert bench.tokens(1) == alone([5, 6, 7], 30)
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+def test_guesses_that_would_have_been_right_bring_drafts_back(is_free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Oracle, "is_free", is_free)
+    bench = Bench(num_blocks=128, times={1: 1.0, 2: 1.45, 9: 1.9})  # the first draft takes what may be lost
+    bench.source.wrong = 1
+    bench.add(1, [5, 6, 7], max_tokens=100)
+    while not bench.scheduler.draft_tokens:
+        bench.step()
+    bench.source.wrong = 0
+    steps = len(bench.finish())
+    assert steps < 30 if is_free else steps > 60
+    assert bench.tokens(1) == alone([5, 6, 7], 100)
 
 
 def test_outputs_say_how_many_drafts_were_tried_and_how_many_were_right() -> None:

@@ -85,6 +85,8 @@ class FreeCosts(StepCosts):
 class Gambler(Source):
     """Drafts that are sometimes right whatever is drawn: the next tokens of the plain output, and rubbish."""
 
+    is_free = True
+
     def __init__(self) -> None:
         self.outputs: dict[int, Sequence[int]] = {}  # of the plain engine, by request id
         self.num_asked = 0
