@@ -321,10 +321,19 @@ def main() -> None:
     parser.add_argument("--vllm-python", type=Path, help="the Python of an environment that has vLLM")
     parser.add_argument("--out", type=Path, help="the report is written there, too")
     args = parser.parse_args()
-    lines = [*_heading(args), *(line for part in args.parts for line in ("", f"## {part}", "", *PARTS[part](args)))]
-    print("\n".join(lines))
+    lines: list[str] = []
+    for line in _report(args):
+        print(line, flush=True)  # at once: a run that is cut short has told what it found
+        lines.append(line)
     if args.out is not None:
         args.out.write_text("\n".join(lines) + "\n")
+
+
+def _report(args: argparse.Namespace) -> Iterator[str]:
+    yield from _heading(args)
+    for part in args.parts:
+        yield from ("", f"## {part}", "")
+        yield from PARTS[part](args)
 
 
 def _heading(args: argparse.Namespace) -> list[str]:
