@@ -8,7 +8,7 @@ from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import LayerAttention, LayerNorms, ModelConfig
 from loraplex_engine.layers.feed_forward import PlainLayout
 from loraplex_engine.models.reading import Family, decoder_config
-from loraplex_engine.models.rope_reading import read_rope
+from loraplex_engine.models.rope_reading import read_rope, with_default_rope
 
 DEFAULTS = {"hidden_act": "xielu", "rms_norm_eps": 1e-5, "max_position_embeddings": 65_536, "eos_token_id": 2}
 ROPE = {
@@ -22,9 +22,7 @@ ROPE = {
 
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
-    fields = fields.with_defaults(DEFAULTS)
-    if not fields.has("rope_scaling") and not fields.has("rope_parameters"):
-        fields = fields.changed_by(ConfigFields({"rope_parameters": ROPE}, fields.where))
+    fields = with_default_rope(fields.with_defaults(DEFAULTS), ROPE)
     if fields.text("hidden_act") != "xielu":
         raise fields.error("hidden_act", fields.text("hidden_act"), "xielu")
     layers = (LayerAttention(read_rope(fields, 12e6)),) * fields.integer("num_hidden_layers")

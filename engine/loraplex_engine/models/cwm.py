@@ -5,7 +5,7 @@ from __future__ import annotations
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig
 from loraplex_engine.models.reading import Family, decoder_config, sliding_layers
-from loraplex_engine.models.rope_reading import read_rope
+from loraplex_engine.models.rope_reading import read_rope, with_default_rope
 
 DEFAULTS = {
     "hidden_act": "silu",
@@ -27,9 +27,7 @@ ROPE = {
 
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
-    fields = fields.with_defaults(DEFAULTS)
-    if not fields.has("rope_scaling") and not fields.has("rope_parameters"):
-        fields = fields.changed_by(ConfigFields({"rope_parameters": ROPE}, fields.where))
+    fields = with_default_rope(fields.with_defaults(DEFAULTS), ROPE)
     window, rope = fields.optional_integer("sliding_window"), read_rope(fields, 1e6)
     pattern = tuple(layer % 4 != 0 for layer in range(fields.integer("num_hidden_layers")))
     layers = tuple(LayerAttention(rope, window if slides else None) for slides in sliding_layers(fields, pattern))

@@ -10,7 +10,7 @@ from loraplex_engine.layers.feed_forward import ClampedSwish, GatedLayout
 from loraplex_engine.layers.mixture import MixtureLayout
 from loraplex_engine.models.experts import experts_per_token, number_of_experts
 from loraplex_engine.models.reading import Family, decoder_config, sliding_layers
-from loraplex_engine.models.rope_reading import read_rope
+from loraplex_engine.models.rope_reading import read_rope, with_default_rope
 from loraplex_kernels.ops import Routing
 
 DEFAULTS = {
@@ -37,9 +37,7 @@ ROPE = {
 
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
-    fields = fields.with_defaults(DEFAULTS)
-    if not fields.has("rope_scaling") and not fields.has("rope_parameters"):
-        fields = fields.changed_by(ConfigFields({"rope_parameters": ROPE}, fields.where))
+    fields = with_default_rope(fields.with_defaults(DEFAULTS), ROPE)
     window, rope = fields.optional_integer("sliding_window"), read_rope(fields, 150_000.0)
     pattern = tuple(layer % 2 == 0 for layer in range(fields.integer("num_hidden_layers")))
     layers = tuple(LayerAttention(rope, window if slides else None) for slides in sliding_layers(fields, pattern))

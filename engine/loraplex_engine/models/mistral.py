@@ -8,7 +8,7 @@ from dataclasses import replace
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig, QueryGrowth
 from loraplex_engine.models.reading import Family, decoder_config, sliding_layers
-from loraplex_engine.models.rope_reading import read_rope
+from loraplex_engine.models.rope_reading import read_rope, with_default_rope
 
 DEFAULTS = {
     "hidden_act": "silu",
@@ -45,9 +45,7 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
 
 
 def read_3(architecture: str, fields: ConfigFields) -> ModelConfig:
-    fields = fields.with_defaults(DEFAULTS_3)
-    if not fields.has("rope_scaling") and not fields.has("rope_parameters"):
-        fields = fields.changed_by(ConfigFields({"rope_parameters": ROPE_3}, fields.where))
+    fields = with_default_rope(fields.with_defaults(DEFAULTS_3), ROPE_3)
     layers = (LayerAttention(read_rope(fields), fields.optional_integer("sliding_window")),)
     config = decoder_config(architecture, fields, layers * fields.integer("num_hidden_layers"))
     return replace(config, query_growth=_growth(fields))

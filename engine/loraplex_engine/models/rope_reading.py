@@ -44,6 +44,13 @@ def read_partial_rope(fields: ConfigFields, default_part: float = 1.0, interleav
     return replace(read_rope(fields), part=part, interleaved=interleaved)
 
 
+def with_default_rope(fields: ConfigFields, rope: Mapping[str, object]) -> ConfigFields:
+    """The fields, with this rotation where a file states none: what the family's class has then."""
+    if fields.has("rope_scaling") or fields.has("rope_parameters"):
+        return fields
+    return fields.changed_by(ConfigFields({"rope_parameters": rope}, fields.where))
+
+
 def with_rope_scaling(raw: Mapping[str, object], scaling: Mapping[str, object]) -> dict[str, object]:
     """The content of config.json with this `rope_scaling`. Of its own rotary fields only KEPT stay."""
     text = raw.get("text_config")
