@@ -159,6 +159,7 @@ _FAMILIES = (
             close="<tool_call|>",
             content_args={"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
         ),
+        content={"content": {"close": ["<turn|>", "<|tool_response>"]}},  # the second follows calls
         calls=CallSpelling("<|tool_call>call:{name}", "<tool_call|>", between=""),
     ),
     # FunctionGemma

@@ -85,6 +85,7 @@ CONVERSATIONS = [
     ("mistral-11", f"Well: [TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{PARIS}", "Well:", "", ["weather"]),
     ("gemma4", '<|tool_call>call:weather{city:<|"|>Paris, "F"<|"|>,days:3}<tool_call|>', "", "", ["weather"]),
     ("gemma4", f"<|channel>thought\nHm.<channel|><|tool_call>call:weather{PARIS}<tool_call|>", "", "Hm.", ["weather"]),
+    ("gemma4", f"<|tool_call>call:weather{PARIS}<tool_call|><|tool_response>", "", "", ["weather"]),
     (
         "functiongemma",
         "<start_function_call>call:weather{city:<escape>Paris<escape>,days:3}<end_function_call>"
