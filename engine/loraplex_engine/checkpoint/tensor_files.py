@@ -13,7 +13,10 @@ from torch import Tensor
 
 from loraplex_engine.checkpoint.model_config import ModelError
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1},
+}
 LFS_POINTER = b"version https://git-lfs"
 
 Part = tuple[slice, ...]  # of each dimension of a tensor; (): all of it

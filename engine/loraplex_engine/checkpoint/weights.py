@@ -43,8 +43,12 @@ PREFIXES = (
     ("layers.", "model.layers."),
     ("norm.", "model.norm."),
 )
-# Buffers that some old checkpoints hold; they follow from config.json.
-BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias")
+# Buffers that some old checkpoints hold and that follow from config.json, and scales for a quantised cache of keys and
+# values, whose own scales are better: they are of each token.
+BUFFERS = re.compile(
+    r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias"
+    r"|.*\.self_attn\.([kv]_proj\.)?(q|k|v|kv|prob|output)_(scale|zero_point)"
+)
 
 STORED_DTYPES = {
     **FLOAT_TYPES,

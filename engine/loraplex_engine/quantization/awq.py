@@ -24,12 +24,14 @@ VERSIONS = ("gemm", "gemv", "gemv_fast")
 class AwqSpec:
     version: str
     group_size: int  # -1: the whole column
+    method: str = "awq"  # whose files they are
 
     markers = (".qweight",)
 
     @property
     def label(self) -> str:
-        return "awq-4bit" if self.group_size == -1 else f"awq-4bit-g{self.group_size}"
+        group = "" if self.group_size == -1 else f"-g{self.group_size}"
+        return f"{self.method}-{BITS}bit{group}"
 
     def tensors(self, linear: LinearShape) -> dict[str, ExpectedTensor]:
         n, c, group = linear.out_features, linear.in_features, self._group(linear)

@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints, as llm-compressor writes them: integers, packed or not, and float8.
+"""compressed-tensors checkpoints, as llm-compressor writes them: integers, packed or not, and floats of 8 and 4 bits.
 
 Only weights are read as quantised. If the file also asks for quantised activations, these stay unquantised, which is
 nearer to the unquantised model.
@@ -17,15 +17,31 @@ from torch import Tensor
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor
+from loraplex_engine.quantization.four_bit_floats import Mxfp4Layout, Nvfp4Layout
 from loraplex_engine.quantization.fp8 import float8_weight, read_block
-from loraplex_engine.quantization.spec import LinearShape, check_scales, group_count
+from loraplex_engine.quantization.spec import SCALE_TYPES, LinearShape, check_scales, group_count
 from loraplex_engine.quantization.unpacking import unpack_codes
 from loraplex_kernels.quantized import AffineWeight, QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+FLOATS_OF_4_BITS: Mapping[str, Mxfp4Layout | Nvfp4Layout] = {
+    "nvfp4-pack-quantized": Nvfp4Layout(".weight_packed", ".weight_scale", ".weight_global_scale", whole_divides=True),
+    "mxfp4-pack-quantized": Mxfp4Layout(".weight_packed", ".weight_scale"),
+}
+FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "mixed-precision",
+    "mxfp8-quantized",
+    *FLOATS_OF_4_BITS,
+)
+OF_INTEGERS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision")
+OF_ACTIVATIONS = (".input_scale", ".input_zero_point", ".input_global_scale")
 STRATEGIES = ("tensor", "channel", "group", "block")
+INT_BITS = (4, 8)  # in a byte each
 PACKED_BITS = (2, 4, 8)  # codes that never span a word: old and new versions of the package pack 3 bits differently
 WORD_BITS = 32
 
@@ -43,6 +59,7 @@ class Scheme:
     block: tuple[int, int] | None
     per_tensor: bool
     activations: bool  # quantised ones: scales of theirs may be stored
+    small: Mxfp4Layout | Nvfp4Layout | None = None  # floats of 4 bits, which are laid out so
 
     def matches(self, path: str) -> bool:
         return any(
@@ -62,6 +79,8 @@ class CompressedTensorsSpec:
     @property
     def label(self) -> str:
         scheme = self.schemes[0]
+        if scheme.small is not None:
+            return f"compressed-tensors-{scheme.small.label}"
         return "compressed-tensors-" + ("fp8" if scheme.kind == "float" else f"int{scheme.bits}")
 
     def of(self, linear: LinearShape) -> Scheme:
@@ -73,58 +92,71 @@ class CompressedTensorsSpec:
         return (named or general)[0]
 
     def tensors(self, linear: LinearShape) -> dict[str, ExpectedTensor]:
-        scheme, n, c = self.of(linear), linear.out_features, linear.in_features
-        found: dict[str, ExpectedTensor] = {".weight_scale": ExpectedTensor(_scale_shape(scheme, linear), FLOATS)}
-        if scheme.packed:
-            found[".weight_packed"] = ExpectedTensor((n, -(-c * scheme.bits // WORD_BITS)), ("I32",))
-            found[".weight_shape"] = ExpectedTensor((2,), ("I64", "I32"), optional=True)
-        else:
-            found[".weight"] = ExpectedTensor((n, c), ("F8_E4M3",) if scheme.kind == "float" else ("I8",))
-        if scheme.symmetric or scheme.kind == "float":
-            found[".weight_zero_point"] = ExpectedTensor(None, ("I8", "I32", "F8_E4M3"), optional=True)
-        elif scheme.packed:
-            rows = -(-n * scheme.bits // WORD_BITS)
-            found[".weight_zero_point"] = ExpectedTensor((rows, _groups(scheme, linear)), ("I32",))
-        else:
-            found[".weight_zero_point"] = ExpectedTensor(_scale_shape(scheme, linear), ("I8",))
+        scheme = self.of(linear)
+        found = _stored(scheme, linear) if scheme.small is None else scheme.small.tensors(linear)
         if scheme.activations:
-            found |= {
-                name: ExpectedTensor(None, (*FLOATS, "I8", "F8_E4M3"), optional=True)
-                for name in (".input_scale", ".input_zero_point")
-            }
+            found |= {name: ExpectedTensor(None, (*FLOATS, "I8", "F8_E4M3"), optional=True) for name in OF_ACTIVATIONS}
         return found
 
     def read(self, linear: LinearShape, stored: Mapping[str, Tensor]) -> QuantizedWeight:
         scheme = self.of(linear)
+        if scheme.small is not None:
+            return scheme.small.read(linear, stored)
         if scheme.kind == "float":
-            return float8_weight(linear, ".weight_scale", stored[".weight"], stored[".weight_scale"], scheme.block)
-        n, c = linear.out_features, linear.in_features
-        if ".weight_shape" in stored and stored[".weight_shape"].tolist() != [n, c]:
-            raise linear.error(".weight_shape", f"is {stored['.weight_shape'].tolist()}, config.json makes it {[n, c]}")
-        offset = 1 << (scheme.bits - 1)  # signed values become codes from 0 on
-        codes = (
-            unpack_codes(stored[".weight_packed"], scheme.bits)[:, :c].contiguous()
-            if scheme.packed
-            else stored[".weight"].view(torch.uint8) ^ offset
-        )
-        groups = _groups(scheme, linear)
-        scale = check_scales(linear, ".weight_scale", stored[".weight_scale"]).reshape(-1, groups).expand(n, groups)
-        zero = torch.full_like(scale, offset)
-        if scheme.symmetric:
-            if ".weight_zero_point" in stored and bool(stored[".weight_zero_point"].any()):
-                raise linear.error(".weight_zero_point", "is not zero, though config.json says symmetric")
-        elif scheme.packed:
-            zero = unpack_codes(stored[".weight_zero_point"].t(), scheme.bits)[:, :n].t().float()
-        else:
-            zero = zero + stored[".weight_zero_point"].float().reshape(-1, groups)
-        group_size = scheme.group_size or c
-        return AffineWeight(codes, scheme.bits, scale.t().contiguous(), zero.t().contiguous(), group_size)
+            block = scheme.block or (None if scheme.group_size is None else (1, scheme.group_size))
+            return float8_weight(linear, ".weight_scale", stored[".weight"], stored[".weight_scale"], block)
+        return _integers(scheme, linear, stored)
+
+
+def _stored(scheme: Scheme, linear: LinearShape) -> dict[str, ExpectedTensor]:
+    n, c = linear.out_features, linear.in_features
+    scales = SCALE_TYPES if scheme.kind == "float" else FLOATS
+    found = {".weight_scale": ExpectedTensor(_scale_shape(scheme, linear), scales)}
+    if scheme.packed:
+        found[".weight_packed"] = ExpectedTensor((n, -(-c * scheme.bits // WORD_BITS)), ("I32",))
+        found[".weight_shape"] = ExpectedTensor((2,), ("I64", "I32"), optional=True)
+    else:
+        found[".weight"] = ExpectedTensor((n, c), ("F8_E4M3",) if scheme.kind == "float" else ("I8",))
+    if scheme.symmetric or scheme.kind == "float":
+        found[".weight_zero_point"] = ExpectedTensor(None, ("I8", "I32", "F8_E4M3"), optional=True)
+    elif scheme.packed:
+        rows = -(-n * scheme.bits // WORD_BITS)
+        found[".weight_zero_point"] = ExpectedTensor((rows, _groups(scheme, linear)), ("I32",))
+    else:
+        found[".weight_zero_point"] = ExpectedTensor(_scale_shape(scheme, linear), ("I8",))
+    return found
+
+
+def _integers(scheme: Scheme, linear: LinearShape, stored: Mapping[str, Tensor]) -> AffineWeight:
+    n, c = linear.out_features, linear.in_features
+    if ".weight_shape" in stored and stored[".weight_shape"].tolist() != [n, c]:
+        raise linear.error(".weight_shape", f"is {stored['.weight_shape'].tolist()}, config.json makes it {[n, c]}")
+    offset = 1 << (scheme.bits - 1)  # signed values become codes from 0 on
+    codes = (
+        unpack_codes(stored[".weight_packed"], scheme.bits)[:, :c].contiguous()
+        if scheme.packed
+        else stored[".weight"].view(torch.uint8) + offset
+    )
+    if int(codes.max()) >= 2 * offset:
+        raise linear.error(".weight", f"holds values outside {-offset} … {offset - 1}, the range of {scheme.bits} bits")
+    groups = _groups(scheme, linear)
+    scale = check_scales(linear, ".weight_scale", stored[".weight_scale"]).reshape(-1, groups).expand(n, groups)
+    zero = torch.full_like(scale, offset)
+    if scheme.symmetric:
+        if ".weight_zero_point" in stored and bool(stored[".weight_zero_point"].any()):
+            raise linear.error(".weight_zero_point", "is not zero, though config.json says symmetric")
+    elif scheme.packed:
+        zero = unpack_codes(stored[".weight_zero_point"].t(), scheme.bits)[:, :n].t().float()
+    else:
+        zero = zero + stored[".weight_zero_point"].float().reshape(-1, groups)
+    group_size = scheme.group_size or c
+    return AffineWeight(codes, scheme.bits, scale.t().contiguous(), zero.t().contiguous(), group_size)
 
 
 def parse(fields: ConfigFields) -> CompressedTensorsSpec:
     """Raises ModelError for what is not supported, naming the field."""
     file_format = fields.text("format", "dense")
-    for name in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+    for name in ("sparsity_config", "transform_config"):
         section = fields.section(name)
         if section is not None and section.names() and section.text_or_none("format") != "dense":
             raise fields.error(name, "not empty", "absent: it is not supported")
@@ -142,22 +174,15 @@ def _scheme(group: ConfigFields, file_format: str) -> Scheme:
     weights = group.section("weights")
     if weights is None:
         raise group.error("weights", None, "given: a file that quantises activations alone is not supported")
-    bits, kind = weights.integer("num_bits", 8), weights.text("type", "int")
+    bits, kind, small = weights.integer("num_bits", 8), weights.text("type", "int"), FLOATS_OF_4_BITS.get(name)
     packed = name == "pack-quantized"
-    if kind not in ("int", "float") or (kind == "float" and (packed or bits != 8)):
-        raise weights.error("type", f"{kind} of {bits} bits", "int, or float of 8 bits")
-    widths = PACKED_BITS if packed else (8,)
-    if kind == "int" and bits not in widths:
+    if kind not in ("int", "float") or (kind == "float" and (packed or bits != (8 if small is None else 4))):
+        raise weights.error("type", f"{kind} of {bits} bits", "int, or float of 8 bits; of 4 in nvfp4 and mxfp4")
+    widths = PACKED_BITS if packed else INT_BITS
+    if kind == "int" and (bits not in widths or name not in OF_INTEGERS):
         raise weights.error("num_bits", bits, f"{' or '.join(map(str, widths))} where the format is {name}")
     group_size = weights.optional_group("group_size")
-    strategy = weights.text("strategy", "tensor" if group_size is None else "group")
-    block = read_block(weights, "block_structure") if strategy == "block" else None
-    if strategy not in STRATEGIES or (strategy == "block") != (block is not None):
-        raise weights.error("strategy", strategy, f"one of {', '.join(STRATEGIES)}, with a block_structure for block")
-    if strategy == "group" and group_size is None:
-        raise weights.error("group_size", None, "given for groups")
-    if (kind == "float" and strategy == "group") or (kind == "int" and strategy == "block"):
-        raise weights.error("strategy", strategy, f"another one for weights of type {kind}")
+    strategy, block = _strategy(weights, kind, group_size, small)
     if weights.text("actorder", "weight") not in ("weight", "static"):
         raise weights.error("actorder", weights.text("actorder"), "weight: grouping by activations is not supported")
     if weights.flag("dynamic"):
@@ -177,7 +202,28 @@ def _scheme(group: ConfigFields, file_format: str) -> Scheme:
         block,
         strategy == "tensor",
         activations,
+        small,
     )
+
+
+def _strategy(
+    weights: ConfigFields, kind: str, group_size: int | None, small: Mxfp4Layout | Nvfp4Layout | None
+) -> tuple[str, tuple[int, int] | None]:
+    """What shares a scale, and the rows and columns of it if they are blocks."""
+    strategy = weights.text("strategy", "tensor" if group_size is None else "group")
+    if small is not None:
+        known = strategy in ("group", "tensor_group") and weights.flag("symmetric", True)
+        if group_size != small.block or not known:
+            raise weights.error("group_size", group_size, f"{small.block}, symmetric, for {small.label}")
+        return "group", None
+    block = read_block(weights, "block_structure") if strategy == "block" else None
+    if strategy not in STRATEGIES or (strategy == "block") != (block is not None):
+        raise weights.error("strategy", strategy, f"one of {', '.join(STRATEGIES)}, with a block_structure for block")
+    if strategy == "group" and group_size is None:
+        raise weights.error("group_size", None, "given for groups")
+    if kind == "int" and strategy == "block":
+        raise weights.error("strategy", strategy, "another one for integers")
+    return strategy, block
 
 
 def _check_patterns(group: ConfigFields, targets: tuple[str, ...]) -> None:

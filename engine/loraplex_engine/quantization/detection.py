@@ -7,9 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
-from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.checkpoint.weights import BASE_NAME, read_json
-from loraplex_engine.quantization import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, mxfp4
+from loraplex_engine.quantization import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gguf,
+    gptq,
+    modelopt,
+    mxfp4,
+)
 from loraplex_engine.quantization.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
@@ -20,14 +29,20 @@ FORMATS: Mapping[str, Callable[[ConfigFields], QuantSpec]] = {
     "awq": awq.parse,
     "bitsandbytes": bitsandbytes.parse,
     "compressed-tensors": compressed_tensors.parse,
+    "auto-round": auto_round.parse,
+    "modelopt": modelopt.parse,
     "fp8": fp8.parse,
+    "mxfp8": fp8.parse_mxfp8,
     "gguf": gguf.parse,
     "mxfp4": mxfp4.parse,
 }
 SECTIONS = ("quantization_config", "compression_config")  # of config.json; the second is an old spelling
-# Files of their own, beside a config.json that says nothing: AutoGPTQ's and AutoAWQ's, and what they imply.
-OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Other names of formats: old ones, and those that vLLM tells ModelOpt's kinds apart by.
+OTHER_NAMES = {"intel/auto-round": "auto-round", "modelopt_fp4": "modelopt", "modelopt_mxfp8": "modelopt"}
 MODELOPT_FILE = "hf_quant_config.json"
+# Files of their own, beside a config.json that says nothing: AutoGPTQ's, AutoAWQ's and ModelOpt's, and what they imply.
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", MODELOPT_FILE: "modelopt"}
+CACHE_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")
 NAME_FIELD = "model_file_base_name"
 COMPARED = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
 
@@ -40,7 +55,6 @@ def read_spec(directory: Path, raw: Mapping[str, object]) -> QuantSpec | None:
     """
     stated, own = _section(raw, str(directory / "config.json")), _own_file(directory)
     if stated is None:
-        _check_modelopt(directory)
         return None if own is None else parse(own)
     if own is not None:
         both = [name for name in COMPARED if own.has(name) and stated.has(name)]
@@ -72,23 +86,14 @@ def base_names(directory: Path, raw: Mapping[str, object]) -> list[str]:
 def parse(fields: ConfigFields) -> QuantSpec:
     """The format that a quantization_config states. Raises ModelError if it is not supported, naming the field."""
     method = fields.text("quant_method", _method_of_old_files(fields))
+    method = OTHER_NAMES.get(method, method)
     if method not in FORMATS:
         raise fields.error("quant_method", method or None, f"one of {', '.join(FORMATS)}")
-    return FORMATS[method](fields)
-
-
-def _check_modelopt(directory: Path) -> None:
-    """Raise ModelError if the model was quantised by ModelOpt, which states that only in a file of its own."""
-    path = directory / MODELOPT_FILE
-    if not path.exists():
-        return
-    section = ConfigFields(read_json(path), str(path)).section("quantization")
-    algorithm = None if section is None else section.text_or_none("quant_algo")
-    if algorithm is not None:
-        raise ModelError(
-            f"{path}: the model is quantised by ModelOpt ({algorithm}), whose format is not supported; the known ones "
-            f"are {', '.join(FORMATS)}. Use one of them, or the unquantised model"
+    if any(fields.has(name) for name in CACHE_FIELDS):
+        logger.info(
+            "%s: asks for a quantised cache of keys and values: kv_cache_dtype alone decides here", fields.where
         )
+    return FORMATS[method](fields)
 
 
 def _own_file(directory: Path) -> ConfigFields | None:
@@ -96,6 +101,11 @@ def _own_file(directory: Path) -> ConfigFields | None:
     if own is None:
         return None
     fields = ConfigFields(read_json(directory / own), str(directory / own))
+    if own == MODELOPT_FILE:
+        found = fields.section("quantization")
+        if found is None or not found.has("quant_algo"):
+            return None  # quantised nothing
+        fields = found
     return fields.with_defaults({"quant_method": OWN_FILES[own]})
 
 

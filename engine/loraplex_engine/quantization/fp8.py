@@ -10,11 +10,12 @@ from torch import Tensor
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor
-from loraplex_engine.quantization.spec import LinearShape, check_scales
+from loraplex_engine.quantization.spec import SCALE_TYPES, LinearShape, check_scales
 from loraplex_kernels.quantized import Float8Weight
 
 # transformers' names, then vLLM's. Both multiply.
 SCALES = (".weight_scale_inv", ".weight_scale")
+MX_BLOCK = 32
 E4M3_NAN = 0x7F  # and with the sign bit; the type has no infinity
 ACTIVATION_SCALES = (".activation_scale", ".input_scale")
 
@@ -30,7 +31,7 @@ class Fp8Spec:
     def tensors(self, linear: LinearShape) -> dict[str, ExpectedTensor]:
         n, c = linear.out_features, linear.in_features
         shape = None if self.block is None else (-(-n // self.block[0]), -(-c // self.block[1]))
-        scales = {name: ExpectedTensor(shape, FLOATS, optional=True) for name in SCALES}
+        scales = {name: ExpectedTensor(shape, SCALE_TYPES, optional=True) for name in SCALES}
         activations = ACTIVATION_SCALES if self.static_activations else ()
         return {
             ".weight": ExpectedTensor((n, c), ("F8_E4M3",)),
@@ -68,6 +69,11 @@ def parse(fields: ConfigFields) -> Fp8Spec:
     if scheme not in ("dynamic", "static"):
         raise fields.error("activation_scheme", scheme, "dynamic or static")
     return Fp8Spec(read_block(fields, "weight_block_size"), scheme == "static")
+
+
+def parse_mxfp8(fields: ConfigFields) -> Fp8Spec:
+    """The same, with an exponent for each 32 inputs where nothing else is stated."""
+    return parse(fields.with_defaults({"weight_block_size": [1, MX_BLOCK]}))
 
 
 def read_block(fields: ConfigFields, name: str) -> tuple[int, int] | None:

@@ -47,13 +47,14 @@ class GptqSpec:
     # GPTQModel subtracts 1 from all zeros of a word at once, so that a zero of 0 borrows from its neighbour; adding it
     # back undoes that. AutoGPTQ adds to each code by itself.
     zeros_borrow: bool
+    method: str = "gptq"  # whose files they are
 
     markers = (".qweight",)
 
     @property
     def label(self) -> str:
         group = "" if self.parameters.group_size == -1 else f"-g{self.parameters.group_size}"
-        return f"gptq-{self.parameters.bits}bit{group}"
+        return f"{self.method}-{self.parameters.bits}bit{group}"
 
     def of(self, linear: LinearShape) -> Parameters:
         found = (parameters for pattern, parameters in self.dynamic if pattern.match(linear.path))
@@ -127,7 +128,7 @@ def parse(fields: ConfigFields) -> GptqSpec:
         raise fields.error("is_marlin_format", True, "false: save the model in the format gptq")
     if fields.text("pack_dtype", "int32") != "int32":
         raise fields.error("pack_dtype", fields.text("pack_dtype"), "int32")
-    parameters = _parameters(fields, None)
+    parameters = read_parameters(fields, None)
     meta = fields.section("meta")
     quantizers = meta.texts_or_text("quantizer") if meta is not None else ()
     return GptqSpec(
@@ -138,7 +139,7 @@ def parse(fields: ConfigFields) -> GptqSpec:
     )
 
 
-def _parameters(fields: ConfigFields, base: Parameters | None) -> Parameters:
+def read_parameters(fields: ConfigFields, base: Parameters | None) -> Parameters:
     """Read the model's parameters (base None), or the changes that a `dynamic` entry makes to `base`."""
     bits = fields.integer("bits", None if base is None else base.bits)
     if bits not in BITS:
@@ -161,7 +162,7 @@ def _dynamic(section: ConfigFields | None, base: Parameters) -> tuple[tuple[re.P
             pattern = re.compile(name.removeprefix("+:"))
         except re.error as error:
             raise section.error(name, f"{name!r} ({error})", "a regular expression of module names") from None
-        found.append((pattern, base if changes is None else _parameters(changes, base)))
+        found.append((pattern, base if changes is None else read_parameters(changes, base)))
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraplex_engine.checkpoint.model_config import ModelError
-from loraplex_engine.checkpoint.weights import ExpectedTensor
+from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor
 from loraplex_kernels.quantized import QuantizedWeight
 
 
@@ -54,6 +54,10 @@ class QuantSpec(Protocol):
         """Turn stored tensors into a record. Raises ModelError naming a tensor with impossible values."""
 
 
+SCALE_TYPES = (*FLOATS, "U8", "F8_E8M0")  # of block scales; the last two are e8m0: a byte that is an exponent
+EXPONENT_BIAS, EXPONENT_NAN = 127, 255
+
+
 def group_count(linear: LinearShape, group_size: int) -> int:
     return -(-linear.in_features // group_size)
 
@@ -69,10 +73,17 @@ def check_scales(linear: LinearShape, suffix: str, scales: Tensor, zero_allowed:
 
     zero_allowed: for maxima, which are 0 where all weights are.
     """
-    scales = scales.float()
+    scales = _powers(scales) if scales.dtype in (torch.uint8, torch.float8_e8m0fnu) else scales.float()
     if not bool(torch.isfinite(scales).all()):
         raise linear.error(suffix, "holds NaN or Inf: the checkpoint is damaged")
     lowest = float(scales.min()) if scales.numel() else 1.0
     if lowest < 0 or (lowest == 0 and not zero_allowed):
         raise linear.error(suffix, f"holds {lowest:g}, and scales are positive: the checkpoint is damaged")
     return scales
+
+
+def _powers(exponents: Tensor) -> Tensor:
+    """2 to what bytes of e8m0 stand for."""
+    exponents = exponents.view(torch.uint8)
+    powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - EXPONENT_BIAS)
+    return powers.masked_fill_(exponents == EXPONENT_NAN, torch.nan)

@@ -34,6 +34,23 @@ def compressed(name: str, activations: dict[str, Any] | None = None, **weights: 
     }
 
 
+def auto_round(packing: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+        "data_type": "int",
+        **fields,
+    }
+
+
+def modelopt(algorithm: str, **fields: Any) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"], **fields}
+
+
+FOUR_BITS: dict[str, Any] = {"num_bits": 4, "type": "float"}
 FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     "gptq": (gptq(), packing.gptq()),
     "gptq 2 bit": (gptq(bits=2), packing.gptq(bits=2)),
@@ -100,4 +117,50 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     ),
     "fp8 per tensor": ({"quant_method": "fp8", "activation_scheme": "static"}, packing.float8()),
     "fp8 per tensor, vLLM's names": ({"quant_method": "fp8"}, packing.float8(".weight_scale")),
+    "fp8 with exponents as scales": (
+        {"quant_method": "mxfp8", "activation_scheme": "dynamic"},
+        packing.mxfp8(".weight_scale_inv"),
+    ),
+    "compressed-tensors nvfp4": (
+        compressed(
+            "nvfp4-pack-quantized",
+            {**FOUR_BITS, "dynamic": "local"},
+            **FOUR_BITS,
+            strategy="tensor_group",
+            group_size=16,
+        ),
+        packing.nvfp4(),
+    ),
+    "compressed-tensors mxfp4": (
+        compressed("mxfp4-pack-quantized", **FOUR_BITS, strategy="group", group_size=32, scale_dtype="torch.uint8"),
+        packing.mxfp4(),
+    ),
+    "compressed-tensors mxfp8": (
+        compressed("mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=32),
+        packing.mxfp8(),
+    ),
+    "compressed-tensors int4 in bytes": (
+        compressed("int-quantized", {"num_bits": 8}, num_bits=4, type="int", strategy="group", group_size=32),
+        packing.ct_int4_in_bytes,
+    ),
+    "auto-round as GPTQ": (auto_round("auto_round:auto_gptq"), packing.without(packing.gptq(), ".g_idx")),
+    "auto-round as GPTQ with whole zero points": (
+        auto_round("auto_round", sym=False),
+        packing.without(packing.gptq(sym=False, version=2), ".g_idx"),
+    ),
+    "auto-round as AWQ": (auto_round("auto_round:auto_awq", sym=False), packing.awq_gemm()),
+    "auto-round nvfp4": (auto_round("auto_round:llm_compressor", data_type="nv_fp", group_size=16), packing.nvfp4()),
+    "auto-round mxfp4": (auto_round("auto_round:llm_compressor", data_type="mx_fp"), packing.mxfp4()),
+    "auto-round mxfp8": (auto_round("auto_round:llm_compressor", data_type="mx_fp", bits=8), packing.mxfp8()),
+    "auto-round fp8": (
+        auto_round("auto_round:fp8_static", data_type="fp", bits=8),
+        packing.float8(".weight_scale", per_row=True),
+    ),
+    "modelopt fp8": (modelopt("FP8"), packing.float8(".weight_scale")),
+    "modelopt nvfp4": (
+        modelopt("NVFP4", kv_cache_quant_algo="FP8", group_size=16),
+        packing.nvfp4(".weight", ".weight_scale_2", divides=False),
+    ),
+    "modelopt mxfp4": (modelopt("W4A8_MXFP4_FP8"), packing.mxfp4(".weight")),
+    "modelopt mxfp8": (modelopt("MXFP8"), packing.mxfp8()),
 }

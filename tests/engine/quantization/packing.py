@@ -246,3 +246,58 @@ def float8(
         return {".weight": weight, scale_name: stored}, weight.float() * spread
 
     return pack
+
+
+E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
+
+
+def mxfp4(codes: str = ".weight_packed", scale: str = ".weight_scale") -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        numbers = torch.randint(0, 16, (n, c), generator=generator)
+        exponents = torch.randint(120, 126, (n, c // 32), generator=generator).to(torch.uint8)
+        powers = torch.tensor([[2.0 ** (each - 127) for each in row] for row in exponents.tolist()])
+        dense = torch.tensor(E2M1)[numbers] * powers.repeat_interleave(32, 1)
+        return {codes: packed_rows(numbers, 4, 8), scale: exponents}, dense
+
+    return pack
+
+
+def nvfp4(codes: str = ".weight_packed", whole: str = ".weight_global_scale", divides: bool = True) -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        numbers = torch.randint(0, 16, (n, c), generator=generator)
+        scale = (torch.rand(n, c // 16, generator=generator) * 400).to(torch.float8_e4m3fn)
+        of_all = torch.rand(1, generator=generator) * 3000 + 500
+        if not divides:
+            of_all = (1 / of_all).reshape(())
+        scales = scale.float() / of_all if divides else scale.float() * of_all
+        dense = torch.tensor(E2M1)[numbers] * scales.repeat_interleave(16, 1)
+        tensors = {codes: packed_rows(numbers, 4, 8), ".weight_scale": scale, whole: of_all}
+        return tensors, dense
+
+    return pack
+
+
+def mxfp8(scale: str = ".weight_scale") -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        weight = torch.randn(n, c, generator=generator).to(torch.float8_e4m3fn)
+        exponents = torch.randint(120, 126, (n, c // 32), generator=generator).to(torch.uint8)
+        powers = torch.tensor([[2.0 ** (each - 127) for each in row] for row in exponents.tolist()])
+        return {".weight": weight, scale: exponents}, weight.float() * powers.repeat_interleave(32, 1)
+
+    return pack
+
+
+def ct_int4_in_bytes(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+    affine = Affine.random(generator, n, c, 4, 32, middle=True)
+    tensors = {".weight": (affine.codes - 8).to(torch.int8), ".weight_scale": affine.scale.T.contiguous()}
+    return tensors, affine.dense()
+
+
+def without(packer: Packer, *suffixes: str) -> Packer:
+    """The same without tensors that another writer leaves out."""
+
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, dense = packer(generator, n, c)
+        return {suffix: tensor for suffix, tensor in tensors.items() if suffix not in suffixes}, dense
+
+    return pack

@@ -118,11 +118,50 @@ def test_a_section_that_is_no_object(tmp_path: Path) -> None:
         read_spec(tmp_path, {"quantization_config": "gptq"})
 
 
-def test_a_file_of_modelopt_alone_is_named(tmp_path: Path) -> None:
+def test_a_file_of_modelopt_beside_a_config_that_says_nothing(tmp_path: Path) -> None:
     content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match=r"hf_quant_config\.json: the model is quantised by ModelOpt \(FP8\)"):
+    spec = read_spec(tmp_path, {})
+    assert spec is not None
+    assert spec.label == "modelopt-fp8"
+
+
+def test_an_algorithm_of_modelopt_that_is_not_read_is_named_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4_AWQ"}}))
+    with pytest.raises(ModelError, match=r"hf_quant_config\.json: quantization: quant_algo is 'NVFP4_AWQ'; it must be"):
         read_spec(tmp_path, {})
+
+
+def test_modules_of_modelopt_may_differ() -> None:
+    layers = {"model.layers.0.mlp.up_proj": {"quant_algo": "NVFP4", "group_size": 16}, "lm_head": {"quant_algo": "FP8"}}
+    fields = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    spec = parse(ConfigFields(fields, "config.json"))
+    assert ".weight_scale_2" in spec.tensors(LinearShape("model.layers.0.mlp.up_proj", 32, 64))
+    assert ".weight_scale_2" not in spec.tensors(LinearShape("lm_head", 32, 64))
+    with pytest.raises(ModelError, match=r"down_proj is quantised, and config\.json does not say how"):
+        spec.tensors(LinearShape("model.layers.0.mlp.down_proj", 64, 32))
+
+
+def test_auto_round_names_modules_and_patterns_of_them() -> None:
+    extra = {
+        ".*layers\\.1.*": {"bits": 8},
+        "model.layers.1.mlp.up_proj": {"bits": 2, "group_size": 64},
+        "model.layers.0.mlp.up_proj": {"bits": 16, "data_type": "float"},
+    }
+    fields = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 128}
+    spec = parse(ConfigFields({**fields, "extra_config": extra}, "config.json"))
+    assert isinstance(spec, GptqSpec)
+    assert spec.of(LinearShape("model.layers.1.mlp.up_proj", 64, 64)) == Parameters(2, 64, sym=True)
+    assert spec.of(LinearShape("model.layers.1.mlp.gate_proj", 64, 64)) == Parameters(8, 128, sym=True)
+    assert spec.of(LinearShape("model.layers.0.mlp.up_proj", 64, 64)) == Parameters(4, 128, sym=True)
+
+
+@pytest.mark.parametrize(("packing", "offset"), [("auto_round:gptq:exllamav2", 1), ("auto_round:exllamav2", 0)])
+def test_old_files_of_auto_round_name_kernels(packing: str, offset: int) -> None:
+    fields = {"quant_method": "intel/auto-round", "backend": packing, "bits": 4, "group_size": 128}
+    spec = parse(ConfigFields(fields, "config.json"))
+    assert isinstance(spec, GptqSpec)
+    assert spec.zero_offset == offset
 
 
 def test_a_file_of_modelopt_that_quantised_nothing_says_nothing(tmp_path: Path) -> None:

@@ -88,6 +88,16 @@ def test_dynamic_gives_some_modules_other_parameters(tmp_path: Path) -> None:
     assert_twins_agree(twins)
 
 
+def test_a_quantised_cache_is_left_to_the_configuration(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    section, packer = FORMATS["compressed-tensors fp8"]
+    twins = make_twins(tmp_path, {**section, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, packer)
+    scales = {"k_scale": torch.ones(1), "v_scale": torch.ones(1), "k_proj.k_scale": torch.ones(())}
+    twins.change(**{f"model.layers.1.self_attn.{name}": scale for name, scale in scales.items()})
+    with caplog.at_level(logging.INFO):
+        assert_twins_agree(twins)
+    assert "kv_cache_dtype alone decides" in caplog.text
+
+
 def test_shards(tmp_path: Path) -> None:
     twins = make_twins(tmp_path, *FORMATS["bitsandbytes nf4, nested"])
     stored = load_file(twins.quantised / "model.safetensors")

@@ -16,7 +16,7 @@ from loraplex_engine.checkpoint.shard import WHOLE, Shard
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import LanguageModel, load_model, parse_model_config
 from loraplex_engine.models.layout import tensor_shapes
-from loraplex_engine.quantization.mxfp4 import Mxfp4Spec
+from loraplex_engine.quantization.four_bit_floats import Mxfp4Layout
 from loraplex_engine.quantization.spec import LinearShape
 from loraplex_kernels.quantized import dequantize
 from loraplex_kernels.selection import select_ops
@@ -39,6 +39,7 @@ MODEL: dict[str, Any] = {
 MXFP4 = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
 TOKENS = torch.arange(3, 20)
 EXPERTS = 3
+LAYOUT = Mxfp4Layout("_blocks", "_scales", by_block=True)
 
 
 def random_blocks(count: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,7 @@ def test_each_value_is_as_transformers_has_it() -> None:
     blocks, scales = random_blocks(1, 8, 64)
     blocks.view(-1)[:256] = torch.arange(256, dtype=torch.uint8)
     wanted = theirs.convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)[0].t()
-    record = Mxfp4Spec().read(LinearShape("x", 8, 64, count=1), {"_blocks": blocks[0], "_scales": scales[0]})
+    record = LAYOUT.read(LinearShape("x", 8, 64, count=1), {"_blocks": blocks[0], "_scales": scales[0]})
     assert torch.equal(dequantize(record), wanted)
 
 
@@ -124,4 +125,4 @@ def test_exponents_that_are_not_numbers_are_refused_by_the_tensor(models: tuple[
 
 def test_widths_that_are_no_whole_blocks_are_refused() -> None:
     with pytest.raises(ModelError, match="no multiple of 32"):
-        Mxfp4Spec().tensors(LinearShape("x", 8, 40, count=2))
+        LAYOUT.tensors(LinearShape("x", 8, 40, count=2))

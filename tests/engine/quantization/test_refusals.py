@@ -17,7 +17,7 @@ from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.quantization import LinearShape, parse
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import load, make_twins
-from tests.engine.quantization.formats import FORMATS, awq, bitsandbytes, compressed, gptq
+from tests.engine.quantization.formats import FORMATS, auto_round, awq, bitsandbytes, compressed, gptq, modelopt
 
 INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 FP8: dict[str, Any] = {"num_bits": 8, "type": "float"}
@@ -48,21 +48,41 @@ PACKED = compressed("pack-quantized", **INT4)
         (bitsandbytes(bnb_4bit_quant_type="int4"), "bnb_4bit_quant_type is 'int4'"),
         (bitsandbytes(bnb_4bit_quant_storage="int64"), "bnb_4bit_quant_storage is 'int64'"),
         (compressed("marlin-24", **INT4), "format is 'marlin-24'"),
-        (compressed("nvfp4-pack-quantized", num_bits=4, type="float"), "format is 'nvfp4-pack-quantized'"),
+        (compressed("nvfp4-pack-quantized", num_bits=4, type="float"), "group_size is missing; it must be 16"),
+        (compressed("nvfp4-pack-quantized", num_bits=4, type="int"), "num_bits is 4"),
+        (compressed("mxfp4-pack-quantized", num_bits=8, type="float"), "type is 'float of 8 bits'"),
         (compressed("pack-quantized", **{**INT4, "actorder": "group"}), "actorder is 'group'"),
         (compressed("pack-quantized", **{**INT4, "num_bits": 3}), "num_bits is 3"),
-        (compressed("int-quantized", **INT4), "num_bits is 4; it must be 8 where the format is int-quantized"),
+        (
+            compressed("int-quantized", **{**INT4, "num_bits": 2}),
+            "num_bits is 2; it must be 4 or 8 where the format is int",
+        ),
         (compressed("pack-quantized", **{**INT4, "group_size": None}), "group_size is missing"),
         (compressed("float-quantized", **FP8, strategy="block"), "strategy is 'block'"),
+        (compressed("float-quantized", **FP8, strategy="group"), "group_size is missing"),
         (
-            compressed("float-quantized", **FP8, strategy="group", group_size=32),
-            "strategy is 'group'",
+            compressed("int-quantized", num_bits=8, type="int", strategy="block", block_structure=[8, 8]),
+            "strategy is 'bl",
         ),
         (compressed("int-quantized", num_bits=8, type="int", dynamic=True), "dynamic is True"),
         ({**PACKED, "config_groups": {}}, "config_groups is missing"),
         (
-            {**PACKED, "kv_cache_scheme": {"num_bits": 8}},
-            "kv_cache_scheme is 'not empty'",
+            auto_round("auto_round:mlx"),
+            "packing_format is 'auto_round:mlx'; it must be one of auto_round, auto_round:au",
+        ),
+        (auto_round("autoround:gptq"), "packing_format is 'autoround:gptq'"),
+        (auto_round("auto_round", data_type="mx_int"), "data_type is 'mx_int'; it must be int where packing_format is"),
+        (auto_round("auto_round:llm_compressor"), "data_type is 'int of 4 bits'; it must be nv_fp"),
+        (auto_round("auto_round", rotation_config={"type": "hadamard"}), "rotation_config is 'not empty'"),
+        (auto_round("auto_round", extra_config={"(": {"bits": 8}}), r"extra_config: \( is .*regular expression"),
+        (auto_round("auto_round", extra_config={"a": {"bits": 7}}), "extra_config: a: bits is 7"),
+        (auto_round("auto_round:auto_awq", extra_config={"a": {"bits": 8}}), "bits is 8; it must be 4"),
+        (modelopt("W4A16_AWQ"), "quant_algo is 'W4A16_AWQ'; it must be one of FP8, "),
+        (modelopt("NVFP4", group_size=32), "group_size is 32; it must be 16 for NVFP4"),
+        ({"quant_method": "modelopt"}, "quant_algo is missing"),
+        (
+            modelopt("MIXED_PRECISION", quantized_layers={"a": {"quant_algo": "NVFP4_AWQ"}}),
+            "quantized_layers: a: quant_algo is 'NVFP4_AWQ'",
         ),
         (
             {**PACKED, "sparsity_config": {"format": "sparse-24-bitmask"}},
@@ -121,6 +141,13 @@ NAN = float("nan")
         ("compressed-tensors int4", ".weight_scale", only(NAN), r"\.weight_scale holds NaN"),
         ("fp8 blocks", ".weight", lambda t: only(NAN)(t.float()).to(t.dtype), r"\.weight holds NaN"),
         ("fp8 blocks", ".weight_scale_inv", only(NAN), r"\.weight_scale_inv holds NaN"),
+        ("compressed-tensors nvfp4", ".weight_scale", lambda t: only(NAN)(t.float()).to(t.dtype), "_scale holds NaN"),
+        ("compressed-tensors nvfp4", ".weight_global_scale", only(0.0), r"\.weight_global_scale holds 0"),
+        ("compressed-tensors nvfp4", ".weight_global_scale", only(1e-38), r"\.weight_scale holds NaN or Inf"),
+        ("compressed-tensors nvfp4", ".weight_global_scale", lambda t: t.expand(3), "has 3 values"),
+        ("compressed-tensors mxfp4", ".weight_scale", only(255), r"\.weight_scale holds NaN"),
+        ("compressed-tensors mxfp8", ".weight_scale", only(255), r"\.weight_scale holds NaN"),
+        ("compressed-tensors int4 in bytes", ".weight", only(8), r"\.weight holds values outside -8 … 7"),
         ("fp8 per tensor", ".weight_scale_inv", lambda t: t.expand(3).clone(), r"has 3 values: one, or 32"),
     ],
 )
@@ -147,6 +174,8 @@ def test_a_quant_state_of_another_shape() -> None:
         ("gptq 3 bit", (48, 64), "48 output features, no multiple of 32"),
         ("awq gemm", (12, 64), "12 output features, no multiple of 8"),
         ("awq gemm", (16, 48), "48 input features, no multiple of 32"),
+        ("modelopt nvfp4", (16, 40), "40 input features, no multiple of 16"),
+        ("modelopt mxfp4", (16, 48), "48 input features, no multiple of 32"),
         ("awq gemv_fast", (6, 64), "6 output features, no multiple of 4"),
     ],
 )

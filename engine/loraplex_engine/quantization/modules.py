@@ -1,0 +1,37 @@
+"""A checkpoint of which single modules have a format of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loraplex_engine.checkpoint.weights import ExpectedTensor
+from loraplex_engine.quantization.spec import LinearShape, QuantSpec
+from loraplex_kernels.quantized import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class ByModule:
+    label: str
+    general: QuantSpec | None  # None: only those modules are quantised that have one of their own
+    own: tuple[tuple[re.Pattern[str], QuantSpec], ...]  # the first that matches a module's path counts
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        specs = (self.general, *(spec for _, spec in self.own))
+        return tuple({marker for spec in specs if spec is not None for marker in spec.markers})
+
+    def of(self, linear: LinearShape) -> QuantSpec:
+        spec = next((spec for pattern, spec in self.own if pattern.match(linear.path)), self.general)
+        if spec is None:
+            raise linear.error("", f"is quantised, and config.json does not say how ({self.label})")
+        return spec
+
+    def tensors(self, linear: LinearShape) -> dict[str, ExpectedTensor]:
+        return self.of(linear).tensors(linear)
+
+    def read(self, linear: LinearShape, stored: Mapping[str, Tensor]) -> QuantizedWeight:
+        return self.of(linear).read(linear, stored)
