@@ -16,6 +16,8 @@ from loraplex.v1.inference_pb2 import (
     Usage,
 )
 from loraplex.v1.prompt_pb2 import ToolCall
+from loraplex.v1.routes_pb2 import ResolvedTarget
+from loraplex_service.http.failures import Failure, openai_error
 from loraplex_service.http.offsets import TextOffsets
 from loraplex_service.http.parameters import Draft
 
@@ -27,6 +29,7 @@ FINISH_REASONS = {
     FinishReason.FINISH_REASON_TIME_LIMIT: "length",
     FinishReason.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
+DONE = b"data: [DONE]\n\n"
 LEAST_LOGPROB = -9999.0  # JSON knows no infinity; this is OpenAI's word for it
 
 Json = dict[str, Any]
@@ -69,22 +72,56 @@ def finish(finished: Finished) -> Json:
 
 
 class Answers:
-    """The answer to one request, of which `object_name` tells the kind."""
+    """The answer to one request, in the words of one API."""
 
-    prefix = ""
-    object_name = ""
-    chunk_name = ""
+    prefix = ""  # of its id
+    last = DONE  # what ends a stream
+    id_headers: Sequence[str] = ("x-request-id",)
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._created = int(time.time())
         self._id = ""
+
+    def whole(self, responses: Sequence[GenerateResponse]) -> Json:
+        """The answer with all outputs of all prompts."""
+        raise NotImplementedError
+
+    def chunks(self, message: StreamGenerateResponse) -> Iterator[Json]:
+        """The chunks that one message of a stream becomes."""
+        raise NotImplementedError
+
+    def failed(self, failure: Failure) -> Json:
+        """The last chunk of a stream that failed."""
+        return openai_error(failure)
+
+    def headers(self, request_id: str, target: ResolvedTarget) -> dict[str, str]:
+        """The headers of the answer."""
+        headers = dict.fromkeys(self.id_headers, request_id)
+        return {**headers, **version_header(target)}
+
+    def _meet(self, request_id: str) -> None:
+        self._id = self._id or f"{self.prefix}{request_id}"
+
+
+def version_header(target: ResolvedTarget) -> dict[str, str]:
+    """The adapter version that was used."""
+    return {"loraplex-adapter-version": target.adapter_version} if target.adapter_version else {}
+
+
+class Choices(Answers):
+    """Outputs as choices beside each other, of which `object_name` tells the kind."""
+
+    object_name = ""
+    chunk_name = ""
+
+    def __init__(self, draft: Draft) -> None:
+        super().__init__(draft)
         self._fingerprint: str | None = None
         self._begun: set[int] = set()  # the outputs of which something was sent
 
     def whole(self, responses: Sequence[GenerateResponse]) -> Json:
-        """The answer with all outputs of all prompts."""
-        self._meet(responses[0].request_id, responses[0].target.model_revision)
+        self._begin(responses[0].request_id, responses[0].target)
         choices: list[Json] = []
         for number, response in enumerate(responses):
             for output in response.outputs:
@@ -92,10 +129,9 @@ class Answers:
         return {**self._head(self.object_name), "choices": choices, "usage": usage(r.usage for r in responses)}
 
     def chunks(self, message: StreamGenerateResponse) -> Iterator[Json]:
-        """The chunks that one message of a stream becomes."""
         match message.WhichOneof("event"):
             case "started":
-                self._meet(message.started.request_id, message.started.target.model_revision)
+                self._begin(message.started.request_id, message.started.target)
             case "delta":
                 yield from self._opening(message.delta.output_index)
                 yield self._chunk(self._part(message.delta.output_index, message.delta))
@@ -108,7 +144,7 @@ class Answers:
 
     def chunks_of(self, first: int, number: int, response: GenerateResponse) -> Iterator[Json]:
         """The chunks of one of several prompts, whose outputs are complete. `first`: the index of its first output."""
-        self._meet(response.request_id, response.target.model_revision)
+        self._begin(response.request_id, response.target)
         for place, output in enumerate(response.outputs):
             yield self._chunk(self._whole(first + place, number, output, response))
 
@@ -117,9 +153,9 @@ class Answers:
         if self._draft.include_usage:
             yield {**self._head(self.chunk_name), "choices": [], "usage": usage(used)}
 
-    def _meet(self, request_id: str, revision: str) -> None:
-        self._id = self._id or f"{self.prefix}-{request_id}"
-        self._fingerprint = revision or None
+    def _begin(self, request_id: str, target: ResolvedTarget) -> None:
+        self._meet(request_id)
+        self._fingerprint = target.model_revision or None
 
     def _head(self, name: str) -> Json:
         return {
@@ -158,10 +194,10 @@ class Answers:
         raise NotImplementedError
 
 
-class ChatAnswers(Answers):
+class ChatAnswers(Choices):
     """Of /v1/chat/completions."""
 
-    prefix = "chatcmpl"
+    prefix = "chatcmpl-"
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
@@ -198,10 +234,10 @@ class ChatAnswers(Answers):
         return {"reasoning_content": text} if text and self._draft.include_reasoning else {}
 
 
-class TextAnswers(Answers):
+class TextAnswers(Choices):
     """Of /v1/completions. `echoes`: what comes back in front of the outputs of each prompt; empty: nothing."""
 
-    prefix = "cmpl"
+    prefix = "cmpl-"
     object_name = chunk_name = "text_completion"
 
     def __init__(self, draft: Draft, echoes: Sequence[str] = ()) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 
 from loraplex import LoraplexError
-from loraplex_service.http.failures import Refusal
+from loraplex_service.http.failures import Failure, Refusal, openai_error
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -58,6 +58,7 @@ class Exchange:
         self.headers = _joined(scope["headers"])
         self.begun = False
         self.status = 0  # of the answer
+        self.told: Callable[[Failure], Any] = openai_error  # what went wrong, in the words of the API that was called
         self._complete = False  # the body
         self._receive = receive
         self._send = send
@@ -126,8 +127,11 @@ class Exchange:
 
     async def answer(self, content: Any, status: int = 200, headers: Headers | None = None) -> None:
         """Answer with JSON."""
-        body = msgspec.json.encode(content)
-        fixed = {"content-type": "application/json", "content-length": str(len(body))}
+        await self.page(msgspec.json.encode(content), "application/json", status, headers)
+
+    async def page(self, body: bytes, kind: str, status: int = 200, headers: Headers | None = None) -> None:
+        """Answer with bytes of a media type."""
+        fixed = {"content-type": kind, "content-length": str(len(body))}
         await self._start(status, {**fixed, **(headers or {})})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -136,8 +140,17 @@ class Exchange:
         await self._start(200, {**EVENTS, **headers})
 
     async def event(self, content: Any) -> None:
-        """Send one event. Waits while the caller does not read."""
-        await self._part(b"data: " + msgspec.json.encode(content) + b"\n\n", more=True)
+        """Send one event, by the name of its `type` where it has one. Waits while the caller does not read."""
+        name = f"event: {content['type']}\n".encode() if "type" in content else b""
+        await self._part(name + b"data: " + msgspec.json.encode(content) + b"\n\n", more=True)
+
+    async def tell(self, failure: Failure) -> None:
+        """Answer with what went wrong; in a stream that has begun, as its last event."""
+        if not self.begun:
+            await self.answer(self.told(failure), failure.status, failure.headers)
+            return
+        await self.event(self.told(failure))
+        await self.end()
 
     async def end(self, last: bytes = b"") -> None:
         """End the stream."""

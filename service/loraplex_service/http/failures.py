@@ -1,4 +1,4 @@
-"""What callers of HTTP are told of failures: OpenAI's statuses and bodies, with the service's reason and field."""
+"""What callers of HTTP are told of failures: in OpenAI's words or Anthropic's, with the service's reason and field."""
 
 import math
 import re
@@ -48,6 +48,16 @@ BY_CODE = {
     grpc.StatusCode.DEADLINE_EXCEEDED: Kind(504, "server_error"),
 }
 FAULT = Kind(500, "server_error")
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _SPEC = re.compile(r"\b(?:spec|specs\[\d+\])\.")
 
 
@@ -79,6 +89,17 @@ class Failure(NamedTuple):
     status: int
     body: dict[str, Any]
     headers: dict[str, str]
+
+
+def openai_error(failure: Failure) -> dict[str, Any]:
+    """A failure as OpenAI's APIs tell it."""
+    return failure.body
+
+
+def anthropic_error(failure: Failure) -> dict[str, Any]:
+    """A failure as Anthropic's API tells it, with the code, the parameter and the reason beside."""
+    kind = ANTHROPIC_TYPES.get(failure.status, "invalid_request_error")
+    return {"type": "error", "error": {**failure.body["error"], "type": kind}}
 
 
 def refused(refusal: Refusal) -> Failure:

@@ -26,6 +26,7 @@ class Draft:
     """A request in the making: its message of the contract, and what only the answer depends on."""
 
     message: Any
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the body
     prompts: list[Prompt] = field(default_factory=list)  # where a request may have several
     stream: bool = False
     has_stream_options: bool = False
@@ -78,6 +79,7 @@ class Table:
             problem = f"{unknown[0]}: there is no such parameter of {self.path}; docs/http.md lists those there are"
             raise Refusal(400, problem, param=unknown[0], code="unknown_parameter")
         draft = self.new()
+        draft.given = given
         for parameter in self.parameters:
             value = given.get(parameter.name)
             if value is None:  # to OpenAI null and nothing are the same

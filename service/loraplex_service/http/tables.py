@@ -3,15 +3,22 @@
 docs/http.md is rendered from these tables.
 """
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
-from loraplex import constraint
-from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
 from loraplex.v1.pooling_pb2 import EmbedRequest
 from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from loraplex_service.http import conversations as said
+from loraplex_service.http.options import (
+    CACHE_KEY,
+    METADATA,
+    MODEL,
+    SPEC,
+    constrain,
+    form_of,
+    new_spec,
+    put_stream,
+    response_form,
+)
 from loraplex_service.http.parameters import (
     Draft,
     Parameter,
@@ -19,14 +26,12 @@ from loraplex_service.http.parameters import (
     Table,
     bounded,
     flag,
-    items,
     label,
     listing,
     mapping,
     number,
     refused,
     scalar,
-    text,
     whole,
     wrong,
 )
@@ -35,10 +40,6 @@ COMPLETION_TOKENS = 16  # of /v1/completions by default, as OpenAI has it
 
 
 # ---- values that are no field as they are ----------------------------------------------------------------------------
-
-
-def _put_stream(draft: Draft, value: Any) -> None:
-    draft.stream = flag(value)
 
 
 def _check_options(draft: Draft) -> None:
@@ -74,16 +75,6 @@ def _put_logit_bias(draft: Draft, value: Any) -> None:
 
 def _put_top_k(draft: Draft, value: Any) -> None:
     draft.message.sampling.top_k = 0 if value == -1 else whole(value)
-
-
-def _put_metadata(draft: Draft, value: Any) -> None:
-    for key, content in bounded(mapping(value), "GenerateSpec.labels").items():
-        draft.message.labels[key] = text(content)
-        draft.paths.append((f"labels[{key}]", f"metadata.{key}"))
-
-
-def _put_routing_key(draft: Draft, value: Any) -> None:
-    draft.routing_key = text(value)
 
 
 def _put_priority(draft: Draft, value: Any) -> None:
@@ -124,32 +115,8 @@ def _put_older_max_tokens(draft: Draft, value: Any) -> None:
 # ---- forms -----------------------------------------------------------------------------------------------------------
 
 
-def _constrain(draft: Draft, form: Constraint) -> None:
-    if draft.message.HasField("constraint"):
-        raise ValueError("another parameter asks for a form already; set one of them")
-    draft.message.constraint.CopyFrom(form)
-
-
-def _form(kind: str, value: Any) -> Constraint:
-    """The form of one kind, as vLLM names them."""
-    match kind:
-        case "json":
-            return constraint(json_schema=value if isinstance(value, str) else _schema(value))
-        case "json_object":
-            return constraint(json_object=flag(value))
-        case "choice":
-            return constraint(choices=[text(each) for each in items(value, "Choices.values")])
-        case "regex":
-            return constraint(regex=text(value))
-    return constraint(grammar=text(value))
-
-
-def _schema(value: Any) -> str:
-    return json.dumps(mapping(value), ensure_ascii=False)
-
-
 def _put_form(kind: str) -> Put:
-    return lambda draft, value: _constrain(draft, _form(kind, value))
+    return lambda draft, value: constrain(draft, form_of(kind, value))
 
 
 def _put_structured_outputs(draft: Draft, value: Any) -> None:
@@ -160,35 +127,20 @@ def _put_structured_outputs(draft: Draft, value: Any) -> None:
             problem = "json, json_object, regex, choice and grammar are taken"
             raise wrong(f"structured_outputs.{kind}", problem, code="unsupported_parameter")
         if content not in (None, False):
-            _constrain(draft, _form(kind, content))
+            constrain(draft, form_of(kind, content))
 
 
 def _put_response_format(draft: Draft, value: Any) -> None:
-    _constrain(draft, _response_form(mapping(value)))
-
-
-def _response_form(value: Mapping[str, Any]) -> Constraint:
-    match value.get("type"):
-        case "text":
-            return constraint(any_text=True)
-        case "json_object":
-            return constraint(json_object=True)
-        case "json_schema":
-            return constraint(json_schema=_schema(mapping(value.get("json_schema")).get("schema")))
-    raise ValueError('type must be "text", "json_object" or "json_schema"')
+    constrain(draft, response_form(mapping(value).get("type"), value.get("json_schema")))
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
-_SPEC = Parameter(
-    "loraplex", "", said.put_spec, "further fields of `GenerateSpec` by their own names; others come on top"
-)
-_MODEL = scalar("model", "model", "a model, an adapter, a version, a route or a weighted sum")
 _ADD_SPECIAL = scalar("add_special_tokens", "prompt.add_special_tokens")
 
 _GENERATION = (
-    _SPEC,
-    _MODEL,
+    SPEC,
+    MODEL,
     scalar("temperature", "sampling.temperature"),
     scalar("top_p", "sampling.top_p"),
     scalar("n", "sampling.n"),
@@ -197,13 +149,13 @@ _GENERATION = (
     scalar("presence_penalty", "sampling.presence_penalty"),
     Parameter("logit_bias", "sampling.logit_bias", _put_logit_bias),
     listing("stop", "stopping.stop"),
-    Parameter("stream", "", _put_stream, "server-sent events, the last one `[DONE]`"),
+    Parameter("stream", "", put_stream, "server-sent events, the last one `[DONE]`"),
     Parameter("stream_options", "", _put_stream_options, "`include_usage`"),
     Parameter("response_format", "constraint", _put_response_format, "`text` is any text, whatever is the default"),
     label("user"),
     label("safety_identifier"),
-    Parameter("metadata", "labels", _put_metadata),
-    Parameter("prompt_cache_key", "", _put_routing_key, "as the header `loraplex-routing-key`"),
+    METADATA,
+    CACHE_KEY,
     Parameter("top_k", "sampling.top_k", _put_top_k, "-1 is off, too"),
     scalar("min_p", "sampling.min_p"),
     scalar("typical_p", "sampling.typical_p"),
@@ -240,12 +192,8 @@ _GENERATION = (
 )
 
 
-def _new_spec() -> Draft:
-    return Draft(GenerateSpec())
-
-
 def _new_chat() -> Draft:
-    draft = _new_spec()
+    draft = new_spec()
     said.begin(draft)
     return draft
 
@@ -304,7 +252,7 @@ CHAT = Table(
 
 COMPLETIONS = Table(
     "/v1/completions",
-    _new_spec,
+    new_spec,
     (
         *_GENERATION,
         Parameter("prompt", "prompt", said.put_prompts, "a text, token ids, or a list of either"),
@@ -322,7 +270,7 @@ EMBEDDINGS = Table(
     "/v1/embeddings",
     lambda: Draft(EmbedRequest()),
     (
-        _MODEL,
+        MODEL,
         Parameter("input", "prompts", said.put_inputs, "a text, token ids, or a list of either: at most 256"),
         scalar("dimensions", "dimensions"),
         Parameter("encoding_format", "", _put_encoding_format, "`float` or `base64`"),
@@ -339,7 +287,7 @@ TOKENIZE = Table(
     "/tokenize",
     lambda: Draft(TokenizeRequest()),
     (
-        _MODEL,
+        MODEL,
         Parameter("prompt", "prompt.text", said.put_text, "a text; or `messages`"),
         *_CONVERSATION,
         _ADD_SPECIAL,
@@ -350,7 +298,7 @@ TOKENIZE = Table(
 DETOKENIZE = Table(
     "/detokenize",
     lambda: Draft(DetokenizeRequest()),
-    (_MODEL, listing("tokens", "token_ids"), scalar("skip_special_tokens", "skip_special_tokens")),
+    (MODEL, listing("tokens", "token_ids"), scalar("skip_special_tokens", "skip_special_tokens")),
 )
 
 TABLES = (CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, DETOKENIZE)

@@ -1,0 +1,102 @@
+"""What the tables of several endpoints have in common: parameters, and values that are no field as they are."""
+
+import json
+from typing import Any
+
+from loraplex import constraint
+from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
+from loraplex_service.http import conversations as said
+from loraplex_service.http.parameters import (
+    Draft,
+    Parameter,
+    bounded,
+    flag,
+    items,
+    mapping,
+    scalar,
+    text,
+    wrong,
+)
+
+
+def new_spec() -> Draft:
+    """A generation of which nothing is said yet."""
+    return Draft(GenerateSpec())
+
+
+def put_stream(draft: Draft, value: Any) -> None:
+    """Whether the answer comes as a stream."""
+    draft.stream = flag(value)
+
+
+def put_metadata(draft: Draft, value: Any) -> None:
+    """Labels of the caller's accounting."""
+    for key, content in bounded(mapping(value), "GenerateSpec.labels").items():
+        draft.message.labels[key] = text(content)
+        draft.paths.append((f"labels[{key}]", f"metadata.{key}"))
+
+
+def put_routing_key(draft: Draft, value: Any) -> None:
+    """Which replica has the beginning of the prompt in its cache."""
+    draft.routing_key = text(value)
+
+
+def check_untold(draft: Draft, *names: str) -> None:
+    """Raise Refusal for options of the output that an answer has no place for. `names`: fields of OutputOptions."""
+    output = draft.message.output
+    for name in names:
+        if getattr(output, name):
+            problem = "is not told over HTTP, whose answers have no place for it"
+            given = draft.named(f"output.{name}") or name
+            raise wrong(given, problem, code="unsupported_parameter")
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------------
+
+
+def constrain(draft: Draft, form: Constraint) -> None:
+    """Ask for a form of the output. Raises ValueError where there is one already."""
+    if draft.message.HasField("constraint"):
+        raise ValueError("another parameter asks for a form already; set one of them")
+    draft.message.constraint.CopyFrom(form)
+
+
+def form_of(kind: str, value: Any) -> Constraint:
+    """The form of one kind, as vLLM names them."""
+    match kind:
+        case "json":
+            return constraint(json_schema=value if isinstance(value, str) else schema_text(value))
+        case "json_object":
+            return constraint(json_object=flag(value))
+        case "choice":
+            return constraint(choices=[text(each) for each in items(value, "Choices.values")])
+        case "regex":
+            return constraint(regex=text(value))
+    return constraint(grammar=text(value))
+
+
+def schema_text(value: Any) -> str:
+    """A JSON Schema as the contract has it."""
+    return json.dumps(mapping(value), ensure_ascii=False)
+
+
+def response_form(kind: Any, holder: Any) -> Constraint:
+    """The form that OpenAI's APIs ask for. `holder`: the object that has its schema."""
+    match kind:
+        case "text":
+            return constraint(any_text=True)
+        case "json_object":
+            return constraint(json_object=True)
+        case "json_schema":
+            return constraint(json_schema=schema_text(mapping(holder).get("schema")))
+    raise ValueError('type must be "text", "json_object" or "json_schema"')
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+SPEC = Parameter(
+    "loraplex", "", said.put_spec, "further fields of `GenerateSpec` by their own names; others come on top"
+)
+MODEL = scalar("model", "model", "a model, an adapter, a version, a route or a weighted sum")
+METADATA = Parameter("metadata", "labels", put_metadata)
+CACHE_KEY = Parameter("prompt_cache_key", "", put_routing_key, "as the header `loraplex-routing-key`")
