@@ -81,7 +81,7 @@ class ServiceConfig(_Section, frozen=True):
         None  # the Prometheus page, in plaintext: see service/loraplex_service/control/metrics_page.py
     )
     http_listen: str | None = (
-        None  # OpenAI's API over HTTP, from a process of its own: see service/loraplex_service/http
+        None  # OpenAI's and Anthropic's APIs over HTTP, from a process of its own: see service/loraplex_service/http
     )
     tls: TlsConfig | None = None
     insecure: bool = False  # allow other addresses than loopback without TLS and without credentials

@@ -2,10 +2,10 @@
 
 import pytest
 
+from loraplex_service.http.dialects import TABLES, rendered
 from loraplex_service.http.failures import BY_CODE, BY_REASON, FAULT
 from loraplex_service.http.parameters import Table
 from loraplex_service.http.service import FORWARDED, TIMEOUT
-from loraplex_service.http.tables import TABLES, rendered
 from tests.docs.pages import ROOT, section, table_rows
 
 PAGE = ROOT / "docs" / "http.md"

@@ -1,6 +1,7 @@
-"""What the `model` of a request may be: models, adapters and routes, as OpenAI lists models."""
+"""What the `model` of a request may be: models, adapters and routes, as OpenAI lists models, and Anthropic."""
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -35,6 +36,12 @@ async def listed(client: AsyncClient, call: CallOptions) -> list[dict[str, Any]]
     ]
 
 
+def page(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The one page of the list, as clients of both APIs read it."""
+    first, last = (models[0]["id"], models[-1]["id"]) if models else (None, None)
+    return {"object": "list", "data": models, "has_more": False, "first_id": first, "last_id": last}
+
+
 async def retrieved(client: AsyncClient, name: str, call: CallOptions) -> dict[str, Any]:
     """What a name leads to now: any that the `model` of a request may be. Raises NotFound."""
     target = (await client.resolve_target(name, **call)).target
@@ -66,4 +73,7 @@ def _card(name: str, created: Timestamp, parent: str | None = None, max_model_le
         "root": name,
         "parent": parent,
         "max_model_len": max_model_len,
+        "type": "model",
+        "display_name": name,
+        "created_at": created.ToJsonString(),
     }

@@ -1,5 +1,7 @@
-"""OpenAI's messages and tools as those of the contract."""
+"""OpenAI's messages and tools as those of the contract, and what other APIs' have in common with them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from google.protobuf.json_format import ParseDict, ParseError
@@ -23,12 +25,19 @@ def put_messages(draft: Draft, value: Any) -> None:
     begin(draft)
     chat = draft.message.prompt.chat
     for index, message in enumerate(items(value, "Chat.messages")):
-        try:
+        with blamed(f"messages[{index}]"):
             chat.messages.append(build_message(_own(mapping(message))))
-        except KeyError as error:
-            raise wrong(f"messages[{index}]", f"has no {error}") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise wrong(f"messages[{index}]", str(error)) from error
+
+
+@contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """Have what is wrong in the block be a fault of this part of the body."""
+    try:
+        yield
+    except KeyError as error:
+        raise wrong(name, f"has no {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise wrong(name, str(error)) from error
 
 
 def _own(message: dict[str, Any]) -> dict[str, Any]:
@@ -42,17 +51,17 @@ def put_tools(draft: Draft, value: Any) -> None:
     """The tools that the model may call."""
     for index, tool in enumerate(items(value, "Chat.tools")):
         name = f"tools[{index}]"
-        try:
+        with blamed(name):
             if mapping(tool).get("type", "function") != "function":
                 raise wrong(f"{name}.type", "tools of type 'function' are taken", code="unsupported_parameter")
-            function = dict(mapping(tool["function"]))
-            if function.pop("strict", None) and draft.strict_tool is None:
-                draft.strict_tool = name
-            draft.message.prompt.chat.tools.append(build_tool(function))
-        except KeyError as error:
-            raise wrong(name, f"has no {error}") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise wrong(name, str(error)) from error
+            add_tool(draft, f"{name}.function", dict(mapping(tool["function"])))
+
+
+def add_tool(draft: Draft, name: str, function: dict[str, Any]) -> None:
+    """Offer a tool. `name`: of the part of the body that describes it."""
+    if function.pop("strict", None) and draft.strict_tool is None:
+        draft.strict_tool = f"{name}.strict"
+    draft.message.prompt.chat.tools.append(build_tool(function))
 
 
 def put_tool_choice(draft: Draft, value: Any) -> None:
@@ -78,7 +87,12 @@ def check_tools(draft: Draft) -> None:
         draft.message.ClearField("constraint")
     if draft.strict_tool is not None and not forced:
         problem = 'calls are held to their schemas where tool_choice requires them: set it to "required" or a tool'
-        raise wrong(f"{draft.strict_tool}.function.strict", problem, code="unsupported_parameter")
+        raise wrong(draft.strict_tool, problem, code="unsupported_parameter")
+
+
+def set_variable(draft: Draft, name: str, value: Any) -> None:
+    """Set a variable of the chat template."""
+    draft.message.prompt.chat.template_kwargs.update({name: value})
 
 
 def put_template_kwargs(draft: Draft, value: Any) -> None:
@@ -88,12 +102,12 @@ def put_template_kwargs(draft: Draft, value: Any) -> None:
 
 def put_documents(draft: Draft, value: Any) -> None:
     """What templates for retrieval read."""
-    draft.message.prompt.chat.template_kwargs.update({"documents": items(value)})
+    set_variable(draft, "documents", items(value))
 
 
 def put_reasoning_effort(draft: Draft, value: Any) -> None:
     """How much a model is to think, for templates that know the word."""
-    draft.message.prompt.chat.template_kwargs.update({"reasoning_effort": text(value)})
+    set_variable(draft, "reasoning_effort", text(value))
 
 
 # ---- prompts of completions, embeddings and tokens -------------------------------------------------------------------

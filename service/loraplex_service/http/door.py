@@ -13,10 +13,12 @@ from loraplex import LoraplexError
 from loraplex.v1.pooling_pb2 import EmbedResponse
 from loraplex.v1.tokenizer_pb2 import DetokenizeResponse, TokenizeResponse
 from loraplex_service.http.answers import Answers, ChatAnswers, TextAnswers, version_header
-from loraplex_service.http.catalog import listed, retrieved
+from loraplex_service.http.catalog import listed, page, retrieved
 from loraplex_service.http.exchange import Exchange, Receive, Room, Send
-from loraplex_service.http.failures import Failure, Refusal, failed, openai_error, refused
+from loraplex_service.http.failures import Failure, Refusal, anthropic_error, failed, openai_error, refused
 from loraplex_service.http.generations import echoes, generate
+from loraplex_service.http.messages.answers import MessageAnswers
+from loraplex_service.http.messages.table import COUNT, MESSAGES
 from loraplex_service.http.parameters import Draft, Table
 from loraplex_service.http.service import Clients, ServiceClient, call_options
 from loraplex_service.http.tables import CHAT, COMPLETIONS, DETOKENIZE, EMBEDDINGS, TOKENIZE
@@ -56,6 +58,8 @@ class Door:
             EMBEDDINGS.path: Endpoint("POST", self._embeddings),
             TOKENIZE.path: Endpoint("POST", self._tokenize),
             DETOKENIZE.path: Endpoint("POST", self._detokenize),
+            MESSAGES.path: Endpoint("POST", self._generation(MESSAGES, MessageAnswers), anthropic_error),
+            COUNT.path: Endpoint("POST", self._count, anthropic_error),
         }
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -105,7 +109,7 @@ class Door:
         call = call_options(exchange)
         with self._clients.lease() as client:
             models = await _unless_gone(exchange, listed(client, call))
-        await exchange.answer({"object": "list", "data": models})
+        await exchange.answer(page(models))
 
     async def _model(self, exchange: Exchange) -> None:
         name, call = exchange.path.removeprefix(MODEL), call_options(exchange)
@@ -157,13 +161,23 @@ class Door:
         await self._serve(exchange, draft, embed)
 
     async def _tokenize(self, exchange: Exchange) -> None:
-        draft = await self._draft(exchange, TOKENIZE)
+        async def tell(response: TokenizeResponse) -> None:
+            tokens, limit = list(response.token_ids), response.max_context_tokens
+            await exchange.answer({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
+
+        await self._tokens(exchange, TOKENIZE, tell)
+
+    async def _count(self, exchange: Exchange) -> None:
+        await self._tokens(exchange, COUNT, lambda response: exchange.answer({"input_tokens": len(response.token_ids)}))
+
+    async def _tokens(
+        self, exchange: Exchange, table: Table, tell: Callable[[TokenizeResponse], Awaitable[None]]
+    ) -> None:
+        draft = await self._draft(exchange, table)
 
         async def tokenize(client: ServiceClient) -> None:
             call = call_options(exchange, draft.routing_key)
-            response = await client.ask("TokenizerService/Tokenize", draft.message, TokenizeResponse, call)
-            tokens, limit = list(response.token_ids), response.max_context_tokens
-            await exchange.answer({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
+            await tell(await client.ask("TokenizerService/Tokenize", draft.message, TokenizeResponse, call))
 
         await self._serve(exchange, draft, tokenize)
 

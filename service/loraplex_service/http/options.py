@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from loraplex import constraint
-from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
+from loraplex.v1.generation_pb2 import Constraint, GenerateSpec, OutputOptions
 from loraplex_service.http import conversations as said
 from loraplex_service.http.parameters import (
     Draft,
@@ -13,6 +13,7 @@ from loraplex_service.http.parameters import (
     flag,
     items,
     mapping,
+    refused,
     scalar,
     text,
     wrong,
@@ -41,14 +42,36 @@ def put_routing_key(draft: Draft, value: Any) -> None:
     draft.routing_key = text(value)
 
 
-def check_untold(draft: Draft, *names: str) -> None:
-    """Raise Refusal for options of the output that an answer has no place for. `names`: fields of OutputOptions."""
-    output = draft.message.output
-    for name in names:
-        if getattr(output, name):
-            problem = "is not told over HTTP, whose answers have no place for it"
-            given = draft.named(f"output.{name}") or name
-            raise wrong(given, problem, code="unsupported_parameter")
+def new_chat() -> Draft:
+    """A generation that goes on with a conversation."""
+    draft = new_spec()
+    said.begin(draft)
+    return draft
+
+
+def new_turn() -> Draft:
+    """A generation that goes on with a conversation, by one output: its API has no place for more."""
+    draft = new_chat()
+    draft.message.sampling.n = 1
+    return draft
+
+
+def check_single(draft: Draft, *untold: str) -> None:
+    """Raise Refusal for more than one output, and for what an answer has no place for: fields of OutputOptions."""
+    said.check_tools(draft)
+    if draft.message.sampling.n != 1:
+        raise wrong("loraplex.sampling.n", "one output is told here; ask for several at /v1/chat/completions")
+    for name in untold:
+        if _is_asked(draft.message.output, name):
+            problem = "is not told here: its answers have no place for it; /v1/chat/completions has"
+            raise wrong(f"loraplex.output.{name}", problem, code="unsupported_parameter")
+
+
+def _is_asked(output: OutputOptions, name: str) -> bool:
+    value = getattr(output, name)
+    if not output.DESCRIPTOR.fields_by_name[name].has_presence:  # a list
+        return bool(value)
+    return output.HasField(name) and value is not False  # type: ignore[arg-type]
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
@@ -100,3 +123,8 @@ SPEC = Parameter(
 MODEL = scalar("model", "model", "a model, an adapter, a version, a route or a weighted sum")
 METADATA = Parameter("metadata", "labels", put_metadata)
 CACHE_KEY = Parameter("prompt_cache_key", "", put_routing_key, "as the header `loraplex-routing-key`")
+NOT_KEPT = (
+    refused("moderation", "nothing is judged"),
+    refused("prompt_cache_options", "what prompts begin with is cached without being asked", {"mode": "implicit"}),
+    refused("prompt_cache_retention", "what is cached stays while there is room", "in_memory"),
+)

@@ -1,6 +1,7 @@
 """How the parameters of a JSON body become fields of the contract, each by one entry of a table."""
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -35,7 +36,7 @@ class Draft:
     echo: bool = False
     base64: bool = False
     routing_key: str | None = None
-    strict_tool: str | None = None  # the first tool whose calls must follow its schema
+    strict_tool: str | None = None  # what asks first for calls that follow a schema
     paths: list[tuple[str, str]] = field(default_factory=list)  # what was given: path in the message, parameter
 
     def named(self, path: str) -> str | None:
@@ -98,6 +99,12 @@ def wrong(name: str, problem: str, code: str = "invalid_value") -> Refusal:
     return Refusal(400, f"{name}: {problem}", param=name, code=code)
 
 
+def refuse_others(value: Mapping[str, Any], known: Collection[str], name: str) -> None:
+    """Raise Refusal for a key that is not known and has a value. `name`: of the object, in the body."""
+    if unknown := sorted(key for key, content in value.items() if key not in known and content is not None):
+        raise wrong(f"{name}.{unknown[0]}", f"{', '.join(known)} are taken", code="unsupported_parameter")
+
+
 # ---- kinds of parameters ---------------------------------------------------------------------------------------------
 
 
@@ -150,7 +157,7 @@ def refused(name: str, why: str, *harmless: Any) -> Parameter:
 
 def spelt(value: Any) -> str:
     """A value as JSON spells it."""
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

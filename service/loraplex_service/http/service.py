@@ -25,6 +25,7 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 
 # What a caller may say beside the body, by the same names as in gRPC's metadata.
 ROUTING_KEY = "loraplex-routing-key"
+API_KEY = "x-api-key"  # Anthropic's clients send the token so
 FORWARDED = ("authorization", "loraplex-tenant", ROUTING_KEY, "x-request-id", "traceparent", "tracestate")
 TIMEOUT = "loraplex-timeout-seconds"
 MAX_HEADER_BYTES = 7 << 10  # gRPC takes 8 KiB of metadata, names and its own included, and refuses more without a word
@@ -98,6 +99,11 @@ def call_options(exchange: Exchange, routing_key: str | None = None) -> CallOpti
     """
     metadata = {name: exchange.headers[name] for name in FORWARDED if name in exchange.headers}
     names = {name: name for name in metadata}
+    if API_KEY in exchange.headers:
+        token = f"Bearer {exchange.headers[API_KEY]}"
+        if metadata.setdefault("authorization", token) != token:
+            raise Refusal(401, f"authorization and {API_KEY} are different credentials; send one", param=API_KEY)
+        names["authorization"] = API_KEY
     if routing_key is not None:
         metadata[ROUTING_KEY], names[ROUTING_KEY] = routing_key, "prompt_cache_key"
     for name, value in metadata.items():

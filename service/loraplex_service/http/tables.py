@@ -12,9 +12,11 @@ from loraplex_service.http.options import (
     CACHE_KEY,
     METADATA,
     MODEL,
+    NOT_KEPT,
     SPEC,
     constrain,
     form_of,
+    new_chat,
     new_spec,
     put_stream,
     response_form,
@@ -192,12 +194,6 @@ _GENERATION = (
 )
 
 
-def _new_chat() -> Draft:
-    draft = new_spec()
-    said.begin(draft)
-    return draft
-
-
 def _finish_completion(draft: Draft) -> None:
     _check_options(draft)
     if draft.echo and draft.message.prompt.HasField("truncate_to_tokens"):
@@ -219,7 +215,7 @@ _CONVERSATION = (
 
 CHAT = Table(
     "/v1/chat/completions",
-    _new_chat,
+    new_chat,
     (
         *_GENERATION,
         *_CONVERSATION,
@@ -246,6 +242,7 @@ CHAT = Table(
         refused("prediction", 'drafts are asked for by {"loraplex": {"drafts": …}}'),
         refused("verbosity", "say it in the conversation", "medium"),
         refused("web_search_options", "nothing is searched"),
+        *NOT_KEPT,
     ),
     _check_chat,
 )
@@ -302,12 +299,3 @@ DETOKENIZE = Table(
 )
 
 TABLES = (CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, DETOKENIZE)
-
-
-def rendered(table: Table) -> list[str]:
-    """The table as lines of Markdown."""
-    lines = ["| parameter | becomes | |", "|---|---|---|"]
-    for parameter in table.parameters:
-        becomes = f"`{parameter.becomes}`" if parameter.becomes else "–"
-        lines.append(f"| `{parameter.name}` | {becomes} | {parameter.note} |")
-    return lines

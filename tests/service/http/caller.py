@@ -38,8 +38,17 @@ class Answer:
     def events(self) -> list[Any]:
         """Of a stream; `[DONE]` as it is."""
         assert self.headers["content-type"].startswith("text/event-stream")
-        events = [part.removeprefix("data: ") for part in self.body.decode().split("\n\n") if part]
-        return [event if event == "[DONE]" else json.loads(event) for event in events]
+        return [_event(part) for part in self.body.decode().split("\n\n") if part]
+
+
+def _event(part: str) -> Any:
+    """The content of an event, whose name must be its type where it has one."""
+    name, _, data = part.partition("data: ")
+    if data == "[DONE]":
+        return data
+    content = json.loads(data)
+    assert name == (f"event: {content['type']}\n" if "type" in content else "")
+    return content
 
 
 @dataclass
@@ -63,6 +72,10 @@ class Caller:
     async def chat(self, said: str = "hi", **parameters: Any) -> Answer:
         conversation = {"model": self.model, "messages": [{"role": "user", "content": said}], "max_tokens": 4}
         return await self.post("/v1/chat/completions", conversation | parameters)
+
+    async def message(self, said: Any = "hi", **parameters: Any) -> Answer:
+        turns = {"model": self.model, "messages": [{"role": "user", "content": said}], "max_tokens": 4}
+        return await self.post("/v1/messages", turns | parameters)
 
     async def complete(self, prompt: Any = "ab", **parameters: Any) -> Answer:
         return await self.post("/v1/completions", {"model": self.model, "prompt": prompt, "max_tokens": 4} | parameters)

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from loraplex.v1.prompt_pb2 import ToolMode
+from loraplex_service.http.dialects import TABLES
 from loraplex_service.http.failures import Refusal
 from loraplex_service.http.parameters import Parameter, Table, place
-from loraplex_service.http.tables import CHAT, COMPLETIONS, EMBEDDINGS, TABLES, TOKENIZE
+from loraplex_service.http.tables import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
 
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
 VALUES: dict[str, Any] = {  # of parameters that take no number
@@ -55,13 +56,27 @@ VALUES: dict[str, Any] = {  # of parameters that take no number
     "normalize": False,
     "tokens": [1, 2],
 }
+FUNCTION = {"name": "now", "input_schema": {"type": "object"}}
+OWN: dict[str, dict[str, Any]] = {  # of parameters that other endpoints have with other values
+    "/v1/messages": {
+        "metadata": {"user_id": "me"},
+        "tools": [FUNCTION],
+        "tool_choice": {"type": "any"},
+        "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
+        "system": "be brief",
+        "stop_sequences": ["x"],
+        "thinking": {"type": "disabled"},
+    },
+}
+OWN["/v1/messages/count_tokens"] = OWN["/v1/messages"]
 EACH = [(table, parameter) for table in TABLES for parameter in table.parameters]
 TAKEN = [pytest.param(*each, id=f"{each[0].path} {each[1].name}") for each in EACH if each[1].taken]
 REFUSED = [pytest.param(*each, id=f"{each[0].path} {each[1].name}") for each in EACH if not each[1].taken]
 
 
 def value_of(table: Table, parameter: Parameter) -> Any:
-    return True if parameter.name == "logprobs" and table is CHAT else VALUES.get(parameter.name, 1)
+    value = True if parameter.name == "logprobs" and table is CHAT else VALUES.get(parameter.name, 1)
+    return OWN.get(table.path, {}).get(parameter.name, value)
 
 
 def body_for(table: Table, parameter: Parameter) -> dict[str, Any]:

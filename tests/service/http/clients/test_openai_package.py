@@ -1,17 +1,11 @@
 """The real `openai` package as a client, in an environment of its own. Skipped where no package index is at hand."""
 
-import asyncio
-import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from loraplex_service.adapters.config import AdapterConfig
-from tests.service.control_plane import control_plane, write_adapter
+from tests.service.http.clients.environments import environment, needs_uvicorn, served, until_idle, untold, used
 
-INSTALL_SECONDS = 300.0
 USE = r"""
 import sys
 import openai
@@ -54,37 +48,34 @@ with client.chat.completions.create(model="tiny", messages=said, max_tokens=1_00
 """
 
 
+PARAMETERS = r"""
+import json
+from typing import get_type_hints
+from openai.types import completion_create_params, embedding_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+
+kinds = {
+    "/v1/chat/completions": chat_create_params.CompletionCreateParamsStreaming,
+    "/v1/completions": completion_create_params.CompletionCreateParamsStreaming,
+    "/v1/embeddings": embedding_create_params.EmbeddingCreateParams,
+}
+print(json.dumps({path: list(get_type_hints(kind)) for path, kind in kinds.items()}))
+"""
+
+
 @pytest.fixture(scope="module")
 def with_openai(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that has the package."""
-    directory = tmp_path_factory.mktemp("openai")
-    subprocess.run([sys.executable, "-m", "venv", directory], check=True, timeout=INSTALL_SECONDS)
-    install: list[str | Path] = [
-        directory / "bin/pip",
-        "install",
-        "--quiet",
-        "--retries",
-        "0",
-        "--timeout",
-        "5",
-        "openai>=1.50",
-    ]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_SECONDS)
-    if done.returncode:
-        pytest.skip("no package index is at hand")
-    return directory / "bin/python"
+    return environment(tmp_path_factory.mktemp("openai"), "openai>=1.50")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="the extra `http` is not installed")
+@needs_uvicorn
 async def test_the_openai_package_is_served(with_openai: Path, byte_tokenizer_directory: Path, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "pirate")
-    pirate = AdapterConfig(name="pirate", model="tiny", source=str(tmp_path / "pirate"))
-    async with control_plane(
-        byte_tokenizer_directory, tmp_path, http_listen="127.0.0.1:0", adapters=(pirate,)
-    ) as control:
-        process = await asyncio.create_subprocess_exec(with_openai, "-c", USE, str(control.addresses.http))
-        assert await process.wait() == 0
-        async with asyncio.timeout(20):
-            while control.core().requests:  # noqa: ASYNC110 - the engine is a thread, and tells nobody
-                await asyncio.sleep(0.01)
+    async with served(byte_tokenizer_directory, tmp_path) as control:
+        await used(with_openai, USE, str(control.addresses.http))
+        await until_idle(control)
+
+
+@pytest.mark.slow
+async def test_each_parameter_of_the_openai_package_is_honoured_or_refused_by_name(with_openai: Path) -> None:
+    assert untold(await used(with_openai, PARAMETERS)) == {}

@@ -1,0 +1,16 @@
+"""All that bodies may have: the tables of all endpoints, which docs/http.md and the OpenAPI document are made of."""
+
+from loraplex_service.http import tables
+from loraplex_service.http.messages.table import COUNT, MESSAGES
+from loraplex_service.http.parameters import Table
+
+TABLES = (*tables.TABLES, MESSAGES, COUNT)
+
+
+def rendered(table: Table) -> list[str]:
+    """The table as lines of Markdown."""
+    lines = ["| parameter | becomes | |", "|---|---|---|"]
+    for parameter in table.parameters:
+        becomes = f"`{parameter.becomes}`" if parameter.becomes else "–"
+        lines.append(f"| `{parameter.name}` | {becomes} | {parameter.note} |")
+    return lines

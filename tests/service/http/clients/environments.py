@@ -1,0 +1,70 @@
+"""Environments of their own for the packages that are clients of HTTP, and a server for them."""
+
+import asyncio
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplex_service.adapters.config import AdapterConfig
+from loraplex_service.http.dialects import TABLES
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+
+INSTALL_SECONDS = 300.0
+USE_SECONDS = 120.0
+needs_uvicorn = pytest.mark.skipif(
+    importlib.util.find_spec("uvicorn") is None, reason="the extra `http` is not installed"
+)
+
+
+def environment(directory: Path, *requirements: str) -> Path:
+    """The Python of a new environment that has these packages. Skips the test where no package index is at hand."""
+    made = [sys.executable, "-m", "venv", "--without-pip", str(directory)]
+    subprocess.run(made, check=True, timeout=INSTALL_SECONDS)
+    python = directory / "bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
+    options = ["--quiet", "--no-compile", "--retries", "0", "--timeout", "5"]
+    install = [*pip, "install", *options, *requirements]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_SECONDS)
+    if done.returncode:
+        pytest.skip("no package index is at hand")
+    return python
+
+
+@asynccontextmanager
+async def served(tokenizer: Path, roots: Path, **settings: Any) -> AsyncIterator[ControlPlane]:
+    """A server with an HTTP port, the model "tiny" and its adapter "pirate"; both give each prompt back."""
+    write_adapter(roots / "pirate")
+    pirate = AdapterConfig(name="pirate", model="tiny", source=str(roots / "pirate"))
+    async with control_plane(tokenizer, roots, http_listen="127.0.0.1:0", adapters=(pirate,), **settings) as control:
+        yield control
+
+
+async def used(python: Path, script: str, *arguments: str) -> str:
+    """What the script prints. Fails where it does."""
+    process = await asyncio.create_subprocess_exec(
+        python, "-c", script, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, problem = await asyncio.wait_for(process.communicate(), USE_SECONDS)
+    assert process.returncode == 0, problem.decode()[-4000:]
+    return out.decode()
+
+
+async def until_idle(control: ControlPlane) -> None:
+    """Wait until the engine has forgotten all requests."""
+    async with asyncio.timeout(20):
+        while control.core().requests:  # noqa: ASYNC110 - the engine is a thread, and tells nobody
+            await asyncio.sleep(0.01)
+
+
+def untold(printed: str) -> dict[str, list[str]]:
+    """The parameters that a package can send, by endpoint as JSON, of which a table says nothing."""
+    known = {table.path: {parameter.name for parameter in table.parameters} for table in TABLES}
+    sent: dict[str, list[str]] = json.loads(printed)
+    return {path: unknown for path, names in sent.items() if (unknown := sorted(set(names) - known[path]))}
