@@ -1,12 +1,15 @@
 """What the service costs between the engine and its callers.
 
     python -m benchmarks.frontend alone --model DIR/llama-160m --offered 130000 --streams 64 256
+    python -m benchmarks.frontend http --model DIR/llama-160m --offered 12000 --streams 12 32
     python -m benchmarks.frontend overhead --model DIR/llama-160m --cells base:8,32 lora8:32
     python -m benchmarks.frontend telemetry --model DIR/llama-160m --cells base:32
 
 `alone`: the service with a source of tokens in place of an engine, which gives every stream one token a step at a fixed
 rate; what has queued up for a stream goes out as one message. Tokens a second as the client got them, while all streams
 ran.
+
+`http`: the same over HTTP against gRPC, in turns; as the median of the repeats' ratios.
 
 `overhead`: the engine within one process against `loraplex serve`, in turns; the share of the throughput that gRPC,
 tokenizer, detokenizer and the bus between the processes cost, as the median of the repeats' ratios.
@@ -28,7 +31,7 @@ import sys
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,7 +39,7 @@ from typing import Any
 
 import grpc
 
-from benchmarks.measure import Record, machine
+from benchmarks.measure import Record, machine, summarise
 from benchmarks.serving import System, parse_cells, system_command
 from benchmarks.systems.loraplex_grpc import free_ports
 from benchmarks.workload import FIRST_TOKEN_ID, SCENARIOS, SEED, VOCAB, Work, make_work
@@ -46,6 +49,7 @@ SCRAPE_SECONDS = 5.0  # Prometheus' own default is a minute, charts say 15 s
 PROMPT_TOKENS = 16
 
 Result = dict[str, Any]
+Figures = Callable[[Sequence[Record]], dict[str, float]]  # of one repeat
 
 
 def alone(args: argparse.Namespace, logs: Path) -> list[Result]:
@@ -62,6 +66,20 @@ def alone(args: argparse.Namespace, logs: Path) -> list[Result]:
                 print_result(f"alone c{streams:<4}", result)
         finally:
             system.stop()
+    return results
+
+
+def http(args: argparse.Namespace, logs: Path) -> list[Result]:
+    """What streams over HTTP bring, against the same over gRPC; a source of tokens in place of an engine."""
+    results = []
+    for streams in args.streams:
+        steps_per_second = args.offered / streams
+        command = alone_command(args, steps_per_second)
+        work = alone_work(streams, round(steps_per_second * SECONDS))
+        commands = {"gRPC": command, "HTTP": [*command, "--http"]}
+        with together(commands, logs) as systems:
+            turns = (in_turns(systems, f"c{streams}", work, streams, repeat, steady) for repeat in range(args.repeats))
+            results += [{"streams": streams, "offered": args.offered} | runs for runs in compared(f"c{streams}", turns)]
     return results
 
 
@@ -148,31 +166,52 @@ def scraped(page: str) -> Iterator[None]:
 
 
 def paired(commands: dict[str, list[str]], args: argparse.Namespace, logs: Path) -> list[Result]:
-    """What the second of two systems loses against the first.
-
-    Both are up during the whole run; who is first changes from repeat to repeat.
-    """
-    systems: dict[str, System] = {}
+    """What the second of two systems loses against the first."""
     results = []
-    before, after = commands
+    with together(commands, logs) as systems:
+        for scenario, streams in ((SCENARIOS[name], streams) for name, counts in args.cells for streams in counts):
+            head = f"{scenario.name} c{streams}"
+            works = (args.rounds * make_work(scenario, streams, repeat) for repeat in range(args.repeats))
+            turns = (in_turns(systems, head, work, streams, repeat) for repeat, work in enumerate(works))
+            results += [{"scenario": scenario.name, "streams": streams} | runs for runs in compared(head, turns)]
+    return results
+
+
+@contextmanager
+def together(commands: dict[str, list[str]], logs: Path) -> Iterator[dict[str, System]]:
+    """Systems that are up at the same time."""
+    systems: dict[str, System] = {}
     try:
         for name, command in commands.items():
             systems[name] = System(name, command, logs / f"{name}.log")
-        for scenario, streams in ((SCENARIOS[name], streams) for name, counts in args.cells for streams in counts):
-            ratios = []
-            for repeat in range(args.repeats):
-                runs: dict[str, Result] = {}
-                for name in list(systems) if repeat % 2 else reversed(systems):
-                    runs[name] = systems[name].run(args.rounds * make_work(scenario, streams, repeat), streams)
-                    print_result(f"{name:>9} {scenario.name} c{streams}", runs[name])
-                ratios.append(runs[after]["output_tokens_per_second"] / runs[before]["output_tokens_per_second"])
-                results.append({"scenario": scenario.name, "streams": streams} | runs)
-            median, low, high = (100 * (1 - share(ratios)) for share in (statistics.median, max, min))
-            print(f"{scenario.name} c{streams}: {after} loses {median:.1f} % ({low:.1f} to {high:.1f})", flush=True)
+        yield systems
     finally:
         for system in systems.values():
             system.stop()
-    return results
+
+
+def in_turns(
+    systems: dict[str, System], head: str, work: list[Work], streams: int, repeat: int, figures: Figures = summarise
+) -> dict[str, Result]:
+    """One repeat of each system; who is first changes from repeat to repeat."""
+    runs: dict[str, Result] = {}
+    for name in list(systems) if repeat % 2 else reversed(systems):
+        runs[name] = systems[name].run(work, streams, figures)
+        print_result(f"{name:>9} {head}", runs[name])
+    return {name: runs[name] for name in systems}
+
+
+def compared(head: str, repeats: Iterable[dict[str, Result]]) -> list[dict[str, Result]]:
+    """Print what the second system of the repeats loses against the first. Returns the repeats."""
+    done = list(repeats)
+    ratios = []
+    for runs in done:
+        before, after = (run["output_tokens_per_second"] for run in runs.values())
+        ratios.append(after / before)
+    after_name = list(done[0])[1]
+    median, low, high = (100 * (1 - share(ratios)) for share in (statistics.median, max, min))
+    print(f"{head}: {after_name} loses {median:.1f} % ({low:.1f} to {high:.1f})", flush=True)
+    return done
 
 
 def print_result(head: str, result: Result) -> None:
@@ -188,14 +227,14 @@ def print_result(head: str, result: Result) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="alone|overhead|telemetry")
-    for measure in (alone, overhead, telemetry):
+    commands = parser.add_subparsers(required=True, metavar="alone|http|overhead|telemetry")
+    for measure in (alone, http, overhead, telemetry):
         command = commands.add_parser(measure.__name__, help=(measure.__doc__ or "").splitlines()[0])
         command.set_defaults(measure=measure)
         command.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
         command.add_argument("--repeats", type=int, default=3)
         command.add_argument("--out", type=Path, help="a JSON file")
-        if measure is alone:
+        if measure in (alone, http):
             command.add_argument("--offered", type=float, default=130_000, help="tokens a second over all streams")
             command.add_argument("--streams", type=int, nargs="+", default=[64, 256])
         else:

@@ -1,4 +1,7 @@
-"""A Loraplex server as its users meet it: `loraplex serve`, one gRPC stream per request, the generated stubs."""
+"""A Loraplex server as its users meet it: `loraplex serve`, one stream per request, over gRPC by the generated stubs.
+
+With --http its port that speaks OpenAI's API gets the same requests.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,14 @@ from pathlib import Path
 import grpc
 
 from benchmarks.measure import Record, closed_loop, cpu_seconds_of, process_tree
+from benchmarks.systems.http_client import HttpClient
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
 from loraplex.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, prompt_pb2
 from loraplex_engine.link.config import QUANTIZATIONS
 
 
-def write_config(folder: Path, args: argparse.Namespace, ports: tuple[int, int]) -> Path:
+def write_config(folder: Path, args: argparse.Namespace, ports: Sequence[int]) -> Path:
     """A service configuration with one model and its adapters. JSON is YAML."""
     model = {
         "name": "bench",
@@ -45,6 +49,7 @@ def write_config(folder: Path, args: argparse.Namespace, ports: tuple[int, int])
     config = {
         "listen": f"127.0.0.1:{ports[0]}",
         "admin_listen": f"127.0.0.1:{ports[1]}",
+        "http_listen": f"127.0.0.1:{ports[2]}" if args.http else None,
         "adapter_roots": [str((args.model / "adapters").resolve())],
         "models": [model],
         "adapters": adapters,
@@ -124,13 +129,20 @@ def server_command(steps_per_second: float | None) -> list[str]:
 
 
 def cpu_by_part(service: int) -> dict[str, float]:
-    """CPU seconds of this process, of the service's own, and of its engine (with the template worker)."""
-    own = cpu_seconds_of([service])
+    """CPU seconds of this process, of the service's own, of its HTTP process, and of its engine (with the template
+    worker).
+    """
+    http = [pid for pid in process_tree(service) if "loraplex_service.http" in command_of(pid)]
     return {
         "client": cpu_seconds_of([os.getpid()]),
-        "service": own,
-        "engine": cpu_seconds_of(process_tree(service)) - own,
+        "service": cpu_seconds_of([service]),
+        "http": cpu_seconds_of(http),
+        "engine": cpu_seconds_of(set(process_tree(service)) - {service, *http}),
     }
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
 def main() -> None:
@@ -143,22 +155,24 @@ def main() -> None:
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: more of the configuration")
     parser.add_argument("--steps-per-second", type=float, help="of a token source in place of the engine")
+    parser.add_argument("--http", action="store_true", help="send the requests to the HTTP port")
     args = parser.parse_args()
     answers = take_stdout()
     started = time.perf_counter()
-    ports = free_ports(2)
+    ports = free_ports(3)
     with tempfile.TemporaryDirectory() as folder:
-        config = write_config(Path(folder), args, (ports[0], ports[1]))
+        config = write_config(Path(folder), args, ports)
         process = subprocess.Popen([*server_command(args.steps_per_second), "--config", str(config)], stdout=2)
         try:
             loop = asyncio.new_event_loop()
             address = f"127.0.0.1:{ports[0]}"
             loop.run_until_complete(until_serving(address, process, 120))
-            client = Client(address)
+            client = HttpClient("127.0.0.1", ports[2]) if args.http else Client(address)
             warm_up = [Work([300 + i] * 16, 2, i) for i in range(args.adapters)] or [Work([300] * 16, 2, None)]
             loop.run_until_complete(client.run(warm_up, 8))
+            kind = f"Loraplex over {'HTTP' if args.http else 'gRPC'}"
             about = {
-                "system": " ".join(filter(None, ["Loraplex over gRPC", args.quantization])),
+                "system": " ".join(filter(None, [kind, args.quantization])),
                 "load_seconds": time.perf_counter() - started,
             }
             serve(client.run, about, loop, answers, lambda: cpu_by_part(process.pid))
