@@ -28,7 +28,8 @@ from benchmarks.workload import VOCAB
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# qwen-0.5b has the body of Qwen2.5-0.5B and a smaller vocabulary, so that one workload suits all.
+# qwen-0.5b has the body of Qwen2.5-0.5B and a smaller vocabulary, so that one workload suits all; qwen-0.5b-152k has
+# the real one.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-160m": {
         "hidden_size": 768,
@@ -46,6 +47,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 4864,
         "tie_word_embeddings": True,
     },
+    "qwen-0.5b-152k": {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "tie_word_embeddings": True,
+        "vocab_size": 151_936,
+    },
     "llama-1b": {
         "hidden_size": 2048,
         "num_hidden_layers": 16,
@@ -57,10 +67,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Every id decodes: the bytes first, then made-up words. Speed is measured with it, not sense."""
     words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words += [f"Ġword{index}" for index in range(VOCAB - len(words))]
+    words += [f"Ġword{index}" for index in range(vocab_size - len(words))]
     tokenizer = Tokenizer(BPE(vocab={word: index for index, word in enumerate(words)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,14 +80,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(name: str, folder: Path, num_adapters: int, rank: int) -> None:
-    shape = SHAPES[name] | {"vocab_size": VOCAB, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2}
+    common = {"vocab_size": VOCAB, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2}
+    shape = common | SHAPES[name]
     torch.manual_seed(7)
     model: PreTrainedModel = (
         Qwen2ForCausalLM(Qwen2Config(**shape)) if name.startswith("qwen") else LlamaForCausalLM(LlamaConfig(**shape))
     )
     model.bfloat16()
     model.save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
+    make_tokenizer(shape["vocab_size"]).save_pretrained(folder / "base")
 
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
