@@ -45,8 +45,8 @@ class RowTokens:
 class Penalties:
     """Penalties of some rows for the tokens that they have had."""
 
-    history: RowTokens  # of each row the prompt, then the output
-    output_starts: np.ndarray  # int64 [n]: where each row's output begins in history.token_ids
+    tokens: RowTokens  # of each row those of prompt and output, each once
+    counts: np.ndarray  # int64, one for each token id of `tokens`: how often the output has it
     repetition: np.ndarray  # float64 [n]; 1: none
     presence: np.ndarray  # float64 [n]; 0: none
     frequency: np.ndarray  # float64 [n]; 0: none
@@ -137,25 +137,15 @@ class TorchSampling:
 
     def penalise(self, logits: Tensor, penalties: Penalties) -> None:
         """The first part of `adjust_logits`."""
-        history, vocab_size = penalties.history, logits.shape[-1]
-        lengths = np.diff(history.starts)
-        places = np.repeat(np.arange(len(lengths)), lengths)  # among the rows with penalties
-        is_output = np.arange(len(places)) >= penalties.output_starts[places]
-        keys = places * vocab_size + history.token_ids
-        ordered = np.sort(keys)
-        seen = ordered[np.diff(ordered, prepend=-1) > 0]  # np.unique hashes them, which takes thirty times as long
-        said, times = np.unique(keys[is_output], return_counts=True)
-        counts = np.zeros(len(seen), dtype=np.int64)  # in the output
-        counts[np.searchsorted(seen, said)] = times
-
-        places, token_ids = np.divmod(seen, vocab_size)
+        tokens, counts = penalties.tokens, penalties.counts
+        places = np.repeat(np.arange(len(tokens.rows)), np.diff(tokens.starts))  # among the rows with penalties
         lowered = np.where(counts > 0, penalties.presence[places] + penalties.frequency[places] * counts, 0.0)
         repetition = penalties.repetition[places]
-        rows, tokens, factor, less = _on_device(
-            logits, history.rows[places], token_ids, repetition.astype(np.float32), lowered.astype(np.float32)
+        rows, token_ids, factor, less = _on_device(
+            logits, tokens.row_of_each, tokens.token_ids, repetition.astype(np.float32), lowered.astype(np.float32)
         )
-        values = logits[rows, tokens]
-        logits[rows, tokens] = torch.where(values > 0, values / factor, values * factor) - less
+        values = logits[rows, token_ids]
+        logits[rows, token_ids] = torch.where(values > 0, values / factor, values * factor) - less
 
     def draw_tokens(self, logits: Tensor, draws: Draws) -> Tensor:
         token_ids, best = _most_likely(logits)

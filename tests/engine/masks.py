@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from loraplex_engine.execution import token_bits
-from loraplex_engine.execution.arrays import NO_TOKENS, History
+from loraplex_engine.execution.arrays import NO_COUNTS, History
 from loraplex_engine.execution.bad_words import TokenTexts
 from loraplex_engine.execution.form_masks import FormMasks
 from loraplex_engine.link.sampling_params import SamplingParams
@@ -24,7 +24,7 @@ class Masks:
         self._vocabulary = Vocabulary(self.tokens, TokenTexts(self.tokens))
         self._masks = FormMasks(len(self.tokens))
         sampling = SamplingParams(seed=0, max_tokens=1 << 20, eos_token_ids=(eos,))
-        self._history = History(1, sampling, 1, 1, NO_TOKENS)
+        self._history = History(1, sampling, 1, 1, NO_COUNTS)
 
     def form(self, grammar: str, words: Sequence[str] = ()) -> Form:
         return self._vocabulary.form(grammar, words, ())

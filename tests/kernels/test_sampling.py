@@ -13,34 +13,46 @@ from hypothesis import strategies as st
 
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import ReferenceOps
-from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens
+from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 from loraplex_kernels.selection import select_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = ReferenceOps(DEVICE)
 BACKENDS = ["cpu", "triton"] if DEVICE.type == "cpu" else ["triton"]
 
-ROWS = st.lists(
-    st.fixed_dictionaries(
-        {
-            "temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7]),
-            "top_k": st.sampled_from([0, 1, 5, 40, 700]),
-            "top_p": st.sampled_from([0.05, 0.5, 0.95, 1.0]),
-            "min_p": st.sampled_from([0.0, 0.02, 0.5]),
-            "typical_p": st.sampled_from([0.5, 1.0]),
-            "repetition": st.sampled_from([0.8, 1.0, 1.5]),
-            "presence": st.sampled_from([-1.0, 0.0, 1.0]),
-            "frequency": st.sampled_from([0.0, 0.7]),
-            "bias": st.dictionaries(st.integers(0, 29), st.sampled_from([-100.0, 1.5]), max_size=3),
-            "allowed": st.none() | st.lists(st.integers(0, 29), min_size=1, max_size=20),
-            "forbidden": st.lists(st.integers(0, 29), max_size=2),
-            "scale": st.sampled_from([0.1, 3.0, 20.0]),
-            "seed": st.integers(0, 2**64 - 1),
-        }
-    ),
-    min_size=1,
-    max_size=6,
-)
+SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "usual": lambda x: x * 3,
+    "flat": lambda x: x * 0.01,
+    "peaked": lambda x: x * 30,
+    "equal": lambda x: x * 0,
+    "ties": torch.round,
+    "masked": lambda x: x.masked_fill(x > 0, -torch.inf),
+    "nearly all masked": lambda x: x.masked_fill(x < x.amax(-1, keepdim=True) - 0.3, -torch.inf),
+    "far apart": lambda x: x * 1e30,
+}
+TOKENS = st.floats(0, 1, exclude_max=True)  # of any vocabulary: the share of its ids that come before
+CUTS = {
+    "temperature": st.sampled_from([0.0, 0.02, 0.3, 1.0, 1.7, 90.0]),
+    "top_k": st.sampled_from([0, 1, 5, 40, 90, 700, 2500, 10**6]),
+    "top_p": st.sampled_from([1e-6, 0.05, 0.5, 0.95, 1.0]),
+    "min_p": st.sampled_from([0.0, 1e-20, 0.02, 0.5, 1.0]),
+    "typical_p": st.sampled_from([0.2, 0.5, 1.0]),
+    "seed": st.integers(0, 2**64 - 1),
+    "shape": st.sampled_from(sorted(SHAPES)),
+}
+CHANGES = {
+    "repetition": st.sampled_from([0.8, 1.0, 1.5]),
+    "presence": st.sampled_from([-1.0, 0.0, 1.0]),
+    "frequency": st.sampled_from([0.0, 0.7]),
+    "bias": st.dictionaries(TOKENS, st.sampled_from([-100.0, 1.5]), max_size=3),
+    "allowed": st.none() | st.lists(TOKENS, min_size=1, max_size=20),
+    "forbidden": st.lists(TOKENS, max_size=2),
+    "watermark": st.none() | st.sampled_from([(0.0, 1.0), (0.25, 2.0), (1.0, -3.0)]),  # gamma, delta
+    "masked": st.booleans(),
+    "spoilt": st.none() | st.tuples(TOKENS, st.sampled_from([float("nan"), float("inf"), -float("inf")])),
+}
+CUT_ROWS = st.lists(st.fixed_dictionaries(CUTS), min_size=1, max_size=3)
+VOCABULARIES = [1, 31, 100, 600, 3000, 4099, 152_064]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -58,21 +70,35 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 def changes(rows: list[dict[str, Any]], vocab_size: int) -> LogitChanges:
     generator = np.random.default_rng(len(rows))
     every = range(len(rows))
-    history = RowTokens.of(every, [generator.integers(0, 30, 5 + 9 * row) for row in every])
-    assert history is not None
+    tokens = RowTokens.of(every, [generator.permutation(vocab_size)[: 5 + 90 * row] for row in every])
+    assert tokens is not None
+    biases = [{int(place * vocab_size): value for place, value in row["bias"].items()} for row in rows]
     allowed = [row for row in every if rows[row]["allowed"] is not None]
+    marked = [row for row in every if rows[row]["watermark"] is not None]
     return LogitChanges(
-        limits=np.full(len(rows), vocab_size - len(rows) % 2),
+        limits=np.full(len(rows), max(vocab_size - len(rows) % 2, 1)),
         penalties=Penalties(
-            history,
-            history.starts[:-1] + 3,
+            tokens,
+            generator.integers(0, 4, len(tokens.token_ids)),
             *(np.array([row[name] for row in rows]) for name in ("repetition", "presence", "frequency")),
         ),
-        bias=RowTokens.of(every, [list(row["bias"]) for row in rows]),
-        bias_values=np.array([value for row in rows for value in row["bias"].values()], dtype=np.float32),
-        allowed=RowTokens.of(allowed, [rows[row]["allowed"] for row in allowed]),
-        forbidden=RowTokens.of(every, [row["forbidden"] for row in rows]),
+        bias=RowTokens.of(every, [list(bias) for bias in biases]),
+        bias_values=np.array([value for bias in biases for value in bias.values()], dtype=np.float32),
+        allowed=RowTokens.of(allowed, [ids(rows[row]["allowed"], vocab_size) for row in allowed]),
+        forbidden=RowTokens.of(every, [ids(row["forbidden"], vocab_size) for row in rows]),
+        watermarks=Watermarks(
+            np.array(marked, dtype=np.int64),
+            np.array([rows[row]["seed"] for row in marked], dtype=np.uint64),
+            np.array([rows[row]["watermark"][0] for row in marked]),
+            np.array([rows[row]["watermark"][1] for row in marked], dtype=np.float32),
+        )
+        if marked
+        else None,
     )
+
+
+def ids(places: list[float], vocab_size: int) -> list[int]:
+    return [int(place * vocab_size) for place in places]
 
 
 def draws(rows: list[dict[str, Any]]) -> Draws:
@@ -83,56 +109,48 @@ def draws(rows: list[dict[str, Any]]) -> Draws:
 
 
 def logits_of(rows: list[dict[str, Any]], vocab_size: int) -> torch.Tensor:
-    """Different for each set of rows; no two in a row are equal."""
+    """Different for each set of rows."""
     generator = torch.Generator().manual_seed(rows[0]["seed"] % 2**32)
-    scales = torch.tensor([row["scale"] for row in rows])[:, None]
-    return (torch.randn(len(rows), vocab_size, generator=generator) * scales).to(DEVICE)
+    logits = torch.randn(len(rows), vocab_size, generator=generator)
+    return torch.stack([SHAPES[row["shape"]](each) for row, each in zip(rows, logits, strict=True)]).to(DEVICE)
 
 
-@settings(max_examples=150, deadline=None)
-@given(rows=ROWS, vocab_size=st.sampled_from([31, 600, 3000]))
+def mask(ops: Ops, logits: torch.Tensor, rows: list[dict[str, Any]]) -> None:
+    """Allow each second token of some rows, at random."""
+    masked, words = [row for row, fields in enumerate(rows) if fields["masked"]], -(-logits.shape[-1] // 32)
+    generator = torch.Generator().manual_seed(len(rows))
+    bits = torch.randint(-(2**31), 2**31, (len(masked), words), dtype=torch.int32, generator=generator)
+    if masked:
+        ops.mask_logits(logits, masked, bits)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    rows=st.lists(st.fixed_dictionaries(CUTS | CHANGES), min_size=1, max_size=3),
+    vocab_size=st.sampled_from(VOCABULARIES),
+)
 def test_a_backend_draws_what_the_reference_draws(ops: Ops, rows: list[dict[str, Any]], vocab_size: int) -> None:
     mine, theirs = (logits_of(rows, vocab_size) for _ in range(2))
-    ops.adjust_logits(mine, changes(rows, vocab_size))
-    REFERENCE.adjust_logits(theirs, changes(rows, vocab_size))
-    assert torch.equal(mine, theirs)
+    for each, logits in ((ops, mine), (REFERENCE, theirs)):
+        for row, fields in enumerate(rows):
+            if fields["spoilt"] is not None:
+                logits[row, int(fields["spoilt"][0] * vocab_size)] = fields["spoilt"][1]
+        each.adjust_logits(logits, changes(rows, vocab_size))
+        mask(each, logits, rows)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
     tokens = ops.draw_tokens(mine.clone(), draws(rows))
     assert tokens.tolist() == REFERENCE.draw_tokens(theirs, draws(rows)).tolist()
 
 
-SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "flat": lambda x: x * 0.01,
-    "peaked": lambda x: x * 30,
-    "equal": lambda x: x * 0,
-    "ties": torch.round,
-    "masked": lambda x: x.masked_fill(x > 0, -torch.inf),
-    "nearly all masked": lambda x: x.masked_fill(x < x.amax(-1, keepdim=True) - 0.3, -torch.inf),
-    "far apart": lambda x: x * 1e30,
-}
-CUTS = st.fixed_dictionaries(
-    {
-        "temperature": st.sampled_from([0.02, 0.7, 1.0, 90.0]),
-        "top_k": st.sampled_from([0, 3, 90, 2500, 10**6]),
-        "top_p": st.sampled_from([1e-6, 0.3, 0.9, 1.0]),
-        "min_p": st.sampled_from([0.0, 1e-20, 0.1, 1.0]),
-        "typical_p": st.sampled_from([0.2, 1.0]),
-        "seed": st.integers(0, 2**64 - 1),
-    }
-)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
-    rows=st.lists(CUTS, min_size=1, max_size=3),
-    shape=st.sampled_from(sorted(SHAPES)),
-    vocab_size=st.sampled_from([1, 100, 4099, 152_064]),
-    seed=st.integers(0, 2**32 - 1),
+    rows=CUT_ROWS,
+    vocab_size=st.sampled_from(VOCABULARIES),
 )
-def test_a_backend_draws_what_the_reference_draws_from_any_shape(
-    ops: Ops, rows: list[dict[str, Any]], shape: str, vocab_size: int, seed: int
+def test_a_backend_draws_what_the_reference_draws_from_unchanged_rows(
+    ops: Ops, rows: list[dict[str, Any]], vocab_size: int
 ) -> None:
-    logits = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    logits = SHAPES[shape](logits)
+    logits = logits_of(rows, vocab_size)
     tokens = ops.draw_tokens(logits.clone(), draws(rows))
     assert tokens.tolist() == REFERENCE.draw_tokens(logits, draws(rows)).tolist()
 
@@ -157,7 +175,7 @@ def test_a_backend_masks_what_the_bits_forbid(ops: Ops, rows: list[int], vocab_s
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows=ROWS, vocab_size=st.sampled_from([31, 600, 3000]))
+@given(rows=CUT_ROWS, vocab_size=st.sampled_from(VOCABULARIES))
 def test_what_a_backend_cuts_is_never_drawn_and_the_rest_is_as_the_reference_has_it(
     ops: Ops, rows: list[dict[str, Any]], vocab_size: int
 ) -> None:
@@ -174,16 +192,18 @@ def test_what_a_backend_cuts_is_never_drawn_and_the_rest_is_as_the_reference_has
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows=ROWS, num_top=st.sampled_from([0, 1, 20]))
+@given(rows=CUT_ROWS, vocab_size=st.sampled_from([200, 600, 152_064]), num_top=st.sampled_from([0, 1, 5, 20]))
 def test_a_backend_finds_the_likelihoods_that_the_reference_finds(
-    ops: Ops, rows: list[dict[str, Any]], num_top: int
+    ops: Ops, rows: list[dict[str, Any]], vocab_size: int, num_top: int
 ) -> None:
-    logits = logits_of(rows, 600)
+    logits = logits_of(rows, vocab_size)
     token_ids = torch.arange(len(rows), device=DEVICE)[:, None] * 50 + torch.arange(3, device=DEVICE)
     mine, theirs = (each.likelihoods(logits.clone(), token_ids, num_top) for each in (ops, REFERENCE))
     torch.testing.assert_close(mine.logprobs, theirs.logprobs)
     torch.testing.assert_close(mine.top_logprobs, theirs.top_logprobs)
-    assert (mine.ranks.tolist(), mine.top_ids.tolist()) == (theirs.ranks.tolist(), theirs.top_ids.tolist())
+    assert mine.ranks.tolist() == theirs.ranks.tolist()
+    assert torch.equal(logits.gather(-1, mine.top_ids), logits.gather(-1, theirs.top_ids))  # the ids, but for ties
+    assert all(len(set(top)) == num_top for top in mine.top_ids.tolist())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -14,9 +14,17 @@ from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan
 
-NO_TOKENS = np.array([], dtype=np.int64)
-
 Ranges = tuple[tuple[int, int, int], ...]  # (slot, first row, end row) of adapters, as in LoraSegments
+
+
+class Counts(NamedTuple):
+    """The tokens of a prompt and its output, each once, in any order."""
+
+    token_ids: np.ndarray  # int64 [n]
+    in_output: np.ndarray  # int64 [n]: how often the output has each
+
+
+NO_COUNTS = Counts(np.array([], dtype=np.int64), np.array([], dtype=np.int64))
 
 
 class History(NamedTuple):
@@ -26,7 +34,7 @@ class History(NamedTuple):
     sampling: SamplingParams
     num_prompt_tokens: int
     num_tokens: int  # of prompt and output: the position of the token to be drawn
-    token_ids: np.ndarray  # int64 [num_tokens], prompt, then output; empty: no parameter asks what they are
+    counts: Counts  # of these tokens; empty: no parameter asks for them
     green_seed: int = 0  # of its watermark, if it has one
 
     @classmethod
@@ -37,19 +45,18 @@ class History(NamedTuple):
     @classmethod
     def each(cls, request: Request, drafts: Sequence[int]) -> list[History]:
         """The history of the request, and that behind each of these drafts."""
-        known = NO_TOKENS
-        if request.sampling.needs_penalties:  # read once, however many drafts there are
-            known = np.array([*request.token_ids, *drafts], dtype=np.int64)
-        return [cls._behind(request, drafts[:count], known) for count in range(len(drafts) + 1)]
+        counts = [NO_COUNTS] * (len(drafts) + 1)
+        if request.sampling.needs_penalties:
+            counts = [Counts(*(np.frombuffer(column, np.int64) for column in each)) for each in request.counts(drafts)]
+        return [cls._behind(request, drafts[:number], each) for number, each in enumerate(counts)]
 
     @classmethod
-    def _behind(cls, request: Request, drafts: Sequence[int], known: np.ndarray) -> History:
+    def _behind(cls, request: Request, drafts: Sequence[int], counts: Counts) -> History:
         sampling, token_ids = request.sampling, request.token_ids
-        read = known[: len(token_ids) + len(drafts)]
         seed, mark = 0, sampling.watermark
         if mark is not None:
             seed = mark.seed([*token_ids[-mark.context_tokens :], *drafts][-mark.context_tokens :])
-        return cls(request.request_id, sampling, request.num_prompt_tokens, len(token_ids) + len(drafts), read, seed)
+        return cls(request.request_id, sampling, request.num_prompt_tokens, len(token_ids) + len(drafts), counts, seed)
 
     @property
     def num_output_tokens(self) -> int:

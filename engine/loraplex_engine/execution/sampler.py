@@ -163,13 +163,13 @@ def _forbidden_endings(history: History) -> tuple[int, ...]:
 
 def _penalties(histories: Sequence[History]) -> Penalties | None:
     penalised = {row: history for row, history in enumerate(histories) if history.sampling.needs_penalties}
-    tokens = RowTokens.of(list(penalised), [history.token_ids for history in penalised.values()])
+    tokens = RowTokens.of(list(penalised), [history.counts.token_ids for history in penalised.values()])
     if tokens is None:
         return None
     params = [history.sampling for history in penalised.values()]
     return Penalties(
-        history=tokens,
-        output_starts=tokens.starts[:-1] + [history.num_prompt_tokens for history in penalised.values()],
+        tokens=tokens,
+        counts=np.concatenate([history.counts.in_output for history in penalised.values()]),
         repetition=np.array([p.repetition_penalty for p in params]),
         presence=np.array([p.presence_penalty for p in params]),
         frequency=np.array([p.frequency_penalty for p in params]),

@@ -15,6 +15,7 @@ from loraplex_engine.link.pooling import PoolingMethod
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.scheduling.beam_search import BeamSearch
 from loraplex_engine.scheduling.form import Form
+from loraplex_engine.scheduling.token_counts import Counted, TokenCounts
 
 if TYPE_CHECKING:
     from loraplex_engine.scheduling.step import SampledToken
@@ -78,6 +79,7 @@ class Request:
         "search",
         "state",
         "tenant",
+        "token_counts",
         "token_ids",
         "waits",
         "weight",
@@ -109,6 +111,7 @@ class Request:
         self._lay_out(message.prompt)
         self.num_prompt_tokens = len(self.token_ids)
         self.token_ids += message.output_token_ids
+        self.token_counts: TokenCounts | None = None  # once somebody asks
         self.num_computed_tokens = 0  # tokens whose keys and values are in the cache
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
@@ -149,8 +152,15 @@ class Request:
         """A sequence with the same tokens, which holds no blocks."""
         fork = copy(self)
         fork.token_ids, fork.block_hashes = list(self.token_ids), list(self.block_hashes)
-        fork.block_ids, fork.num_computed_tokens = [], 0
+        fork.block_ids, fork.num_computed_tokens, fork.token_counts = [], 0, None
         return fork
+
+    def counts(self, drafts: Sequence[int]) -> list[Counted]:
+        """How often it has its tokens, and how often it would have them behind each of these drafts."""
+        if self.token_counts is None:
+            self.token_counts = TokenCounts(self.token_ids[: self.num_prompt_tokens])
+        self.token_counts.follow(self.token_ids[self.num_prompt_tokens :])
+        return self.token_counts.behind_each(drafts)
 
     @property
     def sequences(self) -> Sequence[Request]:

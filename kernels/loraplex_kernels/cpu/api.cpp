@@ -112,7 +112,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 16; }
+EXPORT int loraplex_version() { return 17; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -341,11 +341,11 @@ EXPORT int loraplex_mask_logits(Context* context, float* logits, int64_t vocabul
 }
 
 EXPORT int loraplex_penalise(Context* context, float* logits, int64_t vocabulary, int64_t count, const int64_t* row_ids,
-                             const int64_t* starts, const int64_t* token_ids, const int64_t* output_starts,
+                             const int64_t* starts, const int64_t* token_ids, const int64_t* counts,
                              const double* repetition, const double* presence, const double* frequency) {
     return guarded([&] {
         penalise(*context, logits, vocabulary,
-                 Penalties{count, row_ids, starts, token_ids, output_starts, repetition, presence, frequency});
+                 Penalties{count, row_ids, starts, token_ids, counts, repetition, presence, frequency});
     });
 }
 

@@ -443,21 +443,11 @@ void likelihoods_of_row(const float* x, int64_t n, const Likelihoods& out, int64
     for (int64_t i = 0; i < out.count; ++i) top_logprobs[i] = logprob_of(top_logprobs[i]);
 }
 
-void penalise_row(float* x, int64_t vocabulary, const Penalties& penalties, int64_t i) {
-    static thread_local std::vector<int64_t> times;  // 1 + how often a token is in the output; 0: it was never there
-    if (int64_t(times.size()) < vocabulary) times.resize(vocabulary);
-    const int64_t start = penalties.starts[i], output = penalties.output_starts[i], end = penalties.starts[i + 1];
-    for (int64_t place = start; place < output; ++place) times[penalties.token_ids[place]] = 1;
-    for (int64_t place = output; place < end; ++place) {
-        int64_t& count = times[penalties.token_ids[place]];
-        count += count ? 1 : 2;
-    }
+void penalise_row(float* x, const Penalties& penalties, int64_t i) {
     const float factor = float(penalties.repetition[i]);
-    for (int64_t place = start; place < end; ++place) {
-        const int64_t token = penalties.token_ids[place], count = times[token];
-        if (!count) continue;  // was done
-        times[token] = 0;
-        const double lower = count > 1 ? penalties.presence[i] + penalties.frequency[i] * double(count - 1) : 0.0;
+    for (int64_t place = penalties.starts[i]; place < penalties.starts[i + 1]; ++place) {
+        const int64_t token = penalties.token_ids[place], count = penalties.counts[place];
+        const double lower = count > 0 ? penalties.presence[i] + penalties.frequency[i] * double(count) : 0.0;
         x[token] = (x[token] > 0 ? x[token] / factor : x[token] * factor) - float(lower);
     }
 }
@@ -478,9 +468,8 @@ void mask_logits(Context& context, float* logits, int64_t vocabulary, int64_t co
 }
 
 void penalise(Context& context, float* logits, int64_t vocabulary, const Penalties& penalties) {
-    context.pool.run(penalties.count, [&](int64_t i) {
-        penalise_row(logits + penalties.row_ids[i] * vocabulary, vocabulary, penalties, i);
-    });
+    context.pool.run(penalties.count,
+                     [&](int64_t i) { penalise_row(logits + penalties.row_ids[i] * vocabulary, penalties, i); });
 }
 
 void draw_tokens(Context& context, float* logits, int64_t rows, int64_t vocabulary, const Draws& draws,

@@ -12,14 +12,14 @@ namespace loraplex {
 void mask_logits(Context& context, float* logits, int64_t vocabulary, int64_t count, const int64_t* row_ids,
                  const uint32_t* bits, int64_t words);
 
-// Penalties of `count` rows for the tokens that they have had: token_ids[starts[i] : starts[i + 1]] of row row_ids[i],
-// the output's from output_starts[i] on. All of them are ids of the vocabulary.
+// Penalties of `count` rows for the tokens that they have had, each once: token_ids[starts[i] : starts[i + 1]] of row
+// row_ids[i], and in `counts` how often the output has each. All of them are ids of the vocabulary.
 struct Penalties {
     int64_t count;
     const int64_t* row_ids;
     const int64_t* starts;
     const int64_t* token_ids;
-    const int64_t* output_starts;
+    const int64_t* counts;
     const double* repetition;
     const double* presence;
     const double* frequency;

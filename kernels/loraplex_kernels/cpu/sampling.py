@@ -23,12 +23,12 @@ class CpuSampling(TorchSampling):
         succeed(self.library.mask_logits(self.library.context, *where, bits.data_ptr(), bits.shape[1]))
 
     def penalise(self, logits: Tensor, penalties: Penalties) -> None:
-        history = penalties.history
+        tokens = penalties.tokens
         arrays = (
-            *(history.rows, history.starts, history.token_ids, penalties.output_starts),
+            *(tokens.rows, tokens.starts, tokens.token_ids, penalties.counts),
             *(penalties.repetition, penalties.presence, penalties.frequency),
         )
-        where = address(logits), logits.shape[1], len(history.rows)
+        where = address(logits), logits.shape[1], len(tokens.rows)
         succeed(self.library.penalise(self.library.context, *where, *(each.ctypes.data for each in arrays)))
 
     def draw_tokens(self, logits: Tensor, draws: Draws) -> Tensor:

@@ -150,11 +150,11 @@ def test_a_token_is_drawn_after_each_draft_as_if_it_were_known() -> None:
     assert arrays.num_drawn == (3, 1)
     assert arrays.logits_rows.tolist() == [0, 1, 2, 3]
     assert [history.num_tokens for history in arrays.histories] == [3, 4, 5, 2]
-    assert [history.token_ids.tolist() for history in arrays.histories] == [
-        [7, 8, 9],
-        [7, 8, 9, 4],
-        [7, 8, 9, 4, 6],
-        [],
+    assert [counted(history) for history in arrays.histories] == [
+        {7: 0, 8: 0, 9: 1},
+        {7: 0, 8: 0, 9: 1, 4: 1},
+        {7: 0, 8: 0, 9: 1, 4: 1, 6: 1},
+        {},
     ]
 
 
@@ -227,6 +227,21 @@ def test_an_adapter_applies_to_the_rows_from_its_invocation_on(
     assert step_arrays(StepPlan((ScheduledRequest(adapted, 2, 3),)), BLOCK_SIZE).lora == ranges
 
 
+def counted(history: History) -> dict[int, int]:
+    """How often the output has each token of a history."""
+    return dict(zip(*(column.tolist() for column in history.counts), strict=True))
+
+
 def test_a_history_holds_its_tokens_only_where_a_parameter_reads_them() -> None:
-    assert History.of(request([7, 8], [9], presence_penalty=1.0)).token_ids.tolist() == [7, 8, 9]
-    assert not len(History.of(request([7, 8], [9])).token_ids)
+    assert counted(History.of(request([7, 8], [9], presence_penalty=1.0))) == {7: 0, 8: 0, 9: 1}
+    assert not counted(History.of(request([7, 8], [9])))
+
+
+def test_a_sequence_that_branches_counts_its_own_tokens() -> None:
+    parent = request([7, 8], [9], presence_penalty=1.0)
+    History.of(parent)
+    branch = parent.forked()
+    parent.token_ids.append(9)
+    branch.token_ids.append(7)
+    assert counted(History.of(parent)) == {7: 0, 8: 0, 9: 2}
+    assert counted(History.of(branch)) == {7: 1, 8: 0, 9: 1}
