@@ -304,17 +304,18 @@ def _likeliest(token: TokenLogprob) -> dict[str, float] | None:
 
 
 def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> Json | None:
-    if not tokens:
-        return None
-    return {
-        "content": [
-            {
-                **_spelt(token.text, _logprob(token), token.bytes),
-                "top_logprobs": [_spelt(top.text, max(top.logprob, LEAST_LOGPROB), top.bytes) for top in token.top],
-            }
-            for token in tokens
-        ]
-    }
+    return {"content": spelt_logprobs(tokens)} if tokens else None
+
+
+def spelt_logprobs(tokens: Sequence[TokenLogprob]) -> list[Json]:
+    """Tokens with their log-probabilities, as OpenAI's newer APIs have them."""
+    return [
+        {
+            **_spelt(token.text, _logprob(token), token.bytes),
+            "top_logprobs": [_spelt(top.text, max(top.logprob, LEAST_LOGPROB), top.bytes) for top in token.top],
+        }
+        for token in tokens
+    ]
 
 
 def _spelt(text: str, logprob: float | None, raw: bytes) -> Json:

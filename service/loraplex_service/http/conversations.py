@@ -14,10 +14,10 @@ from loraplex_service.http.parameters import Draft, Put, bounded, checked, items
 EMPTY_IN_ANSWERS = ("refusal", "audio", "function_call", "annotations")
 
 
-def begin(draft: Draft) -> None:
-    """Make the prompt a conversation: what is wrong with it is wrong with the messages, also where none are given."""
+def begin(draft: Draft, name: str = "messages") -> None:
+    """Make the prompt a conversation: what is wrong with it is wrong with `name`, also where that is not given."""
     draft.message.prompt.chat.SetInParent()
-    draft.paths += [(path, "messages") for path in ("prompt", "prompt.chat", "prompt.chat.messages")]
+    draft.paths += [(path, name) for path in ("prompt", "prompt.chat", "prompt.chat.messages")]
 
 
 def put_messages(draft: Draft, value: Any) -> None:

@@ -3,8 +3,9 @@
 from loraplex_service.http import tables
 from loraplex_service.http.messages.table import COUNT, MESSAGES
 from loraplex_service.http.parameters import Table
+from loraplex_service.http.responses.table import RESPONSES
 
-TABLES = (*tables.TABLES, MESSAGES, COUNT)
+TABLES = (*tables.TABLES, RESPONSES, MESSAGES, COUNT)
 
 
 def rendered(table: Table) -> list[str]:

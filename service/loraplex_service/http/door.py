@@ -20,6 +20,8 @@ from loraplex_service.http.generations import echoes, generate
 from loraplex_service.http.messages.answers import MessageAnswers
 from loraplex_service.http.messages.table import COUNT, MESSAGES
 from loraplex_service.http.parameters import Draft, Table
+from loraplex_service.http.responses.answers import ResponseAnswers
+from loraplex_service.http.responses.table import RESPONSES
 from loraplex_service.http.service import Clients, ServiceClient, call_options
 from loraplex_service.http.tables import CHAT, COMPLETIONS, DETOKENIZE, EMBEDDINGS, TOKENIZE
 
@@ -55,6 +57,7 @@ class Door:
             "/v1/models": Endpoint("GET", self._models),
             CHAT.path: Endpoint("POST", self._generation(CHAT, ChatAnswers)),
             COMPLETIONS.path: Endpoint("POST", self._completions),
+            RESPONSES.path: Endpoint("POST", self._generation(RESPONSES, ResponseAnswers)),
             EMBEDDINGS.path: Endpoint("POST", self._embeddings),
             TOKENIZE.path: Endpoint("POST", self._tokenize),
             DETOKENIZE.path: Endpoint("POST", self._detokenize),

@@ -42,16 +42,16 @@ def put_routing_key(draft: Draft, value: Any) -> None:
     draft.routing_key = text(value)
 
 
-def new_chat() -> Draft:
-    """A generation that goes on with a conversation."""
+def new_chat(name: str = "messages") -> Draft:
+    """A generation that goes on with a conversation, which the parameter of this name has."""
     draft = new_spec()
-    said.begin(draft)
+    said.begin(draft, name)
     return draft
 
 
-def new_turn() -> Draft:
+def new_turn(name: str = "messages") -> Draft:
     """A generation that goes on with a conversation, by one output: its API has no place for more."""
-    draft = new_chat()
+    draft = new_chat(name)
     draft.message.sampling.n = 1
     return draft
 

@@ -102,7 +102,8 @@ def wrong(name: str, problem: str, code: str = "invalid_value") -> Refusal:
 def refuse_others(value: Mapping[str, Any], known: Collection[str], name: str) -> None:
     """Raise Refusal for a key that is not known and has a value. `name`: of the object, in the body."""
     if unknown := sorted(key for key, content in value.items() if key not in known and content is not None):
-        raise wrong(f"{name}.{unknown[0]}", f"{', '.join(known)} are taken", code="unsupported_parameter")
+        problem = f"is not taken here; there are: {', '.join(known) or 'none'}"
+        raise wrong(f"{name}.{unknown[0]}", problem, code="unsupported_parameter")
 
 
 # ---- kinds of parameters ---------------------------------------------------------------------------------------------

@@ -77,6 +77,11 @@ class Caller:
         turns = {"model": self.model, "messages": [{"role": "user", "content": said}], "max_tokens": 4}
         return await self.post("/v1/messages", turns | parameters)
 
+    async def respond(self, said: Any = "hi", **parameters: Any) -> Answer:
+        return await self.post(
+            "/v1/responses", {"model": self.model, "input": said, "max_output_tokens": 4} | parameters
+        )
+
     async def complete(self, prompt: Any = "ab", **parameters: Any) -> Answer:
         return await self.post("/v1/completions", {"model": self.model, "prompt": prompt, "max_tokens": 4} | parameters)
 

@@ -68,6 +68,15 @@ OWN: dict[str, dict[str, Any]] = {  # of parameters that other endpoints have wi
         "thinking": {"type": "disabled"},
     },
 }
+OWN["/v1/responses"] = {
+    "input": "hello",
+    "instructions": "be brief",
+    "tools": [{"type": "function", "name": "now", "parameters": {"type": "object"}}],
+    "text": {"format": {"type": "json_object"}},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "include": ["message.output_text.logprobs"],
+    "stream_options": {"include_obfuscation": False},
+}
 OWN["/v1/messages/count_tokens"] = OWN["/v1/messages"]
 EACH = [(table, parameter) for table in TABLES for parameter in table.parameters]
 TAKEN = [pytest.param(*each, id=f"{each[0].path} {each[1].name}") for each in EACH if each[1].taken]

@@ -31,6 +31,22 @@ several = client.completions.create(model="tiny", prompt=["ab", "cd"], max_token
 assert [choice.text for choice in several.choices] == ["abab", "cdcd"]
 assert len(client.embeddings.create(model="tiny", input=["a", "b"]).data) == 2
 
+asked = {"input": "hello", "max_output_tokens": 6}
+made = client.responses.create(model="pirate", instructions="s", metadata={"a": "b"}, **asked)
+assert (made.output_text, made.status, made.incomplete_details.reason) == ("[syste", "incomplete", "max_output_tokens")
+assert (made.metadata, made.store, made.usage.output_tokens) == ({"a": "b"}, False, 6), made
+again = [{"role": "user", "content": "hello"}, *made.output, {"role": "user", "content": "and?"}]
+assert client.responses.create(model="tiny", input=again, max_output_tokens=6).output_text == "[user]"
+with client.responses.stream(model="tiny", **asked) as stream:
+    deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+assert "".join(deltas) == "[user]"
+try:
+    client.responses.create(model="tiny", input="hello", previous_response_id=made.id)
+except openai.BadRequestError as error:
+    assert error.param == "previous_response_id"
+else:
+    raise AssertionError("nothing is kept")
+
 for kind, parameters in [
     (openai.BadRequestError, {"temperature": 11}),
     (openai.BadRequestError, {"store": True}),
@@ -53,9 +69,11 @@ import json
 from typing import get_type_hints
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 kinds = {
     "/v1/chat/completions": chat_create_params.CompletionCreateParamsStreaming,
+    "/v1/responses": response_create_params.ResponseCreateParamsStreaming,
     "/v1/completions": completion_create_params.CompletionCreateParamsStreaming,
     "/v1/embeddings": embedding_create_params.EmbeddingCreateParams,
 }
@@ -65,7 +83,7 @@ print(json.dumps({path: list(get_type_hints(kind)) for path, kind in kinds.items
 
 @pytest.fixture(scope="module")
 def with_openai(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environment(tmp_path_factory.mktemp("openai"), "openai>=1.50")
+    return environment(tmp_path_factory.mktemp("openai"), "openai>=2")
 
 
 @pytest.mark.slow
