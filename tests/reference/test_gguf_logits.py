@@ -12,8 +12,11 @@ from loraplex_adapters.files import gguf_names
 from loraplex_engine.checkpoint.gguf_config import ARCHITECTURES
 from tests.gguf_files import write_gguf
 from tests.reference.test_model_logits import (
+    EXPERTS,
     GEMMA,
     LENGTHS,
+    SINKS,
+    YARN_ROPE,
     Stepper,
     assert_same,
     expected_logits,
@@ -67,6 +70,18 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "ernie": ("ernie4_5", lambda: of("Ernie4_5", head_dim=10)),
     "seed_oss": ("seed_oss", lambda: of("SeedOss", head_dim=10, attention_dropout=0.0)),
     "arcee": ("arcee", lambda: of("Arcee")),
+    "mixtral": ("llama", lambda: of("Mixtral", num_local_experts=5, num_experts_per_tok=2)),
+    "qwen2_moe": ("qwen2moe", lambda: of("Qwen2Moe", **EXPERTS, shared_expert_intermediate_size=40)),
+    "qwen3_moe": ("qwen3moe", lambda: of("Qwen3Moe", **EXPERTS, head_dim=10, norm_topk_prob=True)),
+    "olmoe": ("olmoe", lambda: of("Olmoe", num_experts=6, num_experts_per_tok=4)),
+    "granite_moe": (
+        "granitemoe",
+        lambda: of("GraniteMoe", num_local_experts=5, residual_multiplier=0.3, logits_scaling=2.0),
+    ),
+    "gpt_oss": (
+        "gpt-oss",
+        lambda: of("GptOss", **{**SINKS, "rope_parameters": YARN_ROPE}, num_hidden_layers=4),
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from loraplex_adapters.files.gguf import GGUFError
 from loraplex_adapters.files.gguf_tokens import end_token_ids
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.gguf_blocks import FLOAT_TYPES
+from loraplex_engine.checkpoint.gguf_experts import EXPERTS, expert_config
 from loraplex_engine.checkpoint.gguf_model import GGUFModel, same_in_all_layers
 from loraplex_engine.checkpoint.model_config import ModelError
 
@@ -86,12 +87,57 @@ def _head_dim(fields: ConfigFields) -> int:
     )
 
 
+def _llama(fields: ConfigFields) -> str:
+    return "MixtralForCausalLM" if _has_experts(fields) else "LlamaForCausalLM"
+
+
+def _mixtral(fields: ConfigFields) -> Config:
+    return expert_config(fields, normalised=True) if _has_experts(fields) else {}
+
+
+def _has_experts(fields: ConfigFields) -> bool:
+    return bool(fields.integer("expert_count", 0, minimum=0))
+
+
+def _qwen_moe(normalised: bool) -> Read:
+    return lambda fields: {**expert_config(fields, normalised), "use_sliding_window": False}
+
+
+def _olmoe(fields: ConfigFields) -> Config:
+    if fields.number_or_zero("attention.clamp_kqv"):
+        raise fields.error("attention.clamp_kqv", fields.number("attention.clamp_kqv"), "absent: it is not computed")
+    return expert_config(fields, normalised=False)
+
+
+def _granite_moe(fields: ConfigFields) -> Config:
+    shared = fields.integer("expert_shared_feed_forward_length", 0, minimum=0)
+    if shared:
+        raise fields.error("expert_shared_feed_forward_length", shared, "absent: no shared experts are read")
+    return {**_granite(fields), **expert_config(fields, normalised=True)}
+
+
+def _gpt_oss(fields: ConfigFields) -> Config:
+    scaling: Config = {
+        "rope_type": "yarn",
+        "factor": fields.number("rope.scaling.factor"),
+        "original_max_position_embeddings": fields.integer("rope.scaling.original_context_length"),
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,  # which the files do not say
+    }
+    if fields.text("rope.scaling.type") != "yarn":
+        raise fields.error("rope.scaling.type", fields.text("rope.scaling.type"), "yarn")
+    size = fields.integer("expert_feed_forward_length", fields.integer("feed_forward_length"))
+    experts = {**expert_config(fields, normalised=True), "intermediate_size": size}
+    return {**experts, "rope_scaling": scaling, "sliding_window": fields.integer("attention.sliding_window", 128)}
+
+
 def _olmo(fields: ConfigFields) -> str:
     return "Olmo3ForCausalLM" if _window(fields)["sliding_window"] else "Olmo2ForCausalLM"
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM"),
+    "llama": Architecture(_llama, _mixtral),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "gemma": Architecture("GemmaForCausalLM", activation="gelu_pytorch_tanh"),
@@ -106,6 +152,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "ernie4_5": Architecture("Ernie4_5ForCausalLM"),
     "seed_oss": Architecture("SeedOssForCausalLM"),
     "arcee": Architecture("ArceeForCausalLM", activation="relu2"),
+    "qwen2moe": Architecture("Qwen2MoeForCausalLM", _qwen_moe(normalised=False)),
+    "qwen3moe": Architecture("Qwen3MoeForCausalLM", _qwen_moe(normalised=True)),
+    "olmoe": Architecture("OlmoeForCausalLM", _olmoe),
+    "granitemoe": Architecture("GraniteMoeForCausalLM", _granite_moe),
+    "gpt-oss": Architecture("GptOssForCausalLM", _gpt_oss, windows=True),
 }
 
 
@@ -115,7 +166,7 @@ def read_gguf_config(path: Path) -> Config:
     name, fields = model.architecture, model.fields
     if name not in ARCHITECTURES:
         raise ModelError(f"{path}: architecture not supported: {name}; the known ones are {', '.join(ARCHITECTURES)}")
-    if fields.has("expert_count") and fields.integer("expert_count", minimum=0):
+    if _has_experts(fields) and name not in EXPERTS:
         raise ModelError(f"{path}: architecture not supported: {name} with experts")
     if EMBEDDING not in model.tensors:
         raise ModelError(f"{path}: tensor token_embd.weight is missing: it is no language model, or a part of one")

@@ -88,7 +88,9 @@ class MixtureLayout:
     transposed: bool = False  # which is [E, C, N]
 
     def as_stored(self, holds: Callable[[str], bool]) -> MixtureLayout:
-        return replace(self, stacked=self.stacked or holds(f"{self.expert.module}.gate_up_proj"))
+        module, names = self.expert.module, self.expert.names
+        apart = holds(f"{module}.0.{names.down}.weight")  # in GGUF files, whatever others have
+        return replace(self, stacked=not apart and (self.stacked or holds(f"{module}.gate_up_proj")))
 
     def linears(self, hidden_size: int) -> tuple[FusedLinear, ...]:
         router = _dense("router", self.router, hidden_size, self.num_experts, self.router_bias)

@@ -19,7 +19,7 @@ from loraplex_engine.models import load_model, read_model_config
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.quantized import MinimumWeight, concatenate, dequantize
 from loraplex_kernels.selection import select_ops
-from tests.gguf_files import gguf, random_blocks, write_gguf
+from tests.gguf_files import gguf, random_blocks, unpack, write_gguf
 from tests.reference.test_model_logits import LENGTHS, Stepper, gemma3, llama, prompts, randomised
 
 ROWS, BLOCKS = 6, 3
@@ -106,7 +106,7 @@ def test_a_model_of_blocks_answers_as_the_dense_model_of_their_values(name: str,
     )
     packed, dense = tmp_path / "packed.gguf", tmp_path / "dense.gguf"
     write_gguf(packed, randomised(model), "llama", name)
-    unpack(packed, dense)
+    unpack(packed, dense, "llama")
     found = []
     for path in (packed, dense):
         ops = select_ops(torch.device("cpu"), "reference")
@@ -115,21 +115,6 @@ def test_a_model_of_blocks_answers_as_the_dense_model_of_their_values(name: str,
         stepper.step(*enumerate(LENGTHS))
         found.append(torch.cat(stepper.results()))
     assert_close(found[0], found[1])
-
-
-def unpack(packed: Path, dense: Path) -> None:
-    """The same file with numbers in place of blocks."""
-    reader, writer = gguf.GGUFReader(packed), gguf.GGUFWriter(dense, "llama")
-    for key, field in reader.fields.items():
-        if key.startswith("llama."):
-            writer.add_key_value(key, field.contents(), field.types[0])
-    for tensor in reader.tensors:
-        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, np.ascontiguousarray(numbers, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_the_label_names_the_types(tmp_path: Path) -> None:
