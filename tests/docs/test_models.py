@@ -78,7 +78,7 @@ def test_adapters_name_what_the_table_says(architecture: str) -> None:
 
 
 def test_gguf_files_of_every_architecture_are_named() -> None:
-    said = {name for _, gguf in rows().values() for name in re.findall(r"`(\w+)`", gguf)}
+    said = {name for _, gguf in rows().values() for name in re.findall(r"`([\w-]+)`", gguf)}
     assert said == OF_GGUF.keys()
     for name, read in OF_GGUF.items():
         if isinstance(read.name, str):

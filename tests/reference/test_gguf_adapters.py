@@ -128,7 +128,7 @@ def test_a_model_is_no_adapter(tmp_path: Path) -> None:
     assert "adapter_model.gguf: general.type is 'model', not 'adapter'" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("architecture", ["granitemoe", "mistral3", "nonsense"])
+@pytest.mark.parametrize("architecture", ["glm4moe", "mistral3", "nonsense"])
 def test_an_architecture_that_is_not_known_is_refused_by_name(architecture: str, tmp_path: Path) -> None:
     write_adapter(tmp_path, ("blk.0.attn_q.weight.lora_a",), architecture=architecture)
     assert f"general.architecture is '{architecture}'; the known ones are llama" in refused(tmp_path)

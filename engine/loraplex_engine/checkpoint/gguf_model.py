@@ -32,6 +32,7 @@ AROUND = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+BEHIND_ATTENTION = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
 NORMS: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(("gemma2", "gemma3", "olmo2", "exaone4"), AROUND),
     "glm4": {
@@ -41,10 +42,8 @@ NORMS: Mapping[str, Mapping[str, str]] = {
         "post_ffw_norm": "post_mlp_layernorm",
     },
     # Their converter takes the norm before the feed-forward for one behind attention.
-    **dict.fromkeys(
-        ("seed_oss", "gpt-oss"),
-        {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"},
-    ),
+    "seed_oss": BEHIND_ATTENTION,
+    "gpt-oss": BEHIND_ATTENTION,
 }
 NORMS_BEFORE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 NORMS_WITH_ONE = ("gemma", "gemma2", "gemma3")  # stored as they are multiplied, where Hugging Face's have 1 less
