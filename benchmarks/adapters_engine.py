@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measure import Record, closed_loop, open_loop
+from benchmarks.measure import Record, at_rate, closed_loop, open_loop
 from benchmarks.workload import Work
 from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from loraplex_adapters.key import AdapterKey
@@ -174,13 +174,13 @@ class Bench:
         """Requests that come when they come, `rate` a second, and perhaps a neighbour until the last has its answer."""
 
         async def go() -> list[Record]:
-            callers = asyncio.ensure_future(open_loop(self.generate, work, rate, seed))
+            callers = asyncio.ensure_future(open_loop(self.generate, at_rate(work, rate, seed)))
             disturbing = asyncio.ensure_future(neighbour(callers)) if neighbour is not None else None
             await self.step_until(callers)
             if disturbing is not None:
                 await self.step_until(disturbing)
             self.core.abort(list(self._waiting))  # what the neighbour still waits for
             self._waiting.clear()
-            return await callers
+            return (await callers)[0]
 
         return asyncio.run(go())

@@ -40,7 +40,7 @@ from typing import Any
 import grpc
 
 from benchmarks.measure import Record, machine, summarise
-from benchmarks.serving import System, parse_cells, system_command
+from benchmarks.serving import System, parse_scenario, system_command
 from benchmarks.systems.loraplex_grpc import free_ports
 from benchmarks.workload import FIRST_TOKEN_ID, SCENARIOS, SEED, VOCAB, Work, make_work
 
@@ -105,14 +105,14 @@ def steady(records: Sequence[Record]) -> dict[str, float]:
 
 def overhead(args: argparse.Namespace, logs: Path) -> list[Result]:
     """What the service takes of the throughput of an engine within one process."""
-    args.adapters = max(SCENARIOS[name].num_adapters for name, _ in args.cells)
+    args.adapters = max(scenario.num_adapters for scenario, _ in args.cells)
     commands = {name: system_command(name, None, args) for name in ("inprocess", "grpc")}
     return paired(commands, args, logs)
 
 
 def telemetry(args: argparse.Namespace, logs: Path) -> list[Result]:
     """What telemetry takes of the throughput: metrics page, usage records, JSON and access log, all traces by OTLP."""
-    args.adapters = max(SCENARIOS[name].num_adapters for name, _ in args.cells)
+    args.adapters = max(scenario.num_adapters for scenario, _ in args.cells)
     if args.steps_per_second is None:
         command = system_command("grpc", None, args)
     else:
@@ -169,7 +169,7 @@ def paired(commands: dict[str, list[str]], args: argparse.Namespace, logs: Path)
     """What the second of two systems loses against the first."""
     results = []
     with together(commands, logs) as systems:
-        for scenario, streams in ((SCENARIOS[name], streams) for name, counts in args.cells for streams in counts):
+        for scenario, streams in ((scenario, streams) for scenario, counts in args.cells for streams in counts):
             head = f"{scenario.name} c{streams}"
             works = (args.rounds * make_work(scenario, streams, repeat) for repeat in range(args.repeats))
             turns = (in_turns(systems, head, work, streams, repeat) for repeat, work in enumerate(works))
@@ -238,7 +238,7 @@ def main() -> None:
             command.add_argument("--offered", type=float, default=130_000, help="tokens a second over all streams")
             command.add_argument("--streams", type=int, nargs="+", default=[64, 256])
         else:
-            command.add_argument("--cells", nargs="+", type=parse_cells, default=[("base", [8, 32])])
+            command.add_argument("--cells", nargs="+", type=parse_scenario, default=[(SCENARIOS["base"], [8, 32])])
             command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
             command.add_argument("--rounds", type=int, default=1, help="how often each repeat does its work")
         if measure is telemetry:

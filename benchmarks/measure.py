@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import re
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.workload import Work
 
+TTFT_LIMIT_SECONDS, TPOT_LIMIT_SECONDS = 1.0, 0.1  # what callers wait for
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 # generate(work, on_tokens): sends one request, calls on_tokens(n) whenever n more tokens have arrived, and returns the
@@ -68,28 +70,41 @@ async def closed_loop(
     return records, tokens
 
 
-async def open_loop(generate: Generate, work: Sequence[Work], rate: float, seed: int) -> list[Record]:
-    """Requests at `rate` per second on average (Poisson), each when its moment has come, whatever became of others.
+async def open_loop(generate: Generate, work: Sequence[Work]) -> tuple[list[Record], list[list[int]]]:
+    """Each request when its moment has come, whatever became of others.
 
     A request counts from its own moment, even if the sender was late.
     """
-    rng = random.Random(seed)
-    moment = time.perf_counter()
+    start = time.perf_counter()
 
-    async def client(item: Work, moment: float) -> Record:
+    async def client(item: Work) -> tuple[Record, list[int]]:
+        moment = start + item.moment
         await asyncio.sleep(moment - time.perf_counter())
         record = Record(moment, len(item.prompt), item.output)
-        await generate(item, record.arrive)
+        tokens = await generate(item, record.arrive)
         received = sum(count for _, count in record.arrivals)
         if received != item.output:
             raise RuntimeError(f"asked for {item.output} tokens, got {received}")
-        return record
+        return record, tokens
 
-    clients = []
-    for item in work:
-        moment += rng.expovariate(rate)
-        clients.append(client(item, moment))
-    return await asyncio.gather(*clients)
+    answers = await asyncio.gather(*(client(item) for item in work))
+    return [record for record, _ in answers], [tokens for _, tokens in answers]
+
+
+async def drive(
+    generate: Generate, work: Sequence[Work], concurrency: int | None
+) -> tuple[list[Record], list[list[int]]]:
+    """A closed loop of so many clients; None: an open loop."""
+    if concurrency is None:
+        return await open_loop(generate, work)
+    return await closed_loop(generate, work, concurrency)
+
+
+def at_rate(work: Sequence[Work], rate: float, seed: int) -> list[Work]:
+    """The same requests, `rate` a second on average (Poisson)."""
+    rng = random.Random(seed)
+    moments = itertools.accumulate(rng.expovariate(rate) for _ in work)
+    return [replace(item, moment=moment) for item, moment in zip(work, moments, strict=True)]
 
 
 def percentile(values: Iterable[float], share: float) -> float:
@@ -116,6 +131,16 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
         for share in (0.5, 0.9, 0.99):
             summary[f"{name}_p{share * 100:.0f}_seconds"] = percentile(values, share) if values else float("nan")
     return summary
+
+
+def summarise_traffic(records: Sequence[Record]) -> dict[str, float]:
+    """The same, and how many requests had their tokens in time."""
+    summary = summarise(records)
+    in_time = sum(record.ttft <= TTFT_LIMIT_SECONDS and (record.tpot or 0) <= TPOT_LIMIT_SECONDS for record in records)
+    return summary | {
+        "share_in_time": in_time / len(records),
+        "requests_in_time_per_second": in_time / summary["wall_seconds"],
+    }
 
 
 def while_saturated(records: Sequence[Record]) -> tuple[int, float]:

@@ -71,7 +71,9 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Every id decodes: the bytes first, then made-up words. Speed is measured with it, not sense."""
     words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words += [f"Ġword{index}" for index in range(vocab_size - len(words))]
-    tokenizer = Tokenizer(BPE(vocab={word: index for index, word in enumerate(words)}, merges=[], unk_token="<unk>"))
+    vocab = {word: index for index, word in enumerate(words)}
+    merges = [("Ġword1", "0")]  # llama.cpp takes no vocabulary without merges
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

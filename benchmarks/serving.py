@@ -1,6 +1,9 @@
 """Serve the same work with several systems in one run, and say how fast each was.
 
-    python -m benchmarks.serving --model DIR/llama-160m --systems grpc,hf --cells base:1,8 lora8:8 --out OUT
+    python -m benchmarks.serving --model DIR/llama-160m --systems grpc,hf --cells base:1,8 lora8:8 chat:0.5,1 --out OUT
+
+A cell is a scenario with numbers of streams, each of which sends its next request when its last has ended; or a traffic
+with rates, of requests a second that come whatever became of others.
 
 Systems: `grpc` (loraplex serve), `inprocess` (EngineCore), `reference` (EngineCore on the torch kernels), and the
 others, each with the Python of its own environment: `hf=PYTHON`, `vllm=PYTHON`, `vllm-nolora=PYTHON`,
@@ -18,6 +21,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,13 +29,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ContentionMeter, Record, machine, median_of, resident_bytes, summarise
+from benchmarks.measure import (
+    ContentionMeter,
+    Record,
+    machine,
+    median_of,
+    resident_bytes,
+    summarise,
+    summarise_traffic,
+)
 from benchmarks.report import write_report
 from benchmarks.roofline import ModelCost, Roofline, output_limit
-from benchmarks.workload import SCENARIOS, Scenario, Work, make_work
+from benchmarks.workload import SCENARIOS, TRAFFIC, Scenario, Traffic, Work, make_traffic, make_work
 from loraplex_engine.link.config import QUANTIZATIONS
 
 CONTENDED_SHARE = 0.10
+
+Cells = tuple[Scenario, list[int]] | tuple[Traffic, list[float]]  # numbers of streams, or requests a second
 
 
 class System:
@@ -48,10 +62,10 @@ class System:
     def run(
         self,
         work: Sequence[Work],
-        concurrency: int,
+        concurrency: int | None,
         figures: Callable[[Sequence[Record]], dict[str, float]] = summarise,
     ) -> dict[str, Any]:
-        """One repeat: its figures, or the error that the system ended it with."""
+        """One repeat: its figures, or the error that the system ended it with. concurrency None: an open loop."""
         assert self._process.stdin is not None
         with ContentionMeter(os.getpid()) as meter:
             print(
@@ -96,19 +110,21 @@ def system_command(name: str, where: str | None, args: argparse.Namespace) -> li
     """The command line of a system. Raises ValueError for one that is not known."""
     common = ["--model", str(args.model), "--threads", str(args.threads)]
     adapters = ["--adapters", str(args.adapters)]
+    longest = max(load.longest for load, _ in args.cells)
+    serving = ["--max-model-len", str(-(-longest // 1024) * 1024)]
     python = where or sys.executable
     modules = {
-        "grpc": (sys.executable, "loraplex_grpc", adapters),
-        "inprocess": (sys.executable, "loraplex_inprocess", adapters),
-        "reference": (sys.executable, "loraplex_inprocess", [*adapters, "--kernels", "reference"]),
+        "grpc": (sys.executable, "loraplex_grpc", [*adapters, *serving]),
+        "inprocess": (sys.executable, "loraplex_inprocess", [*adapters, *serving]),
+        "reference": (sys.executable, "loraplex_inprocess", [*adapters, *serving, "--kernels", "reference"]),
         "hf": (python, "hf_peft", adapters),
-        "vllm": (python, "vllm_python", adapters),
-        "vllm-nolora": (python, "vllm_python", ["--adapters", "0"]),
-        "llamacpp": (sys.executable, "llama_cpp", [*adapters, "--server", where or "llama-server"]),
+        "vllm": (python, "vllm_python", [*adapters, *serving]),
+        "vllm-nolora": (python, "vllm_python", ["--adapters", "0", *serving]),
+        "llamacpp": (sys.executable, "llama_cpp", [*adapters, *serving, "--server", where or "llama-server"]),
     }
     for method in QUANTIZATIONS:
         for own in ("grpc", "inprocess"):
-            modules[f"{own}-{method}"] = (sys.executable, modules[own][1], [*adapters, "--quantization", method])
+            modules[f"{own}-{method}"] = (sys.executable, modules[own][1], [*modules[own][2], "--quantization", method])
     interpreter, module, options = modules["llamacpp"]
     q4 = ["--gguf", "Q4_K_M.gguf", "--port", "18181"]  # another port: both may be up in one run
     modules["llamacpp-Q4_K_M"] = (interpreter, module, [*options, *q4])
@@ -125,40 +141,61 @@ def measure_roofline(threads: int) -> Roofline:
     return Roofline(**json.loads(output.splitlines()[-1]))
 
 
-def parse_cells(text: str) -> tuple[str, list[int]]:
-    """ "lora8:1,8" → ("lora8", [1, 8]). For argparse: raises ArgumentTypeError."""
+def parse_scenario(text: str) -> tuple[Scenario, list[int]]:
+    """ "lora8:1,8" → the scenario and [1, 8]. For argparse: raises ArgumentTypeError."""
     name, _, streams = text.partition(":")
     if name not in SCENARIOS or not all(part.isdecimal() and int(part) for part in streams.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r}: SCENARIO:STREAMS,… with one of {', '.join(SCENARIOS)}")
-    return name, [int(part) for part in streams.split(",")]
+    return SCENARIOS[name], [int(part) for part in streams.split(",")]
 
 
-def can_run(name: str, scenario: Scenario) -> bool:
-    return not (name == "vllm-nolora" and scenario.num_adapters)
+def parse_cells(text: str) -> Cells:
+    """Those, or "chat:0.5,1" → the traffic and [0.5, 1.0]."""
+    name, _, rates = text.partition(":")
+    if name not in TRAFFIC:
+        return parse_scenario(text)
+    if not all(re.fullmatch(r"\d+(\.\d+)?", part) and float(part) for part in rates.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: {name}:REQUESTS_PER_SECOND,…")
+    return TRAFFIC[name], [float(part) for part in rates.split(",")]
+
+
+def can_run(name: str, load: Scenario | Traffic) -> bool:
+    if name == "vllm-nolora":
+        return not load.num_adapters
+    return name != "hf" or (isinstance(load, Scenario) and not load.is_sampled)  # it decodes one static batch, greedily
+
+
+def run_once(system: System, load: Scenario | Traffic, level: float, repeat: int) -> dict[str, Any]:
+    if isinstance(load, Traffic):
+        return system.run(make_traffic(load, level, repeat), None, summarise_traffic)
+    return system.run(make_work(load, int(level), repeat), int(level))
 
 
 def measure(systems: dict[str, System], roofline: Roofline, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every cell: a scenario with a number of streams; the systems take turns within each repeat."""
+    """Every cell: a scenario with a number of streams, a traffic with a rate; systems take turns in each repeat."""
     cost = ModelCost.read(args.model)
     cells = []
-    for scenario, streams in ((SCENARIOS[name], streams) for name, streams in args.cells):
-        for concurrency in streams:
-            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in systems if can_run(name, scenario)}
+    for load, levels in args.cells:
+        for level in levels:
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in systems if can_run(name, load)}
             for repeat in range(args.repeats):
                 for name in runs:
-                    result = systems[name].run(make_work(scenario, concurrency, repeat), concurrency)
+                    result = run_once(systems[name], load, level, repeat)
                     runs[name].append(result)
-                    print_run(name, scenario, concurrency, result)
+                    print_run(name, load, level, result)
+            if isinstance(load, Traffic):
+                place: dict[str, Any] = {"traffic": load.name, "requests_per_second": level}
+            else:
+                limit = output_limit(cost, roofline, load, level)
+                place = {"scenario": load.name, "concurrency": level, "limit": limit}
             for name, results in runs.items():
                 good = [result for result in results if "error" not in result]
                 quiet = [result for result in good if not result["contended"]]
                 cells.append(
                     {
                         "system": name,
-                        "scenario": scenario.name,
-                        "adapters": scenario.num_adapters,
-                        "concurrency": concurrency,
-                        "limit": output_limit(cost, roofline, scenario, concurrency),
+                        "adapters": load.num_adapters,
+                        **place,
                         "median": median_of(quiet or good) if good else None,
                         "uncontended_repeats": len(quiet),
                         "repeats": results,
@@ -171,21 +208,22 @@ def shown_command(args: argparse.Namespace) -> str:
     """The command to run again elsewhere: where things are on this machine is left out."""
     names = [entry.partition("=") for entry in args.systems.split(",")]
     systems = ",".join(name + ("=WHERE" if separator else "") for name, separator, _ in names)
-    cells = " ".join(f"{name}:{','.join(map(str, streams))}" for name, streams in args.cells)
+    cells = " ".join(f"{load.name}:{','.join(map(str, levels))}" for load, levels in args.cells)
     return (
         f"python -m benchmarks.serving --model DIR/{args.model.name} --systems {systems} --cells {cells} "
         f"--repeats {args.repeats} --adapters {args.adapters} --threads {args.threads} --out OUT"
     )
 
 
-def print_run(name: str, scenario: Scenario, concurrency: int, result: dict[str, Any]) -> None:
-    head = f"{name:>12} {scenario.name:>13} c{concurrency:<3}"
+def print_run(name: str, load: Scenario | Traffic, level: float, result: dict[str, Any]) -> None:
+    head = f"{name:>12} {load.name:>18} {level:<4g}"
     if "error" in result:
         print(head, result["error"], flush=True)
         return
     print(
         f"{head} {result['output_tokens_per_second']:8.1f} tok/s  "
         f"TTFT p50 {result['ttft_p50_seconds'] * 1e3:7.1f} ms  TPOT p50 {result['tpot_p50_seconds'] * 1e3:6.1f} ms"
+        f"{'  in time {:4.0%}'.format(result['share_in_time']) if 'share_in_time' in result else ''}"
         f"{'  contended' if result['contended'] else ''}",
         flush=True,
     )
@@ -199,9 +237,10 @@ def main() -> None:
         "--cells",
         nargs="+",
         type=parse_cells,
-        default=[("base", [1, 8]), ("lora8", [1, 8])],
-        metavar="SCENARIO:STREAMS,…",
-        help=f"what to run; scenarios: {', '.join(SCENARIOS)}",
+        default=[(SCENARIOS["base"], [1, 8]), (SCENARIOS["lora8"], [1, 8])],
+        metavar="LOAD:LEVEL,…",
+        help=f"what to run; scenarios, with streams: {', '.join(SCENARIOS)}; traffic, with requests per second: "
+        f"{', '.join(TRAFFIC)}",
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=32, help="adapters that each system holds")

@@ -28,9 +28,9 @@ from unittest.mock import patch
 import msgspec
 
 from benchmarks.measure import machine, summarise
-from benchmarks.serving import System, parse_cells, system_command
+from benchmarks.serving import System, parse_scenario, system_command
 from benchmarks.systems.loraplex_inprocess import Driver, load_adapters
-from benchmarks.workload import SCENARIOS, make_work
+from benchmarks.workload import SCENARIOS, Scenario, make_work
 from loraplex_engine.core import EngineCore
 from loraplex_engine.execution import model_runner
 from loraplex_engine.execution.sampler import Sampler
@@ -60,6 +60,7 @@ PARTS: dict[str, tuple[tuple[type | ModuleType, str], ...]] = {
     "between kernels": ((LanguageModel, "forward"), (LanguageModel, "logits")),
     "sampler": ((Sampler, "sample"),),
 }
+DEFAULT_CELLS = {"base": [1, 8, 32], "lora8": [8], "lora32": [32]}
 STEP_PARTS = (*PARTS, REST)
 SERVICE_PARTS = ("encode frame", "decode frame", "detokenizer")
 
@@ -165,18 +166,18 @@ def in_process(args: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, A
     loop = asyncio.new_event_loop()
     loop.run_until_complete(plain.run(plain.warm_up(), 8))
     loop.run_until_complete(timed.run(timed.warm_up(), 8))
-    for name, streams in cells(args):
+    for scenario, streams in cells(args):
         rates: dict[str, list[float]] = {"plain": [], "timed": []}
         profile.clear()
         for repeat in range(args.repeats):
-            work = make_work(SCENARIOS[name], streams, repeat)
+            work = make_work(scenario, streams, repeat)
             records, _ = loop.run_until_complete(plain.run(work, streams))
             rates["plain"].append(summarise(records)["output_tokens_per_second"])
             with clocks(profile):
                 records, _ = loop.run_until_complete(timed.run(work, streams))
             rates["timed"].append(summarise(records)["output_tokens_per_second"])
         steps = {kind: list(found) for kind, found in profile.steps.items()}
-        yield name, streams, {"steps": steps} | {key: statistics.median(found) for key, found in rates.items()}
+        yield scenario.name, streams, {"steps": steps} | {key: statistics.median(found) for key, found in rates.items()}
     core.close()
     timed_core.close()
 
@@ -186,24 +187,22 @@ def served(args: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, float
     with tempfile.TemporaryDirectory() as logs:
         system = System("grpc", system_command("grpc", None, args), Path(logs) / "grpc.log")
         try:
-            for name, streams in cells(args):
-                runs = [
-                    system.run(make_work(SCENARIOS[name], streams, repeat), streams) for repeat in range(args.repeats)
-                ]
+            for scenario, streams in cells(args):
+                runs = [system.run(make_work(scenario, streams, repeat), streams) for repeat in range(args.repeats)]
                 found = {
                     part: [run["cpu_seconds"][part] / run["tokens"] for run in runs] for part in ("service", "client")
                 }
                 found["served"] = [run["output_tokens_per_second"] for run in runs]
                 found["tokens_per_message"] = [run["tokens_per_message"] for run in runs]
-                yield name, streams, {key: statistics.median(values) for key, values in found.items()}
+                yield scenario.name, streams, {key: statistics.median(values) for key, values in found.items()}
         finally:
             system.stop()
 
 
-def cells(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    for name, counts in args.cells:
+def cells(args: argparse.Namespace) -> Iterator[tuple[Scenario, int]]:
+    for scenario, counts in args.cells:
         for streams in counts:
-            yield name, streams
+            yield scenario, streams
 
 
 def step_row(head: str, kind: str, steps: Sequence[dict[str, float]], total: int) -> str:
@@ -254,13 +253,13 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
-    default = [("base", [1, 8, 32]), ("lora8", [8]), ("lora32", [32])]
-    parser.add_argument("--cells", nargs="+", type=parse_cells, default=default)
+    default = [(SCENARIOS[name], streams) for name, streams in DEFAULT_CELLS.items()]
+    parser.add_argument("--cells", nargs="+", type=parse_scenario, default=default)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a Markdown file")
     args = parser.parse_args()
-    args.adapters = max(SCENARIOS[name].num_adapters for name, _ in cells(args))
+    args.adapters = max(scenario.num_adapters for scenario, _ in cells(args))
     inside = list(in_process(args))
     outside = list(served(args))
     about = machine()

@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.measure import Record
 from benchmarks.workload import Work
 
-# run(work, concurrency) -> (records, token ids of each request)
-Run = Callable[[Sequence[Work], int], Awaitable[tuple[list[Record], list[list[int]]]]]
+# run(work, concurrency or None for an open loop) -> (records, token ids of each request)
+Run = Callable[[Sequence[Work], int | None], Awaitable[tuple[list[Record], list[list[int]]]]]
 
 # The CPU seconds that each part of the system has used so far, such as {"client": 1.5, "service": 2.5}.
 Meter = Callable[[], dict[str, float]]

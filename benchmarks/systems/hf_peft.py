@@ -80,7 +80,9 @@ def main() -> None:
         records = [Record(sent, len(w.prompt), w.output, [(m, 1) for m in streamer.moments]) for w in batch]
         return records, out[:, ids.shape[1] :].tolist()
 
-    async def run(work: Sequence[Work], concurrency: int) -> tuple[list[Record], list[list[int]]]:
+    async def run(work: Sequence[Work], concurrency: int | None) -> tuple[list[Record], list[list[int]]]:
+        if concurrency is None:
+            raise ValueError("static batches take no requests that come by themselves")
         records: list[Record] = []
         tokens: list[list[int]] = []
         for start in range(0, len(work), concurrency):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from benchmarks.measure import Record, closed_loop
+from benchmarks.measure import Record, drive
 from benchmarks.workload import Work
 
 EVENT = b"data: "
@@ -33,7 +33,9 @@ class HttpClient:
         body = {
             "model": "bench" if work.adapter is None else f"a{work.adapter:02d}",
             "prompt": work.prompt,
-            "temperature": 0,
+            "temperature": work.temperature,
+            "top_p": work.top_p,
+            "seed": work.seed,
             "max_tokens": work.output,
             "ignore_eos": True,
             "return_token_ids": True,
@@ -59,8 +61,8 @@ class HttpClient:
             transport.close()
         return tokens
 
-    async def run(self, work: Sequence[Work], concurrency: int) -> tuple[list[Record], list[list[int]]]:
-        return await closed_loop(self.generate, work, concurrency)
+    async def run(self, work: Sequence[Work], concurrency: int | None) -> tuple[list[Record], list[list[int]]]:
+        return await drive(self.generate, work, concurrency)
 
 
 class _Events(asyncio.Protocol):

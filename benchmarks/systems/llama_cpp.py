@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Record, closed_loop
+from benchmarks.measure import Record, drive
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
 
@@ -32,7 +32,10 @@ class Client:
             "n_predict": work.output,
             "stream": True,
             "ignore_eos": True,
-            "temperature": 0.0,
+            "temperature": work.temperature,
+            "top_p": work.top_p,
+            "samplers": ["temperature", "top_p"],  # no others that llama.cpp has by itself
+            "seed": work.seed or 0,
             "return_tokens": True,
             "cache_prompt": True,
         }
@@ -63,8 +66,8 @@ class Client:
         finally:
             writer.close()
 
-    async def run(self, work: Sequence[Work], concurrency: int) -> tuple[list[Record], list[list[int]]]:
-        return await closed_loop(self.generate, work, concurrency)
+    async def run(self, work: Sequence[Work], concurrency: int | None) -> tuple[list[Record], list[list[int]]]:
+        return await drive(self.generate, work, concurrency)
 
 
 def until_ready(port: int, process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -87,13 +90,15 @@ def main() -> None:
     parser.add_argument("--gguf", default="BF16.gguf")
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--port", type=int, default=18180)
     args = parser.parse_args()
     answers = take_stdout()
     gguf = args.model / "gguf"
     command = [args.server, "-m", str(gguf / args.gguf), "--host", "127.0.0.1", "--port", str(args.port), "--offline"]
-    command += ["-t", str(args.threads), "-tb", str(args.threads), "-np", str(args.slots), "-c", str(1024 * args.slots)]
+    command += ["-t", str(args.threads), "-tb", str(args.threads)]
+    command += ["-np", str(args.slots), "-c", str(args.max_model_len * args.slots)]
     if args.adapters:
         paths = ",".join(str(gguf / f"a{index:02d}.gguf") for index in range(args.adapters))
         command += ["--lora", paths, "--lora-init-without-apply"]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import grpc
 
-from benchmarks.measure import Record, closed_loop, cpu_seconds_of, process_tree
+from benchmarks.measure import Record, cpu_seconds_of, drive, process_tree
 from benchmarks.systems.http_client import HttpClient
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
@@ -34,7 +34,7 @@ def write_config(folder: Path, args: argparse.Namespace, ports: Sequence[int]) -
         "model": str((args.model / "base").resolve()),
         "kernels": args.kernels,
         "threads": args.threads,
-        "max_model_len": 1024,
+        "max_model_len": args.max_model_len,
         "kv_cache_bytes": args.kv_cache_bytes,
         "quantization": args.quantization,
     }
@@ -72,7 +72,7 @@ class Client:
         spec = generation_pb2.GenerateSpec(
             model="bench" if work.adapter is None else f"a{work.adapter:02d}",
             prompt=prompt_pb2.Prompt(token_ids=prompt_pb2.TokenIds(ids=work.prompt)),
-            sampling=generation_pb2.Sampling(temperature=0.0),
+            sampling=generation_pb2.Sampling(temperature=work.temperature, top_p=work.top_p, seed=work.seed),
             stopping=generation_pb2.Stopping(max_tokens=work.output, ignore_eos=True),
             output=generation_pb2.OutputOptions(text=True, token_ids=True),
         )
@@ -88,8 +88,8 @@ class Client:
             raise RuntimeError("the stream ended without Completed")
         return tokens
 
-    async def run(self, work: Sequence[Work], concurrency: int) -> tuple[list[Record], list[list[int]]]:
-        return await closed_loop(self.generate, work, concurrency)
+    async def run(self, work: Sequence[Work], concurrency: int | None) -> tuple[list[Record], list[list[int]]]:
+        return await drive(self.generate, work, concurrency)
 
 
 def free_ports(count: int) -> list[int]:
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the base model, while it is loaded")
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)

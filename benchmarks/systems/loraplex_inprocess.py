@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import Record, closed_loop
+from benchmarks.measure import Record, drive
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
 from loraplex_adapters.files.source import digest
@@ -42,7 +42,9 @@ class Driver:
 
         self._on_tokens[request_id] = take
         adapter = None if work.adapter is None else self.keys[work.adapter]
-        sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=work.output)
+        sampling = SamplingParams(
+            seed=work.seed or 0, temperature=work.temperature, top_p=work.top_p, max_tokens=work.output
+        )
         self.core.add(AddRequest(request_id, work.prompt, sampling, adapter))
         await done
         return tokens
@@ -64,8 +66,8 @@ class Driver:
         """A short request for every adapter, which makes it resident; one for the base model if there is none."""
         return [Work([300 + index] * 16, 2, index) for index in range(len(self.keys))] or [Work([300] * 16, 2, None)]
 
-    async def run(self, work: Sequence[Work], concurrency: int) -> tuple[list[Record], list[list[int]]]:
-        clients = asyncio.ensure_future(closed_loop(self.generate, work, concurrency))
+    async def run(self, work: Sequence[Work], concurrency: int | None) -> tuple[list[Record], list[list[int]]]:
+        clients = asyncio.ensure_future(drive(self.generate, work, concurrency))
         await asyncio.sleep(0)
         await self.step_until(clients)  # type: ignore[arg-type]
         return await clients
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the base model, while it is loaded")
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
@@ -102,7 +105,7 @@ def main() -> None:
         kernels=args.kernels,
         quantization=args.quantization,
         threads=args.threads,
-        max_model_len=1024,
+        max_model_len=args.max_model_len,
         kv_cache_bytes=args.kv_cache_bytes,
         **({"max_num_batched_tokens": args.max_num_batched_tokens} if args.max_num_batched_tokens else {}),
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Record, closed_loop
+from benchmarks.measure import Record, drive
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
 
@@ -27,7 +27,9 @@ class Client:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            temperature=0.0,
+            temperature=work.temperature,
+            top_p=work.top_p,
+            seed=work.seed,
             max_tokens=work.output,
             min_tokens=work.output,
             ignore_eos=True,
@@ -48,8 +50,8 @@ class Client:
                 on_tokens(len(new))
         return tokens
 
-    async def run(self, work: Sequence[Work], concurrency: int) -> tuple[list[Record], list[list[int]]]:
-        return await closed_loop(self.generate, work, concurrency)
+    async def run(self, work: Sequence[Work], concurrency: int | None) -> tuple[list[Record], list[list[int]]]:
+        return await drive(self.generate, work, concurrency)
 
 
 async def start(args: argparse.Namespace) -> Client:
@@ -60,7 +62,7 @@ async def start(args: argparse.Namespace) -> Client:
     if args.adapters:
         options = {"enable_lora": True, "max_loras": args.adapters, "max_lora_rank": 16, "max_cpu_loras": args.adapters}
     engine_args = AsyncEngineArgs(
-        model=str(args.model / "base"), dtype="bfloat16", max_model_len=1024, max_num_seqs=32, **options
+        model=str(args.model / "base"), dtype="bfloat16", max_model_len=args.max_model_len, max_num_seqs=64, **options
     )
     client = Client(AsyncLLM.from_engine_args(engine_args), args.model / "adapters")
     await client.run([Work([300 + i] * 16, 2, i) for i in range(args.adapters)] or [Work([300] * 16, 2, None)], 1)
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
     parser.add_argument("--adapters", type=int, default=32, help="0: LoRA off")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--kv-gib", type=int, default=2)
     args = parser.parse_args()
     answers = take_stdout()
