@@ -334,6 +334,7 @@ async def _start_http(app: Application, stack: AsyncExitStack, target: str) -> s
         return None
     settings = DoorSettings(
         target=target,
+        admin_target=_for_admin(target) if config.http_admin else None,
         log_level=config.log_level,
         log_format=config.log_format,
         tls=config.tls,
@@ -348,6 +349,11 @@ async def _start_http(app: Application, stack: AsyncExitStack, target: str) -> s
     return await stack.enter_async_context(
         http_process(config.http_listen, settings, config.supervision, app.telemetry.metrics.http_requests)
     )
+
+
+def _for_admin(door: str) -> str:
+    """Where the HTTP process reaches the admin port, beside the data port."""
+    return f"{door}-admin"
 
 
 def _listeners(
@@ -365,6 +371,8 @@ def _listeners(
     if config.http_listen is not None:
         data.add_insecure_port(door)  # in a directory that is this user's alone
     admin, admin_port = listen(app.admin, config.admin_listen)
+    if config.http_admin:
+        admin.add_insecure_port(_for_admin(door))
     hosts = [address.rpartition(":")[0] for address in (config.listen, config.admin_listen)]
     own = (f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}")
     return data, admin, Addresses(*own, health_address, metrics_address)

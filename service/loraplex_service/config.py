@@ -83,6 +83,7 @@ class ServiceConfig(_Section, frozen=True):
     http_listen: str | None = (
         None  # OpenAI's and Anthropic's APIs over HTTP, from a process of its own: see service/loraplex_service/http
     )
+    http_admin: bool = False  # whether adapters may be loaded and unloaded over HTTP, by who may over gRPC
     tls: TlsConfig | None = None
     insecure: bool = False  # allow other addresses than loopback without TLS and without credentials
     auth: AuthConfig | None = None  # None: every caller that reaches a listener may call
@@ -330,6 +331,8 @@ def _repeated(key: str, names: list[str]) -> Iterator[str]:
 
 
 def _listener_problems(config: ServiceConfig) -> Iterator[str]:
+    if config.http_admin and config.http_listen is None:
+        yield "http_admin: there is no http_listen, at which adapters could be managed; set it, or leave this out"
     for key in ("listen", "admin_listen", "health_listen", "metrics_listen", "http_listen"):
         address: str | None = getattr(config, key)
         if address is None:

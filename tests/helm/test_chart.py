@@ -313,6 +313,20 @@ def test_http_is_offered_where_it_is_switched_on(chart: Chart) -> None:
     assert of({"http": {"enabled": True}}) == (["grpc", "http"], [[{"podSelector": {}}]])
 
 
+@pytest.mark.parametrize(
+    ("http", "is_managed"),
+    [
+        ({"enabled": True}, False),
+        ({"enabled": True, "admin": True}, True),
+        ({"enabled": False, "admin": True}, False),
+    ],
+)
+def test_adapters_are_managed_over_http_where_that_is_switched_on(
+    chart: Chart, tmp_path: Path, http: dict[str, Any], is_managed: bool
+) -> None:
+    assert config_of(chart.render(MODELS | {"http": http}), tmp_path).http_admin is is_managed
+
+
 @pytest.mark.parametrize("named", [[], [{"namespaceSelector": {"matchLabels": {"team": "a"}}}]])
 def test_http_past_envoy_is_for_those_alone_who_are_named(chart: Chart, named: list[Any]) -> None:
     values = {"http": {"enabled": True}, "envoy": {"enabled": True}, "networkPolicy": {"dataFrom": named}}

@@ -232,6 +232,7 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
         pytest.param(MODEL + "listen: localhost", "host:port is expected", id="host alone"),
         pytest.param(MODEL + "listen: 0.0.0.0:1", "can be reached from other machines", id="open listener"),
         pytest.param(MODEL + "http_listen: 0.0.0.0:1", "can be reached from other machines", id="open http"),
+        pytest.param(MODEL + "http_admin: true", "there is no http_listen", id="no http"),
         pytest.param(
             MODEL + "listen: 0.0.0.0:1\ntls: {certificate: c, key: k}",
             "set auth (or tls.client_ca), since anybody there could use it",

@@ -59,7 +59,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   "log_level" .Values.logLevel
   "models" .Values.models
 -}}
-{{- if .Values.http.enabled -}}{{- $_ := set $own "http_listen" (printf "0.0.0.0:%v" .Values.http.port) -}}{{- end -}}
+{{- if .Values.http.enabled -}}
+{{- $_ := set $own "http_listen" (printf "0.0.0.0:%v" .Values.http.port) -}}
+{{- if .Values.http.admin -}}{{- $_ := set $own "http_admin" true -}}{{- end -}}
+{{- end -}}
 {{- if .Values.adapters -}}{{- $_ := set $own "adapters" .Values.adapters -}}{{- end -}}
 {{- if .Values.persistence.adapters.enabled -}}
 {{- $_ := set $own "adapter_roots" (list .Values.persistence.adapters.mountPath) -}}

@@ -56,7 +56,8 @@ async def serve(settings: DoorSettings, listener: socket.socket) -> None:
     """Serve until the end of stdin."""
     clients = Clients(settings.target, settings.calls_per_connection)
     room = Room(settings.body_bytes, settings.waiting_bytes, settings.message_seconds)
-    door = Door(clients, room, version("loraplex-server"))
+    admin = None if settings.admin_target is None else Clients(settings.admin_target, settings.calls_per_connection)
+    door = Door(clients, room, version("loraplex-server"), admin)
     server = _Server(_configuration(settings, door))
     stop = partial(setattr, server, "should_exit", True)
     await _at_end_of_stdin(stop)
@@ -65,6 +66,8 @@ async def serve(settings: DoorSettings, listener: socket.socket) -> None:
     telling.cancel()
     _tell(door)
     await clients.close()
+    if admin is not None:
+        await admin.close()
 
 
 async def _keep_telling(door: Door) -> None:

@@ -1,11 +1,12 @@
 """All that bodies may have: the tables of all endpoints, which docs/http.md and the OpenAPI document are made of."""
 
 from loraplex_service.http import tables
+from loraplex_service.http.adapters import LOAD, UNLOAD
 from loraplex_service.http.messages.table import COUNT, MESSAGES
 from loraplex_service.http.parameters import Table
 from loraplex_service.http.responses.table import RESPONSES
 
-TABLES = (*tables.TABLES, RESPONSES, MESSAGES, COUNT)
+TABLES = (*tables.TABLES, RESPONSES, MESSAGES, COUNT, LOAD, UNLOAD)
 
 
 def rendered(table: Table) -> list[str]:

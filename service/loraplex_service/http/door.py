@@ -5,13 +5,15 @@ import base64
 import logging
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from loraplex import LoraplexError
 from loraplex.v1.pooling_pb2 import EmbedResponse
 from loraplex.v1.tokenizer_pb2 import DetokenizeResponse, TokenizeResponse
+from loraplex_service.http.adapters import LOAD, UNLOAD, load, unload
 from loraplex_service.http.answers import Answers, ChatAnswers, TextAnswers, version_header
 from loraplex_service.http.catalog import listed, page, retrieved
 from loraplex_service.http.exchange import Exchange, Receive, Room, Send
@@ -46,8 +48,10 @@ class Endpoint(NamedTuple):
 class Door:
     """The application. Each request becomes a call of the service, which is cancelled when its caller leaves."""
 
-    def __init__(self, clients: Clients, room: Room, version: str) -> None:
+    def __init__(self, clients: Clients, room: Room, version: str, admin: Clients | None = None) -> None:
+        """`admin`: for calls of the admin port; None: there are none over HTTP."""
         self._clients = clients
+        self._admin = admin
         self._room = room
         self._version = version
         self.answered = Counter[tuple[str, str]]()  # by endpoint and status; whoever tells them clears it
@@ -63,6 +67,8 @@ class Door:
             DETOKENIZE.path: Endpoint("POST", self._detokenize),
             MESSAGES.path: Endpoint("POST", self._generation(MESSAGES, MessageAnswers), anthropic_error),
             COUNT.path: Endpoint("POST", self._count, anthropic_error),
+            LOAD.path: Endpoint("POST", self._load),
+            UNLOAD.path: Endpoint("POST", self._unload),
         }
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -193,6 +199,35 @@ class Door:
             await exchange.answer({"prompt": response.text})
 
         await self._serve(exchange, draft, detokenize)
+
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    async def _load(self, exchange: Exchange) -> None:
+        with self._managing() as admin:
+            draft = await self._draft(exchange, LOAD)
+
+            async def register(client: ServiceClient) -> None:
+                await exchange.answer(await load(admin, client, draft, call_options(exchange)))
+
+            await self._serve(exchange, draft, register)
+
+    async def _unload(self, exchange: Exchange) -> None:
+        with self._managing() as admin:
+            draft = await self._draft(exchange, UNLOAD)
+
+            async def delete(client: ServiceClient) -> None:
+                await exchange.answer(await unload(admin, draft, call_options(exchange)))
+
+            await self._serve(exchange, draft, delete)
+
+    @contextmanager
+    def _managing(self) -> Iterator[ServiceClient]:
+        """A client of the admin port. Raises Refusal where there is none."""
+        if self._admin is None:
+            problem = "adapters are not managed over HTTP here: `http_admin: true` in the configuration allows it"
+            raise Refusal(404, problem, code="unknown_url")
+        with self._admin.lease() as admin:
+            yield admin
 
     async def _draft(self, exchange: Exchange, table: Table) -> Draft:
         call = call_options(exchange)

@@ -58,6 +58,7 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+NAMES_OF_MODELS = ("model", "adapter.base_model", "name")  # fields of messages
 _SPEC = re.compile(r"\b(?:spec|specs\[\d+\])\.")
 
 
@@ -121,7 +122,7 @@ def failed(error: LoraplexError, named: Named = lambda path: None) -> Failure:
         message = message.replace(path, name)
         param = param or name
     if kind.code == "model_not_found":
-        param = "model"
+        param = next(filter(None, map(named, NAMES_OF_MODELS)), "model")
     code = kind.code or (error.reason or error.code.name).lower()
     failure = _failure(kind.status, message or error.code.name, kind.type, param, code, error.retry_after)
     failure.body["error"]["reason"] = error.reason or None

@@ -25,8 +25,9 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 
 # What a caller may say beside the body, by the same names as in gRPC's metadata.
 ROUTING_KEY = "loraplex-routing-key"
+TENANT = "loraplex-tenant"
 API_KEY = "x-api-key"  # Anthropic's clients send the token so
-FORWARDED = ("authorization", "loraplex-tenant", ROUTING_KEY, "x-request-id", "traceparent", "tracestate")
+FORWARDED = ("authorization", TENANT, ROUTING_KEY, "x-request-id", "traceparent", "tracestate")
 TIMEOUT = "loraplex-timeout-seconds"
 MAX_HEADER_BYTES = 7 << 10  # gRPC takes 8 KiB of metadata, names and its own included, and refuses more without a word
 _OPTIONS: dict[str, str | int] = {

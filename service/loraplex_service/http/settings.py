@@ -9,6 +9,7 @@ class DoorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first line of the process's standard input."""
 
     target: str  # where the service answers gRPC, such as "unix:/run/x.sock"
+    admin_target: str | None = None  # where it answers those who manage adapters; None: not over HTTP
     log_level: str = "INFO"
     log_format: str = "text"
     tls: TlsConfig | None = None

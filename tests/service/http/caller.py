@@ -123,10 +123,12 @@ class Caller:
 
 
 @asynccontextmanager
-async def caller_of(address: str, model: str = "tiny") -> AsyncIterator[Caller]:
-    """A caller of a door in front of the service at this address."""
-    clients = Clients(address, calls_per_client=64)
+async def caller_of(address: str, model: str = "tiny", admin: str | None = None) -> AsyncIterator[Caller]:
+    """A caller of a door in front of the service at this address. `admin`: of its admin port."""
+    clients, room = Clients(address, calls_per_client=64), Room(BODY_BYTES, 2 * BODY_BYTES, seconds=20.0)
+    managing = Clients(admin or address, calls_per_client=64)
     try:
-        yield Caller(Door(clients, Room(BODY_BYTES, 2 * BODY_BYTES, seconds=20.0), "1.2.3"), clients, model)
+        yield Caller(Door(clients, room, "1.2.3", None if admin is None else managing), clients, model)
     finally:
         await clients.close()
+        await managing.close()

@@ -77,6 +77,8 @@ OWN["/v1/responses"] = {
     "include": ["message.output_text.logprobs"],
     "stream_options": {"include_obfuscation": False},
 }
+OWN["/v1/load_lora_adapter"] = {"lora_name": "a", "lora_path": "/a", "base_model_name": "tiny", "load_inplace": True}
+OWN["/v1/unload_lora_adapter"] = {"lora_name": "a"}
 OWN["/v1/messages/count_tokens"] = OWN["/v1/messages"]
 EACH = [(table, parameter) for table in TABLES for parameter in table.parameters]
 TAKEN = [pytest.param(*each, id=f"{each[0].path} {each[1].name}") for each in EACH if each[1].taken]
