@@ -18,6 +18,7 @@ from loraplex_engine.quantization import (
     gptq,
     modelopt,
     mxfp4,
+    torchao,
 )
 from loraplex_engine.quantization.spec import QuantSpec
 
@@ -31,6 +32,7 @@ FORMATS: Mapping[str, Callable[[ConfigFields], QuantSpec]] = {
     "compressed-tensors": compressed_tensors.parse,
     "auto-round": auto_round.parse,
     "modelopt": modelopt.parse,
+    "torchao": torchao.parse,
     "fp8": fp8.parse,
     "mxfp8": fp8.parse_mxfp8,
     "gguf": gguf.parse,

@@ -50,6 +50,14 @@ def modelopt(algorithm: str, **fields: Any) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"], **fields}
 
 
+def torchao(kind: str, **data: Any) -> dict[str, Any]:
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_version": 2, "_data": data}}}
+
+
+def per_group(size: int) -> dict[str, Any]:
+    return {"_type": "PerGroup", "_version": 1, "_data": {"group_size": size}}
+
+
 FOUR_BITS: dict[str, Any] = {"num_bits": 4, "type": "float"}
 FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     "gptq": (gptq(), packing.gptq()),
@@ -163,4 +171,27 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     ),
     "modelopt mxfp4": (modelopt("W4A8_MXFP4_FP8"), packing.mxfp4(".weight")),
     "modelopt mxfp8": (modelopt("MXFP8"), packing.mxfp8()),
+    "torchao int8": (torchao("Int8WeightOnlyConfig", group_size=None), packing.torchao_bytes()),
+    "torchao int8 without zeros": (
+        torchao("Int8DynamicActivationInt8WeightConfig"),
+        packing.torchao_bytes(zeros=False),
+    ),
+    "torchao int4 in bytes": (
+        torchao(
+            "IntxWeightOnlyConfig",
+            weight_dtype={"_type": "torch.dtype", "_data": "int4"},
+            granularity=per_group(32),
+            intx_packing_format={"_type": "IntxPackingFormat", "_data": "UNPACKED_TO_INT8"},
+        ),
+        packing.torchao_bytes(4, 32),
+    ),
+    "torchao int4 in pairs": (
+        torchao("Int4WeightOnlyConfig", group_size=32, int4_packing_format="plain"),
+        packing.torchao_pairs(),
+    ),
+    "torchao int4 in tiles": (
+        torchao("Int4WeightOnlyConfig", group_size=32, int4_packing_format="tile_packed_to_4d"),
+        packing.torchao_tiles(),
+    ),
+    "torchao fp8": (torchao("Float8DynamicActivationFloat8WeightConfig"), packing.torchao_float8),
 }

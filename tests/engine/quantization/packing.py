@@ -301,3 +301,62 @@ def without(packer: Packer, *suffixes: str) -> Packer:
         return {suffix: tensor for suffix, tensor in tensors.items() if suffix not in suffixes}, dense
 
     return pack
+
+
+def torchao_bytes(bits: int = 8, group: int | None = None, zeros: bool = True) -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        affine = Affine.random(generator, n, c, bits, group or c)
+        middle = 1 << (bits - 1)
+        tensors = {
+            "._weight_qdata": (affine.codes - middle).to(torch.int8),
+            "._weight_scale": affine.scale.T.contiguous(),
+            "._weight_zero_point": (affine.zero.T - middle).to(torch.int8).contiguous(),
+        }
+        if zeros:
+            return tensors, affine.dense()
+        del tensors["._weight_zero_point"]
+        affine.zero.fill_(middle)
+        return tensors, affine.dense()
+
+    return pack
+
+
+def torchao_pairs(group: int = 32) -> Packer:
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        affine, zero = Affine.random(generator, n, c, 4, group), torch.randn(c // group, n, generator=generator).half()
+        values = affine.codes - 8
+        bytes_ = (values[:, ::2] & 15) | (values[:, 1::2] << 4)
+        tensors = {
+            "._weight_qdata": bytes_.to(torch.int8),
+            "._weight_scale": affine.scale,
+            "._weight_zero_point": zero,
+        }
+        groups = affine.groups
+        return tensors, (affine.scale.float()[groups].T * values + zero.float()[groups].T).contiguous()
+
+    return pack
+
+
+def torchao_tiles(group: int = 32) -> Packer:
+    """As tinygemm's kernel for CUDA reads them: what each of 32 lanes has of a tile, one word after the other."""
+
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        rows, columns = -(-n // 8) * 8, -(-c // 1024) * 1024
+        affine = Affine.random(generator, rows, columns, 4, group)
+        zero = torch.randn(columns // group, rows, generator=generator).half()
+        lane, word = torch.arange(32)[:, None, None], torch.arange(4)[:, None]
+        places = word * 32 + lane % 4 * 2 + torch.tensor([0, 8, 16, 24, 1, 9, 17, 25])  # [lanes, words, codes]
+        tiles = affine.codes.view(rows // 8, 8, columns // 128, 128)
+        held = tiles[:, lane // 4, :, places].permute(3, 4, 0, 1, 2)  # [tiles, tiles, lanes, words, codes]
+        packed = (held << 4 * torch.arange(8)).sum(-1).to(torch.uint32).view(torch.int32)
+        tensors = {"._weight_qdata": packed, "._weight_scale_and_zero": torch.stack((affine.scale, zero), dim=-1)}
+        groups = affine.groups
+        dense = affine.scale.float()[groups].T * (affine.codes - 8) + zero.float()[groups].T
+        return tensors, dense[:n, :c].contiguous()
+
+    return pack
+
+
+def torchao_float8(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+    tensors, dense = float8(".scale", per_row=True)(generator, n, c)
+    return {"._weight_qdata": tensors[".weight"], "._weight_scale": tensors[".scale"]}, dense

@@ -142,6 +142,18 @@ def test_modules_of_modelopt_may_differ() -> None:
         spec.tensors(LinearShape("model.layers.0.mlp.down_proj", 64, 32))
 
 
+def test_torchao_names_modules_patterns_of_them_and_a_default() -> None:
+    float8, int8 = ({"_type": f"{kind}WeightOnlyConfig", "_version": 2} for kind in ("Float8", "Int8"))
+    modules = {"re:.*q_proj": int8, "model.layers.0.mlp.up_proj": None, "lm_head": int8, "_default": float8}
+    kind = {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": modules}}
+    spec = parse(ConfigFields({"quant_method": "torchao", "quant_type": {"default": kind}}, "config.json"))
+    found = {
+        path: spec.tensors(LinearShape(path, 32, 64))["._weight_qdata"].dtypes
+        for path in ("model.layers.3.self_attn.q_proj", "lm_head", "model.layers.0.mlp.down_proj")
+    }
+    assert list(found.values()) == [("I8",), ("I8",), ("F8_E4M3",)]
+
+
 def test_auto_round_names_modules_and_patterns_of_them() -> None:
     extra = {
         ".*layers\\.1.*": {"bits": 8},

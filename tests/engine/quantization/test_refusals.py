@@ -17,7 +17,16 @@ from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.quantization import LinearShape, parse
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import load, make_twins
-from tests.engine.quantization.formats import FORMATS, auto_round, awq, bitsandbytes, compressed, gptq, modelopt
+from tests.engine.quantization.formats import (
+    FORMATS,
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed,
+    gptq,
+    modelopt,
+    torchao,
+)
 
 INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 FP8: dict[str, Any] = {"num_bits": 8, "type": "float"}
@@ -88,6 +97,19 @@ PACKED = compressed("pack-quantized", **INT4)
             {**PACKED, "sparsity_config": {"format": "sparse-24-bitmask"}},
             "sparsity_config",
         ),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "quant_type is 'int4_weight_only'"),
+        (torchao("UIntXWeightOnlyConfig"), "_type is 'UIntXWeightOnlyConfig'; it must be one of Int4WeightOnlyConfig"),
+        (torchao("Int4WeightOnlyConfig", int4_packing_format="preshuffled"), "int4_packing_format is 'preshuffled'"),
+        (torchao("Int4WeightOnlyConfig", int4_tile_packed_ntile=16), "int4_tile_packed_ntile is 16"),
+        (torchao("IntxWeightOnlyConfig", weight_dtype="int7"), "weight_dtype is 'int7'"),
+        (torchao("IntxWeightOnlyConfig", granularity={"_type": "PerBlock"}), "granularity is 'PerBlock'"),
+        (torchao("Float8WeightOnlyConfig", weight_dtype="float8_e5m2"), "weight_dtype is 'float8_e5m2'"),
+        (torchao("FqnToConfig", fqn_to_config={"re:(": {"_type": "Float8WeightOnlyConfig", "_version": 2}}), "regular"),
+        (torchao("FqnToConfig"), "fqn_to_config is missing"),
+        (
+            {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 1}}},
+            "_version is 1; it must be 2",
+        ),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt is 'e5m2'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
         ({"quant_method": "fp8", "activation_scheme": "none"}, "activation_scheme is 'none'"),
@@ -147,6 +169,12 @@ NAN = float("nan")
         ("compressed-tensors nvfp4", ".weight_global_scale", lambda t: t.expand(3), "has 3 values"),
         ("compressed-tensors mxfp4", ".weight_scale", only(255), r"\.weight_scale holds NaN"),
         ("compressed-tensors mxfp8", ".weight_scale", only(255), r"\.weight_scale holds NaN"),
+        ("torchao int8", "._weight_scale", lambda t: t[:3], "_weight_scale has 3 values: one, or 1 for each output"),
+        ("torchao int4 in bytes", "._weight_qdata", only(8), "_weight_qdata holds values outside -8 … 7"),
+        ("torchao int4 in pairs", "._weight_zero_point", only(NAN), "_weight_zero_point holds NaN"),
+        ("torchao int4 in tiles", "._weight_scale_and_zero", only(NAN), "_weight_scale_and_zero holds NaN"),
+        ("torchao int4 in tiles", "._weight_scale_and_zero", only(NAN, 1), "_weight_scale_and_zero holds NaN"),
+        ("torchao fp8", "._weight_scale", only(-1.0), "_weight_scale holds -1"),
         ("compressed-tensors int4 in bytes", ".weight", only(8), r"\.weight holds values outside -8 … 7"),
         ("fp8 per tensor", ".weight_scale_inv", lambda t: t.expand(3).clone(), r"has 3 values: one, or 32"),
     ],
