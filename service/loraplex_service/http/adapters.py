@@ -10,7 +10,18 @@ from loraplex.channel import CallOptions
 from loraplex.operations.base import adapter_name, model_name, tenant_name
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, DeleteAdapterRequest
 from loraplex_service.http.failures import Refusal
-from loraplex_service.http.parameters import Draft, Parameter, Table, flag, refused, scalar, text, wrong
+from loraplex_service.http.parameters import (
+    BOOLEAN,
+    STRING,
+    Draft,
+    Parameter,
+    Table,
+    flag,
+    refused,
+    scalar,
+    text,
+    wrong,
+)
 from loraplex_service.http.service import TENANT, ServiceClient
 
 READ_SECONDS = 60  # for the files of an adapter to be read
@@ -48,21 +59,33 @@ LOAD = Table(
     "/v1/load_lora_adapter",
     lambda: Draft(CreateAdapterRequest(), paths=[*_REQUIRED]),
     (
-        Parameter("lora_name", "adapter_id", _put_new_name, "an id, or tenants/{tenant}/adapters/{id}"),
+        Parameter("lora_name", "adapter_id", _put_new_name, "an id, or tenants/{tenant}/adapters/{id}", schema=STRING),
         scalar("lora_path", "adapter.source", "a directory under `adapter_roots`, or s3://… or hf://…"),
-        Parameter("base_model_name", "adapter.base_model", _put_base, "where several models are served: which"),
-        Parameter("load_inplace", "", _put_in_place, "taken: what the name means moves once the new version is there"),
+        Parameter(
+            "base_model_name", "adapter.base_model", _put_base, "where several models are served: which", schema=STRING
+        ),
+        Parameter(
+            "load_inplace",
+            "",
+            _put_in_place,
+            "taken: what the name means moves once the new version is there",
+            schema=BOOLEAN,
+        ),
         refused("is_3d_lora_weight", "the files say how their tensors are laid out", False),
     ),
+    does="Registers an adapter, where `http_admin` allows it",
 )
 
 UNLOAD = Table(
     "/v1/unload_lora_adapter",
     lambda: Draft(DeleteAdapterRequest(), paths=[("name", "lora_name")]),
     (
-        Parameter("lora_name", "name", _put_name, "an id, tenants/{tenant}/adapters/{id}, or a version of it"),
+        Parameter(
+            "lora_name", "name", _put_name, "an id, tenants/{tenant}/adapters/{id}, or a version of it", schema=STRING
+        ),
         refused("lora_int_id", "adapters have names"),
     ),
+    does="Deletes an adapter, where `http_admin` allows it",
 )
 
 

@@ -7,17 +7,20 @@ import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
 
 from loraplex import LoraplexError
 from loraplex.v1.pooling_pb2 import EmbedResponse
 from loraplex.v1.tokenizer_pb2 import DetokenizeResponse, TokenizeResponse
+from loraplex_service.http import openapi
 from loraplex_service.http.adapters import LOAD, UNLOAD, load, unload
 from loraplex_service.http.answers import Answers, ChatAnswers, TextAnswers, version_header
 from loraplex_service.http.catalog import listed, page, retrieved
 from loraplex_service.http.exchange import Exchange, Receive, Room, Send
-from loraplex_service.http.failures import Failure, Refusal, anthropic_error, failed, openai_error, refused
+from loraplex_service.http.failures import Failure, Refusal, failed, openai_error, refused
 from loraplex_service.http.generations import echoes, generate
 from loraplex_service.http.messages.answers import MessageAnswers
 from loraplex_service.http.messages.table import COUNT, MESSAGES
@@ -45,6 +48,11 @@ class Endpoint(NamedTuple):
     told: Callable[[Failure], dict[str, Any]] = openai_error
 
 
+def _reading(table: Table, handler: Handler) -> dict[str, Endpoint]:
+    """The endpoint that reads bodies by a table."""
+    return {table.path: Endpoint("POST", handler, table.told)}
+
+
 class Door:
     """The application. Each request becomes a call of the service, which is cancelled when its caller leaves."""
 
@@ -59,16 +67,18 @@ class Door:
             "/health": Endpoint("GET", self._health),
             "/version": Endpoint("GET", self._tell_version),
             "/v1/models": Endpoint("GET", self._models),
-            CHAT.path: Endpoint("POST", self._generation(CHAT, ChatAnswers)),
-            COMPLETIONS.path: Endpoint("POST", self._completions),
-            RESPONSES.path: Endpoint("POST", self._generation(RESPONSES, ResponseAnswers)),
-            EMBEDDINGS.path: Endpoint("POST", self._embeddings),
-            TOKENIZE.path: Endpoint("POST", self._tokenize),
-            DETOKENIZE.path: Endpoint("POST", self._detokenize),
-            MESSAGES.path: Endpoint("POST", self._generation(MESSAGES, MessageAnswers), anthropic_error),
-            COUNT.path: Endpoint("POST", self._count, anthropic_error),
-            LOAD.path: Endpoint("POST", self._load),
-            UNLOAD.path: Endpoint("POST", self._unload),
+            "/openapi.json": Endpoint("GET", self._document),
+            "/docs": Endpoint("GET", self._page),
+            **_reading(CHAT, self._generation(CHAT, ChatAnswers)),
+            **_reading(COMPLETIONS, self._completions),
+            **_reading(RESPONSES, self._generation(RESPONSES, ResponseAnswers)),
+            **_reading(EMBEDDINGS, self._embeddings),
+            **_reading(TOKENIZE, self._tokenize),
+            **_reading(DETOKENIZE, self._detokenize),
+            **_reading(MESSAGES, self._generation(MESSAGES, MessageAnswers)),
+            **_reading(COUNT, self._count),
+            **_reading(LOAD, self._load),
+            **_reading(UNLOAD, self._unload),
         }
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -113,6 +123,16 @@ class Door:
 
     async def _tell_version(self, exchange: Exchange) -> None:
         await exchange.answer({"version": self._version})
+
+    async def _document(self, exchange: Exchange) -> None:
+        await exchange.page(self._documents[0], "application/json")
+
+    async def _page(self, exchange: Exchange) -> None:
+        await exchange.page(self._documents[1], "text/html; charset=utf-8", headers=openapi.PAGE_HEADERS)
+
+    @cached_property
+    def _documents(self) -> tuple[bytes, bytes]:
+        return msgspec.json.encode(openapi.document(self._version)), openapi.page(self._version)
 
     async def _models(self, exchange: Exchange) -> None:
         call = call_options(exchange)

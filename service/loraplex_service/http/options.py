@@ -7,6 +7,8 @@ from loraplex import constraint
 from loraplex.v1.generation_pb2 import Constraint, GenerateSpec, OutputOptions
 from loraplex_service.http import conversations as said
 from loraplex_service.http.parameters import (
+    OBJECT,
+    STRING,
     Draft,
     Parameter,
     bounded,
@@ -118,11 +120,15 @@ def response_form(kind: Any, holder: Any) -> Constraint:
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 SPEC = Parameter(
-    "loraplex", "", said.put_spec, "further fields of `GenerateSpec` by their own names; others come on top"
+    "loraplex",
+    "",
+    said.put_spec,
+    "further fields of `GenerateSpec` by their own names; others come on top",
+    schema=OBJECT,
 )
 MODEL = scalar("model", "model", "a model, an adapter, a version, a route or a weighted sum")
-METADATA = Parameter("metadata", "labels", put_metadata)
-CACHE_KEY = Parameter("prompt_cache_key", "", put_routing_key, "as the header `loraplex-routing-key`")
+METADATA = Parameter("metadata", "labels", put_metadata, schema=OBJECT)
+CACHE_KEY = Parameter("prompt_cache_key", "", put_routing_key, "as the header `loraplex-routing-key`", schema=STRING)
 NOT_KEPT = (
     refused("moderation", "nothing is judged"),
     refused("prompt_cache_options", "what prompts begin with is cached without being asked", {"mode": "implicit"}),

@@ -9,7 +9,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from loraplex.v1.prompt_pb2 import Prompt
-from loraplex_service.http.failures import Refusal
+from loraplex_service.http.failures import Failure, Refusal, openai_error
 from loraplex_service.validation.limits import LIMITS, Entries
 
 INTEGERS = {
@@ -19,6 +19,14 @@ INTEGERS = {
     FieldDescriptor.CPPTYPE_UINT64,
 }
 REALS = {FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT}
+# JSON Schemas of values.
+STRING: Mapping[str, Any] = {"type": "string"}
+BOOLEAN: Mapping[str, Any] = {"type": "boolean"}
+INTEGER: Mapping[str, Any] = {"type": "integer"}
+OBJECT: Mapping[str, Any] = {"type": "object"}
+ARRAY: Mapping[str, Any] = {"type": "array"}
+STRING_OR_OBJECT: Mapping[str, Any] = {"anyOf": [STRING, OBJECT]}
+STRING_OR_ARRAY: Mapping[str, Any] = {"anyOf": [STRING, ARRAY]}
 SizedT = TypeVar("SizedT", bound=Sized)
 
 
@@ -62,6 +70,7 @@ class Parameter:
     put: Put  # raises Refusal, ValueError, TypeError and OverflowError
     note: str = ""
     taken: bool = True
+    schema: Mapping[str, Any] | None = field(default_factory=dict)  # of its values; None: that of the field
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +81,8 @@ class Table:
     new: Callable[[], Draft]
     parameters: Sequence[Parameter]
     check: Callable[[Draft], None] = lambda draft: None  # once all are read
+    does: str = ""  # what it answers with
+    told: Callable[[Failure], dict[str, Any]] = openai_error  # what went wrong
 
     def read(self, given: Mapping[str, Any]) -> Draft:
         """Read a body. Raises Refusal with the parameter at fault."""
@@ -116,7 +127,7 @@ def scalar(name: str, path: str, note: str = "") -> Parameter:
         message, field_name = place(draft.message, path)
         setattr(message, field_name, checked(message.DESCRIPTOR.fields_by_name[field_name], value))
 
-    return Parameter(name, path, put, note)
+    return Parameter(name, path, put, note, schema=None)
 
 
 def listing(name: str, path: str, note: str = "") -> Parameter:
@@ -129,7 +140,7 @@ def listing(name: str, path: str, note: str = "") -> Parameter:
         values = items(value, of) if isinstance(value, list) else [value]
         getattr(message, field_name).extend([checked(descriptor, each) for each in values])
 
-    return Parameter(name, path, put, note)
+    return Parameter(name, path, put, note, schema=None)
 
 
 def label(name: str, path: str = "labels") -> Parameter:
@@ -140,7 +151,7 @@ def label(name: str, path: str = "labels") -> Parameter:
         getattr(message, field_name)[name] = text(value)
         draft.paths.append((f"{path}[{name}]", name))
 
-    return Parameter(name, path, put, f"as the label `{name}`")
+    return Parameter(name, path, put, f"as the label `{name}`", schema=STRING)
 
 
 def refused(name: str, why: str, *harmless: Any) -> Parameter:
@@ -153,7 +164,7 @@ def refused(name: str, why: str, *harmless: Any) -> Parameter:
     allowed = (
         f" `{'`, `'.join(map(spelt, harmless))}` {'is' if len(harmless) == 1 else 'are'} taken." if harmless else ""
     )
-    return Parameter(name, "", put, f"refused: {why}.{allowed}", taken=False)
+    return Parameter(name, "", put, f"refused: {why}.{allowed}", taken=False, schema={"enum": list(harmless)})
 
 
 def spelt(value: Any) -> str:

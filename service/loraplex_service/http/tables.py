@@ -22,6 +22,13 @@ from loraplex_service.http.options import (
     response_form,
 )
 from loraplex_service.http.parameters import (
+    ARRAY,
+    BOOLEAN,
+    INTEGER,
+    OBJECT,
+    STRING,
+    STRING_OR_ARRAY,
+    STRING_OR_OBJECT,
     Draft,
     Parameter,
     Put,
@@ -149,16 +156,22 @@ _GENERATION = (
     scalar("seed", "sampling.seed"),
     scalar("frequency_penalty", "sampling.frequency_penalty"),
     scalar("presence_penalty", "sampling.presence_penalty"),
-    Parameter("logit_bias", "sampling.logit_bias", _put_logit_bias),
+    Parameter("logit_bias", "sampling.logit_bias", _put_logit_bias, schema=OBJECT),
     listing("stop", "stopping.stop"),
-    Parameter("stream", "", put_stream, "server-sent events, the last one `[DONE]`"),
-    Parameter("stream_options", "", _put_stream_options, "`include_usage`"),
-    Parameter("response_format", "constraint", _put_response_format, "`text` is any text, whatever is the default"),
+    Parameter("stream", "", put_stream, "server-sent events, the last one `[DONE]`", schema=BOOLEAN),
+    Parameter("stream_options", "", _put_stream_options, "`include_usage`", schema=OBJECT),
+    Parameter(
+        "response_format",
+        "constraint",
+        _put_response_format,
+        "`text` is any text, whatever is the default",
+        schema=OBJECT,
+    ),
     label("user"),
     label("safety_identifier"),
     METADATA,
     CACHE_KEY,
-    Parameter("top_k", "sampling.top_k", _put_top_k, "-1 is off, too"),
+    Parameter("top_k", "sampling.top_k", _put_top_k, "-1 is off, too", schema=INTEGER),
     scalar("min_p", "sampling.min_p"),
     scalar("typical_p", "sampling.typical_p"),
     scalar("repetition_penalty", "sampling.repetition_penalty"),
@@ -170,17 +183,25 @@ _GENERATION = (
     scalar("include_stop_str_in_output", "stopping.include_stop"),
     scalar("skip_special_tokens", "output.skip_special_tokens"),
     scalar("prompt_logprobs", "output.prompt_logprobs"),
-    Parameter("return_token_ids", "output.token_ids", _put_return_token_ids),
+    Parameter("return_token_ids", "output.token_ids", _put_return_token_ids, schema=BOOLEAN),
     scalar("truncate_prompt_tokens", "prompt.truncate_to_tokens"),
     _ADD_SPECIAL,
     scalar("cache_salt", "cache.salt"),
-    Parameter("priority", "priority", _put_priority, "lower goes first, as vLLM has it: with the other sign"),
+    Parameter(
+        "priority", "priority", _put_priority, "lower goes first, as vLLM has it: with the other sign", schema=INTEGER
+    ),
     scalar("request_id", "client_request_id"),
-    Parameter("guided_json", "constraint.json_schema", _put_form("json")),
-    Parameter("guided_regex", "constraint.regex", _put_form("regex")),
-    Parameter("guided_choice", "constraint.choices", _put_form("choice")),
-    Parameter("guided_grammar", "constraint.grammar", _put_form("grammar")),
-    Parameter("structured_outputs", "constraint", _put_structured_outputs, "json, json_object, regex, choice, grammar"),
+    Parameter("guided_json", "constraint.json_schema", _put_form("json"), schema=STRING_OR_OBJECT),
+    Parameter("guided_regex", "constraint.regex", _put_form("regex"), schema=STRING),
+    Parameter("guided_choice", "constraint.choices", _put_form("choice"), schema=ARRAY),
+    Parameter("guided_grammar", "constraint.grammar", _put_form("grammar"), schema=STRING),
+    Parameter(
+        "structured_outputs",
+        "constraint",
+        _put_structured_outputs,
+        "json, json_object, regex, choice, grammar",
+        schema=OBJECT,
+    ),
     refused("store", "nothing is kept", False),
     refused("service_tier", "there is one tier", "auto", "default"),
     refused("use_beam_search", 'searches are asked for by {"loraplex": {"beam_search": …}}', False),
@@ -203,11 +224,15 @@ def _finish_completion(draft: Draft) -> None:
 
 
 _CONVERSATION = (
-    Parameter("messages", "prompt.chat.messages", said.put_messages, "their content is text, whole or in parts"),
-    Parameter("tools", "prompt.chat.tools", said.put_tools, "`strict` needs a tool_choice that requires calls"),
+    Parameter(
+        "messages", "prompt.chat.messages", said.put_messages, "their content is text, whole or in parts", schema=ARRAY
+    ),
+    Parameter(
+        "tools", "prompt.chat.tools", said.put_tools, "`strict` needs a tool_choice that requires calls", schema=ARRAY
+    ),
     scalar("add_generation_prompt", "prompt.chat.add_generation_prompt"),
     scalar("continue_final_message", "prompt.chat.continue_final_message"),
-    Parameter("chat_template_kwargs", "prompt.chat.template_kwargs", said.put_template_kwargs),
+    Parameter("chat_template_kwargs", "prompt.chat.template_kwargs", said.put_template_kwargs, schema=OBJECT),
     refused("chat_template", "templates belong to models and adapters"),
     refused("chat_template_content_format", "contents reach templates as text", "auto", "string"),
     refused("mm_processor_kwargs", "there is text alone"),
@@ -220,19 +245,22 @@ CHAT = Table(
         *_GENERATION,
         *_CONVERSATION,
         scalar("max_completion_tokens", "stopping.max_tokens"),
-        Parameter("max_tokens", "stopping.max_tokens", _put_older_max_tokens, "the older name"),
+        Parameter("max_tokens", "stopping.max_tokens", _put_older_max_tokens, "the older name", schema=INTEGER),
         scalar("logprobs", "output.logprobs"),
         scalar("top_logprobs", "output.top_logprobs"),
-        Parameter("tool_choice", "prompt.chat.tool_choice", said.put_tool_choice),
+        Parameter("tool_choice", "prompt.chat.tool_choice", said.put_tool_choice, schema=STRING_OR_OBJECT),
         scalar("parallel_tool_calls", "prompt.chat.parallel_tool_calls"),
         Parameter(
             "reasoning_effort",
             "prompt.chat.template_kwargs",
             said.put_reasoning_effort,
             "for chat templates that know the word",
+            schema=STRING,
         ),
-        Parameter("documents", "prompt.chat.template_kwargs", said.put_documents),
-        Parameter("include_reasoning", "", _put_include_reasoning, "false leaves `reasoning_content` out"),
+        Parameter("documents", "prompt.chat.template_kwargs", said.put_documents, schema=ARRAY),
+        Parameter(
+            "include_reasoning", "", _put_include_reasoning, "false leaves `reasoning_content` out", schema=BOOLEAN
+        ),
         refused("echo", "continue_final_message goes on with what was said", False),
         refused("best_of", "it belongs to /v1/completions"),
         refused("functions", "they are `tools` now"),
@@ -245,6 +273,7 @@ CHAT = Table(
         *NOT_KEPT,
     ),
     _check_chat,
+    does="A message of the assistant, after a conversation",
 )
 
 COMPLETIONS = Table(
@@ -252,15 +281,20 @@ COMPLETIONS = Table(
     new_spec,
     (
         *_GENERATION,
-        Parameter("prompt", "prompt", said.put_prompts, "a text, token ids, or a list of either"),
+        Parameter(
+            "prompt", "prompt", said.put_prompts, "a text, token ids, or a list of either", schema=STRING_OR_ARRAY
+        ),
         scalar("max_tokens", "stopping.max_tokens", f"{COMPLETION_TOKENS} by default, as OpenAI has it"),
-        Parameter("logprobs", "output.top_logprobs", _put_completion_logprobs, "0: those of the tokens alone"),
+        Parameter(
+            "logprobs", "output.top_logprobs", _put_completion_logprobs, "0: those of the tokens alone", schema=INTEGER
+        ),
         scalar("best_of", "sampling.best_of"),
-        Parameter("echo", "", _put_echo, "the prompt comes back in front of each output"),
+        Parameter("echo", "", _put_echo, "the prompt comes back in front of each output", schema=BOOLEAN),
         refused("suffix", "nothing is filled in before a text"),
         refused("prompt_embeds", "prompts are texts or tokens"),
     ),
     _finish_completion,
+    does="Texts that prompts go on with",
 )
 
 EMBEDDINGS = Table(
@@ -268,16 +302,23 @@ EMBEDDINGS = Table(
     lambda: Draft(EmbedRequest()),
     (
         MODEL,
-        Parameter("input", "prompts", said.put_inputs, "a text, token ids, or a list of either: at most 256"),
+        Parameter(
+            "input",
+            "prompts",
+            said.put_inputs,
+            "a text, token ids, or a list of either: at most 256",
+            schema=STRING_OR_ARRAY,
+        ),
         scalar("dimensions", "dimensions"),
-        Parameter("encoding_format", "", _put_encoding_format, "`float` or `base64`"),
+        Parameter("encoding_format", "", _put_encoding_format, "`float` or `base64`", schema=STRING),
         label("user", "options.labels"),
         scalar("normalize", "normalize"),
-        Parameter("truncate_prompt_tokens", "prompts", said.put_in_each("truncate_to_tokens")),
-        Parameter("add_special_tokens", "prompts", said.put_in_each("add_special_tokens")),
+        Parameter("truncate_prompt_tokens", "prompts", said.put_in_each("truncate_to_tokens"), schema=INTEGER),
+        Parameter("add_special_tokens", "prompts", said.put_in_each("add_special_tokens"), schema=BOOLEAN),
         scalar("cache_salt", "options.cache.salt"),
         scalar("request_id", "options.client_request_id"),
     ),
+    does="Texts as vectors",
 )
 
 TOKENIZE = Table(
@@ -285,17 +326,19 @@ TOKENIZE = Table(
     lambda: Draft(TokenizeRequest()),
     (
         MODEL,
-        Parameter("prompt", "prompt.text", said.put_text, "a text; or `messages`"),
+        Parameter("prompt", "prompt.text", said.put_text, "a text; or `messages`", schema=STRING),
         *_CONVERSATION,
         _ADD_SPECIAL,
         refused("return_token_strs", "/detokenize has the texts of tokens", False),
     ),
+    does="A prompt as tokens",
 )
 
 DETOKENIZE = Table(
     "/detokenize",
     lambda: Draft(DetokenizeRequest()),
     (MODEL, listing("tokens", "token_ids"), scalar("skip_special_tokens", "skip_special_tokens")),
+    does="Tokens as text",
 )
 
 TABLES = (CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, DETOKENIZE)

@@ -4,9 +4,14 @@ from typing import Any
 
 from loraplex.v1.tokenizer_pb2 import TokenizeRequest
 from loraplex_service.http import conversations as said
+from loraplex_service.http.failures import anthropic_error
 from loraplex_service.http.messages.turns import put_system, put_tool_choice, put_tools, put_turns
 from loraplex_service.http.options import MODEL, SPEC, check_single, constrain, form_of, new_turn, put_stream
 from loraplex_service.http.parameters import (
+    ARRAY,
+    BOOLEAN,
+    OBJECT,
+    STRING_OR_ARRAY,
     Draft,
     Parameter,
     Table,
@@ -69,15 +74,20 @@ def _new_count() -> Draft:
 
 
 _CONVERSATION = (
-    Parameter("system", "prompt.chat.messages", put_system, "a text, or blocks of text"),
-    Parameter("messages", "prompt.chat.messages", put_turns, "texts, thoughts, calls of tools and their results"),
-    Parameter("tools", "prompt.chat.tools", put_tools, "`strict` needs a tool_choice that requires calls"),
-    Parameter("tool_choice", "prompt.chat.tool_choice", put_tool_choice),
+    Parameter("system", "prompt.chat.messages", put_system, "a text, or blocks of text", schema=STRING_OR_ARRAY),
+    Parameter(
+        "messages", "prompt.chat.messages", put_turns, "texts, thoughts, calls of tools and their results", schema=ARRAY
+    ),
+    Parameter(
+        "tools", "prompt.chat.tools", put_tools, "`strict` needs a tool_choice that requires calls", schema=ARRAY
+    ),
+    Parameter("tool_choice", "prompt.chat.tool_choice", put_tool_choice, schema=OBJECT),
     Parameter(
         "thinking",
         "prompt.chat.template_kwargs",
         _put_thinking,
         "as `enable_thinking`, for chat templates that know the word; `display: omitted` leaves thoughts out",
+        schema=OBJECT,
     ),
     Parameter(
         "cache_control",
@@ -85,6 +95,7 @@ _CONVERSATION = (
         _put_cache_control,
         'refused but for `{"type": "ephemeral"}`: what prompts begin with is cached without being asked',
         taken=False,
+        schema=OBJECT,
     ),
     refused("speed", "there is one speed", "standard"),
     refused("user_profile_id", "whom a call is for, its credentials say"),
@@ -104,10 +115,14 @@ MESSAGES = Table(
         scalar("top_p", "sampling.top_p"),
         scalar("top_k", "sampling.top_k"),
         listing("stop_sequences", "stopping.stop"),
-        Parameter("stream", "", put_stream, "server-sent events, the last one `message_stop`"),
-        Parameter("metadata", "labels", _put_metadata, "`user_id`, as the label of that name"),
+        Parameter("stream", "", put_stream, "server-sent events, the last one `message_stop`", schema=BOOLEAN),
+        Parameter("metadata", "labels", _put_metadata, "`user_id`, as the label of that name", schema=OBJECT),
         Parameter(
-            "output_config", "constraint", _put_output_config, "`format` is the form, `effort` as `reasoning_effort`"
+            "output_config",
+            "constraint",
+            _put_output_config,
+            "`format` is the form, `effort` as `reasoning_effort`",
+            schema=OBJECT,
         ),
         *_CONVERSATION,
         refused("service_tier", "there is one tier", "auto", "standard_only"),
@@ -116,6 +131,8 @@ MESSAGES = Table(
         refused("diagnostics", "its answers have no place for them"),
     ),
     lambda draft: check_single(draft, *UNTOLD),
+    does="A message of the assistant, in Anthropic's words",
+    told=anthropic_error,
 )
 
 COUNT = Table(
@@ -124,8 +141,14 @@ COUNT = Table(
     (
         MODEL,
         Parameter(
-            "output_config", "prompt.chat.template_kwargs", _put_effort, "`effort`; `format` takes none of the prompt"
+            "output_config",
+            "prompt.chat.template_kwargs",
+            _put_effort,
+            "`effort`; `format` takes none of the prompt",
+            schema=OBJECT,
         ),
         *_CONVERSATION,
     ),
+    does="How many tokens a message would read",
+    told=anthropic_error,
 )

@@ -16,6 +16,12 @@ from loraplex_service.http.options import (
     response_form,
 )
 from loraplex_service.http.parameters import (
+    ARRAY,
+    BOOLEAN,
+    OBJECT,
+    STRING,
+    STRING_OR_ARRAY,
+    STRING_OR_OBJECT,
     Draft,
     Parameter,
     Table,
@@ -76,35 +82,42 @@ RESPONSES = Table(
     (
         SPEC,
         MODEL,
-        Parameter("instructions", "prompt.chat.messages", put_instructions, "what the system says first"),
+        Parameter(
+            "instructions", "prompt.chat.messages", put_instructions, "what the system says first", schema=STRING
+        ),
         Parameter(
             "input",
             "prompt.chat.messages",
             put_input,
             "a text, or items: messages, `reasoning`, `function_call`, `function_call_output`",
+            schema=STRING_OR_ARRAY,
         ),
-        Parameter("tools", "prompt.chat.tools", put_tools, "`strict` needs a tool_choice that requires calls"),
-        Parameter("tool_choice", "prompt.chat.tool_choice", put_tool_choice),
+        Parameter(
+            "tools", "prompt.chat.tools", put_tools, "`strict` needs a tool_choice that requires calls", schema=ARRAY
+        ),
+        Parameter("tool_choice", "prompt.chat.tool_choice", put_tool_choice, schema=STRING_OR_OBJECT),
         scalar("parallel_tool_calls", "prompt.chat.parallel_tool_calls"),
         scalar("max_output_tokens", "stopping.max_tokens"),
         scalar("temperature", "sampling.temperature"),
         scalar("top_p", "sampling.top_p"),
         scalar("top_logprobs", "output.top_logprobs"),
-        Parameter("text", "constraint", _put_text, "`format`"),
+        Parameter("text", "constraint", _put_text, "`format`", schema=OBJECT),
         Parameter(
             "reasoning",
             "prompt.chat.template_kwargs",
             _put_reasoning,
             "`effort`, as `reasoning_effort`, for chat templates that know the word",
+            schema=OBJECT,
         ),
         Parameter(
             "include",
             "output.logprobs",
             _put_include,
             "`message.output_text.logprobs`; `reasoning.encrypted_content`, which is null: `content` can be read",
+            schema=ARRAY,
         ),
-        Parameter("stream", "", put_stream, "server-sent events, the last one `response.completed`"),
-        Parameter("stream_options", "", _put_stream_options, "none: `include_obfuscation` is `false`"),
+        Parameter("stream", "", put_stream, "server-sent events, the last one `response.completed`", schema=BOOLEAN),
+        Parameter("stream_options", "", _put_stream_options, "none: `include_obfuscation` is `false`", schema=OBJECT),
         METADATA,
         label("user"),
         label("safety_identifier"),
@@ -124,4 +137,5 @@ RESPONSES = Table(
         refused("access_programs", "who may do what, the credentials say"),
     ),
     _check,
+    does="A response, without state",
 )
