@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loraplex_kernels.ops import AttentionMetadata, HeadShape, LayerKV, LoraSegments, LoraSlice, LoraWeights, Ops
-from loraplex_kernels.quantized import AffineWeight, Float8Weight, QuantizedWeight, TableWeight
+from loraplex_kernels.quantized import (
+    AffineWeight,
+    Float8Weight,
+    InputRounding,
+    IntegerWeight,
+    QuantizedWeight,
+    TableWeight,
+)
 from loraplex_kernels.reference import ReferenceOps
 
 Call = Callable[[], object]
@@ -232,6 +239,7 @@ class Cases:
                 n * c + 4 * groups * n,
                 lambda: Float8Weight(codes(6).view(torch.float8_e4m3fn), ones(-(-n // group), groups), (group, group)),
             ),
+            ("w8a8", n * c + 4 * n, lambda: IntegerWeight(codes(8).view(torch.int8), ones(n), InputRounding())),
         ]
 
         def make(record: Callable[[], QuantizedWeight]) -> tuple[Call, Call]:

@@ -2,24 +2,31 @@
 
     python -m benchmarks.quantized MODEL [--threads 2] [--rounds 8] [--text FILE --text-model DIR] [--out REPORT.md]
 
-Loads MODEL/base, as `benchmarks.models` writes it, once for each way of rounding it while it is loaded, and once as it
-is; in each round all take their turn at each measurement, and medians of the rounds are compared. The text is read by
-DIR, as `benchmarks.kv_cache` reads it: a model with random weights has no use for one.
+Loads MODEL/base, as `benchmarks.models` writes it, once for each way of rounding it while it is loaded, once as it is,
+and once as a copy whose layers' linears and their inputs are integers (w8a8). In each round all take their turn at each
+measurement, and medians of the rounds are compared. The text is read by DIR, as `benchmarks.kv_cache` reads it: a model
+with random weights has no use for one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shlex
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.kv_cache import Reading, cut, read
 from benchmarks.measure import machine
@@ -28,13 +35,15 @@ from loraplex_engine.link.config import QUANTIZATIONS, EngineConfig
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 
-DENSE = "as it is"
+DENSE, INTEGERS = "as it is", "w8a8"
 PROMPT, OUTPUT = 16, 16  # tokens of a stream
 WAYS: Mapping[str, dict[str, Any]] = {
     DENSE: {},
     "head int8": {"head_quantization": "int8"},
     **{method: {"quantization": method} for method in QUANTIZATIONS},
     **{f"{method}, head int8": {"quantization": method, "head_quantization": "int8"} for method in QUANTIZATIONS},
+    INTEGERS: {},
+    f"{INTEGERS}, head int8": {"head_quantization": "int8"},
 }
 MILLION = 1e6
 
@@ -78,6 +87,33 @@ class Subject:
             token_ids = [self._random.randrange(self._vocabulary) for _ in range(prompt)]
             self.core.add(AddRequest(self._next_id, token_ids, sampling, None))
             self._next_id += 1
+
+
+def write_integers(source: Path, target: Path) -> Path:
+    """A copy as compressed-tensors has it: each row of the layers' linears scaled to ±127, inputs token by token."""
+    shutil.copytree(source, target)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight
+            continue
+        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        tensors[name] = torch.round(weight.float() / scale).to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, target / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    stated = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}}
+    (target / "config.json").write_text(json.dumps({**config, "quantization_config": stated}))
+    return target
+
+
+def with_integers(model: Path, folder: Path) -> Callable[[str], str]:
+    """The directory of a way: that of the model, or of its copy in `folder`."""
+    copy = write_integers(model, folder / model.name)
+    return lambda way: str(copy if way.startswith(INTEGERS) else model)
 
 
 MEASUREMENTS: Mapping[str, Callable[[Subject], float]] = {
@@ -147,19 +183,23 @@ def main() -> None:
     ]
     options: dict[str, Any] = {"threads": args.threads, "device": "cpu", "max_model_len": 1024}
     options["enable_prefix_caching"] = False
-    subjects = {
-        way: Subject(EngineConfig(model=str(args.model / "base"), kv_cache_bytes=1 << 27, **options, **fields))
-        for way, fields in WAYS.items()
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        model_of = with_integers(args.model / "base", Path(folder))
+        subjects = {
+            way: Subject(EngineConfig(model=model_of(way), kv_cache_bytes=1 << 27, **options, **fields))
+            for way, fields in WAYS.items()
+        }
     lines += speed_table(measure(subjects, args.rounds), subjects)
     for subject in subjects.values():
         subject.core.close()
     if args.text is not None:
         windows = cut(args.text_model, args.text)
-        readings = {
-            way: read(EngineConfig(model=str(args.text_model), **options, **fields), windows)
-            for way, fields in WAYS.items()
-        }
+        with tempfile.TemporaryDirectory() as folder:
+            model_of = with_integers(args.text_model, Path(folder))
+            readings = {
+                way: read(EngineConfig(model=model_of(way), **options, **fields), windows)
+                for way, fields in WAYS.items()
+            }
         count = sum(map(len, windows))
         lines += ["", f"Quality: {args.text_model.name} reads {count} tokens of a text.", "", *quality_table(readings)]
     report = "\n".join(lines) + "\n"

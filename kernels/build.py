@@ -20,11 +20,11 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 SOURCES = Path(__file__).parent / "loraplex_kernels" / "cpu"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]  # no processor has the first alone
 INSTRUCTION_SETS: dict[str, list[str]] = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512_BF16}
-    INSTRUCTION_SETS |= {"amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mavx512fp16"]}
+    INSTRUCTION_SETS |= {"amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512fp16"]}
 NEWER_FLAGS = {"-mavx512fp16"}  # that GCC 11 does not know: it does without, bytes are then unpacked more slowly
 
 FLAGS = [

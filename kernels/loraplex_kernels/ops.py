@@ -263,7 +263,7 @@ class Ops(Protocol):
         """y[t, n] = Σ_c x[t, c] · weight[n, c] + bias[n].  x: [T, C] → [T, N]
 
         A quantised weight stands for what `quantized.dequantize` returns, exact in float32; kernels may round it to the
-        dtype of x before they multiply.
+        dtype of x before they multiply. An IntegerWeight rounds x as well, exactly as `integers.round_inputs` does.
         """
 
     def route(self, logits: Tensor, routing: Routing, correction: Tensor | None, lora: LoraSegments | None) -> Routes:

@@ -1,4 +1,4 @@
-"""Quantised weight matrices in canonical form: every checkpoint format is unpacked into one of four records.
+"""Quantised weight matrices in canonical form: every checkpoint format is unpacked into one of five records.
 
 A loader makes records, a backend's `Ops.pack_quantized` lays them out for its kernels, and `dequantize` defines the
 value of each. Codes take a byte each here, and live only until they are packed.
@@ -18,6 +18,7 @@ from torch import Tensor
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 TABLE_SIZE = 16
 UNIT_COLUMNS = 256  # that share a unit of their scales
+MAX_INTEGER_INPUTS = 1 << 16  # whose products' sum is within 32 bits
 
 
 class _Record:
@@ -126,7 +127,39 @@ class Float8Weight(_Record):
         assert self.scale.dtype == torch.float32
 
 
-QuantizedWeight = AffineWeight | MinimumWeight | TableWeight | Float8Weight
+@dataclass(frozen=True, slots=True)
+class InputRounding:
+    """How inputs x become integers q = round(x / s + z) from -128 to 127; ties go to the even one.
+
+    Each row has its own s: max|x| / 127, with z = 0; or, asymmetric, (high - low) / 255, with z = round(-128 - low / s)
+    and 0 from low to high. Or all rows have the same, from the checkpoint.
+    """
+
+    symmetric: bool = True
+    scale: float | None = None  # s of all rows; None: each has its own
+    zero: int = 0  # z beside it
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerWeight(_Record):
+    """W[n, c] = scale[n] · codes[n, c], multiplied by inputs that are rounded, too: sums are of integers, and exact.
+
+    y[t, n] = scale[n] · (Σ_c (q[t, c] − z[t]) · codes[n, c]) · s[t].  Source: SmoothQuant (arXiv 2211.10438).
+    """
+
+    codes: Tensor  # int8 [N, C], C at most MAX_INTEGER_INPUTS
+    scale: Tensor  # float32 [N]
+    inputs: InputRounding
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes.shape
+        assert self.codes.dtype == torch.int8
+        assert columns <= MAX_INTEGER_INPUTS
+        assert self.scale.shape == (rows,)
+        assert self.scale.dtype == torch.float32
+
+
+QuantizedWeight = AffineWeight | MinimumWeight | TableWeight | Float8Weight | IntegerWeight
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
@@ -140,6 +173,8 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
         rows, across = weight.block
         by_row = weight.scale.repeat_interleave(rows, dim=0)[: len(weight.codes)]
         return weight.codes.float() * by_row.repeat_interleave(across, dim=1)[:, :columns]
+    if isinstance(weight, IntegerWeight):
+        return weight.scale.unsqueeze(1) * weight.codes.float()
     if isinstance(weight, MinimumWeight):
         return _spread(weight.scale, weight) * weight.codes.float() - _spread(weight.minimum, weight)
     dense = _spread(weight.scale, weight) * (weight.codes.float() - _spread(weight.zero, weight))
@@ -158,8 +193,8 @@ def _spread(per_group: Tensor, weight: AffineWeight | MinimumWeight) -> Tensor:
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
     """One record with the rows of all, one after another; None: they differ in a property that a record has once.
 
-    Such properties are kind, bits, group or block size, table, and order of input features. Blocks that span rows also
-    give None where a part's rows are no whole number of blocks.
+    Such properties are kind, bits, group or block size, table, order of input features, and how these are rounded.
+    Blocks that span rows also give None where a part's rows are no whole number of blocks.
     """
     first = weights[0]
     if len(weights) == 1:
@@ -185,6 +220,11 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         if any(part.codes.numel() % first.block for part in tables[:-1]):
             return None
         return replace(first, codes=codes, absmax=torch.cat([part.absmax for part in tables]))
+    if isinstance(first, IntegerWeight):
+        integers = [weight for weight in weights if isinstance(weight, IntegerWeight)]
+        if any(part.inputs != first.inputs for part in integers):
+            return None
+        return replace(first, codes=codes, scale=torch.cat([part.scale for part in integers]))
     blocks = [weight for weight in weights if isinstance(weight, Float8Weight)]
     if any(part.block != first.block for part in blocks):
         return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loraplex_kernels.integers import integer_linear
 from loraplex_kernels.ops import (
     QUANTIZED_KV,
     AttentionMetadata,
@@ -27,7 +28,7 @@ from loraplex_kernels.ops import (
     Routing,
     Xielu,
 )
-from loraplex_kernels.quantized import QuantizedWeight, dequantize
+from loraplex_kernels.quantized import IntegerWeight, QuantizedWeight, dequantize
 from loraplex_kernels.routes import route
 from loraplex_kernels.sampling import TorchSampling
 
@@ -199,6 +200,8 @@ class ReferenceOps(TorchSampling):
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         if isinstance(packed, ReferenceQuantizedLinear):
+            if isinstance(packed.weight, IntegerWeight):
+                return integer_linear(x, packed.weight, packed.bias)
             bias = None if packed.bias is None else packed.bias.float()
             return F.linear(x.float(), dequantize(packed.weight), bias).to(x.dtype)
         assert isinstance(packed, ReferenceLinear)

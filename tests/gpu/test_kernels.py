@@ -20,7 +20,7 @@ from loraplex_kernels.ops import (  # noqa: E402  (after the skip)
     LoraWeights,
     Xielu,
 )
-from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight  # noqa: E402
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, InputRounding, IntegerWeight, TableWeight  # noqa: E402
 from loraplex_kernels.reference import ReferenceOps  # noqa: E402
 from tests.kernels.tolerance import Tolerance  # noqa: E402
 
@@ -107,7 +107,7 @@ def test_rounded_cache(ops, reference, random, stored, lengths, new):
 
 
 @pytest.mark.parametrize("num_rows", [1, 16, 64, 600])
-@pytest.mark.parametrize("kind", ["4 bit", "act-order", "8 bit", "nf4", "fp8"])
+@pytest.mark.parametrize("kind", ["4 bit", "act-order", "8 bit", "nf4", "fp8", "w8a8"])
 def test_quantised_linear(ops, reference, random, num_rows, kind):
     n, c = 6144, 4096
     codes = torch.randint(0, 256 if kind == "8 bit" else 16, (n, c), device="cuda", dtype=torch.uint8)
@@ -118,6 +118,7 @@ def test_quantised_linear(ops, reference, random, num_rows, kind):
         "8 bit": lambda: AffineWeight(codes, 8, scale[:1] / 16, 16 * zero[:1], c),
         "nf4": lambda: TableWeight(codes, torch.linspace(-1, 1, 16, device="cuda"), scale.repeat(2, 1).flatten(), 64),
         "fp8": lambda: Float8Weight(random(n, c).to(torch.float8_e4m3fn), scale[:, : n // 128].t(), (128, 128)),
+        "w8a8": lambda: IntegerWeight((codes.int() - 8).to(torch.int8), scale[0].contiguous(), InputRounding()),
     }[kind]()
     x = random(num_rows, c) / math.sqrt(c)
     actual = ops.linear(x, ops.pack_quantized(weight, None, x.dtype))

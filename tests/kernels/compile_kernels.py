@@ -30,7 +30,7 @@ from loraplex_kernels.ops import (
     QKNorm,
     Xielu,
 )
-from loraplex_kernels.quantized import AffineWeight, Float8Weight, TableWeight
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, InputRounding, IntegerWeight, TableWeight
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_MULTIPROCESSORS = 132
@@ -138,6 +138,15 @@ class Launches:
             for count in rows:
                 self.ops.linear(self.zeros(count, in_features), packed)
 
+    def integers(self, in_features, out_features, rows):
+        """Inputs rounded in each way; few rows and many; with bias or not."""
+        codes, scale = torch.zeros(out_features, in_features, dtype=torch.int8), torch.ones(out_features)
+        for index, rounding in enumerate((InputRounding(), InputRounding(False), InputRounding(False, 0.1, 3))):
+            bias = self.zeros(out_features) if index else None
+            packed = self.ops.pack_quantized(IntegerWeight(codes, scale, rounding), bias, self.dtype)
+            for count in rows:
+                self.ops.linear(self.zeros(count, in_features), packed)
+
     def experts(self, in_features, out_features, rows, bias=False):
         bias = self.zeros(out_features) if bias else None
         linears = [self.ops.pack_linear([self.zeros(out_features, in_features)], bias) for _ in range(2)]
@@ -181,6 +190,7 @@ class Launches:
         self.lora(4096, 28672, (64, 64), 2048)
         self.lora(4096, 4097, (256,), 200)
         self.quantised(2048, 1024, (1, 300))
+        self.integers(2048, 1024, (1, 300))
         self.experts(2048, 1536, 16)
         self.experts(768, 2048, 400, bias=True)
         self.small(eight_billion, 8192)

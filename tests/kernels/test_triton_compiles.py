@@ -17,7 +17,16 @@ ROOT = SCRIPT.parents[2]
 # 8.6 have 101376 and run what is compiled for 8.0; the tiles are chosen such that all do with that.
 SHARED_BYTES = dict.fromkeys((80, 89, 90, 100, 120), 101376)
 # Of a thread. Those that only stream leave room for many threads; for the others 255 is what there is.
-STREAMING = ("_scale", "_add_splits", "_rotary_store_kv", "_norm", "_activate", "_activate_and_mul", "_mask_logits")
+STREAMING = (
+    "_scale",
+    "_add_splits",
+    "_round_inputs",
+    "_rotary_store_kv",
+    "_norm",
+    "_activate",
+    "_activate_and_mul",
+    "_mask_logits",
+)
 REGISTERS = dict.fromkeys(STREAMING, 128)
 MOST_REGISTERS = 255
 # Bytes of a thread's registers that are put aside. A few outside the loops cost nothing; products of float32 are made
@@ -30,6 +39,8 @@ KERNELS = {
     "_expand",
     "_scale",
     "_quantized_linear",
+    "_round_inputs",
+    "_integer_linear",
     "_grouped_linear",
     "_add_splits",
     "_rotary_store_kv",

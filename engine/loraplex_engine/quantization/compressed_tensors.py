@@ -1,6 +1,6 @@
 """compressed-tensors checkpoints, as llm-compressor writes them: integers, packed or not, and floats of 8 and 4 bits.
 
-Only weights are read as quantised. If the file also asks for quantised activations, these stay unquantised, which is
+Where the file asks for it, activations are rounded to int8 beside int8 weights. Others stay unquantised, which is
 nearer to the unquantised model.
 """
 
@@ -19,6 +19,7 @@ from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor
 from loraplex_engine.quantization.four_bit_floats import Mxfp4Layout, Nvfp4Layout
 from loraplex_engine.quantization.fp8 import float8_weight, read_block
+from loraplex_engine.quantization.integers import IntegerInputs, integer_weight
 from loraplex_engine.quantization.spec import SCALE_TYPES, LinearShape, check_scales, group_count
 from loraplex_engine.quantization.unpacking import unpack_codes
 from loraplex_kernels.quantized import AffineWeight, QuantizedWeight
@@ -60,6 +61,7 @@ class Scheme:
     per_tensor: bool
     activations: bool  # quantised ones: scales of theirs may be stored
     small: Mxfp4Layout | Nvfp4Layout | None = None  # floats of 4 bits, which are laid out so
+    integer_inputs: IntegerInputs | None = None  # None: activations stay unquantised
 
     def matches(self, path: str) -> bool:
         return any(
@@ -81,6 +83,8 @@ class CompressedTensorsSpec:
         scheme = self.schemes[0]
         if scheme.small is not None:
             return f"compressed-tensors-{scheme.small.label}"
+        if scheme.integer_inputs is not None:
+            return "compressed-tensors-w8a8"
         return "compressed-tensors-" + ("fp8" if scheme.kind == "float" else f"int{scheme.bits}")
 
     def of(self, linear: LinearShape) -> Scheme:
@@ -94,7 +98,9 @@ class CompressedTensorsSpec:
     def tensors(self, linear: LinearShape) -> dict[str, ExpectedTensor]:
         scheme = self.of(linear)
         found = _stored(scheme, linear) if scheme.small is None else scheme.small.tensors(linear)
-        if scheme.activations:
+        if scheme.integer_inputs is not None:
+            found |= scheme.integer_inputs.tensors()
+        elif scheme.activations:
             found |= {name: ExpectedTensor(None, (*FLOATS, "I8", "F8_E4M3"), optional=True) for name in OF_ACTIVATIONS}
         return found
 
@@ -105,6 +111,11 @@ class CompressedTensorsSpec:
         if scheme.kind == "float":
             block = scheme.block or (None if scheme.group_size is None else (1, scheme.group_size))
             return float8_weight(linear, ".weight_scale", stored[".weight"], stored[".weight_scale"], block)
+        if scheme.symmetric and ".weight_zero_point" in stored and bool(stored[".weight_zero_point"].any()):
+            raise linear.error(".weight_zero_point", "is not zero, though config.json says symmetric")
+        if scheme.integer_inputs is not None:
+            inputs = scheme.integer_inputs.read(linear, stored)
+            return integer_weight(linear, ".weight_scale", stored[".weight"], stored[".weight_scale"], inputs)
         return _integers(scheme, linear, stored)
 
 
@@ -142,12 +153,9 @@ def _integers(scheme: Scheme, linear: LinearShape, stored: Mapping[str, Tensor])
     groups = _groups(scheme, linear)
     scale = check_scales(linear, ".weight_scale", stored[".weight_scale"]).reshape(-1, groups).expand(n, groups)
     zero = torch.full_like(scale, offset)
-    if scheme.symmetric:
-        if ".weight_zero_point" in stored and bool(stored[".weight_zero_point"].any()):
-            raise linear.error(".weight_zero_point", "is not zero, though config.json says symmetric")
-    elif scheme.packed:
+    if scheme.packed and not scheme.symmetric:
         zero = unpack_codes(stored[".weight_zero_point"].t(), scheme.bits)[:, :n].t().float()
-    else:
+    elif not scheme.symmetric:
         zero = zero + stored[".weight_zero_point"].float().reshape(-1, groups)
     group_size = scheme.group_size or c
     return AffineWeight(codes, scheme.bits, scale.t().contiguous(), zero.t().contiguous(), group_size)
@@ -187,8 +195,10 @@ def _scheme(group: ConfigFields, file_format: str) -> Scheme:
         raise weights.error("actorder", weights.text("actorder"), "weight: grouping by activations is not supported")
     if weights.flag("dynamic"):
         raise weights.error("dynamic", True, "false for weights")
-    activations = group.section("input_activations") is not None
-    if activations:
+    activations, symmetric = group.section("input_activations"), weights.flag("symmetric", default=True)
+    of_bytes = kind == "int" and bits == 8 and not packed and symmetric and strategy in ("tensor", "channel")
+    inputs = _integer_inputs(activations) if activations is not None and of_bytes else None
+    if activations is not None and inputs is None:
         logger.info("%s: activations stay unquantised; the file asks for quantised ones", group.where)
     targets = group.texts("targets")
     _check_patterns(group, targets)
@@ -197,13 +207,24 @@ def _scheme(group: ConfigFields, file_format: str) -> Scheme:
         packed,
         bits,
         kind,
-        weights.flag("symmetric", default=True),
+        symmetric,
         group_size if strategy == "group" else None,
         block,
         strategy == "tensor",
-        activations,
+        activations is not None,
         small,
+        inputs,
     )
+
+
+def _integer_inputs(activations: ConfigFields) -> IntegerInputs | None:
+    """How activations are rounded beside weights of int8. None: they stay as they are."""
+    if (activations.text("type", "int"), activations.integer("num_bits", 8)) != ("int", 8):
+        return None
+    dynamic = activations.flag("dynamic")
+    if activations.text("strategy", "tensor") != ("token" if dynamic else "tensor"):
+        return None
+    return IntegerInputs(activations.flag("symmetric", default=True), static=not dynamic)
 
 
 def _strategy(

@@ -11,6 +11,7 @@ from loraplex_kernels.quantized import (
     UNIT_COLUMNS,
     AffineWeight,
     Float8Weight,
+    IntegerWeight,
     MinimumWeight,
     QuantizedWeight,
     TableWeight,
@@ -40,6 +41,8 @@ def cut(weight: QuantizedWeight, rows: slice, columns: slice) -> QuantizedWeight
             )
         case TableWeight():
             return _cut_table(weight, codes, rows, columns)
+        case IntegerWeight():
+            return replace(weight, codes=codes, scale=weight.scale[rows].contiguous())
         case Float8Weight():
             (n, c), (across_rows, across_columns) = weight.codes.shape, weight.block
             scale = weight.scale[_units(rows, n, across_rows), _units(columns, c, across_columns)].contiguous()

@@ -19,6 +19,7 @@ from loraplex_engine.quantization import (
     modelopt,
     mxfp4,
     torchao,
+    w8a8,
 )
 from loraplex_engine.quantization.spec import QuantSpec
 
@@ -37,6 +38,8 @@ FORMATS: Mapping[str, Callable[[ConfigFields], QuantSpec]] = {
     "mxfp8": fp8.parse_mxfp8,
     "gguf": gguf.parse,
     "mxfp4": mxfp4.parse,
+    "smooth_quant": w8a8.parse_smooth_quant,
+    "w8a8_int8": w8a8.parse_w8a8_int8,
 }
 SECTIONS = ("quantization_config", "compression_config")  # of config.json; the second is an old spelling
 # Other names of formats: old ones, and those that vLLM tells ModelOpt's kinds apart by.

@@ -6,6 +6,7 @@
 #include <new>
 
 #include "attention.h"
+#include "integer_linear.h"
 #include "linear.h"
 #include "lora.h"
 #include "quantized.h"
@@ -79,7 +80,7 @@ struct AnyLinear {
     virtual int64_t bytes() const = 0;
 };
 
-// L: Linear or QuantizedLinear of T
+// L: Linear, QuantizedLinear or IntegerLinear of T
 template <class T, class L>
 struct TypedLinear final : AnyLinear {
     template <class... Arguments>
@@ -112,7 +113,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 17; }
+EXPORT int loraplex_version() { return 18; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -150,6 +151,19 @@ EXPORT AnyLinear* loraplex_quantized_create(Context* context, int dtype, int cod
     });
 }
 
+// scale: [n]. rounding: of inputs, 0 symmetric or 1 not, row by row; 2 by these two for all rows. bias: [n], or null.
+EXPORT AnyLinear* loraplex_integer_create(Context* context, int dtype, int64_t n, int64_t c, const int8_t* weights,
+                                          const float* scale, int rounding, float input_scale, float input_zero,
+                                          const void* bias) {
+    return created([&] {
+        const ByteMatrix matrix{n, c, weights, scale, {InputRounding::Kind(rounding), input_scale, input_zero}};
+        return with_type(dtype, [&](auto of) -> AnyLinear* {
+            using T = typename decltype(of)::Type;
+            return new TypedLinear<T, IntegerLinear<T>>(*context, matrix, static_cast<const T*>(bias));
+        });
+    });
+}
+
 EXPORT void loraplex_linear_destroy(AnyLinear* linear) { delete linear; }
 
 // Called by any thread.
@@ -163,8 +177,8 @@ EXPORT int loraplex_linear(Context* context, const AnyLinear* linear, const void
     return guarded([&] { linear->apply(*context, x, y, rows); });
 }
 
-// experts: `count` linears of one dtype, shape and codec. x: sorted by expert, rows starts[e] … starts[e + 1] - 1 are
-// e's.
+// experts: `count` linears of one dtype, shape and kind, and of one codec. x: sorted by expert, rows starts[e] …
+// starts[e + 1] - 1 are e's.
 EXPORT int loraplex_grouped_linear(Context* context, const AnyLinear* const* experts, int64_t count,
                                    const int64_t* starts, const void* x, void* y) {
     return guarded([&] { experts[0]->apply_group(*context, experts, count, starts, x, y); });

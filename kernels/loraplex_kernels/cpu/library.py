@@ -14,7 +14,7 @@ from typing import Any
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-VERSION = 17  # of the C interface; kernels/loraplex_kernels/cpu/api.cpp has the same
+VERSION = 18  # of the C interface; kernels/loraplex_kernels/cpu/api.cpp has the same
 
 # Result and arguments of each function of api.cpp, which a test compares with these.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -28,6 +28,10 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_void_p, c_int, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64),
             *(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p),
         ),
+    ),
+    "integer_create": (
+        c_void_p,
+        (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int, c_float, c_float, c_void_p),
     ),
     "linear_destroy": (None, (c_void_p,)),
     "linear_bytes": (c_int64, (c_void_p,)),

@@ -16,13 +16,15 @@ from loraplex_kernels.quantized import (
     TABLE_SIZE,
     AffineWeight,
     Float8Weight,
+    IntegerWeight,
     MinimumWeight,
     QuantizedWeight,
     TableWeight,
 )
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TABLE, SIGNED_BYTE, FLOAT8 = 0, 1, 2
+TABLE, SIGNED_BYTE, FLOAT8, INTEGERS = 0, 1, 2, 3
+SYMMETRIC, ASYMMETRIC, GIVEN = 0, 1, 2  # how inputs are rounded
 FLOAT8_NAN = 0x7F  # and the same with a sign
 
 
@@ -76,6 +78,8 @@ def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | Non
 
     Raises ValueError for a float8 code that is NaN.
     """
+    if isinstance(weight, IntegerWeight):
+        return _pack_integers(library, weight, bias, dtype)
     form = _coded(weight)
     order = getattr(weight, "input_order", None)
     bias = None if bias is None else bias.to(dtype).contiguous()
@@ -98,6 +102,26 @@ def pack_quantized(library: Library, weight: QuantizedWeight, bias: Tensor | Non
     return CpuLinear(library, handle, codes.shape, dtype, (form.codec, form.group))
 
 
+def _pack_integers(library: Library, weight: IntegerWeight, bias: Tensor | None, dtype: torch.dtype) -> CpuLinear:
+    """Pack a matrix of bytes into panels of 32 outputs, laid out as in integers.h."""
+    inputs = weight.inputs
+    codes, scale = weight.codes.contiguous(), weight.scale.contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    row_by_row = SYMMETRIC if inputs.symmetric else ASYMMETRIC
+    handle = library.integer_create(
+        library.context,
+        dtype_code(dtype),
+        *codes.shape,
+        codes.data_ptr(),
+        scale.data_ptr(),
+        row_by_row if inputs.scale is None else GIVEN,
+        inputs.scale or 0.0,
+        inputs.zero,
+        _pointer(bias),
+    )
+    return CpuLinear(library, handle, codes.shape, dtype, (INTEGERS, codes.shape[1]))
+
+
 @dataclass(frozen=True, slots=True)
 class _Coded:
     """W[n, c] = scale[g, n] · (value(codes[n, c]) + offset[g, n]) with g = c // group, or the offset outside of the
@@ -114,7 +138,7 @@ class _Coded:
     offset_unit: Tensor | None = None
 
 
-def _coded(weight: QuantizedWeight) -> _Coded:
+def _coded(weight: AffineWeight | MinimumWeight | TableWeight | Float8Weight) -> _Coded:
     if isinstance(weight, MinimumWeight):
         return _coded_minimum(weight)
     if isinstance(weight, AffineWeight):

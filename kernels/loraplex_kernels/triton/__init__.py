@@ -30,13 +30,14 @@ from loraplex_kernels.ops import (
     Routing,
     Xielu,
 )
-from loraplex_kernels.quantized import QuantizedWeight
+from loraplex_kernels.quantized import IntegerWeight, QuantizedWeight
 from loraplex_kernels.reference import ReferenceLinear, weighted_sums
 from loraplex_kernels.routes import route
 from loraplex_kernels.sampling import TorchSampling
 from loraplex_kernels.triton.activation import activate, activate_and_mul
 from loraplex_kernels.triton.attention import Scoring, paged_attention
 from loraplex_kernels.triton.grouped import TritonGroup, grouped_linear
+from loraplex_kernels.triton.integers import TritonIntegerLinear, integer_linear
 from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, TritonLoraTables, segmented_lora
 from loraplex_kernels.triton.mask import mask_logits
 from loraplex_kernels.triton.norm import norm
@@ -77,10 +78,12 @@ class TritonOps(TorchSampling):
         return ReferenceLinear(weights[0] if len(weights) == 1 else torch.cat(list(weights)), bias)
 
     def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        if isinstance(weight, IntegerWeight):
+            return TritonIntegerLinear(weight, bias)
         return TritonQuantizedLinear(weight, bias)
 
     def dequantize(self, packed: PackedLinear, start: int, end: int) -> Tensor:
-        if isinstance(packed, TritonQuantizedLinear):
+        if isinstance(packed, TritonQuantizedLinear | TritonIntegerLinear):
             return packed.dequantize(start, end)
         assert isinstance(packed, ReferenceLinear)
         return packed.weight[start:end].float()
@@ -88,6 +91,8 @@ class TritonOps(TorchSampling):
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         if isinstance(packed, TritonQuantizedLinear):
             return quantized_linear(x, packed, self._num_multiprocessors)
+        if isinstance(packed, TritonIntegerLinear):
+            return integer_linear(x, packed)
         assert isinstance(packed, ReferenceLinear)
         return F.linear(x, packed.weight, packed.bias)
 

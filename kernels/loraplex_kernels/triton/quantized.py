@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.quantized import AffineWeight, Float8Weight, MinimumWeight, QuantizedWeight, TableWeight
+from loraplex_kernels.quantized import AffineWeight, Float8Weight, MinimumWeight, TableWeight
 from loraplex_kernels.triton.codes import FLOAT8, PLAIN, as_codes, coding_of, decode
 from loraplex_kernels.triton.primitives import LEAST_STEP, Tile, dot
 
@@ -159,7 +159,7 @@ def _add_splits(
 class TritonQuantizedLinear:
     """A quantised weight as the kernels read it: up to 4 bits two codes a byte, else one; outputs side by side."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: AffineWeight | MinimumWeight | TableWeight | Float8Weight, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.codes.shape
         self.bias = bias
         self.zeros: Tensor | None = None  # [G, N]

@@ -195,3 +195,26 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     ),
     "torchao fp8": (torchao("Float8DynamicActivationFloat8WeightConfig"), packing.torchao_float8),
 }
+
+PER_CHANNEL = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+PER_TENSOR = {**PER_CHANNEL, "strategy": "tensor"}
+PER_TOKEN = {**PER_TENSOR, "strategy": "token", "dynamic": True}
+
+# Their inputs are rounded, too: they give other logits than a dense model with the same weights.
+INTEGERS: dict[str, tuple[dict[str, Any], Packer]] = {
+    "w8a8 per token": (compressed("int-quantized", PER_TOKEN, **PER_CHANNEL), packing.ct_int8()),
+    "w8a8 per token, asymmetric": (
+        compressed("int-quantized", {**PER_TOKEN, "symmetric": False}, **PER_CHANNEL),
+        packing.ct_int8(),
+    ),
+    "w8a8 per tensor": (
+        compressed("naive-quantized", PER_TENSOR, **PER_TENSOR),
+        packing.with_input_scale(packing.ct_int8("tensor")),
+    ),
+    "w8a8 per tensor, asymmetric": (
+        compressed("int-quantized", {**PER_TENSOR, "symmetric": False}, **PER_CHANNEL),
+        packing.with_input_scale(packing.ct_int8(), zero=-7),
+    ),
+    "SmoothQuant of LMDeploy": ({"quant_method": "smooth_quant", "quant_dtype": "int8"}, packing.smooth_quant),
+    "w8a8_int8 of SGLang": ({"quant_method": "w8a8_int8", "ignore": ["lm_head"]}, packing.ct_int8()),
+}

@@ -234,6 +234,24 @@ def ct_int8(strategy: str = "channel", symmetric: bool = True) -> Packer:
     return pack
 
 
+def with_input_scale(packer: Packer, zero: int | None = None) -> Packer:
+    """The same with what inputs are rounded by."""
+
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, dense = packer(generator, n, c)
+        tensors[".input_scale"] = torch.tensor([0.03125])
+        if zero is not None:
+            tensors[".input_zero_point"] = torch.tensor([zero], dtype=torch.int8)
+        return tensors, dense
+
+    return pack
+
+
+def smooth_quant(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+    tensors, dense = ct_int8()(generator, n, c)
+    return {".weight": tensors[".weight"], ".scale": tensors[".weight_scale"]}, dense
+
+
 def float8(
     scale_name: str = ".weight_scale_inv", block: tuple[int, int] | None = None, per_row: bool = False
 ) -> Packer:

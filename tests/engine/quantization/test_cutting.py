@@ -10,27 +10,28 @@ from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.quantization import LinearShape, cut, parse
 from loraplex_kernels.quantized import QuantizedWeight, dequantize
-from tests.engine.quantization.formats import FORMATS
+from tests.engine.quantization.formats import FORMATS, INTEGERS
 
+ALL = FORMATS | INTEGERS
 N, C = 96, 384
 LINEAR = LinearShape("model.layers.0.mlp.up_proj", N, C)
 ALL_ROWS, ALL_COLUMNS = slice(0, N), slice(0, C)
 
 
 def read(name: str) -> QuantizedWeight:
-    section, packer = FORMATS[name]
+    section, packer = ALL[name]
     tensors, _ = packer(Generator().manual_seed(5), N, C)
     return parse(ConfigFields(section, "config.json")).read(LINEAR, tensors)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("rows", [slice(0, 48), slice(48, N)], ids=str)
 def test_some_outputs(name: str, rows: slice) -> None:
     weight = read(name)
     assert torch.equal(dequantize(cut(weight, rows, ALL_COLUMNS)), dequantize(weight)[rows])
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if "act-order" not in name])
+@pytest.mark.parametrize("name", [name for name in ALL if "act-order" not in name])
 @pytest.mark.parametrize("columns", [slice(0, 192), slice(192, C)], ids=str)
 def test_some_inputs(name: str, columns: slice) -> None:
     weight = read(name)
@@ -39,7 +40,7 @@ def test_some_inputs(name: str, columns: slice) -> None:
     assert torch.equal(dequantize(cut(weight, ALL_ROWS, columns)), dequantize(weight)[:, columns])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ALL)
 def test_all_of_it_is_the_matrix_itself(name: str) -> None:
     weight = read(name)
     assert cut(weight, ALL_ROWS, ALL_COLUMNS) is weight

@@ -46,7 +46,7 @@ MEANINGS = {
 # name → (label, packed, activations quantised too); all of them per tensor
 COMPRESSED = {
     "compressed-tensors__examples-bit_packing-int4_config.json": ("compressed-tensors-int4", True, False),
-    "compressed-tensors__examples-llama_1.1b-example_quant_config.json": ("compressed-tensors-int8", False, True),
+    "compressed-tensors__examples-llama_1.1b-example_quant_config.json": ("compressed-tensors-w8a8", False, True),
 }
 needs_data = pytest.mark.skipif(not CONFIGS.is_dir(), reason="the configurations are not here")
 

@@ -9,14 +9,15 @@ from torch import Generator
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.quantization import LinearShape, parse
 from loraplex_kernels.quantized import dequantize
-from tests.engine.quantization.formats import FORMATS
+from tests.engine.quantization.formats import FORMATS, INTEGERS
 
+ALL = FORMATS | INTEGERS
 LINEAR = LinearShape("model.layers.0.mlp.up_proj", 32, 128)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ALL)
 def test_weights_are_read_exactly(name: str) -> None:
-    section, packer = FORMATS[name]
+    section, packer = ALL[name]
     tensors, dense = packer(Generator().manual_seed(5), LINEAR.out_features, LINEAR.in_features)
     spec = parse(ConfigFields(section, "config.json"))
     expected = spec.tensors(LINEAR)

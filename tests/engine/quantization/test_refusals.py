@@ -19,6 +19,7 @@ from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import load, make_twins
 from tests.engine.quantization.formats import (
     FORMATS,
+    INTEGERS,
     auto_round,
     awq,
     bitsandbytes,
@@ -113,6 +114,11 @@ PACKED = compressed("pack-quantized", **INT4)
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt is 'e5m2'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
         ({"quant_method": "fp8", "activation_scheme": "none"}, "activation_scheme is 'none'"),
+        (
+            {"quant_method": "smooth_quant", "quant_dtype": "float8_e4m3fn"},
+            "quant_dtype is 'float8_e4m3fn'; it must be",
+        ),
+        ({**PACKED, "quant_method": "w8a8_int8"}, "config_groups is 'given'; it must be absent"),
     ],
 )
 def test_configuration(section: dict[str, Any], message: str) -> None:
@@ -177,10 +183,27 @@ NAN = float("nan")
         ("torchao fp8", "._weight_scale", only(-1.0), "_weight_scale holds -1"),
         ("compressed-tensors int4 in bytes", ".weight", only(8), r"\.weight holds values outside -8 … 7"),
         ("fp8 per tensor", ".weight_scale_inv", lambda t: t.expand(3).clone(), r"has 3 values: one, or 32"),
+        ("w8a8 per token", ".weight_scale", only(0.0), r"\.weight_scale holds 0, and scales are positive"),
+        ("w8a8 per tensor", ".weight_scale", lambda t: t.expand(3).clone(), r"\.weight_scale has 3 values: one, or 32"),
+        ("w8a8 per tensor", ".input_scale", only(NAN), r"\.input_scale holds NaN"),
+        ("w8a8 per tensor", ".input_scale", only(-1.0), r"\.input_scale holds -1"),
+        (
+            "w8a8 per tensor",
+            ".input_scale",
+            lambda t: t.expand(2).clone(),
+            r"\.input_scale has 2 values, and needs one",
+        ),
+        (
+            "w8a8 per tensor, asymmetric",
+            ".input_zero_point",
+            lambda t: t.int() + 300,
+            r"\.input_zero_point is 293, and",
+        ),
+        ("SmoothQuant of LMDeploy", ".scale", only(NAN), r"\.scale holds NaN"),
     ],
 )
 def test_values(name: str, suffix: str, change: Callable[[Tensor], Tensor], message: str) -> None:
-    section, packer = FORMATS[name]
+    section, packer = (FORMATS | INTEGERS)[name]
     linear = LinearShape("model.layers.0.mlp.up_proj", 32, 128)
     tensors, _ = packer(torch.Generator().manual_seed(2), 32, 128)
     tensors[suffix] = change(tensors[suffix])
@@ -254,6 +277,27 @@ def test_a_module_that_no_group_targets(tmp_path: Path) -> None:
     twins = make_twins(tmp_path, {**section, "config_groups": {"group_0": group}}, packer)
     with pytest.raises(ModelError, match=r"mlp.gate_proj is quantised, and no entry of config_groups"):
         load(twins.quantised)
+
+
+def test_a_zero_point_of_symmetric_inputs() -> None:
+    section, packer = INTEGERS["w8a8 per tensor"]
+    tensors, _ = packing.with_input_scale(packer, zero=5)(torch.Generator(), 32, 128)
+    with pytest.raises(ModelError, match=r"\.input_zero_point is 5, though config.json says symmetric"):
+        parse(ConfigFields(section, "config.json")).read(LinearShape("a", 32, 128), tensors)
+
+
+def test_a_static_scale_that_is_missing(tmp_path: Path) -> None:
+    section, _ = INTEGERS["w8a8 per tensor"]
+    twins = make_twins(tmp_path, section, packing.ct_int8("tensor"))
+    with pytest.raises(ModelError, match=r"missing: model\.layers\.0\..*\.input_scale"):
+        load(twins.quantised)
+
+
+def test_more_inputs_than_a_sum_has_room_for() -> None:
+    section, packer = INTEGERS["w8a8 per token"]
+    tensors, _ = packer(torch.Generator(), 2, 65537)
+    with pytest.raises(ModelError, match="a has 65537 input features; 32 bits hold the sums of 65536 products"):
+        parse(ConfigFields(section, "config.json")).read(LinearShape("a", 2, 65537), tensors)
 
 
 def test_zeros_of_minus_one_are_reported(caplog: pytest.LogCaptureFixture) -> None:
