@@ -58,6 +58,15 @@ def per_group(size: int) -> dict[str, Any]:
     return {"_type": "PerGroup", "_version": 1, "_data": {"group_size": size}}
 
 
+def hqq(scales: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
+    weights = {"nbits": 4, "group_size": 32, "axis": 1, "view_as_float": False, **weights}
+    return {
+        "quant_method": "hqq",
+        "quant_config": {"weight_quant_params": weights, "scale_quant_params": scales, "zero_quant_params": None},
+        "skip_modules": ["lm_head"],
+    }
+
+
 FOUR_BITS: dict[str, Any] = {"num_bits": 4, "type": "float"}
 FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     "gptq": (gptq(), packing.gptq()),
@@ -194,6 +203,10 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
         packing.torchao_tiles(),
     ),
     "torchao fp8": (torchao("Float8DynamicActivationFloat8WeightConfig"), packing.torchao_float8),
+    "hqq": (hqq(), packing.hqq()),
+    "hqq 8 bit": (hqq(nbits=8, group_size=64), packing.hqq(8, 64)),
+    "hqq 3 bit": (hqq(nbits=3), packing.hqq(3)),
+    "hqq 2 bit": (hqq(nbits=2), packing.hqq(2)),
 }
 
 PER_CHANNEL = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}

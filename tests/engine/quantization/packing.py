@@ -378,3 +378,28 @@ def torchao_tiles(group: int = 32) -> Packer:
 def torchao_float8(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
     tensors, dense = float8(".scale", per_row=True)(generator, n, c)
     return {"._weight_qdata": tensors[".weight"], "._weight_scale": tensors[".scale"]}, dense
+
+
+def hqq(bits: int = 4, group: int = 32) -> Packer:
+    """A byte, or 30 bits of a word, hold codes of groups that lie apart: of the first part in the high bits."""
+
+    def pack(generator: Generator, n: int, c: int) -> tuple[dict[str, Tensor], Tensor]:
+        affine = Affine.random(generator, n, c, bits, group)
+        zero = (torch.rand(affine.scale.shape, generator=generator) * (1 << bits)).half()
+        held, groups = {2: 4, 3: 10, 4: 2, 8: 1}[bits], affine.codes.view(-1, group)
+        rows = -(-len(groups) // held)
+        packed = torch.zeros(rows, group, dtype=torch.int64)
+        for place, row in enumerate(groups):
+            packed[place % rows] |= row << bits * (held - 1 - place // rows)
+        tensors = {
+            ".W_q": packed.to(torch.int32 if bits == 3 else torch.uint8),
+            ".scale": affine.scale.T.reshape(-1, 1),
+            ".zero": zero.T.reshape(-1, 1),
+            ".shape": torch.tensor([n, c]),
+            ".axis": torch.tensor(1, dtype=torch.int32),
+            ".packing": torch.tensor(list(b"4bit_u8"), dtype=torch.uint8),
+        }
+        scale, zeros = affine.scale.float()[affine.groups].T, zero.float()[affine.groups].T
+        return tensors, (scale * (affine.codes - zeros)).contiguous()
+
+    return pack

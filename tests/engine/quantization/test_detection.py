@@ -142,6 +142,13 @@ def test_modules_of_modelopt_may_differ() -> None:
         spec.tensors(LinearShape("model.layers.0.mlp.down_proj", 64, 32))
 
 
+def test_hqq_gives_modules_parameters_by_the_ends_of_their_paths() -> None:
+    tags = {"self_attn.q_proj": {"weight_quant_params": {"nbits": 8, "axis": 1}}, "up_proj": {"nbits": 3, "axis": 1}}
+    spec = parse(ConfigFields({"quant_method": "hqq", "quant_config": tags}, "config.json"))
+    assert spec.tensors(LinearShape("model.layers.0.self_attn.q_proj", 30, 64))[".W_q"].dtypes == ("U8",)
+    assert spec.tensors(LinearShape("model.layers.1.mlp.up_proj", 30, 64))[".W_q"].dtypes == ("I32",)
+
+
 def test_torchao_names_modules_patterns_of_them_and_a_default() -> None:
     float8, int8 = ({"_type": f"{kind}WeightOnlyConfig", "_version": 2} for kind in ("Float8", "Int8"))
     modules = {"re:.*q_proj": int8, "model.layers.0.mlp.up_proj": None, "lm_head": int8, "_default": float8}
