@@ -47,6 +47,7 @@ T = TypeVar("T")
 
 PROMPT = 200  # tokens
 EDITED = 25  # one token of so many is another in what is rewritten
+COPIED_CHARS = 100  # of a passage, where a copy has begun
 DRAFTS = 8  # of a step at most
 FEW = 16  # tokens to draw from, so that every pair of them has occurred before
 
@@ -182,14 +183,25 @@ def drawing_from_few(subject: Subject, seed: int, tokens: int) -> Work:
     return Work(prompt, seed, 1.0, allowed=few)
 
 
-def repeating(subject: Subject, seed: int, tokens: int) -> Work:
-    """A passage of our own pages, which a trained model is asked to repeat."""
+def passage(seed: int) -> str:
+    """A paragraph of our own pages."""
     pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-    passages = [each for page in pages for each in page.read_text().split("\n\n") if 400 < len(each) < 800]
-    content = f"Repeat this text, word by word, and write nothing else:\n\n{random.Random(seed).choice(passages)}"
+    paragraphs = [each for page in pages for each in page.read_text().split("\n\n")]
+    return random.Random(seed).choice([each for each in paragraphs if 500 < len(each) < 1000 and each[0].isalpha()])
+
+
+def repeating(subject: Subject, seed: int, tokens: int) -> Work:
+    """A passage that a trained model is asked to repeat, and perhaps does."""
+    content = f"Repeat this text, word by word, and write nothing else:\n\n{passage(seed)}"
     conversation = Conversation([{"role": "user", "content": content}], add_generation_prompt=True)
     text = asyncio.run(_rendered(subject.tokenizer.chat_template, conversation))
     return Work(subject.tokenizer.encode(text, add_special_tokens=False), seed, 0.0)
+
+
+def continuing(subject: Subject, seed: int, tokens: int) -> Work:
+    """A passage, and the beginning of its copy, as in an edited file: a trained model goes on copying by itself."""
+    text = passage(seed)
+    return Work(subject.tokenizer.encode(f"{text}\n\n{text[:COPIED_CHARS]}", add_special_tokens=False), seed, 0.0)
 
 
 async def _rendered(template: ChatTemplate | None, conversation: Conversation) -> str:
@@ -201,7 +213,11 @@ RANDOM: Mapping[str, Callable[[Subject, int, int], Work]] = {
     "random: drawn from the whole vocabulary": drawing,
     f"random: drawn from {FEW} tokens, so that all pairs have occurred": drawing_from_few,
 }
-DRAFTED_TRAINED = {"repeating: asked to repeat a passage, greedy": repeating, **RANDOM}
+DRAFTED_TRAINED = {
+    "continuing: a passage and the beginning of its copy, greedy": continuing,
+    "repeating: asked to repeat a passage, greedy": repeating,
+    **RANDOM,
+}
 DRAFTED = {
     f"rewriting: the prompt again, one token of {EDITED} changed, forced by a form": rewriting,
     "looping: greedy, in the circles of random weights": looping,
