@@ -185,12 +185,14 @@ class Routing:
     """From a router's logits to the experts of each token."""
 
     per_token: int  # k
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Literal["softmax", "sigmoid", "late_sigmoid", "softmax_of_near"] = "softmax"
     normalised: bool = True  # the weights of a token's experts are divided by their sum
     least_sum: float = 0.0  # which is then at least this
     scale: float = 1.0  # of the weights, at last
     groups: int = 1  # of neighbouring experts
-    groups_kept: int = 1  # from which a token's experts are chosen: those whose two best experts have the highest sum
+    groups_kept: int = 1  # from which a token's experts are chosen: those whose best experts have the highest sum
+    group_best: int = 2  # of each group, that are summed
+    near: float = 0.0  # for softmax_of_near
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +271,11 @@ class Ops(Protocol):
     def route(self, logits: Tensor, routing: Routing, correction: Tensor | None, lora: LoraSegments | None) -> Routes:
         """Choose the experts of each token: those with the k highest scores, or scores plus `correction`.
 
-        A score is softmax(logits)[e] or sigmoid(logits[e]), in float32. logits: [T, E]; correction: float32 [E], which
-        no weight has; lora: which tokens belong to which adapter.
+        A score is softmax(logits)[e] or sigmoid(logits[e]), in float32. late_sigmoid: that, of experts chosen by
+        their logits, which differ where sigmoids are all 1. softmax_of_near: each of a token's experts is the best of
+        those that are left, with the softmax over those l among them with (best − l) / max(|l|, best) ≤ near.
+        logits: [T, E]; correction: float32 [E], which no weight has; lora: which tokens belong to which adapter.
+        Source: SparseMixer (arXiv 2409.12136) for softmax_of_near.
         """
 
     def group_linears(self, experts: Sequence[PackedLinear]) -> LinearGroup:

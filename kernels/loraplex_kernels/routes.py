@@ -25,13 +25,30 @@ def route(logits: Tensor, routing: Routing, correction: Tensor | None, lora: Lor
 
 def choose_experts(logits: Tensor, routing: Routing, correction: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weights of each token's experts and their numbers: [T, E] → float32 [T, k], int64 [T, k]"""
-    scores = logits.softmax(dim=-1) if routing.score == "softmax" else logits.sigmoid()
+    if routing.score == "softmax_of_near":
+        return _one_by_one(logits, routing)
+    late = routing.score == "late_sigmoid"
+    scores = logits if late else logits.softmax(dim=-1) if routing.score == "softmax" else logits.sigmoid()
     choosable = _of_kept_groups(scores if correction is None else scores + correction, routing)
     chosen = choosable.topk(routing.per_token, dim=-1).indices
     weights = scores.gather(-1, chosen)
+    if late:  # rounded from more bits, so that none of them is of the place in a vector
+        weights = weights.double().sigmoid_().float()
     if routing.normalised:
         weights /= weights.sum(dim=-1, keepdim=True).clamp_(min=routing.least_sum)
     return weights * routing.scale, chosen
+
+
+def _one_by_one(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Each time the best of the experts that are left, weighed against those that are near it."""
+    weights, chosen, left = [], [], logits
+    for _ in range(routing.per_token):
+        best, expert = left.max(dim=-1, keepdim=True)
+        far = (best - left) / torch.maximum(logits.abs(), best) > routing.near
+        weights.append(left.masked_fill(far, -torch.inf).softmax(dim=-1).gather(-1, expert))
+        chosen.append(expert)
+        left = left.scatter(-1, expert, -torch.inf)
+    return torch.cat(weights, dim=-1), torch.cat(chosen, dim=-1)
 
 
 def _of_kept_groups(scores: Tensor, routing: Routing) -> Tensor:
@@ -39,7 +56,7 @@ def _of_kept_groups(scores: Tensor, routing: Routing) -> Tensor:
     if routing.groups == 1:
         return scores
     grouped = scores.view(len(scores), routing.groups, -1)
-    kept = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(routing.groups_kept, dim=-1).indices
+    kept = grouped.topk(routing.group_best, dim=-1).values.sum(dim=-1).topk(routing.groups_kept, dim=-1).indices
     left = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, kept, False)
     return grouped.masked_fill(left.unsqueeze(-1), -torch.inf).flatten(1)
 

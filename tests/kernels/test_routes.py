@@ -22,6 +22,9 @@ ROUTINGS = {
     "sigmoid": Routing(4, "sigmoid", scale=2.5),
     "groups": Routing(4, "sigmoid", groups=4, groups_kept=2, least_sum=1e-20),
     "least sum": Routing(2, least_sum=0.9),
+    "groups by their best": Routing(4, groups=4, groups_kept=2, group_best=1),
+    "late sigmoid": Routing(3, "late_sigmoid", normalised=False),
+    "near": Routing(2, "softmax_of_near", near=0.5),
 }
 
 
@@ -109,7 +112,23 @@ def test_no_tokens_have_no_rows(ops: Ops) -> None:
     assert routes.rows.shape == (0, 2)
 
 
-def test_a_tokens_experts_do_not_depend_on_the_other_tokens(ops: Ops) -> None:
-    together = ops.route(router_logits(), Routing(3), None, None)
-    alone = [ops.route(row, Routing(3), None, None).weights for row in router_logits().split(1)]
+def test_sigmoids_that_are_all_one_are_told_apart_by_their_logits(ops: Ops) -> None:
+    logits = torch.tensor([[40.0, 50.0, 30.0]])
+    routes = ops.route(logits, Routing(1, "late_sigmoid", normalised=False), None, None)
+    assert routes.starts.tolist() == [0, 0, 1, 1]
+    assert routes.weights.tolist() == [[1.0]]
+
+
+def test_each_expert_is_weighed_against_those_near_it_that_are_left(ops: Ops) -> None:
+    logits = torch.tensor([[4.0, 3.8, 1.0]])
+    routes = ops.route(logits, Routing(2, "softmax_of_near", near=0.1), None, None)
+    first = torch.tensor([4.0, 3.8]).softmax(dim=0)[0]
+    torch.testing.assert_close(routes.weights, torch.stack((first, torch.tensor(1.0)))[None])
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_tokens_experts_do_not_depend_on_the_other_tokens(ops: Ops, name: str) -> None:
+    routing = ROUTINGS[name]
+    together = ops.route(router_logits(), routing, None, None)
+    alone = [ops.route(row, routing, None, None).weights for row in router_logits().split(1)]
     torch.testing.assert_close(together.weights, torch.cat(alone), rtol=0, atol=0 if ops.batch_invariant else 1e-6)

@@ -49,6 +49,16 @@ OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
         "mlp.router.weight",
         "k_proj",
     ),
+    "MiniMaxM2": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "rotary_dim": 4},
+        "mlp.gate.weight",
+        "k_proj",
+    ),
+    "Phimoe": (
+        {"num_local_experts": 4, "router_jitter_noise": 0.3, "attention_bias": True, "lm_head_bias": True},
+        "mlp.router.weight",
+        "k_proj",
+    ),
     "Olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, "mlp.gate.weight", "k_proj"),
     "GraniteMoeShared": (
         {"num_local_experts": 4, "shared_intermediate_size": 24},

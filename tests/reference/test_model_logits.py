@@ -270,6 +270,27 @@ MODELS: dict[str, Callable[[], Any]] = {
     "apertus": lambda: of("Apertus", attention_bias=True, rope_parameters=LLAMA3_ROPE),
     "gpt_oss": lambda: of("GptOss", **SINKS, num_hidden_layers=4, swiglu_limit=1.5),
     "gpt_oss_yarn": lambda: of("GptOss", **{**SINKS, "rope_parameters": YARN_ROPE}, layer_types=["full_attention"] * 3),
+    "minimax_m2": lambda: corrected(
+        of("MiniMaxM2", head_dim=8, num_local_experts=5, num_experts_per_tok=2, rotary_dim=4)
+    ),
+    "phimoe": lambda: of(
+        "Phimoe", num_local_experts=5, router_jitter_noise=0.3, attention_bias=True, lm_head_bias=True, sliding_window=5
+    ),
+    "phimoe_longrope": lambda: of(
+        "Phimoe",
+        num_local_experts=4,
+        original_max_position_embeddings=64,
+        max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 300.0,
+            "short_factor": [1.0, 1.5, 2.0, 4.0],
+            "long_factor": [2.0, 3.0, 5.0, 9.0],
+            "original_max_position_embeddings": 64,
+            "short_mscale": 1.2,
+            "long_mscale": 1.4,
+        },
+    ),
     "phi3_tied": lambda: of("Phi3", tie_word_embeddings=True, num_key_value_heads=6),
 }
 
@@ -462,11 +483,12 @@ def test_an_adapter_on_every_target_equals_merged_weights(pair: Pair, tmp_path: 
     ours, merged = load(pair.path), pair.theirs.from_pretrained(pair.path, attn_implementation="eager").eval()
     modules = {plain_name(name): module for name, module in merged.named_modules()}
     sites = ours.lora_sites()
-    layers = {path: target for path, target in ours.lora_targets().items() if target.site.endswith(SITES)}
-    bound = {path: target for path, target in layers.items() if path in modules}
     linears = {
         path for path in modules if isinstance(modules[path], torch.nn.Linear) and path.startswith("model.layers.")
     }
+    targets = ours.lora_targets().items()
+    layers = {path: target for path, target in targets if target.site.endswith(SITES) or path in linears}
+    bound = {path: target for path, target in layers.items() if path in modules}
     assert bound.keys() == linears
     by_site: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
     for rank, (path, target) in enumerate(bound.items(), start=1):

@@ -69,7 +69,8 @@ class LongRopeScaling:
     short: tuple[float, ...]  # [D/2], for contexts up to the original one
     long: tuple[float, ...]  # [D/2]
     original_max_positions: int
-    attention_factor: float  # multiplies cosines and sines
+    short_attention_factor: float  # multiplies cosines and sines
+    long_attention_factor: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,12 @@ def cos_sin_table(rope: Rope | None, head_dim: int, num_positions: int, device: 
     frequencies = inverse_frequencies(rope, rope.dims(head_dim), num_positions)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
     table = torch.stack((angles.cos(), angles.sin()), dim=1)
-    if isinstance(rope.scaling, YarnScaling | LongRopeScaling):
-        table *= rope.scaling.attention_factor
+    match rope.scaling:
+        case YarnScaling(attention_factor=factor):
+            table *= factor
+        case LongRopeScaling() as scaling:
+            beyond = num_positions > scaling.original_max_positions
+            table *= scaling.long_attention_factor if beyond else scaling.short_attention_factor
     if not all_finite(table):
         raise ModelError(f"{rope}: its angles are not finite numbers; correct rope_theta or rope_scaling")
     return table.to(device)

@@ -32,6 +32,7 @@ from loraplex_engine.models import (
     helium,
     hunyuan,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
     nemotron,
@@ -39,6 +40,7 @@ from loraplex_engine.models import (
     olmoe,
     phi,
     phi3,
+    phimoe,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -93,6 +95,8 @@ FAMILIES: tuple[Family, ...] = (
     apertus.FAMILY,
     llama.FAMILY_INTERNLM3,
     gpt_oss.FAMILY,
+    minimax_m2.FAMILY,
+    phimoe.FAMILY,
 )
 ARCHITECTURES = (
     *(name for family in FAMILIES for name in family.architectures),

@@ -44,6 +44,11 @@ def read_partial_rope(fields: ConfigFields, default_part: float = 1.0, interleav
     return replace(read_rope(fields), part=part, interleaved=interleaved)
 
 
+def part_of_head(dims: int, head_dim: int) -> float:
+    """The `Rope.part` that turns so many dimensions: a share that rounding would make smaller turns fewer."""
+    return 1.0 if dims == head_dim else math.nextafter(dims / head_dim, 1.0)
+
+
 def with_default_rope(fields: ConfigFields, rope: Mapping[str, object]) -> ConfigFields:
     """The fields, with this rotation where a file states none: what the family's class has then."""
     if fields.has("rope_scaling") or fields.has("rope_parameters"):
@@ -138,11 +143,13 @@ def _longrope(section: ConfigFields, fields: ConfigFields) -> LongRopeScaling:
     original = _original_max_positions(section, fields)
     factor = section.number("factor", fields.integer("max_position_embeddings") / original)
     sharper = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    attention_factor = section.number("attention_factor", sharper)
     return LongRopeScaling(
         short=section.numbers("short_factor"),
         long=section.numbers("long_factor"),
         original_max_positions=original,
-        attention_factor=section.number("attention_factor", sharper),
+        short_attention_factor=section.number("short_mscale", attention_factor),
+        long_attention_factor=section.number("long_mscale", attention_factor),
     )
 
 

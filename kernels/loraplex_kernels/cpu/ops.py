@@ -34,7 +34,7 @@ from loraplex_kernels.ops import (
 )
 from loraplex_kernels.quantized import QuantizedWeight
 from loraplex_kernels.reference import LoraShape
-from loraplex_kernels.routes import segments_of
+from loraplex_kernels.routes import route, segments_of
 
 SILU, GELU_TANH = 0, 1
 ROUNDED_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}  # of a cache; 0: as the activations
@@ -179,6 +179,8 @@ class CpuOps(CpuSampling):
         return y
 
     def route(self, logits: Tensor, routing: Routing, correction: Tensor | None, lora: LoraSegments | None) -> Routes:
+        if routing.score not in ("softmax", "sigmoid") or routing.group_best != 2:
+            return route(logits, routing, correction, lora)
         logits = logits.contiguous()
         (num_tokens, num_experts), k = logits.shape, routing.per_token
         weights, places = torch.empty(num_tokens, k), torch.empty((num_tokens, k), dtype=torch.int64)

@@ -30,7 +30,7 @@ SMALL_STATE: dict[str, Any] = {
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "state": (lambda: of("Mamba", SMALL_STATE), "some layers are linear_attention, which the paged cache"),
     "own attention": (lambda: of("XGLM", d_model=48, ffn_dim=64, num_layers=2, attention_heads=4), "0 of XGLMForCausa"),
-    "experts": (lambda: of("Phimoe", GROUPED, num_local_experts=4), "num_local_experts is 4: experts are not linears"),
+    "experts": (lambda: of("FlexOlmo", GROUPED, num_experts=5), "num_local_experts is 5: experts are not linears"),
     "encoder": (
         lambda: of("Bart", suffix="ForConditionalGeneration", d_model=48, encoder_layers=1, decoder_layers=1),
         "bart is an encoder-decoder",
