@@ -39,6 +39,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "HunYuanDenseV1": {"head_dim": 8},
     "Ministral3": {"head_dim": 8},
     "Apertus": {},
+    "MiniCPM3": {
+        "num_key_value_heads": SHAPE["num_attention_heads"],
+        "q_lora_rank": 20,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 12,
+    },
 }
 # What families call otherwise, or what they have in place of it.
 NAMES: dict[str, dict[str, str]] = {
@@ -64,7 +72,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_in_one_batch_equal_peft(family: str, tmp_path: Path) -> None:
-    config = getattr(transformers, f"{family}Config")(**SHAPE, **FAMILIES[family])
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **FAMILIES[family]})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     randomised(model, 0).save_pretrained(tmp_path / "base")
     oracle = Oracle(tmp_path, {None: None}, {None: read_base(tmp_path / "base")})

@@ -26,6 +26,16 @@ GROUPS: dict[str, Any] = {
     "topk_group": 2,
     "first_k_dense_replace": 1,
 }
+LATENT: dict[str, Any] = {
+    **GROUPS,
+    "num_key_value_heads": SHAPE["num_attention_heads"],
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+}
+LATENTS = "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj gate_proj up_proj down_proj"
 # Further families: the names of their routers, and of linears beside the experts or (what PEFT makes of them) of these.
 OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
     "Qwen2Moe": (
@@ -59,6 +69,8 @@ OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
         "mlp.router.weight",
         "k_proj",
     ),
+    "DeepseekV2": ({**LATENT, "topk_method": "group_limited_greedy"}, "mlp.gate.weight", LATENTS),
+    "DeepseekV3": (LATENT, "mlp.gate.weight", LATENTS),
     "Olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, "mlp.gate.weight", "k_proj"),
     "GraniteMoeShared": (
         {"num_local_experts": 4, "shared_intermediate_size": 24},
@@ -114,7 +126,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def make_oracle(folder: Path, family: str, fields: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> Oracle:
-    config = getattr(transformers, f"{family}Config")(**SHAPE, **fields)
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **fields})
     randomised(getattr(transformers, f"{family}ForCausalLM")(config), 0).save_pretrained(folder / "base")
     oracle = Oracle(folder, {None: None}, {None: read_base(folder / "base")})
     for seed, (name, kind) in enumerate(kinds.items(), start=1):

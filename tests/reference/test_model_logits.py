@@ -55,6 +55,15 @@ GROUPS = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
+LATENT = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+}
 SINKS = {
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
@@ -77,6 +86,7 @@ YARN_ROPE = {
     "original_max_position_embeddings": 16,
     "beta_fast": 4.0,
 }
+MSCALE = {**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 0.9}
 
 
 def llama(**changes: Any) -> Any:
@@ -291,6 +301,10 @@ MODELS: dict[str, Callable[[], Any]] = {
             "long_mscale": 1.4,
         },
     ),
+    "deepseek_v2": lambda: of("DeepseekV2", **LATENT, **GROUPS, topk_method="group_limited_greedy"),
+    "deepseek_v2_lite": lambda: of("DeepseekV2", **{**LATENT, "q_lora_rank": None}, **GROUPS, rope_parameters=MSCALE),
+    "deepseek_v3": lambda: corrected(of("DeepseekV3", **LATENT, **GROUPS, attention_bias=True, rope_parameters=MSCALE)),
+    "minicpm3": lambda: of("MiniCPM3", **LATENT, rms_norm_eps=1e-5),
     "phi3_tied": lambda: of("Phi3", tie_word_embeddings=True, num_key_value_heads=6),
 }
 

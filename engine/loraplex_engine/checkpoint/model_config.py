@@ -107,6 +107,17 @@ class LayerAttention:
     window: int | None = None  # tokens seen, the own one included; None: all
 
 
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Heads whose queries, keys and values are made from short vectors (DeepSeek V2). Sizes in dimensions."""
+
+    query_rank: int | None  # None: queries are made from the hidden state
+    rank: int  # of what keys and values are made from
+    still: int  # of a head's queries and keys
+    turned: int  # of them, by the rotation; all heads' keys share these
+    values: int  # of a head's values
+
+
 # Where ranks divide the inputs of a linear, its output is the sum of theirs.
 Split = Literal["outputs", "inputs", "nothing"]
 
@@ -210,6 +221,7 @@ class ModelConfig:
     o_bias: bool = False
     o_module: str = "self_attn.o_proj"  # its path in a layer
     head_bias: bool = False
+    latent: LatentAttention | None = None
     fused_tensors: bool = False  # query, key and value are one tensor in the checkpoint, and gate and up (Phi)
     qk_norm: bool = False  # RMS norm over each query and key head
     qk_norm_modules: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")  # the paths of norms on heads
@@ -240,6 +252,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def value_dim(self) -> int:
+        """The dimensions of what each head returns."""
+        return self.head_dim if self.latent is None else self.latent.values
 
     @property
     def head_shape(self) -> HeadShape:

@@ -15,7 +15,7 @@ from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
 from loraplex_engine.checkpoint.model_config import FeedForward, ModelConfig
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.layers.mixture import MixtureLayout
-from loraplex_engine.layers.projection_norm import HeadNorm, ProjectionNorm
+from loraplex_engine.layers.projections import Projections
 from loraplex_engine.layers.query_scale import QueryScale
 from loraplex_engine.models.layout import (
     FINAL_NORM_SITE,
@@ -36,7 +36,7 @@ from loraplex_kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
 class DecoderLayer:
     """The parameters of one layer."""
 
-    qkv: LoRALinear
+    projections: Projections
     o: LoRALinear
     feed_forward: FeedForward
     norm_before_attention: AdaptedNorm | None
@@ -44,7 +44,6 @@ class DecoderLayer:
     norm_after_attention: AdaptedNorm | None
     norm_after_mlp: AdaptedNorm | None
     qk_norm: QKNorm | None
-    projection_norm: ProjectionNorm | HeadNorm | None
     query_scale: QueryScale | None
     cos_sin: Tensor  # float32 [max positions, 2, R/2], shared between layers of one kind
     interleaved: bool  # how cos_sin is meant
@@ -54,7 +53,7 @@ class DecoderLayer:
     @property
     def linears(self) -> tuple[LoRALinear, ...]:
         """The linears, in the order of `layout.layer_linears`."""
-        return self.qkv, self.o, *self.feed_forward.linears
+        return *self.projections.linears, self.o, *self.feed_forward.linears
 
     @property
     def norms(self) -> tuple[AdaptedNorm, ...]:
@@ -196,11 +195,8 @@ class LanguageModel:
     def _attention(self, layer: DecoderLayer, x: Tensor, batch: StepBatch, kv: LayerKV) -> Tensor:
         """x: [T, C] → [T, C]"""
         ops, config = self._ops, self.config
-        qkv = layer.qkv(x, batch.lora)
-        if layer.projection_norm is not None:
-            qkv = layer.projection_norm(qkv)
         q = ops.rotary_store_kv(
-            qkv,
+            layer.projections(x, batch.lora),
             self.head_shape,
             layer.qk_norm,
             batch.positions,
@@ -213,6 +209,8 @@ class LanguageModel:
             layer.query_scale(q, batch.positions)
         scale, cap = config.attention_scale, config.attention_soft_cap
         x = ops.paged_attention(q, kv, batch.attention, scale, layer.window, cap, layer.sinks)
+        if config.value_dim != config.head_dim:  # behind a head's values there are zeros
+            x = x.view(q.shape)[..., : config.value_dim].flatten(1)
         return layer.o(x, batch.lora)
 
     def _sized(self, x: Tensor, norm: AdaptedNorm | None, lora: LoraSegments | None) -> Tensor:

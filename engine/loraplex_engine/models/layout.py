@@ -13,7 +13,7 @@ import torch
 from loraplex_adapters.runtime.classifier import CLASSIFIER_MODULES, CLASSIFIER_SITE
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE
 from loraplex_adapters.runtime.targets import LoraTarget, Share, TargetKind
-from loraplex_engine.checkpoint.model_config import FusedLinear, ModelConfig
+from loraplex_engine.checkpoint.model_config import FusedLinear, LatentAttention, ModelConfig
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_kernels.ops import HeadShape
 
@@ -24,31 +24,61 @@ HEAD_SITE, FINAL_NORM_SITE = HEAD_MODULE, "norm"
 
 
 def layer_linears(config: ModelConfig, layer: int) -> tuple[FusedLinear, ...]:
-    """The linears of one layer: qkv, o, and those of its feed-forward."""
-    hidden = config.hidden_size
+    """The linears of one layer: those of its attention, and those of its feed-forward."""
+    return (*attention_linears(config), *config.feed_forwards[layer].linears(config.hidden_size))
+
+
+def attention_linears(config: ModelConfig) -> tuple[FusedLinear, ...]:
+    """Those that make queries, keys and values, and at last that of the output."""
+    inputs = (_qkv(config),) if config.latent is None else _latent_linears(config, config.latent)
+    values, outputs = config.num_heads * config.value_dim, ((config.o_module, config.hidden_size),)
+    return (*inputs, FusedLinear("o", config.o_module, values, outputs, config.o_bias, "inputs", config.value_dim))
+
+
+def _qkv(config: ModelConfig) -> FusedLinear:
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return (
-        FusedLinear(
-            "qkv",
-            "self_attn.qkv_proj",
-            hidden,
-            (("self_attn.q_proj", query), ("self_attn.k_proj", key_value), ("self_attn.v_proj", key_value)),
-            config.qkv_bias,
-            "outputs",
-            config.head_dim,
-            config.fused_tensors,
-        ),
-        FusedLinear(
-            "o",
-            config.o_module,
-            query,
-            ((config.o_module, hidden),),
-            config.o_bias,
-            "inputs",
-            config.head_dim,
-        ),
-        *config.feed_forwards[layer].linears(hidden),
+    return FusedLinear(
+        "qkv",
+        "self_attn.qkv_proj",
+        config.hidden_size,
+        (("self_attn.q_proj", query), ("self_attn.k_proj", key_value), ("self_attn.v_proj", key_value)),
+        config.qkv_bias,
+        "outputs",
+        config.head_dim,
+        config.fused_tensors,
     )
+
+
+def _latent_linears(config: ModelConfig, latent: LatentAttention) -> tuple[FusedLinear, ...]:
+    hidden, rank, made = config.hidden_size, latent.query_rank, latent.still + latent.values
+
+    def to_latent(site: str, module: str, size: int) -> FusedLinear:
+        return FusedLinear(site, module, hidden, ((module, size),), config.qkv_bias, "nothing")
+
+    def to_heads(site: str, module: str, size: int, unit: int) -> FusedLinear:
+        return FusedLinear(site, module, size, ((module, config.num_heads * unit),), False, "outputs", unit)
+
+    queries: tuple[FusedLinear, ...] = (to_heads("q", "self_attn.q_proj", hidden, config.head_dim),)
+    if rank is not None:
+        queries = (
+            to_latent("q_a", "self_attn.q_a_proj", rank),
+            to_heads("q_b", "self_attn.q_b_proj", rank, config.head_dim),
+        )
+    return (
+        *queries,
+        to_latent("kv_a", "self_attn.kv_a_proj_with_mqa", latent.rank + latent.turned),
+        to_heads("kv_b", "self_attn.kv_b_proj", latent.rank, made),
+    )
+
+
+def latent_norms(config: ModelConfig) -> dict[str, int]:
+    """The paths in a layer of the norms of its latents, and their sizes: of keys and values, then of queries."""
+    if config.latent is None:
+        return {}
+    norms = {"self_attn.kv_a_layernorm.weight": config.latent.rank}
+    if config.latent.query_rank is not None:
+        norms["self_attn.q_a_layernorm.weight"] = config.latent.query_rank
+    return norms
 
 
 def held_parts(linear: FusedLinear, shard: Shard) -> tuple[tuple[slice, slice], ...]:
@@ -152,6 +182,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for norm in residual_norms(config):
             for name in norm_tensors(config, f"model.layers.{layer}.{norm}"):
                 shapes[name] = (config.hidden_size,)
+        for name, size in latent_norms(config).items():
+            shapes[f"model.layers.{layer}.{name}"] = (size,)
         for tensors in query_key_norms(config):
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in tensors.items()}
     for name in norm_tensors(config, final_norm(config)):

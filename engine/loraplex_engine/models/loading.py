@@ -29,6 +29,7 @@ from loraplex_engine.checkpoint.tensor_files import Part
 from loraplex_engine.checkpoint.weights import Checkpoint, Progress, aliased_name
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
 from loraplex_engine.layers.projection_norm import NO_NORMS, QueryKeyNorms, norms_of
+from loraplex_engine.layers.projections import FusedProjections, LatentProjections, Projections
 from loraplex_engine.layers.query_scale import QueryScale, growth_table
 from loraplex_engine.layers.rotary import cos_sin_table
 from loraplex_engine.link.config import EngineConfig
@@ -42,8 +43,10 @@ from loraplex_engine.models.layout import (
     HEAD_SITE,
     SINKS,
     adds_bias,
+    attention_linears,
     final_norm,
     head_module,
+    latent_norms,
     layer_linears,
     norm_site,
     norm_tensors,
@@ -250,25 +253,33 @@ class _Loader:
 
     def _layer(self, index: int) -> DecoderLayer:
         prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], self.config.norms
-        qkv, o, *others = (self._fused(index, prefix, linear) for linear in layer_linears(self.config, index))
+        linears = [self._fused(index, prefix, linear) for linear in layer_linears(self.config, index)]
+        *inputs, o = linears[: len(attention_linears(self.config))]
         on_heads = self._query_key_norms(prefix)
         scaled = on_heads.query_factor is not None or self.growth is not None
         return DecoderLayer(
-            qkv=qkv,
+            projections=self._projections(prefix, inputs, on_heads),
             o=o,
-            feed_forward=self._feed_forward(index, others),
+            feed_forward=self._feed_forward(index, linears[len(inputs) + 1 :]),
             norm_before_attention=self._layer_norm(index, norms.before_attention),
             norm_before_mlp=self._layer_norm(index, norms.before_mlp),
             norm_after_attention=self._layer_norm(index, norms.after_attention),
             norm_after_mlp=self._layer_norm(index, norms.after_mlp),
             qk_norm=on_heads.of_kernels,
-            projection_norm=on_heads.of_projections,
             query_scale=QueryScale(on_heads.query_factor, self.growth) if scaled else None,
             cos_sin=self.cos_sin[attention.rope],
             interleaved=attention.rope is not None and attention.rope.interleaved,
             window=self._window(attention),
             sinks=self._vector([(prefix + SINKS, self._heads)]) if self.config.attention_sinks else None,
         )
+
+    def _projections(self, prefix: str, linears: Sequence[LoRALinear], on_heads: QueryKeyNorms) -> Projections:
+        if self.config.latent is None:
+            return FusedProjections(*linears, on_heads.of_projections)
+        norm, *of_queries = (self._vector([(prefix + name, ())]) for name in latent_norms(self.config))
+        *queries, to_latent, from_latent = linears
+        query_norm = of_queries[0] if of_queries else None
+        return LatentProjections(self.ops, self.config.latent, queries, to_latent, from_latent, query_norm, norm)
 
     def _feed_forward(self, index: int, linears: Sequence[LoRALinear]) -> FeedForward:
         layout = self.config.feed_forwards[index]

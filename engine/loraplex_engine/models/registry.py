@@ -17,6 +17,7 @@ from loraplex_engine.models import (
     arcee,
     cohere,
     cwm,
+    deepseek,
     dots1,
     ernie4_5,
     ernie4_5_moe,
@@ -32,6 +33,7 @@ from loraplex_engine.models import (
     helium,
     hunyuan,
     llama,
+    minicpm3,
     minimax_m2,
     mistral,
     mixtral,
@@ -97,6 +99,9 @@ FAMILIES: tuple[Family, ...] = (
     gpt_oss.FAMILY,
     minimax_m2.FAMILY,
     phimoe.FAMILY,
+    deepseek.FAMILY_2,
+    deepseek.FAMILY_3,
+    minicpm3.FAMILY,
 )
 ARCHITECTURES = (
     *(name for family in FAMILIES for name in family.architectures),

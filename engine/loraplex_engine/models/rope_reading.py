@@ -67,6 +67,17 @@ def with_rope_scaling(raw: Mapping[str, object], scaling: Mapping[str, object]) 
     return {**raw, "text_config": changed} if part is text else changed
 
 
+def yarn_sharpness(fields: ConfigFields) -> float:
+    """What scores of attention are multiplied by where YaRN's section has `mscale_all_dim` (DeepSeek V2)."""
+    section = fields.filled_section("rope_scaling") or fields.filled_section("rope_parameters")
+    if section is None or not section.number_or_zero("mscale_all_dim"):
+        return 1.0
+    rope = read_rope(fields)
+    if not isinstance(rope.scaling, YarnScaling):
+        return 1.0
+    return _yarn_mscale(rope.scaling.factor, section.number("mscale_all_dim")) ** 2
+
+
 def max_positions(ropes: Iterable[Rope], fields: ConfigFields) -> int:
     """The stated positions times the factor of the scaling, as in vLLM; YaRN's section states the original
     positions.

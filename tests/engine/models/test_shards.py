@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -59,9 +59,16 @@ def load(directory: Path, ops: Ops, shard: Shard, **fields: Any) -> LanguageMode
     return load_model(config, directory, ops, shard=shard)
 
 
-def logits(directory: Path, lora: Path, ranks: Sequence[Shard], kernels: str, **fields: Any) -> Tensor:
+def logits(
+    directory: Path,
+    lora: Path,
+    ranks: Sequence[Shard],
+    kernels: str,
+    modules: Mapping[str, tuple[int, int]] = MODULES,
+    **fields: Any,
+) -> Tensor:
     """The logits of a prompt whose end has an adapter, as computed by these ranks together → [T, V]"""
-    key = write_lora(lora, {f"model.layers.{i}.{m}": s for i in (0, 1) for m, s in MODULES.items()}, bias=True)
+    key = write_lora(lora, {f"model.layers.{i}.{m}": s for i in (0, 1) for m, s in modules.items()}, bias=True)
     shared: list[Tensor | None] = [None] * len(ranks)
     barrier = Barrier(len(ranks), timeout=60)
 
