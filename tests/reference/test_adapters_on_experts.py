@@ -71,6 +71,11 @@ OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "DeepseekV2": ({**LATENT, "topk_method": "group_limited_greedy"}, "mlp.gate.weight", LATENTS),
     "DeepseekV3": (LATENT, "mlp.gate.weight", LATENTS),
+    "Llama4": (
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_chunk_size": 16},
+        "feed_forward.router.weight",
+        "shared_expert.down_proj up_proj",
+    ),
     "Olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, "mlp.gate.weight", "k_proj"),
     "GraniteMoeShared": (
         {"num_local_experts": 4, "shared_intermediate_size": 24},
@@ -84,6 +89,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
         "v_proj",
     ),
 }
+WITH_IMAGES = ("Llama4",)  # of whose configurations that of the language model is one
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2},
     "Qwen3Moe": {
@@ -126,7 +132,8 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def make_oracle(folder: Path, family: str, fields: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> Oracle:
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **fields})
+    text = "Text" if family in WITH_IMAGES else ""
+    config = getattr(transformers, f"{family}{text}Config")(**{**SHAPE, **fields})
     randomised(getattr(transformers, f"{family}ForCausalLM")(config), 0).save_pretrained(folder / "base")
     oracle = Oracle(folder, {None: None}, {None: read_base(folder / "base")})
     for seed, (name, kind) in enumerate(kinds.items(), start=1):

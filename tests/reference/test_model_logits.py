@@ -64,6 +64,14 @@ LATENT = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
 }
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 4,
+    "attention_chunk_size": 16,
+    "no_rope_layer_interval": 2,
+}
 SINKS = {
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
@@ -120,9 +128,9 @@ def gemma3(**changes: Any) -> Any:
     return transformers.Gemma3ForCausalLM(config)
 
 
-def of(name: str, **changes: Any) -> Any:
-    """A model of a family by its name in transformers."""
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, "pad_token_id": 0, **changes})
+def of(name: str, text: bool = False, **changes: Any) -> Any:
+    """A model of a family by its name in transformers.  text: it has a class of that name with images, too."""
+    config = getattr(transformers, f"{name}{'Text' if text else ''}Config")(**{**SMALL, "pad_token_id": 0, **changes})
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
@@ -305,6 +313,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "deepseek_v2_lite": lambda: of("DeepseekV2", **{**LATENT, "q_lora_rank": None}, **GROUPS, rope_parameters=MSCALE),
     "deepseek_v3": lambda: corrected(of("DeepseekV3", **LATENT, **GROUPS, attention_bias=True, rope_parameters=MSCALE)),
     "minicpm3": lambda: of("MiniCPM3", **LATENT, rms_norm_eps=1e-5),
+    "llama4": lambda: of("Llama4", text=True, **LLAMA4, num_experts_per_tok=2, floor_scale=4, attention_bias=True),
+    "llama4_some_dense": lambda: of("Llama4", text=True, **LLAMA4, interleave_moe_layer_step=2, use_qk_norm=False),
     "phi3_tied": lambda: of("Phi3", tie_word_embeddings=True, num_key_value_heads=6),
 }
 

@@ -2,7 +2,8 @@
 
 PEFT's `target_parameters` train A [E·R, C] and B [N, R·E] of a parameter [E, N, C]: expert e has rows e·R … of A, and
 every E-th column of B, from e on. The file names the module that has the parameter, once for each of its parameters
-("experts.lora_A", "experts.base_layer.lora_A"); which is which, only the shapes tell.
+("experts.lora_A", "experts.base_layer.lora_A"); which is which, only the shapes tell. Of a parameter [E, C, N] PEFT
+knows from its class that it lies so, or else (Llama 4) takes N for C: then its A is B transposed, and its B is A.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def split_experts(
         tensor = cut.pop(name.key)
         for index, path in enumerate(experts):
             own = replace(name, key=f"{name.key}[{index}]", module=trained, changes=path)
-            cut[own.key] = _of_expert(tensor, name.part, index, len(experts))
+            part = _of_expert(tensor, name.part, index, len(experts))
+            if experts[path].stacked_transposed:
+                own, part = replace(own, part="B" if name.part == "A" else "A"), part.t()
+            cut[own.key] = part
             names.append(own)
     return replace(split, names=names), cut
 
@@ -77,7 +81,7 @@ def _of_module(module: str, parameters: Parameters) -> dict[str, Experts]:
 
 
 def _misfit(name: LoraTensorName, tensor: Tensor, known: Mapping[str, Experts]) -> str:
-    shapes = ((parameter, next(iter(experts.values())).whole_shape) for parameter, experts in known.items())
+    shapes = ((parameter, _shape(experts)) for parameter, experts in known.items())
     listed = ", ".join(f"{parameter} [{rows}, {columns}]" for parameter, (rows, columns) in shapes)
     count = len(next(iter(known.values())))
     return (
@@ -93,9 +97,16 @@ def _all_fit(shapes: Mapping[Part, Tensor], experts: Experts) -> bool:
 def _fits(tensor: Tensor, part: Part, experts: Experts) -> bool:
     if tensor.dim() != 2:
         return False
-    out_features, in_features = next(iter(experts.values())).whole_shape
+    out_features, in_features = _shape(experts)
     size, ranks = (tensor.shape[1], tensor.shape[0]) if part == "A" else tensor.shape
     return size == (in_features if part == "A" else out_features) and ranks % len(experts) == 0
+
+
+def _shape(experts: Experts) -> tuple[int, int]:
+    """The rows and columns that PEFT has of one expert's part of the parameter."""
+    expert = next(iter(experts.values()))
+    rows, columns = expert.whole_shape
+    return (columns, rows) if expert.stacked_transposed else (rows, columns)
 
 
 def _of_expert(tensor: Tensor, part: Part, index: int, count: int) -> Tensor:

@@ -89,6 +89,7 @@ class LoraTarget:
     tied_to: str | None = None  # the embedding whose weight this head shares
     rounding: Callable[[Tensor], Tensor] | None = None  # what became of the checkpoint's rows when the model was loaded
     stacks: tuple[str, ...] = ()  # of an expert: the paths of the parameter [E, N, C] that this is a part of
+    stacked_transposed: bool = False  # the parameter is [E, C, N], of which PEFT does not know
     transposed: bool = False  # checkpoints have its weight as [C, N], and adapters that replace it, too
     dtype: torch.dtype | None = None  # that it is computed in; None: the model's
     share: Share | None = None  # of a module that is divided: C and N above are the rank's; None: it is whole

@@ -89,10 +89,14 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class QueryGrowth:
-    """Queries that grow with their position: by 1 + β · ln(1 + ⌊position / original⌋) (Ministral 3)."""
+    """Queries that grow with their position: by 1 + β · ln(1 + ⌊(position + ahead) / original⌋).
+
+    Ministral 3, Llama 4.
+    """
 
     beta: float
     original_max_positions: int
+    ahead: int = 0
 
 
 # How a checkpoint has the weights of norms that differ from head to head: in one tensor, or in one for each head.
@@ -105,6 +109,8 @@ class LayerAttention:
 
     rope: Rope | None  # None: keys and queries say nothing of their positions
     window: int | None = None  # tokens seen, the own one included; None: all
+    chunk: int | None = None  # tokens of the parts of a sequence that see nothing of each other; None: it has no parts
+    growth: QueryGrowth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,7 @@ class Stack:
     count: int  # E
     stored: bool  # the checkpoint has it so, not each expert's by itself
     transposed: bool  # as [E, C, N], where it does
+    unknown: bool = False  # PEFT does not know that it is transposed
 
     @property
     def bias(self) -> str:
@@ -227,8 +234,8 @@ class ModelConfig:
     qk_norm_modules: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")  # the paths of norms on heads
     qk_norm_rotated: bool = False  # it comes behind the rotation (Hunyuan)
     projection_norm: bool = False  # RMS norm over all of a token's queries, and over all of its keys (OLMo)
+    unit_heads: bool = False  # query and key heads that turn are given a length of one, times √D (Llama 4)
     head_norm: HeadNormTensors | None = None  # layer norms of heads, each with its own weights
-    query_growth: QueryGrowth | None = None
     norms: LayerNorms = NORMS_BEFORE
     norm_offset: float = 0.0  # added to every norm weight: Gemma's checkpoints store weight - 1
     layer_norm: bool = False  # norms subtract the mean first; False: RMS norms

@@ -49,6 +49,7 @@ class Mixture:
     correction: Tensor | None  # [E]
     router: LoRALinear
     float32_router: bool
+    scales_inputs: bool
     gate_up: ExpertLinears
     down: ExpertLinears
     activate_and_mul: Callable[[Tensor], Tensor]  # [R, 2F] → [R, F]
@@ -59,15 +60,25 @@ class Mixture:
     def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
         scores = self.router(x.float() if self.float32_router else x, lora)
         routes = self.ops.route(scores, self.routing, self.correction, lora)
-        rows = x.index_select(0, routes.tokens)
+        rows, weights = x.index_select(0, routes.tokens), routes.weights
+        if self.scales_inputs:
+            rows *= _by_row(routes).to(x.dtype)
+            weights = torch.ones_like(weights)
         outputs = self.down(self.activate_and_mul(self.gate_up(rows, routes)), routes)
-        y = self.ops.weighted_sums(outputs, routes.rows, routes.weights)
+        y = self.ops.weighted_sums(outputs, routes.rows, weights)
         if self.shared is not None:
             others = self.shared(x, lora)
             if self.shared_gate is not None:
                 others *= torch.sigmoid(self.shared_gate(x, lora))
             y += others
         return y
+
+
+def _by_row(routes: Routes) -> Tensor:
+    """How much the expert of each row counts for its token: float32 [R, 1]"""
+    weights = torch.empty_like(routes.weights).flatten()
+    weights[routes.rows.flatten()] = routes.weights.flatten()
+    return weights[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +91,14 @@ class MixtureLayout:
     router: str = "mlp.gate"  # its path inside a layer
     router_bias: bool = False
     float32_router: bool = False  # it reads and computes in float32, whatever the model does
+    scales_inputs: bool = False  # what an expert reads is multiplied by its weight, not what it returns
     correction: str | None = None  # the path of what is added to the scores to choose by
     correction_shape: tuple[int, ...] | None = None  # None: [E]
     shared: GatedLayout | None = None
     shared_gate: str | None = None
     stacked: bool = False  # the checkpoint has the experts' matrices as one tensor
     transposed: bool = False  # which is [E, C, N]
+    unknown: bool = False  # of which PEFT does not know
 
     def as_stored(self, holds: Callable[[str], bool]) -> MixtureLayout:
         module, names = self.expert.module, self.expert.names
@@ -114,6 +127,7 @@ class MixtureLayout:
             vectors[0].flatten() if vectors else None,
             router,
             self.float32_router,
+            self.scales_inputs,
             ExpertLinears(ops, experts[::2]),
             ExpertLinears(ops, experts[1::2]),
             self.expert.activate_and_mul(ops),
@@ -126,7 +140,7 @@ class MixtureLayout:
         module = self.expert.module
         expert = replace(self.expert, module=f"{module}.{index}", site=f"experts.{index}.")
         for linear, parameter in zip(expert.linears(hidden_size), ("gate_up_proj", "down_proj"), strict=True):
-            stack = Stack(f"{module}.{parameter}", index, self.num_experts, self.stacked, self.transposed)
+            stack = Stack(f"{module}.{parameter}", index, self.num_experts, self.stacked, self.transposed, self.unknown)
             yield replace(linear, stack=stack)
 
 

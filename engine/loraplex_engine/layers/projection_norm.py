@@ -55,6 +55,12 @@ class QueryKeyNorms:
 NO_NORMS = QueryKeyNorms()
 
 
+def unit_heads(config: ModelConfig, device: torch.device) -> QueryKeyNorms:
+    """Norms without weights. A rotation keeps a head's length: they may come before it or behind."""
+    ones = torch.ones(config.head_dim, device=device)
+    return QueryKeyNorms(QKNorm(ones, ones, config.norm_eps))
+
+
 def norms_of(config: ModelConfig, ops: Ops, query: Tensor, key: Tensor, dtype: torch.dtype) -> QueryKeyNorms:
     """The norms that the weights of a layer make, float32 each."""
     if config.head_norm:

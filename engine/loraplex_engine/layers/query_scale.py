@@ -27,9 +27,16 @@ class QueryScale:
 
 
 def growth_table(growth: QueryGrowth, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """1 + β · ln(1 + ⌊position / original⌋) → [num_positions]: a table, so that no factor depends on its batch."""
-    lengths = torch.arange(num_positions, dtype=torch.float32).div_(growth.original_max_positions).floor_()
+    """1 + β · ln(1 + ⌊(position + ahead) / original⌋) → [num_positions]: a table, so that no factor depends on its
+    batch."""
+    lengths = (
+        torch.arange(growth.ahead, growth.ahead + num_positions, dtype=torch.float32)
+        .div_(growth.original_max_positions)
+        .floor_()
+    )
     table = (1 + growth.beta * torch.log1p(lengths)).to(dtype)
     if not all_finite(table):
-        raise ModelError(f"{growth}: its factors are not finite numbers in {dtype}; correct llama_4_scaling_beta")
+        raise ModelError(
+            f"{growth}: its factors are not finite numbers in {dtype}; correct llama_4_scaling_beta, or attn_scale"
+        )
     return table.to(device)

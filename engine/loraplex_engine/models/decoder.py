@@ -14,6 +14,7 @@ from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
 from loraplex_engine.checkpoint.model_config import FeedForward, ModelConfig
 from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.layers.chunks import within_chunks
 from loraplex_engine.layers.mixture import MixtureLayout
 from loraplex_engine.layers.projections import Projections
 from loraplex_engine.layers.query_scale import QueryScale
@@ -29,7 +30,9 @@ from loraplex_engine.models.layout import (
     site_name,
 )
 from loraplex_engine.models.step_batch import StepBatch
-from loraplex_kernels.ops import LayerKV, LoraSegments, Ops, QKNorm
+from loraplex_kernels.ops import AttentionMetadata, LayerKV, LoraSegments, Ops, QKNorm
+
+Seen = Mapping[int | None, AttentionMetadata]  # by the size of the chunks; None: of layers without
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class DecoderLayer:
     cos_sin: Tensor  # float32 [max positions, 2, R/2], shared between layers of one kind
     interleaved: bool  # how cos_sin is meant
     window: int | None  # tokens
+    chunk: int | None  # tokens
     sinks: Tensor | None  # float32 [H]
 
     @property
@@ -93,8 +97,10 @@ class LanguageModel:
         self._replaced = replaced
         self._classifiers = ClassifierSite(ops.device)
         self.head_shape = held_heads(config, shard)
-        # How many rows each expert has is read back from the device.
-        self.capturable = not any(isinstance(layout, MixtureLayout) for layout in config.feed_forwards)
+        self._chunks = {layer.chunk for layer in layers if layer.chunk is not None}
+        # How many rows each expert has is read back from the device, and so is where chunks end.
+        experts = any(isinstance(layout, MixtureLayout) for layout in config.feed_forwards)
+        self.capturable = not experts and not self._chunks
         # Rounded as the weights are: 50.6 is 50.5 in bfloat16, and so the models were trained.
         scale = config.embedding_scale
         self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
@@ -104,7 +110,7 @@ class LanguageModel:
 
         Stores the keys and values of all rows in `kv`, one for each layer.
         """
-        lora = batch.lora
+        lora, seen = batch.lora, self._seen(batch.attention, kv)
         residual = self._embedding(batch.token_ids, lora)
         if self._embedding_scale is not None:
             residual *= self._embedding_scale
@@ -112,9 +118,9 @@ class LanguageModel:
         x = residual if first is None else first(residual, lora)
         for index, layer in enumerate(self._layers):
             if self.config.parallel:
-                x = self._both(layer, x, residual, batch, kv[index])
+                x = self._both(layer, x, residual, batch, seen, kv[index])
             else:
-                x = self._attention(layer, x, batch, kv[index])
+                x = self._attention(layer, x, batch, seen, kv[index])
                 x = _added(self._sized(x, layer.norm_after_attention, lora), residual, layer.norm_before_mlp, lora)
                 x = self._sized(layer.feed_forward(x, lora), layer.norm_after_mlp, lora)
             if index + 1 < len(self._layers):
@@ -186,13 +192,19 @@ class LanguageModel:
         }
         return {**norms, FINAL_NORM_SITE: self._final_norm}
 
-    def _both(self, layer: DecoderLayer, x: Tensor, residual: Tensor, batch: StepBatch, kv: LayerKV) -> Tensor:
+    def _seen(self, metadata: AttentionMetadata, kv: Sequence[LayerKV]) -> Seen:
+        chunks = {chunk: within_chunks(metadata, chunk, kv[0].block_size) for chunk in self._chunks}
+        return {None: metadata, **chunks}
+
+    def _both(
+        self, layer: DecoderLayer, x: Tensor, residual: Tensor, batch: StepBatch, seen: Seen, kv: LayerKV
+    ) -> Tensor:
         """Attention and feed-forward side by side, each of what its norm makes of the residual.  → [T, C]"""
         norm = layer.norm_before_mlp
         read = x if norm is None else norm(residual, batch.lora)
-        return self._attention(layer, x, batch, kv).add_(layer.feed_forward(read, batch.lora))
+        return self._attention(layer, x, batch, seen, kv).add_(layer.feed_forward(read, batch.lora))
 
-    def _attention(self, layer: DecoderLayer, x: Tensor, batch: StepBatch, kv: LayerKV) -> Tensor:
+    def _attention(self, layer: DecoderLayer, x: Tensor, batch: StepBatch, seen: Seen, kv: LayerKV) -> Tensor:
         """x: [T, C] → [T, C]"""
         ops, config = self._ops, self.config
         q = ops.rotary_store_kv(
@@ -208,7 +220,7 @@ class LanguageModel:
         if layer.query_scale is not None:
             layer.query_scale(q, batch.positions)
         scale, cap = config.attention_scale, config.attention_soft_cap
-        x = ops.paged_attention(q, kv, batch.attention, scale, layer.window, cap, layer.sinks)
+        x = ops.paged_attention(q, kv, seen[layer.chunk], scale, layer.window, cap, layer.sinks)
         if config.value_dim != config.head_dim:  # behind a head's values there are zeros
             x = x.view(q.shape)[..., : config.value_dim].flatten(1)
         return layer.o(x, batch.lora)

@@ -244,7 +244,8 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
                 targets[f"model.layers.{layer}.{module}"] = target
             if linear.stack is not None:
                 whole = f"model.layers.{layer}.{linear.module}"
-                targets[whole] = replace(targets[whole], stacks=(f"model.layers.{layer}.{linear.stack.path}",))
+                stacks = (f"model.layers.{layer}.{linear.stack.path}",)
+                targets[whole] = replace(targets[whole], stacks=stacks, stacked_transposed=linear.stack.unknown)
     return _under_all_names(targets, config.aliases)
 
 

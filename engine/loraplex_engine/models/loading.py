@@ -28,7 +28,7 @@ from loraplex_engine.checkpoint.shard import WHOLE, Shard
 from loraplex_engine.checkpoint.tensor_files import Part
 from loraplex_engine.checkpoint.weights import Checkpoint, Progress, aliased_name
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
-from loraplex_engine.layers.projection_norm import NO_NORMS, QueryKeyNorms, norms_of
+from loraplex_engine.layers.projection_norm import NO_NORMS, QueryKeyNorms, norms_of, unit_heads
 from loraplex_engine.layers.projections import FusedProjections, LatentProjections, Projections
 from loraplex_engine.layers.query_scale import QueryScale, growth_table
 from loraplex_engine.layers.rotary import cos_sin_table
@@ -227,8 +227,17 @@ class _Loader:
             for rope in {layer.rope for layer in config.layers}
         }
         self.nbytes = sum(table.nbytes for table in self.cos_sin.values())
-        growth = config.query_growth
-        self.growth = None if growth is None else growth_table(growth, num_positions, dtype, ops.device)
+        self.growths = {
+            growth: growth_table(growth, num_positions, dtype, ops.device)
+            for growth in {layer.growth for layer in config.layers}
+            if growth is not None
+        }
+        chunks = {self._felt(layer.chunk) for layer in config.layers}
+        if any(chunk is not None and chunk % engine.block_size for chunk in chunks):
+            raise ModelError(
+                f"{config.architecture} attends within parts of its sequences (attention_chunk_size), which blocks of "
+                f"{engine.block_size} tokens do not divide: choose another block_size"
+            )
 
     def load(self) -> LanguageModel:
         embedding = self._rows([(EMBEDDING, ())], self.dtype)
@@ -255,8 +264,9 @@ class _Loader:
         prefix, attention, norms = f"model.layers.{index}.", self.config.layers[index], self.config.norms
         linears = [self._fused(index, prefix, linear) for linear in layer_linears(self.config, index)]
         *inputs, o = linears[: len(attention_linears(self.config))]
-        on_heads = self._query_key_norms(prefix)
-        scaled = on_heads.query_factor is not None or self.growth is not None
+        on_heads = self._query_key_norms(prefix, attention)
+        growth = None if attention.growth is None else self.growths[attention.growth]
+        scaled = on_heads.query_factor is not None or growth is not None
         return DecoderLayer(
             projections=self._projections(prefix, inputs, on_heads),
             o=o,
@@ -266,10 +276,11 @@ class _Loader:
             norm_after_attention=self._layer_norm(index, norms.after_attention),
             norm_after_mlp=self._layer_norm(index, norms.after_mlp),
             qk_norm=on_heads.of_kernels,
-            query_scale=QueryScale(on_heads.query_factor, self.growth) if scaled else None,
+            query_scale=QueryScale(on_heads.query_factor, growth) if scaled else None,
             cos_sin=self.cos_sin[attention.rope],
             interleaved=attention.rope is not None and attention.rope.interleaved,
-            window=self._window(attention),
+            window=self._felt(attention.window),
+            chunk=self._felt(attention.chunk),
             sinks=self._vector([(prefix + SINKS, self._heads)]) if self.config.attention_sinks else None,
         )
 
@@ -296,19 +307,20 @@ class _Loader:
         self.nbytes += vector.nbytes
         return vector
 
-    def _query_key_norms(self, prefix: str) -> QueryKeyNorms:
+    def _query_key_norms(self, prefix: str, attention: LayerAttention) -> QueryKeyNorms:
+        if self.config.unit_heads and attention.rope is not None:
+            return unit_heads(self.config, self.ops.device)
         parts = [[(prefix + name, ()) for name in norm] for norm in query_key_norms(self.config)]
         if not parts:
             return NO_NORMS
         query, key = (self._norm(names) for names in parts)
         return norms_of(self.config, self.ops, query, key, self.dtype)
 
-    def _window(self, attention: LayerAttention) -> int | None:
-        """The window of a layer; None: it has none, or no sequence is longer.
+    def _felt(self, window: int | None) -> int | None:
+        """The window or the chunk of a layer; None: it has none, or no sequence is longer.
 
         Files state windows too large for kernels.
         """
-        window = attention.window
         return None if window is None or window >= self.num_positions else window
 
     def _fused(self, index: int, prefix: str, linear: FusedLinear) -> LoRALinear:

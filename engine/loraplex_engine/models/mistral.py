@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import LayerAttention, ModelConfig, QueryGrowth
 from loraplex_engine.models.reading import Family, decoder_config, sliding_layers
@@ -46,9 +44,8 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
 
 def read_3(architecture: str, fields: ConfigFields) -> ModelConfig:
     fields = with_default_rope(fields.with_defaults(DEFAULTS_3), ROPE_3)
-    layers = (LayerAttention(read_rope(fields), fields.optional_integer("sliding_window")),)
-    config = decoder_config(architecture, fields, layers * fields.integer("num_hidden_layers"))
-    return replace(config, query_growth=_growth(fields))
+    layer = LayerAttention(read_rope(fields), fields.optional_integer("sliding_window"), growth=_growth(fields))
+    return decoder_config(architecture, fields, (layer,) * fields.integer("num_hidden_layers"))
 
 
 def _growth(fields: ConfigFields) -> QueryGrowth | None:

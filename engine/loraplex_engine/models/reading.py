@@ -109,15 +109,20 @@ def all_but_every(count: int, num_layers: int) -> tuple[bool, ...]:
 
 def sliding_layers(fields: ConfigFields, pattern: tuple[bool, ...]) -> tuple[bool, ...]:
     """Which layers have a sliding window: those that `layer_types` names, or `pattern` where the file has no such."""
+    return layers_of_kind(fields, "sliding_attention", pattern)
+
+
+def layers_of_kind(fields: ConfigFields, which: str, pattern: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Which layers `layer_types` calls so, where the others are of full attention; `pattern` without such a field."""
     kinds = fields.texts("layer_types")
     if not kinds:
         return pattern
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    unknown = sorted(set(kinds) - {"full_attention", which})
     if unknown:
-        raise fields.error("layer_types", unknown, "made of full_attention and sliding_attention")
+        raise fields.error("layer_types", unknown, f"made of full_attention and {which}")
     if len(kinds) != len(pattern):
         raise fields.error("layer_types", list(kinds), f"as long as the model has layers ({len(pattern)})")
-    return tuple(kind == "sliding_attention" for kind in kinds)
+    return tuple(kind == which for kind in kinds)
 
 
 def _check_ropes(fields: ConfigFields, layers: tuple[LayerAttention, ...], head_dim: int) -> None:

@@ -33,6 +33,7 @@ from loraplex_engine.models import (
     helium,
     hunyuan,
     llama,
+    llama4,
     minicpm3,
     minimax_m2,
     mistral,
@@ -102,6 +103,7 @@ FAMILIES: tuple[Family, ...] = (
     deepseek.FAMILY_2,
     deepseek.FAMILY_3,
     minicpm3.FAMILY,
+    llama4.FAMILY,
 )
 ARCHITECTURES = (
     *(name for family in FAMILIES for name in family.architectures),

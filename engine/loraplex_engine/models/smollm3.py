@@ -22,7 +22,7 @@ DEFAULTS = {
 
 def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     fields = fields.with_defaults(DEFAULTS)
-    rotated = _rotated_layers(fields)
+    rotated = rotated_layers(fields)
     window = fields.optional_integer("sliding_window") if fields.flag("use_sliding_window") else None
     slides = sliding_layers(fields, tuple(not turns for turns in rotated))
     rope = read_rope(fields, 2e6)
@@ -35,7 +35,7 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
     return replace(config, qkv_bias=bias, o_bias=bias)
 
 
-def _rotated_layers(fields: ConfigFields) -> tuple[bool, ...]:
+def rotated_layers(fields: ConfigFields) -> tuple[bool, ...]:
     """Which layers have a rotation: whatever its name says, the list `no_rope_layers` has a 1 for those."""
     num_layers = fields.integer("num_hidden_layers")
     stated = fields.integers("no_rope_layers")

@@ -25,6 +25,7 @@ class Wrapper:
 WRAPPERS = (
     Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text"),
     Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral"),
+    Wrapper("Llama4ForConditionalGeneration", "llama4", "llama4_text"),
     Wrapper("LlavaForConditionalGeneration", "llava", "llama", tied_inside=True),
     Wrapper("LlavaNextForConditionalGeneration", "llava_next", "llama"),
     Wrapper("LlavaNextVideoForConditionalGeneration", "llava_next_video", "llama", tied_inside=True),

@@ -431,7 +431,7 @@ def test_ministral_3_without_a_rotation_has_that_of_its_class() -> None:
     config = of("Ministral3ForCausalLM", num_key_value_heads=2)
     assert isinstance(config.layers[0].rope, Rope)
     assert isinstance(config.layers[0].rope.scaling, YarnScaling)
-    assert config.query_growth == QueryGrowth(0.1, 16_384)
+    assert config.layers[0].growth == QueryGrowth(0.1, 16_384)
 
 
 def test_an_alpha_stretches_what_hunyuan_calls_dynamic_alone() -> None:
