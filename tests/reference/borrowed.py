@@ -67,5 +67,7 @@ BORROWED: dict[str, Callable[[], Any]] = {
     "olmo": lambda: of("Olmo", GROUPED, clip_qkv=8.0),
     "apertus": lambda: of("Apertus", GROUPED),
     "granite_swa": lambda: of("GraniteSWA", GROUPED, num_hidden_layers=4, sliding_window=5),
+    "nanochat": lambda: of("NanoChat", GROUPED),
+    "bitnet": lambda: of("BitNet", GROUPED),
     "biogpt": lambda: of("BioGpt"),
 }

@@ -21,6 +21,8 @@ MODULES: dict[str, tuple[str, str, str, str, str]] = {
     "gpt_bigcode": ("c_attn", "mlp.c_proj", "wte", "ln_2", "ln_f"),
     "mpt": ("Wqkv", "up_proj", "wte", "norm_1", "norm_f"),
     "phi": ("dense", "fc1", "embed_tokens", "input_layernorm", "final_layernorm"),
+    "bitnet": ("q_proj", "down_proj", "embed_tokens", "attn_sub_norm", "model.norm"),
+    "nanochat": ("q_proj", "fc1", "embed_tokens", "fc2", "lm_head"),  # its norms have no weights
     "persimmon": ("query_key_value", "dense_4h_to_h", "embed_tokens", "input_layernorm", "final_layernorm"),
 }
 

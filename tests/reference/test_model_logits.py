@@ -72,6 +72,12 @@ LLAMA4 = {
     "attention_chunk_size": 16,
     "no_rope_layer_interval": 2,
 }
+GRANITE4 = {
+    "layer_types": ["full_attention"] * 3,
+    "shared_intermediate_size": 40,
+    "mamba_n_heads": 12,
+    "logits_scaling": 2.0,
+}
 SINKS = {
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
@@ -315,6 +321,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "minicpm3": lambda: of("MiniCPM3", **LATENT, rms_norm_eps=1e-5),
     "llama4": lambda: of("Llama4", text=True, **LLAMA4, num_experts_per_tok=2, floor_scale=4, attention_bias=True),
     "llama4_some_dense": lambda: of("Llama4", text=True, **LLAMA4, interleave_moe_layer_step=2, use_qk_norm=False),
+    "granite4": lambda: of("GraniteMoeHybrid", **GRANITE4, num_local_experts=0, position_embedding_type="rope"),
+    "granite4_moe": lambda: of("GraniteMoeHybrid", **GRANITE4, num_local_experts=5, residual_multiplier=0.3),
     "phi3_tied": lambda: of("Phi3", tie_word_embeddings=True, num_key_value_heads=6),
 }
 

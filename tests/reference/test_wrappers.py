@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.models import parse_model_config
+from loraplex_engine.models.refused import REFUSED
 from loraplex_engine.models.registry import ARCHITECTURES
-from loraplex_engine.models.wrappers import REFUSED, WRAPPERS
+from loraplex_engine.models.wrappers import WRAPPERS
 from tests.reference.test_model_logits import LENGTHS, Stepper, assert_same, expected_logits, load, prompts, randomised
 from tests.reference.wrappers import WRAPPED, of
 

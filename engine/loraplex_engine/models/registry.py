@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.config_source import config_file, read_config
-from loraplex_engine.checkpoint.model_config import ModelConfig, UnknownArchitectureError
+from loraplex_engine.checkpoint.model_config import ModelConfig, ModelError, UnknownArchitectureError
 from loraplex_engine.checkpoint.pooling import read_pooling
 from loraplex_engine.checkpoint.weights import read_json
 from loraplex_engine.models import (
@@ -54,8 +54,9 @@ from loraplex_engine.models import (
     starcoder2,
 )
 from loraplex_engine.models.reading import Family, text_fields
+from loraplex_engine.models.refused import REFUSED
 from loraplex_engine.models.rope_reading import with_rope_scaling
-from loraplex_engine.models.wrappers import REFUSED, SHAPES, TOWER_TENSORS, WRAPPERS, Wrapper
+from loraplex_engine.models.wrappers import SHAPES, TOWER_TENSORS, WRAPPERS, Wrapper
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
@@ -85,6 +86,7 @@ FAMILIES: tuple[Family, ...] = (
     olmoe.FAMILY,
     granite_moe.FAMILY,
     granite_moe.FAMILY_SHARED,
+    granite_moe.FAMILY_4,
     glm4_moe.FAMILY,
     dots1.FAMILY,
     ernie4_5_moe.FAMILY,
@@ -181,10 +183,12 @@ def _of_type(model_type: str) -> Family | None:
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-def _unsupported(fields: ConfigFields, architectures: tuple[str, ...], model_type: str) -> UnknownArchitectureError:
+def _unsupported(fields: ConfigFields, architectures: tuple[str, ...], model_type: str) -> ModelError:
     reasons = [f"{name}: {REFUSED[name]}" for name in architectures if name in REFUSED]
     if reasons:
-        return UnknownArchitectureError(f"{fields.where}: architecture not supported: {', '.join(reasons)}")
+        return ModelError(
+            f"{fields.where}: architecture not supported: {', '.join(reasons)}. Choose another model; {_known()}"
+        )
     stated = ", ".join(architectures) or (f"model_type {model_type}" if model_type else "none stated")
     near = get_close_matches(architectures[0], ARCHITECTURES, n=1) if architectures else []
     nearest = f"the nearest known one by its name is {near[0]}; " if near else ""

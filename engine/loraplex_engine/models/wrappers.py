@@ -41,13 +41,6 @@ WRAPPERS = (
     Wrapper("VoxtralForConditionalGeneration", "voxtral", "llama"),
 )
 
-# Models whose language model computes something else than its family, even for text.
-REFUSED: Mapping[str, str] = {
-    "PaliGemmaForConditionalGeneration": "it attends to its prompts in both directions",
-    "MllamaForConditionalGeneration": "some of its layers attend to images alone",
-    "Gemma3nForConditionalGeneration": "its layers have several streams and embeddings of their own",
-}
-
 # What the files of wrappers leave out of text_config, because transformers' classes say it.
 _SHAPE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 SHAPES: Mapping[str, Mapping[str, object]] = {
