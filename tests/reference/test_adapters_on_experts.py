@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.reference.peft_oracle import SHAPE, Engine, Oracle, random_prompt, randomised, read_base
+from tests.reference.test_model_logits import WITH_IMAGES
 
 transformers = pytest.importorskip("transformers")
 
@@ -89,7 +90,6 @@ OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
         "v_proj",
     ),
 }
-WITH_IMAGES = ("Llama4",)  # of whose configurations that of the language model is one
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2},
     "Qwen3Moe": {

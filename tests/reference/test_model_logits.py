@@ -55,6 +55,7 @@ GROUPS = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
+WITH_IMAGES = ("Llama4",)  # of whose configurations that of the language model is one
 LATENT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -134,9 +135,11 @@ def gemma3(**changes: Any) -> Any:
     return transformers.Gemma3ForCausalLM(config)
 
 
-def of(name: str, text: bool = False, **changes: Any) -> Any:
-    """A model of a family by its name in transformers.  text: it has a class of that name with images, too."""
-    config = getattr(transformers, f"{name}{'Text' if text else ''}Config")(**{**SMALL, "pad_token_id": 0, **changes})
+def of(name: str, **changes: Any) -> Any:
+    """A model of a family by its name in transformers."""
+    config = getattr(transformers, f"{name}{'Text' if name in WITH_IMAGES else ''}Config")(
+        **{**SMALL, "pad_token_id": 0, **changes}
+    )
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
@@ -319,8 +322,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "deepseek_v2_lite": lambda: of("DeepseekV2", **{**LATENT, "q_lora_rank": None}, **GROUPS, rope_parameters=MSCALE),
     "deepseek_v3": lambda: corrected(of("DeepseekV3", **LATENT, **GROUPS, attention_bias=True, rope_parameters=MSCALE)),
     "minicpm3": lambda: of("MiniCPM3", **LATENT, rms_norm_eps=1e-5),
-    "llama4": lambda: of("Llama4", text=True, **LLAMA4, num_experts_per_tok=2, floor_scale=4, attention_bias=True),
-    "llama4_some_dense": lambda: of("Llama4", text=True, **LLAMA4, interleave_moe_layer_step=2, use_qk_norm=False),
+    "llama4": lambda: of("Llama4", **LLAMA4, num_experts_per_tok=2, floor_scale=4, attention_bias=True),
+    "llama4_some_dense": lambda: of("Llama4", **LLAMA4, interleave_moe_layer_step=2, use_qk_norm=False),
     "granite4": lambda: of("GraniteMoeHybrid", **GRANITE4, num_local_experts=0, position_embedding_type="rope"),
     "granite4_moe": lambda: of("GraniteMoeHybrid", **GRANITE4, num_local_experts=5, residual_multiplier=0.3),
     "phi3_tied": lambda: of("Phi3", tie_word_embeddings=True, num_key_value_heads=6),

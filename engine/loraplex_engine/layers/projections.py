@@ -64,8 +64,9 @@ class LatentProjections:
     def __call__(self, x: Tensor, lora: LoraSegments | None) -> Tensor:
         shape, rows = self.shape, len(x)
         q = self._queries(x, lora).view(rows, -1, shape.still + shape.turned)
-        latent, key = self.to_latent(x, lora).split((shape.rank, shape.turned), dim=1)
-        latent = self.ops.rms_norm(latent.contiguous(), self.norm, LATENT_EPS)
+        made = self.to_latent(x, lora)
+        key = made[:, shape.rank :]
+        latent = self.ops.rms_norm(made[:, : shape.rank].contiguous(), self.norm, LATENT_EPS)
         kv = self.from_latent(latent, lora).view(rows, -1, shape.still + shape.values)
         # What turns comes first in each head, as the kernels have it.
         query = torch.cat((q[..., shape.still :], q[..., : shape.still]), dim=-1)

@@ -193,8 +193,10 @@ class LanguageModel:
         return {**norms, FINAL_NORM_SITE: self._final_norm}
 
     def _seen(self, metadata: AttentionMetadata, kv: Sequence[LayerKV]) -> Seen:
-        chunks = {chunk: within_chunks(metadata, chunk, kv[0].block_size) for chunk in self._chunks}
-        return {None: metadata, **chunks}
+        seen: dict[int | None, AttentionMetadata] = {None: metadata}
+        for chunk in self._chunks:
+            seen[chunk] = within_chunks(metadata, chunk, kv[0].block_size)
+        return seen
 
     def _both(
         self, layer: DecoderLayer, x: Tensor, residual: Tensor, batch: StepBatch, seen: Seen, kv: LayerKV

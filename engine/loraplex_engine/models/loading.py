@@ -286,7 +286,7 @@ class _Loader:
 
     def _projections(self, prefix: str, linears: Sequence[LoRALinear], on_heads: QueryKeyNorms) -> Projections:
         if self.config.latent is None:
-            return FusedProjections(*linears, on_heads.of_projections)
+            return FusedProjections(linears[0], on_heads.of_projections)
         norm, *of_queries = (self._vector([(prefix + name, ())]) for name in latent_norms(self.config))
         *queries, to_latent, from_latent = linears
         query_norm = of_queries[0] if of_queries else None

@@ -105,7 +105,7 @@ def test_two_ranks_give_the_logits_of_one(tmp_path: Path, kernels: str, kv_heads
     biases: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
     section, packer = FORMATS["gptq"]
     twins = make_twins(tmp_path, section, packer, num_key_value_heads=kv_heads, **shape, **biases)
-    fields = {"quantization": "nf4"} if stored.startswith("nf4") else {}
+    fields: dict[str, Any] = {"quantization": "nf4"} if stored.startswith("nf4") else {}
     directory = twins.quantised if stored == "gptq" else twins.dense
     one = logits(directory, tmp_path / "one", [WHOLE], kernels, **fields)
     two = logits(directory, tmp_path / "two", RANKS, kernels, **fields)
