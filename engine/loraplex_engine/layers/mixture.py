@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from loraplex_adapters.runtime.layer import LoRALinear
-from loraplex_engine.checkpoint.model_config import FeedForward, FusedLinear, ModelError, Stack
+from loraplex_engine.checkpoint.model_config import FeedForward, FusedLinear, Stack
 from loraplex_engine.layers.feed_forward import GatedLayout
 from loraplex_engine.layers.linear import Linear, SideBySide
 from loraplex_kernels.ops import LoraSegments, Ops, PackedLinear, Routes, Routing
@@ -20,19 +21,27 @@ class ExpertLinears:
 
     def __init__(self, ops: Ops, experts: Sequence[LoRALinear]) -> None:
         packed = [_packed(expert) for expert in experts]
-        if len({len(parts) for parts in packed}) > 1:
-            raise ModelError("experts are quantised in different ways, so that they cannot be computed together")
         self._ops = ops
-        self._groups = [ops.group_linears(parts) for parts in zip(*packed, strict=True)]
+        # Experts that are quantised in different ways, of unlike numbers of parts, are multiplied one after another.
+        self._alike = len({len(parts) for parts in packed}) == 1
+        self._linears = [expert.linear for expert in experts]
+        self._groups = [ops.group_linears(parts) for parts in zip(*packed, strict=True)] if self._alike else []
         self._table = ops.group_lora_tables([expert.table for expert in experts])
 
     def __call__(self, x: Tensor, routes: Routes) -> Tensor:
         """x: [R, C], sorted by expert → [R, N]"""
-        parts = [self._ops.grouped_linear(x, routes.starts, group) for group in self._groups]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        y = self._together(x, routes.starts) if self._alike else self._one_by_one(x, routes.starts)
         if routes.lora is not None:
             self._ops.segmented_lora(y, x, routes.lora, self._table)
         return y
+
+    def _together(self, x: Tensor, starts: Tensor) -> Tensor:
+        parts = [self._ops.grouped_linear(x, starts, group) for group in self._groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _one_by_one(self, x: Tensor, starts: Tensor) -> Tensor:
+        bounds = zip(self._linears, pairwise(starts.tolist()), strict=True)
+        return torch.cat([linear(x[start:end]) for linear, (start, end) in bounds])
 
 
 def _packed(expert: LoRALinear) -> tuple[PackedLinear, ...]:

@@ -19,6 +19,7 @@ from loraplex_engine.quantization import (
     hqq,
     modelopt,
     mxfp4,
+    quark,
     torchao,
     w8a8,
 )
@@ -34,6 +35,7 @@ FORMATS: Mapping[str, Callable[[ConfigFields], QuantSpec]] = {
     "compressed-tensors": compressed_tensors.parse,
     "auto-round": auto_round.parse,
     "modelopt": modelopt.parse,
+    "quark": quark.parse,
     "torchao": torchao.parse,
     "hqq": hqq.parse,
     "fp8": fp8.parse,

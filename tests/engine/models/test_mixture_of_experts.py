@@ -24,7 +24,7 @@ from loraplex_kernels.selection import select_ops
 from tests.engine.models.loras import write_lora
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import MODEL, load, logits, make_twins, reference_ops
-from tests.engine.quantization.formats import FORMATS
+from tests.engine.quantization.formats import FORMATS, gptq
 from tests.reference.stepping import step
 
 NUM_EXPERTS = 3
@@ -158,12 +158,30 @@ def test_a_rank_reads_its_part_of_stacked_experts(tmp_path: Path, mixed: dict[st
         "compressed-tensors int4, asymmetric",
         "compressed-tensors int8",
         "fp8 blocks",
+        "compressed-tensors nvfp4",
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_experts_are_read_quantised_where_the_checkpoint_has_them_so(tmp_path: Path, name: str, backend: str) -> None:
     section, packer = FORMATS[name]
     twins = make_twins(tmp_path, section, packer, ("gate",), **MIXED)
+    ops = select_ops(torch.device("cpu"), backend, threads=1)
+    found, wanted = (logits(load(path, ops), TOKENS, ops) for path in (twins.quantised, twins.dense))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_experts_may_be_quantised_in_different_ways(tmp_path: Path, backend: str) -> None:
+    section = gptq(desc_act=True, dynamic={r"+:.*experts\.1\.up_proj": {"bits": 8}})
+    orders = packing.gptq(act_order=True)
+    twins = make_twins(tmp_path, section, orders, ("gate",), **MIXED)
+    dense = load_file(twins.dense / "model.safetensors")
+    # Of one expert gate and up differ in their bits; of another they have an order in common, and are one matrix.
+    for module, packer in (("1.up_proj", packing.gptq(bits=8)), ("2.up_proj", orders), ("2.gate_proj", orders)):
+        name = f"model.layers.1.mlp.experts.{module}"
+        tensors, dense[f"{name}.weight"] = packer(Generator().manual_seed(1), *dense[f"{name}.weight"].shape)
+        twins.change(**{name + suffix: tensor for suffix, tensor in tensors.items()})
+    save_file(dense, twins.dense / "model.safetensors")
     ops = select_ops(torch.device("cpu"), backend, threads=1)
     found, wanted = (logits(load(path, ops), TOKENS, ops) for path in (twins.quantised, twins.dense))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

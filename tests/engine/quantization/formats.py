@@ -67,6 +67,17 @@ def hqq(scales: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
     }
 
 
+def quark(dtype: str, scheme: str = "per_tensor", **weight: Any) -> dict[str, Any]:
+    weights = {"dtype": dtype, "qscheme": scheme, "is_dynamic": False, "ch_axis": -1, **weight}
+    return {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": weights, "input_tensors": {"dtype": dtype, "is_dynamic": True}},
+        "layer_quant_config": {},
+        "exclude": ["lm_head"],
+        "export": {"weight_format": "real_quantized", "pack_method": "reorder"},
+    }
+
+
 FOUR_BITS: dict[str, Any] = {"num_bits": 4, "type": "float"}
 FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     "gptq": (gptq(), packing.gptq()),
@@ -230,4 +241,9 @@ INTEGERS: dict[str, tuple[dict[str, Any], Packer]] = {
     ),
     "SmoothQuant of LMDeploy": ({"quant_method": "smooth_quant", "quant_dtype": "int8"}, packing.smooth_quant),
     "w8a8_int8 of SGLang": ({"quant_method": "w8a8_int8", "ignore": ["lm_head"]}, packing.ct_int8()),
+    "quark fp8": (quark("fp8_e4m3"), packing.float8(".weight_scale")),
+    "quark mxfp4": (
+        quark("fp4", "per_group", group_size=32, scale_format="e8m0"),
+        packing.mxfp4(".weight"),
+    ),
 }

@@ -149,6 +149,15 @@ def test_hqq_gives_modules_parameters_by_the_ends_of_their_paths() -> None:
     assert spec.tensors(LinearShape("model.layers.1.mlp.up_proj", 30, 64))[".W_q"].dtypes == ("I32",)
 
 
+def test_quark_gives_modules_a_format_by_patterns_of_their_paths() -> None:
+    weight = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+    layers = {"*o_proj": {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_channel"}}, "*k_proj": {"weight": None}}
+    fields = {"quant_method": "quark", "global_quant_config": {"weight": weight}, "layer_quant_config": layers}
+    spec = parse(ConfigFields(fields, "config.json"))
+    assert spec.tensors(LinearShape("model.layers.0.self_attn.o_proj", 32, 64))[".weight"].dtypes == ("F8_E4M3",)
+    assert spec.tensors(LinearShape("model.layers.0.self_attn.k_proj", 32, 64))[".weight"].dtypes == ("U8",)
+
+
 def test_torchao_names_modules_patterns_of_them_and_a_default() -> None:
     float8, int8 = ({"_type": f"{kind}WeightOnlyConfig", "_version": 2} for kind in ("Float8", "Int8"))
     modules = {"re:.*q_proj": int8, "model.layers.0.mlp.up_proj": None, "lm_head": int8, "_default": float8}

@@ -27,6 +27,7 @@ from tests.engine.quantization.formats import (
     gptq,
     hqq,
     modelopt,
+    quark,
     torchao,
 )
 
@@ -112,6 +113,11 @@ PACKED = compressed("pack-quantized", **INT4)
             {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 1}}},
             "_version is 1; it must be 2",
         ),
+        ({"quant_method": "quark"}, "global_quant_config is missing"),
+        (quark("int4", "per_group"), "dtype is 'int4 per_group'; it must be fp8_e4m3 per_tensor"),
+        (quark("fp4", "per_group", group_size=16, scale_format="e8m0"), "dtype is 'fp4 per_group'"),
+        ({**quark("fp8_e4m3"), "export": {"weight_format": "fake_quantized"}}, "weight_format is 'fake_quantized'"),
+        ({**quark("fp8_e4m3"), "algo_config": [{"name": "awq"}, {"name": "rotation"}]}, "algo_config is 'rotation'"),
         ({"quant_method": "hqq"}, "quant_config is missing"),
         (hqq(nbits=1), "nbits is 1; it must be one of 2, 3, 4, 8"),
         (hqq(axis=0), "axis is 0; it must be 1: groups across the outputs"),

@@ -1,0 +1,69 @@
+"""Quark checkpoints, as AMD publishes them: float8, and MXFP4."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+
+from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.quantization.four_bit_floats import Mxfp4Layout
+from loraplex_engine.quantization.fp8 import Fp8Spec
+from loraplex_engine.quantization.modules import ByModule
+from loraplex_engine.quantization.spec import QuantSpec
+
+logger = logging.getLogger(__name__)
+
+FLOAT8 = Fp8Spec(None, static_activations=True)
+MXFP4 = Mxfp4Layout(".weight", ".weight_scale")
+IN_WEIGHTS = ("smooth", "autosmoothquant", "awq", "gptq", "gptaq", "autoround", "qronos")  # whose work is all there
+WHOLE = ("per_tensor", "per_channel")
+
+
+def parse(fields: ConfigFields) -> QuantSpec:
+    """Raises ModelError for what is not supported, naming the field."""
+    export, everything = fields.section("export"), fields.section("global_quant_config")
+    if export is not None and export.text("weight_format", "real_quantized") != "real_quantized":
+        raise export.error(
+            "weight_format", export.text("weight_format"), "real_quantized: others hold unquantised weights"
+        )
+    if fields.filled_section("layer_type_quant_config") is not None:
+        raise fields.error("layer_type_quant_config", "not empty", "absent: it is not supported")
+    _check_algorithms(fields)
+    logger.info("%s: activations stay unquantised, whatever the file asks for", fields.where)
+    general = None if everything is None else _layout(everything)
+    layers = fields.section("layer_quant_config")
+    own = []
+    for name in layers.names() if layers is not None else ():
+        assert layers is not None
+        section = layers.section(name)
+        spec = None if section is None else _layout(section)
+        if spec is not None:
+            own.append((re.compile(fnmatch.translate(name)), spec))
+    if general is None and not own:
+        raise fields.error("global_quant_config", None, "given, with how the weights are quantised")
+    return ByModule(f"quark-{(general or own[0][1]).label}", general, tuple(own))
+
+
+def _check_algorithms(fields: ConfigFields) -> None:
+    """Raise ModelError for those that leave more behind than other weights: turned inputs, a product beside."""
+    stated = fields.raw().get("algo_config")
+    for each in stated if isinstance(stated, list) else [stated]:
+        name = each.get("name") if isinstance(each, dict) else each
+        if name is not None and name not in IN_WEIGHTS:
+            raise fields.error("algo_config", name, f"one of {', '.join(IN_WEIGHTS)}")
+
+
+def _layout(config: ConfigFields) -> QuantSpec | None:
+    """None: these modules' weights are not quantised."""
+    weight = config.section("weight")
+    if weight is None:
+        return None
+    dtype, scheme = weight.text("dtype"), weight.text("qscheme", "per_tensor")
+    if dtype == "fp8_e4m3" and scheme in WHOLE:
+        return FLOAT8
+    exponents = weight.text("scale_format", "") == "e8m0"
+    if dtype == "fp4" and scheme == "per_group" and exponents and weight.integer("group_size") == MXFP4.block:
+        return MXFP4
+    wanted = f"fp8_e4m3 per_tensor or per_channel, or fp4 per_group of {MXFP4.block} with scales in e8m0"
+    raise weight.error("dtype", f"{dtype} {scheme}", wanted)
