@@ -418,7 +418,7 @@ class Ops(Protocol):
     def cut_logits(self, logits: Tensor, draws: Draws) -> None:
         """Make each row in place the distribution that `draw_tokens` draws from: x / temperature, −inf for what is cut.
 
-        A row whose temperature is 0 stays.  logits: float32 [S, V]
+        A row whose temperature is 0 stays, and one from which nothing can be drawn.  logits: float32 [S, V]
         """
 
     def likelihoods(self, logits: Tensor, token_ids: Tensor, num_top: int) -> Likelihoods:

@@ -95,6 +95,13 @@ class Draws:
         columns = self.temperatures, self.top_k, self.top_p, self.min_p, self.typical_p, self.seeds, self.positions
         return Draws(*(column[rows] for column in columns))
 
+    @property
+    def cuts(self) -> np.ndarray:
+        """Whether each row's token is drawn from a part of the row: bool [S]"""
+        cut = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0) | (self.typical_p < 1)
+        found: np.ndarray = cut & (self.temperatures > 0)
+        return found
+
     def numbers(self) -> np.ndarray:
         """The random number of each row."""
         return uniform(self.seeds, self.positions)
@@ -156,7 +163,8 @@ class TorchSampling:
         return torch.from_numpy(token_ids).to(logits.device)
 
     def cut_logits(self, logits: Tensor, draws: Draws) -> None:
-        rows = np.flatnonzero(draws.temperatures > 0)
+        _, best = _most_likely(logits)
+        rows = np.flatnonzero((draws.temperatures > 0) & drawable(best, draws.temperatures))
         if not len(rows):
             return
         warmed = draws.of(rows)

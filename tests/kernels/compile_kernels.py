@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -31,6 +32,7 @@ from loraplex_kernels.ops import (
     Xielu,
 )
 from loraplex_kernels.quantized import AffineWeight, Float8Weight, InputRounding, IntegerWeight, TableWeight
+from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_MULTIPROCESSORS = 132
@@ -171,7 +173,21 @@ class Launches:
         self.ops.xielu(x, Xielu(0.9, 1.3, 0.5, -1e-6))
         self.ops.silu_and_mul(x)
         self.ops.gelu_tanh_and_mul(x)
-        self.ops.mask_logits(torch.zeros(2, 128256), [1], torch.zeros(1, 4009, dtype=torch.int32))
+
+    def sampling(self, rows, vocab_size):
+        tokens = RowTokens.of(range(rows), [np.arange(3000)] * rows)
+        ones, whole = np.ones(rows), np.arange(rows)
+        marks = Watermarks(whole, whole.astype(np.uint64), ones, ones.astype(np.float32))
+        penalties = Penalties(tokens, tokens.token_ids, ones, ones, ones)
+        added = np.ones(len(tokens.token_ids), dtype=np.float32)
+        changes = LogitChanges(whole + 9, penalties, tokens, added, tokens, tokens, marks)
+        logits, draws = (
+            torch.zeros(rows, vocab_size),
+            Draws(ones, whole, ones, ones, ones, whole.astype(np.uint64), whole),
+        )
+        self.ops.adjust_logits(logits, changes)
+        self.ops.draw_tokens(logits, draws)
+        self.ops.cut_logits(logits, draws)
 
     def all(self):
         eight_billion, gemma, tiny = HeadShape(32, 8, 128), HeadShape(8, 4, 256), HeadShape(2, 2, 8)
@@ -194,6 +210,8 @@ class Launches:
         self.experts(2048, 1536, 16)
         self.experts(768, 2048, 400, bias=True)
         self.small(eight_billion, 8192)
+        if self.dtype == torch.bfloat16:  # logits are always float32
+            self.sampling(2, 128256)
 
 
 def main():

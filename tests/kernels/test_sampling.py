@@ -18,7 +18,8 @@ from loraplex_kernels.selection import select_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = ReferenceOps(DEVICE)
-BACKENDS = ["cpu", "triton"] if DEVICE.type == "cpu" else ["triton"]
+# Under the interpreter a row takes half a second: `test_triton_sampling` has few of them.
+BACKENDS = ["cpu", pytest.param("triton", marks=pytest.mark.long)] if DEVICE.type == "cpu" else ["triton"]
 
 SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "usual": lambda x: x * 3,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -33,13 +34,14 @@ from loraplex_kernels.ops import (
 from loraplex_kernels.quantized import IntegerWeight, QuantizedWeight
 from loraplex_kernels.reference import ReferenceLinear, weighted_sums
 from loraplex_kernels.routes import route
-from loraplex_kernels.sampling import TorchSampling
+from loraplex_kernels.sampling import Draws, LogitChanges, TorchSampling
 from loraplex_kernels.triton.activation import activate, activate_and_mul
 from loraplex_kernels.triton.attention import Scoring, paged_attention
+from loraplex_kernels.triton.draw import cut_logits, draw_tokens
 from loraplex_kernels.triton.grouped import TritonGroup, grouped_linear
 from loraplex_kernels.triton.integers import TritonIntegerLinear, integer_linear
+from loraplex_kernels.triton.logits import adjust_logits, mask_logits
 from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, TritonLoraTables, segmented_lora
-from loraplex_kernels.triton.mask import mask_logits
 from loraplex_kernels.triton.norm import norm
 from loraplex_kernels.triton.quantized import TritonQuantizedLinear, quantized_linear
 from loraplex_kernels.triton.rotary import rotary_store_kv
@@ -47,7 +49,7 @@ from loraplex_kernels.triton.rotary import rotary_store_kv
 INTERPRETED_MULTIPROCESSORS = 8
 
 
-class TritonOps(TorchSampling):
+class TritonOps(TorchSampling):  # of it, the likelihoods: torch finds the largest without a wait
     """`Ops` on a CUDA device.
 
     A cache block is laid out [K, P, D]: the keys that a program reads at a time lie together.
@@ -182,4 +184,13 @@ class TritonOps(TorchSampling):
         return activate(x, shape)
 
     def mask_logits(self, logits: Tensor, rows: Sequence[int], bits: Tensor) -> None:
-        mask_logits(logits, rows, bits)
+        mask_logits(logits, np.array(rows, dtype=np.int64), bits.numpy(), self.device)
+
+    def adjust_logits(self, logits: Tensor, changes: LogitChanges) -> None:
+        adjust_logits(logits, changes, self.device)
+
+    def draw_tokens(self, logits: Tensor, draws: Draws) -> Tensor:
+        return draw_tokens(logits, draws, self.device)
+
+    def cut_logits(self, logits: Tensor, draws: Draws) -> None:
+        cut_logits(logits, draws, self.device)
