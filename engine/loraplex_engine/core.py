@@ -40,9 +40,9 @@ from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.forms import FormPreparer
-from loraplex_engine.scheduling.request import Request
+from loraplex_engine.scheduling.request import Request, RequestState
 from loraplex_engine.scheduling.scheduler import Scheduler
-from loraplex_engine.scheduling.step import StepPlan, StepResult
+from loraplex_engine.scheduling.step import PendingResult, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ NOT_FINITE = "its logits are not finite numbers (NaN or infinite)"
 
 NOTHING_PLANNED = StepPlan(())
 NOTHING_COMPUTED = StepResult((), {})
+COMPUTED_NOTHING = PendingResult(lambda: NOTHING_COMPUTED)
 
 
 class EngineCore:
@@ -69,8 +70,12 @@ class EngineCore:
         pool: AdapterPool,
         config: EngineConfig,
         beside: ModelRunner | None = None,
+        run_ahead: bool = False,
     ) -> None:
-        """`beside`: the small model that drafts, if there is one."""
+        """`beside`: the small model that drafts, if there is one.
+
+        `run_ahead`: start a step before the tokens of the one before are read. With drafts there is no such step.
+        """
         self.runner = runner
         self.store = store
         self.pool = pool
@@ -88,6 +93,8 @@ class EngineCore:
             clock=time.monotonic,
             drafter=_drafting(runner, beside, self.blocks, config),
         )
+        self._run_ahead = run_ahead and config.drafts is None
+        self._unread: tuple[StepPlan, PendingResult | Exception] = NOTHING_PLANNED, COMPUTED_NOTHING
         self._num_steps = 0
         self._num_arrivals = 0
         self._rejected: list[RequestOutput] = []
@@ -123,7 +130,8 @@ class EngineCore:
             num_slots=config.max_resident_adapters,
             budget_bytes=config.adapter_device_bytes,
         )
-        return cls(runner, store, pool, config, beside)
+        run_ahead = runner.ops.device.type == "cuda" if config.run_ahead is None else config.run_ahead
+        return cls(runner, store, pool, config, beside, run_ahead)
 
     def close(self) -> None:
         """Stop the threads that load adapters and compile grammars."""
@@ -210,44 +218,67 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether `step` would do or report anything, now or once a loader thread has finished."""
-        return bool(self.scheduler.requests or self._rejected or self.adapters.has_work())
+        unread = self._unread[0].scheduled
+        return bool(self.scheduler.requests or unread or self._rejected or self.adapters.has_work())
 
     def step(self) -> list[FromEngine]:
-        """Run one step: compute the requests that are ready, and return everything that happened."""
+        """Run one step: compute the requests that are ready, and return everything that happened.
+
+        Of a step that foresees the next one, what happened is returned by the next call, which starts that first.
+        """
         events: list[FromEngine] = []
         self.adapters.advance(self.scheduler.adapter_users)
         plan = self.scheduler.schedule()
         self.store.pace.steps(running=bool(plan.scheduled))
-        result = self._execute(plan)
-        outputs = self.scheduler.update(plan if result else NOTHING_PLANNED, result or NOTHING_COMPUTED)
-        outputs, self._rejected = self._rejected + outputs, []
+        goes_ahead = self._run_ahead and plan.is_foreseeable
+        pending = self._execute(plan, wait=not goes_ahead)
+        outputs, self._rejected = self._rejected + self._read(), []
+        self._unread = plan, pending
+        if goes_ahead and isinstance(pending, PendingResult):
+            plan.foresee(self.runner.max_model_len)
+        else:
+            outputs += self._read()
         self.store.pace.steps(running=bool(self.scheduler.running))
         if plan.scheduled or outputs:
             self._num_steps += 1
             events.append(StepOutput(outputs, self.stats()))
         return events + self.adapters.changed()
 
-    def _execute(self, plan: StepPlan) -> StepResult | None:
-        """The plan's result, or None if it could not be computed: then its requests have failed, and only they.
+    def _execute(self, plan: StepPlan, wait: bool) -> PendingResult | Exception:
+        """The plan's result, which is here already if it was to be waited for, or why it could not be computed.
 
         An error of the device itself is raised: nothing on it can be trusted any more.
         """
         if not plan.scheduled:
-            return NOTHING_COMPUTED
+            return COMPUTED_NOTHING
         try:
-            result = self.runner.execute(plan).result()
+            pending = self.runner.execute(plan)
+            if not wait:
+                return pending
+            result = pending.result()
         except torch.AcceleratorError:
             raise
         except Exception as error:
             ids = [item.request.request_id for item in plan.scheduled]
             logger.exception("step %d failed; its requests end with an error: %s", self._num_steps, ids)
-            self.scheduler.fail_step(plan, f"the engine could not compute this step: {error}")
-            return None
+            return error
+        return PendingResult(lambda: result)
+
+    def _read(self) -> list[RequestOutput]:
+        """Wait for the step that was not read yet, and take in what it computed. One that failed has its requests fail,
+        and only they.
+        """
+        (plan, pending), self._unread = self._unread, (NOTHING_PLANNED, COMPUTED_NOTHING)
+        plan.recall()
+        if isinstance(pending, Exception):
+            self.scheduler.fail_step(plan, f"the engine could not compute this step: {pending}")
+            return self.scheduler.update(NOTHING_PLANNED, NOTHING_COMPUTED)
+        result = pending.result()
         if result.problems:
-            self.scheduler.fail_formless([item.request for item in plan.scheduled], result.problems)
+            self.scheduler.fail_formless(_running(plan), result.problems)
         if result.not_finite:
-            self._fail_not_finite([item.request for item in plan.scheduled], result.not_finite)
-        return result
+            self._fail_not_finite(_running(plan), result.not_finite)
+        return self.scheduler.update(plan, result)
 
     def _fail_not_finite(self, requests: Sequence[Request], request_ids: frozenset[int]) -> None:
         """End the requests with these ids; the log names their model or adapter once."""
@@ -287,6 +318,11 @@ class EngineCore:
             draft_tokens=scheduler.draft_tokens,
             accepted_draft_tokens=scheduler.accepted_draft_tokens,
         )
+
+
+def _running(plan: StepPlan) -> list[Request]:
+    """The requests of a step that nothing else has ended or preempted meanwhile."""
+    return [item.request for item in plan.scheduled if item.request.leader.state is RequestState.RUNNING]
 
 
 def _with_memory_of(beside: ModelRunner, config: EngineConfig, limits: EngineLimits) -> EngineLimits:

@@ -8,13 +8,14 @@ import torch
 
 from loraplex import Watermark
 from loraplex_engine.execution.arrays import History
-from loraplex_engine.execution.sampler import Sampler, logit_changes
+from loraplex_engine.execution.sampler import logit_changes
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.link.watermark import Watermark as Mark
 from loraplex_engine.scheduling.request import Request
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import ReferenceOps
+from tests.engine.drawn import drawn
 
 V = 200
 KEY = bytes(range(16))
@@ -51,9 +52,9 @@ def test_a_row_without_a_watermark_stays_as_it_is() -> None:
 
 def written(count: int, **fields: float) -> list[int]:
     """Tokens drawn with a watermark from a flat distribution."""
-    sampler, tokens = Sampler(OPS), list[int]()
+    tokens = list[int]()
     for _ in range(count):
-        [token] = sampler.sample(torch.zeros(1, V), [history(tokens, [], **fields)])
+        [token] = drawn(OPS, torch.zeros(1, V), [history(tokens, [], **fields)])
         assert token is not None
         tokens.append(token.token_id)
     return tokens

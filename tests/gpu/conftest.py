@@ -78,9 +78,11 @@ class Engine:
         while self.core.has_work():
             self.core.step()
 
-    def generate(self, requests: list[tuple[list[int], str | None]], max_tokens: int) -> list[list[int]]:
-        """Greedy tokens of (prompt, adapter) requests that run together."""
-        sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=max_tokens)
+    def generate(
+        self, requests: list[tuple[list[int], str | None]], max_tokens: int, temperature: float = 0.0, **fields: Any
+    ) -> list[list[int]]:
+        """Tokens of (prompt, adapter) requests that run together; greedy ones, unless otherwise asked for."""
+        sampling = SamplingParams(seed=0, temperature=temperature, max_tokens=max_tokens, **fields)
         for index, (prompt, adapter) in enumerate(requests):
             self.core.add(AddRequest(index, prompt, sampling, None if adapter is None else self._keys[adapter]))
         tokens: list[list[int]] = [[] for _ in requests]

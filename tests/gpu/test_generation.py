@@ -60,22 +60,30 @@ def test_graphs_can_be_switched_off(make_engine):
     assert engine.generate(requests(NAMES), 8) == reference.generate(requests(NAMES), 8)
 
 
-def test_forward_pass_never_waits_for_the_device(make_engine, monkeypatch):
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"top_p": 0.9, "repetition_penalty": 1.2, "num_logprobs": 2}]
+)
+def test_a_step_is_started_without_waiting_for_the_device(make_engine, monkeypatch, sampling):
     engine = loaded(make_engine(**ON_GPU))
-    model = engine.core.runner.model
-    forward = model.forward
-    engine.generate(requests(NAMES), 8)  # compiles, which may wait
+    runner = engine.core.runner
+    execute = runner.execute
+    engine.generate(requests(NAMES), 8, **sampling)  # compiles, which may wait
 
-    def watched(batch, kv):
+    def watched(plan):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return forward(batch, kv)
+            return execute(plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(model, "forward", watched)
-    engine.core.runner.decode_graphs = None
-    engine.generate(requests(NAMES), 8)
+    monkeypatch.setattr(runner, "execute", watched)
+    runner.decode_graphs = None
+    engine.generate(requests(NAMES), 8, **sampling)
+
+
+def test_tokens_are_those_of_an_engine_that_reads_each_step_before_the_next(make_engine):
+    ahead, waiting = loaded(make_engine(**ON_GPU)), loaded(make_engine(**ON_GPU, run_ahead=False))
+    assert ahead.generate(requests(NAMES), 8) == waiting.generate(requests(NAMES), 8)
 
 
 def test_the_cache_gets_what_is_left_beside_the_largest_step_and_the_graphs(make_engine):

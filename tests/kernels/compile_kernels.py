@@ -176,6 +176,7 @@ class Launches:
 
     def sampling(self, rows, vocab_size):
         tokens = RowTokens.of(range(rows), [np.arange(3000)] * rows)
+        assert tokens is not None
         ones, whole = np.ones(rows), np.arange(rows)
         marks = Watermarks(whole, whole.astype(np.uint64), ones, ones.astype(np.float32))
         penalties = Penalties(tokens, tokens.token_ids, ones, ones, ones)

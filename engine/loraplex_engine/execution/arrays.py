@@ -11,7 +11,7 @@ import numpy as np
 
 from loraplex_engine.link.pooling import PoolingMethod, PoolingParams
 from loraplex_engine.link.sampling_params import SamplingParams
-from loraplex_engine.scheduling.request import Request
+from loraplex_engine.scheduling.request import UNREAD, Request
 from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan
 
 Ranges = tuple[tuple[int, int, int], ...]  # (slot, first row, end row) of adapters, as in LoraSegments
@@ -113,6 +113,7 @@ class StepArrays:
     histories: tuple[History, ...]
     prompt_targets: tuple[PromptTargets, ...]
     pooled: tuple[PooledRows, ...]
+    unread: tuple[tuple[int, int], ...] = ()  # rows whose token the step before draws, and the ids of their requests
     copied_blocks: tuple[tuple[int, int], ...] = ()  # blocks, and those that get their contents before the step
 
 
@@ -165,6 +166,7 @@ def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> 
         histories=histories,
         prompt_targets=targets,
         pooled=pooled,
+        unread=_unread(scheduled, bounds),
         copied_blocks=tuple(item.copied_block for item in scheduled if item.copied_block is not None),
     )
 
@@ -191,6 +193,15 @@ def _token_ids(scheduled: Sequence[ScheduledRequest]) -> np.ndarray:
             tokens.extend(item.request.token_ids[first : first + item.num_new_tokens])
         tokens.extend(item.draft_token_ids)
     return np.array(tokens, dtype=np.int64)
+
+
+def _unread(scheduled: Sequence[ScheduledRequest], bounds: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """A token that is not read yet is the last of its request, which has no drafts."""
+    return tuple(
+        (end - 1, item.request.request_id)
+        for item, end in zip(scheduled, bounds[1:], strict=True)
+        if item.catches_up and item.request.token_ids[-1] == UNREAD
+    )
 
 
 def _block_tables(scheduled: Sequence[ScheduledRequest], width: int) -> np.ndarray:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 
 from loraplex_engine.checkpoint.memory import populate
-from loraplex_engine.execution.arrays import PromptTargets, StepArrays, step_arrays
+from loraplex_engine.execution.arrays import History, PromptTargets, StepArrays, step_arrays
 from loraplex_engine.execution.batch import narrowed, step_batch
 from loraplex_engine.execution.cuda_graph import DecodeGraphs, decode_graphs
 from loraplex_engine.execution.device import described
-from loraplex_engine.execution.form_masks import FormMasks
+from loraplex_engine.execution.form_masks import FormMasks, TokenMask
 from loraplex_engine.execution.kv_cache import create_kv_cache, stored_dtype
-from loraplex_engine.execution.pooler import NOTHING_POOLED, pool
-from loraplex_engine.execution.sampler import Sampler, describe
+from loraplex_engine.execution.pooler import NOTHING_POOLED, Pooled, pool
+from loraplex_engine.execution.sampler import Drawn, Sampler, describe
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import NO_DRAFTS
 from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
@@ -25,8 +25,10 @@ from loraplex_engine.models.model import Model
 from loraplex_engine.scheduling.form import Form
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
 from loraplex_kernels.ops import LoraSegments, Ops
+from loraplex_kernels.transfers import Reading, to_device, to_host
 
 NO_FORMS: Mapping[int, Form] = {}
+NOTHING_DRAWN: Reading[list[SampledToken | None]] = Reading((), lambda here: [])
 PROMPT_LOGPROB_ROWS = 128  # rows of the vocabulary held at once: 128 x 128k floats are 64 MiB
 
 
@@ -48,6 +50,7 @@ class ModelRunner:
                 f"max_model_len {self.max_model_len} is more than the {model.config.max_position_embeddings} positions "
                 "that the model was made for: lower it, or leave it out, or stretch them by rope_scaling"
             )
+        self._last_drawn: tuple[torch.Tensor, Sequence[History]] = torch.empty(0, dtype=torch.int64), ()
         self.form_masks = FormMasks(model.config.vocab_size)
         self.kv_dtype = stored_dtype(config.kv_cache_dtype, model.dtype)
         self.decode_graphs: DecodeGraphs | None = None
@@ -95,7 +98,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def start(self, step: StepArrays, forms: Mapping[int, Form] = NO_FORMS) -> PendingResult:
-        """Start a step that is laid out as arrays, whoever made them. What reads from the device is in its result.
+        """Start a step that is laid out as arrays, whoever made them. What waits for the device is in its result.
 
         forms: of the outputs that have one, by their place among `step.histories`.
         """
@@ -103,49 +106,71 @@ class ModelRunner:
             for layer in self.kv_cache:
                 layer.copy_block(source, copy)
         batch, count = step_batch(step, self.ops.device), len(step.histories)
+        if step.unread:
+            self._fill_unread(batch.token_ids, step)
         decoding = count == len(step.token_ids) == len(step.seq_lens)  # each row is a sequence's, and drawn from
         if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):
             hidden = self.decode_graphs.forward(batch)
         else:
             hidden = self.model.forward(batch, self.kv_cache)
-        lora = batch.logits_lora if count == len(hidden) else narrowed(batch.logits_lora, 0, count)
-        logits = self.model.logits(hidden[:count], lora) if count else None
-        return PendingResult(partial(self._finish, step, forms, logits, hidden, batch.logits_lora))
-
-    @torch.inference_mode()
-    def _finish(
-        self,
-        step: StepArrays,
-        forms: Mapping[int, Form],
-        logits: torch.Tensor | None,
-        hidden: torch.Tensor,
-        lora: LoraSegments | None,
-    ) -> StepResult:
-        """Draw from the logits; None: no row is drawn from. hidden: the rows that `lora` numbers."""
-        mask = self.form_masks.fill(step.histories, forms) if forms else None  # while a device computes the logits
-        drawn = [] if logits is None else self.sampler.sample(logits, step.histories, mask)
-        prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, len(step.histories), lora)
+        lora = batch.logits_lora
+        mask = self.form_masks.fill(step.histories, forms) if forms else None  # while a device computes what is before
+        drawn = self._draw(hidden, lora, step.histories, mask).reading if count else NOTHING_DRAWN
+        prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, count, lora)
         num_before = len(step.logits_rows) - sum(rows.num_rows for rows in step.pooled)
         pooled = pool(hidden[num_before:], step.pooled, self.model.classifiers) if step.pooled else NOTHING_POOLED
-        sampled = _by_sequence(drawn, step)
-        not_finite = _not_finite(step, sampled, prompt_logprobs) | pooled.not_finite
-        problems = {} if mask is None else {one: why for one, why in mask.problems.items() if one in not_finite}
-        return StepResult(sampled, prompt_logprobs, not_finite - problems.keys(), pooled.parts, problems)
+        problems = {} if mask is None else mask.problems
+        tensors = [*drawn.tensors, *prompt_logprobs.tensors, *pooled.tensors]
+        arrived = to_host(tensors, self.ops.device)
+
+        def result() -> StepResult:
+            here = iter(arrived())
+            return _result(step, drawn.finish(here), prompt_logprobs.finish(here), pooled.finish(here), problems)
+
+        return PendingResult(result)
+
+    def _draw(
+        self, hidden: torch.Tensor, lora: LoraSegments | None, histories: Sequence[History], mask: TokenMask | None
+    ) -> Drawn:
+        """Draw from the first rows of `hidden`, one for each history. lora: of all rows that logits are needed of."""
+        count = len(histories)
+        own = lora if count == len(hidden) else narrowed(lora, 0, count, self.ops.device)
+        drawn = self.sampler.sample(self.model.logits(hidden[:count], own), histories, mask)
+        self._last_drawn = drawn.token_ids, histories
+        return drawn
+
+    def _fill_unread(self, token_ids: torch.Tensor, step: StepArrays) -> None:
+        """Take the tokens that the step before draws where they are. That one had no drafts.
+
+        A row that has none gets any: its request ends once that is read.
+        """
+        drawn, histories = self._last_drawn
+        place_of = {history.request_id: place for place, history in enumerate(histories)}
+        pairs = [(row, place_of[request_id]) for row, request_id in step.unread]
+        rows, places = to_device(list(np.array(pairs, dtype=np.int64).T), self.ops.device)
+        token_ids[rows] = drawn[places].clamp(min=0)
 
     def _prompt_logprobs(
         self, targets: Sequence[PromptTargets], hidden: torch.Tensor, row: int, lora: LoraSegments | None
-    ) -> dict[int, list[TokenLogprobs]]:
+    ) -> Reading[dict[int, list[TokenLogprobs]]]:
         """By request id. hidden: the rows that predict the targets begin at `row`, in order."""
-        found: dict[int, list[TokenLogprobs]] = {}
+        readings: list[tuple[int, Reading[list[TokenLogprobs]]]] = []
         for request_id, token_ids, beside in targets:
-            details = found[request_id] = []
             for first in range(0, len(token_ids), PROMPT_LOGPROB_ROWS):
                 wanted = token_ids[first : first + PROMPT_LOGPROB_ROWS]
-                logits = self.model.logits(hidden[row : row + len(wanted)], narrowed(lora, row, row + len(wanted)))
-                chosen = torch.tensor(wanted, device=logits.device)
-                details.extend(describe(self.ops, logits, chosen, [beside] * len(wanted)))
-                row += len(wanted)
-        return found
+                end = row + len(wanted)
+                logits = self.model.logits(hidden[row:end], narrowed(lora, row, end, self.ops.device))
+                (chosen,) = to_device([np.array(wanted, dtype=np.int64)], self.ops.device)
+                readings.append((request_id, describe(self.ops, logits, chosen, [beside] * len(wanted))))
+                row = end
+
+        def finish(here: Iterator[torch.Tensor]) -> dict[int, list[TokenLogprobs]]:
+            found: dict[int, list[TokenLogprobs]] = {target.request_id: [] for target in targets}
+            for request_id, reading in readings:
+                found[request_id] += reading.finish(here)
+            return found
+
+        return Reading([tensor for _, reading in readings for tensor in reading.tensors], finish)
 
 
 def _forms(plan: StepPlan) -> Mapping[int, Form]:
@@ -164,6 +189,19 @@ def _forms(plan: StepPlan) -> Mapping[int, Form]:
                 forms[place] = form
             place += 1
     return forms
+
+
+def _result(
+    step: StepArrays,
+    drawn: Sequence[SampledToken | None],
+    prompt_logprobs: dict[int, list[TokenLogprobs]],
+    pooled: Pooled,
+    problems: Mapping[int, str],
+) -> StepResult:
+    sampled = _by_sequence(drawn, step)
+    not_finite = _not_finite(step, sampled, prompt_logprobs) | pooled.not_finite
+    met = {one: why for one, why in problems.items() if one in not_finite}
+    return StepResult(sampled, prompt_logprobs, not_finite - met.keys(), pooled.parts, met)
 
 
 def _by_sequence(drawn: Sequence[SampledToken | None], step: StepArrays) -> tuple[tuple[SampledToken, ...], ...]:

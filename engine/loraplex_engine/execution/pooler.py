@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from loraplex_adapters.runtime.classifier import ClassifierHead
 from loraplex_engine.execution.arrays import PooledRows
 from loraplex_engine.link.pooling import PoolingMethod
 from loraplex_kernels.finite import all_finite
+from loraplex_kernels.transfers import Reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,42 +25,43 @@ class Pooled:
     not_finite: frozenset[int] = frozenset()
 
 
-NOTHING_POOLED = Pooled()
+NOTHING_POOLED: Reading[Pooled] = Reading((), lambda here: Pooled())
 
 
-def pool(hidden: Tensor, wanted: Sequence[PooledRows], heads: Mapping[int, ClassifierHead]) -> Pooled:
+def pool(hidden: Tensor, wanted: Sequence[PooledRows], heads: Mapping[int, ClassifierHead]) -> Reading[Pooled]:
     """hidden: [sum of num_rows, C], the requests' rows one after another. heads: by slot."""
-    parts: dict[int, bytes] = {}
-    not_finite: set[int] = set()
-    start = 0
-    for rows in wanted:
-        own = hidden[start : start + rows.num_rows]
-        part = _logits(own, rows, heads) if rows.params.classify else _vector(own, rows)
-        start += rows.num_rows
-        if all_finite(part):
-            parts[rows.request_id] = part.numpy().tobytes()
-        else:
-            not_finite.add(rows.request_id)
-    return Pooled(parts, frozenset(not_finite))
+    own = torch.split(hidden, [rows.num_rows for rows in wanted])
+    parts = [_part(each, rows, heads) for each, rows in zip(own, wanted, strict=True)]
+
+    def finish(here: Iterator[Tensor]) -> Pooled:
+        found = {rows.request_id: _finished(next(here), rows) for rows in wanted}
+        finite = {request_id: part.numpy().tobytes() for request_id, part in found.items() if all_finite(part)}
+        return Pooled(finite, frozenset(found.keys() - finite.keys()))
+
+    return Reading(parts, finish)
 
 
-def _logits(hidden: Tensor, rows: PooledRows, heads: Mapping[int, ClassifierHead]) -> Tensor:
-    """hidden: [R, C] of one request → float32 [R, labels]"""
-    assert rows.slot is not None, "checked when the request came"
-    return heads[rows.slot](hidden).cpu()
+def _part(hidden: Tensor, rows: PooledRows, heads: Mapping[int, ClassifierHead]) -> Tensor:
+    """What the device makes of a request's rows.  hidden: [R, C]
+
+    Logits: float32 [R, labels]; a sum: float64 [C], so that it does not show in the result where a prompt was cut into
+    chunks; the last row: [C].
+    """
+    if rows.params.classify:
+        assert rows.slot is not None, "checked when the request came"
+        return heads[rows.slot](hidden)
+    return hidden.sum(dim=0, dtype=torch.float64) if rows.params.method is PoolingMethod.MEAN else hidden[-1]
 
 
-def _vector(hidden: Tensor, rows: PooledRows) -> Tensor:
-    """hidden: [R, C] of one request → its sum so far, float64 [C], or once all rows are here its result, float32."""
+def _finished(part: Tensor, rows: PooledRows) -> Tensor:
+    """Logits as they are; a vector's sum so far, float64 [C], or once all rows are here its result, float32."""
+    if rows.params.classify:
+        return part
     if rows.params.method is PoolingMethod.MEAN:
-        # In float64, so that it does not show in the result where a prompt was cut into chunks.
-        total = hidden.sum(dim=0, dtype=torch.float64).cpu()
         if rows.sum_before:
-            total += torch.from_numpy(np.frombuffer(rows.sum_before, dtype=np.float64).copy())
+            part = part + torch.from_numpy(np.frombuffer(rows.sum_before, dtype=np.float64).copy())
         if not rows.is_last:
-            return total
-        result = total / rows.num_tokens
-    else:
-        result = hidden[-1].cpu().double()
-    result = result[: rows.params.dimensions]
+            return part
+        part = part / rows.num_tokens
+    result = part.double()[: rows.params.dimensions]
     return (F.normalize(result, dim=0) if rows.params.normalize else result).float()

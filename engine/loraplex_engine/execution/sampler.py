@@ -7,7 +7,8 @@ function of (seed, position). So a sampled stream is the same whoever shares the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,8 +20,17 @@ from loraplex_engine.link.messages import TokenLogprobs
 from loraplex_engine.scheduling.step import SampledToken
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens, Watermarks
+from loraplex_kernels.transfers import Reading, to_device
 
 SEED_BITS = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The tokens of a step, while the device may still be drawing them."""
+
+    token_ids: Tensor  # int64 [S], on the device; -1: the row has none
+    reading: Reading[list[SampledToken | None]]  # None: likewise
 
 
 class Sampler:
@@ -29,64 +39,87 @@ class Sampler:
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
 
-    def sample(
-        self, logits: Tensor, histories: Sequence[History], mask: TokenMask | None = None
-    ) -> list[SampledToken | None]:
-        """Draw the token of each row; None where the logits are NaN or infinite, or `mask` leaves nothing.
+    def sample(self, logits: Tensor, histories: Sequence[History], mask: TokenMask | None = None) -> Drawn:
+        """Draw the token of each row; none where the logits are NaN or infinite, or `mask` leaves nothing.
 
         logits: float32 [S, V], row s belongs to histories[s]; may be overwritten.
         """
         asked = [row for row, history in enumerate(histories) if history.sampling.num_logprobs is not None]
         as_drawn = [row for row in asked if histories[row].sampling.processed_logprobs]
         as_given = [row for row in asked if not histories[row].sampling.processed_logprobs]
-        given = logits[as_given] if as_given else None  # before anything is changed
         searched = [row for row, history in enumerate(histories) if history.sampling.num_candidates]
+        on_device = self._on_device(as_given, as_drawn, searched)
+        given = logits[on_device[0]] if as_given else None  # before anything is changed
         if searched:  # what is changed, as transformers has it, is the log-probabilities
-            logits[searched] = torch.log_softmax(logits[searched], dim=-1)
+            logits[on_device[2]] = torch.log_softmax(logits[on_device[2]], dim=-1)
         self.ops.adjust_logits(logits, logit_changes(histories, logits.shape[-1]))
         if mask is not None:
             self.ops.mask_logits(logits, mask.rows, torch.from_numpy(mask.bits))
         drawn_by = draws(histories)
-        changed = logits[as_drawn] if as_drawn else None
-        details = _best(logits, searched, histories) if searched else {}
+        changed = logits[on_device[1]] if as_drawn else None
+        details: list[tuple[Sequence[int], Reading[list[TokenLogprobs]]]] = []
+        if searched:
+            details.append((searched, _best(logits[on_device[2]], [histories[row] for row in searched])))
         token_ids = self.ops.draw_tokens(logits, drawn_by)
         if given is not None:
-            details |= self._details(given, as_given, token_ids, histories)
+            details.append((as_given, self._details(given, token_ids[on_device[0]], as_given, histories)))
         if changed is not None:
-            drawable = [place for place, row in enumerate(as_drawn) if token_ids[row] >= 0]
-            rows, left = [as_drawn[place] for place in drawable], changed[drawable]
-            self.ops.cut_logits(left, drawn_by.of(np.array(rows, dtype=np.int64)))
-            details |= self._details(left, rows, token_ids, histories)
-        return [_sampled(token, details.get(row)) for row, token in enumerate(token_ids.tolist())]
+            self.ops.cut_logits(changed, drawn_by.of(np.array(as_drawn, dtype=np.int64)))
+            details.append((as_drawn, self._details(changed, token_ids[on_device[1]], as_drawn, histories)))
+        return Drawn(token_ids, _sampled(token_ids, details))
+
+    def _on_device(self, *rows: Sequence[int]) -> list[Tensor]:
+        """The numbers of some rows, for each of their uses; nothing where there are none."""
+        if not any(rows):
+            return []
+        return to_device([np.array(each, dtype=np.int64) for each in rows], self.ops.device)
 
     def _details(
-        self, logits: Tensor, rows: Sequence[int], token_ids: Tensor, histories: Sequence[History]
-    ) -> dict[int, TokenLogprobs]:
-        """The log-probabilities that these rows ask for, by row. logits: float32 [len(rows), V]"""
+        self, logits: Tensor, token_ids: Tensor, rows: Sequence[int], histories: Sequence[History]
+    ) -> Reading[list[TokenLogprobs]]:
+        """The log-probabilities that these rows ask for. logits: float32 [R, V], token_ids: int64 [R]"""
         params = [histories[row].sampling for row in rows]
         asked = [Wanted(each.num_logprobs or 0, each.logprob_token_ids) for each in params]
-        chosen = token_ids[rows].clamp(min=0)
-        return dict(zip(rows, describe(self.ops, logits, chosen, asked), strict=True))
+        return describe(self.ops, logits, token_ids.clamp(min=0), asked)
 
 
-def _best(logits: Tensor, rows: Sequence[int], histories: Sequence[History]) -> dict[int, TokenLogprobs]:
-    """The best tokens of some rows, which are logarithms already, by row."""
-    counts = [histories[row].sampling.num_candidates for row in rows]
-    best = torch.topk(logits[list(rows)], min(max(counts), logits.shape[-1]), dim=-1)
-    found: dict[int, TokenLogprobs] = {}
-    for row, count, ids, values in zip(rows, counts, best.indices.tolist(), best.values.tolist(), strict=True):
-        count = min(count, len(values) - values.count(-math.inf))
-        found[row] = TokenLogprobs(ids[0], values[0], 1, ids[:count], values[:count])
-    return found
+def _best(logits: Tensor, histories: Sequence[History]) -> Reading[list[TokenLogprobs]]:
+    """The best tokens of some rows, which are logarithms already."""
+    counts = [history.sampling.num_candidates for history in histories]
+    best = torch.topk(logits, min(max(counts), logits.shape[-1]), dim=-1)
+
+    def finish(here: Iterator[Tensor]) -> list[TokenLogprobs]:
+        found: list[TokenLogprobs] = []
+        for count, ids, values in zip(counts, next(here).tolist(), next(here).tolist(), strict=True):
+            count = min(count, len(values) - values.count(-math.inf))
+            found.append(TokenLogprobs(ids[0], values[0], 1, ids[:count], values[:count]))
+        return found
+
+    return Reading([best.indices, best.values], finish)
 
 
-def _sampled(token_id: int, logprobs: TokenLogprobs | None) -> SampledToken | None:
+def _sampled(
+    token_ids: Tensor, details: Sequence[tuple[Sequence[int], Reading[list[TokenLogprobs]]]]
+) -> Reading[list[SampledToken | None]]:
+    """The tokens with what is told beside them, of which there may be more for one row: the last counts."""
+
+    def finish(here: Iterator[Tensor]) -> list[SampledToken | None]:
+        tokens: list[int] = next(here).tolist()
+        beside: dict[int, TokenLogprobs] = {}
+        for rows, reading in details:
+            beside |= zip(rows, reading.finish(here), strict=True)
+        return [_token(token, beside.get(row)) for row, token in enumerate(tokens)]
+
+    return Reading([token_ids, *(tensor for _, reading in details for tensor in reading.tensors)], finish)
+
+
+def _token(token_id: int, logprobs: TokenLogprobs | None) -> SampledToken | None:
     if token_id < 0 or (logprobs is not None and math.isnan(logprobs.logprob)):
         return None
     return SampledToken(token_id, logprobs)
 
 
-def describe(ops: Ops, logits: Tensor, token_ids: Tensor, wanted: Sequence[Wanted]) -> list[TokenLogprobs]:
+def describe(ops: Ops, logits: Tensor, token_ids: Tensor, wanted: Sequence[Wanted]) -> Reading[list[TokenLogprobs]]:
     """The log-probability of each row's token, and of those that are wanted beside it.
 
     logits: float32 [S, V], token_ids: int64 [S]
@@ -94,14 +127,18 @@ def describe(ops: Ops, logits: Tensor, token_ids: Tensor, wanted: Sequence[Wante
     width = max((len(each.named) for each in wanted), default=0)
     tokens = token_ids[:, None]
     if width:
-        named = [[*each.named, *[0] * (width - len(each.named))] for each in wanted]
-        tokens = torch.cat((tokens, torch.tensor(named, device=logits.device)), dim=1)
+        named = np.array([[*each.named, *[0] * (width - len(each.named))] for each in wanted], dtype=np.int64)
+        tokens = torch.cat((tokens, *to_device([named], ops.device)), dim=1)
     found = ops.likelihoods(logits, tokens, max((each.num_top for each in wanted), default=0))
-    columns = (column.tolist() for column in (token_ids, *found))
-    return [
-        _token_logprobs(token, own, rank, ids, tops, asked)
-        for token, own, rank, ids, tops, asked in zip(*columns, wanted, strict=True)
-    ]
+
+    def finish(here: Iterator[Tensor]) -> list[TokenLogprobs]:
+        columns = [next(here).tolist() for _ in range(1 + len(found))]
+        return [
+            _token_logprobs(token, own, rank, ids, tops, asked)
+            for token, own, rank, ids, tops, asked in zip(*columns, wanted, strict=True)
+        ]
+
+    return Reading([token_ids, *found], finish)
 
 
 def _token_logprobs(

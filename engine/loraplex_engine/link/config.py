@@ -43,6 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_batched_tokens: int = 2048  # tokens computed in one step
     enable_prefix_caching: bool = True
     cuda_graphs: bool = True  # on CUDA: capture decoding steps at the start, with and without adapters, and replay them
+    run_ahead: bool | None = None  # start a step before the tokens of the one before are read; None: on CUDA
     drafts: DraftConfig | None = None  # guesses at the next tokens, checked in one step; None: no request may have any
     batch_invariant: bool = False  # a request's bits never depend on its neighbours; may cost speed in prefill
     max_adapter_rank: int = 256

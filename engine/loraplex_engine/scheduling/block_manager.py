@@ -133,7 +133,7 @@ class BlockManager:
         if not self.enable_prefix_caching or request.bypass_prefix_cache:
             return
         num_full = num_tokens // self.block_size
-        first_new = request.num_computed_tokens // self.block_size
+        first_new = max(request.num_computed_tokens - 1, 0) // self.block_size  # its last token may have been unread
         if num_full == first_new:
             return
         hashes = self._hashes(request, num_full)

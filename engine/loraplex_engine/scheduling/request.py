@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ENDED_BY_TOKEN = (FinishReason.STOP, FinishReason.EOS)
 NO_TOKEN: Final = -1  # at each position of an embedded part: no vocabulary has it
+UNREAD: Final = -2  # in place of a token that only the device knows yet
 
 
 class Taken(NamedTuple):
@@ -176,6 +177,28 @@ class Request:
     def num_places(self) -> int:
         """How many sequences it may have."""
         return 1 if self.search is None else self.search.beams.width
+
+    @property
+    def is_foreseeable(self) -> bool:
+        """Whether what its next step needs of the token before is its place alone, besides the token on the device."""
+        sampling = self.sampling
+        reads_tokens = sampling.needs_penalties or sampling.watermark is not None
+        return not (reads_tokens or self.form_key or self.search or self.pooling or self.drafts.most)
+
+    def expect_token(self, max_model_len: int) -> None:
+        """Have a place for the token that is being drawn, if another may follow it."""
+        if self.num_output_tokens + 1 < self.sampling.max_tokens and self.num_tokens + 1 < max_model_len:
+            self.token_ids.append(UNREAD)
+
+    def forget_unread(self) -> None:
+        """Be as before `expect_token`."""
+        if self.token_ids[-1] == UNREAD:
+            self.token_ids.pop()
+
+    @property
+    def num_read_tokens(self) -> int:
+        """The tokens that are known here; all, or all but the last."""
+        return len(self.token_ids) - (self.token_ids[-1] == UNREAD)
 
     def take_pooled(self, part: bytes) -> None:
         """Take what a step made of its rows: in place of what was before, or behind it where each row counts."""

@@ -133,7 +133,8 @@ class Scheduler:
         Those of a preempted search begin one after the other: each finds the blocks that it shares with others.
         """
         if request.search is None:
-            return [(request, min(request.num_tokens - request.num_computed_tokens, budget))]
+            missing = request.num_tokens - request.num_computed_tokens
+            return [(request, min(missing, budget))] if missing else []  # none: its last token is being drawn
         shares: list[tuple[Request, int]] = []
         for sequence in request.sequences:
             if not sequence.block_ids:
@@ -180,7 +181,7 @@ class Scheduler:
             budget -= num_new
 
     def _scheduled(self, request: Request, num_new: int) -> ScheduledRequest:
-        self.blocks.publish(request, request.num_computed_tokens + num_new)
+        self.blocks.publish(request, min(request.num_computed_tokens + num_new, request.num_read_tokens))
         if request.copied_block is None:
             return ScheduledRequest(request, request.num_computed_tokens, num_new)
         copied = request.copied_block, request.block_ids[request.num_computed_tokens // self.blocks.block_size]
@@ -250,7 +251,7 @@ class Scheduler:
         for item, sampled in zip(plan.scheduled, result.sampled, strict=True):
             request = item.request
             if request.leader.state is not RequestState.RUNNING:
-                continue  # it failed in this very step
+                continue  # it failed in this very step, or ended or was preempted before that was read
             num_prompt_left = request.num_prompt_tokens - item.num_computed_tokens
             self.prompt_tokens += max(0, min(item.num_new_tokens, num_prompt_left))
             request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
@@ -335,6 +336,7 @@ class Scheduler:
             if request is not None and request.search is not None:
                 self._outputs += self._end_search(request.search, FinishReason.TIME_LIMIT)
             elif request is not None:
+                request.forget_unread()
                 self._finish(request, FinishReason.TIME_LIMIT)
                 output = RequestOutput(request_id, [], FinishReason.TIME_LIMIT)
                 self._outputs.append(output if request.num_output_tokens else request.with_beginning(output))
@@ -351,7 +353,8 @@ class Scheduler:
         for item in plan.scheduled:
             self.blocks.retract(item.request)
         for request in _leaders(item.request for item in plan.scheduled):
-            self.fail(request, error)
+            if request.state is RequestState.RUNNING:  # else the step before has ended it
+                self.fail(request, error)
 
     def fail_formless(self, requests: Sequence[Request], problems: Mapping[int, str]) -> None:
         """End the requests that have a problem, by id: their forms allow no token."""

@@ -54,6 +54,24 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(item.num_rows for item in self.scheduled)
 
+    @property
+    def is_foreseeable(self) -> bool:
+        """Whether the next step can be planned before the tokens of this one are read."""
+        return bool(self.scheduled) and all(item.request.is_foreseeable for item in self.scheduled)
+
+    def foresee(self, max_model_len: int) -> None:
+        """Have the requests be as if the step had been computed: its tokens are known to the device alone."""
+        for item in self.scheduled:
+            request, samples = item.request, item.samples
+            request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
+            if samples:
+                request.expect_token(max_model_len)
+
+    def recall(self) -> None:
+        """Have the requests have the tokens again that they had when the step was planned: it is read now."""
+        for item in self.scheduled:
+            item.request.forget_unread()
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:

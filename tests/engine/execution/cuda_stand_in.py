@@ -13,11 +13,13 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 TOTAL_BYTES = 8 << 30
 MULTIPROCESSORS = 8
@@ -35,6 +37,7 @@ class StandIn:
         self.bytes_per_graph = 0
         self.num_graphs = 0  # that exist
         self.num_replays = 0
+        self.num_waits = 0  # of the host for the device, while `Waits` watches
         self.capture: Capture | None = None
         self.stream = 0
         self.ids = count(1)
@@ -159,6 +162,7 @@ def one_cuda_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(cuda, "cudart", lambda: SimpleNamespace(cudaMemGetInfo=stand_in.memory))
     monkeypatch.setattr(cuda.graphs, "_graph_pool_handle", stand_in.new_pool)
     monkeypatch.setattr(cuda, "Stream", _stream_class(stand_in))
+    monkeypatch.setattr(cuda, "Event", _event_class(stand_in))
     monkeypatch.setattr(cuda, "CUDAGraph", _graph_class(stand_in))
     monkeypatch.setattr(cuda.graph, "default_capture_stream", None)
     monkeypatch.setattr(Tensor, "pin_memory", _pin_memory)
@@ -179,7 +183,7 @@ def _record_launches(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None
     launch = interpreter.GridExecutor.__call__
 
     def launched(executor: Any, *args: Any, **kwargs: Any) -> None:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
             launch(executor, *args, **kwargs)
         if stand_in.capture is not None:
             stand_in.capture.operations.append(lambda: launch(executor, *args, **kwargs))
@@ -200,6 +204,75 @@ def _stream_class(stand_in: StandIn) -> type:
             assert isinstance(other, Stream)
 
     return Stream
+
+
+def _event_class(stand_in: StandIn) -> type:
+    class Event:
+        def record(self, stream: Any = None) -> None:
+            assert stream is None or stream.device_index == stand_in.current
+
+        def synchronize(self) -> None:
+            stand_in.wait()
+            stand_in.num_waits += 1
+
+    return Event
+
+
+READS = {Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.numpy, Tensor.nonzero, torch.nonzero, torch.equal}
+READS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
+COPIES = {Tensor.to, Tensor.copy_}
+INDEXES = {Tensor.__getitem__, Tensor.__setitem__}
+
+
+class Waits(TorchFunctionMode):
+    """Counts how often the host waits: for what it reads, for copies that it does not only begin, and for how many
+    places of a mask are set.
+
+    A tensor lies on the device if it was made there, moved there, or computed from one that does.
+    """
+
+    def __init__(self, device: StandIn) -> None:
+        super().__init__()
+        self._device = device
+        self._on_device = WeakIdKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        result = func(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        moved = any(isinstance(value, torch.device) and value.type == "cuda" for value in given)
+        here = [self._is_on_device(value) for value in _tensors(given)]
+        if func in READS:
+            self._device.num_waits += any(here)
+        elif func in COPIES or func is torch.tensor:
+            between = moved or (func is Tensor.copy_ and here[0] != here[1])
+            self._device.num_waits += between and not kwargs.get("non_blocking", False)
+        elif func in INDEXES and here[0]:
+            self._device.num_waits += self._waits_for_index(args[1])
+        if moved or (any(here) and func not in READS and not (func is Tensor.copy_ and not here[0])):
+            for tensor in _tensors([result]):
+                self._on_device[tensor] = True
+        return result
+
+    def _is_on_device(self, tensor: Tensor) -> bool:
+        return tensor in self._on_device
+
+    def _waits_for_index(self, index: Any) -> bool:
+        """Lists and tensors of the host are copied first; of a mask, the number of places is."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(part, list | np.ndarray) for part in parts):
+            return True
+        return any(part.dtype == torch.bool or not self._is_on_device(part) for part in _tensors(parts))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(value)
+    return found
 
 
 def _graph_class(stand_in: StandIn) -> type:

@@ -19,12 +19,14 @@ from loraplex_engine.core import EngineCore
 from loraplex_engine.execution.arrays import History, StepArrays, step_arrays
 from loraplex_engine.execution.form_masks import TokenMask
 from loraplex_engine.execution.model_runner import NO_FORMS
+from loraplex_engine.execution.sampler import Drawn
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.form import Form
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, ScheduledRequest, StepPlan, StepResult
+from loraplex_kernels.transfers import Reading
 from tests.reference.stepping import step
 
 transformers = pytest.importorskip("transformers")
@@ -176,11 +178,12 @@ class ScriptedSampler:
     def __init__(self, drawn: list[int | None]) -> None:
         self.drawn = [None if token is None else SampledToken(token, None) for token in drawn]
 
-    def sample(
-        self, logits: torch.Tensor, histories: Sequence[History], mask: TokenMask | None
-    ) -> list[SampledToken | None]:
+    def sample(self, logits: torch.Tensor, histories: Sequence[History], mask: TokenMask | None) -> Drawn:
         assert len(logits) == len(histories) == len(self.drawn)
-        return self.drawn
+        return Drawn(torch.tensor([-1 if token is None else token.token_id for token in self.drawn]), self.reading())
+
+    def reading(self) -> Reading[list[SampledToken | None]]:
+        return Reading((), lambda here: self.drawn)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,12 @@ from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind
 from loraplex_engine.link.messages import AddRequest, Device, StepOutput, WantAdapter
+from loraplex_engine.link.pooling import PoolingMethod, PoolingParams
 from loraplex_engine.link.sampling_params import SamplingParams
-from loraplex_engine.scheduling.step import PendingResult, StepPlan
-from tests.engine.execution.cuda_stand_in import TOTAL_BYTES, StandIn, one_cuda_device
+from loraplex_engine.link.watermark import Watermark
+from loraplex_engine.scheduling.request import Request
+from loraplex_engine.scheduling.step import PendingResult, ScheduledRequest, StepPlan
+from tests.engine.execution.cuda_stand_in import TOTAL_BYTES, StandIn, Waits, one_cuda_device
 from tests.reference.stepping import step
 
 transformers = pytest.importorskip("transformers")
@@ -112,6 +115,11 @@ def test_a_name_that_is_no_device_is_refused_with_the_configuration(device: str)
 # ---- captured graphs -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def runner(cuda: StandIn, checkpoint: Path) -> ModelRunner:
+    return load(configure(checkpoint, kv_cache_bytes=MIB, cuda_graphs=False, max_num_seqs=16))
+
+
 def generate(config: EngineConfig, adapter: Path) -> list[list[int]]:
     """Greedy tokens of three requests that run together, the last two with an adapter."""
     core, narrow = EngineCore.load(config), AdapterKey("shared/narrow", digest(adapter))
@@ -139,6 +147,65 @@ def test_replayed_graphs_give_the_tokens_of_the_reference(cuda: StandIn, checkpo
     expected = generate(configure(checkpoint, device="cpu", kernels="reference", **common), adapter)
     assert generate(configure(checkpoint, device="cuda", **common), adapter) == expected
     assert cuda.num_replays >= 4
+
+
+# ---- waits -----------------------------------------------------------------------------------------------------------
+
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"repetition_penalty": 1.5, "presence_penalty": 0.5, "num_logprobs": 2},
+    {"top_k": 5, "top_p": 0.9, "logit_bias": {3: 1.0}, "num_token_ids": 39, "num_logprobs": 0},
+    {"min_p": 0.1, "allowed_token_ids": (1, 2, 3), "num_prompt_logprobs": 1, "logprob_token_ids": (4,)},
+    {"typical_p": 0.5, "min_tokens": 2, "eos_token_ids": (0,), "num_logprobs": 3, "processed_logprobs": True},
+    {"watermark": Watermark(key=bytes(16), gamma=0.5, delta=1.0, context_tokens=1)},
+    {"num_candidates": 4, "num_logprobs": 1},
+]
+
+
+def plan_of(samplings: list[dict[str, Any]], pooling: PoolingParams | None = None) -> StepPlan:
+    """One step that computes a prompt for each of these."""
+    requests = []
+    for number, fields in enumerate(samplings):
+        sampling = SamplingParams(**({"seed": number, "max_tokens": 5} | fields))
+        requests.append(Request(AddRequest(number, [1, 2 + number], sampling, pooling=pooling), number, now=0.0))
+        requests[-1].block_ids = [number]
+    return StepPlan(tuple(ScheduledRequest(request, 0, 2) for request in requests))
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLINGS)))
+def test_a_step_waits_once_whatever_its_parameters(cuda: StandIn, runner: ModelRunner, number: int) -> None:
+    with Waits(cuda):
+        pending = runner.execute(plan_of([SAMPLINGS[number]]))
+        assert cuda.num_waits == 0
+        result = pending.result()
+    assert cuda.num_waits == 1
+    assert not result.not_finite
+
+
+def test_a_step_with_all_parameters_draws_what_the_reference_draws(
+    cuda: StandIn, runner: ModelRunner, checkpoint: Path
+) -> None:
+    reference = load(configure(checkpoint, device="cpu", kernels="reference", kv_cache_bytes=MIB, max_num_seqs=16))
+    expected, found = (each.execute(plan_of(SAMPLINGS)).result() for each in (reference, runner))
+    tokens = [[[token.token_id for token in row] for row in result.sampled] for result in (found, expected)]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_step_that_pools_waits_once(cuda: StandIn, runner: ModelRunner) -> None:
+    pooled = plan_of([{"max_tokens": 0}, {"max_tokens": 0}], PoolingParams(method=PoolingMethod.MEAN))
+    with Waits(cuda):
+        result = runner.execute(pooled).result()
+    assert cuda.num_waits == 1
+    assert len(result.pooled) == 2
+
+
+def test_what_waits_is_counted(cuda: StandIn) -> None:
+    with Waits(cuda):
+        there = torch.zeros(4, device=torch.device("cuda"))
+        for wait in (there.tolist, there.cpu, lambda: there[[0, 1]], lambda: there[there > 0], lambda: bool(there[0])):
+            before = cuda.num_waits
+            wait()
+            assert cuda.num_waits == before + 1
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_engine.execution.arrays import History
-from loraplex_engine.execution.sampler import Sampler, draws, logit_changes
+from loraplex_engine.execution.sampler import draws, logit_changes
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
@@ -19,6 +19,7 @@ from loraplex_kernels import sampling
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import ReferenceOps
 from loraplex_kernels.sampling import uniform
+from tests.engine.drawn import drawn
 
 V = 50
 OPS: Ops = ReferenceOps(torch.device("cpu"))
@@ -48,11 +49,11 @@ def adjust_logits(logits: torch.Tensor, histories: list[History]) -> None:
 
 def sample(logits: torch.Tensor, histories: list[History]) -> list[SampledToken]:
     """What is drawn for each row, of which there must be a token. The logits stay as they are."""
-    drawn: list[SampledToken] = []
-    for token in Sampler(OPS).sample(logits.clone(), histories):
+    tokens: list[SampledToken] = []
+    for token in drawn(OPS, logits.clone(), histories):
         assert token is not None
-        drawn.append(token)
-    return drawn
+        tokens.append(token)
+    return tokens
 
 
 def test_greedy_takes_the_most_likely():
@@ -295,7 +296,7 @@ def test_a_row_that_cannot_be_drawn_costs_its_neighbours_no_logprobs(processed):
     logits = random_logits(2)
     logits[0, 3] = math.nan
     history = make_history(num_logprobs=2, processed_logprobs=processed, top_k=3)
-    spoilt, whole = Sampler(OPS).sample(logits, [history, history])
+    spoilt, whole = drawn(OPS, logits, [history, history])
     assert spoilt is None
     assert whole is not None
     assert whole.logprobs is not None
@@ -311,7 +312,7 @@ def test_nothing_is_drawn_from_logits_that_are_no_numbers(temperature, value, ev
     else:
         logits[1, V - 1] = value
     histories = [make_history(temperature=temperature, num_logprobs=1) for _ in range(3)]
-    tokens = Sampler(OPS).sample(logits, histories)
+    tokens = drawn(OPS, logits, histories)
     drawable = not everywhere and value == -math.inf  # a probability of 0, among others
     assert [token is None for token in tokens] == [False, not drawable, False]
 
@@ -320,15 +321,15 @@ def test_log_probabilities_that_are_no_numbers_are_not_told():
     logits = random_logits(2)
     logits[0, 7] = math.nan
     history = make_history(allowed_token_ids=(1, 2), num_logprobs=1)
-    first, second = Sampler(OPS).sample(logits, [history, history])
+    first, second = drawn(OPS, logits, [history, history])
     assert first is None
     assert second is not None
 
 
 def test_logits_that_overflow_when_divided_by_the_temperature_are_refused():
     logits = random_logits(1) * 1e36
-    assert Sampler(OPS).sample(logits.clone(), [make_history(temperature=1.0)]) != [None]
-    assert Sampler(OPS).sample(logits.clone(), [make_history(temperature=0.01)]) == [None]
+    assert drawn(OPS, logits.clone(), [make_history(temperature=1.0)]) != [None]
+    assert drawn(OPS, logits.clone(), [make_history(temperature=0.01)]) == [None]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-6])

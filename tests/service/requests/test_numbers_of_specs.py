@@ -13,10 +13,10 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex_engine.execution.arrays import History
-from loraplex_engine.execution.sampler import Sampler
 from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.scheduling.request import Request
 from loraplex_kernels.reference import ReferenceOps
+from tests.engine.drawn import drawn
 from tests.service.data_plane import DataPlane, make_spec
 
 FLOATS = (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT)
@@ -87,7 +87,7 @@ def check_draws(message: AddRequest) -> None:
     for seed in range(3):
         request = Request(message, 1, now=0.0)
         request.token_ids += [97, 5][:seed]
-        (token,) = Sampler(ReferenceOps(torch.device("cpu"))).sample(logits.clone(), [History.of(request)])
+        (token,) = drawn(ReferenceOps(torch.device("cpu")), logits.clone(), [History.of(request)])
         assert token is not None
         assert token.token_id in (5, 6, 97, 98)
         assert token.logprobs is None or math.isfinite(token.logprobs.logprob)

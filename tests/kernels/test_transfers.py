@@ -1,10 +1,10 @@
-"""How the tensors of a step travel to a device."""
+"""How arrays travel to a device."""
 
 import numpy as np
 import pytest
 import torch
 
-from loraplex_engine.execution.batch import pack, to_device, unpack
+from loraplex_kernels.transfers import pack, to_device, unpack
 
 ARRAYS = [
     np.array([3, 1, 2**40]),
