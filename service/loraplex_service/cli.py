@@ -9,7 +9,6 @@ import asyncio
 import ctypes
 import dataclasses
 import gc
-import json
 import logging
 import signal
 import sys
@@ -17,42 +16,35 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, ParamSpec, TextIO, TypeVar
+from typing import Any, Final
 
 import click
 import msgspec
 import uvloop
 from rich.console import Console
 
-from loraplex import GenerateOptions, enum_name
-from loraplex.prompts import build_tool
-from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
-from loraplex.v1.prompt_pb2 import Tool
+from loraplex import enum_name
 from loraplex_engine.link.logs import set_up_logging
 from loraplex_service.app import running
 from loraplex_service.commands.adapters import adapters
 from loraplex_service.commands.demo import play_demo
-from loraplex_service.commands.forms import asks_for_form
+from loraplex_service.commands.generating import chat, generate, score
 from loraplex_service.commands.keys import keys
 from loraplex_service.commands.pooling import classify, embed, rerank
 from loraplex_service.commands.quantize import quantize
 from loraplex_service.commands.routes import routes
+from loraplex_service.commands.serving import serves_model
 from loraplex_service.commands.shared import ServerAccess, call_failures, print_json, print_table, reaches_server
 from loraplex_service.commands.top import watch_load
 from loraplex_service.commands.usage import usage
-from loraplex_service.config import ConfigError, ServiceConfig, load_config
+from loraplex_service.config import ConfigError, ServiceConfig, load_config, make_config
 from loraplex_service.descriptors import descriptors_needed, raise_descriptor_limit
 from loraplex_service.telemetry.logs import CallersThatLeft, CallFields
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 M_ARENA_MAX: Final = -8  # malloc.h of glibc
 MAX_ARENAS: Final = 2
 SWITCH_SECONDS: Final = 0.0005  # after which a thread that works on a long text lets the event loop go on
 
-DRAFT_KINDS: Final = ("off", "ngram", "model")
-EXISTING = click.Path(path_type=Path, exists=True)
 CONFIG_OPTION = click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -75,11 +67,17 @@ main.add_command(quantize)
 
 
 @main.command()
+@click.argument("model", required=False)
+@serves_model
 @CONFIG_OPTION
 @click.option("--insecure", is_flag=True, help="Allow addresses that other machines reach without TLS or credentials.")
-def serve(config: Path | None, insecure: bool) -> None:
-    """Run a server until SIGTERM, SIGINT or SIGHUP; then let running requests finish, and exit."""
-    settings = _settings(config, {"LORAPLEX_INSECURE": "true"} if insecure else {})
+def serve(config: Path | None, insecure: bool, fields: Mapping[str, Any] | None) -> None:
+    """Run a server until SIGTERM, SIGINT or SIGHUP; then let running requests finish, and exit.
+
+    It serves MODEL (a directory in Hugging Face layout, a GGUF file, or a repository of the hub) with the adapters
+    given here; or what a configuration file names; or, without either, the demo's models.
+    """
+    settings = _settings(config, fields, {"LORAPLEX_INSECURE": "true"} if insecure else {})
     set_up_logging(settings.log_level, settings.log_format, "service", CallFields(), CallersThatLeft())
     _limit_arenas()
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -132,9 +130,15 @@ def demo(config: Path | None, prompt: str, max_tokens: int, verbose: bool) -> No
         uvloop.run(run())
 
 
-def _settings(config: Path | None, overrides: Mapping[str, str] = MappingProxyType({})) -> ServiceConfig:
+def _settings(
+    config: Path | None,
+    fields: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, str] = MappingProxyType({}),
+) -> ServiceConfig:
+    """Those of a file, or of the fields that one would have."""
+    environment = {**os.environ, **overrides}
     try:
-        return load_config(config, {**os.environ, **overrides})
+        return load_config(config, environment) if fields is None else make_config(fields, environment)
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
 
@@ -174,107 +178,12 @@ def _stop_signal() -> asyncio.Event:
 main.add_command(adapters)
 main.add_command(routes)
 main.add_command(usage)
+main.add_command(generate)
+main.add_command(chat)
+main.add_command(score)
 main.add_command(embed)
 main.add_command(classify)
 main.add_command(rerank)
-
-
-@main.command()
-@click.argument("model")
-@click.argument("prompt")
-@click.option("--chat", is_flag=True, help="The prompt is what a user says in a conversation.")
-@click.option("--max-tokens", type=int)
-@click.option("--temperature", type=float)
-@click.option("--seed", type=int)
-@click.option("--stop", multiple=True, help="A string that ends the output; may be repeated.")
-@click.option("--ignore-eos", is_flag=True, help="Go on past the end that the model sets.")
-@click.option("--best-of", type=int, help="Draw so many outputs, and print the likeliest.")
-@click.option("--num-beams", type=int, help="Search for the likeliest output with so many beams.")
-@click.option("--drafts", type=click.Choice(DRAFT_KINDS), help="Where guesses at the next tokens come from.")
-@click.option("--tools", type=click.File(), help="A JSON file: a list of the tools that the model may call.")
-@click.option("--tool-choice", metavar="auto|none|required|TOOL", help="Whether the model calls tools, or which.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole response instead of the text.")
-@asks_for_form
-@reaches_server
-def generate(
-    target: ServerAccess,
-    model: str,
-    prompt: str,
-    chat: bool,
-    max_tokens: int | None,
-    temperature: float | None,
-    seed: int | None,
-    stop: tuple[str, ...],
-    ignore_eos: bool,
-    best_of: int | None,
-    num_beams: int | None,
-    drafts: str | None,
-    tools: TextIO | None,
-    tool_choice: str | None,
-    as_json: bool,
-    form: Constraint | None,
-) -> None:
-    """Generate from PROMPT with MODEL: a model, an adapter, or an adapter version. The text is printed as it comes.
-
-    Calls of tools are printed behind it, each as one line of JSON.
-    """
-    if tools is not None and not chat:
-        raise click.UsageError("--tools goes with --chat")
-    said = [{"role": "user", "content": prompt}] if chat else prompt
-    options = GenerateOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        stop=stop,
-        ignore_eos=ignore_eos or None,
-        draft_kind=drafts,
-        best_of=best_of,
-        num_beams=num_beams,
-    )
-    if tools is not None:
-        options |= {"tools": _read_tools(tools), "tool_choice": tool_choice}
-    with target.client() as client:
-        if best_of or num_beams:  # nothing comes before the end
-            answer = client.generate(model, said, spec=GenerateSpec(constraint=form), **options)
-            print_json(answer) if as_json else click.echo(answer.outputs[0].text)
-            return
-        stream = client.stream_generate(model, said, spec=GenerateSpec(constraint=form), **options)
-        if as_json:
-            print_json(stream.collect())
-            return
-        for piece in stream.text():
-            click.echo(piece, nl=False)
-        click.echo()
-        for call in stream.collect().outputs[0].tool_calls:
-            click.echo(json.dumps({"name": call.name, "arguments": json.loads(call.arguments_json)}))
-
-
-def _read_tools(file: TextIO) -> list[Tool]:
-    """The tools of a JSON file, a list of objects with name, description and parameters."""
-    try:
-        return [build_tool(tool) for tool in json.load(file)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise click.ClickException(f"{file.name}: holds no list of tools: {error}") from error
-
-
-@main.command()
-@click.argument("model")
-@click.argument("prompt")
-@click.argument("candidates", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the whole response, with each token, instead of the sums.")
-@reaches_server
-def score(target: ServerAccess, model: str, prompt: str, candidates: tuple[str, ...], as_json: bool) -> None:
-    """Say how likely each of CANDIDATES is to follow PROMPT with MODEL. A blank in front of a candidate is its own."""
-    with target.client() as client:
-        answer = client.score(model, prompt, candidates, logprobs=as_json)
-    if as_json:
-        print_json(answer)
-        return
-    rows = [
-        (f"{each.logprob:.4f}", str(each.num_tokens), text)
-        for each, text in zip(answer.scores, candidates, strict=True)
-    ]
-    print_table(("logprob", "tokens", "candidate"), rows)
 
 
 @main.command()

@@ -130,6 +130,20 @@ def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceCon
     """Read a file (None: the embedded default) and the environment. Raises ConfigError naming everything at fault."""
     file = (default_config_file() if file is None else file).absolute()
     fields, problems = _read_yaml(file)
+    return _checked(fields, problems, str(file), file.parent.resolve(), environment)
+
+
+def make_config(fields: Mapping[str, Any], environment: Mapping[str, str]) -> ServiceConfig:
+    """Take what a file would have, and the environment. Paths are relative to the working directory, and no state is
+    kept unless a directory for it is named. Raises ConfigError.
+    """
+    return _checked({"state_directory": ""} | dict(fields), [], "the command line", Path.cwd(), environment)
+
+
+def _checked(
+    fields: dict[str, Any], problems: list[str], source: str, base: Path, environment: Mapping[str, str]
+) -> ServiceConfig:
+    """source: where the fields stand, for people; problems: what is known to be wrong there."""
     overrides, more_problems = _overrides(environment)
     shape = Shape({name for section in SECTIONS for name in section.__struct_fields__})
     fields = shape.pruned(fields | overrides, ServiceConfig)
@@ -137,11 +151,11 @@ def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceCon
     try:
         config = msgspec.convert(fields, ServiceConfig)
     except msgspec.ValidationError as error:  # it is one of the mistakes
-        raise ConfigError(f"{file}: " + "; ".join(problems)) from error
-    config = _with_absolute_paths(config, file.parent.resolve())
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from error
+    config = _with_absolute_paths(config, base)
     problems += _problems(config)
     if problems:
-        raise ConfigError(f"{file}: " + "; ".join(problems))
+        raise ConfigError(f"{source}: " + "; ".join(problems))
     return msgspec.structs.replace(config, models=with_shares(config.models))
 
 

@@ -55,8 +55,14 @@ class ServerAccess:
 def reaches_server(command: Callable[Concatenate[ServerAccess, P], R]) -> Callable[..., R]:
     """Give a command the options that say where the server is, and print its errors for people."""
 
-    @click.option("--server", default="127.0.0.1:50051", show_default=True, help="Data port.")
-    @click.option("--admin-server", default="127.0.0.1:50052", show_default=True, help="Admin port.")
+    @click.option("--server", envvar="LORAPLEX_SERVER", default="127.0.0.1:50051", show_default=True, help="Data port.")
+    @click.option(
+        "--admin-server",
+        envvar="LORAPLEX_ADMIN_SERVER",
+        default="127.0.0.1:50052",
+        show_default=True,
+        help="Admin port.",
+    )
     @click.option("--token", envvar="LORAPLEX_TOKEN", help="Bearer token.")
     @click.option("--tenant", help="The tenant to act for.")
     @click.option(
@@ -77,21 +83,31 @@ def reaches_server(command: Callable[Concatenate[ServerAccess, P], R]) -> Callab
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
-        with call_failures():
-            return command(
-                ServerAccess(server, admin_server, token, tenant, tls_ca, tls_cert, tls_key, timeout), *args, **kwargs
-            )
+        access = ServerAccess(server, admin_server, token, tenant, tls_ca, tls_cert, tls_key, timeout)
+        with call_failures(access):
+            return command(access, *args, **kwargs)
 
     return update_wrapper(wrapper, command)
 
 
 @contextmanager
-def call_failures() -> Iterator[None]:
-    """Turn the errors of calls into messages for people."""
+def call_failures(access: ServerAccess | None = None) -> Iterator[None]:
+    """Turn the errors of calls into messages for people, with what to do where the server is not where it is sought."""
     try:
         yield
     except LoraplexError as error:
-        raise click.ClickException(str(error)) from error
+        hint = _hint(error, access) if access is not None and not error.reason else ""
+        raise click.ClickException(f"{error}{hint}") from error
+
+
+def _hint(error: LoraplexError, access: ServerAccess) -> str:
+    """What may be the matter, where it was not the server that answered."""
+    if error.code is not grpc.StatusCode.UNAVAILABLE:
+        return ""
+    return (
+        "\nDoes the server run (`loraplex serve`), and with TLS (--tls-ca)? "
+        f"--server (LORAPLEX_SERVER) is {access.server}, --admin-server (LORAPLEX_ADMIN_SERVER) {access.admin_server}"
+    )
 
 
 def print_json(message: Message) -> None:

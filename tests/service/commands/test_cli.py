@@ -15,10 +15,10 @@ from tests.service.control_plane import ControlPlane, control_plane, write_adapt
 from tests.service.requests.test_messages import with_template
 
 
-async def run(control: ControlPlane, *arguments: str) -> Result:
-    """One command, in a thread of its own: the service lives in this one."""
+async def run(control: ControlPlane, *arguments: str, said: str | None = None) -> Result:
+    """One command, in a thread of its own: the service lives in this one. said: its standard input."""
     where = ["--server", control.addresses.data, "--admin-server", control.addresses.admin]
-    return await asyncio.to_thread(CliRunner().invoke, main, [*arguments, *where])
+    return await asyncio.to_thread(CliRunner().invoke, main, [*arguments, *where], said)
 
 
 def test_the_version_is_printed() -> None:
@@ -96,6 +96,40 @@ async def test_a_model_says_that_it_takes_tools_and_no_other_does(
 ) -> None:
     assert MODEL_CAPABILITY_TOOLS in (await with_tools.admin.get_model("tiny")).capabilities
     assert MODEL_CAPABILITY_TOOLS not in (await control.admin.get_model("tiny")).capabilities
+
+
+async def test_a_conversation_may_begin_with_what_the_model_is_told(control: ControlPlane) -> None:
+    options = ["--chat", "--system", "be brief", "--max-tokens", "16"]
+    result = await run(control, "generate", "tiny", "hi", *options)
+    assert result.output == "[system]be brief\n"
+
+
+async def test_what_the_model_is_told_goes_with_a_conversation(control: ControlPlane) -> None:
+    result = await run(control, "generate", "tiny", "hi", "--system", "be brief")
+    assert (result.exit_code, "--system goes with --chat" in result.output) == (2, True)
+
+
+async def test_the_prompt_may_come_from_standard_input(control: ControlPlane) -> None:
+    result = await run(control, "generate", "tiny", "-", "--max-tokens", "7", said="abc")
+    assert result.output == "abcabca\n"
+
+
+async def test_each_line_of_a_chat_is_answered_in_its_conversation(control: ControlPlane) -> None:
+    result = await run(control, "chat", "tiny", "--max-tokens", "8", said="hi\n\nyes\n/new\nno\n")
+    assert result.output == "[user]hi\n[user]hi\n[user]no\n"
+
+
+async def test_where_the_server_is_may_be_said_once_for_all_commands(control: ControlPlane) -> None:
+    environment = {"LORAPLEX_SERVER": control.addresses.data, "LORAPLEX_ADMIN_SERVER": control.addresses.admin}
+    for command in (["health"], ["models", "list"]):
+        result = await asyncio.to_thread(CliRunner().invoke, main, command, env=environment)
+        assert result.exit_code == 0, result.output
+
+
+async def test_where_nobody_answers_it_is_said_what_to_look_at(control: ControlPlane) -> None:
+    result = await asyncio.to_thread(CliRunner().invoke, main, ["generate", "m", "hi", "--server", "127.0.0.1:1"])
+    assert "Does the server run" in result.output
+    assert "--server (LORAPLEX_SERVER) is 127.0.0.1:1" in result.output
 
 
 async def test_what_the_server_refuses_is_said_in_its_words(control: ControlPlane) -> None:
