@@ -176,7 +176,7 @@ def test_a_backend_masks_what_the_bits_forbid(ops: Ops, rows: list[int], vocab_s
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows=CUT_ROWS, vocab_size=st.sampled_from(VOCABULARIES))
+@given(rows=CUT_ROWS, vocab_size=st.sampled_from([100, 600, 3000, 152_064]))  # so large that no shape masks all
 def test_what_a_backend_cuts_is_never_drawn_and_the_rest_is_as_the_reference_has_it(
     ops: Ops, rows: list[dict[str, Any]], vocab_size: int
 ) -> None:
