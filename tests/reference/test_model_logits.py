@@ -55,6 +55,7 @@ GROUPS = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
+HALVES = {"n_group": 2, "topk_group": 1}  # fewer choices, of which rounding to bfloat16 takes others by chance
 WITH_IMAGES = ("Llama4",)  # of whose configurations that of the language model is one
 LATENT = {
     "num_attention_heads": 4,
@@ -320,7 +321,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "deepseek_v2": lambda: of("DeepseekV2", **LATENT, **GROUPS, topk_method="group_limited_greedy"),
     "deepseek_v2_lite": lambda: of("DeepseekV2", **{**LATENT, "q_lora_rank": None}, **GROUPS, rope_parameters=MSCALE),
-    "deepseek_v3": lambda: corrected(of("DeepseekV3", **LATENT, **GROUPS, attention_bias=True, rope_parameters=MSCALE)),
+    "deepseek_v3": lambda: corrected(
+        of("DeepseekV3", **LATENT, **{**GROUPS, **HALVES}, attention_bias=True, rope_parameters=MSCALE)
+    ),
     "minicpm3": lambda: of("MiniCPM3", **LATENT, rms_norm_eps=1e-5),
     "llama4": lambda: of("Llama4", **LLAMA4, num_experts_per_tok=2, floor_scale=4, attention_bias=True),
     "llama4_some_dense": lambda: of("Llama4", **LLAMA4, interleave_moe_layer_step=2, use_qk_norm=False),

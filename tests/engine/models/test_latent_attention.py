@@ -1,4 +1,4 @@
-"""Heads made from latents: quantised as people have them, divided among ranks, on each backend."""
+"""Heads made from latents: quantised as people have them, divided among ranks, on each backend. Chunks, too."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ EXPERTS: dict[str, Any] = {
 # Of the largest logit, float32: adapters as large as these make the scores of attention large, too.
 TOLERANCE = 1e-4
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled, for tensors on the GPU")
+CHUNKS: dict[str, Any] = {
+    "architectures": ["Llama4ForCausalLM"],
+    "head_dim": 16,
+    "intermediate_size_mlp": 64,
+    "num_local_experts": 2,
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": 16,
+}
 TOKENS = torch.arange(3, 20)
 
 
@@ -54,12 +62,14 @@ def test_quantised_latents_and_experts_are_what_they_stand_for(tmp_path: Path, n
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fields", [DENSE, CHUNKS], ids=["latents", "chunks"])
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=INTERPRETED)])
-def test_each_backend_gives_the_logits_of_the_reference(tmp_path: Path, backend: str) -> None:
-    dense = make_twins(tmp_path, *FORMATS["gptq"], **DENSE).dense
+def test_each_backend_gives_the_logits_of_the_reference(tmp_path: Path, backend: str, fields: dict[str, Any]) -> None:
+    small = {"num_hidden_layers": 1, "vocab_size": 32, "intermediate_size": 64}
+    dense = make_twins(tmp_path, *FORMATS["gptq"], **{**fields, **small}).dense
     ops = select_ops(torch.device("cpu"), backend)
-    wanted = logits(load(dense, dtype="float32"), TOKENS[:6])
-    found = logits(load(dense, ops, dtype="float32"), TOKENS[:6], ops)
+    wanted = logits(load(dense, dtype="float32"), TOKENS)
+    found = logits(load(dense, ops, dtype="float32"), TOKENS, ops)
     assert (found - wanted).abs().max() < TOLERANCE * wanted.abs().max()
 
 
