@@ -63,7 +63,7 @@ def float8_weight(
 
 def parse(fields: ConfigFields) -> Fp8Spec:
     """Raises ModelError for what is not supported, naming the field."""
-    if fields.text("fmt", "e4m3") != "e4m3":
+    if fields.text("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise fields.error("fmt", fields.text("fmt"), "e4m3")
     scheme = fields.text("activation_scheme", "dynamic")
     if scheme not in ("dynamic", "static"):

@@ -23,7 +23,7 @@ from loraplex_engine.checkpoint.model_config import (
 )
 from loraplex_engine.layers.feed_forward import GatedLayout
 from loraplex_engine.layers.mixture import MixtureLayout
-from loraplex_engine.layers.rotary import inverse_frequencies
+from loraplex_engine.layers.rotary import cos_sin_table, inverse_frequencies
 from loraplex_engine.models import parse_model_config, read_model_config
 from loraplex_engine.models.registry import ARCHITECTURES, FAMILIES
 from loraplex_engine.models.wrappers import WRAPPERS
@@ -432,6 +432,29 @@ def test_ministral_3_without_a_rotation_has_that_of_its_class() -> None:
     assert isinstance(config.layers[0].rope, Rope)
     assert isinstance(config.layers[0].rope.scaling, YarnScaling)
     assert config.layers[0].growth == QueryGrowth(0.1, 16_384)
+
+
+def test_layers_of_llama_4_that_turn_see_their_chunk_and_the_queries_of_others_grow() -> None:
+    """As in Scout's file, whose rotation has no band between what is kept and what is slowed."""
+    section = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
+    rope = {**section, "original_max_position_embeddings": 8192}
+    config = of("Llama4ForCausalLM", rope_scaling=rope, no_rope_layers=[], num_key_value_heads=2)
+    assert [(layer.chunk, layer.growth, layer.rope is None) for layer in config.layers] == [
+        *[(8192, None, False)] * 3,
+        (None, QueryGrowth(0.1, 8192, ahead=1), True),
+    ]
+    assert torch.isfinite(cos_sin_table(config.layers[0].rope, 128, 9000, torch.device("cpu"))).all()
+
+
+def test_minimax_m2_states_the_dimensions_that_turn() -> None:
+    rope = of("MiniMaxM2ForCausalLM", rotary_dim=48, num_key_value_heads=2).layers[0].rope
+    assert rope is not None
+    assert (rope.theta, rope.dims(128)) == (5e6, 48)
+
+
+def test_granite_4_with_layers_of_state_space_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"layer_types is \['mamba'\]; it must be attention alone: some of its layers"):
+        of("GraniteMoeHybridForCausalLM", layer_types=["mamba", "attention"] * 2)
 
 
 def test_an_alpha_stretches_what_hunyuan_calls_dynamic_alone() -> None:
