@@ -108,9 +108,11 @@ WEIGHTS = {
     "table": lambda: table(64, 256),
     "table, a block of several rows": lambda: table(30, 24, block=96),
     "table, blocks across rows": lambda: table(37, 160),
+    "table, blocks of 16": lambda: table(37, 96, block=16),
     "table, blocks across odd rows": lambda: table(10, 33),
     "float8 per channel": lambda: float8(70, 129, (1, 129)),
     "float8 blocks": lambda: float8(150, 300, (128, 128)),
+    "float8 blocks of 32 in rows": lambda: float8(37, 96, (1, 32)),
 }
 
 

@@ -76,8 +76,10 @@ RECORDS = {
     "table": lambda make: make.table(40, 192),
     "table, blocks across rows": lambda make: make.table(12, 80),
     "table, odd": lambda make: make.table(5, 9),
+    "table, blocks of 16": lambda make: make.table(20, 96, block=16),
     "fp8 per channel": lambda make: make.float8(40, 100, (1, 100)),
     "fp8 blocks": lambda make: make.float8(200, 150, (128, 128)),
+    "fp8 blocks of 32 in rows": lambda make: make.float8(20, 96, (1, 32)),
     "fp8 small blocks": lambda make: make.float8(10, 33, (4, 8)),
 }
 
