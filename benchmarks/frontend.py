@@ -9,7 +9,8 @@
 rate; what has queued up for a stream goes out as one message. Tokens a second as the client got them, while all streams
 ran.
 
-`http`: the same over HTTP against gRPC, in turns; as the median of the repeats' ratios.
+`http`: the same over HTTP against gRPC, in turns; as the median of the repeats' ratios. With --engine the model's own
+engine is the source: a tiny one, whose steps take no longer than the service does.
 
 `overhead`: the engine within one process against `loraplex serve`, in turns; the share of the throughput that gRPC,
 tokenizer, detokenizer and the bus between the processes cost, as the median of the repeats' ratios.
@@ -47,6 +48,7 @@ from benchmarks.workload import FIRST_TOKEN_ID, SCENARIOS, SEED, VOCAB, Work, ma
 SECONDS = 5.0  # of each repeat of `alone`
 SCRAPE_SECONDS = 5.0  # Prometheus' own default is a minute, charts say 15 s
 PROMPT_TOKENS = 16
+ENGINE_TOKENS = 960  # of each stream: the systems' max_model_len is 1,024
 
 Result = dict[str, Any]
 Figures = Callable[[Sequence[Record]], dict[str, float]]  # of one repeat
@@ -70,12 +72,15 @@ def alone(args: argparse.Namespace, logs: Path) -> list[Result]:
 
 
 def http(args: argparse.Namespace, logs: Path) -> list[Result]:
-    """What streams over HTTP bring, against the same over gRPC; a source of tokens in place of an engine."""
+    """What streams over HTTP bring, against the same over gRPC."""
     results = []
     for streams in args.streams:
-        steps_per_second = args.offered / streams
-        command = alone_command(args, steps_per_second)
-        work = alone_work(streams, round(steps_per_second * SECONDS))
+        if args.engine:
+            command, output = system_command("grpc", None, args), ENGINE_TOKENS
+        else:
+            steps_per_second = args.offered / streams
+            command, output = alone_command(args, steps_per_second), round(steps_per_second * SECONDS)
+        work = alone_work(streams, output)
         commands = {"gRPC": command, "HTTP": [*command, "--http"]}
         with together(commands, logs) as systems:
             turns = (in_turns(systems, f"c{streams}", work, streams, repeat, steady) for repeat in range(args.repeats))
@@ -237,9 +242,13 @@ def main() -> None:
         if measure in (alone, http):
             command.add_argument("--offered", type=float, default=130_000, help="tokens a second over all streams")
             command.add_argument("--streams", type=int, nargs="+", default=[64, 256])
-        else:
-            command.add_argument("--cells", nargs="+", type=parse_scenario, default=[(SCENARIOS["base"], [8, 32])])
+        if measure is http:
+            command.add_argument("--engine", action="store_true", help="let the model's engine be the source of tokens")
+            command.set_defaults(adapters=0)
+        if measure is not alone:
             command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+        if measure in (overhead, telemetry):
+            command.add_argument("--cells", nargs="+", type=parse_scenario, default=[(SCENARIOS["base"], [8, 32])])
             command.add_argument("--rounds", type=int, default=1, help="how often each repeat does its work")
         if measure is telemetry:
             command.add_argument("--steps-per-second", type=float, help="of a source of tokens")

@@ -31,6 +31,14 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # qwen-0.5b has the body of Qwen2.5-0.5B and a smaller vocabulary, so that one workload suits all; qwen-0.5b-152k has
 # the real one.
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {  # whose steps take no longer than what is around them
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "tie_word_embeddings": True,
+    },
     "llama-160m": {
         "hidden_size": 768,
         "num_hidden_layers": 12,

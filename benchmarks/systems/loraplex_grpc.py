@@ -50,7 +50,7 @@ def write_config(folder: Path, args: argparse.Namespace, ports: Sequence[int]) -
         "listen": f"127.0.0.1:{ports[0]}",
         "admin_listen": f"127.0.0.1:{ports[1]}",
         "http_listen": f"127.0.0.1:{ports[2]}" if args.http else None,
-        "adapter_roots": [str((args.model / "adapters").resolve())],
+        "adapter_roots": [str((args.model / "adapters").resolve())] if adapters else [],
         "models": [model],
         "adapters": adapters,
     } | args.settings
