@@ -64,6 +64,11 @@ class Watermarks:
     gammas: np.ndarray  # float64 [n]
     deltas: np.ndarray  # float32 [n]: added to their logits
 
+    @property
+    def limits(self) -> np.ndarray:
+        """The gammas, as what the 53 bits are below: int64 [n]"""
+        return (self.gammas * (1 << 53)).astype(np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class LogitChanges:
@@ -133,7 +138,7 @@ class TorchSampling:
             (values,) = _on_device(logits, changes.bias_values)
             logits.index_put_(index, values, accumulate=True)
         if changes.watermarks is not None:
-            _mark(logits, changes.watermarks)
+            self.mark(logits, changes.watermarks)
         if changes.allowed is not None:
             index = _on_device(logits, changes.allowed.row_of_each, changes.allowed.token_ids)
             kept = logits[index]
@@ -153,6 +158,17 @@ class TorchSampling:
         )
         values = logits[rows, token_ids]
         logits[rows, token_ids] = torch.where(values > 0, values / factor, values * factor) - less
+
+    def mark(self, logits: Tensor, marks: Watermarks) -> None:
+        """The third part: raise the green tokens. In whole numbers, which are the same on every device."""
+        columns = marks.rows, marks.seeds.view(np.int64), marks.limits, marks.deltas
+        rows, starts, most, more = _on_device(logits, *columns)
+        steps = torch.arange(1, logits.shape[-1] + 1, device=logits.device) * _signed(0x9E3779B97F4A7C15)
+        mixed = starts[:, None] + steps
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
+        mixed ^= _shifted(mixed, 31)
+        logits[rows] += (_shifted(mixed, 11) < most[:, None]) * more[:, None]
 
     def draw_tokens(self, logits: Tensor, draws: Draws) -> Tensor:
         token_ids, best = _most_likely(logits)
@@ -182,18 +198,6 @@ class TorchSampling:
         ranks = (logits > logits.gather(-1, token_ids[:, :1])).sum(dim=-1) + 1
         top_logprobs, top_ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]), dim=-1)
         return Likelihoods(own, ranks, top_ids, top_logprobs)
-
-
-def _mark(logits: Tensor, marks: Watermarks) -> None:
-    """Raise the green tokens. In whole numbers, which are the same on every device."""
-    seeds, limits = marks.seeds.view(np.int64), (marks.gammas * (1 << 53)).astype(np.int64)
-    rows, starts, most, more = _on_device(logits, marks.rows, seeds, limits, marks.deltas)
-    steps = torch.arange(1, logits.shape[-1] + 1, device=logits.device) * _signed(0x9E3779B97F4A7C15)
-    mixed = starts[:, None] + steps
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
-    mixed ^= _shifted(mixed, 31)
-    logits[rows] += (_shifted(mixed, 11) < most[:, None]) * more[:, None]
 
 
 def _signed(word: int) -> int:

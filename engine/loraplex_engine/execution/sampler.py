@@ -49,14 +49,15 @@ class Sampler:
         as_given = [row for row in asked if not histories[row].sampling.processed_logprobs]
         searched = [row for row, history in enumerate(histories) if history.sampling.num_candidates]
         on_device = self._on_device(as_given, as_drawn, searched)
-        given = logits[on_device[0]] if as_given else None  # before anything is changed
+        # Before anything is changed. On the CPU an index in brackets takes five times as long.
+        given = logits.index_select(0, on_device[0]) if as_given else None
         if searched:  # what is changed, as transformers has it, is the log-probabilities
             logits[on_device[2]] = torch.log_softmax(logits[on_device[2]], dim=-1)
         self.ops.adjust_logits(logits, logit_changes(histories, logits.shape[-1]))
         if mask is not None:
             self.ops.mask_logits(logits, mask.rows, torch.from_numpy(mask.bits))
         drawn_by = draws(histories)
-        changed = logits[on_device[1]] if as_drawn else None
+        changed = logits.index_select(0, on_device[1]) if as_drawn else None
         details: list[tuple[Sequence[int], Reading[list[TokenLogprobs]]]] = []
         if searched:
             details.append((searched, _best(logits[on_device[2]], [histories[row] for row in searched])))

@@ -113,7 +113,7 @@ AnyLinear* create_quantized(Context& context, int codec, const QuantizedMatrix& 
 }  // namespace
 
 // Changes with any signature or meaning here, so that a library left from an older build is not called.
-EXPORT int loraplex_version() { return 18; }
+EXPORT int loraplex_version() { return 19; }
 
 EXPORT Context* loraplex_context_create(int threads) {
     return created([&] { return new Context(threads); });
@@ -361,6 +361,11 @@ EXPORT int loraplex_penalise(Context* context, float* logits, int64_t vocabulary
         penalise(*context, logits, vocabulary,
                  Penalties{count, row_ids, starts, token_ids, counts, repetition, presence, frequency});
     });
+}
+
+EXPORT int loraplex_mark(Context* context, float* logits, int64_t vocabulary, int64_t count, const int64_t* row_ids,
+                         const uint64_t* seeds, const uint64_t* limits, const float* deltas) {
+    return guarded([&] { mark(*context, logits, vocabulary, Watermarks{count, row_ids, seeds, limits, deltas}); });
 }
 
 EXPORT int loraplex_draw_tokens(Context* context, float* logits, int64_t rows, int64_t vocabulary,

@@ -452,6 +452,15 @@ void penalise_row(float* x, const Penalties& penalties, int64_t i) {
     }
 }
 
+void mark_row(float* x, int64_t n, uint64_t seed, uint64_t limit, float delta) {
+    for (int64_t id = 0; id < n; ++id) {
+        uint64_t mixed = seed + uint64_t(id + 1) * 0x9E3779B97F4A7C15;
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9;
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB;
+        x[id] += (mixed ^ mixed >> 31) >> 11 < limit ? delta : 0.0f;
+    }
+}
+
 }  // namespace
 
 void mask_logits(Context& context, float* logits, int64_t vocabulary, int64_t count, const int64_t* row_ids,
@@ -470,6 +479,12 @@ void mask_logits(Context& context, float* logits, int64_t vocabulary, int64_t co
 void penalise(Context& context, float* logits, int64_t vocabulary, const Penalties& penalties) {
     context.pool.run(penalties.count,
                      [&](int64_t i) { penalise_row(logits + penalties.row_ids[i] * vocabulary, penalties, i); });
+}
+
+void mark(Context& context, float* logits, int64_t vocabulary, const Watermarks& marks) {
+    context.pool.run(marks.count, [&](int64_t i) {
+        mark_row(logits + marks.row_ids[i] * vocabulary, vocabulary, marks.seeds[i], marks.limits[i], marks.deltas[i]);
+    });
 }
 
 void draw_tokens(Context& context, float* logits, int64_t rows, int64_t vocabulary, const Draws& draws,

@@ -29,6 +29,19 @@ struct Penalties {
 // presence + frequency · n.
 void penalise(Context& context, float* logits, int64_t vocabulary, const Penalties& penalties);
 
+// Watermarks of `count` rows: the token v of row row_ids[i] is green if the 53 highest bits of
+// mix(seeds[i] + (v + 1) · c) are below limits[i], where mix is SplitMix64's finaliser and c its constant.
+struct Watermarks {
+    int64_t count;
+    const int64_t* row_ids;
+    const uint64_t* seeds;
+    const uint64_t* limits;
+    const float* deltas;
+};
+
+// Each green token rises by its row's delta.
+void mark(Context& context, float* logits, int64_t vocabulary, const Watermarks& marks);
+
 // How the tokens of rows are drawn, each array by row. Those that cut nothing are 0, 1, 0 and 1.
 struct Draws {
     const double* temperatures;  // 0: the most likely token

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.cpu.library import Library, succeed
-from loraplex_kernels.sampling import Draws, Likelihoods, Penalties, TorchSampling
+from loraplex_kernels.sampling import Draws, Likelihoods, Penalties, TorchSampling, Watermarks
 
 
 class CpuSampling(TorchSampling):
@@ -30,6 +30,11 @@ class CpuSampling(TorchSampling):
         )
         where = address(logits), logits.shape[1], len(tokens.rows)
         succeed(self.library.penalise(self.library.context, *where, *(each.ctypes.data for each in arrays)))
+
+    def mark(self, logits: Tensor, marks: Watermarks) -> None:
+        columns = marks.rows, marks.seeds, marks.limits, marks.deltas
+        where = address(logits), logits.shape[1], len(marks.rows)
+        succeed(self.library.mark(self.library.context, *where, *(each.ctypes.data for each in columns)))
 
     def draw_tokens(self, logits: Tensor, draws: Draws) -> Tensor:
         columns = (

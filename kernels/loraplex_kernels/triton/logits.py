@@ -174,8 +174,7 @@ def _raise_green(
 
 
 def _mark(logits: Tensor, marks: Watermarks, device: torch.device) -> None:
-    limits = (marks.gammas * (1 << 53)).astype(np.int64)
-    columns = to_device([marks.rows, marks.seeds.view(np.int64), limits, marks.deltas], device)
+    columns = to_device([marks.rows, marks.seeds.view(np.int64), marks.limits, marks.deltas], device)
     num_tokens = logits.shape[1]
     _raise_green[(len(marks.rows), triton.cdiv(num_tokens, BLOCK))](logits, *columns, num_tokens, BLOCK=BLOCK)
 
