@@ -41,7 +41,8 @@ from loraplex_kernels.triton.draw import cut_logits, draw_tokens
 from loraplex_kernels.triton.grouped import TritonGroup, grouped_linear
 from loraplex_kernels.triton.integers import TritonIntegerLinear, integer_linear
 from loraplex_kernels.triton.logits import adjust_logits, mask_logits
-from loraplex_kernels.triton.lora import Growth, TritonLora, TritonLoraTable, TritonLoraTables, segmented_lora
+from loraplex_kernels.triton.lora import segmented_lora
+from loraplex_kernels.triton.lora_table import Growth, TritonLora, TritonLoraTable, TritonLoraTables
 from loraplex_kernels.triton.norm import norm
 from loraplex_kernels.triton.quantized import TritonQuantizedLinear, quantized_linear
 from loraplex_kernels.triton.rotary import rotary_store_kv

@@ -10,38 +10,33 @@ may change under a captured CUDA graph, as long as no rank exceeds the table's c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.ops import LoraSegments, LoraWeights, PackedLora
-from loraplex_kernels.reference import LoraShape
+from loraplex_kernels.ops import LoraSegments
+from loraplex_kernels.triton.lora_table import (
+    A_ADDRESS,
+    AFFINE_ADDRESS,
+    ALIGNMENT,
+    B_ADDRESS,
+    ENTRY_SIZE,
+    MAX_SLICES,
+    NUM_SLICES,
+    OUT_FEATURES,
+    OUT_START,
+    RANK,
+    RANK_START,
+    SUM_OF_RANKS,
+    TritonLoraTable,
+    TritonLoraTables,
+)
 from loraplex_kernels.triton.primitives import dot, locate_tile
 
-MAX_SLICES = tl.constexpr(8)
-# An entry of the table, int64 each: the address of A, the sum of ranks, the number of slices, the address of gain and
-# offset (0: none), then MAX_SLICES addresses of Bᵀ, first ranks, ranks, first output columns, numbers of output
-# columns.
-A_ADDRESS = tl.constexpr(0)
-SUM_OF_RANKS = tl.constexpr(1)
-NUM_SLICES = tl.constexpr(2)
-AFFINE_ADDRESS = tl.constexpr(3)
-B_ADDRESS = tl.constexpr(8)
-RANK_START = tl.constexpr(16)
-RANK = tl.constexpr(24)
-OUT_START = tl.constexpr(32)
-OUT_FEATURES = tl.constexpr(40)
-ENTRY_SIZE = tl.constexpr(48)
-
-ALIGNMENT = tl.constexpr(8)  # elements: rows of Bᵀ begin at multiples of it, 16 bytes for 16-bit weights
 C_STEP_BYTES = 256  # of the input features that shrink takes at a time
 BLOCK_N = 128
 STEP_SIZES, STEP_TENSORS = ["num_segments", "num_rows"], ["slots", "starts", "ends"]  # must not make new kernels
-MIN_RANK_STEP = 16  # what tensor cores multiply at a time
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -219,170 +214,6 @@ def _scale(
     mask = (rows < end)[:, None] & inside[None, :]
     values = tl.load(place, mask=mask, other=0).to(tl.float32) * gain[None, :] + offset[None, :]
     tl.store(place, values.to(y.dtype.element_ty), mask=mask)
-
-
-class Growth:
-    """Counts how often any table of a device had to widen, or needed another kernel for the first time: a CUDA graph
-    captured before must be captured again."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-
-class _Part(NamedTuple):
-    rank_start: int
-    rank: int
-    out_start: int
-    out_features: int
-
-
-class TritonLora:
-    """One adapter at one linear, in host memory in the device's layout: A as it is, B transposed.
-
-    For a CUDA device it is page-locked, so that the device copies it without waiting for the CPU.
-    """
-
-    def __init__(self, weights: LoraWeights, device: torch.device) -> None:
-        _check_slices(weights)
-        self.shape = LoraShape.of(weights)
-        self.parts = tuple(
-            _Part(part.rank_start, part.b.shape[1], part.out_start, part.b.shape[0]) for part in weights.slices
-        )
-        self.a = _aligned(weights.a)  # [sum of R, C]
-        self.transposed = tuple(_transposed(part.b) for part in weights.slices)  # [R, N and padding]
-        self.affine = None if weights.affine is None else weights.affine.contiguous()
-        if device.type == "cuda":
-            self.a = self.a.pin_memory()
-            self.transposed = tuple(b_t.pin_memory() for b_t in self.transposed)
-            self.affine = None if self.affine is None else self.affine.pin_memory()
-
-    @property
-    def nbytes(self) -> int:
-        affine_bytes = 0 if self.affine is None else self.affine.nbytes
-        return self.a.nbytes + sum(b_t.nbytes for b_t in self.transposed) + affine_bytes
-
-
-class TritonLoraTable:
-    """The adapters resident at one linear, on the device: A as it is, B transposed, and the table of their
-    addresses.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, num_slots: int, device: torch.device, growth: Growth
-    ) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
-        # Powers of two, no less than what any adapter that was ever here had:
-        self.capacity = 0  # sum of ranks; 0: none was here
-        self.slice_capacity = MIN_RANK_STEP  # rank of one projection
-        self.has_scaled = False  # whether any adapter that was ever here had gain and offset
-        self.entries = torch.zeros((num_slots, ENTRY_SIZE.value), dtype=torch.int64, device=device)
-        self._dtype: torch.dtype | None = None
-        self._held: list[tuple[Tensor, ...]] = [()] * num_slots  # what the entries point at
-        self._growth = growth
-
-    def put(self, slot: int, packed: PackedLora) -> None:
-        assert isinstance(packed, TritonLora)
-        packed.shape.check_fits(self.in_features, self.out_features)
-        self.check_dtype(packed.a.dtype)
-        device = self.entries.device
-        a = packed.a.to(device, non_blocking=True)
-        transposed = [b_t.to(device, non_blocking=True) for b_t in packed.transposed]
-        entry = [0] * ENTRY_SIZE.value
-        entry[A_ADDRESS.value] = a.data_ptr()
-        entry[SUM_OF_RANKS.value] = len(a)
-        entry[NUM_SLICES.value] = len(transposed)
-        affine = () if packed.affine is None else (packed.affine.to(device, non_blocking=True),)
-        for tensor in affine:
-            entry[AFFINE_ADDRESS.value] = tensor.data_ptr()
-        for i, (part, b_t) in enumerate(zip(packed.parts, transposed, strict=True)):
-            entry[B_ADDRESS.value + i] = b_t.data_ptr()
-            entry[RANK_START.value + i] = part.rank_start
-            entry[RANK.value + i] = part.rank
-            entry[OUT_START.value + i] = part.out_start
-            entry[OUT_FEATURES.value + i] = part.out_features
-        self.entries[slot].copy_(torch.tensor(entry))
-        self._held[slot] = (a, *transposed, *affine)
-        if affine and not self.has_scaled:
-            self.has_scaled = True
-            self._growth.count += 1
-        self._widen(len(a), max((part.rank for part in packed.parts), default=0))
-
-    def remove(self, slot: int) -> None:
-        if self._held[slot]:
-            self.entries[slot].zero_()
-            self._held[slot] = ()
-
-    def reserve(self, num_slices: int, rank: int) -> None:
-        """Widen the table in advance for adapters with so many projections of up to that rank."""
-        self._widen(num_slices * rank, rank)
-
-    def _widen(self, sum_of_ranks: int, slice_rank: int) -> None:
-        self.slice_capacity = max(self.slice_capacity, _room_for(slice_rank))
-        if sum_of_ranks > self.capacity:
-            self.capacity = _room_for(sum_of_ranks)
-            self._growth.count += 1
-
-    def check_dtype(self, dtype: torch.dtype) -> None:
-        """The kernels read every adapter as the dtype of the activations. Raises ValueError for a second one."""
-        if self._dtype not in (None, dtype):
-            raise ValueError(f"adapter and activations at one linear must share a dtype: got {self._dtype} and {dtype}")
-        self._dtype = dtype
-
-
-class TritonLoraTables:
-    """The tables of several experts, whose entries lie in one tensor: one slot of each after another."""
-
-    def __init__(self, tables: Sequence[TritonLoraTable]) -> None:
-        first = tables[0]
-        self.num_experts = len(tables)
-        self.in_features, self.out_features = first.in_features, first.out_features
-        self.entries = torch.stack([table.entries for table in tables], dim=1).flatten(0, 1)
-        for expert, table in enumerate(tables):
-            table.entries = self.entries[expert :: self.num_experts]
-        self._tables = tuple(tables)
-
-    @property
-    def capacity(self) -> int:
-        return max(table.capacity for table in self._tables)
-
-    @property
-    def slice_capacity(self) -> int:
-        return max(table.slice_capacity for table in self._tables)
-
-    @property
-    def has_scaled(self) -> bool:
-        return any(table.has_scaled for table in self._tables)
-
-    def check_dtype(self, dtype: torch.dtype) -> None:
-        """As that of a table."""
-        for table in self._tables:
-            table.check_dtype(dtype)
-
-
-def _room_for(rank: int) -> int:
-    return max(MIN_RANK_STEP, int(triton.next_power_of_2(rank)))
-
-
-def _check_slices(weights: LoraWeights) -> None:
-    if len(weights.slices) > MAX_SLICES.value:
-        raise ValueError(f"an adapter has {len(weights.slices)} slices at one linear, at most {MAX_SLICES.value} fit")
-    if any(part.b.dtype != weights.a.dtype for part in weights.slices):
-        raise ValueError("LoRA A and B of one linear must share a dtype")
-
-
-def _aligned(a: Tensor) -> Tensor:
-    a = a.contiguous()
-    return a.clone() if a.data_ptr() % 16 else a
-
-
-def _transposed(b: Tensor) -> Tensor:
-    """[N, R] → [R, N], each row beginning on 16 bytes."""
-    n, rank = b.shape
-    stride = triton.cdiv(n, ALIGNMENT.value) * ALIGNMENT.value
-    b_t = torch.zeros((rank, stride), dtype=b.dtype, device=b.device)
-    b_t[:, :n] = b.t()
-    return b_t
 
 
 def segmented_lora(

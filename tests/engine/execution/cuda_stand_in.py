@@ -38,6 +38,7 @@ class StandIn:
         self.num_graphs = 0  # that exist
         self.num_replays = 0
         self.num_waits = 0  # of the host for the device, while `Waits` watches
+        self.num_copies = 0  # between the two, likewise
         self.capture: Capture | None = None
         self.stream = 0
         self.ids = count(1)
@@ -246,6 +247,7 @@ class Waits(TorchFunctionMode):
             self._device.num_waits += any(here)
         elif func in COPIES or func is torch.tensor:
             between = moved or (func is Tensor.copy_ and here[0] != here[1])
+            self._device.num_copies += between
             self._device.num_waits += between and not kwargs.get("non_blocking", False)
         elif func in INDEXES and here[0]:
             self._device.num_waits += self._waits_for_index(args[1])

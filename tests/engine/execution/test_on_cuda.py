@@ -28,6 +28,8 @@ from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.link.watermark import Watermark
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import PendingResult, ScheduledRequest, StepPlan
+from loraplex_kernels.ops import LoraSlice, LoraWeights
+from loraplex_kernels.selection import select_ops
 from tests.engine.execution.cuda_stand_in import TOTAL_BYTES, StandIn, Waits, one_cuda_device
 from tests.reference.stepping import step
 
@@ -197,6 +199,18 @@ def test_a_step_that_pools_waits_once(cuda: StandIn, runner: ModelRunner) -> Non
         result = runner.execute(pooled).result()
     assert cuda.num_waits == 1
     assert len(result.pooled) == 2
+
+
+def test_an_adapter_comes_to_each_linear_in_two_copies_that_nobody_waits_for(cuda: StandIn) -> None:
+    ops = select_ops(torch.device("cuda", 0), "triton")
+    slices = [LoraSlice(start, 8 * start, torch.ones(8, 2)) for start in (0, 2, 4)]
+    packed = ops.pack_lora(LoraWeights(torch.ones(6, 32), tuple(slices), torch.ones(2, 48)))
+    with Waits(cuda):
+        table = ops.lora_table(32, 48, 2)
+        table.put(1, packed)
+        table.remove(0)
+        table.remove(1)
+    assert (cuda.num_copies, cuda.num_waits) == (2, 0)  # of the weights, and of where they lie
 
 
 def test_what_waits_is_counted(cuda: StandIn) -> None:
