@@ -64,15 +64,16 @@ CASES = [case(capability, dtype) for capability in SHARED_BYTES for dtype in SPI
 
 
 @pytest.fixture(scope="module")
-def compilations(request, tmp_path_factory):
-    """What becomes of each case that is selected: as many are compiled side by side as there are cores."""
+def compilations(request):
+    """What becomes of each case that is selected: as many are compiled side by side as there are cores.
+
+    Triton finds again what an earlier run compiled, by a digest of the kernel's source, its options and the compiler.
+    """
     name = test_every_kernel_compiles_and_fits.__name__
     params = [item.callspec.params for item in request.session.items if getattr(item, "originalname", "") == name]
+    cache = request.config.cache.mkdir("triton")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            (each["capability"], each["dtype"]): pool.submit(compiled, tmp_path_factory.mktemp("cache"), **each)
-            for each in params
-        }
+        yield {(each["capability"], each["dtype"]): pool.submit(compiled, cache, **each) for each in params}
 
 
 def compiled(cache, capability, dtype):
