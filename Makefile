@@ -6,25 +6,29 @@ BIN := $(VENV)/bin
 KERNELS := $(wildcard kernels/loraplex_kernels/cpu/*.cpp kernels/loraplex_kernels/cpu/*.h)
 PACKAGES := service/loraplex_service,engine/loraplex_engine,engine/loraplex_quantize,adapters/loraplex_adapters,kernels/loraplex_kernels,client/loraplex,demo/loraplex_demo
 LEAST_COVERED := 93
-COVERED := --branch --source $(PACKAGES) --omit 'client/loraplex/v1/*' --skip-covered --missing-width 60 \
-  --out build/coverage.txt --fail-under $(LEAST_COVERED)
+# A process for each core, of four at most. In order, so that what many tests share is made once; who has ended takes of
+# what is left.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-long explore sanitize soak check gpu-check gpu-packages stubs constraints format clean
 
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
 
-test: $(VENV)/.installed-dev  ## the CPU tests; with PYTHONFLAGS=-O as an optimised build runs
-	@mkdir -p build && rm -f build/coverage.txt
-	$(BIN)/python $(PYTHONFLAGS) -m slipcover $(COVERED) -m pytest -m "not gpu and not long" --hypothesis-profile=ci; \
-	status=$$?; [ ! -e build/coverage.txt ] || { echo "Coverage, of which $(LEAST_COVERED) % are asked for (build/coverage.txt has each file):"; \
-	sed -n 2p build/coverage.txt; tail -n 1 build/coverage.txt; }; exit $$status
+test: $(VENV)/.installed-dev  ## the CPU tests; with PYTHONOPTIMIZE=1 as an optimised build runs
+	@mkdir -p build && rm -f build/coverage.*
+	$(BIN)/python -m slipcover --branch --source $(PACKAGES) --omit 'client/loraplex/v1/*' --json --out build/coverage.json \
+		-m pytest $(SIDE_BY_SIDE) -m "not gpu and not long" --hypothesis-profile=ci; tests=$$?; \
+	$(BIN)/python -m slipcover --branch --merge build/coverage.json --out build/coverage.merged.json --skip-covered \
+		--missing-width 60 --fail-under $(LEAST_COVERED) > build/coverage.txt; covered=$$?; \
+	echo "Coverage, of which $(LEAST_COVERED) % are asked for (build/coverage.txt has each file):"; \
+	sed -n 2p build/coverage.txt; tail -n 1 build/coverage.txt; [ $$tests != 0 ] || tests=$$covered; exit $$tests
 
 test-long: $(VENV)/.installed-dev  ## those that take minutes each: every kernel for every GPU, gpu-check on a bare machine
 	$(BIN)/python -m pytest -m "long and not gpu" --hypothesis-profile=ci
 
 explore: $(VENV)/.installed-dev  ## the tests of properties with new draws: `make test` repeats its own
-	$(BIN)/python -m pytest -m "hypothesis and not gpu"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "hypothesis and not gpu"
 
 sanitize: $(VENV)/.installed-dev  ## the tests of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python kernels/sanitize.py

@@ -9,6 +9,10 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Threads of OpenMP wait by spinning: those of two processes would wait for each other's cores. Engines inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # pytest rewrites the asserts of test modules, so that `python -O` leaves them in; what tests share is asked for here.
 pytest.register_assert_rewrite(
     *(f"tests.{room}" for room in ("service", "engine", "adapters", "client", "e2e", "faults", "reference", "docs"))
