@@ -9,6 +9,8 @@ LEAST_COVERED := 93
 # A process for each core, of four at most. In order, so that what many tests share is made once; who has ended takes of
 # what is left.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
+# Hundreds of processes import the same files: what Python compiled is kept, wherever that is switched off.
+test test-long explore soak: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-long explore sanitize soak check gpu-check gpu-packages stubs constraints format clean
 
