@@ -1,5 +1,6 @@
 """The Triton kernels against the reference: on a GPU where there is one, else under Triton's interpreter."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -147,10 +148,16 @@ def stored(cache, shape):
         yield tensor.reshape(cache.num_blocks * cache.block_size, shape.num_kv_heads, shape.head_dim)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("heads", [(3, 1, 8), (14, 2, 64), (2, 2, 80), (9, 3, 90), (1, 1, 256)])
-@pytest.mark.parametrize(("part", "interleaved"), [(1.0, False), (0.5, False), (1.0, True), (0.25, True)])
+ROTATED_HEADS = [(3, 1, 8), (14, 2, 64), (2, 2, 80), (9, 3, 90), (1, 1, 256)]
+ROTATED_PARTS = [(1.0, False), (0.5, False), (1.0, True), (0.25, True)]  # of a head; interleaved
+# Types take turns: each meets each of the others' values, and what is done to numbers does not depend on theirs.
+ROTATIONS = zip(itertools.product([False, True], ROTATED_HEADS, ROTATED_PARTS), itertools.cycle(DTYPES), strict=False)
+
+
+@pytest.mark.parametrize(
+    ("norm", "heads", "part", "interleaved", "dtype"),
+    [(norm, heads, *part, dtype) for (norm, heads, part), dtype in ROTATIONS],
+)
 def test_rotary_store_kv(random, dtype, norm, heads, part, interleaved):
     shape = HeadShape(*heads)
     qkv = random(3, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=dtype)
