@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.weights import canonical_name
@@ -17,6 +20,7 @@ from loraplex_engine.quantization.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
 
+METHOD = "auto-round"
 PREFIX = "auto_round"
 # What follows the prefix; old files name the kernels behind it, too: "auto_round:gptq:exllamav2".
 WITH_OFFSET = ("auto_gptq", "gptq")  # zero points are stored less 1
@@ -43,33 +47,22 @@ def parse(fields: ConfigFields) -> QuantSpec:
         wanted = ", ".join((PREFIX, *(f"{PREFIX}:{each}" for each in LAYOUTS)))
         raise fields.error(name, fields.text(name), f"one of {wanted}")
     if layout == OF_COMPRESSED_TENSORS:
-        return _small_floats(fields)
+        return _by_module(fields, _small_float)
     if layout == STATIC_FLOAT8:
         return Fp8Spec(None, static_activations=True)
     if not fields.text("data_type", "int").startswith("int"):
         raise fields.error("data_type", fields.text("data_type"), f"int where {name} is {fields.text(name)}")
     if layout in OF_AWQ:
-        return _of_awq(fields)
-    return _of_gptq(fields, zero_offset=1 if layout in WITH_OFFSET else 0)
+        return _by_module(fields, _of_awq)
+    return _by_module(fields, partial(_of_gptq, zero_offset=1 if layout in WITH_OFFSET else 0))
 
 
 def _of_gptq(fields: ConfigFields, zero_offset: int) -> GptqSpec:
-    parameters = read_parameters(fields, None)
-    own = tuple((pattern, read_parameters(changes, parameters)) for pattern, changes in _exceptions(fields))
-    return GptqSpec(parameters, own, zero_offset, zeros_borrow=False, method="auto-round")
+    return GptqSpec(read_parameters(fields, None), (), zero_offset, zeros_borrow=False, method=METHOD)
 
 
-def _of_awq(fields: ConfigFields) -> ByModule | AwqSpec:
-    general = parse_awq(fields)
-    own = [(pattern, parse_awq(fields.changed_by(changes))) for pattern, changes in _exceptions(fields)]
-    spec = AwqSpec(general.version, general.group_size, method="auto-round")
-    return ByModule(spec.label, spec, tuple(own)) if own else spec
-
-
-def _small_floats(fields: ConfigFields) -> ByModule:
-    spec = _small_float(fields)
-    own = tuple((pattern, _small_float(fields.changed_by(changes))) for pattern, changes in _exceptions(fields))
-    return ByModule(f"auto-round-{spec.label}", spec, own)
+def _of_awq(fields: ConfigFields) -> AwqSpec:
+    return replace(parse_awq(fields), method=METHOD)
 
 
 def _small_float(fields: ConfigFields) -> QuantSpec:
@@ -83,20 +76,28 @@ def _small_float(fields: ConfigFields) -> QuantSpec:
     raise fields.error("data_type", f"{kind} of {bits} bits", "nv_fp of 4 bits, or mx_fp of 4 or 8")
 
 
-def _exceptions(fields: ConfigFields) -> list[tuple[re.Pattern[str], ConfigFields]]:
-    """What `extra_config` changes for single modules, names before patterns. Those of 16 bits are left out: the tensors
-    show that they are dense."""
-    section = fields.section("extra_config")
-    found: list[tuple[bool, re.Pattern[str], ConfigFields]] = []
+def _by_module(fields: ConfigFields, read: Callable[[ConfigFields], QuantSpec]) -> QuantSpec:
+    """With what `extra_config` changes for single modules. Those of 16 bits are left out: the tensors show that.
+
+    Raises ModelError for a pattern that is none.
+    """
+    general, section = read(fields), fields.section("extra_config")
+    names, patterns = {}, []
     for name in section.names() if section is not None else ():
         assert section is not None
         changes = section.section(name)
         if changes is None or changes.integer("bits", 1) >= UNQUANTISED_BITS:
             continue
-        is_name = re.fullmatch(r"[\w.]+", name) is not None
-        try:
-            pattern = re.compile(re.escape(canonical_name(name)) + r"\Z" if is_name else f".*?(?:{name})")
-        except re.error as error:
-            raise section.error(name, f"{name!r} ({error})", "a regular expression of module names") from None
-        found.append((not is_name, pattern, changes))
-    return [(pattern, changes) for _, pattern, changes in sorted(found, key=lambda each: each[0])]
+        spec = read(ConfigFields({**fields.raw(), **changes.raw()}, changes.where))
+        if re.fullmatch(r"[\w.]+", name):
+            names[canonical_name(name)] = spec
+        else:
+            patterns.append((_pattern(section, name), spec))
+    return ByModule(general.label, general, names, tuple(patterns)) if names or patterns else general
+
+
+def _pattern(section: ConfigFields, name: str) -> re.Pattern[str]:
+    try:
+        return re.compile(f".*?(?:{name})")  # which may match anywhere
+    except re.error as error:
+        raise section.error(name, f"{name!r} ({error})", "a regular expression of module names") from None

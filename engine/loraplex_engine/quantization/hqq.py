@@ -79,7 +79,7 @@ def parse(fields: ConfigFields) -> QuantSpec:
         return _spec(config)
     sections = {name: section for name in config.names() if (section := config.section(name)) is not None}
     own = [(re.compile(rf"(?:.*\.)?{re.escape(name)}\Z"), _spec(section)) for name, section in sections.items()]
-    return ByModule("hqq-mixed", None, tuple(own))
+    return ByModule("hqq-mixed", None, patterns=tuple(own))
 
 
 def _spec(config: ConfigFields) -> HqqSpec:

@@ -6,7 +6,6 @@ The quantisation is stated in config.json, or in a file of ModelOpt's own beside
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
@@ -37,22 +36,19 @@ def parse(fields: ConfigFields) -> QuantSpec:
     """Raises ModelError for what is not supported, naming the field."""
     fields = fields.section("quantization") or fields  # as in ModelOpt's own file
     algorithm = fields.text("quant_algo")
-    own = tuple(_of_modules(fields.section("quantized_layers"))) if algorithm == MIXED else ()
+    own = _of_modules(fields.section("quantized_layers")) if algorithm == MIXED else {}
     logger.info("%s: activations stay unquantised, whatever %s asks for", fields.where, algorithm)
     general = None if algorithm == MIXED else _layout(fields, (*ALGORITHMS, MIXED))
     label = MIXED if general is None else general.label
     return ByModule(f"modelopt-{label.lower().replace('_', '-')}", general, own)
 
 
-def _of_modules(section: ConfigFields | None) -> list[tuple[re.Pattern[str], QuantSpec]]:
-    found = []
-    for name in section.names() if section is not None else ():
-        assert section is not None
-        module = section.section(name)
-        if module is not None:
-            path = re.compile(re.escape(canonical_name(name)) + r"\Z")
-            found.append((path, _layout(module, tuple(ALGORITHMS))))
-    return found
+def _of_modules(section: ConfigFields | None) -> dict[str, QuantSpec]:
+    if section is None:
+        return {}
+    modules = {name: section.section(name) for name in section.names()}
+    known = tuple(ALGORITHMS)
+    return {canonical_name(name): _layout(module, known) for name, module in modules.items() if module is not None}
 
 
 def _layout(fields: ConfigFields, known: tuple[str, ...]) -> QuantSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,17 +15,22 @@ from loraplex_kernels.quantized import QuantizedWeight
 
 @dataclass(frozen=True, slots=True)
 class ByModule:
+    """Names count before patterns, and the general format where neither fits."""
+
     label: str
     general: QuantSpec | None  # None: only those modules are quantised that have one of their own
-    own: tuple[tuple[re.Pattern[str], QuantSpec], ...]  # the first that matches a module's path counts
+    names: Mapping[str, QuantSpec] = field(default_factory=dict)  # by path: files name thousands of experts
+    patterns: tuple[tuple[re.Pattern[str], QuantSpec], ...] = ()  # the first that matches a path counts
 
     @property
     def markers(self) -> tuple[str, ...]:
-        specs = (self.general, *(spec for _, spec in self.own))
+        specs = (self.general, *self.names.values(), *(spec for _, spec in self.patterns))
         return tuple({marker for spec in specs if spec is not None for marker in spec.markers})
 
     def of(self, linear: LinearShape) -> QuantSpec:
-        spec = next((spec for pattern, spec in self.own if pattern.match(linear.path)), self.general)
+        spec = self.names.get(linear.path)
+        if spec is None:
+            spec = next((spec for pattern, spec in self.patterns if pattern.match(linear.path)), self.general)
         if spec is None:
             raise linear.error("", f"is quantised, and config.json does not say how ({self.label})")
         return spec

@@ -42,7 +42,7 @@ def parse(fields: ConfigFields) -> QuantSpec:
             own.append((re.compile(fnmatch.translate(name)), spec))
     if general is None and not own:
         raise fields.error("global_quant_config", None, "given, with how the weights are quantised")
-    return ByModule(f"quark-{(general or own[0][1]).label}", general, tuple(own))
+    return ByModule(f"quark-{(general or own[0][1]).label}", general, patterns=tuple(own))
 
 
 def _check_algorithms(fields: ConfigFields) -> None:

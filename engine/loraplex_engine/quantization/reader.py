@@ -28,6 +28,7 @@ class QuantizedReader:
         self.label = spec.label
         self._checkpoint = checkpoint
         self._spec = spec
+        self._markers = spec.markers
         self._linears: dict[str, LinearShape] = {}
         self.expected: dict[str, ExpectedTensor] = {}  # what the checkpoint must hold for them
         dense = []
@@ -76,5 +77,5 @@ class QuantizedReader:
 
     def _is_dense(self, linear: LinearShape) -> bool:
         checkpoint, weight, path = self._checkpoint, linear.weight, linear.path
-        marked = any(path + suffix in checkpoint for suffix in self._spec.markers)
+        marked = any(path + suffix in checkpoint for suffix in self._markers)
         return not marked and weight in checkpoint and checkpoint.stored_dtype(weight) in FLOATS

@@ -131,7 +131,7 @@ def parse(fields: ConfigFields) -> QuantSpec:
         raise fields.error("quant_type", fields.raw().get("quant_type"), "an object with the configuration as default")
     if config.text("_type") not in BY_MODULE:
         spec = _layout(config)
-        return ByModule(f"torchao-{spec.label}", spec, ())
+        return ByModule(f"torchao-{spec.label}", spec)
     data = config.section("_data") or config
     modules = data.section("fqn_to_config") or data.section("module_fqn_to_config")
     if modules is None:
@@ -143,20 +143,13 @@ BY_MODULE = ("FqnToConfig", "ModuleFqnToConfig")
 
 
 def _by_module(modules: ConfigFields) -> ByModule:
-    """Names count before patterns, and the default where neither fits. None stands for a dense module."""
-    names, patterns, general = [], [], None
-    for name in modules.names():
-        config = modules.section(name)
-        if config is None:
-            continue
-        if name == "_default":
-            general = _layout(config)
-        elif name.startswith("re:"):
-            patterns.append((_pattern(modules, name), _layout(config)))
-        else:
-            path = canonical_name(name).removesuffix(".weight")
-            names.append((re.compile(re.escape(path) + r"\Z"), _layout(config)))
-    return ByModule("torchao-mixed", general, (*names, *patterns))
+    """None stands for a dense module."""
+    sections = {name: section for name in modules.names() if (section := modules.section(name)) is not None}
+    layouts = {name: _layout(section) for name, section in sections.items()}
+    general = layouts.pop("_default", None)
+    patterns = tuple((_pattern(modules, name), spec) for name, spec in layouts.items() if name.startswith("re:"))
+    names = {canonical_name(name).removesuffix(".weight"): spec for name, spec in layouts.items() if name[:3] != "re:"}
+    return ByModule("torchao-mixed", general, names, patterns)
 
 
 def _pattern(modules: ConfigFields, name: str) -> re.Pattern[str]:

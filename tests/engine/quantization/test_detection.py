@@ -14,6 +14,7 @@ from loraplex_engine.quantization.bitsandbytes import FourBitSpec, Int8Spec
 from loraplex_engine.quantization.compressed_tensors import CompressedTensorsSpec
 from loraplex_engine.quantization.fp8 import Fp8Spec
 from loraplex_engine.quantization.gptq import GptqSpec, Parameters
+from loraplex_engine.quantization.modules import ByModule
 
 CONFIGS = Path(__file__).parents[4] / "shared" / "data" / "quant-configs"
 
@@ -178,10 +179,18 @@ def test_auto_round_names_modules_and_patterns_of_them() -> None:
     }
     fields = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 128}
     spec = parse(ConfigFields({**fields, "extra_config": extra}, "config.json"))
-    assert isinstance(spec, GptqSpec)
-    assert spec.of(LinearShape("model.layers.1.mlp.up_proj", 64, 64)) == Parameters(2, 64, sym=True)
-    assert spec.of(LinearShape("model.layers.1.mlp.gate_proj", 64, 64)) == Parameters(8, 128, sym=True)
-    assert spec.of(LinearShape("model.layers.0.mlp.up_proj", 64, 64)) == Parameters(4, 128, sym=True)
+    assert isinstance(spec, ByModule)
+    assert [parameters_of(spec, path) for path in ("1.mlp.up_proj", "1.mlp.gate_proj", "0.mlp.up_proj")] == [
+        Parameters(2, 64, sym=True),
+        Parameters(8, 128, sym=True),
+        Parameters(4, 128, sym=True),
+    ]
+
+
+def parameters_of(spec: ByModule, path: str) -> Parameters:
+    found = spec.of(LinearShape(f"model.layers.{path}", 64, 64))
+    assert isinstance(found, GptqSpec)
+    return found.parameters
 
 
 @pytest.mark.parametrize(("packing", "offset"), [("auto_round:gptq:exllamav2", 1), ("auto_round:exllamav2", 0)])
