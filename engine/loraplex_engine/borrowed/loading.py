@@ -31,7 +31,7 @@ from loraplex_engine.checkpoint.pooling import read_pooling
 from loraplex_engine.checkpoint.weights import Checkpoint, Progress, read_json
 from loraplex_engine.layers.linear import Linear
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.models.loading import (
+from loraplex_engine.models.precision import (
     check_head_quantization,
     check_quantization,
     compute_dtype,
