@@ -1,6 +1,7 @@
 """What rounding the weights of a model saves and costs on the CPU: time of its steps, memory, and quality of a text.
 
-    python -m benchmarks.quantized MODEL [--threads 2] [--rounds 8] [--text FILE --text-model DIR] [--out REPORT.md]
+    python -m benchmarks.quantized MODEL [--threads 2] [--rounds 8] [--ways int8 w8a8 …]
+        [--text FILE --text-model DIR] [--out REPORT.md]
 
 Loads MODEL/base, as `benchmarks.models` writes it, once for each way of rounding it while it is loaded, once as it is,
 and once as a copy whose layers' linears and their inputs are integers (w8a8). In each round all take their turn at each
@@ -163,12 +164,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--ways", nargs="+", choices=[way for way in WAYS if way != DENSE], help="beside the dense one")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--text-model", type=Path, help="a directory with a tokenizer.json")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if (args.text is None) != (args.text_model is None):
         parser.error("--text and --text-model come together")
+    ways = {way: fields for way, fields in WAYS.items() if way == DENSE or way in (args.ways or WAYS)}
     here = machine()
     lines = [
         f"# Rounded weights of {args.model.name}, {datetime.now(UTC).date()}",
@@ -198,7 +201,7 @@ def main() -> None:
             model_of = with_integers(args.text_model, Path(folder))
             readings = {
                 way: read(EngineConfig(model=model_of(way), **options, **fields), windows)
-                for way, fields in WAYS.items()
+                for way, fields in ways.items()
             }
         count = sum(map(len, windows))
         lines += ["", f"Quality: {args.text_model.name} reads {count} tokens of a text.", "", *quality_table(readings)]

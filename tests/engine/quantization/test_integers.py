@@ -98,6 +98,21 @@ def test_parts_of_a_fused_linear_may_have_scales_of_their_own(tmp_path: Path) ->
     assert not isinstance(linear_at(model, "layers.1.qkv").linear, SideBySide)
 
 
+def test_experts_are_multiplied_in_integers(tmp_path: Path) -> None:
+    mixture: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 32}
+    mixture |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    twins = make_twins(tmp_path, *INTEGERS["w8a8 per token"], skipped=("mlp.gate",), **mixture)
+    wanted = logits(load(twins.dense), TOKENS)
+    for kernels in ("reference", "cpu"):
+        ops = select_ops(torch.device("cpu"), kernels, threads=1)
+        model = load(twins.quantised, ops)
+        linear = linear_at(model, "layers.0.experts.3.down").linear
+        assert isinstance(linear, Linear)
+        assert linear.nbytes < 64 * 32 * 1.5
+        distance = (logits(model, TOKENS, ops) - wanted).abs().max() / wanted.abs().max()
+        assert 1e-4 < distance < 0.05  # 0.015 here
+
+
 def test_the_model_says_so(tmp_path: Path) -> None:
     twins = make_twins(tmp_path, *INTEGERS["w8a8 per token"])
     assert load(twins.quantised, reference_ops()).config.quantization == "compressed-tensors-w8a8"
