@@ -26,7 +26,7 @@ from benchmarks.gpu_kernels import Call, Case, Cases, Sizes
 from benchmarks.roofline import Roofline
 from benchmarks.roofline import measure as measure_roofline
 from loraplex_kernels.ops import HeadShape, Ops
-from loraplex_kernels.quantized import AffineWeight, TableWeight
+from loraplex_kernels.quantized import AffineWeight, InputRounding, IntegerWeight, TableWeight
 from loraplex_kernels.selection import select_ops
 
 COLD_BYTES = 160_000_000  # more than the last-level cache of a small machine
@@ -82,7 +82,7 @@ class CpuCases(Cases):
         for rows in self.sizes.rows:
             for n, c in ((fused, hidden), (hidden, hidden), (2 * wide, hidden), (hidden, wide)):
                 yield self.linear(rows, n, c)
-            for make in (self.int4, self.int8, self.nf4):
+            for make in (self.int4, self.int8, self.w8a8, self.nf4):
                 yield make(rows, 2 * wide, hidden)
         yield from super().all()
 
@@ -125,6 +125,18 @@ class CpuCases(Cases):
 
         moved = n * c + 4 * n + rows * (n + c) * self.dtype.itemsize
         return Case(f"int8 {n} x {c}, {rows} rows", moved, 2 * rows * n * c, make)
+
+    def w8a8(self, rows: int, n: int, c: int) -> Case:
+        """The same with inputs that are rounded as well; torch has no such product."""
+
+        def make() -> tuple[Call, None]:
+            codes = torch.randint(-128, 128, (n, c), dtype=torch.int8)
+            weight = IntegerWeight(codes, torch.full((n,), 0.01), InputRounding())
+            packed, x = self.ops.pack_quantized(weight, None, self.dtype), self.random(rows, c)
+            return lambda: self.ops.linear(x, packed), None
+
+        moved = n * c + 8 * n + rows * (n + c) * self.dtype.itemsize
+        return Case(f"w8a8 {n} x {c}, {rows} rows", moved, 2 * rows * n * c, make)
 
     def nf4(self, rows: int, n: int, c: int) -> Case:
         """A table of 16 values, blocks of 64; torch has no such product."""
