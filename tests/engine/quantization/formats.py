@@ -218,6 +218,11 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     "hqq 8 bit": (hqq(nbits=8, group_size=64), packing.hqq(8, 64)),
     "hqq 3 bit": (hqq(nbits=3), packing.hqq(3)),
     "hqq 2 bit": (hqq(nbits=2), packing.hqq(2)),
+    "quark fp8": (quark("fp8_e4m3"), packing.float8(".weight_scale")),
+    "quark mxfp4": (
+        quark("fp4", "per_group", group_size=32, scale_format="e8m0"),
+        packing.mxfp4(".weight"),
+    ),
 }
 
 PER_CHANNEL = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
@@ -241,9 +246,4 @@ INTEGERS: dict[str, tuple[dict[str, Any], Packer]] = {
     ),
     "SmoothQuant of LMDeploy": ({"quant_method": "smooth_quant", "quant_dtype": "int8"}, packing.smooth_quant),
     "w8a8_int8 of SGLang": ({"quant_method": "w8a8_int8", "ignore": ["lm_head"]}, packing.ct_int8()),
-    "quark fp8": (quark("fp8_e4m3"), packing.float8(".weight_scale")),
-    "quark mxfp4": (
-        quark("fp4", "per_group", group_size=32, scale_format="e8m0"),
-        packing.mxfp4(".weight"),
-    ),
 }
