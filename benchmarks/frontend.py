@@ -75,12 +75,9 @@ def http(args: argparse.Namespace, logs: Path) -> list[Result]:
     """What streams over HTTP bring, against the same over gRPC."""
     results = []
     for streams in args.streams:
-        if args.engine:
-            command, output = system_command("grpc", None, args), ENGINE_TOKENS
-        else:
-            steps_per_second = args.offered / streams
-            command, output = alone_command(args, steps_per_second), round(steps_per_second * SECONDS)
-        work = alone_work(streams, output)
+        steps_per_second = None if args.engine else args.offered / streams
+        command = alone_command(args, steps_per_second)
+        work = alone_work(streams, ENGINE_TOKENS if steps_per_second is None else round(steps_per_second * SECONDS))
         commands = {"gRPC": command, "HTTP": [*command, "--http"]}
         with together(commands, logs) as systems:
             turns = (in_turns(systems, f"c{streams}", work, streams, repeat, steady) for repeat in range(args.repeats))
@@ -88,9 +85,10 @@ def http(args: argparse.Namespace, logs: Path) -> list[Result]:
     return results
 
 
-def alone_command(args: argparse.Namespace, steps_per_second: float) -> list[str]:
-    options = ["--adapters", "0", "--steps-per-second", str(steps_per_second)]
-    return [sys.executable, "-m", "benchmarks.systems.loraplex_grpc", "--model", str(args.model), *options]
+def alone_command(args: argparse.Namespace, steps_per_second: float | None) -> list[str]:
+    """A server with a source of tokens; None: with the model's engine."""
+    command = [sys.executable, "-m", "benchmarks.systems.loraplex_grpc", "--model", str(args.model), "--adapters", "0"]
+    return command if steps_per_second is None else [*command, "--steps-per-second", str(steps_per_second)]
 
 
 def alone_work(streams: int, output: int) -> list[Work]:
@@ -244,10 +242,8 @@ def main() -> None:
             command.add_argument("--streams", type=int, nargs="+", default=[64, 256])
         if measure is http:
             command.add_argument("--engine", action="store_true", help="let the model's engine be the source of tokens")
-            command.set_defaults(adapters=0)
-        if measure is not alone:
-            command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
         if measure in (overhead, telemetry):
+            command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
             command.add_argument("--cells", nargs="+", type=parse_scenario, default=[(SCENARIOS["base"], [8, 32])])
             command.add_argument("--rounds", type=int, default=1, help="how often each repeat does its work")
         if measure is telemetry:
