@@ -46,8 +46,13 @@ FORMATS: Mapping[str, Callable[[ConfigFields], QuantSpec]] = {
     "w8a8_int8": w8a8.parse_w8a8_int8,
 }
 SECTIONS = ("quantization_config", "compression_config")  # of config.json; the second is an old spelling
-# Other names of formats: old ones, and those that vLLM tells ModelOpt's kinds apart by.
-OTHER_NAMES = {"intel/auto-round": "auto-round", "modelopt_fp4": "modelopt", "modelopt_mxfp8": "modelopt"}
+# Other names of formats: old ones, those that vLLM tells ModelOpt's kinds apart by, and Meta's of float8 by rows.
+OTHER_NAMES = {
+    "intel/auto-round": "auto-round",
+    "modelopt_fp4": "modelopt",
+    "modelopt_mxfp8": "modelopt",
+    "fbgemm_fp8": "fp8",
+}
 MODELOPT_FILE = "hf_quant_config.json"
 # Files of their own, beside a config.json that says nothing: AutoGPTQ's, AutoAWQ's and ModelOpt's, and what they imply.
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", MODELOPT_FILE: "modelopt"}

@@ -145,6 +145,10 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     ),
     "fp8 per tensor": ({"quant_method": "fp8", "activation_scheme": "static"}, packing.float8()),
     "fp8 per tensor, vLLM's names": ({"quant_method": "fp8"}, packing.float8(".weight_scale")),
+    "fp8 by rows, Meta's": (
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
+        packing.float8(".weight_scale", per_row=True),
+    ),
     "fp8 with exponents as scales": (
         {"quant_method": "mxfp8", "activation_scheme": "dynamic"},
         packing.mxfp8(".weight_scale_inv"),
