@@ -60,17 +60,41 @@ def _messages(role: str, content: Any, name: str) -> Iterator[ChatMessage]:
         return
     if not content:
         raise ValueError("content is empty")
-    message = ChatMessage(role=role)
+    turn = _Turn(role)
     for place, block in _blocks(content, role, f"{name}.content"):
         if block["type"] == "tool_result":
-            if message.HasField("content"):
-                yield message
-                message = ChatMessage(role=role)
+            yield from turn.taken()
             yield _result(block, place)
         else:
-            _add(message, block)
-    if message.ByteSize() > ChatMessage(role=role).ByteSize():
-        yield message
+            turn.add(block)
+    yield from turn.taken()
+
+
+class _Turn:
+    """Blocks that make one message. What they say is joined once: piece by piece it would be copied again and again."""
+
+    def __init__(self, role: str) -> None:
+        self._role = role
+        self._texts: list[str] = []
+        self._thoughts: list[str] = []
+        self._calls: list[ToolCall] = []
+
+    def add(self, block: Mapping[str, Any]) -> None:
+        match block["type"]:
+            case "text":
+                self._texts.append(text(block["text"]))
+            case "thinking":  # its signature is Anthropic's word that it is Anthropic's: nothing for a prompt
+                self._thoughts.append(text(block["thinking"]))
+            case "tool_use":
+                self._calls.append(_call(block))
+
+    def taken(self) -> Iterator[ChatMessage]:
+        """The message, if there is one, after which the turn begins anew."""
+        texts, thoughts, calls = self._texts, self._thoughts, self._calls
+        if texts or thoughts or calls:
+            content, reasoning = ("".join(each) if each else None for each in (texts, thoughts))
+            yield ChatMessage(role=self._role, content=content, reasoning_content=reasoning, tool_calls=calls)
+        self._texts, self._thoughts, self._calls = [], [], []
 
 
 def _blocks(content: Any, role: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -86,18 +110,11 @@ def _blocks(content: Any, role: str, name: str) -> Iterator[tuple[str, dict[str,
             yield place, block
 
 
-def _add(message: ChatMessage, block: Mapping[str, Any]) -> None:
-    match block["type"]:
-        case "text":
-            message.content += text(block["text"])
-        case "thinking":  # its signature is Anthropic's word that it is Anthropic's: nothing for a prompt
-            message.reasoning_content += text(block["thinking"])
-        case "tool_use":
-            if block.get("caller") not in (None, DIRECT):
-                raise ValueError("caller: the model itself is the caller of each tool")
-            arguments = json.dumps(mapping(block["input"]), ensure_ascii=False)
-            call = ToolCall(id=text(block["id"]), name=text(block["name"]), arguments_json=arguments)
-            message.tool_calls.append(call)
+def _call(block: Mapping[str, Any]) -> ToolCall:
+    if block.get("caller") not in (None, DIRECT):
+        raise ValueError("caller: the model itself is the caller of each tool")
+    arguments = json.dumps(mapping(block["input"]), ensure_ascii=False)
+    return ToolCall(id=text(block["id"]), name=text(block["name"]), arguments_json=arguments)
 
 
 def _result(block: Mapping[str, Any], place: str) -> ChatMessage:

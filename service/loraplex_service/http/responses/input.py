@@ -3,6 +3,7 @@
 What an assistant thought, said and called are items that follow each other there, and one message here.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ def put_input(draft: Draft, value: Any) -> None:
         chat.messages.add(role="user", content=value)
         return
     open_turn: ChatMessage | None = None  # of the assistant, to which further items may belong
+    thoughts = defaultdict[int, list[str]](list)  # by message: joined once, since each time all before would be copied
     for index, given in enumerate(items(value, "Chat.messages")):
         name = f"input[{index}]"
         with blamed(name):
@@ -43,8 +45,12 @@ def put_input(draft: Draft, value: Any) -> None:
             if not is_assistants or open_turn is None or (kind == "message" and open_turn.HasField("content")):
                 draft.paths.append((f"prompt.chat.messages[{len(chat.messages)}]", name))
                 open_turn = chat.messages.add(role="assistant")
+            if kind == "reasoning":
+                thoughts[len(chat.messages) - 1].append(_thought(item, name))
             _put_item(open_turn, kind, item, name)
             open_turn = open_turn if is_assistants else None
+    for number, said in thoughts.items():
+        chat.messages[number].reasoning_content = "".join(said)
 
 
 def _kind(item: Mapping[str, Any], name: str) -> str:
@@ -56,14 +62,16 @@ def _kind(item: Mapping[str, Any], name: str) -> str:
     return kind
 
 
+def _thought(item: Mapping[str, Any], name: str) -> str:
+    said = item.get("content") or item.get("summary") or []
+    return _said(said, ("reasoning_text", "summary_text"), f"{name}.content")
+
+
 def _put_item(message: ChatMessage, kind: str, item: Mapping[str, Any], name: str) -> None:
     match kind:
         case "message":
             message.role = text(item["role"])
             message.content = _said(item["content"], TEXTS, f"{name}.content")
-        case "reasoning":
-            thought = item.get("content") or item.get("summary") or []
-            message.reasoning_content += _said(thought, ("reasoning_text", "summary_text"), f"{name}.content")
         case "function_call":
             call = ToolCall(id=text(item["call_id"]), name=text(item["name"]), arguments_json=text(item["arguments"]))
             bounded(message.tool_calls, "ChatMessage.tool_calls")
