@@ -39,6 +39,7 @@ class Server:
     log: Path
     health: str | None = None  # where `health_listen` is set
     metrics: str | None = None  # where `metrics_listen` is set
+    http: str | None = None  # where `http_listen` is set
 
     def engine_pids(self) -> set[int]:
         return {pid for pid, command in self.children() if "loraplex_engine" in command}
@@ -120,7 +121,7 @@ def running_server(
         assert line.startswith("listening "), f"the server did not start: {log.read_text()}"
         watchdog.cancel()
         ports = dict(word.split("=") for word in line.split()[1:])
-        more = (ports.get("health"), ports.get("metrics"))
+        more = (ports.get("health"), ports.get("metrics"), ports.get("http"))
         yield Server(process, ports["data"], ports["admin"], directory / "adapters", log, *more)
     finally:
         watchdog.cancel()
