@@ -5,7 +5,7 @@ from typing import Any
 from loraplex.v1.tokenizer_pb2 import TokenizeRequest
 from loraplex_service.http import conversations as said
 from loraplex_service.http.failures import anthropic_error
-from loraplex_service.http.messages.turns import put_system, put_tool_choice, put_tools, put_turns
+from loraplex_service.http.messages.turns import check_cache_control, put_system, put_tool_choice, put_tools, put_turns
 from loraplex_service.http.options import MODEL, SPEC, check_single, constrain, form_of, new_turn, put_stream
 from loraplex_service.http.parameters import (
     ARRAY,
@@ -63,8 +63,7 @@ def _put_output_config(draft: Draft, value: Any) -> None:
 
 
 def _put_cache_control(draft: Draft, value: Any) -> None:
-    if not isinstance(value, dict) or value.get("type") != "ephemeral":
-        raise wrong("cache_control", 'must be {"type": "ephemeral"}', code="unsupported_parameter")
+    check_cache_control(value, "cache_control")
 
 
 def _new_count() -> Draft:

@@ -4,12 +4,14 @@ A turn is a list of blocks. Results of tools are blocks of the user to Anthropic
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from loraplex.v1.prompt_pb2 import ChatMessage, ToolCall, ToolMode
+from loraplex.v1.prompt_pb2 import ToolCall, ToolMode
 from loraplex_service.http.conversations import add_tool, begin, blamed
 from loraplex_service.http.parameters import Draft, bounded, flag, items, mapping, refuse_others, text, wrong
+from loraplex_service.http.turns import Texts, Turn
+from loraplex_service.http.turns import put_turns as put_all
 
 BLOCKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # of each role, with the keys of each
     "user": {"text": ("text",), "tool_result": ("tool_use_id", "content", "is_error")},
@@ -20,6 +22,8 @@ BLOCKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # of each role, with th
     },
     "system": {"text": ("text",)},
 }
+TEXT_ALONE = {"text": ("text",)}
+TTLS = (None, "5m", "1h")
 ANY_BLOCK = ("type", "cache_control")  # what a prompt begins with is cached without being asked
 MODES = {
     "auto": ToolMode.TOOL_MODE_AUTO,
@@ -31,102 +35,102 @@ DIRECT = {"type": "direct"}
 
 def put_system(draft: Draft, value: Any) -> None:
     """What the conversation begins with."""
-    draft.paths.append(("prompt.chat.messages[0]", "system"))
-    draft.message.prompt.chat.messages.add(role="system", content=_said(value, "system", "system"))
+    turn = Turn("system", "system")
+    _say(turn.said, value, "system")
+    put_all(draft, [turn])
 
 
 def put_turns(draft: Draft, value: Any) -> None:
     """The conversation. An assistant's turn at its end is gone on with."""
     begin(draft)
-    chat = draft.message.prompt.chat
-    for index, turn in enumerate(items(value, "Chat.messages")):
+    turns: list[Turn] = []
+    for index, given in enumerate(items(value, "Chat.messages")):
         name = f"messages[{index}]"
         with blamed(name):
-            refuse_others(mapping(turn), ("role", "content"), name)
-            for message in _messages(text(turn["role"]), turn["content"], name):
-                draft.paths.append((f"prompt.chat.messages[{len(chat.messages)}]", name))
-                chat.messages.append(message)
-                bounded(chat.messages, "Chat.messages")
-    if chat.messages and chat.messages[-1].role == "assistant" and not chat.messages[-1].tool_calls:
-        chat.continue_final_message = True
+            refuse_others(mapping(given), ("role", "content"), name)
+            turns += _turns(text(given["role"]), given["content"], name)
+            bounded(turns, "Chat.messages")
+    put_all(draft, turns)
+    if turns and turns[-1].role == "assistant" and not turns[-1].calls:
+        draft.message.prompt.chat.continue_final_message = True
 
 
-def _messages(role: str, content: Any, name: str) -> Iterator[ChatMessage]:
+def _turns(role: str, content: Any, name: str) -> list[Turn]:
     """The messages that a turn is: one, but for the results of tools."""
     if role not in BLOCKS:
         raise wrong(f"{name}.role", f"must be one of {', '.join(BLOCKS)}")
-    if isinstance(content, str):
-        yield ChatMessage(role=role, content=content)
-        return
-    if not content:
+    if not content and not isinstance(content, str):
         raise ValueError("content is empty")
-    turn = _Turn(role)
-    for place, block in _blocks(content, role, f"{name}.content"):
-        if block["type"] == "tool_result":
-            yield from turn.taken()
-            yield _result(block, place)
-        else:
-            turn.add(block)
-    yield from turn.taken()
-
-
-class _Turn:
-    """Blocks that make one message. What they say is joined once: piece by piece it would be copied again and again."""
-
-    def __init__(self, role: str) -> None:
-        self._role = role
-        self._texts: list[str] = []
-        self._thoughts: list[str] = []
-        self._calls: list[ToolCall] = []
-
-    def add(self, block: Mapping[str, Any]) -> None:
-        match block["type"]:
-            case "text":
-                self._texts.append(text(block["text"]))
-            case "thinking":  # its signature is Anthropic's word that it is Anthropic's: nothing for a prompt
-                self._thoughts.append(text(block["thinking"]))
-            case "tool_use":
-                self._calls.append(_call(block))
-
-    def taken(self) -> Iterator[ChatMessage]:
-        """The message, if there is one, after which the turn begins anew."""
-        texts, thoughts, calls = self._texts, self._thoughts, self._calls
-        if texts or thoughts or calls:
-            content, reasoning = ("".join(each) if each else None for each in (texts, thoughts))
-            yield ChatMessage(role=self._role, content=content, reasoning_content=reasoning, tool_calls=calls)
-        self._texts, self._thoughts, self._calls = [], [], []
-
-
-def _blocks(content: Any, role: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The blocks of a content, each with its place in the body."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    turns: list[Turn] = []
     for index, value in enumerate(items(content, "Chat.messages")):
-        place, block = f"{name}[{index}]", mapping(value)
-        kind = text(block.get("type"))
-        if kind not in BLOCKS[role]:
-            problem = f"{kind!r} is no block of the role {role!r} here: {', '.join(BLOCKS[role])} are taken"
-            raise wrong(f"{place}.type", problem, code="unsupported_parameter")
+        place = f"{name}.content[{index}]"
         with blamed(place):
-            refuse_others(block, (*ANY_BLOCK, *BLOCKS[role][kind]), place)
-            yield place, block
+            block = _block(value, BLOCKS[role], place, f"the role {role!r}")
+            if block["type"] == "tool_result":
+                turns.append(_result(block, place))
+                continue
+            if not turns or turns[-1].answers is not None:
+                turns.append(Turn(role, name))
+            _add(turns[-1], block, place)
+    return turns
 
 
-def _call(block: Mapping[str, Any]) -> ToolCall:
-    if block.get("caller") not in (None, DIRECT):
-        raise ValueError("caller: the model itself is the caller of each tool")
-    arguments = json.dumps(mapping(block["input"]), ensure_ascii=False)
-    return ToolCall(id=text(block["id"]), name=text(block["name"]), arguments_json=arguments)
+def _block(value: Any, kinds: Mapping[str, tuple[str, ...]], place: str, where: str) -> dict[str, Any]:
+    """The block, which must be one of these kinds."""
+    block = mapping(value)
+    kind = text(block.get("type"))
+    if kind not in kinds:
+        problem = f"{kind!r} is no block of {where} here: {', '.join(kinds)} are taken"
+        raise wrong(f"{place}.type", problem, code="unsupported_parameter")
+    refuse_others(block, (*ANY_BLOCK, *kinds[kind]), place)
+    check_cache_control(block.get("cache_control"), f"{place}.cache_control")
+    return block
 
 
-def _result(block: Mapping[str, Any], place: str) -> ChatMessage:
-    said = _said(block.get("content") or "", "system", f"{place}.content")
+def check_cache_control(value: Any, name: str) -> None:
+    """Raise Refusal for what asks for more than to cache what a prompt begins with, which needs no asking."""
+    if value is None:
+        return
+    if not isinstance(value, dict) or value.get("type") != "ephemeral" or value.get("ttl") not in TTLS:
+        problem = 'must be {"type": "ephemeral"}, with or without a `ttl` of "5m" or "1h"'
+        raise wrong(name, problem, code="unsupported_parameter")
+    refuse_others(value, ("type", "ttl"), name)
+
+
+def _add(turn: Turn, block: Mapping[str, Any], place: str) -> None:
+    match block["type"]:
+        case "text":
+            turn.said.add(text(block["text"]))
+        case "thinking":  # its signature is Anthropic's word that it is Anthropic's: nothing for a prompt
+            turn.thought.add(text(block["thinking"]))
+        case "tool_use":
+            if block.get("caller") not in (None, DIRECT):
+                raise ValueError("caller: the model itself is the caller of each tool")
+            arguments = json.dumps(mapping(block["input"]), ensure_ascii=False)
+            call = ToolCall(id=text(block["id"]), name=text(block["name"]), arguments_json=arguments)
+            turn.call(call, place, {"arguments_json": "input"})
+
+
+def _result(block: Mapping[str, Any], place: str) -> Turn:
+    called = text(block["tool_use_id"])
+    turn = Turn("tool", place, answers=called, places={"tool_call_id": f"{place}.tool_use_id"})
     if flag(block.get("is_error") or False):
-        said = f"Error: {said}"  # no chat template has a place for it
-    return ChatMessage(role="tool", tool_call_id=text(block["tool_use_id"]), content=said)
+        turn.said.add("Error: ")  # no chat template has a place for it
+    _say(turn.said, block.get("content") or "", f"{place}.content")
+    return turn
 
 
-def _said(value: Any, role: str, name: str) -> str:
-    """A text, or the texts of blocks joined as they are."""
-    return value if isinstance(value, str) else "".join(text(block["text"]) for _, block in _blocks(value, role, name))
+def _say(said: Texts, value: Any, name: str) -> None:
+    """Add a text, or the texts of blocks as they are."""
+    if isinstance(value, str):
+        said.add(value)
+        return
+    for index, given in enumerate(items(value, "Chat.messages")):
+        place = f"{name}[{index}]"
+        with blamed(place):
+            said.add(text(_block(given, TEXT_ALONE, place, f"{name!r}")["text"]))
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------

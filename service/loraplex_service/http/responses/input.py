@@ -3,13 +3,13 @@
 What an assistant thought, said and called are items that follow each other there, and one message here.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loraplex.v1.prompt_pb2 import ChatMessage, ToolCall, ToolMode
+from loraplex.v1.prompt_pb2 import ToolCall, ToolMode
 from loraplex_service.http.conversations import add_tool, begin, blamed
-from loraplex_service.http.parameters import Draft, bounded, items, mapping, refuse_others, text, wrong
+from loraplex_service.http.parameters import Draft, items, mapping, refuse_others, text, wrong
+from loraplex_service.http.turns import Texts, Turn, put_turns
 
 ITEMS: Mapping[str, tuple[str, ...]] = {  # with the keys of each
     "message": ("role", "content", "id", "status", "phase"),
@@ -24,33 +24,38 @@ PART = ("type", "text", "annotations", "logprobs")
 
 def put_instructions(draft: Draft, value: Any) -> None:
     """What the conversation begins with."""
-    draft.paths.append(("prompt.chat.messages[0]", "instructions"))
-    draft.message.prompt.chat.messages.add(role="system", content=text(value))
+    put_turns(draft, [_spoken("system", value, "instructions")])
 
 
 def put_input(draft: Draft, value: Any) -> None:
     """A text of the user, or the items of a conversation."""
     begin(draft, "input")
-    chat = draft.message.prompt.chat
     if isinstance(value, str):
-        chat.messages.add(role="user", content=value)
+        put_turns(draft, [_spoken("user", value, "input")])
         return
-    open_turn: ChatMessage | None = None  # of the assistant, to which further items may belong
-    thoughts = defaultdict[int, list[str]](list)  # by message: joined once, since each time all before would be copied
+    turns: list[Turn] = []
     for index, given in enumerate(items(value, "Chat.messages")):
         name = f"input[{index}]"
         with blamed(name):
-            item, kind = mapping(given), _kind(given, name)
-            is_assistants = kind in OF_ASSISTANT or item.get("role") == "assistant"
-            if not is_assistants or open_turn is None or (kind == "message" and open_turn.HasField("content")):
-                draft.paths.append((f"prompt.chat.messages[{len(chat.messages)}]", name))
-                open_turn = chat.messages.add(role="assistant")
-            if kind == "reasoning":
-                thoughts[len(chat.messages) - 1].append(_thought(item, name))
-            _put_item(open_turn, kind, item, name)
-            open_turn = open_turn if is_assistants else None
-    for number, said in thoughts.items():
-        chat.messages[number].reasoning_content = "".join(said)
+            kind = _kind(mapping(given), name)
+            role = "assistant" if kind in OF_ASSISTANT else text(given["role"]) if kind == "message" else "tool"
+            if not _goes_on(turns, kind, role):
+                turns.append(Turn(role, name))
+            _put_item(turns[-1], kind, given, name)
+    put_turns(draft, turns)
+
+
+def _spoken(role: str, value: Any, place: str) -> Turn:
+    turn = Turn(role, place)
+    turn.said.add(text(value))
+    return turn
+
+
+def _goes_on(turns: Sequence[Turn], kind: str, role: str) -> bool:
+    """Whether an item belongs to the turn before it: an assistant's, of which a message is the only one."""
+    if not turns or role != "assistant" or turns[-1].role != role:
+        return False
+    return kind != "message" or turns[-1].said.joined is None
 
 
 def _kind(item: Mapping[str, Any], name: str) -> str:
@@ -62,37 +67,36 @@ def _kind(item: Mapping[str, Any], name: str) -> str:
     return kind
 
 
-def _thought(item: Mapping[str, Any], name: str) -> str:
-    said = item.get("content") or item.get("summary") or []
-    return _said(said, ("reasoning_text", "summary_text"), f"{name}.content")
-
-
-def _put_item(message: ChatMessage, kind: str, item: Mapping[str, Any], name: str) -> None:
+def _put_item(turn: Turn, kind: str, item: Mapping[str, Any], name: str) -> None:
     match kind:
         case "message":
-            message.role = text(item["role"])
-            message.content = _said(item["content"], TEXTS, f"{name}.content")
+            turn.places["content"] = f"{name}.content"
+            _say(turn.said, item["content"], TEXTS, f"{name}.content")
+        case "reasoning":
+            thought = item.get("content") or item.get("summary") or []
+            _say(turn.thought, thought, ("reasoning_text", "summary_text"), f"{name}.content")
         case "function_call":
             call = ToolCall(id=text(item["call_id"]), name=text(item["name"]), arguments_json=text(item["arguments"]))
-            bounded(message.tool_calls, "ChatMessage.tool_calls")
-            message.tool_calls.append(call)
+            turn.call(call, name, {"id": "call_id", "arguments_json": "arguments"})
         case "function_call_output":
-            message.role, message.tool_call_id = "tool", text(item["call_id"])
-            message.content = _said(item["output"], TEXTS, f"{name}.output")
+            turn.answers = text(item["call_id"])
+            turn.places |= {"tool_call_id": f"{name}.call_id", "content": f"{name}.output"}
+            _say(turn.said, item["output"], TEXTS, f"{name}.output")
 
 
-def _said(value: Any, kinds: tuple[str, ...], name: str) -> str:
-    """A text, or the texts of parts joined as they are."""
-    return value if isinstance(value, str) else "".join(_texts(value, kinds, name))
-
-
-def _texts(parts: Any, kinds: tuple[str, ...], name: str) -> Iterator[str]:
-    for index, part in enumerate(items(parts)):
+def _say(said: Texts, value: Any, kinds: tuple[str, ...], name: str) -> None:
+    """Add a text, or the texts of parts as they are."""
+    if isinstance(value, str):
+        said.add(value)
+        return
+    for index, part in enumerate(items(value)):
         place = f"{name}[{index}]"
-        if mapping(part).get("type") not in kinds:
-            raise wrong(f"{place}.type", f"{' and '.join(kinds)} are taken", code="unsupported_parameter")
-        refuse_others({key: content for key, content in part.items() if content != []}, PART, place)
-        yield text(part.get("text"))
+        with blamed(place):
+            kind = mapping(part).get("type")
+            if kind not in kinds:
+                raise wrong(f"{place}.type", f"{' and '.join(kinds)} are taken", code="unsupported_parameter")
+            refuse_others({key: content for key, content in part.items() if content != []}, PART, place)
+            said.add(text(part.get("text")))
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------

@@ -89,9 +89,12 @@ async def test_a_wrong_method_is_told_in_anthropics_words(caller: Caller) -> Non
 
 
 async def test_a_fault_behind_tool_results_has_the_place_of_its_turn(caller: Caller) -> None:
-    results = [{"type": "tool_result", "tool_use_id": "a" * size, "content": "1"} for size in (1, 300)]
-    answer = await caller.post("/v1/messages", CONVERSATION | {"messages": [{"role": "user", "content": results}]})
-    assert answer.error["param"] == "messages[0].tool_call_id"
+    calls = [{"type": "tool_use", "id": id, "name": "now", "input": {}} for id in ("a", "b" * 300)]
+    result = {"type": "tool_result", "tool_use_id": "a", "content": "1"}
+    turns = [("assistant", calls[:1]), ("user", [result]), ("assistant", calls[1:])]
+    said = [{"role": role, "content": content} for role, content in turns]
+    answer = await caller.post("/v1/messages", CONVERSATION | {"messages": said})
+    assert answer.error["param"] == "messages[2].content[0].id"
 
 
 async def test_what_fails_in_a_stream_is_its_last_event(plane: DataPlane, other: Caller) -> None:

@@ -11,6 +11,9 @@ from loraplex_service.http.messages.table import COUNT, MESSAGES
 TOOL = {"name": "now", "input_schema": {"type": "object"}, "description": "tells the time"}
 
 
+CACHED = "messages[0].content[0].cache_control"
+
+
 def chat_of(*turns: Any, **parameters: Any) -> Chat:
     chat: Chat = MESSAGES.read({"messages": list(turns), **parameters}).message.prompt.chat
     return chat
@@ -32,6 +35,7 @@ def assistant(*blocks: Any) -> dict[str, Any]:
 
 
 TEXT = {"type": "text", "text": "and", "cache_control": {"type": "ephemeral"}}
+CALL = {"type": "tool_use", "id": "a", "name": "now", "input": {}}
 RESULT = {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "five"}]}
 
 
@@ -44,19 +48,22 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
 
 
 def test_results_of_tools_are_messages_of_their_own() -> None:
-    messages = chat_of(user(RESULT, TEXT)).messages
+    messages = chat_of(assistant(CALL), user(RESULT, TEXT)).messages[1:]
     result = ChatMessage(role="tool", tool_call_id="a", content="five")
     assert list(messages) == [result, ChatMessage(role="user", content="and")]
-    assert [message.role for message in chat_of(user(TEXT, RESULT)).messages] == ["user", "tool"]
+    assert [message.role for message in chat_of(assistant(CALL), user(TEXT, RESULT)).messages][1:] == [
+        "user",
+        "tool",
+    ]
 
 
 def test_a_tool_that_failed_is_told_so() -> None:
-    [message] = chat_of(user({**RESULT, "is_error": True})).messages
+    _, message = chat_of(assistant(CALL), user({**RESULT, "is_error": True})).messages
     assert message.content == "Error: five"
 
 
 def test_a_result_may_be_empty() -> None:
-    [message] = chat_of(user({"type": "tool_result", "tool_use_id": "a"})).messages
+    _, message = chat_of(assistant(CALL), user({"type": "tool_result", "tool_use_id": "a"})).messages
     assert (message.content, message.HasField("content")) == ("", True)
 
 
@@ -114,7 +121,16 @@ def test_thinking_is_a_variable_of_the_template() -> None:
         ({"messages": [user({"type": "tool_use"})]}, "messages[0].content[0].type"),
         ({"messages": [user({**TEXT, "citations": [1]})]}, "messages[0].content[0].citations"),
         ({"messages": [user({**RESULT, "content": [{"type": "image"}]})]}, "messages[0].content[0].content[0].type"),
-        ({"messages": [user({"type": "tool_result"})]}, "messages[0]"),
+        ({"messages": [user({"type": "tool_result"})]}, "messages[0].content[0]"),
+        ({"messages": [user({"type": "text"})]}, "messages[0].content[0]"),
+        ({"messages": [assistant({**CALL, "input": "{}"})]}, "messages[0].content[0]"),
+        ({"messages": [assistant({**CALL, "name": ""})]}, "messages[0].content[0]"),
+        ({"messages": [user(RESULT)]}, "messages[0].content[0]"),
+        ({"messages": [user(RESULT), assistant(CALL)]}, "messages[0].content[0]"),
+        ({"messages": [assistant(TEXT, CALL), user(TEXT)]}, "messages[0].content[1]"),
+        ({"messages": [user({**TEXT, "cache_control": {"type": "ephemeral", "ttl": "9y"}})]}, CACHED),
+        ({"messages": [user({**TEXT, "cache_control": {"type": "ephemeral", "scope": "all"}})]}, f"{CACHED}.scope"),
+        ({"messages": [user(*[{**TEXT, "text": "x" * (1 << 20)}] * 3)]}, "messages[0].content[2]"),
         ({"messages": [user()]}, "messages[0]"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name"),
@@ -123,6 +139,12 @@ def test_thinking_is_a_variable_of_the_template() -> None:
 )
 def test_what_there_is_nothing_for_is_refused_with_its_place(given: dict[str, Any], param: str) -> None:
     assert refusal_of(**given).param == param
+
+
+def test_a_field_leads_back_to_its_block() -> None:
+    draft = MESSAGES.read({"system": "s", "messages": [assistant(TEXT, CALL), user(RESULT)]})
+    assert draft.named("prompt.chat.messages[1].tool_calls[0].arguments_json") == "messages[0].content[1].input"
+    assert draft.named("prompt.chat.messages[2].content") == "messages[1].content[0].content"
 
 
 def test_a_count_reads_what_a_message_reads() -> None:

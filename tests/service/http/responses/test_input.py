@@ -63,6 +63,13 @@ def test_a_field_leads_back_to_its_item() -> None:
     assert draft.named("prompt.chat.messages[2].content") == "input[2].content"
 
 
+def test_a_call_leads_back_to_its_item() -> None:
+    draft = RESPONSES.read({"input": [THOUGHT, SAID, CALL, RESULT]})
+    assert draft.named("prompt.chat.messages[0].content") == "input[1].content"
+    assert draft.named("prompt.chat.messages[0].tool_calls[0].arguments_json") == "input[2].arguments"
+    assert draft.named("prompt.chat.messages[1].tool_call_id") == "input[3].call_id"
+
+
 def test_what_others_found_in_a_text_is_no_part_of_a_prompt() -> None:
     [message] = chat_of(
         {**SAID, "content": [{"type": "output_text", "text": "x", "annotations": [{"url": "u"}]}]}
@@ -88,6 +95,11 @@ def test_a_choice_may_name_a_tool() -> None:
         ({"input": [{"type": "function_call", "call_id": "a"}]}, "input[0]"),
         ({"input": [{**CALL, "namespace": "x"}]}, "input[0].namespace"),
         ({"input": [{"no": "such"}]}, "input[0]"),
+        ({"input": [RESULT]}, "input[0]"),
+        ({"input": [THOUGHT, CALL, USER]}, "input[1]"),
+        ({"input": [{**CALL, "name": ""}]}, "input[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0]"),
+        ({"input": [{**THOUGHT, "content": "x" * (1 << 20)}] * 3}, "input[2]"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{**TOOL, "strict": True}]}, "tools[0].strict"),
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading"),
