@@ -5,6 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from loraplex.v1.inference_pb2 import (
     Delta,
     Finished,
@@ -307,15 +309,14 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> Json | None:
     return {"content": spelt_logprobs(tokens)} if tokens else None
 
 
-def spelt_logprobs(tokens: Sequence[TokenLogprob]) -> list[Json]:
-    """Tokens with their log-probabilities, as OpenAI's newer APIs have them."""
-    return [
-        {
-            **_spelt(token.text, _logprob(token), token.bytes),
-            "top_logprobs": [_spelt(top.text, max(top.logprob, LEAST_LOGPROB), top.bytes) for top in token.top],
-        }
-        for token in tokens
-    ]
+def spelt_logprobs(tokens: Sequence[TokenLogprob]) -> list[msgspec.Raw]:
+    """Tokens with their log-probabilities, as OpenAI's newer APIs have them: each as the JSON that is sent."""
+    return [msgspec.Raw(msgspec.json.encode(_with_likeliest(token))) for token in tokens]
+
+
+def _with_likeliest(token: TokenLogprob) -> Json:
+    likeliest = [_spelt(top.text, max(top.logprob, LEAST_LOGPROB), top.bytes) for top in token.top]
+    return {**_spelt(token.text, _logprob(token), token.bytes), "top_logprobs": likeliest}
 
 
 def _spelt(text: str, logprob: float | None, raw: bytes) -> Json:

@@ -1,7 +1,11 @@
 """An output as blocks that follow each other: what the model thinks, what it says, and each tool that it calls."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+
+import msgspec
 
 from loraplex.v1.inference_pb2 import (
     Delta,
@@ -14,7 +18,7 @@ from loraplex.v1.inference_pb2 import (
     Usage,
 )
 from loraplex.v1.prompt_pb2 import ToolCall
-from loraplex_service.http.answers import Answers, Json
+from loraplex_service.http.answers import Answers, Json, spelt_logprobs
 from loraplex_service.http.parameters import Draft
 
 REASONING, TEXT, CALL = "reasoning", "text", "call"
@@ -28,7 +32,7 @@ class Block:
     index: int
     text: str = ""  # of a call: its arguments
     call: ToolCall | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[msgspec.Raw] = field(default_factory=list)  # as they are told, again and again
 
 
 class BlockAnswers(Answers):
@@ -69,18 +73,29 @@ class BlockAnswers(Answers):
 
     def _add(self, said: Delta | GenerateOutput) -> Iterator[Json]:
         self._waiting += said.logprobs
-        if said.reasoning and self._draft.include_reasoning:
-            yield from self._grow(REASONING, said.reasoning, ())
+        if said.reasoning:
+            self._take(said.reasoning, others=bool(said.text))
+            if self._draft.include_reasoning:
+                yield from self._grow(REASONING, said.reasoning, ())
         if said.text:
-            logprobs, self._waiting = self._waiting, []
-            yield from self._grow(TEXT, said.text, logprobs)
+            yield from self._grow(TEXT, said.text, spelt_logprobs(self._take(said.text)))
         for call in said.tool_calls:
             yield from self._close()
             yield from self._new(CALL, call)
             yield from self._grow(CALL, call.arguments_json, ())
             yield from self._close()
 
-    def _grow(self, kind: str, text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[Json]:
+    def _take(self, text: str, others: bool = False) -> Sequence[TokenLogprob]:
+        """Take the tokens of a text from those that wait. Marks before it are dropped.
+
+        Where none spell it, as of a text that was cut, all belong to it, but where there are `others` to take some.
+        """
+        tokens, span = self._waiting, _span(self._waiting, text.encode())
+        first, last = span or (0, 0 if others else len(tokens))
+        self._waiting = tokens[last:]
+        return tokens[first:last]
+
+    def _grow(self, kind: str, text: str, logprobs: Sequence[msgspec.Raw]) -> Iterator[Json]:
         if self._open is None or self._open.kind != kind:
             yield from self._close()
             yield from self._new(kind)
@@ -112,7 +127,7 @@ class BlockAnswers(Answers):
     def _opened(self, block: Block) -> Iterator[Json]:
         raise NotImplementedError
 
-    def _grown(self, block: Block, text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[Json]:
+    def _grown(self, block: Block, text: str, logprobs: Sequence[msgspec.Raw]) -> Iterator[Json]:
         raise NotImplementedError
 
     def _closed(self, block: Block) -> Iterator[Json]:
@@ -121,3 +136,16 @@ class BlockAnswers(Answers):
     def _end(self, usage: Usage) -> Iterator[Json]:
         """What comes after the last block."""
         raise NotImplementedError
+
+
+def _span(tokens: Sequence[TokenLogprob], text: bytes) -> tuple[int, int] | None:
+    """The places of the first token of a text and of the first one behind it; None: no tokens spell it."""
+    spelt, ends = b"".join(token.bytes for token in tokens), list(accumulate(len(token.bytes) for token in tokens))
+    for first, token in enumerate(tokens):
+        begins = ends[first] - len(token.bytes)
+        for start in (
+            (begins, begins + 1) if token.bytes.startswith(b" ") else (begins,)
+        ):  # left out where a text begins
+            if token.bytes and spelt.startswith(text, start):
+                return first, bisect_left(ends, start + len(text)) + 1
+    return None

@@ -178,14 +178,8 @@ class Door:
         async def embed(client: ServiceClient) -> None:
             call = call_options(exchange, draft.routing_key)
             response = await client.ask("PoolingService/Embed", draft.message, EmbedResponse, call)
-            data = [
-                {"object": "embedding", "index": index, "embedding": _vector(each.values, draft.base64)}
-                for index, each in enumerate(response.embeddings)
-            ]
-            report, used = response.report, response.report.usage.prompt_tokens
-            usage = {"prompt_tokens": used, "total_tokens": used}
-            answer = {"object": "list", "model": draft.message.model, "data": data, "usage": usage}
-            await exchange.answer(answer, headers={"x-request-id": report.request_id, **version_header(report.target)})
+            headers = {"x-request-id": response.report.request_id, **version_header(response.report.target)}
+            await exchange.answer_with(partial(_embedded, response, draft), response.ByteSize(), headers)
 
         await self._serve(exchange, draft, embed)
 
@@ -284,6 +278,16 @@ async def _unless_gone(exchange: Exchange, work: Coroutine[Any, Any, ResultT]) -
         working.cancel()
         gone.cancel()
         await asyncio.gather(working, gone, return_exceptions=True)
+
+
+def _embedded(response: EmbedResponse, draft: Draft) -> dict[str, Any]:
+    data = [
+        {"object": "embedding", "index": index, "embedding": _vector(each.values, draft.base64)}
+        for index, each in enumerate(response.embeddings)
+    ]
+    used = response.report.usage.prompt_tokens
+    usage = {"prompt_tokens": used, "total_tokens": used}
+    return {"object": "list", "model": draft.message.model, "data": data, "usage": usage}
 
 
 def _vector(values: Sequence[float], as_base64: bool) -> list[float] | str:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
@@ -129,6 +130,12 @@ class Exchange:
         """Answer with JSON."""
         await self.page(msgspec.json.encode(content), "application/json", status, headers)
 
+    async def answer_with(self, make: Callable[[], Any], size: int, headers: Headers) -> None:
+        """Answer with what is made as JSON. `size`: of what it is made of; of much, it is made in a thread."""
+        make_body = partial(_encoded, make)
+        body = await asyncio.to_thread(make_body) if size > SMALL_BYTES else make_body()
+        await self.page(body, "application/json", headers=headers)
+
     async def page(self, body: bytes, kind: str, status: int = 200, headers: Headers | None = None) -> None:
         """Answer with bytes of a media type."""
         fixed = {"content-type": kind, "content-length": str(len(body))}
@@ -163,6 +170,10 @@ class Exchange:
 
     async def _part(self, body: bytes, more: bool) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _encoded(make: Callable[[], Any]) -> bytes:
+    return msgspec.json.encode(make())
 
 
 def _object(body: bytearray) -> dict[str, Any]:

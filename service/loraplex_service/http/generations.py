@@ -1,6 +1,7 @@
 """Generations: a draft becomes calls of the service, and what comes back the answer."""
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 from loraplex import from_status
 from loraplex.channel import CallOptions
@@ -32,7 +33,8 @@ async def generate(exchange: Exchange, client: ServiceClient, draft: Draft, answ
         found = dict([each async for each in _batch(client, specs, call)])
         responses = [found[number] for number in range(len(specs))]
     headers = answers.headers(responses[0].request_id, responses[0].target)
-    await exchange.answer(answers.whole(responses), headers=headers)
+    size = sum(response.ByteSize() for response in responses)
+    await exchange.answer_with(partial(answers.whole, responses), size, headers)
 
 
 def _specs(draft: Draft, most_bytes: int) -> list[GenerateSpec]:

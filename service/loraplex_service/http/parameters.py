@@ -35,7 +35,7 @@ class Draft:
     """A request in the making: its message of the contract, and what only the answer depends on."""
 
     message: Any
-    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the body
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # what an answer repeats of the body
     prompts: list[Prompt] = field(default_factory=list)  # where a request may have several
     stream: bool = False
     has_stream_options: bool = False
@@ -83,6 +83,7 @@ class Table:
     check: Callable[[Draft], None] = lambda draft: None  # once all are read
     does: str = ""  # what it answers with
     told: Callable[[Failure], dict[str, Any]] = openai_error  # what went wrong
+    repeated: Collection[str] = ()  # parameters that the answer has as they were given
 
     def read(self, given: Mapping[str, Any]) -> Draft:
         """Read a body. Raises Refusal with the parameter at fault."""
@@ -91,7 +92,7 @@ class Table:
             problem = f"{unknown[0]}: there is no such parameter of {self.path}; docs/http.md lists those there are"
             raise Refusal(400, problem, param=unknown[0], code="unknown_parameter")
         draft = self.new()
-        draft.given = given
+        draft.given = {name: given[name] for name in self.repeated if name in given}
         for parameter in self.parameters:
             value = given.get(parameter.name)
             if value is None:  # to OpenAI null and nothing are the same

@@ -1,7 +1,10 @@
 """What the service says, in OpenAI's words: reasoning, calls of tools, and what JSON has no number for."""
 
+import json
+import threading
 from typing import Any
 
+import msgspec
 import pytest
 
 from loraplex.v1.generation_pb2 import GenerateSpec
@@ -21,6 +24,7 @@ from loraplex.v1.inference_pb2 import (
 from loraplex.v1.prompt_pb2 import ToolCall
 from loraplex.v1.routes_pb2 import ResolvedTarget
 from loraplex_service.http.answers import ChatAnswers, TextAnswers
+from loraplex_service.http.exchange import SMALL_BYTES, Exchange, Room
 from loraplex_service.http.parameters import Draft
 
 CALLS = [ToolCall(id="a", name="now", arguments_json="{}"), ToolCall(id="b", name="legs", arguments_json='{"n": 4}')]
@@ -39,6 +43,11 @@ def whole(output: GenerateOutput, said: Draft | None = None) -> dict[str, Any]:
     answer = ChatAnswers(said or draft()).whole([GenerateResponse(request_id="r", outputs=[output])])
     choice: dict[str, Any] = answer["choices"][0]
     return choice
+
+
+def sent(choice: dict[str, Any]) -> Any:
+    """As a caller reads it."""
+    return json.loads(msgspec.json.encode(choice))
 
 
 def streamed(*events: Delta | Finished) -> list[dict[str, Any]]:
@@ -94,7 +103,7 @@ def test_a_stop_token_is_told_and_token_zero_is_one() -> None:
 
 def test_what_cannot_be_has_a_number_that_json_knows() -> None:
     never = TokenLogprob(text="x", logprob=float("-inf"), top=[TopLogprob(text="y", logprob=float("-inf"))])
-    [told] = whole(GenerateOutput(logprobs=[never]))["logprobs"]["content"]
+    [told] = sent(whole(GenerateOutput(logprobs=[never])))["logprobs"]["content"]
     assert (told["logprob"], told["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)
 
 
@@ -138,3 +147,20 @@ def test_prompt_logprobs_are_by_token_id_as_vllm_has_them() -> None:
     response = GenerateResponse(request_id="r", outputs=[GenerateOutput(text="c")], prompt_logprobs=tokens)
     [choice] = TextAnswers(draft()).whole([response])["choices"]
     assert choice["prompt_logprobs"] == [None, {"8": {"logprob": -2.0, "rank": 5, "decoded_token": "b"}}]
+
+
+@pytest.mark.parametrize("size", [SMALL_BYTES, SMALL_BYTES + 1])
+async def test_a_large_answer_is_made_beside_the_loop(size: int) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"method": "GET", "path": "/", "headers": []}
+    exchange = Exchange(scope, receive, send, Room(1, 1, seconds=1.0))
+    await exchange.answer_with(threading.get_ident, size, {"x-request-id": "r"})
+    made_here = json.loads(sent[1]["body"]) == threading.get_ident()
+    assert (sent[0]["status"], made_here) == (200, size <= SMALL_BYTES)

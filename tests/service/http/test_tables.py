@@ -9,6 +9,7 @@ from loraplex.v1.prompt_pb2 import ToolMode
 from loraplex_service.http.dialects import TABLES
 from loraplex_service.http.failures import Refusal
 from loraplex_service.http.parameters import Parameter, Table, place
+from loraplex_service.http.responses.table import RESPONSES
 from loraplex_service.http.tables import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
 
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
@@ -258,3 +259,9 @@ def test_the_path_of_a_field_leads_back_to_the_parameter_that_gave_it() -> None:
 def test_tokens_of_a_conversation_take_its_tools() -> None:
     draft = TOKENIZE.read({"messages": VALUES["messages"], "tools": [TOOL]})
     assert draft.message.prompt.chat.tools[0].name == "now"
+
+
+def test_of_a_body_only_what_its_answer_repeats_is_kept() -> None:
+    kept = {table.path: set(table.read({"model": "tiny", "user": "me"}).given) for table in (CHAT, RESPONSES)}
+    assert kept == {CHAT.path: set(), RESPONSES.path: {"user"}}
+    assert RESPONSES.read({"input": "x"}).given == {}

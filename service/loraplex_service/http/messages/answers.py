@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterator, Sequence
 
-from loraplex.v1.inference_pb2 import FinishReason, TokenLogprob, Usage
+import msgspec
+
+from loraplex.v1.inference_pb2 import FinishReason, Usage
 from loraplex_service.http.answers import Json
 from loraplex_service.http.blocks import CALL, REASONING, Block, BlockAnswers
 from loraplex_service.http.failures import Failure, anthropic_error
@@ -38,7 +40,7 @@ class MessageAnswers(BlockAnswers):
         empty = {**_told(block), "input": {}} if block.kind == CALL else _told(block)
         yield {"type": "content_block_start", "index": block.index, "content_block": empty}
 
-    def _grown(self, block: Block, text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[Json]:
+    def _grown(self, block: Block, text: str, logprobs: Sequence[msgspec.Raw]) -> Iterator[Json]:
         yield {"type": "content_block_delta", "index": block.index, "delta": _added(block, text)}
 
     def _closed(self, block: Block) -> Iterator[Json]:

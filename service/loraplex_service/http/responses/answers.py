@@ -3,13 +3,19 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loraplex.v1.inference_pb2 import TokenLogprob, Usage
-from loraplex_service.http.answers import FINISH_REASONS, Json, spelt_logprobs
+import msgspec
+
+from loraplex.v1.inference_pb2 import Usage
+from loraplex_service.http.answers import FINISH_REASONS, Json
 from loraplex_service.http.blocks import CALL, REASONING, TEXT, Block, BlockAnswers
 from loraplex_service.http.failures import Failure
 
 ITEM_IDS = {REASONING: "rs", TEXT: "msg", CALL: "fc"}
 PARTS = {REASONING: "reasoning_text", TEXT: "output_text"}
+
+
+OR_NULL = ("instructions", "max_output_tokens", "temperature", "top_p", "user", "prompt_cache_key", "safety_identifier")
+REPEATED = (*OR_NULL, "metadata", "parallel_tool_calls", "reasoning", "text", "tool_choice", "tools", "top_logprobs")
 
 
 class ResponseAnswers(BlockAnswers):
@@ -39,8 +45,8 @@ class ResponseAnswers(BlockAnswers):
         yield self._event("response.output_item.added", output_index=block.index, item={**empty, "content": []})
         yield self._event("response.content_part.added", **self._place(block), part=_part(block))
 
-    def _grown(self, block: Block, text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[Json]:
-        told = {"logprobs": spelt_logprobs(logprobs)} if block.kind == TEXT else {}
+    def _grown(self, block: Block, text: str, logprobs: Sequence[msgspec.Raw]) -> Iterator[Json]:
+        told = {"logprobs": logprobs} if block.kind == TEXT else {}
         yield self._event(f"response.{_grows(block)}.delta", **self._place(block), delta=text, **told)
 
     def _closed(self, block: Block) -> Iterator[Json]:
@@ -48,7 +54,7 @@ class ResponseAnswers(BlockAnswers):
         if block.call is not None:
             yield self._event(done, **self._place(block), name=block.call.name, arguments=block.text)
         else:
-            told = {"logprobs": spelt_logprobs(block.logprobs)} if block.kind == TEXT else {}
+            told = {"logprobs": block.logprobs} if block.kind == TEXT else {}
             yield self._event(done, **self._place(block), text=block.text, **told)
             yield self._event("response.content_part.done", **self._place(block), part=_part(block))
         yield self._event("response.output_item.done", output_index=block.index, item=self._item(block))
@@ -75,7 +81,7 @@ class ResponseAnswers(BlockAnswers):
 
     def _item(self, block: Block) -> Json:
         """A block as an item of the output."""
-        head: Json = {"id": self._item_id(block), "status": self._status if block is self._blocks[-1] else "completed"}
+        head: Json = {"id": self._item_id(block), "status": "incomplete" if self._is_cut(block) else "completed"}
         if block.call is not None:
             call = {"call_id": block.call.id, "name": block.call.name, "arguments": block.text}
             return {**head, "type": "function_call", **call}
@@ -84,10 +90,14 @@ class ResponseAnswers(BlockAnswers):
             return {**head, "type": "reasoning", **nothing, "content": [_part(block)]}
         return {**head, "type": "message", "role": "assistant", "content": [_part(block)]}
 
+    def _is_cut(self, block: Block) -> bool:
+        """Whether a block has not come to its end. Calls come whole."""
+        ends_so = self._status == "incomplete" and block is self._blocks[-1] and block.kind != CALL
+        return ends_so or block is self._open
+
     def _response(self, status: str) -> Json:
         """The response as it is now, with what was asked for."""
         given = self._draft.given
-        as_given = ("instructions", "max_output_tokens", "temperature", "top_p", "user")
         incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             "id": self._id,
@@ -99,7 +109,7 @@ class ResponseAnswers(BlockAnswers):
             "model": self._draft.message.model,
             "output": [] if status == "in_progress" else [self._item(block) for block in self._blocks],
             "usage": None,
-            **{name: given.get(name) for name in (*as_given, "prompt_cache_key", "safety_identifier")},
+            **{name: given.get(name) for name in OR_NULL},
             "metadata": given.get("metadata") or {},
             "parallel_tool_calls": given.get("parallel_tool_calls") is not False,
             "reasoning": {"effort": None, "summary": None, **(given.get("reasoning") or {})},
@@ -124,7 +134,7 @@ def _part(block: Block) -> Json:
     part: Json = {"type": PARTS[block.kind], "text": block.text}
     if block.kind == REASONING:
         return part
-    return {**part, "annotations": [], "logprobs": spelt_logprobs(block.logprobs)}
+    return {**part, "annotations": [], "logprobs": block.logprobs}
 
 
 def _usage(usage: Usage) -> Json:

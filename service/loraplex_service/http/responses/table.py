@@ -33,6 +33,7 @@ from loraplex_service.http.parameters import (
     scalar,
     wrong,
 )
+from loraplex_service.http.responses.answers import REPEATED
 from loraplex_service.http.responses.input import put_input, put_instructions, put_tool_choice, put_tools
 
 INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
@@ -138,4 +139,5 @@ RESPONSES = Table(
     ),
     _check,
     does="A response, without state",
+    repeated=REPEATED,
 )

@@ -1,10 +1,17 @@
 """What a model thinks, says and calls, as the items of OpenAI's Responses."""
 
+import json
 from typing import Any
 
+import grpc
+import msgspec
+from google.rpc.status_pb2 import Status
+
+from loraplex import LoraplexError
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import (
     FINISH_REASON_EOS,
+    FINISH_REASON_MAX_TOKENS,
     Completed,
     Delta,
     Finished,
@@ -15,6 +22,7 @@ from loraplex.v1.inference_pb2 import (
     TokenLogprob,
 )
 from loraplex.v1.prompt_pb2 import ToolCall
+from loraplex_service.http.failures import failed
 from loraplex_service.http.parameters import Draft
 from loraplex_service.http.responses.answers import ResponseAnswers
 
@@ -22,19 +30,24 @@ CALLS = [ToolCall(id="a", name="now", arguments_json="{}"), ToolCall(id="b", nam
 KINDS = ["reasoning", "message", "function_call", "function_call"]
 
 
+def sent(told: Any) -> Any:
+    """As a caller reads it."""
+    return json.loads(msgspec.json.encode(told))
+
+
 def answers() -> ResponseAnswers:
     return ResponseAnswers(Draft(GenerateSpec(model="tiny")))
 
 
-def streamed(*deltas: Delta) -> list[dict[str, Any]]:
+def streamed(*deltas: Delta, reason: Any = FINISH_REASON_EOS) -> list[dict[str, Any]]:
     told = answers()
     messages = [
         StreamGenerateResponse(started=Started(request_id="r")),
         *(StreamGenerateResponse(delta=delta) for delta in deltas),
-        StreamGenerateResponse(finished=Finished(reason=FINISH_REASON_EOS)),
+        StreamGenerateResponse(finished=Finished(reason=reason)),
         StreamGenerateResponse(completed=Completed()),
     ]
-    return [event for message in messages for event in told.chunks(message)]
+    return [sent(event) for message in messages for event in told.chunks(message)]
 
 
 DELTAS = (Delta(reasoning="2 "), Delta(reasoning="and 2"), Delta(text="s"), Delta(text="o", tool_calls=CALLS))
@@ -84,3 +97,62 @@ def test_log_probabilities_come_with_the_text_of_their_tokens() -> None:
     assert [[token["token"] for token in each] for each in told] == [["a", "b"], ["c"]]
     [done] = [event for event in events if event["type"] == "response.output_text.done"]
     assert (done["text"], [token["token"] for token in done["logprobs"]]) == ("abc", ["a", "b", "c"])
+
+
+THOUGHT = [TokenLogprob(text=text, bytes=text.encode(), logprob=-1.0) for text in ("<think>", "yes", " or", " no")]
+ANSWER = [TokenLogprob(text=text, bytes=text.encode(), logprob=-1.0) for text in ("</think>", "\n", "yes", "!", "</s>")]
+LATER = [TokenLogprob(text=text, bytes=text.encode(), logprob=-1.0) for text in "yes"]
+END = Finished(reason=FINISH_REASON_EOS)
+
+
+def spelt(item: dict[str, Any]) -> list[str]:
+    return [token["token"] for token in item["content"][0]["logprobs"]]
+
+
+def test_the_tokens_of_a_text_are_neither_those_of_thoughts_nor_marks() -> None:
+    events = streamed(Delta(reasoning="yes or no", logprobs=THOUGHT), Delta(text="yes!", logprobs=ANSWER))
+    [delta] = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [token["token"] for token in delta["logprobs"]] == ["yes", "!"]
+    assert spelt(events[-1]["response"]["output"][1]) == ["yes", "!"]
+
+
+def test_the_tokens_of_a_text_are_found_in_a_whole_output() -> None:
+    output = GenerateOutput(reasoning="yes or no", text="yes!", logprobs=[*THOUGHT, *ANSWER])
+    response = sent(answers().whole([GenerateResponse(request_id="r", outputs=[output])]))
+    assert spelt(response["output"][1]) == ["yes", "!"]
+
+
+def test_tokens_wait_for_their_text() -> None:
+    events = streamed(Delta(text="y", logprobs=LATER), Delta(text="es", logprobs=LATER[:0]))
+    told = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+    assert [[token["token"] for token in each] for each in told] == [["y"], ["e", "s"]]
+
+
+def test_a_token_is_spelt_once() -> None:
+    told = answers()
+    messages = [StreamGenerateResponse(delta=Delta(text="yes", logprobs=LATER)), StreamGenerateResponse(finished=END)]
+    events = [event for message in messages for event in told.chunks(message)]
+    spelt = [event["logprobs"] for event in events if "logprobs" in event]
+    assert len(spelt) == 2
+    assert all(first is second for first, second in zip(*spelt, strict=True))
+
+
+def test_a_call_that_came_is_complete_where_the_output_was_cut() -> None:
+    events = streamed(Delta(text="so"), Delta(tool_calls=CALLS[:1]), reason=FINISH_REASON_MAX_TOKENS)
+    response = events[-1]["response"]
+    assert (response["status"], [item["status"] for item in response["output"]]) == ("incomplete", ["completed"] * 2)
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == response["output"]
+
+
+def test_a_text_that_was_cut_is_incomplete() -> None:
+    events = streamed(Delta(reasoning="hm"), Delta(text="so"), reason=FINISH_REASON_MAX_TOKENS)
+    assert [item["status"] for item in events[-1]["response"]["output"]] == ["completed", "incomplete"]
+
+
+def test_what_was_open_when_a_response_failed_is_incomplete() -> None:
+    told = answers()
+    for message in (Delta(reasoning="hm"), Delta(text="so")):
+        list(told.chunks(StreamGenerateResponse(delta=message)))
+    response = told.failed(failed(LoraplexError(grpc.StatusCode.UNAVAILABLE, Status())))["response"]
+    assert [item["status"] for item in response["output"]] == ["completed", "incomplete"]
