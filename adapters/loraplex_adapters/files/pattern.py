@@ -1,15 +1,16 @@
-"""PEFT's module patterns, matched in time that a hostile pattern cannot blow up.
+"""Patterns of modules' paths, matched in time that a hostile pattern cannot blow up.
 
-A pattern comes with the adapter, and Python's `re` can be made to run for ever while it holds the interpreter lock that
-the step loop needs. Here a pattern is matched by following all alternatives at once: the work is bounded by the size
-of the pattern times the length of the name. Every single-character piece is still matched by `re` itself, so that
-classes and escapes mean what they mean there. Look-around, back-references and possessive repeats are refused by name.
+A pattern comes with an adapter or a model, and Python's `re` can be made to run for ever while it holds the interpreter
+lock that the step loop needs. Here a pattern is matched by following all alternatives at once: the work is bounded by
+the size of the pattern times the length of the name. Every single-character piece is still matched by `re` itself, so
+that classes and escapes mean what they mean there. Look-around, back-references and possessive repeats are refused by
+name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 MAX_PATTERN_LENGTH = 1024  # characters
 MAX_REPEAT = 64  # of {n,m}
@@ -19,6 +20,8 @@ MAX_DEPTH = 8  # nested groups
 Piece = Callable[[str, frozenset[int]], frozenset[int]]
 
 _QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}")
+# Characters that stand for themselves, the last of which is not repeated.
+_LITERAL = re.compile(r"(?:[^\\.^$*+?{}\[\]()|]|\\[^0-9A-Za-z])+(?![*+?{])")
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[dDwWsS]|[^0-9A-Za-z])")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
 # What `re` warns of, because it may come to mean an operation on sets: "[[" and doubled signs in a class.
@@ -26,10 +29,9 @@ _SET_OPERATION = re.compile(r"\\.|(?P<operation>\[\^?(?:\[|\]?(?:\\.|[^\]\\])*?(
 
 
 class ModulePattern:
-    """`(.*\\.)?(pattern)$` against a module's path, as PEFT matches rank_pattern and alpha_pattern.
+    """A regular expression that is matched against modules' paths.
 
     Raises ValueError for a pattern that `re` would refuse too, or that needs what is not supported.
-    Source: peft.utils.other.get_pattern_key.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -45,9 +47,16 @@ class ModulePattern:
         self._piece = _Parser(pattern).parse()
 
     def matches(self, module: str) -> bool:
-        """Whether the pattern matches the whole path, or a tail of it that begins after a dot."""
+        """Whether `(.*\\.)?(pattern)$` matches a path, as PEFT matches rank_pattern and alpha_pattern.
+
+        Source: peft.utils.other.get_pattern_key.
+        """
         starts = frozenset([0, *(i + 1 for i, character in enumerate(module) if character == ".")])
         return len(module) in self._piece(module, starts)
+
+    def match(self, module: str) -> bool:
+        """Whether the pattern matches a path from its beginning on, as `re.match`."""
+        return bool(self._piece(module, frozenset([0])))
 
 
 class _Parser:
@@ -72,10 +81,16 @@ class _Parser:
         return branches[0] if len(branches) == 1 else _either(branches)
 
     def _sequence(self) -> Piece:
-        pieces = []
+        pieces, literals = [], []
         while self._peek() not in ("", "|", ")"):
-            pieces.append(self._repeated(self._atom()))
-        return _then(pieces)
+            found = _LITERAL.match(self._text, self._at)
+            if found is None:
+                pieces.append(self._repeated(self._atom()))
+                continue
+            self._at = found.end()
+            literals.append(re.sub(r"\\(.)", r"\1", found.group(), flags=re.DOTALL))
+            pieces.append(_literal(literals[-1]))
+        return _then(pieces, literals)
 
     def _repeated(self, piece: Piece) -> Piece:
         found = _QUANTIFIER.match(self._text, self._at)
@@ -146,6 +161,13 @@ def _character(source: str) -> Piece:
     return ends
 
 
+def _literal(text: str) -> Piece:
+    def ends(name: str, starts: frozenset[int]) -> frozenset[int]:
+        return frozenset(i + len(text) for i in starts if name.startswith(text, i))
+
+    return ends
+
+
 def _at_start(name: str, starts: frozenset[int]) -> frozenset[int]:
     return starts & {0}
 
@@ -154,10 +176,10 @@ def _at_end(name: str, starts: frozenset[int]) -> frozenset[int]:
     return starts & {len(name)}
 
 
-def _then(pieces: Iterable[Piece]) -> Piece:
-    pieces = tuple(pieces)
-
+def _then(pieces: Sequence[Piece], literals: Sequence[str]) -> Piece:
     def ends(name: str, starts: frozenset[int]) -> frozenset[int]:
+        if any(text not in name for text in literals):  # most names are told apart so, and soon
+            return frozenset()
         for piece in pieces:
             starts = piece(name, starts)
         return starts

@@ -15,7 +15,7 @@ from loraplex_engine.quantization.awq import parse as parse_awq
 from loraplex_engine.quantization.four_bit_floats import Mxfp4Layout, Nvfp4Layout
 from loraplex_engine.quantization.fp8 import Fp8Spec
 from loraplex_engine.quantization.gptq import GptqSpec, read_parameters
-from loraplex_engine.quantization.modules import ByModule
+from loraplex_engine.quantization.modules import ByModule, read_patterns
 from loraplex_engine.quantization.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ STATIC_FLOAT8 = "fp8_static"
 LAYOUTS = (*WITH_OFFSET, *WITHOUT_OFFSET[1:], *OF_AWQ, OF_COMPRESSED_TENSORS, STATIC_FLOAT8)
 ROTATIONS = ("rotation_config", "spinquant_config")
 UNQUANTISED_BITS = 16
+MODULE_NAME = re.compile(r"[\w.]+")  # what else extra_config has are patterns
 
 
 def parse(fields: ConfigFields) -> QuantSpec:
@@ -81,23 +82,15 @@ def _by_module(fields: ConfigFields, read: Callable[[ConfigFields], QuantSpec]) 
 
     Raises ModelError for a pattern that is none.
     """
-    general, section = read(fields), fields.section("extra_config")
-    names, patterns = {}, []
-    for name in section.names() if section is not None else ():
-        assert section is not None
+    general, section = read(fields), fields.filled_section("extra_config")
+    if section is None:
+        return general
+    specs = {}
+    for name in section.names():
         changes = section.section(name)
-        if changes is None or changes.integer("bits", 1) >= UNQUANTISED_BITS:
-            continue
-        spec = read(ConfigFields({**fields.raw(), **changes.raw()}, changes.where))
-        if re.fullmatch(r"[\w.]+", name):
-            names[canonical_name(name)] = spec
-        else:
-            patterns.append((_pattern(section, name), spec))
-    return ByModule(general.label, general, names, tuple(patterns)) if names or patterns else general
-
-
-def _pattern(section: ConfigFields, name: str) -> re.Pattern[str]:
-    try:
-        return re.compile(f".*?(?:{name})")  # which may match anywhere
-    except re.error as error:
-        raise section.error(name, f"{name!r} ({error})", "a regular expression of module names") from None
+        if changes is not None and changes.integer("bits", 1) < UNQUANTISED_BITS:
+            specs[name] = read(changes.with_defaults(fields.raw()))
+    names = {canonical_name(name): spec for name, spec in specs.items() if MODULE_NAME.fullmatch(name)}
+    texts = {name: f".*(?:{name})" for name in specs if not MODULE_NAME.fullmatch(name)}  # which may match anywhere
+    patterns = tuple((pattern, specs[name]) for name, pattern in read_patterns(section, texts).items())
+    return ByModule(general.label, general, names, patterns) if specs else general

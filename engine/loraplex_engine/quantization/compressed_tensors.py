@@ -7,19 +7,19 @@ nearer to the unquantised model.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from loraplex_adapters.files.pattern import ModulePattern
 from loraplex_engine.checkpoint.config_fields import ConfigFields
-from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor
 from loraplex_engine.quantization.four_bit_floats import Mxfp4Layout, Nvfp4Layout
 from loraplex_engine.quantization.fp8 import float8_weight, read_block
 from loraplex_engine.quantization.integers import IntegerInputs, integer_weight
+from loraplex_engine.quantization.modules import read_patterns
 from loraplex_engine.quantization.spec import SCALE_TYPES, LinearShape, check_scales, group_count
 from loraplex_engine.quantization.unpacking import unpack_codes
 from loraplex_kernels.quantized import AffineWeight, QuantizedWeight
@@ -51,7 +51,8 @@ WORD_BITS = 32
 class Scheme:
     """The storage of the modules of one `config_groups` entry."""
 
-    targets: tuple[str, ...]  # "Linear", a module's path, or "re:" and a pattern of paths
+    targets: frozenset[str]  # "Linear", or a module's path or the end of one
+    patterns: tuple[ModulePattern, ...]  # of paths
     packed: bool
     bits: int
     kind: str  # "int", "float"
@@ -64,12 +65,8 @@ class Scheme:
     integer_inputs: IntegerInputs | None = None  # None: activations stay unquantised
 
     def matches(self, path: str) -> bool:
-        return any(
-            re.match(target.removeprefix("re:"), path) is not None
-            if target.startswith("re:")
-            else target in (path, path.rpartition(".")[2])
-            for target in self.targets
-        )
+        named = not self.targets.isdisjoint((path, path.rpartition(".")[2]))
+        return named or any(pattern.match(path) for pattern in self.patterns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +198,10 @@ def _scheme(group: ConfigFields, file_format: str) -> Scheme:
     if activations is not None and inputs is None:
         logger.info("%s: activations stay unquantised; the file asks for quantised ones", group.where)
     targets = group.texts("targets")
-    _check_patterns(group, targets)
+    texts = {target: target.removeprefix("re:") for target in targets if target.startswith("re:")}
     return Scheme(
-        targets,
+        frozenset(targets) - texts.keys(),
+        tuple(read_patterns(group, texts).values()),
         packed,
         bits,
         kind,
@@ -245,14 +243,6 @@ def _strategy(
     if kind == "int" and strategy == "block":
         raise weights.error("strategy", strategy, "another one for integers")
     return strategy, block
-
-
-def _check_patterns(group: ConfigFields, targets: tuple[str, ...]) -> None:
-    for target in targets:
-        try:
-            re.compile(target.removeprefix("re:"))
-        except re.error as error:
-            raise ModelError(f"{group.where}: targets: {target!r} is no regular expression: {error}") from None
 
 
 def _groups(scheme: Scheme, linear: LinearShape) -> int:

@@ -7,15 +7,16 @@ g_idx [C] names the group of each input feature. Format v1 stores zero − 1, v2
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from loraplex_adapters.files.pattern import ModulePattern
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor
+from loraplex_engine.quantization.modules import read_patterns
 from loraplex_engine.quantization.spec import LinearShape, check_scales, group_count, require_multiple
 from loraplex_engine.quantization.unpacking import unpack_codes
 from loraplex_kernels.quantized import AffineWeight
@@ -42,7 +43,7 @@ class Parameters:
 @dataclass(frozen=True, slots=True)
 class GptqSpec:
     parameters: Parameters
-    dynamic: tuple[tuple[re.Pattern[str], Parameters], ...]  # the first that matches a module's path counts
+    dynamic: tuple[tuple[ModulePattern, Parameters], ...]  # the first that matches a module's path counts
     zero_offset: int  # what v1 took off the zeros
     # GPTQModel subtracts 1 from all zeros of a word at once, so that a zero of 0 borrows from its neighbour; adding it
     # back undoes that. AutoGPTQ adds to each code by itself.
@@ -150,20 +151,16 @@ def read_parameters(fields: ConfigFields, base: Parameters | None) -> Parameters
     return Parameters(bits, group_size, fields.flag("sym", True if base is None else base.sym))
 
 
-def _dynamic(section: ConfigFields | None, base: Parameters) -> tuple[tuple[re.Pattern[str], Parameters], ...]:
+def _dynamic(section: ConfigFields | None, base: Parameters) -> tuple[tuple[ModulePattern, Parameters], ...]:
     """Read `dynamic`. Patterns with "-:" name dense modules and are skipped: the tensors show that they are dense."""
-    found = []
-    for name in section.names() if section is not None else ():
-        if name.startswith("-:"):
-            continue
-        assert section is not None
-        changes = section.section(name)
-        try:
-            pattern = re.compile(name.removeprefix("+:"))
-        except re.error as error:
-            raise section.error(name, f"{name!r} ({error})", "a regular expression of module names") from None
-        found.append((pattern, base if changes is None else read_parameters(changes, base)))
-    return tuple(found)
+    if section is None:
+        return ()
+    texts = {name: name.removeprefix("+:") for name in section.names() if not name.startswith("-:")}
+    changes = {name: section.section(name) for name in texts}
+    return tuple(
+        (pattern, base if (own := changes[name]) is None else read_parameters(own, base))
+        for name, pattern in read_patterns(section, texts).items()
+    )
 
 
 def _input_order(linear: LinearShape, g_idx: Tensor | None, group_size: int) -> Tensor | None:

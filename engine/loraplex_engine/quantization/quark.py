@@ -7,6 +7,7 @@ import logging
 import re
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.weights import canonical_name
 from loraplex_engine.quantization.four_bit_floats import Mxfp4Layout
 from loraplex_engine.quantization.fp8 import Fp8Spec
 from loraplex_engine.quantization.modules import ByModule
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 FLOAT8 = Fp8Spec(None, static_activations=True)
 MXFP4 = Mxfp4Layout(".weight", ".weight_scale")
 IN_WEIGHTS = ("smooth", "autosmoothquant", "awq", "gptq", "gptaq", "autoround", "qronos")  # whose work is all there
+WILD = re.compile(r"[*?\[]")  # in a pattern of paths, which `fnmatch` matches without trying again and again
 WHOLE = ("per_tensor", "per_channel")
 
 
@@ -33,16 +35,17 @@ def parse(fields: ConfigFields) -> QuantSpec:
     logger.info("%s: activations stay unquantised, whatever the file asks for", fields.where)
     general = None if everything is None else _layout(everything)
     layers = fields.section("layer_quant_config")
-    own = []
-    for name in layers.names() if layers is not None else ():
-        assert layers is not None
-        section = layers.section(name)
-        spec = None if section is None else _layout(section)
-        if spec is not None:
-            own.append((re.compile(fnmatch.translate(name)), spec))
+    own = {} if layers is None else _of_layers(layers)
     if general is None and not own:
         raise fields.error("global_quant_config", None, "given, with how the weights are quantised")
-    return ByModule(f"quark-{(general or own[0][1]).label}", general, patterns=tuple(own))
+    names = {canonical_name(name): spec for name, spec in own.items() if not WILD.search(name)}
+    patterns = tuple((re.compile(fnmatch.translate(name)), spec) for name, spec in own.items() if WILD.search(name))
+    return ByModule(f"quark-{(general or next(iter(own.values()))).label}", general, names, patterns)
+
+
+def _of_layers(layers: ConfigFields) -> dict[str, QuantSpec]:
+    sections = {name: section for name in layers.names() if (section := layers.section(name)) is not None}
+    return {name: spec for name, section in sections.items() if (spec := _layout(section)) is not None}
 
 
 def _check_algorithms(fields: ConfigFields) -> None:

@@ -30,14 +30,17 @@ class QuantizedReader:
         self._spec = spec
         self._markers = spec.markers
         self._linears: dict[str, LinearShape] = {}
+        self._suffixes: dict[str, tuple[str, ...]] = {}  # of their tensors
         self.expected: dict[str, ExpectedTensor] = {}  # what the checkpoint must hold for them
         dense = []
         for linear in linears:
             if self._is_dense(linear):
                 dense.append(linear.path)
                 continue
+            tensors = spec.tensors(linear)
             self._linears[linear.path] = linear
-            self.expected |= {linear.path + suffix: tensor for suffix, tensor in spec.tensors(linear).items()}
+            self._suffixes[linear.path] = tuple(tensors)
+            self.expected |= {linear.path + suffix: tensor for suffix, tensor in tensors.items()}
         logger.info("%s: %d linears quantised", spec.label, len(self._linears))
         if dense:
             logger.info("%d linears are stored unquantised and stay so: %s …", len(dense), ", ".join(dense[:3]))
@@ -60,7 +63,7 @@ class QuantizedReader:
         Raises ModelError naming a tensor with impossible values, or a linear that cannot be cut so.
         """
         linear, checkpoint = self._linears[path], self._checkpoint
-        names = {suffix: path + suffix for suffix in self._spec.tensors(linear)}
+        names = {suffix: path + suffix for suffix in self._suffixes[path]}
         stored = {
             suffix: checkpoint.tensor(name, device) if expert is None else checkpoint.entry(name, expert, device)
             for suffix, name in names.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor, canonical_name
 from loraplex_engine.quantization.fp8 import float8_weight
-from loraplex_engine.quantization.modules import ByModule
+from loraplex_engine.quantization.modules import ByModule, read_patterns
 from loraplex_engine.quantization.spec import LinearShape, QuantSpec, check_scales, group_count, require_multiple
 from loraplex_engine.quantization.unpacking import unpack_codes
 from loraplex_kernels.quantized import AffineWeight, Float8Weight, MinimumWeight
@@ -147,16 +146,10 @@ def _by_module(modules: ConfigFields) -> ByModule:
     sections = {name: section for name in modules.names() if (section := modules.section(name)) is not None}
     layouts = {name: _layout(section) for name, section in sections.items()}
     general = layouts.pop("_default", None)
-    patterns = tuple((_pattern(modules, name), spec) for name, spec in layouts.items() if name.startswith("re:"))
+    texts = {name: f"(?:{name.removeprefix('re:')})$" for name in layouts if name.startswith("re:")}
+    patterns = tuple((pattern, layouts[name]) for name, pattern in read_patterns(modules, texts).items())
     names = {canonical_name(name).removesuffix(".weight"): spec for name, spec in layouts.items() if name[:3] != "re:"}
     return ByModule("torchao-mixed", general, names, patterns)
-
-
-def _pattern(modules: ConfigFields, name: str) -> re.Pattern[str]:
-    try:
-        return re.compile(f"(?:{name.removeprefix('re:')})\\Z")
-    except re.error as error:
-        raise modules.error(name, f"{name!r} ({error})", "a regular expression of module names") from None
 
 
 def _layout(config: ConfigFields) -> QuantSpec:

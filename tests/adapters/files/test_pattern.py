@@ -53,6 +53,11 @@ def test_a_pattern_means_what_re_says(pattern: str, module: str) -> None:
     assert ModulePattern(pattern).matches(module) is peft_rule(pattern, module)
 
 
+@given(st.recursive(ATOMS, groups, max_leaves=8), st.text("ab1.", max_size=7))
+def test_a_pattern_matches_from_the_beginning_as_re_does(pattern: str, module: str) -> None:
+    assert ModulePattern(pattern).match(module) is (re.match(pattern, module) is not None)
+
+
 @pytest.mark.parametrize(
     "pattern",
     [

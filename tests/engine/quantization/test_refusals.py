@@ -15,6 +15,7 @@ from torch import Tensor
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.quantization import LinearShape, parse
+from loraplex_engine.quantization.modules import MAX_PATTERN_CHARACTERS
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import load, make_twins
 from tests.engine.quantization.formats import (
@@ -294,6 +295,36 @@ def test_a_module_that_no_group_targets(tmp_path: Path) -> None:
     twins = make_twins(tmp_path, {**section, "config_groups": {"group_0": group}}, packer)
     with pytest.raises(ModelError, match=r"mlp.gate_proj is quantised, and no entry of config_groups"):
         load(twins.quantised)
+
+
+SLOW = "(.|a)*[xy]"  # tried again and again, it would not end
+FLOAT8 = {"_type": "Float8WeightOnlyConfig", "_version": 2}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        gptq(dynamic={f"+:{SLOW}": {"bits": 8}}),
+        auto_round("auto_round", extra_config={SLOW: {"bits": 8}}),
+        {**PACKED, "config_groups": {"a": {**PACKED["config_groups"]["group_0"], "targets": ["Linear", f"re:{SLOW}"]}}},
+        torchao("FqnToConfig", fqn_to_config={f"re:{SLOW}": FLOAT8, "_default": FLOAT8}),
+        {**quark("fp8_e4m3"), "layer_quant_config": {"*a" * 200: {"weight": {"dtype": "fp8_e4m3"}}}},
+    ],
+)
+def test_hostile_patterns_are_matched_without_backtracking(section: dict[str, Any]) -> None:
+    spec = parse(ConfigFields(section, "config.json"))
+    assert spec.tensors(LinearShape("a" * 100, 64, 64))
+
+
+def test_a_pattern_that_is_not_supported_is_named() -> None:
+    with pytest.raises(ModelError, match=r"dynamic: \+:\(\?=a\)a is no pattern of module names: .*not supported"):
+        parse(ConfigFields(gptq(dynamic={"+:(?=a)a": {"bits": 8}}), "config.json"))
+
+
+def test_more_patterns_than_are_read() -> None:
+    dynamic = {f"+:{number:064}": {"bits": 8} for number in range(MAX_PATTERN_CHARACTERS // 64 + 1)}
+    with pytest.raises(ModelError, match="dynamic: has patterns of module names of 65600 characters in all; at most"):
+        parse(ConfigFields(gptq(dynamic=dynamic), "config.json"))
 
 
 def test_a_zero_point_of_symmetric_inputs() -> None:
