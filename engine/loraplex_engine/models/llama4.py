@@ -53,13 +53,20 @@ def _layers(fields: ConfigFields) -> tuple[LayerAttention, ...]:
     rotated, rope = rotated_layers(fields), replace(read_rope(fields, 500_000.0), interleaved=True)
     chunk = fields.optional_integer("attention_chunk_size")
     growth = None
-    if fields.flag("attn_temperature_tuning"):
+    if _grows(fields):
         growth = QueryGrowth(fields.number("attn_scale"), fields.integer("floor_scale"), ahead=1)
     chunked = layers_of_kind(fields, "chunked_attention", rotated)
     return tuple(
         LayerAttention(rope if turns else None, chunk=chunk if sees else None, growth=None if turns else growth)
         for turns, sees in zip(rotated, chunked, strict=True)
     )
+
+
+def _grows(fields: ConfigFields) -> bool:
+    """Whether queries grow. The first files have a number there, of which 0 alone says that they do not."""
+    name = "attn_temperature_tuning"
+    stated = fields.raw()[name]
+    return fields.integer(name, minimum=0) > 0 if type(stated) is int else fields.flag(name)
 
 
 def _sparse_layers(fields: ConfigFields) -> tuple[bool, ...]:

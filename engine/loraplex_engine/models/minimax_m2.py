@@ -33,6 +33,8 @@ def read(architecture: str, fields: ConfigFields) -> ModelConfig:
         raise fields.error(
             "shared_intermediate_size", fields.integer("shared_intermediate_size"), "0: no published model shares one"
         )
+    if fields.text("scoring_func", "sigmoid") != "sigmoid":
+        raise fields.error("scoring_func", fields.text("scoring_func"), "'sigmoid', as in every published model")
     part = part_of_head(fields.integer("rotary_dim"), fields.integer("head_dim")) if fields.has("rotary_dim") else 1.0
     num_layers = fields.integer("num_hidden_layers")
     layers = (LayerAttention(read_partial_rope(fields, part)),) * num_layers

@@ -400,6 +400,8 @@ def test_long_contexts_take_the_long_factors() -> None:
         ("PhiForCausalLM", {"qk_layernorm": True}, "qk_layernorm is True; it must be false"),
         ("PhiForCausalLM", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be one of gelu_pytorch_tanh"),
         ("HunYuanDenseV1ForCausalLM", {"rope_scaling": {"type": "dynamic", "alpha": 1e30}}, "alpha .* at most 1e.06"),
+        ("MiniMaxM2ForCausalLM", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; it must be 'sigmoid'"),
+        ("Llama4ForCausalLM", {"attn_temperature_tuning": -1}, "attn_temperature_tuning is -1; it must be an integer"),
         ("CohereForCausalLM", {"model_max_length": 1 << 40}, "model_max_length .* at most"),
         (
             "HunYuanDenseV1ForCausalLM",
@@ -444,6 +446,12 @@ def test_layers_of_llama_4_that_turn_see_their_chunk_and_the_queries_of_others_g
         (None, QueryGrowth(0.1, 8192, ahead=1), True),
     ]
     assert torch.isfinite(cos_sin_table(config.layers[0].rope, 128, 9000, torch.device("cpu"))).all()
+
+
+@pytest.mark.parametrize(("stated", "grows"), [(4, True), (0, False), (True, True), (False, False), (None, False)])
+def test_the_first_files_of_llama_4_have_a_number_for_whether_queries_grow(stated: object, grows: bool) -> None:
+    config = of("Llama4ForCausalLM", attn_temperature_tuning=stated, num_key_value_heads=2)
+    assert [layer.growth is not None for layer in config.layers] == [False, False, False, grows]
 
 
 def test_minimax_m2_states_the_dimensions_that_turn() -> None:
