@@ -338,6 +338,7 @@ async def _start_http(app: Application, stack: AsyncExitStack, target: str) -> s
         log_level=config.log_level,
         log_format=config.log_format,
         tls=config.tls,
+        hosts=_hosts(config, config.http_listen),
         body_bytes=limits.batch_bytes,
         waiting_bytes=max(limits.waiting_text_bytes, limits.batch_bytes),
         message_seconds=limits.message_seconds,
@@ -349,6 +350,12 @@ async def _start_http(app: Application, stack: AsyncExitStack, target: str) -> s
     return await stack.enter_async_context(
         http_process(config.http_listen, settings, config.supervision, app.telemetry.metrics.http_requests)
     )
+
+
+def _hosts(config: ServiceConfig, listen: str) -> tuple[str, ...] | None:
+    """The names that HTTP callers may use. A page in a browser has neither a certificate for its name nor a token."""
+    asks_all = config.auth is not None and not config.auth.trusted_peers
+    return None if config.tls is not None or asks_all else (listen.rpartition(":")[0], *config.http_hosts)
 
 
 def _for_admin(door: str) -> str:

@@ -84,6 +84,7 @@ class ServiceConfig(_Section, frozen=True):
         None  # OpenAI's and Anthropic's APIs over HTTP, from a process of its own: see service/loraplex_service/http
     )
     http_admin: bool = False  # whether adapters may be loaded and unloaded over HTTP, by who may over gRPC
+    http_hosts: tuple[str, ...] = ()  # names by which it is called where it asks for no credentials, beside its address
     tls: TlsConfig | None = None
     insecure: bool = False  # allow other addresses than loopback without TLS and without credentials
     auth: AuthConfig | None = None  # None: every caller that reaches a listener may call

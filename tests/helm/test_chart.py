@@ -327,6 +327,14 @@ def test_adapters_are_managed_over_http_where_that_is_switched_on(
     assert config_of(chart.render(MODELS | {"http": http}), tmp_path).http_admin is is_managed
 
 
+def test_http_is_called_by_the_names_of_the_service_and_by_further_ones(chart: Chart, tmp_path: Path) -> None:
+    names = config_of(
+        chart.render(MODELS | {"http": {"enabled": True, "hosts": ["llm.internal"]}}), tmp_path
+    ).http_hosts
+    assert names[-1] == "llm.internal"
+    assert [name.count(".") for name in names[:-1]] == [0, 1, 2, 4]
+
+
 @pytest.mark.parametrize("named", [[], [{"namespaceSelector": {"matchLabels": {"team": "a"}}}]])
 def test_http_past_envoy_is_for_those_alone_who_are_named(chart: Chart, named: list[Any]) -> None:
     values = {"http": {"enabled": True}, "envoy": {"enabled": True}, "networkPolicy": {"dataFrom": named}}

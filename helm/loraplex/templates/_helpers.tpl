@@ -61,6 +61,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 -}}
 {{- if .Values.http.enabled -}}
 {{- $_ := set $own "http_listen" (printf "0.0.0.0:%v" .Values.http.port) -}}
+{{- $service := include "loraplex.fullname" . -}}
+{{- $inNamespace := printf "%s.%s" $service .Release.Namespace -}}
+{{- $hosts := list $service $inNamespace (printf "%s.svc" $inNamespace) (printf "%s.svc.cluster.local" $inNamespace) -}}
+{{- $_ := set $own "http_hosts" (concat $hosts .Values.http.hosts) -}}
 {{- if .Values.http.admin -}}{{- $_ := set $own "http_admin" true -}}{{- end -}}
 {{- end -}}
 {{- if .Values.adapters -}}{{- $_ := set $own "adapters" .Values.adapters -}}{{- end -}}

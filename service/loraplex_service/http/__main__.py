@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from loraplex_engine.link.logs import set_up_logging
 from loraplex_service.http.door import Door
 from loraplex_service.http.exchange import Room
+from loraplex_service.http.hosts import Hosts
 from loraplex_service.http.patience import PatientProtocol
 from loraplex_service.http.service import Clients
 from loraplex_service.http.settings import AnswerCount, DoorSettings
@@ -57,7 +58,7 @@ async def serve(settings: DoorSettings, listener: socket.socket) -> None:
     clients = Clients(settings.target, settings.calls_per_connection)
     room = Room(settings.body_bytes, settings.waiting_bytes, settings.message_seconds)
     admin = None if settings.admin_target is None else Clients(settings.admin_target, settings.calls_per_connection)
-    door = Door(clients, room, version("loraplex-server"), admin)
+    door = Door(clients, room, version("loraplex-server"), admin, Hosts(settings.hosts))
     server = _Server(_configuration(settings, door))
     stop = partial(setattr, server, "should_exit", True)
     await _at_end_of_stdin(stop)

@@ -22,6 +22,7 @@ from loraplex_service.http.catalog import listed, page, retrieved
 from loraplex_service.http.exchange import Exchange, Receive, Room, Send
 from loraplex_service.http.failures import Failure, Refusal, failed, openai_error, refused
 from loraplex_service.http.generations import echoes, generate
+from loraplex_service.http.hosts import Hosts
 from loraplex_service.http.messages.answers import MessageAnswers
 from loraplex_service.http.messages.table import COUNT, MESSAGES
 from loraplex_service.http.parameters import Draft, Table
@@ -56,12 +57,15 @@ def _reading(table: Table, handler: Handler) -> dict[str, Endpoint]:
 class Door:
     """The application. Each request becomes a call of the service, which is cancelled when its caller leaves."""
 
-    def __init__(self, clients: Clients, room: Room, version: str, admin: Clients | None = None) -> None:
-        """`admin`: for calls of the admin port; None: there are none over HTTP."""
+    def __init__(
+        self, clients: Clients, room: Room, version: str, admin: Clients | None = None, hosts: Hosts | None = None
+    ) -> None:
+        """`admin`: for calls of the admin port; None: there are none over HTTP. `hosts`: None: any."""
         self._clients = clients
         self._admin = admin
         self._room = room
         self._version = version
+        self._hosts = hosts or Hosts()
         self.answered = Counter[tuple[str, str]]()  # by endpoint and status; whoever tells them clears it
         self._endpoints = {
             "/health": Endpoint("GET", self._health),
@@ -86,6 +90,7 @@ class Door:
         try:
             endpoint = self._endpoint(exchange.path)
             exchange.told = endpoint.told
+            self._hosts.check(exchange.headers)
             if exchange.method not in METHODS[endpoint.method]:
                 allowed = ", ".join(METHODS[endpoint.method])
                 raise Refusal(405, f"{exchange.path} takes {endpoint.method} alone", allow=allowed)

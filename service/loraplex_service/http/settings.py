@@ -13,6 +13,7 @@ class DoorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: str = "INFO"
     log_format: str = "text"
     tls: TlsConfig | None = None
+    hosts: tuple[str, ...] | None = None  # names by which it is called, beside its address; None: any
     body_bytes: int = 8 << 20  # of one request
     waiting_bytes: int = 32 << 20  # of all bodies that are being received
     message_seconds: float = 30.0  # for a request to come

@@ -31,7 +31,12 @@ ENDLESS = {"model": "tiny", "prompt": "ab", "max_tokens": 1_000_000, "stream": T
 def request_of(path: str, body: Any = None, **headers: str) -> bytes:
     """One request, after which the server closes the connection."""
     content = b"" if body is None else json.dumps(body).encode()
-    given = {"host": "x", "connection": "close", "content-type": "application/json", "content-length": len(content)}
+    given = {
+        "host": "127.0.0.1",
+        "connection": "close",
+        "content-type": "application/json",
+        "content-length": len(content),
+    }
     lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1"]
     given |= {key.replace("_", "-"): value for key, value in headers.items()}
     lines += [f"{key}: {value}" for key, value in given.items()]
@@ -88,6 +93,13 @@ async def test_a_generation_over_a_real_port(served: ControlPlane) -> None:
     body = {"model": "tiny", "prompt": "ab", "max_tokens": 4}
     status, answer = await ask(served.addresses.http, request_of("/v1/completions", body))
     assert (status, answer["choices"][0]["text"]) == (200, "abab")
+
+
+@needs_uvicorn
+async def test_a_server_without_credentials_goes_by_its_own_names(served: ControlPlane) -> None:
+    status, answer = await ask(served.addresses.http, request_of("/v1/models", host="example.org"))
+    assert (status, answer["error"]["param"]) == (403, "host")
+    assert "http_hosts" in answer["error"]["message"]
 
 
 @needs_uvicorn
