@@ -25,7 +25,7 @@ from loraplex_engine.link.logs import set_up_logging
 from loraplex_service.http.door import Door
 from loraplex_service.http.exchange import Room
 from loraplex_service.http.hosts import Hosts
-from loraplex_service.http.patience import PatientProtocol
+from loraplex_service.http.patience import Connections, PatientProtocol
 from loraplex_service.http.service import Clients
 from loraplex_service.http.settings import AnswerCount, DoorSettings
 from loraplex_service.http.tls import server_context
@@ -87,8 +87,10 @@ def _tell(door: Door) -> None:
 
 
 def _configuration(settings: DoorSettings, door: Door) -> uvicorn.Config:
+    connections = Connections(settings.connections)
+
     def protocol(**arguments: Any) -> PatientProtocol:
-        return PatientProtocol(H11Protocol(**arguments), settings.message_seconds)
+        return PatientProtocol(H11Protocol(**arguments), settings.message_seconds, connections)
 
     options: dict[str, Any] = {
         "http": protocol,

@@ -174,6 +174,23 @@ async def test_a_connection_that_says_too_little_is_closed(served: ControlPlane,
 
 
 @needs_uvicorn
+@pytest.mark.parametrize("said", [b"", b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"], ids=["nothing", "a request"])
+async def test_connections_without_a_request_keep_nobody_out(said: bytes) -> None:
+    settings = DoorSettings(target="unix:/nowhere", connections=4)
+    async with http_process("127.0.0.1:0", settings, SupervisionConfig(), Counter()) as address:
+        opened = [await connected(address) for _ in range(3)]
+        for reader, writer in opened:
+            writer.write(said)
+            if said:
+                await reader.readuntil(b"}")
+        assert (await ask(address, request_of("/version")))[0] == 200
+        async with asyncio.timeout(20):
+            assert await opened[0][0].read() == b""  # it has waited longest
+        for _, writer in opened:
+            writer.close()
+
+
+@needs_uvicorn
 async def test_a_body_that_does_not_come_is_not_waited_for(served: ControlPlane) -> None:
     status, answer = await ask(served.addresses.http, request_of("/v1/completions", {}, content_length="10"))
     assert (status, answer["error"]["type"]) == (408, "invalid_request_error")
