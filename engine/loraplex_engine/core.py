@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -45,6 +46,8 @@ from loraplex_engine.scheduling.scheduler import Scheduler
 from loraplex_engine.scheduling.step import PendingResult, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Of one core, of adapter loads while requests run. Beside a load the mean decoding step took 9.4 instead of 9.0 ms, and
 # 10.0 instead of 9.2 ms without a limit (llama-160m, 2 cores). On a GPU a step needs few of the cores.
@@ -230,11 +233,12 @@ class EngineCore:
         self.adapters.advance(self.scheduler.adapter_users)
         plan = self.scheduler.schedule()
         self.store.pace.steps(running=bool(plan.scheduled))
-        goes_ahead = self._run_ahead and plan.is_foreseeable
-        pending = self._execute(plan, wait=not goes_ahead)
+        started = self._tried(lambda: self.runner.execute(plan), plan) if plan.scheduled else COMPUTED_NOTHING
         outputs, self._rejected = self._rejected + self._read(), []
-        self._unread = plan, pending
-        if goes_ahead and isinstance(pending, PendingResult):
+        self._unread = plan, started
+        if self._run_ahead:
+            self._publish(plan)
+        if self._run_ahead and plan.is_foreseeable and isinstance(started, PendingResult):
             plan.foresee(self.runner.max_model_len)
         else:
             outputs += self._read()
@@ -244,36 +248,36 @@ class EngineCore:
             events.append(StepOutput(outputs, self.stats()))
         return events + self.adapters.changed()
 
-    def _execute(self, plan: StepPlan, wait: bool) -> PendingResult | Exception:
-        """The plan's result, which is here already if it was to be waited for, or why it could not be computed.
+    def _tried(self, part: Callable[[], T], plan: StepPlan) -> T | Exception:
+        """What a part of a step comes to, or why it could not be computed.
 
         An error of the device itself is raised: nothing on it can be trusted any more.
         """
-        if not plan.scheduled:
-            return COMPUTED_NOTHING
         try:
-            pending = self.runner.execute(plan)
-            if not wait:
-                return pending
-            result = pending.result()
+            return part()
         except torch.AcceleratorError:
             raise
         except Exception as error:
             ids = [item.request.request_id for item in plan.scheduled]
             logger.exception("step %d failed; its requests end with an error: %s", self._num_steps, ids)
             return error
-        return PendingResult(lambda: result)
+
+    def _publish(self, plan: StepPlan) -> None:
+        """Let others find the blocks that a started step fills with tokens that were not read when it was planned."""
+        for item in plan.scheduled:
+            if item.request.block_ids:  # else it has ended meanwhile
+                self.blocks.publish(item.request, item.num_computed_tokens + item.num_new_tokens)
 
     def _read(self) -> list[RequestOutput]:
         """Wait for the step that was not read yet, and take in what it computed. One that failed has its requests fail,
         and only they.
         """
-        (plan, pending), self._unread = self._unread, (NOTHING_PLANNED, COMPUTED_NOTHING)
+        (plan, started), self._unread = self._unread, (NOTHING_PLANNED, COMPUTED_NOTHING)
+        result = self._tried(started.result, plan) if isinstance(started, PendingResult) else started
         plan.recall()
-        if isinstance(pending, Exception):
-            self.scheduler.fail_step(plan, f"the engine could not compute this step: {pending}")
+        if isinstance(result, Exception):
+            self.scheduler.fail_step(plan, f"the engine could not compute this step: {result}")
             return self.scheduler.update(NOTHING_PLANNED, NOTHING_COMPUTED)
-        result = pending.result()
         if result.problems:
             self.scheduler.fail_formless(_running(plan), result.problems)
         if result.not_finite:

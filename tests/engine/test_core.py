@@ -46,6 +46,7 @@ class FakeRunner:
         self.error: Exception | None = None
         self.not_finite: frozenset[int] = frozenset()  # of these no token is drawn
         self.not_finite_prompts: frozenset[int] = frozenset()  # of these one is: only their prompts have such rows
+        self.drawn: list[int] = []  # the requests of which a token was drawn, each as often
 
     def limits(self, config: EngineConfig) -> EngineLimits:
         return EngineLimits(
@@ -53,11 +54,17 @@ class FakeRunner:
         )
 
     def execute(self, plan: StepPlan) -> PendingResult:
-        return PendingResult(lambda: self.computed(plan))
+        self.drawn += [item.request.request_id for item in plan.scheduled if item.samples]
+        error, result = self.error, self.computed(plan)
+
+        def told() -> StepResult:
+            if error is not None:
+                raise error
+            return result
+
+        return PendingResult(told)
 
     def computed(self, plan: StepPlan) -> StepResult:
-        if self.error is not None:
-            raise self.error
         tokens = tuple(
             (SampledToken(7, None),) if item.samples and item.request.request_id not in self.not_finite else ()
             for item in plan.scheduled
@@ -126,11 +133,15 @@ class FakeAdapters:
 
 
 class Bench:
-    def __init__(self) -> None:
+    run_ahead = False
+
+    def __init__(self, num_blocks: int = 32) -> None:
         self.runner = FakeRunner()
+        self.runner.num_blocks = num_blocks
         self.adapters = FakeAdapters()
         parts: tuple[Any, Any, Any] = (self.runner, self.adapters, self.adapters)
-        self.core = EngineCore(*parts, EngineConfig(model="fake", block_size=4, max_num_batched_tokens=16))
+        config = EngineConfig(model="fake", block_size=4, max_num_batched_tokens=16)
+        self.core = EngineCore(*parts, config, run_ahead=self.run_ahead)
 
     def add(
         self,
@@ -158,6 +169,12 @@ class Bench:
         while self.core.has_work():
             outputs += self.step()
         return outputs
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["waiting", "ahead"])
+def _run_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds of an engine that waits for each step holds of one that starts the next one before."""
+    monkeypatch.setattr(Bench, "run_ahead", request.param)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +225,9 @@ def test_a_request_goes_on_from_what_another_engine_generated():
 def test_a_request_for_no_tokens_ends_once_its_prompt_is_computed():
     bench = Bench()
     bench.add(prompt=[1] * 64, max_tokens=0)
-    outputs = [bench.step() for _ in range(4)]
-    assert outputs[:3] == [[], [], []]
-    [(output,)] = outputs[3:]
+    outputs = [bench.step() for _ in range(4 + bench.run_ahead)]
+    assert not any(outputs[:-1])
+    (output,) = outputs[-1]
     assert (output.token_ids, output.finish_reason) == ([], FinishReason.MAX_TOKENS)
     assert not bench.core.has_work()
     assert bench.core.stats().prompt_tokens == 64
@@ -229,7 +246,7 @@ def test_a_failed_step_ends_its_requests_and_nobody_else():
     bench = Bench()
     bench.add(1)
     bench.runner.error = RuntimeError("boom")
-    (output,) = bench.step()
+    (output,) = bench.finish()
     assert output.finish_reason is FinishReason.ERROR
     assert "boom" in output.error
     bench.runner.error = None
@@ -268,7 +285,54 @@ def test_an_error_of_the_device_is_not_survived():
     bench.add(1)
     bench.runner.error = torch.AcceleratorError("the device is gone")
     with pytest.raises(torch.AcceleratorError):
-        bench.step()
+        bench.finish()
+
+
+@pytest.mark.parametrize("num_blocks", [5, 6, 7])
+def test_a_preempted_request_loses_no_token_that_was_drawn(num_blocks: int) -> None:
+    bench = Bench(num_blocks)
+    bench.add(1, max_tokens=12)
+    bench.add(2, max_tokens=12)
+    outputs = bench.finish()
+    told = [output.request_id for output in outputs for _ in output.token_ids]
+    assert bench.core.stats().num_preemptions
+    assert (told.count(1), told.count(2)) == (12, 12)
+    assert sorted(told) == sorted(bench.runner.drawn)
+    bench.core.blocks.check()
+
+
+def test_a_preempted_request_whose_logits_are_not_finite_fails_when_it_is_computed_again() -> None:
+    benches = [Bench(num_blocks=6) for _ in range(2)]
+    for bench in benches:
+        bench.add(1, max_tokens=12)
+        bench.add(2, max_tokens=12)
+    num_steps = 0
+    while not benches[0].core.scheduler.num_preemptions:
+        benches[0].step()
+        num_steps += 1
+    outputs = [output for _ in range(num_steps - 2) for output in benches[1].step()]
+    num_drawn = benches[1].runner.drawn.count(2)
+    benches[1].runner.not_finite_prompts = frozenset({2})  # when it is preempted, that is not read yet
+    outputs = [output for output in outputs + benches[1].finish() if output.request_id == 2]
+    assert [len(output.token_ids) for output in outputs] == [1] * num_drawn + [0]
+    assert outputs[-1].finish_reason is FinishReason.ERROR
+
+
+@pytest.mark.parametrize("num_tokens", [6, 7])
+def test_the_block_that_the_last_computed_token_fills_is_found_by_later_requests(num_tokens: int) -> None:
+    bench = Bench()
+    bench.add(1, max_tokens=num_tokens - 1)
+    bench.finish()
+    bench.add(2, prompt=[1, 2, 3, *[7] * (num_tokens - 1)])
+    assert bench.finish()[0].num_cached_tokens == (num_tokens + 1) // 4 * 4
+
+
+def test_a_step_that_cannot_be_read_leaves_nothing_findable() -> None:
+    bench = Bench()
+    bench.add(1, prompt=[1] * 15)
+    bench.runner.error = RuntimeError("boom")
+    bench.finish()
+    assert bench.core.stats().cached_blocks == 0
 
 
 def test_an_unloaded_adapter_goes_when_its_last_request_has_gone():

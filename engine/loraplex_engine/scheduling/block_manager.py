@@ -133,7 +133,7 @@ class BlockManager:
         if not self.enable_prefix_caching or request.bypass_prefix_cache:
             return
         num_full = num_tokens // self.block_size
-        first_new = max(request.num_computed_tokens - 1, 0) // self.block_size  # its last token may have been unread
+        first_new = request.num_computed_tokens // self.block_size
         if num_full == first_new:
             return
         hashes = self._hashes(request, num_full)
@@ -143,9 +143,9 @@ class BlockManager:
                 self._hash_of[block] = block_hash
                 self._block_of[block_hash] = block
 
-    def retract(self, request: Request) -> None:
-        """Undo `publish` for blocks that were never computed, because their step failed."""
-        for block in request.block_ids[request.num_computed_tokens // self.block_size :]:
+    def retract(self, request: Request, num_tokens: int) -> None:
+        """Undo `publish` for the blocks behind the first `num_tokens` tokens, because their step failed."""
+        for block in request.block_ids[num_tokens // self.block_size :]:
             self._forget_content(block)
 
     def distrust(self, request: Request) -> None:

@@ -250,11 +250,12 @@ class Scheduler:
         self.drafter.learn(plan, result)
         for item, sampled in zip(plan.scheduled, result.sampled, strict=True):
             request = item.request
-            if request.leader.state is not RequestState.RUNNING:
-                continue  # it failed in this very step, or ended or was preempted before that was read
+            if request.leader.state is RequestState.RUNNING:
+                request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
+            elif request.leader.state is RequestState.FINISHED or request.request_id in result.not_finite:
+                continue  # it ended before this was read, or it was preempted and will fail when it is computed again
             num_prompt_left = request.num_prompt_tokens - item.num_computed_tokens
             self.prompt_tokens += max(0, min(item.num_new_tokens, num_prompt_left))
-            request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
             if request.request_id in result.prompt_logprobs:
                 request.take_prompt_logprobs(item.num_computed_tokens + 1, result.prompt_logprobs[request.request_id])
             if request.request_id in result.pooled:
@@ -351,7 +352,7 @@ class Scheduler:
     def fail_step(self, plan: StepPlan, error: str) -> None:
         """End every request of a step that could not be computed. The others have lost nothing."""
         for item in plan.scheduled:
-            self.blocks.retract(item.request)
+            self.blocks.retract(item.request, item.num_computed_tokens)
         for request in _leaders(item.request for item in plan.scheduled):
             if request.state is RequestState.RUNNING:  # else the step before has ended it
                 self.fail(request, error)

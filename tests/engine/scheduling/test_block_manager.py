@@ -108,7 +108,7 @@ def test_a_failed_step_leaves_nothing_findable():
     blocks.start(request)
     assert blocks.grow(request, 8)
     blocks.publish(request, 8)
-    blocks.retract(request)
+    blocks.retract(request, 0)
     blocks.release(request)
     assert (blocks.num_cached, blocks.num_free) == (0, 8)
     blocks.check()
