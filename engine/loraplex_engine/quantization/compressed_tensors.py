@@ -20,7 +20,7 @@ from loraplex_engine.quantization.four_bit_floats import Mxfp4Layout, Nvfp4Layou
 from loraplex_engine.quantization.fp8 import float8_weight, read_block
 from loraplex_engine.quantization.integers import IntegerInputs, integer_weight
 from loraplex_engine.quantization.modules import read_patterns
-from loraplex_engine.quantization.spec import SCALE_TYPES, LinearShape, check_scales, group_count
+from loraplex_engine.quantization.spec import SCALE_TYPES, LinearShape, by_group, check_scales, group_count
 from loraplex_engine.quantization.unpacking import unpack_codes
 from loraplex_kernels.quantized import AffineWeight, QuantizedWeight
 
@@ -148,13 +148,14 @@ def _integers(scheme: Scheme, linear: LinearShape, stored: Mapping[str, Tensor])
     if int(codes.max()) >= 2 * offset:
         raise linear.error(".weight", f"holds values outside {-offset} … {offset - 1}, the range of {scheme.bits} bits")
     groups = _groups(scheme, linear)
-    scale = check_scales(linear, ".weight_scale", stored[".weight_scale"]).reshape(-1, groups).expand(n, groups)
+    scale = check_scales(linear, ".weight_scale", stored[".weight_scale"])
+    scale = by_group(linear, ".weight_scale", scale, groups)
     zero = torch.full_like(scale, offset)
     if scheme.packed and not scheme.symmetric:
         zero = unpack_codes(stored[".weight_zero_point"].t(), scheme.bits)[:, :n].t().float()
     elif not scheme.symmetric:
-        zero = zero + stored[".weight_zero_point"].float().reshape(-1, groups)
-    group_size = scheme.group_size or c
+        zero = zero + by_group(linear, ".weight_zero_point", stored[".weight_zero_point"].float(), groups)
+    group_size = min(scheme.group_size or c, c)
     return AffineWeight(codes, scheme.bits, scale.t().contiguous(), zero.t().contiguous(), group_size)
 
 

@@ -16,6 +16,7 @@ from loraplex_kernels.quantized import Float8Weight
 # transformers' names, then vLLM's. Both multiply.
 SCALES = (".weight_scale_inv", ".weight_scale")
 MX_BLOCK = 32
+MAX_BLOCK = 1 << 16  # far more rows or columns than any file has in a block, and few enough to be computed with
 E4M3_NAN = 0x7F  # and with the sign bit; the type has no infinity
 ACTIVATION_SCALES = (".activation_scale", ".input_scale")
 
@@ -81,6 +82,6 @@ def read_block(fields: ConfigFields, name: str) -> tuple[int, int] | None:
     block = fields.integers(name)
     if not block:
         return None
-    if len(block) != 2 or min(block) < 1:
-        raise fields.error(name, list(block), "two positive numbers: rows and columns")
+    if len(block) != 2 or min(block) < 1 or max(block) > MAX_BLOCK:
+        raise fields.error(name, list(block), f"two numbers from 1 to {MAX_BLOCK}: rows and columns")
     return block[0], block[1]

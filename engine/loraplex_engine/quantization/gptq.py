@@ -37,7 +37,7 @@ class Parameters:
     sym: bool
 
     def group(self, linear: LinearShape) -> int:
-        return linear.in_features if self.group_size == -1 else self.group_size
+        return linear.in_features if self.group_size == -1 else min(self.group_size, linear.in_features)
 
 
 @dataclass(frozen=True, slots=True)

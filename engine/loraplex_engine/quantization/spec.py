@@ -82,6 +82,16 @@ def check_scales(linear: LinearShape, suffix: str, scales: Tensor, zero_allowed:
     return scales
 
 
+def by_group(linear: LinearShape, suffix: str, values: Tensor, groups: int) -> Tensor:
+    """[N, G], of whatever shape they are stored in, or one for all of them.
+
+    Raises ModelError if there are others.
+    """
+    if values.numel() not in (1, linear.out_features * groups):
+        raise linear.error(suffix, f"has {values.numel()} values: one, or {groups} for each output feature")
+    return values.reshape(-1, groups if values.numel() > 1 else 1).expand(linear.out_features, groups)
+
+
 def _powers(exponents: Tensor) -> Tensor:
     """2 to what bytes of e8m0 stand for."""
     exponents = exponents.view(torch.uint8)

@@ -12,7 +12,14 @@ from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.weights import FLOATS, ExpectedTensor, canonical_name
 from loraplex_engine.quantization.fp8 import float8_weight
 from loraplex_engine.quantization.modules import ByModule, read_patterns
-from loraplex_engine.quantization.spec import LinearShape, QuantSpec, check_scales, group_count, require_multiple
+from loraplex_engine.quantization.spec import (
+    LinearShape,
+    QuantSpec,
+    by_group,
+    check_scales,
+    group_count,
+    require_multiple,
+)
 from loraplex_engine.quantization.unpacking import unpack_codes
 from loraplex_kernels.quantized import AffineWeight, Float8Weight, MinimumWeight
 
@@ -52,14 +59,16 @@ class Bytes:
         codes = stored[CODES].view(torch.uint8) + middle  # signed values become codes from 0 on
         if int(codes.max()) >= 2 * middle:
             raise linear.error(CODES, f"holds values outside {-middle} … {middle - 1}, the range of {self.bits} bits")
-        group_size = self.group_size or linear.in_features
-        scale = _by_group(linear, SCALE, check_scales(linear, SCALE, stored[SCALE]), group_size)
+        group_size = min(self.group_size or linear.in_features, linear.in_features)
+        groups = group_count(linear, group_size)
+        scale = by_group(linear, SCALE, check_scales(linear, SCALE, stored[SCALE]), groups)
         zero = torch.zeros_like(scale)
         if ZERO in stored:
-            zero = _by_group(linear, ZERO, stored[ZERO].float(), group_size)
+            zero = by_group(linear, ZERO, stored[ZERO].float(), groups)
         if not bool(torch.isfinite(zero).all()):
             raise linear.error(ZERO, "holds NaN or Inf: the checkpoint is damaged")
-        return AffineWeight(codes, self.bits, scale, zero + middle, group_size)
+        zero = (zero + middle).t().contiguous()
+        return AffineWeight(codes, self.bits, scale.t().contiguous(), zero, group_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,14 +230,6 @@ def _named(data: ConfigFields, name: str, default: str) -> str:
 
 def _of_activations(*names: str) -> dict[str, ExpectedTensor]:
     return {f"._weight_act_quant_{name}": ExpectedTensor(None, (*FLOATS, "I8"), optional=True) for name in names}
-
-
-def _by_group(linear: LinearShape, suffix: str, values: Tensor, group_size: int) -> Tensor:
-    """[N, G], or fewer where one value is that of all → [G, N]"""
-    groups = group_count(linear, group_size)
-    if values.numel() not in (1, linear.out_features * groups):
-        raise linear.error(suffix, f"has {values.numel()} values: one, or {groups} for each output feature")
-    return values.reshape(-1, groups if values.numel() > 1 else 1).expand(linear.out_features, groups).t().contiguous()
 
 
 def _around_middle(

@@ -16,6 +16,7 @@ from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.quantization import LinearShape, parse
 from loraplex_engine.quantization.modules import MAX_PATTERN_CHARACTERS
+from loraplex_kernels.quantized import dequantize
 from tests.engine.quantization import packing
 from tests.engine.quantization.checkpoints import load, make_twins
 from tests.engine.quantization.formats import (
@@ -125,6 +126,7 @@ PACKED = compressed("pack-quantized", **INT4)
         (hqq(view_as_float=True), "view_as_float is True"),
         (hqq({"nbits": 8}), "scale_quant_params is 'not empty'"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt is 'e5m2'"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 1 << 70]}, "two numbers from 1 to 65536: rows and columns"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
         ({"quant_method": "fp8", "activation_scheme": "none"}, "activation_scheme is 'none'"),
         (
@@ -180,6 +182,12 @@ NAN = float("nan")
         ("bitsandbytes int8", ".weight_format", only(1), r"\.weight_format is 1, a layout of one GPU generation"),
         ("compressed-tensors int4", ".weight_shape", only(7), r"\.weight_shape is \[7, 128\]"),
         ("compressed-tensors int4", ".weight_scale", only(NAN), r"\.weight_scale holds NaN"),
+        (
+            "compressed-tensors int8 per tensor",
+            ".weight_scale",
+            lambda t: t.expand(3).clone(),
+            r"\.weight_scale has 3 values: one, or 1 for each output feature",
+        ),
         ("fp8 blocks", ".weight", lambda t: only(NAN)(t.float()).to(t.dtype), r"\.weight holds NaN"),
         ("fp8 blocks", ".weight_scale_inv", only(NAN), r"\.weight_scale_inv holds NaN"),
         ("compressed-tensors nvfp4", ".weight_scale", lambda t: only(NAN)(t.float()).to(t.dtype), "_scale holds NaN"),
@@ -225,6 +233,19 @@ def test_values(name: str, suffix: str, change: Callable[[Tensor], Tensor], mess
     tensors[suffix] = change(tensors[suffix])
     with pytest.raises(ModelError, match=message):
         parse(ConfigFields(section, "config.json")).read(linear, tensors)
+
+
+@pytest.mark.parametrize(
+    ("section", "packer"),
+    [
+        (gptq(group_size=1 << 70), packing.gptq(group=-1)),
+        (compressed("int-quantized", **{**INT4, "num_bits": 8, "group_size": 1 << 70}), packing.ct_int8()),
+    ],
+)
+def test_a_group_of_more_than_there_is_is_all_there_is(section: dict[str, Any], packer: packing.Packer) -> None:
+    tensors, values = packer(torch.Generator().manual_seed(2), 32, 128)
+    record = parse(ConfigFields(section, "config.json")).read(LinearShape("a", 32, 128), tensors)
+    assert torch.equal(dequantize(record), values)
 
 
 def test_a_quant_state_of_another_shape() -> None:
