@@ -8,6 +8,12 @@ from loraplex_engine.checkpoint.model_config import ModelError
 
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_TINY = 1.1754943508222875e-38  # the smallest that all devices keep: below, some take numbers for 0
+MAX_SHOWN = 512  # characters of a name or a value in an error: a file may hold millions
+
+
+def shortened(text: str) -> str:
+    """What of a file's text is shown in an error."""
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 
 class ConfigFields:
@@ -118,7 +124,7 @@ class ConfigFields:
             return None
         if not isinstance(value, dict):
             raise self.error(name, value, "an object")
-        return ConfigFields(value, f"{self.where}: {name}")
+        return ConfigFields(value, f"{self.where}: {shortened(name)}")
 
     def filled_section(self, name: str) -> ConfigFields | None:
         """A section; None: it is absent or empty."""
@@ -137,8 +143,8 @@ class ConfigFields:
         return tuple(item for item in ids if item >= 0)  # -1 stands for "none" in some old files
 
     def error(self, name: str, value: object, wanted: str) -> ModelError:
-        state = "is missing" if value is None else f"is {value!r}"
-        return ModelError(f"{self.where}: {name} {state}; it must be {wanted}")
+        state = "is missing" if value is None else f"is {shortened(repr(value))}"
+        return ModelError(f"{self.where}: {shortened(name)} {state}; it must be {wanted}")
 
     def _get(self, name: str, default: object) -> object:
         value = self._raw.get(name)

@@ -55,6 +55,7 @@ STORED_DTYPES = {
     **dict.fromkeys(READERS, torch.bfloat16),  # stored in blocks: the width of what they were made from
 }
 FLOATS = tuple(FLOAT_TYPES)
+MAX_JSON_BYTES = 256 << 20  # the index of a trillion weights, by experts and in several tensors each, takes 20 MiB
 MAX_LISTED = 8  # tensors named in one error; the rest are counted
 
 
@@ -69,6 +70,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_value(path: Path) -> Any:
     """What a JSON file holds. Raises ModelError if it is none."""
     try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ModelError(f"{path}: has {size} bytes; at most {MAX_JSON_BYTES} of JSON are read: fetch it again")
         data = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; a model directory needs one") from None

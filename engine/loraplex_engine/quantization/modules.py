@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from loraplex_adapters.files.pattern import ModulePattern
-from loraplex_engine.checkpoint.config_fields import ConfigFields
+from loraplex_engine.checkpoint.config_fields import ConfigFields, shortened
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.checkpoint.weights import ExpectedTensor
 from loraplex_engine.quantization.spec import LinearShape, QuantSpec
@@ -41,7 +41,7 @@ def read_patterns(fields: ConfigFields, texts: Mapping[str, str]) -> dict[str, M
         try:
             patterns[name] = ModulePattern(text)
         except ValueError as error:
-            raise ModelError(f"{fields.where}: {name} is no pattern of module names: {error}") from None
+            raise ModelError(f"{fields.where}: {shortened(name)} is no pattern of module names: {error}") from None
     return patterns
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraplex_engine.checkpoint.memory import HUGE_PAGE_BYTES
 from loraplex_engine.checkpoint.model_config import ModelError
-from loraplex_engine.checkpoint.weights import Checkpoint, canonical_name, resolve_model
+from loraplex_engine.checkpoint.weights import MAX_JSON_BYTES, Checkpoint, canonical_name, read_json, resolve_model
 
 CPU = torch.device("cpu")
 
@@ -34,6 +34,13 @@ def write_shards(directory: Path, shards: dict[str, dict[str, Tensor]]) -> Path:
     weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
+
+
+def test_a_file_of_json_that_no_model_needs_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(ModelError, match=r"config\.json: has 268435457 bytes; at most 268435456 of JSON are read"):
+        read_json(tmp_path / "config.json")
 
 
 def test_tensors_are_stacked_in_the_order_asked_for(tmp_path: Path) -> None:

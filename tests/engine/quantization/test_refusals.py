@@ -342,6 +342,13 @@ def test_a_pattern_that_is_not_supported_is_named() -> None:
         parse(ConfigFields(gptq(dynamic={"+:(?=a)a": {"bits": 8}}), "config.json"))
 
 
+def test_an_error_shows_the_beginning_of_what_is_long() -> None:
+    long = "a" * 100_000
+    with pytest.raises(ModelError) as raised:
+        parse(ConfigFields(gptq(dynamic={long: {long: 1, "bits": long}}), "config.json"))
+    assert len(str(raised.value)) < 2000
+
+
 def test_more_patterns_than_are_read() -> None:
     dynamic = {f"+:{number:064}": {"bits": 8} for number in range(MAX_PATTERN_CHARACTERS // 64 + 1)}
     with pytest.raises(ModelError, match="dynamic: has patterns of module names of 65600 characters in all; at most"):
