@@ -97,6 +97,7 @@ class QueryGrowth:
     beta: float
     original_max_positions: int
     ahead: int = 0
+    rounded: bool = True  # the factor, before it multiplies, to the numbers that the model computes in
 
 
 # How a checkpoint has the weights of norms that differ from head to head: in one tensor, or in one for each head.

@@ -23,7 +23,7 @@ class QueryScale:
         if self.by_dimension is not None:
             q *= self.by_dimension
         if self.by_position is not None:
-            q *= self.by_position[positions, None, None]
+            q.copy_(q * self.by_position[positions, None, None])
 
 
 def growth_table(growth: QueryGrowth, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -34,9 +34,10 @@ def growth_table(growth: QueryGrowth, num_positions: int, dtype: torch.dtype, de
         .div_(growth.original_max_positions)
         .floor_()
     )
-    table = (1 + growth.beta * torch.log1p(lengths)).to(dtype)
-    if not all_finite(table):
+    table = 1 + growth.beta * torch.log1p(lengths)
+    rounded = table.to(dtype)
+    if not all_finite(rounded):
         raise ModelError(
             f"{growth}: its factors are not finite numbers in {dtype}; correct llama_4_scaling_beta, or attn_scale"
         )
-    return table.to(device)
+    return (rounded if growth.rounded else table).to(device)

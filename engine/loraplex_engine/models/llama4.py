@@ -54,7 +54,7 @@ def _layers(fields: ConfigFields) -> tuple[LayerAttention, ...]:
     chunk = fields.optional_integer("attention_chunk_size")
     growth = None
     if _grows(fields):
-        growth = QueryGrowth(fields.number("attn_scale"), fields.integer("floor_scale"), ahead=1)
+        growth = QueryGrowth(fields.number("attn_scale"), fields.integer("floor_scale"), ahead=1, rounded=False)
     chunked = layers_of_kind(fields, "chunked_attention", rotated)
     return tuple(
         LayerAttention(rope if turns else None, chunk=chunk if sees else None, growth=None if turns else growth)

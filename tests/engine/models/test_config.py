@@ -443,7 +443,7 @@ def test_layers_of_llama_4_that_turn_see_their_chunk_and_the_queries_of_others_g
     config = of("Llama4ForCausalLM", rope_scaling=rope, no_rope_layers=[], num_key_value_heads=2)
     assert [(layer.chunk, layer.growth, layer.rope is None) for layer in config.layers] == [
         *[(8192, None, False)] * 3,
-        (None, QueryGrowth(0.1, 8192, ahead=1), True),
+        (None, QueryGrowth(0.1, 8192, ahead=1, rounded=False), True),
     ]
     assert torch.isfinite(cos_sin_table(config.layers[0].rope, 128, 9000, torch.device("cpu"))).all()
 

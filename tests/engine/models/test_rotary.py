@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex_engine.checkpoint.model_config import ModelError, Rope
+from loraplex_engine.checkpoint.model_config import ModelError, QueryGrowth, Rope
+from loraplex_engine.layers.query_scale import QueryScale, growth_table
 from loraplex_engine.layers.rotary import cos_sin_table, inverse_frequencies
 from loraplex_engine.models import parse_model_config
 
@@ -188,3 +189,15 @@ def test_a_table_has_the_layout_that_the_kernels_read() -> None:
     assert table.dtype == torch.float32
     assert table.is_contiguous()
     assert table[0].tolist() == [[1.0] * 4, [0.0] * 4]
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_the_factor_of_growing_queries_is_rounded_where_the_model_has_it_so(rounded: bool) -> None:
+    """Ministral 3 rounds it, Llama 4 does not: at position 8191 it is 1.0693."""
+    growth = QueryGrowth(0.1, 8192, ahead=1, rounded=rounded)
+    table = growth_table(growth, 8192, torch.bfloat16, torch.device("cpu"))
+    queries = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    factor = 1 + 0.1 * torch.log1p(torch.ones(()))
+    expected = queries * factor.bfloat16() if rounded else (queries.float() * factor).bfloat16()
+    QueryScale(None, table)(queries, torch.tensor([8191]))
+    assert torch.equal(queries, expected)
