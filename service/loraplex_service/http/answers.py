@@ -19,7 +19,7 @@ from loraplex.v1.inference_pb2 import (
 )
 from loraplex.v1.prompt_pb2 import ToolCall
 from loraplex.v1.routes_pb2 import ResolvedTarget
-from loraplex_service.http.failures import Failure, openai_error
+from loraplex_service.http.failures import REQUEST_ID, Failure, openai_error
 from loraplex_service.http.offsets import TextOffsets
 from loraplex_service.http.parameters import Draft
 
@@ -78,7 +78,6 @@ class Answers:
 
     prefix = ""  # of its id
     last = DONE  # what ends a stream
-    id_headers: Sequence[str] = ("x-request-id",)
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
@@ -99,8 +98,7 @@ class Answers:
 
     def headers(self, request_id: str, target: ResolvedTarget) -> dict[str, str]:
         """The headers of the answer."""
-        headers = dict.fromkeys(self.id_headers, request_id)
-        return {**headers, **version_header(target)}
+        return {REQUEST_ID: request_id, **version_header(target)}
 
     def _meet(self, request_id: str) -> None:
         self._id = self._id or f"{self.prefix}{request_id}"

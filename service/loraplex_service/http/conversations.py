@@ -8,7 +8,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 
 from loraplex.prompts import build_message, build_tool
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds, ToolMode
-from loraplex_service.http.parameters import Draft, Put, bounded, checked, items, mapping, text, wrong
+from loraplex_service.http.parameters import Draft, Put, bounded, checked, flag, items, mapping, text, wrong
 
 # Keys of messages in answers, which clients send back as they came. With a value they are refused by name.
 EMPTY_IN_ANSWERS = ("refusal", "audio", "function_call", "annotations")
@@ -57,11 +57,14 @@ def put_tools(draft: Draft, value: Any) -> None:
             add_tool(draft, f"{name}.function", dict(mapping(tool["function"])))
 
 
-def add_tool(draft: Draft, name: str, function: dict[str, Any]) -> None:
-    """Offer a tool. `name`: of the part of the body that describes it."""
-    if function.pop("strict", None) and draft.strict_tool is None:
-        draft.strict_tool = f"{name}.strict"
-    draft.message.prompt.chat.tools.append(build_tool(function))
+def add_tool(draft: Draft, name: str, function: dict[str, Any], schema: str = "parameters") -> None:
+    """Offer a tool. `name`: of the part of the body that describes it. `schema`: its key for what it takes."""
+    if (strict := function.pop("strict", None)) is not None:
+        flag(strict)  # required calls follow their schemas, and nothing can hold others to them
+    tools = draft.message.prompt.chat.tools
+    path = f"prompt.chat.tools[{len(tools)}]"
+    draft.paths += [(path, name), (f"{path}.parameters_json", f"{name}.{schema}")]
+    tools.append(build_tool(function))
 
 
 def put_tool_choice(draft: Draft, value: Any) -> None:
@@ -77,17 +80,11 @@ def put_tool_choice(draft: Draft, value: Any) -> None:
 
 
 def check_tools(draft: Draft) -> None:
-    """Raise Refusal for a tool whose calls must follow its schema, where nothing makes them.
-
-    Where calls are required, any text is no wish: the contract knows no form beside them.
-    """
+    """Where calls are required, any text is no wish: the contract knows no form beside them."""
     choice = draft.message.prompt.chat.tool_choice
     forced = choice.WhichOneof("kind") == "name" or choice.mode == ToolMode.TOOL_MODE_REQUIRED
     if forced and draft.message.constraint.HasField("any_text"):
         draft.message.ClearField("constraint")
-    if draft.strict_tool is not None and not forced:
-        problem = 'calls are held to their schemas where tool_choice requires them: set it to "required" or a tool'
-        raise wrong(draft.strict_tool, problem, code="unsupported_parameter")
 
 
 def set_variable(draft: Draft, name: str, value: Any) -> None:

@@ -20,7 +20,7 @@ from loraplex_service.http.adapters import LOAD, UNLOAD, load, unload
 from loraplex_service.http.answers import Answers, ChatAnswers, TextAnswers, version_header
 from loraplex_service.http.catalog import listed, page, retrieved
 from loraplex_service.http.exchange import Exchange, Receive, Room, Send
-from loraplex_service.http.failures import Failure, Refusal, failed, openai_error, refused
+from loraplex_service.http.failures import REQUEST_ID, Failure, Refusal, anthropic_error, failed, openai_error, refused
 from loraplex_service.http.generations import echoes, generate
 from loraplex_service.http.hosts import Hosts
 from loraplex_service.http.messages.answers import MessageAnswers
@@ -42,16 +42,21 @@ OTHER = "other"  # what is no endpoint
 
 
 class Endpoint(NamedTuple):
-    """What answers at a path, and how its API tells what went wrong."""
+    """What answers at a path."""
 
     method: str
     handler: Handler
-    told: Callable[[Failure], dict[str, Any]] = openai_error
 
 
 def _reading(table: Table, handler: Handler) -> dict[str, Endpoint]:
     """The endpoint that reads bodies by a table."""
-    return {table.path: Endpoint("POST", handler, table.told)}
+    return {table.path: Endpoint("POST", handler)}
+
+
+def _words(exchange: Exchange) -> Callable[[Failure], dict[str, Any]]:
+    """How the API that is called tells what went wrong. Of models both APIs know."""
+    of_models = exchange.path.startswith("/v1/models") and "anthropic-version" in exchange.headers
+    return anthropic_error if of_models or exchange.path.startswith(MESSAGES.path) else openai_error
 
 
 class Door:
@@ -88,8 +93,8 @@ class Door:
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._room)
         try:
+            exchange.told = _words(exchange)
             endpoint = self._endpoint(exchange.path)
-            exchange.told = endpoint.told
             self._hosts.check(exchange.headers)
             if exchange.method not in METHODS[endpoint.method]:
                 allowed = ", ".join(METHODS[endpoint.method])
@@ -183,7 +188,7 @@ class Door:
         async def embed(client: ServiceClient) -> None:
             call = call_options(exchange, draft.routing_key)
             response = await client.ask("PoolingService/Embed", draft.message, EmbedResponse, call)
-            headers = {"x-request-id": response.report.request_id, **version_header(response.report.target)}
+            headers = {REQUEST_ID: response.report.request_id, **version_header(response.report.target)}
             await exchange.answer_with(partial(_embedded, response, draft), response.ByteSize(), headers)
 
         await self._serve(exchange, draft, embed)

@@ -6,11 +6,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
+from uuid import uuid4
 
 import msgspec
 
 from loraplex import LoraplexError
-from loraplex_service.http.failures import Failure, Refusal, openai_error
+from loraplex_service.http.failures import REQUEST_ID, Failure, Refusal, openai_error
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -59,6 +60,7 @@ class Exchange:
         self.headers = _joined(scope["headers"])
         self.begun = False
         self.status = 0  # of the answer
+        self.request_id = uuid4().hex  # until the service says its own
         self.told: Callable[[Failure], Any] = openai_error  # what went wrong, in the words of the API that was called
         self._complete = False  # the body
         self._receive = receive
@@ -70,9 +72,11 @@ class Exchange:
 
         `admit`: called before more of a body is kept than a small one has; raises for callers who may send nothing.
         """
-        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json" or self.headers.get("content-encoding", "identity") != "identity":
-            raise Refusal(415, "the body must be JSON: content-type: application/json, without a content-encoding")
+        kind, _, more = self.headers.get("content-type", "").lower().partition(";")
+        is_encoded = self.headers.get("content-encoding", "identity") != "identity"
+        if kind.strip() != "application/json" or is_encoded or ("charset" in more and "utf-8" not in more):
+            problem = "the body must be JSON: content-type: application/json, in UTF-8, without a content-encoding"
+            raise Refusal(415, problem)
         body = bytearray()
         try:
             await self._receive_into(body, admit)
@@ -153,6 +157,7 @@ class Exchange:
 
     async def tell(self, failure: Failure) -> None:
         """Answer with what went wrong; in a stream that has begun, as its last event."""
+        failure.headers.setdefault(REQUEST_ID, self.request_id)
         if not self.begun:
             await self.answer(self.told(failure), failure.status, failure.headers)
             return
@@ -165,7 +170,9 @@ class Exchange:
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.begun, self.status = True, status
-        pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        self.request_id = headers.get(REQUEST_ID, self.request_id)
+        told = {REQUEST_ID: self.request_id, "request-id": self.request_id, **headers}
+        pairs = [(name.encode(), value.encode("latin-1")) for name, value in told.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def _part(self, body: bytes, more: bool) -> None:

@@ -12,6 +12,9 @@ from loraplex import LoraplexError
 Named = Callable[[str], str | None]  # from the path of a field of the contract to the parameter that it was given by
 
 
+REQUEST_ID = "x-request-id"
+
+
 class Kind(NamedTuple):
     """How one kind of failure is told."""
 
@@ -47,6 +50,7 @@ BY_CODE = {
     grpc.StatusCode.UNAVAILABLE: Kind(503, "server_error"),
     grpc.StatusCode.DEADLINE_EXCEEDED: Kind(504, "server_error"),
 }
+KINDS = {401: BY_CODE[grpc.StatusCode.UNAUTHENTICATED], 403: BY_CODE[grpc.StatusCode.PERMISSION_DENIED]}
 FAULT = Kind(500, "server_error")
 ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -54,6 +58,7 @@ ANTHROPIC_TYPES = {
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
+    499: "api_error",
     500: "api_error",
     503: "overloaded_error",
     504: "timeout_error",
@@ -100,13 +105,15 @@ def openai_error(failure: Failure) -> dict[str, Any]:
 def anthropic_error(failure: Failure) -> dict[str, Any]:
     """A failure as Anthropic's API tells it, with the code, the parameter and the reason beside."""
     kind = ANTHROPIC_TYPES.get(failure.status, "invalid_request_error")
-    return {"type": "error", "error": {**failure.body["error"], "type": kind}}
+    error = {**failure.body["error"], "type": kind}
+    return {"type": "error", "error": error, "request_id": failure.headers.get(REQUEST_ID)}
 
 
 def refused(refusal: Refusal) -> Failure:
     """The answer for what the door refuses."""
-    kind = "invalid_request_error" if refusal.status < 500 else "server_error"
-    failure = _failure(refusal.status, refusal.message, kind, refusal.param, refusal.code, refusal.retry_after)
+    kind = KINDS.get(refusal.status) or Kind(0, "invalid_request_error" if refusal.status < 500 else "server_error")
+    code = refusal.code or kind.code or None
+    failure = _failure(refusal.status, refusal.message, kind.type, refusal.param, code, refusal.retry_after)
     if refusal.allow:
         failure.headers["allow"] = refusal.allow
     return failure
@@ -119,13 +126,15 @@ def failed(error: LoraplexError, named: Named = lambda path: None) -> Failure:
     for violation in error.violations:
         path = _SPEC.sub("", violation.field, count=1)
         name = named(path) or path
-        message = message.replace(path, name)
+        message = re.sub(rf"(^|; ){re.escape(path)}: ", lambda found: f"{found[1]}{name}: ", message)  # noqa: B023
         param = param or name
     if kind.code == "model_not_found":
         param = next(filter(None, map(named, NAMES_OF_MODELS)), "model")
     code = kind.code or (error.reason or error.code.name).lower()
     failure = _failure(kind.status, message or error.code.name, kind.type, param, code, error.retry_after)
     failure.body["error"]["reason"] = error.reason or None
+    if error.request_id:
+        failure.headers[REQUEST_ID] = error.request_id
     return failure
 
 

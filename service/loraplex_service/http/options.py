@@ -55,6 +55,7 @@ def new_turn(name: str = "messages") -> Draft:
     """A generation that goes on with a conversation, by one output: its API has no place for more."""
     draft = new_chat(name)
     draft.message.sampling.n = 1
+    draft.message.stopping.fit_max_tokens = True  # its clients send the most that a model may write, always
     return draft
 
 

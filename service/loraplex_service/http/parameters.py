@@ -44,7 +44,6 @@ class Draft:
     echo: bool = False
     base64: bool = False
     routing_key: str | None = None
-    strict_tool: str | None = None  # what asks first for calls that follow a schema
     paths: list[tuple[str, str]] = field(default_factory=list)  # what was given: path in the message, parameter
 
     def named(self, path: str) -> str | None:

@@ -228,7 +228,7 @@ _CONVERSATION = (
         "messages", "prompt.chat.messages", said.put_messages, "their content is text, whole or in parts", schema=ARRAY
     ),
     Parameter(
-        "tools", "prompt.chat.tools", said.put_tools, "`strict` needs a tool_choice that requires calls", schema=ARRAY
+        "tools", "prompt.chat.tools", said.put_tools, "`strict` counts where `tool_choice` requires calls", schema=ARRAY
     ),
     scalar("add_generation_prompt", "prompt.chat.add_generation_prompt"),
     scalar("continue_final_message", "prompt.chat.continue_final_message"),

@@ -311,7 +311,14 @@ async def test_what_is_as_deep_as_may_be_is_taken(caller: Caller, deep: dict[str
     assert (await caller.chat(**deep)).status == 200
 
 
-@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-encoding": "gzip"}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "text/plain"},
+        {"content-encoding": "gzip"},
+        {"content-type": "application/json; charset=utf-16"},
+    ],
+)
 async def test_a_body_that_is_no_json_by_its_headers(caller: Caller, headers: dict[str, str]) -> None:
     """A page in a browser may send text/plain to any address, and JSON only to those that allow it."""
     assert (await caller.post("/tokenize", {}, headers)).status == 415
@@ -345,6 +352,25 @@ async def test_what_can_be_read_can_be_asked_for_its_head(caller: Caller, path: 
 async def test_a_header_that_cannot_be_passed_on(caller: Caller, headers: dict[str, str]) -> None:
     answer = await caller.post("/tokenize", {"model": "tiny", "prompt": "x"}, headers)
     assert (answer.status, answer.error["param"]) == (400, next(iter(headers)))
+
+
+@pytest.mark.parametrize("path", ["/health", "/version", "/v1/models", "/nothing"])
+async def test_every_answer_has_an_id(caller: Caller, path: str) -> None:
+    first, second = [await caller.get(path) for _ in range(2)]
+    assert first.headers["x-request-id"] == first.headers["request-id"] != second.headers["x-request-id"]
+
+
+async def test_a_word_that_is_a_field_elsewhere_stays_in_a_sentence() -> None:
+    violation = BadRequest.FieldViolation(field="name", description="does not name an adapter")
+    error = error_of(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER", BadRequest(field_violations=[violation]))
+    error.status.message = "name: does not name an adapter; name: is long"
+    told = failed(error, {"name": "lora_name"}.get).body["error"]["message"]
+    assert told == "lora_name: does not name an adapter; lora_name: is long"
+
+
+async def test_two_credentials_are_told_as_wrong_ones(caller: Caller) -> None:
+    answer = await caller.get("/v1/models", {"x-api-key": "a", "authorization": "Bearer b"})
+    assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
 
 
 async def test_more_headers_than_grpc_takes(caller: Caller) -> None:

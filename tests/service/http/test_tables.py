@@ -217,13 +217,13 @@ def test_a_tool_choice_may_name_a_tool() -> None:
     assert CHAT.read({"tools": [TOOL], "tool_choice": choice}).message.prompt.chat.tool_choice.name == "now"
 
 
-def test_a_strict_tool_is_taken_where_calls_are_required_and_refused_elsewhere() -> None:
+def test_a_strict_tool_is_a_tool_as_any_other() -> None:
     strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}  # type: ignore[dict-item]
     required = CHAT.read({"tools": [TOOL, strict], "tool_choice": "required"})
     assert required.message.prompt.chat.tool_choice.mode == ToolMode.TOOL_MODE_REQUIRED
-    with pytest.raises(Refusal, match="tool_choice requires") as raised:
-        CHAT.read({"tools": [TOOL, strict]})
-    assert raised.value.param == "tools[1].function.strict"
+    offered = CHAT.read({"tools": [TOOL, strict]})
+    assert offered.message.prompt.chat.tools[0] == offered.message.prompt.chat.tools[1]
+    assert offered.named("prompt.chat.tools[1].parameters_json") == "tools[1].function.parameters"
 
 
 def test_any_text_is_no_form_beside_calls_that_are_required() -> None:

@@ -22,7 +22,6 @@ class MessageAnswers(BlockAnswers):
     """Of /v1/messages."""
 
     prefix = "msg_"
-    id_headers = ("x-request-id", "request-id")
 
     def failed(self, failure: Failure) -> Json:
         return anthropic_error(failure)
@@ -44,6 +43,12 @@ class MessageAnswers(BlockAnswers):
         yield {"type": "content_block_delta", "index": block.index, "delta": _added(block, text)}
 
     def _closed(self, block: Block) -> Iterator[Json]:
+        if block.kind == REASONING:  # which clients that put a thought together by its deltas send back
+            yield {
+                "type": "content_block_delta",
+                "index": block.index,
+                "delta": {"type": "signature_delta", "signature": ""},
+            }
         yield {"type": "content_block_stop", "index": block.index}
 
     def _end(self, usage: Usage) -> Iterator[Json]:

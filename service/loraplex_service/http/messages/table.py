@@ -21,6 +21,7 @@ from loraplex_service.http.parameters import (
     refused,
     scalar,
     text,
+    whole,
     wrong,
 )
 
@@ -38,9 +39,8 @@ def _put_thinking(draft: Draft, value: Any) -> None:
     refuse_others(mapping(value), ("type", "display", "budget_tokens"), "thinking")
     if value.get("type") not in ("enabled", "adaptive", "disabled"):
         raise ValueError('type must be "enabled", "adaptive" or "disabled"')
-    if value.get("budget_tokens") is not None:
-        problem = 'there is no budget of its own for it: send {"type": "adaptive"}, and bound all with max_tokens'
-        raise wrong("thinking.budget_tokens", problem, code="unsupported_parameter")
+    if value.get("budget_tokens") is not None and whole(value["budget_tokens"]) < 1:
+        raise wrong("thinking.budget_tokens", "must be at least 1")
     if value.get("display") not in (None, "summarized", "omitted"):
         raise ValueError('display must be "summarized" or "omitted"')
     said.set_variable(draft, "enable_thinking", value["type"] != "disabled")
@@ -78,14 +78,15 @@ _CONVERSATION = (
         "messages", "prompt.chat.messages", put_turns, "texts, thoughts, calls of tools and their results", schema=ARRAY
     ),
     Parameter(
-        "tools", "prompt.chat.tools", put_tools, "`strict` needs a tool_choice that requires calls", schema=ARRAY
+        "tools", "prompt.chat.tools", put_tools, "`strict` counts where `tool_choice` requires calls", schema=ARRAY
     ),
     Parameter("tool_choice", "prompt.chat.tool_choice", put_tool_choice, schema=OBJECT),
     Parameter(
         "thinking",
         "prompt.chat.template_kwargs",
         _put_thinking,
-        "as `enable_thinking`, for chat templates that know the word; `display: omitted` leaves thoughts out",
+        "as `enable_thinking`, for chat templates that know the word; `display: omitted` leaves thoughts out; "
+        "`budget_tokens` bounds nothing",
         schema=OBJECT,
     ),
     Parameter(
@@ -128,6 +129,11 @@ MESSAGES = Table(
         refused("container", "the server runs no code"),
         refused("inference_geo", "requests are served where they arrive"),
         refused("diagnostics", "its answers have no place for them"),
+        refused("thread", "nothing is kept: send the conversation, of tool_runner with thread=False"),
+        refused("compaction", "the conversation is read as it is"),
+        refused("fallbacks", "who answers, `model` says: a route may have several"),
+        refused("fallback_credit_token", "nothing is billed"),
+        refused("billing_policy", "nothing is billed"),
     ),
     lambda draft: check_single(draft, *UNTOLD),
     does="A message of the assistant, in Anthropic's words",

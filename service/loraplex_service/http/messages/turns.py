@@ -155,7 +155,7 @@ def put_tools(draft: Draft, value: Any) -> None:
                 raise wrong(f"{name}.type", problem, code="unsupported_parameter")
             refuse_others(tool, TOOL, name)
             function = {"name": tool["name"], "parameters": tool["input_schema"], "strict": tool.get("strict")}
-            add_tool(draft, name, function | {"description": tool.get("description")})
+            add_tool(draft, name, function | {"description": tool.get("description")}, "input_schema")
 
 
 def put_tool_choice(draft: Draft, value: Any) -> None:

@@ -94,7 +94,7 @@ RESPONSES = Table(
             schema=STRING_OR_ARRAY,
         ),
         Parameter(
-            "tools", "prompt.chat.tools", put_tools, "`strict` needs a tool_choice that requires calls", schema=ARRAY
+            "tools", "prompt.chat.tools", put_tools, "`strict` counts where `tool_choice` requires calls", schema=ARRAY
         ),
         Parameter("tool_choice", "prompt.chat.tool_choice", put_tool_choice, schema=STRING_OR_OBJECT),
         scalar("parallel_tool_calls", "prompt.chat.parallel_tool_calls"),

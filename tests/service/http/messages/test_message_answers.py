@@ -98,7 +98,9 @@ def test_blocks_of_a_stream_follow_each_other() -> None:
     assert all(block["ended"] for block in blocks)
     assert [block["start"]["type"] for block in blocks] == [block["type"] for block in BLOCKS]
     thoughts, text, first, second = (block["added"] for block in blocks)
+    *thoughts, signature = thoughts
     assert thoughts == [{"type": "thinking_delta", "thinking": part} for part in ("2 ", "and 2")]
+    assert signature == {"type": "signature_delta", "signature": ""}
     assert text == [{"type": "text_delta", "text": part} for part in ("s", "o")]
     assert first == [{"type": "input_json_delta", "partial_json": "{}"}]
     assert second == [{"type": "input_json_delta", "partial_json": '{"n": 4}'}]

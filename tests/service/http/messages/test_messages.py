@@ -83,6 +83,18 @@ async def test_what_is_wrong_is_told_in_anthropics_words(
     assert answer.error["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/messages/batches", "/v1/messages/count_tokens/x", "/v1/models/nobody"])
+async def test_each_path_of_anthropics_tells_errors_in_its_words(caller: Caller, path: str) -> None:
+    answer = await caller.get(path, {"anthropic-version": "2023-06-01"})
+    assert (answer.status, answer.json["type"], answer.error["type"]) == (404, "error", "not_found_error")
+
+
+async def test_an_error_has_the_id_of_its_request(caller: Caller) -> None:
+    answer = await caller.message(model="nobody")
+    assert answer.json["request_id"] == answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert answer.json["request_id"] != (await caller.message(container="c")).json["request_id"]
+
+
 async def test_a_wrong_method_is_told_in_anthropics_words(caller: Caller) -> None:
     answer = await caller.get("/v1/messages")
     assert (answer.status, answer.json["type"], answer.headers["allow"]) == (405, "error", "POST")
@@ -104,6 +116,7 @@ async def test_what_fails_in_a_stream_is_its_last_event(plane: DataPlane, other:
     plane.entrance.end_all(Unavailable("DRAINING", "the server is shutting down"))
     last = (await asked).events[-1]
     assert (last["type"], last["error"]["type"], last["error"]["reason"]) == ("error", "overloaded_error", "DRAINING")
+    assert last["request_id"]
 
 
 async def test_a_key_is_a_token(byte_tokenizer: Tokenizer) -> None:

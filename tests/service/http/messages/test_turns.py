@@ -95,7 +95,7 @@ def test_a_choice_may_name_a_tool_and_allow_one_call() -> None:
 
 
 def test_thinking_is_a_variable_of_the_template() -> None:
-    thinking = {"type": "adaptive", "display": "omitted"}
+    thinking = {"type": "enabled", "display": "omitted", "budget_tokens": 1024}
     draft = MESSAGES.read({"thinking": thinking})
     assert draft.message.prompt.chat.template_kwargs["enable_thinking"] is True
     assert not draft.include_reasoning
@@ -104,12 +104,12 @@ def test_thinking_is_a_variable_of_the_template() -> None:
 @pytest.mark.parametrize(
     ("given", "param"),
     [
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "between_tools"}}, "thinking"),
         ({"metadata": {"user": "me"}}, "metadata.user"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading"),
-        ({"tools": [{**TOOL, "strict": True}]}, "tools[0].strict"),
+        ({"tools": [{**TOOL, "strict": "yes"}]}, "tools[0]"),
         ({"tools": [{"name": "now"}]}, "tools[0]"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config"),
@@ -145,6 +145,18 @@ def test_a_field_leads_back_to_its_block() -> None:
     draft = MESSAGES.read({"system": "s", "messages": [assistant(TEXT, CALL), user(RESULT)]})
     assert draft.named("prompt.chat.messages[1].tool_calls[0].arguments_json") == "messages[0].content[1].input"
     assert draft.named("prompt.chat.messages[2].content") == "messages[1].content[0].content"
+
+
+def test_more_tokens_than_there_is_room_for_are_as_many_as_there_is_unless_the_caller_says_no() -> None:
+    assert MESSAGES.read({"max_tokens": 64_000}).message.stopping.fit_max_tokens
+    strictly = {"max_tokens": 64_000, "loraplex": {"stopping": {"fitMaxTokens": False}}}
+    assert not MESSAGES.read(strictly).message.stopping.fit_max_tokens
+
+
+def test_a_schema_is_where_the_api_has_it() -> None:
+    draft = MESSAGES.read({"tools": [TOOL, {**TOOL, "strict": True}]})
+    assert draft.named("prompt.chat.tools[1].parameters_json") == "tools[1].input_schema"
+    assert draft.named("prompt.chat.tools[0].name") == "tools[0].name"
 
 
 def test_a_count_reads_what_a_message_reads() -> None:

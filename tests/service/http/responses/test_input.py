@@ -77,6 +77,10 @@ def test_what_others_found_in_a_text_is_no_part_of_a_prompt() -> None:
     assert message.content == "x"
 
 
+def test_more_tokens_than_there_is_room_for_are_as_many_as_there_is() -> None:
+    assert RESPONSES.read({"max_output_tokens": 64_000}).message.stopping.fit_max_tokens
+
+
 def test_a_form_is_flat() -> None:
     form = {"type": "json_schema", "name": "x", "strict": True, "schema": {"type": "object"}}
     assert RESPONSES.read({"text": {"format": form}}).message.constraint.json_schema == '{"type": "object"}'
@@ -101,7 +105,7 @@ def test_a_choice_may_name_a_tool() -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0]"),
         ({"input": [{**THOUGHT, "content": "x" * (1 << 20)}] * 3}, "input[2]"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [{**TOOL, "strict": True}]}, "tools[0].strict"),
+        ({"tools": [{**TOOL, "strict": "yes"}]}, "tools[0]"),
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
