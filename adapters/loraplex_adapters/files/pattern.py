@@ -24,6 +24,8 @@ _QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}")
 _LITERAL = re.compile(r"(?:[^\\.^$*+?{}\[\]()|]|\\[^0-9A-Za-z])+(?![*+?{])")
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[dDwWsS]|[^0-9A-Za-z])")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
+# A character repeated without end.
+_RUN = re.compile(rf"(?P<one>{_CLASS.pattern}|{_ESCAPE.pattern}|[^\\^$*+?{{}}\[\]()|])(?P<times>[*+])(?!\+)\??")
 # What `re` warns of, because it may come to mean an operation on sets: "[[" and doubled signs in a class.
 _SET_OPERATION = re.compile(r"\\.|(?P<operation>\[\^?(?:\[|\]?(?:\\.|[^\]\\])*?(?:--|&&|~~|\|\|)))", re.DOTALL)
 
@@ -83,13 +85,15 @@ class _Parser:
     def _sequence(self) -> Piece:
         pieces, literals = [], []
         while self._peek() not in ("", "|", ")"):
-            found = _LITERAL.match(self._text, self._at)
-            if found is None:
+            if found := _LITERAL.match(self._text, self._at):
+                literals.append(re.sub(r"\\(.)", r"\1", found.group(), flags=re.DOTALL))
+                pieces.append(_literal(literals[-1]))
+            elif found := _RUN.match(self._text, self._at):
+                pieces.append(_run(found["one"], least=int(found["times"] == "+")))
+            else:
                 pieces.append(self._repeated(self._atom()))
                 continue
             self._at = found.end()
-            literals.append(re.sub(r"\\(.)", r"\1", found.group(), flags=re.DOTALL))
-            pieces.append(_literal(literals[-1]))
         return _then(pieces, literals)
 
     def _repeated(self, piece: Piece) -> Piece:
@@ -164,6 +168,21 @@ def _character(source: str) -> Piece:
 def _literal(text: str) -> Piece:
     def ends(name: str, starts: frozenset[int]) -> frozenset[int]:
         return frozenset(i + len(text) for i in starts if name.startswith(text, i))
+
+    return ends
+
+
+def _run(source: str, least: int) -> Piece:
+    run = re.compile(f"{source}*").match  # which follows nothing else, and so is matched once
+
+    def ends(name: str, starts: frozenset[int]) -> frozenset[int]:
+        reached: set[int] = set()
+        last = -1
+        for i in sorted(starts):
+            if i > last and (found := run(name, i)):  # others begin within the run before, and lead nowhere new
+                last = found.end()
+                reached.update(range(i + least, last + 1))
+        return frozenset(reached)
 
     return ends
 
