@@ -7,6 +7,7 @@ from typing import Any
 from google.protobuf.json_format import ParseDict, ParseError
 
 from loraplex.prompts import build_message, build_tool
+from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds, ToolMode
 from loraplex_service.http.parameters import Draft, Put, bounded, checked, flag, items, mapping, text, wrong
 
@@ -151,8 +152,15 @@ def put_text(draft: Draft, value: Any) -> None:
 
 
 def put_spec(draft: Draft, value: Any) -> None:
-    """Fields of the contract by its own names."""
+    """Fields of the contract by its own names, but those that the body has parameters for in any case."""
+    spec = GenerateSpec()
     try:
-        ParseDict(mapping(value), draft.message)
+        ParseDict(mapping(value), spec)
     except (ParseError, AttributeError) as error:
         raise ValueError(str(error)) from error
+    prompt = spec.prompt
+    given: dict[str, object] = {"model": spec.model, "prompt.chat.messages": len(prompt.chat.messages)}
+    given |= {"prompt.text": prompt.HasField("text"), "prompt.token_ids": prompt.HasField("token_ids")}
+    for name in filter(given.get, given):
+        raise wrong(f"loraplex.{name}", "the body has a parameter of its own for it", code="unsupported_parameter")
+    draft.message.MergeFrom(spec)

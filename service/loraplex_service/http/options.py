@@ -1,6 +1,7 @@
 """What the tables of several endpoints have in common: parameters, and values that are no field as they are."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from loraplex import constraint
@@ -15,11 +16,14 @@ from loraplex_service.http.parameters import (
     flag,
     items,
     mapping,
+    refuse_others,
     refused,
     scalar,
     text,
     wrong,
 )
+
+SCHEMA = ("name", "description", "schema", "strict")  # a schema always counts, with `strict` and without
 
 
 def new_spec() -> Draft:
@@ -35,7 +39,9 @@ def put_stream(draft: Draft, value: Any) -> None:
 def put_metadata(draft: Draft, value: Any) -> None:
     """Labels of the caller's accounting."""
     for key, content in bounded(mapping(value), "GenerateSpec.labels").items():
-        draft.message.labels[key] = text(content)
+        if not isinstance(content, str):
+            raise wrong(f"metadata.{key[:100]}", "must be a text")
+        draft.message.labels[key] = content
         draft.paths.append((f"labels[{key}]", f"metadata.{key}"))
 
 
@@ -106,15 +112,26 @@ def schema_text(value: Any) -> str:
     return json.dumps(mapping(value), ensure_ascii=False)
 
 
-def response_form(kind: Any, holder: Any) -> Constraint:
-    """The form that OpenAI's APIs ask for. `holder`: the object that has its schema."""
+def put_form(draft: Draft, value: Any, name: str, inner: str = "") -> None:
+    """Ask for a form by the words of OpenAI's APIs. `inner`: the key of the object that has the schema; "": itself."""
+    form = mapping(value)
+    kind, holder = form.get("type"), mapping(form.get(inner) or {}) if inner else form
+    known = SCHEMA if kind == "json_schema" else ()
+    refuse_others(form, ("type", inner) if inner else ("type", *known), name)
+    refuse_others(holder, ("type", *known), f"{name}.{inner}" if inner else name)
+    where = f"{name}.{inner}.schema" if inner else f"{name}.schema"
+    draft.paths += [("constraint", name), ("constraint.json_schema", where)]
+    constrain(draft, _response_form(kind, holder))
+
+
+def _response_form(kind: Any, holder: Mapping[str, Any]) -> Constraint:
     match kind:
         case "text":
             return constraint(any_text=True)
         case "json_object":
             return constraint(json_object=True)
         case "json_schema":
-            return constraint(json_schema=schema_text(mapping(holder).get("schema")))
+            return constraint(json_schema=schema_text(holder.get("schema")))
     raise ValueError('type must be "text", "json_object" or "json_schema"')
 
 

@@ -18,8 +18,8 @@ from loraplex_service.http.options import (
     form_of,
     new_chat,
     new_spec,
+    put_form,
     put_stream,
-    response_form,
 )
 from loraplex_service.http.parameters import (
     ARRAY,
@@ -140,7 +140,7 @@ def _put_structured_outputs(draft: Draft, value: Any) -> None:
 
 
 def _put_response_format(draft: Draft, value: Any) -> None:
-    constrain(draft, response_form(mapping(value).get("type"), value.get("json_schema")))
+    put_form(draft, value, "response_format", "json_schema")
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------

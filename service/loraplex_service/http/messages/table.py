@@ -51,15 +51,20 @@ def _put_effort(draft: Draft, value: Any) -> None:
     refuse_others(mapping(value), ("effort", "format"), "output_config")
     if value.get("effort") is not None:
         said.put_reasoning_effort(draft, value["effort"])
+    if value.get("format") is not None:
+        form = mapping(value["format"])
+        refuse_others(form, ("type", "schema"), "output_config.format")
+        if form.get("type") != "json_schema":
+            raise ValueError('format.type must be "json_schema"')
+        mapping(form.get("schema"))
 
 
 def _put_output_config(draft: Draft, value: Any) -> None:
     _put_effort(draft, value)
     if value.get("format") is not None:
-        form = mapping(value["format"])
-        if form.get("type") != "json_schema":
-            raise ValueError('format.type must be "json_schema"')
-        constrain(draft, form_of("json", mapping(form.get("schema"))))
+        where = "output_config.format"
+        draft.paths += [("constraint", where), ("constraint.json_schema", f"{where}.schema")]
+        constrain(draft, form_of("json", value["format"]["schema"]))
 
 
 def _put_cache_control(draft: Draft, value: Any) -> None:

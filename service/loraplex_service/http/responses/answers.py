@@ -1,5 +1,6 @@
 """Outputs as OpenAI's Responses, whole and as the events of a stream."""
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -103,6 +104,7 @@ class ResponseAnswers(BlockAnswers):
             "id": self._id,
             "object": "response",
             "created_at": self._created,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "error": None,
             "incomplete_details": incomplete,

@@ -18,7 +18,7 @@ ITEMS: Mapping[str, tuple[str, ...]] = {  # with the keys of each
     "function_call_output": ("id", "call_id", "output", "status", "name"),
 }
 OF_ASSISTANT = ("reasoning", "function_call")
-TEXTS = ("input_text", "output_text", "text")
+TEXTS = ("input_text", "output_text", "text", "refusal")  # the last: what another server's model would not do
 PART = ("type", "text", "annotations", "logprobs")
 
 
@@ -95,8 +95,8 @@ def _say(said: Texts, value: Any, kinds: tuple[str, ...], name: str) -> None:
             kind = mapping(part).get("type")
             if kind not in kinds:
                 raise wrong(f"{place}.type", f"{' and '.join(kinds)} are taken", code="unsupported_parameter")
-            refuse_others({key: content for key, content in part.items() if content != []}, PART, place)
-            said.add(text(part.get("text")))
+            refuse_others({key: content for key, content in part.items() if content != []}, (*PART, kind), place)
+            said.add(text(part.get("refusal" if kind == "refusal" else "text")))
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------

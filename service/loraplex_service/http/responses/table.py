@@ -10,10 +10,9 @@ from loraplex_service.http.options import (
     NOT_KEPT,
     SPEC,
     check_single,
-    constrain,
     new_turn,
+    put_form,
     put_stream,
-    response_form,
 )
 from loraplex_service.http.parameters import (
     ARRAY,
@@ -25,6 +24,7 @@ from loraplex_service.http.parameters import (
     Draft,
     Parameter,
     Table,
+    flag,
     items,
     label,
     mapping,
@@ -37,7 +37,8 @@ from loraplex_service.http.responses.answers import REPEATED
 from loraplex_service.http.responses.input import put_input, put_instructions, put_tool_choice, put_tools
 
 INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
-EFFORTLESS = {"summary": ("auto",), "generate_summary": ("auto",), "mode": ("standard",), "context": ("auto",)}
+SUMMARIES = ("auto", "concise", "detailed")  # as OpenAI has it, a model without them gives none
+EFFORTLESS = {"summary": SUMMARIES, "generate_summary": SUMMARIES, "mode": ("standard",), "context": ("auto",)}
 UNTOLD = ("prompt_logprobs", "token_ids", "logprob_token_ids")  # of OutputOptions
 
 
@@ -46,8 +47,7 @@ def _put_text(draft: Draft, value: Any) -> None:
     if value.get("verbosity") not in (None, "medium"):
         raise wrong("text.verbosity", "say it in the conversation", code="unsupported_parameter")
     if value.get("format") is not None:
-        form = mapping(value["format"])
-        constrain(draft, response_form(form.get("type"), form))
+        put_form(draft, value["format"], "text.format")
 
 
 def _put_reasoning(draft: Draft, value: Any) -> None:
@@ -66,8 +66,8 @@ def _put_include(draft: Draft, value: Any) -> None:
 
 
 def _put_stream_options(draft: Draft, value: Any) -> None:
-    options = {key: content for key, content in mapping(value).items() if content is not False}
-    refuse_others(options, (), "stream_options")
+    refuse_others(mapping(value), ("include_obfuscation",), "stream_options")
+    flag(value.get("include_obfuscation") or False)  # what it hides from who listens, TLS is for
     draft.has_stream_options = True
 
 
@@ -118,7 +118,13 @@ RESPONSES = Table(
             schema=ARRAY,
         ),
         Parameter("stream", "", put_stream, "server-sent events, the last one `response.completed`", schema=BOOLEAN),
-        Parameter("stream_options", "", _put_stream_options, "none: `include_obfuscation` is `false`", schema=OBJECT),
+        Parameter(
+            "stream_options",
+            "",
+            _put_stream_options,
+            "`include_obfuscation` adds nothing",
+            schema=OBJECT,
+        ),
         METADATA,
         label("user"),
         label("safety_identifier"),

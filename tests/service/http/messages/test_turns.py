@@ -113,6 +113,7 @@ def test_thinking_is_a_variable_of_the_template() -> None:
         ({"tools": [{"name": "now"}]}, "tools[0]"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {}, "junk": 1}}}, "output_config.format.junk"),
         ({"output_config": {"task_budget": 1}}, "output_config.task_budget"),
         ({"loraplex": {"sampling": {"n": 2}}}, "loraplex.sampling.n"),
         ({"loraplex": {"output": {"logprobs": True}}}, "loraplex.output.logprobs"),

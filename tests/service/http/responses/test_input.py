@@ -81,6 +81,21 @@ def test_more_tokens_than_there_is_room_for_are_as_many_as_there_is() -> None:
     assert RESPONSES.read({"max_output_tokens": 64_000}).message.stopping.fit_max_tokens
 
 
+def test_what_asks_for_nothing_here_is_taken() -> None:
+    given = {"stream": True, "stream_options": {"include_obfuscation": True}, "reasoning": {"summary": "detailed"}}
+    assert RESPONSES.read(given).message == RESPONSES.read({}).message
+
+
+def test_what_another_model_would_not_do_can_be_sent_back() -> None:
+    [message] = chat_of({**SAID, "content": [{"type": "refusal", "refusal": "no"}]}).messages
+    assert message.content == "no"
+
+
+def test_a_schema_leads_back_to_its_format() -> None:
+    draft = RESPONSES.read({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}})
+    assert draft.named("constraint.json_schema") == "text.format.schema"
+
+
 def test_a_form_is_flat() -> None:
     form = {"type": "json_schema", "name": "x", "strict": True, "schema": {"type": "object"}}
     assert RESPONSES.read({"text": {"format": form}}).message.constraint.json_schema == '{"type": "object"}'
@@ -109,10 +124,16 @@ def test_a_choice_may_name_a_tool() -> None:
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
-        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
+        ({"reasoning": {"summary": "long"}}, "reasoning.summary"),
+        ({"text": {"format": {"type": "text", "bogus": 1}}}, "text.format.bogus"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}, "bogus": 1}}}, "text.format.bogus"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"loraplex": {"model": "x"}}, "loraplex.model"),
+        ({"loraplex": {"prompt": {"text": "x"}}}, "loraplex.prompt.text"),
+        ({"loraplex": {"prompt": {"chat": {"messages": [{"role": "user"}]}}}}, "loraplex.prompt.chat.messages"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "grammar"}}}, "text"),
-        ({"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options.include_obfuscation"),
+        ({"stream_options": {"include_usage": True}, "stream": True}, "stream_options.include_usage"),
         ({"stream_options": {}}, "stream_options"),
         ({"loraplex": {"sampling": {"n": 2}}}, "loraplex.sampling.n"),
         ({"loraplex": {"output": {"promptLogprobs": 0}}}, "loraplex.output.prompt_logprobs"),
