@@ -56,8 +56,9 @@ def float8_weight(
         raise linear.error(".weight", "holds NaN: the checkpoint is damaged")
     if block is not None:
         return Float8Weight(codes, scale, block)
-    if scale.numel() not in (1, len(codes)):
-        raise linear.error(suffix, f"has {scale.numel()} values: one, or {len(codes)}, one for each output feature")
+    if scale.numel() != 1 and scale.squeeze().shape != codes.shape[:1]:  # blocks may be as many as output features
+        wanted = f"one, or {len(codes)}, one for each output feature"
+        raise linear.error(suffix, f"has {scale.numel()} values: {wanted}, not {list(scale.shape)}")
     per_row = scale.flatten().expand(len(codes)).unsqueeze(1).contiguous()
     return Float8Weight(codes, per_row, (1, linear.in_features))
 

@@ -19,6 +19,7 @@ FLOAT8 = Fp8Spec(None, static_activations=True)
 MXFP4 = Mxfp4Layout(".weight", ".weight_scale")
 IN_WEIGHTS = ("smooth", "autosmoothquant", "awq", "gptq", "gptaq", "autoround", "qronos")  # whose work is all there
 WILD = re.compile(r"[*?\[]")  # in a pattern of paths, which `fnmatch` matches without trying again and again
+AXES = {"per_channel": 0, "per_group": 1}  # of a weight: its output features, and its input features
 WHOLE = ("per_tensor", "per_channel")
 
 
@@ -63,6 +64,9 @@ def _layout(config: ConfigFields) -> QuantSpec | None:
     if weight is None:
         return None
     dtype, scheme = weight.text("dtype"), weight.text("qscheme", "per_tensor")
+    axis = weight.integer("ch_axis", AXES.get(scheme, 0), minimum=-2)
+    if scheme in AXES and axis not in (AXES[scheme], AXES[scheme] - 2):
+        raise weight.error("ch_axis", axis, f"{AXES[scheme]} where qscheme is {scheme}")
     if dtype == "fp8_e4m3" and scheme in WHOLE:
         return FLOAT8
     exponents = weight.text("scale_format", "") == "e8m0"
