@@ -78,6 +78,7 @@ class Answers:
 
     prefix = ""  # of its id
     last = DONE  # what ends a stream
+    pulse = b": waiting\n\n"  # what a stream has while nothing comes
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft

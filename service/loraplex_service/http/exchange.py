@@ -61,6 +61,7 @@ class Exchange:
         self.begun = False
         self.status = 0  # of the answer
         self.request_id = uuid4().hex  # until the service says its own
+        self.sent_at = asyncio.get_running_loop().time()  # when something was sent last; at first, when it came
         self.told: Callable[[Failure], Any] = openai_error  # what went wrong, in the words of the API that was called
         self._complete = False  # the body
         self._receive = receive
@@ -155,6 +156,10 @@ class Exchange:
         name = f"event: {content['type']}\n".encode() if "type" in content else b""
         await self._part(name + b"data: " + msgspec.json.encode(content) + b"\n\n", more=True)
 
+    async def pulse(self, sign: bytes) -> None:
+        """Send a sign of life in a stream."""
+        await self._part(sign, more=True)
+
     async def tell(self, failure: Failure) -> None:
         """Answer with what went wrong; in a stream that has begun, as its last event."""
         failure.headers.setdefault(REQUEST_ID, self.request_id)
@@ -176,6 +181,7 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def _part(self, body: bytes, more: bool) -> None:
+        self.sent_at = asyncio.get_running_loop().time()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
 

@@ -1,6 +1,8 @@
 """Generations: a draft becomes calls of the service, and what comes back the answer."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 
 from loraplex import from_status
@@ -15,6 +17,8 @@ from loraplex_service.http.exchange import Exchange
 from loraplex_service.http.failures import Refusal
 from loraplex_service.http.parameters import Draft
 from loraplex_service.http.service import ServiceClient, call_options
+
+PULSE_SECONDS = 10.0  # of silence: proxies cut a connection after 60, often
 
 
 async def generate(exchange: Exchange, client: ServiceClient, draft: Draft, answers: Answers, most_bytes: int) -> None:
@@ -59,9 +63,9 @@ async def _stream_one(
     exchange: Exchange, client: ServiceClient, spec: GenerateSpec, call: CallOptions, answers: Answers
 ) -> None:
     """Send tokens as they come. What refuses the request does so before the stream begins, with a status."""
-    async with client.stream(spec, call) as stream:
+    async with client.stream(spec, call) as stream, _kept_alive(exchange, answers):
         async for message in stream:
-            if message.HasField("started"):
+            if message.HasField("started") and not exchange.begun:
                 await _begin(exchange, answers, message.started.request_id, message.started.target)
             for chunk in answers.chunks(message):
                 await exchange.event(chunk)
@@ -73,12 +77,13 @@ async def _stream_several(
 ) -> None:
     """Send the outputs of each prompt as soon as they are complete."""
     used = []
-    async for number, response in _batch(client, specs, call):
-        if not exchange.begun:
-            await _begin(exchange, answers, response.request_id, response.target)
-        used.append(response.usage)
-        for chunk in answers.chunks_of(number * len(response.outputs), number, response):
-            await exchange.event(chunk)
+    async with _kept_alive(exchange, answers):
+        async for number, response in _batch(client, specs, call):
+            if not exchange.begun:
+                await _begin(exchange, answers, response.request_id, response.target)
+            used.append(response.usage)
+            for chunk in answers.chunks_of(number * len(response.outputs), number, response):
+                await exchange.event(chunk)
     for chunk in answers.usage_chunks(used):
         await exchange.event(chunk)
     await exchange.end(answers.last)
@@ -88,6 +93,30 @@ async def _begin(exchange: Exchange, answers: Answers, request_id: str, target: 
     """Begin a stream, which tells of failures in its own words from then on."""
     exchange.told = answers.failed
     await exchange.begin(answers.headers(request_id, target))
+
+
+@asynccontextmanager
+async def _kept_alive(exchange: Exchange, answers: Answers) -> AsyncIterator[None]:
+    """Send a sign of life whenever nothing comes for long, so that nobody on the way takes the stream for dead.
+
+    A request that is still waiting for its first token has its stream begun by the first of them.
+    """
+
+    async def pulse() -> None:
+        while True:
+            await asyncio.sleep(PULSE_SECONDS)
+            if asyncio.get_running_loop().time() - exchange.sent_at < PULSE_SECONDS:
+                continue
+            if not exchange.begun:
+                await _begin(exchange, answers, exchange.request_id, ResolvedTarget())
+            await exchange.pulse(answers.pulse)
+
+    beating = asyncio.create_task(pulse())
+    try:
+        yield
+    finally:
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
 
 
 async def _batch(

@@ -22,6 +22,7 @@ class MessageAnswers(BlockAnswers):
     """Of /v1/messages."""
 
     prefix = "msg_"
+    pulse = b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def failed(self, failure: Failure) -> Json:
         return anthropic_error(failure)
