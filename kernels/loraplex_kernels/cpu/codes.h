@@ -104,7 +104,7 @@ struct CodeColumns {
             shift_ = VECTORS == CODE_VECTORS ? 0 : int(field % FIELDS<Codec>) * Codec::BITS;
         }
 
-        void fetch(int64_t step) {
+        [[gnu::always_inline]] void fetch(int64_t step) {
             const int64_t offset = step / STEPS * UNIT_WORDS<Codec>;
 #pragma GCC unroll 2
             for (int i = 0; i < ROWS; ++i)
@@ -116,7 +116,7 @@ struct CodeColumns {
                     words_[i][p] = shift_right(load_words(at_[p] + offset + i * WORDS), shift_);
         }
 
-        void weights(int i, Weights<X> (&out)[VECTORS]) const {
+        [[gnu::always_inline]] void weights(int i, Weights<X> (&out)[VECTORS]) const {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) {
                 const int field = v / PARTS;

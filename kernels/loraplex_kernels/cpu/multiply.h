@@ -74,7 +74,8 @@ struct Columns {
     int64_t ahead;  // bytes from what is read to what is prefetched
 
     // Hands the inner loop the weights of neighbouring vectors: `fetch` is called once for STEPS steps, then `weights`
-    // once for each of them.
+    // once for each of them. Each is inlined: a call would take what the loop has in registers to memory, at every
+    // step.
     template <int VECTORS, class X>
     class Reader {
       public:
@@ -84,14 +85,14 @@ struct Columns {
             for (int v = 0; v < VECTORS; ++v) at_[v] = columns.vectors[first_vector + v];
         }
 
-        void fetch(int64_t step) {
+        [[gnu::always_inline]] void fetch(int64_t step) {
             offset_ = step * stride_;
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v += VECTORS_PER_LINE<X, T>)
                 __builtin_prefetch(reinterpret_cast<const char*>(at_[v] + offset_) + ahead_);
         }
 
-        void weights(int, Weights<X> (&out)[VECTORS]) const {
+        [[gnu::always_inline]] void weights(int, Weights<X> (&out)[VECTORS]) const {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) out[v] = load_weights<X>(at_[v] + offset_);
         }

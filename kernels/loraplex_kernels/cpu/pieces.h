@@ -24,11 +24,11 @@ struct Pieces {
 
         Reader(const Pieces& pieces, int64_t first_vector) : pieces_(pieces), vectors_(pieces.vectors + first_vector) {}
 
-        void fetch(int64_t step) {
-            if (step % pieces_.piece_steps == 0) {
-                const int64_t piece = step / pieces_.piece_steps;
-                for (int v = 0; v < VECTORS; ++v) at_[v] = vectors_[piece * pieces_.count + v];
-                ahead_ = pieces_.ahead[piece];
+        [[gnu::always_inline]] void fetch(int64_t step) {
+            if (step == next_begin_) {
+                for (int v = 0; v < VECTORS; ++v) at_[v] = vectors_[next_ * pieces_.count + v];
+                ahead_ = pieces_.ahead[next_++];
+                next_begin_ += pieces_.piece_steps;
             } else {
                 for (int v = 0; v < VECTORS; ++v) at_[v] += pieces_.stride;
             }
@@ -37,7 +37,7 @@ struct Pieces {
                 __builtin_prefetch(reinterpret_cast<const char*>(at_[v]) + ahead_);
         }
 
-        void weights(int, Weights<X> (&out)[VECTORS]) const {
+        [[gnu::always_inline]] void weights(int, Weights<X> (&out)[VECTORS]) const {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) out[v] = load_weights<X>(at_[v]);
         }
@@ -47,6 +47,7 @@ struct Pieces {
         const T* const* vectors_;
         const T* at_[VECTORS];
         int64_t ahead_ = 0;
+        int64_t next_ = 0, next_begin_ = 0;  // the piece to come, and its first step
     };
 };
 
