@@ -74,6 +74,7 @@ LOAD = Table(
         refused("is_3d_lora_weight", "the files say how their tensors are laid out", False),
     ),
     does="Registers an adapter, where `http_admin` allows it",
+    needs=("lora_name", "lora_path"),
 )
 
 UNLOAD = Table(
@@ -86,6 +87,7 @@ UNLOAD = Table(
         refused("lora_int_id", "adapters have names"),
     ),
     does="Deletes an adapter, where `http_admin` allows it",
+    needs=("lora_name",),
 )
 
 

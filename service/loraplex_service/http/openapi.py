@@ -41,7 +41,9 @@ def document(version: str) -> Json:
     """The OpenAPI document."""
     paths: Json = {table.path: {"post": _call(table)} for table in TABLES}
     for path, summary in READS.items():
-        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "as the summary says"}}}}
+        answers = {"200": {"description": "as the summary says"}}
+        paths[path] = {"get": {"operationId": _operation("get", path), "summary": summary, "responses": answers}}
+    paths["/health"]["get"]["responses"]["503"] = {"description": "new requests are not admitted"}
     paths["/v1/models/{name}"]["get"]["parameters"] = [
         {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     ]
@@ -62,10 +64,12 @@ def _call(table: Table) -> Json:
     answers: Json = {"application/json": {}}
     if any(parameter.name == "stream" for parameter in table.parameters):
         answers["text/event-stream"] = {}
+    schema = {**body_schema(table), "required": list(table.needs)}
     return {
+        "operationId": _operation("post", table.path),
         "summary": table.does,
         "parameters": [_header(name) for name in (*FORWARDED[1:], TIMEOUT)],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body_schema(table)}}},
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
         "responses": {
             "200": {"description": "the answer", "content": answers},
             "default": {
@@ -74,6 +78,11 @@ def _call(table: Table) -> Json:
             },
         },
     }
+
+
+def _operation(method: str, path: str) -> str:
+    """The name of a call, such as post_v1_chat_completions."""
+    return "_".join([method, *re.findall(r"[a-z0-9_]+", path)])
 
 
 def _header(name: str) -> Json:

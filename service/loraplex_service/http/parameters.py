@@ -82,6 +82,7 @@ class Table:
     check: Callable[[Draft], None] = lambda draft: None  # once all are read
     does: str = ""  # what it answers with
     told: Callable[[Failure], dict[str, Any]] = openai_error  # what went wrong
+    needs: Collection[str] = ()  # parameters that a body cannot do without: the service says so
     repeated: Collection[str] = ()  # parameters that the answer has as they were given
 
     def read(self, given: Mapping[str, Any]) -> Draft:

@@ -274,6 +274,7 @@ CHAT = Table(
     ),
     _check_chat,
     does="A message of the assistant, after a conversation",
+    needs=("model", "messages"),
 )
 
 COMPLETIONS = Table(
@@ -295,11 +296,12 @@ COMPLETIONS = Table(
     ),
     _finish_completion,
     does="Texts that prompts go on with",
+    needs=("model", "prompt"),
 )
 
 EMBEDDINGS = Table(
     "/v1/embeddings",
-    lambda: Draft(EmbedRequest()),
+    lambda: Draft(EmbedRequest(), paths=[("prompts", "input")]),
     (
         MODEL,
         Parameter(
@@ -319,6 +321,7 @@ EMBEDDINGS = Table(
         scalar("request_id", "options.client_request_id"),
     ),
     does="Texts as vectors",
+    needs=("model", "input"),
 )
 
 TOKENIZE = Table(
@@ -332,6 +335,7 @@ TOKENIZE = Table(
         refused("return_token_strs", "/detokenize has the texts of tokens", False),
     ),
     does="A prompt as tokens",
+    needs=("model",),
 )
 
 DETOKENIZE = Table(
@@ -339,6 +343,7 @@ DETOKENIZE = Table(
     lambda: Draft(DetokenizeRequest()),
     (MODEL, listing("tokens", "token_ids"), scalar("skip_special_tokens", "skip_special_tokens")),
     does="Tokens as text",
+    needs=("model",),
 )
 
 TABLES = (CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, DETOKENIZE)

@@ -14,6 +14,8 @@ from tests.service.http.caller import Caller
 from tests.service.http.test_tables import EACH, REFUSED, body_for
 
 jsonschema = pytest.importorskip("jsonschema")
+ANSWERED = [table for table in TABLES if "adapter" not in table.path]  # by a door without http_admin
+SAID = [{"role": "user", "content": "x"}]
 CASES = [pytest.param(*each, id=f"{each[0].path} {each[1].name}") for each in EACH if each[1].taken]
 
 
@@ -57,6 +59,29 @@ async def test_the_document_has_every_endpoint_and_no_other(caller: Caller) -> N
     methods = {path.replace("{name}", ""): next(iter(calls)).upper() for path, calls in told.items()}
     assert methods.pop(MODEL) == "GET"
     assert methods == {path: endpoint.method for path, endpoint in caller.door._endpoints.items()}
+
+
+@pytest.mark.parametrize("table", TABLES, ids=[table.path for table in TABLES])
+async def test_what_a_body_cannot_do_without_is_required(caller: Caller, table: Table) -> None:
+    call = (await caller.get("/openapi.json")).json["paths"][table.path]["post"]
+    schema = call["requestBody"]["content"]["application/json"]["schema"]
+    assert set(schema["required"]) == set(table.needs) <= schema["properties"].keys()
+
+
+@pytest.mark.parametrize("table", ANSWERED, ids=[table.path for table in ANSWERED])
+async def test_a_body_without_what_it_needs_is_refused(caller: Caller, table: Table) -> None:
+    given = {"model": "tiny", "messages": SAID, "input": "x", "prompt": "x", "tokens": [1]}
+    body = {name: given[name] for name in table.needs}
+    for name in table.needs:
+        answer = await caller.post(table.path, {**body, name: None})
+        assert (answer.status, answer.error["param"]) == (400, name)
+
+
+async def test_every_call_has_a_name_of_its_own(caller: Caller) -> None:
+    paths = (await caller.get("/openapi.json")).json["paths"]
+    names = [call["operationId"] for calls in paths.values() for call in calls.values()]
+    assert len(set(names)) == len(names) == len(paths)
+    assert "503" in paths["/health"]["get"]["responses"]
 
 
 async def test_the_page_shows_every_parameter_and_needs_no_network(caller: Caller) -> None:

@@ -142,6 +142,7 @@ MESSAGES = Table(
     ),
     lambda draft: check_single(draft, *UNTOLD),
     does="A message of the assistant, in Anthropic's words",
+    needs=("model", "messages"),
     told=anthropic_error,
 )
 
@@ -160,5 +161,6 @@ COUNT = Table(
         *_CONVERSATION,
     ),
     does="How many tokens a message would read",
+    needs=("model", "messages"),
     told=anthropic_error,
 )

@@ -145,5 +145,6 @@ RESPONSES = Table(
     ),
     _check,
     does="A response, without state",
+    needs=("model", "input"),
     repeated=REPEATED,
 )
