@@ -11,7 +11,9 @@ from loraplex.channel import CallOptions
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.models_pb2 import Model
 from loraplex.v1.routes_pb2 import ResolvedTarget
+from loraplex_service.http.parameters import wrong
 
+MOST_MODELS = 1000  # of a page, where a size is asked for
 OWNER = "loraplex"  # of what belongs to no tenant
 
 
@@ -36,10 +38,32 @@ async def listed(client: AsyncClient, call: CallOptions) -> list[dict[str, Any]]
     ]
 
 
-def page(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The one page of the list, as clients of both APIs read it."""
-    first, last = (models[0]["id"], models[-1]["id"]) if models else (None, None)
-    return {"object": "list", "data": models, "has_more": False, "first_id": first, "last_id": last}
+def page(models: Sequence[Mapping[str, Any]], asked: Mapping[str, str]) -> dict[str, Any]:
+    """A page of the list, as clients of both APIs read it. Without a `limit` it has all, unlike Anthropic's.
+
+    Raises Refusal for what is no place in the list.
+    """
+    ids = [model["id"] for model in models]
+    first = _place(ids, asked, "after_id") + 1 if "after_id" in asked else 0
+    end = _place(ids, asked, "before_id") if "before_id" in asked else len(ids)
+    within = range(first, end)
+    limit = _limit(asked["limit"]) if "limit" in asked else len(ids)
+    shown = within[-limit:] if "before_id" in asked else within[:limit]
+    data = [models[place] for place in shown]
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": data, "has_more": len(shown) < len(within), **ends}
+
+
+def _limit(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 5 and 1 <= int(text) <= MOST_MODELS):
+        raise wrong("limit", f"must be a number from 1 to {MOST_MODELS}")
+    return int(text)
+
+
+def _place(ids: Sequence[str], asked: Mapping[str, str], name: str) -> int:
+    if asked[name] not in ids:
+        raise wrong(name, f"there is no {asked[name][:200]!r} in the list")
+    return ids.index(asked[name])
 
 
 async def retrieved(client: AsyncClient, name: str, call: CallOptions) -> dict[str, Any]:

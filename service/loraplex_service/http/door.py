@@ -148,7 +148,7 @@ class Door:
         call = call_options(exchange)
         with self._clients.lease() as client:
             models = await _unless_gone(exchange, listed(client, call))
-        await exchange.answer(page(models))
+        await exchange.answer(page(models, exchange.query))
 
     async def _model(self, exchange: Exchange) -> None:
         name, call = exchange.path.removeprefix(MODEL), call_options(exchange)

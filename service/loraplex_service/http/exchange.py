@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
+from urllib.parse import parse_qsl
 from uuid import uuid4
 
 import msgspec
@@ -64,9 +65,15 @@ class Exchange:
         self.sent_at = asyncio.get_running_loop().time()  # when something was sent last; at first, when it came
         self.told: Callable[[Failure], Any] = openai_error  # what went wrong, in the words of the API that was called
         self._complete = False  # the body
+        self._query_string: bytes = scope.get("query_string", b"")
         self._receive = receive
         self._send = send
         self._room = room
+
+    @property
+    def query(self) -> dict[str, str]:
+        """What stands behind the path."""
+        return dict(parse_qsl(self._query_string.decode("latin-1")))
 
     async def read(self, admit: Admit, make: Callable[[dict[str, Any]], ResultT]) -> ResultT:
         """Return what is made of the body, which must be a JSON object. Raises Refusal, ConnectionError, LoraplexError.

@@ -126,5 +126,8 @@ def put_tool_choice(draft: Draft, value: Any) -> None:
         choice.mode = ToolMode.Value(f"TOOL_MODE_{value.upper()}")
     elif isinstance(value, dict) and value.get("type") == "function":
         choice.name = text(value.get("name"))
+    elif isinstance(value, dict) and value.get("type") == "allowed_tools":
+        problem = "leave those that are not allowed out of `tools`"
+        raise wrong("tool_choice.type", problem, code="unsupported_parameter")
     else:
         raise ValueError('must be "auto", "none", "required" or {"type": "function", "name": …}')

@@ -123,6 +123,7 @@ def test_a_choice_may_name_a_tool() -> None:
         ({"tools": [{**TOOL, "strict": "yes"}]}, "tools[0]"),
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.type"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
         ({"reasoning": {"summary": "long"}}, "reasoning.summary"),
         ({"text": {"format": {"type": "text", "bogus": 1}}}, "text.format.bogus"),
