@@ -142,7 +142,14 @@ def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
         for part, out_features in stored_shapes(linear)
     ]
     shapes += [
-        LinearShape(f"model.layers.{layer}.{stack.path}", out_features, linear.in_features, linear.bias, stack.count)
+        LinearShape(
+            f"model.layers.{layer}.{stack.path}",
+            out_features,
+            linear.in_features,
+            linear.bias,
+            stack.count,
+            stack.transposed,
+        )
         for layer in range(config.num_layers)
         for linear in layer_linears(config, layer)
         if (stack := linear.stack) is not None and stack.stored and stack.index == 0

@@ -15,6 +15,7 @@ from loraplex_kernels.quantized import Float8Weight
 
 # transformers' names, then vLLM's. Both multiply.
 SCALES = (".weight_scale_inv", ".weight_scale")
+STACK_SCALE = "_scale"  # of experts whose matrices are one tensor, one for each output feature (Llama 4)
 MX_BLOCK = 32
 MAX_BLOCK = 1 << 16  # far more rows or columns than any file has in a block, and few enough to be computed with
 E4M3_NAN = 0x7F  # and with the sign bit; the type has no infinity
@@ -27,10 +28,13 @@ class Fp8Spec:
     static_activations: bool  # the file brings scales for them, which 16-bit activations do not need
 
     label = "fp8"
-    markers = SCALES
+    markers = (*SCALES, STACK_SCALE)
 
     def tensors(self, linear: LinearShape) -> dict[str, ExpectedTensor]:
         n, c = linear.out_features, linear.in_features
+        if linear.count is not None and linear.transposed:
+            codes = ExpectedTensor((linear.count, c, n), ("F8_E4M3",))
+            return {"": codes, STACK_SCALE: ExpectedTensor((linear.count, None, None), SCALE_TYPES)}
         shape = None if self.block is None else (-(-n // self.block[0]), -(-c // self.block[1]))
         scales = {name: ExpectedTensor(shape, SCALE_TYPES, optional=True) for name in SCALES}
         activations = ACTIVATION_SCALES if self.static_activations else ()
@@ -41,6 +45,8 @@ class Fp8Spec:
         }
 
     def read(self, linear: LinearShape, stored: Mapping[str, Tensor]) -> Float8Weight:
+        if STACK_SCALE in stored:
+            return float8_weight(linear, STACK_SCALE, stored[""].t().contiguous(), stored[STACK_SCALE], None)
         found = [name for name in SCALES if name in stored]
         if len(found) != 1:
             raise linear.error("", f"has {len(found)} of the scales {' and '.join(SCALES)}, and needs one")
@@ -53,7 +59,7 @@ def float8_weight(
     """A float8 weight with its scales. block None: `scale` holds one value, or one for each output feature."""
     scale = check_scales(linear, suffix, scale)
     if bool((codes.view(torch.uint8) & E4M3_NAN == E4M3_NAN).any()):
-        raise linear.error(".weight", "holds NaN: the checkpoint is damaged")
+        raise linear.error(linear.weight.removeprefix(linear.path), "holds NaN: the checkpoint is damaged")
     if block is not None:
         return Float8Weight(codes, scale, block)
     if scale.numel() != 1 and scale.squeeze().shape != codes.shape[:1]:  # blocks may be as many as output features

@@ -23,6 +23,7 @@ class LinearShape:
     in_features: int  # C
     has_bias: bool = False
     count: int | None = None  # experts, whose matrices are one tensor [E, N, C]; None: it is one matrix
+    transposed: bool = False  # which is [E, C, N]
 
     @property
     def weight(self) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from loraplex_engine.checkpoint.model_config import ModelError, Rope
 from loraplex_engine.checkpoint.shard import WHOLE
@@ -59,6 +61,29 @@ STATED = {"fp8 blocks": {"fmt": "float8_e4m3fn", "modules_to_not_convert": ["gat
 def test_quantised_latents_and_experts_are_what_they_stand_for(tmp_path: Path, name: str, backend: str) -> None:
     section, packer = FORMATS[name]
     twins = make_twins(tmp_path, {**section, **STATED.get(name, {})}, packer, ("mlp.gate",), **EXPERTS)
+    ops = select_ops(torch.device("cpu"), backend, threads=1)
+    found, wanted = (logits(load(path, ops), TOKENS, ops) for path in (twins.quantised, twins.dense))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_experts_in_float8_are_read_as_one_tensor(tmp_path: Path, backend: str) -> None:
+    """As in the files of Meta's Maverick: [E, C, N], with a scale for each output feature."""
+    twins = make_twins(tmp_path, *FORMATS["fp8 by rows, Meta's"], ("router",), **CHUNKS)
+    stored = load_file(twins.quantised / "model.safetensors")
+
+    def stacked(layer: int, names: tuple[str, ...], suffix: str) -> Tensor:
+        modules = [[f"model.layers.{layer}.feed_forward.experts.{index}.{name}" for name in names] for index in (0, 1)]
+        tensors = [torch.cat([stored[path + suffix].view(torch.uint8) for path in paths]) for paths in modules]
+        return torch.stack(tensors).view(stored[modules[0][0] + suffix].dtype)
+
+    changes: dict[str, Tensor | None] = {name: None for name in stored if ".experts." in name}
+    for layer in (0, 1):
+        for joined, names in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            path = f"model.layers.{layer}.feed_forward.experts.{joined}"
+            changes[path] = stacked(layer, names, ".weight").transpose(1, 2).contiguous()
+            changes[f"{path}_scale"] = stacked(layer, names, ".weight_scale")
+    twins.change(**changes)
     ops = select_ops(torch.device("cpu"), backend, threads=1)
     found, wanted = (logits(load(path, ops), TOKENS, ops) for path in (twins.quantised, twins.dense))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
