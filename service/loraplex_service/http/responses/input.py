@@ -17,6 +17,7 @@ ITEMS: Mapping[str, tuple[str, ...]] = {  # with the keys of each
     "function_call": ("id", "call_id", "name", "arguments", "status"),
     "function_call_output": ("id", "call_id", "output", "status", "name"),
 }
+ROLES = ("user", "assistant", "system", "developer")
 OF_ASSISTANT = ("reasoning", "function_call")
 TEXTS = ("input_text", "output_text", "text", "refusal")  # the last: what another server's model would not do
 PART = ("type", "text", "annotations", "logprobs")
@@ -64,6 +65,8 @@ def _kind(item: Mapping[str, Any], name: str) -> str:
         problem = f"{kind!r} is no item that is taken here: {', '.join(ITEMS)} are"
         raise wrong(f"{name}.type", problem, code="unsupported_parameter")
     refuse_others(item, ("type", *ITEMS[kind]), name)
+    if kind == "message" and item["role"] not in ROLES:
+        raise wrong(f"{name}.role", f"must be one of {', '.join(ROLES)}")
     return kind
 
 

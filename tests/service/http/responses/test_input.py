@@ -115,6 +115,8 @@ def test_a_choice_may_name_a_tool() -> None:
         ({"input": [{**CALL, "namespace": "x"}]}, "input[0].namespace"),
         ({"input": [{"no": "such"}]}, "input[0]"),
         ({"input": [RESULT]}, "input[0]"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"type": "message", "content": "x"}]}, "input[0]"),
         ({"input": [THOUGHT, CALL, USER]}, "input[1]"),
         ({"input": [{**CALL, "name": ""}]}, "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0]"),
