@@ -25,19 +25,26 @@ class StepCosts:
     """The seconds that steps take, by their rows."""
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
-        """`seconds`: what is known at first, by rows; of one row at least."""
-        self._times = {rows: deque([each], KEPT) for rows, each in seconds.items()}
+        """`seconds`: what was measured at first, by rows; of one row at least."""
+        self._measured = dict(seconds)
+        self._times: dict[int, deque[float]] = {}  # of the latest steps
         self._medians = dict(seconds)
         self._known = sorted(seconds)
 
     def note(self, rows: int, seconds: float) -> None:
-        """Take in the time of a step."""
-        if rows not in self._times:
-            self._times[rows] = deque(maxlen=KEPT)
-            self._known = sorted(self._times)
-        times = self._times[rows]
+        """Take in the time of a step.
+
+        A machine is faster or slower in use than it was when it was measured: numbers of rows that have not come yet
+        are taken to have changed as this one has. Else what is never tried would stay as dear as it was once.
+        """
+        times = self._times.setdefault(rows, deque(maxlen=KEPT))
         times.append(seconds)
         self._medians[rows] = median(times)
+        if rows in self._measured:
+            drift = self._medians[rows] / self._measured[rows]
+            self._medians |= {other: drift * at for other, at in self._measured.items() if other not in self._times}
+        if len(self._known) < len(self._medians):
+            self._known = sorted(self._medians)
 
     def seconds(self, rows: int) -> float:
         """The time of a step: measured, or between those of the nearest numbers of rows that were."""

@@ -92,6 +92,19 @@ def test_the_time_of_a_step_is_the_median_of_its_latest_times() -> None:
     assert costs.seconds(1) == 2.0
 
 
+def test_times_that_were_not_seen_since_change_as_those_that_were() -> None:
+    costs = StepCosts({1: 20.0, 2: 24.0, 4: 40.0})
+    costs.note(4, 30.0)
+    costs.note(1, 10.0)  # the machine is twice as fast as it was when it was measured
+    assert [costs.seconds(rows) for rows in (1, 2, 4)] == [10.0, 12.0, 30.0]
+
+
+def test_times_that_were_not_measured_at_first_change_no_others() -> None:
+    costs = StepCosts({1: 20.0, 4: 40.0})
+    costs.note(3, 1.0)
+    assert [costs.seconds(rows) for rows in (1, 3, 4)] == [20.0, 1.0, 40.0]
+
+
 @pytest.mark.parametrize(("rows", "seconds"), [(1, 10.0), (2, 11.0), (3, 13.0), (4, 15.0), (6, 19.0)])
 def test_times_that_were_not_measured_lie_between_those_that_were(rows: int, seconds: float) -> None:
     assert StepCosts({1: 10.0, 2: 11.0, 4: 15.0}).seconds(rows) == seconds
