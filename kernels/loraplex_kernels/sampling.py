@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -83,7 +84,7 @@ class LogitChanges:
     watermarks: Watermarks | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Draws:
     """How each row's token is drawn from its logits."""
 
@@ -94,6 +95,14 @@ class Draws:
     typical_p: np.ndarray  # float64 [S]; 1: all
     seeds: np.ndarray  # uint64 [S]
     positions: np.ndarray  # int64 [S]: of the token in its sequence
+
+    @classmethod
+    @lru_cache
+    def greedy(cls, num_rows: int) -> Draws:
+        """The most likely token of each row. Kept: most steps are so, and each column made anew costs a cold cache."""
+        none = np.zeros(num_rows, dtype=np.int64)
+        nothing, all_of_it = none.astype(np.float64), np.ones(num_rows)
+        return cls(nothing, none, all_of_it, nothing, all_of_it, none.astype(np.uint64), none)
 
     def of(self, rows: np.ndarray) -> Draws:
         """Those of some rows."""
@@ -107,6 +116,7 @@ class Draws:
         found: np.ndarray = cut & (self.temperatures > 0)
         return found
 
+    @cached_property
     def numbers(self) -> np.ndarray:
         """The random number of each row."""
         return uniform(self.seeds, self.positions)
@@ -275,7 +285,7 @@ def _draw(logits: Tensor, draws: Draws) -> list[int]:
     scaled = _at_temperature(logits, draws)
     left = _left(scaled, draws)
     tokens: list[int] = []
-    for row, number in enumerate(draws.numbers()):
+    for row, number in enumerate(draws.numbers):
         if row in left:
             ids, weights = left[row]
             tokens.append(int(ids[_pick(weights, number)]))

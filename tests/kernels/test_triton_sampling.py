@@ -75,7 +75,7 @@ def test_tokens_of_a_large_vocabulary_are_those_of_the_reference(fields: dict[st
 
 def test_the_highest_number_draws_a_token_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its product with the sum of all weights may be rounded to that sum."""
-    monkeypatch.setattr(Draws, "numbers", lambda self: np.full(len(self.seeds), 1 - 2.0**-53))
+    monkeypatch.setattr(Draws, "numbers", property(lambda self: np.full(len(self.seeds), 1 - 2.0**-53)))
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 0.5, -torch.inf]] * 2, device=DEVICE)
     assert OPS.draw_tokens(logits, draws([{}, {"top_k": 5}])).tolist() == [3, 0]
 

@@ -153,6 +153,8 @@ def _token_logprobs(
 def draws(histories: Sequence[History]) -> Draws:
     """How the token of each row is drawn."""
     params = [history.sampling for history in histories]
+    if all(p.greedy for p in params):
+        return Draws.greedy(len(params))
     return Draws(
         temperatures=np.array([0.0 if p.greedy else p.temperature for p in params]),
         top_k=np.array([p.top_k for p in params]),

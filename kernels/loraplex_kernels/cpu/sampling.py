@@ -40,7 +40,7 @@ class CpuSampling(TorchSampling):
         columns = (
             *(draws.temperatures.astype(np.float64, copy=False), draws.top_k.astype(np.int64, copy=False)),
             *(each.astype(np.float64, copy=False) for each in (draws.top_p, draws.min_p, draws.typical_p)),
-            draws.numbers(),
+            draws.numbers,
         )
         tokens = torch.empty(len(logits), dtype=torch.int64)
         where = address(logits), *logits.shape, *(column.ctypes.data for column in columns)

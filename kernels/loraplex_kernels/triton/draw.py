@@ -318,7 +318,7 @@ def _launch(logits: Tensor, draws: Draws, drawn: Tensor, device: torch.device, c
     num_rows, num_tokens = logits.shape
     if not num_rows:
         return
-    columns = [draws.temperatures, draws.top_p, draws.min_p, draws.typical_p, draws.numbers()]
+    columns = [draws.temperatures, draws.top_p, draws.min_p, draws.typical_p, draws.numbers]
     columns = [column.astype(np.float64, copy=False) for column in columns]
     temperatures, top_p, min_p, typical_p, numbers, top_k = to_device([*columns, draws.top_k], device)
     room = logits.shape if draws.cuts.any() else (1, 1)
