@@ -105,6 +105,7 @@ class Application:
     admission: Admission
     entrance: Entrance
     inference: InferenceServicer
+    server: ServerServicer
     health: Health
     probes: Probes
     data: tuple[Service, ...]
@@ -243,6 +244,7 @@ def assemble(
         admission,
         entrance,
         inference,
+        server,
         health,
         probes,
         data,
@@ -380,6 +382,7 @@ def _listeners(
     admin, admin_port = listen(app.admin, config.admin_listen)
     if config.http_admin:
         admin.add_insecure_port(_for_admin(door))
+    app.server.admin_port = admin_port
     hosts = [address.rpartition(":")[0] for address in (config.listen, config.admin_listen)]
     own = (f"{hosts[0]}:{data_port}", f"{hosts[1]}:{admin_port}")
     return data, admin, Addresses(*own, health_address, metrics_address)

@@ -20,6 +20,7 @@ class Call:
 
     tenant: str
     is_admin: bool = False  # the caller may do everything, for every tenant
+    manages: bool = False  # the caller may use the admin port, at least for its own tenant
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))  # made by the server
     arrival: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     deadline: float | None = None  # by the event loop's clock

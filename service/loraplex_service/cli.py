@@ -216,8 +216,8 @@ def models() -> None:
 @reaches_server
 def list_models(target: ServerAccess) -> None:
     """List all models."""
-    with target.admin() as admin:
-        found = admin.list_models()
+    with target.client() as client:
+        found = client.list_models()
     rows = [
         (m.name, enum_name(m, "state"), m.architecture, m.dtype, str(m.limits.max_context_tokens or "")) for m in found
     ]
@@ -229,8 +229,8 @@ def list_models(target: ServerAccess) -> None:
 @reaches_server
 def get_model(target: ServerAccess, name: str) -> None:
     """Show one model."""
-    with target.admin() as admin:
-        print_json(admin.get_model(name))
+    with target.client() as client:
+        print_json(client.get_model(name))
 
 
 @models.command("load")

@@ -16,7 +16,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/server.proto\x12\x0bloraplex.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdf\x01\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12$\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x13.loraplex.v1.Device\x12\x19\n\x11max_receive_bytes\x18\x05 \x01(\x05\x12\x1f\n\x17max_batch_receive_bytes\x18\x07 \x01(\x05\x12\x1c\n\x14unsupported_features\x18\x06 \x03(\t\"A\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\"\x16\n\x14GetServerInfoRequest\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa1\x01\n\x11WatchLoadResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12&\n\x06models\x18\x03 \x03(\x0b\x32\x16.loraplex.v1.ModelLoad\x12(\n\x07tenants\x18\x04 \x03(\x0b\x32\x17.loraplex.v1.TenantLoad\"r\n\nTenantLoad\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x16\n\x0erequests_total\x18\x02 \x01(\x03\x12\x1b\n\x13prompt_tokens_total\x18\x03 \x01(\x03\x12\x1f\n\x17\x63ompletion_tokens_total\x18\x04 \x01(\x03\"\x8b\x03\n\tModelLoad\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x10running_requests\x18\x02 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x03 \x01(\x05\x12$\n\x1cwaiting_for_adapter_requests\x18\x04 \x01(\x05\x12\x1a\n\x12\x63\x61\x63he_tokens_total\x18\x05 \x01(\x03\x12\x19\n\x11\x63\x61\x63he_tokens_used\x18\x06 \x01(\x03\x12\x1c\n\x14prefix_lookup_tokens\x18\x07 \x01(\x03\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x03\x12\x1b\n\x13prompt_tokens_total\x18\t \x01(\x03\x12\x1f\n\x17\x63ompletion_tokens_total\x18\n \x01(\x03\x12\x1b\n\x13\x61\x64\x61pter_bytes_total\x18\x0b \x01(\x03\x12\x1a\n\x12\x61\x64\x61pter_bytes_used\x18\x0c \x01(\x03\x12\x17\n\x0f\x64\x65vice_adapters\x18\r \x03(\t\x12\x15\n\rhost_adapters\x18\x0e \x01(\x05\"<\n\x11WatchUsageRequest\x12\x10\n\x08\x61\x66ter_id\x18\x01 \x01(\t\x12\x15\n\rexisting_only\x18\x02 \x01(\x08\"?\n\x12WatchUsageResponse\x12)\n\x07records\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.UsageRecord\"\x93\x06\n\x0bUsageRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x11\n\toperation\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x16\n\x0emodel_revision\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x08 \x01(\t\x12\x0e\n\x06status\x18\t \x01(\t\x12\x16\n\x0e\x66inish_reasons\x18\n \x03(\t\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x0c \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\r \x01(\x03\x12.\n\nstart_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0etotal_duration\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0equeue_duration\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15\x61\x64\x61pter_load_duration\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x12 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x08\x61\x64\x61pters\x18\x13 \x03(\x0b\x32\x18.loraplex.v1.UsedAdapter\x12\x19\n\x11\x63lient_request_id\x18\x14 \x01(\t\x12\x34\n\x06labels\x18\x15 \x03(\x0b\x32$.loraplex.v1.UsageRecord.LabelsEntry\x12\x12\n\nconstraint\x18\x16 \x01(\t\x12\x14\n\x0c\x64raft_tokens\x18\x17 \x01(\x03\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x18 \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\">\n\x0bUsedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x32\xfb\x01\n\rServerService\x12K\n\rGetServerInfo\x12!.loraplex.v1.GetServerInfoRequest\x1a\x17.loraplex.v1.ServerInfo\x12L\n\tWatchLoad\x12\x1d.loraplex.v1.WatchLoadRequest\x1a\x1e.loraplex.v1.WatchLoadResponse0\x01\x12O\n\nWatchUsage\x12\x1e.loraplex.v1.WatchUsageRequest\x1a\x1f.loraplex.v1.WatchUsageResponse0\x01\x42\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/server.proto\x12\x0bloraplex.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x01\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12$\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x13.loraplex.v1.Device\x12\x19\n\x11max_receive_bytes\x18\x05 \x01(\x05\x12\x1f\n\x17max_batch_receive_bytes\x18\x07 \x01(\x05\x12\x1c\n\x14unsupported_features\x18\x06 \x03(\t\x12\x12\n\nadmin_port\x18\x08 \x01(\x05\"A\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\"\x16\n\x14GetServerInfoRequest\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa1\x01\n\x11WatchLoadResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12&\n\x06models\x18\x03 \x03(\x0b\x32\x16.loraplex.v1.ModelLoad\x12(\n\x07tenants\x18\x04 \x03(\x0b\x32\x17.loraplex.v1.TenantLoad\"r\n\nTenantLoad\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x16\n\x0erequests_total\x18\x02 \x01(\x03\x12\x1b\n\x13prompt_tokens_total\x18\x03 \x01(\x03\x12\x1f\n\x17\x63ompletion_tokens_total\x18\x04 \x01(\x03\"\x8b\x03\n\tModelLoad\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x10running_requests\x18\x02 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x03 \x01(\x05\x12$\n\x1cwaiting_for_adapter_requests\x18\x04 \x01(\x05\x12\x1a\n\x12\x63\x61\x63he_tokens_total\x18\x05 \x01(\x03\x12\x19\n\x11\x63\x61\x63he_tokens_used\x18\x06 \x01(\x03\x12\x1c\n\x14prefix_lookup_tokens\x18\x07 \x01(\x03\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x03\x12\x1b\n\x13prompt_tokens_total\x18\t \x01(\x03\x12\x1f\n\x17\x63ompletion_tokens_total\x18\n \x01(\x03\x12\x1b\n\x13\x61\x64\x61pter_bytes_total\x18\x0b \x01(\x03\x12\x1a\n\x12\x61\x64\x61pter_bytes_used\x18\x0c \x01(\x03\x12\x17\n\x0f\x64\x65vice_adapters\x18\r \x03(\t\x12\x15\n\rhost_adapters\x18\x0e \x01(\x05\"<\n\x11WatchUsageRequest\x12\x10\n\x08\x61\x66ter_id\x18\x01 \x01(\t\x12\x15\n\rexisting_only\x18\x02 \x01(\x08\"?\n\x12WatchUsageResponse\x12)\n\x07records\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.UsageRecord\"\x93\x06\n\x0bUsageRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x11\n\toperation\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x16\n\x0emodel_revision\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x08 \x01(\t\x12\x0e\n\x06status\x18\t \x01(\t\x12\x16\n\x0e\x66inish_reasons\x18\n \x03(\t\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x0c \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\r \x01(\x03\x12.\n\nstart_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0etotal_duration\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0equeue_duration\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15\x61\x64\x61pter_load_duration\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x12 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x08\x61\x64\x61pters\x18\x13 \x03(\x0b\x32\x18.loraplex.v1.UsedAdapter\x12\x19\n\x11\x63lient_request_id\x18\x14 \x01(\t\x12\x34\n\x06labels\x18\x15 \x03(\x0b\x32$.loraplex.v1.UsageRecord.LabelsEntry\x12\x12\n\nconstraint\x18\x16 \x01(\t\x12\x14\n\x0c\x64raft_tokens\x18\x17 \x01(\x03\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x18 \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\">\n\x0bUsedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x32\xfb\x01\n\rServerService\x12K\n\rGetServerInfo\x12!.loraplex.v1.GetServerInfoRequest\x1a\x17.loraplex.v1.ServerInfo\x12L\n\tWatchLoad\x12\x1d.loraplex.v1.WatchLoadRequest\x1a\x1e.loraplex.v1.WatchLoadResponse0\x01\x12O\n\nWatchUsage\x12\x1e.loraplex.v1.WatchUsageRequest\x1a\x1f.loraplex.v1.WatchUsageResponse0\x01\x42\'\n\x0bloraplex.v1P\x01Z\x16loraplex/v1;loraplexv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -27,29 +27,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USAGERECORD_LABELSENTRY']._loaded_options = None
   _globals['_USAGERECORD_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_SERVERINFO']._serialized_start=107
-  _globals['_SERVERINFO']._serialized_end=330
-  _globals['_DEVICE']._serialized_start=332
-  _globals['_DEVICE']._serialized_end=397
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=399
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=421
-  _globals['_WATCHLOADREQUEST']._serialized_start=423
-  _globals['_WATCHLOADREQUEST']._serialized_end=486
-  _globals['_WATCHLOADRESPONSE']._serialized_start=489
-  _globals['_WATCHLOADRESPONSE']._serialized_end=650
-  _globals['_TENANTLOAD']._serialized_start=652
-  _globals['_TENANTLOAD']._serialized_end=766
-  _globals['_MODELLOAD']._serialized_start=769
-  _globals['_MODELLOAD']._serialized_end=1164
-  _globals['_WATCHUSAGEREQUEST']._serialized_start=1166
-  _globals['_WATCHUSAGEREQUEST']._serialized_end=1226
-  _globals['_WATCHUSAGERESPONSE']._serialized_start=1228
-  _globals['_WATCHUSAGERESPONSE']._serialized_end=1291
-  _globals['_USAGERECORD']._serialized_start=1294
-  _globals['_USAGERECORD']._serialized_end=2081
-  _globals['_USAGERECORD_LABELSENTRY']._serialized_start=2036
-  _globals['_USAGERECORD_LABELSENTRY']._serialized_end=2081
-  _globals['_USEDADAPTER']._serialized_start=2083
-  _globals['_USEDADAPTER']._serialized_end=2145
-  _globals['_SERVERSERVICE']._serialized_start=2148
-  _globals['_SERVERSERVICE']._serialized_end=2399
+  _globals['_SERVERINFO']._serialized_end=350
+  _globals['_DEVICE']._serialized_start=352
+  _globals['_DEVICE']._serialized_end=417
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=419
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=441
+  _globals['_WATCHLOADREQUEST']._serialized_start=443
+  _globals['_WATCHLOADREQUEST']._serialized_end=506
+  _globals['_WATCHLOADRESPONSE']._serialized_start=509
+  _globals['_WATCHLOADRESPONSE']._serialized_end=670
+  _globals['_TENANTLOAD']._serialized_start=672
+  _globals['_TENANTLOAD']._serialized_end=786
+  _globals['_MODELLOAD']._serialized_start=789
+  _globals['_MODELLOAD']._serialized_end=1184
+  _globals['_WATCHUSAGEREQUEST']._serialized_start=1186
+  _globals['_WATCHUSAGEREQUEST']._serialized_end=1246
+  _globals['_WATCHUSAGERESPONSE']._serialized_start=1248
+  _globals['_WATCHUSAGERESPONSE']._serialized_end=1311
+  _globals['_USAGERECORD']._serialized_start=1314
+  _globals['_USAGERECORD']._serialized_end=2101
+  _globals['_USAGERECORD_LABELSENTRY']._serialized_start=2056
+  _globals['_USAGERECORD_LABELSENTRY']._serialized_end=2101
+  _globals['_USEDADAPTER']._serialized_start=2103
+  _globals['_USEDADAPTER']._serialized_end=2165
+  _globals['_SERVERSERVICE']._serialized_start=2168
+  _globals['_SERVERSERVICE']._serialized_end=2419
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,7 @@ class ServerInfo(google.protobuf.message.Message):
     MAX_RECEIVE_BYTES_FIELD_NUMBER: builtins.int
     MAX_BATCH_RECEIVE_BYTES_FIELD_NUMBER: builtins.int
     UNSUPPORTED_FEATURES_FIELD_NUMBER: builtins.int
+    ADMIN_PORT_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Its version, such as "0.1.0"."""
     draining: builtins.bool
@@ -44,6 +45,10 @@ class ServerInfo(google.protobuf.message.Message):
     """
     max_batch_receive_bytes: builtins.int
     """The same of a BatchGenerate: `limits.batch_bytes`."""
+    admin_port: builtins.int
+    """The admin port, told to callers with the role `admin` or `adapters`: those that may use it. It is on the host that
+    the server's other port is on, unless the operator says otherwise. 0: to others, and where it is no TCP port.
+    """
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it started."""
@@ -66,9 +71,10 @@ class ServerInfo(google.protobuf.message.Message):
         max_receive_bytes: builtins.int = ...,
         max_batch_receive_bytes: builtins.int = ...,
         unsupported_features: collections.abc.Iterable[builtins.str] | None = ...,
+        admin_port: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["devices", b"devices", "draining", b"draining", "max_batch_receive_bytes", b"max_batch_receive_bytes", "max_receive_bytes", b"max_receive_bytes", "start_time", b"start_time", "unsupported_features", b"unsupported_features", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["admin_port", b"admin_port", "devices", b"devices", "draining", b"draining", "max_batch_receive_bytes", b"max_batch_receive_bytes", "max_receive_bytes", b"max_receive_bytes", "start_time", b"start_time", "unsupported_features", b"unsupported_features", "version", b"version"]) -> None: ...
 
 Global___ServerInfo: typing_extensions.TypeAlias = ServerInfo
 

@@ -28,8 +28,8 @@ def adapters() -> None:
 @reaches_server
 def list_adapters(target: ServerAccess, base_model: str | None, versions: bool) -> None:
     """List the adapters of a tenant (--tenant), or all."""
-    with target.admin() as admin:
-        found = admin.list_adapters(tenant=target.tenant or "-", base_model=base_model, include_versions=versions)
+    with target.client() as client:
+        found = client.list_adapters(tenant=target.tenant or "-", base_model=base_model, include_versions=versions)
     rows = [
         (
             a.version,
@@ -50,8 +50,8 @@ def list_adapters(target: ServerAccess, base_model: str | None, versions: bool) 
 @reaches_server
 def get_adapter(target: ServerAccess, name: str) -> None:
     """Show one adapter, or one version of it."""
-    with target.admin() as admin:
-        print_json(admin.get_adapter(name, tenant=target.tenant or "shared"))
+    with target.client() as client:
+        print_json(client.get_adapter(name, tenant=target.tenant or "shared"))
 
 
 @adapters.command("create")

@@ -18,8 +18,8 @@ def routes() -> None:
 @reaches_server
 def list_routes(target: ServerAccess) -> None:
     """List the routes of a tenant (--tenant), or all."""
-    with target.admin() as admin:
-        found = admin.list_routes(tenant=target.tenant or "-")
+    with target.client() as client:
+        found = client.list_routes(tenant=target.tenant or "-")
     rows = [(r.name, ", ".join(f"{t.model}={t.weight}" for t in r.targets), r.fallback) for r in found]
     print_table(("route", "targets", "fallback"), rows)
 
@@ -29,8 +29,8 @@ def list_routes(target: ServerAccess) -> None:
 @reaches_server
 def get_route(target: ServerAccess, name: str) -> None:
     """Show one route."""
-    with target.admin() as admin:
-        print_json(admin.get_route(name, tenant=target.tenant or "shared"))
+    with target.client() as client:
+        print_json(client.get_route(name, tenant=target.tenant or "shared"))
 
 
 @routes.command("set")
@@ -62,8 +62,8 @@ def set_route(
 @reaches_server
 def resolve(target: ServerAccess, name: str, key: str | None) -> None:
     """Say what a request for NAME, whatever it names, would run on."""
-    with target.admin() as admin:
-        print_json(admin.resolve_target(name, tenant=target.tenant, target_key=key))
+    with target.client() as client:
+        print_json(client.resolve_target(name, tenant=target.tenant, target_key=key))
 
 
 @routes.command("delete")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import click
 import grpc
@@ -21,6 +21,18 @@ from loraplex import AdminClient, Client, LoraplexError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# What gRPC says where no server of ours answers, and what is the matter then.
+SIGNS: Final = {
+    "Connection refused": "Nothing listens there. Does the server run (`loraplex serve`), and at this address?",
+    "hostname lookup": "No host has that name.",
+    "errors resolving": "No host has that name.",
+    "CERTIFICATE_VERIFY_FAILED": "Its certificate is not by the authority of --tls-ca, or for another name.",
+    "WRONG_VERSION_NUMBER": "It does not speak TLS: leave --tls-ca out, or give the port that does.",
+    "Failed parsing HTTP/2": "It does not speak gRPC, or it wants TLS: give the data port (the first line that "
+    "`loraplex serve` prints, data=…), and --tls-ca if it wants TLS.",
+    "Socket closed": "It closed the connection: it may want TLS (--tls-ca).",
+}
+
 EXISTING = click.Path(path_type=Path, exists=True)
 
 
@@ -29,7 +41,7 @@ class ServerAccess:
     """The address of a server, and the credentials to use."""
 
     server: str
-    admin_server: str
+    admin_server: str | None  # None: where the server says
     token: str | None
     tenant: str | None
     tls_ca: Path | None
@@ -41,7 +53,19 @@ class ServerAccess:
         return Client(self.server, **self._arguments())
 
     def admin(self) -> AdminClient:
-        return AdminClient(self.admin_server, **self._arguments())
+        return AdminClient(self.admin_server or self._admin_address(), **self._arguments())
+
+    def _admin_address(self) -> str:
+        """The admin port on the host of the server, which says what it is. Raises LoraplexError, ClickException."""
+        with self.client() as client:
+            port = client.get_server_info().admin_port
+        host, colon, _ = self.server.rpartition(":")
+        if port and colon:
+            return f"{host}:{port}"
+        raise click.ClickException(
+            "this needs the admin port, and the server tells it only to callers with the role admin or adapters: "
+            "give such a token (--token, LORAPLEX_TOKEN), or the port itself (--admin-server, LORAPLEX_ADMIN_SERVER)"
+        )
 
     def _arguments(self) -> dict[str, Any]:
         credentials = None
@@ -57,11 +81,7 @@ def reaches_server(command: Callable[Concatenate[ServerAccess, P], R]) -> Callab
 
     @click.option("--server", envvar="LORAPLEX_SERVER", default="127.0.0.1:50051", show_default=True, help="Data port.")
     @click.option(
-        "--admin-server",
-        envvar="LORAPLEX_ADMIN_SERVER",
-        default="127.0.0.1:50052",
-        show_default=True,
-        help="Admin port.",
+        "--admin-server", envvar="LORAPLEX_ADMIN_SERVER", help="Admin port, if it is not where the server says."
     )
     @click.option("--token", envvar="LORAPLEX_TOKEN", help="Bearer token.")
     @click.option("--tenant", help="The tenant to act for.")
@@ -73,7 +93,7 @@ def reaches_server(command: Callable[Concatenate[ServerAccess, P], R]) -> Callab
     @click.option("--timeout", type=float, help="Seconds for each call.")
     def wrapper(
         server: str,
-        admin_server: str,
+        admin_server: str | None,
         token: str | None,
         tenant: str | None,
         tls_ca: Path | None,
@@ -96,18 +116,20 @@ def call_failures(access: ServerAccess | None = None) -> Iterator[None]:
     try:
         yield
     except LoraplexError as error:
-        hint = _hint(error, access) if access is not None and not error.reason else ""
+        hint = _hint(error, access) if access is not None else ""
         raise click.ClickException(f"{error}{hint}") from error
 
 
 def _hint(error: LoraplexError, access: ServerAccess) -> str:
-    """What may be the matter, where it was not the server that answered."""
-    if error.code is not grpc.StatusCode.UNAVAILABLE:
+    """What may be the matter, where it was not the server that answered, or not its right port."""
+    if "is not a method of this port" in error.message:
+        why = "Is it the server's admin port, where its data port is wanted, or the other way round?"
+    elif error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
+        why = next((hint for sign, hint in SIGNS.items() if sign in error.message), "Does the server run?")
+    else:
         return ""
-    return (
-        "\nDoes the server run (`loraplex serve`), and with TLS (--tls-ca)? "
-        f"--server (LORAPLEX_SERVER) is {access.server}, --admin-server (LORAPLEX_ADMIN_SERVER) {access.admin_server}"
-    )
+    admin = f", --admin-server (LORAPLEX_ADMIN_SERVER) {access.admin_server}" if access.admin_server else ""
+    return f"\n{why}\n--server (LORAPLEX_SERVER) is {access.server}{admin}"
 
 
 def print_json(message: Message) -> None:

@@ -27,6 +27,7 @@ from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import VERSION_DIGITS, resource_name
 from loraplex_engine.link.messages import EngineStats
+from loraplex_service.call import current_call
 from loraplex_service.config import LimitsConfig
 from loraplex_service.errors import FeatureUnsupported
 from loraplex_service.models.host import HostedModel, ModelHost
@@ -58,6 +59,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
         self._version = version
         self._is_draining = is_draining
         self._start_time = time.time()
+        self.admin_port = 0  # set once it listens
 
     async def GetServerInfo(self, request: GetServerInfoRequest, context: Context) -> ServerInfo:  # noqa: N802
         return ServerInfo(
@@ -68,6 +70,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             max_receive_bytes=self._limits.request_bytes,
             max_batch_receive_bytes=self._limits.batch_bytes,
             unsupported_features=UNSUPPORTED_FIELDS,
+            admin_port=self.admin_port if current_call().manages else 0,
         )
 
     async def WatchLoad(  # noqa: N802

@@ -164,6 +164,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     caller = _caller(context, metadata)
                     principal = await self._principal(method.path, caller)
                     call.tenant, call.is_admin = principal.tenant, principal.has(Role.ADMIN)
+                    call.manages = principal.has(Role.ADAPTERS)
                     self._count(principal, caller)
                     call.client_request_id = _client_request_id(metadata)
                     call.deadline = _deadline(context)

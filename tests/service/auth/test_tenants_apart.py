@@ -47,6 +47,7 @@ async def house(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterator
         "acme": make_key("acme", own, None),
         "rival": make_key("rival", own, None),
         "operator": make_key("operator", [Role.ADMIN], None),
+        "guest": make_key("guest", [Role.INFERENCE], None),
     }
     write_keys(tmp_path / "keys.yaml", KeyFile(keys=tuple(key for _, key in made.values())))
     roots = tmp_path / "adapters"
@@ -184,6 +185,13 @@ async def test_who_infers_knows_what_there_is_from_the_data_port(house: House) -
         assert [adapter.name for adapter in await acme.list_adapters(tenant="acme")] == [ACMES]
         assert (await acme.get_server_info()).version
         assert (await acme.resolve_target("pirate")).target.model == "models/tiny"
+
+
+@pytest.mark.parametrize(("who", "is_told"), [("operator", True), ("acme", True), ("guest", False)])
+async def test_the_admin_port_is_told_to_who_may_use_it(house: House, who: str, is_told: bool) -> None:
+    port = int(house.control.addresses.admin.rpartition(":")[2])
+    async with house.client(who) as client:
+        assert (await client.get_server_info()).admin_port == (port if is_told else 0)
 
 
 async def test_a_model_tells_tenants_nothing_of_the_server_and_of_its_other_callers(house: House) -> None:

@@ -22,7 +22,7 @@ def run(control: ControlPlane) -> Run:
     """Runs a command in a thread, against the running service."""
 
     async def run(*arguments: str) -> Result:
-        servers = ["--server", control.addresses.data, "--admin-server", control.addresses.admin]
+        servers = ["--server", control.addresses.data]
         result = await asyncio.to_thread(CliRunner().invoke, main, [*arguments, *servers])
         assert result.exit_code == 0, result.output
         return result

@@ -9,6 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from loraplex.v1.models_pb2 import MODEL_CAPABILITY_TOOLS
+from loraplex_service.auth.config import AuthConfig
+from loraplex_service.auth.keys import KeyFile, make_key, write_keys
+from loraplex_service.auth.principal import Role
 from loraplex_service.cli import main
 from loraplex_service.telemetry.config import UsageConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
@@ -17,7 +20,7 @@ from tests.service.requests.test_messages import with_template
 
 async def run(control: ControlPlane, *arguments: str, said: str | None = None) -> Result:
     """One command, in a thread of its own: the service lives in this one. said: its standard input."""
-    where = ["--server", control.addresses.data, "--admin-server", control.addresses.admin]
+    where = ["--server", control.addresses.data]
     return await asyncio.to_thread(CliRunner().invoke, main, [*arguments, *where], said)
 
 
@@ -120,7 +123,7 @@ async def test_each_line_of_a_chat_is_answered_in_its_conversation(control: Cont
 
 
 async def test_where_the_server_is_may_be_said_once_for_all_commands(control: ControlPlane) -> None:
-    environment = {"LORAPLEX_SERVER": control.addresses.data, "LORAPLEX_ADMIN_SERVER": control.addresses.admin}
+    environment = {"LORAPLEX_SERVER": control.addresses.data}
     for command in (["health"], ["models", "list"]):
         result = await asyncio.to_thread(CliRunner().invoke, main, command, env=environment)
         assert result.exit_code == 0, result.output
@@ -130,6 +133,38 @@ async def test_where_nobody_answers_it_is_said_what_to_look_at(control: ControlP
     result = await asyncio.to_thread(CliRunner().invoke, main, ["generate", "m", "hi", "--server", "127.0.0.1:1"])
     assert "Does the server run" in result.output
     assert "--server (LORAPLEX_SERVER) is 127.0.0.1:1" in result.output
+
+
+async def test_the_admin_port_instead_of_the_data_port_is_guessed(control: ControlPlane) -> None:
+    arguments = ["generate", "tiny", "hi", "--server", control.addresses.admin]
+    result = await asyncio.to_thread(CliRunner().invoke, main, arguments)
+    assert "Is it the server's admin port, where its data port is wanted" in result.output
+
+
+async def test_a_port_that_speaks_something_else_is_guessed() -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as other:
+        address = f"127.0.0.1:{other.sockets[0].getsockname()[1]}"
+        arguments = ["generate", "tiny", "hi", "--server", address]
+        result = await asyncio.to_thread(CliRunner().invoke, main, arguments)
+    assert "It does not speak gRPC, or it wants TLS" in result.output
+
+
+async def test_who_may_not_use_the_admin_port_is_told_what_to_do(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    token, key = make_key("guest", [Role.INFERENCE], None)
+    write_keys(tmp_path / "keys.yaml", KeyFile(keys=(key,)))
+    auth = AuthConfig(keys=str(tmp_path / "keys.yaml"))
+    async with control_plane(byte_tokenizer_directory, tmp_path, auth=auth) as control:
+        listed = await run(control, "models", "list", "--token", token)
+        refused = await run(control, "models", "load", "tiny", "--token", token)
+    assert "ACTIVE" in listed.output
+    assert "this needs the admin port" in refused.output
 
 
 async def test_what_the_server_refuses_is_said_in_its_words(control: ControlPlane) -> None:
