@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import msgspec
 
 from loraplex_engine.link.drafts import DraftConfig
+from loraplex_engine.link.ranks import DEVICE, rank_devices, rank_problems
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("auto", "native", "transformers")
@@ -17,7 +17,6 @@ KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 LEAST_FRACTION = 0.0001  # the least fraction of a core or of memory that makes sense
 BACKENDS = ("auto", "reference", "cpu", "triton")
 USUAL_MEMORY_FRACTION = 0.9  # of a GPU; the rest is for CUDA contexts, about half a GiB an engine
-DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +29,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantization: str | None = None  # applied to an unquantised checkpoint at load; None: leave it as it is
     head_quantization: str | None = None  # applied to a dense lm_head at load, whatever the other linears are
     device: str = "auto"  # auto: cuda where there is one, else cpu
+    tensor_parallel: int = 1  # ranks, each a process with a part of every matrix
+    pipeline_parallel: int = 1  # stages, each with a part of the layers
+    devices: tuple[str, ...] = ()  # of the ranks, in order; none: `device` and those that follow it
     kernels: str = "auto"
     threads: int | None = None  # compute threads on the CPU; None: all cores the process may use
     max_model_len: int | None = None  # tokens; None: what the model was made for
@@ -83,6 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             problems.append(f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
         if not DEVICE.fullmatch(self.device):
             problems.append(f"device {self.device!r} is not auto, cpu, cuda or cuda:N")
+        problems += rank_problems(self.device, self.devices, self.tensor_parallel, self.pipeline_parallel)
         if self.kernels not in BACKENDS:
             problems.append(f"kernels {self.kernels!r} is not one of {', '.join(BACKENDS)}")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
@@ -107,6 +110,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         problems += [] if self.drafts is None else self.drafts.problems()
         if problems:
             raise ValueError("engine config: " + "; ".join(problems))
+
+    @property
+    def world(self) -> int:
+        """The processes that compute the model together."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def rank_devices(self) -> tuple[str, ...]:
+        """The device of each of these processes."""
+        return rank_devices(self.device, self.devices, self.world)
 
     @property
     def most_drawn(self) -> int:

@@ -1,0 +1,42 @@
+"""What a configuration may say of the ranks of a model, and of their devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loraplex_engine.link.config import EngineConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tensor_parallel": 0}, "tensor_parallel 0 times pipeline_parallel 1 must be 1 to 64 ranks"),
+        ({"tensor_parallel": 1 << 20}, "must be 1 to 64 ranks"),
+        ({"devices": ("cuda:0", "cuda:1")}, "devices names 2: 1 are needed"),
+        ({"devices": ("cuda",)}, "'cuda': each is cpu or cuda:N"),
+        ({"tensor_parallel": 2, "devices": ("cuda:0", "cpu")}, "cuda:0, cpu: they must be of one kind"),
+        ({"tensor_parallel": 2, "devices": ("cuda:0", "cuda:0")}, "a GPU is named twice"),
+        ({"device": "cpu", "devices": ("cpu",)}, "device 'cpu' and devices are both given"),
+    ],
+)
+def test_ranks_that_do_not_fit_together_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(model="/model", **fields).check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "devices"),
+    [
+        ({}, ("auto",)),
+        ({"devices": ("cuda:3",)}, ("cuda:3",)),
+        ({"tensor_parallel": 2, "device": "cpu"}, ("cpu", "cpu")),
+        ({"tensor_parallel": 2, "device": "cuda"}, ("cuda:0", "cuda:1")),
+        ({"tensor_parallel": 2, "pipeline_parallel": 2, "device": "cuda:2"}, tuple(f"cuda:{n}" for n in range(2, 6))),
+    ],
+)
+def test_ranks_take_the_devices_that_are_named_or_those_that_follow(
+    fields: dict[str, Any], devices: tuple[str, ...]
+) -> None:
+    assert EngineConfig(model="/model", **fields).rank_devices == devices
