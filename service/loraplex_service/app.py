@@ -182,7 +182,7 @@ def assemble(
     adapter_texts = AdapterTexts(lambda version: str(library.directory(version)))
     records = AdapterRecords(registry, state)
     work = BackgroundWork()
-    deployer = AdapterDeployer(registry, library, host, records, adapter_texts, work)
+    deployer = AdapterDeployer(registry, library, host, records, adapter_texts, work, telemetry.metrics.adapter_loads)
     registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work)
     routes = RouteBook(state)
     catalog = Catalog(host, registry, routes)

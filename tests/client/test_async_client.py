@@ -51,6 +51,16 @@ async def test_metadata_reaches_the_server(server: "FakeServer") -> None:
     }
 
 
+async def test_routers_are_told_of_the_adapter_in_metadata(server: "FakeServer") -> None:
+    async with AsyncClient(server.address) as client:
+        await client.generate("acme*0.7 + b", "Once")
+        await client.generate("models/demo", "Once")
+        await client.generate("légal", "Once")
+        await client.generate("demo", "Once", metadata={"loraplex-adapter": "mine"})
+    told = [metadata.get("loraplex-adapter") for metadata in server.inference.metadata]
+    assert told == ["acme*0.7 + b", None, None, "mine"]
+
+
 async def test_a_stream_gives_its_events_in_order(client: AsyncClient) -> None:
     stream = client.stream_generate("demo", "Once upon")
     events = [message.WhichOneof("event") async for message in stream]

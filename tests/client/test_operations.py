@@ -109,7 +109,7 @@ def test_an_upload_of_missing_files_fails_before_it_starts(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("own", ["größe", "two\nlines", ""])
 def test_what_metadata_cannot_hold_is_in_the_spec_alone(own: str) -> None:
-    operation = inference.generate("demo", "Once", client_request_id=own)
+    operation = inference.generate("models/demo", "Once", client_request_id=own)
     request: Any = operation.request
     assert (request.spec.client_request_id, operation.call.get("metadata", {})) == (own, {})
 
@@ -161,7 +161,7 @@ def test_names_in_full_or_as_ids() -> None:
 
 
 def test_the_label_of_a_request_is_also_metadata() -> None:
-    operation = inference.generate("demo", "Once", client_request_id="mine", metadata={"traceparent": "t"})
+    operation = inference.generate("models/demo", "Once", client_request_id="mine", metadata={"traceparent": "t"})
     assert operation.call["metadata"] == {"x-request-id": "mine", "traceparent": "t"}
 
 

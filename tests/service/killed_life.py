@@ -54,6 +54,7 @@ from loraplex_service.names.target import LoadedModel
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.state import StateFile
+from loraplex_service.telemetry.series import Histogram
 from loraplex_service.text import TemplateRenderer, Tokenizer
 from tests.service.fake_engine import LIMITS, FakeEngine
 
@@ -167,7 +168,7 @@ class Life:
         host = cast(ModelHost, fake)
         records, work = AdapterRecords(registry, state), BackgroundWork()
         texts = AdapterTexts(lambda version: str(library.directory(version)))
-        deployer = AdapterDeployer(registry, library, host, records, texts, work)
+        deployer = AdapterDeployer(registry, library, host, records, texts, work, Histogram())
         registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work)
         book = RouteBook(state)
         catalog = Catalog(fake, registry, book)  # type: ignore[arg-type]  # no engine follows its engine

@@ -12,6 +12,9 @@ from loraplex.channel import CallOptions
 from loraplex.generation import duration
 from loraplex.v1 import inference_pb2
 
+ADAPTER_METADATA = "loraplex-adapter"
+MAX_ROUTED = 1024  # characters of a name: metadata have little room
+
 ResponseT = TypeVar("ResponseT", bound=Message)
 ItemT = TypeVar("ItemT", bound=Message)
 
@@ -50,6 +53,17 @@ class Listing(Generic[ItemT]):
 
     page: Callable[[str], Operation[Any]]  # the operation that fetches the page of this token
     items: Callable[[Any], Iterable[ItemT]]  # what a page holds
+
+
+def routed(call: CallOptions, model: str) -> CallOptions:
+    """Add the metadata by which a router on the way finds a replica that holds the adapter; the server reads none.
+
+    A router sees metadata only, which holds no other characters than these.
+    """
+    is_routed = 0 < len(model) <= MAX_ROUTED and model.isascii() and model.isprintable()
+    if not is_routed or model.startswith("models/"):
+        return call
+    return {**call, "metadata": {ADAPTER_METADATA: model, **(call.get("metadata") or {})}}
 
 
 def serialize(request: Message) -> bytes:

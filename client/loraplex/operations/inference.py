@@ -14,7 +14,7 @@ from loraplex.generation import (
     given_options,
     put_prompt_options,
 )
-from loraplex.operations.base import GenerationOperation, Operation, StreamOperation
+from loraplex.operations.base import GenerationOperation, Operation, StreamOperation, routed
 from loraplex.prompts import PromptLike, build_prompt
 from loraplex.v1 import generation_pb2, inference_pb2, prompt_pb2, tokenizer_pb2
 
@@ -118,6 +118,8 @@ def batch_generate(
     """
     request = inference_pb2.BatchGenerateRequest(specs=specs, max_concurrency=max_concurrency)
     method = "/loraplex.v1.InferenceService/BatchGenerate"
+    models = {spec.model for spec in request.specs}
+    call = routed(call, models.pop()) if len(models) == 1 else call
     return StreamOperation(method, request, inference_pb2.BatchGenerateResponse, call)
 
 
@@ -147,7 +149,7 @@ def _spec_and_call(
     if (own := built.client_request_id) and own.isascii() and own.isprintable():
         # Proxies on the way see metadata only, which holds no other characters.
         call["metadata"] = {"x-request-id": own, **(call.get("metadata") or {})}
-    return built, call
+    return built, routed(call, built.model)
 
 
 def tokenize(

@@ -5,7 +5,7 @@ from typing import Any, Unpack
 
 from loraplex.channel import CallOptions, call_options
 from loraplex.generation import PromptOptions, RunOptions, build_run_options, given_options, put_prompt_options
-from loraplex.operations.base import Operation
+from loraplex.operations.base import Operation, routed
 from loraplex.prompts import PromptLike, build_prompt
 from loraplex.v1 import pooling_pb2, prompt_pb2
 
@@ -45,7 +45,7 @@ def embed(
         options=build_run_options(options),
     )
     method = "/loraplex.v1.PoolingService/Embed"
-    return Operation(method, request, pooling_pb2.EmbedResponse, call_options(options))
+    return Operation(method, request, pooling_pb2.EmbedResponse, routed(call_options(options), model))
 
 
 def classify(
@@ -71,7 +71,7 @@ def classify(
         options=build_run_options(options),
     )
     method = "/loraplex.v1.PoolingService/Classify"
-    return Operation(method, request, pooling_pb2.ClassifyResponse, call_options(options))
+    return Operation(method, request, pooling_pb2.ClassifyResponse, routed(call_options(options), model))
 
 
 def rerank(
@@ -104,7 +104,7 @@ def rerank(
         options=build_run_options(options),
     )
     method = "/loraplex.v1.PoolingService/Rerank"
-    return Operation(method, request, pooling_pb2.RerankResponse, call_options(options))
+    return Operation(method, request, pooling_pb2.RerankResponse, routed(call_options(options), model))
 
 
 def _pooling(pooling: pooling_pb2.Pooling.ValueType | str | None) -> pooling_pb2.Pooling.ValueType:

@@ -112,13 +112,16 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
       authorization          "Bearer {token}"
       loraplex-tenant        the tenant to act for; only from principals trusted with it
       loraplex-routing-key   requests with the same key go to the same target of a route; gateways may pin replicas by it
+      loraplex-adapter       what a spec's `model` says, for routers on the way, which read no messages; no server reads it
       x-request-id           the client_request_id of a spec that has none
       traceparent, tracestate   W3C trace context
     Metadata out:
       loraplex-request-id        the server's id of this request, by which CancelGeneration knows it
-      loraplex-adapter-version   the adapter version that is used, if any
+      loraplex-adapter           tenants/{tenant}/adapters/{adapter}: the adapter that is used, if any; of a weighted sum
+                                 all of them, as {adapter} + ...
+      loraplex-adapter-version   its version, as in ResolvedTarget.adapter_version
 
-    Both are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
+    All are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
     Before it, the caller is known, the spec was found valid, the prompt tokenised, the tenant's quota and the server's
     queue had room, and with ON_COLD_FAIL the adapter was there; what refuses a request does so before it. After it, the
     request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by itself only while no initial
@@ -238,13 +241,16 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
       authorization          "Bearer {token}"
       loraplex-tenant        the tenant to act for; only from principals trusted with it
       loraplex-routing-key   requests with the same key go to the same target of a route; gateways may pin replicas by it
+      loraplex-adapter       what a spec's `model` says, for routers on the way, which read no messages; no server reads it
       x-request-id           the client_request_id of a spec that has none
       traceparent, tracestate   W3C trace context
     Metadata out:
       loraplex-request-id        the server's id of this request, by which CancelGeneration knows it
-      loraplex-adapter-version   the adapter version that is used, if any
+      loraplex-adapter           tenants/{tenant}/adapters/{adapter}: the adapter that is used, if any; of a weighted sum
+                                 all of them, as {adapter} + ...
+      loraplex-adapter-version   its version, as in ResolvedTarget.adapter_version
 
-    Both are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
+    All are in the initial metadata, which Generate and StreamGenerate send at one moment: when the request is admitted.
     Before it, the caller is known, the spec was found valid, the prompt tokenised, the tenant's quota and the server's
     queue had room, and with ON_COLD_FAIL the adapter was there; what refuses a request does so before it. After it, the
     request waits for its adapter and its turn, and can be cancelled. gRPC retries a call by itself only while no initial

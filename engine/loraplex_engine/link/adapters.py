@@ -137,9 +137,8 @@ class EngineAdapters:
 
     def __init__(self, connection: Connection) -> None:
         self.moves = Counter[tuple[Residency, Residency]]()  # from one place to another, adapters one by one
-        self.num_loads = 0  # adapters read into host memory
-        self.load_seconds = 0.0  # taken by all loads, from order to answer
         self.moved: Callable[[AdapterKey], None] = lambda key: None  # called when an adapter is in another place
+        self.was_read: Callable[[float], None] = lambda seconds: None  # called for each read, from order to answer
         self._connection = connection
         self._adapters: dict[AdapterKey, EngineAdapter] = {}
         self._waits: dict[AdapterKey, list[Wait[Any]]] = {}
@@ -148,9 +147,9 @@ class EngineAdapters:
     # ---- how adapters stand ------------------------------------------------------------------------------------------
 
     @property
-    def loaded(self) -> list[AdapterKey]:
-        """The adapters that the engine was given and not told to drop."""
-        return [key for key, adapter in self._adapters.items() if adapter.facts is not None]
+    def loaded(self) -> dict[AdapterKey, AdapterStatus]:
+        """How each adapter stands that the engine was given and not told to drop."""
+        return {key: adapter.status for key, adapter in self._adapters.items() if adapter.facts is not None}
 
     @property
     def residency(self) -> dict[AdapterKey, Residency]:
@@ -317,8 +316,7 @@ class EngineAdapters:
             return
         if status.facts is not None and status.tier is not Residency.DISK:
             adapter.read = None
-            self.num_loads += 1
-            self.load_seconds += asyncio.get_running_loop().time() - read.began
+            self.was_read(asyncio.get_running_loop().time() - read.began)
         elif status.problems:
             adapter.read = None
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 from loraplex_adapters.errors import COLD, UNREADABLE, AdapterConflict, AdapterNotFound, AdapterRejected
 from loraplex_adapters.files.source import AdapterDescription
@@ -24,6 +25,7 @@ from loraplex_service.adapters.records import AdapterRecords
 from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.errors import FailedPrecondition, LoraplexError, Unavailable
 from loraplex_service.models.host import HostedModel, ModelHost
+from loraplex_service.telemetry.series import Histogram
 from loraplex_service.text import AdapterText
 
 logger = logging.getLogger(__name__)
@@ -42,13 +44,16 @@ class AdapterDeployer:
         records: AdapterRecords,
         texts: AdapterTexts,
         work: BackgroundWork,
+        loads: Histogram,
     ) -> None:
+        """`loads`: takes the seconds of every load into host memory, by model."""
         self._registry = registry
         self._library = library
         self._models = models
         self._records = records
         self._texts = texts
         self._work = work
+        self._loads = loads
         self._descriptions: dict[AdapterKey, AdapterDescription] = {}  # of versions that are LOADING
         self._clients: dict[str, EngineClient] = {}  # by model: the life of its engine that has been given adapters
         self._removing: set[AdapterKey] = set()
@@ -189,6 +194,7 @@ class AdapterDeployer:
             return
         self._clients[model.name] = client
         client.adapters.moved = self._registry.moved
+        client.adapters.was_read = partial(self._loads.observe, (model.name,))
         versions = self._registry.list_versions(base_model=model.name, include_versions=True)
         for version in versions:
             if version.state is AdapterState.LOADING and version.key in self._descriptions:

@@ -4,19 +4,20 @@ Dashboards, autoscalers and gateways read the `vllm:` names already; each stands
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from itertools import accumulate
-from time import time
+from typing import Any
 
 from prometheus_client import start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import VERSION_DIGITS, resource_name
 from loraplex_engine.link.messages import EngineStats
+from loraplex_service.control.metric_families import counter_family, gauge_family, histogram_family
 from loraplex_service.control.metrics_snapshot import EngineSnapshot, ModelSnapshot, Served, Snapshot
+from loraplex_service.control.router_metrics import router_families
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.series import Counter, Histogram
 
@@ -45,12 +46,28 @@ class MetricsPage(Collector):
         return ()  # registering must not wait for the loop that it runs on
 
 
+class PageRegistry(CollectorRegistry):
+    """Serves one page, and parts of it by name: routers, which look several times a second, need few of its lines."""
+
+    def restricted_registry(self, names: Iterable[str]) -> Any:
+        return _Part(self, frozenset(name.removesuffix("_total") for name in names))
+
+
+class _Part(Collector):
+    def __init__(self, page: Collector, names: Container[str]) -> None:
+        self._page = page
+        self._names = names
+
+    def collect(self) -> Iterable[Metric]:
+        return (family for family in self._page.collect() if family.name in self._names)
+
+
 def families(shown: Snapshot) -> Iterator[Metric]:
     """The metric families of the whole page."""
     yield from _request_families(shown.metrics)
     waiting = [] if shown.usage_waiting is None else [((), shown.usage_waiting)]
-    yield _gauge("loraplex_usage_records_waiting", "Usage records that are not in their file yet.", (), waiting)
-    yield _gauge("loraplex_draining", "1 once the server accepts no new requests.", (), [((), shown.draining)])
+    yield gauge_family("loraplex_usage_records_waiting", "Usage records that are not in their file yet.", (), waiting)
+    yield gauge_family("loraplex_draining", "1 once the server accepts no new requests.", (), [((), shown.draining)])
     yield from _engine_families(shown.models)
 
 
@@ -60,7 +77,7 @@ async def metrics_server(page: MetricsPage, address: str) -> AsyncIterator[str]:
 
     Raises OSError if the address cannot be used.
     """
-    registry = CollectorRegistry()
+    registry = PageRegistry()
     registry.register(page)
     host, _, port = address.rpartition(":")
     server, thread = start_http_server(int(port), host.strip("[]"), registry)
@@ -80,12 +97,12 @@ def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
         ("loraplex_tenant", ("tenant", "model"), metrics.tenants),
         ("loraplex", ("tenant", "model", "adapter"), metrics.adapters),
     ):
-        yield _counter(f"{prefix}_requests", "Generations that ended.", (*labels, "status"), usage.requests)
-        yield _counter(f"{prefix}_prompt_tokens", "Prompt tokens of generations.", labels, usage.prompt_tokens)
+        yield counter_family(f"{prefix}_requests", "Generations that ended.", (*labels, "status"), usage.requests)
+        yield counter_family(f"{prefix}_prompt_tokens", "Prompt tokens of generations.", labels, usage.prompt_tokens)
         text = "Prompt tokens of generations found in the prefix cache."
-        yield _counter(f"{prefix}_cached_prompt_tokens", text, labels, usage.cached_prompt_tokens)
-        yield _counter(f"{prefix}_completion_tokens", "Tokens generated.", labels, usage.completion_tokens)
-    yield _counter(
+        yield counter_family(f"{prefix}_cached_prompt_tokens", text, labels, usage.cached_prompt_tokens)
+        yield counter_family(f"{prefix}_completion_tokens", "Tokens generated.", labels, usage.completion_tokens)
+    yield counter_family(
         "vllm:request_success", "Outputs that finished, by reason.", ("model_name", "finished_reason"), metrics.finished
     )
     for name, alias, text, histogram in (
@@ -120,17 +137,31 @@ def _request_families(metrics: RequestMetrics) -> Iterator[Metric]:
             metrics.queue,
         ),
     ):
-        yield _histogram(name, text, ("model",), histogram)
-        yield _histogram(alias, text, ("model_name",), histogram)
+        yield histogram_family(name, text, ("model",), histogram)
+        yield histogram_family(alias, text, ("model_name",), histogram)
     text = "Time that generations waited for an adapter which was not in the engine's memory."
-    yield _histogram("loraplex_adapter_wait_seconds", text, ("model",), metrics.adapter_wait)
-    yield _histogram("loraplex_rpc_duration_seconds", "Calls of any method.", ("method", "status"), metrics.calls)
+    yield histogram_family("loraplex_adapter_wait_seconds", text, ("model",), metrics.adapter_wait)
+    yield from _adapter_loads(metrics.adapter_loads)
+    yield histogram_family("loraplex_rpc_duration_seconds", "Calls of any method.", ("method", "status"), metrics.calls)
     text = "Forms that requests, routes and adapters asked for: read, kept from before, or read and refused."
-    yield _counter("loraplex_form_checks", text, ("outcome",), metrics.form_checks)
+    yield counter_family("loraplex_form_checks", text, ("outcome",), metrics.form_checks)
     text = "Requests of HTTP that were answered."
-    yield _counter("loraplex_http_requests", text, ("endpoint", "status"), metrics.http_requests)
+    yield counter_family("loraplex_http_requests", text, ("endpoint", "status"), metrics.http_requests)
     text = "Delay with which the service's event loop runs a due task: while it is blocked, no caller is served."
-    yield _histogram("loraplex_event_loop_lag_seconds", text, (), metrics.loop_lag)
+    yield histogram_family("loraplex_event_loop_lag_seconds", text, (), metrics.loop_lag)
+
+
+def _adapter_loads(times: Histogram) -> Iterator[Metric]:
+    loads, seconds, by_transition = Counter(), Counter(), Histogram(times.bounds)
+    for (model,), taken in times.values.items():
+        loads.values[model,] = sum(taken.counts)
+        seconds.values[model,] = taken.total
+        by_transition.values[model, "load"] = taken
+    yield counter_family("loraplex_adapter_loads", "Adapters read into host memory.", ("model",), loads)
+    text = "Seconds spent reading adapters into host memory."
+    yield counter_family("loraplex_adapter_load_seconds", text, ("model",), seconds)
+    text = "Loads of adapters into host memory, from the order to the answer."
+    yield histogram_family("vllm:lora_adapter_load_seconds", text, ("model_name", "transition"), by_transition)
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------------
@@ -230,28 +261,27 @@ _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]]
 
 def _engine_families(models: Sequence[ModelSnapshot]) -> Iterator[Metric]:
     up = [((model.name,), model.active) for model in models]
-    yield _gauge("loraplex_model_up", "1 while the model serves.", ("model",), up)
+    yield gauge_family("loraplex_model_up", "1 while the model serves.", ("model",), up)
     loaded = [((model.name,), model.load_time) for model in models if model.load_time is not None]
     text = "When the engine was last loaded, in seconds since the epoch: it changes with each restart."
-    yield _gauge("loraplex_model_load_time_seconds", text, ("model",), loaded)
+    yield gauge_family("loraplex_model_load_time_seconds", text, ("model",), loaded)
     engines = [(model, model.engine) for model in models if model.engine is not None]
     stats = [(model, engine.stats) for model, engine in engines if engine.stats is not None]
     for name, alias, text, value in _GAUGES:
         values = [((model.name,), value(stats)) for model, stats in stats]
-        yield _gauge(name, text, ("model",), values)
+        yield gauge_family(name, text, ("model",), values)
         if alias is not None:
-            yield _gauge(alias, text, ("model_name",), values)
+            yield gauge_family(alias, text, ("model_name",), values)
     for name, alias, text, value in _COUNTERS:
         counter = Counter()
         counter.values = {(model.name,): value(stats) for model, stats in stats}
-        yield _counter(name, text, ("model",), counter)
+        yield counter_family(name, text, ("model",), counter)
         if alias is not None:
-            yield _counter(alias, text, ("model_name",), counter)
+            yield counter_family(alias, text, ("model_name",), counter)
     yield from _adapters_by_tier(engines)
-    yield from _adapter_moves(engines)
+    yield _adapter_moves(engines)
     yield _adapter_users(stats)
-    yield _lora_info(stats)
-    yield _cache_info(stats)
+    yield from router_families(models)
 
 
 def _adapters_by_tier(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Iterator[Metric]:
@@ -265,23 +295,17 @@ def _adapters_by_tier(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -
             count = sum(one is where for one in engine.residency.values())
             counts.append(((model.name, where.name.lower()), float(count)))
     text = "1 for each adapter version that an engine has been given, with the tier that it is in."
-    yield _gauge("loraplex_adapter_resident", text, ("model", "adapter", "version", "tier"), rows)
-    yield _gauge("loraplex_adapters", "Adapter versions in each tier.", ("model", "tier"), counts)
+    yield gauge_family("loraplex_adapter_resident", text, ("model", "adapter", "version", "tier"), rows)
+    yield gauge_family("loraplex_adapters", "Adapter versions in each tier.", ("model", "tier"), counts)
 
 
-def _adapter_moves(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Iterator[Metric]:
-    moves, loads, seconds = Counter(), Counter(), Counter()
+def _adapter_moves(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Metric:
+    moves = Counter()
     for model, engine in engines:
         for (before, after), count in engine.moves.items():
             moves.add((model.name, before.name.lower(), after.name.lower()), count)
-        loads.add((model.name,), engine.num_loads)
-        seconds.add((model.name,), engine.load_seconds)
     text = "Adapters that went from one tier to another; away from the device are evictions."
-    yield _counter("loraplex_adapter_moves", text, ("model", "from", "to"), moves)
-    yield _counter("loraplex_adapter_loads", "Adapters read into host memory.", ("model",), loads)
-    yield _counter(
-        "loraplex_adapter_load_seconds", "Seconds spent reading adapters into host memory.", ("model",), seconds
-    )
+    return counter_family("loraplex_adapter_moves", text, ("model", "from", "to"), moves)
 
 
 def _adapter_users(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
@@ -291,48 +315,4 @@ def _adapter_users(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric
             for member in key.members:
                 users.add((model.name, resource_name(member), member.digest[:VERSION_DIGITS]), sequences)
     text = "Sequences that use an adapter version on the device."
-    return _gauge("loraplex_adapter_requests", text, ("model", "adapter", "version"), users.values.items())
-
-
-def _lora_info(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
-    """The metric by which a gateway chooses a replica. As in vLLM, the value is the time, and the newest counts."""
-    now = time()
-    rows = []
-    for model, last in stats:
-        running = sorted({member.name for key, users in last.adapters if users for member in key.members})
-        others = {key.name for key, requests in model.adapter_requests if requests}.difference(running)
-        labels = (str(model.max_resident_adapters), ",".join(running), ",".join(sorted(others)))
-        rows.append(((model.name, *labels), now))
-    names = ("model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters")
-    return _gauge("vllm:lora_requests_info", "Adapters with requests, and how many fit on the device.", names, rows)
-
-
-def _cache_info(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
-    rows = [((model.name, str(last.block_size), str(last.total_blocks)), 1.0) for model, last in stats]
-    return _gauge("vllm:cache_config_info", "Size of the cache.", ("model_name", "block_size", "num_gpu_blocks"), rows)
-
-
-# ---- families --------------------------------------------------------------------------------------------------------
-
-
-def _gauge(name: str, text: str, labels: Sequence[str], rows: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for values, value in rows:
-        family.add_metric(values, value)
-    return family
-
-
-def _counter(name: str, text: str, labels: Sequence[str], counter: Counter) -> Metric:
-    family = CounterMetricFamily(name, text, labels=labels)
-    for values, value in counter.values.items():
-        family.add_metric(values, value)
-    return family
-
-
-def _histogram(name: str, text: str, labels: Sequence[str], histogram: Histogram) -> Metric:
-    family = HistogramMetricFamily(name, text, labels=labels)
-    bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
-    for values, distribution in histogram.values.items():
-        buckets = list(zip(bounds, accumulate(distribution.counts), strict=True))
-        family.add_metric(values, buckets, sum_value=distribution.total)
-    return family
+    return gauge_family("loraplex_adapter_requests", text, ("model", "adapter", "version"), users.values.items())

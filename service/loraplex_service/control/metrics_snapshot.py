@@ -7,7 +7,7 @@ from typing import NamedTuple
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.messages import EngineStats
+from loraplex_engine.link.messages import AdapterStatus, EngineStats
 from loraplex_service.models.host import HostedModel
 from loraplex_service.models.supervisor import EngineState
 from loraplex_service.telemetry.metrics import RequestMetrics
@@ -52,11 +52,9 @@ class ModelSnapshot(NamedTuple):
 
 class EngineSnapshot(NamedTuple):
     stats: EngineStats | None  # None: it has not told any
-    adapters: Sequence[AdapterKey]
+    adapters: Mapping[AdapterKey, AdapterStatus]  # that it was given
     residency: Mapping[AdapterKey, Residency]
     moves: Mapping[tuple[Residency, Residency], int]
-    num_loads: int
-    load_seconds: float
 
 
 def _model(model: HostedModel, requests: Sequence[tuple[AdapterKey, int]]) -> ModelSnapshot:
@@ -77,6 +75,4 @@ def _engine(client: EngineClient) -> EngineSnapshot:
         adapters.loaded,
         adapters.residency,
         adapters.moves.copy(),
-        adapters.num_loads,
-        adapters.load_seconds,
     )

@@ -1,5 +1,6 @@
 """Outputs in OpenAI's words: whole, and as the chunks of a stream."""
 
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,9 +106,15 @@ class Answers:
         self._id = self._id or f"{self.prefix}{request_id}"
 
 
+VERSION = re.compile(r"@\w+(\*\S+)?")  # of an adapter, and its weight in a sum
+
+
 def version_header(target: ResolvedTarget) -> dict[str, str]:
-    """The adapter version that was used."""
-    return {"loraplex-adapter-version": target.adapter_version} if target.adapter_version else {}
+    """The adapter version that was used, and the adapter that it is one of."""
+    if not target.adapter_version:
+        return {}
+    adapter = VERSION.sub("", target.adapter_version)
+    return {"loraplex-adapter": adapter, "loraplex-adapter-version": target.adapter_version}
 
 
 class Choices(Answers):

@@ -124,6 +124,7 @@ class Entrance:
             resolved = target.resolved(fell_back_to_base=without)
             if resolved.adapter_version:
                 call.metadata["loraplex-adapter-version"] = resolved.adapter_version
+                call.metadata["loraplex-adapter"] = " + ".join(version.name for version in target.versions)
             await call.admit()
             adapter, wait = None if without else target.adapter_key, NO_WAIT
             if adapter is not None:

@@ -41,6 +41,7 @@ class RequestMetrics:
         self.token_gaps = Histogram(TOKEN_BUCKETS)  # each; observed by generations while they run
         self.queue = Histogram()
         self.adapter_wait = Histogram()
+        self.adapter_loads = Histogram()  # into host memory, from order to answer
         self.calls = Histogram()  # (method, status)
         self.loop_lag = Histogram(LAG_BUCKETS)  # ()
         self.http_requests = Counter()  # (endpoint, status): the HTTP process tells them

@@ -38,8 +38,8 @@ class Page:
         return value
 
 
-def get_page(control: ControlPlane) -> bytes:
-    with urllib.request.urlopen(f"http://{control.addresses.metrics}/metrics", timeout=10) as response:
+def get_page(control: ControlPlane, query: str = "") -> bytes:
+    with urllib.request.urlopen(f"http://{control.addresses.metrics}/metrics{query}", timeout=10) as response:
         return bytes(response.read())
 
 
@@ -97,8 +97,39 @@ async def test_a_weighted_sum_that_runs_shows_at_each_of_its_adapters(control: C
     for adapter in adapters:
         assert page.value("loraplex_adapter_requests", model="tiny", adapter=adapter.name) == 1
     [(info, _)] = page.values("vllm:lora_requests_info")
-    assert info["running_lora_adapters"] == "shared/pirate,shared/poet"
+    assert info["running_lora_adapters"] == "pirate,poet"  # as in `model`: what a router compares it with
     assert info["waiting_lora_adapters"] == ""
+
+
+async def test_an_adapter_in_memory_shows_by_the_name_that_requests_have_for_it(control: ControlPlane) -> None:
+    await create(control, "pirate")
+    await control.client.generate("pirate", "abc", max_tokens=2)
+    page = await scrape(control)
+    [(loaded, value)] = page.values("vllm:lora_adapter_loaded")
+    assert loaded == {"model_name": "tiny", "adapter_name": "pirate", "level": "gpu", "pinned": "false", "rank": "4"}
+    assert value == 1
+    assert page.value("vllm:num_gpu_loaded_lora_adapters", model_name="tiny") == 1
+
+
+async def test_the_slots_for_adapters_show_before_any_adapter_is_there(control: ControlPlane) -> None:
+    page = await scrape(control)
+    assert page.values("vllm:lora_adapter_loaded") == []
+    assert page.value("vllm:num_gpu_loaded_lora_adapters", model_name="tiny") == 0
+    assert page.value("vllm:max_gpu_lora_adapters", model_name="tiny") > 0
+
+
+async def test_loads_are_counted_by_their_seconds(control: ControlPlane) -> None:
+    await create(control, "pirate")
+    page = await scrape(control)
+    name = "vllm:lora_adapter_load_seconds"
+    assert page.value(f"{name}_count", model_name="tiny", transition="load") == 1
+    assert page.value(f"{name}_sum", model_name="tiny") == page.value("loraplex_adapter_load_seconds_total") > 0
+
+
+async def test_a_part_of_the_page_is_had_by_name(control: ControlPlane) -> None:
+    query = "?name[]=loraplex_draining&name[]=vllm:prompt_tokens_total"
+    page = Page((await asyncio.to_thread(get_page, control, query)).decode())
+    assert page.names == {"loraplex_draining", "vllm:prompt_tokens"}
 
 
 async def test_the_series_of_an_adapter_end_with_its_last_version(control: ControlPlane) -> None:

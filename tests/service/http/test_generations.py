@@ -120,6 +120,7 @@ async def test_adapters_and_routes_are_models(control: ControlPlane, caller: Cal
         assert answer.json["model"] == name
     adapted = await caller.chat(model="pirate")
     assert adapted.headers["loraplex-adapter-version"] == created.version
+    assert adapted.headers["loraplex-adapter"] == created.name
     found = (await caller.get("/v1/models/pirate")).json
     assert (found["id"], found["parent"]) == ("pirate", "models/tiny")
     for told in listed["data"]:

@@ -84,6 +84,7 @@ async def test_a_request_that_waits_for_its_adapter_knows_its_id_and_its_version
     call = generate(plane, model="pirate")
     headers = dict(await call.initial_metadata())
     assert headers["loraplex-adapter-version"] == version
+    assert headers["loraplex-adapter"] == version.partition("@")[0]
     plane.engine.allow_loads()
     assert (await next_of(call)).request_id == headers["loraplex-request-id"]
 
