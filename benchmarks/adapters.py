@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.adapters_engine import ALL_TARGETS, RANKS, Bench, Setup, write_weights
 from benchmarks.adapters_report import write_report
-from benchmarks.measure import machine, percentile, summarise, while_saturated
+from benchmarks.measure import machine, while_saturated
 from benchmarks.roofline import BF16_BYTES, ModelCost, measure, output_limit
 from benchmarks.workload import FIRST_TOKEN_ID, SCENARIOS, SEED, VOCAB, Work
 from benchmarks.workload import make_work as scenario_work
@@ -34,6 +34,7 @@ from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.pace import Rest
 from loraplex_engine.link.messages import WantAdapter
+from loraplex_service.bench.records import percentile, summarise
 
 COUNTS = (5, 50, 500, 2000)
 LENGTHS = (8, 512)  # tokens of prompts and of outputs: those of S-LoRA (arXiv 2311.03285) at 5 and at 2,000 adapters

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measure import Record, at_rate, closed_loop, open_loop
+from benchmarks.measure import at_rate
 from benchmarks.workload import Work
 from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from loraplex_adapters.key import AdapterKey
@@ -24,6 +24,8 @@ from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_service.bench.loops import closed_loop, open_loop
+from loraplex_service.bench.records import Record
 
 RANKS = (8, 16, 32, 64)
 FILES_PER_RANK = 8  # the files of further adapters are links to these, under configurations of their own

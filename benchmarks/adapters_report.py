@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only, wherever it runs
 import matplotlib.pyplot as plt
 
-from benchmarks.measure import percentile
+from loraplex_service.bench.records import percentile
 
 NUM_RESAMPLES = 1000
 

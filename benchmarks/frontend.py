@@ -40,10 +40,11 @@ from typing import Any
 
 import grpc
 
-from benchmarks.measure import Record, machine, summarise
+from benchmarks.measure import machine
 from benchmarks.serving import System, parse_scenario, system_command
 from benchmarks.systems.loraplex_grpc import free_ports
 from benchmarks.workload import FIRST_TOKEN_ID, SCENARIOS, SEED, VOCAB, Work, make_work
+from loraplex_service.bench.records import Record, summarise
 
 SECONDS = 5.0  # of each repeat of `alone`
 SCRAPE_SECONDS = 5.0  # Prometheus' own default is a minute, charts say 15 s

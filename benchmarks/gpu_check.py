@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = [str(ROOT / folder) for folder in ("engine", "adapters", "kernels")]  # it runs where nothing is installed
+OURS = [
+    str(ROOT / folder) for folder in ("service", "engine", "adapters", "kernels")
+]  # it runs where nothing is installed
 NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "peft", "msgspec", "llguidance")
 TESTS = (
     "tests/kernels/test_triton_codes.py",

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measure import summarise
 from benchmarks.systems.loraplex_inprocess import Driver
 from benchmarks.workload import Work
 from loraplex_adapters.files.source import digest
@@ -23,6 +22,7 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import WantAdapter
 from loraplex_engine.models import parse_model_config
 from loraplex_engine.models.layout import EMBEDDING, layer_linears, tensor_shapes
+from loraplex_service.bench.records import summarise
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -25,9 +25,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import cpu_seconds_of, machine, percentile, process_tree
+from benchmarks.measure import cpu_seconds_of, machine, process_tree
 from loraplex import Client, LoraplexError
 from loraplex.prompts import build_prompt
+from loraplex_service.bench.records import percentile
 from loraplex_service.control.tokenizer import MAX_OFFSETS_BYTES
 from loraplex_service.validation.limits import LIMITS, Entries, Text
 

@@ -18,8 +18,8 @@ import matplotlib
 matplotlib.use("Agg")  # files only, wherever it runs
 import matplotlib.pyplot as plt
 
-from benchmarks.measure import TPOT_LIMIT_SECONDS, TTFT_LIMIT_SECONDS
 from benchmarks.workload import SCENARIOS, TEMPERATURE, TOP_P
+from loraplex_service.bench.records import TPOT_LIMIT_SECONDS, TTFT_LIMIT_SECONDS
 
 CLOSED = "scenario|streams|system|output tokens/s|% of limit|TTFT ms|TPOT ms|memory MiB|quiet"
 OPEN = "traffic|requests/s|system|in time %|in time, requests/s|output tokens/s|TTFT ms|TPOT ms|memory MiB|quiet"

@@ -29,21 +29,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import (
-    ContentionMeter,
-    Record,
-    machine,
-    median_of,
-    resident_bytes,
-    summarise,
-    summarise_traffic,
-)
+from benchmarks.measure import ContentionMeter, machine, median_of, resident_bytes
 from benchmarks.report import write_report
 from benchmarks.roofline import ModelCost, Roofline, output_limit
 from benchmarks.workload import SCENARIOS, TRAFFIC, Scenario, Traffic, Work, make_traffic, make_work
 from loraplex_engine.link.config import QUANTIZATIONS
+from loraplex_service.bench.records import Record, summarise, summarise_traffic
 
 CONTENDED_SHARE = 0.10
+SHARED = Path(__file__).resolve().parents[1] / "service"  # loraplex_service.bench, for environments without Loraplex
 
 Cells = tuple[Scenario, list[int]] | tuple[Traffic, list[float]]  # numbers of streams, or requests a second
 
@@ -53,9 +47,10 @@ class System:
 
     def __init__(self, name: str, command: list[str], log: Path) -> None:
         self.name = name
+        environment = {**os.environ, "PYTHONPATH": str(SHARED)}
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
             )
         self.about = self._answer()
 

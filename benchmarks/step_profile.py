@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import msgspec
 
-from benchmarks.measure import machine, summarise
+from benchmarks.measure import machine
 from benchmarks.serving import System, parse_scenario, system_command
 from benchmarks.systems.loraplex_inprocess import Driver, load_adapters
 from benchmarks.workload import SCENARIOS, Scenario, make_work
@@ -40,6 +40,7 @@ from loraplex_engine.models import LanguageModel
 from loraplex_engine.scheduling.scheduler import Scheduler
 from loraplex_engine.scheduling.step import StepPlan
 from loraplex_kernels.cpu.ops import CpuOps
+from loraplex_service.bench.records import summarise
 from loraplex_service.text import IncrementalDetokenizer, Tokenizer
 
 REST = "the step around them"

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from benchmarks.measure import Record
 from benchmarks.workload import Work
+from loraplex_service.bench.records import Record
 
 # run(work, concurrency or None for an open loop) -> (records, token ids of each request)
 Run = Callable[[Sequence[Work], int | None], Awaitable[tuple[list[Record], list[list[int]]]]]

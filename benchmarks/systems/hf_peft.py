@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Record
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
+from loraplex_service.bench.records import Record
 
 
 class Streamer:

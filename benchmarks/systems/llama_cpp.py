@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Record, drive
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
+from loraplex_service.bench.loops import drive
+from loraplex_service.bench.records import Record
 
 
 class Client:

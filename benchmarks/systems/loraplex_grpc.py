@@ -19,12 +19,14 @@ from pathlib import Path
 
 import grpc
 
-from benchmarks.measure import Record, cpu_seconds_of, drive, process_tree
+from benchmarks.measure import cpu_seconds_of, process_tree
 from benchmarks.systems.http_client import HttpClient
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
 from loraplex.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, prompt_pb2
 from loraplex_engine.link.config import QUANTIZATIONS
+from loraplex_service.bench.loops import drive
+from loraplex_service.bench.records import Record
 
 
 def write_config(folder: Path, args: argparse.Namespace, ports: Sequence[int]) -> Path:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import Record, drive
 from benchmarks.worker import serve, take_stdout
 from benchmarks.workload import Work
 from loraplex_adapters.files.source import digest
@@ -17,6 +16,8 @@ from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import QUANTIZATIONS, EngineConfig
 from loraplex_engine.link.messages import AddRequest, FromEngine, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_service.bench.loops import drive
+from loraplex_service.bench.records import Record
 
 
 class Driver:

@@ -27,6 +27,7 @@ from loraplex import enum_name
 from loraplex_engine.link.logs import set_up_logging
 from loraplex_service.app import running
 from loraplex_service.commands.adapters import adapters
+from loraplex_service.commands.bench import bench
 from loraplex_service.commands.demo import play_demo
 from loraplex_service.commands.generating import chat, generate, score
 from loraplex_service.commands.keys import keys
@@ -176,6 +177,7 @@ def _stop_signal() -> asyncio.Event:
 # ---- clients ---------------------------------------------------------------------------------------------------------
 
 main.add_command(adapters)
+main.add_command(bench)
 main.add_command(routes)
 main.add_command(usage)
 main.add_command(generate)

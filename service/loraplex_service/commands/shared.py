@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
-from loraplex import AdminClient, Client, LoraplexError
+from loraplex import AdminClient, AsyncClient, Client, LoraplexError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,6 +51,9 @@ class ServerAccess:
 
     def client(self) -> Client:
         return Client(self.server, **self._arguments())
+
+    def async_client(self) -> AsyncClient:
+        return AsyncClient(self.server, **self._arguments())
 
     def admin(self) -> AdminClient:
         return AdminClient(self.admin_server or self._admin_address(), **self._arguments())
