@@ -41,6 +41,8 @@ from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.forms import FormPreparer
+from loraplex_engine.scheduling.host_blocks import HostBlocks
+from loraplex_engine.scheduling.prefixes import PrefixPreparer
 from loraplex_engine.scheduling.request import Request, RequestState
 from loraplex_engine.scheduling.scheduler import Scheduler
 from loraplex_engine.scheduling.step import PendingResult, StepPlan, StepResult
@@ -82,14 +84,21 @@ class EngineCore:
         self.runner = runner
         self.store = store
         self.pool = pool
-        self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching)
+        memory = runner.host_cache
+        host = None if memory is None else HostBlocks(memory.num_slots)
+        self._host_block_bytes = 0 if memory is None else memory.block_bytes
+        self._move_seconds = 0.0
+        self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching, host)
+        self.prefixes = (
+            None if memory is None or host is None else PrefixPreparer(self.blocks, host, memory.most_restored)
+        )
         self.limits = (
             runner.limits(config) if beside is None else _with_memory_of(beside, config, runner.limits(config))
         )
         self.forms = FormPreparer(self.limits.vocab_size, TokenTexts)
         self.scheduler = Scheduler(
             self.blocks,
-            [AdapterPreparer(pool), self.forms],
+            [AdapterPreparer(pool), self.forms, *([self.prefixes] if self.prefixes else [])],
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=runner.max_model_len,
@@ -232,6 +241,8 @@ class EngineCore:
         events: list[FromEngine] = []
         self.adapters.advance(self.scheduler.adapter_users)
         plan = self.scheduler.schedule()
+        if self.prefixes is not None:
+            self._move_blocks(self.prefixes, idle=not plan.scheduled)
         self.store.pace.steps(running=bool(plan.scheduled))
         started = self._tried(lambda: self.runner.execute(plan), plan) if plan.scheduled else COMPUTED_NOTHING
         outputs, self._rejected = self._rejected + self._read(), []
@@ -247,6 +258,18 @@ class EngineCore:
             self._num_steps += 1
             events.append(StepOutput(outputs, self.stats()))
         return events + self.adapters.changed()
+
+    def _move_blocks(self, prefixes: PrefixPreparer, idle: bool) -> None:
+        """Copy blocks between device and host, ahead of the step. Where that fails, what they held is computed anew."""
+        moves, began = prefixes.moves(idle), time.monotonic()
+        try:
+            self.runner.move(moves)
+            self._move_seconds += time.monotonic() - began if moves else 0.0
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("%d blocks of the cache could not be copied; they are forgotten", len(moves))
+            prefixes.fail(moves)
 
     def _tried(self, part: Callable[[], T], plan: StepPlan) -> T | Exception:
         """What a part of a step comes to, or why it could not be computed.
@@ -295,11 +318,11 @@ class EngineCore:
         self.scheduler.fail_not_finite(failed, NOT_FINITE)
 
     def stats(self) -> EngineStats:
-        scheduler, blocks = self.scheduler, self.blocks
-        adapters, forms = scheduler.rooms
+        scheduler, blocks, host = self.scheduler, self.blocks, self.blocks.host
+        adapters, *others = scheduler.rooms
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + len(forms),
+            num_waiting=len(scheduler.waiting) + sum(map(len, others)),
             num_waiting_for_adapter=len(adapters),
             total_blocks=blocks.num_blocks,
             free_blocks=blocks.num_free,
@@ -321,6 +344,11 @@ class EngineCore:
             num_forms_failed=scheduler.num_forms_failed,
             draft_tokens=scheduler.draft_tokens,
             accepted_draft_tokens=scheduler.accepted_draft_tokens,
+            host_blocks=0 if host is None else host.num_used,
+            host_cache_bytes=0 if host is None else host.num_used * self._host_block_bytes,
+            num_saved_blocks=0 if host is None else host.num_saved,
+            num_restored_blocks=0 if self.prefixes is None else self.prefixes.num_restored,
+            move_seconds=self._move_seconds,
         )
 
 

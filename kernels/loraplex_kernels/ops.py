@@ -70,14 +70,15 @@ class LayerKV:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in self._tensors())
+        return sum(each.nbytes for each in self.tensors())
 
     def copy_block(self, source: int, copy: int) -> None:
-        """Give one block the content of another. Whatever the layout, a tensor's first dimension counts blocks."""
-        for each in self._tensors():
+        """Give one block the content of another."""
+        for each in self.tensors():
             each[copy] = each[source]
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """Whatever the layout, a tensor's first dimension counts blocks."""
         return [each for each in (self.k, self.v, self.k_scale, self.v_scale) if each is not None]
 
 

@@ -41,6 +41,7 @@ class FakeRunner:
 
     num_blocks = 32
     max_model_len = 64
+    host_cache = None
 
     def __init__(self) -> None:
         self.error: Exception | None = None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -169,6 +169,7 @@ class Lives(RuleBasedStateMachine):
     names, indices = st.sampled_from(NAMES), st.integers(0, 20)
     contents = st.sampled_from(sorted(KINDS)) | st.sampled_from(ADDABLE)
     prompts, lengths = st.integers(0, len(PROMPTS) - 1), st.integers(1, OUTPUT_TOKENS)
+    settings: ClassVar[dict[str, Any]] = {}  # of the engine
 
     def __init__(self, alone: Alone) -> None:
         super().__init__()
@@ -179,6 +180,7 @@ class Lives(RuleBasedStateMachine):
             max_resident_adapters=3,
             adapter_device_bytes=2 * LARGEST,  # beside pins, which take half at most, there is room for any
             adapter_host_bytes=2 * LARGEST,
+            **self.settings,
         )
         self.core = self.engine.core
         self.ids = itertools.count()
@@ -287,6 +289,8 @@ class Lives(RuleBasedStateMachine):
         pool, blocks = self.core.pool, self.core.blocks
         assert pool.used_bytes <= pool._budget_bytes
         assert blocks.num_free + blocks.num_cached <= blocks.num_blocks
+        if blocks.host is not None:
+            blocks.host.check()
 
     @invariant()
     def what_is_pinned_is_on_the_device(self) -> None:
@@ -427,9 +431,16 @@ def _target(keys: list[Any], weights: tuple[float, ...] | None) -> AdapterKey | 
     return keys[0] if keys else None
 
 
-def test_every_output_is_that_of_its_version_alone(alone: Alone) -> None:
+class LivesBesideHost(Lives):
+    """Blocks that the device evicts come back from the host, which has room for some."""
+
+    settings: ClassVar[dict[str, Any]] = {"host_cache_bytes": 20 * BLOCK_BYTES}
+
+
+@pytest.mark.parametrize("lives", [Lives, LivesBesideHost])
+def test_every_output_is_that_of_its_version_alone(alone: Alone, lives: Callable[[Alone], Lives]) -> None:
     run_state_machine_as_test(
-        lambda: Lives(alone),  # type: ignore[arg-type]  # whatever makes one will do; its types ask for a class
+        lambda: lives(alone),  # type: ignore[arg-type]  # whatever makes one will do; its types ask for a class
         settings=settings(
             max_examples=NUM_EXAMPLES,
             stateful_step_count=STEPS_OF_EXAMPLE,

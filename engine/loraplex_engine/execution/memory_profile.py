@@ -13,6 +13,7 @@ import torch
 
 from loraplex_engine.execution.cuda_graph import DecodeGraphs, batch_sizes, decode_graphs, reserve_adapters
 from loraplex_engine.execution.device import free_bytes
+from loraplex_engine.execution.host_cache import staging_bytes
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import USUAL_MEMORY_FRACTION, EngineConfig
 from loraplex_engine.link.messages import AddRequest
@@ -36,7 +37,7 @@ def cache_budget(runner: ModelRunner, config: EngineConfig) -> int:
     taken = torch.cuda.memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
     share = int(total * (config.device_memory_fraction or USUAL_MEMORY_FRACTION))
-    left = min(share - taken, free) - config.adapter_device_bytes - graphs
+    left = min(share - taken, free) - config.adapter_device_bytes - graphs - staging_bytes(config)
     logger.info(
         "%s has %s, of which %s are this model's: %s for weights and the largest step, %s for adapters, %s for "
         "captured graphs, %s for the cache",

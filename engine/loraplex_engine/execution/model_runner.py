@@ -15,6 +15,7 @@ from loraplex_engine.execution.batch import narrowed, step_batch
 from loraplex_engine.execution.cuda_graph import DecodeGraphs, decode_graphs
 from loraplex_engine.execution.device import described
 from loraplex_engine.execution.form_masks import FormMasks, TokenMask
+from loraplex_engine.execution.host_cache import HostCache, host_cache
 from loraplex_engine.execution.kv_cache import create_kv_cache, stored_dtype
 from loraplex_engine.execution.pooler import NOTHING_POOLED, Pooled, pool
 from loraplex_engine.execution.sampler import Drawn, Sampler, describe
@@ -23,6 +24,7 @@ from loraplex_engine.link.drafts import NO_DRAFTS
 from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
 from loraplex_engine.models.model import Model
 from loraplex_engine.scheduling.form import Form
+from loraplex_engine.scheduling.host_blocks import BlockMoves
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
 from loraplex_kernels.ops import LoraSegments, Ops
 from loraplex_kernels.transfers import Reading, to_device, to_host
@@ -55,6 +57,7 @@ class ModelRunner:
         self.kv_dtype = stored_dtype(config.kv_cache_dtype, model.dtype)
         self.decode_graphs: DecodeGraphs | None = None
         self.num_blocks = 1
+        self.host_cache: HostCache | None = None
         self.kv_cache = create_kv_cache(model.config, ops, 1, config.block_size, self.kv_dtype)
 
     def allocate(self, num_blocks: int, config: EngineConfig) -> None:
@@ -63,9 +66,16 @@ class ModelRunner:
         self.kv_cache = create_kv_cache(self.model.config, self.ops, num_blocks, self.block_size, self.kv_dtype)
         if config.kv_cache_bytes is not None and self.ops.device.type == "cpu":
             populate([tensor for layer in self.kv_cache for tensor in (layer.k, layer.v)])
+        if config.host_cache_bytes:
+            self.host_cache = host_cache(self.kv_cache, config.host_cache_bytes, self.ops.device)
         self.decode_graphs = decode_graphs(self.model, self.ops, self.kv_cache, config, self.max_model_len)
         if self.decode_graphs is not None:
             self.decode_graphs.capture_all()
+
+    def move(self, moves: BlockMoves) -> None:
+        """Copy blocks between the device and the host. With a host cache, called before each step."""
+        assert self.host_cache is not None
+        self.host_cache.move(moves)
 
     def limits(self, config: EngineConfig) -> EngineLimits:
         """The limits of the loaded model, for the service that sends it requests."""

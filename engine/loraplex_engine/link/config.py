@@ -41,6 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_bytes: int | None = None  # None: on CUDA the rest of that share, on the CPU kv_cache_fraction
     kv_cache_dtype: str = "auto"  # auto: the model's. int8, fp8: rounded, with a scale for each head and token
     kv_cache_fraction: float = 0.5  # on the CPU: share of the memory that is free after loading
+    host_cache_bytes: int = 0  # host memory for blocks that the prefix cache has no room for; 0: they are forgotten
     max_num_seqs: int = 256  # sequences that run at once
     max_num_batched_tokens: int = 2048  # tokens computed in one step
     enable_prefix_caching: bool = True
@@ -65,6 +66,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "revision": self.drafts.revision,
             "cuda_graphs": False,
             "implementation": "auto",
+            "host_cache_bytes": 0,
         }
         return msgspec.structs.replace(self, **of_large, **small)
 
@@ -107,6 +109,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name, value in (counts | {k: v for k, v in optional.items() if v is not None}).items():
             if value < 1:
                 problems.append(f"{name} {value} must be at least 1")
+        if self.host_cache_bytes < 0:
+            problems.append(f"host_cache_bytes {self.host_cache_bytes} must be at least 0")
+        if self.host_cache_bytes and not self.enable_prefix_caching:
+            problems.append("host_cache_bytes needs enable_prefix_caching: it keeps what that finds")
         problems += [] if self.drafts is None else self.drafts.problems()
         if problems:
             raise ValueError("engine config: " + "; ".join(problems))

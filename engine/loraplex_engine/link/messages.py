@@ -169,6 +169,11 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     num_forms_compiled: int = 0  # once for all who ask for the same
     form_seconds: float = 0.0  # that compiling them took in all
     num_forms_failed: int = 0  # sequences that ended because of their form
+    host_blocks: int = 0  # of the cache, with a copy in host memory
+    host_cache_bytes: int = 0  # that these take
+    num_saved_blocks: int = 0  # copied to the host, cumulative, as are the next two
+    num_restored_blocks: int = 0  # copied back
+    move_seconds: float = 0.0  # between steps, for both
 
 
 class StepOutput(Message, frozen=True):

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from loraplex_engine.scheduling.host_blocks import HostBlocks
 from loraplex_engine.scheduling.request import Request
 
 
@@ -44,7 +45,11 @@ def embedded_content(request: Request, start: int, end: int) -> bytes:
 class BlockManager:
     """Hands out blocks, keeps reference counts, finds cached prefixes. Invariant: used + cached + free = total."""
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool, host: HostBlocks | None = None
+    ) -> None:
+        """`host`: takes copies of the blocks that are evicted; None: what they held is gone."""
+        self.host = host
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -82,22 +87,46 @@ class BlockManager:
         """
         assert not request.block_ids
         assert request.num_computed_tokens == 0
-        if not self.enable_prefix_caching or request.bypass_prefix_cache:
-            return
-        reusable = request.num_reusable_tokens
-        if reusable == 0:
+        reusable = self.reusable(request)
+        if not reusable:
             return
         self.prefix_queries += request.num_tokens
-        for block_hash in self._hashes(request, reusable // self.block_size):
+        for block_hash in reusable:
             block = self._block_of.get(block_hash)
             if block is None:
                 break
-            if self._references[block] == 0:
-                del self._cached[block]
-            self._references[block] += 1
+            self.hold(block)
             request.block_ids.append(block)
         request.num_computed_tokens = len(request.block_ids) * self.block_size
         self.prefix_hits += request.num_computed_tokens
+
+    def reusable(self, request: Request) -> list[bytes]:
+        """The hashes of the blocks that a request may take from the cache."""
+        if not self.enable_prefix_caching or request.bypass_prefix_cache:
+            return []
+        return self._hashes(request, request.num_reusable_tokens // self.block_size)
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The block with this content; None: there is none."""
+        return self._block_of.get(block_hash)
+
+    def hold(self, block: int) -> None:
+        """Keep a block that is used or cached, until it is let go as often."""
+        if self._references[block] == 0:
+            del self._cached[block]
+        self._references[block] += 1
+
+    def take(self) -> int:
+        """A block of the available ones, held, with no content."""
+        block = self._free.popleft() if self._free else self._evict()
+        self._references[block] = 1
+        return block
+
+    def name(self, block: int, block_hash: bytes) -> None:
+        """Let requests find what a held block contains, or will before the next step, unless they find it already."""
+        if self._hash_of[block] is None and block_hash not in self._block_of:
+            self._hash_of[block] = block_hash
+            self._block_of[block_hash] = block
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Make room for the request's first `num_tokens` tokens. False, and nothing changed, if blocks are too few."""
@@ -105,9 +134,7 @@ class BlockManager:
         if missing > self.num_available:
             return False
         for _ in range(missing):
-            block = self._free.popleft() if self._free else self._evict()
-            self._references[block] = 1
-            request.block_ids.append(block)
+            request.block_ids.append(self.take())
         return True
 
     def fork(self, parent: Request, child: Request) -> None:
@@ -138,10 +165,7 @@ class BlockManager:
             return
         hashes = self._hashes(request, num_full)
         for index in range(first_new, num_full):
-            block, block_hash = request.block_ids[index], hashes[index]
-            if self._hash_of[block] is None and block_hash not in self._block_of:
-                self._hash_of[block] = block_hash
-                self._block_of[block_hash] = block
+            self.name(request.block_ids[index], hashes[index])
 
     def retract(self, request: Request, num_tokens: int) -> None:
         """Undo `publish` for the blocks behind the first `num_tokens` tokens, because their step failed."""
@@ -149,22 +173,37 @@ class BlockManager:
             self._forget_content(block)
 
     def distrust(self, request: Request) -> None:
-        """Let no other request find any of the request's blocks: they may hold NaN."""
+        """Let no other request find any of the request's blocks, or copies of them: they may hold NaN."""
         for block in request.block_ids:
+            block_hash = self._hash_of[block]
+            if self.host is not None and block_hash is not None:
+                self.host.forget(block_hash)
             self._forget_content(block)
+
+    def forget_blocks(self, blocks: Iterable[int]) -> None:
+        """Let no request find these blocks any more, whoever holds them."""
+        for block in blocks:
+            self._forget_content(block)
+            if block in self._cached:
+                del self._cached[block]
+                self._free.append(block)
 
     def release(self, request: Request) -> None:
         """Take back everything a request holds. Its computed count falls to 0; blocks with content stay findable."""
-        for block in reversed(request.block_ids):  # a sequence's tail is the first to be evicted
+        self.let_go(request.block_ids)
+        request.block_ids = []
+        request.copied_block = None
+        request.num_computed_tokens = 0
+
+    def let_go(self, blocks: Sequence[int]) -> None:
+        """Take back the blocks of a sequence, in its order. Those with content stay findable."""
+        for block in reversed(blocks):  # a sequence's tail is the first to be evicted
             self._references[block] -= 1
             if self._references[block] == 0:
                 if self._hash_of[block] is None:
                     self._free.append(block)
                 else:
                     self._cached[block] = None
-        request.block_ids = []
-        request.copied_block = None
-        request.num_computed_tokens = 0
 
     def _hashes(self, request: Request, count: int) -> list[bytes]:
         hashes = request.block_hashes
@@ -181,6 +220,9 @@ class BlockManager:
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
+        block_hash = self._hash_of[block]
+        if self.host is not None and block_hash is not None:
+            self.host.save(block_hash, block)
         self._forget_content(block)
         return block
 

@@ -1,4 +1,4 @@
-"""What a request needs before it can run, and others prepare: today its adapter on the device.
+"""What a request needs before it can run, and others prepare: its adapter on the device, its form, its prefix.
 
 Each kind has a `Preparer`, which works beside the steps, and a `WaitingRoom` for the requests that it keeps waiting.
 Nobody else waits for them, and what fails, fails alone.
@@ -26,6 +26,8 @@ class NeverReadyError(Exception):
 
 class Preparer(Protocol):
     """Prepares one kind of thing that requests need. No method waits: the work is done in threads."""
+
+    outlasts_blocks: bool = True  # False: who loses its blocks, or finds none, needs it anew. Such ones come last
 
     @property
     def changes(self) -> int:
@@ -61,6 +63,7 @@ class WaitingRoom:
 
     def __init__(self, preparer: Preparer, clock: Callable[[], float]) -> None:
         self._preparer = preparer
+        self.outlasts_blocks = preparer.outlasts_blocks
         self._clock = clock
         self._waits: dict[int, tuple[Request, float]] = {}  # who waits, and since when, by arrival number
         self._lines: dict[Hashable, dict[int, Request]] = {}

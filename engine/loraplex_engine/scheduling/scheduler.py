@@ -52,6 +52,7 @@ class Scheduler:
         self.waiting = FairQueue()
         # A request passes them in this order, and holds what it was given in one while it waits in the next.
         self.rooms = [WaitingRoom(preparer, clock) for preparer in preparers]
+        self._num_lasting = sum(room.outlasts_blocks for room in self.rooms)
         self.adapter_users: Counter[AdapterKey] = Counter()  # accepted requests by adapter version, wherever they are
         self._deadlines: list[tuple[float, int]] = []  # of requests
         self._outputs: list[RequestOutput] = []  # ends outside of a step; `update` returns them
@@ -167,7 +168,7 @@ class Scheduler:
             self.blocks.start(first)
             num_new = min(first.num_tokens - first.num_computed_tokens, budget)
             if request.num_places > places or not self.blocks.grow(first, first.num_computed_tokens + num_new):
-                self.blocks.release(first)
+                self._release(request)
                 break  # in order: no request overtakes one that waits for blocks
             places -= request.num_places
             self.waiting.remove(request)
@@ -208,6 +209,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _release(self, request: Request) -> None:
+        request.num_given = min(request.num_given, self._num_lasting)
         for sequence in request.sequences:
             self.blocks.release(sequence)
         if request.search is not None:

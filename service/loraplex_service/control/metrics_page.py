@@ -195,6 +195,13 @@ _GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] =
         lambda s: s.cached_blocks,
     ),
     (
+        "loraplex_host_cache_blocks",
+        None,
+        "Cache blocks with a copy in host memory.",
+        lambda s: s.host_blocks,
+    ),
+    ("loraplex_host_cache_bytes", None, "Bytes of host memory that these take.", lambda s: s.host_cache_bytes),
+    (
         "loraplex_adapter_device_bytes",
         None,
         "Bytes that adapters use on the device.",
@@ -214,6 +221,24 @@ _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]]
         "vllm:prefix_cache_hits",
         "Prompt tokens found in the prefix cache.",
         lambda s: s.prefix_cache_hits,
+    ),
+    (
+        "loraplex_host_cache_saved_blocks",
+        None,
+        "Cache blocks copied to host memory when they were evicted.",
+        lambda s: s.num_saved_blocks,
+    ),
+    (
+        "loraplex_host_cache_restored_blocks",
+        None,
+        "Cache blocks copied back to the device for a request.",
+        lambda s: s.num_restored_blocks,
+    ),
+    (
+        "loraplex_host_cache_move_seconds",
+        None,
+        "Time between steps that these copies took in all.",
+        lambda s: s.move_seconds,
     ),
     (
         "loraplex_preemptions",
