@@ -33,7 +33,7 @@ def words(command: str) -> list[str]:
 def check_loraplex(arguments: list[str]) -> None:
     """Fail unless the command line has these subcommands and options."""
     command: click.Command = main
-    while isinstance(command, click.Group) and arguments:
+    while isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
         found = command.get_command(click.Context(command), name)
         assert found is not None, f"there is no {name!r} in {command.name!r}"
