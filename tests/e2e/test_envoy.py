@@ -23,6 +23,16 @@ import yaml
 
 from loraplex import AsyncClient, LoraplexError
 from tests.e2e.conftest import DEMO, END_SECONDS, START_SECONDS, Server, running_server
+from tests.service.ports.http2_caller import (
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    Http2Caller,
+    call_headers,
+    frame,
+    message,
+)
 
 CHART = Path(__file__).resolve().parents[2] / "helm" / "loraplex"
 ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent))
@@ -106,7 +116,8 @@ class Envoy:
 
 
 @contextmanager
-def envoy_before(servers: Sequence[Place], directory: Path) -> Iterator[Envoy]:
+def envoy_before(servers: Sequence[Place], directory: Path, **envoy: object) -> Iterator[Envoy]:
+    """envoy: more of the chart's values for it."""
     port, admin_port = free_ports(2)
     values = {
         "models": [{"name": "storyteller", "model": "demo"}],
@@ -119,6 +130,7 @@ def envoy_before(servers: Sequence[Place], directory: Path) -> Iterator[Envoy]:
             "healthCheckSeconds": 1,
             "balanceFactor": BALANCE_FACTOR,
             "endpoints": [{"host": "127.0.0.1", "port": p.data, "healthPort": p.health} for p in servers],
+            **envoy,
         },
     }
     with helm_python.Chart.load(CHART) as chart:
@@ -263,3 +275,31 @@ async def test_adapters_stay_on_their_server_a_hot_one_spreads_and_a_dead_one_is
                 assert home != dead
                 moved[adapter] += home != homes[adapter]
             assert {adapter for adapter in moved if moved[adapter]} == {a for a in ADAPTERS if homes[a] == dead}
+
+
+async def test_an_address_that_calls_too_often_is_refused_before_the_servers_and_others_are_not(tmp_path: Path) -> None:
+    [place], a_second = places(1), 20
+    with ExitStack() as stack:
+        stack.enter_context(server_at(place, tmp_path / "server"))
+        envoy = stack.enter_context(envoy_before([place], tmp_path, callsPerSecondPerAddress=a_second))
+        await envoy.until_healthy({place.data})
+        started = time.monotonic()
+        for _ in range(5):
+            with Http2Caller(envoy.address, source="127.0.0.2") as stranger:
+                await asyncio.to_thread(call_and_wait, stranger, 100)
+        passed = envoy.counts("rq_total")[place.data]
+        assert 2 * a_second <= passed <= 2 * a_second + a_second * (time.monotonic() - started + 1) < 500
+        async with AsyncClient(envoy.address, timeout=END_SECONDS) as client:
+            for _ in range(a_second):
+                await client.tokenize("storyteller", "A fox")
+
+
+def call_and_wait(caller: Http2Caller, count: int) -> None:
+    """So many calls at once, until each has been answered or refused."""
+    headers, empty = call_headers("/loraplex.v1.InferenceService/Generate"), message(b"")
+    calls = [
+        frame(HEADERS, END_HEADERS, stream, headers) + frame(DATA, END_STREAM, stream, empty)
+        for stream in caller.streams(count)
+    ]
+    caller.send(b"".join(calls))
+    caller.until(HEADERS, count)

@@ -29,6 +29,10 @@ static_resources:
                   virtual_hosts:
                     - name: loraplex
                       domains: ["*"]
+                      {{- if $envoy.callsPerSecondPerAddress }}
+                      rate_limits:
+                        - actions: [{ remote_address: {} }]
+                      {{- end }}
                       routes:
                         - match: { prefix: /loraplex.v1. }
                           route:
@@ -55,6 +59,20 @@ static_resources:
                       pass_through_mode: false
                       headers:
                         - { name: ":path", string_match: { exact: /ready } }
+                  {{- with $envoy.callsPerSecondPerAddress }}
+                  - name: envoy.filters.http.local_ratelimit
+                    typed_config:
+                      "@type": type.googleapis.com/envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit
+                      stat_prefix: loraplex
+                      rate_limited_as_resource_exhausted: true
+                      filter_enabled: { default_value: { numerator: 100 } }
+                      filter_enforced: { default_value: { numerator: 100 } }
+                      token_bucket: { max_tokens: 4294967295, tokens_per_fill: 4294967295, fill_interval: 1s } # of all
+                      max_dynamic_descriptors: 65536 # addresses; the one that called longest ago is forgotten
+                      descriptors:
+                        - entries: [{ key: remote_address }] # a bucket for each
+                          token_bucket: { max_tokens: {{ mul 2 . }}, tokens_per_fill: {{ . }}, fill_interval: 1s }
+                  {{- end }}
                   - name: envoy.filters.http.router
                     typed_config:
                       "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router

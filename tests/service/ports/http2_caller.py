@@ -54,10 +54,13 @@ def message(data: bytes, compressed: bool = False) -> bytes:
 class Http2Caller:
     """One connection. Blocking; ends with its block."""
 
-    def __init__(self, address: str, window: int | None = None) -> None:
-        """`window`: of each stream, what the server may send before it is read; None: the usual 65535."""
+    def __init__(self, address: str, window: int | None = None, source: str = "") -> None:
+        """`window`: of each stream, what the server may send before it is read; None: the usual 65535.
+
+        `source`: the address that the server sees; empty: the machine's choice.
+        """
         host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), timeout=20)
+        self._socket = socket.create_connection((host, int(port)), timeout=20, source_address=(source, 0))
         self._next_stream = 1
         self._unread = b""
         settings = b"" if window is None else struct.pack(">HI", INITIAL_WINDOW_SIZE, window)
