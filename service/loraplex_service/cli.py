@@ -31,6 +31,7 @@ from loraplex_service.commands.bench import bench
 from loraplex_service.commands.demo import play_demo
 from loraplex_service.commands.generating import chat, generate, score
 from loraplex_service.commands.keys import keys
+from loraplex_service.commands.picker import picker
 from loraplex_service.commands.pooling import classify, embed, rerank
 from loraplex_service.commands.quantize import quantize
 from loraplex_service.commands.routes import routes
@@ -65,6 +66,7 @@ def main() -> None:
 
 main.add_command(keys)
 main.add_command(quantize)
+main.add_command(picker)
 
 
 @main.command()

@@ -130,7 +130,7 @@ def default_config_file() -> Path:
 def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceConfig:
     """Read a file (None: the embedded default) and the environment. Raises ConfigError naming everything at fault."""
     file = (default_config_file() if file is None else file).absolute()
-    fields, problems = _read_yaml(file)
+    fields, problems = read_yaml(file)
     return _checked(fields, problems, str(file), file.parent.resolve(), environment)
 
 
@@ -182,8 +182,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the content of the file, and its keys that appear twice. Raises ConfigError."""
+def read_yaml(file: Path, needed: str = "models") -> tuple[dict[str, Any], list[str]]:
+    """Return the content of the file, and its keys that appear twice. Raises ConfigError.
+
+    `needed`: a key that no such file does without.
+    """
     try:
         loader = _Loader(file.read_text())
         fields = loader.get_single_data()
@@ -192,7 +195,7 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(fields, dict):
-        raise ConfigError(f"{file}: a mapping is expected, with at least `models:`")
+        raise ConfigError(f"{file}: a mapping is expected, with at least `{needed}:`")
     return fields, loader.problems
 
 

@@ -1,7 +1,7 @@
 """The metrics by which routers choose a replica, under vLLM's names: llm-d and the Gateway API's endpoint pickers.
 
-An adapter has the name there that requests have in `model`: its id. Where adapters of several tenants, or versions of
-one, have the same id, one series stands for all: for the one nearest to the device.
+An adapter has the name there that requests have in `model`: its id. Where versions of one are in memory, one series
+stands for all: for the one nearest to the device.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,8 +38,9 @@ def _loaded(engines: Engines) -> Metric:
         nearest = sorted(_nearest(engine.adapters).items(), key=lambda item: (-item[1].tier, item[0]))
         for name, status in nearest[: MAX_SERIES - len(rows)]:
             rank = "" if status.facts is None else str(status.facts.rank)
-            rows.append(((model.name, name, LEVELS[status.tier], str(status.pinned).lower(), rank), 1.0))
-    names = ("model_name", "adapter_name", "level", "pinned", "rank")
+            tenant, _, adapter = name.partition("/")
+            rows.append(((model.name, tenant, adapter, LEVELS[status.tier], str(status.pinned).lower(), rank), 1.0))
+    names = ("model_name", "tenant", "adapter_name", "level", "pinned", "rank")
     return gauge_family("vllm:lora_adapter_loaded", "1 for each adapter in memory, and where it is.", names, rows)
 
 
@@ -74,11 +75,11 @@ def _cache_info(stats: Sequence[tuple[ModelSnapshot, EngineStats]]) -> Metric:
 
 
 def _nearest(adapters: Mapping[AdapterKey, AdapterStatus]) -> Mapping[str, AdapterStatus]:
-    """The adapters in memory by id."""
+    """The adapters in memory, by {tenant}/{adapter}."""
     nearest: dict[str, AdapterStatus] = {}
     for key, status in adapters.items():
-        if status.tier in LEVELS and ((known := nearest.get(_id(key))) is None or known.tier < status.tier):
-            nearest[_id(key)] = status
+        if status.tier in LEVELS and ((known := nearest.get(key.name)) is None or known.tier < status.tier):
+            nearest[key.name] = status
     return nearest
 
 

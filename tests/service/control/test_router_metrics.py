@@ -27,17 +27,21 @@ def test_an_adapter_on_disk_alone_is_not_loaded() -> None:
 
 def test_levels_pins_and_ranks_have_the_words_of_vllm() -> None:
     rows = loaded(status("shared/a", Residency.DEVICE, pinned=True), status("shared/b", Residency.HOST))
-    base = {"model_name": "tiny", "rank": "16"}
+    base = {"model_name": "tiny", "tenant": "shared", "rank": "16"}
     assert rows == [
         base | {"adapter_name": "a", "level": "gpu", "pinned": "true"},
         base | {"adapter_name": "b", "level": "cpu", "pinned": "false"},
     ]
 
 
-def test_of_versions_and_tenants_with_one_name_the_nearest_to_the_device_shows() -> None:
-    versions = (status("shared/a", Residency.HOST), status("shared/a", Residency.HOST, "2"))
-    rows = loaded(*versions, status("acme/a", Residency.DEVICE, "1"))
+def test_of_versions_of_one_adapter_the_nearest_to_the_device_shows() -> None:
+    rows = loaded(status("shared/a", Residency.HOST), status("shared/a", Residency.DEVICE, "1"))
     assert [(row["adapter_name"], row["level"]) for row in rows] == [("a", "gpu")]
+
+
+def test_adapters_of_several_tenants_with_one_id_show_each() -> None:
+    rows = loaded(status("shared/a", Residency.HOST), status("acme/a", Residency.DEVICE, "1"))
+    assert [(row["tenant"], row["level"]) for row in rows] == [("acme", "gpu"), ("shared", "cpu")]
 
 
 def test_more_adapters_than_the_page_shows_leave_out_those_that_are_farthest() -> None:

@@ -1,0 +1,88 @@
+"""The configuration of the picker: where it listens, which replicas there are, how it weighs them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from loraplex_service.config import LOOPBACK_HOSTS, ConfigError, read_yaml
+from loraplex_service.config_checks import Shape, number_problems
+
+MAX_PORT = 65535
+
+
+class ReplicasConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The replicas behind one name: one for each address that it has, and each with these ports."""
+
+    host: str  # a name, such as that of a headless service, or an address
+    data_port: int = 50051
+    http_port: int | None = None  # None: it takes no HTTP
+    health_port: int = 50053
+    metrics_port: int = 9464
+
+    def problems(self) -> Iterator[str]:
+        """Describe every value that is out of range; empty: none is."""
+        if not self.host:
+            yield "host is empty: give a name or an address"
+        for name in ("data_port", "http_port", "health_port", "metrics_port"):
+            port = getattr(self, name)
+            if port is not None and not 1 <= port <= MAX_PORT:
+                yield f"{name} {port} must be from 1 to {MAX_PORT}"
+
+
+class PickerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    replicas: tuple[ReplicasConfig, ...]
+    listen: str = "127.0.0.1:9002"  # for Envoy
+    metrics_listen: str | None = None  # of the picker's own metrics
+    insecure: bool = False  # allow other addresses than loopback: nothing is encrypted, and anybody may ask
+    log_level: str = "INFO"
+    scrape_seconds: float = 0.5  # between two looks at a replica's metrics
+    stale_seconds: float = 3.0  # after which what a replica said counts no more
+    resolve_seconds: float = 2.0  # between two looks at the addresses of a name
+    queue: int = 4  # requests that may wait at a replica before it is passed over
+    balance_factor: float = 1.5  # and of the mean that it may have
+
+    def problems(self) -> Iterator[str]:
+        """Describe every value that is out of range; empty: none is."""
+        yield from number_problems(self)
+        if not self.replicas:
+            yield "replicas is empty: name at least one host"
+        for index, replicas in enumerate(self.replicas):
+            yield from (f"replicas[{index}]: {problem}" for problem in replicas.problems())
+        for key in ("listen", "metrics_listen"):
+            yield from _address_problems(key, getattr(self, key), self.insecure)
+        if self.stale_seconds < 2 * self.scrape_seconds:
+            yield f"stale_seconds {self.stale_seconds} must be at least twice scrape_seconds {self.scrape_seconds}"
+        if self.balance_factor < 1:
+            yield f"balance_factor {self.balance_factor} must be at least 1"
+        if self.log_level not in LOG_LEVELS:
+            yield f"log_level {self.log_level!r} must be one of {', '.join(LOG_LEVELS)}"
+
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def load_picker_config(file: Path) -> PickerConfig:
+    """Read a file. Raises ConfigError naming everything at fault."""
+    fields, problems = read_yaml(file, needed="replicas")
+    shape = Shape({name for section in (PickerConfig, ReplicasConfig) for name in section.__struct_fields__})
+    fields = shape.pruned(fields, PickerConfig)
+    problems = [*problems, *shape.mistakes]
+    if not problems:
+        config = msgspec.convert(fields, PickerConfig)
+        problems = list(config.problems())
+        if not problems:
+            return config
+    raise ConfigError(f"{file}: " + "; ".join(problems))
+
+
+def _address_problems(key: str, address: str | None, insecure: bool) -> Iterator[str]:
+    if address is None:
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > MAX_PORT:
+        yield f"{key} {address!r}: an address such as 127.0.0.1:9002 is expected"
+    elif host not in LOOPBACK_HOSTS and not insecure:
+        yield f"{key} {address!r} can be reached from other machines: set insecure: true where the network is trusted"
