@@ -136,6 +136,8 @@ class GenerateOptions(SharedOptions, total=False):
     """Whether to return text. None: yes."""
     token_ids: bool | None
     """Whether to return token ids. None: no, unless text is False."""
+    prompt_token_ids: bool | None
+    """Whether to return the ids of the prompt's tokens. None: no."""
     prompt_logprobs: int | None
     """Number of the likeliest tokens to return beside each token of the prompt. None: nothing of the prompt."""
     logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None

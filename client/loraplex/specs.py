@@ -67,6 +67,7 @@ def generate_spec(
     time_limit: float | datetime.timedelta | None = None,
     text: bool | None = None,
     token_ids: bool | None = None,
+    prompt_token_ids: bool | None = None,
     prompt_logprobs: int | None = None,
     logprobs_mode: generation_pb2.LogprobsMode.ValueType | str | None = None,
     skip_special_tokens: bool | None = None,
@@ -150,6 +151,7 @@ def generate_spec(
         time_limit: Seconds after which the outputs end as they are, without an error. None: no limit.
         text: Whether to return text. None: yes.
         token_ids: Whether to return token ids. None: no, unless text is False.
+        prompt_token_ids: Whether to return the ids of the prompt's tokens. None: no.
         prompt_logprobs: Number of the likeliest tokens to return beside each token of the prompt. None: nothing of
             the prompt.
         logprobs_mode: Distribution of the log-probabilities: "raw", the model's, or "processed", the one drawn
@@ -221,6 +223,7 @@ def generate_spec(
         time_limit=time_limit,
         text=text,
         token_ids=token_ids,
+        prompt_token_ids=prompt_token_ids,
         prompt_logprobs=prompt_logprobs,
         logprobs_mode=logprobs_mode,
         skip_special_tokens=skip_special_tokens,

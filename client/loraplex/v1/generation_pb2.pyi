@@ -706,6 +706,7 @@ class OutputOptions(google.protobuf.message.Message):
     LOGPROB_TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_MODE_FIELD_NUMBER: builtins.int
     PARSE_MESSAGE_FIELD_NUMBER: builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: builtins.int
     text: builtins.bool
     """Whether to return text. Default true. False saves the server the decoding, for callers that work on tokens."""
     token_ids: builtins.bool
@@ -728,6 +729,10 @@ class OutputOptions(google.protobuf.message.Message):
     tools, and where the model reasons (MODEL_CAPABILITY_REASONING); false without text. False: all of it is text. True
     is refused with INVALID_ARGUMENT for other prompts, and where it is not known how the model writes its messages.
     """
+    prompt_token_ids: builtins.bool
+    """Whether to return the ids of the prompt's tokens, as it was read: after the template, and after what was cut off.
+    Default false.
+    """
     @property
     def logprob_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """For each token, and for each of the prompt's where prompt_logprobs asks for those, return the log-probabilities of
@@ -746,9 +751,10 @@ class OutputOptions(google.protobuf.message.Message):
         logprob_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs_mode: Global___LogprobsMode.ValueType | None = ...,
         parse_message: builtins.bool | None = ...,
+        prompt_token_ids: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_logprobs_mode", b"_logprobs_mode", "_parse_message", b"_parse_message", "_prompt_logprobs", b"_prompt_logprobs", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "_token_ids", b"_token_ids", "_top_logprobs", b"_top_logprobs", "logprobs", b"logprobs", "logprobs_mode", b"logprobs_mode", "parse_message", b"parse_message", "prompt_logprobs", b"prompt_logprobs", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_logprobs_mode", b"_logprobs_mode", "_parse_message", b"_parse_message", "_prompt_logprobs", b"_prompt_logprobs", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "_token_ids", b"_token_ids", "_top_logprobs", b"_top_logprobs", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "logprobs_mode", b"logprobs_mode", "parse_message", b"parse_message", "prompt_logprobs", b"prompt_logprobs", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_logprobs_mode", b"_logprobs_mode", "_parse_message", b"_parse_message", "_prompt_logprobs", b"_prompt_logprobs", "_prompt_token_ids", b"_prompt_token_ids", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "_token_ids", b"_token_ids", "_top_logprobs", b"_top_logprobs", "logprobs", b"logprobs", "logprobs_mode", b"logprobs_mode", "parse_message", b"parse_message", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_logprobs_mode", b"_logprobs_mode", "_parse_message", b"_parse_message", "_prompt_logprobs", b"_prompt_logprobs", "_prompt_token_ids", b"_prompt_token_ids", "_skip_special_tokens", b"_skip_special_tokens", "_text", b"_text", "_token_ids", b"_token_ids", "_top_logprobs", b"_top_logprobs", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "logprobs_mode", b"logprobs_mode", "parse_message", b"parse_message", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_logprobs", b"_logprobs"]) -> typing.Literal["logprobs"] | None: ...
     @typing.overload
@@ -757,6 +763,8 @@ class OutputOptions(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_parse_message", b"_parse_message"]) -> typing.Literal["parse_message"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]) -> typing.Literal["prompt_logprobs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_prompt_token_ids", b"_prompt_token_ids"]) -> typing.Literal["prompt_token_ids"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]) -> typing.Literal["skip_special_tokens"] | None: ...
     @typing.overload

@@ -120,6 +120,7 @@ class GenerateResponse(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The server's id of this request."""
     seed: builtins.int
@@ -128,7 +129,7 @@ class GenerateResponse(google.protobuf.message.Message):
     """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
     @property
     def target(self) -> loraplex.v1.routes_pb2.ResolvedTarget:
-        """What ran."""
+        """What ran: its adapter_version is that of every token."""
 
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GenerateOutput]:
@@ -152,6 +153,10 @@ class GenerateResponse(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """As in GenerateSpec.labels."""
 
+    @property
+    def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The tokens of the prompt, if asked for."""
+
     def __init__(
         self,
         *,
@@ -164,9 +169,10 @@ class GenerateResponse(google.protobuf.message.Message):
         seed: builtins.int | None = ...,
         client_request_id: builtins.str = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        prompt_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "seed", b"seed", "target", b"target", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "client_request_id", b"client_request_id", "labels", b"labels", "outputs", b"outputs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "seed", b"seed", "target", b"target", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "client_request_id", b"client_request_id", "labels", b"labels", "outputs", b"outputs", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "seed", b"seed", "target", b"target", "timings", b"timings", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___GenerateResponse: typing_extensions.TypeAlias = GenerateResponse
@@ -321,6 +327,7 @@ class Started(google.protobuf.message.Message):
     ADAPTER_LOAD_DURATION_FIELD_NUMBER: builtins.int
     CLIENT_REQUEST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The server's id of this request."""
     prompt_tokens: builtins.int
@@ -331,7 +338,7 @@ class Started(google.protobuf.message.Message):
     """As in GenerateSpec.client_request_id; where that is absent, as in the metadata x-request-id."""
     @property
     def target(self) -> loraplex.v1.routes_pb2.ResolvedTarget:
-        """What runs."""
+        """What runs: its adapter_version is that of every token of the request, whatever happens meanwhile."""
 
     @property
     def queue_duration(self) -> google.protobuf.duration_pb2.Duration:
@@ -345,6 +352,10 @@ class Started(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """As in GenerateSpec.labels."""
 
+    @property
+    def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The tokens of the prompt, if asked for."""
+
     def __init__(
         self,
         *,
@@ -356,9 +367,10 @@ class Started(google.protobuf.message.Message):
         adapter_load_duration: google.protobuf.duration_pb2.Duration | None = ...,
         client_request_id: builtins.str = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        prompt_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "queue_duration", b"queue_duration", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "cached_prompt_tokens", b"cached_prompt_tokens", "client_request_id", b"client_request_id", "labels", b"labels", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "request_id", b"request_id", "target", b"target"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_load_duration", b"adapter_load_duration", "cached_prompt_tokens", b"cached_prompt_tokens", "client_request_id", b"client_request_id", "labels", b"labels", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "queue_duration", b"queue_duration", "request_id", b"request_id", "target", b"target"]) -> None: ...
 
 Global___Started: typing_extensions.TypeAlias = Started
 

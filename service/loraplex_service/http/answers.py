@@ -14,6 +14,7 @@ from loraplex.v1.inference_pb2 import (
     FinishReason,
     GenerateOutput,
     GenerateResponse,
+    Started,
     StreamGenerateResponse,
     TokenLogprob,
     Usage,
@@ -126,20 +127,22 @@ class Choices(Answers):
     def __init__(self, draft: Draft) -> None:
         super().__init__(draft)
         self._fingerprint: str | None = None
+        self._version: Json = {}  # of the adapter: of several prompts each may have met another one
+        self._prompt_ids: Json = {}
         self._begun: set[int] = set()  # the outputs of which something was sent
 
     def whole(self, responses: Sequence[GenerateResponse]) -> Json:
-        self._begin(responses[0].request_id, responses[0].target)
         choices: list[Json] = []
         for number, response in enumerate(responses):
+            self._begin(response)
             for output in response.outputs:
-                choices.append(self._whole(len(choices), number, output, response))
+                choices.append(self._placed(self._whole(len(choices), number, output, response)))
         return {**self._head(self.object_name), "choices": choices, "usage": usage(r.usage for r in responses)}
 
     def chunks(self, message: StreamGenerateResponse) -> Iterator[Json]:
         match message.WhichOneof("event"):
             case "started":
-                self._begin(message.started.request_id, message.started.target)
+                self._begin(message.started)
             case "delta":
                 yield from self._opening(message.delta.output_index)
                 yield self._chunk(self._part(message.delta.output_index, message.delta))
@@ -152,7 +155,7 @@ class Choices(Answers):
 
     def chunks_of(self, first: int, number: int, response: GenerateResponse) -> Iterator[Json]:
         """The chunks of one of several prompts, whose outputs are complete. `first`: the index of its first output."""
-        self._begin(response.request_id, response.target)
+        self._begin(response)
         for place, output in enumerate(response.outputs):
             yield self._chunk(self._whole(first + place, number, output, response))
 
@@ -161,9 +164,12 @@ class Choices(Answers):
         if self._draft.include_usage:
             yield {**self._head(self.chunk_name), "choices": [], "usage": usage(used)}
 
-    def _begin(self, request_id: str, target: ResolvedTarget) -> None:
-        self._meet(request_id)
-        self._fingerprint = target.model_revision or None
+    def _begin(self, started: Started | GenerateResponse) -> None:
+        self._meet(started.request_id)
+        self._fingerprint = started.target.model_revision or None
+        self._version = {"adapter_version": version} if (version := started.target.adapter_version) else {}
+        ids = started.prompt_token_ids
+        self._prompt_ids = {"prompt_token_ids": list(ids)} if ids else {}
 
     def _head(self, name: str) -> Json:
         return {
@@ -174,8 +180,12 @@ class Choices(Answers):
             "system_fingerprint": self._fingerprint,
         }
 
+    def _placed(self, choice: Json) -> Json:
+        """A choice with what is known of its prompt."""
+        return {**choice, **self._version}
+
     def _chunk(self, choice: Json) -> Json:
-        chunk = {**self._head(self.chunk_name), "choices": [choice]}
+        chunk = {**self._head(self.chunk_name), "choices": [self._placed(choice)]}
         return {**chunk, "usage": None} if self._draft.include_usage else chunk
 
     def _opening(self, index: int) -> Iterator[Json]:
@@ -185,6 +195,15 @@ class Choices(Answers):
 
     def _ids(self, said: Said) -> Json:
         return {"token_ids": list(said.token_ids)} if said.token_ids else {}
+
+    def _named(self, tokens: Sequence[TokenLogprob]) -> Sequence[TokenLogprob]:
+        """The tokens by the names that were asked for: their texts, or their ids."""
+        if self._draft.spells_token_ids:
+            for token in tokens:
+                token.text = f"token_id:{token.token_id}"
+                for likely in token.top:
+                    likely.text = f"token_id:{likely.token_id}"
+        return tokens
 
     def _first(self, index: int) -> Iterator[Json]:
         """What comes before anything else of an output."""
@@ -213,12 +232,16 @@ class ChatAnswers(Choices):
         super().__init__(draft)
         self._calls = Counter[int]()  # of tools, by output
 
+    def _head(self, name: str) -> Json:
+        ids, self._prompt_ids = self._prompt_ids, {}  # once, at the top: it has one prompt
+        return {**super()._head(name), **ids}
+
     def _whole(self, index: int, number: int, output: GenerateOutput, response: GenerateResponse) -> Json:
         message: Json = {"role": "assistant", "content": output.text or (None if output.tool_calls else "")}
         message |= self._reasoning(output.reasoning)
         if output.tool_calls:
             message["tool_calls"] = [_call(call) for call in output.tool_calls]
-        choice = {"index": index, "message": message, "logprobs": _chat_logprobs(output.logprobs)}
+        choice = {"index": index, "message": message, "logprobs": _chat_logprobs(self._named(output.logprobs))}
         return {**choice, **finish(output.finished), **self._ids(output), **_prompt_logprobs(response.prompt_logprobs)}
 
     def _first(self, index: int) -> Iterator[Json]:
@@ -228,7 +251,7 @@ class ChatAnswers(Choices):
         said = {**({"content": delta.text} if delta.text else {}), **self._reasoning(delta.reasoning)}
         if delta.tool_calls:
             said["tool_calls"] = [{"index": self._next_call(index), **_call(call)} for call in delta.tool_calls]
-        logprobs = _chat_logprobs(delta.logprobs)
+        logprobs = _chat_logprobs(self._named(delta.logprobs))
         return {**self._nothing(index), "delta": said, "logprobs": logprobs, **self._ids(delta)}
 
     def _nothing(self, index: int) -> Json:
@@ -265,16 +288,17 @@ class TextAnswers(Choices):
         text = echo + output.text
         choice = {"index": index, "text": text, "logprobs": self._logprobs(index, text, shown)}
         prompt = {} if echo else _prompt_logprobs(response.prompt_logprobs)
-        return {**choice, **finish(output.finished), **self._ids(output), **prompt}
+        return {**choice, **finish(output.finished), **self._ids(output), **prompt, **self._prompt_ids}
 
     @property
     def _asked(self) -> bool:
         return bool(self._draft.message.output.logprobs)
 
     def _first(self, index: int) -> Iterator[Json]:
-        if self._echoes:
-            logprobs = self._logprobs(index, self._echoes[0], self._prompt)
-            yield {**self._nothing(index), "text": self._echoes[0], "logprobs": logprobs}
+        if self._echoes or self._prompt_ids:
+            text = self._echoes[0] if self._echoes else ""
+            logprobs = self._logprobs(index, text, self._prompt if self._echoes else ())
+            yield {**self._nothing(index), "text": text, "logprobs": logprobs, **self._prompt_ids}
 
     def _part(self, index: int, delta: Delta) -> Json:
         logprobs = self._logprobs(index, delta.text, delta.logprobs)
@@ -288,7 +312,7 @@ class TextAnswers(Choices):
         if not tokens or not self._asked:
             return None
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [token.text for token in self._named(tokens)],
             "token_logprobs": [_logprob(token) for token in tokens],
             "top_logprobs": [_likeliest(token) for token in tokens],
             "text_offset": offsets,

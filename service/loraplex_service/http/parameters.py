@@ -42,6 +42,7 @@ class Draft:
     include_usage: bool = False
     include_reasoning: bool = True
     echo: bool = False
+    spells_token_ids: bool = False  # tokens are named by their ids where their texts would be
     base64: bool = False
     routing_key: str | None = None
     paths: list[tuple[str, str]] = field(default_factory=list)  # what was given: path in the message, parameter

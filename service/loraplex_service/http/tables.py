@@ -105,8 +105,12 @@ def _put_encoding_format(draft: Draft, value: Any) -> None:
 
 
 def _put_return_token_ids(draft: Draft, value: Any) -> None:
-    draft.message.output.token_ids = flag(value)
+    draft.message.output.token_ids = draft.message.output.prompt_token_ids = flag(value)
     draft.message.output.text = True
+
+
+def _put_tokens_as_ids(draft: Draft, value: Any) -> None:
+    draft.spells_token_ids = flag(value)
 
 
 def _put_completion_logprobs(draft: Draft, value: Any) -> None:
@@ -183,7 +187,20 @@ _GENERATION = (
     scalar("include_stop_str_in_output", "stopping.include_stop"),
     scalar("skip_special_tokens", "output.skip_special_tokens"),
     scalar("prompt_logprobs", "output.prompt_logprobs"),
-    Parameter("return_token_ids", "output.token_ids", _put_return_token_ids, schema=BOOLEAN),
+    Parameter(
+        "return_token_ids",
+        "output.token_ids",
+        _put_return_token_ids,
+        "`token_ids` of each choice, and `prompt_token_ids`",
+        schema=BOOLEAN,
+    ),
+    Parameter(
+        "return_tokens_as_token_ids",
+        "",
+        _put_tokens_as_ids,
+        "among log-probabilities tokens are called `token_id:7`, as vLLM has it",
+        schema=BOOLEAN,
+    ),
     scalar("truncate_prompt_tokens", "prompt.truncate_to_tokens"),
     _ADD_SPECIAL,
     scalar("cache_salt", "cache.salt"),
@@ -207,7 +224,6 @@ _GENERATION = (
     refused("use_beam_search", 'searches are asked for by {"loraplex": {"beam_search": …}}', False),
     refused("length_penalty", "it belongs to beam searches", 1.0),
     refused("spaces_between_special_tokens", "tokens are joined as the tokenizer joins them", True),
-    refused("return_tokens_as_token_ids", "token ids come by return_token_ids", False),
     refused("guided_decoding_backend", "there is one", "auto"),
     refused("logits_processors", "no code of callers is run"),
     refused("kv_transfer_params", "caches are not moved between servers"),

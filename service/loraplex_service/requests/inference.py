@@ -361,6 +361,7 @@ def _add_to_response(response: GenerateResponse, event: Event) -> None:
     match event:
         case Started():
             _begin_response(response, event)
+            response.prompt_token_ids.extend(event.prompt_token_ids)
         case PromptLogprobs():
             response.prompt_logprobs.extend(event.logprobs)
         case Delta():

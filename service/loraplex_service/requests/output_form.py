@@ -17,6 +17,7 @@ class OutputForm:
     text: bool
     token_ids: bool
     logprobs: bool
+    prompt_token_ids: bool
     skip_special_tokens: bool
     stop: tuple[str, ...]
     include_stop: bool
@@ -35,6 +36,7 @@ class OutputForm:
             text=text,
             token_ids=output.token_ids if output.HasField("token_ids") else not text,
             logprobs=wants_logprobs(output),
+            prompt_token_ids=output.prompt_token_ids,
             skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
             stop=tuple(dict.fromkeys(stopping.stop)),
             include_stop=stopping.include_stop,

@@ -352,6 +352,7 @@ class Run:
             prompt_tokens=self._job.num_prompt_tokens,
             cached_prompt_tokens=output.num_cached_tokens,
             queue_duration=self._timings.queue_duration,
+            prompt_token_ids=self._prompt if job.form.prompt_token_ids else (),
         )
         if load_seconds > 0:
             started.adapter_load_duration.CopyFrom(self._timings.adapter_load_duration)

@@ -25,7 +25,8 @@ from loraplex_service.http.parameters import (
     wrong,
 )
 
-UNTOLD = ("logprobs", "top_logprobs", "prompt_logprobs", "token_ids", "logprob_token_ids")  # of OutputOptions
+# Of OutputOptions.
+UNTOLD = ("logprobs", "top_logprobs", "prompt_logprobs", "token_ids", "prompt_token_ids", "logprob_token_ids")
 
 
 def _put_metadata(draft: Draft, value: Any) -> None:

@@ -39,7 +39,7 @@ from loraplex_service.http.responses.input import put_input, put_instructions, p
 INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
 SUMMARIES = ("auto", "concise", "detailed")  # as OpenAI has it, a model without them gives none
 EFFORTLESS = {"summary": SUMMARIES, "generate_summary": SUMMARIES, "mode": ("standard",), "context": ("auto",)}
-UNTOLD = ("prompt_logprobs", "token_ids", "logprob_token_ids")  # of OutputOptions
+UNTOLD = ("prompt_logprobs", "token_ids", "prompt_token_ids", "logprob_token_ids")  # of OutputOptions
 
 
 def _put_text(draft: Draft, value: Any) -> None:
