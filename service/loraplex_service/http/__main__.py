@@ -66,6 +66,7 @@ async def serve(settings: DoorSettings, listener: socket.socket) -> None:
     await server.serve(sockets=[listener])
     telling.cancel()
     _tell(door)
+    await door.samples.close()
     await clients.close()
     if admin is not None:
         await admin.close()

@@ -5,8 +5,9 @@ from loraplex_service.http.adapters import LOAD, UNLOAD
 from loraplex_service.http.messages.table import COUNT, MESSAGES
 from loraplex_service.http.parameters import Table
 from loraplex_service.http.responses.table import RESPONSES
+from loraplex_service.http.tinker.table import TABLES as TINKER
 
-TABLES = (*tables.TABLES, RESPONSES, MESSAGES, COUNT, LOAD, UNLOAD)
+TABLES = (*tables.TABLES, RESPONSES, MESSAGES, COUNT, LOAD, UNLOAD, *TINKER)
 
 
 def rendered(table: Table) -> list[str]:

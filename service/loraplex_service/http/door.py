@@ -15,7 +15,7 @@ import msgspec
 from loraplex import LoraplexError
 from loraplex.v1.pooling_pb2 import EmbedResponse
 from loraplex.v1.tokenizer_pb2 import DetokenizeResponse, TokenizeResponse
-from loraplex_service.http import openapi
+from loraplex_service.http import openapi, trainers
 from loraplex_service.http.adapters import LOAD, UNLOAD, load, unload
 from loraplex_service.http.answers import Answers, ChatAnswers, TextAnswers, version_header
 from loraplex_service.http.catalog import listed, page, retrieved
@@ -30,6 +30,8 @@ from loraplex_service.http.responses.answers import ResponseAnswers
 from loraplex_service.http.responses.table import RESPONSES
 from loraplex_service.http.service import Clients, ServiceClient, call_options
 from loraplex_service.http.tables import CHAT, COMPLETIONS, DETOKENIZE, EMBEDDINGS, TOKENIZE
+from loraplex_service.http.tinker.door import TinkerDoor
+from loraplex_service.http.tinker.futures import Futures
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class Door:
         self._room = room
         self._version = version
         self._hosts = hosts or Hosts()
+        self.samples = Futures(room.waiting_bytes)
+        tinker = TinkerDoor(self, clients, self.samples)
         self.answered = Counter[tuple[str, str]]()  # by endpoint and status; whoever tells them clears it
         self._endpoints = {
             "/health": Endpoint("GET", self._health),
@@ -88,10 +92,18 @@ class Door:
             **_reading(COUNT, self._count),
             **_reading(LOAD, self._load),
             **_reading(UNLOAD, self._unload),
+            **{path: Endpoint("POST", _needless(why)) for path, why in trainers.NEEDLESS.items()},
+            **{path: Endpoint("POST", _refusing(path, why)) for path, why in trainers.REFUSED.items()},
+            **{path: Endpoint("GET", _telling(content)) for path, content in trainers.TOLD.items()},
+            trainers.NO_SETTINGS: Endpoint("GET", _refusing(trainers.NO_SETTINGS, trainers.WHY_NO_SETTINGS)),
+            **{path: Endpoint(*each) for path, each in tinker.endpoints.items()},
         }
+        self._below = {MODEL: Endpoint("GET", self._model)}  # behind these a name follows
+        self._below |= {path: Endpoint(*each) for path, each in tinker.below.items()}
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._room)
+        exchange.path = trainers.ALIASES.get(exchange.path, exchange.path)
         try:
             exchange.told = _words(exchange)
             endpoint = self._endpoint(exchange.path)
@@ -112,14 +124,15 @@ class Door:
         finally:
             self.answered[self._label(exchange.path), str(exchange.status)] += 1
 
+    def _prefix(self, path: str) -> str | None:
+        return next((prefix for prefix in self._below if path.startswith(prefix)), None)
+
     def _label(self, path: str) -> str:
-        if path.startswith(MODEL):
-            return MODEL
-        return path if path in self._endpoints else OTHER
+        return path if path in self._endpoints else self._prefix(path) or OTHER
 
     def _endpoint(self, path: str) -> Endpoint:
-        if path.startswith(MODEL):
-            return Endpoint("GET", self._model)
+        if (prefix := self._prefix(path)) is not None:
+            return self._below[prefix]
         if path not in self._endpoints:
             raise Refusal(404, f"there is no {path[:200]} here; docs/http.md lists what there is", code="unknown_url")
         return self._endpoints[path]
@@ -162,15 +175,15 @@ class Door:
         """Answers with one generation."""
 
         async def handle(exchange: Exchange) -> None:
-            draft = await self._draft(exchange, table)
+            draft = await self.draft(exchange, table)
             most = self._room.body_bytes
             work = partial(generate, exchange, draft=draft, answers=answers(draft), most_bytes=most)
-            await self._serve(exchange, draft, work)
+            await self.serve(exchange, draft, work)
 
         return handle
 
     async def _completions(self, exchange: Exchange) -> None:
-        draft = await self._draft(exchange, COMPLETIONS)
+        draft = await self.draft(exchange, COMPLETIONS)
         if draft.echo and draft.message.output.logprobs:
             draft.message.output.prompt_logprobs = draft.message.output.top_logprobs
 
@@ -178,12 +191,12 @@ class Door:
             said = await echoes(exchange, client, draft) if draft.echo else ()
             await generate(exchange, client, draft, TextAnswers(draft, said), self._room.body_bytes)
 
-        await self._serve(exchange, draft, complete)
+        await self.serve(exchange, draft, complete)
 
     # ---- numbers and tokens ------------------------------------------------------------------------------------------
 
     async def _embeddings(self, exchange: Exchange) -> None:
-        draft = await self._draft(exchange, EMBEDDINGS)
+        draft = await self.draft(exchange, EMBEDDINGS)
 
         async def embed(client: ServiceClient) -> None:
             call = call_options(exchange, draft.routing_key)
@@ -191,7 +204,7 @@ class Door:
             headers = {REQUEST_ID: response.report.request_id, **version_header(response.report.target)}
             await exchange.answer_with(partial(_embedded, response, draft), response.ByteSize(), headers)
 
-        await self._serve(exchange, draft, embed)
+        await self.serve(exchange, draft, embed)
 
     async def _tokenize(self, exchange: Exchange) -> None:
         async def tell(response: TokenizeResponse) -> None:
@@ -206,43 +219,43 @@ class Door:
     async def _tokens(
         self, exchange: Exchange, table: Table, tell: Callable[[TokenizeResponse], Awaitable[None]]
     ) -> None:
-        draft = await self._draft(exchange, table)
+        draft = await self.draft(exchange, table)
 
         async def tokenize(client: ServiceClient) -> None:
             call = call_options(exchange, draft.routing_key)
             await tell(await client.ask("TokenizerService/Tokenize", draft.message, TokenizeResponse, call))
 
-        await self._serve(exchange, draft, tokenize)
+        await self.serve(exchange, draft, tokenize)
 
     async def _detokenize(self, exchange: Exchange) -> None:
-        draft = await self._draft(exchange, DETOKENIZE)
+        draft = await self.draft(exchange, DETOKENIZE)
 
         async def detokenize(client: ServiceClient) -> None:
             call = call_options(exchange, draft.routing_key)
             response = await client.ask("TokenizerService/Detokenize", draft.message, DetokenizeResponse, call)
             await exchange.answer({"prompt": response.text})
 
-        await self._serve(exchange, draft, detokenize)
+        await self.serve(exchange, draft, detokenize)
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
     async def _load(self, exchange: Exchange) -> None:
         with self._managing() as admin:
-            draft = await self._draft(exchange, LOAD)
+            draft = await self.draft(exchange, LOAD)
 
             async def register(client: ServiceClient) -> None:
                 await exchange.answer(await load(admin, client, draft, call_options(exchange)))
 
-            await self._serve(exchange, draft, register)
+            await self.serve(exchange, draft, register)
 
     async def _unload(self, exchange: Exchange) -> None:
         with self._managing() as admin:
-            draft = await self._draft(exchange, UNLOAD)
+            draft = await self.draft(exchange, UNLOAD)
 
             async def delete(client: ServiceClient) -> None:
                 await exchange.answer(await unload(admin, draft, call_options(exchange)))
 
-            await self._serve(exchange, draft, delete)
+            await self.serve(exchange, draft, delete)
 
     @contextmanager
     def _managing(self) -> Iterator[ServiceClient]:
@@ -253,7 +266,8 @@ class Door:
         with self._admin.lease() as admin:
             yield admin
 
-    async def _draft(self, exchange: Exchange, table: Table) -> Draft:
+    async def draft(self, exchange: Exchange, table: Table) -> Draft:
+        """What a body asks for. Raises Refusal, and what the service says to callers who may not ask."""
         call = call_options(exchange)
 
         async def admit() -> None:
@@ -262,7 +276,7 @@ class Door:
 
         return await exchange.read(admit, table.read)
 
-    async def _serve(
+    async def serve(
         self, exchange: Exchange, draft: Draft, work: Callable[[ServiceClient], Coroutine[Any, Any, None]]
     ) -> None:
         """Do the work, until the caller leaves. Errors name the parameters of the request."""
@@ -271,6 +285,24 @@ class Door:
                 await _unless_gone(exchange, work(client))
             except LoraplexError as error:
                 await exchange.tell(failed(error, draft.named))
+
+
+# ---- calls with nothing to do ----------------------------------------------------------------------------------------
+
+
+def _telling(content: Mapping[str, object]) -> Handler:
+    return lambda exchange: exchange.answer(content)
+
+
+def _needless(why: str) -> Handler:
+    return _telling({"success": True, "message": why})
+
+
+def _refusing(path: str, why: str) -> Handler:
+    async def refuse(exchange: Exchange) -> None:
+        raise Refusal(400, f"{path}: {why}", code="unsupported_call")
+
+    return refuse
 
 
 # ---- one request -----------------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from loraplex_service.http import trainers
 from loraplex_service.http.dialects import TABLES
 from loraplex_service.http.failures import anthropic_error, openai_error
 from loraplex_service.http.parameters import INTEGERS, REALS, Parameter, Table, place
 from loraplex_service.http.service import FORWARDED, TIMEOUT
+from loraplex_service.http.tinker.api import API, REFUSED, WHY_REFUSED
 from loraplex_service.validation.limits import LIMITS, Entries, Limit, Range, Text
 
 Json = dict[str, Any]
@@ -22,6 +24,23 @@ READS = {
     "/version": "The version of the server",
     "/openapi.json": "This document",
     "/docs": "This document as a page",
+    "/get_world_size": "1, whatever the model is computed by",
+    "/is_paused": "false: nothing is ever paused",
+    "/server_info": "Refused: there are no settings of vLLM",
+    f"{API}healthz": "Whether the server answers",
+    f"{API}get_server_capabilities": "The models that samples can be drawn from",
+    f"{API}samplers/{{name}}": "What a sampling session samples from",
+}
+TINKER = {  # what has no table: bodies of which nothing counts, or an id
+    f"{API}create_session": "A session, of which nothing is kept",
+    f"{API}sessions/{{name}}": "Has nothing to do: of a session nothing is kept",
+    f"{API}session_heartbeat": "Has nothing to do: of a session nothing is kept",
+    f"{API}telemetry": "Taken, and thrown away",
+    f"{API}client/config": "Settings of the client",
+    f"{API}client/dynamic_config": "Settings of the client",
+    f"{API}retrieve_future": "The sample of a `request_id`, once it is there",
+    f"{API}cancel_future": "Forgets the sample of a `request_id`",
+    **{f"{API}{path}": f"Refused: {WHY_REFUSED}" for path in REFUSED},
 }
 CREDENTIALS: Json = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -43,10 +62,14 @@ def document(version: str) -> Json:
     for path, summary in READS.items():
         answers = {"200": {"description": "as the summary says"}}
         paths[path] = {"get": {"operationId": _operation("get", path), "summary": summary, "responses": answers}}
+    for path, why in {**trainers.NEEDLESS, **trainers.REFUSED, **TINKER}.items():
+        answers = {"400" if path in trainers.REFUSED else "200": {"description": why}}
+        summary = "Refused" if path in trainers.REFUSED else why
+        paths[path] = {"post": {"operationId": _operation("post", path), "summary": summary, "responses": answers}}
     paths["/health"]["get"]["responses"]["503"] = {"description": "new requests are not admitted"}
-    paths["/v1/models/{name}"]["get"]["parameters"] = [
-        {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    ]
+    for path in (path for path in paths if path.endswith("{name}")):
+        named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+        next(iter(paths[path].values()))["parameters"] = [named]
     return {
         "openapi": "3.1.0",
         "info": {

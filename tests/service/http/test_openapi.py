@@ -57,8 +57,9 @@ def test_limits_of_the_contract_are_limits_of_the_document(wrong: dict[str, Any]
 async def test_the_document_has_every_endpoint_and_no_other(caller: Caller) -> None:
     told = (await caller.get("/openapi.json")).json["paths"]
     methods = {path.replace("{name}", ""): next(iter(calls)).upper() for path, calls in told.items()}
-    assert methods.pop(MODEL) == "GET"
-    assert methods == {path: endpoint.method for path, endpoint in caller.door._endpoints.items()}
+    assert methods[MODEL] == "GET"
+    there_is = {**caller.door._endpoints, **caller.door._below}
+    assert methods == {path: endpoint.method for path, endpoint in there_is.items()}
 
 
 @pytest.mark.parametrize("table", TABLES, ids=[table.path for table in TABLES])

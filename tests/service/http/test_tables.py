@@ -32,6 +32,7 @@ VALUES: dict[str, Any] = {  # of parameters that take no number
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
     "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
     "add_special_tokens": False,
     "cache_salt": "s",
     "request_id": "r",
@@ -78,6 +79,15 @@ OWN["/v1/responses"] = {
     "include": ["message.output_text.logprobs"],
     "stream_options": {"include_obfuscation": False},
 }
+OWN["/api/v1/asample"] = {
+    "base_model": "tiny",
+    "model_path": "tinker://tenants/shared/adapters/pirate",
+    "sampling_session_id": "sampler-dGlueQ",
+    "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]},
+    "sampling_params": {"max_tokens": 3, "temperature": 0.5, "top_k": -1, "stop": ["x"], "seed": 1},
+    "prompt_logprobs": True,
+}
+OWN["/api/v1/create_sampling_session"] = {"base_model": "tiny", "model_path": "tinker://pirate", "session_id": "s"}
 OWN["/v1/load_lora_adapter"] = {"lora_name": "a", "lora_path": "/a", "base_model_name": "tiny", "load_inplace": True}
 OWN["/v1/unload_lora_adapter"] = {"lora_name": "a"}
 OWN["/v1/messages/count_tokens"] = OWN["/v1/messages"]
