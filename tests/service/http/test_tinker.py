@@ -50,7 +50,12 @@ def floats(data: bytes) -> list[float]:
 
 
 async def test_a_sample_has_tokens_and_log_probabilities_of_prompt_and_output(scored: Caller) -> None:
-    asked = {"num_samples": 2, "prompt_logprobs": True, "topk_prompt_logprobs": 2, "topk_sample_logprobs": 1}
+    asked: dict[str, Any] = {
+        "num_samples": 2,
+        "prompt_logprobs": True,
+        "topk_prompt_logprobs": 2,
+        "topk_sample_logprobs": 1,
+    }
     begun = await begin(scored, **asked)
     assert len(begun.json["sample_sequence_ids"]) == 2
     found = sample(await fetch(scored, begun))
