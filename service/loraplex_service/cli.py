@@ -28,7 +28,9 @@ from loraplex_engine.link.logs import set_up_logging
 from loraplex_service.app import running
 from loraplex_service.commands.adapters import adapters
 from loraplex_service.commands.bench import bench
+from loraplex_service.commands.completion import completion
 from loraplex_service.commands.demo import play_demo
+from loraplex_service.commands.doctor import doctor
 from loraplex_service.commands.generating import chat, generate, score
 from loraplex_service.commands.keys import keys
 from loraplex_service.commands.picker import picker
@@ -64,6 +66,8 @@ def main() -> None:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
+main.add_command(completion)
+main.add_command(doctor)
 main.add_command(keys)
 main.add_command(quantize)
 main.add_command(picker)

@@ -224,6 +224,10 @@ class ModelLoad(google.protobuf.message.Message):
     ADAPTER_BYTES_USED_FIELD_NUMBER: builtins.int
     DEVICE_ADAPTERS_FIELD_NUMBER: builtins.int
     HOST_ADAPTERS_FIELD_NUMBER: builtins.int
+    FIRST_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_DURATION_TOTAL_FIELD_NUMBER: builtins.int
+    TOKEN_GAPS_TOTAL_FIELD_NUMBER: builtins.int
+    TOKEN_GAP_DURATION_TOTAL_FIELD_NUMBER: builtins.int
     model: builtins.str
     """models/{model}."""
     running_requests: builtins.int
@@ -250,9 +254,21 @@ class ModelLoad(google.protobuf.message.Message):
     """Of that, in use."""
     host_adapters: builtins.int
     """Adapter versions in host memory that are not on the device."""
+    first_tokens_total: builtins.int
+    """Generations that had a first token and have ended, since the server started."""
+    token_gaps_total: builtins.int
+    """Gaps between two tokens of an output, since the server started; those of generations that run count."""
     @property
     def device_adapters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Adapter versions on the device: tenants/{tenant}/adapters/{adapter}@{version}."""
+
+    @property
+    def first_token_duration_total(self) -> google.protobuf.duration_pb2.Duration:
+        """The time from the arrival of each to its first token, added up."""
+
+    @property
+    def token_gap_duration_total(self) -> google.protobuf.duration_pb2.Duration:
+        """These gaps added up."""
 
     def __init__(
         self,
@@ -271,8 +287,13 @@ class ModelLoad(google.protobuf.message.Message):
         adapter_bytes_used: builtins.int = ...,
         device_adapters: collections.abc.Iterable[builtins.str] | None = ...,
         host_adapters: builtins.int = ...,
+        first_tokens_total: builtins.int = ...,
+        first_token_duration_total: google.protobuf.duration_pb2.Duration | None = ...,
+        token_gaps_total: builtins.int = ...,
+        token_gap_duration_total: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter_bytes_total", b"adapter_bytes_total", "adapter_bytes_used", b"adapter_bytes_used", "cache_tokens_total", b"cache_tokens_total", "cache_tokens_used", b"cache_tokens_used", "completion_tokens_total", b"completion_tokens_total", "device_adapters", b"device_adapters", "host_adapters", b"host_adapters", "model", b"model", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_lookup_tokens", b"prefix_lookup_tokens", "prompt_tokens_total", b"prompt_tokens_total", "running_requests", b"running_requests", "waiting_for_adapter_requests", b"waiting_for_adapter_requests", "waiting_requests", b"waiting_requests"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["first_token_duration_total", b"first_token_duration_total", "token_gap_duration_total", b"token_gap_duration_total"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter_bytes_total", b"adapter_bytes_total", "adapter_bytes_used", b"adapter_bytes_used", "cache_tokens_total", b"cache_tokens_total", "cache_tokens_used", b"cache_tokens_used", "completion_tokens_total", b"completion_tokens_total", "device_adapters", b"device_adapters", "first_token_duration_total", b"first_token_duration_total", "first_tokens_total", b"first_tokens_total", "host_adapters", b"host_adapters", "model", b"model", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_lookup_tokens", b"prefix_lookup_tokens", "prompt_tokens_total", b"prompt_tokens_total", "running_requests", b"running_requests", "token_gap_duration_total", b"token_gap_duration_total", "token_gaps_total", b"token_gaps_total", "waiting_for_adapter_requests", b"waiting_for_adapter_requests", "waiting_requests", b"waiting_requests"]) -> None: ...
 
 Global___ModelLoad: typing_extensions.TypeAlias = ModelLoad
 

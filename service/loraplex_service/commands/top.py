@@ -1,28 +1,21 @@
 """`loraplex top`: the load of every model and tenant, as it changes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from rich.console import Console, Group
+from google.protobuf.duration_pb2 import Duration
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from loraplex import AdminClient
 from loraplex.v1.server_pb2 import ModelLoad, TenantLoad, WatchLoadResponse
 
-MODEL_COLUMNS = (
-    "model",
-    "running",
-    "waiting",
-    "for adapter",
-    "cache",
-    "prefix hits",
-    "tokens/s",
-    "adapters on device",
-    "in host memory",
-    "adapter memory",
-)
-TENANT_COLUMNS = ("tenant", "requests", "requests/s", "prompt tokens", "tokens", "tokens/s", "share")
+# Within 80 columns, for a name of 12 characters; of longer ones the ends of columns are left out.
+MODEL_COLUMNS = ("model", "run", "wait", "cold", "cache", "hits", "tok/s", "first ms", "gap ms", "adapters")
+TENANT_COLUMNS = ("tenant", "requests", "req/s", "prompt tokens", "tokens", "tok/s", "share")
+MAX_NAMES = 12  # of adapters, shown for a model
 MAX_TENANTS = 20  # shown: those that use most now
 
 
@@ -42,20 +35,42 @@ def watch_load(admin: AdminClient, interval: float, count: int | None, console: 
 
 
 def load_view(now: WatchLoadResponse, before: WatchLoadResponse | None) -> Group:
-    """One line for each model, and one for each tenant. Rates are since `before`."""
+    """One line for each model, one for each tenant, and the adapters on the device. Rates are since `before`."""
     title = f"{now.time.ToDatetime():%H:%M:%S} UTC" + (", draining" if now.draining else "")
-    models = Table(*MODEL_COLUMNS, title=title, box=None)
     seconds = (now.time.ToNanoseconds() - before.time.ToNanoseconds()) / 1e9 if before is not None else 0.0
     earlier = {load.model: load for load in before.models} if before is not None else {}
-    for load in now.models:
-        models.add_row(*_model_row(load, earlier.get(load.model), seconds))
-    tenants = Table(*TENANT_COLUMNS, box=None)
-    for row in _tenant_rows(now.tenants, before.tenants if before is not None else (), seconds):
-        tenants.add_row(*row)
-    return Group(models, "", tenants) if now.tenants else Group(models)
+    models = _table(MODEL_COLUMNS, (_model_row(load, earlier.get(load.model), seconds) for load in now.models), title)
+    shown: list[RenderableType] = [models]
+    if now.tenants:
+        rows = _tenant_rows(now.tenants, before.tenants if before is not None else (), seconds)
+        shown += ["", _table(TENANT_COLUMNS, rows)]
+    lines = [line for load in now.models for line in _adapter_lines(load)]
+    return Group(*shown, *([""] if lines else []), *(Text(line) for line in lines))
+
+
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], title: str | None = None) -> Table:
+    """Names to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", overflow="ellipsis", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _adapter_lines(load: ModelLoad) -> Iterator[str]:
+    """The names of the adapters that are on the device: what is in host memory or on disk has to be fetched first."""
+    names = [name.removeprefix("tenants/").replace("/adapters/", "/") for name in load.device_adapters]
+    if names:
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        yield f"{load.model.removeprefix('models/')} has at hand: {', '.join(sorted(names)[:MAX_NAMES])}{more}"
 
 
 def _model_row(load: ModelLoad, earlier: ModelLoad | None, seconds: float) -> tuple[str, ...]:
+    memory = _percent(load.adapter_bytes_used, load.adapter_bytes_total)
+    before = earlier or ModelLoad()
+    first = load.first_tokens_total - before.first_tokens_total
+    gaps = load.token_gaps_total - before.token_gaps_total
     return (
         load.model.removeprefix("models/"),
         str(load.running_requests),
@@ -64,10 +79,15 @@ def _model_row(load: ModelLoad, earlier: ModelLoad | None, seconds: float) -> tu
         _percent(load.cache_tokens_used, load.cache_tokens_total),
         _percent(load.prefix_hit_tokens, load.prefix_lookup_tokens),
         _shown(_rate(load, earlier, seconds)),
-        str(len(load.device_adapters)),
-        str(load.host_adapters),
-        _percent(load.adapter_bytes_used, load.adapter_bytes_total),
+        _mean_ms(load.first_token_duration_total, before.first_token_duration_total, first),
+        _mean_ms(load.token_gap_duration_total, before.token_gap_duration_total, gaps),
+        f"{len(load.device_adapters)}+{load.host_adapters} {memory}",
     )
+
+
+def _mean_ms(total: Duration, before: Duration, count: int) -> str:
+    """The mean of what came since, in milliseconds."""
+    return f"{(total.ToNanoseconds() - before.ToNanoseconds()) / count / 1e6:.0f}" if count > 0 else "-"
 
 
 def _tenant_rows(now: Iterable[TenantLoad], before: Iterable[TenantLoad], seconds: float) -> Iterable[tuple[str, ...]]:
@@ -107,4 +127,4 @@ def _shown(rate: float | None) -> str:
 
 
 def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "-"
+    return f"{100 * part / whole:.0f}%" if whole else "-"

@@ -78,7 +78,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     ) -> AsyncGenerator[WatchLoadResponse, None]:
         interval = duration_seconds(request.interval) if request.HasField("interval") else 1.0
         while True:
-            loads = [_load(model) for model in self._host.all()]
+            loads = [_load(model, self._telemetry.metrics) for model in self._host.all()]
             yield WatchLoadResponse(
                 time=timestamp(time.time()),
                 draining=self._is_draining(),
@@ -97,14 +97,22 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
                 yield WatchUsageResponse(records=[_usage_message(record) for record in records])
 
 
-def _load(model: HostedModel) -> ModelLoad | None:
+def _load(model: HostedModel, metrics: RequestMetrics) -> ModelLoad | None:
     """The load of a model; None: the model has no engine."""
     if model.client is None:
         return None
     stats = model.client.stats
     if stats is None:
         return ModelLoad(model=f"models/{model.name}")
-    return _stats_message(model, stats, model.client.adapters.residency)
+    load = _stats_message(model, stats, model.client.adapters.residency)
+    first, gaps = (histogram.values.get((model.name,)) for histogram in (metrics.first_token, metrics.token_gaps))
+    if first is not None:
+        load.first_tokens_total = sum(first.counts)
+        load.first_token_duration_total.CopyFrom(duration(first.total))
+    if gaps is not None:
+        load.token_gaps_total = sum(gaps.counts)
+        load.token_gap_duration_total.CopyFrom(duration(gaps.total))
+    return load
 
 
 def _stats_message(model: HostedModel, stats: EngineStats, residency: Mapping[AdapterKey, Residency]) -> ModelLoad:

@@ -14,11 +14,11 @@ def at(seconds: int, models: list[ModelLoad], tenants: list[TenantLoad]) -> Watc
 
 def shown(now: WatchLoadResponse, before: WatchLoadResponse | None) -> dict[str, list[str]]:
     """The cells of each line, by the first of them."""
-    console = Console(width=200)
+    console = Console(width=80)
     with console.capture() as capture:
         console.print(load_view(now, before))
     lines = [line.replace(" %", "%").split() for line in capture.get().splitlines()]
-    return {line[0]: line[1:] for line in lines if line}
+    return {line[0]: line[1:] for line in lines if line and "has at hand" not in " ".join(line)}
 
 
 def model(tokens: int) -> ModelLoad:
@@ -47,12 +47,40 @@ def tenant(name: str, requests: int, tokens: int) -> TenantLoad:
 
 def test_a_model_has_its_load_its_adapters_by_tier_and_its_rate() -> None:
     lines = shown(at(2, [model(300)], []), at(0, [model(100)], []))
-    assert lines["tiny"] == ["3", "2", "1", "25%", "50%", "100", "1", "4", "10%"]
+    assert lines["tiny"][:7] == ["3", "2", "1", "25%", "50%", "100", "-"]
+    assert lines["tiny"][-2:] == ["1+4", "10%"]
 
 
 def test_a_rate_is_not_known_at_first_nor_after_a_restart() -> None:
     assert shown(at(2, [model(300)], []), None)["tiny"][5] == "-"
     assert shown(at(2, [model(5)], []), at(0, [model(100)], []))["tiny"][5] == "-"
+
+
+def test_latencies_are_of_what_came_since() -> None:
+    loads = [model(100), model(300)]
+    for load, count in zip(loads, (10, 30), strict=True):
+        load.first_tokens_total, load.token_gaps_total = count, 10 * count
+        load.first_token_duration_total.FromMilliseconds(50 * count)
+        load.token_gap_duration_total.FromMilliseconds(20 * count)
+    line = shown(at(2, [loads[1]], []), at(0, [loads[0]], []))["tiny"]
+    assert line[6:8] == ["50", "2"]
+
+
+def test_adapters_at_hand_are_named() -> None:
+    assert shown(at(2, [model(1)], []), None)["tiny"]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(load_view(at(2, [model(1)], []), None))
+    assert "tiny has at hand: shared/a@1" in capture.get()
+
+
+def test_no_line_is_wider_than_a_terminal() -> None:
+    console = Console(width=80)
+    wide = model(123_456)
+    wide.model = "models/llama-3.1-8b"
+    with console.capture() as capture:
+        console.print(load_view(at(2, [wide], [tenant("acme", 10_000, 1_000_000)]), None))
+    assert "…" not in capture.get()
 
 
 def test_tenants_are_shown_by_what_they_use_now() -> None:
