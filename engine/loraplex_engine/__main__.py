@@ -41,22 +41,26 @@ def main() -> None:
     config_json = sys.stdin.buffer.readline()
     threading.Thread(target=exit_at_end, args=(sys.stdin.fileno(),), daemon=True, name="parent-watch").start()
 
-    def load(progress: Progress) -> Core:
-        return load_core(config_json, progress)
-
     with EngineBus(arguments.bus) as bus:
+
+        def load(progress: Progress) -> Core:
+            return load_core(config_json, progress, bus)
+
         status = run_engine(load, bus)
     sys.exit(status)
 
 
-def load_core(config_json: bytes, progress: Progress) -> Core:
-    """Raises msgspec.MsgspecError or ValueError for a bad configuration, and whatever loading raises."""
+def load_core(config_json: bytes, progress: Progress, bus: EngineBus) -> Core:
+    """Load the model where the service says.
+
+    Raises msgspec.MsgspecError or ValueError for a bad configuration, and whatever loading raises."""
     config = msgspec.json.decode(config_json, type=EngineConfig)
     config.check()
     limit_threads(config.threads, os.environ)
     from loraplex_engine.core import EngineCore  # not earlier: torch reads those settings when it is imported
+    from loraplex_engine.placing import placed
 
-    return EngineCore.load(config, progress)
+    return EngineCore.load(placed(config, bus), progress)
 
 
 def limit_threads(threads: int | None, environment: MutableMapping[str, str]) -> None:

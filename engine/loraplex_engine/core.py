@@ -25,6 +25,7 @@ from loraplex_engine.drafting.source import Ngrams, Source
 from loraplex_engine.execution.bad_words import TokenTexts
 from loraplex_engine.execution.loading import load_runner, load_runners
 from loraplex_engine.execution.model_runner import ModelRunner
+from loraplex_engine.execution.size_report import size_report
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftKind
 from loraplex_engine.link.messages import (
@@ -143,6 +144,7 @@ class EngineCore:
             budget_bytes=config.adapter_device_bytes,
         )
         run_ahead = runner.ops.device.type == "cuda" if config.run_ahead is None else config.run_ahead
+        logger.info("%s", size_report([runner] if beside is None else [runner, beside], config))
         return cls(runner, store, pool, config, beside, run_ahead)
 
     def close(self) -> None:

@@ -46,6 +46,7 @@ from loraplex_service.http.settings import DoorSettings
 from loraplex_service.latest import Latest
 from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.host import HostedModel, ModelHost, revision_of
+from loraplex_service.models.placement import Placement
 from loraplex_service.models.supervisor import EngineState, EngineSupervisor, Launch, launcher
 from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.routing import RouteBook
@@ -163,6 +164,7 @@ def assemble(
             model.name,
             launch_for(model),
             partial(revision_of, model),
+            placement.seat(model.name),
             bus_directory,
             config.supervision,
             changed,
@@ -170,6 +172,7 @@ def assemble(
         )
 
     limits = config.limits
+    placement = Placement(config.models)
     host = ModelHost(config.models, supervise)
     registry = AdapterRegistry()
     registry.subscribe(partial(_tell_removed, registry, telemetry.observer))

@@ -7,7 +7,7 @@ with LORAPLEX_ are passed over, because Kubernetes sets some for every service o
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +22,7 @@ from loraplex_service.admission.tenants import TenantConfig
 from loraplex_service.auth.config import AuthConfig, CertificateConfig, JwtConfig
 from loraplex_service.config_checks import Shape, number_problems
 from loraplex_service.models.config import HostedModelConfig, SupervisionConfig, is_model
-from loraplex_service.models.device_shares import share_problems, with_shares
+from loraplex_service.models.devices import ROUNDING
 from loraplex_service.ports.config import TlsConfig
 from loraplex_service.requests.forms import checked_grammar
 from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
@@ -157,7 +157,7 @@ def _checked(
     problems += _problems(config)
     if problems:
         raise ConfigError(f"{source}: " + "; ".join(problems))
-    return msgspec.structs.replace(config, models=with_shares(config.models))
+    return config
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     yield from _repeated("adapters", [f"{adapter.tenant}/{adapter.adapter_id}" for adapter in config.adapters])
     for index, model in enumerate(config.models):
         yield from (f"models[{index}] {model.name!r}: {problem}" for problem in model.problems())
-    yield from share_problems(config.models)
+    yield from _fraction_problems(config.models)
     names = {model.name for model in config.models}
     for index, adapter in enumerate(config.adapters):
         place = f"adapters[{index}] {adapter.name!r}"
@@ -320,6 +320,21 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     if config.limits.template_workers < 1:
         yield f"limits: template_workers {config.limits.template_workers} must be at least 1"
     yield from number_problems(config)
+
+
+def _fraction_problems(models: Sequence[HostedModelConfig]) -> Iterator[str]:
+    """Problems with GPUs whose models, as they name them, would take more than the whole memory."""
+    by_gpu: dict[str, dict[str, float]] = {}
+    for model in models:
+        if model.device.startswith("cuda:") and model.device_memory_fraction is not None:
+            by_gpu.setdefault(model.device, {})[model.name] = model.device_memory_fraction
+    for gpu, named in by_gpu.items():
+        total = sum(named.values())
+        if total > 1 + ROUNDING:
+            yield (
+                f"device_memory_fraction: {', '.join(f'{name!r} {share:g}' for name, share in named.items())} are on "
+                f"{gpu}, and {total:g} together: make it at most 1"
+            )
 
 
 def _form_problems(constraint: ConstraintConfig) -> Iterator[str]:

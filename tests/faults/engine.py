@@ -120,8 +120,8 @@ def main() -> None:
     fuse = Fuse(Path(sys.argv.pop(1)))
     load_core = entry.load_core
 
-    def load_and_sabotage(config_json: bytes, progress: Progress) -> Core:
-        core = load_core(config_json, progress)
+    def load_and_sabotage(config_json: bytes, progress: Progress, bus: EngineBus) -> Core:
+        core = load_core(config_json, progress, bus)
         sabotage(core, fuse)
         return core
 

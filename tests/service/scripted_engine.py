@@ -29,6 +29,7 @@ from loraplex_engine.link.messages import (
     AddRequest,
     Device,
     EngineLimits,
+    EngineSized,
     EngineStats,
     FromEngine,
     RequestOutput,
@@ -38,6 +39,7 @@ from loraplex_engine.link.messages import (
     WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.link.sizes import DeviceMemory, Needs
 from loraplex_engine.process import Progress, run_engine
 from loraplex_service.models.supervisor import EngineProcess, Launch
 
@@ -261,6 +263,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bus", required=True)
     parser.add_argument("--fail", help="say with this reason that the model cannot be loaded")
+    parser.add_argument("--asks", action="store_true", help="ask where to load the model, and fail with the answer")
     parser.add_argument("--die", action="store_true", help="end without a word while loading")
     parser.add_argument("--die-if-exists", type=Path, help="the same, if there is such a file")
     arguments = parser.parse_args()
@@ -274,6 +277,9 @@ def main() -> int:
         return ScriptedCore()
 
     with EngineBus(arguments.bus) as bus:
+        if arguments.asks:
+            bus.send(EngineSized(Needs(1, 2, 3, 4), [DeviceMemory("cpu", 8)]))
+            arguments.fail = str(bus.receive(None)[0])
         return run_engine(load, bus)
 
 

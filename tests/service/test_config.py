@@ -421,29 +421,9 @@ def models(*fields: str) -> str:
     return "models:\n" + "".join(f"  - {{name: m{i}, model: models/tiny, {each}}}\n" for i, each in enumerate(fields))
 
 
-@pytest.mark.parametrize(
-    ("fields", "shares"),
-    [
-        (["device: cuda"], [None]),  # alone: the engine's default
-        (["device: cuda", "device: auto"], [0.45, 0.45]),
-        (["device: cuda, device_memory_fraction: 0.6", "device: 'cuda:0'", "load: false"], [0.6, 0.15, 0.15]),
-        (["device: 'cuda:0'", "device: 'cuda:1'", "device: cpu"], [None, None, None]),
-        (["device_memory_fraction: 0.7", "device_memory_fraction: 0.3"], [0.7, 0.3]),
-    ],
-)
-def test_models_on_one_gpu_share_it_out(directory: Path, fields: list[str], shares: list[float | None]) -> None:
-    found = [model.engine().device_memory_fraction for model in load(directory, models(*fields)).models]
-    assert found == [share if share is None else pytest.approx(share) for share in shares]
-
-
 def test_fractions_that_are_more_than_the_gpu_are_named(directory: Path) -> None:
-    error = error_of(directory, models("device_memory_fraction: 0.7", "device_memory_fraction: 0.5, device: cuda"))
+    error = error_of(directory, models(*(f"device: 'cuda:0', device_memory_fraction: {each}" for each in (0.7, 0.5))))
     assert "device_memory_fraction: 'm0' 0.7, 'm1' 0.5 are on cuda:0, and 1.2 together: make it at most 1" in error
-
-
-def test_fractions_that_leave_nothing_to_another_model_are_named(directory: Path) -> None:
-    error = error_of(directory, models("device_memory_fraction: 0.95", "labels: {}"))
-    assert "device_memory_fraction: 'm0' leave nothing of cuda:0 to 'm1'" in error
 
 
 @pytest.mark.parametrize("fraction", ["0", "-0.5", "1.01", ".nan"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from loraplex_engine.execution import host_memory
 from loraplex_engine.link.messages import Device
 
 logger = logging.getLogger(__name__)
@@ -41,18 +42,14 @@ def described(device: torch.device) -> Device:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return Device(str(device), properties.name, properties.total_memory)
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device(str(device), platform.processor() or platform.machine(), memory_bytes)
+    return Device(str(device), platform.processor() or platform.machine(), host_memory.total_bytes())
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be allocated now: the device's, or what the operating system calls available."""
+    """Memory that could be allocated now: the device's, or the host's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return host_memory.free_bytes()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from loraplex_engine.execution.device import free_bytes, loading_turn, select_de
 from loraplex_engine.execution.kv_cache import block_bytes
 from loraplex_engine.execution.memory_profile import cache_budget
 from loraplex_engine.execution.model_runner import ModelRunner
-from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.config import USUAL_CACHE_FRACTION, EngineConfig
 from loraplex_engine.models import load_model
 from loraplex_engine.models.model import Model
 from loraplex_kernels.ops import Ops
@@ -128,4 +128,4 @@ def _cache_bytes(runner: ModelRunner, config: EngineConfig) -> int:
         return config.kv_cache_bytes
     if runner.ops.device.type == "cuda":
         return cache_budget(runner, config)
-    return int(free_bytes(runner.ops.device) * config.kv_cache_fraction)
+    return int(free_bytes(runner.ops.device) * (config.kv_cache_fraction or USUAL_CACHE_FRACTION))

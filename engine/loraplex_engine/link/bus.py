@@ -196,7 +196,7 @@ class ServiceBus(_Bus):
 
     def send(self, message: ToEngine) -> None:
         """Queue a message. Without an engine at the other end it is dropped, and calls that wait for an answer fail
-        when the process is found dead. So send nothing before the engine has sent EngineReady.
+        when the process is found dead. So send nothing before the engine has sent EngineSized or EngineReady.
         """
         if self._socket.closed:
             return

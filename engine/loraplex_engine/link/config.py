@@ -16,6 +16,7 @@ HEAD_QUANTIZATIONS = ("int8",)
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 LEAST_FRACTION = 0.0001  # the least fraction of a core or of memory that makes sense
 BACKENDS = ("auto", "reference", "cpu", "triton")
+USUAL_CACHE_FRACTION = 0.5  # of the host's memory that is free once a model is loaded, for all caches together
 USUAL_MEMORY_FRACTION = 0.9  # of a GPU; the rest is for CUDA contexts, about half a GiB an engine
 
 
@@ -40,7 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device_memory_fraction: float | None = None  # share of a GPU's memory for this model; None: 0.9
     kv_cache_bytes: int | None = None  # None: on CUDA the rest of that share, on the CPU kv_cache_fraction
     kv_cache_dtype: str = "auto"  # auto: the model's. int8, fp8: rounded, with a scale for each head and token
-    kv_cache_fraction: float = 0.5  # on the CPU: share of the memory that is free after loading
+    kv_cache_fraction: float | None = None  # on the CPU: share of the memory that is free after loading; None: 0.5
     host_cache_bytes: int = 0  # host memory for blocks that the prefix cache has no room for; 0: they are forgotten
     max_num_seqs: int = 256  # sequences that run at once
     max_num_batched_tokens: int = 2048  # tokens computed in one step

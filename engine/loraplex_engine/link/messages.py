@@ -11,6 +11,7 @@ from loraplex_engine.link.beams import Beams
 from loraplex_engine.link.drafts import NO_DRAFTS, Drafts
 from loraplex_engine.link.pooling import STATES_NOTHING, ModelPooling, PoolingParams
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.link.sizes import DeviceMemory, Needs
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, frozen=True):
@@ -64,6 +65,13 @@ class AddRequest(Message, frozen=True):
         return self.prompt
 
 
+class LoadOn(Message, frozen=True):
+    """Load the model there. The answer to `EngineSized`."""
+
+    device: str  # "cpu", "cuda:0"
+    fraction: float | None  # of a GPU's memory, or of the host's memory that is free after loading, for its cache
+
+
 class SetVocabulary(Message, frozen=True):
     """The bytes that each token adds to a text, by id; empty: it adds none, or is a control token.
 
@@ -104,7 +112,7 @@ class Shutdown(Message, frozen=True):
     """Leave the loop and exit with status 0. Running requests end without an answer: drain first."""
 
 
-ToEngine = AddRequest | SetVocabulary | Abort | WantAdapter | Ping | Shutdown
+ToEngine = LoadOn | AddRequest | SetVocabulary | Abort | WantAdapter | Ping | Shutdown
 
 
 # ---- engine → service ----------------------------------------------------------------------------------------------
@@ -214,8 +222,15 @@ class EngineLimits(msgspec.Struct, array_like=True, frozen=True):
     drafts: Drafts = NO_DRAFTS  # what requests have that do not ask for others; none: no request may have any
 
 
+class EngineSized(Message, frozen=True):
+    """Sent once, before anything is loaded. The engine waits for `LoadOn`."""
+
+    needs: Needs
+    devices: list[DeviceMemory]  # of this machine, the host first
+
+
 class EngineReady(Message, frozen=True):
-    """Sent once, after loading and profiling. Nothing is sent to an engine before it."""
+    """Sent once, after loading and profiling. But for `LoadOn`, nothing is sent to an engine before it."""
 
     limits: EngineLimits
 
@@ -270,4 +285,4 @@ class Pong(Message, frozen=True):
     stats: EngineStats
 
 
-FromEngine = EngineReady | EngineFailed | LoadProgress | StepOutput | AdaptersChanged | Pong
+FromEngine = EngineSized | EngineReady | EngineFailed | LoadProgress | StepOutput | AdaptersChanged | Pong

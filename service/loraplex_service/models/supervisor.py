@@ -19,10 +19,19 @@ from loraplex_engine.link.bus import FrameLost, ServiceBus, bus_address
 from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.link.messages import EngineFailed, EngineLimits, EngineReady, LoadProgress, Shutdown
+from loraplex_engine.link.messages import (
+    EngineFailed,
+    EngineLimits,
+    EngineReady,
+    EngineSized,
+    LoadOn,
+    LoadProgress,
+    Shutdown,
+)
 from loraplex_engine.link.requests import MAX_PENDING_TOKENS
 from loraplex_service.errors import LoraplexError, Unavailable
 from loraplex_service.models.config import SupervisionConfig
+from loraplex_service.models.placement import NoRoomError, Seat
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +85,8 @@ class EngineSupervisor:
 
     `read_revision`: returns the present revision of the files that the process loads; "": they do not exist yet. It
     runs in threads.
+
+    `seat`: says where the model is to be loaded, once its engine has said what it needs.
     """
 
     def __init__(
@@ -83,6 +94,7 @@ class EngineSupervisor:
         name: str,
         launch: Launch,
         read_revision: Callable[[], str],
+        seat: Seat,
         bus_directory: BusDirectory,
         config: SupervisionConfig,
         changed: Callable[[], None],
@@ -100,6 +112,7 @@ class EngineSupervisor:
         self._launch = launch
         self._read_revision = read_revision
         self._revision_at_start = ""  # of the present life
+        self._seat = seat
         self._directory = bus_directory
         self._config = config
         self._changed = changed
@@ -231,6 +244,8 @@ class EngineSupervisor:
                     case LoadProgress(bytes_loaded=loaded, bytes_total=total):
                         self.progress = Progress(loaded, total)
                         self._changed()
+                    case EngineSized():
+                        bus.send(await self._place(message))
                     case EngineFailed(reason=reason):
                         raise _EngineLost(reason)
                     case EngineReady(limits=limits):
@@ -243,6 +258,12 @@ class EngineSupervisor:
                     case _:
                         assert self.client is not None, f"{type(message).__name__} before EngineReady"
                         self.client.deliver(message)
+
+    async def _place(self, sized: EngineSized) -> LoadOn:
+        try:
+            return await self._seat.take(sized)
+        except NoRoomError as error:
+            raise _EngineLost(str(error)) from error
 
     async def _take_revision(self) -> None:
         """Note the revision that the process has loaded."""
@@ -303,6 +324,8 @@ class EngineSupervisor:
         self.state = state
         if state not in (EngineState.FAILED, EngineState.RESTARTING):
             self.error = ""
+        if state in (EngineState.FAILED, EngineState.UNLOADED):
+            self._seat.leave()
         self._news.set()
         self._changed()
 

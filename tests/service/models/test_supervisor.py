@@ -13,10 +13,12 @@ import pytest
 
 from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.messages import AddRequest
+from loraplex_engine.link.messages import AddRequest, EngineSized, LoadOn
 from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_engine.link.sizes import DeviceMemory, Needs
 from loraplex_service.errors import FailedPrecondition, LoraplexError, Unavailable
 from loraplex_service.models.config import SupervisionConfig
+from loraplex_service.models.placement import NoRoomError
 from loraplex_service.models.supervisor import EngineProcess, EngineState, EngineSupervisor, Launch
 from tests.service.scripted_engine import LIMITS, process_launcher
 
@@ -30,14 +32,33 @@ QUICK = SupervisionConfig(
 UNLOADED = FailedPrecondition("MODEL_UNLOADED", "unloaded")
 
 
+class FakeSeat:
+    """Room for a model, or none."""
+
+    def __init__(self, problem: str = "") -> None:
+        self.problem = problem
+        self.asked: list[EngineSized] = []
+        self.num_left = 0
+
+    async def take(self, sized: EngineSized) -> LoadOn:
+        self.asked.append(sized)
+        if self.problem:
+            raise NoRoomError(self.problem)
+        return LoadOn("cuda:7", 0.25)
+
+    def leave(self) -> None:
+        self.num_left += 1
+
+
 class Watched(EngineSupervisor):
     """A supervisor whose history a test can wait for."""
 
-    def __init__(self, launch: Launch, directory: BusDirectory, config: SupervisionConfig) -> None:
+    def __init__(self, launch: Launch, directory: BusDirectory, config: SupervisionConfig, problem: str = "") -> None:
         self.files = "r1"  # the revision of what the engine loads
         self.history: list[EngineState] = []
+        self.seat = FakeSeat(problem)
         self._condition = asyncio.Event()
-        super().__init__("tiny", launch, lambda: self.files, directory, config, self._note)
+        super().__init__("tiny", launch, lambda: self.files, self.seat, directory, config, self._note)
 
     def _note(self) -> None:
         if self.history[-1:] != [self.state]:
@@ -52,9 +73,9 @@ class Watched(EngineSupervisor):
 
 
 @asynccontextmanager
-async def supervisor(*arguments: str, config: SupervisionConfig = QUICK) -> AsyncIterator[Watched]:
+async def supervisor(*arguments: str, config: SupervisionConfig = QUICK, problem: str = "") -> AsyncIterator[Watched]:
     with BusDirectory() as directory:
-        watched = Watched(process_launcher(*arguments), directory, config)
+        watched = Watched(process_launcher(*arguments), directory, config, problem)
         try:
             yield watched
         finally:
@@ -103,6 +124,23 @@ async def test_a_model_that_cannot_be_loaded_is_failed_with_the_reason() -> None
         await watched.wait_settled()
         assert watched.history == [EngineState.LOADING, EngineState.FAILED]
         assert watched.error == "ValueError: no config.json"
+
+
+async def test_an_engine_is_told_where_to_load_its_model_once_it_has_said_what_that_needs() -> None:
+    async with supervisor("--asks") as watched:
+        watched.start()
+        await watched.wait_settled()
+        assert watched.seat.asked == [EngineSized(Needs(1, 2, 3, 4), [DeviceMemory("cpu", 8)])]
+        assert watched.error == "ValueError: LoadOn(device='cuda:7', fraction=0.25)"
+
+
+async def test_a_model_for_which_there_is_no_room_is_failed_with_the_reason() -> None:
+    async with supervisor("--asks", problem="it needs 9 bytes") as watched:
+        watched.start()
+        await watched.wait_settled()
+        assert watched.history == [EngineState.LOADING, EngineState.FAILED]
+        assert watched.error == "it needs 9 bytes"
+        assert watched.seat.num_left == 1
 
 
 async def test_an_engine_that_dies_while_loading_is_failed_with_its_status() -> None:

@@ -1,0 +1,135 @@
+"""What a model takes of its device's memory, by the formulas of docs/sizing.md.
+
+Before it is loaded they tell whether it fits, and afterwards, for people, how many requests and adapters do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from loraplex_adapters.runtime.targets import LoraTarget, TargetKind
+from loraplex_engine.checkpoint.config_source import read_config
+from loraplex_engine.checkpoint.model_config import ModelConfig, UnknownArchitectureError
+from loraplex_engine.checkpoint.shard import WHOLE
+from loraplex_engine.checkpoint.weights import Checkpoint, aliased_name
+from loraplex_engine.execution.kv_cache import stored_dtype
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.sizes import Needs
+from loraplex_engine.models import read_model_config
+from loraplex_engine.models.layout import (
+    EMBEDDING,
+    HEAD,
+    HEAD_BIAS,
+    HEAD_SITE,
+    layer_linears,
+    lora_targets,
+    tensor_shapes,
+)
+from loraplex_engine.models.model import ModelFacts
+from loraplex_engine.models.precision import compute_dtype
+from loraplex_engine.quantization import base_names, read_spec
+
+SCALE_BYTES = 4  # of what is rounded: a float32
+# Bytes of a weight that is quantised while it is loaded, its share of a scale included.
+ROUNDED_BYTES = {"nf4": 0.5 + SCALE_BYTES / 64, "int4": 0.5 + 2 * SCALE_BYTES / 64, "int8": 1.0}
+USUAL_RANK = 16  # of the adapters that are counted for people
+
+
+def needs_of(config: EngineConfig, path: Path) -> Needs:
+    """What the model in `path` takes at least, by its files alone: nothing is loaded.
+
+    Of a model that transformers' class computes, the cache and the steps are known only once it is loaded.
+    """
+    raw = read_config(path)
+    spec = read_spec(path, raw)
+    model = None
+    if config.implementation != "transformers":
+        with suppress(UnknownArchitectureError):
+            model = read_model_config(path, config.rope_scaling)
+    adapters = config.adapter_device_bytes
+    if model is None:
+        with Checkpoint(path, base_names=base_names(path, raw), names=str) as checkpoint:
+            return Needs(checkpoint.nbytes, config.kv_cache_bytes or 0, 0, adapters)
+    names = partial(aliased_name, model.aliases)
+    with Checkpoint(path, model.unused_tensors, base_names=base_names(path, raw), names=names) as checkpoint:
+        stored = checkpoint.nbytes
+        dtype = compute_dtype(config.dtype, model.dtype, checkpoint.dtype(EMBEDDING))
+    weights = weight_bytes(model, dtype, config) if spec is None else stored
+    length = config.max_model_len or model.max_position_embeddings
+    of_sequence = -(-length // config.block_size) * config.block_size * cache_bytes_per_token(model, config, dtype)
+    targets = lora_targets(model, WHOLE)
+    return Needs(weights, config.kv_cache_bytes or of_sequence, step_bytes(model, targets, config, dtype), adapters)
+
+
+def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig) -> int:
+    """Of an unquantised checkpoint, as it is loaded: matrices and biases in `dtype` or rounded, all else in float32.
+
+    A head that is tied to the embedding counts like any other: kernels lay it out once more.
+    """
+    shapes = tensor_shapes(model)
+    shapes.setdefault(HEAD, shapes[EMBEDDING])
+    table, rest = math.prod(shapes[EMBEDDING]), sum(map(math.prod, shapes.values()))
+    head_bias = math.prod(shapes.get(HEAD_BIAS, (0,)))
+    total = (table + head_bias) * dtype.itemsize + table * ROUNDED_BYTES.get(
+        config.head_quantization or "", dtype.itemsize
+    )
+    rest -= 2 * table + head_bias
+    for layer in range(model.num_layers):
+        for linear in layer_linears(model, layer):
+            rows = sum(size for _, size in linear.parts)
+            own = torch.float32 if linear.in_float32 else dtype
+            rounding = None if linear.kept_dense else config.quantization
+            total += rows * linear.in_features * ROUNDED_BYTES.get(rounding or "", own.itemsize)
+            total += rows * own.itemsize if linear.bias else 0
+            rest -= rows * (linear.in_features + linear.bias)
+    positions = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    return int(total) + rest * torch.float32.itemsize + positions * rotary_bytes_per_position(model)
+
+
+def rotary_bytes_per_position(model: ModelConfig) -> int:
+    """Of the tables by which queries and keys are turned: a cosine and a sine for each pair, in float32."""
+    ropes = {layer.rope for layer in model.layers}
+    turned = (model.head_dim if rope is None else rope.dims(model.head_dim) for rope in ropes)
+    return sum(dims // 2 * 2 * torch.float32.itemsize for dims in turned)
+
+
+def cache_bytes_per_token(model: ModelFacts, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers; where they are rounded, with a scale for each of their heads."""
+    heads, stored = model.head_shape, stored_dtype(config.kv_cache_dtype, dtype)
+    scale = 0 if config.kv_cache_dtype == "auto" else SCALE_BYTES
+    return model.num_layers * 2 * heads.num_kv_heads * (heads.head_dim * stored.itemsize + scale)
+
+
+def adapter_bytes(targets: Mapping[str, LoraTarget], rank: int, dtype: torch.dtype) -> int:
+    """An adapter of this rank on every linear of the layers: its A [rank, C] and its B [N, rank] of each projection."""
+    return sum(rank * sum(shape) * (each or dtype).itemsize for *shape, each in _projections(targets))
+
+
+def step_bytes(model: ModelFacts, targets: Mapping[str, LoraTarget], config: EngineConfig, dtype: torch.dtype) -> int:
+    """About what the largest step takes: its tokens' rows, and the logits of what it draws, before and after sorting.
+
+    A layer has the residual, what is normed, and the inputs and outputs of its widest linear at once.
+    """
+    widest = max((max(in_features, out_features) for in_features, out_features, _ in _projections(targets)), default=0)
+    rows = config.max_num_batched_tokens * (2 * model.hidden_size + 3 * widest) * dtype.itemsize
+    return rows + 2 * config.most_drawn * model.vocab_size * torch.float32.itemsize
+
+
+def _projections(targets: Mapping[str, LoraTarget]) -> Iterator[tuple[int, int, torch.dtype | None]]:
+    """C, N and own dtype of each projection of the layers. Those that a linear is called as a whole count once."""
+    by_site: dict[str, dict[tuple[int, int], LoraTarget]] = defaultdict(dict)
+    for target in targets.values():
+        if target.kind in (TargetKind.LINEAR, TargetKind.EXPERT) and target.site != HEAD_SITE:
+            by_site[target.site][target.columns.start, target.columns.stop] = target
+    for found in by_site.values():
+        for (start, stop), target in found.items():
+            within = any(start <= other[0] and other[1] <= stop for other in found if other != (start, stop))
+            if not within:
+                yield target.in_features, target.out_features, target.dtype

@@ -1,0 +1,64 @@
+"""Before a model is loaded: its engine says what it needs, and the service which device it gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+
+from loraplex_engine.checkpoint.weights import resolve_model
+from loraplex_engine.execution.device import free_bytes
+from loraplex_engine.execution.host_memory import total_bytes
+from loraplex_engine.execution.sizing import needs_of
+from loraplex_engine.link.bus import EngineBus
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.messages import EngineSized, LoadOn
+from loraplex_engine.link.sizes import HOST, DeviceMemory, Needs, readable
+
+
+def placed(config: EngineConfig, bus: EngineBus) -> EngineConfig:
+    """The configuration with the device and the share of it that the service gives this model.
+
+    Waits for the answer: the service may wait for the sizes of other models. Raises ValueError or OSError as loading
+    does, where the files cannot be read.
+    """
+    path = resolve_model(config.model, config.revision)
+    needs = _all_needs(config, path)
+    bus.send(EngineSized(needs, devices()))
+    (answer,) = bus.receive(None)
+    assert isinstance(answer, LoadOn), f"{type(answer).__name__} before LoadOn"
+    check_free(needs, answer.device, free_bytes(torch.device(answer.device)))
+    share = "kv_cache_fraction" if answer.device == HOST else "device_memory_fraction"
+    return msgspec.structs.replace(
+        config, model=str(path), revision=None, device=answer.device, **{share: answer.fraction}
+    )
+
+
+def check_free(needs: Needs, device: str, free: int) -> None:
+    """Raise ValueError where others have taken the memory that the model needs."""
+    if needs.least(device) > free:
+        raise ValueError(
+            f"it needs {readable(needs.least(device))} of {device} at least ({needs.listed(device)}), and "
+            f"{readable(free)} are free there: end what else holds memory, quantise the model, or lower max_model_len, "
+            "max_num_batched_tokens or adapter_device_bytes"
+        )
+
+
+def _all_needs(config: EngineConfig, path: Path) -> Needs:
+    """Of the model, and of the small one that drafts for it: their caches have as many blocks."""
+    needs, small = needs_of(config, path), config.drafting()
+    if small is None:
+        return needs
+    beside = needs_of(small, resolve_model(small.model, small.revision))
+    cache = needs.cache if config.kv_cache_bytes is not None else needs.cache + beside.cache
+    return Needs(needs.weights + beside.weights, cache, max(needs.step, beside.step), needs.adapters)
+
+
+def devices() -> list[DeviceMemory]:
+    """The host, and the GPUs that torch sees."""
+    gpus = (torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+    return [
+        DeviceMemory(HOST, total_bytes()),
+        *(DeviceMemory(f"cuda:{index}", memory) for index, memory in enumerate(gpus)),
+    ]
