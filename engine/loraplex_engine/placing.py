@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -24,15 +25,16 @@ def placed(config: EngineConfig, bus: EngineBus) -> EngineConfig:
     does, where the files cannot be read.
     """
     path = resolve_model(config.model, config.revision)
-    needs = _all_needs(config, path)
+    needs = _of_rank(_all_needs(config, path), config.world)
     bus.send(EngineSized(needs, devices()))
     (answer,) = bus.receive(None)
     assert isinstance(answer, LoadOn), f"{type(answer).__name__} before LoadOn"
-    check_free(needs, answer.device, free_bytes(torch.device(answer.device)))
-    share = "kv_cache_fraction" if answer.device == HOST else "device_memory_fraction"
-    return msgspec.structs.replace(
-        config, model=str(path), revision=None, device=answer.device, **{share: answer.fraction}
-    )
+    for device in answer.devices:
+        check_free(needs, device, free_bytes(torch.device(device)))
+    share = "kv_cache_fraction" if HOST in answer.devices else "device_memory_fraction"
+    where = {"device": answer.devices[0]} if config.world == 1 else {"device": "auto", "devices": (*answer.devices,)}
+    changes: dict[str, Any] = {"model": str(path), "revision": None, "devices": (), share: answer.fraction} | where
+    return msgspec.structs.replace(config, **changes)
 
 
 def check_free(needs: Needs, device: str, free: int) -> None:
@@ -53,6 +55,11 @@ def _all_needs(config: EngineConfig, path: Path) -> Needs:
     beside = needs_of(small, resolve_model(small.model, small.revision))
     cache = needs.cache if config.kv_cache_bytes is not None else needs.cache + beside.cache
     return Needs(needs.weights + beside.weights, cache, max(needs.step, beside.step), needs.adapters)
+
+
+def _of_rank(needs: Needs, world: int) -> Needs:
+    """Of each rank: it has its part of the weights and of the cache, and all of the rest."""
+    return Needs(-(-needs.weights // world), -(-needs.cache // world), needs.step, needs.adapters)
 
 
 def devices() -> list[DeviceMemory]:

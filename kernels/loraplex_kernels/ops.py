@@ -223,6 +223,9 @@ class Ops(Protocol):
     name: str
     """ "reference", "cpu" or "triton": for people. What a backend can do is said below."""
 
+    compiled_for: str
+    """The instruction set, or the GPU's compute capability, that its kernels are compiled for; "": for none."""
+
     device: torch.device
 
     batch_invariant: bool

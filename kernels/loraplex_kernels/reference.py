@@ -175,6 +175,7 @@ class ReferenceOps(TorchSampling):
     """`Ops` in plain torch, on any device."""
 
     name = "reference"
+    compiled_for = ""
     batch_invariant = False  # the libraries behind torch choose their summation order by the number of rows
     packing_copies = False
     own_threads = False

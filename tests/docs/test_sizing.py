@@ -108,7 +108,12 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     case.make().save_pretrained(folder)
-    settings = {"device": "cpu", "kernels": "reference", "kv_cache_bytes": CACHE_BYTES, "dtype": "float32"}
+    settings: dict[str, Any] = {
+        "device": "cpu",
+        "kernels": "reference",
+        "kv_cache_bytes": CACHE_BYTES,
+        "dtype": "float32",
+    }
     config = EngineConfig(model=str(folder), max_num_seqs=5, **settings | case.fields)
     return case, config, load_runner(config, folder, lambda done, total: None), folder
 

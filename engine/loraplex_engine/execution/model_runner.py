@@ -93,6 +93,7 @@ class ModelRunner:
             weight_bytes=model.nbytes,
             kv_cache_bytes=sum(layer.nbytes for layer in self.kv_cache),
             kernel_backend=self.ops.name,
+            compiled_for=self.ops.compiled_for,
             device=described(self.ops.device),
             hidden_size=model.config.hidden_size,
             pooling=model.config.pooling,

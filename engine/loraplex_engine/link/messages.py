@@ -68,7 +68,7 @@ class AddRequest(Message, frozen=True):
 class LoadOn(Message, frozen=True):
     """Load the model there. The answer to `EngineSized`."""
 
-    device: str  # "cpu", "cuda:0"
+    devices: list[str]  # of the ranks, in order: "cpu", "cuda:0"
     fraction: float | None  # of a GPU's memory, or of the host's memory that is free after loading, for its cache
 
 
@@ -220,6 +220,7 @@ class EngineLimits(msgspec.Struct, array_like=True, frozen=True):
     labels: list[str] = []  # of classes, by the model's config.json; empty: it names none
     implementation: str = "native"  # or "transformers"
     drafts: Drafts = NO_DRAFTS  # what requests have that do not ask for others; none: no request may have any
+    compiled_for: str = ""  # the instruction set or the GPU that its kernels are compiled for
 
 
 class EngineSized(Message, frozen=True):

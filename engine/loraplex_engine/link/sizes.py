@@ -17,7 +17,10 @@ class DeviceMemory(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Needs(msgspec.Struct, array_like=True, frozen=True):
-    """What a model takes at least, in bytes, as its files and its configuration say. See docs/sizing.md."""
+    """What a model takes at least, in bytes, as its files and its configuration say; of several ranks each one.
+
+    See docs/sizing.md.
+    """
 
     weights: int
     cache: int  # kv_cache_bytes; without it, of one sequence of max_model_len tokens

@@ -151,6 +151,7 @@ class CpuOps(CpuSampling):
         """
         self.device = device
         self.library = Library(threads, isa)
+        self.compiled_for = self.library.isa
         self._context = self.library.context
         self._results = ResultMemory(self.library)
         self._segments: LoraSegments | None = None

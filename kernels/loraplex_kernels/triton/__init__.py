@@ -70,6 +70,7 @@ class TritonOps(TorchSampling):  # of it, the likelihoods: torch finds the large
         else:
             raise ValueError(f"the triton kernels run on CUDA devices, not on {device}: choose another backend")
         self.device = device
+        self.compiled_for = "interpreter" if device.type == "cpu" else _capability(device)
         self.capturable = device.type == "cuda"  # not under the interpreter
         self._lora_growth = Growth()
 
@@ -195,3 +196,9 @@ class TritonOps(TorchSampling):  # of it, the likelihoods: torch finds the large
 
     def cut_logits(self, logits: Tensor, draws: Draws) -> None:
         cut_logits(logits, draws, self.device)
+
+
+def _capability(device: torch.device) -> str:
+    """Of a GPU, as its compilers call it: "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -17,6 +17,7 @@ from loraplex_adapters.versions import VERSION_DIGITS, resource_name
 from loraplex_engine.link.messages import EngineStats
 from loraplex_service.control.metric_families import counter_family, gauge_family, histogram_family
 from loraplex_service.control.metrics_snapshot import EngineSnapshot, ModelSnapshot, Served, Snapshot
+from loraplex_service.control.process_metrics import build_families, process_families
 from loraplex_service.control.router_metrics import router_families
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.series import Counter, Histogram
@@ -69,6 +70,8 @@ def families(shown: Snapshot) -> Iterator[Metric]:
     yield gauge_family("loraplex_usage_records_waiting", "Usage records that are not in their file yet.", (), waiting)
     yield gauge_family("loraplex_draining", "1 once the server accepts no new requests.", (), [((), shown.draining)])
     yield from _engine_families(shown.models)
+    yield from build_families(shown.models)
+    yield from process_families(shown.models)
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.messages import AdapterStatus, EngineStats
+from loraplex_engine.link.messages import AdapterStatus, EngineLimits, EngineStats
 from loraplex_service.models.host import HostedModel
 from loraplex_service.models.supervisor import EngineState
 from loraplex_service.telemetry.metrics import RequestMetrics
@@ -46,6 +46,8 @@ class ModelSnapshot(NamedTuple):
     active: bool
     load_time: float | None
     max_resident_adapters: int
+    pid: int | None  # of its engine
+    limits: EngineLimits | None  # None: it was never loaded
     adapter_requests: Sequence[tuple[AdapterKey, int]]
     engine: "EngineSnapshot | None"  # None: it has none
 
@@ -63,6 +65,8 @@ def _model(model: HostedModel, requests: Sequence[tuple[AdapterKey, int]]) -> Mo
         model.state is EngineState.ACTIVE,
         model.supervisor.load_time,
         model.config.max_resident_adapters,
+        model.supervisor.pid,
+        model.supervisor.limits,
         requests,
         None if model.client is None else _engine(model.client),
     )

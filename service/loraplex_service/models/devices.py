@@ -16,9 +16,9 @@ REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a model asks of the GPUs of a machine."""
+    """What a model asks of one GPU; of each of its ranks' GPUs, where it has several."""
 
-    name: str
+    name: str  # of the model
     device: str = "auto"  # or "cuda": any GPU; "cuda:N": that one
     fraction: float | None = None  # of the GPU's memory; None: a part of what is left
     needs: Needs | None = None  # None: unknown, since it is not loaded
@@ -32,9 +32,9 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a GPU's memory."""
+    """A part of the memory of a GPU, or of each of several."""
 
-    device: str
+    devices: tuple[str, ...]
     fraction: float
 
 
@@ -44,6 +44,10 @@ class _Gpu:
 
     memory: DeviceMemory
     there: list[Wish] = field(default_factory=list)
+
+    def may_have(self, wish: Wish) -> bool:
+        """Whether a model may be here, if there is room: it asks for this GPU or any, and no other rank of it is."""
+        return wish.device in (*ANY_GPU, self.memory.name) and all(each.name != wish.name for each in self.there)
 
     def room(self, wish: Wish) -> float:
         """The bytes that a model could have: without a fraction of its own, of what is usual alone."""
@@ -62,20 +66,29 @@ class _Gpu:
 def arrange(wishes: Sequence[Wish], gpus: Sequence[DeviceMemory]) -> tuple[dict[str, Part], dict[str, str]]:
     """The part of each model, by name; and why others get none.
 
-    Those with a fraction or a device of their own come first, then the largest: each to where the most room is.
+    Those with a fraction or a device of their own come first, then the largest: each to where the most room is. Wishes
+    of one name are of its ranks, and each gets a GPU of its own.
     """
     places = [_Gpu(gpu) for gpu in gpus]
     refused: dict[str, str] = {}
     for wish in sorted(wishes, key=lambda wish: (wish.fraction is None, wish.device in ANY_GPU, -wish.least(gpus[0]))):
-        candidates = [place for place in places if wish.device in (*ANY_GPU, place.memory.name)]
+        if wish.name in refused:
+            continue
+        candidates = [place for place in places if place.may_have(wish)]
         best = max(candidates, key=lambda place: (place.room(wish), -len(place.there)), default=None)
         problem = _no_such_device(wish, gpus) if best is None else _problem(wish, best)
         if best is None or problem:
             refused[wish.name] = problem
+            for place in places:
+                place.there = [each for each in place.there if each.name != wish.name]
         else:
             best.there.append(wish)
-    parts = {name: Part(place.memory.name, part) for place in places for name, part in place.parts().items()}
-    return parts, refused
+    found: dict[str, Part] = {}
+    for place in places:
+        for name, fraction in place.parts().items():
+            before = found.get(name, Part((), 1.0))
+            found[name] = Part((*before.devices, place.memory.name), min(before.fraction, fraction))
+    return found, refused
 
 
 def shared_out(left: float, least: Mapping[str, float]) -> dict[str, float]:
@@ -96,7 +109,10 @@ def needs_text(needs: Needs, device: str) -> str:
 
 
 def _no_such_device(wish: Wish, gpus: Sequence[DeviceMemory]) -> str:
-    return f"device {wish.device!r} is asked for, and this machine has {', '.join(gpu.name for gpu in gpus)}"
+    there = ", ".join(gpu.name for gpu in gpus)
+    if wish.device in ANY_GPU:
+        return f"it has more ranks than this machine has GPUs ({there}): lower tensor_parallel or pipeline_parallel"
+    return f"device {wish.device!r} is asked for, and this machine has {there}"
 
 
 def _problem(wish: Wish, gpu: _Gpu) -> str:

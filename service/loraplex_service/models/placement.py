@@ -37,7 +37,7 @@ class Placement:
 
     def __init__(self, models: Sequence[HostedModelConfig]) -> None:
         self._models = {model.name: model for model in models}
-        self._awaited = {model.name for model in models if model.load and model.device != HOST}
+        self._awaited = {model.name for model in models if model.load and not is_on_host(model)}
         self._all_known = asyncio.Event()
         self._needs: dict[str, Needs] = {}  # of the models that are loaded, or are being loaded
         self._on_host: set[str] = set()
@@ -51,8 +51,8 @@ class Placement:
         self._needs[name] = sized.needs
         host, *gpus = sized.devices
         self._known(name)
-        if self._models[name].device == HOST or not gpus:
-            there = [model for model in self._models.values() if model.device == HOST or not gpus]
+        if is_on_host(self._models[name]) or not gpus:
+            there = [model for model in self._models.values() if is_on_host(model) or not gpus]
             return self._take_host(name, sized.needs, host, there)
         if not self._all_known.is_set():
             logger.info("model %s waits for the sizes of %s, to share the GPUs", name, ", ".join(sorted(self._awaited)))
@@ -73,36 +73,35 @@ class Placement:
 
     def _take_gpu(self, name: str, gpus: Sequence[DeviceMemory]) -> LoadOn:
         if not self._arranged:
-            wishes = [self._wish(other) for other, model in self._models.items() if model.device != HOST]
+            wishes = [wish for model in self._models.values() if not is_on_host(model) for wish in self._wishes(model)]
             self._parts, _ = arrange(wishes, gpus)  # of a refused one the reason is found again when it asks
             self._arranged = True
-        part = self._parts.get(name)
+        part, needs = self._parts.get(name), self._needs[name]
         memory = {gpu.name: gpu.total_bytes for gpu in gpus}
-        needs = self._needs[name]
-        if part is None or needs.least(part.device) > (part.fraction + ROUNDING) * memory[part.device]:
+        if part is None or any(needs.least(each) > (part.fraction + ROUNDING) * memory[each] for each in part.devices):
             part = self._part_beside_the_others(name, gpus)
         logger.info(
-            "model %s is placed on %s, with %s of its %s: it needs %s",
+            "model %s is placed on %s, with %s of its memory: it needs %s",
             name,
-            part.device,
-            readable(part.fraction * memory[part.device]),
-            readable(memory[part.device]),
-            needs_text(needs, part.device),
+            ", ".join(part.devices),
+            " and ".join(sorted({readable(part.fraction * memory[each]) for each in part.devices})),
+            needs_text(needs, part.devices[0]),
         )
-        return LoadOn(part.device, part.fraction)
+        return LoadOn(list(part.devices), part.fraction)
 
     def _part_beside_the_others(self, name: str, gpus: Sequence[DeviceMemory]) -> Part:
         """A part for a model that got none at the start, or needs more than was set aside. Raises NoRoomError."""
-        others = [Wish(other, part.device, part.fraction) for other, part in self._parts.items() if other != name]
-        parts, refused = arrange([*others, self._wish(name)], gpus)
+        others = {other: part for other, part in self._parts.items() if other != name}
+        taken = [Wish(other, each, part.fraction) for other, part in others.items() for each in part.devices]
+        parts, refused = arrange([*taken, *self._wishes(self._models[name])], gpus)
         if name in refused:
             raise NoRoomError(f"model {name!r} does not fit: {refused[name]}")
         self._parts[name] = parts[name]
         return parts[name]
 
-    def _wish(self, name: str) -> Wish:
-        model = self._models[name]
-        return Wish(name, model.device, model.device_memory_fraction, self._needs.get(name))
+    def _wishes(self, model: HostedModelConfig) -> list[Wish]:
+        needs = self._needs.get(model.name)
+        return [Wish(model.name, device, model.device_memory_fraction, needs) for device in model.rank_devices]
 
     # ---- the host ----------------------------------------------------------------------------------------------------
 
@@ -122,7 +121,13 @@ class Placement:
         self._on_host.add(name)
         sharing = [each for each in models if each.kv_cache_bytes is None and each.kv_cache_fraction is None]
         own = self._models[name].kv_cache_fraction
-        return LoadOn(HOST, own if own is not None else USUAL_CACHE_FRACTION / max(1, len(sharing)))
+        ranks = [HOST] * self._models[name].world
+        return LoadOn(ranks, own if own is not None else USUAL_CACHE_FRACTION / max(1, len(sharing)))
+
+
+def is_on_host(model: HostedModelConfig) -> bool:
+    """Whether a model is on the CPU, whatever GPUs there are."""
+    return model.rank_devices[0] == HOST
 
 
 class _Seat:

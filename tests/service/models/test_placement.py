@@ -46,7 +46,7 @@ async def placed(placement: Placement, weights: Sequence[float | None], *sizes: 
 
 
 def on(device: str, fraction: float) -> Any:
-    return LoadOn(device, pytest.approx(fraction))  # type: ignore[arg-type]
+    return LoadOn([device], pytest.approx(fraction))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ async def test_models_without_a_device_of_their_own_come_to_where_the_most_room_
 
 async def test_a_model_of_a_named_device_is_there_whatever_else_is() -> None:
     found = await placed(Placement(models({"device": "cuda:1"}, {"device": "cpu"}, {})), [60, 1, 5], 80, 80)
-    assert found == [on("cuda:1", 0.9), LoadOn("cpu", 0.5), on("cuda:0", 0.9)]
+    assert found == [on("cuda:1", 0.9), LoadOn(["cpu"], 0.5), on("cuda:0", 0.9)]
 
 
 async def test_a_model_that_needs_more_than_an_equal_part_gets_what_it_needs() -> None:
@@ -109,7 +109,7 @@ async def test_nobody_waits_for_a_model_that_has_failed() -> None:
     first = asyncio.ensure_future(placement.seat("m0").take(sized(1, 80)))
     await asyncio.sleep(0)
     placement.seat("m1").leave()
-    assert (await first).device == "cuda:0"
+    assert (await first).devices == ["cuda:0"]
 
 
 async def test_an_engine_that_starts_again_gets_its_place_again() -> None:
@@ -140,7 +140,9 @@ async def test_a_fraction_that_is_less_than_the_model_needs_is_refused() -> None
 async def test_fractions_that_are_more_than_the_gpus_of_the_machine_are_refused() -> None:
     fields = models({"device_memory_fraction": 0.7}, {"device_memory_fraction": 0.5})
     assert [type(each) for each in await placed(Placement(fields), [1, 1], 80)] == [LoadOn, str]
-    assert [each.device for each in await placed(Placement(fields), [1, 1], 80, 80) if isinstance(each, LoadOn)] == [
+    assert [
+        each.devices[0] for each in await placed(Placement(fields), [1, 1], 80, 80) if isinstance(each, LoadOn)
+    ] == [
         "cuda:0",
         "cuda:1",
     ]
@@ -162,13 +164,30 @@ def test_parts_are_equal_but_never_less_than_what_is_needed() -> None:
     assert shared_out(90, {"a": 10, "b": 60, "c": 0}) == {"b": 60, "a": 15, "c": 15}
 
 
+async def test_each_rank_of_a_model_gets_a_gpu_of_its_own() -> None:
+    fields = models({"tensor_parallel": 2}, {}, {"tensor_parallel": 2, "devices": ("cuda:2", "cuda:1")})
+    found = await placed(Placement(fields), [30, 60, 10], 80, 80, 80)
+    assert [sorted(each.devices) if isinstance(each, LoadOn) else each for each in found] == [
+        ["cuda:1", "cuda:2"],
+        ["cuda:0"],
+        ["cuda:1", "cuda:2"],
+    ]
+
+
+def test_a_model_with_more_ranks_than_there_are_gpus_is_refused_and_takes_nothing() -> None:
+    parts, refused = arrange([*[Wish("wide", needs=needs(1))] * 3, Wish("other")], gpus(80, 80))
+    assert "more ranks than this machine has GPUs (cuda:0, cuda:1)" in refused["wide"]
+    assert parts.keys() == {"other"}
+    assert parts["other"].fraction == pytest.approx(0.9)
+
+
 # ---- the host --------------------------------------------------------------------------------------------------------
 
 
 async def test_models_without_a_gpu_share_the_hosts_free_memory_out() -> None:
     fields = models({}, {"kv_cache_fraction": 0.3}, {"kv_cache_bytes": 1}, {})
     found = await placed(Placement(fields), [1, 1, 1, 1])
-    assert found == [LoadOn("cpu", each) for each in (0.25, 0.3, 0.25, 0.25)]
+    assert found == [LoadOn(["cpu"], each) for each in (0.25, 0.3, 0.25, 0.25)]
 
 
 async def test_models_are_never_over_the_hosts_memory() -> None:
@@ -186,4 +205,4 @@ async def test_the_memory_of_a_model_that_was_unloaded_is_there_for_others() -> 
     small = DeviceMemory("cpu", 10 * GIB)
     await placement.seat("m0").take(sized(6, host=small))
     placement.seat("m0").leave()
-    assert (await placement.seat("m1").take(sized(4, host=small))).device == "cpu"
+    assert (await placement.seat("m1").take(sized(4, host=small))).devices == ["cpu"]

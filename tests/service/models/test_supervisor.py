@@ -44,7 +44,7 @@ class FakeSeat:
         self.asked.append(sized)
         if self.problem:
             raise NoRoomError(self.problem)
-        return LoadOn("cuda:7", 0.25)
+        return LoadOn(["cuda:7"], 0.25)
 
     def leave(self) -> None:
         self.num_left += 1
@@ -131,7 +131,7 @@ async def test_an_engine_is_told_where_to_load_its_model_once_it_has_said_what_t
         watched.start()
         await watched.wait_settled()
         assert watched.seat.asked == [EngineSized(Needs(1, 2, 3, 4), [DeviceMemory("cpu", 8)])]
-        assert watched.error == "ValueError: LoadOn(device='cuda:7', fraction=0.25)"
+        assert watched.error == "ValueError: LoadOn(devices=['cuda:7'], fraction=0.25)"
 
 
 async def test_a_model_for_which_there_is_no_room_is_failed_with_the_reason() -> None:
