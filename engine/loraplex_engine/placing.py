@@ -54,12 +54,12 @@ def _all_needs(config: EngineConfig, path: Path) -> Needs:
         return needs
     beside = needs_of(small, resolve_model(small.model, small.revision))
     cache = needs.cache if config.kv_cache_bytes is not None else needs.cache + beside.cache
-    return Needs(needs.weights + beside.weights, cache, max(needs.step, beside.step), needs.adapters)
+    return Needs(needs.weights + beside.weights, cache, max(needs.step, beside.step), needs.adapters, needs.host_cache)
 
 
 def _of_rank(needs: Needs, world: int) -> Needs:
     """Of each rank: it has its part of the weights and of the cache, and all of the rest."""
-    return Needs(-(-needs.weights // world), -(-needs.cache // world), needs.step, needs.adapters)
+    return Needs(-(-needs.weights // world), -(-needs.cache // world), needs.step, needs.adapters, needs.host_cache)
 
 
 def devices() -> list[DeviceMemory]:

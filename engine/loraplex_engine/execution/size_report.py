@@ -28,8 +28,9 @@ def size_report(runners: Sequence[ModelRunner], config: EngineConfig) -> str:
         ),
         "adapters, device": (config.adapter_device_bytes, f"at most: {on_device} of rank {rank} on every linear"),
         "adapters, host": (config.adapter_host_bytes, f"at most: {config.adapter_host_bytes // each} of rank {rank}"),
+        "cache, host": (config.host_cache_bytes, "of blocks that the cache has no room for"),
         "one adapter": (each, f"of rank {rank} on every linear"),
         "a step": (step_bytes(model.config, targets, config, model.dtype), "about, the largest"),
     }
-    lines = (f"  {name:<17}{readable(size):>11}  {text}".rstrip() for name, (size, text) in rows.items())
+    lines = (f"  {name:<17}{readable(size):>11}  {text}".rstrip() for name, (size, text) in rows.items() if size)
     return "\n".join([f"sizes on {device.name}, which has {readable(device.memory_bytes)}:", *lines])

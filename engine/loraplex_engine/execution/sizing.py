@@ -56,7 +56,7 @@ def needs_of(config: EngineConfig, path: Path) -> Needs:
     adapters = config.adapter_device_bytes
     if model is None:
         with Checkpoint(path, base_names=base_names(path, raw), names=str) as checkpoint:
-            return Needs(checkpoint.nbytes, config.kv_cache_bytes or 0, 0, adapters)
+            return Needs(checkpoint.nbytes, config.kv_cache_bytes or 0, 0, adapters, config.host_cache_bytes)
     names = partial(aliased_name, model.aliases)
     with Checkpoint(path, model.unused_tensors, base_names=base_names(path, raw), names=names) as checkpoint:
         stored = checkpoint.nbytes
@@ -65,7 +65,13 @@ def needs_of(config: EngineConfig, path: Path) -> Needs:
     length = config.max_model_len or model.max_position_embeddings
     of_sequence = -(-length // config.block_size) * config.block_size * cache_bytes_per_token(model, config, dtype)
     targets = lora_targets(model, WHOLE)
-    return Needs(weights, config.kv_cache_bytes or of_sequence, step_bytes(model, targets, config, dtype), adapters)
+    return Needs(
+        weights,
+        config.kv_cache_bytes or of_sequence,
+        step_bytes(model, targets, config, dtype),
+        adapters,
+        config.host_cache_bytes,
+    )
 
 
 def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig) -> int:

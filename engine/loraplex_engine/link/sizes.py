@@ -26,11 +26,12 @@ class Needs(msgspec.Struct, array_like=True, frozen=True):
     cache: int  # kv_cache_bytes; without it, of one sequence of max_model_len tokens
     step: int  # temporaries of the largest step
     adapters: int  # that are set aside for them on a GPU; on the host they take what they need
+    host_cache: int = 0  # host_cache_bytes
 
     def parts(self, device: str) -> Mapping[str, int]:
         """By their names, on this device."""
         parts = {"weights": self.weights, "cache": self.cache, "a step": self.step}
-        return parts if device == HOST else parts | {"adapters": self.adapters}
+        return parts | ({"host cache": self.host_cache} if device == HOST else {"adapters": self.adapters})
 
     def least(self, device: str) -> int:
         """All of them together, on this device."""
@@ -38,7 +39,7 @@ class Needs(msgspec.Struct, array_like=True, frozen=True):
 
     def listed(self, device: str) -> str:
         """All of them, for people."""
-        return ", ".join(f"{name} {readable(size)}" for name, size in self.parts(device).items())
+        return ", ".join(f"{name} {readable(size)}" for name, size in self.parts(device).items() if size)
 
 
 def readable(num_bytes: float) -> str:

@@ -46,10 +46,10 @@ class ModelSnapshot(NamedTuple):
     active: bool
     load_time: float | None
     max_resident_adapters: int
-    pid: int | None  # of its engine
-    limits: EngineLimits | None  # None: it was never loaded
     adapter_requests: Sequence[tuple[AdapterKey, int]]
     engine: "EngineSnapshot | None"  # None: it has none
+    pid: int | None = None  # of its engine
+    limits: EngineLimits | None = None  # None: it was never loaded
 
 
 class EngineSnapshot(NamedTuple):
@@ -65,10 +65,10 @@ def _model(model: HostedModel, requests: Sequence[tuple[AdapterKey, int]]) -> Mo
         model.state is EngineState.ACTIVE,
         model.supervisor.load_time,
         model.config.max_resident_adapters,
-        model.supervisor.pid,
-        model.supervisor.limits,
         requests,
         None if model.client is None else _engine(model.client),
+        model.supervisor.pid,
+        model.supervisor.limits,
     )
 
 
