@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import gc
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from loraplex_service.app import running
 from loraplex_service.commands.adapters import adapters
 from loraplex_service.commands.bench import bench
 from loraplex_service.commands.completion import completion
-from loraplex_service.commands.demo import play_demo
+from loraplex_service.commands.demo import next_steps, play_demo
 from loraplex_service.commands.doctor import doctor
 from loraplex_service.commands.generating import chat, generate, score
 from loraplex_service.commands.keys import keys
@@ -120,11 +121,11 @@ async def _serve(settings: ServiceConfig) -> None:
 
 @main.command()
 @CONFIG_OPTION
-@click.option("--prompt", default="Tell me a story about a fox.", show_default=True)
+@click.option("--prompt", help="Ask everybody this, instead of each something of its own.")
 @click.option("--max-tokens", default=96, show_default=True, type=click.IntRange(min=1))
 @click.option("--verbose", is_flag=True, help="Show the server's log.")
-def demo(config: Path | None, prompt: str, max_tokens: int, verbose: bool) -> None:
-    """Start a server, stream one prompt through every model and adapter side by side, and end."""
+def demo(config: Path | None, prompt: str | None, max_tokens: int, verbose: bool) -> None:
+    """Start a server, let every model and adapter answer side by side, and end."""
     settings = msgspec.structs.replace(_settings(config).with_free_ports(), state_directory="")
     settings = settings if verbose else msgspec.structs.replace(settings, log_level="ERROR")
     set_up_logging(settings.log_level, settings.log_format, "service")
@@ -132,9 +133,15 @@ def demo(config: Path | None, prompt: str, max_tokens: int, verbose: bool) -> No
     async def run() -> None:
         async with running(settings) as (_, addresses):
             await play_demo(addresses, settings, prompt, max_tokens, Console())
+            click.echo(next_steps(_program()))
 
     with _start_failures(), call_failures():
         uvloop.run(run())
+
+
+def _program() -> str:
+    """How this program is started from here."""
+    return "loraplex" if shutil.which("loraplex") else min(sys.argv[0], os.path.relpath(sys.argv[0]), key=len)
 
 
 def _settings(

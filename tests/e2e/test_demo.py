@@ -24,3 +24,5 @@ def test_the_demo_lets_everybody_speak_and_ends() -> None:
     assert len(headings) == len(names)
     assert all(any(name in heading for heading in headings) for name in names)
     assert f"{len(names)} streams at once" in result.stdout
+    assert "17 + 25 = 42." in result.stdout
+    assert "loraplex chat pirate" in result.stdout

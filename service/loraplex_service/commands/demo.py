@@ -1,12 +1,12 @@
-"""`loraplex demo`: one prompt through every model and every adapter at once, side by side in the terminal."""
+"""`loraplex demo`: every model and every adapter answers at once, side by side in the terminal."""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.columns import Columns
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
@@ -17,8 +17,19 @@ from loraplex_service.app import Addresses
 from loraplex_service.config import ServiceConfig
 
 READY_SECONDS = 300.0  # for models larger than the embedded ones
-PANEL_WIDTH = 44
-PANEL_HEIGHT = 10
+PANEL_WIDTH = 26  # three side by side in 80 columns
+PANEL_HEIGHTS = range(5, 11)
+BORDER = 2  # lines of a panel that hold no text, and columns on each side
+BESIDE_PANELS = 2  # lines below them
+DEFAULT_PROMPT = "Tell me a story about a fox."
+# What each voice of the embedded models answers well.
+QUESTIONS = {
+    "quizzer": "What is 17 + 25?",
+    "json": "What is the capital of France?",
+    "pirate": "What colour is the sky?",
+    "formal": "Hello, who are you?",
+    "shouting": "Tell me a story about a cat.",
+}
 FRAMES_PER_SECOND = 20
 
 
@@ -29,6 +40,7 @@ class Answer:
     target: str  # what the request names
     model: str  # the base model that runs
     title: str
+    prompt: str
     text: str = ""
     tokens: int = 0
     first_token_seconds: float | None = None
@@ -40,10 +52,12 @@ class Answer:
         first = f"first after {1000 * self.first_token_seconds:.0f} ms"
         return first if self.seconds is None else f"{self.tokens} tokens in {self.seconds:.2f} s, {first}"
 
-    def panel(self) -> Panel:
-        return Panel(
-            Text(self.text.strip()), title=self.title, subtitle=self.status(), width=PANEL_WIDTH, height=PANEL_HEIGHT
-        )
+    def panel(self, console: Console, height: int) -> Panel:
+        """The question, and the last lines of the answer that there is room for."""
+        question = Text(f"> {self.prompt}", style="dim", no_wrap=True, overflow="ellipsis")
+        lines = Text(self.text.strip()).wrap(console, PANEL_WIDTH - 2 * BORDER)[-(height - BORDER - 1) :]
+        done = "" if self.seconds is None else f"{self.tokens} tokens, {self.seconds:.1f} s"
+        return Panel(Group(question, *lines), title=self.title, subtitle=done, width=PANEL_WIDTH, height=height)
 
 
 class Show:
@@ -53,8 +67,12 @@ class Show:
         self.answers = answers
         self._began = time.perf_counter()
 
-    def __rich__(self) -> Group:
-        return Group(Columns([answer.panel() for answer in self.answers]), Text(self.summary()))
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        rows = -(-len(self.answers) // max(1, (options.max_width + 1) // (PANEL_WIDTH + 1)))
+        room = (console.height - BESIDE_PANELS) // rows
+        height = min(max(room, PANEL_HEIGHTS.start), PANEL_HEIGHTS.stop - 1)
+        yield Columns([answer.panel(console, height) for answer in self.answers], padding=(0, 1))
+        yield Text(self.summary())
 
     def summary(self) -> str:
         tokens = sum(answer.tokens for answer in self.answers)
@@ -66,45 +84,58 @@ class Show:
 
 
 async def play_demo(
-    addresses: Addresses, config: ServiceConfig, prompt: str, max_tokens: int, console: Console
+    addresses: Addresses, config: ServiceConfig, prompt: str | None, max_tokens: int, console: Console
 ) -> None:
-    """Stream the prompt through everything that the configuration names. Raises LoraplexError."""
+    """Ask everything that the configuration names, with the prompt or each with its own. Raises LoraplexError."""
     async with AsyncClient(addresses.data) as client, AsyncAdminClient(addresses.admin) as admin:
         for model in config.models:
             await client.wait_until_serving(f"models/{model.name}", timeout=READY_SECONDS)
         models = await admin.list_models()
         chats = {model.name.removeprefix("models/"): MODEL_CAPABILITY_CHAT in model.capabilities for model in models}
-        answers = all_answers(config)
-        console.print(f"Prompt: {prompt}\n", markup=False, highlight=False)
+        answers = all_answers(config, prompt)
         show = Show(answers)
-        streams = asyncio.gather(
-            *(_listen(client, answer, prompt, chats[answer.model], max_tokens) for answer in answers)
-        )
+        streams = asyncio.gather(*(_listen(client, answer, chats[answer.model], max_tokens) for answer in answers))
         if console.is_terminal:
             with Live(show, console=console, refresh_per_second=FRAMES_PER_SECOND):
                 await streams
             return
         await streams
         for answer in answers:
-            heading = f"--- {answer.title}: {answer.status()}"
+            heading = f"--- {answer.title}, asked: {answer.prompt} {answer.status()}"
             console.print(f"{heading}\n{answer.text.strip()}\n", markup=False, highlight=False, soft_wrap=True)
         console.print(show.summary(), highlight=False)
 
 
-def all_answers(config: ServiceConfig) -> list[Answer]:
+def all_answers(config: ServiceConfig, prompt: str | None) -> list[Answer]:
     """An empty answer for each model and, after it, for each of its adapters."""
+
+    def asked(name: str) -> str:
+        return prompt if prompt is not None else QUESTIONS.get(name, DEFAULT_PROMPT)
+
     answers = []
     for model in config.models:
-        answers.append(Answer(f"models/{model.name}", model.name, f"{model.name} (base model)"))
+        answers.append(Answer(f"models/{model.name}", model.name, model.name, asked(model.name)))
         for adapter in config.adapters:
             if adapter.model == model.name:
                 name = f"tenants/{adapter.tenant}/adapters/{adapter.adapter_id}"
-                answers.append(Answer(name, model.name, f"{adapter.adapter_id} (adapter of {model.name})"))
+                title = f"{model.name}+{adapter.adapter_id}"
+                answers.append(Answer(name, model.name, title, asked(adapter.adapter_id)))
     return answers
 
 
-async def _listen(client: AsyncClient, answer: Answer, prompt: str, chat: bool, max_tokens: int) -> None:
-    said = [{"role": "user", "content": prompt}] if chat else prompt
+def next_steps(program: str) -> str:
+    """Three commands to try next."""
+    return (
+        "\nNext, with a server that stays:\n"
+        f"  {program} serve\n"
+        "and beside it:\n"
+        f"  {program} chat pirate\n"
+        f"  {program} bench storyteller pirate --streams 8"
+    )
+
+
+async def _listen(client: AsyncClient, answer: Answer, chat: bool, max_tokens: int) -> None:
+    said = [{"role": "user", "content": answer.prompt}] if chat else answer.prompt
     began = time.perf_counter()
     stream = client.stream_generate(answer.target, said, max_tokens=max_tokens, temperature=0.0, token_ids=True)
     async for message in stream:
