@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Generates the Python stubs under client/loraplex/v1, and checks the contract they come from.
+# Generates the Python stubs under client/loraplex/v1, and checks the contract they come from. Those of the dialects, which
+# the server alone has, are under service/loraplex_service/dialect_stubs, with a descriptor pool of their own.
 #
 #   proto/stubs.sh generate          write the stubs
 #   proto/stubs.sh check             fail if the stubs are not what the .proto files say
@@ -13,6 +14,7 @@ cd "$(dirname "$0")/.."
 
 venv=.venv-stubs
 stubs=client/loraplex/v1
+dialects=loraplex_service/dialect_stubs
 
 make_environment() {
   local pinned=proto/stubs-requirements.txt
@@ -30,19 +32,45 @@ make_environment() {
   exit 1
 }
 
-# compile PROTO_ROOT PATTERN OPTION... : run protoc on the .proto files under PROTO_ROOT that hold PATTERN.
-compile() {
-  local root=$1 pattern=$2 packages
-  shift 2
+# protoc OPTION... : run protoc, with what the contract imports at hand.
+protoc() {
+  local packages
   packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
   PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -W ignore -m grpc_tools.protoc \
-    -I"$root" -I"$packages" -I"$packages/grpc_tools/_proto" "$@" $(cd "$root" && grep -rlE --include='*.proto' "$pattern" loraplex | sort)
+    -I"$packages" -I"$packages/grpc_tools/_proto" "$@"
 }
 
-# generate_into FOLDER : the stubs, below FOLDER/loraplex/v1.
+# compile PROTO_ROOT PATTERN OPTION... : run protoc on the .proto files of the contract that hold PATTERN.
+compile() {
+  local root=$1 pattern=$2
+  shift 2
+  protoc -I"$root" "$@" $(cd "$root" && grep -rlE --include='*.proto' "$pattern" loraplex | sort)
+}
+
+# compile_dialects OPTION... : run protoc on the .proto files of the dialects.
+compile_dialects() {
+  protoc -I"$dialects=proto/dialects" "$@" $(cd proto/dialects && printf "$dialects/%s\n" *.proto)
+}
+
+# generate_into FOLDER : the stubs of the contract, below FOLDER/loraplex/v1.
 generate_into() {
   compile proto '^syntax' --python_out="$1" --mypy_out=quiet:"$1"
   compile proto '^service' --grpc_python_out="$1" --mypy_grpc_out=quiet:"$1"
+}
+
+# generate_dialects_into FOLDER : the stubs of the dialects, below FOLDER, in the pool of $dialects/pool.py.
+generate_dialects_into() {
+  compile_dialects --python_out="$1" --mypy_out=quiet:"$1" --grpc_python_out="$1" --mypy_grpc_out=quiet:"$1"
+  sed -i -e 's/^from google.protobuf import descriptor_pool as _descriptor_pool$/from loraplex_service.dialect_stubs.pool import POOL/' \
+    -e 's/_descriptor_pool.Default()/POOL/' "$1/$dialects"/*_pb2.py
+}
+
+# compare FOLDER NEW : fail if the stubs in FOLDER are not those in NEW.
+compare() {
+  if ! diff -ru --exclude=__init__.py --exclude=pool.py --exclude=__pycache__ "$1" "$2"; then
+    echo "The stubs under $1 are out of date. Run: make stubs" >&2
+    exit 1
+  fi
 }
 
 # image PROTO_ROOT FILE : the compiled contract with its comments, as buf reads it.
@@ -56,19 +84,21 @@ trap 'rm -rf "$scratch"' EXIT
 
 case "${1:-}" in
   generate)
-    rm -f "$stubs"/*_pb2*
+    rm -f "$stubs"/*_pb2* "service/$dialects"/*_pb2*
     generate_into client
+    generate_dialects_into service
     ;;
   check)
     generate_into "$scratch"
-    if ! diff -ru --exclude=__init__.py --exclude=__pycache__ "$stubs" "$scratch/loraplex/v1"; then
-      echo "The stubs under $stubs are out of date. Run: make stubs" >&2
-      exit 1
-    fi
+    generate_dialects_into "$scratch"
+    compare "$stubs" "$scratch/loraplex/v1"
+    compare "service/$dialects" "$scratch/$dialects"
     ;;
   lint)
     image proto "$scratch/image.binpb"
     "$venv/bin/buf" lint "$scratch/image.binpb" --path loraplex/v1 --config proto/buf.yaml
+    compile_dialects --include_imports --include_source_info --descriptor_set_out="$scratch/dialects.binpb"
+    "$venv/bin/buf" lint "$scratch/dialects.binpb" --path "$dialects" --config proto/dialects/buf.yaml
     (cd proto && "../$venv/bin/buf" format --diff --exit-code)
     ;;
   format)

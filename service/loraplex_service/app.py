@@ -40,6 +40,8 @@ from loraplex_service.control.quota import AdapterQuota
 from loraplex_service.control.routes import RouteServicer
 from loraplex_service.control.server import ServerServicer
 from loraplex_service.control.tokenizer import TokenizerServicer
+from loraplex_service.dialects.backend import Backend
+from loraplex_service.dialects.services import dialect_services
 from loraplex_service.errors import Unavailable
 from loraplex_service.http.process import http_process
 from loraplex_service.http.settings import DoorSettings
@@ -208,7 +210,8 @@ def assemble(
     inference = InferenceServicer(entrance, texts, forms, telemetry.metrics, limits.answer_bytes)
     pooling = PoolingServicer(entrance, texts, limits.answer_bytes)
     tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)
-    server = ServerServicer(host, lambda: admission.draining, telemetry, version("loraplex-server"), limits)
+    number = version("loraplex-server")
+    server = ServerServicer(host, lambda: admission.draining, telemetry, number, limits)
     inferring = (
         Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
         Service("loraplex.v1.PoolingService", pooling, add_PoolingServiceServicer_to_server),
@@ -230,8 +233,12 @@ def assemble(
         ),
         Service("loraplex.v1.ServerService", server, add_ServerServiceServicer_to_server),
     )
-    data = (*inferring, *(replace(service, methods=READS[service.name]) for service in admin))
-    health = Health([service.name for service in inferring], [service.name for service in admin])
+    backend = Backend(
+        inference, adapters, models, server, host, catalog, tenants, number, lambda: health.servicer.is_serving("")
+    )
+    spoken = dialect_services(config.dialects, backend)
+    data = (*inferring, *(replace(service, methods=READS[service.name]) for service in admin), *spoken)
+    health = Health([service.name for service in (*inferring, *spoken)], [service.name for service in admin])
     probes = Probes(model.name for model in config.models if model.load)
     return Application(
         config,

@@ -23,7 +23,7 @@ from loraplex_service.auth.config import AuthConfig, CertificateConfig, JwtConfi
 from loraplex_service.config_checks import Shape, number_problems
 from loraplex_service.models.config import HostedModelConfig, SupervisionConfig, is_model
 from loraplex_service.models.devices import ROUNDING
-from loraplex_service.ports.config import TlsConfig
+from loraplex_service.ports.config import DIALECTS, TlsConfig
 from loraplex_service.requests.forms import checked_grammar
 from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 
@@ -80,6 +80,7 @@ class ServiceConfig(_Section, frozen=True):
     metrics_listen: str | None = (
         None  # the Prometheus page, in plaintext: see service/loraplex_service/control/metrics_page.py
     )
+    dialects: tuple[str, ...] = ()  # spoken on the data port beside the contract: see service/loraplex_service/dialects
     http_listen: str | None = (
         None  # OpenAI's and Anthropic's APIs over HTTP, from a process of its own: see service/loraplex_service/http
     )
@@ -302,6 +303,9 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
         yield from (f"tenants.{name}: {problem}" for problem in tenant.problems())
     yield from (f"other_tenants: {problem}" for problem in config.other_tenants.problems())
     yield from _listener_problems(config)
+    yield from _repeated("dialects", list(config.dialects))
+    for name in sorted(set(config.dialects) - set(DIALECTS)):
+        yield f"dialects: {name!r} is not one of {', '.join(DIALECTS)}"
     if config.auth is not None:
         yield from (f"auth: {problem}" for problem in config.auth.problems())
         if config.auth.certificates and (config.tls is None or config.tls.client_ca is None):

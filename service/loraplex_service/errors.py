@@ -5,8 +5,8 @@ Raise these anywhere in the service; the interceptor turns them into the status 
 wrong, where, and what to do: it is written for the caller, and shows nothing that the caller may not see.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -80,6 +80,11 @@ class InvalidRequest(LoraplexError):
     def at(cls, field: str, problem: str) -> "InvalidRequest":
         return cls(Violation(field, problem))
 
+    def rename(self, name: Callable[[str], str]) -> None:
+        """Name the fields as another definition does. `name`: its field for one of ours."""
+        self.violations = tuple(replace(each, field=name(each.field)) for each in self.violations)
+        self.message = "; ".join(f"{violation.field}: {violation.problem}" for violation in self.violations)
+
     def details(self) -> list[Message]:
         return [_bad_request(self.reason, self.violations)]
 
@@ -112,6 +117,12 @@ class FeatureUnsupported(LoraplexError):
     def __init__(self, field: str, problem: str = "is not supported by this server; leave it out") -> None:
         super().__init__("FEATURE_UNSUPPORTED", f"{field}: {problem}", field=_clip(field, 100))
         self.violation = Violation(field, problem)
+
+    def rename(self, name: Callable[[str], str]) -> None:
+        """Name the field as another definition does. `name`: its field for one of ours."""
+        self.violation = replace(self.violation, field=name(self.violation.field))
+        self.message = f"{self.violation.field}: {self.violation.problem}"
+        self.metadata = {"field": _clip(self.violation.field, 100)}
 
     def details(self) -> list[Message]:
         return [_bad_request(self.reason, [self.violation])]

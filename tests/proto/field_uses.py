@@ -14,14 +14,15 @@ from mypy.modulefinder import BuildSource
 from mypy.options import Options
 from mypy.types import CallableType, Instance, Type, TypeVarType, UnionType, get_proper_type
 
-PACKAGE = "loraplex.v1."
+PACKAGES = ("loraplex.v1.", "loraplex_service.dialect_stubs.")
 # What the types of messages and of their fields need.
 TYPED = ("loraplex_service", "loraplex_adapters", "loraplex", "google.protobuf")
 SETTERS = ("append", "add", "extend", "update", "CopyFrom", "MergeFrom")
 
 FOLDERS = ("client", "service", "engine", "adapters")  # from which packages are imported
 
-Field = tuple[str, str]  # (message, field), such as ("Adapter", "name")
+# (message, field), such as ("Adapter", "name"); of a dialect ("kserve_v2_pb2.ModelConfig", "name")
+Field = tuple[str, str]
 Place = tuple[int, int, int | None, int | None]  # of an expression
 _FILE_LINES = 5000  # each file begins at a multiple: mypy says where expressions are, but not in which file
 
@@ -71,7 +72,8 @@ class _Finder(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         callee = get_proper_type(self._type(node.func))
         if isinstance(callee, CallableType):
-            for message in _messages(callee.ret_type) if callee.is_type_obj() else ():
+            makes = callee.is_type_obj() or (isinstance(node.func, ast.Attribute) and node.func.attr == "add")
+            for message in _messages(callee.ret_type) if makes else ():
                 self._uses.given |= {(message, argument.arg) for argument in node.keywords if argument.arg}
             self._protocols(callee, node)
         if isinstance(node.func, ast.Attribute):
@@ -107,12 +109,14 @@ class _Finder(ast.NodeVisitor):
 
 
 def _messages(kind: Type | None) -> Iterator[str]:
-    """The names in the contract of the messages that something of this type may be."""
+    """The names in the contract, or in a dialect, of the messages that something of this type may be."""
     proper = get_proper_type(kind)
     if isinstance(proper, UnionType):
         for item in proper.items:
             yield from _messages(item)
     elif isinstance(proper, TypeVarType):
         yield from _messages(proper.upper_bound)
-    elif isinstance(proper, Instance) and proper.type.fullname.startswith(PACKAGE):
-        yield proper.type.fullname.removeprefix(PACKAGE).partition(".")[2]
+    elif isinstance(proper, Instance) and proper.type.fullname.startswith(PACKAGES):
+        contract, dialects = PACKAGES
+        name = proper.type.fullname.removeprefix(dialects)
+        yield name.removeprefix(contract).partition(".")[2] if name.startswith(contract) else name

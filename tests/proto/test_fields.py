@@ -10,9 +10,12 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 
 from loraplex.v1.errors_pb2 import ErrorReason
 from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_service.dialect_stubs.pool import service_of
 from loraplex_service.validation.checks import UNSUPPORTED_FIELDS
+from loraplex_service.validation.dialects import REFUSED, kind_of
 from tests.proto.contract import FILES
 from tests.proto.field_uses import Field, Uses, field_uses
+from tests.service.dialects.test_definitions import SERVICES
 
 SERVICE = Path("service/loraplex_service")
 CLIENTS = (f"{SERVICE}/commands/", f"{SERVICE}/cli.py")  # they call servers
@@ -102,6 +105,38 @@ def test_every_field_of_an_answer_is_set(uses: Uses) -> None:
         field for message in answered() for field in message.fields if message not in requests or is_output(field)
     ]
     assert sorted({key(field) for field in fields} - uses.given - by_name(SET_BY_NAME)) == []
+
+
+def of_dialects(kinds: str) -> set[Field]:
+    """The fields of all requests, or of all answers, of the dialects, but for what is in refused ones."""
+    found: set[Field] = set()
+    waiting = [getattr(method, kinds) for name in SERVICES for method in service_of(name).methods]
+    seen = set[Descriptor]()
+    while waiting:
+        message = waiting.pop()
+        is_map = message.GetOptions().map_entry
+        if message in seen or message.file.package == "google.protobuf":
+            continue
+        seen.add(message)
+        for field in message.fields:
+            name = f"{kind_of(message)}.{field.name}"
+            module = Path(message.file.name).stem + "_pb2"
+            own = message.full_name.removeprefix(f"{message.file.package}.")
+            if name not in REFUSED and not is_map:
+                found.add((f"{module}.{own}", field.name))
+            if field.message_type is not None and name not in REFUSED:
+                waiting.append(field.message_type)
+    return found
+
+
+@pytest.mark.slow
+def test_every_field_of_a_dialects_request_is_read_or_refused(uses: Uses) -> None:
+    assert sorted(of_dialects("input_type") - uses.read) == []
+
+
+@pytest.mark.slow
+def test_every_field_of_a_dialects_answer_is_set(uses: Uses) -> None:
+    assert sorted(of_dialects("output_type") - of_dialects("input_type") - uses.given) == []
 
 
 # ---- enumerators -----------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   "log_level" .Values.logLevel
   "models" .Values.models
 -}}
+{{- if .Values.dialects -}}{{- $_ := set $own "dialects" .Values.dialects -}}{{- end -}}
 {{- if .Values.http.enabled -}}
 {{- $_ := set $own "http_listen" (printf "0.0.0.0:%v" .Values.http.port) -}}
 {{- $service := include "loraplex.fullname" . -}}

@@ -204,7 +204,7 @@ def _object(body: bytearray) -> dict[str, Any]:
         raise Refusal(400, f"the body is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise Refusal(400, "the body must be a JSON object")
-    if _is_deeper(value, MOST_LEVELS):
+    if is_deeper(value, MOST_LEVELS):
         raise Refusal(400, f"the body has more than {MOST_LEVELS} lists and objects in each other")
     return value
 
@@ -213,7 +213,7 @@ def _beyond_small(size: int) -> int:
     return max(0, size - SMALL_BYTES)
 
 
-def _is_deeper(value: Any, most: int) -> bool:
+def is_deeper(value: Any, most: int) -> bool:
     """Whether JSON has more than `most` lists and objects in each other."""
     level = [value]
     for _ in range(most):

@@ -1,6 +1,8 @@
-"""The part of the configuration that says how the ports are encrypted."""
+"""The part of the configuration that says how the ports are encrypted, and the dialects that there are."""
 
 import msgspec
+
+DIALECTS = ("kserve_v2",)  # what the data port may speak beside the contract
 
 
 class TlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

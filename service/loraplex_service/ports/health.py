@@ -37,6 +37,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         for watcher in self._watchers.get(name, ()):
             watcher.put(name, status)
 
+    def is_serving(self, name: str) -> bool:
+        """Whether the last status of a name is SERVING."""
+        return self._statuses.get(name) == SERVING
+
     def end(self) -> None:
         """Report NOT_SERVING for every name, whatever is set afterwards."""
         for name in self._statuses:

@@ -31,8 +31,7 @@ from loraplex_service.errors import (
     Unauthenticated,
     trailing_metadata,
 )
-from loraplex_service.ports.receiving import ReceiveLimits, Receiver
-from loraplex_service.ports.wire import SMALL_BYTES
+from loraplex_service.ports.receiving import ReceiveLimits, Receiver, check_message
 from loraplex_service.telemetry.records import NOBODY, CallRecord, Observer
 from loraplex_service.telemetry.trace_context import trace_id_of
 from loraplex_service.validation.checks import check_request
@@ -87,10 +86,7 @@ class _Method:
             return _checked(self.receiver.all(context), principal, self.path)
         message = await self.receiver.one(context)
         check_resource(principal, self.path, message)
-        if message.ByteSize() > SMALL_BYTES:  # in a thread: the loop has others to serve
-            await asyncio.to_thread(check_request, message)
-        else:
-            check_request(message)
+        await check_message(message)
         return message
 
 

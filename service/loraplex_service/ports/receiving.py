@@ -9,16 +9,25 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
+from loraplex_service.dialect_stubs.pool import service_of
 from loraplex_service.errors import DeadlineExceeded, InvalidRequest, MessageTooLarge
 from loraplex_service.ports.wire import SMALL_BYTES, check_wire
+from loraplex_service.validation.checks import check_request
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_DATA = "/loraplex.v1.InferenceService/", "/loraplex.v1.PoolingService/", "/loraplex.v1.TokenizerService/"
+_DATA = (
+    "/loraplex.v1.InferenceService/",
+    "/loraplex.v1.PoolingService/",
+    "/loraplex.v1.TokenizerService/",
+    "/inference.GRPCInferenceService/ModelInfer",
+    "/inference.GRPCInferenceService/ModelStreamInfer",
+)
+# Streams of requests, each with answers of its own: a caller that has sent one may take its time with the next.
+_CONVERSATIONS = ("/inference.GRPCInferenceService/ModelStreamInfer",)
 _BATCH = "/loraplex.v1.InferenceService/BatchGenerate"
 _ADAPTERS = "/loraplex.v1.AdapterService/"
 _ADAPTER_BYTES = 2 << 20  # a chunk of an upload; an adapter with the names of all of its modules
@@ -43,7 +52,7 @@ class ReceiveLimits:
 
     def largest(self, services: Iterable[str]) -> int:
         """The largest limit of any method of these services, given by full names."""
-        found = [descriptor_pool.Default().FindServiceByName(name) for name in services]
+        found = map(service_of, services)
         methods = [f"/{service.full_name}/{method.name}" for service in found for method in service.methods]
         return max(map(self.bytes_of, methods), default=_OTHER_BYTES)
 
@@ -61,23 +70,25 @@ class Receiver:
 
     async def one(self, context: Context) -> Message:
         """The only message of a caller."""
-        message = await self._next(context)
+        message = await self._next(context, self._seconds)
         if message is None:
             raise InvalidRequest.at("request", f"is missing: {self._method} takes one message")
         return message
 
     async def all(self, context: Context) -> AsyncIterator[Message]:
         """The messages of a caller, each received when it is asked for."""
-        while (message := await self._next(context)) is not None:
+        seconds: float | None = self._seconds
+        while (message := await self._next(context, seconds)) is not None:
             yield message
+            seconds = None if self._method in _CONVERSATIONS else self._seconds
 
-    async def _next(self, context: Context) -> Message | None:
+    async def _next(self, context: Context, seconds: float | None) -> Message | None:
         """The next message; None: there are no more. Raises InvalidRequest, MessageTooLarge, DeadlineExceeded."""
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(seconds):
                 data = await context.read()
         except TimeoutError:
-            problem = f"no message of the call came for {self._seconds:g} s; send it with the call"
+            problem = f"no message of the call came for {seconds:g} s; send it with the call"
             raise DeadlineExceeded(problem) from None
         if data is grpc.aio.EOF:
             return None
@@ -96,5 +107,13 @@ class Receiver:
 
 def _input_of(method: str) -> Descriptor:
     """The message type that the method takes."""
-    found = descriptor_pool.Default().FindMethodByName(method.removeprefix("/").replace("/", "."))
-    return found.input_type
+    service, _, name = method.removeprefix("/").partition("/")
+    return service_of(service).methods_by_name[name].input_type
+
+
+async def check_message(message: Message) -> None:
+    """Check a message by the table of limits. Raises InvalidRequest, FeatureUnsupported."""
+    if message.ByteSize() > SMALL_BYTES:  # in a thread: the loop has others to serve
+        await asyncio.to_thread(check_request, message)
+    else:
+        check_request(message)

@@ -17,6 +17,8 @@ from loraplex.v1.tokenizer_pb2 import DetokenizeRequest, TokenizeRequest
 from loraplex_adapters.grammar import DIGEST, ID_RULE, is_id
 from loraplex_service.errors import FeatureUnsupported, InvalidRequest, Violation
 from loraplex_service.names.grammar import model_id, tenant_id
+from loraplex_service.validation import dialects
+from loraplex_service.validation.dialects import REFUSED, kind_of
 from loraplex_service.validation.limits import LIMITS, TOTALS, Entries, Total
 
 # What the contract has and this server does not. Refused by name; ServerInfo lists them.
@@ -24,6 +26,7 @@ UNSUPPORTED_FIELDS: tuple[str, ...] = ()
 
 # Beyond these, fields that the contract does not have are not even looked at one by one: that takes long.
 MAX_UNKNOWN_BYTES = 64 << 10
+_LIMITS = {**LIMITS, **dialects.LIMITS}
 _OF_ENTRIES = (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE)
 _UNKNOWN = "is a field that this server's version of the contract does not have"
 
@@ -50,7 +53,7 @@ def check_message(message: Message, path: str = "") -> Iterator[Violation]:
 
     Raises FeatureUnsupported, and InvalidRequest for a message that is too large as a whole.
     """
-    kind = message.DESCRIPTOR.name
+    kind = kind_of(message.DESCRIPTOR)
     if kind in TOTALS:
         _check_total(message, TOTALS[kind], path)
     unknown = UnknownFieldSet(message)
@@ -60,7 +63,9 @@ def check_message(message: Message, path: str = "") -> Iterator[Violation]:
         where, name = _at(path, field.name), f"{kind}.{field.name}"
         if name in UNSUPPORTED_FIELDS:
             raise FeatureUnsupported(where)
-        limit = LIMITS.get(name)
+        if name in REFUSED:
+            raise FeatureUnsupported(where, REFUSED[name])
+        limit = _LIMITS.get(name)
         problems = [] if limit is None else list(limit.problems(value))
         yield from (Violation(where + suffix, problem) for suffix, problem in problems)
         if not problems and not (isinstance(limit, Entries) and limit.alone):

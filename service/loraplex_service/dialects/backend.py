@@ -1,0 +1,148 @@
+"""What all dialects call: the servicers of the contract, and what they are asked most."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import ErrorInfo
+
+from loraplex.operations.base import adapter_name, model_name, tenant_name
+from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, DeleteAdapterRequest, ListAdaptersRequest
+from loraplex.v1.inference_pb2 import (
+    CancelGenerationRequest,
+    GenerateRequest,
+    GenerateResponse,
+    StreamGenerateRequest,
+    StreamGenerateResponse,
+)
+from loraplex.v1.models_pb2 import Model
+from loraplex_service.admission.tenants import Tenants
+from loraplex_service.call import current_call
+from loraplex_service.control.adapters import AdapterServicer
+from loraplex_service.control.models import ModelServicer, model_message
+from loraplex_service.control.server import ServerServicer
+from loraplex_service.dialects.fields import Draft
+from loraplex_service.errors import FailedPrecondition, InvalidRequest, Unavailable
+from loraplex_service.models.host import HostedModel, ModelHost
+from loraplex_service.names.catalog import Catalog
+from loraplex_service.names.target import Target
+from loraplex_service.ports.receiving import check_message
+from loraplex_service.requests.inference import InferenceServicer
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+READ_SECONDS = 60  # for the files of an adapter to be read, and for a model to be loaded
+_ADAPTERS = "/adapters/"
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The servicers of the contract. Dialects call them within their own calls."""
+
+    inference: InferenceServicer
+    adapters: AdapterServicer
+    models: ModelServicer
+    server: ServerServicer
+    host: ModelHost
+    catalog: Catalog
+    tenants: Tenants
+    version: str  # of the server
+    is_serving: Callable[[], bool]  # whether a model serves, and requests are let in
+
+    # ---- generations -------------------------------------------------------------------------------------------------
+
+    async def stream(self, draft: Draft, context: Context) -> AsyncGenerator[StreamGenerateResponse, None]:
+        """Generate what the draft asks for. Errors name its fields."""
+        request = StreamGenerateRequest(spec=draft.spec)
+        with draft.naming():
+            await check_message(request)
+            async with aclosing(self.inference.StreamGenerate(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def whole(self, draft: Draft, context: Context) -> GenerateResponse:
+        """The same in one piece."""
+        request = GenerateRequest(spec=draft.spec)
+        with draft.naming():
+            await check_message(request)
+            return await self.inference.Generate(request, context)
+
+    async def cancel(self, request_ids: list[str], context: Context) -> list[str]:
+        """End the caller's generations with these ids, which their callers gave. Returns the server's ids of them."""
+        request = CancelGenerationRequest(client_request_ids=request_ids)
+        await check_message(request)
+        return list((await self.inference.CancelGeneration(request, context)).cancelled_request_ids)
+
+    # ---- names -------------------------------------------------------------------------------------------------------
+
+    def target(self, name: str, path: str) -> Target:
+        """What a name means to the caller. `path`: the field that holds it. Raises what `Catalog.resolve` does."""
+        return self.catalog.resolve(current_call().tenant, name, path)
+
+    def only_model(self, path: str) -> HostedModel:
+        """The model that is served. `path`: the field that says which, where there are several. Raises InvalidRequest."""
+        models = self.host.all()
+        if len(models) != 1:
+            names = ", ".join(sorted(model.name for model in models))
+            raise InvalidRequest.at(path, f"is required: several models are served, {names}")
+        return models[0]
+
+    # ---- models and adapters -----------------------------------------------------------------------------------------
+
+    def list_models(self) -> list[Model]:
+        return [model_message(model) for model in sorted(self.host.all(), key=lambda model: model.name)]
+
+    async def list_adapters(self, context: Context, versions: bool = False) -> AsyncIterator[Adapter]:
+        """The adapters that the caller sees, by their current versions or all."""
+        request = ListAdaptersRequest(parent="tenants/-", page_size=1000, include_versions=versions)
+        while True:
+            response = await self.adapters.ListAdapters(request, context)
+            for adapter in response.adapters:
+                yield adapter
+            if not response.next_page_token:
+                return
+            request.page_token = response.next_page_token
+            await asyncio.sleep(0)  # others get a turn
+
+    async def register(self, draft: Draft, name: str, source: str, base_model: str, context: Context) -> Adapter:
+        """Register an adapter, and return it once it can be used. Raises what says why it cannot."""
+        parent, is_full, adapter_id = name.rpartition(_ADAPTERS)
+        base = base_model or self.only_model(draft.named("adapter.base_model")).name
+        request = CreateAdapterRequest(
+            parent=parent if is_full else tenant_name(tenant_of_names(context)),
+            adapter_id=adapter_id,
+            adapter=Adapter(source=source, base_model=model_name(base)),
+            wait=Duration(seconds=READ_SECONDS),
+        )
+        with draft.naming():
+            await check_message(request)
+            adapter = await self.adapters.CreateAdapter(request, context)
+        if adapter.state == Adapter.STATE_FAILED:
+            raise FailedPrecondition(_reason(adapter), adapter.error.message)
+        if adapter.state != Adapter.STATE_ACTIVE:
+            raise Unavailable("ADAPTER_COLD", f"{name} is not read after {READ_SECONDS} s; ask again")
+        return adapter
+
+    async def delete(self, draft: Draft, name: str, context: Context) -> Adapter:
+        """Delete an adapter with its versions: new requests are refused, and running ones end in peace."""
+        request = DeleteAdapterRequest(name=adapter_name(name, tenant_of_names(context)) if name else "")
+        with draft.naming():
+            await check_message(request)
+            return await self.adapters.DeleteAdapter(request, context)
+
+
+def tenant_of_names(context: Context) -> str:
+    """The tenant whose adapters bare names mean where they are loaded and unloaded, as over HTTP."""
+    metadata = dict(context.invocation_metadata() or ())
+    return str(metadata.get("loraplex-tenant", "shared"))
+
+
+def _reason(adapter: Adapter) -> str:
+    """Why a version failed, as ErrorInfo has it."""
+    info = ErrorInfo()
+    adapter.error.details[0].Unpack(info)
+    return info.reason
