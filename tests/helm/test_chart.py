@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
     "dashboard": {"dashboard": {"enabled": True}},
     "http": {"http": {"enabled": True}},
+    "dialects": {"dialects": ["kserve_v2"]},
     "placement": {
         "nodeSelector": {"gpu": "h100"},
         "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],

@@ -84,7 +84,7 @@ class Backend:
         return self.catalog.resolve(current_call().tenant, name, path)
 
     def only_model(self, path: str) -> HostedModel:
-        """The model that is served. `path`: the field that says which, where there are several. Raises InvalidRequest."""
+        """The model that is served. `path`: the field that says which if there are several. Raises InvalidRequest."""
         models = self.host.all()
         if len(models) != 1:
             names = ", ".join(sorted(model.name for model in models))

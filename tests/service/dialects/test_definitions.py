@@ -1,4 +1,4 @@
-"""What holds for all dialects: each method has a rule, each field a limit or a reason, and no name is in others' way."""
+"""What holds for all dialects: methods have rules, fields limits or reasons, and no name is in others' way."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -92,7 +92,7 @@ async def test_a_model_is_described_by_its_tensors(stub: Any) -> None:
     assert len(found.versions) == 1
     config = (await stub.ModelConfig(ModelConfigRequest(name="tiny"))).config
     assert config.model_transaction_policy.decoupled
-    assert [tensor.name for tensor in config.output][0] == "text_output"
+    assert config.output[0].name == "text_output"
 
 
 async def test_a_text_comes_back_behind_its_prompt(stub: Any) -> None:
