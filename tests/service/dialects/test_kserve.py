@@ -191,7 +191,8 @@ def malformed() -> dict[str, ModelInferRequest]:
     del no_text.inputs[0], no_text.raw_input_contents[0]
     shape.inputs[0].shape[:] = [1 << 40]
     parameter.parameters["priority"].uint64_param = 3
-    uneven, no_utf8, both = infer(), infer(), infer()
+    uneven, no_utf8, both, kind = infer(), infer(), infer(), infer()
+    kind.parameters["triton_enable_empty_final_response"].string_param = "true"
     del uneven.raw_input_contents[0]
     no_utf8.raw_input_contents[0] = b"\1\0\0\0\xff"
     both.inputs[0].contents.bytes_contents.append(b"x")
@@ -203,6 +204,7 @@ def malformed() -> dict[str, ModelInferRequest]:
         "inputs": no_text,
         "inputs[0].shape": shape,
         "parameters[priority]": parameter,
+        "parameters[triton_enable_empty_final_response]": kind,
         "raw_input_contents": uneven,
         "text_input  ": no_utf8,
         "text_input   ": both,

@@ -43,7 +43,7 @@ from loraplex_service.dialects.backend import READ_SECONDS, Backend, Context
 from loraplex_service.dialects.fields import Draft
 from loraplex_service.dialects.kserve.answers import Answers
 from loraplex_service.dialects.kserve.requests import draft_of, named
-from loraplex_service.dialects.kserve.tensors import FINAL, INPUTS, OUTPUTS, asked_of
+from loraplex_service.dialects.kserve.tensors import FINAL, INPUTS, OUTPUTS, asked_of, check_kind
 from loraplex_service.errors import (
     FailedPrecondition,
     FeatureUnsupported,
@@ -219,8 +219,10 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
     async def RepositoryModelLoad(  # noqa: N802
         self, request: RepositoryModelLoadRequest, context: Context
     ) -> RepositoryModelLoadResponse:
+        _refuse_others(request.parameters, ("source", "base_model"))
+        for name, value in request.parameters.items():
+            check_kind(value, "string_param", name)
         given = {name: value.string_param for name, value in request.parameters.items()}
-        _refuse_others(given, ("source", "base_model"))
         if "source" in given:
             draft = Draft(names=_LOADED)
             await self._backend.register(

@@ -4,7 +4,12 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex_service.dialect_stubs.kserve_v2_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
+from loraplex_service.dialect_stubs.kserve_v2_pb2 import (
+    InferParameter,
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelRepositoryParameter,
+)
 from loraplex_service.errors import FeatureUnsupported, InvalidRequest
 
 INPUTS: Mapping[str, tuple[str, bool]] = {  # datatype, and whether it may be left out
@@ -133,7 +138,17 @@ def _says_the_end(parameters: Mapping[str, InferParameter]) -> bool:
         if name != _EMPTY_RESPONSE:
             problem = f"is none of this server's; {_EMPTY_RESPONSE} is. What is generated, sampling_parameters say"
             raise FeatureUnsupported(f"parameters[{name[:100]}]", problem)
-    return _EMPTY_RESPONSE in parameters and parameters[_EMPTY_RESPONSE].bool_param
+    if _EMPTY_RESPONSE not in parameters:
+        return False
+    value = parameters[_EMPTY_RESPONSE]
+    check_kind(value, "bool_param", _EMPTY_RESPONSE)
+    return value.bool_param
+
+
+def check_kind(value: InferParameter | ModelRepositoryParameter, kind: str, name: str) -> None:
+    """Raise InvalidRequest for a parameter whose value is of another kind."""
+    if value.WhichOneof("parameter_choice") != kind:
+        raise InvalidRequest.at(f"parameters[{name}]", f"must be a {kind}")
 
 
 def _output(output: ModelInferRequest.InferRequestedOutputTensor) -> str:
@@ -141,7 +156,7 @@ def _output(output: ModelInferRequest.InferRequestedOutputTensor) -> str:
         problem = f"{output.name!r} is not an output of this server; there are {', '.join(OUTPUTS)}"
         raise FeatureUnsupported("outputs", problem)
     for name, value in output.parameters.items():
-        if name == "classification" and value.int64_param == 0:
+        if name == "classification" and value.WhichOneof("parameter_choice") == "int64_param" and not value.int64_param:
             continue  # tritonclient's way to say that there is none
         raise FeatureUnsupported(f"outputs.parameters[{name[:100]}]", "outputs have no parameters here; leave it out")
     return output.name
