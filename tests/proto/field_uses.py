@@ -72,8 +72,7 @@ class _Finder(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         callee = get_proper_type(self._type(node.func))
         if isinstance(callee, CallableType):
-            makes = callee.is_type_obj() or (isinstance(node.func, ast.Attribute) and node.func.attr == "add")
-            for message in _messages(callee.ret_type) if makes else ():
+            for message in _messages(callee.ret_type) if callee.is_type_obj() else ():
                 self._uses.given |= {(message, argument.arg) for argument in node.keywords if argument.arg}
             self._protocols(callee, node)
         if isinstance(node.func, ast.Attribute):

@@ -13,7 +13,7 @@ from loraplex.v1.inference_pb2 import (
     TokenLogprob,
 )
 from loraplex.v1.routes_pb2 import ResolvedTarget
-from loraplex_service.dialect_stubs.kserve_v2_pb2 import ModelInferRequest, ModelInferResponse
+from loraplex_service.dialect_stubs.kserve_v2_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from loraplex_service.dialects.kserve.tensors import FINAL, Asked, add_output
 from loraplex_service.http.answers import FINISH_REASONS
 
@@ -58,11 +58,12 @@ class Answers:
 
     def end(self) -> ModelInferResponse:
         """The empty response that says that there are no more."""
-        response = ModelInferResponse(
-            model_name=self._request.model_name, model_version=self._version, id=self._request.id
+        return ModelInferResponse(
+            model_name=self._request.model_name,
+            model_version=self._version,
+            id=self._request.id,
+            parameters={FINAL: InferParameter(bool_param=True)},
         )
-        response.parameters[FINAL].bool_param = True
-        return response
 
     def _begin(self, target: ResolvedTarget, prompt_tokens: int) -> None:
         self._version = target.adapter_version.rpartition("@")[2] if "+" not in target.adapter_version else ""

@@ -21,11 +21,14 @@ from loraplex_service.dialect_stubs.kserve_v2_pb2 import (
     ModelConfigResponse,
     ModelInferRequest,
     ModelInferResponse,
+    ModelInput,
     ModelMetadataRequest,
     ModelMetadataResponse,
+    ModelOutput,
     ModelReadyRequest,
     ModelReadyResponse,
     ModelStreamInferResponse,
+    ModelTransactionPolicy,
     RepositoryIndexRequest,
     RepositoryIndexResponse,
     RepositoryModelLoadRequest,
@@ -103,23 +106,36 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request: ModelMetadataRequest, context: Context) -> ModelMetadataResponse:  # noqa: N802
         target = self._backend.target(named(request.name, request.version), "name")
-        tensor = ModelMetadataResponse.TensorMetadata
         return ModelMetadataResponse(
             name=request.name,
             versions=[] if target.adapter is None else [target.adapter.version_name.rpartition("@")[2]],
             platform=NAME,
-            inputs=[tensor(name=name, datatype=kind, shape=[1]) for name, (kind, _) in INPUTS.items()],
-            outputs=[tensor(name=name, datatype=kind, shape=[-1]) for name, kind in OUTPUTS.items()],
+            inputs=[
+                ModelMetadataResponse.TensorMetadata(name=name, datatype=kind, shape=[1])
+                for name, (kind, _) in INPUTS.items()
+            ],
+            outputs=[
+                ModelMetadataResponse.TensorMetadata(name=name, datatype=kind, shape=[-1])
+                for name, kind in OUTPUTS.items()
+            ],
         )
 
     async def ModelConfig(self, request: ModelConfigRequest, context: Context) -> ModelConfigResponse:  # noqa: N802
         self._backend.target(named(request.name, request.version), "name")
-        config = ModelConfig(name=request.name, platform=NAME, backend=NAME, max_batch_size=0)
-        for name, (kind, is_optional) in INPUTS.items():
-            config.input.add(name=name, data_type=_DATA_TYPES[kind], dims=[1], optional=is_optional)
-        for name, kind in OUTPUTS.items():
-            config.output.add(name=name, data_type=_DATA_TYPES[kind], dims=[-1])
-        config.model_transaction_policy.decoupled = True
+        inputs = [
+            ModelInput(name=name, data_type=_DATA_TYPES[kind], dims=[1], optional=is_optional)
+            for name, (kind, is_optional) in INPUTS.items()
+        ]
+        outputs = [ModelOutput(name=name, data_type=_DATA_TYPES[kind], dims=[-1]) for name, kind in OUTPUTS.items()]
+        config = ModelConfig(
+            name=request.name,
+            platform=NAME,
+            backend=NAME,
+            max_batch_size=0,
+            input=inputs,
+            output=outputs,
+            model_transaction_policy=ModelTransactionPolicy(decoupled=True),
+        )
         return ModelConfigResponse(config=config)
 
     # ---- generating --------------------------------------------------------------------------------------------------
@@ -205,15 +221,19 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
         index = RepositoryIndexResponse()
         for model in self._backend.list_models():
             if not request.ready or model.state == Model.STATE_ACTIVE:
-                index.models.add(name=model.name, state=_STATES[model.state], reason=model.error.message)
+                found = RepositoryIndexResponse.ModelIndex(
+                    name=model.name, state=_STATES[model.state], reason=model.error.message
+                )
+                index.models.append(found)
         async for adapter in self._backend.list_adapters(context, versions=True):
             if not request.ready or adapter.state == Adapter.STATE_ACTIVE:
-                index.models.add(
+                found = RepositoryIndexResponse.ModelIndex(
                     name=adapter.name,
                     version=adapter.version.rpartition("@")[2],
                     state=_ADAPTER_STATES[adapter.state],
                     reason=adapter.error.message,
                 )
+                index.models.append(found)
         return index
 
     async def RepositoryModelLoad(  # noqa: N802

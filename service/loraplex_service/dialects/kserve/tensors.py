@@ -165,7 +165,7 @@ def _output(output: ModelInferRequest.InferRequestedOutputTensor) -> str:
 def add_output(response: ModelInferResponse, name: str, values: list[str] | list[float] | list[int]) -> None:
     """Add a tensor to an answer."""
     datatype = OUTPUTS[name]
-    response.outputs.add(name=name, datatype=datatype, shape=[len(values)])
+    response.outputs.append(ModelInferResponse.InferOutputTensor(name=name, datatype=datatype, shape=[len(values)]))
     response.raw_output_contents.append(b"".join(_raw(value, datatype) for value in values))
 
 
