@@ -91,6 +91,7 @@ def test_the_table_is_about_fields_that_there_are() -> None:
 
 
 def set_to(field: FieldDescriptor, value: Any) -> Any:
+    assert field.containing_type is not None
     message: Any = GetMessageClass(field.containing_type)()
     if field.is_repeated:
         getattr(message, field.name).extend([value])
@@ -132,7 +133,7 @@ def test_a_prompt_may_be_as_large_as_in_the_contract(name: str) -> None:
     assert ReceiveLimits().bytes_of(name) == ReceiveLimits().bytes_of("/loraplex.v1.InferenceService/Generate")
 
 
-async def test_reflection_describes_what_is_spoken(channel: grpc.aio.Channel) -> None:
+async def test_reflection_describes_what_is_spoken(channel: Any) -> None:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
     asked += [reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in SERVICES]

@@ -108,7 +108,8 @@ async def test_the_prompt_is_left_out_where_the_caller_wants_that(stub: Any) -> 
 
 async def test_all_outputs_come_that_are_asked_for(stub: Any) -> None:
     flags = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
-    found = values(await stub.ModelInfer(infer(**{f"return_{flag}": True for flag in flags})))
+    wanted: dict[str, Any] = {f"return_{flag}": True for flag in flags}
+    found = values(await stub.ModelInfer(infer(**wanted)))
     assert found.keys() == {"text_output", *flags}
     assert (found["finish_reason"], found["num_output_tokens"]) == ("length", 4)
 
