@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -23,6 +23,7 @@ from loraplex_engine.drafting.drafting import Drafting
 from loraplex_engine.drafting.model import ModelDrafts
 from loraplex_engine.drafting.source import Ngrams, Source
 from loraplex_engine.execution.bad_words import TokenTexts
+from loraplex_engine.execution.disk_cache import disk_cache
 from loraplex_engine.execution.loading import load_runner, load_runners
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.execution.size_report import size_report
@@ -42,7 +43,7 @@ from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.forms import FormPreparer
-from loraplex_engine.scheduling.host_blocks import HostBlocks
+from loraplex_engine.scheduling.host_blocks import Disk, HostBlocks
 from loraplex_engine.scheduling.prefixes import PrefixPreparer
 from loraplex_engine.scheduling.request import Request, RequestState
 from loraplex_engine.scheduling.scheduler import Scheduler
@@ -77,8 +78,9 @@ class EngineCore:
         config: EngineConfig,
         beside: ModelRunner | None = None,
         run_ahead: bool = False,
+        disk: Disk | None = None,
     ) -> None:
-        """`beside`: the small model that drafts, if there is one.
+        """`beside`: the small model that drafts, if there is one. `disk`: the last tier of the prefix cache, likewise.
 
         `run_ahead`: start a step before the tokens of the one before are read. With drafts there is no such step.
         """
@@ -86,7 +88,7 @@ class EngineCore:
         self.store = store
         self.pool = pool
         memory = runner.host_cache
-        host = None if memory is None else HostBlocks(memory.num_slots)
+        host = None if memory is None else HostBlocks(memory.num_slots, disk)
         self._host_block_bytes = 0 if memory is None else memory.block_bytes
         self._move_seconds = 0.0
         self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching, host)
@@ -143,13 +145,16 @@ class EngineCore:
             num_slots=config.max_resident_adapters,
             budget_bytes=config.adapter_device_bytes,
         )
+        disk = None if runner.host_cache is None else disk_cache(config, path, runner, runner.host_cache)
         run_ahead = runner.ops.device.type == "cuda" if config.run_ahead is None else config.run_ahead
         logger.info("%s", size_report([runner] if beside is None else [runner, beside], config))
-        return cls(runner, store, pool, config, beside, run_ahead)
+        return cls(runner, store, pool, config, beside, run_ahead, disk)
 
     def close(self) -> None:
-        """Stop the threads that load adapters and compile grammars."""
+        """Stop the threads that load adapters, compile grammars, and read and write files of the cache."""
         self.store.close()
+        if self.blocks.host is not None:
+            self.blocks.host.disk.close()
         self.forms.close()
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -242,6 +247,8 @@ class EngineCore:
         """
         events: list[FromEngine] = []
         self.adapters.advance(self.scheduler.adapter_users)
+        if self.prefixes is not None:
+            self.prefixes.poll()
         plan = self.scheduler.schedule()
         if self.prefixes is not None:
             self._move_blocks(self.prefixes, idle=not plan.scheduled)
@@ -266,6 +273,7 @@ class EngineCore:
         moves, began = prefixes.moves(idle), time.monotonic()
         try:
             self.runner.move(moves)
+            prefixes.write(moves)
             self._move_seconds += time.monotonic() - began if moves else 0.0
         except torch.AcceleratorError:
             raise
@@ -320,7 +328,7 @@ class EngineCore:
         self.scheduler.fail_not_finite(failed, NOT_FINITE)
 
     def stats(self) -> EngineStats:
-        scheduler, blocks, host = self.scheduler, self.blocks, self.blocks.host
+        scheduler, blocks = self.scheduler, self.blocks
         adapters, *others = scheduler.rooms
         return EngineStats(
             num_running=len(scheduler.running),
@@ -346,12 +354,25 @@ class EngineCore:
             num_forms_failed=scheduler.num_forms_failed,
             draft_tokens=scheduler.draft_tokens,
             accepted_draft_tokens=scheduler.accepted_draft_tokens,
-            host_blocks=0 if host is None else host.num_used,
-            host_cache_bytes=0 if host is None else host.num_used * self._host_block_bytes,
-            num_saved_blocks=0 if host is None else host.num_saved,
-            num_restored_blocks=0 if self.prefixes is None else self.prefixes.num_restored,
-            move_seconds=self._move_seconds,
+            **self._tiers(),
         )
+
+    def _tiers(self) -> dict[str, Any]:
+        """What is to be said of the prefix cache beyond the device."""
+        host = self.blocks.host
+        if host is None or self.prefixes is None:
+            return {}
+        return {
+            "host_blocks": host.num_used,
+            "host_cache_bytes": host.num_used * self._host_block_bytes,
+            "num_saved_blocks": host.num_saved,
+            "num_restored_blocks": self.prefixes.num_restored,
+            "move_seconds": self._move_seconds,
+            "disk_cache_bytes": host.disk.used_bytes,
+            "num_blocks_written": host.disk.num_written,
+            "num_blocks_read": host.disk.num_read,
+            "num_bad_files": host.disk.num_bad,
+        }
 
 
 def _running(plan: StepPlan) -> list[Request]:

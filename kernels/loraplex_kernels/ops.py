@@ -237,6 +237,9 @@ class Ops(Protocol):
     own_threads: bool
     """The operations compute on threads of their own: torch's would spin beside them and take their cores."""
 
+    kv_layout: str
+    """How blocks of the cache are laid out and computed: what one process stored, another with the same reads."""
+
     capturable: bool
     """A CUDA graph may capture the operations and replay them for other adapters: they never read back from the device,
     and their launches follow from shapes alone."""

@@ -179,6 +179,7 @@ class ReferenceOps(TorchSampling):
     batch_invariant = False  # the libraries behind torch choose their summation order by the number of rows
     packing_copies = False
     own_threads = False
+    kv_layout = "reference"
     capturable = False  # it asks the device for sizes
     lora_growth = 0  # a table is a list of adapters, each as wide as it is
 

@@ -30,6 +30,7 @@ from loraplex_service.adapters.records import AdapterRecords
 from loraplex_service.adapters.registrar import AdapterRegistrar
 from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.admission.admission import Admission, AdmissionLimits
+from loraplex_service.admission.cache_key import cache_key
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.auth.door import Door
 from loraplex_service.config import LimitsConfig, ServiceConfig
@@ -183,7 +184,7 @@ def assemble(
     depot = Depot((state_directory or bus_directory.path) / "adapters")
     remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
     library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
-    tenants = Tenants(config.tenants, config.other_tenants)
+    tenants = Tenants(config.tenants, config.other_tenants, cache_key=cache_key(state_directory))
     adapter_texts = AdapterTexts(lambda version: str(library.directory(version)))
     records = AdapterRecords(registry, state)
     work = BackgroundWork()

@@ -235,6 +235,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
             model=located(item.model),
             drafts=drafts,
             chat_template=None if item.chat_template is None else absolute(item.chat_template),
+            disk_cache_directory=None if item.disk_cache_directory is None else absolute(item.disk_cache_directory),
         )
 
     def tenant(item: TenantConfig) -> TenantConfig:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import pytest
@@ -30,7 +31,9 @@ from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_adapters.versions import AdapterInfo, AdapterSpec, AdapterState, AdapterVersion, full_name
 from loraplex_engine.core import EngineCore
+from loraplex_engine.execution.disk_cache import DiskCache
 from loraplex_engine.execution.loading import load_runner
+from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
     AdaptersChanged,
@@ -77,6 +80,7 @@ class SteppedEngine:
 
     def __init__(self, model: Path, **fields: Any) -> None:
         self.loader, self.now = Loader(), 0.0
+        self.files: TemporaryDirectory[str] | None = None  # of the disk cache
         options: dict[str, Any] = {"dtype": "float32", "kernels": "cpu", "threads": 1, "block_size": 4}
         room = {"max_model_len": 32, "max_num_batched_tokens": 16}
         config = EngineConfig(model=str(model), **(options | room | fields))
@@ -93,8 +97,20 @@ class SteppedEngine:
         )
         sites = runner.model.lora_sites()
         pool = AdapterPool(sites, store, config.max_resident_adapters, config.adapter_device_bytes)
-        self.core = EngineCore(runner, store, pool, config)
+        self.core = EngineCore(runner, store, pool, config, disk=self._disk(runner))
         self.core.scheduler.clock = self.clock
+
+    def _disk(self, runner: ModelRunner) -> DiskCache | None:
+        """Of an engine with a host cache; its files go when it does."""
+        if runner.host_cache is None:
+            return None
+        self.files, slots = TemporaryDirectory(), runner.host_cache.slots.numpy()
+        return DiskCache(Path(self.files.name), 40 * BLOCK_BYTES, b"", slots, executor=lambda name: self.loader)
+
+    def close(self) -> None:
+        self.core.close()
+        if self.files is not None:
+            self.files.cleanup()
 
     def clock(self) -> float:
         return self.now
@@ -135,7 +151,7 @@ class Alone:
         return self._found[case]
 
     def close(self) -> None:
-        self._engine.core.close()
+        self._engine.close()
 
 
 def outputs_of(messages: list[Any]) -> Iterator[RequestOutput]:
@@ -305,7 +321,7 @@ class Lives(RuleBasedStateMachine):
         assert self.core.pool.residents() == []
         assert self.core.store.residents() == []
         assert self.core.blocks.num_free + self.core.blocks.num_cached == self.core.blocks.num_blocks
-        self.core.close()
+        self.engine.close()
 
     def _finish(self, is_over: Callable[[], bool]) -> None:
         for _ in range(MAX_STEPS):
@@ -431,13 +447,13 @@ def _target(keys: list[Any], weights: tuple[float, ...] | None) -> AdapterKey | 
     return keys[0] if keys else None
 
 
-class LivesBesideHost(Lives):
-    """Blocks that the device evicts come back from the host, which has room for some."""
+class LivesInThreeTiers(Lives):
+    """Blocks that the device evicts come back from the host, which has room for some, and from files."""
 
-    settings: ClassVar[dict[str, Any]] = {"host_cache_bytes": 20 * BLOCK_BYTES}
+    settings: ClassVar[dict[str, Any]] = {"host_cache_bytes": 16 * BLOCK_BYTES}
 
 
-@pytest.mark.parametrize("lives", [Lives, LivesBesideHost])
+@pytest.mark.parametrize("lives", [Lives, LivesInThreeTiers])
 def test_every_output_is_that_of_its_version_alone(alone: Alone, lives: Callable[[Alone], Lives]) -> None:
     run_state_machine_as_test(
         lambda: lives(alone),  # type: ignore[arg-type]  # whatever makes one will do; its types ask for a class

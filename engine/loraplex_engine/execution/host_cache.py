@@ -38,6 +38,10 @@ class HostCache:
         """Copy blocks, ahead of a step. Called before each step."""
         self._copier.move(moves)
 
+    def settle(self) -> None:
+        """Wait until all that was to be copied from and to the slots is. Any thread may call it."""
+        self._copier.settle()
+
     def pairs(self) -> list[tuple[Tensor, slice]]:
         """Each part of the device's blocks [B, bytes], and where it lies in a slot."""
         return list(zip(self._parts, self._places, strict=True))
@@ -57,6 +61,9 @@ class _HostCopier:
         for slot, block in moves.restored:
             for part, place in self._pairs:
                 part[block] = self._slots[slot, place]
+
+    def settle(self) -> None:
+        """It is there already."""
 
 
 class _StreamCopier:
@@ -85,6 +92,9 @@ class _StreamCopier:
             with torch.cuda.stream(self._stream):
                 for first in range(0, len(moves.restored), self._at_once):
                     self._restore(moves.restored[first : first + self._at_once])
+
+    def settle(self) -> None:
+        self._stream.synchronize()
 
     def _save(self, saved: Sequence[tuple[int, int]], compute: torch.cuda.Stream) -> None:
         count, blocks = len(saved), self._indices([block for block, _ in saved])

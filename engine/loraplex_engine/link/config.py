@@ -43,6 +43,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_dtype: str = "auto"  # auto: the model's. int8, fp8: rounded, with a scale for each head and token
     kv_cache_fraction: float | None = None  # on the CPU: share of the memory that is free after loading; None: 0.5
     host_cache_bytes: int = 0  # host memory for blocks that the prefix cache has no room for; 0: they are forgotten
+    disk_cache_bytes: int = 0  # files for blocks that came to host memory: they outlive the process; 0: none
+    disk_cache_directory: str | None = None  # for these files, of this model alone
     max_num_seqs: int = 256  # sequences that run at once
     max_num_batched_tokens: int = 2048  # tokens computed in one step
     enable_prefix_caching: bool = True
@@ -68,6 +70,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "cuda_graphs": False,
             "implementation": "auto",
             "host_cache_bytes": 0,
+            "disk_cache_bytes": 0,
+            "disk_cache_directory": None,
         }
         return msgspec.structs.replace(self, **of_large, **small)
 
@@ -110,13 +114,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name, value in (counts | {k: v for k, v in optional.items() if v is not None}).items():
             if value < 1:
                 problems.append(f"{name} {value} must be at least 1")
-        if self.host_cache_bytes < 0:
-            problems.append(f"host_cache_bytes {self.host_cache_bytes} must be at least 0")
-        if self.host_cache_bytes and not self.enable_prefix_caching:
-            problems.append("host_cache_bytes needs enable_prefix_caching: it keeps what that finds")
+        problems += self._cache_problems()
         problems += [] if self.drafts is None else self.drafts.problems()
         if problems:
             raise ValueError("engine config: " + "; ".join(problems))
+
+    def _cache_problems(self) -> list[str]:
+        tiers = {"host_cache_bytes": self.host_cache_bytes, "disk_cache_bytes": self.disk_cache_bytes}
+        problems = [f"{name} {value} must be at least 0" for name, value in tiers.items() if value < 0]
+        if self.host_cache_bytes and not self.enable_prefix_caching:
+            problems.append("host_cache_bytes needs enable_prefix_caching: it keeps what that finds")
+        if self.host_cache_bytes and self.world > 1:
+            problems.append("host_cache_bytes is for models that one process computes: set it to 0 with several ranks")
+        if self.disk_cache_bytes and not self.host_cache_bytes:
+            problems.append("disk_cache_bytes needs host_cache_bytes: blocks go to the disk and come back through it")
+        if bool(self.disk_cache_bytes) != (self.disk_cache_directory is not None):
+            problems.append("disk_cache_bytes and disk_cache_directory go together: set both, or neither")
+        return problems
 
     @property
     def world(self) -> int:

@@ -182,6 +182,10 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     num_saved_blocks: int = 0  # copied to the host, cumulative, as are the next two
     num_restored_blocks: int = 0  # copied back
     move_seconds: float = 0.0  # between steps, for both
+    disk_cache_bytes: int = 0  # of files with blocks
+    num_blocks_written: int = 0  # to such files, cumulative, as are the next two
+    num_blocks_read: int = 0
+    num_bad_files: int = 0  # that could not be read, or were not what had been written
 
 
 class StepOutput(Message, frozen=True):

@@ -177,7 +177,7 @@ class BlockManager:
         for block in request.block_ids:
             block_hash = self._hash_of[block]
             if self.host is not None and block_hash is not None:
-                self.host.forget(block_hash)
+                self.host.distrust(block_hash)
             self._forget_content(block)
 
     def forget_blocks(self, blocks: Iterable[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from loraplex_engine.scheduling.block_manager import BlockManager
@@ -20,7 +20,7 @@ class _Return:
 
     key: Hashable  # of the request that it was begun for
     blocks: list[int]
-    missing: deque[tuple[bytes, int]] = field(default_factory=deque)  # hash, block: those that have none yet
+    missing: deque[tuple[bytes, int, int]] = field(default_factory=deque)  # without content yet: hash, slot, block
 
 
 class PrefixPreparer(Preparer):
@@ -36,6 +36,8 @@ class PrefixPreparer(Preparer):
         """`most_restored`: the blocks that come back before one step."""
         self._blocks = blocks
         self._host = host
+        self._reading: set[bytes] = set()  # from the disk, into locked slots
+        self._kept: list[bytes] = []  # of the same prefix, locked meanwhile
         self._most_restored = most_restored
         self._return: _Return | None = None
         self._changes = 0
@@ -52,9 +54,9 @@ class PrefixPreparer(Preparer):
         present, wanted = self._found(request)
         if not wanted:
             return True
-        if self._return is None:
+        if self._return is None and not self._reading and not self._read(wanted):
             self._return = self._begin(request, present, wanted)
-        return self._return is None
+        return self._return is None and not self._reading
 
     def take_back(self, request: Request) -> None:
         """Nothing is held: what came back is cached like any other block."""
@@ -63,6 +65,19 @@ class PrefixPreparer(Preparer):
         if self._return is not None and self._return.key == key:
             self._end(self._return)
 
+    def poll(self) -> None:
+        """Take in what the disk's threads have done."""
+        for block_hash, was_read, problem in self._host.disk.finished():
+            self._host.unlock(block_hash)
+            if not was_read:
+                continue
+            self._reading.remove(block_hash)
+            if problem:
+                self._host.forget(block_hash)
+            if not self._reading:
+                self._unlock_kept()
+                self._changes += 1
+
     def moves(self, idle: bool) -> BlockMoves:
         """What is to be copied before the step that was planned. It counts as done from now on.
 
@@ -70,12 +85,19 @@ class PrefixPreparer(Preparer):
         """
         restored = self._restored(self._return, idle) if self._return is not None else ()
         saved = self._host.take_saved()
-        return BlockMoves(saved, restored) if saved or restored else NO_MOVES
+        return BlockMoves(tuple(saved.values()), restored, tuple(saved)) if saved or restored else NO_MOVES
+
+    def write(self, moves: BlockMoves) -> None:
+        """Have what was copied to the host written to the disk, too."""
+        for block_hash, slot in self._host.kept(moves):
+            if self._host.disk.write(block_hash, slot):
+                self._host.lock(block_hash)
 
     def fail(self, moves: BlockMoves) -> None:
         """Forget what was to be copied before a step that failed."""
         self._blocks.forget_blocks(block for _, block in moves.restored)
-        self._host.forget_slots({slot for _, slot in moves.saved})
+        for block_hash, _ in self._host.kept(moves):
+            self._host.forget(block_hash)
 
     def _found(self, request: Request) -> tuple[list[int], list[bytes]]:
         """The blocks of the request's prefix that are on the device, and then what the host has of it."""
@@ -85,11 +107,35 @@ class PrefixPreparer(Preparer):
             block = self._blocks.find(block_hash)
             if block is not None and not wanted:
                 present.append(block)
-            elif block is not None or self._host.slot(block_hash) is not None:
+            elif block is not None or self._host.slot(block_hash) is not None or block_hash in self._host.disk:
                 wanted.append(block_hash)
             else:
                 break
         return present, wanted
+
+    def _read(self, wanted: Sequence[bytes]) -> bool:
+        """Begin to read what only the disk has, as far as the host has room. False: there is nothing to read."""
+        absent = [each for each in wanted if self._blocks.find(each) is None]
+        if all(self._host.slot(each) is not None for each in absent):
+            return False
+        for block_hash in absent:
+            if self._host.slot(block_hash) is not None:
+                self._kept.append(block_hash)
+            else:
+                slot = self._host.reserve(block_hash)
+                if slot is None:
+                    break
+                self._host.disk.read(block_hash, slot)
+                self._reading.add(block_hash)
+            self._host.lock(block_hash)
+        if not self._reading:
+            self._unlock_kept()
+        return bool(self._reading)
+
+    def _unlock_kept(self) -> None:
+        for block_hash in self._kept:
+            self._host.unlock(block_hash)
+        self._kept.clear()
 
     def _begin(self, request: Request, present: list[int], wanted: list[bytes]) -> _Return | None:
         """Begin to bring blocks back; None: running requests leave no room for any."""
@@ -104,9 +150,9 @@ class PrefixPreparer(Preparer):
             elif self._host.slot(block_hash) is None or not self._blocks.num_available:
                 break  # evicting for those before has cost its copy, or room is short
             else:
-                self._host.lock(block_hash)
+                slot = self._host.lock(block_hash)
                 found = self._blocks.take()
-                back.missing.append((block_hash, found))
+                back.missing.append((block_hash, slot, found))
             back.blocks.append(found)
         if back.missing:
             return back
@@ -116,11 +162,10 @@ class PrefixPreparer(Preparer):
     def _restored(self, back: _Return, idle: bool) -> tuple[tuple[int, int], ...]:
         restored = []
         count = min(len(back.missing), self._most_restored * (IDLE_SHARE if idle else 1))
-        for block_hash, block in [back.missing.popleft() for _ in range(count)]:
-            slot = self._host.slot(block_hash)
-            assert slot is not None, "a locked copy has left"
+        for block_hash, slot, block in [back.missing.popleft() for _ in range(count)]:
+            if self._host.slot(block_hash) is not None:  # else it was found to be bad meanwhile
+                self._blocks.name(block, block_hash)
             self._host.unlock(block_hash)
-            self._blocks.name(block, block_hash)
             restored.append((slot, block))
         self.num_restored += count
         if not back.missing:
@@ -128,7 +173,7 @@ class PrefixPreparer(Preparer):
         return tuple(restored)
 
     def _end(self, back: _Return) -> None:
-        for block_hash, _ in back.missing:
+        for block_hash, _, _ in back.missing:
             self._host.unlock(block_hash)
         self._blocks.let_go(back.blocks)
         self._return = None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.cpu.library import Library, owned, succeed
+from loraplex_kernels.cpu.library import VERSION, Library, owned, succeed
 from loraplex_kernels.cpu.linear import DTYPE_CODES, CpuLinear, CpuLinearGroup, dtype_code, pack_dense, pack_quantized
 from loraplex_kernels.cpu.results import ResultMemory
 from loraplex_kernels.cpu.sampling import CpuSampling
@@ -152,6 +152,7 @@ class CpuOps(CpuSampling):
         self.device = device
         self.library = Library(threads, isa)
         self.compiled_for = self.library.isa
+        self.kv_layout = f"cpu {VERSION} {self.library.isa}"
         self._context = self.library.context
         self._results = ResultMemory(self.library)
         self._segments: LoraSegments | None = None

@@ -60,6 +60,7 @@ class TritonOps(TorchSampling):  # of it, the likelihoods: torch finds the large
     batch_invariant = False  # cuBLAS and the splitting of sums follow the number of rows
     packing_copies = False
     own_threads = False
+    kv_layout = "triton"
 
     def __init__(self, device: torch.device) -> None:
         """Raises ValueError for a device that Triton does not compile for."""

@@ -176,9 +176,10 @@ class Tenants:
         configured: Mapping[str, TenantConfig] | None = None,
         others: TenantConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        cache_key: bytes | None = None,  # a secret; None: a new one
     ) -> None:
         self._clock = clock
-        self._cache_key = secrets.token_bytes(32)  # of this process: no cache outlives it
+        self._cache_key = cache_key or secrets.token_bytes(32)
         self._configured = {name: self._make(name, config) for name, config in (configured or {}).items()}
         self._others: OrderedDict[str, Tenant] = OrderedDict()  # least recently seen first
         self._others_config = others or TenantConfig()

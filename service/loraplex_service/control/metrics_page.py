@@ -204,6 +204,7 @@ _GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] =
         lambda s: s.host_blocks,
     ),
     ("loraplex_host_cache_bytes", None, "Bytes of host memory that these take.", lambda s: s.host_cache_bytes),
+    ("loraplex_disk_cache_bytes", None, "Bytes of files with cache blocks.", lambda s: s.disk_cache_bytes),
     (
         "loraplex_adapter_device_bytes",
         None,
@@ -242,6 +243,24 @@ _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]]
         None,
         "Time between steps that these copies took in all.",
         lambda s: s.move_seconds,
+    ),
+    (
+        "loraplex_disk_cache_written_blocks",
+        None,
+        "Cache blocks written to files.",
+        lambda s: s.num_blocks_written,
+    ),
+    (
+        "loraplex_disk_cache_read_blocks",
+        None,
+        "Cache blocks read from files for a request.",
+        lambda s: s.num_blocks_read,
+    ),
+    (
+        "loraplex_disk_cache_bad_files",
+        None,
+        "Files of cache blocks that could not be read, or were not what had been written.",
+        lambda s: s.num_bad_files,
     ),
     (
         "loraplex_preemptions",

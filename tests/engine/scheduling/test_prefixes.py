@@ -6,6 +6,8 @@ checks what it reads.
 
 from __future__ import annotations
 
+from collections import deque
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -15,7 +17,7 @@ from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
-from loraplex_engine.scheduling.host_blocks import BlockMoves, HostBlocks
+from loraplex_engine.scheduling.host_blocks import BlockMoves, Disk, Finished, HostBlocks
 from loraplex_engine.scheduling.prefixes import PrefixPreparer
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.scheduler import Scheduler
@@ -29,11 +31,59 @@ INVOCATION = (7, 7)
 LONG = list(range(100, 130))
 
 
+class FakeDisk(Disk):
+    """Files that are read and written when the test says so; some cannot be read."""
+
+    def __init__(self, memory: dict[int, dict[int, object]]) -> None:
+        self.memory = memory  # of the host, by slot
+        self.files: dict[bytes, dict[int, object]] = {}
+        self.begun: deque[tuple[bytes, int, bool]] = deque()  # slot, whether it is read
+        self.ended: list[Finished] = []
+        self.dropped: set[bytes] = set()  # while they were to be written
+
+    def __contains__(self, block_hash: bytes) -> bool:
+        return block_hash in self.files
+
+    def write(self, block_hash: bytes, slot: int) -> bool:
+        if block_hash in self.files or any(block_hash == each for each, _, _ in self.begun):
+            return False
+        self.dropped.discard(block_hash)
+        self.begun.append((block_hash, slot, False))
+        return True
+
+    def read(self, block_hash: bytes, slot: int) -> None:
+        self.begun.append((block_hash, slot, True))
+
+    def forget(self, block_hash: bytes) -> None:
+        self.files.pop(block_hash, None)
+        self.dropped.add(block_hash)
+
+    def finished(self) -> list[Finished]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def go_on(self, count: int = 1000, problem: str = "") -> None:
+        for _ in range(min(count, len(self.begun))):
+            block_hash, slot, is_read = self.begun.popleft()
+            if problem or (block_hash not in self.files and is_read):
+                self.files.pop(block_hash, None)
+                self.ended.append(Finished(block_hash, is_read, problem or "it is gone"))
+                self.memory[slot] = {} if is_read else self.memory[slot]
+                continue
+            if is_read:
+                self.memory[slot] = dict(self.files[block_hash])
+            elif block_hash not in self.dropped:
+                self.files[block_hash] = dict(self.memory[slot])
+            self.ended.append(Finished(block_hash, is_read))
+
+
 class Engine:
-    """A scheduler before a simulated cache of two tiers."""
+    """A scheduler before a simulated cache of three tiers."""
 
     def __init__(self, num_blocks: int = 16, num_slots: int = 32, most_restored: int = 2, budget: int = 64) -> None:
-        self.host = HostBlocks(num_slots)
+        self.memory: dict[int, dict[int, object]] = {}  # by slot
+        self.disk = FakeDisk(self.memory)
+        self.host = HostBlocks(num_slots, self.disk)
         self.blocks = BlockManager(num_blocks, P, True, self.host)
         self.prefixes = PrefixPreparer(self.blocks, self.host, most_restored)
         slots = FakeSlots()
@@ -43,7 +93,6 @@ class Engine:
         preparers = [AdapterPreparer(slots), self.prefixes]
         self.scheduler = Scheduler(self.blocks, preparers, 4, budget, num_blocks * P, FakeClock())
         self.device: dict[int, dict[int, object]] = {}  # by block, by place in it
-        self.memory: dict[int, dict[int, object]] = {}  # by slot
         self.tokens: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}  # prompt tokens, by request
         self.num_requests = 0
@@ -58,6 +107,7 @@ class Engine:
         return request
 
     def step(self, moves_fail: bool = False, step_fails: bool = False) -> StepPlan:
+        self.prefixes.poll()
         plan = self.scheduler.schedule()
         self.move(self.prefixes.moves(idle=not plan.scheduled), moves_fail)
         for item in plan.scheduled if not step_fails else ():
@@ -95,11 +145,13 @@ class Engine:
             self.memory[slot] = dict(self.device.get(block, {}))
         for slot, block in moves.restored:
             self.device[block] = dict(self.memory[slot])
+        self.prefixes.write(moves)
 
     def finish(self) -> None:
         for _ in range(1000):
             if not self.scheduler.has_unfinished():
                 return
+            self.disk.go_on()
             self.step()
         raise AssertionError("requests did not finish")
 
@@ -180,6 +232,8 @@ def test_a_cancelled_request_leaves_nothing_behind():
     for _ in range(2):
         engine.step()
     engine.scheduler.abort(request.request_id)
+    engine.disk.go_on()
+    engine.prefixes.poll()
     assert engine.blocks.num_used == 0
     assert not engine.host._locks
     engine.check()
@@ -217,6 +271,55 @@ def test_no_copy_of_what_is_not_finite_is_used():
     assert engine.run(LONG).num_cached_tokens == 0
 
 
+def lose_the_host_s(engine: Engine) -> None:
+    """Have others use all of the host's slots, and the disk forget theirs."""
+    kept = dict(engine.disk.files)
+    for _ in range(4):
+        engine.fill()
+    engine.disk.go_on()
+    engine.prefixes.poll()
+    engine.disk.files = kept
+
+
+def test_a_prefix_comes_back_from_the_disk():
+    engine = Engine(num_slots=8)
+    engine.run(LONG)
+    engine.fill()
+    engine.disk.go_on()
+    lose_the_host_s(engine)
+    again = engine.run(LONG)
+    assert (again.num_cached_tokens, engine.computed[again.request_id]) == (28, 2)
+    engine.check()
+
+
+def test_others_go_on_while_the_disk_is_read():
+    engine = Engine(num_slots=8, num_blocks=24)
+    engine.run(LONG)
+    engine.fill()
+    engine.disk.go_on()
+    lose_the_host_s(engine)
+    other = engine.add([1, 2, 3], max_tokens=8)
+    engine.step()
+    engine.add(LONG)
+    shares = [[item.request.request_id for item in engine.step().scheduled] for _ in range(6)]
+    assert shares == [[other.request_id]] * 6
+    engine.finish()
+
+
+def test_what_the_disk_cannot_read_is_computed():
+    engine = Engine(num_slots=8)
+    engine.run(LONG)
+    engine.fill()
+    engine.disk.go_on()
+    lose_the_host_s(engine)
+    again = engine.add(LONG)
+    engine.step()
+    engine.disk.go_on(problem="was damaged")
+    engine.finish()
+    assert engine.tokens[again.request_id] == isolated(LONG, 1)
+    engine.check()
+
+
 class Lives(RuleBasedStateMachine):
     """Requests of all salts and adapters, in a cache that is too small for them."""
 
@@ -252,6 +355,18 @@ class Lives(RuleBasedStateMachine):
         for _ in range(count):
             self.engine.step()
 
+    @rule(count=st.integers(1, 9), problem=st.sampled_from(["", "", "", "was damaged"]))
+    def read_and_write(self, count: int, problem: str) -> None:
+        self.engine.disk.go_on(count, problem)
+
+    @precondition(lambda self: self.engine.scheduler.running)
+    @rule(index=st.integers(0, 20))
+    def compute_nan(self, index: int) -> None:
+        running = self.engine.scheduler.running
+        request = running[index % len(running)]
+        self.engine.scheduler.fail_not_finite([request], "NaN")
+        del self.asked[request.request_id]
+
     @rule(moves=st.booleans())
     def fail(self, moves: bool) -> None:
         before = set(self.engine.scheduler.requests)
@@ -277,6 +392,8 @@ class Lives(RuleBasedStateMachine):
         self.engine.finish()
         for request_id, (prompt, max_tokens) in self.asked.items():
             assert self.engine.tokens[request_id] == isolated(prompt, max_tokens)
+        self.engine.disk.go_on()
+        self.engine.prefixes.poll()
         assert self.engine.blocks.num_used == 0
         assert not self.engine.host._locks
 
