@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -17,6 +17,7 @@ from loraplex_adapters.residency import Residency
 from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_engine.adapter_tiers import AdapterTiers
+from loraplex_engine.cache_tiers import CacheTiers
 from loraplex_engine.checkpoint.weights import resolve_model
 from loraplex_engine.drafting.costs import measured
 from loraplex_engine.drafting.drafting import Drafting
@@ -44,7 +45,6 @@ from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.forms import FormPreparer
 from loraplex_engine.scheduling.host_blocks import Disk, HostBlocks
-from loraplex_engine.scheduling.prefixes import PrefixPreparer
 from loraplex_engine.scheduling.request import Request, RequestState
 from loraplex_engine.scheduling.scheduler import Scheduler
 from loraplex_engine.scheduling.step import PendingResult, StepPlan, StepResult
@@ -89,19 +89,15 @@ class EngineCore:
         self.pool = pool
         memory = runner.host_cache
         host = None if memory is None else HostBlocks(memory.num_slots, disk)
-        self._host_block_bytes = 0 if memory is None else memory.block_bytes
-        self._move_seconds = 0.0
         self.blocks = BlockManager(runner.num_blocks, config.block_size, config.enable_prefix_caching, host)
-        self.prefixes = (
-            None if memory is None or host is None else PrefixPreparer(self.blocks, host, memory.most_restored)
-        )
+        self.tiers = None if memory is None or host is None else CacheTiers(memory, host, self.blocks)
         self.limits = (
             runner.limits(config) if beside is None else _with_memory_of(beside, config, runner.limits(config))
         )
         self.forms = FormPreparer(self.limits.vocab_size, TokenTexts)
         self.scheduler = Scheduler(
             self.blocks,
-            [AdapterPreparer(pool), self.forms, *([self.prefixes] if self.prefixes else [])],
+            [AdapterPreparer(pool), self.forms, *([self.tiers.prefixes] if self.tiers else [])],
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=runner.max_model_len,
@@ -153,8 +149,8 @@ class EngineCore:
     def close(self) -> None:
         """Stop the threads that load adapters, compile grammars, and read and write files of the cache."""
         self.store.close()
-        if self.blocks.host is not None:
-            self.blocks.host.disk.close()
+        if self.tiers is not None:
+            self.tiers.close()
         self.forms.close()
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -247,11 +243,11 @@ class EngineCore:
         """
         events: list[FromEngine] = []
         self.adapters.advance(self.scheduler.adapter_users)
-        if self.prefixes is not None:
-            self.prefixes.poll()
+        if self.tiers is not None:
+            self.tiers.prefixes.poll()
         plan = self.scheduler.schedule()
-        if self.prefixes is not None:
-            self._move_blocks(self.prefixes, idle=not plan.scheduled)
+        if self.tiers is not None:
+            self.tiers.move(idle=not plan.scheduled)
         self.store.pace.steps(running=bool(plan.scheduled))
         started = self._tried(lambda: self.runner.execute(plan), plan) if plan.scheduled else COMPUTED_NOTHING
         outputs, self._rejected = self._rejected + self._read(), []
@@ -267,19 +263,6 @@ class EngineCore:
             self._num_steps += 1
             events.append(StepOutput(outputs, self.stats()))
         return events + self.adapters.changed()
-
-    def _move_blocks(self, prefixes: PrefixPreparer, idle: bool) -> None:
-        """Copy blocks between device and host, ahead of the step. Where that fails, what they held is computed anew."""
-        moves, began = prefixes.moves(idle), time.monotonic()
-        try:
-            self.runner.move(moves)
-            prefixes.write(moves)
-            self._move_seconds += time.monotonic() - began if moves else 0.0
-        except torch.AcceleratorError:
-            raise
-        except Exception:
-            logger.exception("%d blocks of the cache could not be copied; they are forgotten", len(moves))
-            prefixes.fail(moves)
 
     def _tried(self, part: Callable[[], T], plan: StepPlan) -> T | Exception:
         """What a part of a step comes to, or why it could not be computed.
@@ -354,25 +337,8 @@ class EngineCore:
             num_forms_failed=scheduler.num_forms_failed,
             draft_tokens=scheduler.draft_tokens,
             accepted_draft_tokens=scheduler.accepted_draft_tokens,
-            **self._tiers(),
+            **({} if self.tiers is None else self.tiers.stats()),
         )
-
-    def _tiers(self) -> dict[str, Any]:
-        """What is to be said of the prefix cache beyond the device."""
-        host = self.blocks.host
-        if host is None or self.prefixes is None:
-            return {}
-        return {
-            "host_blocks": host.num_used,
-            "host_cache_bytes": host.num_used * self._host_block_bytes,
-            "num_saved_blocks": host.num_saved,
-            "num_restored_blocks": self.prefixes.num_restored,
-            "move_seconds": self._move_seconds,
-            "disk_cache_bytes": host.disk.used_bytes,
-            "num_blocks_written": host.disk.num_written,
-            "num_blocks_read": host.disk.num_read,
-            "num_bad_files": host.disk.num_bad,
-        }
 
 
 def _running(plan: StepPlan) -> list[Request]:

@@ -102,5 +102,5 @@ def test_an_engine_that_computes_otherwise_finds_nothing(model: Path, tmp_path: 
 
 def test_without_the_keys_there_is_nothing_of_it(model: Path) -> None:
     engine = Engine(model, host_cache_bytes=0)
-    assert engine.core.prefixes is engine.core.blocks.host is engine.core.runner.host_cache is None
+    assert engine.core.tiers is engine.core.blocks.host is engine.core.runner.host_cache is None
     engine.core.close()

@@ -24,7 +24,6 @@ from loraplex_engine.link.drafts import NO_DRAFTS
 from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
 from loraplex_engine.models.model import Model
 from loraplex_engine.scheduling.form import Form
-from loraplex_engine.scheduling.host_blocks import BlockMoves
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
 from loraplex_kernels.ops import LoraSegments, Ops
 from loraplex_kernels.transfers import Reading, to_device, to_host
@@ -71,11 +70,6 @@ class ModelRunner:
         self.decode_graphs = decode_graphs(self.model, self.ops, self.kv_cache, config, self.max_model_len)
         if self.decode_graphs is not None:
             self.decode_graphs.capture_all()
-
-    def move(self, moves: BlockMoves) -> None:
-        """Copy blocks between the device and the host. With a host cache, called before each step."""
-        assert self.host_cache is not None
-        self.host_cache.move(moves)
 
     def limits(self, config: EngineConfig) -> EngineLimits:
         """The limits of the loaded model, for the service that sends it requests."""

@@ -62,6 +62,9 @@ class FakeDisk(Disk):
         ended, self.ended = self.ended, []
         return ended
 
+    def close(self) -> None:
+        pass
+
     def go_on(self, count: int = 1000, problem: str = "") -> None:
         for _ in range(min(count, len(self.begun))):
             block_hash, slot, is_read = self.begun.popleft()
