@@ -38,6 +38,11 @@ class Chart:
     def __init__(self, chart: helm_python.Chart) -> None:
         self._chart = chart
 
+    def notes(self, values: dict[str, Any]) -> str:
+        """What is said once a release is installed."""
+        files = self._chart.render(values, name="prod", namespace="serving")
+        return next(text for name, text in files.items() if name.endswith("NOTES.txt"))
+
     def render(self, values: dict[str, Any]) -> Manifests:
         return Manifests(self._chart.render(values, name="prod", namespace="serving"))
 

@@ -12,11 +12,17 @@ import pytest
 import yaml
 
 from loraplex_service.config import ServiceConfig, load_config
+from tests.docs.test_commands import check_loraplex
 from tests.helm.conftest import CHART, Chart, Manifests
 from tests.service.telemetry.test_dashboard import documented
 
 KUBERNETES = "1.30"  # the oldest that the chart installs on
-CUSTOM = {"ServiceMonitor": "monitoring.coreos.com/v1", "ScaledObject": "keda.sh/v1alpha1"}  # their schemas come apart
+CUSTOM = {  # their schemas come apart
+    "ServiceMonitor": "monitoring.coreos.com/v1",
+    "PrometheusRule": "monitoring.coreos.com/v1",
+    "ScaledObject": "keda.sh/v1alpha1",
+}
+DIGEST = "sha256:" + 64 * "a"
 
 MODELS = {
     "models": [{"name": "llama-8b", "model": "org/llama-8b", "kv_cache_fraction": 0.9}],
@@ -48,7 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "envoy": {"enabled": True, "endpoints": [{"host": "10.0.0.1", "port": 50051, "healthPort": 50053}]}
     },
     "monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+    "alerts": {"prometheusRule": {"enabled": True}},
     "dashboard": {"dashboard": {"enabled": True}},
+    "a pinned image": {"image": {"digest": DIGEST}},
     "http": {"http": {"enabled": True}},
     "dialects": {"dialects": ["kserve_v2"]},
     "placement": {
@@ -213,14 +221,48 @@ def test_a_gpu_is_asked_for_beside_the_other_resources(chart: Chart) -> None:
 
 
 def test_pods_run_without_privileges_on_a_read_only_root(release: Manifests) -> None:
-    for deployment in (d for d in release.documents if d["kind"] == "Deployment"):
-        pod = deployment["spec"]["template"]["spec"]
+    pods = [d["spec"]["template"]["spec"] for d in release.documents if d["kind"] == "Deployment"]
+    for pod in [*pods, *(d["spec"] for d in release.documents if d["kind"] == "Pod")]:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["automountServiceAccountToken"] is False
         for container in pod["containers"]:
             assert container["securityContext"]["readOnlyRootFilesystem"] is True
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize(
+    ("image", "reference"),
+    [
+        ({}, "loraplex:0.1.0"),
+        ({"tag": "0.1.0-cpu"}, "loraplex:0.1.0-cpu"),
+        ({"repository": "mirror/loraplex", "digest": DIGEST}, f"mirror/loraplex:0.1.0@{DIGEST}"),
+    ],
+)
+def test_an_image_is_named_by_its_tag_and_by_its_digest_where_one_is_given(
+    chart: Chart, image: dict[str, str], reference: str
+) -> None:
+    release = chart.render(MODELS | {"image": image})
+    assert pod_of(release)["containers"][0]["image"] == reference
+    assert release.get("Pod", "prod-loraplex-health")["spec"]["containers"][0]["image"] == reference
+
+
+def test_helm_test_asks_the_probes_port_whether_requests_are_admitted(release: Manifests) -> None:
+    pod = release.get("Pod", "prod-loraplex-health")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    arguments = pod["spec"]["containers"][0]["args"]
+    check_loraplex(list(arguments))
+    host, _, port = arguments[arguments.index("--server") + 1].partition(":")
+    service = release.get("Service", host.split(".")[0])
+    assert int(port) in [each["port"] for each in service["spec"]["ports"]]
+    assert host == f"{service['metadata']['name']}.serving.svc"
+
+
+def test_the_first_command_of_the_notes_waits_for_what_the_release_has(chart: Chart) -> None:
+    command = next(line.split() for line in chart.notes(MODELS).splitlines() if line.startswith("  "))
+    kind, name = command[command.index("status") + 1].split("/")
+    assert command[:5] == ["kubectl", "--namespace", "serving", "rollout", "status"]
+    assert chart.render(MODELS).get(kind.capitalize(), name)
 
 
 @pytest.mark.parametrize("kind", ["hpa", "keda"])
@@ -251,6 +293,7 @@ def test_the_administration_is_closed_to_other_pods(chart: Chart) -> None:
         ({"models": [{"name": "Llama 8B", "model": "org/x"}]}, "models/0/name"),
         ({"models": [{"name": "a"}]}, "model"),
         ({"replicas": 0}, "replicas"),
+        ({"image": {"digest": "latest"}}, "image/digest"),
         ({"replica": 2}, "replica"),
         ({"gpu": {"enabled": "yes"}}, "gpu/enabled"),
         ({"ports": {"data": 70000}}, "ports/data"),

@@ -40,6 +40,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end -}}
 
+{{/* By its digest, where one is given: then the tag is for people. */}}
+{{- define "loraplex.image" -}}
+{{- $tagged := printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
+{{- with .Values.image.digest -}}{{- printf "%s@%s" $tagged . -}}{{- else -}}{{- $tagged -}}{{- end -}}
+{{- end -}}
+
 {{/* The claim of a volume: dict "root" $ "name" "models" */}}
 {{- define "loraplex.claim" -}}
 {{- $volume := index .root.Values.persistence .name -}}

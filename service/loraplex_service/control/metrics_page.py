@@ -309,6 +309,9 @@ _COUNTERS: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]]
 def _engine_families(models: Sequence[ModelSnapshot]) -> Iterator[Metric]:
     up = [((model.name,), model.active) for model in models]
     yield gauge_family("loraplex_model_up", "1 while the model serves.", ("model",), up)
+    failed = [((model.name,), model.failed) for model in models]
+    text = "1 if a model could not be loaded, or not be started again."
+    yield gauge_family("loraplex_model_failed", text, ("model",), failed)
     loaded = [((model.name,), model.load_time) for model in models if model.load_time is not None]
     text = "When the engine was last loaded, in seconds since the epoch: it changes with each restart."
     yield gauge_family("loraplex_model_load_time_seconds", text, ("model",), loaded)

@@ -50,6 +50,7 @@ class ModelSnapshot(NamedTuple):
     engine: "EngineSnapshot | None"  # None: it has none
     pid: int | None = None  # of its engine
     limits: EngineLimits | None = None  # None: it was never loaded
+    failed: bool = False  # could not be loaded, or not be started again
 
 
 class EngineSnapshot(NamedTuple):
@@ -69,6 +70,7 @@ def _model(model: HostedModel, requests: Sequence[tuple[AdapterKey, int]]) -> Mo
         None if model.client is None else _engine(model.client),
         model.supervisor.pid,
         model.supervisor.limits,
+        model.state is EngineState.FAILED,
     )
 
 
