@@ -79,13 +79,13 @@ main.add_command(picker)
 @serves_model
 @CONFIG_OPTION
 @click.option("--insecure", is_flag=True, help="Allow addresses that other machines reach without TLS or credentials.")
-def serve(config: Path | None, insecure: bool, fields: Mapping[str, Any] | None) -> None:
+def serve(config: Path | None, insecure: bool, fields: Mapping[str, Any] | None, overrides: Mapping[str, str]) -> None:
     """Run a server until SIGTERM, SIGINT or SIGHUP; then let running requests finish, and exit.
 
     It serves MODEL (a directory in Hugging Face layout, a GGUF file, or a repository of the hub) with the adapters
     given here; or what a configuration file names; or, without either, the demo's models.
     """
-    settings = _settings(config, fields, {"LORAPLEX_INSECURE": "true"} if insecure else {})
+    settings = _settings(config, fields, {**overrides, **({"LORAPLEX_INSECURE": "true"} if insecure else {})})
     set_up_logging(settings.log_level, settings.log_format, "service", CallFields(), CallersThatLeft())
     _limit_arenas()
     sys.setswitchinterval(SWITCH_SECONDS)

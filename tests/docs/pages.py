@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("", "docs", "docs/decisions", "demo", "proto", "helm/loraplex", "benchmarks", "benchmarks/results")
+FOLDERS = (
+    "",
+    "docs",
+    "docs/decisions",
+    "demo",
+    "proto",
+    "helm/loraplex",
+    "compose",
+    "benchmarks",
+    "benchmarks/results",
+)
 PAGES = tuple(page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md")))
 
 

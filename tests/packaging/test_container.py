@@ -44,7 +44,7 @@ def test_the_default_command_listens_where_a_published_port_leads() -> None:
 def test_a_server_that_others_reach_asks_for_credentials_in_one_sentence() -> None:
     (command,) = [json.loads(text) for name, text in instructions() if name == "CMD"]
     done = subprocess.run(
-        [sys.executable, "-m", "loraplex_service.cli", *command],
+        [sys.executable, "-c", "from loraplex_service.cli import main; main()", *command],
         capture_output=True,
         text=True,
         timeout=60,

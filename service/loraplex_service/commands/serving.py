@@ -25,27 +25,30 @@ OPTIONS = (
     click.option("--device", help="Where MODEL computes: cpu, cuda, cuda:1; the GPU, if there is one."),
     click.option("--quantization", type=click.Choice(QUANTIZATIONS), help="Round the weights while they are loaded."),
     click.option("--max-model-len", type=int, help="Tokens of the longest sequence; those that MODEL was made for."),
-    click.option("--listen", help="The data port, such as 127.0.0.1:50051."),
-    click.option("--http-listen", help="The port of OpenAI's and Anthropic's APIs, such as 127.0.0.1:8000."),
+    click.option("--listen", help="The data port, such as 127.0.0.1:50051, whatever a file says."),
+    click.option("--http-listen", help="The port of OpenAI's and Anthropic's APIs, likewise."),
 )
 
 
 def serves_model(command: Callable[..., R]) -> Callable[..., R]:
-    """Give a command these options, and it the argument `fields`: those of a configuration file that says the same, or
-    None without a MODEL.
+    """Give a command these options, and it two arguments.
+
+    `fields`: those of a configuration file that says the same, or None without a MODEL. `overrides`: variables of the
+    environment that say where it listens, whatever it serves.
     """
 
     def wrapper(*args: Any, model: str | None, adapters: tuple[str, ...], config: Path | None, **more: Any) -> R:
         given = {name: more.pop(name) for name in ("name", "device", "quantization", "max_model_len")}
-        ports = {name: more.pop(name) for name in ("listen", "http_listen")}
+        ports = {f"LORAPLEX_{name.upper()}": more.pop(name) for name in ("listen", "http_listen")}
+        more["overrides"] = _present(ports)
         if model is None:
-            unused = [name for name, value in {"adapter": adapters, **given, **ports}.items() if value]
+            unused = [name for name, value in {"adapter": adapters, **given}.items() if value]
             if unused:
                 raise click.UsageError(f"--{unused[0].replace('_', '-')} goes with MODEL; a file says it by itself")
             return command(*args, fields=None, config=config, **more)
         if config is not None:
             raise click.UsageError("give MODEL or a configuration file (--config, LORAPLEX_CONFIG), not both")
-        return command(*args, fields=_fields(model, given, adapters, ports), config=None, **more)
+        return command(*args, fields=_fields(model, given, adapters), config=None, **more)
 
     update_wrapper(wrapper, command)  # with the options that it has
     for option in reversed(OPTIONS):
@@ -53,9 +56,7 @@ def serves_model(command: Callable[..., R]) -> Callable[..., R]:
     return wrapper
 
 
-def _fields(
-    model: str, given: dict[str, Any], adapters: tuple[str, ...], ports: dict[str, str | None]
-) -> dict[str, Any]:
+def _fields(model: str, given: dict[str, Any], adapters: tuple[str, ...]) -> dict[str, Any]:
     name = given.pop("name") or _name_of(model)
     sources = [_adapter(text) for text in adapters]
     return {
@@ -63,7 +64,6 @@ def _fields(
         "adapters": [{"name": each, "model": name, "source": source} for each, source in sources],
         "adapter_roots": sorted({str(Path(source).parent) for _, source in sources if "://" not in source}),
         "adapter_sources": sorted({f"{source.rpartition('/')[0]}/" for _, source in sources if "://" in source}),
-        **_present(ports),
     }
 
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from loraplex_service.cli import main
 from loraplex_service.commands.serving import serves_model
-from loraplex_service.config import ServiceConfig, make_config
+from loraplex_service.config import ServiceConfig, load_config, make_config
 
 
 @pytest.fixture
@@ -34,7 +34,9 @@ def configured(*arguments: str) -> ServiceConfig:
         given.update(options)
 
     command.main(list(arguments), standalone_mode=False)
-    return make_config(given["fields"], {})
+    if given["fields"] is not None:
+        return make_config(given["fields"], given["overrides"])
+    return load_config(given["config"] and Path(given["config"]), given["overrides"])
 
 
 def refused(*arguments: str) -> Result:
@@ -80,6 +82,13 @@ def test_adapters_are_of_the_model_and_may_be_read(directory: Path) -> None:
     assert config.adapter_sources == ("hf://owner/",)
 
 
+def test_where_it_listens_can_be_said_whatever_is_served(directory: Path) -> None:
+    (directory / "loraplex.yaml").write_text("listen: 127.0.0.1:7\nmodels: [{name: tiny, model: Tiny-1.5B}]\n")
+    for served in (("--config", "loraplex.yaml"), ()):
+        config = configured(*served, "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:9")
+        assert (config.listen, config.http_listen) == ("127.0.0.1:0", "127.0.0.1:9")
+
+
 def test_nothing_is_kept_beside_the_working_directory(directory: Path) -> None:
     assert configured("Tiny-1.5B").state_directory == ""
 
@@ -88,7 +97,7 @@ def test_nothing_is_kept_beside_the_working_directory(directory: Path) -> None:
     ("arguments", "problem"),
     [
         (["--adapter", "a=b"], "--adapter goes with MODEL"),
-        (["--http-listen", "127.0.0.1:0"], "--http-listen goes with MODEL"),
+        (["--device", "cpu"], "--device goes with MODEL"),
         (["Tiny-1.5B", "--config", "loraplex.yaml"], "not both"),
         (["Tiny-1.5B", "--adapter", "legal"], "--adapter 'legal': NAME=DIR is expected"),
         (["Tiny-1.5B", "--adapter", "legal=gone/legal"], "there is no directory"),
