@@ -7,6 +7,7 @@ import msgspec
 
 from loraplex_service.picker.config import PickerConfig, ReplicasConfig, load_picker_config
 from tests.docs.pages import ROOT, blocks, section, table_rows
+from tests.envoy import assert_envoy_takes
 
 PAGE = ROOT / "docs" / "routing.md"
 
@@ -16,6 +17,11 @@ def test_the_picker_reads_its_example(tmp_path: Path) -> None:
     file = tmp_path / "picker.yaml"
     file.write_text(block.text)
     assert load_picker_config(file).replicas[0].http_port == 8000
+
+
+def test_envoy_takes_its_example(tmp_path: Path) -> None:
+    [block] = [block for block in blocks("yaml") if block.page == PAGE and block.text.startswith("static_resources:")]
+    assert_envoy_takes(block.text, tmp_path)
 
 
 def test_the_page_has_every_key_of_the_picker() -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections import Counter
@@ -23,6 +21,7 @@ import yaml
 
 from loraplex import AsyncClient, LoraplexError
 from tests.e2e.conftest import DEMO, END_SECONDS, START_SECONDS, Server, running_server
+from tests.envoy import envoy as envoy_program
 from tests.service.ports.http2_caller import (
     DATA,
     END_HEADERS,
@@ -35,7 +34,6 @@ from tests.service.ports.http2_caller import (
 )
 
 CHART = Path(__file__).resolve().parents[2] / "helm" / "loraplex"
-ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent))
 ADAPTERS = [f"tenant-{index:02d}" for index in range(20)]
 BALANCE_FACTOR = 150  # the chart's default, in percent of the mean load
 
@@ -90,7 +88,7 @@ class Envoy:
 
     def _hosts(self) -> list[dict[str, Any]]:
         with urllib.request.urlopen(f"{self._admin}/clusters?format=json", timeout=10) as response:
-            [cluster] = json.load(response)["cluster_statuses"]
+            [cluster] = [each for each in json.load(response)["cluster_statuses"] if each["name"] == "replicas"]
         hosts: list[dict[str, Any]] = cluster.get("host_statuses", [])
         return hosts
 
@@ -119,7 +117,7 @@ class Envoy:
 def envoy_before(servers: Sequence[Place], directory: Path, **envoy: object) -> Iterator[Envoy]:
     """envoy: more of the chart's values for it."""
     port, admin_port = free_ports(2)
-    values = {
+    values: dict[str, Any] = {
         "models": [{"name": "storyteller", "model": "demo"}],
         "insecure": True,
         "envoy": {
@@ -133,13 +131,23 @@ def envoy_before(servers: Sequence[Place], directory: Path, **envoy: object) -> 
             **envoy,
         },
     }
+    with running_envoy(file_of_chart(values, "envoy", directory), port, admin_port, directory) as running:
+        yield running
+
+
+def file_of_chart(values: dict[str, Any], name: str, directory: Path) -> Path:
+    """The configuration file NAME.yaml of the chart's template of that name, written down."""
     with helm_python.Chart.load(CHART) as chart:
-        rendered = chart.render(values, name="test")["loraplex/templates/envoy.yaml"]
-    config = directory / "envoy.yaml"
+        rendered = chart.render(values, name="test")[f"loraplex/templates/{name}.yaml"]
     [config_map] = [each for each in yaml.safe_load_all(rendered) if each["kind"] == "ConfigMap"]
-    config.write_text(config_map["data"]["envoy.yaml"])
-    assert ENVOY is not None, "envoy is not installed beside Python: pip install -e .[dev]"
-    command = [ENVOY, "--config-path", str(config), "--use-dynamic-base-id", "--concurrency", "1"]
+    file = directory / f"{name}.yaml"
+    file.write_text(config_map["data"][f"{name}.yaml"])
+    return file
+
+
+@contextmanager
+def running_envoy(config: Path, port: int, admin_port: int, directory: Path) -> Iterator[Envoy]:
+    command = [envoy_program(), "--config-path", str(config), "--use-dynamic-base-id", "--concurrency", "1"]
     log = directory / "envoy.log"
     with log.open("w") as log_file:
         process = subprocess.Popen([*command, "--log-level", "warning"], stderr=log_file)

@@ -50,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hpa": {"autoscaling": {"kind": "hpa"}},
     "keda": {"autoscaling": KEDA},
     "envoy": {"replicas": 3, "envoy": {"enabled": True}},
+    "picker": {"envoy": {"enabled": True}, "picker": {"enabled": True}, "http": {"enabled": True}},
+    "picker of a gateway": {"picker": {"enabled": True}, "imagePullSecrets": [{"name": "registry"}]},
     "envoy in front of other servers": {
         "envoy": {"enabled": True, "endpoints": [{"host": "10.0.0.1", "port": 50051, "healthPort": 50053}]}
     },
@@ -92,6 +94,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "gpu": {"enabled": True},
         "autoscaling": KEDA,
         "envoy": {"enabled": True, "tlsSecretName": "front"},
+        "picker": {"enabled": True},
         "serviceMonitor": {"enabled": True},
         "dashboard": {"enabled": True},
         "config": {"limits": {"in_flight_sequences": 2.0}, "supervision": {"failed_starts": 3}},

@@ -71,6 +71,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $service := include "loraplex.fullname" . -}}
 {{- $inNamespace := printf "%s.%s" $service .Release.Namespace -}}
 {{- $hosts := list $service $inNamespace (printf "%s.svc" $inNamespace) (printf "%s.svc.cluster.local" $inNamespace) -}}
+{{- if include "loraplex.httpBehindEnvoy" . -}}
+{{- $hosts = concat $hosts (list (printf "%s-envoy" $service) (printf "%s-envoy.%s" $service .Release.Namespace) (printf "%s-envoy.%s.svc" $service .Release.Namespace)) -}}
+{{- end -}}
 {{- $_ := set $own "http_hosts" (concat $hosts .Values.http.hosts) -}}
 {{- if .Values.http.admin -}}{{- $_ := set $own "http_admin" true -}}{{- end -}}
 {{- end -}}
@@ -115,5 +118,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.prometheusUrl) -}}{{- fail "autoscaling.prometheusUrl: keda reads the metrics from Prometheus; say where it is" -}}{{- end -}}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) -}}{{- fail "autoscaling.minReplicas must not exceed autoscaling.maxReplicas" -}}{{- end -}}
+{{- range .Values.envoy.endpoints -}}
+{{- if and $.Values.picker.enabled (not .metricsPort) -}}{{- fail "envoy.endpoints: the picker reads the metrics of each; say its metricsPort" -}}{{- end -}}
+{{- if and (include "loraplex.httpBehindEnvoy" $) (not .httpPort) -}}{{- fail "envoy.endpoints: HTTP goes through Envoy; say the httpPort of each" -}}{{- end -}}
+{{- end -}}
 {{- if and .Values.envoy.enabled .Values.tls.requireClientCertificate (not .Values.envoy.tlsSecretName) -}}{{- fail "envoy.tlsSecretName: the servers ask callers for a certificate, and Envoy is their caller; name its secret" -}}{{- end -}}
 {{- end -}}

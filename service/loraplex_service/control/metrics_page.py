@@ -4,7 +4,7 @@ Dashboards, autoscalers and gateways read the `vllm:` names already; each stands
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,32 +35,46 @@ class MetricsPage(Collector):
         self._served = served
         self._loop = loop
 
-    def collect(self) -> Iterable[Metric]:
-        """Collect the families, in a thread of prometheus_client."""
+    def snapshot(self) -> Snapshot:
+        """Have the event loop take a snapshot, and wait for it, in a thread of prometheus_client."""
 
         async def snapshot() -> Snapshot:
             return self._served.snapshot()
 
-        return families(asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SNAPSHOT_SECONDS))
+        return asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SNAPSHOT_SECONDS)
+
+    def collect(self) -> Iterable[Metric]:
+        return families(self.snapshot())
 
     def describe(self) -> Iterable[Metric]:
         return ()  # registering must not wait for the loop that it runs on
 
 
 class PageRegistry(CollectorRegistry):
-    """Serves one page, and parts of it by name: routers, which look several times a second, need few of its lines."""
+    """Serves the page, and parts of it by name."""
+
+    def __init__(self, page: MetricsPage) -> None:
+        super().__init__()
+        self._page = page
+        self.register(page)
 
     def restricted_registry(self, names: Iterable[str]) -> Any:
-        return _Part(self, frozenset(name.removesuffix("_total") for name in names))
+        return _Part(self._page, frozenset(name.removesuffix("_total") for name in names))
 
 
 class _Part(Collector):
-    def __init__(self, page: Collector, names: Container[str]) -> None:
+    """Families by name. Routers look several times a second, so that what they read does not wait for all the rest."""
+
+    def __init__(self, page: MetricsPage, names: frozenset[str]) -> None:
         self._page = page
         self._names = names
 
     def collect(self) -> Iterable[Metric]:
-        return (family for family in self._page.collect() if family.name in self._names)
+        shown = self._page.snapshot()
+        found = list(_brief_families(shown))
+        if not self._names <= {family.name for family in found}:
+            found = list(families(shown))
+        return [family for family in found if family.name in self._names]
 
 
 def families(shown: Snapshot) -> Iterator[Metric]:
@@ -68,10 +82,23 @@ def families(shown: Snapshot) -> Iterator[Metric]:
     yield from _request_families(shown.metrics)
     waiting = [] if shown.usage_waiting is None else [((), shown.usage_waiting)]
     yield gauge_family("loraplex_usage_records_waiting", "Usage records that are not in their file yet.", (), waiting)
-    yield gauge_family("loraplex_draining", "1 once the server accepts no new requests.", (), [((), shown.draining)])
     yield from _engine_families(shown.models)
     yield from build_families(shown.models)
     yield from process_families(shown.models)
+    yield from _brief_families(shown)
+
+
+def _brief_families(shown: Snapshot) -> Iterator[Metric]:
+    """Those that routers read: they have no row for each adapter that is only on disk, or was ever used."""
+    yield gauge_family("loraplex_draining", "1 once the server accepts no new requests.", (), [((), shown.draining)])
+    engines = [(model, model.engine) for model in shown.models if model.engine is not None]
+    stats = [(model, engine.stats) for model, engine in engines if engine.stats is not None]
+    for name, alias, text, value in _GAUGES:
+        values = [((model.name,), value(stats)) for model, stats in stats]
+        yield gauge_family(name, text, ("model",), values)
+        if alias is not None:
+            yield gauge_family(alias, text, ("model_name",), values)
+    yield from router_families(shown.models)
 
 
 @asynccontextmanager
@@ -80,10 +107,8 @@ async def metrics_server(page: MetricsPage, address: str) -> AsyncIterator[str]:
 
     Raises OSError if the address cannot be used.
     """
-    registry = PageRegistry()
-    registry.register(page)
     host, _, port = address.rpartition(":")
-    server, thread = start_http_server(int(port), host.strip("[]"), registry)
+    server, thread = start_http_server(int(port), host.strip("[]"), PageRegistry(page))
     try:
         yield f"{host}:{server.server_port}"
     finally:
@@ -317,11 +342,6 @@ def _engine_families(models: Sequence[ModelSnapshot]) -> Iterator[Metric]:
     yield gauge_family("loraplex_model_load_time_seconds", text, ("model",), loaded)
     engines = [(model, model.engine) for model in models if model.engine is not None]
     stats = [(model, engine.stats) for model, engine in engines if engine.stats is not None]
-    for name, alias, text, value in _GAUGES:
-        values = [((model.name,), value(stats)) for model, stats in stats]
-        yield gauge_family(name, text, ("model",), values)
-        if alias is not None:
-            yield gauge_family(alias, text, ("model_name",), values)
     for name, alias, text, value in _COUNTERS:
         counter = Counter()
         counter.values = {(model.name,): value(stats) for model, stats in stats}
@@ -331,7 +351,6 @@ def _engine_families(models: Sequence[ModelSnapshot]) -> Iterator[Metric]:
     yield from _adapters_by_tier(engines)
     yield _adapter_moves(engines)
     yield _adapter_users(stats)
-    yield from router_families(models)
 
 
 def _adapters_by_tier(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Iterator[Metric]:

@@ -38,7 +38,7 @@ class PickerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics_listen: str | None = None  # of the picker's own metrics
     insecure: bool = False  # allow other addresses than loopback: nothing is encrypted, and anybody may ask
     log_level: str = "INFO"
-    scrape_seconds: float = 0.5  # between two looks at a replica's metrics
+    scrape_seconds: float = 0.25  # between two looks at a replica's metrics
     stale_seconds: float = 3.0  # after which what a replica said counts no more
     resolve_seconds: float = 2.0  # between two looks at the addresses of a name
     queue: int = 4  # requests that may wait at a replica before it is passed over

@@ -33,7 +33,7 @@ class Standing:
     is_fresh: bool  # whether the rest is known
     place: Place = Place.FULL  # of the request's adapters, that which is farthest
     num_requests: int = 0  # that it has, and was given since it said so
-    num_waiting: int = 0  # of these, those that may be waiting for their turn
+    num_waiting: int = 0  # of these, those that are taken to wait for their turn
 
 
 def ranked(replicas: Iterable[Standing], key: str, queue: int, balance: float) -> Sequence[Standing]:

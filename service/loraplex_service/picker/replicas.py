@@ -21,6 +21,7 @@ from loraplex_service.picker.policy import Health, Place, Standing
 logger = logging.getLogger(__name__)
 
 MAX_ADDRESSES: Final = 256  # of one name
+MAX_BURST: Final = 16  # requests sent there since its page was read that need not wait: most have begun, or ended
 MAX_EXPECTED: Final = 1024  # adapters that are on their way to a replica
 EXPECT_SECONDS: Final = 5.0  # that an adapter is taken to be on its way, where the page does not show it before
 RETRY_SECONDS: Final = (0.2, 2.0)  # between two attempts to hear of a replica's health: the first, and the longest
@@ -60,7 +61,7 @@ class Replica:
             self._clock() - self._page_time <= stale_seconds,
             min((self._place(adapter) for adapter in asked.adapters), default=Place.FULL),
             page.num_running + page.num_waiting + given,
-            page.num_waiting + given,
+            page.num_waiting + max(0, given - MAX_BURST),
         )
 
     def give(self, asked: Asked) -> None:

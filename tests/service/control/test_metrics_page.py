@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex import InvalidArgument, NotFound
 from loraplex.v1.adapters_pb2 import Adapter
+from loraplex_service.picker.page import NAMES, PATH
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.series import MAX_SERIES
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
@@ -131,6 +132,12 @@ async def test_a_part_of_the_page_is_had_by_name(control: ControlPlane) -> None:
     query = "?name[]=loraplex_draining&name[]=vllm:prompt_tokens_total"
     page = Page((await asyncio.to_thread(get_page, control, query)).decode())
     assert page.names == {"loraplex_draining", "vllm:prompt_tokens"}
+
+
+async def test_what_routers_read_is_had_by_name(control: ControlPlane) -> None:
+    query = f"?{PATH.partition('?')[2]}"
+    page = Page((await asyncio.to_thread(get_page, control, query)).decode())
+    assert page.names == set(NAMES)
 
 
 async def test_the_series_of_an_adapter_end_with_its_last_version(control: ControlPlane) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -164,6 +165,14 @@ async def test_calls_for_a_cold_adapter_go_to_one_replica_while_it_is_loaded(pic
     call = begin(loraplex_adapter="cold", content_type="application/grpc")
     chosen = [endpoints((await answers(picker, call))[0])[0] for _ in range(CONFIG.queue)]
     assert len(set(chosen)) == 1
+
+
+async def test_a_hot_adapter_goes_to_more_replicas_once_many_wait_for_it(picker: Picker) -> None:
+    call = begin(loraplex_adapter="legal", content_type="application/grpc")
+    chosen = [endpoints((await answers(picker, call))[0])[0] for _ in range(100)]
+    counts = Counter(chosen)
+    assert chosen[0] == "10.0.0.2:50051"
+    assert counts["10.0.0.2:50051"] >= counts["10.0.0.1:50051"] > 20
 
 
 async def test_picks_are_counted_by_where_the_adapter_was(picker: Picker) -> None:
