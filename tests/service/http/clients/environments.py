@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,11 +24,17 @@ needs_uvicorn = pytest.mark.skipif(
 )
 
 
-def environment(directory: Path, *requirements: str) -> Path:
-    """The Python of a new environment that has these packages. Skips the test where no package index is at hand."""
+def environment(directory: Path, *requirements: str, beside: ModuleType | None = None) -> Path:
+    """The Python of a new environment that has these packages. Skips the test where no package index is at hand.
+
+    `beside`: an installed package; it and those installed with it are there, too, so that large ones are not fetched.
+    """
     made = [sys.executable, "-m", "venv", "--without-pip", str(directory)]
     subprocess.run(made, check=True, timeout=INSTALL_SECONDS)
     python = directory / "bin/python"
+    if beside is not None:
+        [packages] = directory.glob("lib/python*/site-packages")
+        (packages / "beside.pth").write_text(f"{Path(str(beside.__file__)).parents[1]}\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
     options = ["--quiet", "--no-compile", "--retries", "0", "--timeout", "5"]
     install = [*pip, "install", *options, *requirements]
