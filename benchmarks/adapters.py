@@ -217,12 +217,12 @@ def _make_bad(bench: Bench) -> None:
     bench.keys[ARMS["huge"][0]] = AdapterKey("shared/huge", digest(huge))
     load = bench.core.store._load
 
-    def trickle(key: AdapterKey, path: Path, rest: Rest) -> Any:
+    def trickle(key: AdapterKey, path: Path, rest: Rest, is_hashed: bool) -> Any:
         def wait() -> None:
             rest()
             time.sleep(TRICKLE_SECONDS)
 
-        return load(key, path, rest=wait if path == slow else rest)
+        return load(key, path, rest=wait if path == slow else rest, is_hashed=is_hashed)
 
     bench.core.store._load = trickle  # type: ignore[assignment]  # there is no slow disk to be had
 

@@ -34,7 +34,7 @@ class AdapterTiers:
         self._orders[key] = wish.order
         self._changed[key] = None
         if wish.path:
-            self._store.register(key, Path(wish.path))
+            self._store.register(key, Path(wish.path), wish.is_hashed)
         if not wish.pinned and self._pool.is_pinned(key):
             self._pool.unpin(key)
         if wish.most is Residency.HOST:

@@ -28,7 +28,7 @@ class FakeStore:
         self.moved: set[AdapterKey] = set()
         self.finished: list[FinishedLoad] = []
 
-    def register(self, key: AdapterKey, path: Path) -> None:
+    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False) -> None:
         self.known.add(key)
         self.moved.add(key)
 

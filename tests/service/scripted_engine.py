@@ -80,6 +80,7 @@ class ScriptedCore:
         self.residency: dict[AdapterKey, Residency] = {}
         self._orders: dict[AdapterKey, int] = {}
         self._wishes: dict[AdapterKey, WantAdapter] = {}
+        self.wishes: list[WantAdapter] = []  # all of them, for tests
         self._moved: set[AdapterKey] = set()
 
     def add(self, message: AddRequest) -> None:
@@ -97,6 +98,7 @@ class ScriptedCore:
             self.requests.pop(request_id, None)
 
     def want_adapter(self, wish: WantAdapter) -> None:
+        self.wishes.append(wish)
         if wish.path:
             self.loaded.append(wish.key)
         unread = self._wishes.pop(wish.key, wish)

@@ -98,17 +98,49 @@ class AdapterDescription:
         return max(self.module_ranks.values())
 
 
-def describe(directory: Path) -> AdapterDescription:
+class ReceivedDigest:
+    """The digest of files that come one after the other, made while they come: nothing has to be read again for it."""
+
+    def __init__(self) -> None:
+        self._config = bytearray()
+        self._weights: hashlib._Hash | None = None
+        self._texts: dict[str, hashlib._Hash] = {}
+        self._is_late = False  # the config came behind the weights, which are hashed behind it
+
+    def add(self, name: str, chunk: bytes) -> None:
+        """Note the next bytes of a file. Files come whole, and each once."""
+        if name == CONFIG_FILE:
+            self._is_late |= self._weights is not None
+            self._config += chunk
+        elif name == WEIGHTS_FILE:
+            self._weights = self._weights or _begin_digest(bytes(self._config))
+            self._weights.update(chunk)
+        elif name in TEXT_FILES:
+            self._texts.setdefault(name, hashlib.sha256()).update(chunk)
+
+    def digests(self) -> tuple[str, str] | None:
+        """That of all files and that of the text's; None: the files have to be read for it."""
+        if self._weights is None or not self._config or self._is_late:
+            return None
+        text = _digest_of_texts({name: hasher.hexdigest() for name, hasher in self._texts.items()})
+        return _with_text(self._weights.hexdigest(), text), text
+
+
+def describe(directory: Path, received: ReceivedDigest | None = None) -> AdapterDescription:
     """Check an adapter's files as far as possible without its base model.
 
-    Reads every byte once, for the digest, so call it in a thread that may block. Raises AdapterRejected, OSError.
+    Reads every byte once, for the digest, unless `received` knows it: call it in a thread that may block. Raises
+    AdapterRejected, OSError.
     """
     config_bytes = read_config_bytes(directory)
+    known = None if received is None else received.digests()
     with open_weights(directory) as file:
         config, header = read_settings(config_bytes, file)
-        file.seek(0)
-        text = text_digest(directory)
-        digest = digest_of(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""), text)
+        if known is None:
+            file.seek(0)
+            text = text_digest(directory)
+            known = digest_of(config_bytes, iter(lambda: file.read(_HASH_CHUNK), b""), text), text
+    digest, text = known
     ranks, problems = module_ranks(header.tensors, config)
     if problems:
         raise AdapterRejected(problems)
@@ -150,13 +182,17 @@ def text_digest(directory: Path) -> str:
 
     Raises AdapterRejected for one that is too large or no plain file, OSError.
     """
-    hasher, found = hashlib.sha256(), False
+    found: dict[str, str] = {}
     for name, max_bytes in TEXT_FILES.items():
         if os.path.lexists(directory / name):
             with _open(directory, name, max_bytes) as file:
-                hasher.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-            found = True
-    return hasher.hexdigest() if found else ""
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digest_of_texts(found)
+
+
+def _digest_of_texts(digests: Mapping[str, str]) -> str:
+    lines = [f"{name} {digests[name]}\n" for name in TEXT_FILES if name in digests]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
 
 
 def fingerprint(directory: Path) -> str | None:
@@ -171,12 +207,19 @@ def fingerprint(directory: Path) -> str | None:
 
 def digest_of(config: bytes | None, weights: Iterable[bytes | memoryview], text: str = "") -> str:
     """The digest from the config's bytes, the weights' bytes in pieces of any length, and the text digest."""
-    config = b"" if config is None else config
-    hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
-    hasher.update(config)
+    hasher = _begin_digest(b"" if config is None else config)
     for chunk in weights:
         hasher.update(chunk)
-    digest = hasher.hexdigest()
+    return _with_text(hasher.hexdigest(), text)
+
+
+def _begin_digest(config: bytes) -> hashlib._Hash:
+    hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
+    hasher.update(config)
+    return hasher
+
+
+def _with_text(digest: str, text: str) -> str:
     return hashlib.sha256(f"{digest} {text}".encode()).hexdigest() if text else digest
 
 

@@ -48,6 +48,7 @@ class _Source:
 
     paths: tuple[Path, ...]
     loading: bool = False
+    is_hashed: bool = False  # the next load need not make the digest: whoever has just written the files did
     problems: list[str] = field(default_factory=list)  # of the last load, if it failed
     reason: str = INVALID
     num_failures: int = 0
@@ -132,10 +133,13 @@ class AdapterStore:
 
     # ---- what exists -----------------------------------------------------------------------------------------------
 
-    def register(self, key: AdapterKey, path: Path) -> None:
-        """Register an adapter and read it into memory. `poll` reports the outcome, each time anew."""
+    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False) -> None:
+        """Register an adapter and read it into memory. `poll` reports the outcome, each time anew.
+
+        is_hashed: the files have the key's digest; what is read again later is checked.
+        """
         source = self._sources.setdefault(key, _Source((path,)))
-        source.paths = (path,)
+        source.paths, source.is_hashed = (path,), is_hashed
         if key in self._loaded:
             self._num_in_flight += 1
             self._finished.put((source, FinishedLoad(key, self._loaded[key])))
@@ -217,11 +221,11 @@ class AdapterStore:
         return source
 
     def _start(self, key: AdapterKey, source: _Source) -> None:
-        source.loading = True
+        source.loading, is_hashed, source.is_hashed = True, source.is_hashed, False
         self._num_in_flight += 1
-        self._executor.submit(self._read, key, source)
+        self._executor.submit(self._read, key, source, is_hashed)
 
-    def _read(self, key: AdapterKey, source: _Source) -> None:
+    def _read(self, key: AdapterKey, source: _Source, is_hashed: bool) -> None:
         """Read an adapter, in a loader thread."""
         started = time.perf_counter()
         rest = self.pace.begin()
@@ -229,7 +233,7 @@ class AdapterStore:
             if key.parts:
                 loaded = self._load_composition(key, source.paths, rest=rest)
             else:
-                loaded = self._load(key, *source.paths, rest=rest)
+                loaded = self._load(key, *source.paths, rest=rest, is_hashed=is_hashed)
             finished = FinishedLoad(key, loaded)
         except AdapterRejected as rejected:
             finished = FinishedLoad(key, None, rejected.problems, rejected.reason)

@@ -185,14 +185,16 @@ class EngineAdapters:
 
     # ---- what callers ask for ----------------------------------------------------------------------------------------
 
-    def start_loading(self, key: AdapterKey, path: str) -> "asyncio.Future[AdapterFacts]":
+    def start_loading(self, key: AdapterKey, path: str, is_hashed: bool = False) -> "asyncio.Future[AdapterFacts]":
         """Have the engine read an adapter into host memory and bind it to the model, and do not wait.
+
+        is_hashed: the files are known to have the key's digest.
 
         Callers that ask for the same adapter at the same time share the load. It ends with AdapterRejected or the error
         with which the engine ended, which need not be looked at.
         """
         adapter = self._adapter(key)
-        read = adapter.read or self._read(key, path, max(Residency.HOST, adapter.wish.least))
+        read = adapter.read or self._read(key, path, max(Residency.HOST, adapter.wish.least), is_hashed)
         return self.until(key, lambda adapter: adapter.has_been_read(read.order))
 
     async def load(self, key: AdapterKey, path: str) -> AdapterFacts:
@@ -290,15 +292,17 @@ class EngineAdapters:
         self._connection.check()
         adapter = self._adapter(key)
         order = next(self._orders)
-        adapter.wish = msgspec.structs.replace(adapter.wish, **({"path": ""} | changes | {"order": order}))
+        adapter.wish = msgspec.structs.replace(
+            adapter.wish, **({"path": "", "is_hashed": False} | changes | {"order": order})
+        )
         if adapter.wish.most is not Residency.DEVICE:
             adapter.refused = None
         self._connection.send(adapter.wish)
         self._tell(key)
         return order
 
-    def _read(self, key: AdapterKey, path: str, least: Residency) -> Read:
-        order = self._want(key, path=path, least=least, most=Residency.DEVICE)
+    def _read(self, key: AdapterKey, path: str, least: Residency, is_hashed: bool = False) -> Read:
+        order = self._want(key, path=path, is_hashed=is_hashed, least=least, most=Residency.DEVICE)
         adapter = self._adapters[key]
         adapter.read = adapter.read or Read(order, asyncio.get_running_loop().time())
         return adapter.read

@@ -100,6 +100,7 @@ class WantAdapter(Message, frozen=True):
     least: Residency = Residency.HOST  # the tier to bring it to, as soon as there is room
     most: Residency = Residency.DEVICE  # the tier to lower it to, once no request uses it; DISK: it is forgotten
     pinned: bool = False  # brought to the device, and kept there
+    is_hashed: bool = False  # the files at `path` are known to have the key's digest: it need not be made again
 
 
 class Ping(Message, frozen=True):

@@ -78,7 +78,7 @@ class AdapterDeployer:
         model = self._models.serving(base_model)
         key = AdapterKey(f"{tenant}/{adapter_id}", files.digest)
         try:
-            loaded = await model.client.adapters.load(key, str(files.directory))
+            loaded = await model.client.adapters.start_loading(key, str(files.directory), files.hashed)
         except AdapterRejected as error:
             raise FailedPrecondition(error.reason, str(error)) from error
         if not self._is_registered(key):
@@ -96,7 +96,7 @@ class AdapterDeployer:
         self._descriptions[version.key] = files.description
         client = self._client(version)
         if client is not None:  # else when the model is loaded
-            self._deploy(client, version)
+            self._deploy(client, version, files.hashed)
 
     def load(self, version: AdapterVersion, residency: Residency = Residency.HOST) -> "asyncio.Task[None]":
         """Begin to bring a version into the memory of its engine, or on to the device.
@@ -150,11 +150,11 @@ class AdapterDeployer:
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _deploy(self, client: EngineClient, version: AdapterVersion) -> "asyncio.Task[None]":
+    def _deploy(self, client: EngineClient, version: AdapterVersion, is_hashed: bool = False) -> "asyncio.Task[None]":
         """Send the load to the engine now, so that later messages find the adapter registered; take the answer
         later.
         """
-        loading = client.adapters.start_loading(version.key, self.directory(version))
+        loading = client.adapters.start_loading(version.key, self.directory(version), is_hashed)
         return self._work.begin(self._take_answer(version.key, loading))
 
     async def _take_answer(self, key: AdapterKey, loading: "asyncio.Future[AdapterFacts]") -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -12,7 +13,14 @@ from typing import Any, ParamSpec, Self, TypeVar
 from loraplex_adapters.errors import AdapterRejected, SourceNotAllowed
 from loraplex_adapters.files.depot import Depot
 from loraplex_adapters.files.remote import RemoteSources
-from loraplex_adapters.files.source import AdapterDescription, AdapterSource, describe, digest, fingerprint
+from loraplex_adapters.files.source import (
+    AdapterDescription,
+    AdapterSource,
+    ReceivedDigest,
+    describe,
+    digest,
+    fingerprint,
+)
 from loraplex_adapters.files.trust import SIGNATURE_FILE, is_trusted
 from loraplex_adapters.versions import AdapterVersion
 from loraplex_service.admission.tenants import Tenant
@@ -24,6 +32,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+FLUSHED_BYTES = 32 << 20  # of an upload at once
 READERS = 2  # adapters whose files are checked at once
 CLEARING_SECONDS = 5.0  # that the end of the server waits for; the next start clears the rest
 
@@ -39,6 +48,7 @@ class AdapterFiles:
     reason: str = "ADAPTER_INVALID"  # or ADAPTER_RANK_TOO_HIGH
     fingerprint: str = ""
     gathered: bool = False  # by the server itself: `keep` moves them to where they stay
+    hashed: bool = False  # the digest is that of the bytes as they came, which nobody else could change since
 
 
 class AdapterLibrary:
@@ -159,7 +169,7 @@ class AdapterLibrary:
 
     async def _checked(self, directory: Path, where: str) -> AdapterFiles:
         try:
-            return await self._in_thread(_read, directory, False)
+            return await self._in_thread(_read, directory)
         except AdapterRejected as error:
             raise FailedPrecondition("ADAPTER_INVALID", f"{where}: {error}") from error
         except OSError as error:  # whose own text has the whole path, which is nothing for tenants
@@ -182,6 +192,7 @@ class Gathering:
         self._threads = threads
         self._depot = depot
         self._doing: set[asyncio.Future[Any]] = set()
+        self._received = ReceivedDigest()
         self._made = self._start(depot.begin)
 
     async def made(self) -> Self:
@@ -193,7 +204,7 @@ class Gathering:
     async def append(self, name: str, chunk: bytes) -> None:
         """Write the next bytes of a file. Raises Unavailable (STATE_UNWRITABLE)."""
         with _writing():
-            await self.do(_append, self.directory / name, chunk)
+            await self.do(_append, self.directory / name, chunk, self._received)
 
     async def check(self, where: str) -> AdapterFiles:
         """Check the files, once all of them have arrived.
@@ -201,7 +212,7 @@ class Gathering:
         Raises FailedPrecondition (ADAPTER_INVALID), Unavailable (STATE_UNWRITABLE).
         """
         try:
-            files = await self.do(_read, self.directory, True)
+            files = await self.do(_read, self.directory, self._received)
         except (AdapterRejected, OSError) as error:
             raise FailedPrecondition("ADAPTER_INVALID", f"{where}: {error}") from error
         with _writing():
@@ -241,17 +252,26 @@ def _writing() -> Iterator[None]:
         raise Unavailable("STATE_UNWRITABLE", message, RETRY_SECONDS) from error
 
 
-def _read(directory: Path, gathered: bool) -> AdapterFiles:
+def _read(directory: Path, received: ReceivedDigest | None = None) -> AdapterFiles:
+    """`received`: of files that the server gathered; None: of others."""
+    gathered = received is not None
     seen = "" if gathered else fingerprint(directory) or ""
+    known = None if received is None else received.digests()
     try:
-        description = describe(directory)
+        description = describe(directory, received)
     except AdapterRejected as error:
-        return AdapterFiles(
-            directory, digest(directory), None, tuple(error.problems), fingerprint=seen, gathered=gathered
-        )
-    return AdapterFiles(directory, description.digest, description, fingerprint=seen, gathered=gathered)
+        found = digest(directory) if known is None else known[0]
+        return AdapterFiles(directory, found, None, tuple(error.problems), fingerprint=seen, gathered=gathered)
+    return AdapterFiles(
+        directory, description.digest, description, fingerprint=seen, gathered=gathered, hashed=known is not None
+    )
 
 
-def _append(file: Path, chunk: bytes) -> None:
+def _append(file: Path, chunk: bytes, received: ReceivedDigest) -> None:
+    """Write the next bytes of a file, and have the disk begin with them: at the end little is left to wait for."""
+    received.add(file.name, chunk)
     with file.open("ab") as opened:
         opened.write(chunk)
+        if opened.tell() // FLUSHED_BYTES != (opened.tell() - len(chunk)) // FLUSHED_BYTES:
+            opened.flush()
+            os.fdatasync(opened.fileno())

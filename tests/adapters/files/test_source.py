@@ -10,7 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from loraplex_adapters.errors import AdapterRejected, SourceNotAllowed
-from loraplex_adapters.files.source import AdapterSource, describe, digest, digest_of, fingerprint
+from loraplex_adapters.files.source import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterSource,
+    ReceivedDigest,
+    describe,
+    digest,
+    digest_of,
+    fingerprint,
+    text_digest,
+)
 
 AdapterMaker = Callable[..., Path]
 
@@ -179,6 +189,36 @@ def test_the_same_content_elsewhere_has_the_same_digest(make_adapter: AdapterMak
     assert digest(first) == digest(second)
     config, weights = ((first / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
     assert digest_of(config, [weights[:100], weights[100:]]) == digest(first)
+
+
+def received(directory: Path, *names: str) -> ReceivedDigest:
+    """What is known of files that came in this order, in small pieces."""
+    made = ReceivedDigest()
+    for name in names:
+        content = (directory / name).read_bytes()
+        for start in range(0, len(content), 100):
+            made.add(name, content[start : start + 100])
+    return made
+
+
+@pytest.mark.parametrize("more", [(), ("tokenizer.json",), ("tokenizer.json", "added_tokens.json")])
+def test_files_that_come_in_pieces_have_the_digest_that_they_have_on_disk(
+    make_adapter: AdapterMaker, more: tuple[str, ...]
+) -> None:
+    directory = make_adapter()
+    for name in more:
+        (directory / name).write_text(name)
+    for names in ((CONFIG_FILE, WEIGHTS_FILE, *more), (*more, CONFIG_FILE, WEIGHTS_FILE)):
+        made = received(directory, *names)
+        assert made.digests() == (digest(directory), text_digest(directory))
+        assert describe(directory, made) == describe(directory)
+
+
+def test_files_of_which_the_config_comes_late_are_read_for_their_digest(make_adapter: AdapterMaker) -> None:
+    directory = make_adapter()
+    made = received(directory, WEIGHTS_FILE, CONFIG_FILE)
+    assert made.digests() is None
+    assert describe(directory, made) == describe(directory)
 
 
 def problems_of(directory: Path) -> str:

@@ -58,6 +58,12 @@ def test_files_that_are_not_the_version_asked_for_are_refused(
         load(key, make_adapter("new", seed=1), targets)
 
 
+def test_files_whose_digest_is_known_are_not_hashed_again(make_adapter: AdapterMaker, targets: Targets) -> None:
+    key, directory = AdapterKey("shared/mine", "1" * 64), make_adapter()
+    loaded = load_adapter(key, directory, targets, torch.float32, 64, lambda weights: weights, is_hashed=True)
+    assert loaded.key == key
+
+
 def test_integer_tensors_are_refused(make_adapter: AdapterMaker, key_of: KeyOf, targets: Targets) -> None:
     directory = make_adapter(tensors={"x.lora_A.weight": torch.ones(4, 8, dtype=torch.int8)})
     with pytest.raises(AdapterRejected, match=r"x\.lora_A\.weight: dtype I8"):

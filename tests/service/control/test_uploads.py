@@ -53,6 +53,24 @@ async def test_an_uploaded_adapter_can_be_used_and_says_what_it_is(control: Cont
     assert answer.target.adapter_version == adapter.version
 
 
+async def test_what_was_hashed_while_it_came_is_not_hashed_again(control: ControlPlane, tmp_path: Path) -> None:
+    uploaded = await control.admin.upload_adapter(
+        "mine", base_model="tiny", directory=write_adapter(tmp_path / "mine", seed=1), wait=20.0
+    )
+    source = str(write_adapter(control.roots / "found", seed=2))
+    found = await control.admin.create_adapter("found", base_model="tiny", source=source, wait=20.0)
+    hashed = {wish.key.digest: wish.is_hashed for wish in control.core().wishes if wish.path}
+    assert hashed == {uploaded.digest.removeprefix("sha256:"): True, found.digest.removeprefix("sha256:"): False}
+
+
+async def test_the_config_may_come_behind_the_weights(control: ControlPlane, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "mine", seed=1)
+    contents = [(name, (files / name).read_bytes()) for name in (WEIGHTS_FILE, CONFIG_FILE)]
+    messages = [message for name, content in contents for message in (begin(name, len(content)), chunk(content))]
+    adapter = await send(control, HEADER, *messages)
+    assert adapter.digest == f"sha256:{digest(files)}"
+
+
 async def test_the_same_content_again_is_the_same_version(control: ControlPlane, tmp_path: Path) -> None:
     files = write_adapter(tmp_path / "mine", seed=1)
     first = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
