@@ -111,6 +111,9 @@ class FakeAdapters:
     def invocation_tokens(self, key: AdapterKey) -> tuple[int, ...]:
         return ()
 
+    def leaves_cache(self, key: AdapterKey) -> bool:
+        return False
+
     def has_head(self, key: AdapterKey) -> bool:
         return key in self.with_heads
 

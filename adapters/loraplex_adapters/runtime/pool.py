@@ -28,6 +28,7 @@ class _Resident:
     unloading: bool = False  # dropped as soon as no request uses it
     invocation_tokens: tuple[int, ...] = ()  # of activated LoRA
     has_head: bool = False  # for classification
+    leaves_cache: bool = False  # whether all keys and values are the base model's
 
 
 class AdapterPool:
@@ -111,6 +112,10 @@ class AdapterPool:
     def has_head(self, key: AdapterKey) -> bool:
         """Whether a held adapter has a classification head."""
         return self._residents[key].has_head
+
+    def leaves_cache(self, key: AdapterKey) -> bool:
+        """Whether all keys and values are the base model's with a held adapter, too."""
+        return self._residents[key].leaves_cache
 
     def make_room(self, key: AdapterKey) -> None:
         """Make room for an adapter that has waited too long: let the resident with the fewest requests drain and leave.
@@ -245,6 +250,7 @@ class AdapterPool:
             tuple(loaded.packed),
             invocation_tokens=loaded.invocation_tokens,
             has_head=loaded.num_labels > 0,
+            leaves_cache=loaded.leaves_cache,
         )
         self._used_bytes += loaded.nbytes
         self.moved.add(key)

@@ -92,6 +92,7 @@ class LoraTarget:
     stacked_transposed: bool = False  # the parameter is [E, C, N], of which PEFT does not know
     transposed: bool = False  # checkpoints have its weight as [C, N], and adapters that replace it, too
     dtype: torch.dtype | None = None  # that it is computed in; None: the model's
+    reaches_cache: bool = True  # False: keys and values of no layer depend on it
     share: Share | None = None  # of a module that is divided: C and N above are the rank's; None: it is whole
 
     @property

@@ -24,6 +24,7 @@ from loraplex_adapters.runtime.composition import combine
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, EmbeddingLora
 from loraplex_adapters.runtime.replaced import REPLACED_SITE
 from loraplex_adapters.runtime.targets import LoraTarget
+from loraplex_adapters.runtime.untouched import leaves_cache
 from loraplex_kernels.ops import LoraWeights, PackedLora
 
 PIECE_BYTES = 1 << 18  # read and hashed at once
@@ -53,6 +54,7 @@ class LoadedAdapter:
     whole: str = ""  # why it cannot be one of several in a composition; "": it can
     num_labels: int = 0  # of its classification head; 0: it has none
     each_token: bool = False  # whether the head classifies tokens
+    leaves_cache: bool = False  # whether all keys and values are the base model's
 
     @property
     def rank(self) -> int:
@@ -88,7 +90,8 @@ def load_adapter(
     packed = pack_adapter(bound, pack, rest)
     warnings = (*config.warnings, *bound.warnings)
     labels = (0, False) if bound.head is None else (bound.head.num_labels, bound.head.each_token)
-    return LoadedAdapter(key, packed, bound.ranks, warnings, bound.invocation_tokens, bound.whole, *labels)
+    untouched = leaves_cache(bound, targets)
+    return LoadedAdapter(key, packed, bound.ranks, warnings, bound.invocation_tokens, bound.whole, *labels, untouched)
 
 
 def load_composition(
@@ -110,7 +113,8 @@ def load_composition(
         tensors, config = _read(member, directory, targets, rest)
         parts.append((str(member), bind(tensors, config, targets, dtype, max_rank, rest), weight))
     bound = combine(parts, rest)
-    return LoadedAdapter(key, pack_adapter(bound, pack, rest), bound.ranks, ())
+    untouched = leaves_cache(bound, targets)
+    return LoadedAdapter(key, pack_adapter(bound, pack, rest), bound.ranks, (), leaves_cache=untouched)
 
 
 def _read(

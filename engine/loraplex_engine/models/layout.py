@@ -22,6 +22,9 @@ HEAD_MODULE = "lm_head"
 HEAD, HEAD_BIAS = f"{HEAD_MODULE}.weight", f"{HEAD_MODULE}.bias"
 HEAD_SITE, FINAL_NORM_SITE = HEAD_MODULE, "norm"
 
+# Projections of which, in the last layer, keys and values do not depend. Of others, that is not said.
+BEHIND_CACHE = ("q_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+
 
 def layer_linears(config: ModelConfig, layer: int) -> tuple[FusedLinear, ...]:
     """The linears of one layer: those of its attention, and those of its feed-forward."""
@@ -229,9 +232,10 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
     embedding, head = EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")
     hidden, vocabulary = config.hidden_size, config.vocab_size
     norm = LoraTarget("", 0, 0, hidden, TargetKind.NORM)
+    tied_to = embedding if config.tie_word_embeddings else None
     targets = {
         embedding: LoraTarget(EMBEDDING_SITE, vocabulary, 0, hidden, TargetKind.EMBEDDING),
-        head: LoraTarget(HEAD_SITE, hidden, 0, vocabulary, tied_to=embedding if config.tie_word_embeddings else None),
+        head: LoraTarget(HEAD_SITE, hidden, 0, vocabulary, tied_to=tied_to, reaches_cache=False),
         final_norm(config): replace(norm, site=FINAL_NORM_SITE),
     }
     classifier = LoraTarget(CLASSIFIER_SITE, hidden, 0, 0, TargetKind.CLASSIFIER)
@@ -241,7 +245,8 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
             targets[f"model.layers.{layer}.{module}"] = replace(norm, site=norm_site(layer, module))
         for linear in layer_linears(config, layer):
             for module, target in _linear_targets(site_name(layer, linear), linear, shard).items():
-                targets[f"model.layers.{layer}.{module}"] = target
+                is_last = layer == config.num_layers - 1 and module.rpartition(".")[2] in BEHIND_CACHE
+                targets[f"model.layers.{layer}.{module}"] = replace(target, reaches_cache=not is_last)
             if linear.stack is not None:
                 whole = f"model.layers.{layer}.{linear.module}"
                 stacks = (f"model.layers.{layer}.{linear.stack.path}",)

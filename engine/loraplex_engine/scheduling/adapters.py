@@ -29,6 +29,9 @@ class AdapterSlots(Protocol):
     def has_head(self, key: AdapterKey) -> bool:
         """Whether a held adapter has a classification head."""
 
+    def leaves_cache(self, key: AdapterKey) -> bool:
+        """Whether all keys and values are the base model's with a held adapter, too."""
+
     def make_room(self, key: AdapterKey) -> None:
         """Make room for an adapter that waits for room on the device."""
 
@@ -58,6 +61,7 @@ class AdapterPreparer(Preparer):
             self._slots.release(key)
             raise NeverReadyError(problem)
         request.invoke_adapter(self._slots.invocation_tokens(key))
+        request.leaves_cache = self._slots.leaves_cache(key)
         return True
 
     def take_back(self, request: Request) -> None:

@@ -2,8 +2,9 @@
 
 A block is used (a request holds it), cached (no request holds it, but its content may be asked for again) or free.
 Content is named by a chain of hashes: a block's hash covers its tokens and everything before them, starting from a root
-that names the salt; the adapter version enters at the first block that the adapter applies to, and an embedded part of
-the prompt, by its digest, at the block in which it begins. Two requests share a block only if all of that is equal.
+that names the salt. The adapter version enters at the first block that the adapter applies to, unless it leaves all
+keys and values as the base model has them; and an embedded part of the prompt, by its digest, at the block in which it
+begins. Two requests share a block only if all of that is equal.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def chain_root(request: Request, block_size: int) -> bytes:
 
 def first_adapted_block(request: Request, block_size: int) -> int:
     """The first block that is not the base model's; -1: there is none."""
-    if request.adapter is None or request.adapter_start is None:
+    if request.adapter is None or request.adapter_start is None or request.leaves_cache:
         return -1
     return request.adapter_start // block_size
 

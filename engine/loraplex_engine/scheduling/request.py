@@ -67,6 +67,7 @@ class Request:
         "first_scheduled_time",
         "form",
         "form_key",
+        "leaves_cache",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_given",
@@ -125,6 +126,7 @@ class Request:
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were asked for
         self.adapter_slot: int | None = None
         self.adapter_start: int | None = 0  # the first token that the adapter applies to; None: it was not invoked
+        self.leaves_cache = False  # whether all keys and values are the base model's with its adapter, too
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first scheduling
         self.first_scheduled_time: float | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = []

@@ -45,6 +45,9 @@ class FakeSlots:
         self.broken.add(key)
         self.changes += 1
 
+    def leaves_cache(self, key: AdapterKey) -> bool:
+        return False
+
     def has_head(self, key: AdapterKey) -> bool:
         return key in self.with_heads
 

@@ -1,0 +1,48 @@
+"""Whether an adapter leaves the cache as the base model fills it, proved from its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from loraplex_adapters.runtime.binding import BoundAdapter
+from loraplex_adapters.runtime.targets import LoraTarget
+from loraplex_kernels.ops import LoraWeights
+
+
+def leaves_cache(bound: BoundAdapter, targets: Mapping[str, LoraTarget]) -> bool:
+    """Whether every key and value is what it would be without the adapter.
+
+    So it is if all outputs that its matrices change lie behind the last keys and values: those of the head, of the last
+    layer's queries, attention and feed-forward. False: that is not proved.
+    """
+    if bound.replaced is not None:
+        return False
+    behind: dict[str, list[slice]] = {}
+    for target in targets.values():
+        if not target.reaches_cache and target.site in bound.weights:
+            behind.setdefault(target.site, []).append(target.columns)
+    return all(
+        _lies_in(columns, behind.get(site, []))
+        for site, weights in bound.weights.items()
+        for columns in _changed(weights)
+    )
+
+
+def _changed(weights: LoraWeights) -> Iterator[Tensor]:
+    """The columns of a linear's output that an adapter may change, of each of its parts: int64 [n]"""
+    if weights.affine is not None:
+        gain, offset = weights.affine
+        yield ((gain != 1) | (offset != 0)).nonzero().flatten()
+    for part in weights.slices:
+        if weights.a[part.rank_start : part.rank_start + part.b.shape[1]].any():
+            yield part.out_start + part.b.any(dim=1).nonzero().flatten()
+
+
+def _lies_in(columns: Tensor, places: Sequence[slice]) -> bool:
+    inside = torch.zeros(len(columns), dtype=torch.bool)
+    for place in places:
+        inside |= (columns >= place.start) & (columns < place.stop)
+    return bool(inside.all())
