@@ -19,6 +19,7 @@ FIXED = {"host": "10.0.0.1", "port": 1, "healthPort": 2, "metricsPort": 3, "http
 VARIANTS: dict[str, dict[str, Any]] = {
     "grpc": PICKER,
     "grpc and http": PICKER | {"http": {"enabled": True}},
+    "dialects": PICKER | {"http": {"enabled": True}, "dialects": ["kserve_v2"]},
     "without tls": PICKER | {"http": {"enabled": True}, "tls": {"enabled": False}, "insecure": True},
     "fixed servers": PICKER | {"http": {"enabled": True}, "envoy": {"enabled": True, "endpoints": [FIXED]}},
 }
@@ -107,6 +108,21 @@ def test_servers_say_by_whose_names_their_metrics_go(chart: Chart) -> None:
 def test_a_wrong_value_is_refused_by_name(chart: Chart, values: dict[str, Any], named: str) -> None:
     with pytest.raises(helm_python.HelmError, match=named):
         chart.render(MODELS | values)
+
+
+@pytest.mark.parametrize(
+    ("dialects", "first"), [([], {"prefix": "/loraplex.v1."}), (["kserve_v2"], {"prefix": "/", "grpc": {}})]
+)
+def test_grpc_of_other_systems_passes_envoy_where_the_servers_speak_it(
+    chart: Chart, dialects: list[str], first: dict[str, Any]
+) -> None:
+    release = chart.render(MODELS | PICKER | {"http": {"enabled": True}, "dialects": dialects})
+    config = yaml.safe_load(release.get("ConfigMap", "prod-loraplex-envoy")["data"]["envoy.yaml"])
+    [listener] = config["static_resources"]["listeners"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    routes = manager["route_config"]["virtual_hosts"][0]["routes"]
+    assert routes[0]["match"] == first
+    assert [route["route"]["cluster"] for route in routes] == ["replicas", "replicas", "replicas-http"]
 
 
 def test_a_release_without_a_picker_has_nothing_of_it(chart: Chart) -> None:

@@ -34,7 +34,7 @@ static_resources:
                         - actions: [{ remote_address: {} }]
                       {{- end }}
                       routes:
-                        - match: { prefix: /loraplex.v1. }
+                        - match: {{ ternary "{ prefix: /, grpc: {} }" "{ prefix: /loraplex.v1. }" (not (empty .Values.dialects)) }}
                           route:
                             cluster: replicas
                             timeout: 0s # as above
