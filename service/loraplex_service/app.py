@@ -1,6 +1,7 @@
 """Puts the service together from its configuration, and takes it apart again without losing anything in flight."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -235,7 +236,17 @@ def assemble(
         Service("loraplex.v1.ServerService", server, add_ServerServiceServicer_to_server),
     )
     backend = Backend(
-        inference, adapters, models, server, host, catalog, tenants, number, lambda: health.servicer.is_serving("")
+        inference,
+        pooling,
+        adapters,
+        models,
+        server,
+        host,
+        catalog,
+        tenants,
+        number,
+        secrets.token_hex(8),
+        lambda: health.servicer.is_serving(""),
     )
     spoken = dialect_services(config.dialects, backend)
     data = (*inferring, *(replace(service, methods=READS[service.name]) for service in admin), *spoken)

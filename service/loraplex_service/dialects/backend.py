@@ -32,6 +32,7 @@ from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.target import Target
 from loraplex_service.ports.receiving import check_message
 from loraplex_service.requests.inference import InferenceServicer
+from loraplex_service.requests.pooling import PoolingServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -44,6 +45,7 @@ class Backend:
     """The servicers of the contract. Dialects call them within their own calls."""
 
     inference: InferenceServicer
+    pooling: PoolingServicer
     adapters: AdapterServicer
     models: ModelServicer
     server: ServerServicer
@@ -51,6 +53,7 @@ class Backend:
     catalog: Catalog
     tenants: Tenants
     version: str  # of the server
+    instance: str  # of this life of the server
     is_serving: Callable[[], bool]  # whether a model serves, and requests are let in
 
     # ---- generations -------------------------------------------------------------------------------------------------
@@ -90,6 +93,19 @@ class Backend:
             names = ", ".join(sorted(model.name for model in models))
             raise InvalidRequest.at(path, f"is required: several models are served, {names}")
         return models[0]
+
+    def choose(self, draft: Draft, model: str, adapter: str, model_field: str, adapter_field: str) -> None:
+        """Have the draft generate with a model, or with an adapter of it; with neither named, with the only model.
+
+        The fields are those that hold the names. Raises InvalidRequest, and what names raise.
+        """
+        chosen = adapter or model or f"models/{self.only_model(model_field).name}"
+        draft.spec.model = chosen
+        draft.names.append(("model", adapter_field if adapter else model_field))
+        if adapter and model:
+            base = self.target(model, model_field).model.name
+            if self.target(adapter, adapter_field).model.name != base:
+                raise InvalidRequest.at(adapter_field, f"{adapter[:200]!r} is no adapter of {base}")
 
     # ---- models and adapters -----------------------------------------------------------------------------------------
 
@@ -133,6 +149,11 @@ class Backend:
         with draft.naming():
             await check_message(request)
             return await self.adapters.DeleteAdapter(request, context)
+
+
+def fields_of_loads(name: str, source: str) -> list[tuple[str, str]]:
+    """Which fields of a dialect say what an adapter to be registered is: its name, and its source."""
+    return [("adapter_id", name), ("parent", name), ("adapter.source", source)]
 
 
 def tenant_of_names(context: Context) -> str:

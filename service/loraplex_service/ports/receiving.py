@@ -25,6 +25,8 @@ _DATA = (
     "/loraplex.v1.TokenizerService/",
     "/inference.GRPCInferenceService/ModelInfer",
     "/inference.GRPCInferenceService/ModelStreamInfer",
+    "/vllm.Inference/",
+    "/vllm.grpc.engine.VllmEngine/",
 )
 # Streams of requests, each with answers of its own: a caller that has sent one may take its time with the next.
 _CONVERSATIONS = ("/inference.GRPCInferenceService/ModelStreamInfer",)

@@ -20,6 +20,13 @@ def kind_of(message: Descriptor) -> str:
 
 _NAME = Text(512)
 _PARAMETERS = Entries(64, keys=Text(128))
+_ID = Text(128)
+_FORM = Text(65536, unit="bytes")
+_CHOICES = Entries(256, _FORM)
+_TOKENS = Entries(1 << 18)
+_BIAS = Entries(1024)
+_STOP = Entries(16, Text(256, unit="bytes"))
+_STOP_TOKENS = Entries(64)
 _TEXT = Text((1 << 21) + 4, unit="bytes")  # a prompt, with its length before it
 
 LIMITS: Mapping[str, Limit] = {
@@ -51,9 +58,47 @@ LIMITS: Mapping[str, Limit] = {
     "inference.RepositoryModelLoadRequest.parameters": _PARAMETERS,
     "inference.RepositoryModelUnloadRequest.model_name": _NAME,
     "inference.RepositoryModelUnloadRequest.parameters": _PARAMETERS,
+    # ---- vllm.proto
+    "vllm.GenerateRequest.request_id": _ID,
+    "vllm.GenerateRequest.model": _NAME,
+    "vllm.GenerateRequest.text": _TEXT,
+    "vllm.GenerateRequest.session_id": Text(8192),
+    "vllm.GenerateRequest.lora_name": _NAME,
+    "vllm.TokenIds.ids": _TOKENS,
+    "vllm.DecodingParameters.logit_bias": _BIAS,
+    "vllm.DecodingParameters.allowed_token_ids": _BIAS,
+    "vllm.DecodingParameters.json": _FORM,
+    "vllm.DecodingParameters.regex": _FORM,
+    "vllm.DecodingParameters.grammar": _FORM,
+    "vllm.DecodingParameters.StringChoices.choices": _CHOICES,
+    "vllm.StoppingCriteria.stop_token_ids": _STOP_TOKENS,
+    "vllm.StoppingCriteria.stop_strings": _STOP,
+    "vllm.KVCacheParameters.cache_salt": _ID,
+    "vllm.AbortRequest.request_ids": Entries(256, _ID),
+    "vllm.LoadLoraRequest.lora_name": _NAME,
+    "vllm.LoadLoraRequest.source_path": Text(8192),
+    "vllm.UnloadLoraRequest.lora_name": _NAME,
+    # ---- vllm_engine.proto
+    "vllm.grpc.engine.GenerateRequest.request_id": _ID,
+    "vllm.grpc.engine.GenerateRequest.text": _TEXT,
+    "vllm.grpc.engine.TokenizedInput.original_text": _TEXT,
+    "vllm.grpc.engine.TokenizedInput.input_ids": _TOKENS,
+    "vllm.grpc.engine.SamplingParams.stop": _STOP,
+    "vllm.grpc.engine.SamplingParams.stop_token_ids": _STOP_TOKENS,
+    "vllm.grpc.engine.SamplingParams.logit_bias": _BIAS,
+    "vllm.grpc.engine.SamplingParams.json_schema": _FORM,
+    "vllm.grpc.engine.SamplingParams.regex": _FORM,
+    "vllm.grpc.engine.SamplingParams.grammar": _FORM,
+    "vllm.grpc.engine.ChoiceConstraint.choices": _CHOICES,
+    "vllm.grpc.engine.EmbedRequest.request_id": _ID,
+    "vllm.grpc.engine.AbortRequest.request_ids": Entries(256, _ID),
+    "vllm.grpc.engine.GetLoadsRequest.include": Entries(16, Text(128)),
 }
 
 _NUMBERS = "inputs are BYTES and BOOL; leave it out"
+_MEDIA = "there is text alone; leave it out"
+_MOVED = "caches are not moved between servers; leave it out"
+_TAG = "forms are JSON Schemas, regular expressions, grammars and choices; give one of them"
 _REPOSITORY = "there is one repository; leave it out"
 
 REFUSED: Mapping[str, str] = {
@@ -68,4 +113,16 @@ REFUSED: Mapping[str, str] = {
     "inference.RepositoryIndexRequest.repository_name": _REPOSITORY,
     "inference.RepositoryModelLoadRequest.repository_name": _REPOSITORY,
     "inference.RepositoryModelUnloadRequest.repository_name": _REPOSITORY,
+    # ---- vllm.proto
+    "vllm.GenerateRequest.media": _MEDIA,
+    "vllm.DecodingParameters.structural_tag": _TAG,
+    "vllm.KVCacheParameters.kv_transfer_params": _MOVED,
+    "vllm.KVCacheParameters.ec_transfer_params": _MOVED,
+    # ---- vllm_engine.proto
+    "vllm.grpc.engine.GenerateRequest.kv_transfer_params": _MOVED,
+    "vllm.grpc.engine.GenerateRequest.kv_transfer_params_json": _MOVED,
+    "vllm.grpc.engine.GenerateRequest.mm_inputs": _MEDIA,
+    "vllm.grpc.engine.GenerateRequest.extra_mm_inputs": _MEDIA,
+    "vllm.grpc.engine.GenerateRequest.media_refs": _MEDIA,
+    "vllm.grpc.engine.SamplingParams.structural_tag": _TAG,
 }

@@ -26,7 +26,7 @@ from loraplex_service.validation.checks import check_request
 from loraplex_service.validation.limits import Entries, Text
 from tests.service.control_plane import control_plane
 
-SERVICES = ("inference.GRPCInferenceService",)
+SERVICES = ("inference.GRPCInferenceService", "vllm.Inference", "vllm.Control", "vllm.grpc.engine.VllmEngine")
 TABLE = {**limits.LIMITS, **dialects.LIMITS}
 OF_SIZE = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
