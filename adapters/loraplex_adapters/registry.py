@@ -369,10 +369,13 @@ class AdapterRegistry:
     def _save(self, version: AdapterVersion, kind: ChangeKind = ChangeKind.CHANGED) -> AdapterVersion:
         """Keep a new snapshot, with a new etag, and tell the subscribers."""
         current = self._adapters[version.key.name].current == version.key.digest
-        version = replace(version, current=current, update_time=self._clock(), etag=str(self._next()))
+        version = replace(version, current=current, update_time=self._clock(), etag=self._etag(version.key))
         self._store(version)
         self._publish(AdapterChange(kind, version))
         return version
+
+    def _etag(self, key: AdapterKey) -> str:
+        return str(self._next())
 
     def _store(self, version: AdapterVersion) -> None:
         self._adapters[version.key.name].versions[version.key.digest] = version

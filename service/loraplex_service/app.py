@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -65,7 +66,7 @@ from loraplex_service.requests.inference import InferenceServicer
 from loraplex_service.requests.pooling import PoolingServicer
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.spare_memory import keep_giving_back
-from loraplex_service.state import StateFile
+from loraplex_service.state import State, StateFile
 from loraplex_service.telemetry.lag import observe_lag
 from loraplex_service.telemetry.records import Observer
 from loraplex_service.telemetry.setup import Telemetry, telemetry_of
@@ -78,6 +79,9 @@ READS = {
     "loraplex.v1.RouteService": ("GetRoute", "ListRoutes", "ResolveTarget"),
     "loraplex.v1.ServerService": ("GetServerInfo",),
 }
+
+if TYPE_CHECKING:
+    from loraplex_service.replica import Replica  # which needs psycopg
 
 LaunchFor = Callable[[HostedModelConfig], Launch]  # how the engine of a model is started
 
@@ -101,7 +105,7 @@ class Application:
     telemetry: Telemetry
     host: ModelHost
     registry: AdapterRegistry
-    state: StateFile
+    state: State
     library: AdapterLibrary
     registrar: AdapterRegistrar
     work: BackgroundWork
@@ -115,6 +119,7 @@ class Application:
     probes: Probes
     data: tuple[Service, ...]
     admin: tuple[Service, ...]
+    replica: "Replica | None"  # None: it is a server on its own
 
     async def register_configured(self) -> None:
         """Register the adapters of the configuration file, all at once."""
@@ -178,19 +183,22 @@ def assemble(
     limits = config.limits
     placement = Placement(config.models)
     host = ModelHost(config.models, supervise)
-    registry = AdapterRegistry()
-    registry.subscribe(partial(_tell_removed, registry, telemetry.observer))
     state_directory = Path(config.state_directory) if config.state_directory else None
-    state = StateFile(state_directory)
+    local = StateFile(state_directory)
+    replica = _replica(config, local)
+    registry = AdapterRegistry() if replica is None else replica.registry
+    registry.subscribe(partial(_tell_removed, registry, telemetry.observer))
+    state = local if replica is None else replica.state
     depot = Depot((state_directory or bus_directory.path) / "adapters")
     remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
     library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
     tenants = Tenants(config.tenants, config.other_tenants, cache_key=cache_key(state_directory))
     adapter_texts = AdapterTexts(lambda version: str(library.directory(version)))
-    records = AdapterRecords(registry, state)
     work = BackgroundWork()
+    records = AdapterRecords(registry, state) if replica is None else replica.records(work)
     deployer = AdapterDeployer(registry, library, host, records, adapter_texts, work, telemetry.metrics.adapter_loads)
-    registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work)
+    find_files = library.recheck if replica is None else replica.files(library).find
+    registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work, find_files)
     routes = RouteBook(state)
     catalog = Catalog(host, registry, routes)
     admission = Admission(
@@ -271,7 +279,17 @@ def assemble(
         probes,
         data,
         admin,
+        replica,
     )
+
+
+def _replica(config: ServiceConfig, local: StateFile) -> "Replica | None":
+    """The parts of a replica; None: the server is on its own. Raises OSError."""
+    if config.state is None:
+        return None
+    from loraplex_service.replica import Replica
+
+    return Replica(config, config.state, local)
 
 
 def _tell_removed(registry: AdapterRegistry, observer: Observer, change: AdapterChange) -> None:
@@ -310,6 +328,9 @@ async def running(
             stack.push_async_callback(_end, asyncio.create_task(keep(), name="health"))
         await app.health.start()
         await app.registrar.reconcile()
+        if app.replica is not None:
+            await stack.enter_async_context(app.replica.listening(app.library))
+        await app.state.start()
         app.host.start()
         await app.register_configured()
         await data.start()
@@ -346,7 +367,8 @@ async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
         return None
     from loraplex_service.control.metrics_page import MetricsPage, metrics_server
 
-    served = Served(app.telemetry, app.host.all, app.registry.requests, lambda: app.admission.draining)
+    fleet = None if app.replica is None else app.replica.state.figures
+    served = Served(app.telemetry, app.host.all, app.registry.requests, lambda: app.admission.draining, fleet)
     page = MetricsPage(served, asyncio.get_running_loop())
     return await stack.enter_async_context(metrics_server(page, app.config.metrics_listen))
 

@@ -5,6 +5,7 @@ the environment: LORAPLEX_LISTEN, LORAPLEX_LOG_LEVEL, LORAPLEX_DRAIN_GRACE_SECON
 with LORAPLEX_ are passed over, because Kubernetes sets some for every service of that name.
 """
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +73,9 @@ class ServiceConfig(_Section, frozen=True):
     adapter_sources: tuple[str, ...] = ()  # and fetched only from these prefixes: "s3://bucket/prefix/", "hf://owner/"
     object_store: dict[str, str] = {}  # for s3://: endpoint, region, …
     state_directory: str | None = None  # state that survives restarts; "": none is kept. Default in a file: beside it
+    state: str | None = None  # postgresql://…: the database of a fleet's state; None: this server has its own
+    fleet_listen: str | None = None  # where the other replicas of the fleet may fetch adapters' files from this one
+    fleet_address: str | None = None  # what they call that; None: as fleet_listen has it
     listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
     admin_listen: str = "127.0.0.1:50052"
     health_listen: str | None = (
@@ -307,6 +311,7 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     yield from _repeated("dialects", list(config.dialects))
     for name in sorted(set(config.dialects) - set(DIALECTS)):
         yield f"dialects: {name!r} is not one of {', '.join(DIALECTS)}"
+    yield from _fleet_problems(config)
     if config.auth is not None:
         yield from (f"auth: {problem}" for problem in config.auth.problems())
         if config.auth.certificates and (config.tls is None or config.tls.client_ca is None):
@@ -342,6 +347,21 @@ def _fraction_problems(models: Sequence[HostedModelConfig]) -> Iterator[str]:
             )
 
 
+def _fleet_problems(config: ServiceConfig) -> Iterator[str]:
+    """Nothing of the connection string is shown: it may have a password."""
+    if config.state is None:
+        for key in ("fleet_listen", "fleet_address"):
+            if getattr(config, key) is not None:
+                yield f"{key}: there is no fleet; set state to its database, postgresql://…, or leave this out"
+        return
+    if not config.state.startswith(("postgresql://", "postgres://")):
+        yield "state: postgresql://USER@HOST/DATABASE is expected; for a state of the server's own, leave it out"
+    if importlib.util.find_spec("psycopg") is None:
+        yield "state: psycopg is not installed; install loraplex-server[postgresql]"
+    if config.fleet_address is not None and config.fleet_listen is None:
+        yield "fleet_address: there is no fleet_listen, which it would be the address of; set that, too"
+
+
 def _form_problems(constraint: ConstraintConfig) -> Iterator[str]:
     if len(constraint.kinds) != 1:
         yield f"give one of {', '.join(constraint.__struct_fields__)}"
@@ -371,7 +391,7 @@ def _repeated(key: str, names: list[str]) -> Iterator[str]:
 def _listener_problems(config: ServiceConfig) -> Iterator[str]:
     if config.http_admin and config.http_listen is None:
         yield "http_admin: there is no http_listen, at which adapters could be managed; set it, or leave this out"
-    for key in ("listen", "admin_listen", "health_listen", "metrics_listen", "http_listen"):
+    for key in ("listen", "admin_listen", "health_listen", "metrics_listen", "http_listen", "fleet_listen"):
         address: str | None = getattr(config, key)
         if address is None:
             continue
@@ -380,6 +400,12 @@ def _listener_problems(config: ServiceConfig) -> Iterator[str]:
             yield f"{key} {address!r}: host:port is expected, such as 127.0.0.1:50051; port 0 takes a free one"
         elif key == "health_listen":
             continue  # it says SERVING or NOT_SERVING, and nothing that needs protection
+        elif key == "fleet_listen":
+            if config.tls is None and host not in LOOPBACK_HOSTS and not config.insecure:
+                yield (
+                    f"{key} {address!r} can be reached from other machines: set tls, since anybody on the way could "
+                    "read the adapters; or insecure: true where the network is trusted"
+                )
         elif key == "metrics_listen" and host not in LOOPBACK_HOSTS and not config.insecure:
             yield (
                 f"{key} {address!r} can be reached from other machines, and anybody there could read the usage of "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from loraplex_service.errors import Unavailable
 
@@ -26,6 +26,40 @@ RETRY_SECONDS = 5.0  # after which callers may try again
 
 T = TypeVar("T")
 _Key = tuple[str, str]  # kind, name
+Followed = Callable[[str, bytes | None], None]  # told the name of a resource and its body; None: it is gone
+
+
+class State(Protocol):
+    """The bodies of resources, by kind and name: those of one server, or those that a fleet shares."""
+
+    def read(self, kind: str) -> dict[str, bytes]:
+        """See `StateFile.read`, as for the methods below."""
+
+    def set_aside(self, kind: str, name: str, body: bytes, error: Exception) -> str: ...
+
+    def put(self, kind: str, name: str, body: bytes) -> None: ...
+
+    def delete(self, kind: str, name: str) -> None: ...
+
+    def size(self, tenant: str) -> int: ...
+
+    async def change(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T: ...
+
+    async def save(self, kind: str, name: str, body: bytes | None) -> None: ...
+
+    async def saved(self) -> None: ...
+
+    def follow(self, kind: str, changed: Followed) -> None:
+        """Have changes told that others make."""
+
+    async def start(self) -> None:
+        """Begin to follow others. Raises OSError for a state that cannot be used."""
+
+    async def close(self) -> None: ...
+
+
+class UnsettledChange(Unavailable):
+    """Whether the change is in force will only be known later."""
 
 
 class StateFile:
@@ -101,7 +135,7 @@ class StateFile:
         except sqlite3.Error as error:
             self._changes = superseded | self._changes
             logger.error("a change of the %s %s cannot be saved, and is refused: %s", kind, name, error)
-            raise _unwritable(error) from error
+            raise unwritable(error) from error
         self._keep_size(key, body)
 
     def size(self, tenant: str) -> int:
@@ -118,7 +152,13 @@ class StateFile:
         while self._num_saved < wanted:
             error = await asyncio.shield(self._write_soon())
             if error is not None:
-                raise _unwritable(error) from error
+                raise unwritable(error) from error
+
+    def follow(self, kind: str, changed: Followed) -> None:
+        """Nobody else writes this file: there is nothing to tell."""
+
+    async def start(self) -> None:
+        """There is nobody to follow."""
 
     async def close(self) -> None:
         """Write what is left and close the file."""
@@ -179,7 +219,8 @@ class StateFile:
             self._connection.executemany("INSERT OR REPLACE INTO resources VALUES (?, ?, ?)", there)
 
 
-def _unwritable(error: sqlite3.Error) -> Unavailable:
+def unwritable(error: object) -> Unavailable:
+    """The error for a change that is not in force, because of this."""
     message = f"the server cannot save the change now ({error}), so it is not in force; try again later"
     return Unavailable("STATE_UNWRITABLE", message, RETRY_SECONDS)
 

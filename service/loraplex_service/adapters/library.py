@@ -163,6 +163,14 @@ class AdapterLibrary:
             return AdapterFiles(directory, version.key.digest, None, (found,))
         return files
 
+    async def held(self, directory: Path, digest: str) -> AdapterFiles | None:
+        """The files in a directory, checked; None: they are not there, or have another digest."""
+        try:
+            files = await self._checked(directory, "its files")
+        except FailedPrecondition:
+            return None
+        return files if files.digest == digest else None
+
     def _has_changed(self, version: AdapterVersion) -> bool:
         found = fingerprint(self.directory(version))
         return found != version.fingerprint if version.directory else found is None

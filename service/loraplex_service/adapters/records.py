@@ -1,18 +1,19 @@
 """The record of every adapter in the state file, from which a restart brings the registry back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from loraplex_adapters.errors import AdapterNotFound
 from loraplex_adapters.registry import AdapterChange, AdapterRecord, AdapterRegistry, ChangeKind
-from loraplex_adapters.versions import AdapterSpec
+from loraplex_adapters.versions import AdapterSpec, AdapterVersion
 from loraplex_service.errors import Unavailable, unknown_adapter
-from loraplex_service.state import StateFile
+from loraplex_service.state import State
 
 T = TypeVar("T")
+Work = Callable[[AdapterVersion], Coroutine[Any, Any, None]]
 
 STATE_KIND = "adapter"
 CONFIGURED_KIND = "configured"  # by name of an adapter of the configuration: the digest that it had
@@ -21,7 +22,7 @@ CONFIGURED_KIND = "configured"  # by name of an adapter of the configuration: th
 class AdapterRecords:
     """Keeps the state file in step with the registry. What callers change is on the disk before it happens."""
 
-    def __init__(self, registry: AdapterRegistry, state: StateFile) -> None:
+    def __init__(self, registry: AdapterRegistry, state: State) -> None:
         """Restore the registry from the saved state."""
         self._registry = registry
         self._state = state
@@ -50,6 +51,9 @@ class AdapterRecords:
             tenant, _, adapter_id = key_name.partition("/")
             raise unknown_adapter(f"tenants/{tenant}/adapters/{adapter_id}", error) from error
 
+    def serve(self, bring: Work, pin: Work) -> None:
+        """Say what to do with versions that others have registered, pinned or unpinned. Nobody else is here."""
+
     async def saved(self) -> None:
         """Wait until everything that has changed is on the disk. Raises Unavailable (STATE_UNWRITABLE)."""
         await self._state.saved()
@@ -58,9 +62,16 @@ class AdapterRecords:
         """Whether an adapter of the configuration had this digest at the last start, too."""
         return self._state.read(CONFIGURED_KIND).get(name) == digest.encode()
 
-    def note_configured(self, name: str, digest: str) -> None:
-        """Note the digest that an adapter of the configuration has at this start."""
+    async def configure(
+        self, key_name: str, name: str, digest: str, change: Callable[[AdapterRegistry], T], make: Callable[[], T]
+    ) -> T:
+        """Register an adapter of the configuration, and note the digest that it has at this start.
+
+        `change`, `make`: see `change`.
+        """
+        made = make()
         self._state.put(CONFIGURED_KIND, name, digest.encode())
+        return made
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 

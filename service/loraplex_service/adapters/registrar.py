@@ -1,11 +1,13 @@
 """Registers adapters: those of callers, those of the configuration file, and all of them again after a restart."""
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 
-from loraplex_adapters.errors import AdapterConflict, AdapterNotFound
+from loraplex_adapters.errors import UNREADABLE, AdapterConflict, AdapterNotFound
 from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import AdapterSpec, AdapterState, AdapterVersion
@@ -17,8 +19,12 @@ from loraplex_service.adapters.records import AdapterRecords
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LoraplexError, PermissionDenied
 from loraplex_service.models.host import ModelHost
+from loraplex_service.state import UnsettledChange
 
 logger = logging.getLogger(__name__)
+
+FindFiles = Callable[[AdapterVersion], Awaitable[AdapterFiles]]
+MOST_SECONDS_BETWEEN = 60.0  # searches for files that nobody could send
 
 
 class AdapterRegistrar:
@@ -33,7 +39,10 @@ class AdapterRegistrar:
         models: ModelHost,
         tenants: Tenants,
         work: BackgroundWork,
+        find_files: FindFiles | None = None,
     ) -> None:
+        """`find_files`: finds the files of a known version, as `AdapterLibrary.recheck` does, which is the default."""
+        self._find_files = find_files or library.recheck
         self._registry = registry
         self._records = records
         self._deployer = deployer
@@ -41,6 +50,7 @@ class AdapterRegistrar:
         self._models = models
         self._tenants = tenants
         self._work = work
+        records.serve(self.bring, self._pin)
 
     async def reconcile(self) -> None:
         """Finish interrupted work after a restart, and check changed files and trust again.
@@ -95,6 +105,8 @@ class AdapterRegistrar:
                 check,
                 lambda: self.create(tenant, adapter_id, spec, files),
             )
+        except UnsettledChange:
+            raise  # the files may be needed
         except LoraplexError:
             self._deployer.drop_files(files.digest)
             raise
@@ -132,8 +144,14 @@ class AdapterRegistrar:
                 await self._library.check_trust(tenant, files.digest, files.directory)
                 # What the configuration said already at the last start was perhaps changed by hand since.
                 spec = replace(spec, make_current=not self._records.was_configured(adapter.name, files.digest))
-                version = self.create(adapter.tenant, adapter.adapter_id, spec, self.check_rank(files, adapter.model))
-                self._records.note_configured(adapter.name, files.digest)
+                name, files = (adapter.tenant, adapter.adapter_id), self.check_rank(files, adapter.model)
+                version = await self._records.configure(
+                    "/".join(name),
+                    adapter.name,
+                    files.digest,
+                    lambda registry: _register(registry, *name, spec, files),
+                    lambda: self.create(*name, spec, files),
+                )
         except LoraplexError as error:
             problem = error.message
             if error.reason == "SOURCE_NOT_ALLOWED":  # which does not say where, since callers may ask
@@ -144,7 +162,27 @@ class AdapterRegistrar:
         if version.state is AdapterState.FAILED:
             logger.error("adapter %s of the configuration is not valid: %s", adapter.name, "; ".join(version.problems))
 
+    async def bring(self, version: AdapterVersion) -> None:
+        """Find and read the files of a version that another replica has registered, however long that takes."""
+        if self._models.find(version.spec.base_model) is None:
+            problem = f"model {version.spec.base_model!r} is not configured at this replica"
+            self._registry.fail(version.key, [problem], "MODEL_UNLOADED")
+            return
+        with suppress(AdapterNotFound):  # it was deleted meanwhile
+            for attempt in count():
+                await self._recheck(version)
+                version = self._registry.get(version.full_name)
+                if version.state is not AdapterState.FAILED or version.reason != UNREADABLE:
+                    return
+                await asyncio.sleep(min(2.0 ** min(attempt, 6), MOST_SECONDS_BETWEEN))
+                if self._registry.get(version.full_name).state is AdapterState.FAILED:
+                    self._registry.recheck(version.key)
+
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    async def _pin(self, version: AdapterVersion) -> None:
+        """Pin or unpin a version as another replica was told to."""
+        await self._deployer.pin(version, version.spec.pinned)
 
     async def _untrusted(self, version: AdapterVersion) -> PermissionDenied | None:
         """The error that says why the tenant does not accept a version now; None: it accepts the version."""
@@ -158,11 +196,14 @@ class AdapterRegistrar:
     async def _recheck(self, version: AdapterVersion) -> None:
         with suppress(AdapterNotFound):  # it was deleted meanwhile
             try:
-                files = await self._library.recheck(version)
+                files = await self._find_files(version)
             except FailedPrecondition as error:
-                self._registry.fail(version.key, [error.message])
+                self._registry.fail(version.key, [error.message], error.reason)
                 return
-            if self._registry.get(version.full_name).state is AdapterState.LOADING:
+            now = self._registry.get(version.full_name)
+            if now.state is AdapterState.LOADING and (untrusted := await self._untrusted(now)) is not None:
+                self._registry.fail(version.key, [untrusted.message], untrusted.reason)
+            elif now.state is AdapterState.LOADING:
                 self._deployer.introduce(version, self.check_rank(files, version.spec.base_model))
 
 

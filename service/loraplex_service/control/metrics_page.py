@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import VERSION_DIGITS, resource_name
 from loraplex_engine.link.messages import EngineStats
+from loraplex_service.control.fleet_metrics import fleet_families
 from loraplex_service.control.metric_families import counter_family, gauge_family, histogram_family
 from loraplex_service.control.metrics_snapshot import EngineSnapshot, ModelSnapshot, Served, Snapshot
 from loraplex_service.control.process_metrics import build_families, process_families
@@ -82,6 +83,7 @@ def families(shown: Snapshot) -> Iterator[Metric]:
     yield from _request_families(shown.metrics)
     waiting = [] if shown.usage_waiting is None else [((), shown.usage_waiting)]
     yield gauge_family("loraplex_usage_records_waiting", "Usage records that are not in their file yet.", (), waiting)
+    yield from fleet_families(shown.fleet)
     yield from _engine_families(shown.models)
     yield from build_families(shown.models)
     yield from process_families(shown.models)

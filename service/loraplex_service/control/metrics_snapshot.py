@@ -1,13 +1,14 @@
 """The figures of the Prometheus page at one moment, taken on the event loop and rendered in another thread."""
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import NamedTuple
 
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AdapterStatus, EngineLimits, EngineStats
+from loraplex_service.fleet.figures import FleetFigures
 from loraplex_service.models.host import HostedModel
 from loraplex_service.models.supervisor import EngineState
 from loraplex_service.telemetry.metrics import RequestMetrics
@@ -21,6 +22,7 @@ class Served(NamedTuple):
     models: Callable[[], Sequence[HostedModel]]
     adapter_requests: Callable[[str], Sequence[tuple[AdapterKey, int]]]  # of a model: in flight, by version
     draining: Callable[[], bool]
+    fleet: FleetFigures | None = None  # None: the server is on its own
 
     def snapshot(self) -> "Snapshot":
         usage = self.telemetry.usage
@@ -29,6 +31,7 @@ class Served(NamedTuple):
             None if usage is None else usage.num_waiting,
             self.draining(),
             [_model(model, self.adapter_requests(model.name)) for model in self.models()],
+            copy(self.fleet),
         )
 
 
@@ -39,6 +42,7 @@ class Snapshot(NamedTuple):
     usage_waiting: int | None  # None: no records are kept
     draining: bool
     models: Sequence["ModelSnapshot"]
+    fleet: FleetFigures | None = None  # None: the server is on its own
 
 
 class ModelSnapshot(NamedTuple):

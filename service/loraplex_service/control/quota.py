@@ -11,7 +11,7 @@ from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.versions import AdapterVersion
 from loraplex_service.adapters.library import AdapterLibrary
 from loraplex_service.admission.tenants import Tenants
-from loraplex_service.state import StateFile
+from loraplex_service.state import State
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +25,7 @@ class Incoming:
 class AdapterQuota:
     """Raises QuotaExceeded before a tenant exceeds its quota. For one event loop."""
 
-    def __init__(self, registry: AdapterRegistry, library: AdapterLibrary, tenants: Tenants, state: StateFile) -> None:
+    def __init__(self, registry: AdapterRegistry, library: AdapterLibrary, tenants: Tenants, state: State) -> None:
         self._registry = registry
         self._library = library
         self._tenants = tenants

@@ -31,7 +31,7 @@ from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.grammar import route_name, tenant_id
 from loraplex_service.names.routing import RouteBook, weight_of
 from loraplex_service.requests.forms import Forms
-from loraplex_service.state import StateFile
+from loraplex_service.state import State
 from loraplex_service.timestamps import timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -49,7 +49,7 @@ class RouteServicer(routes_pb2_grpc.RouteServiceServicer):
         self,
         catalog: Catalog,
         routes: RouteBook,
-        state: StateFile,
+        state: State,
         tenants: Tenants,
         forms: Forms,
         prefetch: Callable[[AdapterVersion], None],

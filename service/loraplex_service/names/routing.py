@@ -7,7 +7,8 @@ from hashlib import blake2b
 from google.protobuf.message import DecodeError
 
 from loraplex.v1.routes_pb2 import Route, RouteTarget
-from loraplex_service.state import StateFile
+from loraplex_adapters.grammar import ROUTE_NAME
+from loraplex_service.state import State
 
 STATE_KIND = "route"
 
@@ -18,21 +19,28 @@ class RouteBook:
     Do not change a returned route: `put` a new one.
     """
 
-    def __init__(self, state: StateFile) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
         read = {name: self._read(name, body) for name, body in state.read(STATE_KIND).items()}
         self._routes = {name: route for name, route in read.items() if route is not None}
+        state.follow(STATE_KIND, self._follow)
+
+    def _follow(self, name: str, body: bytes | None) -> None:
+        """Take what another replica made of a route. Raises DecodeError, ValueError for what is none."""
+        if body is None:
+            self._routes.pop(name, None)
+            self._state.delete(STATE_KIND, name)
+        else:
+            self._routes[name] = _decoded(name, body)
+            self._state.put(STATE_KIND, name, body)
 
     def _read(self, name: str, body: bytes) -> Route | None:
         """Decode a saved route; None: the body is no route of this name, which is logged."""
         try:
-            route = Route.FromString(body)
-            if route.name != name or not route.targets:
-                raise ValueError(f"it is not a route {name!r}")
+            return _decoded(name, body)
         except (DecodeError, ValueError) as error:
             self._state.set_aside(STATE_KIND, name, body, error)
             return None
-        return route
 
     def get(self, name: str) -> Route | None:
         """The route with this name (tenants/{tenant}/routes/{route}); None: there is none."""
@@ -56,6 +64,14 @@ class RouteBook:
         """Delete a route; requests that it routed go on. Raises Unavailable (STATE_UNWRITABLE), and the route stays."""
         await self._state.save(STATE_KIND, name, None)
         del self._routes[name]
+
+
+def _decoded(name: str, body: bytes) -> Route:
+    """Raises DecodeError, ValueError."""
+    route = Route.FromString(body)
+    if route.name != name or not ROUTE_NAME.fullmatch(name) or not route.targets:
+        raise ValueError(f"it is not a route {name!r}")
+    return route
 
 
 def weight_of(target: RouteTarget) -> int:

@@ -1,0 +1,293 @@
+"""One connection to PostgreSQL, used by one thread at a time, and the statements of a fleet.
+
+Nothing here knows the event loop. A connection that hangs is ended from outside, by `abandon`.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from loraplex_service.fleet.schema import STEPS, SchemaError, Step, migrate
+
+T = TypeVar("T")
+
+CHANNEL = "loraplex_changes"
+CONNECT_SECONDS = 5
+STATEMENT_MILLISECONDS = 5000
+MAX_BODY_BYTES = 16 << 20  # of one resource: a row beyond it is passed over
+ROWS_AT_ONCE = 16
+PEER_SECONDS = 15.0  # for which a replica counts after it was last seen
+TOMBSTONE_SECONDS = 86400.0
+SETTINGS = {
+    "statement_timeout": STATEMENT_MILLISECONDS,
+    "lock_timeout": STATEMENT_MILLISECONDS,
+    "idle_in_transaction_session_timeout": STATEMENT_MILLISECONDS,
+}
+
+
+class DatabaseAway(Exception):  # noqa: N818  (named for what happened)
+    """The database cannot be used now. The message holds no credentials."""
+
+
+class Unsettled(DatabaseAway):
+    """The connection was lost while a change was committed: it may be in force, or not."""
+
+
+class Stale(Exception):  # noqa: N818
+    """A change was refused, because others have changed something that the writer has not seen."""
+
+
+class Row(NamedTuple):
+    """The last change of one resource."""
+
+    kind: str
+    name: str
+    body: bytes | None  # None: it is deleted, or
+    size: int  # its body has so many bytes, which are too many
+    sequence: int
+
+    @property
+    def is_too_large(self) -> bool:
+        return self.size > MAX_BODY_BYTES
+
+
+class News(NamedTuple):
+    """What has changed since a number."""
+
+    fleet: str
+    rows: list[Row]
+    cursor: int  # the number up to which these rows tell everything
+    whole: set[tuple[str, str]] | None  # all resources that there are, where too much was missed; None: not so
+    behind: int  # changes that are not among these rows yet
+
+
+def checked_dsn(dsn: str) -> str:
+    """Return a connection string as libpq reads it. Raises ValueError, which says nothing of what is in it."""
+    try:
+        return make_conninfo(dsn)
+    except psycopg.Error:
+        raise ValueError("it is no connection string that PostgreSQL's libpq reads") from None
+
+
+class Database:
+    """A connection that is made when it is needed, and made anew after it was lost."""
+
+    def __init__(self, dsn: str, replica: str, listens: bool = False, steps: Sequence[Step] = STEPS) -> None:
+        """`replica`: the name of this process, as other replicas see it. `listens`: whether `news` is asked for.
+
+        Raises ValueError.
+        """
+        self._dsn = checked_dsn(dsn)
+        self._password = str(conninfo_to_dict(self._dsn).get("password") or "")
+        self._replica = replica
+        self._listens = listens
+        self._steps = steps
+        self._connection: psycopg.Connection[Any] | None = None
+        self._closed = False
+        self._guard = threading.Lock()  # of the two above: `abandon` is called by another thread
+
+    # ---- what replicas do --------------------------------------------------------------------------------------------
+
+    def commit(self, cursor: int, kind: str, name: str, body: bytes | None) -> int:
+        """Write one change, if nothing has changed since `cursor`. Returns its number.
+
+        Raises Stale, DatabaseAway, Unsettled.
+        """
+        connection = self._open()
+        try:
+            return self._commit(connection, cursor, kind, name, body)
+        except psycopg.Error as error:
+            refused = error.sqlstate is not None and not connection.broken
+            self._lose(connection)
+            if refused:
+                raise DatabaseAway(self._said(error)) from None
+        return self._settled(cursor, kind, name, body)
+
+    def news(self, cursor: int, wait_seconds: float = 0.0, going_on: bool = False) -> News:
+        """What has changed since a number, after waiting so long for a change. Raises DatabaseAway.
+
+        `going_on`: the number is of earlier news, which had too many changes for one answer.
+        """
+        return self._do(lambda connection: self._news(connection, cursor, wait_seconds, going_on))
+
+    def beat(self, address: str) -> list[str]:
+        """Say that this replica lives, and return the addresses of the others, the latest to be seen first.
+
+        Raises DatabaseAway.
+        """
+        return self._do(lambda connection: self._beat(connection, address))
+
+    def leave(self) -> None:
+        """Say that this replica is gone. Raises DatabaseAway."""
+        self._do(lambda connection: connection.execute("DELETE FROM loraplex_replicas WHERE id = %s", (self._replica,)))
+
+    def secret(self) -> bytes:
+        """What replicas prove to each other that they know. Raises DatabaseAway."""
+        return self._do(lambda connection: bytes(connection.execute("SELECT secret FROM loraplex_head").fetchone()[0]))
+
+    def abandon(self) -> None:
+        """End the connection, from any thread: whatever waits for it fails. It is made anew when it is needed."""
+        with self._guard:
+            connection = self._connection
+            if connection is None or connection.closed:
+                return
+            with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection for good, once no thread uses it."""
+        self._closed = True
+        if self._connection is not None:
+            self._lose(self._connection)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _do(self, work: Callable[[Any], T]) -> T:
+        connection = self._open()
+        try:
+            return work(connection)
+        except psycopg.Error as error:
+            self._lose(connection)
+            raise DatabaseAway(self._said(error)) from None
+
+    def _open(self) -> "psycopg.Connection[Any]":
+        if self._closed:
+            raise DatabaseAway("the server is shutting down")
+        connection = self._connection
+        if connection is None or connection.closed:
+            connection = self._connect()
+        return connection
+
+    def _connect(self) -> "psycopg.Connection[Any]":
+        try:
+            connection = psycopg.connect(
+                self._dsn,
+                autocommit=True,
+                connect_timeout=CONNECT_SECONDS,
+                application_name=f"loraplex {self._replica}",
+                prepare_threshold=None,  # a pooler between the two keeps none
+            )
+        except psycopg.Error as error:
+            raise DatabaseAway(self._said(error)) from None
+        with self._guard:
+            self._connection = connection
+        try:
+            self._set_up(connection)
+        except psycopg.Error as error:
+            self._lose(connection)
+            raise DatabaseAway(self._said(error)) from None
+        except SchemaError:
+            self._lose(connection)
+            raise
+        return connection
+
+    def _set_up(self, connection: "psycopg.Connection[Any]") -> None:
+        for name, value in SETTINGS.items():
+            connection.execute("SELECT set_config(%s, %s, false)", (name, str(value)))
+        migrate(connection, self._steps)
+        if self._listens:
+            connection.execute(f"LISTEN {CHANNEL}")
+
+    def _lose(self, connection: "psycopg.Connection[Any]") -> None:
+        with self._guard, suppress(psycopg.Error):
+            connection.close()
+
+    def _said(self, error: psycopg.Error) -> str:
+        """The first line of an error, without the password, should it be there."""
+        text = (error.diag.message_primary or str(error) or type(error).__name__).strip().splitlines()[0]
+        return text.replace(self._password, "***") if self._password else text
+
+    def _commit(self, connection: Any, cursor: int, kind: str, name: str, body: bytes | None) -> int:
+        with connection.transaction():
+            moved = connection.execute(
+                "UPDATE loraplex_head SET last = last + 1 WHERE last = %s RETURNING last", (cursor,)
+            )
+            found = moved.fetchone()
+            if found is None:
+                raise Stale
+            connection.execute(
+                "INSERT INTO loraplex_resources (kind, name, body, sequence, writer) VALUES (%s, %s, %s, %s, %s) "
+                "ON CONFLICT (kind, name) DO UPDATE SET body = excluded.body, sequence = excluded.sequence, "
+                "writer = excluded.writer, changed = now()",
+                (kind, name, body, found[0], self._replica),
+            )
+            connection.execute("SELECT pg_notify(%s, '')", (CHANNEL,))
+        return int(found[0])
+
+    def _settled(self, cursor: int, kind: str, name: str, body: bytes | None) -> int:
+        """Find out what became of a change during which the connection was lost, and write it if it is not there."""
+        try:
+            connection = self._open()
+            found = connection.execute(
+                "SELECT sequence FROM loraplex_resources WHERE kind = %s AND name = %s AND writer = %s "
+                "AND sequence = %s AND body IS NOT DISTINCT FROM %s",
+                (kind, name, self._replica, cursor + 1, body),
+            ).fetchone()
+            return self._commit(connection, cursor, kind, name, body) if found is None else int(found[0])
+        except psycopg.Error as error:
+            raise Unsettled(self._said(error)) from None
+        except DatabaseAway as error:
+            raise Unsettled(str(error)) from None
+
+    def _news(self, connection: Any, cursor: int, wait_seconds: float, going_on: bool) -> News:
+        fleet, last, pruned = _head(connection)
+        if wait_seconds and last == cursor:
+            for _ in connection.notifies(timeout=wait_seconds, stop_after=1):
+                pass
+            fleet, last, pruned = _head(connection)
+        whole = None
+        if not going_on and (cursor == 0 or not pruned <= cursor <= last):
+            found = connection.execute("SELECT kind, name FROM loraplex_resources WHERE body IS NOT NULL")
+            whole, cursor = set(found.fetchall()), 0
+        rows = _rows(connection, cursor)
+        if len(rows) < ROWS_AT_ONCE:
+            return News(fleet, rows, max([last, *(row.sequence for row in rows)]), whole, 0)
+        return News(fleet, rows, rows[-1].sequence, whole, max(0, last - rows[-1].sequence))
+
+    def _beat(self, connection: Any, address: str) -> list[str]:
+        connection.execute(
+            "INSERT INTO loraplex_replicas (id, address, schema) VALUES (%s, %s, %s) "
+            "ON CONFLICT (id) DO UPDATE SET address = excluded.address, schema = excluded.schema, seen = now()",
+            (self._replica, address, len(self._steps)),
+        )
+        connection.execute(
+            "DELETE FROM loraplex_replicas WHERE seen < now() - make_interval(secs => %s)", (60 * PEER_SECONDS,)
+        )
+        self._prune(connection)
+        found = connection.execute(
+            "SELECT left(address, 300) FROM loraplex_replicas WHERE id <> %s AND address <> '' "
+            "AND seen > now() - make_interval(secs => %s) ORDER BY seen DESC LIMIT 64",
+            (self._replica, PEER_SECONDS),
+        )
+        return [address for (address,) in found.fetchall()]
+
+    def _prune(self, connection: Any) -> None:
+        """Forget deletions of long ago. A replica that has not seen one of them reads everything anew."""
+        connection.execute(
+            "WITH gone AS (DELETE FROM loraplex_resources WHERE body IS NULL "
+            "AND changed < now() - make_interval(secs => %s) RETURNING sequence) "
+            "UPDATE loraplex_head SET pruned = greatest(pruned, (SELECT max(sequence) FROM gone)) "
+            "WHERE EXISTS (SELECT FROM gone)",
+            (TOMBSTONE_SECONDS,),
+        )
+
+
+def _head(connection: Any) -> tuple[str, int, int]:
+    fleet, last, pruned = connection.execute("SELECT fleet, last, pruned FROM loraplex_head").fetchone()
+    return fleet, last, pruned
+
+
+def _rows(connection: Any, cursor: int) -> list[Row]:
+    found = connection.execute(
+        "SELECT kind, name, CASE WHEN octet_length(body) <= %s THEN body END, coalesce(octet_length(body), 0), "
+        "sequence FROM loraplex_resources WHERE sequence > %s ORDER BY sequence LIMIT %s",
+        (MAX_BODY_BYTES, cursor, ROWS_AT_ONCE),
+        binary=True,
+    )
+    return [Row(*row) for row in found.fetchall()]
