@@ -192,7 +192,10 @@ def assemble(
     depot = Depot((state_directory or bus_directory.path) / "adapters")
     remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
     library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
-    tenants = Tenants(config.tenants, config.other_tenants, cache_key=cache_key(state_directory))
+    make_bucket = None if replica is None else replica.leases.bucket
+    tenants = Tenants(
+        config.tenants, config.other_tenants, cache_key=cache_key(state_directory), make_bucket=make_bucket
+    )
     adapter_texts = AdapterTexts(lambda version: str(library.directory(version)))
     work = BackgroundWork()
     records = AdapterRecords(registry, state) if replica is None else replica.records(work)
@@ -330,6 +333,7 @@ async def running(
         await app.registrar.reconcile()
         if app.replica is not None:
             await stack.enter_async_context(app.replica.listening(app.library))
+            stack.push_async_callback(_end, asyncio.create_task(app.replica.leases.keep(), name="leases"))
         await app.state.start()
         app.host.start()
         await app.register_configured()

@@ -16,6 +16,7 @@ from loraplex_service.adapters.shared_records import SharedRecords
 from loraplex_service.config import ServiceConfig
 from loraplex_service.control.uploads import receive_files
 from loraplex_service.fleet.database import Database
+from loraplex_service.fleet.leases import Leases
 from loraplex_service.fleet.peers import PeerFiles, fetched
 from loraplex_service.fleet.state import FleetState
 from loraplex_service.ports.config import TlsConfig
@@ -33,6 +34,7 @@ class Replica:
             self.state = FleetState(local, lambda listens: Database(dsn, name, listens))
         except ValueError as error:
             raise OSError(f"state: {error}") from error
+        self.leases = Leases(self.state.settle, lambda: self.state.figures.peers + 1)
         self.registry = SharedAdapterRegistry()
         self._config = config
 

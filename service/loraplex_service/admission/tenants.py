@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -58,6 +59,17 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 yield f"adapter_keys: {file}: {error}"
 
 
+class Bucket(Protocol):
+    """What a tenant's requests or tokens per second come out of."""
+
+    def take(self, amount: float) -> float: ...
+
+    def give_back(self, amount: float) -> None: ...
+
+
+MakeBucket = Callable[[str, float, float], Bucket]  # by its name, its rate and the seconds of a burst
+
+
 class TokenBucket:
     """Fills at a rate up to the size of a burst. A larger cost is let in when the bucket is full, on credit."""
 
@@ -95,15 +107,23 @@ class Tenant:
     """One tenant: its limits, and how much is left of each. For one event loop."""
 
     def __init__(
-        self, name: str, config: TenantConfig, cache_key: bytes, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        config: TenantConfig,
+        cache_key: bytes,
+        clock: Callable[[], float] = time.monotonic,
+        make_bucket: MakeBucket | None = None,
     ) -> None:
-        """`cache_key`: a secret, the same for all tenants of a server."""
+        """`cache_key`: a secret, the same for all tenants of a server. `make_bucket`: None: the server's own."""
         self.name = name
         self.config = config
         self._cache_key = cache_key
+        make = make_bucket or (lambda name, rate, burst: TokenBucket(rate, burst, clock))
         burst = config.burst_seconds
-        rates = config.requests_per_second, config.tokens_per_second
-        self._requests, self._tokens = (None if rate is None else TokenBucket(rate, burst, clock) for rate in rates)
+        rates = {"requests": config.requests_per_second, "tokens": config.tokens_per_second}
+        self._requests, self._tokens = (
+            None if rate is None else make(f"{name}: {what}", rate, burst) for what, rate in rates.items()
+        )
 
     def count_request(self) -> None:
         """Count a request before any work for it. Raises QuotaExceeded if there are too many."""
@@ -177,8 +197,10 @@ class Tenants:
         others: TenantConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
         cache_key: bytes | None = None,  # a secret; None: a new one
+        make_bucket: MakeBucket | None = None,  # None: the server's own buckets
     ) -> None:
         self._clock = clock
+        self._make_bucket = make_bucket
         self._cache_key = cache_key or secrets.token_bytes(32)
         self._configured = {name: self._make(name, config) for name, config in (configured or {}).items()}
         self._others: OrderedDict[str, Tenant] = OrderedDict()  # least recently seen first
@@ -197,4 +219,4 @@ class Tenants:
         return tenant
 
     def _make(self, name: str, config: TenantConfig) -> Tenant:
-        return Tenant(name, config, self._cache_key, self._clock)
+        return Tenant(name, config, self._cache_key, self._clock, self._make_bucket)

@@ -70,7 +70,7 @@ class News(NamedTuple):
 def checked_dsn(dsn: str) -> str:
     """Return a connection string as libpq reads it. Raises ValueError, which says nothing of what is in it."""
     try:
-        return make_conninfo(dsn)
+        return str(make_conninfo(dsn))
     except psycopg.Error:
         raise ValueError("it is no connection string that PostgreSQL's libpq reads") from None
 
@@ -122,6 +122,13 @@ class Database:
         Raises DatabaseAway.
         """
         return self._do(lambda connection: self._beat(connection, address))
+
+    def settle(self, name: str, rate: float, capacity: float, owed: float, missing: float) -> float:
+        """Pay what is owed to a bucket, and take as much as is missing, or as there is; negative: give it back.
+
+        Returns what was taken. Raises DatabaseAway.
+        """
+        return self._do(lambda connection: _settled_bucket(connection, name, rate, capacity, owed, missing))
 
     def leave(self) -> None:
         """Say that this replica is gone. Raises DatabaseAway."""
@@ -259,6 +266,7 @@ class Database:
         connection.execute(
             "DELETE FROM loraplex_replicas WHERE seen < now() - make_interval(secs => %s)", (60 * PEER_SECONDS,)
         )
+        connection.execute("DELETE FROM loraplex_buckets WHERE filled < now() - interval '30 days'")  # they are full
         self._prune(connection)
         found = connection.execute(
             "SELECT left(address, 300) FROM loraplex_replicas WHERE id <> %s AND address <> '' "
@@ -276,6 +284,24 @@ class Database:
             "WHERE EXISTS (SELECT FROM gone)",
             (TOMBSTONE_SECONDS,),
         )
+
+
+def _settled_bucket(connection: Any, name: str, rate: float, capacity: float, owed: float, missing: float) -> float:
+    with connection.transaction():
+        connection.execute(
+            "INSERT INTO loraplex_buckets (name, level) VALUES (%s, %s) ON CONFLICT (name) DO NOTHING", (name, capacity)
+        )
+        (level,) = connection.execute(
+            "SELECT least(%s::float8, level + %s::float8 * greatest(0, extract(epoch FROM clock_timestamp() - filled))"
+            "::float8) FROM loraplex_buckets WHERE name = %s FOR UPDATE",
+            (capacity, rate, name),
+        ).fetchone()
+        taken = min(missing, max(0.0, level - owed))
+        connection.execute(
+            "UPDATE loraplex_buckets SET level = %s, filled = clock_timestamp() WHERE name = %s",
+            (min(capacity, level - owed - taken), name),
+        )
+    return float(taken)
 
 
 def _head(connection: Any) -> tuple[str, int, int]:

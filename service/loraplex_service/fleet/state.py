@@ -130,6 +130,12 @@ class FleetState:
         except (DatabaseAway, SchemaError) as error:
             raise unwritable(error) from error
 
+    async def settle(self, name: str, rate: float, capacity: float, owed: float, missing: float) -> float:
+        """Do as `Database.settle`. Raises DatabaseAway, at once if that is known."""
+        if not self.figures.connected:
+            raise DatabaseAway("it cannot be reached")
+        return await self._run(self._writer, self._writer.settle, name, rate, capacity, owed, missing)
+
     # ---- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
