@@ -335,6 +335,7 @@ async def running(
             await stack.enter_async_context(app.replica.listening(app.library))
             stack.push_async_callback(_end, asyncio.create_task(app.replica.leases.keep(), name="leases"))
         await app.state.start()
+        await app.registrar.sweep()
         app.host.start()
         await app.register_configured()
         await data.start()

@@ -32,6 +32,10 @@ Followed = Callable[[str, bytes | None], None]  # told the name of a resource an
 class State(Protocol):
     """The bodies of resources, by kind and name: those of one server, or those that a fleet shares."""
 
+    @property
+    def is_current(self) -> bool:
+        """Whether all that others have changed is known."""
+
     def read(self, kind: str) -> dict[str, bytes]:
         """See `StateFile.read`, as for the methods below."""
 
@@ -153,6 +157,10 @@ class StateFile:
             error = await asyncio.shield(self._write_soon())
             if error is not None:
                 raise unwritable(error) from error
+
+    @property
+    def is_current(self) -> bool:
+        return True
 
     def follow(self, kind: str, changed: Followed) -> None:
         """Nobody else writes this file: there is nothing to tell."""

@@ -12,7 +12,8 @@ import random
 import signal
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ from loraplex_service.names.routing import RouteBook
 from loraplex_service.names.target import LoadedModel
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.prompts import TextWork
-from loraplex_service.state import StateFile
+from loraplex_service.state import State, StateFile
 from loraplex_service.telemetry.series import Histogram
 from loraplex_service.text import TemplateRenderer, Tokenizer
 from tests.service.fake_engine import LIMITS, FakeEngine
@@ -140,12 +141,21 @@ class FakeHost:
         return lambda: None
 
 
+Join = Callable[[StateFile, BackgroundWork], tuple[State, AdapterRegistry, AdapterRecords]]
+
+
+def alone(state: StateFile, work: BackgroundWork) -> tuple[State, AdapterRegistry, AdapterRecords]:
+    """The parts of a server that is no replica."""
+    registry = AdapterRegistry()
+    return state, registry, AdapterRecords(registry, state)
+
+
 @dataclass
 class Life:
     """The parts of the service that know adapters and routes."""
 
     directory: Path
-    state: StateFile
+    state: State
     registry: AdapterRegistry
     library: AdapterLibrary
     registrar: AdapterRegistrar
@@ -158,15 +168,15 @@ class Life:
     engine: FakeEngine
 
     @classmethod
-    def begin(cls, directory: Path) -> "Life":
-        """It knows what the state says, and has done nothing yet."""
+    def begin(cls, directory: Path, join: Join = alone) -> "Life":
+        """It knows what the state says, and has done nothing yet. `join`: makes it a replica of a fleet."""
         engine = FakeEngine()
         fake = FakeHost(engine)
-        state, registry, tenants = StateFile(directory / "state"), AdapterRegistry(), Tenants()
+        work, tenants = BackgroundWork(), Tenants()
+        state, registry, records = join(StateFile(directory / "state"), work)
         depot = Depot(directory / "state" / "adapters")
         library = AdapterLibrary(AdapterSource([directory]), RemoteSources((), {}, 0), depot)
         host = cast(ModelHost, fake)
-        records, work = AdapterRecords(registry, state), BackgroundWork()
         texts = AdapterTexts(lambda version: str(library.directory(version)))
         deployer = AdapterDeployer(registry, library, host, records, texts, work, Histogram())
         registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work)
@@ -181,6 +191,8 @@ class Life:
 
     async def start(self) -> None:
         await self.registrar.reconcile()
+        await self.state.start()
+        await self.registrar.sweep()
         self.host.start()
 
     async def end(self) -> None:
@@ -294,9 +306,10 @@ class Points:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def _live(directory: Path, script: Sequence[Call], points: Points, promise: Callable[[Any], None]) -> None:
-    life = Life.begin(directory)
-    points.watch(life.state._connection)
+Promise = Callable[[Any], None]
+
+
+async def follow_script(life: Life, script: Sequence[Call], promise: Promise) -> None:
     await life.start()
     for method, arguments in script:
         before = life.shape()
@@ -309,14 +322,28 @@ async def _live(directory: Path, script: Sequence[Call], points: Points, promise
     await life.end()
 
 
+async def _live(directory: Path, script: Sequence[Call], points: Points, promise: Promise) -> None:
+    life = Life.begin(directory)
+    assert isinstance(life.state, StateFile)
+    points.watch(life.state._connection)
+    await follow_script(life, script, promise)
+
+
 def live(directory: Path, script: Sequence[Call], deadly: int) -> None:
     """One life in `directory`, to which is written what is there after each call, and how many points there were."""
     points = Points(directory / "state", deadly)
+    with promising(directory) as promise:
+        asyncio.run(_live(directory, script, points, promise))
+        promise(points.num)
+
+
+@contextmanager
+def promising(directory: Path) -> Iterator[Promise]:
+    """Write down what was promised, before anything else happens."""
     with (directory / "promises").open("w") as file:
 
         def promise(shape: Any) -> None:
             file.write(json.dumps(shape) + "\n")
             file.flush()
 
-        asyncio.run(_live(directory, script, points, promise))
-        promise(points.num)
+        yield promise

@@ -27,7 +27,7 @@ class AdapterRecords:
         self._registry = registry
         self._state = state
         damaged = [name for name, body in state.read(STATE_KIND).items() if not self._restore(name, body)]
-        self.are_whole = not damaged  # else there may be versions of which the registry does not know
+        self._read_all = not damaged
         registry.subscribe(self._adapter_changed)
 
     async def change(
@@ -50,6 +50,11 @@ class AdapterRecords:
         except AdapterNotFound as error:
             tenant, _, adapter_id = key_name.partition("/")
             raise unknown_adapter(f"tenants/{tenant}/adapters/{adapter_id}", error) from error
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether the registry knows of all versions that there are."""
+        return self._read_all and self._state.is_current
 
     def serve(self, bring: Work, pin: Work) -> None:
         """Say what to do with versions that others have registered, pinned or unpinned. Nobody else is here."""

@@ -60,8 +60,6 @@ class AdapterRegistrar:
         versions = self._registry.list_versions(include_versions=True)
         leaving = [version for version in versions if version.state is AdapterState.DELETING]
         staying = [v for v in versions if v.state is not AdapterState.DELETING and not v.is_missing]
-        kept = {version.key.digest for version in staying if not version.directory}
-        await self._library.sweep(kept if self._records.are_whole else None)
         for version in leaving:
             self._deployer.remove(version)
         changed = {version.key for version in await self._library.changed(staying)}
@@ -74,6 +72,12 @@ class AdapterRegistrar:
                 self._registry.fail(version.key, [untrusted.message], untrusted.reason)
             elif version.state is not AdapterState.ACTIVE or version.key in changed:
                 self._work.begin(self._recheck(self._registry.recheck(version.key)))
+
+    async def sweep(self) -> None:
+        """Remove the server's own copies of files that no version needs. Call it once the state knows them all."""
+        versions = self._registry.list_versions(include_versions=True)
+        kept = {version.key.digest for version in versions if not version.directory}
+        await self._library.sweep(kept if self._records.are_whole else None)
 
     def check_rank(self, files: AdapterFiles, base_model: str) -> AdapterFiles:
         """Return the files, with a problem added if the rank is above the model's limit.

@@ -81,6 +81,11 @@ class FleetState:
 
     # ---- shared ------------------------------------------------------------------------------------------------------
 
+    @property
+    def is_current(self) -> bool:
+        """Whether all that others have changed is known, but for a moment."""
+        return self.figures.connected
+
     def follow(self, kind: str, changed: Followed) -> None:
         """Have the changes by others told: the name of a resource and its body; None: it is gone."""
         self._followed[kind] = changed
@@ -280,5 +285,5 @@ class FleetState:
             return await doing
         except asyncio.CancelledError:
             database.abandon()
-            await asyncio.wait({doing})
+            await asyncio.gather(doing, return_exceptions=True)
             raise

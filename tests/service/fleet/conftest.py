@@ -5,7 +5,7 @@ import secrets
 import signal
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +79,21 @@ def postgresql_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def database(postgresql_server: str) -> Iterator[TestDatabase]:
-    name = f"fleet_{secrets.token_hex(6)}"
-    with psycopg.connect(postgresql_server, autocommit=True) as connection:
+def make_database(postgresql_server: str) -> Iterator[Callable[[], TestDatabase]]:
+    """Makes databases that end with the test."""
+    names: list[str] = []
+
+    def make() -> TestDatabase:
+        names.append(name := f"fleet_{secrets.token_hex(6)}")
         connection.execute(f"CREATE DATABASE {name}")
-    yield TestDatabase(name, postgresql_server.replace("/postgres?", f"/{name}?"), postgresql_server)
+        return TestDatabase(name, postgresql_server.replace("/postgres?", f"/{name}?"), postgresql_server)
+
     with psycopg.connect(postgresql_server, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        yield make
+        for name in names:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database(make_database: Callable[[], TestDatabase]) -> TestDatabase:
+    return make_database()
