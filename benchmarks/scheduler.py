@@ -44,6 +44,9 @@ class NoAdapters:
     def make_room(self, key: AdapterKey) -> None:
         """There is none to make."""
 
+    def leaves_cache(self, key: AdapterKey) -> bool:
+        return False
+
     def has_head(self, key: AdapterKey) -> bool:
         return False
 
