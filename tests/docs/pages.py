@@ -11,6 +11,7 @@ FOLDERS = (
     "docs",
     "docs/decisions",
     "demo",
+    "examples",
     "proto",
     "helm/loraplex",
     "compose",

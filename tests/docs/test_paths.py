@@ -8,7 +8,20 @@ import pytest
 
 from tests.docs.pages import PAGES, ROOT
 
-FOLDERS = ("proto", "client", "service", "engine", "adapters", "kernels", "demo", "tests", "benchmarks", "helm", "docs")
+FOLDERS = (
+    "proto",
+    "client",
+    "service",
+    "engine",
+    "adapters",
+    "kernels",
+    "demo",
+    "tests",
+    "benchmarks",
+    "helm",
+    "docs",
+    "examples",
+)
 
 
 def paths(page: Path) -> Iterator[str]:

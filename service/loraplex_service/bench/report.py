@@ -41,7 +41,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     good = [result for result in results if "wall_seconds" in result]
     levels = [result["level"] for result in good]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     left.plot(levels, [result["output_tokens_per_second"] for result in good], marker="o", label="output tokens/s")
     left.set(xlabel=good[0]["unit"], ylabel="output tokens/s", ylim=(0, None), title="Throughput")
     for name, title in (("ttft", "first token"), ("tpot", "each next token")):
@@ -49,6 +49,6 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
             values = [1e3 * result[f"{name}_p{share}_seconds"] for result in good]
             right.plot(levels, values, style, marker="o", label=f"{title}, p{share}")
     right.set(xlabel=good[0]["unit"], ylabel="ms", yscale="log", title="Latency")
-    right.legend()
+    right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
