@@ -122,10 +122,10 @@ def of_models(settings: ServiceConfig, room: int, report: dict[str, Any]) -> Ite
             yield Finding("note", f"{model.name}: {model.model} is not on this machine yet: its size is not known")
             continue
         if model.device.startswith("cuda") or (model.device == "auto" and report.get("gpus")):
-            yield Finding("note", f"{model.name}: {files / GIB:.2f} GiB of weights, to go to a GPU")
+            yield Finding("note", f"{model.name}: {size(files)} of weights, to go to a GPU")
             continue
         need = ENGINE_BYTES + files + (model.kv_cache_bytes or 0)
-        said = f"{model.name}: about {need / GIB:.1f} GiB (weights {files / GIB:.2f} GiB) of {room / GIB:.1f} GiB left"
+        said = f"{model.name}: about {need / GIB:.1f} GiB (weights {size(files)}) of {room / GIB:.1f} GiB left"
         if need > room:
             remedy = "quantise it (quantization:), or lower kv_cache_bytes"
             yield Finding("FAIL", f"{said}: does not fit; {remedy}, or free memory")
@@ -170,6 +170,10 @@ def memory_limit(group: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count >> 20} MiB"
 
 
 def total_bytes() -> int:
