@@ -16,7 +16,9 @@ MODEL_OF_GATEWAYS: Final = "x-gateway-model-name"  # as the inference extension 
 READ: Final = frozenset((ADAPTER, TENANT, ROUTING_KEY, MODEL_OF_GATEWAYS, "content-type"))
 MAX_NAME: Final = 1024  # characters of a name, and of what else is read
 
-_MODEL = re.compile(rb'(?<!\\)"model"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.){1,1024}")')
+_KEY: Final = b'"model"'
+MAX_KEYS: Final = 64  # that are looked at
+_VALUE = re.compile(rb'\s*:\s*("(?:[^"\\\x00-\x1f]|\\.){1,1024}")')
 
 
 class Wanted(NamedTuple):
@@ -59,11 +61,20 @@ def headers_of(pairs: Any) -> dict[str, str]:
 
 def model_of(body: bytes) -> str:
     """The field `model` of a JSON object that may have been cut; "" where none is found."""
-    found = _MODEL.search(body)
-    if found is None:
-        return ""
+    at = -1
+    for _ in range(MAX_KEYS):
+        at = body.find(_KEY, at + 1)
+        if at < 0:
+            return ""
+        found = _VALUE.match(body, at + len(_KEY))
+        if found is not None and body[at - 1 : at] != b"\\":  # else it stands within a text
+            return _text(found[1])
+    return ""
+
+
+def _text(value: bytes) -> str:
     try:
-        return str(json.loads(found[1]))
+        return str(json.loads(value))
     except ValueError:
         return ""
 

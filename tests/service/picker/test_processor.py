@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -20,7 +21,7 @@ from loraplex_service.picker.envoy import (
 )
 from loraplex_service.picker.page import Page
 from loraplex_service.picker.policy import Health, Place
-from loraplex_service.picker.processor import MAX_BODY, MAX_PIECES, Picker, Processor
+from loraplex_service.picker.processor import MAX_BODY, MAX_HELD, MAX_PIECES, Picker, Processor
 from loraplex_service.picker.replicas import Replica
 
 DESTINATION = "x-gateway-destination-endpoint"
@@ -184,3 +185,23 @@ async def test_picks_are_counted_by_where_the_adapter_was(picker: Picker) -> Non
 async def test_a_conversation_that_begins_with_something_else_ends(picker: Picker) -> None:
     assert await answers(picker, piece(b"x")) == []
     assert await answers(picker) == []
+
+
+async def test_bodies_without_end_do_not_fill_the_memory_together(picker: Picker) -> None:
+    """Past what all may hold, none is waited for."""
+    processor, large = Processor(picker), b"x" * (MAX_BODY - 1)
+    waits = asyncio.Event()
+
+    async def sent() -> AsyncIterator[Any]:
+        yield begin(FULL_DUPLEX)
+        yield piece(large)
+        await waits.wait()
+
+    talks = [processor.process(sent(), None) for _ in range(MAX_HELD // len(large) + 3)]
+    firsts = [asyncio.ensure_future(anext(talk)) for talk in talks]
+    done, held = await asyncio.wait(firsts, return_when=asyncio.FIRST_COMPLETED)
+    assert len(held) * len(large) <= MAX_HELD
+    assert all(len(endpoints(first.result())) == 2 for first in done)
+    for first in held:
+        first.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
