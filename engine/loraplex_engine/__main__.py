@@ -6,22 +6,16 @@ there, and the service decides what becomes of the requests.
 """
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
-import threading
-from collections.abc import MutableMapping
-from typing import Final
 
 import msgspec
 
 from loraplex_engine.link.bus import EngineBus
+from loraplex_engine.link.child import begin_child, limit_threads
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.logs import LOG_FORMATS, set_up_logging
 from loraplex_engine.process import Core, Progress, run_engine
-
-PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 def main() -> None:
@@ -35,11 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     process = f"engine[{arguments.name}:{os.getpid()}]"
     set_up_logging(arguments.log_level, arguments.log_format, process)
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
-    config_json = sys.stdin.buffer.readline()
-    threading.Thread(target=exit_at_end, args=(sys.stdin.fileno(),), daemon=True, name="parent-watch").start()
+    config_json = begin_child()
 
     with EngineBus(arguments.bus) as bus:
 
@@ -56,31 +46,11 @@ def load_core(config_json: bytes, progress: Progress, bus: EngineBus) -> Core:
     Raises msgspec.MsgspecError or ValueError for a bad configuration, and whatever loading raises."""
     config = msgspec.json.decode(config_json, type=EngineConfig)
     config.check()
-    limit_threads(config.threads, os.environ)
+    limit_threads(config.rank_threads, os.environ)
     from loraplex_engine.core import EngineCore  # not earlier: torch reads those settings when it is imported
     from loraplex_engine.placing import placed
 
     return EngineCore.load(placed(config, bus), progress)
-
-
-def limit_threads(threads: int | None, environment: MutableMapping[str, str]) -> None:
-    """Make OpenMP, and libraries built on it, use this many threads; None: their own choice, all cores."""
-    if threads is not None:
-        environment.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
-
-
-def die_with_parent() -> None:
-    """Have the kernel end this process with its parent, even while it is stuck in native code. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def exit_at_end(stdin: int) -> None:
-    """Wait until the other end of stdin is closed, then end the process without further ado."""
-    # Not through sys.stdin: its lock, held while waiting here, would make the interpreter abort at an ordinary end.
-    while os.read(stdin, 4096):
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

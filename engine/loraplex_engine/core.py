@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -14,6 +15,7 @@ import torch
 from loraplex_adapters.errors import COLD
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
+from loraplex_adapters.runtime.mirror import NO_MIRROR
 from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_engine.adapter_tiers import AdapterTiers
@@ -24,10 +26,12 @@ from loraplex_engine.drafting.drafting import Drafting
 from loraplex_engine.drafting.model import ModelDrafts
 from loraplex_engine.drafting.source import Ngrams, Source
 from loraplex_engine.execution.bad_words import TokenTexts
+from loraplex_engine.execution.device import chosen
 from loraplex_engine.execution.disk_cache import disk_cache
 from loraplex_engine.execution.loading import load_runner, load_runners
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.execution.size_report import size_report
+from loraplex_engine.following.leader import Leader
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftKind
 from loraplex_engine.link.messages import (
@@ -41,6 +45,7 @@ from loraplex_engine.link.messages import (
     WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
+from loraplex_engine.ranks.group import RanksLostError
 from loraplex_engine.scheduling.adapters import AdapterPreparer
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.forms import FormPreparer
@@ -79,6 +84,7 @@ class EngineCore:
         beside: ModelRunner | None = None,
         run_ahead: bool = False,
         disk: Disk | None = None,
+        leader: Leader | None = None,
     ) -> None:
         """`beside`: the small model that drafts, if there is one. `disk`: the last tier of the prefix cache, likewise.
 
@@ -104,6 +110,7 @@ class EngineCore:
             clock=time.monotonic,
             drafter=_drafting(runner, beside, self.blocks, config),
         )
+        self.leader = leader
         self._run_ahead = run_ahead and config.drafts is None
         self._unread: tuple[StepPlan, PendingResult | Exception] = NOTHING_PLANNED, COMPUTED_NOTHING
         self._num_steps = 0
@@ -119,13 +126,33 @@ class EngineCore:
         """Load the model that `config` names. Raises ValueError or OSError whose text says what the operator can do."""
         config.check()
         path, small = resolve_model(config.model, config.revision), config.drafting()
+        leader: Leader | None = None
+        if config.world > 1:
+            config = config if config.devices else msgspec.structs.replace(config, device=chosen(config.device))
+            leader = Leader(config, path)
+        try:
+            return cls._loaded(config, path, small, progress, leader)
+        except BaseException:
+            if leader is not None:
+                leader.close()
+            raise
+
+    @classmethod
+    def _loaded(
+        cls,
+        config: EngineConfig,
+        path: Path,
+        small: EngineConfig | None,
+        progress: Callable[[int, int], None],
+        leader: Leader | None,
+    ) -> EngineCore:
         beside: ModelRunner | None = None
         if small is None:
-            runner = load_runner(config, path, progress)
+            runner = load_runner(config, path, progress, leader)
         else:
             small_path = resolve_model(small.model, small.revision)
-            runner, beside = load_runners(config, path, small, small_path, progress)
-        model = runner.model
+            runner, beside = load_runners(config, path, small, small_path, progress, leader)
+        model, mirror = runner.model, leader or NO_MIRROR
         store = AdapterStore(
             targets=model.lora_targets(),
             dtype=model.dtype,
@@ -134,24 +161,29 @@ class EngineCore:
             num_threads=config.adapter_loader_threads,
             pack=runner.ops.pack_lora,
             load_share=config.adapter_load_share or (CPU_LOAD_SHARE if runner.ops.device.type == "cpu" else 1.0),
+            mirror=mirror,
         )
         pool = AdapterPool(
             sites=model.lora_sites(),
             store=store,
             num_slots=config.max_resident_adapters,
             budget_bytes=config.adapter_device_bytes,
+            mirror=mirror,
         )
         disk = None if runner.host_cache is None else disk_cache(config, path, runner, runner.host_cache)
         run_ahead = runner.ops.device.type == "cuda" if config.run_ahead is None else config.run_ahead
         logger.info("%s", size_report([runner] if beside is None else [runner, beside], config))
-        return cls(runner, store, pool, config, beside, run_ahead, disk)
+        return cls(runner, store, pool, config, beside, run_ahead, disk, leader)
 
     def close(self) -> None:
-        """Stop the threads that load adapters, compile grammars, and read and write files of the cache."""
+        """Stop the threads that load adapters, compile grammars, and read and write files of the cache; and the other
+        ranks."""
         self.store.close()
         if self.tiers is not None:
             self.tiers.close()
         self.forms.close()
+        if self.leader is not None:
+            self.leader.close()
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -242,6 +274,7 @@ class EngineCore:
         Of a step that foresees the next one, what happened is returned by the next call, which starts that first.
         """
         events: list[FromEngine] = []
+        self._check_ranks()
         self.adapters.advance(self.scheduler.adapter_users)
         if self.tiers is not None:
             self.tiers.prefixes.poll()
@@ -264,14 +297,19 @@ class EngineCore:
             events.append(StepOutput(outputs, self.stats()))
         return events + self.adapters.changed()
 
+    def _check_ranks(self) -> None:
+        """Raise RanksLostError if another rank has ended: a load that waits for it would never end."""
+        if self.leader is not None:
+            self.leader.check()
+
     def _tried(self, part: Callable[[], T], plan: StepPlan) -> T | Exception:
         """What a part of a step comes to, or why it could not be computed.
 
-        An error of the device itself is raised: nothing on it can be trusted any more.
+        An error of the device itself is raised, and one of other ranks: nothing there can be trusted any more.
         """
         try:
             return part()
-        except torch.AcceleratorError:
+        except (torch.AcceleratorError, RanksLostError):
             raise
         except Exception as error:
             ids = [item.request.request_id for item in plan.scheduled]
@@ -311,6 +349,8 @@ class EngineCore:
         self.scheduler.fail_not_finite(failed, NOT_FINITE)
 
     def stats(self) -> EngineStats:
+        """The numbers of now. Raises RanksLostError if another rank has ended."""
+        self._check_ranks()
         scheduler, blocks = self.scheduler, self.blocks
         adapters, *others = scheduler.rooms
         return EngineStats(

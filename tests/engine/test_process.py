@@ -14,9 +14,9 @@ import zmq
 from loraplex_adapters.errors import INVALID
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
-from loraplex_engine.__main__ import limit_threads
 from loraplex_engine.link.bus import NUMBER, EngineBus, bus_address
 from loraplex_engine.link.bus_directory import BusDirectory
+from loraplex_engine.link.child import limit_threads
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
     Abort,

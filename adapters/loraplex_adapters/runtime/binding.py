@@ -17,6 +17,7 @@ from loraplex_adapters.runtime.classifier import CLASSIFIER_MODULES, ClassifierH
 from loraplex_adapters.runtime.copies import contradictions, half_tied, settle, tell_copies, trained_twice
 from loraplex_adapters.runtime.experts import split_experts
 from loraplex_adapters.runtime.folding import Values, replaced_parameters, stacked, trained_ids
+from loraplex_adapters.runtime.mirror import Total, own_total
 from loraplex_adapters.runtime.replaced import ReplacedParameters
 from loraplex_adapters.runtime.targets import HEAD_MODULE, LoraTarget, Module, TargetKind, named_by
 from loraplex_kernels.ops import LoraWeights
@@ -44,6 +45,7 @@ def bind(
     dtype: torch.dtype,
     max_rank: int,
     rest: Rest = no_rest,
+    total: Total = own_total,
 ) -> BoundAdapter:
     """Bind an adapter to a model: find each tensor's place, check it, fold the scale into B, convert, stack.
 
@@ -73,7 +75,7 @@ def bind(
         problems.extend(contradictions(placed, tensors, config, dtype))
     if mismatches or problems:
         raise AdapterRejected([*mismatches, *problems], BASE_MISMATCH if mismatches else INVALID)
-    values = Values({**tensors, **dict(_held(resting(placed.values(), rest), tensors))}, dtype, problems, rest)
+    values = Values({**tensors, **dict(_held(resting(placed.values(), rest), tensors))}, dtype, problems, rest, total)
     settle(placed, targets, config, values)
     modules = list(placed.values())
     replaced = replaced_parameters(modules, config, targets, values)
@@ -157,7 +159,8 @@ def _held(modules: Iterable[Module], tensors: Mapping[str, Tensor]) -> Iterator[
     for module in modules:
         if (share := module.target.share) is not None:
             for part, name in module.parts.items():
-                yield name.key, share.cut(part, tensors[name.key])
+                if module.target.tied_to is None or part not in _WHOLE:  # the embedding's, which is not divided
+                    yield name.key, share.cut(part, tensors[name.key])
         elif module.target.transposed:
             for key in {module.key(part) for part in _WHOLE if part in module.parts}:
                 yield key, tensors[key].t()
@@ -191,9 +194,6 @@ def _part_problems(module: Module, config: LoRAConfig, saved: frozenset[str]) ->
         yield f"{module.key('tokens')}: trained rows of tokens that trainable_token_indices does not name"
     if config.invocation_tokens and module.target.kind is TargetKind.EMBEDDING:
         yield f"{module.any_key}: activated LoRA is not defined on an embedding"
-    if (share := module.target.share) is not None:
-        for part in sorted(parts.keys() & share.lacking):
-            yield f"{module.key(part)}: cannot be applied by a rank that holds a part of {module.name}"
     base = module.target.base
     if base is None and parts.keys() & {"magnitude", "bias", "base"}:
         yield f"{module.any_key}: needs the base's own weights, which are not at hand"

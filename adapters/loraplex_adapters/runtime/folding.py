@@ -10,6 +10,7 @@ from torch import Tensor
 from loraplex_adapters.files.config import LoRAConfig
 from loraplex_adapters.files.names import Part, base_module_candidates
 from loraplex_adapters.pace import Rest
+from loraplex_adapters.runtime.mirror import Total, own_total
 from loraplex_adapters.runtime.replaced import NORM_BIAS, NORM_WEIGHT, ReplacedRows
 from loraplex_adapters.runtime.targets import LoraTarget, Module, TargetKind, named_by
 from loraplex_kernels.finite import all_finite
@@ -21,9 +22,17 @@ WEIGHT_ELEMENTS = 1 << 22  # of a base weight that are looked at at once, in flo
 class Values:
     """The file's tensors, converted. Tensors whose values do not survive the conversion go to `problems`."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, problems: list[str], rest: Rest) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        problems: list[str],
+        rest: Rest,
+        total: Total = own_total,
+    ) -> None:
         self.problems = problems
         self.rest = rest
+        self.total = total
         self._tensors = tensors
         self._dtype = dtype
 
@@ -107,6 +116,8 @@ def _norms(module: Module, config: LoRAConfig, values: Values) -> Tensor:
         weight = _rows(module, values, start, end)
         norms[start:end] = torch.linalg.vector_norm(weight + scale * (b[start:end] @ a), dim=1)
         values.rest()
+    if target.share is not None and not target.share.has_whole_rows:
+        return values.total(module.key("magnitude"), norms.square_()).sqrt_()
     return norms
 
 
@@ -144,15 +155,22 @@ def replaced_parameters(
             continue
         if "weight" in module.parts:
             weight = values.converted(module.key("weight"), dtype=target.dtype)
+            if target.share is not None and target.tied_to is not None:
+                weight = target.share.cut("weight", weight)
             add(target.site, slice(0, len(weight)) if target.kind is not TargetKind.LINEAR else target.columns, weight)
         if "tokens" in module.parts:
-            add(
-                target.site,
-                torch.tensor(trained_ids(module, config)),
-                values.converted(module.key("tokens"), dtype=target.dtype),
-            )
+            tokens = torch.tensor(trained_ids(module, config))
+            add(target.site, *_held(target, tokens, values.converted(module.key("tokens"), dtype=target.dtype)))
     _share_tokens(replaced, modules, targets)
     return replaced
+
+
+def _held(target: LoraTarget, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows of tokens those that the rank has, by their places in its linear."""
+    if target.share is None:
+        return tokens, weight
+    which, places = target.share.held(tokens.tolist())
+    return torch.tensor(places, dtype=torch.int64), weight[which]
 
 
 def trained_ids(module: Module, config: LoRAConfig) -> tuple[int, ...]:
@@ -173,5 +191,9 @@ def _share_tokens(
     with_tokens = {module.name: module.target for module in modules if "tokens" in module.parts}
     for name, head in targets.items():
         if head.tied_to in with_tokens and name not in with_tokens:
-            rows = [part for part in replaced[with_tokens[head.tied_to].site] if isinstance(part.rows, Tensor)]
+            rows = [
+                ReplacedRows(*_held(head, part.rows, part.weight))
+                for part in replaced[with_tokens[head.tied_to].site]
+                if isinstance(part.rows, Tensor)
+            ]
             replaced[head.site] = (*replaced.get(head.site, ()), *rows)

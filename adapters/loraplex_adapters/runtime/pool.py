@@ -11,6 +11,7 @@ import torch
 from loraplex_adapters.errors import TOO_LARGE, AdapterConflict, AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.runtime.layer import Site
+from loraplex_adapters.runtime.mirror import NO_MIRROR, Mirror
 from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_adapters.runtime.weights import LoadedAdapter
 
@@ -44,8 +45,10 @@ class AdapterPool:
         store: AdapterStore,
         num_slots: int,
         budget_bytes: int,
+        mirror: Mirror = NO_MIRROR,
     ) -> None:
         self._sites = sites
+        self._mirror = mirror
         self._store = store
         self._num_slots = num_slots
         self._budget_bytes = budget_bytes
@@ -237,6 +240,7 @@ class AdapterPool:
 
     def _put(self, key: AdapterKey, loaded: LoadedAdapter) -> _Resident:
         slot = self._free_slots.pop()
+        self._mirror.put(slot, loaded.number)
         try:
             for site, packed in loaded.packed.items():
                 self._sites[site].table.put(slot, packed)
@@ -267,6 +271,7 @@ class AdapterPool:
         self.moved.add(key)
 
     def _clear(self, slot: int, sites: Iterable[str]) -> None:
+        self._mirror.remove(slot)
         for site in sites:
             self._sites[site].table.remove(slot)
         self._free_slots.append(slot)

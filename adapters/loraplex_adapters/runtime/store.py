@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 from loraplex_adapters.errors import COLD, INVALID, TOO_LARGE, UNREADABLE, AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.pace import Pace
+from loraplex_adapters.runtime.mirror import NO_MIRROR, Mirror
 from loraplex_adapters.runtime.targets import LoraTarget
 from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_composition
 from loraplex_kernels.ops import LoraWeights, PackedLora
@@ -83,7 +84,8 @@ def give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, max(LOADER_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
-def _begin_loader(default_threads: int) -> None:
+def begin_loader(default_threads: int) -> None:
+    """Make this thread one that reads adapters."""
     compute_alone(default_threads)
     give_way()
 
@@ -106,14 +108,16 @@ class AdapterStore:
         load_share: float = 1.0,  # of one core, for all loads together while requests run
         clock: Callable[[], float] = time.monotonic,
         executor: Executor | None = None,  # None: threads of its own
+        mirror: Mirror = NO_MIRROR,
     ) -> None:
         self._load = partial(load_adapter, targets=targets, dtype=dtype, max_rank=max_rank, pack=pack)
         self._load_composition = partial(load_composition, targets=targets, dtype=dtype, max_rank=max_rank, pack=pack)
         self._budget_bytes = budget_bytes
         self._clock = clock
+        self._mirror = mirror
         self.pace = Pace(load_share)
         self._executor = executor or ThreadPoolExecutor(
-            num_threads, "adapter-loader", initializer=_begin_loader, initargs=(torch.get_num_threads(),)
+            num_threads, "adapter-loader", initializer=begin_loader, initargs=(torch.get_num_threads(),)
         )
         self._finished: queue.SimpleQueue[tuple[_Source, FinishedLoad]] = queue.SimpleQueue()
         self._sources: dict[AdapterKey, _Source] = {}
@@ -204,7 +208,8 @@ class AdapterStore:
             source, finished = self._finished.get()
             self._num_in_flight -= 1
             if self._sources.get(finished.key) is not source:
-                continue  # forgotten in the meantime
+                self._forget(finished)  # nobody waits for it any more
+                continue
             arrived.append(self._take_in(source, finished))
         if arrived:
             self.changes += 1
@@ -223,18 +228,26 @@ class AdapterStore:
     def _start(self, key: AdapterKey, source: _Source) -> None:
         source.loading, is_hashed, source.is_hashed = True, source.is_hashed, False
         self._num_in_flight += 1
-        self._executor.submit(self._read, key, source, is_hashed)
+        self._executor.submit(self._read, key, source, is_hashed, self._mirror.load(key, source.paths))
 
-    def _read(self, key: AdapterKey, source: _Source, is_hashed: bool) -> None:
-        """Read an adapter, in a loader thread."""
+    def _read(self, key: AdapterKey, source: _Source, is_hashed: bool, number: int) -> None:
+        """Read an adapter, in a loader thread, as all ranks do."""
+        finished = self._finished_load(key, source, is_hashed, number)
+        problems = self._mirror.finish(number, finished.problems)
+        if finished.loaded is not None and problems:
+            finished = FinishedLoad(key, None, problems)
+        self._finished.put((source, finished))
+
+    def _finished_load(self, key: AdapterKey, source: _Source, is_hashed: bool, number: int) -> FinishedLoad:
         started = time.perf_counter()
         rest = self.pace.begin()
         try:
             if key.parts:
                 loaded = self._load_composition(key, source.paths, rest=rest)
             else:
-                loaded = self._load(key, *source.paths, rest=rest, is_hashed=is_hashed)
-            finished = FinishedLoad(key, loaded)
+                total = self._mirror.total(number)
+                loaded = self._load(key, *source.paths, rest=rest, is_hashed=is_hashed, total=total)
+            finished = FinishedLoad(key, replace(loaded, number=number))
         except AdapterRejected as rejected:
             finished = FinishedLoad(key, None, rejected.problems, rejected.reason)
         except OSError as error:
@@ -245,13 +258,14 @@ class AdapterStore:
             logger.exception("adapter %s: unexpected failure while loading", key)
             finished = FinishedLoad(key, None, [f"unexpected failure while loading: {type(error).__name__}: {error}"])
         logger.info("adapter %s: read in %.3f s", key, time.perf_counter() - started)
-        self._finished.put((source, finished))
+        return finished
 
     def _take_in(self, source: _Source, finished: FinishedLoad) -> FinishedLoad:
         key, loaded = finished.key, finished.loaded
         source.loading = False
         if loaded is not None and loaded.nbytes > self._budget_bytes:
             problem = f"it needs {loaded.nbytes} bytes of host memory, all adapters together may use "
+            self._mirror.forget(loaded.number)
             finished, loaded = FinishedLoad(key, None, [f"{problem}{self._budget_bytes}"], TOO_LARGE), None
         if loaded is None:
             pause = min(FIRST_BACKOFF_SECONDS * 2.0**source.num_failures, MAX_BACKOFF_SECONDS)
@@ -264,7 +278,15 @@ class AdapterStore:
             self._loaded[key] = loaded
             self._used_bytes += loaded.nbytes
             self._note_move(key)
+        elif self._loaded[key] is not loaded:
+            self._forget(finished)
         return finished
+
+    def _forget(self, finished: FinishedLoad) -> None:
+        """Have other ranks drop what is not kept here."""
+        held = self._loaded.get(finished.key)
+        if finished.loaded is not None and finished.loaded is not held:
+            self._mirror.forget(finished.loaded.number)
 
     def _note_move(self, key: AdapterKey) -> None:
         if not key.parts:  # the tier of a composition is never asked for
@@ -284,6 +306,7 @@ class AdapterStore:
     def _drop(self, key: AdapterKey) -> None:
         loaded = self._loaded.pop(key, None)
         if loaded is not None:
+            self._mirror.forget(loaded.number)
             self._used_bytes -= loaded.nbytes
             self._note_move(key)
             if key.parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -45,23 +45,29 @@ class Share:
         return int(self.columns.stop - self.columns.start)
 
     @property
-    def lacking(self) -> frozenset[Part]:
-        """Tensors that this rank cannot apply: a magnitude needs whole rows of the base, tokens all of them."""
-        lacking: dict[Part, bool] = {
-            "magnitude": self.num_columns < self.in_features,
-            "tokens": self.num_columns < self.in_features or self.num_rows < self.out_features,
-        }
-        return frozenset(part for part, lacks in lacking.items() if lacks)
+    def has_whole_rows(self) -> bool:
+        return self.num_columns == self.in_features
+
+    @property
+    def is_part(self) -> bool:
+        return self.num_rows < self.out_features or not self.has_whole_rows
+
+    def held(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Which of these rows of N the rank holds, and their places in its linear."""
+        held = [row for own in self.rows for row in range(own.start, own.stop)]
+        places = {row: place for place, row in enumerate(held)}
+        which = [index for index, row in enumerate(rows) if row in places]
+        return which, [places[rows[index]] for index in which]
 
     def cut(self, part: Part, tensor: Tensor) -> Tensor:
         """The rank's part of an adapter's tensor: A [R, C], B [N, R], weights [N, C], biases and magnitudes [N]."""
-        if part == "A":
+        if part in ("A", "tokens"):  # of tokens the rows are told by their ids
             return tensor[:, self.columns]
         found = [tensor[rows] for rows in self.rows]
         held = found[0] if len(found) == 1 else torch.cat(found)
         if part in ("bias", "lora_bias") and not self.adds_bias:
             return torch.zeros_like(held)
-        return held[:, self.columns] if part in ("weight", "base", "again", "tokens") else held
+        return held[:, self.columns] if part in ("weight", "base", "again") else held
 
 
 class TargetKind(Enum):

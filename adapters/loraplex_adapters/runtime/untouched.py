@@ -16,9 +16,10 @@ def leaves_cache(bound: BoundAdapter, targets: Mapping[str, LoraTarget]) -> bool
     """Whether every key and value is what it would be without the adapter.
 
     So it is if all outputs that its matrices change lie behind the last keys and values: those of the head, of the last
-    layer's queries, attention and feed-forward. False: that is not proved.
+    layer's queries, attention and feed-forward. False: that is not proved, as by a rank that sees a part of them.
     """
-    if bound.replaced is not None:
+    is_part = any(target.share is not None and target.share.is_part for target in targets.values())
+    if bound.replaced is not None or is_part:
         return False
     behind: dict[str, list[slice]] = {}
     for target in targets.values():

@@ -22,6 +22,7 @@ from loraplex_adapters.runtime.binding import BoundAdapter, bind
 from loraplex_adapters.runtime.classifier import CLASSIFIER_SITE
 from loraplex_adapters.runtime.composition import combine
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, EmbeddingLora
+from loraplex_adapters.runtime.mirror import Total, own_total
 from loraplex_adapters.runtime.replaced import REPLACED_SITE
 from loraplex_adapters.runtime.targets import LoraTarget
 from loraplex_adapters.runtime.untouched import leaves_cache
@@ -55,6 +56,7 @@ class LoadedAdapter:
     num_labels: int = 0  # of its classification head; 0: it has none
     each_token: bool = False  # whether the head classifies tokens
     leaves_cache: bool = False  # whether all keys and values are the base model's
+    number: int = 0  # of its load, as other ranks have it
 
     @property
     def rank(self) -> int:
@@ -80,13 +82,14 @@ def load_adapter(
     pack: Callable[[LoraWeights], PackedLora],
     rest: Rest = no_rest,
     is_hashed: bool = False,
+    total: Total = own_total,
 ) -> LoadedAdapter:
     """Read an adapter, check that it is the version that `key` names, bind it and lay it out for the kernels.
 
     is_hashed: that was checked. Raises AdapterRejected; OSError if the disk fails.
     """
     tensors, config = _read(key, directory, targets, rest, is_hashed)
-    bound = bind(tensors, config, targets, dtype, max_rank, rest)
+    bound = bind(tensors, config, targets, dtype, max_rank, rest, total)
     packed = pack_adapter(bound, pack, rest)
     warnings = (*config.warnings, *bound.warnings)
     labels = (0, False) if bound.head is None else (bound.head.num_labels, bound.head.each_token)

@@ -65,6 +65,8 @@ class BorrowedModel:
         nbytes: int,
     ) -> None:
         self.config = config
+        self.num_layers = config.num_layers
+        self.head_shape = config.head_shape
         self.dtype = dtype
         self.nbytes = nbytes
         self.module = model

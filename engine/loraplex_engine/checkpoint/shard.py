@@ -30,5 +30,14 @@ class Shard:
         first, end = self.rank * units // self.world, (self.rank + 1) * units // self.world
         return slice(first * unit, max(first + 1, end) * unit)
 
+    def stretch(self, size: int) -> slice:
+        """The range of `size` rows that this rank holds where the last may hold fewer than the others."""
+        width = self.widest(size)
+        return slice(min(self.rank * width, size), min((self.rank + 1) * width, size))
+
+    def widest(self, size: int) -> int:
+        """The rows that the first rank holds of so many."""
+        return -(-size // self.world)
+
 
 WHOLE = Shard(0, 1)

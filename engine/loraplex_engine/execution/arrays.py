@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -15,6 +15,9 @@ from loraplex_engine.scheduling.request import UNREAD, Request
 from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan
 
 Ranges = tuple[tuple[int, int, int], ...]  # (slot, first row, end row) of adapters, as in LoraSegments
+
+
+PROMPT_LOGPROB_ROWS = 128  # rows of the vocabulary held at once: 128 x 128k floats are 64 MiB
 
 
 class Counts(NamedTuple):
@@ -169,6 +172,18 @@ def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> 
         unread=_unread(scheduled, bounds),
         copied_blocks=tuple(item.copied_block for item in scheduled if item.copied_block is not None),
     )
+
+
+def head_rows(step: StepArrays) -> Iterator[tuple[int, int]]:
+    """Which of `logits_rows` go through the head together, in the order in which they do."""
+    row = len(step.histories)
+    if row:
+        yield 0, row
+    for target in step.prompt_targets:
+        for first in range(0, len(target.token_ids), PROMPT_LOGPROB_ROWS):
+            count = min(PROMPT_LOGPROB_ROWS, len(target.token_ids) - first)
+            yield row, row + count
+            row += count
 
 
 def _sequences(scheduled: Sequence[ScheduledRequest], drafts_apart: bool) -> list[tuple[ScheduledRequest, int, int]]:

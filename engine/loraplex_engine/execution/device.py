@@ -37,6 +37,11 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def chosen(name: str) -> str:
+    """The kind of device that `auto` is here; any other name as it is."""
+    return select_device(name).type if name == "auto" else name
+
+
 def described(device: torch.device) -> Device:
     """The device as callers are told of it."""
     if device.type == "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loraplex_engine.models.model import ModelFacts
+from loraplex_engine.models.model import Cached
 from loraplex_kernels.ops import LayerKV, Ops
 
 STORED_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -15,13 +15,13 @@ def stored_dtype(kv_cache_dtype: str, model_dtype: torch.dtype) -> torch.dtype:
     return STORED_TYPES.get(kv_cache_dtype, model_dtype)
 
 
-def block_bytes(config: ModelFacts, ops: Ops, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(model: Cached, ops: Ops, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block in all layers together, as this backend lays it out: keys, values, and their scales if any."""
-    return config.num_layers * ops.allocate_kv(1, block_size, config.head_shape, dtype).nbytes
+    return model.num_layers * ops.allocate_kv(1, block_size, model.head_shape, dtype).nbytes
 
 
 def create_kv_cache(
-    config: ModelFacts, ops: Ops, num_blocks: int, block_size: int, dtype: torch.dtype
+    model: Cached, ops: Ops, num_blocks: int, block_size: int, dtype: torch.dtype
 ) -> tuple[LayerKV, ...]:
     """Zeroed storage of `num_blocks` blocks for each layer."""
-    return tuple(ops.allocate_kv(num_blocks, block_size, config.head_shape, dtype) for _ in range(config.num_layers))
+    return tuple(ops.allocate_kv(num_blocks, block_size, model.head_shape, dtype) for _ in range(model.num_layers))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import torch
@@ -14,35 +16,63 @@ from loraplex_engine.execution.device import free_bytes, loading_turn, select_de
 from loraplex_engine.execution.kv_cache import block_bytes
 from loraplex_engine.execution.memory_profile import cache_budget
 from loraplex_engine.execution.model_runner import ModelRunner
+from loraplex_engine.execution.rank_runners import LeadingRunner
 from loraplex_engine.link.config import USUAL_CACHE_FRACTION, EngineConfig
-from loraplex_engine.models import load_model
+from loraplex_engine.models import LanguageModel, load_model
 from loraplex_engine.models.model import Model
+from loraplex_engine.ranks.exchange import Ranks
+from loraplex_engine.ranks.group import Group
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.selection import select_ops
 
 SAME_TOKENIZER = "the model that drafts must have the same tokenizer"
 
 
-def load_runner(config: EngineConfig, path: Path, progress: Progress) -> ModelRunner:
+class OtherRanks(Protocol):
+    """The other ranks of a model, to the first one."""
+
+    def join(self, device: torch.device) -> Group:
+        """Wait until all are there."""
+
+    def wait_loaded(self) -> int:
+        """Wait until the others have loaded their shares → the least memory that is free on the device of one."""
+
+
+def load_runner(config: EngineConfig, path: Path, progress: Progress, others: OtherRanks | None = None) -> ModelRunner:
     """The model in `path`, ready for steps. Raises ValueError if its cache would hold not even one sequence."""
-    ops = _ops(config)
-    with loading_turn(ops.device):
-        runner = ModelRunner(_load(config, path, ops, progress), ops, config)
+    ops = rank_ops(config, 0)
+    with _loading_turns(config, ops.device):
+        runner = _first_runner(config, path, ops, progress, others)
         runner.allocate(_num_blocks([runner], config), config)
         return runner
 
 
+def _first_runner(
+    config: EngineConfig, path: Path, ops: Ops, progress: Progress, others: OtherRanks | None
+) -> ModelRunner:
+    if others is None:
+        return ModelRunner(_load(config, path, ops, progress), ops, config)
+    group = others.join(ops.device)
+    model = load_share(config, path, ops, group, progress)
+    return LeadingRunner(model, ops, config, group, others.wait_loaded())
+
+
 def load_runners(
-    config: EngineConfig, path: Path, small: EngineConfig, small_path: Path, progress: Progress
+    config: EngineConfig,
+    path: Path,
+    small: EngineConfig,
+    small_path: Path,
+    progress: Progress,
+    others: OtherRanks | None = None,
 ) -> tuple[ModelRunner, ModelRunner]:
     """The models in both paths on one device, with caches of as many blocks. `small`: the config of the second.
 
     Raises ValueError as `load_runner` does, and if the small one has another vocabulary.
     """
     _check_tokenizers(path, small_path)
-    ops = _ops(config)
-    with loading_turn(ops.device):
-        runner = ModelRunner(_load(config, path, ops, progress), ops, config)
+    ops = rank_ops(config, 0)
+    with _loading_turns(config, ops.device):
+        runner = _first_runner(config, path, ops, progress, others)
         small = msgspec.structs.replace(small, max_model_len=runner.max_model_len)
         model = _load(small, small_path, ops)
         longest = min(runner.max_model_len, model.config.max_position_embeddings)
@@ -55,6 +85,28 @@ def load_runners(
         runner.allocate(num_blocks, config)
         beside.allocate(num_blocks, small)
         return runner, beside
+
+
+@contextmanager
+def _loading_turns(config: EngineConfig, device: torch.device) -> Iterator[None]:
+    """The turns to load onto the devices of all ranks, in an order that all engines have in common."""
+    devices = [torch.device(name) for name in config.rank_devices] if config.world > 1 else [device]
+    with ExitStack() as turns:
+        for each in sorted(devices, key=lambda each: each.index or 0):
+            turns.enter_context(loading_turn(each))
+        yield
+
+
+def load_share(
+    config: EngineConfig, path: Path, ops: Ops, ranks: Ranks, progress: Progress | None = None
+) -> LanguageModel:
+    """A rank's share of the model in `path`. Raises ModelError if it cannot be divided."""
+    if config.implementation == "transformers":
+        raise ModelError(f"{path}: transformers' class cannot be divided among {ranks.shard.world} ranks")
+    try:
+        return load_model(config, path, ops, progress, ranks)
+    except UnknownArchitectureError as error:
+        raise ModelError(f"{error}; transformers' class cannot be divided among {ranks.shard.world} ranks") from error
 
 
 def _load(config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None) -> Model:
@@ -86,15 +138,16 @@ def _check_tokenizers(path: Path, small_path: Path) -> None:
             raise ValueError(f"{files[1]}: has another vocabulary than {files[0]}: {SAME_TOKENIZER}")
 
 
-def _ops(config: EngineConfig) -> Ops:
-    device = select_device(config.device)
+def rank_ops(config: EngineConfig, rank: int) -> Ops:
+    """The operations of a rank on its device."""
+    device = select_device(config.rank_devices[rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the current device
     return _select_ops(device, config)
 
 
 def _select_ops(device: torch.device, config: EngineConfig) -> Ops:
-    ops = select_ops(device, config.kernels, threads=config.threads)
+    ops = select_ops(device, config.kernels, threads=config.rank_threads)
     if ops.own_threads:
         torch.set_num_threads(1)
     if config.batch_invariant and not ops.batch_invariant:
@@ -107,7 +160,7 @@ def _select_ops(device: torch.device, config: EngineConfig) -> Ops:
 def _num_blocks(runners: Sequence[ModelRunner], config: EngineConfig) -> int:
     """The number of blocks of each runner that fit into the memory for their caches. The first takes the requests."""
     runner = runners[0]
-    size = sum(block_bytes(each.model.config, each.ops, each.block_size, each.kv_dtype) for each in runners)
+    size = sum(block_bytes(each.model, each.ops, each.block_size, each.kv_dtype) for each in runners)
     per_sequence = -(-runner.max_model_len // runner.block_size)
     budget = _cache_bytes(runner, config)
     useful = per_sequence * config.max_num_seqs  # more could never be in use
@@ -127,5 +180,6 @@ def _cache_bytes(runner: ModelRunner, config: EngineConfig) -> int:
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if runner.ops.device.type == "cuda":
-        return cache_budget(runner, config)
-    return int(free_bytes(runner.ops.device) * (config.kv_cache_fraction or USUAL_CACHE_FRACTION))
+        return min(cache_budget(runner, config), runner.most_cache_bytes)
+    share = (config.kv_cache_fraction or USUAL_CACHE_FRACTION) / config.world
+    return int(free_bytes(runner.ops.device) * share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from loraplex_engine.checkpoint.memory import populate
-from loraplex_engine.execution.arrays import History, PromptTargets, StepArrays, step_arrays
+from loraplex_engine.execution.arrays import PROMPT_LOGPROB_ROWS, History, PromptTargets, StepArrays, step_arrays
 from loraplex_engine.execution.batch import narrowed, step_batch
 from loraplex_engine.execution.cuda_graph import DecodeGraphs, decode_graphs
 from loraplex_engine.execution.device import described
@@ -23,6 +24,7 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import NO_DRAFTS
 from loraplex_engine.link.messages import EngineLimits, TokenLogprobs
 from loraplex_engine.models.model import Model
+from loraplex_engine.models.step_batch import StepBatch
 from loraplex_engine.scheduling.form import Form
 from loraplex_engine.scheduling.step import PendingResult, SampledToken, StepPlan, StepResult
 from loraplex_kernels.ops import LoraSegments, Ops
@@ -30,11 +32,12 @@ from loraplex_kernels.transfers import Reading, to_device, to_host
 
 NO_FORMS: Mapping[int, Form] = {}
 NOTHING_DRAWN: Reading[list[SampledToken | None]] = Reading((), lambda here: [])
-PROMPT_LOGPROB_ROWS = 128  # rows of the vocabulary held at once: 128 x 128k floats are 64 MiB
 
 
 class ModelRunner:
     """Owns the model and its cache on one device. Knows no policy: it executes the plan that it is given."""
+
+    most_cache_bytes = sys.maxsize  # that other devices have room for, if there are any
 
     def __init__(self, model: Model, ops: Ops, config: EngineConfig) -> None:
         """The cache has one block until `allocate`: enough to measure what a step takes.
@@ -57,12 +60,12 @@ class ModelRunner:
         self.decode_graphs: DecodeGraphs | None = None
         self.num_blocks = 1
         self.host_cache: HostCache | None = None
-        self.kv_cache = create_kv_cache(model.config, ops, 1, config.block_size, self.kv_dtype)
+        self.kv_cache = create_kv_cache(model, ops, 1, config.block_size, self.kv_dtype)
 
     def allocate(self, num_blocks: int, config: EngineConfig) -> None:
         """Give the cache `num_blocks` blocks, and capture the graphs that read it."""
         self.num_blocks = num_blocks
-        self.kv_cache = create_kv_cache(self.model.config, self.ops, num_blocks, self.block_size, self.kv_dtype)
+        self.kv_cache = create_kv_cache(self.model, self.ops, num_blocks, self.block_size, self.kv_dtype)
         if config.kv_cache_bytes is not None and self.ops.device.type == "cpu":
             populate([tensor for layer in self.kv_cache for tensor in (layer.k, layer.v)])
         if config.host_cache_bytes:
@@ -107,18 +110,8 @@ class ModelRunner:
 
         forms: of the outputs that have one, by their place among `step.histories`.
         """
-        for source, copy in step.copied_blocks:
-            for layer in self.kv_cache:
-                layer.copy_block(source, copy)
         batch, count = step_batch(step, self.ops.device), len(step.histories)
-        if step.unread:
-            self._fill_unread(batch.token_ids, step)
-        decoding = count == len(step.token_ids) == len(step.seq_lens)  # each row is a sequence's, and drawn from
-        if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):
-            hidden = self.decode_graphs.forward(batch)
-        else:
-            hidden = self.model.forward(batch, self.kv_cache)
-        lora = batch.logits_lora
+        hidden, lora = self._hidden(step, batch), batch.logits_lora
         mask = self.form_masks.fill(step.histories, forms) if forms else None  # while a device computes what is before
         drawn = self._draw(hidden, lora, step.histories, mask).reading if count else NOTHING_DRAWN
         prompt_logprobs = self._prompt_logprobs(step.prompt_targets, hidden, count, lora)
@@ -133,6 +126,19 @@ class ModelRunner:
             return _result(step, drawn.finish(here), prompt_logprobs.finish(here), pooled.finish(here), problems)
 
         return PendingResult(result)
+
+    def _hidden(self, step: StepArrays, batch: StepBatch) -> torch.Tensor:
+        """The hidden states of `step.logits_rows`."""
+        for source, copy in step.copied_blocks:
+            for layer in self.kv_cache:
+                layer.copy_block(source, copy)
+        if step.unread:
+            self._fill_unread(batch.token_ids, step)
+        # Each row is a sequence's, and drawn from.
+        decoding = len(step.histories) == len(step.token_ids) == len(step.seq_lens)
+        if self.decode_graphs is not None and decoding and self.model.can_be_captured(batch.lora):
+            return self.decode_graphs.forward(batch)
+        return self.model.forward(batch, self.kv_cache)
 
     def _draw(
         self, hidden: torch.Tensor, lora: LoraSegments | None, histories: Sequence[History], mask: TokenMask | None

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loraplex_engine.checkpoint.model_config import ModelConfig
+from loraplex_engine.layers.divided import DividedProjectionNorm
+from loraplex_engine.ranks.exchange import Ranks
 from loraplex_kernels.ops import Ops, QKNorm
 
 
@@ -48,7 +50,7 @@ class QueryKeyNorms:
     """The norms of one layer's queries and keys."""
 
     of_kernels: QKNorm | None = None
-    of_projections: ProjectionNorm | HeadNorm | None = None
+    of_projections: ProjectionNorm | DividedProjectionNorm | HeadNorm | None = None
     query_factor: Tensor | None = None  # [D], behind the rotation
 
 
@@ -61,11 +63,16 @@ def unit_heads(config: ModelConfig, device: torch.device) -> QueryKeyNorms:
     return QueryKeyNorms(QKNorm(ones, ones, config.norm_eps))
 
 
-def norms_of(config: ModelConfig, ops: Ops, query: Tensor, key: Tensor, dtype: torch.dtype) -> QueryKeyNorms:
-    """The norms that the weights of a layer make, float32 each."""
+def norms_of(
+    config: ModelConfig, ops: Ops, query: Tensor, key: Tensor, dtype: torch.dtype, ranks: Ranks
+) -> QueryKeyNorms:
+    """The norms that the weights of a layer make, float32 each: those of the rank's heads."""
     if config.head_norm:
         weight = torch.cat((query, key)).view(-1, config.head_dim)
         return QueryKeyNorms(of_projections=HeadNorm(weight, config.norm_eps))
+    if config.projection_norm and ranks.shard.world > 1:
+        sizes = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        return QueryKeyNorms(of_projections=DividedProjectionNorm(ranks, query, key, sizes, config.norm_eps))
     if config.projection_norm:
         return QueryKeyNorms(of_projections=ProjectionNorm(ops, query, key, config.norm_eps))
     if not config.qk_norm_rotated:

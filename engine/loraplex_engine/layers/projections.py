@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_engine.checkpoint.model_config import LatentAttention
+from loraplex_engine.layers.divided import DividedProjectionNorm
 from loraplex_engine.layers.projection_norm import HeadNorm, ProjectionNorm
 from loraplex_kernels.ops import LoraSegments, Ops
 
@@ -33,7 +34,7 @@ class FusedProjections:
     """All of them in one product, and the norms that are not those of the kernels."""
 
     qkv: LoRALinear
-    norm: ProjectionNorm | HeadNorm | None
+    norm: ProjectionNorm | DividedProjectionNorm | HeadNorm | None
 
     @property
     def linears(self) -> tuple[LoRALinear]:

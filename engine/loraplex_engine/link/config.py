@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import msgspec
@@ -72,6 +73,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "host_cache_bytes": 0,
             "disk_cache_bytes": 0,
             "disk_cache_directory": None,
+            "tensor_parallel": 1,
+            "pipeline_parallel": 1,
+            "devices": (),
         }
         return msgspec.structs.replace(self, **of_large, **small)
 
@@ -93,6 +97,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if not DEVICE.fullmatch(self.device):
             problems.append(f"device {self.device!r} is not auto, cpu, cuda or cuda:N")
         problems += rank_problems(self.device, self.devices, self.tensor_parallel, self.pipeline_parallel)
+        if self.world > 1 and self.host_cache_bytes:
+            problems.append(f"host_cache_bytes has the blocks of one rank, and there are {self.world}: leave it out")
         if self.kernels not in BACKENDS:
             problems.append(f"kernels {self.kernels!r} is not one of {', '.join(BACKENDS)}")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
@@ -136,6 +142,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def world(self) -> int:
         """The processes that compute the model together."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def rank_threads(self) -> int | None:
+        """The compute threads of each of them on the CPU: waiting for each other, they would spin on one core."""
+        if self.world == 1:
+            return self.threads
+        return max(1, (self.threads or len(os.sched_getaffinity(0))) // self.world)
 
     @property
     def rank_devices(self) -> tuple[str, ...]:

@@ -29,6 +29,13 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line | getattr(record, "fields", {})).decode()
 
 
+def log_options() -> tuple[str, ...]:
+    """The options of a command line by which another process logs as this one does."""
+    root = logging.getLogger()
+    is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in root.handlers)
+    return "--log-level", logging.getLevelName(root.level), "--log-format", "json" if is_json else "text"
+
+
 def set_up_logging(level: str, log_format: str, process: str, *filters: logging.Filter) -> None:
     """Log to stderr. `process`: a name that tells the lines of several processes apart; `filters` may add `fields`."""
     handler = logging.StreamHandler()

@@ -96,11 +96,12 @@ class LanguageModel:
         self._head_rounding = head_rounding
         self._replaced = replaced
         self._classifiers = ClassifierSite(ops.device)
+        self.num_layers = config.num_layers
         self.head_shape = held_heads(config, shard)
         self._chunks = {layer.chunk for layer in layers if layer.chunk is not None}
         # How many rows each expert has is read back from the device, and so is where chunks end.
         experts = any(isinstance(layout, MixtureLayout) for layout in config.feed_forwards)
-        self.capturable = not experts and not self._chunks
+        self.capturable = not experts and not self._chunks and shard.world == 1
         # Rounded as the weights are: 50.6 is 50.5 in bfloat16, and so the models were trained.
         scale = config.embedding_scale
         self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()

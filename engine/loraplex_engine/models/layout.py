@@ -21,6 +21,7 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD_MODULE = "lm_head"
 HEAD, HEAD_BIAS = f"{HEAD_MODULE}.weight", f"{HEAD_MODULE}.bias"
 HEAD_SITE, FINAL_NORM_SITE = HEAD_MODULE, "norm"
+OUTPUT = "o"  # the linear behind the attention
 
 # Projections of which, in the last layer, keys and values do not depend. Of others, that is not said.
 BEHIND_CACHE = ("q_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -35,7 +36,7 @@ def attention_linears(config: ModelConfig) -> tuple[FusedLinear, ...]:
     """Those that make queries, keys and values, and at last that of the output."""
     inputs = (_qkv(config),) if config.latent is None else _latent_linears(config, config.latent)
     values, outputs = config.num_heads * config.value_dim, ((config.o_module, config.hidden_size),)
-    return (*inputs, FusedLinear("o", config.o_module, values, outputs, config.o_bias, "inputs", config.value_dim))
+    return (*inputs, FusedLinear(OUTPUT, config.o_module, values, outputs, config.o_bias, "inputs", config.value_dim))
 
 
 def _qkv(config: ModelConfig) -> FusedLinear:
@@ -87,7 +88,7 @@ def latent_norms(config: ModelConfig) -> dict[str, int]:
 def held_parts(linear: FusedLinear, shard: Shard) -> tuple[tuple[slice, slice], ...]:
     """The rows and the columns of each projection's weight [N, C] that a rank holds.
 
-    Embedding, norms and head are whole on every rank.
+    Embedding and norms are whole on every rank; of the head's rows each has a stretch.
     """
     columns = slice(0, linear.in_features)
     if linear.split == "inputs":
@@ -162,6 +163,22 @@ def query_key_norms(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], ..
     return tuple({f"{path}.weight": (dim * heads if config.projection_norm else dim,)} for path, heads in norms)
 
 
+def held_norms(config: ModelConfig, shard: Shard) -> tuple[list[tuple[str, tuple[slice, ...]]], ...]:
+    """Those tensors, and the part of each that a rank holds: of weights for each head, those of its heads."""
+    heads = shard.part(config.num_heads, 1), shard.part(config.num_kv_heads, 1, may_share=True)
+    return tuple(_held_norm(config, [*norm], own) for norm, own in zip(query_key_norms(config), heads, strict=False))
+
+
+def _held_norm(config: ModelConfig, names: list[str], heads: slice) -> list[tuple[str, tuple[slice, ...]]]:
+    if config.head_norm == "apart":
+        return [(name, ()) for name in names[heads]]
+    if config.head_norm == "together":
+        return [(name, (heads,)) for name in names]
+    if config.projection_norm:
+        return [(name, (slice(heads.start * config.head_dim, heads.stop * config.head_dim),)) for name in names]
+    return [(name, ()) for name in names]
+
+
 def final_norm(config: ModelConfig) -> str:
     """The path in a checkpoint of the norm before the head."""
     return f"model.{config.final_norm}"
@@ -232,10 +249,13 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
     embedding, head = EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")
     hidden, vocabulary = config.hidden_size, config.vocab_size
     norm = LoraTarget("", 0, 0, hidden, TargetKind.NORM)
+    rows = shard.stretch(vocabulary)
+    share = None if shard.world == 1 else Share(vocabulary, hidden, (rows,), slice(0, hidden), adds_bias=True)
     tied_to = embedding if config.tie_word_embeddings else None
+    held = rows.stop - rows.start
     targets = {
         embedding: LoraTarget(EMBEDDING_SITE, vocabulary, 0, hidden, TargetKind.EMBEDDING),
-        head: LoraTarget(HEAD_SITE, hidden, 0, vocabulary, tied_to=tied_to, reaches_cache=False),
+        head: LoraTarget(HEAD_SITE, hidden, 0, held, tied_to=tied_to, reaches_cache=False, share=share),
         final_norm(config): replace(norm, site=FINAL_NORM_SITE),
     }
     classifier = LoraTarget(CLASSIFIER_SITE, hidden, 0, 0, TargetKind.CLASSIFIER)

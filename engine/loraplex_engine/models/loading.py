@@ -24,9 +24,9 @@ from loraplex_engine.checkpoint.model_config import (
     ModelError,
     Stack,
 )
-from loraplex_engine.checkpoint.shard import WHOLE, Shard
 from loraplex_engine.checkpoint.tensor_files import Part
 from loraplex_engine.checkpoint.weights import Checkpoint, Progress, aliased_name
+from loraplex_engine.layers.divided import DividedHead, SummedFeedForward, SummedLinear
 from loraplex_engine.layers.linear import AnyLinear, Linear, SideBySide
 from loraplex_engine.layers.projection_norm import NO_NORMS, QueryKeyNorms, norms_of, unit_heads
 from loraplex_engine.layers.projections import FusedProjections, LatentProjections, Projections
@@ -40,16 +40,17 @@ from loraplex_engine.models.layout import (
     HEAD,
     HEAD_BIAS,
     HEAD_SITE,
+    OUTPUT,
     SINKS,
     adds_bias,
     attention_linears,
     final_norm,
     head_module,
+    held_norms,
     latent_norms,
     layer_linears,
     norm_site,
     norm_tensors,
-    query_key_norms,
     site_name,
     stored_parts,
     stored_shapes,
@@ -71,6 +72,7 @@ from loraplex_engine.quantization import (
     read_spec,
     round_to_nearest,
 )
+from loraplex_engine.ranks.exchange import ALONE, Ranks
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.quantized import QuantizedWeight, concatenate
 
@@ -81,7 +83,7 @@ Matrix = Sequence[Tensor] | QuantizedWeight  # dense: tensors [N₁, C], [N₂, 
 
 
 def load_model(
-    config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None, shard: Shard = WHOLE
+    config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None, ranks: Ranks = ALONE
 ) -> LanguageModel:
     """Load the model in `path`, a directory or a GGUF file, or a rank's share of it, for the device of `ops`.
 
@@ -120,7 +122,7 @@ def load_model(
                 f"{path}: dtype float16 is asked for, and the activations of {model_config.architecture} exceed its "
                 "range: choose bfloat16 or float32"
             )
-        return _Loader(model_config, checkpoint, quantised, ops, dtype, num_positions, config, shard).load()
+        return _Loader(model_config, checkpoint, quantised, ops, dtype, num_positions, config, ranks).load()
 
 
 def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
@@ -171,7 +173,7 @@ class _Loader:
         dtype: torch.dtype,
         num_positions: int,
         engine: EngineConfig,
-        shard: Shard,
+        ranks: Ranks,
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
@@ -179,9 +181,9 @@ class _Loader:
         self.ops = ops
         self.dtype = dtype
         self.num_positions = num_positions
-        self.shard = shard
-        if (config.projection_norm or config.head_norm) and shard.world > 1:
-            raise ModelError(f"{config.architecture} norms all of a token's queries at once: ranks cannot divide them")
+        self.ranks = ranks
+        self.shard = ranks.shard
+        self.is_divided = ranks.shard.world > 1
         self.num_slots = engine.max_resident_adapters
         self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
         self.head_rounding = engine.head_quantization
@@ -206,7 +208,7 @@ class _Loader:
     def load(self) -> LanguageModel:
         embedding = self._rows([(EMBEDDING, ())], self.dtype)
         # The largest matrix goes first: while it is packed it takes its room twice, and nothing else is there yet.
-        head = self._lora_linear(HEAD_SITE, self._head(embedding))
+        head = self._lora_head(self._head(embedding))
         layers = [self._layer(index) for index in range(self.config.num_layers)]
         last_norm = self._adapted_norm(FINAL_NORM_SITE, final_norm(self.config))
         self.nbytes += embedding.nbytes
@@ -259,7 +261,8 @@ class _Loader:
     def _feed_forward(self, index: int, linears: Sequence[LoRALinear]) -> FeedForward:
         layout = self.config.feed_forwards[index]
         vectors = [self._vector([(f"model.layers.{index}.{path}", ())]) for path in layout.vectors()]
-        return layout.build(self.ops, linears, vectors)
+        built = layout.build(self.ops, linears, vectors)
+        return SummedFeedForward(built, self.ranks) if self.is_divided else built
 
     @property
     def _heads(self) -> Part:
@@ -274,11 +277,11 @@ class _Loader:
     def _query_key_norms(self, prefix: str, attention: LayerAttention) -> QueryKeyNorms:
         if self.config.unit_heads and attention.rope is not None:
             return unit_heads(self.config, self.ops.device)
-        parts = [[(prefix + name, ()) for name in norm] for norm in query_key_norms(self.config)]
+        parts = [[(prefix + name, part) for name, part in norm] for norm in held_norms(self.config, self.shard)]
         if not parts:
             return NO_NORMS
         query, key = (self._norm(names) for names in parts)
-        return norms_of(self.config, self.ops, query, key, self.dtype)
+        return norms_of(self.config, self.ops, query, key, self.dtype, self.ranks)
 
     def _felt(self, window: int | None) -> int | None:
         """The window or the chunk of a layer; None: it has none, or no sequence is longer.
@@ -296,7 +299,10 @@ class _Loader:
             weights = self._weights(held, None if linear.kept_dense else self.rounding, dtype)
             biases = [(f"{path}.bias", (rows,)) for path, rows, _ in held]
         bias = self._bias(biases, adds_bias(linear, self.shard), dtype) if linear.bias else None
-        return self._lora_linear(site_name(index, linear), self._linear(weights, bias, dtype))
+        found, replaced = self._linear(weights, bias, dtype), self.replaced.table.at(site_name(index, linear))
+        if self.is_divided and linear.name == OUTPUT:
+            return SummedLinear(self.ops, found, self.num_slots, replaced, self.ranks)
+        return LoRALinear(self.ops, found, self.num_slots, replaced)
 
     def _bias(self, parts: Sequence[tuple[str, Part]], adds: bool, dtype: torch.dtype) -> Tensor:
         bias = self._rows(parts, dtype).flatten()
@@ -321,8 +327,11 @@ class _Loader:
             cut(round_to_nearest(each, self.rounding), *at[1:]) for each, at in zip(found, held, strict=True)
         ], biases
 
-    def _lora_linear(self, site: str, linear: AnyLinear) -> LoRALinear:
-        return LoRALinear(self.ops, linear, self.num_slots, self.replaced.table.at(site))
+    def _lora_head(self, linear: AnyLinear) -> LoRALinear:
+        replaced = self.replaced.table.at(HEAD_SITE)
+        if self.is_divided:
+            return DividedHead(self.ops, linear, self.num_slots, replaced, self.ranks, self.config.vocab_size)
+        return LoRALinear(self.ops, linear, self.num_slots, replaced)
 
     def _weights(self, held: Held, rounding: str | None, dtype: torch.dtype) -> list[Matrix]:
         """The weights of projections that are multiplied as one: as few matrices as possible, rows in order."""
@@ -357,22 +366,24 @@ class _Loader:
 
     def _head(self, embedding: Tensor) -> AnyLinear:
         module = head_module(self.config)
-        bias = self._rows([(HEAD_BIAS, ())], self.dtype) if self.config.head_bias else None
+        rows = self.shard.stretch(self.config.vocab_size)
+        part = rows, slice(0, self.config.hidden_size)
+        bias = self._rows([(HEAD_BIAS, (rows,))], self.dtype) if self.config.head_bias else None
         if self.quantised is not None and module in self.quantised:
-            return self._linear([self.quantised.read(module, self.ops.device)], bias, self.dtype)
-        weight = self._head_weight(embedding)
+            return self._linear([self.quantised.read(module, self.ops.device, part)], bias, self.dtype)
+        weight = self._head_weight(embedding, part)
         if self.head_rounding is None:
             return self._linear([weight], bias, self.dtype)
         return self._linear([round_to_nearest(weight[0], self.head_rounding)], bias, self.dtype)
 
-    def _head_weight(self, embedding: Tensor) -> list[Tensor]:
-        """The head's matrix; if the model ties them, the embedding's."""
+    def _head_weight(self, embedding: Tensor, part: tuple[slice, slice]) -> list[Tensor]:
+        """The rank's rows of the head's matrix; if the model ties them, the embedding's."""
         if HEAD not in self.checkpoint:
-            return [embedding]
+            return [embedding[part]]
         if not self.config.tie_word_embeddings:
-            return self._dense([(HEAD, ())], self.dtype)
+            return self._dense([(HEAD, part)], self.dtype)
         if torch.equal(self._rows([(HEAD, ())], self.dtype), embedding):
-            return [embedding]
+            return [embedding[part]]
         raise ModelError(
             f"{self.checkpoint.directory}: config.json ties {HEAD} to {EMBEDDING}, but the weights hold another one: "
             "set tie_word_embeddings to false to use it, or remove it"

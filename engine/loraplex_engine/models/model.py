@@ -16,8 +16,18 @@ from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import HeadShape, LayerKV, LoraSegments
 
 
-class ModelFacts(Protocol):
-    """What is known of a model without its weights."""
+class Cached(Protocol):
+    """What keys and values there are to be kept."""
+
+    @property
+    def num_layers(self) -> int: ...  # that have keys and values
+
+    @property
+    def head_shape(self) -> HeadShape: ...  # of what each layer keeps in the cache
+
+
+class ModelFacts(Cached, Protocol):
+    """What is known of a model without its weights. Its heads are those of all ranks together."""
 
     @property
     def architecture(self) -> str: ...  # as in config.json
@@ -27,12 +37,6 @@ class ModelFacts(Protocol):
 
     @property
     def hidden_size(self) -> int: ...  # C of the states that `forward` returns
-
-    @property
-    def num_layers(self) -> int: ...  # that have keys and values
-
-    @property
-    def head_shape(self) -> HeadShape: ...  # of what each layer keeps in the cache, on all ranks together
 
     @property
     def max_position_embeddings(self) -> int: ...  # tokens
@@ -47,8 +51,8 @@ class ModelFacts(Protocol):
     def labels(self) -> tuple[str, ...]: ...  # of classes; empty: the checkpoint names none
 
 
-class Model(Protocol):
-    """Token ids and a paged cache in, logits out. A step is all in its arguments."""
+class Model(Cached, Protocol):
+    """Token ids and a paged cache in, logits out. A step is all in its arguments. Its heads are those of one rank."""
 
     @property
     def config(self) -> ModelFacts: ...

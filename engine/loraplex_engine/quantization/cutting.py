@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd
 
+import torch
 from torch import Tensor
 
 from loraplex_engine.checkpoint.model_config import ModelError
@@ -69,14 +71,18 @@ def _cut_unit(unit: Tensor | None, c: int, rows: slice, columns: slice) -> Tenso
 
 
 def _cut_table(weight: TableWeight, codes: Tensor, rows: slice, columns: slice) -> TableWeight:
-    n, c = weight.codes.shape
-    if codes.shape[1] == c:  # blocks may span rows
-        blocks = _units(slice(rows.start * c, rows.stop * c), n * c, weight.block)
-        return replace(weight, codes=codes, absmax=weight.absmax[blocks].contiguous())
-    if c % weight.block:
-        raise ModelError(f"blocks of {weight.block} weights span rows of {c}: it cannot be divided by input features")
-    maxima = weight.absmax.view(n, -1)[rows, _units(columns, c, weight.block)]
-    return replace(weight, codes=codes, absmax=maxima.flatten())
+    """The blocks become as short as it takes for none to lie across the edges of the part."""
+    (count, width), c = codes.shape, weight.codes.shape[1]
+    first = rows.start * c
+    if width == c:  # blocks may span rows
+        block = gcd(weight.block, first)
+        starts = torch.arange(first, first + codes.numel(), block)
+    else:
+        block = gcd(weight.block, c, columns.start, width)
+        in_rows = torch.arange(columns.start, columns.stop, block)
+        starts = (first + c * torch.arange(count)[:, None] + in_rows).flatten()
+    absmax = weight.absmax[starts.to(weight.absmax.device) // weight.block]
+    return replace(weight, codes=codes, absmax=absmax, block=block)
 
 
 def _units(part: slice, size: int, unit: int) -> slice:

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.config import parse_config
 from loraplex_adapters.runtime.binding import BoundAdapter, bind
+from loraplex_adapters.runtime.mirror import Total, own_total
 from loraplex_adapters.runtime.targets import LoraTarget, Share
 
 N, C, R = 6, 8, 2
@@ -31,13 +33,13 @@ class Base:
         return torch.ones(end - start, self._columns)
 
 
-def bound(share: Share, fields: str = "", /, **parts: torch.Tensor) -> BoundAdapter:
+def bound(share: Share, fields: str = "", total: Total = own_total, /, **parts: torch.Tensor) -> BoundAdapter:
     target = LoraTarget("site", share.num_columns, 0, share.num_rows, base=Base(share), share=share)
     config = parse_config(
         f'{{"peft_type": "LORA", "r": {R}, "lora_alpha": {R}, "target_modules": ["q"]{fields}}}'.encode()
     )
     tensors = {f"base_model.model.q.{name.replace('__', '.')}": tensor for name, tensor in parts.items()}
-    return bind(tensors, config, {"q": target}, torch.float32, 8)
+    return bind(tensors, config, {"q": target}, torch.float32, 8, total=total)
 
 
 LORA = {"lora_A__weight": A, "lora_B__weight": B}
@@ -85,9 +87,17 @@ def test_magnitudes_beside_some_outputs_are_of_whole_rows() -> None:
     torch.testing.assert_close(weights.affine[0], wanted[[1, 2, 4]])
 
 
-def test_magnitudes_beside_some_inputs_are_refused() -> None:
-    with pytest.raises(AdapterRejected, match=r"magnitude.*: cannot be applied by a rank that holds a part of q"):
-        bound(INPUTS, ', "use_dora": true', **LORA, lora_magnitude_vector=torch.ones(N))
+def test_magnitudes_beside_some_inputs_are_of_the_rows_on_all_ranks_together() -> None:
+    magnitude, parts = torch.linspace(1, 2, N), (1 + B @ A).square()
+    elsewhere = parts[:, :4].sum(dim=1)
+
+    def total(name: str, part: Tensor) -> Tensor:
+        assert name.endswith("lora_magnitude_vector")
+        return part + elsewhere
+
+    weights = bound(INPUTS, ', "use_dora": true', total, **LORA, lora_magnitude_vector=magnitude).weights["site"]
+    assert weights.affine is not None
+    torch.testing.assert_close(weights.affine[0], magnitude / parts.sum(dim=1).sqrt())
 
 
 def test_the_file_is_held_to_the_whole_shape() -> None:

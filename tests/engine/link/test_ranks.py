@@ -18,6 +18,7 @@ from loraplex_engine.link.config import EngineConfig
         ({"devices": ("cuda",)}, "'cuda': each is cpu or cuda:N"),
         ({"tensor_parallel": 2, "devices": ("cuda:0", "cpu")}, "cuda:0, cpu: they must be of one kind"),
         ({"tensor_parallel": 2, "devices": ("cuda:0", "cuda:0")}, "a GPU is named twice"),
+        ({"tensor_parallel": 2, "host_cache_bytes": 1}, "host_cache_bytes has the blocks of one rank, and there are 2"),
         ({"device": "cpu", "devices": ("cpu",)}, "device 'cpu' and devices are both given"),
     ],
 )

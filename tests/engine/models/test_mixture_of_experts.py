@@ -20,6 +20,7 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, StepOutput, WantAdapter
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.models import load_model
+from loraplex_engine.ranks.exchange import Alone
 from loraplex_kernels.selection import select_ops
 from tests.engine.models.loras import write_lora
 from tests.engine.quantization import packing
@@ -134,7 +135,7 @@ def test_a_rank_reads_its_part_of_stacked_experts(tmp_path: Path, mixed: dict[st
     def parts(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         folder = write(tmp_path / name, tensors, MIXED)
         config = EngineConfig(model=str(folder), max_resident_adapters=2)
-        model = load_model(config, folder, reference_ops(), shard=Shard(rank, 2))
+        model = load_model(config, folder, reference_ops(), ranks=Alone(Shard(rank, 2)))
         bases = {path: target.base for path, target in model.lora_targets().items() if ".experts." in path}
         return {
             path: base.dequantize(0, target.columns.stop)

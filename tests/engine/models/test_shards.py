@@ -1,4 +1,4 @@
-"""Two ranks in one process, each with its share of a model, compute what one computes: the test adds up their sums."""
+"""Two ranks in one process, each with its share of a model, compute what one computes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from loraplex_engine.checkpoint.shard import WHOLE, Shard
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models import LanguageModel, load_model
 from loraplex_engine.models.step_batch import StepBatch
+from loraplex_engine.ranks.exchange import ALONE, Alone, Ranks
 from loraplex_kernels.ops import AttentionMetadata, LoraSegments, Ops
 from loraplex_kernels.selection import select_ops
 from tests.engine.models.loras import write_lora
@@ -37,26 +38,29 @@ MODULES = {
 }
 
 
-class Summed:
-    """The operations of one rank: what enters the residual is the sum over the ranks."""
+class Together:
+    """One rank in a thread, which meets the others at a barrier."""
 
-    def __init__(self, ops: Ops, rank: int, shared: list[Tensor | None], barrier: Barrier) -> None:
-        self._ops, self._rank, self._shared, self._barrier = ops, rank, shared, barrier
+    def __init__(self, shard: Shard, given: list[Tensor | None], barrier: Barrier) -> None:
+        self.shard, self._given, self._barrier = shard, given, barrier
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ops, name)
+    def add_up(self, x: Tensor) -> Tensor:
+        return x.copy_(torch.stack(self._all(x)).sum(0))
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        self._shared[self._rank] = x
+    def side_by_side(self, x: Tensor) -> Tensor:
+        return torch.cat(self._all(x), dim=1)
+
+    def _all(self, x: Tensor) -> list[Tensor]:
+        self._given[self.shard.rank] = x
         self._barrier.wait()
-        total = torch.stack([each for each in self._shared if each is not None]).sum(0)
+        found = [each.clone() for each in self._given if each is not None]
         self._barrier.wait()
-        return self._ops.add_rms_norm(total, residual, weight, eps)
+        return found
 
 
-def load(directory: Path, ops: Ops, shard: Shard, **fields: Any) -> LanguageModel:
+def load(directory: Path, ops: Ops, ranks: Ranks, **fields: Any) -> LanguageModel:
     config = EngineConfig(model=str(directory), dtype="float32", max_resident_adapters=1, **fields)
-    return load_model(config, directory, ops, shard=shard)
+    return load_model(config, directory, ops, ranks=ranks)
 
 
 def logits(
@@ -74,8 +78,8 @@ def logits(
 
     @torch.inference_mode()
     def run(shard: Shard) -> Tensor:
-        ops: Any = Summed(select_ops(torch.device("cpu"), kernels), shard.rank, shared, barrier)
-        model = load(directory, ops, shard, **fields)
+        ops = select_ops(torch.device("cpu"), kernels)
+        model = load(directory, ops, Together(shard, shared, barrier) if len(ranks) > 1 else ALONE, **fields)
         adapter, sites = (
             load_adapter(key, lora, model.lora_targets(), model.dtype, 4, ops.pack_lora),
             model.lora_sites(),
@@ -115,4 +119,4 @@ def test_two_ranks_give_the_logits_of_one(tmp_path: Path, kernels: str, kv_heads
 def test_a_share_that_no_rank_can_have_is_refused(tmp_path: Path) -> None:
     directory, ops = make_twins(tmp_path, *FORMATS["gptq"]).dense, select_ops(torch.device("cpu"), "reference")
     with pytest.raises(ModelError, match="in 2 units cannot be divided equally among 4 ranks"):
-        load(directory, ops, Shard(0, 4))
+        load(directory, ops, Alone(Shard(0, 4)))

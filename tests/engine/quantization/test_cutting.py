@@ -8,7 +8,7 @@ from torch import Generator
 
 from loraplex_engine.checkpoint.config_fields import ConfigFields
 from loraplex_engine.checkpoint.model_config import ModelError
-from loraplex_engine.quantization import LinearShape, cut, parse
+from loraplex_engine.quantization import LinearShape, cut, parse, round_to_nearest
 from loraplex_kernels.quantized import QuantizedWeight, dequantize
 from tests.engine.quantization.formats import FORMATS, INTEGERS
 
@@ -35,8 +35,6 @@ def test_some_outputs(name: str, rows: slice) -> None:
 @pytest.mark.parametrize("columns", [slice(0, 192), slice(192, C)], ids=str)
 def test_some_inputs(name: str, columns: slice) -> None:
     weight = read(name)
-    if name == "bitsandbytes nf4, blocks of 128":
-        columns = slice(columns.start // 192 * 128, columns.start // 192 * 128 + 128)
     assert torch.equal(dequantize(cut(weight, ALL_ROWS, columns)), dequantize(weight)[:, columns])
 
 
@@ -49,6 +47,14 @@ def test_all_of_it_is_the_matrix_itself(name: str) -> None:
 def test_a_cut_through_a_group_is_refused() -> None:
     with pytest.raises(ModelError, match="0 to 48 of 384 features, cuts through a group or block of 32"):
         cut(read("gptq"), ALL_ROWS, slice(0, 48))
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (6, 32), (5, 24)], ids=["a block a row", "of two rows", "across rows"])
+@pytest.mark.parametrize("columns", [slice(0, 12), slice(12, 24), slice(8, 16)], ids=str)
+def test_blocks_that_are_longer_than_the_part_are_cut_with_it(shape: tuple[int, int], columns: slice) -> None:
+    weight = round_to_nearest(torch.randn(shape, generator=Generator().manual_seed(1)), "nf4")
+    rows = slice(1, 4)
+    assert torch.equal(dequantize(cut(weight, rows, columns)), dequantize(weight)[rows, columns])
 
 
 def test_groups_that_lie_across_the_inputs_are_refused() -> None:

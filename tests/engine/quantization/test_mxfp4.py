@@ -18,6 +18,7 @@ from loraplex_engine.models import LanguageModel, load_model, parse_model_config
 from loraplex_engine.models.layout import tensor_shapes
 from loraplex_engine.quantization.four_bit_floats import Mxfp4Layout
 from loraplex_engine.quantization.spec import LinearShape
+from loraplex_engine.ranks.exchange import Alone
 from loraplex_kernels.quantized import dequantize
 from loraplex_kernels.selection import select_ops
 from tests.engine.quantization.checkpoints import logits
@@ -80,7 +81,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def load(path: Path, backend: str, shard: Shard = WHOLE) -> LanguageModel:
     ops = select_ops(torch.device("cpu"), backend, threads=1)
-    return load_model(EngineConfig(model=str(path), max_resident_adapters=2), path, ops, shard=shard)
+    return load_model(EngineConfig(model=str(path), max_resident_adapters=2), path, ops, ranks=Alone(shard))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -1,0 +1,66 @@
+"""The other ranks of a model, each of which has its own part of every adapter in the same slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from loraplex_adapters.key import AdapterKey
+
+# From the name of a tensor and this rank's part of its sum to the sum over all ranks. Waits for them.
+Total = Callable[[str, Tensor], Tensor]
+
+
+def own_total(name: str, part: Tensor) -> Tensor:
+    """The sum where there is one rank."""
+    return part
+
+
+class Mirror(Protocol):
+    """What the other ranks are told. Called from the thread that steps, but for the waits."""
+
+    def load(self, key: AdapterKey, paths: Sequence[Path]) -> int:
+        """Have them read an adapter, too → the number of this load."""
+
+    def total(self, number: int) -> Total:
+        """How a load, in its own thread, adds up what each rank has a part of."""
+
+    def finish(self, number: int, problems: list[str]) -> list[str]:
+        """Say how a load has ended here and wait for the others, in its own thread → their problems."""
+
+    def forget(self, number: int) -> None:
+        """Have them drop what was loaded."""
+
+    def put(self, slot: int, number: int) -> None:
+        """Have them put what was loaded into a slot, before the next step."""
+
+    def remove(self, slot: int) -> None:
+        """Have them clear a slot, before the next step."""
+
+
+class NoMirror:
+    """There are no other ranks."""
+
+    def load(self, key: AdapterKey, paths: Sequence[Path]) -> int:
+        return 0
+
+    def total(self, number: int) -> Total:
+        return own_total
+
+    def finish(self, number: int, problems: list[str]) -> list[str]:
+        return []
+
+    def forget(self, number: int) -> None:
+        pass
+
+    def put(self, slot: int, number: int) -> None:
+        pass
+
+    def remove(self, slot: int) -> None:
+        pass
+
+
+NO_MIRROR = NoMirror()

@@ -1,0 +1,125 @@
+"""A rank that follows: it loads its share of the model and does what the first one orders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from loraplex_adapters.errors import AdapterRejected
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.runtime.layer import Site
+from loraplex_adapters.runtime.store import begin_loader
+from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_composition
+from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.execution.device import free_bytes
+from loraplex_engine.execution.loading import load_share, rank_ops
+from loraplex_engine.execution.orders import Allocate, Compute, Forget, Load, Put, Remove, decode
+from loraplex_engine.execution.rank_runners import FollowingRunner
+from loraplex_engine.following.notes import AdapterNotes
+from loraplex_engine.following.ready import RankReady, loaded_note
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.ranks.group import Group, Notes
+
+logger = logging.getLogger(__name__)
+
+
+def follow(config: EngineConfig, rank: int, port: int) -> None:
+    """Be a rank until the process is ended. Raises whatever goes wrong: no rank goes on without the others."""
+    notes = Notes(port, config.world)
+    shard = Shard(rank, config.world)
+    try:
+        ops = rank_ops(config, rank)
+        group = Group(shard, notes, ops.device)
+        model = load_share(config, Path(config.model), ops, group)
+    except (ValueError, OSError) as error:
+        notes.put(loaded_note(rank), msgspec.json.encode(RankReady(str(error))))
+        raise
+    runner = FollowingRunner(model, ops, config, group)
+    adapters = FollowedAdapters(runner, config, AdapterNotes(notes, shard, lambda: None))
+    ready = RankReady(weight_bytes=model.nbytes, free_bytes=free_bytes(ops.device))
+    notes.put(loaded_note(rank), msgspec.json.encode(ready))
+    while True:
+        obey(decode(group.receive()), runner, adapters, config)
+
+
+def obey(order: object, runner: FollowingRunner, adapters: FollowedAdapters, config: EngineConfig) -> None:
+    """Carry one order out."""
+    match order:
+        case Compute():
+            runner.follow(order)
+        case Put(slot, number):
+            adapters.put(slot, number)
+        case Remove(slot):
+            adapters.remove(slot)
+        case Load(number, key, paths):
+            adapters.load(number, key, [Path(path) for path in paths])
+        case Forget(number):
+            adapters.forget(number)
+        case Allocate(num_blocks):
+            runner.allocate(num_blocks, config)
+
+
+class FollowedAdapters:
+    """This rank's part of the adapters: in memory as long as the first rank has them there, and in the same slots."""
+
+    def __init__(self, runner: FollowingRunner, config: EngineConfig, notes: AdapterNotes) -> None:
+        model = runner.model
+        self._sites = model.lora_sites()
+        self._notes = notes
+        self._loaded: dict[int, LoadedAdapter] = {}  # by the number of the load
+        self._slots: dict[int, list[Site]] = {}  # where each has something
+        known: dict[str, Any] = {
+            "targets": model.lora_targets(),
+            "dtype": model.dtype,
+            "max_rank": config.max_adapter_rank,
+            "pack": runner.ops.pack_lora,
+        }
+        self._load: Callable[..., LoadedAdapter] = partial(load_adapter, **known)
+        self._load_composition: Callable[..., LoadedAdapter] = partial(load_composition, **known)
+        # As many as on the first rank, which wait for each other in turn: a load that waits there has begun here.
+        self._executor = ThreadPoolExecutor(
+            config.adapter_loader_threads,
+            "adapter-loader",
+            initializer=begin_loader,
+            initargs=(torch.get_num_threads(),),
+        )
+
+    def load(self, number: int, key: AdapterKey, paths: list[Path]) -> None:
+        """Begin to read an adapter, and say in a note how that ends."""
+        self._executor.submit(self._read, number, key, paths)
+
+    def forget(self, number: int) -> None:
+        self._loaded.pop(number, None)
+
+    def put(self, slot: int, number: int) -> None:
+        """Put an adapter that was read into a slot."""
+        packed = self._loaded[number].packed
+        self._slots[slot] = [self._sites[site] for site in packed]
+        for site, part in packed.items():
+            self._sites[site].table.put(slot, part)
+
+    def remove(self, slot: int) -> None:
+        for site in self._slots.pop(slot, ()):
+            site.table.remove(slot)
+
+    def _read(self, number: int, key: AdapterKey, paths: list[Path]) -> None:
+        try:
+            if key.parts:
+                loaded = self._load_composition(key, paths)
+            else:
+                loaded = self._load(key, *paths, total=self._notes.total(number))
+            self._loaded[number] = loaded
+            problems: list[str] = []
+        except AdapterRejected as rejected:
+            problems = rejected.problems
+        except Exception as error:  # whatever is in the files must not silence the request that waits for them
+            logger.exception("adapter %s: could not be read", key)
+            problems = [f"it could not be read: {type(error).__name__}: {error}"]
+        self._notes.tell(number, problems)

@@ -1,0 +1,125 @@
+"""The first rank's hold on the others: it starts their processes, notes when one ends, and tells them of adapters."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import torch
+
+from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.runtime.mirror import Total
+from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.execution.orders import Forget, Load, Put, Remove, encode
+from loraplex_engine.following.notes import AdapterNotes
+from loraplex_engine.following.ready import RankReady, loaded_note
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.logs import log_options
+from loraplex_engine.ranks.group import Group, Notes, RanksLostError
+
+logger = logging.getLogger(__name__)
+
+ENDING_SECONDS = 5.0  # for a rank that is told to end, before it is killed
+
+
+class Leader:
+    """The other ranks of a model, as the first one sees them. It is the `Mirror` of the adapters on it."""
+
+    def __init__(self, config: EngineConfig, path: Path) -> None:
+        """Start the processes of the other ranks, which load the model in `path`."""
+        self.shard = Shard(0, config.world)
+        self._notes = Notes(None, config.world)
+        self._adapters = AdapterNotes(self._notes, self.shard, self.check)
+        self._numbers = itertools.count(1)
+        config = msgspec.structs.replace(config, model=str(path), revision=None)
+        ranks = range(1, config.world)
+        self.ready: dict[int, RankReady] = {}
+        self._group: Group
+        self._processes = {rank: _start(config, rank, self._notes.port) for rank in ranks}
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the other ranks."""
+        return [process.pid for process in self._processes.values()]
+
+    def join(self, device: torch.device) -> Group:
+        """Wait until all ranks are there."""
+        self._group = Group(self.shard, self._notes, device, self.check)
+        return self._group
+
+    def wait_loaded(self) -> int:
+        """Wait until the others have loaded their shares → the least memory that is free on the device of one.
+
+        Raises ValueError with the problem of one that could not.
+        """
+        for rank in self._processes:
+            ready = msgspec.json.decode(self._notes.wait(loaded_note(rank), self.check), type=RankReady)
+            if ready.problem:
+                raise ValueError(f"rank {rank}: {ready.problem}")
+            self.ready[rank] = ready
+        return min(ready.free_bytes for ready in self.ready.values())
+
+    def check(self) -> None:
+        """Raise RanksLostError if the process of another rank has ended."""
+        for rank, process in self._processes.items():
+            status = process.poll()
+            if status is not None:
+                raise RanksLostError(f"the process of rank {rank} (pid {process.pid}) has ended with status {status}")
+
+    def close(self) -> None:
+        """End the other ranks."""
+        for process in self._processes.values():
+            assert process.stdin is not None
+            with suppress(OSError):
+                process.stdin.close()
+        for process in self._processes.values():
+            try:
+                process.wait(ENDING_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    # ---- the mirror of adapters ------------------------------------------------------------------------------------
+
+    def load(self, key: AdapterKey, paths: Sequence[Path]) -> int:
+        number = next(self._numbers)
+        self._group.order(encode(Load(number, key, [str(path) for path in paths])))
+        return number
+
+    def total(self, number: int) -> Total:
+        return self._adapters.total(number)
+
+    def finish(self, number: int, problems: list[str]) -> list[str]:
+        self._adapters.tell(number, problems)
+        return self._adapters.others(number)
+
+    def forget(self, number: int) -> None:
+        self._group.order(encode(Forget(number)))
+
+    def put(self, slot: int, number: int) -> None:
+        self._group.order(encode(Put(slot, number)))
+
+    def remove(self, slot: int) -> None:
+        self._group.order(encode(Remove(slot)))
+
+
+def _start(config: EngineConfig, rank: int, port: int) -> subprocess.Popen[bytes]:
+    """Start the process of a rank with this interpreter and this process's import path."""
+    import_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    where = ("--rank", str(rank), "--port", str(port), "--name", Path(config.model).name)
+    # -P: the working directory must not come before it.
+    command = (sys.executable, "-P", "-m", "loraplex_engine.following", *where, *log_options())
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": import_path})
+    assert process.stdin is not None
+    with suppress(OSError):  # it died at once, which the wait for it reports
+        process.stdin.write(msgspec.json.encode(config) + b"\n")
+        process.stdin.flush()
+    logger.info("rank %d of %d is process %d", rank, config.world, process.pid)
+    return process

@@ -1,0 +1,71 @@
+"""Sums of vectors over the ranks while each reads the same adapter, in loader threads and in no common order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex_adapters.errors import AdapterRejected
+from loraplex_adapters.runtime.mirror import Total
+from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.ranks.group import Notes, Watch
+
+
+class AdapterNotes:
+    """What ranks tell each other of the loads of adapters."""
+
+    def __init__(self, notes: Notes, shard: Shard, watch: Watch) -> None:
+        """`watch`: raises that a rank has ended."""
+        self._notes = notes
+        self._shard = shard
+        self._watch = watch
+        self._parts: dict[int, list[str]] = {}  # the names of the sums of each load
+
+    def total(self, number: int) -> Total:
+        """How a load adds up what each rank has a part of. Raises AdapterRejected if it has failed on another rank."""
+
+        def total(name: str, part: Tensor) -> Tensor:
+            self._parts.setdefault(number, []).append(name)
+            self._notes.put(_part(number, name, self._shard.rank), part.numpy().tobytes())
+            return torch.stack([self._part(number, name, rank) for rank in range(self._shard.world)]).sum(dim=0)
+
+        return total
+
+    def tell(self, number: int, problems: Sequence[str]) -> None:
+        """Say how a load has ended on this rank."""
+        self._notes.put(_outcome(number, self._shard.rank), msgspec.json.encode(problems))
+
+    def others(self, number: int) -> list[str]:
+        """Wait until a load has ended on the other ranks too → their problems. Then nothing is left of its notes."""
+        ranks = range(self._shard.world)
+        found = [
+            msgspec.json.decode(self._notes.wait(_outcome(number, rank), self._watch), type=list[str]) for rank in ranks
+        ]
+        for rank in ranks:
+            self._notes.remove(_outcome(number, rank))
+            for name in self._parts.get(number, ()):
+                self._notes.remove(_part(number, name, rank))
+        self._parts.pop(number, None)
+        own = self._shard.rank
+        return [f"rank {rank}: {each}" for rank in ranks if rank != own for each in found[rank]]
+
+    def _part(self, number: int, name: str, rank: int) -> Tensor:
+        def watch() -> None:
+            self._watch()
+            if self._notes.has(_outcome(number, rank)) and not self._notes.has(_part(number, name, rank)):
+                raise AdapterRejected([f"{name}: its magnitudes need all ranks, and rank {rank} could not read it"])
+
+        data = self._notes.wait(_part(number, name, rank), watch)
+        return torch.from_numpy(np.frombuffer(data, np.float32).copy())
+
+
+def _outcome(number: int, rank: int) -> str:
+    return f"adapter/{number}/{rank}"
+
+
+def _part(number: int, name: str, rank: int) -> str:
+    return f"adapter/{number}/{rank}/{name}"

@@ -1,0 +1,39 @@
+"""What the layers of a model need of the other ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from loraplex_engine.checkpoint.shard import WHOLE, Shard
+
+
+class Ranks(Protocol):
+    """One rank, and what it exchanges with those that compute the same model. All ranks call the same, in one order."""
+
+    @property
+    def shard(self) -> Shard: ...
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, in place: the same bits on each."""
+
+    def side_by_side(self, x: Tensor) -> Tensor:
+        """All ranks' x [L, N] as [L, world · N] on the first; on the others x itself, of which nothing is made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A rank that meets no other."""
+
+    shard: Shard = WHOLE
+
+    def add_up(self, x: Tensor) -> Tensor:
+        return x
+
+    def side_by_side(self, x: Tensor) -> Tensor:
+        return x
+
+
+ALONE = Alone()

@@ -1,0 +1,171 @@
+"""The ranks of one model as processes, joined by torch.distributed: gloo between CPUs, NCCL between GPUs.
+
+Orders and notes go through gloo and its store, wherever the tensors are. All of these stay on the loopback interface.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loraplex_engine.checkpoint.shard import Shard
+
+LOOPBACK = "127.0.0.1"
+FOREVER = timedelta(days=365)  # for an order: that nobody asks for anything is no fault
+JOINING = timedelta(seconds=120)  # for the ranks to find each other
+LOOKING_SECONDS = 0.005  # between two looks for a note
+ORDER_BYTES = 4096  # of an order that goes at once, with its length in front
+LENGTH_BYTES = 8
+
+T = TypeVar("T")
+Watch = Callable[[], None]  # called while waiting; raises what makes the wait vain
+
+
+class RanksLostError(RuntimeError):
+    """Another rank has ended or failed: what this one computes means nothing any more."""
+
+
+def _joined(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except RuntimeError as error:
+        raise RanksLostError(f"the ranks of the model have lost each other: {error}") from error
+
+
+class Notes:
+    """Short notes between the ranks, by name. Any thread may call it."""
+
+    def __init__(self, port: int | None, world: int) -> None:
+        """`port`: where another rank has opened them; None: open them."""
+        kind: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch does not say that it exports it
+        if port is None:
+            # A socket of the store's own would listen on all interfaces. It takes this one over.
+            with socket.create_server((LOOPBACK, 0)) as listener:
+                self.port: int = listener.getsockname()[1]
+                opened = {"is_master": True, "master_listen_fd": listener.detach()}
+        else:
+            self.port, opened = port, {"is_master": False}
+        self.store: Any = _joined(
+            lambda: kind(LOOPBACK, self.port, world, timeout=JOINING, wait_for_workers=False, **opened)
+        )
+
+    def put(self, name: str, note: bytes) -> None:
+        _joined(lambda: self.store.set(name, note))
+
+    def wait(self, name: str, watch: Watch) -> bytes:
+        """Wait for a note and read it."""
+        while not self.has(name):
+            watch()
+            time.sleep(LOOKING_SECONDS)
+        note: bytes = _joined(lambda: self.store.get(name))
+        return note
+
+    def has(self, name: str) -> bool:
+        return bool(_joined(lambda: self.store.check([name])))
+
+    def remove(self, name: str) -> None:
+        _joined(lambda: self.store.delete_key(name))
+
+
+@dataclass
+class Traffic:
+    """What a rank has exchanged so far."""
+
+    sums: int = 0
+    gatherings: int = 0
+    nbytes: int = 0  # of the tensors that it gave
+
+
+class Group:
+    """The `Ranks` of a model as processes."""
+
+    def __init__(self, shard: Shard, notes: Notes, device: torch.device, watch: Watch = lambda: None) -> None:
+        """Waits until all ranks are there. `watch`: raises that one has ended."""
+        self.shard = shard
+        notes.put(_here(shard.rank), b"")
+        for rank in range(shard.world):
+            notes.wait(_here(rank), watch)
+        self.traffic = Traffic()
+        self._orders = _joined(lambda: _gloo(notes.store, shard))
+        # NCCL's order of operations is that of its stream: orders cannot be mixed in, and are the host's anyway.
+        self._tensors: Any = self._orders if device.type == "cpu" else _joined(lambda: _nccl(notes.store, shard))
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """As `Ranks` has it."""
+        self.traffic.sums += 1
+        self.traffic.nbytes += x.nbytes
+        _joined(lambda: self._tensors.allreduce([x]).wait())
+        return x
+
+    def side_by_side(self, x: Tensor) -> Tensor:
+        """As `Ranks` has it."""
+        self.traffic.gatherings += 1
+        self.traffic.nbytes += x.nbytes
+        parts = [torch.empty_like(x) for _ in range(self.shard.world)] if self.shard.rank == 0 else []
+        _joined(lambda: self._tensors.gather([parts] if parts else [], [x], _from_first(dist.GatherOptions())).wait())
+        return torch.cat(parts, dim=1) if parts else x
+
+    def share_first(self, x: Tensor) -> None:
+        """Give all ranks the first one's x, in place."""
+        _joined(lambda: self._tensors.broadcast([x], _from_first(dist.BroadcastOptions())).wait())
+
+    def order(self, order: bytes) -> None:
+        """Have every other rank receive an order. Only the first one gives any."""
+        first = torch.zeros(ORDER_BYTES, dtype=torch.uint8)
+        message = torch.frombuffer(bytearray(len(order).to_bytes(LENGTH_BYTES, "little") + order), dtype=torch.uint8)
+        first[: len(message)] = message[:ORDER_BYTES]
+        self._broadcast(first)
+        if len(message) > ORDER_BYTES:
+            self._broadcast(message[ORDER_BYTES:])
+
+    def receive(self) -> bytes:
+        """Wait for the next order."""
+        first = torch.empty(ORDER_BYTES, dtype=torch.uint8)
+        self._broadcast(first)
+        start = first.numpy().tobytes()
+        length = int.from_bytes(start[:LENGTH_BYTES], "little")
+        found = start[LENGTH_BYTES : LENGTH_BYTES + length]
+        if len(found) == length:
+            return found
+        rest = torch.empty(length - len(found), dtype=torch.uint8)
+        self._broadcast(rest)
+        return found + rest.numpy().tobytes()
+
+    def _broadcast(self, x: Tensor) -> None:
+        _joined(lambda: self._orders.broadcast([x], _from_first(dist.BroadcastOptions())).wait())
+
+
+def _here(rank: int) -> str:
+    """The name of the note that a rank is there."""
+    return f"here/{rank}"
+
+
+def _from_first(options: Any) -> Any:
+    options.rootRank = 0
+    return options
+
+
+def _gloo(store: Any, shard: Shard) -> Any:
+    kind: Any = dist.ProcessGroupGloo
+    options = kind._Options()  # torch has no public way to name the interface
+    options._devices = [kind.create_device(hostname=LOOPBACK)]
+    options._timeout = FOREVER
+    options._threads = 1
+    return kind(_part_of(store, "orders"), shard.rank, shard.world, options)
+
+
+def _nccl(store: Any, shard: Shard) -> Any:
+    kind: Any = dist.ProcessGroupNCCL
+    return kind(_part_of(store, "tensors"), shard.rank, shard.world)
+
+
+def _part_of(store: Any, name: str) -> Any:
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]  # as above
