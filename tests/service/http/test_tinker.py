@@ -5,16 +5,20 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loraplex_service.auth.config import AuthConfig
+from loraplex_service.auth.keys import KeyFile, make_key, write_keys
+from loraplex_service.auth.principal import Role
 from loraplex_service.http.failures import Refusal
 from loraplex_service.http.tinker.api import REFUSED
 from loraplex_service.http.tinker.futures import Futures, Outcome
 from loraplex_service.http.tinker.messages import _CLASSES, MEDIA_TYPE
 from loraplex_service.text import Tokenizer
-from tests.service.control_plane import ControlPlane, write_adapter
+from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.data_plane import data_plane
 from tests.service.http.caller import Answer, Caller, caller_of
 
@@ -145,6 +149,21 @@ async def test_a_sample_that_is_cancelled_is_gone(caller: Caller) -> None:
     assert cancelled.status == 200
     assert (await fetch(caller, begun)).status == 410
     assert len(caller.door.samples) == 0
+
+
+async def test_who_may_not_generate_begins_no_sample(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
+    token, key = make_key("acme", [Role.INFERENCE], None)
+    write_keys(tmp_path / "keys.yaml", KeyFile(keys=(key,)))
+    auth = AuthConfig(keys=str(tmp_path / "keys.yaml"))
+    async with (
+        control_plane(byte_tokenizer_directory, tmp_path, auth=auth, models=("tiny",)) as control,
+        caller_of(control.addresses.data) as caller,
+    ):
+        for headers in ({}, {"x-api-key": "tml-wrong"}):
+            assert (await begin(caller, headers)).status == 401
+        assert len(caller.door.samples) == 0
+        mine = {"x-api-key": f"tml-{token}"}
+        assert sample(await fetch(caller, await begin(caller, mine), mine)).sequences
 
 
 # ---- bounds ----------------------------------------------------------------------------------------------------------
