@@ -5,7 +5,7 @@ own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 # more than these falls back to all of them, with the same result.
 NUM_CANDIDATES = 512
 
+NO_VALUES = np.array([], dtype=np.float32)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -76,11 +77,11 @@ class LogitChanges:
     """What is changed in the logits of each row before its token is drawn. None: in no row."""
 
     limits: np.ndarray  # int64 [S]: ids from here on have no token
-    penalties: Penalties | None
-    bias: RowTokens | None  # of each row different tokens
-    bias_values: np.ndarray  # float32, one for each token id of `bias`
-    allowed: RowTokens | None  # rows that may draw these alone
-    forbidden: RowTokens | None
+    penalties: Penalties | None = None
+    bias: RowTokens | None = None  # of each row different tokens
+    bias_values: np.ndarray = field(default_factory=lambda: NO_VALUES)  # float32, one for each token id of `bias`
+    allowed: RowTokens | None = None  # rows that may draw these alone
+    forbidden: RowTokens | None = None
     watermarks: Watermarks | None = None
 
 
@@ -203,7 +204,8 @@ class TorchSampling:
         logits[rows] = scaled
 
     def likelihoods(self, logits: Tensor, token_ids: Tensor, num_top: int) -> Likelihoods:
-        logprobs = torch.log_softmax(logits, dim=-1)
+        # A float32 sum over a large vocabulary of like logits is off in the fifth digit.
+        logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float64).float()
         own = logprobs.gather(-1, token_ids)
         ranks = (logits > logits.gather(-1, token_ids[:, :1])).sum(dim=-1) + 1
         top_logprobs, top_ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]), dim=-1)

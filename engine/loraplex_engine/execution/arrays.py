@@ -65,6 +65,15 @@ class History(NamedTuple):
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
 
+    @property
+    def may_not_end(self) -> bool:
+        return self.num_output_tokens < self.sampling.min_tokens
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything is done to the row's logits before its token is drawn, a form's mask aside."""
+        return self.may_not_end or self.sampling.changes_logits
+
 
 class Wanted(NamedTuple):
     """The tokens whose log-probabilities are told beside a token's own."""

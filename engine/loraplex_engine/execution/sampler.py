@@ -7,7 +7,7 @@ function of (seed, position). So a sampled stream is the same whoever shares the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from loraplex_engine.execution.arrays import History, Wanted
 from loraplex_engine.execution.form_masks import TokenMask
 from loraplex_engine.link.messages import TokenLogprobs
+from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.step import SampledToken
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens, Watermarks
@@ -168,22 +169,26 @@ def draws(histories: Sequence[History]) -> Draws:
 
 def logit_changes(histories: Sequence[History], vocab_size: int) -> LogitChanges:
     """What the rows' parameters change in their logits."""
-    biases = {row: h.sampling.logit_bias for row, h in enumerate(histories) if h.sampling.logit_bias}
-    allowed = {row: ids for row, h in enumerate(histories) if (ids := h.sampling.allowed_token_ids) is not None}
-    endings = {row: ids for row, history in enumerate(histories) if (ids := _forbidden_endings(history))}
+    limits = np.array([history.sampling.num_token_ids or vocab_size for history in histories])
+    changed = {row: history for row, history in enumerate(histories) if history.changes_logits}
+    if not changed:
+        return LogitChanges(limits)
+    biases = {row: h.sampling.logit_bias for row, h in changed.items() if h.sampling.logit_bias}
+    allowed = {row: ids for row, h in changed.items() if (ids := h.sampling.allowed_token_ids) is not None}
+    endings = {row: ids for row, h in changed.items() if h.may_not_end and (ids := _endings(h.sampling))}
     return LogitChanges(
-        limits=np.array([history.sampling.num_token_ids or vocab_size for history in histories]),
-        penalties=_penalties(histories),
+        limits=limits,
+        penalties=_penalties(changed),
         bias=RowTokens.of(list(biases), [list(bias) for bias in biases.values()]),
         bias_values=np.array([value for bias in biases.values() for value in bias.values()], dtype=np.float32),
         allowed=RowTokens.of(list(allowed), list(allowed.values())),
         forbidden=RowTokens.of(list(endings), list(endings.values())),
-        watermarks=_watermarks(histories),
+        watermarks=_watermarks(changed),
     )
 
 
-def _watermarks(histories: Sequence[History]) -> Watermarks | None:
-    marked = {row: mark for row, history in enumerate(histories) if (mark := history.sampling.watermark) is not None}
+def _watermarks(histories: Mapping[int, History]) -> Watermarks | None:
+    marked = {row: mark for row, history in histories.items() if (mark := history.sampling.watermark) is not None}
     if not marked:
         return None
     return Watermarks(
@@ -194,15 +199,12 @@ def _watermarks(histories: Sequence[History]) -> Watermarks | None:
     )
 
 
-def _forbidden_endings(history: History) -> tuple[int, ...]:
-    sampling = history.sampling
-    if history.num_output_tokens >= sampling.min_tokens:
-        return ()
+def _endings(sampling: SamplingParams) -> tuple[int, ...]:
     return sampling.eos_token_ids + sampling.stop_token_ids
 
 
-def _penalties(histories: Sequence[History]) -> Penalties | None:
-    penalised = {row: history for row, history in enumerate(histories) if history.sampling.needs_penalties}
+def _penalties(histories: Mapping[int, History]) -> Penalties | None:
+    penalised = {row: history for row, history in histories.items() if history.sampling.needs_penalties}
     tokens = RowTokens.of(list(penalised), [history.counts.token_ids for history in penalised.values()])
     if tokens is None:
         return None

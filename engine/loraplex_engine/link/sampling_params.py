@@ -70,5 +70,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature < GREEDY_BELOW
 
     @property
+    def changes_logits(self) -> bool:
+        """Whether parameters change a row's logits, `min_tokens` aside, which does so for a while."""
+        other = bool(self.logit_bias) or self.allowed_token_ids is not None or self.watermark is not None
+        return other or self.needs_penalties
+
+    @property
     def needs_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

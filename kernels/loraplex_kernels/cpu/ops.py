@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -132,6 +133,15 @@ class CpuLoraTables:
     @property
     def dtype(self) -> torch.dtype | None:
         return next((table.dtype for table in self._tables if table.dtype is not None), None)
+
+
+class CpuLayerKV(LayerKV):
+    """A cache that knows how the compiled functions are told of it: a step asks twice for each layer."""
+
+    @cached_property
+    def description(self) -> tuple[int | None, ...]:
+        pointers = (None if each is None else each.data_ptr() for each in (self.k, self.v, self.k_scale, self.v_scale))
+        return ROUNDED_CODES.get(self.k.dtype, 0), *pointers, block_shift(self.block_size)
 
 
 class CpuOps(CpuSampling):
@@ -329,7 +339,7 @@ class CpuOps(CpuSampling):
             cos_sin.data_ptr(),
             2 * cos_sin.shape[-1],
             interleaved,
-            *storage(cache),
+            *described(cache),
             slot_mapping.data_ptr(),
         )
         succeed(status)
@@ -357,7 +367,7 @@ class CpuOps(CpuSampling):
             heads,
             cache.k.shape[1],
             head_dim,
-            *storage(cache),
+            *described(cache),
             tables.shape[0],
             metadata.query_starts.data_ptr(),
             metadata.seq_lens.data_ptr(),
@@ -387,10 +397,10 @@ class CpuOps(CpuSampling):
         elements = math.prod(size)
         k, v = (self._zeros(elements + CACHE_SLACK, dtype)[:elements].view(size) for _ in range(2))
         if not rounded:
-            return LayerKV(k, v, num_blocks, block_size)
+            return CpuLayerKV(k, v, num_blocks, block_size)
         scales = num_blocks, shape.num_kv_heads, block_size
         k_scale, v_scale = (self._zeros(math.prod(scales), torch.float32).view(scales) for _ in range(2))
-        return LayerKV(k, v, num_blocks, block_size, k_scale, v_scale)
+        return CpuLayerKV(k, v, num_blocks, block_size, k_scale, v_scale)
 
     def _zeros(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Zeroed, aligned memory that takes room only once it is written to."""
@@ -429,10 +439,10 @@ class CpuOps(CpuSampling):
         return out
 
 
-def storage(cache: LayerKV) -> tuple[int | None, ...]:
+def described(cache: LayerKV) -> tuple[int | None, ...]:
     """The description of a cache for the compiled functions."""
-    pointers = (None if each is None else each.data_ptr() for each in (cache.k, cache.v, cache.k_scale, cache.v_scale))
-    return ROUNDED_CODES.get(cache.k.dtype, 0), *pointers, block_shift(cache.block_size)
+    assert isinstance(cache, CpuLayerKV)
+    return cache.description
 
 
 def block_shift(block_size: int) -> int:
