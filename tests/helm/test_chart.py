@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dashboard": {"dashboard": {"enabled": True}},
     "a pinned image": {"image": {"digest": DIGEST}},
     "http": {"http": {"enabled": True}},
+    "a fleet": {"replicas": 3, "state": {"secretName": "database"}},
     "dialects": {"dialects": ["kserve_v2"]},
     "placement": {
         "nodeSelector": {"gpu": "h100"},
@@ -117,7 +118,17 @@ def config_of(release: Manifests, directory: Path) -> ServiceConfig:
     (directory / "keys" / "keys.yaml").touch()
     (directory / "jwt").mkdir()
     (directory / "jwt" / "ca.crt").touch()
-    return load_config(file, {})
+    return load_config(file, environment_of(release))
+
+
+def environment_of(release: Manifests) -> dict[str, str]:
+    """What the pod's environment says in place of the configuration, with the address of a database for a secret."""
+    servers = [d for d in release.documents if d["kind"] == "Deployment" and d["metadata"]["name"] == "prod-loraplex"]
+    variables = [each for d in servers for each in d["spec"]["template"]["spec"]["containers"][0]["env"]]
+    given = {each["name"]: each.get("value", "postgresql://loraplex@db/loraplex") for each in variables}
+    if "LORAPLEX_STATE" in given:
+        pytest.importorskip("psycopg")  # without it the service refuses a fleet
+    return {name: value.replace("$(POD_IP)", "10.0.0.7") for name, value in given.items() if "LORAPLEX_" in name}
 
 
 def pod_of(release: Manifests, name: str = "prod-loraplex") -> dict[str, Any]:
@@ -143,6 +154,22 @@ def test_the_state_is_kept_on_its_claim(chart: Chart, tmp_path: Path) -> None:
     assert {"name": "state", "mountPath": "/var/lib/loraplex/state", "readOnly": False} in pod_of(release)[
         "containers"
     ][0]["volumeMounts"]
+
+
+def test_replicas_share_the_database_of_a_secret_and_reach_each_other_alone(chart: Chart, tmp_path: Path) -> None:
+    release = chart.render(MODELS | VARIANTS["a fleet"])
+    config, pod = config_of(release, tmp_path), pod_of(release)
+    assert (config.state, config.fleet_address) == ("postgresql://loraplex@db/loraplex", "10.0.0.7:50054")
+    assert config.state_directory == "/var/cache/loraplex/state"  # on a volume of the pod's own
+    [variable] = [each for each in pod["containers"][0]["env"] if each["name"] == "LORAPLEX_STATE"]
+    assert variable["valueFrom"]["secretKeyRef"] == {"name": "database", "key": "url"}
+    assert {"name": "database", "mountPath": "/etc/loraplex/state", "readOnly": True} in pod["containers"][0][
+        "volumeMounts"
+    ]
+    rules = release.get("NetworkPolicy", "prod-loraplex")["spec"]["ingress"]
+    [callers] = [rule["from"] for rule in rules if rule["ports"] == [{"port": "fleet"}]]
+    own = release.get("Deployment", "prod-loraplex")["spec"]["selector"]["matchLabels"]
+    assert callers == [{"podSelector": {"matchLabels": own}}]
 
 
 def test_the_files_of_an_identity_provider_are_mounted_where_the_configuration_names_them(chart: Chart) -> None:
@@ -171,6 +198,7 @@ def test_every_port_that_something_refers_to_is_one_that_the_service_listens_on(
             ("health", config.health_listen or ":0"),
             ("metrics", config.metrics_listen or ":0"),
             ("http", config.http_listen),
+            ("fleet", config.fleet_listen),
         )
         if address is not None
     }

@@ -81,7 +81,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if .Values.persistence.adapters.enabled -}}
 {{- $_ := set $own "adapter_roots" (list .Values.persistence.adapters.mountPath) -}}
 {{- end -}}
-{{- $_ := set $own "state_directory" (ternary .Values.persistence.state.mountPath "" .Values.persistence.state.enabled) -}}
+{{- /* Of a fleet's replica it is what it knew last, and the files that were uploaded there: as long as its pod. */ -}}
+{{- $ownState := ternary "/var/cache/loraplex/state" "" (ne .Values.state.secretName "") -}}
+{{- $_ := set $own "state_directory" (ternary .Values.persistence.state.mountPath $ownState .Values.persistence.state.enabled) -}}
 {{- if .Values.tls.enabled -}}
 {{- $tls := dict "certificate" "/etc/loraplex/tls/tls.crt" "key" "/etc/loraplex/tls/tls.key" -}}
 {{- if .Values.tls.requireClientCertificate -}}{{- $_ := set $tls "client_ca" "/etc/loraplex/tls/ca.crt" -}}{{- end -}}
@@ -114,7 +116,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- fail "adapters: they are read from a volume; set persistence.adapters.enabled: true, or config.adapter_roots" -}}
 {{- end -}}
 {{- if and .Values.persistence.state.enabled (or (gt (int .Values.replicas) 1) (ne .Values.autoscaling.kind "none")) -}}
-{{- fail "persistence.state: each replica keeps a state of its own, so it is for replicas: 1 without autoscaling; declare adapters in `adapters` instead" -}}
+{{- fail "persistence.state: each replica keeps a state of its own, so it is for replicas: 1 without autoscaling; give several a database (state.secretName), or declare adapters in `adapters`" -}}
 {{- end -}}
 {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.prometheusUrl) -}}{{- fail "autoscaling.prometheusUrl: keda reads the metrics from Prometheus; say where it is" -}}{{- end -}}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) -}}{{- fail "autoscaling.minReplicas must not exceed autoscaling.maxReplicas" -}}{{- end -}}
