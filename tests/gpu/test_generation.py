@@ -33,6 +33,15 @@ def test_mixed_batch_gives_the_tokens_of_the_reference(make_engine, settings):
     assert loaded(make_engine(**ON_GPU, **settings)).generate(work, 24) == expected
 
 
+def test_blocks_that_come_back_from_host_memory_give_the_tokens_of_the_reference(make_engine):
+    work = requests([None])
+    expected = make_engine(**ON_CPU).generate(work, 24)
+    room = {"kv_cache_bytes": 40 * 3 * 2 * 16 * 2 * 64 * 4, "host_cache_bytes": 8 << 20}  # 40 blocks, and 170
+    engine = make_engine(**ON_GPU, **room)
+    assert [engine.generate(work, 24) for _ in range(2)] == [expected] * 2
+    assert engine.core.stats().num_restored_blocks > 0
+
+
 def test_graphs_give_the_tokens_of_plain_launches(make_engine):
     engine, plain = loaded(make_engine(**ON_GPU)), loaded(make_engine(**ON_GPU))
     assert engine.core.runner.decode_graphs is not None
