@@ -12,7 +12,7 @@ SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 # Hundreds of processes import the same files: what Python compiled is kept, wherever that is switched off.
 test test-long explore soak: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-long explore sanitize soak check gpu-check gpu-packages stubs constraints format clean
+.PHONY: demo test test-long explore sanitize soak check gpu-check gpu-packages stubs constraints docs format clean
 
 demo: $(VENV)/.installed  ## stream several adapters and two models side by side, then end
 	$(BIN)/loraplex demo
@@ -56,6 +56,10 @@ gpu-check:  ## on a machine with a GPU, with its own Python: tests, kernels and 
 gpu-packages:  ## wheels of what gpu-check needs and such a machine may lack, for its Python; bring the folder there
 	for version in 3.11 3.12 3.13; do $(PYTHON) -m pip download --quiet --no-deps --only-binary :all: \
 		--platform manylinux2014_x86_64 --python-version $$version --dest gpu-packages msgspec llguidance || exit 1; done
+
+docs: $(VENV)/.installed  ## the documentation as a site, into build/site
+	$(INSTALL) --editable ".[docs]"
+	$(BIN)/python docs/build_site.py
 
 stubs: $(VENV)/.installed-dev  ## generate client/loraplex/v1 from proto/, and the client's methods with all options
 	proto/stubs.sh generate
