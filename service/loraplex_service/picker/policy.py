@@ -41,9 +41,13 @@ def ranked(replicas: Iterable[Standing], key: str, queue: int, balance: float) -
 
     The one that has the adapter nearest to the device comes first, of equal ones the one with the fewest requests, of
     those the one that `key` points to. One is passed over where more than `queue` requests wait for it while it has
-    more than `balance` times the mean: so a hot adapter spreads over more replicas.
+    more than `balance` times the mean: so a hot adapter spreads over more replicas. Where most of those that serve are
+    not known, none is named: the few that are would get everything.
     """
-    usable = [replica for replica in replicas if replica.health is Health.SERVING and replica.is_fresh]
+    serving = [replica for replica in replicas if replica.health is Health.SERVING]
+    usable = [replica for replica in serving if replica.is_fresh]
+    if 2 * len(usable) < len(serving):
+        return []
     total = sum(replica.num_requests for replica in usable)
 
     def order(replica: Standing) -> tuple[bool, int, int, bytes, str]:
