@@ -6,6 +6,7 @@ is loaded, and hence the moment at which an alias moves, is each replica's own.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ from dataclasses import dataclass, replace
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.registry import AdapterChange, AdapterRecord, AdapterRegistry, ChangeKind, _Adapter
 from loraplex_adapters.versions import NO_DIGEST, AdapterState, AdapterVersion, checked_key
+
+MOST_CLAIMS = 10**18 - 1
+MOST_SECONDS = 1e11  # since the epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +136,14 @@ def _wanted(name: str, record: AdapterRecord | None) -> dict[str, AdapterVersion
     for version in versions:
         tenant, _, adapter_id = version.key.name.partition("/")
         checked_key(tenant, adapter_id, version.key.digest)
-        if version.key.name != name or version.is_missing or not version.etag.isdecimal():
+        if version.key.name != name or version.is_missing:
             raise ValueError(f"it has a version that is none of {name!r}")
+        if not re.fullmatch("[0-9]{1,18}", version.etag) or not 0 <= version.create_time < MOST_SECONDS:
+            raise ValueError(f"it has a version with the etag {version.etag[:20]!r} of the time {version.create_time}")
     if record is not None and not record.claims.keys() <= {version.key.digest for version in versions}:
         raise ValueError("its alias is claimed by a version that it does not have")
+    if record is not None and not all(0 < claim <= MOST_CLAIMS for claim in record.claims.values()):
+        raise ValueError(f"its claims are not numbers from 1 to {MOST_CLAIMS}")
     return {version.key.digest: version for version in versions if version.state is not AdapterState.DELETING}
 
 

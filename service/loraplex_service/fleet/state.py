@@ -119,7 +119,7 @@ class FleetState:
             except Unsettled as error:
                 message = f"the database was lost while the change was written ({error}); look whether it is in force"
                 raise UnsettledChange("STATE_UNWRITABLE", message, RETRY_SECONDS) from error
-            except DatabaseAway as error:
+            except (DatabaseAway, SchemaError) as error:
                 logger.error("a change of the %s %s cannot be saved, and is refused: %s", kind, name, error)
                 raise unwritable(str(error)) from error
             self._move(number)
@@ -139,7 +139,10 @@ class FleetState:
         """Do as `Database.settle`. Raises DatabaseAway, at once if that is known."""
         if not self.figures.connected:
             raise DatabaseAway("it cannot be reached")
-        return await self._run(self._writer, self._writer.settle, name, rate, capacity, owed, missing)
+        try:
+            return await self._run(self._writer, self._writer.settle, name, rate, capacity, owed, missing)
+        except SchemaError as error:
+            raise DatabaseAway(str(error)) from error
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -187,7 +190,7 @@ class FleetState:
                 if loop.time() > self._beat_at:
                     await self._beat()
                 await self._catch_up(WAIT_SECONDS)
-            except (DatabaseAway, SchemaError) as error:
+            except Exception as error:  # whatever the database holds, a replica goes on
                 self._away(error)
                 await asyncio.sleep(AWAY_SECONDS)
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.routes_pb2 import Route, RouteTarget
 from loraplex_adapters.versions import AdapterVersion
 from loraplex_service.admission.tenants import TenantConfig
+from loraplex_service.fleet.database import Database
 from loraplex_service.fleet.figures import FleetFigures
+from loraplex_service.fleet.schema import FIRST, Step
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.fleet.conftest import TestDatabase
 
@@ -295,3 +298,41 @@ async def test_a_state_directory_of_another_fleet_is_refused(fleet: Fleet) -> No
     with pytest.raises(OSError, match="belongs to another fleet"):
         async with fleet.starting("one"):
             pass
+
+
+async def test_replicas_are_upgraded_one_by_one_without_a_failed_call(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = await fleet.join("two")
+    adds = Step(("ALTER TABLE loraplex_resources ADD COLUMN note text",), readable_by=1)
+    calls = Calls([two])
+    calling = asyncio.create_task(calls.go_on())
+    async with fleet.starting("one") as one:
+        adapter = await upload(one, tmp_path)
+        await until(serves(two, adapter.version))
+    monkeypatch.setattr("loraplex_service.replica.Database", partial(Database, steps=(FIRST, adds)))
+    one = await fleet.join("one")
+    assert fleet.database.ask("SELECT version FROM loraplex_schema") == [(2,)]
+    calls.replicas.append(one)
+    await two.admin.update_adapter("pirate", labels={"by": "the version before"})
+    await until(lambda: version_of(one).spec.labels == {"by": "the version before"})
+    await one.admin.update_adapter("pirate", labels={"by": "the new one"})
+    await until(lambda: version_of(two).spec.labels == {"by": "the new one"})
+    await until(lambda: calls.num > 20)
+    calls.over = True
+    await calling
+
+
+class Calls:
+    """Calls at all replicas in turn, until told to end. One that fails ends them with its error."""
+
+    def __init__(self, replicas: list[ControlPlane]) -> None:
+        self.replicas = replicas
+        self.num = 0
+        self.over = False
+
+    async def go_on(self) -> None:
+        while not self.over:
+            for replica in list(self.replicas):
+                await replica.client.generate("tiny", "x", max_tokens=2)
+                self.num += 1
