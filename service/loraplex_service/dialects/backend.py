@@ -1,6 +1,7 @@
 """What all dialects call: the servicers of the contract, and what they are asked most."""
 
 import asyncio
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -154,6 +155,11 @@ class Backend:
 def fields_of_loads(name: str, source: str) -> list[tuple[str, str]]:
     """Which fields of a dialect say what an adapter to be registered is: its name, and its source."""
     return [("adapter_id", name), ("parent", name), ("adapter.source", source)]
+
+
+def lora_id(name: str) -> int:
+    """A number above 0 for a name, the same everywhere. Adapters have none of their own, and nothing here takes one."""
+    return 1 + zlib.crc32(name.encode())
 
 
 def tenant_of_names(context: Context) -> str:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-DIALECTS = ("kserve_v2", "vllm")  # what the data port may speak beside the contract
+DIALECTS = ("kserve_v2", "vllm", "openengine")  # what the data port may speak beside the contract
 
 
 class TlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -26,6 +26,7 @@ _DATA = (
     "/inference.GRPCInferenceService/ModelInfer",
     "/inference.GRPCInferenceService/ModelStreamInfer",
     "/vllm.Inference/",
+    "/openengine.v1.Inference/",
     "/vllm.grpc.engine.VllmEngine/",
 )
 # Streams of requests, each with answers of its own: a caller that has sent one may take its time with the next.

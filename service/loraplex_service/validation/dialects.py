@@ -93,6 +93,26 @@ LIMITS: Mapping[str, Limit] = {
     "vllm.grpc.engine.EmbedRequest.request_id": _ID,
     "vllm.grpc.engine.AbortRequest.request_ids": Entries(256, _ID),
     "vllm.grpc.engine.GetLoadsRequest.include": Entries(16, Text(128)),
+    # ---- openengine.proto
+    "openengine.v1.GenerateRequest.request_id": _ID,
+    "openengine.v1.GenerateRequest.model": _NAME,
+    "openengine.v1.GenerateRequest.prompt": _TEXT,
+    "openengine.v1.GenerateRequest.lora_name": _NAME,
+    "openengine.v1.TokenIds.ids": _TOKENS,
+    "openengine.v1.StoppingOptions.conditions": Entries(80),
+    "openengine.v1.StopCondition.stop_text": Text(256, unit="bytes"),
+    "openengine.v1.KvOptions.cache_salt": _ID,
+    "openengine.v1.GuidedDecoding.json_schema": _FORM,
+    "openengine.v1.GuidedDecoding.regex": _FORM,
+    "openengine.v1.GuidedDecoding.ebnf_grammar": _FORM,
+    "openengine.v1.ChoiceConstraint.choices": _CHOICES,
+    "openengine.v1.GetModelInfoRequest.model": _NAME,
+    "openengine.v1.HealthRequest.model": _NAME,
+    "openengine.v1.AbortRequest.request_id": _ID,
+    "openengine.v1.LoraAdapter.lora_name": _NAME,
+    "openengine.v1.LoraAdapter.source_path": Text(8192),
+    "openengine.v1.UnloadLoraRequest.lora_name": _NAME,
+    "openengine.v1.GetKvEventSourcesRequest.data_parallel_ranks": Entries(64),
 }
 
 _NUMBERS = "inputs are BYTES and BOOL; leave it out"
@@ -125,4 +145,13 @@ REFUSED: Mapping[str, str] = {
     "vllm.grpc.engine.GenerateRequest.extra_mm_inputs": _MEDIA,
     "vllm.grpc.engine.GenerateRequest.media_refs": _MEDIA,
     "vllm.grpc.engine.SamplingParams.structural_tag": _TAG,
+    # ---- openengine.proto
+    "openengine.v1.GenerateRequest.media": _MEDIA,
+    "openengine.v1.GenerateRequest.extra": "there is nothing beyond the fields; leave it out",
+    "openengine.v1.CandidateTokenSelection.all": "all tokens of the vocabulary are not told: give top_n or token_ids",
+    "openengine.v1.KvOptions.session": _MOVED,
+    "openengine.v1.GuidedDecoding.structural_tag": _TAG,
+    "openengine.v1.GuidedDecoding.backend": "there is one; leave it out",
+    "openengine.v1.AbortRequest.kv_session": _MOVED,
+    "openengine.v1.AbortRequest.all_requests": "generations are ended one by one, by their ids",
 }

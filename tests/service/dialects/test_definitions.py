@@ -26,7 +26,14 @@ from loraplex_service.validation.checks import check_request
 from loraplex_service.validation.limits import Entries, Text
 from tests.service.control_plane import control_plane
 
-SERVICES = ("inference.GRPCInferenceService", "vllm.Inference", "vllm.Control", "vllm.grpc.engine.VllmEngine")
+SERVICES = (
+    "inference.GRPCInferenceService",
+    "vllm.Inference",
+    "vllm.Control",
+    "vllm.grpc.engine.VllmEngine",
+    "openengine.v1.Inference",
+    "openengine.v1.Control",
+)
 TABLE = {**limits.LIMITS, **dialects.LIMITS}
 OF_SIZE = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 

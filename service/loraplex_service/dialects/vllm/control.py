@@ -1,7 +1,5 @@
 """vllm.Control: the server, its model and adapters, by the servicers of the contract."""
 
-import zlib
-
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex_service.dialect_stubs import vllm_pb2_grpc
 from loraplex_service.dialect_stubs.vllm_pb2 import (
@@ -22,7 +20,7 @@ from loraplex_service.dialect_stubs.vllm_pb2 import (
     UnloadLoraRequest,
     UnloadLoraResponse,
 )
-from loraplex_service.dialects.backend import Backend, Context, fields_of_loads
+from loraplex_service.dialects.backend import Backend, Context, fields_of_loads, lora_id
 from loraplex_service.dialects.fields import Draft
 
 
@@ -84,8 +82,3 @@ class VllmControlServicer(vllm_pb2_grpc.ControlServicer):
 def _lora(adapter: Adapter) -> LoraAdapter:
     """An adapter by its full name."""
     return LoraAdapter(lora_id=lora_id(adapter.name), lora_name=adapter.name, source_path=adapter.source)
-
-
-def lora_id(name: str) -> int:
-    """A number above 0 for a name, the same everywhere. Adapters have none of their own, and nothing here takes one."""
-    return 1 + zlib.crc32(name.encode())
