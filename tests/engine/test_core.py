@@ -86,7 +86,7 @@ class FakeAdapters:
         self.used_bytes = 0
         self.pace = Pace(1.0)
 
-    def register(self, key: AdapterKey, path: Path) -> None:
+    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False) -> None:
         self.known.add(key)
 
     def unregister(self, key: AdapterKey) -> None:
