@@ -22,6 +22,7 @@ class CacheTiers:
     def __init__(self, memory: HostCache, host: HostBlocks, blocks: BlockManager) -> None:
         self._memory = memory
         self._host = host
+        self._blocks = blocks
         self._move_seconds = 0.0
         self.prefixes = PrefixPreparer(blocks, host, memory.most_restored)
 
@@ -40,8 +41,13 @@ class CacheTiers:
         self._move_seconds += time.monotonic() - began if moves else 0.0
 
     def close(self) -> None:
-        """Stop the threads that read and write files."""
-        self._host.disk.close()
+        """Have what is cached written to files, and stop the threads that read and write them."""
+        try:
+            self._blocks.evict_all()
+            self.prefixes.poll()
+            self.move(idle=True)
+        finally:
+            self._host.disk.close()
 
     def stats(self) -> dict[str, Any]:
         """Fields of `EngineStats`."""

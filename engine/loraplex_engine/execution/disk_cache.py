@@ -36,7 +36,6 @@ KEY_BYTES = 32
 SEAL_BYTES = 32
 NAME_DIGITS = 64
 UNFINISHED = ".unfinished"
-MOST_WRITES = 64  # blocks that may wait to be written
 
 
 def disk_cache(config: EngineConfig, path: Path, runner: ModelRunner, memory: HostCache) -> DiskCache | None:
@@ -76,7 +75,7 @@ class DiskCache(Disk):
         self._key = blake2b(_read_key(directory / KEY_FILE) + identity, digest_size=KEY_BYTES).digest()
         self._files: OrderedDict[str, None] = OrderedDict.fromkeys(self._found())  # least recently used first
         self._num_writing = 0
-        self._most_writes = min(MOST_WRITES, -(-len(slots) // 2))  # the rest stays free for other blocks
+        self._most_writes = -(-len(slots) // 2)  # at once: the rest stays free for other blocks
         self._reader, self._writer = executor("cache-reader"), executor("cache-writer")
         self._finished: SimpleQueue[Finished] = SimpleQueue()
         self._told = False  # of a file that could not be used, or not be written
@@ -132,9 +131,9 @@ class DiskCache(Disk):
             yield done
 
     def close(self) -> None:
-        """End the threads, and let another engine have the directory."""
+        """Write what is to be written, end the threads, and let another engine have the directory."""
         self._reader.shutdown(cancel_futures=True)
-        self._writer.shutdown(cancel_futures=True)
+        self._writer.shutdown()
         os.close(self._lock)
 
     # ---- in the threads --------------------------------------------------------------------------------------------

@@ -219,6 +219,11 @@ class BlockManager:
             hashes.append(chain_hash(parent, request.token_ids[start:end], embedded_content(request, start, end)))
         return hashes[:count]
 
+    def evict_all(self) -> None:
+        """Forget the content of all blocks that nobody holds, which the host may keep."""
+        while self._cached:
+            self._free.append(self._evict())
+
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
         block_hash = self._hash_of[block]
