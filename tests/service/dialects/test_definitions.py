@@ -1,6 +1,6 @@
 """What holds for all dialects: methods have rules, fields limits or reasons, and no name is in others' way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +156,19 @@ async def codes(address: str, token: str | None) -> dict[str, str]:
     async with grpc.aio.insecure_channel(address) as channel:
         for path, method in methods():
             request = GetMessageClass(method.input_type)()
-            # To gRPC a unary method is a stream of one message in each direction.
-            start: Any = channel.stream_stream(
+            kinds: dict[tuple[bool, bool], Callable[..., Any]] = {
+                (False, False): channel.unary_unary,
+                (False, True): channel.unary_stream,
+                (True, True): channel.stream_stream,
+            }
+            start = kinds[method.client_streaming, method.server_streaming](
                 path, type(request).SerializeToString, GetMessageClass(method.output_type).FromString
             )
-            call = start(iter([request]), metadata=metadata)
+            # A stream of requests has none: a call that is refused may end before one is written.
+            call = start(iter(()) if method.client_streaming else request, metadata=metadata)
+            found[path] = "OK"
             try:
-                await call.read()
-                found[path] = "OK"
+                await (call.read() if method.server_streaming else call)
             except grpc.aio.AioRpcError as error:
                 found[path] = error.code().name
             call.cancel()
