@@ -20,7 +20,7 @@ from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_engine.adapter_tiers import AdapterTiers
 from loraplex_engine.cache_tiers import CacheTiers
-from loraplex_engine.checkpoint.weights import resolve_model
+from loraplex_engine.checkpoint.hub import resolve_model
 from loraplex_engine.drafting.costs import measured
 from loraplex_engine.drafting.drafting import Drafting
 from loraplex_engine.drafting.model import ModelDrafts

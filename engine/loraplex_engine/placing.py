@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
-from loraplex_engine.checkpoint.weights import resolve_model
+from loraplex_engine.checkpoint.hub import resolve_model
 from loraplex_engine.execution.device import free_bytes
 from loraplex_engine.execution.host_memory import total_bytes
 from loraplex_engine.execution.sizing import needs_of

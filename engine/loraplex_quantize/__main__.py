@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from loraplex_engine.checkpoint.hub import resolve_model
 from loraplex_engine.checkpoint.model_config import ModelError
-from loraplex_engine.checkpoint.weights import read_json, resolve_model, shard_paths
+from loraplex_engine.checkpoint.weights import read_json, shard_paths
 from loraplex_engine.core import EngineCore
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import AddRequest, StepOutput

@@ -10,8 +10,8 @@ import torch
 
 from loraplex_kernels.cpu.library import Library, owned
 from loraplex_kernels.cpu.linear import dtype_code
+from loraplex_kernels.lora_shape import LoraShape
 from loraplex_kernels.ops import LoraWeights, PackedLora
-from loraplex_kernels.reference import LoraShape
 
 
 class CpuLora:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loraplex_kernels.lora_shape import LoraShape
 from loraplex_kernels.ops import LoraWeights, PackedLora
-from loraplex_kernels.reference import LoraShape
 from loraplex_kernels.transfers import to_device
 
 MAX_SLICES = tl.constexpr(8)

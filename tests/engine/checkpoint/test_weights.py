@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraplex_engine.checkpoint.hub import resolve_model
 from loraplex_engine.checkpoint.memory import HUGE_PAGE_BYTES
 from loraplex_engine.checkpoint.model_config import ModelError
-from loraplex_engine.checkpoint.weights import MAX_JSON_BYTES, Checkpoint, canonical_name, read_json, resolve_model
+from loraplex_engine.checkpoint.weights import MAX_JSON_BYTES, Checkpoint, canonical_name, read_json
 
 CPU = torch.device("cpu")
 
