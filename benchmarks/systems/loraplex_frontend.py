@@ -13,7 +13,8 @@ from pathlib import Path
 
 import uvloop
 
-from loraplex_service.app import LaunchFor, running
+from loraplex_service.app import running
+from loraplex_service.assembly import LaunchFor
 from loraplex_service.config import ServiceConfig, load_config
 
 

@@ -1,89 +1,33 @@
-"""Puts the service together from its configuration, and takes it apart again without losing anything in flight."""
+"""Starts a service, and ends it without losing anything in flight."""
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
-from loraplex.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
-from loraplex.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
-from loraplex.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
-from loraplex.v1.pooling_pb2_grpc import add_PoolingServiceServicer_to_server
-from loraplex.v1.routes_pb2_grpc import add_RouteServiceServicer_to_server
-from loraplex.v1.server_pb2_grpc import add_ServerServiceServicer_to_server
-from loraplex.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
-from loraplex_adapters.files.depot import Depot
-from loraplex_adapters.files.remote import RemoteSources
-from loraplex_adapters.files.source import AdapterSource
-from loraplex_adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
 from loraplex_engine.link.bus_directory import BusDirectory
-from loraplex_service.adapters.background import BackgroundWork
-from loraplex_service.adapters.deployer import AdapterDeployer
-from loraplex_service.adapters.library import AdapterLibrary
-from loraplex_service.adapters.records import AdapterRecords
-from loraplex_service.adapters.registrar import AdapterRegistrar
-from loraplex_service.adapters.texts import AdapterTexts
-from loraplex_service.admission.admission import Admission, AdmissionLimits
-from loraplex_service.admission.cache_key import cache_key
-from loraplex_service.admission.tenants import Tenants
+from loraplex_service.assembly import Application, LaunchFor, assemble
 from loraplex_service.auth.door import Door
 from loraplex_service.config import LimitsConfig, ServiceConfig
-from loraplex_service.control.adapters import AdapterServicer
 from loraplex_service.control.metrics_snapshot import Served
-from loraplex_service.control.models import ModelServicer
-from loraplex_service.control.quota import AdapterQuota
-from loraplex_service.control.routes import RouteServicer
-from loraplex_service.control.server import ServerServicer
-from loraplex_service.control.tokenizer import TokenizerServicer
-from loraplex_service.dialects.backend import Backend
-from loraplex_service.dialects.services import dialect_services
 from loraplex_service.errors import Unavailable
 from loraplex_service.http.process import http_process
 from loraplex_service.http.settings import DoorSettings
-from loraplex_service.latest import Latest
-from loraplex_service.models.config import HostedModelConfig
-from loraplex_service.models.host import HostedModel, ModelHost, revision_of
-from loraplex_service.models.placement import Placement
-from loraplex_service.models.supervisor import EngineState, EngineSupervisor, Launch, launcher
-from loraplex_service.names.catalog import Catalog
-from loraplex_service.names.routing import RouteBook
+from loraplex_service.models.supervisor import launcher
 from loraplex_service.ports.interceptors import CallInterceptor, CallLimits
-from loraplex_service.ports.listeners import ConnectionLimits, Health, Service, build_server, drain
-from loraplex_service.ports.probes import Probes, build_probe_server
+from loraplex_service.ports.listeners import ConnectionLimits, Service, build_server, drain
+from loraplex_service.ports.probes import build_probe_server
 from loraplex_service.ports.receiving import ReceiveLimits
 from loraplex_service.ports.tls import server_credentials
-from loraplex_service.requests.entrance import Entrance, keeps_nothing
-from loraplex_service.requests.forms import Forms
-from loraplex_service.requests.inference import InferenceServicer
-from loraplex_service.requests.pooling import PoolingServicer
 from loraplex_service.requests.prompts import TextWork
 from loraplex_service.spare_memory import keep_giving_back
-from loraplex_service.state import State, StateFile
 from loraplex_service.telemetry.lag import observe_lag
-from loraplex_service.telemetry.records import Observer
-from loraplex_service.telemetry.setup import Telemetry, telemetry_of
+from loraplex_service.telemetry.setup import telemetry_of
 from loraplex_service.text import TemplateLimits, TemplateRenderer
-
-# What callers of the data port may look at: they need not reach the admin port to know what they can ask for.
-READS = {
-    "loraplex.v1.ModelService": ("GetModel", "ListModels"),
-    "loraplex.v1.AdapterService": ("GetAdapter", "ListAdapters"),
-    "loraplex.v1.RouteService": ("GetRoute", "ListRoutes", "ResolveTarget"),
-    "loraplex.v1.ServerService": ("GetServerInfo",),
-}
-
-if TYPE_CHECKING:
-    from loraplex_service.replica import Replica  # which needs psycopg
-
-LaunchFor = Callable[[HostedModelConfig], Launch]  # how the engine of a model is started
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,208 +41,9 @@ class Addresses:
     http: str | None = None  # None: no HTTP is configured
 
 
-@dataclass(frozen=True, slots=True)
-class Application:
-    """The parts of a service. `running` starts and ends it."""
-
-    config: ServiceConfig
-    telemetry: Telemetry
-    host: ModelHost
-    registry: AdapterRegistry
-    state: State
-    library: AdapterLibrary
-    registrar: AdapterRegistrar
-    work: BackgroundWork
-    tenants: Tenants
-    quota: AdapterQuota
-    admission: Admission
-    entrance: Entrance
-    inference: InferenceServicer
-    server: ServerServicer
-    health: Health
-    probes: Probes
-    data: tuple[Service, ...]
-    admin: tuple[Service, ...]
-    replica: "Replica | None"  # None: it is a server on its own
-
-    async def register_configured(self) -> None:
-        """Register the adapters of the configuration file, all at once."""
-        await asyncio.gather(*(self.registrar.create_configured(adapter) for adapter in self.config.adapters))
-
-    async def keep_admitting(self) -> None:
-        """Publish whether requests are admitted, after every change. Returns at once if that can never change."""
-        usage = self.telemetry.usage
-        if usage is None:
-            return
-        changes = Latest[bool]()
-        usage.on_full(lambda full: changes.put("full", full))
-        async for full in changes:
-            await self.probes.set_admitting(not full)
-            await self.health.set_admitting(not full)
-
-    async def keep_health(self) -> None:
-        """Publish whether each model serves, after every change. Never returns."""
-        changes = Latest[HostedModel]()
-        self.host.subscribe(lambda model: changes.put(model.name, model))
-        said: dict[str, bool] = {}
-        for model in self.host.all():
-            changes.put(model.name, model)
-        async for model in changes:
-            await self.probes.set_state(model.name, model.state)
-            serving = model.state is EngineState.ACTIVE
-            if said.get(model.name) is not serving:
-                said[model.name] = serving
-                await self.health.set_model(model.name, serving)
-
-
 def engine_processes(config: ServiceConfig) -> LaunchFor:
     """Launch each engine as a process of its own."""
     return lambda model: launcher(model.engine(), model.name, config.log_level, config.log_format)
-
-
-def assemble(
-    config: ServiceConfig,
-    bus_directory: BusDirectory,
-    texts: TextWork,
-    launch_for: LaunchFor,
-    telemetry: Telemetry,
-) -> Application:
-    """Connect all parts and read the saved state. Nothing runs yet.
-
-    Raises OSError for an adapter root that does not exist, or a state that cannot be used.
-    """
-
-    def supervise(model: HostedModelConfig, changed: Callable[[], None]) -> EngineSupervisor:
-        return EngineSupervisor(
-            model.name,
-            launch_for(model),
-            partial(revision_of, model),
-            placement.seat(model.name),
-            bus_directory,
-            config.supervision,
-            changed,
-            config.limits.unread_tokens,
-        )
-
-    limits = config.limits
-    placement = Placement(config.models)
-    host = ModelHost(config.models, supervise)
-    state_directory = Path(config.state_directory) if config.state_directory else None
-    local = StateFile(state_directory)
-    replica = _replica(config, local)
-    registry = AdapterRegistry() if replica is None else replica.registry
-    registry.subscribe(partial(_tell_removed, registry, telemetry.observer))
-    state = local if replica is None else replica.state
-    depot = Depot((state_directory or bus_directory.path) / "adapters")
-    remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
-    library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
-    make_bucket = None if replica is None else replica.leases.bucket
-    tenants = Tenants(
-        config.tenants, config.other_tenants, cache_key=cache_key(state_directory), make_bucket=make_bucket
-    )
-    adapter_texts = AdapterTexts(lambda version: str(library.directory(version)))
-    work = BackgroundWork()
-    records = AdapterRecords(registry, state) if replica is None else replica.records(work)
-    deployer = AdapterDeployer(registry, library, host, records, adapter_texts, work, telemetry.metrics.adapter_loads)
-    find_files = library.recheck if replica is None else replica.files(library).find
-    registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work, find_files)
-    routes = RouteBook(state)
-    catalog = Catalog(host, registry, routes)
-    admission = Admission(
-        AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens),
-        check_records=telemetry.usage.check_room if telemetry.usage is not None else lambda: None,
-    )
-    entrance = Entrance(
-        catalog,
-        admission,
-        tenants,
-        deployer.directory,
-        max_load_wait_seconds=limits.adapter_load_wait_seconds,
-        resume_seconds=config.supervision.resume_seconds,
-        observer=telemetry.observer,
-        adapter_texts=adapter_texts,
-        recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,
-    )
-    forms = Forms(texts, telemetry.metrics.form_checks)
-    inference = InferenceServicer(entrance, texts, forms, telemetry.metrics, limits.answer_bytes)
-    pooling = PoolingServicer(entrance, texts, limits.answer_bytes)
-    tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)
-    number = version("loraplex-server")
-    server = ServerServicer(host, lambda: admission.draining, telemetry, number, limits)
-    inferring = (
-        Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
-        Service("loraplex.v1.PoolingService", pooling, add_PoolingServiceServicer_to_server),
-        Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
-    )
-    quota = AdapterQuota(registry, library, tenants, state)
-    adapters = AdapterServicer(
-        registry, records, registrar, deployer, library, host, tenants, quota, forms, limits.upload_bytes
-    )
-    models = ModelServicer(host, config.drain_grace_seconds)
-    route_servicer = RouteServicer(catalog, routes, state, tenants, forms, deployer.prefetch)
-    admin = (
-        Service("loraplex.v1.ModelService", models, add_ModelServiceServicer_to_server),
-        Service("loraplex.v1.AdapterService", adapters, add_AdapterServiceServicer_to_server),
-        Service(
-            "loraplex.v1.RouteService",
-            route_servicer,
-            add_RouteServiceServicer_to_server,
-        ),
-        Service("loraplex.v1.ServerService", server, add_ServerServiceServicer_to_server),
-    )
-    backend = Backend(
-        inference,
-        pooling,
-        adapters,
-        models,
-        server,
-        host,
-        catalog,
-        tenants,
-        number,
-        secrets.token_hex(8),
-        lambda: health.servicer.is_serving(""),
-    )
-    spoken = dialect_services(config.dialects, backend)
-    data = (*inferring, *(replace(service, methods=READS[service.name]) for service in admin), *spoken)
-    health = Health([service.name for service in (*inferring, *spoken)], [service.name for service in admin])
-    probes = Probes(model.name for model in config.models if model.load)
-    return Application(
-        config,
-        telemetry,
-        host,
-        registry,
-        state,
-        library,
-        registrar,
-        work,
-        tenants,
-        quota,
-        admission,
-        entrance,
-        inference,
-        server,
-        health,
-        probes,
-        data,
-        admin,
-        replica,
-    )
-
-
-def _replica(config: ServiceConfig, local: StateFile) -> "Replica | None":
-    """The parts of a replica; None: the server is on its own. Raises OSError."""
-    if config.state is None:
-        return None
-    from loraplex_service.replica import Replica
-
-    return Replica(config, config.state, local)
-
-
-def _tell_removed(registry: AdapterRegistry, observer: Observer, change: AdapterChange) -> None:
-    """Tell the observer when the last version of an adapter is gone."""
-    if change.kind is ChangeKind.REMOVED and registry.record(change.version.key.name) is None:
-        observer.adapter_removed(change.version.name)
 
 
 @asynccontextmanager

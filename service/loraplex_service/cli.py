@@ -42,7 +42,8 @@ from loraplex_service.commands.serving import serves_model
 from loraplex_service.commands.shared import ServerAccess, call_failures, print_json, print_table, reaches_server
 from loraplex_service.commands.top import watch_load
 from loraplex_service.commands.usage import usage
-from loraplex_service.config import ConfigError, ServiceConfig, load_config, make_config
+from loraplex_service.config import ServiceConfig, load_config, make_config
+from loraplex_service.config_file import ConfigError
 from loraplex_service.descriptors import descriptors_needed, raise_descriptor_limit
 from loraplex_service.telemetry.logs import CallersThatLeft, CallFields
 

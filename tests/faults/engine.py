@@ -18,7 +18,7 @@ from loraplex_engine import __main__ as entry
 from loraplex_engine.link.bus import EngineBus
 from loraplex_engine.link.messages import AddRequest, FromEngine, StepOutput, ToEngine
 from loraplex_engine.process import Core, Progress
-from loraplex_service.app import LaunchFor
+from loraplex_service.assembly import LaunchFor
 from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.supervisor import EngineProcess, Launch
 

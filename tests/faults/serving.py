@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from loraplex_adapters.key import AdapterKey
 from loraplex_engine.link.messages import EngineStats
 from loraplex_service.adapters.config import AdapterConfig
-from loraplex_service.app import Addresses, Application, LaunchFor, running
+from loraplex_service.app import Addresses, running
+from loraplex_service.assembly import Application, LaunchFor
 from loraplex_service.config import ServiceConfig
 from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
 from tests.e2e.conftest import DEMO, END_SECONDS, MODELS

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from loraplex_service.app import engine_processes
-from loraplex_service.config import ConfigError, ServiceConfig, load_config
+from loraplex_service.config import ServiceConfig, load_config
+from loraplex_service.config_file import ConfigError
 from loraplex_service.models.config import HostedModelConfig
 from tests.faults.engine import FAULTS, LOSSES
 

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from loraplex import AsyncAdminClient, AsyncClient
 from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.admission.tenants import TenantConfig
-from loraplex_service.app import Addresses, Application, running
+from loraplex_service.app import Addresses, running
+from loraplex_service.assembly import Application
 from loraplex_service.config import ServiceConfig
 from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
 from tests.service.scripted_engine import ScriptedCore, ThreadedEngines

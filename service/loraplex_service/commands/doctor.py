@@ -15,7 +15,8 @@ from typing import Any, Final, Literal
 
 import click
 
-from loraplex_service.config import ConfigError, ServiceConfig, load_config
+from loraplex_service.config import ServiceConfig, load_config
+from loraplex_service.config_file import ConfigError
 from loraplex_service.models.config import HostedModelConfig
 
 GIB: Final = 1 << 30

@@ -8,7 +8,7 @@ import click
 import uvloop
 
 from loraplex_engine.link.logs import set_up_logging
-from loraplex_service.config import ConfigError
+from loraplex_service.config_file import ConfigError
 from loraplex_service.picker.config import PickerConfig, load_picker_config
 from loraplex_service.picker.process import picking
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import msgspec
 
-from loraplex_service.config import LOOPBACK_HOSTS, ConfigError, read_yaml
+from loraplex_service.config import LOOPBACK_HOSTS
 from loraplex_service.config_checks import Shape, number_problems
+from loraplex_service.config_file import ConfigError, read_yaml
 
 MAX_PORT = 65535
 

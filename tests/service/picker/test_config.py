@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_service.config import ConfigError
+from loraplex_service.config_file import ConfigError
 from loraplex_service.picker.config import PickerConfig, ReplicasConfig, load_picker_config
 
 REPLICAS = "replicas: [{host: loraplex-replicas}]\n"
