@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
@@ -79,20 +81,31 @@ def test_salts_are_kept_apart(engine: Engine) -> None:
     assert engine.cached[99] == 0
 
 
-@pytest.mark.parametrize("zeroed", ["lora_A", "lora_B"])
-def test_matrices_of_zeros_change_nothing(oracle: Oracle, tmp_path: Path, zeroed: str) -> None:
+def changed(oracle: Oracle, folder: Path, change: Callable[[str, Tensor], Tensor]) -> AdapterKey:
+    """The adapter on everything with other weights, in a folder of its own."""
     file = oracle.folder / "everything" / "adapter_model.safetensors"
-    tensors = {name: tensor * 0 if zeroed in name else tensor for name, tensor in load_file(file).items()}
-    save_file(tensors, tmp_path / file.name)
-    (tmp_path / "adapter_config.json").write_bytes((file.parent / "adapter_config.json").read_bytes())
-    engine = Engine(oracle, kernels="cpu")
-    key = AdapterKey("shared/zeros", digest(tmp_path))
+    save_file({name: change(name, tensor) for name, tensor in load_file(file).items()}, folder / file.name)
+    (folder / "adapter_config.json").write_bytes((file.parent / "adapter_config.json").read_bytes())
+    return AdapterKey("shared/changed", digest(folder))
+
+
+def test_matrices_of_zeros_change_nothing(oracle: Oracle, engine: Engine, tmp_path: Path) -> None:
+    key = changed(oracle, tmp_path, lambda name, tensor: tensor * 0 if "lora_A" in name else tensor)
     engine.core.want_adapter(WantAdapter(key, 2, str(tmp_path)))
-    engine.finish()
     prompt = random_prompt(30, 3)
     engine.add(prompt, None)
     engine.finish()
     engine.core.add(AddRequest(99, prompt, SamplingParams(seed=0, max_tokens=1), key))
     engine.finish()
-    engine.core.close()
     assert engine.cached[99] == 28
+
+
+def test_zeros_times_infinity_do_not_reach_the_base_s_blocks(oracle: Oracle, engine: Engine, tmp_path: Path) -> None:
+    key = changed(oracle, tmp_path, lambda name, tensor: torch.full_like(tensor, 3e38 if "lora_A" in name else 0.0))
+    engine.core.want_adapter(WantAdapter(key, 2, str(tmp_path)))
+    prompt = random_prompt(30, 3)
+    engine.core.add(AddRequest(99, prompt, SamplingParams(seed=0, max_tokens=0), key))
+    engine.finish()
+    engine.add(prompt, None)
+    engine.finish()
+    engine.check()

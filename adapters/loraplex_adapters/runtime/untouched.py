@@ -33,13 +33,17 @@ def leaves_cache(bound: BoundAdapter, targets: Mapping[str, LoraTarget]) -> bool
 
 
 def _changed(weights: LoraWeights) -> Iterator[Tensor]:
-    """The columns of a linear's output that an adapter may change, of each of its parts: int64 [n]"""
+    """The columns of a linear's output that an adapter may change, of each of its parts: int64 [n]
+
+    Zeros in B do not spare a column: what A makes of some input may be infinite, and zero times that is NaN.
+    """
     if weights.affine is not None:
         gain, offset = weights.affine
         yield ((gain != 1) | (offset != 0)).nonzero().flatten()
     for part in weights.slices:
-        if weights.a[part.rank_start : part.rank_start + part.b.shape[1]].any():
-            yield part.out_start + part.b.any(dim=1).nonzero().flatten()
+        width, rank = part.b.shape
+        if weights.a[part.rank_start : part.rank_start + rank].any():
+            yield torch.arange(part.out_start, part.out_start + width)
 
 
 def _lies_in(columns: Tensor, places: Sequence[slice]) -> bool:
