@@ -98,6 +98,19 @@ def test_an_engine_that_computes_otherwise_finds_nothing(model: Path, tmp_path: 
     successor.core.close()
 
 
+def test_an_engine_of_another_version_finds_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = {"disk_cache_bytes": 1 << 20, "disk_cache_directory": str(tmp_path / "cache")}
+    engine = Engine(model, **disk)
+    engine.run(1)
+    engine.core.close()
+    monkeypatch.setattr("loraplex_engine.execution.cache_identity.version", lambda name: "0.0.1")
+    successor = Engine(model, **disk)
+    assert successor.run(1)[1:] == (0, PROMPT_TOKENS)
+    successor.core.close()
+
+
 def test_without_the_keys_there_is_nothing_of_it(model: Path) -> None:
     engine = Engine(model, host_cache_bytes=0)
     assert engine.core.tiers is engine.core.blocks.host is engine.core.runner.host_cache is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -48,8 +49,8 @@ def cache_identity(config: EngineConfig, path: Path, runner: ModelRunner) -> byt
         "length": runner.max_model_len,  # rotations may be stretched to it
         "types": [str(model.dtype), str(runner.kv_dtype)],
         "parts": [[str(part.dtype), *part.shape[1:]] for layer in runner.kv_cache for part in layer.tensors()],
-        "kernels": [ops.name, ops.kv_layout],
+        "kernels": [ops.name, ops.kv_layout, ops.compiled_for],
         "device": str(ops.device.type),
-        "torch": str(torch.__version__),
+        "versions": [version("loraplex-server"), str(torch.__version__)],
     }
     return blake2b(msgspec.json.encode(parts), digest_size=32).digest()

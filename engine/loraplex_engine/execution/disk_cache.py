@@ -16,6 +16,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from queue import SimpleQueue
@@ -139,17 +140,18 @@ class DiskCache(Disk):
     # ---- in the threads --------------------------------------------------------------------------------------------
 
     def _write(self, block_hash: bytes, name: str, slot: int) -> None:
-        problem = ""
+        problem, unfinished = "", self._directory / f"{name}{UNFINISHED}"
         try:
             self._settle()
             content = self._slots[slot].data
-            unfinished = self._directory / f"{name}{UNFINISHED}"
-            with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+            with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(content)
                 file.write(self._seal(name, content))
             unfinished.rename(self._directory / name)
         except Exception as error:
             problem = f"cannot be written: {error}"
+            with suppress(OSError):  # what is half written counts in no budget
+                unfinished.unlink()
         self._finished.put(Finished(block_hash, was_read=False, problem=problem))
 
     def _read(self, block_hash: bytes, name: str, slot: int) -> None:

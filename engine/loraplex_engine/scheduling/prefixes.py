@@ -121,6 +121,8 @@ class PrefixPreparer(Preparer):
         for block_hash in absent:
             if self._host.slot(block_hash) is not None:
                 self._kept.append(block_hash)
+            elif block_hash not in self._host.disk:
+                break  # room for those before has cost the host its only copy
             else:
                 slot = self._host.reserve(block_hash)
                 if slot is None:

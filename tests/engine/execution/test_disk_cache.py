@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -196,6 +197,35 @@ def test_a_full_disk_is_a_miss(directory: Path) -> None:
     assert "cannot be written" in done.problem
     assert not bench.read(1)
     assert bench.disk.used_bytes == 0
+
+
+def test_what_could_not_be_written_to_its_end_leaves_nothing(directory: Path) -> None:
+    bench = Bench(directory)
+    kept, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE - 1, limit))
+    try:
+        bench.disk.write(bytes([1]), 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kept, limit))
+    [done] = bench.disk.finished()
+    assert "File too large" in done.problem
+    assert {file.name for file in directory.iterdir()} == {"key", "lock"}
+
+
+@pytest.mark.parametrize("lay", [os.mkfifo, lambda path: os.link(path.parent / "notes", path)])
+def test_nothing_is_written_into_what_lies_at_the_place(directory: Path, lay: Callable[[Path], None]) -> None:
+    bench = Bench(directory)
+    bench.write(1)
+    [file] = bench.files()
+    bench.disk.forget(bytes([1]))
+    (directory / "notes").write_text("somebody's own")
+    lay(directory / f"{file.name}.unfinished")
+    bench.disk.write(bytes([1]), 0)
+    [done] = bench.disk.finished()
+    assert "File exists" in done.problem
+    assert (directory / "notes").read_text() == "somebody's own"
+    bench.write(1)
+    assert bench.read(1), "the next attempt finds the place free"
 
 
 def test_the_directory_is_the_server_s_alone(directory: Path) -> None:

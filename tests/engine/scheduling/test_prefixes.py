@@ -52,6 +52,7 @@ class FakeDisk(Disk):
         return True
 
     def read(self, block_hash: bytes, slot: int) -> None:
+        assert block_hash in self.files, "only what is there is read"
         self.begun.append((block_hash, slot, True))
 
     def forget(self, block_hash: bytes) -> None:
@@ -307,6 +308,24 @@ def test_others_go_on_while_the_disk_is_read():
     shares = [[item.request.request_id for item in engine.step().scheduled] for _ in range(6)]
     assert shares == [[other.request_id]] * 6
     engine.finish()
+
+
+def test_a_copy_that_gives_way_to_what_is_read_before_it_is_computed():
+    engine = Engine(num_slots=6)
+    engine.run(LONG)
+    engine.fill()
+    engine.disk.go_on()
+    engine.prefixes.poll()
+    wanted = Request(AddRequest(99, LONG, SamplingParams(seed=0, max_tokens=1)), 99, 0.0)
+    first, *others = engine.blocks.reusable(wanted)
+    engine.disk.files = {first: engine.disk.files[first]}
+    engine.host.forget(first)
+    engine.host.reserve(b"of another prefix")  # what is read takes the place of one that the host alone has
+    assert [engine.host.slot(each) is not None for each in others] == [True] * 5 + [False]
+    again = engine.run(LONG)
+    assert engine.tokens[again.request_id] == isolated(LONG, 1)
+    assert again.num_cached_tokens > 0
+    engine.check()
 
 
 def test_what_the_disk_cannot_read_is_computed():
