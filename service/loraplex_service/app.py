@@ -118,7 +118,8 @@ async def _start_metrics(app: Application, stack: AsyncExitStack) -> str | None:
     from loraplex_service.control.metrics_page import MetricsPage, metrics_server
 
     fleet = None if app.replica is None else app.replica.state.figures
-    served = Served(app.telemetry, app.host.all, app.registry.requests, lambda: app.admission.draining, fleet)
+    draining, sequences = lambda: app.admission.draining, lambda: app.admission.sequences
+    served = Served(app.telemetry, app.host.all, app.registry.requests, draining, sequences, fleet)
     page = MetricsPage(served, asyncio.get_running_loop())
     return await stack.enter_async_context(metrics_server(page, app.config.metrics_listen))
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -201,6 +201,11 @@ class Admission:
     def idle(self) -> bool:
         """Whether nothing is in flight."""
         return self._num_requests == 0
+
+    @property
+    def sequences(self) -> Mapping[str, int]:
+        """The sequences in flight of each model that has had some."""
+        return {model: in_flight.all.sequences for model, in_flight in self._models.items()}
 
     async def wait_idle(self) -> None:
         """Wait until nothing is in flight."""

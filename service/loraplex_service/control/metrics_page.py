@@ -93,6 +93,10 @@ def families(shown: Snapshot) -> Iterator[Metric]:
 def _brief_families(shown: Snapshot) -> Iterator[Metric]:
     """Those that routers read: they have no row for each adapter that is only on disk, or was ever used."""
     yield gauge_family("loraplex_draining", "1 once the server accepts no new requests.", (), [((), shown.draining)])
+    let_in = [((model.name,), float(shown.sequences.get(model.name, 0))) for model in shown.models]
+    yield gauge_family(
+        "loraplex_in_flight_sequences", "Sequences that were let in and have not ended.", ("model",), let_in
+    )
     engines = [(model, model.engine) for model in shown.models if model.engine is not None]
     stats = [(model, engine.stats) for model, engine in engines if engine.stats is not None]
     for name, alias, text, value in _GAUGES:

@@ -22,6 +22,7 @@ class Served(NamedTuple):
     models: Callable[[], Sequence[HostedModel]]
     adapter_requests: Callable[[str], Sequence[tuple[AdapterKey, int]]]  # of a model: in flight, by version
     draining: Callable[[], bool]
+    sequences: Callable[[], Mapping[str, int]]  # in flight, by model
     fleet: FleetFigures | None = None  # None: the server is on its own
 
     def snapshot(self) -> "Snapshot":
@@ -31,6 +32,7 @@ class Served(NamedTuple):
             None if usage is None else usage.num_waiting,
             self.draining(),
             [_model(model, self.adapter_requests(model.name)) for model in self.models()],
+            self.sequences(),
             copy(self.fleet),
         )
 
@@ -42,6 +44,7 @@ class Snapshot(NamedTuple):
     usage_waiting: int | None  # None: no records are kept
     draining: bool
     models: Sequence["ModelSnapshot"]
+    sequences: Mapping[str, int]  # in flight, by model
     fleet: FleetFigures | None = None  # None: the server is on its own
 
 

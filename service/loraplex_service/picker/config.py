@@ -25,6 +25,8 @@ class ReplicasConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Describe every value that is out of range; empty: none is."""
         if not self.host:
             yield "host is empty: give a name or an address"
+        elif not _can_be_asked_for(self.host):
+            yield f"host {self.host!r} is no name: its parts have 1 to 63 characters"
         for name in ("data_port", "http_port", "health_port", "metrics_port"):
             port = getattr(self, name)
             if port is not None and not 1 <= port <= MAX_PORT:
@@ -42,8 +44,8 @@ class PickerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scrape_seconds: float = 0.25  # between two looks at a replica's metrics
     stale_seconds: float = 3.0  # after which what a replica said counts no more
     resolve_seconds: float = 2.0  # between two looks at the addresses of a name
-    queue: int = 4  # requests that may wait at a replica before it is passed over
-    balance_factor: float = 1.5  # and of the mean that it may have
+    queue: int = 4  # requests that any replica may have
+    balance_factor: float = 1.5  # of the mean: past both, a replica is passed over
 
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range; empty: none is."""
@@ -52,6 +54,8 @@ class PickerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             yield "replicas is empty: name at least one host"
         for index, replicas in enumerate(self.replicas):
             yield from (f"replicas[{index}]: {problem}" for problem in replicas.problems())
+            if replicas in self.replicas[:index]:
+                yield f"replicas[{index}] is the same as one before: name each once"
         for key in ("listen", "metrics_listen"):
             yield from _address_problems(key, getattr(self, key), self.insecure)
         if self.stale_seconds < 2 * self.scrape_seconds:
@@ -77,6 +81,14 @@ def load_picker_config(file: Path) -> PickerConfig:
         if not problems:
             return config
     raise ConfigError(f"{file}: " + "; ".join(problems))
+
+
+def _can_be_asked_for(host: str) -> bool:
+    try:
+        host.encode("idna")  # as it is done before a name is looked up
+    except UnicodeError:
+        return False
+    return True
 
 
 def _address_problems(key: str, address: str | None, insecure: bool) -> Iterator[str]:

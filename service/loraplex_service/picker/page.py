@@ -4,7 +4,7 @@ import asyncio
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -16,10 +16,9 @@ from loraplex_service.picker.policy import Place
 LOADED: Final = "vllm:lora_adapter_loaded"
 IN_USE: Final = "vllm:lora_requests_info"
 SLOTS: Final = "vllm:max_gpu_lora_adapters"
-RUNNING: Final = "vllm:num_requests_running"
-WAITING: Final = "vllm:num_requests_waiting"
+IN_FLIGHT: Final = "loraplex_in_flight_sequences"  # of now; what an engine says of itself is of its last step
 DRAINING: Final = "loraplex_draining"
-NAMES: Final = (LOADED, IN_USE, SLOTS, RUNNING, WAITING, DRAINING)
+NAMES: Final = (LOADED, IN_USE, SLOTS, IN_FLIGHT, DRAINING)
 PATH: Final = "/metrics?" + "&".join(f"name[]={quote(name)}" for name in NAMES)
 
 MAX_BYTES: Final = 4 << 20  # of a page
@@ -27,8 +26,8 @@ MAX_SAMPLES: Final = 20_000
 MAX_VALUE: Final = 256  # characters of a label
 MAX_REQUESTS: Final = 1_000_000  # that a replica may say it has
 
-_LINE = re.compile(r"([a-z_:]{1,64})(?:\{(.*)\})? (\S{1,64})")
-_LABEL = re.compile(r'([a-z_]{1,64})="((?:[^"\\]|\\.)*)"')
+_LINE = re.compile(rf"^({'|'.join(NAMES)})(?:\{{(.*)\}})? (\S{{1,64}})$", re.MULTILINE)
+_LABEL = re.compile(r'([a-z_]{1,64}+)="((?:[^"\\]++|\\.)*+)"(?:,|$)')  # gives nothing back: a page may be one long line
 _LEVELS: Final = {"gpu": Place.DEVICE, "cpu": Place.HOST}
 
 
@@ -41,8 +40,7 @@ class Page:
     awaited: set[str] = field(default_factory=set)  # ids of adapters with requests that wait for them
     models: set[str] = field(default_factory=set)
     num_slots: int = 0
-    num_running: int = 0
-    num_waiting: int = 0
+    num_requests: int = 0  # that it has let in, whatever has become of them
     is_draining: bool = False
 
     def place(self, adapter: Wanted) -> Place:
@@ -54,7 +52,7 @@ class Page:
             return Place.ACTIVE  # it is no adapter
         if adapter.adapter in self.awaited:
             return Place.DEVICE
-        if len(self.in_use | self.awaited) >= self.num_slots:
+        if len(self.in_use) + len(self.awaited) >= self.num_slots:
             return Place.FULL
         return placed or Place.ROOM
 
@@ -96,16 +94,14 @@ def read_page(text: str) -> Page:
         elif name == SLOTS:
             page.models.add(labels.get("model_name", ""))
             page.num_slots += _count(value)
-        elif name == RUNNING:
-            page.num_running += _count(value)
-        elif name == WAITING:
-            page.num_waiting += _count(value)
+        elif name == IN_FLIGHT:
+            page.num_requests += _count(value)
         elif name == DRAINING:
             page.is_draining = value > 0
     newest = max((value for value, _ in in_use), default=0)
-    for labels in (labels for value, labels in in_use if value == newest):  # others are of before
-        page.in_use |= _split(labels.get("running_lora_adapters", ""))
-        page.awaited |= _split(labels.get("waiting_lora_adapters", ""))
+    rows = [labels for value, labels in in_use if value == newest]  # others are of before
+    page.in_use = _split(rows, "running_lora_adapters")
+    page.awaited = _split(rows, "waiting_lora_adapters")
     return page
 
 
@@ -118,19 +114,26 @@ def _put_loaded(page: Page, labels: Mapping[str, str]) -> None:
 
 
 def _samples(text: str) -> Iterator[tuple[str, Mapping[str, str], float]]:
-    for line in text.splitlines():
-        found = _LINE.fullmatch(line)
-        if found is None or found[1] not in NAMES:
-            continue
+    for name, labels, number in (found.groups() for found in _LINE.finditer(text)):
         try:
-            value = float(found[3])
+            value = float(number)
         except ValueError:
             continue
-        yield found[1], {label[1]: label[2] for label in _LABEL.finditer(found[2] or "")}, value
+        yield name, _labels(labels or ""), value
 
 
-def _split(names: str) -> set[str]:
-    return {name.strip()[:MAX_VALUE] for name in names.split(",", MAX_SAMPLES)[:MAX_SAMPLES] if name.strip()}
+def _labels(text: str) -> Mapping[str, str]:
+    """Those up to what is none."""
+    labels, end = dict[str, str](), 0
+    while label := _LABEL.match(text, end):
+        labels[label[1]], end = label[2], label.end()
+    return labels
+
+
+def _split(rows: Iterable[Mapping[str, str]], label: str) -> set[str]:
+    """The names in a label of all rows."""
+    names = (name.strip() for row in rows for name in row.get(label, "").split(","))
+    return {name[:MAX_VALUE] for name in islice(filter(None, names), MAX_SAMPLES)}
 
 
 def _count(value: float) -> int:

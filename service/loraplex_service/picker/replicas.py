@@ -21,7 +21,6 @@ from loraplex_service.picker.policy import Health, Place, Standing
 logger = logging.getLogger(__name__)
 
 MAX_ADDRESSES: Final = 256  # of one name
-MAX_BURST: Final = 16  # requests sent there since its page was read that need not wait: most have begun, or ended
 MAX_EXPECTED: Final = 1024  # adapters that are on their way to a replica
 EXPECT_SECONDS: Final = 5.0  # that an adapter is taken to be on its way, where the page does not show it before
 RETRY_SECONDS: Final = (0.2, 2.0)  # between two attempts to hear of a replica's health: the first, and the longest
@@ -39,11 +38,11 @@ class Replica:
     def __init__(self, address: str, ports: ReplicasConfig, clock: Callable[[], float]) -> None:
         self.address = address
         self.ports = ports
-        self.health = Health.DEAD  # until it is heard of
+        self.health = Health.UNKNOWN
         self._clock = clock
         self._page = Page()
         self._page_time = float("-inf")
-        self._given = 0  # requests that were sent there, in all
+        self.num_given = 0  # requests that were sent there, in all
         self._given_before_page = 0
         self._expected = OrderedDict[Wanted, float]()  # adapters that were asked for there, and until when that counts
 
@@ -54,19 +53,18 @@ class Replica:
 
     def standing(self, asked: Asked, endpoint: str, stale_seconds: float) -> Standing:
         """How it stands to a request."""
-        page, given = self._page, self._given - self._given_before_page
+        page, given = self._page, self.num_given - self._given_before_page
         return Standing(
             endpoint,
             Health.DRAINING if page.is_draining and self.health is Health.SERVING else self.health,
             self._clock() - self._page_time <= stale_seconds,
             min((self._place(adapter) for adapter in asked.adapters), default=Place.FULL),
-            page.num_running + page.num_waiting + given,
-            page.num_waiting + max(0, given - MAX_BURST),
+            page.num_requests + given,
         )
 
     def give(self, asked: Asked) -> None:
         """Note that a request goes there: its page does not show it yet."""
-        self._given += 1
+        self.num_given += 1
         for adapter in asked.adapters:
             self._expected.pop(adapter, None)
             self._expected[adapter] = self._clock() + EXPECT_SECONDS
@@ -75,7 +73,7 @@ class Replica:
 
     async def read(self) -> None:
         """Read its page anew. Raises OSError, ValueError."""
-        given, now = self._given, self._clock()
+        given, now = self.num_given, self._clock()
         text = await fetch_page(self.address, self.ports.metrics_port)
         self.learn(await asyncio.to_thread(read_page, text), now, given)
 

@@ -75,6 +75,13 @@ def test_room_is_given_back_however_a_request_ends() -> None:
     assert refusal(policy, "m", 1) == ""
 
 
+def test_sequences_are_in_flight_from_when_they_are_let_in_to_their_end() -> None:
+    policy = admission()
+    with policy.enter("m", SMALL, 1, 2, 1), policy.enter("m", SMALL, 1, 1, 1):
+        assert policy.sequences == {"m": 3}
+    assert policy.sequences == {"m": 0}
+
+
 def test_when_draining_nothing_is_let_in() -> None:
     policy = admission()
     policy.close()

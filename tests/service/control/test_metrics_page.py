@@ -102,6 +102,12 @@ async def test_a_weighted_sum_that_runs_shows_at_each_of_its_adapters(control: C
     assert info["waiting_lora_adapters"] == ""
 
 
+async def test_sequences_that_were_let_in_are_in_flight(control: ControlPlane) -> None:
+    async with control.client.stream_generate("tiny", "abc", max_tokens=1_000_000, n=2) as stream:
+        await anext(stream)
+        assert (await scrape(control)).value("loraplex_in_flight_sequences", model="tiny") == 2
+
+
 async def test_an_adapter_in_memory_shows_by_the_name_that_requests_have_for_it(control: ControlPlane) -> None:
     await create(control, "pirate")
     await control.client.generate("pirate", "abc", max_tokens=2)

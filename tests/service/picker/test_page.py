@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -22,8 +24,8 @@ vllm:lora_adapter_loaded{adapter_name="gone",level="gpu",model_name="m",pinned="
 vllm:lora_requests_info{max_lora="4",running_lora_adapters="old",waiting_lora_adapters=""} 1.0
 vllm:lora_requests_info{max_lora="4",running_lora_adapters="busy",waiting_lora_adapters="coming"} 2.0
 vllm:max_gpu_lora_adapters{model_name="m"} 4.0
-vllm:num_requests_running{model_name="m"} 3.0
-vllm:num_requests_waiting{model_name="m"} 2.0
+loraplex_in_flight_sequences{model="m"} 3.0
+loraplex_in_flight_sequences{model="n"} 2.0
 loraplex_draining 0.0
 something_else{a="b"} 1.0
 """
@@ -59,7 +61,7 @@ def test_without_a_slot_that_is_free_an_adapter_has_no_room() -> None:
 
 def test_a_page_says_how_much_there_is_to_do() -> None:
     page = read_page(PAGE)
-    assert (page.num_running, page.num_waiting, page.is_draining) == (3, 2, False)
+    assert (page.num_requests, page.is_draining) == (5, False)
     assert read_page("loraplex_draining 1.0").is_draining
 
 
@@ -71,13 +73,36 @@ def test_no_page_is_too_strange(text: str) -> None:
 
 @pytest.mark.parametrize("value", ["1e300", "inf", "nan", "-5", "0x10", "1_0"])
 def test_counts_stay_within_reason(value: str) -> None:
-    assert 0 <= read_page(f"vllm:num_requests_waiting {value}").num_waiting <= MAX_REQUESTS
+    assert 0 <= read_page(f"loraplex_in_flight_sequences {value}").num_requests <= MAX_REQUESTS
 
 
 def test_a_replica_with_adapters_without_end_takes_no_more_than_its_share() -> None:
     line = 'vllm:lora_adapter_loaded{{level="gpu",adapter_name="{}"}} 1'
     page = read_page("\n".join(line.format(number) for number in range(2 * MAX_SAMPLES)))
     assert len(page.loaded) == MAX_SAMPLES
+
+
+def test_a_replica_with_names_without_end_in_use_takes_no_more_than_its_share() -> None:
+    names = [str(number) for number in range(2 * MAX_SAMPLES)]
+    rows = (names[::2], names[1::2])
+    page = read_page("\n".join(f'vllm:lora_requests_info{{running_lora_adapters="{",".join(row)}"}} 1' for row in rows))
+    assert len(page.in_use) == MAX_SAMPLES
+
+
+@pytest.mark.parametrize(
+    "labels",
+    ["a" * MAX_BYTES, 'a="' + "x" * MAX_BYTES, 'a="' + 'b=\\"' * (MAX_BYTES // 4)],
+    ids=["name", "value", "quotes"],
+)
+def test_a_page_of_one_long_line_is_read_in_the_time_and_memory_of_any(labels: str) -> None:
+    began = time.process_time()
+    tracemalloc.start()
+    try:
+        read_page(f"vllm:lora_adapter_loaded{{{labels}}} 1\n")
+        assert tracemalloc.get_traced_memory()[1] < 8 * MAX_BYTES
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - began < 5  # backtracking takes half a minute
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from loraplex_service.picker.asked import Asked, Wanted
 from loraplex_service.picker.config import ReplicasConfig
 from loraplex_service.picker.page import Page
 from loraplex_service.picker.policy import Health, Place, Standing
-from loraplex_service.picker.replicas import EXPECT_SECONDS, MAX_BURST, MAX_EXPECTED, Replica
+from loraplex_service.picker.replicas import EXPECT_SECONDS, MAX_EXPECTED, Replica
 
 LEGAL = Asked((Wanted(None, "legal"),))
 STALE = 3.0
@@ -39,9 +39,9 @@ def standing(replica: Replica, asked: Asked = LEGAL) -> Standing:
     return replica.standing(asked, "10.0.0.1:50051", STALE)
 
 
-def test_one_that_was_never_heard_of_is_dead(clock: Clock) -> None:
+def test_one_that_was_never_heard_of_is_not_known(clock: Clock) -> None:
     found = standing(Replica("10.0.0.1", ReplicasConfig("replicas"), clock))
-    assert (found.health, found.is_fresh) == (Health.DEAD, False)
+    assert (found.health, found.is_fresh) == (Health.UNKNOWN, False)
 
 
 def test_what_it_said_counts_no_more_after_a_while(replica: Replica, clock: Clock) -> None:
@@ -55,16 +55,8 @@ def test_what_was_given_since_its_page_counts(replica: Replica, clock: Clock) ->
     replica.give(LEGAL)
     replica.give(Asked())
     assert standing(replica).num_requests == 2
-    replica.learn(Page(num_slots=4, num_running=1), clock.now, given=1)
+    replica.learn(Page(num_slots=4, num_requests=1), clock.now, given=1)
     assert standing(replica).num_requests == 2
-
-
-def test_of_many_that_were_given_at_once_some_wait(replica: Replica) -> None:
-    for _ in range(MAX_BURST):
-        replica.give(LEGAL)
-    assert standing(replica).num_waiting == 0
-    replica.give(LEGAL)
-    assert standing(replica).num_waiting == 1
 
 
 def test_an_adapter_is_expected_where_it_was_asked_for_until_the_page_should_show_it(
