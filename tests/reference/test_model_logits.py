@@ -390,7 +390,7 @@ class Stepper:
         self.done = [0] * len(sequences)
         self.logits: list[list[Tensor]] = [[] for _ in sequences]
         ops = ops or select_ops(torch.device("cpu"), "reference")
-        self.kv = create_kv_cache(model.config, ops, NUM_BLOCKS, BLOCK_SIZE, model.dtype)
+        self.kv = create_kv_cache(model, ops, NUM_BLOCKS, BLOCK_SIZE, model.dtype)
         shuffled = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(5)).tolist()
         per_sequence = NUM_BLOCKS // len(sequences)
         self.blocks = [shuffled[i * per_sequence : (i + 1) * per_sequence] for i in range(len(sequences))]

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.key import AdapterKey
 
 # From the name of a tensor and this rank's part of its sum to the sum over all ranks. Waits for them.
@@ -28,11 +29,14 @@ class Mirror(Protocol):
     def total(self, number: int) -> Total:
         """How a load, in its own thread, adds up what each rank has a part of."""
 
-    def finish(self, number: int, problems: list[str]) -> list[str]:
-        """Say how a load has ended here and wait for the others, in its own thread → their problems."""
+    def finish(self, number: int, rejected: AdapterRejected | None) -> AdapterRejected | None:
+        """Say how a load has ended here and wait for the others, in its own thread → why another failed.
+
+        None: well.
+        """
 
     def forget(self, number: int) -> None:
-        """Have them drop what was loaded."""
+        """Have them drop what they have read, if they could read it."""
 
     def put(self, slot: int, number: int) -> None:
         """Have them put what was loaded into a slot, before the next step."""
@@ -50,8 +54,8 @@ class NoMirror:
     def total(self, number: int) -> Total:
         return own_total
 
-    def finish(self, number: int, problems: list[str]) -> list[str]:
-        return []
+    def finish(self, number: int, rejected: AdapterRejected | None) -> AdapterRejected | None:
+        return None
 
     def forget(self, number: int) -> None:
         pass

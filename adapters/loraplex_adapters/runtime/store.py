@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +41,7 @@ class FinishedLoad:
     loaded: LoadedAdapter | None
     problems: list[str] = field(default_factory=list)
     reason: str = INVALID  # their kind
+    number: int = 0  # as other ranks have it
 
 
 @dataclass(slots=True)
@@ -88,6 +89,17 @@ def begin_loader(default_threads: int) -> None:
     """Make this thread one that reads adapters."""
     compute_alone(default_threads)
     give_way()
+
+
+def rejection(key: AdapterKey, paths: Sequence[Path], error: Exception) -> AdapterRejected:
+    """What a load that ended with this error says of the adapter."""
+    if isinstance(error, AdapterRejected):
+        return error
+    if isinstance(error, OSError):
+        names = ", ".join(path.name for path in paths)
+        return AdapterRejected([f"{names}: cannot be read: {error.strerror or error}"], UNREADABLE)
+    logger.error("adapter %s: unexpected failure while loading", key, exc_info=error)
+    return AdapterRejected([f"unexpected failure while loading: {type(error).__name__}: {error}"])
 
 
 class AdapterStore:
@@ -146,7 +158,8 @@ class AdapterStore:
         source.paths, source.is_hashed = (path,), is_hashed
         if key in self._loaded:
             self._num_in_flight += 1
-            self._finished.put((source, FinishedLoad(key, self._loaded[key])))
+            loaded = self._loaded[key]
+            self._finished.put((source, FinishedLoad(key, loaded, number=loaded.number)))
         elif not source.loading:
             self._start(key, source)
 
@@ -232,13 +245,17 @@ class AdapterStore:
 
     def _read(self, key: AdapterKey, source: _Source, is_hashed: bool, number: int) -> None:
         """Read an adapter, in a loader thread, as all ranks do."""
-        finished = self._finished_load(key, source, is_hashed, number)
-        problems = self._mirror.finish(number, finished.problems)
-        if finished.loaded is not None and problems:
-            finished = FinishedLoad(key, None, problems)
+        loaded, rejected = self._loaded_or_not(key, source, is_hashed, number)
+        rejected = self._mirror.finish(number, rejected) or rejected
+        if rejected is None:
+            finished = FinishedLoad(key, loaded, number=number)
+        else:
+            finished = FinishedLoad(key, None, rejected.problems, rejected.reason, number)
         self._finished.put((source, finished))
 
-    def _finished_load(self, key: AdapterKey, source: _Source, is_hashed: bool, number: int) -> FinishedLoad:
+    def _loaded_or_not(
+        self, key: AdapterKey, source: _Source, is_hashed: bool, number: int
+    ) -> tuple[LoadedAdapter | None, AdapterRejected | None]:
         started = time.perf_counter()
         rest = self.pace.begin()
         try:
@@ -247,27 +264,21 @@ class AdapterStore:
             else:
                 total = self._mirror.total(number)
                 loaded = self._load(key, *source.paths, rest=rest, is_hashed=is_hashed, total=total)
-            finished = FinishedLoad(key, replace(loaded, number=number))
-        except AdapterRejected as rejected:
-            finished = FinishedLoad(key, None, rejected.problems, rejected.reason)
-        except OSError as error:
-            names = ", ".join(path.name for path in source.paths)
-            problem = f"{names}: cannot be read: {error.strerror or error}"
-            finished = FinishedLoad(key, None, [problem], UNREADABLE)
+            return replace(loaded, number=number), None
         except Exception as error:  # whatever is in the files must not silence the request that waits for them
-            logger.exception("adapter %s: unexpected failure while loading", key)
-            finished = FinishedLoad(key, None, [f"unexpected failure while loading: {type(error).__name__}: {error}"])
-        logger.info("adapter %s: read in %.3f s", key, time.perf_counter() - started)
-        return finished
+            return None, rejection(key, source.paths, error)
+        finally:
+            logger.info("adapter %s: read in %.3f s", key, time.perf_counter() - started)
 
     def _take_in(self, source: _Source, finished: FinishedLoad) -> FinishedLoad:
         key, loaded = finished.key, finished.loaded
         source.loading = False
         if loaded is not None and loaded.nbytes > self._budget_bytes:
             problem = f"it needs {loaded.nbytes} bytes of host memory, all adapters together may use "
-            self._mirror.forget(loaded.number)
-            finished, loaded = FinishedLoad(key, None, [f"{problem}{self._budget_bytes}"], TOO_LARGE), None
+            finished = FinishedLoad(key, None, [f"{problem}{self._budget_bytes}"], TOO_LARGE, finished.number)
+            loaded = None
         if loaded is None:
+            self._forget(finished)
             pause = min(FIRST_BACKOFF_SECONDS * 2.0**source.num_failures, MAX_BACKOFF_SECONDS)
             source.problems, source.reason = finished.problems, finished.reason
             source.num_failures += 1
@@ -284,9 +295,8 @@ class AdapterStore:
 
     def _forget(self, finished: FinishedLoad) -> None:
         """Have other ranks drop what is not kept here."""
-        held = self._loaded.get(finished.key)
-        if finished.loaded is not None and finished.loaded is not held:
-            self._mirror.forget(finished.loaded.number)
+        if finished.loaded is None or finished.loaded is not self._loaded.get(finished.key):
+            self._mirror.forget(finished.number)
 
     def _note_move(self, key: AdapterKey) -> None:
         if not key.parts:  # the tier of a composition is never asked for

@@ -15,7 +15,7 @@ import torch
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.runtime.layer import Site
-from loraplex_adapters.runtime.store import begin_loader
+from loraplex_adapters.runtime.store import begin_loader, rejection
 from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_composition
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.device import free_bytes
@@ -110,16 +110,12 @@ class FollowedAdapters:
             site.table.remove(slot)
 
     def _read(self, number: int, key: AdapterKey, paths: list[Path]) -> None:
+        rejected: AdapterRejected | None = None
         try:
             if key.parts:
-                loaded = self._load_composition(key, paths)
+                self._loaded[number] = self._load_composition(key, paths)
             else:
-                loaded = self._load(key, *paths, total=self._notes.total(number))
-            self._loaded[number] = loaded
-            problems: list[str] = []
-        except AdapterRejected as rejected:
-            problems = rejected.problems
-        except Exception as error:  # whatever is in the files must not silence the request that waits for them
-            logger.exception("adapter %s: could not be read", key)
-            problems = [f"it could not be read: {type(error).__name__}: {error}"]
-        self._notes.tell(number, problems)
+                self._loaded[number] = self._load(key, *paths, total=self._notes.total(number))
+        except Exception as error:  # as on the first rank
+            rejected = rejection(key, paths, error)
+        self._notes.tell(number, rejected)

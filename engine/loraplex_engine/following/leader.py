@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.runtime.mirror import Total
 from loraplex_engine.checkpoint.shard import Shard
@@ -96,8 +97,8 @@ class Leader:
     def total(self, number: int) -> Total:
         return self._adapters.total(number)
 
-    def finish(self, number: int, problems: list[str]) -> list[str]:
-        self._adapters.tell(number, problems)
+    def finish(self, number: int, rejected: AdapterRejected | None) -> AdapterRejected | None:
+        self._adapters.tell(number, rejected)
         return self._adapters.others(number)
 
     def forget(self, number: int) -> None:

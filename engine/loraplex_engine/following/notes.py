@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 import numpy as np
 import torch
@@ -15,6 +13,14 @@ from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.ranks.group import Notes, Watch
 
 
+class Outcome(msgspec.Struct, frozen=True):
+    """How a load has ended on one rank."""
+
+    sums: list[str]  # the names of the sums that it gave a part of
+    problems: list[str]  # empty: it has ended well
+    reason: str  # their kind
+
+
 class AdapterNotes:
     """What ranks tell each other of the loads of adapters."""
 
@@ -23,7 +29,7 @@ class AdapterNotes:
         self._notes = notes
         self._shard = shard
         self._watch = watch
-        self._parts: dict[int, list[str]] = {}  # the names of the sums of each load
+        self._parts: dict[int, list[str]] = {}  # the names of the sums of each load that runs
 
     def total(self, number: int) -> Total:
         """How a load adds up what each rank has a part of. Raises AdapterRejected if it has failed on another rank."""
@@ -35,23 +41,26 @@ class AdapterNotes:
 
         return total
 
-    def tell(self, number: int, problems: Sequence[str]) -> None:
+    def tell(self, number: int, rejected: AdapterRejected | None) -> None:
         """Say how a load has ended on this rank."""
-        self._notes.put(_outcome(number, self._shard.rank), msgspec.json.encode(problems))
+        problems, reason = ([], "") if rejected is None else (rejected.problems, rejected.reason)
+        outcome = Outcome(self._parts.pop(number, []), problems, reason)
+        self._notes.put(_outcome(number, self._shard.rank), msgspec.json.encode(outcome))
 
-    def others(self, number: int) -> list[str]:
-        """Wait until a load has ended on the other ranks too → their problems. Then nothing is left of its notes."""
+    def others(self, number: int) -> AdapterRejected | None:
+        """Wait until a load has ended on the other ranks too → why it failed there. Nothing is left of its notes."""
         ranks = range(self._shard.world)
-        found = [
-            msgspec.json.decode(self._notes.wait(_outcome(number, rank), self._watch), type=list[str]) for rank in ranks
-        ]
+        found = {rank: self._wait(number, rank) for rank in ranks}
         for rank in ranks:
             self._notes.remove(_outcome(number, rank))
-            for name in self._parts.get(number, ()):
+            for name in found[rank].sums:
                 self._notes.remove(_part(number, name, rank))
-        self._parts.pop(number, None)
-        own = self._shard.rank
-        return [f"rank {rank}: {each}" for rank in ranks if rank != own for each in found[rank]]
+        failed = {rank: each for rank, each in found.items() if each.problems and rank != self._shard.rank}
+        problems = [f"rank {rank}: {problem}" for rank, each in failed.items() for problem in each.problems]
+        return AdapterRejected(problems, min(failed.items())[1].reason) if failed else None
+
+    def _wait(self, number: int, rank: int) -> Outcome:
+        return msgspec.json.decode(self._notes.wait(_outcome(number, rank), self._watch), type=Outcome)
 
     def _part(self, number: int, name: str, rank: int) -> Tensor:
         def watch() -> None:

@@ -2,7 +2,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex_adapters.errors import AdapterRejected
+from loraplex_adapters.errors import UNREADABLE, AdapterRejected
 from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.runtime.mirror import NO_MIRROR, Mirror, NoMirror
 from loraplex_adapters.runtime.store import LOADER_NICENESS, AdapterStore, compute_alone, give_way
 from loraplex_adapters.runtime.targets import LoraTarget
 
@@ -41,6 +42,24 @@ class ByHand(Executor):
             self.run()
 
 
+class OtherRanks(NoMirror):
+    """Ranks to whom a load ends as the test says."""
+
+    def __init__(self, rejected: AdapterRejected | None = None) -> None:
+        self.rejected = rejected
+        self.held: set[int] = set()
+
+    def load(self, key: AdapterKey, paths: Sequence[Path]) -> int:
+        self.held.add(7)
+        return 7
+
+    def finish(self, number: int, rejected: AdapterRejected | None) -> AdapterRejected | None:
+        return self.rejected
+
+    def forget(self, number: int) -> None:
+        self.held.remove(number)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 100.0
@@ -61,7 +80,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def make_store(targets: dict[str, LoraTarget], executor: ByHand, clock: Clock) -> Callable[..., AdapterStore]:
-    def make(budget_bytes: int = 10 * ADAPTER_BYTES) -> AdapterStore:
+    def make(budget_bytes: int = 10 * ADAPTER_BYTES, mirror: Mirror = NO_MIRROR) -> AdapterStore:
         return AdapterStore(
             targets,
             torch.float32,
@@ -71,6 +90,7 @@ def make_store(targets: dict[str, LoraTarget], executor: ByHand, clock: Clock) -
             pack=lambda weights: weights,
             clock=clock,
             executor=executor,
+            mirror=mirror,
         )
 
     return make
@@ -139,6 +159,30 @@ def test_a_broken_adapter_is_reported_with_its_problems_and_blocks_nobody(
     assert "too short" in finished[bad_key].problems[0]
     assert finished[bad_key].loaded is None
     assert finished[good_key].problems == []
+
+
+def test_other_ranks_drop_what_could_not_be_read_here(
+    make_store: Callable[..., AdapterStore], executor: ByHand, make_adapter: AdapterMaker
+) -> None:
+    others = OtherRanks()
+    store = make_store(mirror=others)
+    store.register(AdapterKey("shared/bad", "0" * 64), broken(make_adapter("bad")))
+    executor.run_all()
+    assert store.poll()[0].problems
+    assert not others.held
+
+
+def test_what_one_rank_cannot_read_is_dropped_by_all_for_its_reason(
+    make_store: Callable[..., AdapterStore], executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    others = OtherRanks(AdapterRejected(["rank 1: the disk failed"], UNREADABLE))
+    store = make_store(mirror=others)
+    store.register(key_of(directory := make_adapter()), directory)
+    executor.run_all()
+    (finished,) = store.poll()
+    assert (finished.loaded, finished.problems, finished.reason) == (None, ["rank 1: the disk failed"], UNREADABLE)
+    assert not store.holds(finished.key)
+    assert not others.held
 
 
 def test_a_load_that_takes_for_ever_does_not_hold_up_the_others(

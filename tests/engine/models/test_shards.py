@@ -116,6 +116,22 @@ def test_two_ranks_give_the_logits_of_one(tmp_path: Path, kernels: str, kv_heads
     assert (two - one).abs().max() < TOLERANCE * one.abs().max()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("awq gemm", "bitsandbytes int8") else pytest.mark.long)
+        for name in FORMATS
+        if name not in ("gptq act-order", "fp8 blocks cut at the edges")  # which cannot be divided
+    ],
+)
+def test_of_every_quantised_form_two_ranks_give_the_logits_of_one(tmp_path: Path, name: str) -> None:
+    shape: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 4}
+    twins = make_twins(tmp_path, *FORMATS[name], architectures=["LlamaForCausalLM"], num_key_value_heads=2, **shape)
+    one = logits(twins.quantised, tmp_path / "one", [WHOLE], "cpu")
+    two = logits(twins.quantised, tmp_path / "two", RANKS, "cpu")
+    assert (two - one).abs().max() < TOLERANCE * one.abs().max()
+
+
 def test_a_share_that_no_rank_can_have_is_refused(tmp_path: Path) -> None:
     directory, ops = make_twins(tmp_path, *FORMATS["gptq"]).dense, select_ops(torch.device("cpu"), "reference")
     with pytest.raises(ModelError, match="in 2 units cannot be divided equally among 4 ranks"):
