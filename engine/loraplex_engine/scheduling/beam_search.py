@@ -10,15 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Generic, Protocol, Self, TypeVar
 
 from loraplex_engine.link.beams import Beams, EarlyStopping
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
-from loraplex_engine.link.sampling_params import FinishReason
-
-if TYPE_CHECKING:
-    from loraplex_engine.scheduling.block_manager import BlockManager
-    from loraplex_engine.scheduling.request import Request
+from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +27,52 @@ class Hypothesis:
     stop_token_id: int | None = None
 
 
-class Continuation(NamedTuple):
+class Beam(Protocol):
+    """A sequence of a search: a request, or one that has branched off it."""
+
+    token_ids: list[int]  # prompt, then output
+    num_prompt_tokens: int
+    sampling: SamplingParams
+
+    @property
+    def num_output_tokens(self) -> int: ...
+
+    def forked(self) -> Self: ...
+
+
+B = TypeVar("B", bound=Beam)
+B_contra = TypeVar("B_contra", bound=Beam, contravariant=True)
+
+
+class Blocks(Protocol[B_contra]):
+    """The cache that sequences have blocks of."""
+
+    def release(self, request: B_contra) -> None: ...
+
+    def fork(self, parent: B_contra, child: B_contra) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation(Generic[B]):
     """A sequence, and a token that may follow it."""
 
     total: float  # of the log-probabilities of all of its tokens
-    sequence: Request
+    sequence: B
     token_id: int
 
 
-class BeamSearch:
+class BeamSearch(Generic[B]):
     """The sequences of one request that are searched, and the best that have ended."""
 
-    def __init__(self, beams: Beams, request: Request) -> None:
+    def __init__(self, beams: Beams, request: B) -> None:
         self.beams = beams
         self.leader = request  # the request itself, which stands for all sequences
         self.sequences = [request]  # the best first
         self.ended: list[Hypothesis] = []  # the best first, at most as many as beams
         self._totals = {request: 0.0}
-        self._found: dict[Request, TokenLogprobs] = {}
+        self._found: dict[B, TokenLogprobs] = {}
 
-    def take(self, sequence: Request, found: TokenLogprobs) -> bool:
+    def take(self, sequence: B, found: TokenLogprobs) -> bool:
         """Note what may follow a sequence. Returns whether that is known of all of them."""
         self._found[sequence] = found
         return len(self._found) == len(self.sequences)
@@ -59,13 +81,13 @@ class BeamSearch:
         """Drop what may follow: the sequences are computed again."""
         self._found.clear()
 
-    def advance(self) -> list[Continuation]:
+    def advance(self) -> list[Continuation[B]]:
         """What goes on, the best first, once it is known what may follow; none: the search has ended."""
         sampling, length = self.leader.sampling, self.length + 1
         candidates = self._candidates()
         self._found.clear()
         at_end = length >= sampling.max_tokens
-        going_on: list[Continuation] = []
+        going_on: list[Continuation[B]] = []
         for place, candidate in enumerate(candidates):
             reason = self._reason(candidate.token_id, at_end)
             if reason is None:
@@ -76,13 +98,13 @@ class BeamSearch:
         going_on = going_on[: self.beams.width]
         return going_on if going_on and self._may_improve(going_on[0].total, length) else []
 
-    def branch(self, continuations: Sequence[Continuation], blocks: BlockManager) -> None:
+    def branch(self, continuations: Sequence[Continuation[B]], blocks: Blocks[B]) -> None:
         """Let sequences go on as their continuations. Those with several branch, and those with none end."""
         parents = {each.sequence for each in continuations}
         for sequence in self.sequences:
             if sequence not in parents:
                 blocks.release(sequence)
-        heirs: list[Request] = []
+        heirs: list[B] = []
         for parent in (each.sequence for each in continuations):
             heir = parent.forked() if parent in heirs else parent
             if heir is not parent:
@@ -111,7 +133,7 @@ class BeamSearch:
         """The tokens that each sequence has behind the prompt."""
         return self.sequences[0].num_output_tokens
 
-    def _candidates(self) -> list[Continuation]:
+    def _candidates(self) -> list[Continuation[B]]:
         """The best continuations of all sequences, the best first."""
         sampling = self.leader.sampling
         every = [
@@ -130,7 +152,7 @@ class BeamSearch:
             return FinishReason.STOP
         return FinishReason.MAX_TOKENS if at_end else None
 
-    def _end(self, candidate: Continuation, length: int, reason: FinishReason) -> None:
+    def _end(self, candidate: Continuation[B], length: int, reason: FinishReason) -> None:
         stop_token_id = None if reason is FinishReason.MAX_TOKENS else candidate.token_id
         self._keep(candidate.total, [*_output(candidate.sequence), candidate.token_id], reason, stop_token_id)
 
@@ -150,5 +172,5 @@ class BeamSearch:
         return bool(best_total / final**beams.length_penalty > self.ended[-1].score)
 
 
-def _output(sequence: Request) -> list[int]:
+def _output(sequence: Beam) -> list[int]:
     return sequence.token_ids[sequence.num_prompt_tokens :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from copy import copy
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -16,9 +16,6 @@ from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.scheduling.beam_search import BeamSearch
 from loraplex_engine.scheduling.form import Form
 from loraplex_engine.scheduling.token_counts import Counted, TokenCounts
-
-if TYPE_CHECKING:
-    from loraplex_engine.scheduling.step import SampledToken
 
 ENDED_BY_TOKEN = (FinishReason.STOP, FinishReason.EOS)
 NO_TOKEN: Final = -1  # at each position of an embedded part: no vocabulary has it
@@ -120,7 +117,9 @@ class Request:
         self.num_given = 0  # preparers that have given it what it needs, in the scheduler's order
         self.waits: dict[Hashable, float] = {}  # seconds that it waited for each thing that was not ready
 
-        self.search = None if message.beams is None else BeamSearch(message.beams, self)
+        self.search: BeamSearch[Request] | None = None
+        if message.beams is not None:
+            self.search = BeamSearch(message.beams, self)
         self.block_ids: list[int] = []
         self.copied_block: int | None = None  # to be copied into its last block before its next step
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were asked for
@@ -208,18 +207,18 @@ class Request:
             self.pooled.clear()
         self.pooled += part
 
-    def take_tokens(self, sampled: Sequence[SampledToken], max_model_len: int) -> Taken:
+    def take_tokens(self, token_ids: Sequence[int], max_model_len: int) -> Taken:
         """Append the tokens, up to the one that ends the request."""
-        for count, token in enumerate(sampled, 1):
-            self.token_ids.append(token.token_id)
-            reason = self._end(token.token_id, max_model_len)
+        for count, token_id in enumerate(token_ids, 1):
+            self.token_ids.append(token_id)
+            reason = self._end(token_id, max_model_len)
             if reason in ENDED_BY_TOKEN:
-                return Taken(count, reason, token.token_id)
-            if self.form is not None and self.form.take(token.token_id):
+                return Taken(count, reason, token_id)
+            if self.form is not None and self.form.take(token_id):
                 return Taken(count, FinishReason.STOP)
             if reason is not None:
                 return Taken(count, reason)
-        return Taken(len(sampled))
+        return Taken(len(token_ids))
 
     def take_prompt_logprobs(self, first: int, logprobs: Sequence[TokenLogprobs]) -> None:
         """Take what a step says of the prompt's tokens, from the position `first` on."""

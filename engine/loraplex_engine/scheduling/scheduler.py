@@ -281,20 +281,20 @@ class Scheduler:
         """Append the tokens, up to the one that ends the request."""
         request = item.request
         first = request.num_output_tokens == 0
-        count, reason, stop_token_id = request.take_tokens(sampled, self.max_model_len)
+        token_ids = [token.token_id for token in sampled]
+        count, reason, stop_token_id = request.take_tokens(token_ids, self.max_model_len)
         num_accepted = min(len(item.draft_token_ids), count - 1)
         self._keep_drafts(request, num_accepted)
         self.draft_tokens += len(item.draft_token_ids)
         self.accepted_draft_tokens += num_accepted
         self.generated_tokens += count
         self.waiting.charge(request, output_tokens=count)
-        taken = sampled[:count]
         output = RequestOutput(
             request_id=request.request_id,
-            token_ids=[token.token_id for token in taken],
+            token_ids=token_ids[:count],
             finish_reason=reason,
             stop_token_id=stop_token_id,
-            logprobs=[token.logprobs for token in taken if token.logprobs is not None] or None,
+            logprobs=[token.logprobs for token in sampled[:count] if token.logprobs is not None] or None,
             num_drafts=len(item.draft_token_ids),
             num_accepted_drafts=num_accepted,
         )
@@ -302,7 +302,9 @@ class Scheduler:
             self._finish(request, reason)
         return request.with_beginning(output) if first else output
 
-    def _take_candidates(self, sequence: Request, search: BeamSearch, token: SampledToken) -> list[RequestOutput]:
+    def _take_candidates(
+        self, sequence: Request, search: BeamSearch[Request], token: SampledToken
+    ) -> list[RequestOutput]:
         """Note what may follow a sequence of a search, which goes on once that is known of all."""
         assert token.logprobs is not None
         if not search.take(sequence, token.logprobs):
@@ -318,7 +320,7 @@ class Scheduler:
         outputs = [leader.with_beginning(taken) if first else taken]
         return outputs if continuations else outputs + self._end_search(search)
 
-    def _end_search(self, search: BeamSearch, reason: FinishReason | None = None) -> list[RequestOutput]:
+    def _end_search(self, search: BeamSearch[Request], reason: FinishReason | None = None) -> list[RequestOutput]:
         """Say what a search has found. `reason`: why it goes no further, where it has not ended by itself."""
         leader, found = search.leader, search.outputs(reason)
         self._finish(leader, found[0].finish_reason or FinishReason.MAX_TOKENS)
