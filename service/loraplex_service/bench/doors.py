@@ -41,7 +41,8 @@ class GrpcDoor:
                 if event.HasField("delta"):
                     new = event.delta.token_ids
                     tokens.extend(new)
-                    on_tokens(len(new))
+                    if new:  # not text alone, which was held back
+                        on_tokens(len(new))
         except LoraplexError as error:
             raise RequestError(str(error)) from error
         if len(tokens) != request.output:

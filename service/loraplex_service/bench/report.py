@@ -6,8 +6,9 @@ from typing import Any
 
 LATENCIES = {"ttft": "first token", "tpot": "each next", "gap": "gap", "e2e": "whole"}
 SENDER_IS_THE_LIMIT = (
-    "The load generator was the limit of this run: it used {cpu_share:.0%} of a core and was {late:.0f} ms late."
-    "\n  The server may be faster. Send less from here, or from several machines at once."
+    "The load generator was the limit of this run:"
+    "\n  it used {cpu_share:.0%} of a core and was {late:.0f} ms late. The server may be faster."
+    "\n  Send less from here, or from several machines at once."
 )
 
 
@@ -16,7 +17,10 @@ def as_text(result: dict[str, Any]) -> str:
     head = f"{result['load']}: {result['requests']} requests, {result['failed']} failed"
     lines = [head, *(f"  {count} x {error[:70]}" for error, count in result["errors"].items())]
     if "wall_seconds" in result:
+        good = result["requests"] - result["failed"]
+        prompt, output = result["prompt_tokens"] / good, result["output_tokens"] / good
         lines += [
+            f"  {prompt:.0f} prompt and {output:.0f} output tokens each, on average",
             f"  {result['output_tokens_per_second']:.1f} output tokens/s, "
             f"{result['requests_per_second']:.2f} requests/s over {result['wall_seconds']:.1f} s",
             f"  {result['share_in_time']:.0%} in time: {result['requests_in_time_per_second']:.2f} requests/s",

@@ -56,7 +56,11 @@ async def run(
         },
     }
     figures["sender"]["is_the_limit"] = is_the_limit(**figures["sender"])
-    return figures | summarise_all(good, ttft_limit, tpot_limit) if good else figures
+    if not good:
+        return figures
+    summary = summarise_all(good, ttft_limit, tpot_limit)
+    summary["share_in_time"] *= len(good) / len(records)  # who failed was not in time
+    return figures | summary
 
 
 def is_the_limit(cpu_share: float, late_p99_seconds: float) -> bool:
@@ -69,6 +73,7 @@ def summarise_all(records: Sequence[Record], ttft_limit: float, tpot_limit: floa
     summary = summarise_traffic(records, ttft_limit, tpot_limit)
     return summary | {
         "requests_per_second": len(records) / summary["wall_seconds"],
+        "prompt_tokens": sum(record.num_prompt for record in records),
         "output_tokens": sum(record.num_output for record in records),
         **percentiles("gap", [gap for record in records for gap in record.gaps]),
         **percentiles("e2e", [record.duration for record in records]),

@@ -18,7 +18,7 @@ from loraplex_service.bench.loops import Generate, RequestError
 from loraplex_service.bench.plans import LENGTH_RULE, Length, Plan, Request, make_requests, parse_length
 from loraplex_service.bench.report import as_text, draw
 from loraplex_service.bench.runs import run
-from loraplex_service.commands.shared import ServerAccess, reaches_server
+from loraplex_service.commands.shared import ServerAccess, reaches_server, visible
 
 # Words whose tokens prompts are made of: any model has them, and none of its special tokens.
 WORDS = (
@@ -84,7 +84,7 @@ def bench(
         _check_can_draw()
     plan = Plan(models, zipf, prompt_tokens, output_tokens, shared_prefix, 0, requests, str(seed), burstiness)
     levels: Sequence[float] = rate or streams or (8,)
-    say = (lambda result: None) if as_json else (lambda result: click.echo(as_text(result)))
+    say = (lambda result: None) if as_json else (lambda result: click.echo(visible(as_text(result))))
     limits = (ttft_limit, tpot_limit)
     results = asyncio.run(_runs(target, plan, levels, bool(rate), http, (temperature, top_p), limits, say))
     if as_json:
@@ -139,7 +139,7 @@ async def _warmed(door: Generate[Request], model: str, pool: Sequence[int]) -> N
     try:
         await door(Request(model, pool[:8], 2, 0), lambda count: None)
     except RequestError as error:
-        raise click.ClickException(f"{model} cannot be asked: {error}") from error
+        raise click.ClickException(visible(f"{model} cannot be asked: {error}")) from error
 
 
 def _door(

@@ -14,6 +14,7 @@ from rich.text import Text
 from loraplex import AsyncAdminClient, AsyncClient
 from loraplex.v1.models_pb2 import MODEL_CAPABILITY_CHAT
 from loraplex_service.app import Addresses
+from loraplex_service.commands.shared import visible
 from loraplex_service.config import ServiceConfig
 
 READY_SECONDS = 300.0  # for models larger than the embedded ones
@@ -142,6 +143,6 @@ async def _listen(client: AsyncClient, answer: Answer, chat: bool, max_tokens: i
         if message.HasField("delta"):
             if answer.first_token_seconds is None:
                 answer.first_token_seconds = time.perf_counter() - began
-            answer.text += message.delta.text
+            answer.text += visible(message.delta.text)
             answer.tokens += len(message.delta.token_ids)
     answer.seconds = time.perf_counter() - began

@@ -13,7 +13,7 @@ from loraplex.prompts import Message, build_tool
 from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
 from loraplex.v1.prompt_pb2 import Tool
 from loraplex_service.commands.forms import asks_for_form
-from loraplex_service.commands.shared import ServerAccess, print_json, print_table, reaches_server
+from loraplex_service.commands.shared import ServerAccess, echo_text, print_json, print_table, reaches_server
 
 R = TypeVar("R")
 
@@ -106,7 +106,7 @@ def generate(
             answer = client.generate(
                 model, said, spec=GenerateSpec(constraint=form), routing_key=routing_key, **options
             )
-            print_json(answer) if as_json else click.echo(answer.outputs[0].text)
+            print_json(answer) if as_json else echo_text(answer.outputs[0].text)
             return
         stream = client.stream_generate(
             model, said, spec=GenerateSpec(constraint=form), routing_key=routing_key, **options
@@ -115,7 +115,7 @@ def generate(
             print_json(stream.collect())
             return
         for piece in stream.text():
-            click.echo(piece, nl=False)
+            echo_text(piece, nl=False)
         click.echo()
         for call in stream.collect().outputs[0].tool_calls:
             click.echo(json.dumps({"name": call.name, "arguments": json.loads(call.arguments_json)}))
@@ -170,7 +170,7 @@ def _echoed(pieces: Iterator[str]) -> Iterator[str]:
     """Print the pieces of an answer as they come, until it is interrupted."""
     try:
         for piece in pieces:
-            click.echo(piece, nl=False)
+            echo_text(piece, nl=False)
             yield piece
     except KeyboardInterrupt:
         click.echo(" …", nl=False)

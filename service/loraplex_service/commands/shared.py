@@ -15,6 +15,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loraplex import AdminClient, AsyncClient, Client, LoraplexError
 
@@ -32,6 +33,9 @@ SIGNS: Final = {
     "`loraplex serve` prints, data=…), and --tls-ca if it wants TLS.",
     "Socket closed": "It closed the connection: it may want TLS (--tls-ca).",
 }
+
+# Spelt as JSON spells them. Names and texts come from others, and these would steer the terminal that shows them.
+CONTROLS: Final = {code: f"\\u{code:04x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 EXISTING = click.Path(path_type=Path, exists=True)
 
@@ -120,7 +124,7 @@ def call_failures(access: ServerAccess | None = None) -> Iterator[None]:
         yield
     except LoraplexError as error:
         hint = _hint(error, access) if access is not None else ""
-        raise click.ClickException(f"{error}{hint}") from error
+        raise click.ClickException(f"{visible(str(error))}{hint}") from error
 
 
 def _hint(error: LoraplexError, access: ServerAccess) -> str:
@@ -135,18 +139,33 @@ def _hint(error: LoraplexError, access: ServerAccess) -> str:
     return f"\n{why}\n--server (LORAPLEX_SERVER) is {access.server}{admin}"
 
 
-def print_json(message: Message) -> None:
-    click.echo(json.dumps(MessageToDict(message, preserving_proto_field_name=True), indent=2, ensure_ascii=False))
+def visible(text: str) -> str:
+    """The text with its control characters spelt out, all but newlines and tabs."""
+    return text.translate(CONTROLS)
+
+
+def echo_text(text: str, nl: bool = True) -> None:
+    """Print what a model wrote: as it is for a program, and for a terminal so that it cannot be steered."""
+    click.echo(visible(text) if sys.stdout.isatty() else text, nl=nl, color=True)
+
+
+def print_json(message: Message, indent: int | None = 2) -> None:
+    fields = MessageToDict(message, preserving_proto_field_name=True)
+    click.echo(visible(json.dumps(fields, indent=indent, ensure_ascii=False)))
 
 
 def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
+    """Print a table whose cells are shown whole: in a narrow terminal on several lines."""
+    shown = [[visible(cell) for cell in row] for row in rows]
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(Text(visible(name)), overflow="fold")
+    for row in shown:
+        table.add_row(*map(Text, row))
     # Without a terminal nothing may be cut: the next program in the pipe reads it.
     console = (
         Console()
         if sys.stdout.isatty()
-        else Console(width=max(80, 2 * max((sum(map(len, r)) for r in rows), default=0)))
+        else Console(width=max(80, 2 * max((sum(map(len, r)) for r in shown), default=0)))
     )
     console.print(table)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from loraplex import AdminClient
 from loraplex.v1.server_pb2 import ModelLoad, TenantLoad, WatchLoadResponse
+from loraplex_service.commands.shared import visible
 
 # Within 80 columns, for a name of 12 characters; of longer ones the ends of columns are left out.
 MODEL_COLUMNS = ("model", "run", "wait", "cold", "cache", "hits", "tok/s", "first ms", "gap ms", "adapters")
@@ -45,7 +46,7 @@ def load_view(now: WatchLoadResponse, before: WatchLoadResponse | None) -> Group
         rows = _tenant_rows(now.tenants, before.tenants if before is not None else (), seconds)
         shown += ["", _table(TENANT_COLUMNS, rows)]
     lines = [line for load in now.models for line in _adapter_lines(load)]
-    return Group(*shown, *([""] if lines else []), *(Text(line) for line in lines))
+    return Group(*shown, *([""] if lines else []), *(Text(visible(line)) for line in lines))
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], title: str | None = None) -> Table:
@@ -54,7 +55,7 @@ def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], title: str
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", overflow="ellipsis", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(visible(cell)) for cell in row))
     return table
 
 

@@ -1,12 +1,10 @@
 """`loraplex usage`: what generations used, for billing."""
 
-import json
 from contextlib import suppress
 
 import click
-from google.protobuf.json_format import MessageToDict
 
-from loraplex_service.commands.shared import ServerAccess, reaches_server
+from loraplex_service.commands.shared import ServerAccess, print_json, reaches_server
 
 
 @click.group()
@@ -23,4 +21,4 @@ def watch(target: ServerAccess, after_id: str, existing_only: bool) -> None:
     with target.admin() as admin, suppress(KeyboardInterrupt):
         for response in admin.watch_usage(after_id=after_id, existing_only=existing_only):
             for record in response.records:
-                click.echo(json.dumps(MessageToDict(record, preserving_proto_field_name=True), ensure_ascii=False))
+                print_json(record, indent=None)

@@ -177,9 +177,21 @@ def build_server(
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, queue)
     names = [service.name for service in services]
     add_reflection([*names, "grpc.health.v1.Health"], queue)
-    if credentials is None:
-        return server, server.add_insecure_port(address)
-    return server, server.add_secure_port(address, credentials)
+    return server, bind(server, address, credentials)
+
+
+def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    """Have the server listen there, once it is started. Returns its port. Raises RuntimeError if it cannot."""
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:  # gRPC says why in its own log alone
+        raise RuntimeError(
+            f"cannot listen on {address}: it is taken, maybe by a server that runs already, or is no address of this "
+            "machine. `loraplex doctor` looks at the ports; --listen, or listen and the others of the configuration, "
+            "set them"
+        ) from error
 
 
 class Endable(Protocol):

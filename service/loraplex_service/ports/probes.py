@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2_grpc
 from loraplex_service.models.supervisor import EngineState
 from loraplex_service.ports.health import NOT_SERVING, SERVING, HealthServicer
 from loraplex_service.ports.interceptors import CallInterceptor
-from loraplex_service.ports.listeners import ConnectionLimits, options
+from loraplex_service.ports.listeners import ConnectionLimits, bind, options
 
 STARTUP, LIVENESS, READINESS = "startup", "liveness", "readiness"
 
@@ -66,4 +66,4 @@ def build_probe_server(probes: Probes, address: str) -> tuple[grpc.aio.Server, i
     largest = interceptor.limits.receive.largest([])
     server = grpc.aio.server(interceptors=[interceptor], options=options(ConnectionLimits(), largest))
     health_pb2_grpc.add_HealthServicer_to_server(probes.servicer, server)
-    return server, server.add_insecure_port(address)
+    return server, bind(server, address)

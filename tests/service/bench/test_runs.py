@@ -33,7 +33,17 @@ async def test_a_request_that_fails_is_counted_and_others_go_on() -> None:
     figures = await run(fails_every_other, requests(6), 2, 1.0, 0.1)
     assert (figures["requests"], figures["failed"]) == (6, 3)
     assert figures["errors"] == {"OVERLOADED: the queue is full": 3}
-    assert figures["output_tokens"] == 9
+    assert (figures["prompt_tokens"], figures["output_tokens"]) == (6, 9)
+
+
+async def test_a_request_that_fails_is_not_in_time() -> None:
+    figures = await run(fails_every_other, requests(6), 2, 60.0, 60.0)
+    assert figures["share_in_time"] == 0.5
+
+
+async def test_the_report_says_how_long_prompts_and_outputs_were() -> None:
+    text = as_text({"load": "2 streams"} | await run(fails_every_other, requests(6), 2, 1.0, 0.1))
+    assert "2 prompt and 3 output tokens each, on average" in text
 
 
 async def test_where_all_fail_there_are_no_figures() -> None:
@@ -106,6 +116,8 @@ async def test_a_report_reads_at_80_columns_and_says_that_the_sender_was_the_lim
     figures = await run(fails_every_other, requests(6), 2, 1.0, 0.1)
     figures["sender"] = {"cpu_share": 0.97, "late_p99_seconds": 0.03, "is_the_limit": True}
     text = as_text({"load": "2 streams", **figures})
-    assert "The load generator was the limit of this run: it used 97% of a core and was 30 ms late." in text
+    said = " ".join(text.split())
+    assert "The load generator was the limit of this run: it used 97% of a core and was 30 ms late." in said
+    assert max(map(len, text.splitlines())) <= 80
     assert "3 x OVERLOADED" in text
     assert "first token" in text

@@ -74,6 +74,16 @@ def test_adapters_at_hand_are_named() -> None:
     assert "tiny has at hand: shared/a@1" in capture.get()
 
 
+def test_a_server_cannot_steer_the_terminal_by_its_names() -> None:
+    console = Console(width=200)
+    hostile = model(1)
+    hostile.model, hostile.device_adapters[0] = "models/\x1b[2J[red]x", "tenants/t/adapters/\x9b2J"
+    with console.capture() as capture:
+        console.print(load_view(at(2, [hostile], [tenant("\x1b]0;t\x07", 1, 1)]), None))
+    assert not {"\x1b", "\x9b", "\x07"} & set(capture.get())
+    assert "\\u001b[2J[red]x" in capture.get()
+
+
 def test_no_line_is_wider_than_a_terminal() -> None:
     console = Console(width=80)
     wide = model(123_456)

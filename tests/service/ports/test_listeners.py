@@ -137,8 +137,8 @@ async def test_health_lists_its_names(plane: DataPlane) -> None:
     assert statuses["models/demo"].status == SERVING
 
 
-async def test_two_servers_never_share_a_port(plane: DataPlane) -> None:
-    with pytest.raises(RuntimeError):
+async def test_two_servers_never_share_a_port_and_the_second_is_told_what_to_do(plane: DataPlane) -> None:
+    with pytest.raises(RuntimeError, match=f"cannot listen on {plane.address}: it is taken.*--listen"):
         build_server([], plane.health, CallInterceptor(), plane.address)
 
 
