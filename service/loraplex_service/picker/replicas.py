@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -16,7 +16,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from loraplex_service.picker.asked import Asked, Wanted
 from loraplex_service.picker.config import PickerConfig, ReplicasConfig
 from loraplex_service.picker.page import Page, fetch_page, read_page
-from loraplex_service.picker.policy import Health, Place, Standing
+from loraplex_service.picker.policy import Health, Place, Standing, ranked
 
 logger = logging.getLogger(__name__)
 
@@ -96,17 +96,18 @@ class Fleet:
 
     @property
     def replicas(self) -> Iterable[Replica]:
-        return [replica for replica, _ in self._replicas.values()]
+        return [replica for replica, _ in tuple(self._replicas.values())]  # at one moment: other threads ask, too
 
-    def by_health(self) -> Counter[Health]:
-        return Counter(replica.health for replica in self.replicas)
+    def by_health(self) -> Mapping[Health, int]:
+        counts = Counter(replica.health for replica in self.replicas)
+        return {health: counts[health] for health in Health}
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a replica of which enough is known to send requests there."""
-        stale, nothing = self._config.stale_seconds, Asked()
-        standings = (replica.standing(nothing, "", stale) for replica in self.replicas)
-        return any(standing.is_fresh and standing.health is Health.SERVING for standing in standings)
+        """Whether enough is known to send requests anywhere."""
+        config, nothing = self._config, Asked()
+        standings = (replica.standing(nothing, "", config.stale_seconds) for replica in self.replicas)
+        return bool(ranked(standings, "", config.queue, config.balance_factor))
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:

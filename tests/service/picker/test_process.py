@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from loraplex_service.picker.config import PickerConfig, ReplicasConfig
 from loraplex_service.picker.envoy import METHOD, SERVICE, ProcessingRequest, ProcessingResponse
+from loraplex_service.picker.policy import Health
 from loraplex_service.picker.process import picking
 from loraplex_service.ports.health import NOT_SERVING, SERVING, HealthServicer
 
@@ -141,6 +143,25 @@ async def test_it_is_ready_while_there_is_something_to_choose_from(fleet: Fleet)
     assert (await stub.Check(HealthCheckRequest(service="liveness"))).status == HealthCheckResponse.SERVING
 
 
+async def test_it_is_not_ready_while_it_names_none_lest_the_few_that_are_known_get_everything() -> None:
+    async with fake_replica(1001, "a") as first, fake_replica(1002, "b") as second, fake_replica(1003, "c") as third:
+        ports = (first.ports, second.ports, third.ports)
+        config = PickerConfig(replicas=ports, listen="127.0.0.1:0", scrape_seconds=0.02, stale_seconds=0.5)
+        async with (
+            picking(config) as address,
+            grpc.aio.insecure_channel(address) as channel,
+            asyncio.timeout(PATIENCE),
+        ):
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            watch = stub.Watch(HealthCheckRequest(service="readiness"))
+            while (await watch.read()).status != HealthCheckResponse.SERVING:
+                pass
+            second.page = third.page = "x" * (5 << 20)
+            while (await watch.read()).status != HealthCheckResponse.NOT_SERVING:
+                pass
+            watch.cancel()
+
+
 async def test_its_own_metrics_say_what_it_chose(unused_tcp_port: int) -> None:
     address = f"127.0.0.1:{unused_tcp_port}"
     nobody = ReplicasConfig("127.0.0.1", 1, None, 1, 1)
@@ -149,4 +170,7 @@ async def test_its_own_metrics_say_what_it_chose(unused_tcp_port: int) -> None:
         assert await Fleet([], listening, channel).pick("legal") == []
         page = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{address}/metrics").read().decode())
     assert 'loraplex_picker_picks_total{place="unknown"} 1.0' in page
-    assert 'loraplex_picker_replicas{health="dead"} 1.0' in page
+    counts = dict(re.findall(r'loraplex_picker_replicas{health="(\w+)"} (\S+)', page))
+    assert counts.keys() == {health.value for health in Health}
+    assert (counts["serving"], counts["draining"]) == ("0.0", "0.0")
+    assert {counts["dead"], counts["unknown"]} == {"0.0", "1.0"}
