@@ -1,15 +1,19 @@
 """Build the documentation as a site: `make docs`, into build/site.
 
 The pages stay where they are and keep their links: pages and what they link to are copied side by side, in the layout
-of the repository, and a reference of the contract is written from the comments in its protos beside them.
+of the repository. A reference of the contract is written from the comments in its protos beside them, and one of the
+Python client from its docstrings.
 """
 
+import inspect
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import loraplex
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (
@@ -18,6 +22,9 @@ FOLDERS = (
 )
 LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)")
 REFERENCE = "docs/reference.md"
+CLIENT_REFERENCE = "docs/client-reference.md"
+MARKUP = re.compile(r"(`[^`]*`)|[<\[]")
+ARGUMENT = re.compile(r"    (\w+): (.*)")
 
 
 def pages() -> Iterator[Path]:
@@ -34,6 +41,43 @@ def stage(target: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     (target / REFERENCE).write_text(reference(ROOT / "proto" / "loraplex" / "v1"))
+    (target / CLIENT_REFERENCE).write_text(client_reference())
+
+
+def client_reference() -> str:
+    """The client library as a page: all that it exports, with the docstrings. Methods of the asynchronous clients are
+    those of the others, with `await`.
+    """
+    lines = ["# Reference of the Python client", "", *markdown(inspect.getdoc(loraplex) or "")]
+    for name in loraplex.__all__:
+        exported = getattr(loraplex, name)
+        lines += ["", f"## {name}", "", *markdown(inspect.getdoc(exported) or "")]
+        if inspect.isclass(exported) and not name.startswith("Async"):
+            for method, function in inspect.getmembers(exported, inspect.isfunction):
+                if not method.startswith("_") and function.__module__.startswith("loraplex"):
+                    lines += ["", f"### {name}.{method}", "", *markdown(inspect.getdoc(function) or "")]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(docstring: str) -> Iterator[str]:
+    """A docstring as Markdown: its arguments and what it raises as lists."""
+    listed = False
+    for line in docstring.splitlines():
+        if line in ("Args:", "Raises:", "Returns:"):
+            listed = True
+            yield from (f"**{line}**", "")
+        elif listed and (found := ARGUMENT.fullmatch(line)):
+            yield f"- `{found[1]}`: {plain(found[2])}"
+        elif listed and line.startswith("    "):
+            yield f"  {plain(line.strip())}"
+        else:
+            listed = listed and not line
+            yield line if line.startswith("    ") else plain(line)  # indented: code
+
+
+def plain(text: str) -> str:
+    """The text with nothing in it, outside of code, that Markdown takes for HTML or a link."""
+    return MARKUP.sub(lambda found: found[1] or f"\\{found[0]}", text)
 
 
 def reference(protos: Path) -> str:

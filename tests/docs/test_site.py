@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import loraplex
 from loraplex.v1.inference_pb2 import DESCRIPTOR
 from tests.docs.pages import PAGES, ROOT
 
@@ -44,6 +45,22 @@ def test_the_reference_has_every_method_with_its_comment(site: dict[str, Any]) -
             entry = re.search(rf"- `rpc {method.name}\(.*`<br>\n +(.+)", text)
             assert entry is not None, method.name
             assert len(entry[1]) > 10
+
+
+@pytest.mark.parametrize("name", loraplex.__all__)
+def test_the_reference_of_the_client_has_everything_that_it_exports_with_its_docstring(
+    site: dict[str, Any], name: str
+) -> None:
+    entry = re.search(rf"^## {name}\n\n(.+)", site["client_reference"](), re.MULTILINE)
+    assert entry is not None
+    assert len(entry[1]) > 10
+
+
+def test_the_reference_of_the_client_lists_the_options_of_a_call(site: dict[str, Any]) -> None:
+    _, _, text = site["client_reference"]().partition("### Client.generate\n")
+    call, _, _ = text.partition("\n### ")
+    assert "**Args:**\n\n- `model`: Name of a model" in call
+    assert re.search(r"^- `temperature`: ", call, re.MULTILINE)
 
 
 @pytest.mark.slow
