@@ -130,18 +130,24 @@ LoraAdapter<T>::LoraAdapter(Arena& arena, int64_t in_features, const T* a_rows, 
         const int64_t ranks = std::min<int64_t>(RANK_GROUP<T>, rank - group);
         const T* from = a_rows + r * in_features;
         T* to = a.data() + group * width + (r - group) * PIECE<T>;
-        for (int64_t c = 0; c < width; c += PIECE<T>, to += ranks * PIECE<T>)
-            for (int64_t i = 0; i < PIECE<T>; ++i) to[i] = c + i < in_features ? from[c + i] : T{};
+        for (int64_t c = 0; c < width; c += PIECE<T>, to += ranks * PIECE<T>) {
+            const int64_t count = std::clamp<int64_t>(in_features - c, 0, PIECE<T>);
+            std::fill(std::copy_n(from + c, count, to), to + PIECE<T>, T{});
+        }
     }
     for (size_t i = 0; i < parts.size(); ++i) {
         const LoraPart& part = parts[i];
         const int64_t panels = ceil_div(part.n, PANEL);
         Array<T> packed(arena, panels * part.rank * PANEL);
-        for (int64_t p = 0; p < panels; ++p)
-            for (int64_t j = 0; j < PANEL; ++j)
-                for (int64_t r = 0; r < part.rank; ++r)
-                    packed.data()[(p * part.rank + r) * PANEL + j] =
-                        p * PANEL + j < part.n ? b[i][(p * PANEL + j) * part.rank + r] : T{};
+        for (int64_t p = 0; p < panels; ++p) {
+            const int64_t rows = std::min<int64_t>(PANEL, part.n - p * PANEL);
+            const T* from = b[i] + p * PANEL * part.rank;
+            T* to = packed.data() + p * part.rank * PANEL;
+            for (int64_t r = 0; r < part.rank; ++r, to += PANEL) {  // what is written is one stream
+                for (int64_t j = 0; j < rows; ++j) to[j] = from[j * part.rank + r];
+                std::fill(to + rows, to + PANEL, T{});
+            }
+        }
         projections.push_back({part, std::move(packed)});
     }
     if (!affine) return;
