@@ -15,7 +15,7 @@ from loraplex_service.auth.keys import KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
 from loraplex_service.http.failures import Refusal
 from loraplex_service.http.tinker.api import REFUSED
-from loraplex_service.http.tinker.futures import Futures, Outcome
+from loraplex_service.http.tinker.futures import Futures, Outcome, Owner
 from loraplex_service.http.tinker.messages import _CLASSES, MEDIA_TYPE
 from loraplex_service.text import Tokenizer
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
@@ -24,7 +24,7 @@ from tests.service.http.caller import Answer, Caller, caller_of
 
 API = "/api/v1"
 PROMPT = {"chunks": [{"type": "encoded_text", "tokens": [97, 98]}]}
-ME, OTHER = b"me", b"other"
+ME, OTHER = Owner(b"me", ""), Owner(b"other", "")
 
 
 @pytest.fixture
@@ -207,6 +207,19 @@ async def test_one_caller_has_half_of_the_places() -> None:
             futures.begin(ME, 1, never)
         assert (raised.value.status, raised.value.retry_after) == (429, 1.0)
         futures.begin(OTHER, 1, never)
+
+
+async def test_a_token_is_one_caller_however_it_is_sent_and_whatever_tenant_it_names(caller: Caller) -> None:
+    spellings: list[dict[str, str]] = [
+        {"x-api-key": "tml-mine"},
+        {"authorization": "Bearer mine"},
+        {"authorization": "bEARER mine"},
+        {"authorization": "Bearer mine", "x-api-key": "mine"},
+        {"authorization": "Bearer mine", "loraplex-tenant": "default"},
+    ]
+    for headers in spellings:
+        assert (await begin(caller, headers)).status == 200
+    assert len(caller.door.samples._counts) == 1
 
 
 async def test_what_was_fetched_makes_room_for_what_comes() -> None:

@@ -18,7 +18,7 @@ from loraplex_service.http.exchange import Exchange
 from loraplex_service.http.failures import failed
 from loraplex_service.http.parameters import Draft, text, wrong
 from loraplex_service.http.service import API_KEY, TENANT, Clients, ServiceClient, call_options
-from loraplex_service.http.tinker.futures import Futures, Outcome
+from loraplex_service.http.tinker.futures import Futures, Outcome, Owner
 from loraplex_service.http.tinker.messages import MEDIA_TYPE, sample_response
 from loraplex_service.http.tinker.table import SCHEME, model_of, session_id
 
@@ -56,10 +56,12 @@ def begin(exchange: Exchange) -> None:
         exchange.headers[API_KEY] = exchange.headers[API_KEY].removeprefix(KEY_PREFIX)
 
 
-def owner(exchange: Exchange) -> bytes:
-    """Whose a sample is: whoever has the credentials and the tenant with which it was begun."""
-    told = "\0".join(exchange.headers.get(name, "") for name in ("authorization", API_KEY, TENANT))
-    return sha256(told.encode()).digest()
+def owner(exchange: Exchange) -> Owner:
+    """Whose a sample is. A token is one payer however it is sent; a caller without any is its tenant."""
+    headers = exchange.headers
+    token = headers.get("authorization", "").partition(" ")[2].strip() or headers.get(API_KEY, "")
+    tenant = headers.get(TENANT, "")
+    return Owner(sha256(f"{token}\0{'' if token else tenant}".encode()).digest(), tenant)
 
 
 # ---- sessions --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,13 @@ MOST = 2048  # of all callers together; of one caller half of them, and half of 
 UNASKED_SECONDS = 60.0  # a client asks every 20 s, or when it has begun 256 of them
 
 
+class Owner(NamedTuple):
+    """Whose a sample is: whoever has the credentials and the tenant with which it was begun."""
+
+    payer: bytes  # whose share of the room it takes, whatever tenant is named
+    tenant: str
+
+
 class Outcome(NamedTuple):
     """What is answered to whoever fetches a sample."""
 
@@ -23,7 +30,7 @@ class Outcome(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Sample:
-    owner: bytes
+    owner: Owner
     size: int  # of the request; once there is an outcome, of that
     work: "asyncio.Task[None]"
     asked_at: float
@@ -40,26 +47,26 @@ class Futures:
         self._most = most
         self._unasked_seconds = unasked_seconds
         self._samples: dict[str, _Sample] = {}  # oldest first
-        self._counts = Counter[bytes]()  # of them, by owner
+        self._counts = Counter[bytes]()  # of them, by payer
         self._bytes = Counter[bytes]()
         self.num_bytes = 0  # of all requests that run and all outcomes that are kept
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def begin(self, owner: bytes, size: int, work: Callable[[], Coroutine[Any, Any, Outcome]]) -> str:
+    def begin(self, owner: Owner, size: int, work: Callable[[], Coroutine[Any, Any, Outcome]]) -> str:
         """Begin a sample, and return its id. `size`: of its request. Raises Refusal where there is no room."""
         if not self._make_room(owner, size, 1):
             problem = "too many samples are under way, or have not been fetched; fetch them, and try again"
             raise Refusal(429, problem, code="rate_limit_exceeded", retry_after=1.0)
         loop, number = asyncio.get_running_loop(), uuid4().hex
         self._samples[number] = _Sample(owner, 0, loop.create_task(self._run(number, work)), loop.time())
-        self._counts[owner] += 1
+        self._counts[owner.payer] += 1
         self._resize(self._samples[number], size)
         loop.call_later(self._unasked_seconds, self._look_at, number)
         return number
 
-    async def fetch(self, number: str, owner: bytes, seconds: float) -> Outcome | None:
+    async def fetch(self, number: str, owner: Owner, seconds: float) -> Outcome | None:
         """The outcome; None: there is none yet after so many seconds.
 
         Raises Refusal (410) for a sample that is not known, or not the caller's: it may be asked for again.
@@ -76,7 +83,7 @@ class Futures:
         sample.is_fetched = sample.outcome is not None
         return sample.outcome
 
-    def cancel(self, number: str, owner: bytes) -> None:
+    def cancel(self, number: str, owner: Owner) -> None:
         """Forget a sample, and stop its work. Raises as `fetch`."""
         self._find(number, owner)
         self._forget(number)
@@ -99,13 +106,13 @@ class Futures:
         sample.outcome = outcome
         self._resize(sample, len(outcome.body))
 
-    def _find(self, number: str, owner: bytes) -> _Sample:
+    def _find(self, number: str, owner: Owner) -> _Sample:
         sample = self._samples.get(number)
         if sample is None or sample.owner != owner:
             raise _gone()
         return sample
 
-    def _make_room(self, owner: bytes, size: int, count: int) -> bool:
+    def _make_room(self, owner: Owner, size: int, count: int) -> bool:
         """Whether there is room for so much more, once what was fetched has been forgotten as far as it takes."""
         for number in [number for number, sample in self._samples.items() if sample.is_fetched]:
             if self._has_room(owner, size, count):
@@ -113,16 +120,16 @@ class Futures:
             self._forget(number)
         return self._has_room(owner, size, count)
 
-    def _has_room(self, owner: bytes, size: int, count: int) -> bool:
+    def _has_room(self, owner: Owner, size: int, count: int) -> bool:
         return (
             len(self._samples) + count <= self._most
             and self.num_bytes + size <= self._most_bytes
-            and self._counts[owner] + count <= self._most // 2
-            and self._bytes[owner] + size <= self._most_bytes // 2
+            and self._counts[owner.payer] + count <= self._most // 2
+            and self._bytes[owner.payer] + size <= self._most_bytes // 2
         )
 
     def _resize(self, sample: _Sample, size: int) -> None:
-        self._bytes[sample.owner] += size - sample.size
+        self._bytes[sample.owner.payer] += size - sample.size
         self.num_bytes += size - sample.size
         sample.size = size
 
@@ -142,9 +149,9 @@ class Futures:
         sample = self._samples.pop(number)
         sample.work.cancel()
         self._resize(sample, 0)
-        self._counts[sample.owner] -= 1
-        if not self._counts[sample.owner]:
-            del self._counts[sample.owner], self._bytes[sample.owner]
+        self._counts[sample.owner.payer] -= 1
+        if not self._counts[sample.owner.payer]:
+            del self._counts[sample.owner.payer], self._bytes[sample.owner.payer]
 
 
 def _gone() -> Refusal:
