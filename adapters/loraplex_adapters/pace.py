@@ -10,9 +10,8 @@ from typing import TypeVar
 # Work between two rests: about what one kernel of a step takes, so that nothing in a step waits for long.
 WORK_SECONDS = 0.0003
 
-# CPU time of a load that is counted as short. What a longer one does after that goes on at half the share: nobody waits
-# for it but its own callers, and they for long anyway.
-SHORT_SECONDS = 0.025
+# Of the share, while nobody waits for any load: they are ahead of their requests.
+AHEAD = 0.25
 
 # Called between small pieces of work, in the thread that does it; may sleep.
 Rest = Callable[[], None]
@@ -25,7 +24,8 @@ class Pace:
 
     A step waits for the slowest of its threads, and after each of its kernels for Python's interpreter: work that takes
     a core or the interpreter for a while holds up every request, at whatever priority it runs. Short pieces with pauses
-    between them cannot.
+    between them cannot. While somebody waits for a load, all of them go on at the whole share, since the one that is
+    waited for may come behind others; else at a part of it.
     """
 
     def __init__(self, share: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,6 +34,7 @@ class Pace:
         self._clock = clock
         self._lock = threading.Lock()
         self._rested_at = 0.0  # by the clock: when the work that was done so far has been paid for
+        self._part = AHEAD  # of the share
         self._free = threading.Event()
         self._free.set()
 
@@ -42,30 +43,33 @@ class Pace:
         if running == self._free.is_set():
             self._free.clear() if running else self._free.set()
 
+    def hurry(self, awaited: bool) -> None:
+        """Note whether somebody waits for a load from now on. A pause that has begun is not shortened."""
+        self._part = 1.0 if awaited else AHEAD
+
     def begin(self, spent: Callable[[], float] = time.thread_time) -> Rest:
         """Begin a load in its own thread. Returns a function to call between pieces of work.
 
         spent: its CPU seconds so far.
         """
-        began = before = spent()
+        before = spent()
 
         def rest() -> None:
             nonlocal before
             now = spent()
             if now - before >= WORK_SECONDS:
-                share = self._share if now - began <= SHORT_SECONDS else self._share / 2
-                self._free.wait(self._pause_after(now - before, share))
+                self._free.wait(self._pause_after(now - before))
                 before = spent()
 
         return rest
 
-    def _pause_after(self, worked: float, share: float) -> float:
+    def _pause_after(self, worked: float) -> float:
         """The pause after a piece of work, in seconds."""
         if self._share >= 1.0 or self._free.is_set():
             return 0.0
         with self._lock:
             now = self._clock()
-            self._rested_at = max(now - worked, self._rested_at) + worked / share
+            self._rested_at = max(now - worked, self._rested_at) + worked / (self._share * self._part)
             return self._rested_at - now
 
 

@@ -34,7 +34,9 @@ class AdapterTiers:
         self._orders[key] = wish.order
         self._changed[key] = None
         if wish.path:
-            self._store.register(key, Path(wish.path), wish.is_hashed)
+            self._store.register(key, Path(wish.path), wish.is_hashed, wish.ahead)
+        elif not wish.ahead:
+            self._store.hurry(key)
         if not wish.pinned and self._pool.is_pinned(key):
             self._pool.unpin(key)
         if wish.most is Residency.HOST:

@@ -58,9 +58,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Of one core, of adapter loads while requests run. Beside a load the mean decoding step took 9.4 instead of 9.0 ms, and
-# 10.0 instead of 9.2 ms without a limit (llama-160m, 2 cores). On a GPU a step needs few of the cores.
-CPU_LOAD_SHARE = 0.1
+# Of one core, of adapter loads while requests run that somebody waits for. Beside a load at a share of 0.1 the mean
+# decoding step took 9.4 instead of 9.0 ms, and 10.0 instead of 9.2 ms without a limit (llama-160m, 2 cores): a larger
+# share costs each step more, and fewer of them. On a GPU a step needs few of the cores.
+CPU_LOAD_SHARE = 0.25
 
 NOT_FINITE = "its logits are not finite numbers (NaN or infinite)"
 

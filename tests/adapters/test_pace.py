@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from loraplex_adapters.pace import Pace
+from loraplex_adapters.pace import AHEAD, Pace
 
 
 class Worker:
@@ -13,6 +13,7 @@ class Worker:
         self.cpu = 0.0
         self.pauses: list[float] = []
         self.pace = Pace(share, clock=lambda: self.now)
+        self.pace.hurry(True)
         monkeypatch.setattr(self.pace._free, "wait", self._wait)
 
     def load(self, pieces: int, seconds: float) -> None:
@@ -39,11 +40,25 @@ def test_work_beside_requests_gets_its_share_of_the_time(monkeypatch: pytest.Mon
     assert worker.now - began == pytest.approx(10 * 0.002 / 0.1)
 
 
-def test_a_long_load_goes_on_at_half_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_that_nobody_waits_for_gets_a_part_of_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(monkeypatch, share=0.1)
     worker.pace.steps(running=True)
-    worker.load(20, 0.002)
-    assert worker.pauses == pytest.approx(12 * [0.018] + 8 * [0.038])
+    worker.pace.hurry(False)
+    began = worker.now
+    worker.load(10, 0.002)
+    assert worker.now - began == pytest.approx(10 * 0.002 / (0.1 * AHEAD))
+
+
+def test_a_load_gets_the_whole_share_once_somebody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(monkeypatch, share=0.5)
+    worker.pace.steps(running=True)
+    worker.pace.hurry(False)
+    rest = worker.pace.begin(lambda: worker.cpu)
+    for awaited in (False, True):
+        worker.pace.hurry(awaited)
+        worker.work(0.002)
+        rest()
+    assert worker.pauses == pytest.approx([0.002 / (0.5 * AHEAD) - 0.002, 0.002])
 
 
 def test_two_loads_share_one_share(monkeypatch: pytest.MonkeyPatch) -> None:

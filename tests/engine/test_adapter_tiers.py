@@ -28,9 +28,12 @@ class FakeStore:
         self.moved: set[AdapterKey] = set()
         self.finished: list[FinishedLoad] = []
 
-    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False) -> None:
+    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False, ahead: bool = False) -> None:
         self.known.add(key)
         self.moved.add(key)
+
+    def hurry(self, key: AdapterKey) -> None:
+        pass
 
     def unregister(self, key: AdapterKey) -> None:
         self.known.discard(key)

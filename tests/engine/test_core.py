@@ -86,8 +86,11 @@ class FakeAdapters:
         self.used_bytes = 0
         self.pace = Pace(1.0)
 
-    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False) -> None:
+    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False, ahead: bool = False) -> None:
         self.known.add(key)
+
+    def hurry(self, key: AdapterKey) -> None:
+        pass
 
     def unregister(self, key: AdapterKey) -> None:
         self.known.discard(key)

@@ -92,7 +92,7 @@ class AdapterPool:
         """
         resident = self._residents.get(key)
         if resident is None:
-            resident = self._bring_in(key)
+            resident = self._bring_in(key, ahead=False)
         if resident is None or resident.draining:
             return None
         resident.num_requests += 1
@@ -141,7 +141,7 @@ class AdapterPool:
         Returns False if it is not there yet: ask again when `changes` has grown. Raises AdapterRejected as `acquire`
         does.
         """
-        resident = self._residents.get(key) or self._bring_in(key)
+        resident = self._residents.get(key) or self._bring_in(key, ahead=True)
         if resident is None or resident.draining:
             return False
         resident.unloading = False
@@ -204,14 +204,14 @@ class AdapterPool:
 
     # ---- room ------------------------------------------------------------------------------------------------------
 
-    def _bring_in(self, key: AdapterKey) -> _Resident | None:
+    def _bring_in(self, key: AdapterKey, ahead: bool) -> _Resident | None:
         loaded = self._store.get(key)
         if loaded is not None:
             self._check_fits(loaded)
         victims = self._victims_for(loaded.nbytes if loaded is not None else 0)
         if loaded is None:
             # Ahead of its turn an adapter is read only into free room.
-            self._store.request(key, may_evict=victims is not None)
+            self._store.request(key, may_evict=victims is not None, ahead=ahead)
             return None
         if victims is None:
             return None

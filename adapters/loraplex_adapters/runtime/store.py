@@ -127,6 +127,7 @@ class AdapterStore:
         self._budget_bytes = budget_bytes
         self._clock = clock
         self._mirror = mirror
+        self._num_threads = num_threads
         self.pace = Pace(load_share)
         self._executor = executor or ThreadPoolExecutor(
             num_threads, "adapter-loader", initializer=begin_loader, initargs=(torch.get_num_threads(),)
@@ -136,6 +137,8 @@ class AdapterStore:
         self._loaded: OrderedDict[AdapterKey, LoadedAdapter] = OrderedDict()  # least recently used first
         self._used_bytes = 0
         self._num_in_flight = 0  # loads that `poll` has not taken in yet
+        self._awaited: set[AdapterKey] = set()  # loads under way that somebody waits for
+        self._later: dict[AdapterKey, _Source] = {}  # to be read as soon as a thread has nothing else to do
         self.changes = 0  # grows whenever a load ends or an adapter is forgotten
         self.moved: set[AdapterKey] = set()  # adapters that came or left, until the caller clears it
 
@@ -149,10 +152,10 @@ class AdapterStore:
 
     # ---- what exists -----------------------------------------------------------------------------------------------
 
-    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False) -> None:
+    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False, ahead: bool = False) -> None:
         """Register an adapter and read it into memory. `poll` reports the outcome, each time anew.
 
-        is_hashed: the files have the key's digest; what is read again later is checked.
+        is_hashed: the files have the key's digest; what is read again later is checked. ahead: nobody waits for it.
         """
         source = self._sources.setdefault(key, _Source((path,)))
         source.paths, source.is_hashed = (path,), is_hashed
@@ -161,13 +164,17 @@ class AdapterStore:
             loaded = self._loaded[key]
             self._finished.put((source, FinishedLoad(key, loaded, number=loaded.number)))
         elif not source.loading:
-            self._start(key, source)
+            self._start(key, source, ahead)
+        elif not ahead:
+            self.hurry(key)
 
     def unregister(self, key: AdapterKey) -> None:
         """Forget an adapter; a load under way is dropped. An unknown key is not an error."""
         composed = [other for other in self._sources if other.parts and key in other.members]
         for known in (key, *composed):
             if self._sources.pop(known, None) is not None:
+                self._later.pop(known, None)
+                self._end_wait(known)
                 self._drop(known)
                 self.changes += 1
 
@@ -192,27 +199,40 @@ class AdapterStore:
             self._loaded.move_to_end(key)
         return loaded
 
-    def request(self, key: AdapterKey, may_evict: bool = True) -> None:
+    def request(self, key: AdapterKey, may_evict: bool = True, ahead: bool = False) -> None:
         """Start to read an adapter, if it is not in memory yet, and return at once.
 
-        With `may_evict` False an adapter that is known not to fit beside the others is left alone. Raises
-        AdapterRejected if it is not registered, or if it failed and the pause before the next try is not over.
+        With `may_evict` False an adapter that is known not to fit beside the others is left alone. `ahead`: nobody
+        waits for it. Raises AdapterRejected if it is not registered, or if it failed and the pause before the next try
+        is not over.
         """
         source = self._sources.get(key)
         if source is None and key.parts and self.is_registered(key):
             source = self._compose(key)
         if source is None:
             raise AdapterRejected([f"adapter {key} is not registered with this engine"], COLD)
+        if source.loading and not ahead:
+            self.hurry(key)
         if key in self._loaded or source.loading:
             return
         if source.problems and self._clock() < source.retry_at:
             raise AdapterRejected(source.problems, source.reason)
         if may_evict or self._used_bytes + source.nbytes <= self._budget_bytes:
-            self._start(key, source)
+            self._start(key, source, ahead)
+
+    def hurry(self, key: AdapterKey) -> None:
+        """Note that somebody waits for a load from now on. One that is not under way is not an error."""
+        source = self._sources.get(key)
+        if source is None or not source.loading:
+            return
+        self._awaited.add(key)
+        self.pace.hurry(True)
+        if self._later.pop(key, None) is not None:
+            self._begin(key, source)
 
     def is_loading(self) -> bool:
-        """Whether a load is under way or waits to be polled."""
-        return self._num_in_flight > 0
+        """Whether a load is under way, or waits for its turn or to be polled."""
+        return self._num_in_flight > 0 or bool(self._later)
 
     def poll(self) -> list[FinishedLoad]:
         """The loads that have ended since the last call. Never waits."""
@@ -222,11 +242,14 @@ class AdapterStore:
             self._num_in_flight -= 1
             if self._sources.get(finished.key) is not source:
                 self._forget(finished)  # nobody waits for it any more
+                if finished.key not in self._sources:
+                    self._end_wait(finished.key)
                 continue
             arrived.append(self._take_in(source, finished))
         if arrived:
             self.changes += 1
             self._evict(keep={finished.key for finished in arrived})
+        self._begin_later()
         return arrived
 
     def _compose(self, key: AdapterKey) -> _Source:
@@ -238,8 +261,26 @@ class AdapterStore:
         source = self._sources[key] = _Source(paths)
         return source
 
-    def _start(self, key: AdapterKey, source: _Source) -> None:
-        source.loading, is_hashed, source.is_hashed = True, source.is_hashed, False
+    def _start(self, key: AdapterKey, source: _Source, ahead: bool) -> None:
+        source.loading = True
+        self._later[key] = source
+        if ahead:
+            self._begin_later()
+        else:
+            self.hurry(key)
+
+    def _begin_later(self) -> None:
+        """Begin as many of the loads that nobody waits for as there are idle threads: others come before them."""
+        while self._later and self._num_in_flight < self._num_threads:
+            key = next(iter(self._later))
+            self._begin(key, self._later.pop(key))
+
+    def _end_wait(self, key: AdapterKey) -> None:
+        self._awaited.discard(key)
+        self.pace.hurry(bool(self._awaited))
+
+    def _begin(self, key: AdapterKey, source: _Source) -> None:
+        is_hashed, source.is_hashed = source.is_hashed, False
         self._num_in_flight += 1
         self._executor.submit(self._read, key, source, is_hashed, self._mirror.load(key, source.paths))
 
@@ -273,6 +314,7 @@ class AdapterStore:
     def _take_in(self, source: _Source, finished: FinishedLoad) -> FinishedLoad:
         key, loaded = finished.key, finished.loaded
         source.loading = False
+        self._end_wait(key)
         if loaded is not None and loaded.nbytes > self._budget_bytes:
             problem = f"it needs {loaded.nbytes} bytes of host memory, all adapters together may use "
             finished = FinishedLoad(key, None, [f"{problem}{self._budget_bytes}"], TOO_LARGE, finished.number)

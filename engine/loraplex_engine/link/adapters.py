@@ -185,16 +185,21 @@ class EngineAdapters:
 
     # ---- what callers ask for ----------------------------------------------------------------------------------------
 
-    def start_loading(self, key: AdapterKey, path: str, is_hashed: bool = False) -> "asyncio.Future[AdapterFacts]":
+    def start_loading(
+        self, key: AdapterKey, path: str, is_hashed: bool = False, ahead: bool = False
+    ) -> "asyncio.Future[AdapterFacts]":
         """Have the engine read an adapter into host memory and bind it to the model, and do not wait.
 
-        is_hashed: the files are known to have the key's digest.
+        is_hashed: the files are known to have the key's digest. ahead: nobody waits for it, so that it takes less of
+        the cores, and its turn behind others.
 
         Callers that ask for the same adapter at the same time share the load. It ends with AdapterRejected or the error
         with which the engine ended, which need not be looked at.
         """
         adapter = self._adapter(key)
-        read = adapter.read or self._read(key, path, max(Residency.HOST, adapter.wish.least), is_hashed)
+        if not ahead:
+            self._hurry(key)
+        read = adapter.read or self._read(key, path, max(Residency.HOST, adapter.wish.least), is_hashed, ahead)
         return self.until(key, lambda adapter: adapter.has_been_read(read.order))
 
     async def load(self, key: AdapterKey, path: str) -> AdapterFacts:
@@ -211,6 +216,7 @@ class EngineAdapters:
             return
         if adapter.read is None or adapter.wish.least is not Residency.DEVICE:
             self._read(key, path, Residency.DEVICE)
+        self._hurry(key)
         order = adapter.wish.order
         await self.until(key, lambda adapter: adapter.has_arrived(order))
 
@@ -301,8 +307,13 @@ class EngineAdapters:
         self._tell(key)
         return order
 
-    def _read(self, key: AdapterKey, path: str, least: Residency, is_hashed: bool = False) -> Read:
-        order = self._want(key, path=path, is_hashed=is_hashed, least=least, most=Residency.DEVICE)
+    def _hurry(self, key: AdapterKey) -> None:
+        """Have the engine know that somebody waits for what it reads ahead."""
+        if self._adapters[key].wish.ahead:
+            self._want(key, ahead=False)
+
+    def _read(self, key: AdapterKey, path: str, least: Residency, is_hashed: bool = False, ahead: bool = False) -> Read:
+        order = self._want(key, path=path, is_hashed=is_hashed, least=least, most=Residency.DEVICE, ahead=ahead)
         adapter = self._adapters[key]
         adapter.read = adapter.read or Read(order, asyncio.get_running_loop().time())
         return adapter.read
@@ -345,4 +356,6 @@ class EngineAdapters:
 
 def _nothing_wanted(wish: WantAdapter, pinned: bool) -> WantAdapter:
     """What is wanted after a wish has come to its end: no tier, and perhaps a pin that holds."""
-    return msgspec.structs.replace(wish, path="", least=Residency.DISK, most=Residency.DEVICE, pinned=pinned)
+    return msgspec.structs.replace(
+        wish, path="", least=Residency.DISK, most=Residency.DEVICE, pinned=pinned, ahead=False
+    )

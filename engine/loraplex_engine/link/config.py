@@ -58,7 +58,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     adapter_device_bytes: int = 1 << 30
     adapter_host_bytes: int = 4 << 30
     adapter_loader_threads: int = 2
-    adapter_load_share: float | None = None  # share of one core while requests run; None: 0.1 on the CPU, else 1
+    adapter_load_share: float | None = None  # share of one core while requests run; None: 0.25 on the CPU, else 1
 
     def drafting(self) -> EngineConfig | None:
         """The configuration of the small model that drafts; None: there is none. Its steps are not captured."""

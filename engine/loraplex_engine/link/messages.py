@@ -101,6 +101,7 @@ class WantAdapter(Message, frozen=True):
     most: Residency = Residency.DEVICE  # the tier to lower it to, once no request uses it; DISK: it is forgotten
     pinned: bool = False  # brought to the device, and kept there
     is_hashed: bool = False  # the files at `path` are known to have the key's digest: it need not be made again
+    ahead: bool = False  # nobody waits for the adapter yet: others come before it
 
 
 class Ping(Message, frozen=True):

@@ -112,7 +112,7 @@ class AdapterDeployer:
         """Load a version into host memory ahead of its requests, if its model runs and the version is not there."""
         client = self._client(version)
         if client is not None and client.adapters.facts(version.key) is None and version.state is AdapterState.ACTIVE:
-            self._deploy(client, version)
+            self._deploy(client, version, ahead=True)
 
     def unload(self, version: AdapterVersion, residency: Residency = Residency.DISK) -> "asyncio.Task[None] | None":
         """Begin to free the memory of a version, or with HOST its room on the device, once no running request uses it.
@@ -150,11 +150,13 @@ class AdapterDeployer:
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _deploy(self, client: EngineClient, version: AdapterVersion, is_hashed: bool = False) -> "asyncio.Task[None]":
+    def _deploy(
+        self, client: EngineClient, version: AdapterVersion, is_hashed: bool = False, ahead: bool = False
+    ) -> "asyncio.Task[None]":
         """Send the load to the engine now, so that later messages find the adapter registered; take the answer
         later.
         """
-        loading = client.adapters.start_loading(version.key, self.directory(version), is_hashed)
+        loading = client.adapters.start_loading(version.key, self.directory(version), is_hashed, ahead)
         return self._work.begin(self._take_answer(version.key, loading))
 
     async def _take_answer(self, key: AdapterKey, loading: "asyncio.Future[AdapterFacts]") -> None:
@@ -200,7 +202,7 @@ class AdapterDeployer:
             if version.state is AdapterState.LOADING and version.key in self._descriptions:
                 self._deploy(client, version)
         for version in _worth_having(versions, model.config.adapter_host_bytes):
-            self._deploy(client, version)
+            self._deploy(client, version, ahead=True)
             self._bring_closer(version)
 
     def _bring_closer(self, version: AdapterVersion) -> None:

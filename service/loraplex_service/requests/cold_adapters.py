@@ -46,7 +46,7 @@ class ColdAdapters:
         if policy.on_cold in (ON_COLD_FAIL, ON_COLD_USE_BASE) or policy.HasField("max_load_wait"):
             for version in target.versions:
                 if client.adapters.facts(version.key) is None:
-                    client.adapters.start_loading(version.key, self._adapter_path(version))
+                    client.adapters.start_loading(version.key, self._adapter_path(version), ahead=True)
             try:
                 client.adapters.start_bringing(key)
             except AdapterRejected as error:

@@ -31,14 +31,16 @@ class FakeStore:
         self.loaded: dict[AdapterKey, LoadedAdapter] = {}
         self.requested: list[tuple[AdapterKey, bool]] = []
         self.problems: dict[AdapterKey, list[str]] = {}
+        self.ahead: bool | None = None  # of the last request
 
     def get(self, key: AdapterKey) -> LoadedAdapter | None:
         return self.loaded.get(key)
 
-    def request(self, key: AdapterKey, may_evict: bool = True) -> None:
+    def request(self, key: AdapterKey, may_evict: bool = True, ahead: bool = False) -> None:
         if key in self.problems:
             raise AdapterRejected(self.problems[key])
         self.requested.append((key, may_evict))
+        self.ahead = ahead
 
     def finish(self, key: AdapterKey, rank: int = 1, site: str = "site") -> None:
         self.loaded[key] = LoadedAdapter(key, {site: weights(rank)}, {"q_proj": rank}, ())
@@ -445,3 +447,13 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_a_request_waits_for_its_adapter_and_a_wish_does_not(
+    store: FakeStore, make_pool: Callable[..., AdapterPool]
+) -> None:
+    pool = make_pool()
+    pool.bring_in(key("a"))
+    assert store.ahead is True
+    pool.acquire(key("a"))
+    assert store.ahead is False

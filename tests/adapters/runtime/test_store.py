@@ -12,6 +12,7 @@ import torch
 
 from loraplex_adapters.errors import UNREADABLE, AdapterRejected
 from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.pace import Pace
 from loraplex_adapters.runtime.mirror import NO_MIRROR, Mirror, NoMirror
 from loraplex_adapters.runtime.store import LOADER_NICENESS, AdapterStore, compute_alone, give_way
 from loraplex_adapters.runtime.targets import LoraTarget
@@ -319,6 +320,61 @@ def test_ahead_of_its_turn_an_adapter_is_not_read_if_another_had_to_go(
     assert not executor.submitted
     store.request(key_of(first))
     assert executor.submitted
+
+
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether somebody waits for a load, as the pace was told."""
+    told = [False]
+    monkeypatch.setattr(Pace, "hurry", lambda _, awaited: told.append(awaited))
+    return told
+
+
+def test_what_nobody_waits_for_is_read_once_threads_are_idle(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    first, second, third = (make_adapter(str(i), seed=i) for i in range(3))
+    store.register(key_of(first), first, ahead=True)
+    store.register(key_of(second), second, ahead=True)
+    store.register(key_of(third), third)
+    assert len(executor.submitted) == 2  # the first and, by a thread's next turn, the third
+    executor.run_all()
+    assert [finished.key for finished in store.poll()] == [key_of(first), key_of(third)]
+    assert store.is_loading()
+    executor.run_all()
+    assert [finished.key for finished in store.poll()] == [key_of(second)]
+    assert not store.is_loading()
+
+
+@pytest.mark.parametrize("how", ["register", "request", "hurry"])
+def test_what_was_read_ahead_hurries_once_somebody_waits(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf, paced: list[bool], how: str
+) -> None:
+    first, second = (make_adapter(str(i), seed=i) for i in range(2))
+    for directory in (first, second):
+        store.register(key_of(directory), directory, ahead=True)
+    assert (len(executor.submitted), paced[-1]) == (1, False)
+    store.register(key_of(second), second) if how == "register" else getattr(store, how)(key_of(second))
+    assert (len(executor.submitted), paced[-1]) == (2, True)
+    executor.run_all()
+    store.poll()
+    assert paced[-1] is False
+
+
+def test_nobody_waits_for_what_was_forgotten(
+    store: AdapterStore, executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf, paced: list[bool]
+) -> None:
+    first, second = (make_adapter(str(i), seed=i) for i in range(2))
+    store.register(key_of(first), first)
+    store.register(key_of(second), second, ahead=True)
+    store.unregister(key_of(second))
+    assert paced[-1] is True
+    store.unregister(key_of(first))
+    assert paced[-1] is False
+    executor.run_all()
+    store.poll()
+    assert not store.is_loading()
+    assert not executor.submitted
 
 
 def test_a_forgotten_adapter_leaves_memory(

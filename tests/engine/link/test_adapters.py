@@ -57,6 +57,22 @@ async def test_cancelling_one_caller_does_not_disturb_the_load(wire: Wire) -> No
     assert await second == FACTS
 
 
+async def test_the_engine_hears_once_that_somebody_waits_for_what_it_reads_ahead(wire: Wire) -> None:
+    ahead = wire.client.adapters.start_loading(KEY, "/a", ahead=True)
+    loading = wire.client.adapters.start_loading(KEY, "/a")
+    wire.client.adapters.start_loading(KEY, "/a")
+    assert wire.wishes == [WantAdapter(KEY, 1, "/a", ahead=True), WantAdapter(KEY, 2)]
+    wire.say(2)
+    assert await ahead == await loading == FACTS
+
+
+async def test_a_wish_is_ahead_no_longer_than_until_it_is_met(wire: Wire) -> None:
+    wire.client.adapters.start_loading(KEY, "/a", ahead=True)
+    wire.say(1)
+    wire.client.adapters.start_bringing(KEY)
+    assert [wish.ahead for wish in wire.wishes] == [True, False]
+
+
 async def test_a_wish_that_is_only_heard_ends_no_load(wire: Wire) -> None:
     loading = wire.client.adapters.start_loading(KEY, "/a")
     wire.say_gone(1)
