@@ -349,6 +349,16 @@ class EngineCore:
         self._not_finite |= users
         self.scheduler.fail_not_finite(failed, NOT_FINITE)
 
+    def beat(self) -> EngineStats:
+        """The numbers of now, once all other ranks have answered.
+
+        Raises RanksLostError if one has ended; waits for one that stands still, so that the service gives up on all.
+        """
+        self._check_ranks()
+        if self.leader is not None:
+            self.leader.beat()
+        return self.stats()
+
     def stats(self) -> EngineStats:
         """The numbers of now. Raises RanksLostError if another rank has ended."""
         self._check_ranks()
@@ -378,6 +388,7 @@ class EngineCore:
             num_forms_failed=scheduler.num_forms_failed,
             draft_tokens=scheduler.draft_tokens,
             accepted_draft_tokens=scheduler.accepted_draft_tokens,
+            ranks=[] if self.leader is None else self.leader.figures,
             **({} if self.tiers is None else self.tiers.stats()),
         )
 

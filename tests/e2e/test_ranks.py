@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,21 @@ async def generated(client: AsyncClient, number: int, begun: asyncio.Semaphore) 
         if event.HasField("delta"):
             begun.release()
     return list((await stream.collect()).outputs[0].token_ids)
+
+
+async def test_an_idle_rank_that_stands_still_is_replaced(server: Server) -> None:
+    async with AsyncClient(server.data, timeout=HANGING_SECONDS) as client, asyncio.timeout(HANGING_SECONDS):
+        await client.wait_until_serving("models/storyteller", timeout=START_SECONDS)
+        (engine,) = server.engine_pids()
+        struck = follower(server)
+        ends = [os.pidfd_open(pid) for pid in (engine, struck)]
+        os.kill(struck, signal.SIGSTOP)
+        for end in ends:
+            ended, _, _ = await asyncio.to_thread(select.select, [end], [], [], HANGING_SECONDS)
+            assert ended
+            os.close(end)
+        await client.wait_until_serving("models/storyteller", timeout=START_SECONDS)
+        assert await generated(client, 0, asyncio.Semaphore(0))
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])

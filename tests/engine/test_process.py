@@ -103,6 +103,9 @@ class FakeCore:
     def stats(self) -> EngineStats:
         return EngineStats(len(self.requests), 0, 0, 10, 10, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0)
 
+    def beat(self) -> EngineStats:
+        return self.stats()
+
     def close(self) -> None:
         self.closed = True
 

@@ -165,6 +165,20 @@ def test_a_step_has_two_sums_a_layer_and_gathers_its_logits_once(benches: dict[i
     assert traffic.nbytes - before[2] == 4 * (2 * LAYERS * HIDDEN + -(-VOCAB // 2))
 
 
+def test_with_each_heartbeat_all_ranks_say_what_they_have_exchanged(benches: dict[int, Bench]) -> None:
+    assert benches[1].core.beat().ranks == []
+    bench = benches[2]
+    before = bench.core.beat().ranks
+    bench.core.add(AddRequest(75, [1, 2, 3], SamplingParams(seed=0, max_tokens=1), bench.adapters[2]))
+    bench.engine.finish()
+    after = bench.core.beat().ranks
+    assert [(new.sums - old.sums, new.gatherings - old.gatherings) for new, old in zip(after, before, strict=True)] == [
+        (2 * LAYERS, 1)
+    ] * 2
+    assert all(new.nbytes > old.nbytes and new.seconds > old.seconds for new, old in zip(after, before, strict=True))
+    assert all(each.resident_bytes > 1 << 20 for each in after)
+
+
 def test_an_adapter_that_no_rank_can_read_is_refused_and_others_go_on(
     benches: dict[int, Bench], tmp_path: Path
 ) -> None:
@@ -208,6 +222,6 @@ def test_an_engine_whose_rank_was_killed_says_so_at_once(folder: Path, opened: E
     os.kill(process, signal.SIGKILL)
     os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
     with pytest.raises(RanksLostError, match="rank 1"):
-        bench.core.stats()
+        bench.core.beat()
     with pytest.raises(RanksLostError):
         bench.engine.finish()

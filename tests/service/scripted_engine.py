@@ -123,6 +123,9 @@ class ScriptedCore:
         free = LIMITS.total_blocks - used
         return EngineStats(used, 0, 0, LIMITS.total_blocks, free, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, list(users.items()))
 
+    def beat(self) -> EngineStats:
+        return self.stats()
+
     def close(self) -> None:
         pass
 

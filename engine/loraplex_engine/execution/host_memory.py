@@ -21,6 +21,12 @@ def free_bytes(root: Path = ROOT) -> int:
     return max(0, min([available, *(limit - used for limit, used in _limits(root))]))
 
 
+def resident_bytes(root: Path = ROOT) -> int:
+    """What this process has in RAM, shared pages included; 0: the system does not say."""
+    fields = _text(root / "proc/self/statm").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
+
+
 def _meminfo(root: Path, name: str) -> int | None:
     """A line of /proc/meminfo, in bytes; None: the system has no such line."""
     for line in _text(root / "proc/meminfo").splitlines():

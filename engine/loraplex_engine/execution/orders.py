@@ -107,6 +107,10 @@ class Remove(Order, frozen=True):
     slot: int
 
 
-AnyOrder = Compute | Allocate | Load | Forget | Put | Remove
+class Report(Order, frozen=True):
+    """Say that you are there, and what you have exchanged and hold."""
+
+
+AnyOrder = Compute | Allocate | Load | Forget | Put | Remove | Report
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(AnyOrder).decode

@@ -19,8 +19,9 @@ from loraplex_adapters.runtime.store import begin_loader, rejection
 from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_composition
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.device import free_bytes
+from loraplex_engine.execution.host_memory import resident_bytes
 from loraplex_engine.execution.loading import load_share, rank_ops
-from loraplex_engine.execution.orders import Allocate, Compute, Forget, Load, Put, Remove, decode
+from loraplex_engine.execution.orders import Allocate, Compute, Forget, Load, Put, Remove, Report, decode
 from loraplex_engine.execution.rank_runners import FollowingRunner
 from loraplex_engine.following.notes import AdapterNotes
 from loraplex_engine.following.ready import RankReady, loaded_note
@@ -46,10 +47,12 @@ def follow(config: EngineConfig, rank: int, port: int) -> None:
     ready = RankReady(weight_bytes=model.nbytes, free_bytes=free_bytes(ops.device))
     notes.put(loaded_note(rank), msgspec.json.encode(ready))
     while True:
-        obey(decode(group.receive()), runner, adapters, config)
+        obey(decode(group.receive()), runner, adapters, group, config)
 
 
-def obey(order: object, runner: FollowingRunner, adapters: FollowedAdapters, config: EngineConfig) -> None:
+def obey(
+    order: object, runner: FollowingRunner, adapters: FollowedAdapters, group: Group, config: EngineConfig
+) -> None:
     """Carry one order out."""
     match order:
         case Compute():
@@ -62,6 +65,8 @@ def obey(order: object, runner: FollowingRunner, adapters: FollowedAdapters, con
             adapters.load(number, key, [Path(path) for path in paths])
         case Forget(number):
             adapters.forget(number)
+        case Report():
+            group.figures(resident_bytes())
         case Allocate(num_blocks):
             runner.allocate(num_blocks, config)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,16 +19,18 @@ from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.runtime.mirror import Total
 from loraplex_engine.checkpoint.shard import Shard
-from loraplex_engine.execution.orders import Forget, Load, Put, Remove, encode
+from loraplex_engine.execution.host_memory import resident_bytes
+from loraplex_engine.execution.orders import Forget, Load, Put, Remove, Report, encode
 from loraplex_engine.following.notes import AdapterNotes
 from loraplex_engine.following.ready import RankReady, loaded_note
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.logs import log_options
+from loraplex_engine.link.messages import RankStats
 from loraplex_engine.ranks.group import Group, Notes, RanksLostError
 
 logger = logging.getLogger(__name__)
 
-ENDING_SECONDS = 5.0  # for a rank that is told to end, before it is killed
+ENDING_SECONDS = 5.0  # for the ranks that are told to end, before they are killed
 
 
 class Leader:
@@ -41,7 +44,7 @@ class Leader:
         self._numbers = itertools.count(1)
         config = msgspec.structs.replace(config, model=str(path), revision=None)
         ranks = range(1, config.world)
-        self.ready: dict[int, RankReady] = {}
+        self.figures: list[RankStats] = []  # of all ranks, since the last beat
         self._group: Group
         self._processes = {rank: _start(config, rank, self._notes.port) for rank in ranks}
 
@@ -60,19 +63,31 @@ class Leader:
 
         Raises ValueError with the problem of one that could not.
         """
-        for rank in self._processes:
-            ready = msgspec.json.decode(self._notes.wait(loaded_note(rank), self.check), type=RankReady)
-            if ready.problem:
-                raise ValueError(f"rank {rank}: {ready.problem}")
-            self.ready[rank] = ready
-        return min(ready.free_bytes for ready in self.ready.values())
+        return min(self._ready(rank).free_bytes for rank in self._processes)
+
+    def _ready(self, rank: int) -> RankReady:
+        ready = msgspec.json.decode(self._notes.wait(loaded_note(rank), self.check), type=RankReady)
+        if ready.problem:
+            raise ValueError(f"rank {rank}: {ready.problem}")
+        return ready
 
     def check(self) -> None:
-        """Raise RanksLostError if the process of another rank has ended."""
+        """Raise RanksLostError if the process of another rank has ended; ValueError if it said why, while it loaded."""
         for rank, process in self._processes.items():
             status = process.poll()
-            if status is not None:
-                raise RanksLostError(f"the process of rank {rank} (pid {process.pid}) has ended with status {status}")
+            if status is None:
+                continue
+            if self._notes.has(loaded_note(rank)):
+                self._ready(rank)
+            raise RanksLostError(f"the process of rank {rank} (pid {process.pid}) has ended with status {status}")
+
+    def beat(self) -> None:
+        """Wait until all other ranks have said what they have exchanged and hold.
+
+        One that stands still holds this up, and thereby the answer to the ping that the service waits for.
+        """
+        self._group.order(encode(Report()))
+        self.figures = self._group.figures(resident_bytes())
 
     def close(self) -> None:
         """End the other ranks."""
@@ -80,9 +95,10 @@ class Leader:
             assert process.stdin is not None
             with suppress(OSError):
                 process.stdin.close()
+        end = time.monotonic() + ENDING_SECONDS
         for process in self._processes.values():
             try:
-                process.wait(ENDING_SECONDS)
+                process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -153,6 +153,16 @@ class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
     pooled: bytes = b""  # what `AddRequest.pooling` asked for: float32, little-endian
 
 
+class RankStats(msgspec.Struct, array_like=True, frozen=True):
+    """One of several ranks, when the engine was last pinged."""
+
+    sums: int  # over all ranks, cumulative as all but the last
+    gatherings: int  # of the ranks' parts
+    nbytes: int  # of the tensors that it gave to them
+    seconds: float  # that these took it, most of them waiting for the slowest; on a GPU, that giving the orders took
+    resident_bytes: int  # in RAM
+
+
 class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     """The engine at the end of a step."""
 
@@ -188,6 +198,7 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     num_blocks_written: int = 0  # to such files, cumulative, as are the next two
     num_blocks_read: int = 0
     num_bad_files: int = 0  # that could not be read, or were not what had been written
+    ranks: list[RankStats] = []  # of a model that several compute
 
 
 class StepOutput(Message, frozen=True):

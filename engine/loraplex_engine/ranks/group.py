@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.link.messages import RankStats
 
 LOOPBACK = "127.0.0.1"
-FOREVER = timedelta(days=365)  # for an order: that nobody asks for anything is no fault
+FOREVER = timedelta(days=365)  # for an order, which nobody need give; of a rank that is stuck the heartbeat tells
 JOINING = timedelta(seconds=120)  # for the ranks to find each other
 LOOKING_SECONDS = 0.005  # between two looks for a note
 ORDER_BYTES = 4096  # of an order that goes at once, with its length in front
@@ -82,6 +84,15 @@ class Traffic:
     sums: int = 0
     gatherings: int = 0
     nbytes: int = 0  # of the tensors that it gave
+    seconds: float = 0.0  # that these took; on a GPU, that giving the orders took
+
+    @contextmanager
+    def counted(self, x: Tensor) -> Iterator[None]:
+        """Count an exchange of x."""
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+        self.nbytes += x.nbytes
 
 
 class Group:
@@ -101,17 +112,30 @@ class Group:
     def add_up(self, x: Tensor) -> Tensor:
         """As `Ranks` has it."""
         self.traffic.sums += 1
-        self.traffic.nbytes += x.nbytes
-        _joined(lambda: self._tensors.allreduce([x]).wait())
+        with self.traffic.counted(x):
+            _joined(lambda: self._tensors.allreduce([x], _patient(dist.AllreduceOptions())).wait())
         return x
 
     def side_by_side(self, x: Tensor) -> Tensor:
         """As `Ranks` has it."""
         self.traffic.gatherings += 1
-        self.traffic.nbytes += x.nbytes
-        parts = [torch.empty_like(x) for _ in range(self.shard.world)] if self.shard.rank == 0 else []
-        _joined(lambda: self._tensors.gather([parts] if parts else [], [x], _from_first(dist.GatherOptions())).wait())
+        with self.traffic.counted(x):
+            parts = self._gather(self._tensors, x)
         return torch.cat(parts, dim=1) if parts else x
+
+    def figures(self, resident_bytes: int) -> list[RankStats]:
+        """On the first rank, once all have called it, what each has exchanged and holds.  resident_bytes: this one"""
+        own = self.traffic
+        numbers = (own.sums, own.gatherings, own.nbytes, round(own.seconds * 1e6), resident_bytes)
+        found = [each.tolist() for each in self._gather(self._orders, torch.tensor(numbers))]
+        return [RankStats(sums, many, size, micros / 1e6, held) for sums, many, size, micros, held in found]
+
+    def _gather(self, group: Any, x: Tensor) -> list[Tensor]:
+        """All ranks' x on the first one; on the others nothing."""
+        parts = [torch.empty_like(x) for _ in range(self.shard.world)] if self.shard.rank == 0 else []
+        options = _from_first(dist.GatherOptions())
+        _joined(lambda: group.gather([parts] if parts else [], [x], options).wait())
+        return parts
 
     def share_first(self, x: Tensor) -> None:
         """Give all ranks the first one's x, in place."""
@@ -150,6 +174,11 @@ def _here(rank: int) -> str:
 
 def _from_first(options: Any) -> Any:
     options.rootRank = 0
+    return _patient(options)
+
+
+def _patient(options: Any) -> Any:
+    options.timeout = FOREVER
     return options
 
 
@@ -157,7 +186,7 @@ def _gloo(store: Any, shard: Shard) -> Any:
     kind: Any = dist.ProcessGroupGloo
     options = kind._Options()  # torch has no public way to name the interface
     options._devices = [kind.create_device(hostname=LOOPBACK)]
-    options._timeout = FOREVER
+    options._timeout = JOINING  # unless a call says otherwise
     options._threads = 1
     return kind(_part_of(store, "orders"), shard.rank, shard.world, options)
 

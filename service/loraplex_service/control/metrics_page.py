@@ -19,6 +19,7 @@ from loraplex_service.control.fleet_metrics import fleet_families
 from loraplex_service.control.metric_families import counter_family, gauge_family, histogram_family
 from loraplex_service.control.metrics_snapshot import EngineSnapshot, ModelSnapshot, Served, Snapshot
 from loraplex_service.control.process_metrics import build_families, process_families
+from loraplex_service.control.rank_families import rank_families
 from loraplex_service.control.router_metrics import router_families
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.series import Counter, Histogram
@@ -357,6 +358,7 @@ def _engine_families(models: Sequence[ModelSnapshot]) -> Iterator[Metric]:
     yield from _adapters_by_tier(engines)
     yield _adapter_moves(engines)
     yield _adapter_users(stats)
+    yield from rank_families(stats)
 
 
 def _adapters_by_tier(engines: Sequence[tuple[ModelSnapshot, EngineSnapshot]]) -> Iterator[Metric]:

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex import InvalidArgument, NotFound
 from loraplex.v1.adapters_pb2 import Adapter
+from loraplex_engine.link.messages import RankStats
 from loraplex_service.picker.page import NAMES, PATH
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.series import MAX_SERIES
@@ -171,6 +172,20 @@ async def test_requests_without_finite_logits_are_counted_by_model(
     monkeypatch.setattr(core, "stats", lambda: msgspec.structs.replace(stats(), num_not_finite=3))
     await control.client.generate("tiny", "abc", max_tokens=5)
     assert (await scrape(control)).value("loraplex_not_finite_requests_total", model="tiny") == 3
+
+
+async def test_each_rank_of_a_model_shows_what_it_exchanges_and_holds(
+    control: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = control.core()
+    stats, ranks = core.stats, [RankStats(4, 1, 640, 0.5, 7000), RankStats(4, 1, 640, 0.25, 6000)]
+    monkeypatch.setattr(core, "stats", lambda: msgspec.structs.replace(stats(), ranks=ranks))
+    await control.client.generate("tiny", "abc", max_tokens=5)
+    page = await scrape(control)
+    names = ("sums_total", "gatherings_total", "exchanged_bytes_total", "exchange_seconds_total")
+    found = [page.value(f"loraplex_rank_{name}", model="tiny", rank="1") for name in (*names, "resident_memory_bytes")]
+    assert found == [4, 1, 640, 0.25, 6000]
+    assert page.value("loraplex_rank_exchange_seconds_total", model="tiny", rank="0") == 0.5
 
 
 async def test_forms_are_counted_by_what_became_of_them(control: ControlPlane) -> None:
