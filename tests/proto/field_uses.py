@@ -17,6 +17,8 @@ from mypy.types import CallableType, Instance, Type, TypeVarType, UnionType, get
 PACKAGES = ("loraplex.v1.", "loraplex_service.dialect_stubs.")
 # What the types of messages and of their fields need.
 TYPED = ("loraplex_service", "loraplex_adapters", "loraplex", "google.protobuf")
+# What they do not need, and would take as long to read as all else.
+UNTYPED = ("numpy", "matplotlib")
 SETTERS = ("append", "add", "extend", "update", "CopyFrom", "MergeFrom")
 
 FOLDERS = ("client", "service", "engine", "adapters")  # from which packages are imported
@@ -24,7 +26,6 @@ FOLDERS = ("client", "service", "engine", "adapters")  # from which packages are
 # (message, field), such as ("Adapter", "name"); of a dialect ("kserve_v2_pb2.ModelConfig", "name")
 Field = tuple[str, str]
 Place = tuple[int, int, int | None, int | None]  # of an expression
-_FILE_LINES = 5000  # each file begins at a multiple: mypy says where expressions are, but not in which file
 
 
 @dataclass(slots=True)
@@ -43,7 +44,9 @@ def field_uses(files: list[Path]) -> Uses:
     options.python_executable, options.mypy_path = sys.executable, list(FOLDERS)
     options.follow_imports = "skip"
     options.per_module_options = {f"{name}.*": {"follow_imports": "silent"} for name in TYPED}
-    texts = {path: "\n" * _FILE_LINES * number + path.read_text() for number, path in enumerate(files, 1)}
+    skipped = {"follow_imports": "skip", "follow_imports_for_stubs": True}
+    options.per_module_options |= {pattern: skipped for name in UNTYPED for pattern in (name, f"{name}.*")}
+    texts = _apart(files)
     result = build([BuildSource(str(path), _module(path), text) for path, text in texts.items()], options)
     types = {
         (expression.line, expression.column, expression.end_line, expression.end_column): kind
@@ -53,6 +56,13 @@ def field_uses(files: list[Path]) -> Uses:
     for text in texts.values():
         _Finder(types, uses).visit(ast.parse(text))
     return uses
+
+
+def _apart(files: list[Path]) -> dict[Path, str]:
+    """The files, each behind as many empty lines as no other: mypy says where expressions are, but not in which file."""
+    texts = {path: path.read_text() for path in files}
+    longest = max(text.count("\n") for text in texts.values()) + 1
+    return {path: "\n" * (longest * number) + text for number, (path, text) in enumerate(texts.items())}
 
 
 def _module(path: Path) -> str:

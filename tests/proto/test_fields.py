@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,7 @@ def test_every_field_of_a_dialects_answer_is_set(uses: Uses) -> None:
 ROOMS = [*SERVER, *Path("adapters").rglob("*.py"), *Path("engine").rglob("*.py")]
 
 
+@cache
 def words() -> set[str]:
     """Every name and every text in the code."""
     found: set[str] = set()
