@@ -34,7 +34,6 @@ from loraplex_service.errors import (
 from loraplex_service.ports.receiving import ReceiveLimits, Receiver, check_message
 from loraplex_service.telemetry.records import NOBODY, CallRecord, Observer
 from loraplex_service.telemetry.trace_context import trace_id_of
-from loraplex_service.validation.checks import check_request
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +43,7 @@ PUBLIC_CALLS_PER_HOST = 256  # of methods that ask for no credentials: health, w
 
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Enter = Callable[[], Awaitable[Principal]]
 Behaviour = Callable[[Any, Context], Awaitable[Any] | AsyncGenerator[Any, None]]
 _BEHAVIOURS: Mapping[tuple[bool, bool], str] = {
     # (request is a stream, response is a stream)
@@ -80,10 +80,14 @@ class _Method:
     def name(self) -> str:
         return self.path.removeprefix("/")
 
-    async def request(self, principal: Principal, context: Context) -> Any:
-        """The argument of the behaviour: a message, or an iterator of messages. Raises PermissionDenied."""
+    async def request(self, principal: Principal, enter: Enter, context: Context) -> Any:
+        """The argument of the behaviour: a message, or an iterator of messages. Raises PermissionDenied.
+
+        `enter`: authenticates the caller again.
+        """
         if self.takes_many:
-            return _checked(self.receiver.all(context), principal, self.path)
+            messages = _checked(self.receiver.all(context), principal, self.path)
+            return _entered(messages, principal, enter) if self.receiver.is_conversation else messages
         message = await self.receiver.one(context)
         check_resource(principal, self.path, message)
         await check_message(message)
@@ -165,7 +169,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     call.client_request_id = _client_request_id(metadata)
                     call.deadline = _deadline(context)
                     call.routing_key = metadata.get("loraplex-routing-key", "")
-                    result = method.behaviour(await method.request(principal, context), context)
+                    enter = partial(self._principal, method.path, caller)
+                    result = method.behaviour(await method.request(principal, enter, context), context)
                     if isinstance(result, AsyncGenerator):
                         return await self._stream(result, call, context)
                     return await self._answer(await result, method, call, context)
@@ -309,7 +314,17 @@ async def _checked(messages: AsyncIterator[Message], principal: Principal, path:
         if is_first:
             check_resource(principal, path, message)
             is_first = False
-        check_request(message)
+        await check_message(message)
+        yield message
+
+
+async def _entered(messages: AsyncIterator[Message], principal: Principal, enter: Enter) -> AsyncIterator[Message]:
+    """The messages of a stream without end, while its credentials are good. Raises what `Door.enter` raises."""
+    async for message in messages:
+        if await enter() != principal:
+            raise Unauthenticated(
+                "the credentials of this call stand for another caller or other roles now; call again"
+            )
         yield message
 
 

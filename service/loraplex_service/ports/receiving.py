@@ -66,6 +66,7 @@ class Receiver:
     def __init__(self, method: str, parse: Callable[[bytes], Message], limits: ReceiveLimits) -> None:
         """`method`: its path."""
         self._method = method
+        self.is_conversation = method in _CONVERSATIONS
         self._kind = _input_of(method)
         self._parse = parse
         self._max_bytes = limits.bytes_of(method)
@@ -83,7 +84,7 @@ class Receiver:
         seconds: float | None = self._seconds
         while (message := await self._next(context, seconds)) is not None:
             yield message
-            seconds = None if self._method in _CONVERSATIONS else self._seconds
+            seconds = None if self.is_conversation else self._seconds
 
     async def _next(self, context: Context, seconds: float | None) -> Message | None:
         """The next message; None: there are no more. Raises InvalidRequest, MessageTooLarge, DeadlineExceeded."""

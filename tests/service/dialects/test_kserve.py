@@ -1,6 +1,7 @@
 """KServe's protocol on the data port."""
 
 import asyncio
+import json
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -130,6 +131,31 @@ async def test_an_adapter_and_its_version_are_models(stub: Any) -> None:
     assert (await stub.ModelInfer(chosen)).model_version == version
 
 
+@pytest.mark.parametrize("most", ['"4"', '" 4 "', '"4.0"', '"4e0"', "4"])
+async def test_a_number_may_be_a_text(stub: Any, most: str) -> None:
+    request = infer(sampling=f'{{"max_tokens": {most}, "temperature": "0", "top_p": "0.95"}}')
+    assert values(await stub.ModelInfer(request)) == {"text_output": "abcabca"}
+
+
+async def test_what_a_request_generates_may_be_said_in_its_parameters(stub: Any) -> None:
+    request = infer(sampling='{"max_tokens": "4"}')
+    request.parameters["max_tokens"].string_param = "4"  # as well, as the client of Triton's examples does
+    request.parameters["temperature"].double_param = 0
+    request.parameters["ignore_eos"].bool_param = True
+    request.parameters["lora_name"].string_param = "pirate"
+    response = await stub.ModelInfer(request)
+    assert values(response) == {"text_output": "abcabca"}
+    assert response.model_version
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nan", "Infinity", "-inf", "1e999", "9" * 5000, "0x10", "1_0", "1,5", "true", "\ud800"]
+)
+async def test_a_text_that_is_no_number_is_refused(stub: Any, text: str) -> None:
+    found = await failure(stub.ModelInfer(infer(sampling=json.dumps({"temperature": text}))))
+    assert found.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_a_stream_has_what_is_new_alone(stub: Any) -> None:
     responses = await streamed(stub, infer(stream=True, return_num_output_tokens=True))
     found = [values(response.infer_response) for response in responses]
@@ -172,6 +198,9 @@ def test_a_stream_without_a_token_has_a_response() -> None:
         ({"sampling": "[1]"}, "sampling_parameters"),
         ({"sampling": "[" * 2000}, "sampling_parameters"),
         ({"sampling": '{"loraplex": ' + '{"a":' * 50 + "1" + "}" * 51}, "sampling_parameters"),
+        ({"sampling": '{"temperature": "warm"}'}, "sampling_parameters.temperature"),
+        ({"sampling": '{"ignore_eos": "true"}'}, "sampling_parameters.ignore_eos"),
+        ({"sampling": '{"a": "' + "x" * (128 << 10) + '"}'}, "sampling_parameters"),
         ({"sampling": '{"lora_name": 1}'}, "sampling_parameters.lora_name"),
         ({"text": ""}, "text_input"),
         ({"image": True}, "inputs[2].name"),
@@ -194,6 +223,12 @@ def malformed() -> dict[str, ModelInferRequest]:
     parameter.parameters["priority"].uint64_param = 3
     uneven, no_utf8, both, kind = infer(), infer(), infer(), infer()
     kind.parameters["triton_enable_empty_final_response"].string_param = "true"
+    unknown, different, warm, empty = (infer() for _ in range(4))
+    unknown.parameters["best_off"].int64_param = 1
+    different.parameters["max_tokens"].int64_param = 5
+    warm.raw_input_contents[1] = b"\2\0\0\0{}"
+    warm.parameters["temperature"].string_param = "warm"
+    empty.parameters["top_k"].SetInParent()
     del uneven.raw_input_contents[0]
     no_utf8.raw_input_contents[0] = b"\1\0\0\0\xff"
     both.inputs[0].contents.bytes_contents.append(b"x")
@@ -206,6 +241,10 @@ def malformed() -> dict[str, ModelInferRequest]:
         "inputs[0].shape": shape,
         "parameters[priority]": parameter,
         "parameters[triton_enable_empty_final_response]": kind,
+        "parameters[best_off]": unknown,
+        "parameters[max_tokens]": different,
+        "parameters[temperature]": warm,
+        "parameters[top_k]": empty,
         "raw_input_contents": uneven,
         "text_input  ": no_utf8,
         "text_input   ": both,

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
+from functools import partial
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -59,6 +60,7 @@ from loraplex_service.errors import (
 
 NAME = "loraplex"
 AT_ONCE = 16  # requests of one stream: more wait for their turn
+SLOT_BYTES = 256 << 10  # a larger request takes several slots: a stream holds no more than the largest request alone
 EXTENSIONS = ("model_repository", "model_repository(unload_dependents)", "model_configuration")
 _STATES = {
     Model.STATE_UNLOADED: "UNAVAILABLE",
@@ -144,7 +146,7 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
         asked = asked_of(request)
         if asked.stream:
             raise InvalidRequest.at("stream", "is true: ask ModelStreamInfer for a stream, or leave it out")
-        draft = draft_of(request, asked, self._backend)
+        draft = await draft_of(request, asked, self._backend)
         return Answers(request, asked).whole(await self._backend.whole(draft, context))
 
     async def ModelStreamInfer(  # noqa: N802
@@ -166,12 +168,14 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
         slots, tasks, is_first = asyncio.Semaphore(AT_ONCE), set[asyncio.Task[None]](), True
         try:
             async for request in requests:
-                await slots.acquire()
+                taken = min(AT_ONCE, 1 + request.ByteSize() // SLOT_BYTES)
+                for _ in range(taken):
+                    await slots.acquire()
                 call = current_call().item()
                 task = asyncio.create_task(self._answer(request, call, is_first, context, results))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-                task.add_done_callback(lambda _: slots.release())
+                task.add_done_callback(partial(_release, slots, taken))
                 is_first = False
             await asyncio.gather(*tasks)
             await results.put(None)
@@ -201,7 +205,7 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: ModelInferRequest, context: Context
     ) -> AsyncGenerator[ModelInferResponse, None]:
         asked = asked_of(request)
-        draft, answers = draft_of(request, asked, self._backend), Answers(request, asked)
+        draft, answers = await draft_of(request, asked, self._backend), Answers(request, asked)
         if not asked.stream:
             yield answers.whole(await self._backend.whole(draft, context))
             if asked.says_the_end:
@@ -287,6 +291,11 @@ _LOADED = [
     ("adapter.base_model", "parameters[base_model]"),
 ]
 _UNLOADED = [("name", "model_name")]
+
+
+def _release(slots: asyncio.Semaphore, taken: int, _: object) -> None:
+    for _ in range(taken):
+        slots.release()
 
 
 def _refuse_others(given: Iterable[str], known: tuple[str, ...]) -> None:

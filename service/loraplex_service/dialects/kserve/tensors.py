@@ -31,9 +31,12 @@ OUTPUTS: Mapping[str, str] = {
     "num_input_tokens": "UINT32",
     "num_output_tokens": "UINT32",
 }
+_NOT_SCHEDULED = "is not taken here; sampling_parameters have a priority, calls a deadline. Leave it out"
 _FORMATS = {"FP32": "<f", "UINT32": "<I"}
 _EMPTY_RESPONSE = "triton_enable_empty_final_response"
 FINAL = "triton_final_response"
+# Parameters of a request that Triton itself reads.
+_SCHEDULING = ("priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class Asked:
     text: str = ""
     stream: bool = False
     sampling_parameters: str = "{}"
+    parameters: dict[str, object] = field(default_factory=dict)  # those of the request, which mean the same
     excludes_input: bool | None = None  # None: it does not say
     outputs: list[str] = field(default_factory=list)
     says_the_end: bool = False  # whether each response says if it is the last, and an empty one is
@@ -57,6 +61,7 @@ def asked_of(request: ModelInferRequest) -> Asked:
         text=_text(values["text_input"], "text_input"),
         stream=bool(values.get("stream", False)),
         sampling_parameters=_text(values.get("sampling_parameters", b"{}"), "sampling_parameters"),
+        parameters=_parameters(request.parameters),
         excludes_input=None if "exclude_input_in_output" not in values else bool(values["exclude_input_in_output"]),
         says_the_end=_says_the_end(request.parameters),
     )
@@ -133,16 +138,26 @@ def _text(value: bytes | bool, name: str) -> str:
 
 
 def _says_the_end(parameters: Mapping[str, InferParameter]) -> bool:
-    """Whether the request wants an empty last response. Raises FeatureUnsupported for other parameters."""
-    for name in parameters:
-        if name != _EMPTY_RESPONSE:
-            problem = f"is none of this server's; {_EMPTY_RESPONSE} is. What is generated, sampling_parameters say"
-            raise FeatureUnsupported(f"parameters[{name[:100]}]", problem)
+    """Whether the request wants an empty last response. Raises InvalidRequest."""
     if _EMPTY_RESPONSE not in parameters:
         return False
     value = parameters[_EMPTY_RESPONSE]
     check_kind(value, "bool_param", _EMPTY_RESPONSE)
     return value.bool_param
+
+
+def _parameters(given: Mapping[str, InferParameter]) -> dict[str, object]:
+    """What a request says of its generation beside the tensors. Raises InvalidRequest, FeatureUnsupported."""
+    found: dict[str, object] = {}
+    for name, value in given.items():
+        if name in _SCHEDULING:
+            raise FeatureUnsupported(f"parameters[{name}]", _NOT_SCHEDULED)
+        kind = value.WhichOneof("parameter_choice")
+        if kind is None:
+            raise InvalidRequest.at(f"parameters[{name[:100]}]", "has no value; give one, or leave it out")
+        if name != _EMPTY_RESPONSE:
+            found[name] = getattr(value, kind)
+    return found
 
 
 def check_kind(value: InferParameter | ModelRepositoryParameter, kind: str, name: str) -> None:

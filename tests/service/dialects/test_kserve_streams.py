@@ -1,0 +1,87 @@
+"""KServe's streams of requests, which may stay open for as long as their callers like."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import msgspec
+import pytest
+
+from loraplex_service.admission.tenants import Tenants
+from loraplex_service.auth.config import AuthConfig
+from loraplex_service.auth.keys import Key, KeyFile, make_key, write_keys
+from loraplex_service.auth.principal import Role
+from loraplex_service.call import Call, serving
+from loraplex_service.dialect_stubs.kserve_v2_pb2 import ModelInferRequest
+from loraplex_service.dialect_stubs.kserve_v2_pb2_grpc import GRPCInferenceServiceStub
+from loraplex_service.dialects.fields import Draft
+from loraplex_service.dialects.kserve.servicer import AT_ONCE, SLOT_BYTES, KServeServicer
+from loraplex_service.ports.config import DIALECTS
+from tests.service.control_plane import ControlPlane, control_plane
+from tests.service.data_plane import failure
+from tests.service.dialects.test_kserve import infer
+
+
+@pytest.fixture
+def key() -> tuple[str, Key]:
+    return make_key("acme", [Role.INFERENCE], None)
+
+
+@pytest.fixture
+async def guarded(byte_tokenizer_directory: Path, tmp_path: Path, key: tuple[str, Key]) -> AsyncIterator[ControlPlane]:
+    """A server that knows one key."""
+    write_keys(tmp_path / "keys.yaml", KeyFile(keys=(key[1],)))
+    auth = AuthConfig(keys=str(tmp_path / "keys.yaml"))
+    async with control_plane(byte_tokenizer_directory, tmp_path, dialects=DIALECTS, auth=auth) as control:
+        yield control
+
+
+@pytest.mark.parametrize("left", [[], [Role.ADAPTERS], [Role.INFERENCE, Role.ADMIN]], ids=["none", "another", "more"])
+async def test_a_stream_ends_once_its_credentials_are_taken_back(
+    guarded: ControlPlane, tmp_path: Path, key: tuple[str, Key], left: list[Role]
+) -> None:
+    token, known = key
+    async with grpc.aio.insecure_channel(guarded.addresses.data) as channel:
+        stub: Any = GRPCInferenceServiceStub(channel)
+        stream = stub.ModelStreamInfer(metadata=(("authorization", f"Bearer {token}"),))
+        await stream.write(infer())
+        assert not (await stream.read()).error_message
+        keys = (msgspec.structs.replace(known, roles=tuple(left)),) if left else ()
+        write_keys(tmp_path / "keys.yaml", KeyFile(keys=keys))
+        await stream.write(infer())
+        found = await failure(stream.read())
+    assert found.code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+
+
+class EndlessBackend:
+    """Lets every generation in, and ends none."""
+
+    def __init__(self) -> None:
+        self.tenants = Tenants()
+        self.running = 0
+
+    async def whole(self, draft: Draft, context: object) -> None:
+        self.running += 1
+        await asyncio.Event().wait()
+
+
+async def forever(request: ModelInferRequest) -> AsyncIterator[ModelInferRequest]:
+    while True:
+        yield request
+
+
+@pytest.mark.parametrize(("characters", "most"), [(10, AT_ONCE), (SLOT_BYTES, AT_ONCE // 2), (AT_ONCE * SLOT_BYTES, 1)])
+async def test_a_stream_holds_no_more_bytes_than_one_request_may_have(characters: int, most: int) -> None:
+    backend: Any = EndlessBackend()
+    context: Any = None
+    with serving(Call("acme")):
+        responses = KServeServicer(backend).ModelStreamInfer(forever(infer("x" * characters)), context)
+        first = asyncio.ensure_future(anext(responses))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+    assert backend.running == most
