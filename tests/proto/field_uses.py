@@ -59,7 +59,7 @@ def field_uses(files: list[Path]) -> Uses:
 
 
 def _apart(files: list[Path]) -> dict[Path, str]:
-    """The files, each behind as many empty lines as no other: mypy says where expressions are, but not in which file."""
+    """The files, so that no two have a line of the same number: mypy says on which line expressions are, not where."""
     texts = {path: path.read_text() for path in files}
     longest = max(text.count("\n") for text in texts.values()) + 1
     return {path: "\n" * (longest * number) + text for number, (path, text) in enumerate(texts.items())}
