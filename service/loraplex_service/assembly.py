@@ -169,7 +169,7 @@ def assemble(
     work = BackgroundWork()
     records = AdapterRecords(registry, state) if replica is None else replica.records(work)
     deployer = AdapterDeployer(registry, library, host, records, adapter_texts, work, telemetry.metrics.adapter_loads)
-    find_files = library.recheck if replica is None else replica.files(library).find
+    find_files = None if replica is None else replica.files(library).find
     registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work, find_files)
     routes = RouteBook(state)
     catalog = Catalog(host, registry, routes)

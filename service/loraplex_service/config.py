@@ -72,6 +72,8 @@ class ServiceConfig(_Section, frozen=True):
     state: str | None = None  # postgresql://…: the database of a fleet's state; None: this server has its own
     fleet_listen: str | None = None  # where the other replicas of the fleet may fetch adapters' files from this one
     fleet_address: str | None = None  # what they call that; None: as fleet_listen has it
+    fleet_server_name: str | None = None  # which replicas' certificates are for; None: the hosts of their addresses
+    fleet_ca: str | None = None  # PEM: who signed those; None: tls.client_ca, or whom the system trusts
     listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
     admin_listen: str = "127.0.0.1:50052"
     health_listen: str | None = (
@@ -229,6 +231,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         adapter_roots=tuple(absolute(root) for root in config.adapter_roots),
         state_directory=_state_directory(config, base),
         tls=tls,
+        fleet_ca=None if config.fleet_ca is None else absolute(config.fleet_ca),
         usage=usage,
         auth=None if config.auth is None else config.auth.with_paths(absolute),
     )
@@ -310,7 +313,7 @@ def _fraction_problems(models: Sequence[HostedModelConfig]) -> Iterator[str]:
 def _fleet_problems(config: ServiceConfig) -> Iterator[str]:
     """Nothing of the connection string is shown: it may have a password."""
     if config.state is None:
-        for key in ("fleet_listen", "fleet_address"):
+        for key in ("fleet_listen", "fleet_address", "fleet_server_name", "fleet_ca"):
             if getattr(config, key) is not None:
                 yield f"{key}: there is no fleet; set state to its database, postgresql://…, or leave this out"
         return
@@ -320,6 +323,9 @@ def _fleet_problems(config: ServiceConfig) -> Iterator[str]:
         yield "state: psycopg is not installed; install loraplex-server[postgresql]"
     if config.fleet_address is not None and config.fleet_listen is None:
         yield "fleet_address: there is no fleet_listen, which it would be the address of; set that, too"
+    for key in ("fleet_server_name", "fleet_ca"):
+        if getattr(config, key) is not None and config.tls is None:
+            yield f"{key}: replicas have no certificates without tls; set that, too, or leave this out"
 
 
 def _form_problems(constraint: ConstraintConfig) -> Iterator[str]:

@@ -15,9 +15,10 @@ from loraplex_service.adapters.shared_files import SharedFiles
 from loraplex_service.adapters.shared_records import SharedRecords
 from loraplex_service.config import ServiceConfig
 from loraplex_service.control.uploads import receive_files
+from loraplex_service.errors import Unavailable
 from loraplex_service.fleet.database import Database
 from loraplex_service.fleet.leases import Leases
-from loraplex_service.fleet.peers import PeerFiles, fetched
+from loraplex_service.fleet.peers import PeerFiles, Way, fetched
 from loraplex_service.fleet.state import FleetState
 from loraplex_service.ports.config import TlsConfig
 from loraplex_service.ports.tls import server_credentials
@@ -44,7 +45,7 @@ class Replica:
 
     def files(self, library: AdapterLibrary) -> SharedFiles:
         """The files that any replica has."""
-        return SharedFiles(self.registry, library, lambda: self.state.peers, self._fetch)
+        return SharedFiles(self.registry, library, self.state.peers, self._fetch)
 
     @asynccontextmanager
     async def listening(self, library: AdapterLibrary) -> AsyncIterator[None]:
@@ -65,16 +66,25 @@ class Replica:
 
     def _directory(self, library: AdapterLibrary, digest: str) -> Path | None:
         versions = self.registry.list_versions(include_versions=True)
-        directories = (library.directory(version) for version in versions if version.key.digest == digest)
-        return next(filter(Path.is_dir, directories), None)
+        noted = (library.directory(version) for version in versions if version.key.digest == digest)
+        return next(filter(Path.is_dir, (*noted, library.copy(digest))), None)
 
     async def _fetch(self, address: str, digest: str, gathering: Gathering) -> None:
-        credentials = None if self._config.tls is None else _channel_credentials(self._config.tls)
-        async with fetched(address, digest, self.state.secret, credentials) as messages:
+        way = Way() if self._config.tls is None else _encrypted(self._config.tls, self._config)
+        async with fetched(address, digest, self.state.secret, way) as messages:
             await receive_files(messages, gathering, self._config.limits.upload_bytes, lambda size: None)
 
 
-def _channel_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
-    """Replicas show each other their certificates, and check them against client_ca; without one as the system does."""
-    root = None if tls.client_ca is None else Path(tls.client_ca).read_bytes()
-    return grpc.ssl_channel_credentials(root, Path(tls.key).read_bytes(), Path(tls.certificate).read_bytes())
+def _encrypted(tls: TlsConfig, config: ServiceConfig) -> Way:
+    """Replicas show each other their certificates, and check them against fleet_ca or client_ca, or else as the system
+    does.
+
+    Raises Unavailable for files that cannot be read.
+    """
+    authorities = config.fleet_ca or tls.client_ca
+    try:
+        root = None if authorities is None else Path(authorities).read_bytes()
+        pair = Path(tls.key).read_bytes(), Path(tls.certificate).read_bytes()
+    except OSError as error:
+        raise Unavailable("ADAPTER_UNREADABLE", f"the files of tls cannot be read: {error}") from error
+    return Way(grpc.ssl_channel_credentials(root, *pair), config.fleet_server_name)

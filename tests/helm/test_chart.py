@@ -172,6 +172,12 @@ def test_replicas_share_the_database_of_a_secret_and_reach_each_other_alone(char
     assert callers == [{"podSelector": {"matchLabels": own}}]
 
 
+def test_replicas_know_each_other_by_the_name_of_their_service(chart: Chart, tmp_path: Path) -> None:
+    tls = {"tls": {"enabled": True, "secretName": "certificates"}}
+    config = config_of(chart.render(MODELS | VARIANTS["a fleet"] | tls), tmp_path)
+    assert (config.fleet_server_name, config.fleet_ca) == ("prod-loraplex", "/etc/loraplex/tls/ca.crt")
+
+
 def test_the_files_of_an_identity_provider_are_mounted_where_the_configuration_names_them(chart: Chart) -> None:
     release = chart.render(MODELS | VARIANTS["an identity provider of one's own"])
     pod = pod_of(release)

@@ -138,7 +138,11 @@ class AdapterLibrary:
 
     def directory(self, version: AdapterVersion) -> Path:
         """The directory of a version's files."""
-        return Path(version.directory) if version.directory else self._depot.path(version.key.digest)
+        return Path(version.directory) if version.directory else self.copy(version.key.digest)
+
+    def copy(self, digest: str) -> Path:
+        """The directory of the server's own copy of the files with this digest, if it has one."""
+        return self._depot.path(digest)
 
     async def remove(self, digest: str, is_unused: Callable[[], bool]) -> None:
         """Remove the server's own copy of the files with this digest, if it has one and nobody uses it."""

@@ -41,8 +41,9 @@ class AdapterRegistrar:
         work: BackgroundWork,
         find_files: FindFiles | None = None,
     ) -> None:
-        """`find_files`: finds the files of a known version, as `AdapterLibrary.recheck` does, which is the default."""
+        """`find_files`: finds the files of a version, which others may have later; None: they are here, or lost."""
         self._find_files = find_files or library.recheck
+        self._look_again = self._recheck if find_files is None else self.bring
         self._registry = registry
         self._records = records
         self._deployer = deployer
@@ -71,7 +72,7 @@ class AdapterRegistrar:
                 logger.warning("adapter %s is not served any more: %s", version.version_name, untrusted)
                 self._registry.fail(version.key, [untrusted.message], untrusted.reason)
             elif version.state is not AdapterState.ACTIVE or version.key in changed:
-                self._work.begin(self._recheck(self._registry.recheck(version.key)))
+                self._work.begin(self._look_again(self._registry.recheck(version.key)))
 
     async def sweep(self) -> None:
         """Remove the server's own copies of files that no version needs. Call it once the state knows them all."""

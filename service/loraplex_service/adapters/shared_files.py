@@ -24,7 +24,7 @@ class SharedFiles:
         self,
         registry: SharedAdapterRegistry,
         library: AdapterLibrary,
-        peers: Callable[[], Sequence[str]],
+        peers: Callable[[], Awaitable[Sequence[str]]],
         fetch: Fetch,
     ) -> None:
         self._registry = registry
@@ -59,7 +59,7 @@ class SharedFiles:
             return None  # it is elsewhere
 
     async def _from_peers(self, version: AdapterVersion) -> AdapterFiles | None:
-        for address in self._peers():
+        for address in await self._peers():
             try:
                 async with self._library.gather() as gathering:
                     await self._fetch(address, version.key.digest, gathering)

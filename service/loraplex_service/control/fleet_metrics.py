@@ -15,6 +15,7 @@ def fleet_families(fleet: FleetFigures | None) -> Iterator[Metric]:
         ("connected", "1 while the fleet's database can be used, and changes are taken.", shown.connected),
         ("last_change", "The number of the last change that is in force here.", shown.cursor),
         ("changes_behind", "Changes that are known of, and not in force here yet.", shown.behind),
+        ("schema", "The schema of the database's tables, as it was when they were last read.", shown.schema),
         ("peers", "Other replicas that were seen in the last seconds.", shown.peers),
     ):
         yield gauge_family(f"loraplex_fleet_{name}", text, (), [] if fleet is None else [((), value)])

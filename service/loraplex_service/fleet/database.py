@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from loraplex_service.fleet.schema import STEPS, SchemaError, Step, migrate
+from loraplex_service.fleet.schema import STEPS, SchemaError, Step, check_readable, migrate
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ STATEMENT_MILLISECONDS = 5000
 MAX_BODY_BYTES = 16 << 20  # of one resource: a row beyond it is passed over
 ROWS_AT_ONCE = 16
 PEER_SECONDS = 15.0  # for which a replica counts after it was last seen
-TOMBSTONE_SECONDS = 86400.0
+HISTORY_SECONDS = 86400.0  # for which changes are told one by one
 SETTINGS = {
     "statement_timeout": STATEMENT_MILLISECONDS,
     "lock_timeout": STATEMENT_MILLISECONDS,
@@ -43,6 +43,16 @@ class Stale(Exception):  # noqa: N818
     """A change was refused, because others have changed something that the writer has not seen."""
 
 
+class Cursor(NamedTuple):
+    """How far changes are known: the last of them."""
+
+    number: int
+    mark: str  # of this one change; "": more are to be read before there is one
+
+
+START = Cursor(0, "")  # nothing is known
+
+
 class Row(NamedTuple):
     """The last change of one resource."""
 
@@ -58,13 +68,14 @@ class Row(NamedTuple):
 
 
 class News(NamedTuple):
-    """What has changed since a number."""
+    """What has changed since a cursor."""
 
     fleet: str
     rows: list[Row]
-    cursor: int  # the number up to which these rows tell everything
-    whole: set[tuple[str, str]] | None  # all resources that there are, where too much was missed; None: not so
+    cursor: Cursor  # up to which these rows tell everything
+    whole: set[tuple[str, str]] | None  # all resources that there are, where the cursor said nothing; None: not so
     behind: int  # changes that are not among these rows yet
+    schema: int  # of the tables
 
 
 def checked_dsn(dsn: str) -> str:
@@ -94,8 +105,8 @@ class Database:
 
     # ---- what replicas do --------------------------------------------------------------------------------------------
 
-    def commit(self, cursor: int, kind: str, name: str, body: bytes | None) -> int:
-        """Write one change, if nothing has changed since `cursor`. Returns its number.
+    def commit(self, cursor: Cursor, kind: str, name: str, body: bytes | None) -> Cursor:
+        """Write one change, if nothing has changed since `cursor`. Returns the cursor of the change.
 
         Raises Stale, DatabaseAway, Unsettled.
         """
@@ -109,19 +120,20 @@ class Database:
                 raise DatabaseAway(self._said(error)) from None
         return self._settled(cursor, kind, name, body)
 
-    def news(self, cursor: int, wait_seconds: float = 0.0, going_on: bool = False) -> News:
-        """What has changed since a number, after waiting so long for a change. Raises DatabaseAway.
+    def news(self, cursor: Cursor, wait_seconds: float = 0.0, going_on: bool = False) -> News:
+        """What has changed since a cursor, after waiting so long for a change. Raises DatabaseAway, SchemaError.
 
-        `going_on`: the number is of earlier news, which had too many changes for one answer.
+        `going_on`: the cursor is of earlier news, which had too many changes for one answer.
         """
         return self._do(lambda connection: self._news(connection, cursor, wait_seconds, going_on))
 
-    def beat(self, address: str) -> list[str]:
-        """Say that this replica lives, and return the addresses of the others, the latest to be seen first.
+    def beat(self, address: str) -> None:
+        """Say that this replica lives. Raises DatabaseAway."""
+        self._do(lambda connection: self._beat(connection, address))
 
-        Raises DatabaseAway.
-        """
-        return self._do(lambda connection: self._beat(connection, address))
+    def peers(self) -> list[str]:
+        """The addresses of the other replicas, the latest to be seen first. Raises DatabaseAway."""
+        return self._do(self._peers)
 
     def settle(self, name: str, rate: float, capacity: float, owed: float, missing: float) -> float:
         """Pay what is owed to a bucket, and take as much as is missing, or as there is; negative: give it back.
@@ -210,54 +222,67 @@ class Database:
         text = (error.diag.message_primary or str(error) or type(error).__name__).strip().splitlines()[0]
         return text.replace(self._password, "***") if self._password else text
 
-    def _commit(self, connection: Any, cursor: int, kind: str, name: str, body: bytes | None) -> int:
+    def _commit(self, connection: Any, cursor: Cursor, kind: str, name: str, body: bytes | None) -> Cursor:
         with connection.transaction():
-            moved = connection.execute(
-                "UPDATE loraplex_head SET last = last + 1 WHERE last = %s RETURNING last", (cursor,)
-            )
-            found = moved.fetchone()
+            found = connection.execute(
+                "UPDATE loraplex_head SET last = last + 1, mark = gen_random_uuid()::text "
+                "WHERE last = %s AND mark = %s AND (SELECT readable_by FROM loraplex_schema) <= %s "
+                "RETURNING last, mark",
+                (*cursor, len(self._steps)),
+            ).fetchone()
             if found is None:
                 raise Stale
+            made = Cursor(*found)
+            connection.execute("INSERT INTO loraplex_changes (sequence, mark) VALUES (%s, %s)", made)
             connection.execute(
                 "INSERT INTO loraplex_resources (kind, name, body, sequence, writer) VALUES (%s, %s, %s, %s, %s) "
                 "ON CONFLICT (kind, name) DO UPDATE SET body = excluded.body, sequence = excluded.sequence, "
-                "writer = excluded.writer, changed = now()",
-                (kind, name, body, found[0], self._replica),
+                "writer = excluded.writer",
+                (kind, name, body, made.number, self._replica),
             )
             connection.execute("SELECT pg_notify(%s, '')", (CHANNEL,))
-        return int(found[0])
+        return made
 
-    def _settled(self, cursor: int, kind: str, name: str, body: bytes | None) -> int:
+    def _settled(self, cursor: Cursor, kind: str, name: str, body: bytes | None) -> Cursor:
         """Find out what became of a change during which the connection was lost, and write it if it is not there."""
         try:
             connection = self._open()
             found = connection.execute(
-                "SELECT sequence FROM loraplex_resources WHERE kind = %s AND name = %s AND writer = %s "
-                "AND sequence = %s AND body IS NOT DISTINCT FROM %s",
-                (kind, name, self._replica, cursor + 1, body),
+                "SELECT sequence, mark FROM loraplex_resources JOIN loraplex_changes USING (sequence) WHERE kind = %s "
+                "AND name = %s AND writer = %s AND sequence = %s AND body IS NOT DISTINCT FROM %s",
+                (kind, name, self._replica, cursor.number + 1, body),
             ).fetchone()
-            return self._commit(connection, cursor, kind, name, body) if found is None else int(found[0])
+            return self._commit(connection, cursor, kind, name, body) if found is None else Cursor(*found)
         except psycopg.Error as error:
             raise Unsettled(self._said(error)) from None
         except DatabaseAway as error:
             raise Unsettled(str(error)) from None
 
-    def _news(self, connection: Any, cursor: int, wait_seconds: float, going_on: bool) -> News:
-        fleet, last, pruned = _head(connection)
+    def _news(self, connection: Any, cursor: Cursor, wait_seconds: float, going_on: bool) -> News:
+        fleet, last, schema = self._head(connection)
         if wait_seconds and last == cursor:
             for _ in connection.notifies(timeout=wait_seconds, stop_after=1):
                 pass
-            fleet, last, pruned = _head(connection)
+            fleet, last, schema = self._head(connection)
         whole = None
-        if not going_on and (cursor == 0 or not pruned <= cursor <= last):
+        if last != cursor and not going_on and not _is_of_history(connection, cursor):
             found = connection.execute("SELECT kind, name FROM loraplex_resources WHERE body IS NOT NULL")
-            whole, cursor = set(found.fetchall()), 0
-        rows = _rows(connection, cursor)
-        if len(rows) < ROWS_AT_ONCE:
-            return News(fleet, rows, max([last, *(row.sequence for row in rows)]), whole, 0)
-        return News(fleet, rows, rows[-1].sequence, whole, max(0, last - rows[-1].sequence))
+            whole, cursor = set(found.fetchall()), START
+        rows = _rows(connection, cursor, last)
+        if len(rows) < ROWS_AT_ONCE or rows[-1].sequence == last.number:
+            return News(fleet, rows, last, whole, 0, schema)
+        known = rows[-1].sequence
+        return News(fleet, rows, Cursor(known, ""), whole, last.number - known, schema)
 
-    def _beat(self, connection: Any, address: str) -> list[str]:
+    def _head(self, connection: Any) -> tuple[str, Cursor, int]:
+        """The fleet, its last change and the schema. Raises SchemaError if others have changed it too far meanwhile."""
+        fleet, last, mark, schema, readable_by = connection.execute(
+            "SELECT fleet, last, mark, version, readable_by FROM loraplex_head, loraplex_schema"
+        ).fetchone()
+        check_readable(schema, readable_by, len(self._steps))
+        return fleet, Cursor(last, mark), schema
+
+    def _beat(self, connection: Any, address: str) -> None:
         connection.execute(
             "INSERT INTO loraplex_replicas (id, address, schema) VALUES (%s, %s, %s) "
             "ON CONFLICT (id) DO UPDATE SET address = excluded.address, schema = excluded.schema, seen = now()",
@@ -268,6 +293,8 @@ class Database:
         )
         connection.execute("DELETE FROM loraplex_buckets WHERE filled < now() - interval '30 days'")  # they are full
         self._prune(connection)
+
+    def _peers(self, connection: Any) -> list[str]:
         found = connection.execute(
             "SELECT left(address, 300) FROM loraplex_replicas WHERE id <> %s AND address <> '' "
             "AND seen > now() - make_interval(secs => %s) ORDER BY seen DESC LIMIT 64",
@@ -276,13 +303,15 @@ class Database:
         return [address for (address,) in found.fetchall()]
 
     def _prune(self, connection: Any) -> None:
-        """Forget deletions of long ago. A replica that has not seen one of them reads everything anew."""
+        """Forget changes of long ago. A replica that knows none of those that are left reads everything anew."""
         connection.execute(
-            "WITH gone AS (DELETE FROM loraplex_resources WHERE body IS NULL "
-            "AND changed < now() - make_interval(secs => %s) RETURNING sequence) "
-            "UPDATE loraplex_head SET pruned = greatest(pruned, (SELECT max(sequence) FROM gone)) "
-            "WHERE EXISTS (SELECT FROM gone)",
-            (TOMBSTONE_SECONDS,),
+            "DELETE FROM loraplex_changes WHERE made < now() - make_interval(secs => %s) "
+            "AND sequence < (SELECT last FROM loraplex_head)",
+            (HISTORY_SECONDS,),
+        )
+        connection.execute(
+            "DELETE FROM loraplex_resources WHERE body IS NULL "
+            "AND sequence <= (SELECT min(sequence) FROM loraplex_changes)"
         )
 
 
@@ -304,16 +333,16 @@ def _settled_bucket(connection: Any, name: str, rate: float, capacity: float, ow
     return float(taken)
 
 
-def _head(connection: Any) -> tuple[str, int, int]:
-    fleet, last, pruned = connection.execute("SELECT fleet, last, pruned FROM loraplex_head").fetchone()
-    return fleet, last, pruned
+def _is_of_history(connection: Any, cursor: Cursor) -> bool:
+    found = connection.execute("SELECT FROM loraplex_changes WHERE sequence = %s AND mark = %s", cursor)
+    return found.fetchone() is not None
 
 
-def _rows(connection: Any, cursor: int) -> list[Row]:
+def _rows(connection: Any, cursor: Cursor, last: Cursor) -> list[Row]:
     found = connection.execute(
         "SELECT kind, name, CASE WHEN octet_length(body) <= %s THEN body END, coalesce(octet_length(body), 0), "
-        "sequence FROM loraplex_resources WHERE sequence > %s ORDER BY sequence LIMIT %s",
-        (MAX_BODY_BYTES, cursor, ROWS_AT_ONCE),
+        "sequence FROM loraplex_resources WHERE sequence > %s AND sequence <= %s ORDER BY sequence LIMIT %s",
+        (MAX_BODY_BYTES, cursor.number, last.number, ROWS_AT_ONCE),
         binary=True,
     )
     return [Row(*row) for row in found.fetchall()]

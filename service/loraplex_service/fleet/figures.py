@@ -12,5 +12,6 @@ class FleetFigures:
     cursor: int = 0  # the number of the last change that is in force here
     applied: int = 0  # changes by others
     passed_over: int = 0  # changes that could not be read
+    schema: int = 0  # of the database's tables
     lost: int = 0  # times that the database could not be used
     peers: int = 0  # other replicas that were seen of late

@@ -9,6 +9,7 @@ import hmac
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -28,7 +29,8 @@ MAX_MESSAGE_BYTES = 2 << 20
 MAX_CALL_BYTES = 4096
 CALLS_AT_ONCE = 4  # that are served; more are told to ask another replica
 PROOF_SECONDS = 60.0
-SILENCE_SECONDS = 30.0  # for which a replica that sends may be silent
+SILENCE_SECONDS = 30.0  # for which a replica that sends may be silent, and one that receives may take nothing
+SLOWEST = 128 << 10  # bytes a second: who sends less all in all is left
 
 
 class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,20 +70,27 @@ class PeerFiles:
         """Build a server at an address, and return the port that it has. Raises RuntimeError for one that is taken."""
         handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_stream_rpc_method_handler(self._fetch)
         service, _, method = METHOD.removeprefix("/").partition("/")
-        options = [("grpc.max_receive_message_length", MAX_CALL_BYTES), ("grpc.so_reuseport", 0)]
+        options = [
+            ("grpc.max_receive_message_length", MAX_CALL_BYTES),
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", int(1000 * SILENCE_SECONDS)),  # of a machine that is gone without a word
+        ]
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=16 * CALLS_AT_ONCE)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
         if credentials is None:
             return server, server.add_insecure_port(address)
         return server, server.add_secure_port(address, credentials)
 
-    async def _fetch(self, request: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> AsyncIterator[bytes]:
+    async def _fetch(self, request: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
         try:
             asked = msgspec.json.decode(request, type=Wanted)
         except msgspec.MsgspecError:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a digest and its proof are expected")
         if not is_digest(asked.digest) or not is_proven(asked, self._secret(), time.time()):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no replica of this fleet asks so")
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "no replica of this fleet asks so, or its clock is more than a minute off",
+            )
         directory = self._find(asked.digest)
         if directory is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "this replica has no files of this digest")
@@ -90,7 +99,11 @@ class PeerFiles:
         self._calls += 1
         try:
             async for message in _messages(directory):
-                yield message
+                async with asyncio.timeout(SILENCE_SECONDS):  # else it would keep its turn for good
+                    await context.write(message)
+        except TimeoutError:
+            context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)  # `abort` would wait until it can be sent
+            context.set_details("nothing was taken for too long")
         finally:
             self._calls -= 1
 
@@ -107,33 +120,47 @@ async def _messages(directory: Path) -> AsyncIterator[bytes]:
                 yield UploadAdapterRequest(chunk=chunk).SerializeToString()
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a replica calls the others."""
+
+    credentials: grpc.ChannelCredentials | None = None  # None: nothing is encrypted
+    server_name: str | None = None  # which their certificates are for; None: the host of their addresses
+
+    def to(self, address: str) -> grpc.aio.Channel:
+        """A channel to a replica."""
+        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(address, options)
+        named = [] if self.server_name is None else [("grpc.ssl_target_name_override", self.server_name)]
+        return grpc.aio.secure_channel(address, self.credentials, [*options, *named])
+
+
 @asynccontextmanager
 async def fetched(
-    address: str, digest: str, secret: bytes, credentials: grpc.ChannelCredentials | None
+    address: str, digest: str, secret: bytes, way: Way
 ) -> AsyncIterator[AsyncIterator[UploadAdapterRequest]]:
     """Ask a replica for the files of a digest, and yield its messages, which raise Unavailable if they end early."""
-    options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-    channel = (
-        grpc.aio.insecure_channel(address, options)
-        if credentials is None
-        else grpc.aio.secure_channel(address, credentials, options)
-    )
-    async with channel:
+    async with way.to(address) as channel:
         ask: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(METHOD)
         yield _received(ask(msgspec.json.encode(wanted(secret, digest, time.time()))))
 
 
 async def _received(call: "grpc.aio.UnaryStreamCall[bytes, bytes]") -> AsyncIterator[UploadAdapterRequest]:
+    now = asyncio.get_running_loop().time
+    patience = now() + SILENCE_SECONDS  # which every byte adds to
     try:
         while True:
-            async with asyncio.timeout(SILENCE_SECONDS):
+            async with asyncio.timeout_at(min(patience, now() + SILENCE_SECONDS)):
                 message = await call.read()
             if not isinstance(message, bytes):
                 return  # it has ended
+            patience += len(message) / SLOWEST
             yield UploadAdapterRequest.FromString(message)
     except grpc.aio.AioRpcError as error:
         raise Unavailable("ADAPTER_UNREADABLE", f"{error.code().name}: {(error.details() or '')[:200]}") from None
     except (TimeoutError, ValueError) as error:
-        raise Unavailable("ADAPTER_UNREADABLE", f"it sends nothing that can be read: {error}") from error
+        problem = str(error) or "too little for too long"
+        raise Unavailable("ADAPTER_UNREADABLE", f"it sends nothing that can be read: {problem}") from error
     finally:
         call.cancel()

@@ -19,15 +19,20 @@ class Step:
 
 FIRST = Step(
     (
-        # One row: the number of the last change. Whoever changes anything moves it on from the number that it knows,
-        # so changes have an order without gaps, and nobody changes what they have not seen.
+        # One row: the number and the mark of the last change. Whoever changes anything moves it on from those that it
+        # knows, so changes have an order without gaps, and nobody changes what they have not seen.
         "CREATE TABLE loraplex_head (one boolean PRIMARY KEY DEFAULT true CHECK (one), fleet text NOT NULL, "
-        "last bigint NOT NULL DEFAULT 0, pruned bigint NOT NULL DEFAULT 0, secret bytea NOT NULL)",
+        "last bigint NOT NULL DEFAULT 0, mark text NOT NULL DEFAULT gen_random_uuid()::text, secret bytea NOT NULL)",
         "INSERT INTO loraplex_head (fleet, secret) VALUES (gen_random_uuid()::text, "
         "decode(replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''), 'hex'))",
+        # The changes of late. The same number with another mark is a change of another history: that of a database
+        # which has lost its last changes, by a failover or with an older backup, and has gone on.
+        "CREATE TABLE loraplex_changes (sequence bigint PRIMARY KEY, mark text NOT NULL, "
+        "made timestamptz NOT NULL DEFAULT now())",
+        "INSERT INTO loraplex_changes (sequence, mark) SELECT last, mark FROM loraplex_head",
         # A body that is NULL: the resource was deleted. Such rows are pruned when all have long seen them.
         "CREATE TABLE loraplex_resources (kind text, name text, body bytea, sequence bigint NOT NULL UNIQUE, "
-        "writer text NOT NULL, changed timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (kind, name))",
+        "writer text NOT NULL, PRIMARY KEY (kind, name))",
         "CREATE TABLE loraplex_replicas (id text PRIMARY KEY, address text NOT NULL, schema integer NOT NULL, "
         "seen timestamptz NOT NULL DEFAULT now())",
         "CREATE TABLE loraplex_buckets (name text PRIMARY KEY, level double precision NOT NULL, "
@@ -62,12 +67,17 @@ def migrate(connection: Any, steps: Sequence[Step] = STEPS) -> int:
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
             _step_forward(connection, steps)
     version, readable_by = found_schema(connection)
-    if readable_by > len(steps):
+    check_readable(version, readable_by, len(steps))
+    return version
+
+
+def check_readable(version: int, readable_by: int, known: int) -> None:
+    """Raise SchemaError if who knows this schema cannot use the tables."""
+    if readable_by > known:
         raise SchemaError(
             f"the database has schema {version}, which replicas that know schema {readable_by} or later can use; this "
-            f"one knows {len(steps)}: upgrade it"
+            f"one knows {known}: upgrade it"
         )
-    return version
 
 
 def _step_forward(connection: Any, steps: Sequence[Step]) -> None:

@@ -13,7 +13,17 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from loraplex_service.fleet.database import CONNECT_SECONDS, Database, DatabaseAway, News, Row, Stale, Unsettled
+from loraplex_service.fleet.database import (
+    CONNECT_SECONDS,
+    START,
+    Cursor,
+    Database,
+    DatabaseAway,
+    News,
+    Row,
+    Stale,
+    Unsettled,
+)
 from loraplex_service.fleet.figures import FleetFigures
 from loraplex_service.fleet.schema import SchemaError
 from loraplex_service.state import RETRY_SECONDS, Followed, StateFile, UnsettledChange, unwritable
@@ -42,14 +52,15 @@ class FleetState:
         self.address = ""  # where other replicas reach this one; "": nowhere
         self._followed: dict[str, Followed] = {}
         self._applying = asyncio.Lock()
-        self._cursor = 0
+        self._cursor = START
         self._going_on = False  # whether there was more than the last news had
         self._fleet = local.read(CURSOR_KIND).get(CURSOR_NAME)  # None: it has not joined one yet
         self._names: set[tuple[str, str]] = set()  # of what is shared and known here
+        self._unread: set[tuple[str, str]] = set()  # of what is shared, and not known here
         self._following: asyncio.Task[None] | None = None
         self._beat_at = 0.0
         self._found_fleet = b""
-        self.peers: list[str] = []  # the addresses of the other replicas
+        self._peers: list[str] = []  # the addresses of the other replicas
         self.secret = b""
         self.figures = FleetFigures()
 
@@ -113,6 +124,8 @@ class FleetState:
 
         Raises Unavailable (STATE_UNWRITABLE); Stale, for `change` to take.
         """
+        if (kind, name) in self._unread:
+            raise unwritable(f"the {kind} {name} has a change that this replica cannot read; others may be newer")
         async with self._applying:  # so that it is not taken for the change of another
             try:
                 number = await self._run(self._writer, self._writer.commit, self._cursor, kind, name, body)
@@ -143,6 +156,13 @@ class FleetState:
             return await self._run(self._writer, self._writer.settle, name, rate, capacity, owed, missing)
         except SchemaError as error:
             raise DatabaseAway(str(error)) from error
+
+    async def peers(self) -> list[str]:
+        """The addresses of the other replicas as they are now, or as they were when the database was there."""
+        if self.figures.connected:
+            with suppress(DatabaseAway, SchemaError):
+                self._know_peers(await self._run(self._writer, self._writer.peers))
+        return self._peers
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -211,23 +231,35 @@ class FleetState:
     async def _beat(self) -> None:
         if not self.secret:
             self.secret = await self._run(self._follower, self._follower.secret)
-        self.peers = await self._run(self._follower, self._follower.beat, self.address)
-        self.figures.peers = len(self.peers)
+        await self._run(self._follower, self._follower.beat, self.address)
+        self._know_peers(await self._run(self._follower, self._follower.peers))
         self._beat_at = asyncio.get_running_loop().time() + BEAT_SECONDS
+
+    def _know_peers(self, addresses: list[str]) -> None:
+        self._peers, self.figures.peers = addresses, len(addresses)
 
     async def _catch_up(self, wait_seconds: float = 0.0) -> None:
         """Apply what has changed. Raises DatabaseAway, SchemaError."""
         while True:
             before = self._cursor
-            news = await self._run(self._follower, self._follower.news, before, wait_seconds, self._going_on)
+            news = await self._news(wait_seconds)
             async with self._applying:
                 if self._cursor == before:  # else some of it has been applied meanwhile
                     await self._apply(news)
             if not self.figures.connected:
-                logger.info("the replica follows its fleet")
-            self.figures.connected = True
-            if self._cursor >= before and not news.behind:
+                logger.info("the replica follows its fleet, whose database has schema %d", news.schema)
+            self.figures.connected, self.figures.schema = True, news.schema
+            if not news.behind:
                 return
+
+    async def _news(self, wait_seconds: float) -> News:
+        try:
+            return await self._run(self._follower, self._follower.news, self._cursor, wait_seconds, self._going_on)
+        except DatabaseAway:
+            if self._going_on:  # what comes next may be of another history
+                self._move(START)
+                self._going_on = False
+            raise
 
     async def _apply(self, news: News) -> None:
         self._check_fleet(news.fleet)
@@ -235,6 +267,7 @@ class FleetState:
         if news.whole is not None:  # before it has joined, there is nothing that it knows of
             for kind, name in sorted(self._names - news.whole):
                 self._tell(Row(kind, name, None, 0, 0))
+            self._unread &= news.whole
         for number, row in enumerate(news.rows):
             self._tell(row)
             if number % 4 == 3:
@@ -253,16 +286,18 @@ class FleetState:
                 followed(row.name, row.body)
                 self._keep_name(row.kind, row.name, row.body is not None)
         except Exception as error:  # whatever a row says
+            self._unread.add((row.kind, row.name))
             self.figures.passed_over += 1
             logger.error("the change of the %s %.200r in the fleet is passed over: %s", row.kind, row.name, error)
         else:
+            self._unread.discard((row.kind, row.name))
             self.figures.applied += 1
 
     def _keep_name(self, kind: str, name: str, there: bool) -> None:
         (self._names.add if there else self._names.discard)((kind, name))
 
-    def _move(self, cursor: int) -> None:
-        self._cursor = self.figures.cursor = cursor
+    def _move(self, cursor: Cursor) -> None:
+        self._cursor, self.figures.cursor = cursor, cursor.number
 
     def _check_fleet(self, fleet: str) -> None:
         """Raise SchemaError for the database of another fleet: its truth is not about this replica's files."""
@@ -282,11 +317,15 @@ class FleetState:
         """Work in the thread of a connection. One that hangs is ended. Raises DatabaseAway."""
         doing = asyncio.get_running_loop().run_in_executor(self._threads[database], lambda: work(*args, **kwargs))
         try:
-            done, _ = await asyncio.wait({doing}, timeout=PATIENCE_SECONDS)
-            if not done:
-                database.abandon()
-            return await doing
-        except asyncio.CancelledError:
-            database.abandon()
-            await asyncio.gather(doing, return_exceptions=True)
-            raise
+            await asyncio.wait({doing}, timeout=PATIENCE_SECONDS)
+        finally:
+            await _ended(doing, database)
+        return await doing
+
+
+async def _ended(doing: "asyncio.Future[Any]", database: Database) -> None:
+    """Wait for the end of work, whose connection is ended until it has: it may make another, which hangs as well."""
+    while not doing.done():
+        database.abandon()
+        await asyncio.wait({doing}, timeout=PATIENCE_SECONDS)
+    doing.exception()  # seen, even if its caller went away

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from loraplex import Aborted, NotFound, ResourceExhausted, Unavailable
+from loraplex import Aborted, AsyncAdminClient, NotFound, ResourceExhausted, Unavailable
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.routes_pb2 import Route, RouteTarget
-from loraplex_adapters.versions import AdapterVersion
+from loraplex_adapters.versions import AdapterState, AdapterVersion
 from loraplex_service.admission.tenants import TenantConfig
 from loraplex_service.fleet.database import Database
 from loraplex_service.fleet.figures import FleetFigures
@@ -74,6 +74,11 @@ def routes_of(control: ControlPlane) -> list[Route]:
 def figures(control: ControlPlane) -> FleetFigures:
     assert control.app.replica is not None
     return control.app.replica.state.figures
+
+
+def once(control: ControlPlane) -> AsyncAdminClient:
+    """A client that does not try again."""
+    return AsyncAdminClient(control.addresses.admin, options={"grpc.enable_retries": 0})
 
 
 def tiny_route(name: str = "main", **fields: Any) -> Route:
@@ -174,6 +179,29 @@ async def test_a_quota_of_routes_holds_over_all_replicas(fleet: Fleet) -> None:
     assert {type(end) for end in ends} == {Route, ResourceExhausted}
 
 
+async def test_files_that_nobody_could_send_are_looked_for_again_in_the_next_life(fleet: Fleet, tmp_path: Path) -> None:
+    async with fleet.starting("one", fleet_listen=None) as one, fleet.starting("two") as two:
+        adapter = await upload(one, tmp_path)
+        await until(lambda: known(two) is not None and version_of(two).state is AdapterState.FAILED)
+    two = await fleet.join("two")
+    await fleet.join("one")
+    await until(serves(two, adapter.version))
+    await until(lambda: version_of(two).state is AdapterState.ACTIVE)
+
+
+async def test_a_replica_that_has_just_joined_is_asked_for_files(fleet: Fleet, tmp_path: Path) -> None:
+    one = await fleet.join("one")
+    two = await fleet.join("two")
+    failed: list[str] = []
+    one.app.registry.subscribe(
+        lambda change: failed.append(change.version.name) if change.version.state is AdapterState.FAILED else None
+    )
+    adapter = await upload(two, tmp_path)
+    await until(serves(one, adapter.version))
+    await until(lambda: version_of(one).state is AdapterState.ACTIVE)
+    assert not failed
+
+
 async def test_a_replica_that_joins_later_has_everything(fleet: Fleet, tmp_path: Path) -> None:
     one = await fleet.join("one")
     old = await upload(one, tmp_path, 0)
@@ -202,8 +230,9 @@ async def test_while_the_database_is_away_requests_are_served_and_changes_refuse
     adapter = await upload(one, tmp_path)
     await until(serves(two, adapter.version))
     fleet.database.take_away()
-    with pytest.raises(Unavailable) as raised:
-        await one.admin.update_adapter("pirate", labels={"team": "a"})
+    async with once(one) as admin:
+        with pytest.raises(Unavailable) as raised:
+            await admin.update_adapter("pirate", labels={"team": "a"})
     assert raised.value.reason == "STATE_UNWRITABLE"
     assert (await two.client.generate("pirate", "x", max_tokens=2)).outputs
     fleet.database.give_back()
@@ -214,14 +243,15 @@ async def test_while_the_database_is_away_requests_are_served_and_changes_refuse
 
 async def test_a_lost_connection_loses_no_change(fleet: Fleet) -> None:
     one, two = await fleet.join("one"), await fleet.join("two")
-    for number in range(5):
-        fleet.database.cut()
-        await until(lambda: figures(one).connected)
-        try:
-            await one.admin.update_route(tiny_route(f"r{number}"), allow_missing=True)
-        except Unavailable:
+    async with once(one) as admin:
+        for number in range(5):
+            fleet.database.cut()
             await until(lambda: figures(one).connected)
-            await one.admin.update_route(tiny_route(f"r{number}"), allow_missing=True)
+            try:
+                await admin.update_route(tiny_route(f"r{number}"), allow_missing=True)
+            except Unavailable:
+                await until(lambda: figures(one).connected)
+                await admin.update_route(tiny_route(f"r{number}"), allow_missing=True)
     await until(lambda: len(routes_of(two)) == 5)
 
 
@@ -230,8 +260,9 @@ async def test_a_database_that_hangs_counts_as_away(fleet: Fleet) -> None:
     one = await fleet.join("one")
     fleet.database.stop()
     try:
-        with pytest.raises(Unavailable):
-            await one.admin.update_route(tiny_route(), allow_missing=True)
+        async with once(one) as admin:
+            with pytest.raises(Unavailable):
+                await admin.update_route(tiny_route(), allow_missing=True)
         await until(lambda: not figures(one).connected)
         assert (await one.client.generate("tiny", "x", max_tokens=2)).outputs
     finally:
@@ -285,7 +316,7 @@ async def test_deletions_of_long_ago_are_seen_by_who_was_away(fleet: Fleet) -> N
         await one.admin.update_route(tiny_route(), allow_missing=True)
         await until(lambda: len(routes_of(two)) == 1)
     await one.admin.delete_route("main")
-    fleet.database.ask("UPDATE loraplex_resources SET changed = now() - interval '10 days' WHERE body IS NULL")
+    fleet.database.ask("UPDATE loraplex_changes SET made = now() - interval '10 days'")
     two = await fleet.join("two")
     assert not routes_of(two)
     assert fleet.database.ask("SELECT FROM loraplex_resources WHERE body IS NULL") == []
