@@ -14,7 +14,7 @@ from loraplex_adapters.shared_registry import SharedAdapterRegistry
 from loraplex_service.adapters.background import BackgroundWork
 from loraplex_service.adapters.records import AdapterRecords
 from loraplex_service.adapters.shared_records import SharedRecords
-from loraplex_service.fleet.database import Database
+from loraplex_service.fleet.database import Cursor, Database
 from loraplex_service.fleet.state import FleetState
 from loraplex_service.state import State, StateFile
 from tests.service.killed_life import Call, Life, follow_script, promising
@@ -56,7 +56,7 @@ class WatchedConnection:
 class WatchedDatabase(Database):
     statements: Statements
 
-    def _commit(self, connection: Any, *change: Any) -> int:
+    def _commit(self, connection: Any, *change: Any) -> Cursor:
         return super()._commit(WatchedConnection(connection, self.statements), *change)
 
 

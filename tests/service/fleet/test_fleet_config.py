@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_service.config import ConfigError, ServiceConfig, load_config
+from loraplex_service.config import ServiceConfig, load_config
+from loraplex_service.config_file import ConfigError
 
 STATE = "state: postgresql://somebody:hunter-two@db/loraplex"
 TLS = "tls: {certificate: tls.crt, key: tls.key}"

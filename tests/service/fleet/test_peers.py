@@ -141,7 +141,7 @@ async def sending(send: Callable[[Any], Awaitable[None]]) -> AsyncIterator[str]:
         await send(context)
 
     service, _, method = METHOD.removeprefix("/").partition("/")
-    handler: Any = grpc.unary_stream_rpc_method_handler(answer)  # type: ignore[arg-type]
+    handler: Any = grpc.unary_stream_rpc_method_handler(answer)
     server = grpc.aio.server()
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
     port = server.add_insecure_port("127.0.0.1:0")
@@ -176,7 +176,8 @@ async def test_who_takes_nothing_loses_its_turn(tmp_path: Path, monkeypatch: pyt
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         asked = msgspec.json.encode(wanted(SECRET, found, time.time()))
-        stuck: list[Any] = [channel.unary_stream(METHOD)(asked) for _ in range(CALLS_AT_ONCE)]
+        ask: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(METHOD)
+        stuck = [ask(asked) for _ in range(CALLS_AT_ONCE)]
         for call in stuck:
             await call.read()
         async with asyncio.timeout(20):
