@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,24 @@ def placed(config: EngineConfig, bus: EngineBus) -> EngineConfig:
     does, where the files cannot be read.
     """
     path = resolve_model(config.model, config.revision)
-    needs = _of_rank(_all_needs(config, path), config.world)
+    needs = _all_needs(config, path)
     bus.send(EngineSized(needs, devices()))
     (answer,) = bus.receive(None)
     assert isinstance(answer, LoadOn), f"{type(answer).__name__} before LoadOn"
-    for device in answer.devices:
-        check_free(needs, device, free_bytes(torch.device(device)))
+    for device, ranks in Counter(answer.devices).items():
+        check_free(needs, device, free_bytes(torch.device(device)), ranks)
     share = "kv_cache_fraction" if HOST in answer.devices else "device_memory_fraction"
     where = {"device": answer.devices[0]} if config.world == 1 else {"device": "auto", "devices": (*answer.devices,)}
     changes: dict[str, Any] = {"model": str(path), "revision": None, "devices": (), share: answer.fraction} | where
     return msgspec.structs.replace(config, **changes)
 
 
-def check_free(needs: Needs, device: str, free: int) -> None:
-    """Raise ValueError where others have taken the memory that the model needs."""
-    if needs.least(device) > free:
+def check_free(needs: Needs, device: str, free: int, ranks: int = 1) -> None:
+    """Raise ValueError where others have taken the memory that these ranks of the model need."""
+    least = needs.least(device, ranks)
+    if least > free:
         raise ValueError(
-            f"it needs {readable(needs.least(device))} of {device} at least ({needs.listed(device)}), and "
+            f"it needs {readable(least)} of {device} at least ({needs.listed(device, ranks)}), and "
             f"{readable(free)} are free there: end what else holds memory, quantise the model, or lower max_model_len, "
             "max_num_batched_tokens or adapter_device_bytes"
         )
@@ -55,11 +57,6 @@ def _all_needs(config: EngineConfig, path: Path) -> Needs:
     beside = needs_of(small, resolve_model(small.model, small.revision))
     cache = needs.cache if config.kv_cache_bytes is not None else needs.cache + beside.cache
     return Needs(needs.weights + beside.weights, cache, max(needs.step, beside.step), needs.adapters, needs.host_cache)
-
-
-def _of_rank(needs: Needs, world: int) -> Needs:
-    """Of each rank: it has its part of the weights and of the cache, and all of the rest."""
-    return Needs(-(-needs.weights // world), -(-needs.cache // world), needs.step, needs.adapters, needs.host_cache)
 
 
 def devices() -> list[DeviceMemory]:

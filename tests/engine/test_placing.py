@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.sizing import needs_of
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind
 from loraplex_engine.link.messages import EngineSized, FromEngine, LoadOn
 from loraplex_engine.link.sizes import Needs, readable
-from loraplex_engine.models import parse_model_config
+from loraplex_engine.models import load_model, parse_model_config
 from loraplex_engine.models.layout import tensor_shapes
 from loraplex_engine.placing import check_free, devices, placed
+from loraplex_engine.ranks.exchange import Alone
+from loraplex_kernels.selection import select_ops
 from tests.engine.execution.cuda_stand_in import TOTAL_BYTES, StandIn, one_cuda_device
 
 CONFIG: dict[str, Any] = {
@@ -93,6 +96,19 @@ def test_a_small_model_that_drafts_is_counted_too(model: Path) -> None:
     assert (both.weights, both.cache) == (2 * alone.weights, 2 * alone.cache)
 
 
+def test_a_rank_needs_its_part_of_the_matrices_and_the_whole_embedding(model: Path) -> None:
+    config = EngineConfig(model=str(model), tensor_parallel=2, kv_cache_bytes=5000)
+    needs, _ = sized(config, LoadOn(["cpu", "cpu"], 0.5))
+    ops = select_ops(torch.device("cpu"), "reference")
+    assert needs.weights == load_model(config, model, ops, ranks=Alone(Shard(0, 2))).nbytes
+    assert needs.cache == 5000
+
+
+def test_ranks_that_share_a_head_of_keys_have_it_whole_in_their_caches(model: Path) -> None:
+    one, two = (needs_of(EngineConfig(model=str(model), tensor_parallel=ranks), model) for ranks in (1, 2))
+    assert two.cache == one.cache
+
+
 def test_the_devices_are_the_host_and_the_gpus_that_torch_sees(cuda: StandIn) -> None:
     cuda.num_devices = 2
     host, *gpus = devices()
@@ -117,6 +133,8 @@ def test_a_model_that_just_fits_is_not_refused() -> None:
     check_free(Needs(1, 2, 3, 4), "cpu", 6)
     with pytest.raises(ValueError, match=r"it needs 6 bytes of cpu .* 5 bytes are free there"):
         check_free(Needs(1, 2, 3, 4), "cpu", 5)
+    with pytest.raises(ValueError, match=r"it needs 12 bytes of cpu .* for each of 2 ranks\), and 11 bytes are free"):
+        check_free(Needs(1, 2, 3, 4), "cpu", 11, ranks=2)
 
 
 @pytest.mark.parametrize(

@@ -33,4 +33,5 @@ def size_report(runners: Sequence[ModelRunner], config: EngineConfig) -> str:
         "a step": (step_bytes(model.config, targets, config, model.dtype), "about, the largest"),
     }
     lines = (f"  {name:<17}{readable(size):>11}  {text}".rstrip() for name, (size, text) in rows.items() if size)
-    return "\n".join([f"sizes on {device.name}, which has {readable(device.memory_bytes)}:", *lines])
+    ranks = "" if config.world == 1 else f" of each of {config.world} ranks"
+    return "\n".join([f"sizes{ranks} on {device.name}, which has {readable(device.memory_bytes)}:", *lines])

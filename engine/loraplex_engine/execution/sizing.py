@@ -17,7 +17,7 @@ import torch
 from loraplex_adapters.runtime.targets import LoraTarget, TargetKind
 from loraplex_engine.checkpoint.config_source import read_config
 from loraplex_engine.checkpoint.model_config import ModelConfig, UnknownArchitectureError
-from loraplex_engine.checkpoint.shard import WHOLE
+from loraplex_engine.checkpoint.shard import WHOLE, Shard
 from loraplex_engine.checkpoint.weights import Checkpoint, aliased_name
 from loraplex_engine.execution.kv_cache import stored_dtype
 from loraplex_engine.link.config import EngineConfig
@@ -28,6 +28,8 @@ from loraplex_engine.models.layout import (
     HEAD,
     HEAD_BIAS,
     HEAD_SITE,
+    held_heads,
+    held_parts,
     layer_linears,
     lora_targets,
     tensor_shapes,
@@ -35,6 +37,7 @@ from loraplex_engine.models.layout import (
 from loraplex_engine.models.model import ModelFacts
 from loraplex_engine.models.precision import compute_dtype
 from loraplex_engine.quantization import base_names, read_spec
+from loraplex_kernels.ops import HeadShape
 
 SCALE_BYTES = 4  # of what is rounded: a float32
 # Bytes of a weight that is quantised while it is loaded, its share of a scale included.
@@ -43,7 +46,7 @@ USUAL_RANK = 16  # of the adapters that are counted for people
 
 
 def needs_of(config: EngineConfig, path: Path) -> Needs:
-    """What the model in `path` takes at least, by its files alone: nothing is loaded.
+    """What the model in `path` takes at least, by its files alone: nothing is loaded. Of several ranks, the first.
 
     Of a model that transformers' class computes, the cache and the steps are known only once it is loaded.
     """
@@ -61,10 +64,12 @@ def needs_of(config: EngineConfig, path: Path) -> Needs:
     with Checkpoint(path, model.unused_tensors, base_names=base_names(path, raw), names=names) as checkpoint:
         stored = checkpoint.nbytes
         dtype = compute_dtype(config.dtype, model.dtype, checkpoint.dtype(EMBEDDING))
-    weights = weight_bytes(model, dtype, config) if spec is None else stored
+    shard = Shard(0, config.world)
+    weights = weight_bytes(model, dtype, config, shard) if spec is None else _stored_bytes(model, dtype, stored, shard)
     length = config.max_model_len or model.max_position_embeddings
-    of_sequence = -(-length // config.block_size) * config.block_size * cache_bytes_per_token(model, config, dtype)
-    targets = lora_targets(model, WHOLE)
+    blocks, heads = -(-length // config.block_size), held_heads(model, shard)
+    of_sequence = blocks * config.block_size * cache_bytes_per_token(model.num_layers, heads, config, dtype)
+    targets = lora_targets(model, shard)
     return Needs(
         weights,
         config.kv_cache_bytes or of_sequence,
@@ -74,7 +79,13 @@ def needs_of(config: EngineConfig, path: Path) -> Needs:
     )
 
 
-def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig) -> int:
+def _stored_bytes(model: ModelConfig, dtype: torch.dtype, stored: int, shard: Shard) -> int:
+    """Of a quantised checkpoint about as many as it has, of which each rank has a part; but the whole embedding."""
+    embedding = min(stored, model.vocab_size * model.hidden_size * dtype.itemsize)
+    return stored if shard == WHOLE else embedding + -(-(stored - embedding) // shard.world)
+
+
+def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig, shard: Shard) -> int:
     """Of an unquantised checkpoint, as it is loaded: matrices and biases in `dtype` or rounded, all else in float32.
 
     A head that is tied to the embedding counts like any other: kernels lay it out once more.
@@ -83,17 +94,20 @@ def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig) -
     shapes.setdefault(HEAD, shapes[EMBEDDING])
     table, rest = math.prod(shapes[EMBEDDING]), sum(map(math.prod, shapes.values()))
     head_bias = math.prod(shapes.get(HEAD_BIAS, (0,)))
-    total = (table + head_bias) * dtype.itemsize + table * ROUNDED_BYTES.get(
+    head = shard.widest(model.vocab_size) * model.hidden_size
+    total = (table + head_bias) * dtype.itemsize + head * ROUNDED_BYTES.get(
         config.head_quantization or "", dtype.itemsize
     )
     rest -= 2 * table + head_bias
     for layer in range(model.num_layers):
         for linear in layer_linears(model, layer):
             rows = sum(size for _, size in linear.parts)
+            held = [(rows.stop - rows.start, columns) for rows, columns in held_parts(linear, shard)]
+            held_rows, columns = sum(count for count, _ in held), held[0][1]
             own = torch.float32 if linear.in_float32 else dtype
             rounding = None if linear.kept_dense else config.quantization
-            total += rows * linear.in_features * ROUNDED_BYTES.get(rounding or "", own.itemsize)
-            total += rows * own.itemsize if linear.bias else 0
+            total += held_rows * (columns.stop - columns.start) * ROUNDED_BYTES.get(rounding or "", own.itemsize)
+            total += held_rows * own.itemsize if linear.bias else 0
             rest -= rows * (linear.in_features + linear.bias)
     positions = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     return int(total) + rest * torch.float32.itemsize + positions * rotary_bytes_per_position(model)
@@ -106,11 +120,11 @@ def rotary_bytes_per_position(model: ModelConfig) -> int:
     return sum(dims // 2 * 2 * torch.float32.itemsize for dims in turned)
 
 
-def cache_bytes_per_token(model: ModelFacts, config: EngineConfig, dtype: torch.dtype) -> int:
+def cache_bytes_per_token(num_layers: int, heads: HeadShape, config: EngineConfig, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers; where they are rounded, with a scale for each of their heads."""
-    heads, stored = model.head_shape, stored_dtype(config.kv_cache_dtype, dtype)
+    stored = stored_dtype(config.kv_cache_dtype, dtype)
     scale = 0 if config.kv_cache_dtype == "auto" else SCALE_BYTES
-    return model.num_layers * 2 * heads.num_kv_heads * (heads.head_dim * stored.itemsize + scale)
+    return num_layers * 2 * heads.num_kv_heads * (heads.head_dim * stored.itemsize + scale)
 
 
 def adapter_bytes(targets: Mapping[str, LoraTarget], rank: int, dtype: torch.dtype) -> int:

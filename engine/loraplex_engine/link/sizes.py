@@ -33,13 +33,14 @@ class Needs(msgspec.Struct, array_like=True, frozen=True):
         parts = {"weights": self.weights, "cache": self.cache, "a step": self.step}
         return parts | ({"host cache": self.host_cache} if device == HOST else {"adapters": self.adapters})
 
-    def least(self, device: str) -> int:
-        """All of them together, on this device."""
-        return sum(self.parts(device).values())
+    def least(self, device: str, ranks: int = 1) -> int:
+        """All of them together, of so many ranks on this device."""
+        return ranks * sum(self.parts(device).values())
 
-    def listed(self, device: str) -> str:
+    def listed(self, device: str, ranks: int = 1) -> str:
         """All of them, for people."""
-        return ", ".join(f"{name} {readable(size)}" for name, size in self.parts(device).items() if size)
+        listed = ", ".join(f"{name} {readable(size)}" for name, size in self.parts(device).items() if size)
+        return listed if ranks == 1 else f"{listed} for each of {ranks} ranks"
 
 
 def readable(num_bytes: float) -> str:

@@ -103,9 +103,9 @@ def shared_out(left: float, least: Mapping[str, float]) -> dict[str, float]:
     return above | shared_out(left - sum(above.values()), rest)
 
 
-def needs_text(needs: Needs, device: str) -> str:
-    """What a model needs, for people: the sum and its parts."""
-    return f"{readable(needs.least(device))} at least ({needs.listed(device)})"
+def needs_text(needs: Needs, device: str, ranks: int = 1) -> str:
+    """What so many ranks of a model need of a device, for people: the sum and its parts."""
+    return f"{readable(needs.least(device, ranks))} at least ({needs.listed(device, ranks)})"
 
 
 def _no_such_device(wish: Wish, gpus: Sequence[DeviceMemory]) -> str:

@@ -200,6 +200,16 @@ async def test_models_are_never_over_the_hosts_memory() -> None:
         await placement.seat("m1").take(sized(4, host=small))
 
 
+async def test_each_rank_of_a_model_counts_among_the_hosts_memory() -> None:
+    placement = Placement(models({"tensor_parallel": 2}, {}))
+    small = DeviceMemory("cpu", 10 * GIB)
+    with pytest.raises(NoRoomError, match=r"'m0' does not fit: it needs 12\.0 GiB .* for each of 2 ranks\)"):
+        await placement.seat("m0").take(sized(5, host=small))
+    assert (await placement.seat("m0").take(sized(3, host=small))).devices == ["cpu", "cpu"]
+    with pytest.raises(NoRoomError, match=r"host has 2\.0 GiB left of 10\.0 GiB beside 'm0' 8\.0 GiB"):
+        await placement.seat("m1").take(sized(2, host=small))
+
+
 async def test_the_memory_of_a_model_that_was_unloaded_is_there_for_others() -> None:
     placement = Placement(models({}, {}))
     small = DeviceMemory("cpu", 10 * GIB)
