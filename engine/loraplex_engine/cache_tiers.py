@@ -40,12 +40,13 @@ class CacheTiers:
         self.prefixes.write(moves)
         self._move_seconds += time.monotonic() - began if moves else 0.0
 
-    def close(self) -> None:
-        """Have what is cached written to files, and stop the threads that read and write them."""
+    def close(self, keep: bool) -> None:
+        """Stop the threads that read and write files. `keep`: have what is cached written to files before."""
         try:
-            self._blocks.evict_all()
-            self.prefixes.poll()
-            self.move(idle=True)
+            if keep:
+                self._blocks.evict_all()
+                self.prefixes.poll()
+                self.move(idle=True)
         finally:
             self._host.disk.close()
 

@@ -115,6 +115,7 @@ class EngineCore:
         self._run_ahead = run_ahead and config.drafts is None
         self._unread: tuple[StepPlan, PendingResult | Exception] = NOTHING_PLANNED, COMPUTED_NOTHING
         self._num_steps = 0
+        self._in_step = False  # also after a step that raised: nobody knows then what the cache holds
         self._num_arrivals = 0
         self._rejected: list[RequestOutput] = []
         self._not_finite: set[AdapterKey | None] = set()  # whose logits were NaN or infinite; None: the base model's
@@ -181,7 +182,7 @@ class EngineCore:
         ranks."""
         self.store.close()
         if self.tiers is not None:
-            self.tiers.close()
+            self.tiers.close(keep=not self._in_step)
         self.forms.close()
         if self.leader is not None:
             self.leader.close()
@@ -275,6 +276,7 @@ class EngineCore:
         Of a step that foresees the next one, what happened is returned by the next call, which starts that first.
         """
         events: list[FromEngine] = []
+        self._in_step = True
         self._check_ranks()
         self.adapters.advance(self.scheduler.adapter_users)
         if self.tiers is not None:
@@ -296,7 +298,9 @@ class EngineCore:
         if plan.scheduled or outputs:
             self._num_steps += 1
             events.append(StepOutput(outputs, self.stats()))
-        return events + self.adapters.changed()
+        events += self.adapters.changed()
+        self._in_step = False
+        return events
 
     def _check_ranks(self) -> None:
         """Raise RanksLostError if another rank has ended: a load that waits for it would never end."""

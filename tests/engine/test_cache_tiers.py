@@ -98,6 +98,17 @@ def test_an_engine_that_computes_otherwise_finds_nothing(model: Path, tmp_path: 
     successor.core.close()
 
 
+def test_nothing_is_written_of_a_cache_whose_state_is_unknown(model: Path, tmp_path: Path) -> None:
+    disk = {"disk_cache_bytes": 1 << 20, "disk_cache_directory": str(tmp_path / "cache")}
+    engine = Engine(model, **disk)
+    engine.run(1)
+    del engine.core.scheduler.drafter  # whatever a step stumbles over
+    with pytest.raises(AttributeError):
+        engine.core.step()
+    engine.core.close()
+    assert {file.name for file in (tmp_path / "cache").iterdir()} == {"key", "lock"}
+
+
 def test_an_engine_of_another_version_finds_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,16 +170,11 @@ class BlockManager:
 
     def retract(self, request: Request, num_tokens: int) -> None:
         """Undo `publish` for the blocks behind the first `num_tokens` tokens, because their step failed."""
-        for block in request.block_ids[num_tokens // self.block_size :]:
-            self._forget_content(block)
+        self._distrust(request.block_ids[num_tokens // self.block_size :])
 
     def distrust(self, request: Request) -> None:
         """Let no other request find any of the request's blocks, or copies of them: they may hold NaN."""
-        for block in request.block_ids:
-            block_hash = self._hash_of[block]
-            if self.host is not None and block_hash is not None:
-                self.host.distrust(block_hash)
-            self._forget_content(block)
+        self._distrust(request.block_ids)
 
     def forget_blocks(self, blocks: Iterable[int]) -> None:
         """Let no request find these blocks any more, whoever holds them."""
@@ -231,6 +226,13 @@ class BlockManager:
             self.host.save(block_hash, block)
         self._forget_content(block)
         return block
+
+    def _distrust(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            block_hash = self._hash_of[block]
+            if self.host is not None and block_hash is not None:
+                self.host.distrust(block_hash)
+            self._forget_content(block)
 
     def _forget_content(self, block: int) -> None:
         block_hash = self._hash_of[block]

@@ -34,6 +34,7 @@ class Finished(NamedTuple):
 class Disk(Protocol):
     """The disk tier, which reads and writes the host's slots in threads."""
 
+    outlives: bool = True  # whether what it has is there after the engine was killed
     used_bytes: int = 0
     num_written: int = 0  # blocks, cumulative, as are the next two
     num_read: int = 0
@@ -54,6 +55,8 @@ class Disk(Protocol):
 
 class NoDisk(Disk):
     """There is none."""
+
+    outlives = False
 
     def __contains__(self, block_hash: bytes) -> bool:
         return False
@@ -111,7 +114,6 @@ class HostBlocks:
         slot = self.reserve(block_hash)
         if slot is not None:
             self._saved[block_hash] = block, slot
-            self.num_saved += 1
 
     def reserve(self, block_hash: bytes) -> int | None:
         """A slot for a new copy, in place of the least recently used one; None: all are locked."""
@@ -141,7 +143,7 @@ class HostBlocks:
         if block_hash in self._locks:
             self._forgotten.add(block_hash)
         elif block_hash in self._slot_of:
-            self._free.append(self._slot_of.pop(block_hash))
+            self._free.append(self._vacate(block_hash))
 
     def distrust(self, block_hash: bytes) -> None:
         """Let no one use a copy any more, nor what the disk has of it."""
@@ -151,15 +153,22 @@ class HostBlocks:
     def take_saved(self) -> dict[bytes, tuple[int, int]]:
         """What is to be copied before the next step: block and slot. It counts as done from now on."""
         saved, self._saved = self._saved, {}
+        self.num_saved += len(saved)
         return saved
 
     def _lose(self) -> int | None:
         """The slot of the least recently used copy that is not locked, which is gone."""
         oldest = next((each for each in self._slot_of if each not in self._locks), None)
-        return None if oldest is None else self._slot_of.pop(oldest)
+        return None if oldest is None else self._vacate(oldest)
+
+    def _vacate(self, block_hash: bytes) -> int:
+        """The slot of a copy, which is gone, or is not made any more: somebody else may fill the slot at once."""
+        self._saved.pop(block_hash, None)
+        return self._slot_of.pop(block_hash)
 
     def check(self) -> None:
         """Assert the invariants; for tests."""
         slots = [*self._free, *self._slot_of.values()]
         assert sorted(slots) == list(range(self.num_slots))
         assert self._forgotten <= self._locks.keys() <= self._slot_of.keys()
+        assert all(self._slot_of[name] == slot for name, (_, slot) in self._saved.items())

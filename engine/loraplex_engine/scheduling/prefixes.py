@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.host_blocks import NO_MOVES, BlockMoves, HostBlocks
@@ -38,6 +39,7 @@ class PrefixPreparer(Preparer):
         self._host = host
         self._reading: set[bytes] = set()  # from the disk, into locked slots
         self._kept: list[bytes] = []  # of the same prefix, locked meanwhile
+        self._reused: dict[bytes, None] = {}  # blocks of the device that were found, and may not be on the disk yet
         self._most_restored = most_restored
         self._return: _Return | None = None
         self._changes = 0
@@ -52,6 +54,8 @@ class PrefixPreparer(Preparer):
 
     def give(self, request: Request) -> bool:
         present, wanted = self._found(request)
+        if self._host.disk.outlives:
+            self._reused |= dict.fromkeys(self._blocks.reusable(request)[: len(present)])
         if not wanted:
             return True
         if self._return is None and not self._reading and not self._read(wanted):
@@ -66,7 +70,9 @@ class PrefixPreparer(Preparer):
             self._end(self._return)
 
     def poll(self) -> None:
-        """Take in what the disk's threads have done."""
+        """Take in what the disk's threads have done. Called before a step is planned."""
+        if self._return is None and not self._reading:  # else room in the host is for what is on its way back
+            self._save_reused()
         for block_hash, was_read, problem in self._host.disk.finished():
             self._host.unlock(block_hash)
             if not was_read:
@@ -88,8 +94,10 @@ class PrefixPreparer(Preparer):
         return BlockMoves(tuple(saved.values()), restored, tuple(saved)) if saved or restored else NO_MOVES
 
     def write(self, moves: BlockMoves) -> None:
-        """Have what was copied to the host written to the disk, too."""
-        for block_hash, slot in self._host.kept(moves):
+        """Have what was copied to the host written to the disk, too, which may take a part of it only: a prefix's
+        first blocks come first, and they are evicted last.
+        """
+        for block_hash, slot in reversed(self._host.kept(moves)):
             if self._host.disk.write(block_hash, slot):
                 self._host.lock(block_hash)
 
@@ -98,6 +106,18 @@ class PrefixPreparer(Preparer):
         self._blocks.forget_blocks(block for _, block in moves.restored)
         for block_hash, _ in self._host.kept(moves):
             self._host.forget(block_hash)
+
+    def _save_reused(self) -> None:
+        """Have some blocks copied that are used again and again, and so may never be evicted before the engine is
+        killed. All of them are computed: none is of the step that is to be planned.
+        """
+        names = list(islice(self._reused, self._most_restored))
+        for block_hash in names:
+            del self._reused[block_hash]
+        for block_hash in reversed(names):
+            block = self._blocks.find(block_hash)
+            if block is not None and block_hash not in self._host.disk:
+                self._host.save(block_hash, block)
 
     def _found(self, request: Request) -> tuple[list[int], list[bytes]]:
         """The blocks of the request's prefix that are on the device, and then what the host has of it."""

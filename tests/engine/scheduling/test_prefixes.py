@@ -342,6 +342,44 @@ def test_what_the_disk_cannot_read_is_computed():
     engine.check()
 
 
+def test_nothing_is_copied_into_a_slot_that_somebody_else_fills():
+    host = HostBlocks(1)
+    host.save(b"evicted", 3)
+    assert host.reserve(b"read meanwhile") == 0
+    assert host.take_saved() == {}
+    assert host.num_saved == 0
+
+
+def test_what_is_used_again_is_on_the_disk_before_it_is_evicted():
+    engine = Engine()
+    engine.run(LONG)
+    engine.run(LONG)
+    engine.run([1, 2, 3], max_tokens=6)  # a few blocks are copied before each step
+    engine.disk.go_on()
+    first = Request(AddRequest(99, LONG, SamplingParams(seed=0, max_tokens=1)), 99, 0.0)
+    assert all(name in engine.disk for name in engine.blocks.reusable(first))
+    assert all(engine.blocks.find(name) is not None for name in engine.blocks.reusable(first))
+
+
+def test_a_prefix_is_written_from_its_beginning():
+    engine = Engine()
+    engine.run(LONG)
+    names = engine.blocks.reusable(Request(AddRequest(99, LONG, SamplingParams(seed=0, max_tokens=1)), 99, 0.0))
+    engine.blocks.evict_all()
+    engine.move(engine.prefixes.moves(idle=True), fail=False)
+    assert [name for name, _, _ in engine.disk.begun] == names
+
+
+def test_no_copy_outlives_a_step_that_failed():
+    engine = Engine()
+    request = engine.add(LONG)
+    plan = engine.scheduler.schedule()
+    names = engine.blocks.reusable(request)
+    engine.host.save(names[0], request.block_ids[0])  # as before the next step, where that starts before this one ends
+    engine.scheduler.fail_step(plan, "told to")
+    assert engine.host.slot(names[0]) is None
+
+
 class Lives(RuleBasedStateMachine):
     """Requests of all salts and adapters, in a cache that is too small for them."""
 
