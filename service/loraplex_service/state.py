@@ -260,7 +260,10 @@ def _check_schema(connection: sqlite3.Connection, file: str) -> None:
     connection.execute("BEGIN IMMEDIATE")
     (found,) = connection.execute("PRAGMA user_version").fetchone()
     if found > SCHEMA_VERSION:
-        raise OSError(f"{file} was written by a newer version of Loraplex (schema {found}, this one knows 1)")
+        raise OSError(
+            f"{file} was written by a newer version of Loraplex (schema {found}, this one knows {SCHEMA_VERSION}): "
+            "start that one, or use a copy of the state_directory from before it"
+        )
     connection.execute(
         "CREATE TABLE IF NOT EXISTS resources (kind TEXT, name TEXT, body BLOB NOT NULL, PRIMARY KEY (kind, name))"
     )

@@ -13,7 +13,14 @@ from loraplex.prompts import Message, build_tool
 from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
 from loraplex.v1.prompt_pb2 import Tool
 from loraplex_service.commands.forms import asks_for_form
-from loraplex_service.commands.shared import ServerAccess, echo_text, print_json, print_table, reaches_server
+from loraplex_service.commands.shared import (
+    ServerAccess,
+    call_failures,
+    echo_text,
+    print_json,
+    print_table,
+    reaches_server,
+)
 
 R = TypeVar("R")
 
@@ -137,7 +144,8 @@ def _read_tools(file: TextIO) -> list[Tool]:
 def chat(target: ServerAccess, model: str, system: str | None, options: GenerateOptions) -> None:
     """Talk with MODEL: a model, an adapter, or a route. Each line is what you say, until the end of the input.
 
-    /new begins a new conversation. What is interrupted (Ctrl-C) stays in the conversation as far as it came.
+    /new begins a new conversation. What is interrupted (Ctrl-C) stays in the conversation as far as it came. In a
+    terminal the conversation goes on where an answer failed, without what was said last.
     """
     said = _told(system)
     is_terminal = sys.stdin.isatty()
@@ -147,8 +155,15 @@ def chat(target: ServerAccess, model: str, system: str | None, options: Generate
                 said = _told(system)
             elif line:
                 said.append({"role": "user", "content": line})
-                stream = client.stream_generate(model, said, **options)
-                said.append({"role": "assistant", "content": "".join(_echoed(stream.text()))})
+                try:
+                    # An answer that is interrupted ends at the server, too.
+                    with call_failures(target), client.stream_generate(model, said, **options) as stream:
+                        said.append({"role": "assistant", "content": "".join(_echoed(stream.text()))})
+                except click.ClickException as failure:
+                    if not is_terminal:
+                        raise
+                    failure.show()
+                    said.pop()
 
 
 def _told(system: str | None) -> list[Message]:

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from loraplex_service.cli import main
 from loraplex_service.telemetry.config import UsageConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.requests.test_messages import with_template
+
+LORAPLEX = Path(sys.executable).with_name("loraplex")
 
 
 async def run(control: ControlPlane, *arguments: str, said: str | None = None) -> Result:
@@ -120,6 +125,27 @@ async def test_the_prompt_may_come_from_standard_input(control: ControlPlane) ->
 async def test_each_line_of_a_chat_is_answered_in_its_conversation(control: ControlPlane) -> None:
     result = await run(control, "chat", "tiny", "--max-tokens", "8", said="hi\n\nyes\n/new\nno\n")
     assert result.output == "[user]hi\n[user]hi\n[user]no\n"
+
+
+async def test_a_chat_in_a_terminal_outlives_an_answer_that_failed(control: ControlPlane) -> None:
+    typed, terminal = os.openpty()
+    os.write(typed, b"one\ntwo\n\x04")  # Ctrl-D
+    command = [str(LORAPLEX), "chat", "nosuch", "--server", control.addresses.data]
+
+    def ended() -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(command, stdin=terminal, capture_output=True, text=True, timeout=60, check=False)
+
+    try:
+        chat = await asyncio.to_thread(ended)
+    finally:
+        os.close(typed)
+        os.close(terminal)
+    assert (chat.returncode, chat.stderr.count("MODEL_NOT_FOUND")) == (0, 2), chat.stderr
+
+
+async def test_a_chat_of_a_program_ends_with_the_first_answer_that_failed(control: ControlPlane) -> None:
+    result = await run(control, "chat", "nosuch", said="one\ntwo\n")
+    assert (result.exit_code, result.output.count("MODEL_NOT_FOUND")) == (1, 1)
 
 
 async def test_where_the_server_is_may_be_said_once_for_all_commands(control: ControlPlane) -> None:
