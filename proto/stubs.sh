@@ -6,7 +6,7 @@
 #   proto/stubs.sh check             fail if the stubs are not what the .proto files say
 #   proto/stubs.sh lint              buf lint, and buf format without changing anything
 #   proto/stubs.sh format            buf format in place
-#   proto/stubs.sh breaking [REF]    fail if callers built against REF (default: the last release) would break
+#   proto/stubs.sh breaking [REF]    fail if callers of the contract or a dialect, built against REF (the last release), would break
 #
 # Everything runs from a virtual environment of its own, which is made on first use.
 set -euo pipefail
@@ -47,9 +47,11 @@ compile() {
   protoc -I"$root" "$@" $(cd "$root" && grep -rlE --include='*.proto' "$pattern" loraplex | sort)
 }
 
-# compile_dialects OPTION... : run protoc on the .proto files of the dialects.
+# compile_dialects PROTO_ROOT OPTION... : run protoc on the .proto files of the dialects.
 compile_dialects() {
-  protoc -I"$dialects=proto/dialects" "$@" $(cd proto/dialects && printf "$dialects/%s\n" *.proto)
+  local root=$1/dialects
+  shift
+  protoc -I"$dialects=$root" "$@" $(cd "$root" && printf "$dialects/%s\n" *.proto)
 }
 
 # generate_into FOLDER : the stubs of the contract, below FOLDER/loraplex/v1.
@@ -60,7 +62,7 @@ generate_into() {
 
 # generate_dialects_into FOLDER : the stubs of the dialects, below FOLDER, in the pool of $dialects/pool.py.
 generate_dialects_into() {
-  compile_dialects --python_out="$1" --mypy_out=quiet:"$1" --grpc_python_out="$1" --mypy_grpc_out=quiet:"$1"
+  compile_dialects proto --python_out="$1" --mypy_out=quiet:"$1" --grpc_python_out="$1" --mypy_grpc_out=quiet:"$1"
   sed -i -e 's/^from google.protobuf import descriptor_pool as _descriptor_pool$/from loraplex_service.dialect_stubs.pool import POOL/' \
     -e 's/_descriptor_pool.Default()/POOL/' "$1/$dialects"/*_pb2.py
 }
@@ -71,6 +73,11 @@ compare() {
     echo "The stubs under $1 are out of date. Run: make stubs" >&2
     exit 1
   fi
+}
+
+# image_of_dialects PROTO_ROOT FILE : the dialects, likewise.
+image_of_dialects() {
+  compile_dialects "$1" --include_imports --include_source_info --descriptor_set_out="$2"
 }
 
 # image PROTO_ROOT FILE : the compiled contract with its comments, as buf reads it.
@@ -97,7 +104,7 @@ case "${1:-}" in
   lint)
     image proto "$scratch/image.binpb"
     "$venv/bin/buf" lint "$scratch/image.binpb" --path loraplex/v1 --config proto/buf.yaml
-    compile_dialects --include_imports --include_source_info --descriptor_set_out="$scratch/dialects.binpb"
+    image_of_dialects proto "$scratch/dialects.binpb"
     "$venv/bin/buf" lint "$scratch/dialects.binpb" --path "$dialects" --config proto/dialects/buf.yaml
     (cd proto && "../$venv/bin/buf" format --diff --exit-code)
     ;;
@@ -116,6 +123,12 @@ case "${1:-}" in
     image proto "$scratch/now.binpb"
     image "$scratch/before/proto" "$scratch/before.binpb"
     "$venv/bin/buf" breaking "$scratch/now.binpb" --against "$scratch/before.binpb" --path loraplex/v1 --config proto/buf.yaml
+    if [[ -d $scratch/before/proto/dialects ]]; then
+      image_of_dialects proto "$scratch/dialects.binpb"
+      image_of_dialects "$scratch/before/proto" "$scratch/dialects-before.binpb"
+      "$venv/bin/buf" breaking "$scratch/dialects.binpb" --against "$scratch/dialects-before.binpb" --path "$dialects" \
+        --config proto/dialects/buf.yaml
+    fi
     ;;
   *)
     sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'
