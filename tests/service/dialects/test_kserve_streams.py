@@ -10,6 +10,7 @@ import grpc.aio
 import msgspec
 import pytest
 
+from loraplex.v1.inference_pb2 import FinishReason, GenerateOutput, GenerateResponse, TokenLogprob, TopLogprob
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.keys import Key, KeyFile, make_key, write_keys
@@ -63,9 +64,10 @@ class EndlessBackend:
         self.tenants = Tenants()
         self.running = 0
 
-    async def whole(self, draft: Draft, context: object) -> None:
+    async def whole(self, draft: Draft, context: object) -> GenerateResponse:
         self.running += 1
         await asyncio.Event().wait()
+        raise AssertionError
 
 
 async def forever(request: ModelInferRequest) -> AsyncIterator[ModelInferRequest]:
@@ -85,3 +87,30 @@ async def test_a_stream_holds_no_more_bytes_than_one_request_may_have(characters
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
     assert backend.running == most
+
+
+class WordyBackend:
+    """Answers with many log-probabilities, and counts the turns of the loop from then on."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+
+    async def whole(self, draft: Draft, context: object) -> GenerateResponse:
+        top = [TopLogprob(token_id=token, logprob=-1.0, text="x") for token in range(20)]
+        output = GenerateOutput(logprobs=[TokenLogprob(token_id=1, logprob=-1.0, top=top)] * 4000)
+        output.finished.reason = FinishReason.FINISH_REASON_MAX_TOKENS
+        self.counting = asyncio.create_task(self._count())
+        return GenerateResponse(outputs=[output])
+
+    async def _count(self) -> None:
+        while True:
+            self.turns += 1
+            await asyncio.sleep(0)
+
+
+async def test_others_get_their_turns_while_a_long_answer_is_written() -> None:
+    backend: Any = WordyBackend()
+    context: Any = None
+    await KServeServicer(backend).ModelInfer(infer(return_logprobs=True), context)
+    backend.counting.cancel()
+    assert backend.turns > 5

@@ -57,6 +57,7 @@ from loraplex_service.errors import (
     Unavailable,
     to_status,
 )
+from loraplex_service.ports.wire import SMALL_BYTES
 
 NAME = "loraplex"
 AT_ONCE = 16  # requests of one stream: more wait for their turn
@@ -147,7 +148,7 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
         if asked.stream:
             raise InvalidRequest.at("stream", "is true: ask ModelStreamInfer for a stream, or leave it out")
         draft = await draft_of(request, asked, self._backend)
-        return Answers(request, asked).whole(await self._backend.whole(draft, context))
+        return await self._whole(draft, Answers(request, asked), context)
 
     async def ModelStreamInfer(  # noqa: N802
         self, request_iterator: AsyncIterator[ModelInferRequest], context: Context
@@ -207,7 +208,7 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
         asked = asked_of(request)
         draft, answers = await draft_of(request, asked, self._backend), Answers(request, asked)
         if not asked.stream:
-            yield answers.whole(await self._backend.whole(draft, context))
+            yield await self._whole(draft, answers, context)
             if asked.says_the_end:
                 yield answers.end()
             return
@@ -216,6 +217,12 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
                 response = answers.part(event)
                 if response is not None:
                     yield response
+
+    async def _whole(self, draft: Draft, answers: Answers, context: Context) -> ModelInferResponse:
+        response = await self._backend.whole(draft, context)
+        if response.ByteSize() > SMALL_BYTES:  # in a thread: the loop has others to serve
+            return await asyncio.to_thread(answers.whole, response)
+        return answers.whole(response)
 
     # ---- the repository ----------------------------------------------------------------------------------------------
 

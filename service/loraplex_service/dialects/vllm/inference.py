@@ -31,10 +31,13 @@ class VllmInferenceServicer(vllm_pb2_grpc.InferenceServicer):
     async def Generate(self, request: GenerateRequest, context: Context) -> GenerateResponse:  # noqa: N802
         if request.sampling.num_sequences > 1:
             raise InvalidRequest.at("sampling.num_sequences", "is more than one: GenerateStream has several outputs")
-        whole = GenerateResponse()
+        whole, texts, num_tokens = GenerateResponse(), list[str](), 0
         async with aclosing(self.GenerateStream(request, context)) as responses:
             async for response in responses:
-                _add(whole, response)
+                texts.append(response.outputs.text)
+                num_tokens += response.outputs.num_tokens
+                whole.MergeFrom(response)  # which adds up lists alone
+        whole.outputs.text, whole.outputs.num_tokens = "".join(texts), num_tokens
         return whole
 
     async def GenerateStream(  # noqa: N802
@@ -58,14 +61,6 @@ class VllmInferenceServicer(vllm_pb2_grpc.InferenceServicer):
             draft.spec.output.text = True
         draft.spec.output.token_ids = True  # of which each response has the number
         return draft
-
-
-def _add(whole: GenerateResponse, response: GenerateResponse) -> None:
-    """Add what a response of a stream has; text and numbers are not lists, which merge by themselves."""
-    text = whole.outputs.text + response.outputs.text
-    num_tokens = whole.outputs.num_tokens + response.outputs.num_tokens
-    whole.MergeFrom(response)
-    whole.outputs.text, whole.outputs.num_tokens = text, num_tokens
 
 
 class _Parts:
