@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -126,3 +128,22 @@ def test_without_the_keys_there_is_nothing_of_it(model: Path) -> None:
     engine = Engine(model, host_cache_bytes=0)
     assert engine.core.tiers is engine.core.blocks.host is engine.core.runner.host_cache is None
     engine.core.close()
+
+
+def test_without_the_keys_nothing_of_it_is_called(model: Path) -> None:
+    engine = Engine(model, host_cache_bytes=0)
+    rooms = {"cache_tiers.py", "host_blocks.py", "prefixes.py", "host_cache.py", "disk_cache.py"}
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).name in rooms:
+            called.append(frame.f_code.co_qualname)
+
+    sys.setprofile(note)
+    try:
+        for number in (1, 2, 3, 1):  # more than the device has room for
+            engine.run(number)
+    finally:
+        sys.setprofile(None)
+        engine.core.close()
+    assert called == []

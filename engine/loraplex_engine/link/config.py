@@ -130,8 +130,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         problems = [f"{name} {value} must be at least 0" for name, value in tiers.items() if value < 0]
         if self.host_cache_bytes and not self.enable_prefix_caching:
             problems.append("host_cache_bytes needs enable_prefix_caching: it keeps what that finds")
-        if self.host_cache_bytes and self.world > 1:
-            problems.append("host_cache_bytes is for models that one process computes: set it to 0 with several ranks")
         if self.disk_cache_bytes and not self.host_cache_bytes:
             problems.append("disk_cache_bytes needs host_cache_bytes: blocks go to the disk and come back through it")
         if bool(self.disk_cache_bytes) != (self.disk_cache_directory is not None):
