@@ -21,7 +21,11 @@ from loraplex_service.models.config import HostedModelConfig
 
 GIB: Final = 1 << 30
 ENGINE_BYTES: Final = 600 << 20  # of an engine's process without its model: torch and its libraries
-EXTRAS: Final = {"http": ("uvicorn", "http_listen"), "bench": ("matplotlib", "loraplex bench --plot")}
+EXTRAS: Final = {
+    "http": ("uvicorn", "http_listen"),
+    "postgresql": ("psycopg", "state"),
+    "bench": ("matplotlib", "loraplex bench --plot"),
+}
 CGROUP: Final = Path("/sys/fs/cgroup")
 REPORT_SECONDS: Final = 120.0
 WEIGHTS: Final = ("*.safetensors", "*.gguf")

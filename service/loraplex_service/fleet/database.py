@@ -317,13 +317,11 @@ class Database:
 
 def _settled_bucket(connection: Any, name: str, rate: float, capacity: float, owed: float, missing: float) -> float:
     with connection.transaction():
-        connection.execute(
-            "INSERT INTO loraplex_buckets (name, level) VALUES (%s, %s) ON CONFLICT (name) DO NOTHING", (name, capacity)
-        )
-        (level,) = connection.execute(
-            "SELECT least(%s::float8, level + %s::float8 * greatest(0, extract(epoch FROM clock_timestamp() - filled))"
-            "::float8) FROM loraplex_buckets WHERE name = %s FOR UPDATE",
-            (capacity, rate, name),
+        (level,) = connection.execute(  # an update of nothing, to hold the row: others may be about to delete it
+            "INSERT INTO loraplex_buckets AS bucket (name, level) VALUES (%s, %s) "
+            "ON CONFLICT (name) DO UPDATE SET filled = bucket.filled RETURNING least(%s::float8, bucket.level "
+            "+ %s::float8 * greatest(0, extract(epoch FROM clock_timestamp() - bucket.filled))::float8)",
+            (name, capacity, capacity, rate),
         ).fetchone()
         taken = min(missing, max(0.0, level - owed))
         connection.execute(

@@ -50,6 +50,16 @@ async def test_what_was_taken_before_the_database_was_asked_is_paid_for(database
     assert level < 1
 
 
+def test_a_bucket_fills_by_the_clock_of_the_database_and_never_beyond_its_capacity(database: TestDatabase) -> None:
+    with closing(Database(database.dsn, "one")) as connection:
+        assert connection.settle("acme: requests", 0.01, 40.0, 0.0, 40.0) == 40
+        for seconds, filled in ((2000, 20), (36000, 40), (-36000, 0)):
+            database.ask("UPDATE loraplex_buckets SET level = 0, filled = now() - make_interval(secs => %s)", seconds)
+            assert filled <= connection.settle("acme: requests", 0.01, 40.0, 0.0, 40.0) < filled + 10
+    ((is_now,),) = database.ask("SELECT filled <= now() FROM loraplex_buckets")
+    assert is_now  # whatever the clock of the database said before
+
+
 def test_what_is_given_back_can_be_taken_again() -> None:
     bucket = LeasedBucket(RATE, BURST, lambda: None)
     bucket.take(10)
