@@ -5,6 +5,7 @@ Logits are sums in another order: they differ in the last bits, and these models
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -20,7 +21,10 @@ import transformers
 from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey, compose
 from loraplex_adapters.residency import Residency
+from loraplex_engine.drafting.costs import StepCosts
 from loraplex_engine.execution.rank_runners import LeadingRunner
+from loraplex_engine.following.leader import Leader
+from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind, Drafts
 from loraplex_engine.link.grammar import regex_grammar
 from loraplex_engine.link.messages import AdaptersChanged, AddRequest, WantAdapter
@@ -78,6 +82,7 @@ class Bench:
         fields |= {"max_model_len": 64, "kv_cache_bytes": num_blocks * BLOCK_BYTES // world, "tensor_parallel": world}
         self.engine = Engine(folder / "base", **(fields | settings))
         self.core = self.engine.core
+        self.kind = DraftKind.NGRAM  # of the drafts that requests ask for
         self.adapters: list[AdapterKey | None] = [None]
         for dora in (False, True):
             key, path = written(folder, dora)
@@ -97,7 +102,7 @@ class Bench:
         usual: dict[str, Any] = {"seed": number, "max_tokens": 9 + number % 5, "eos_token_ids": (EOS,)}
         sampling = SamplingParams(**(usual | fields))
         prompt = [(7 * place) % 200 for place in range(6 + number)]  # beginnings of each other
-        drafts = Drafts(most=3) if number % 2 else Drafts()
+        drafts = Drafts(self.kind, 3) if number % 2 else Drafts()
         key = self.adapters[number % 3]
         self.core.add(AddRequest(number, prompt, sampling, key, pooling=pooling, grammar=grammar, drafts=drafts))
 
@@ -199,6 +204,55 @@ def opened() -> Iterator[ExitStack]:
     """What is closed with the test."""
     with ExitStack() as stack:
         yield stack
+
+
+def test_adapters_are_read_while_both_ranks_compute(benches: dict[int, Bench], tmp_path: Path) -> None:
+    bench, modules = benches[2], {"model.layers.0.mlp.down_proj": (HIDDEN, INNER)}
+    bench.core.add(AddRequest(90, [1, 2, 3], SamplingParams(seed=0, max_tokens=50), bench.adapters[2]))
+    bench.engine.step()
+    keys = [write_lora(tmp_path / str(rank), modules, rank=rank, dora=True) for rank in range(1, 7)]
+    for rank, key in enumerate(keys, 1):  # each takes one sum over the ranks, in two threads of each
+        bench.core.want_adapter(WantAdapter(key, 1, str(tmp_path / str(rank)), least=Residency.HOST))
+    bench.engine.finish()
+    assert len(bench.engine.tokens(90)) == 50
+    while bench.core.store.is_loading():
+        bench.core.step()
+    assert all(bench.core.store.holds(key) for key in keys)
+
+
+class Fixed(StepCosts):
+    """Costs that no step changes."""
+
+    def note(self, rows: int, seconds: float) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_the_drafts_of_a_small_model_are_checked_by_both_ranks(
+    folder: Path, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = itertools.cycle([Fixed({1: 1e-6, 256: 2e-6}), Fixed({1: 1.0, 256: 1.01})])  # of the small one, then of both
+    monkeypatch.setattr("loraplex_engine.core.measured", lambda *_: next(costs))
+    drafts = DraftConfig(kind=DraftKind.MODEL, tokens=3, model=str(folder / "base"))
+    found = []
+    for world in (1, 2):
+        bench = Bench(folder, world, num_blocks=200, drafts=drafts)
+        opened.callback(bench.core.close)
+        bench.kind = DraftKind.MODEL
+        for number in (1, 3, 5, 9):  # two of the base, which drafts for itself
+            bench.add(number, temperature=0.0, max_tokens=16)
+        bench.engine.finish()
+        found.append([bench.told(number) for number in (1, 3, 5, 9)])
+        assert bench.core.stats().accepted_draft_tokens
+    assert found[1] == found[0]
+
+
+def test_the_problem_of_a_rank_that_cannot_load_is_told(folder: Path, opened: ExitStack) -> None:
+    config = EngineConfig(model=str(folder / "base"), tensor_parallel=2, devices=("cpu", "cuda:99"))
+    leader = Leader(config, folder / "base")
+    opened.callback(leader.close)
+    with pytest.raises(ValueError, match="rank 1: device 'cuda:99' asked for"):
+        leader.join(torch.device("cpu"))
 
 
 def test_steps_that_start_before_the_last_tokens_are_read_tell_them_to_the_other_rank(
