@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
 MAX_FAILED_COMPOSITIONS = 64
-LOADER_NICENESS = 15  # a few per cent of a core beside a busy thread, all of an idle one
+LOADER_NICENESS = 5  # a quarter of a core beside a busy thread, all of an idle one
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ def give_way() -> None:
 
     A step waits for the slowest of its threads: one that shares its core with a loader holds up all requests. Beside
     loads without a pause the median step took 42 % longer at niceness 0 and 11 % at 10, at half of the loads
-    (llama-160m, 2 cores, one run); the value here was not timed itself. Elsewhere niceness is the whole process's, and
-    the loaders keep it.
+    (llama-160m, 2 cores, one run). The pace holds loads to less. At 15, a few per cent of a busy core, they did not
+    get what it allows, and took twice as long. Elsewhere niceness is the whole process's, and the loaders keep it.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()
