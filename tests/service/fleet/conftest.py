@@ -7,11 +7,23 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-psycopg = pytest.importorskip("psycopg", reason="psycopg is an extra, without which no replica starts: [postgresql]")
+try:
+    import psycopg
+except ImportError:
+
+    class WithoutPsycopg(pytest.Module):
+        """A module that says why its tests do not run."""
+
+        def collect(self) -> Iterator[Any]:
+            pytest.skip("no replica starts without psycopg, of the extra [postgresql]", allow_module_level=True)
+
+    def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+        return WithoutPsycopg.from_parent(parent, path=module_path)
 
 
 @dataclass(frozen=True)
