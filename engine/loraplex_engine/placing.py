@@ -9,14 +9,17 @@ from typing import Any
 import msgspec
 import torch
 
+from loraplex_engine.checkpoint.config_source import config_file
 from loraplex_engine.checkpoint.hub import resolve_model
 from loraplex_engine.execution.device import free_bytes
-from loraplex_engine.execution.host_memory import total_bytes
 from loraplex_engine.execution.sizing import needs_of
 from loraplex_engine.link.bus import EngineBus
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.host_memory import total_bytes
 from loraplex_engine.link.messages import EngineSized, LoadOn
 from loraplex_engine.link.sizes import HOST, DeviceMemory, Needs, readable
+
+MOST_BYTES = 1 << 60
 
 
 def placed(config: EngineConfig, bus: EngineBus) -> EngineConfig:
@@ -27,6 +30,11 @@ def placed(config: EngineConfig, bus: EngineBus) -> EngineConfig:
     """
     path = resolve_model(config.model, config.revision)
     needs = _all_needs(config, path)
+    if needs.least(HOST) > MOST_BYTES:
+        raise ValueError(
+            f"{config_file(path)}: by its sizes the model takes {readable(needs.least(HOST))}, which no machine has: "
+            "fetch the file again"
+        )
     bus.send(EngineSized(needs, devices()))
     (answer,) = bus.receive(None)
     assert isinstance(answer, LoadOn), f"{type(answer).__name__} before LoadOn"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.sizing import needs_of
+from loraplex_engine.link import host_memory
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind
 from loraplex_engine.link.messages import EngineSized, FromEngine, LoadOn
@@ -89,6 +91,14 @@ def test_the_cache_of_one_request_is_needed_at_least(model: Path) -> None:
     assert needs_of(EngineConfig(model=str(model), kv_cache_bytes=77), model).cache == 77
 
 
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "vocab_size"])
+def test_sizes_that_no_machine_has_are_the_fault_of_the_file(model: Path, tmp_path: Path, field: str) -> None:
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {field: 10**30}))
+    with pytest.raises(ValueError, match=r"config\.json: by its sizes the model takes .*, which no machine has: fetch"):
+        sized(EngineConfig(model=str(tmp_path)), LoadOn(["cpu"], 0.5))
+
+
 def test_a_small_model_that_drafts_is_counted_too(model: Path) -> None:
     alone, _ = sized(EngineConfig(model=str(model)), LoadOn(["cpu"], 0.5))
     drafts = DraftConfig(kind=DraftKind.MODEL, model=str(model))
@@ -127,6 +137,14 @@ def test_memory_that_others_hold_is_refused_with_the_size_of_each_part(cuda: Sta
         ValueError, match=r"it needs 1\.0 GiB of cuda:0 at least \(weights .*, cache .*, a step .*, adapters 1\.0 GiB\)"
     ):
         sized(EngineConfig(model=str(model)), LoadOn(["cuda:0"], 0.9))
+
+
+def test_ranks_that_share_a_host_need_room_together(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(model=str(model), device="cpu", tensor_parallel=2)
+    of_rank, _ = sized(config, LoadOn(["cpu", "cpu"], 0.5))
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 2 * of_rank.least("cpu") - 1)
+    with pytest.raises(ValueError, match="are free there"):
+        sized(config, LoadOn(["cpu", "cpu"], 0.5))
 
 
 def test_a_model_that_just_fits_is_not_refused() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from loraplex_engine.execution import host_memory
+from loraplex_engine.link import host_memory
 from loraplex_engine.link.messages import Device
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,8 @@ from typing import Any, Final, Literal
 
 import click
 
+from loraplex_engine.link.host_memory import free_bytes, total_bytes
+from loraplex_engine.link.sizes import readable
 from loraplex_service.config import ServiceConfig, load_config
 from loraplex_service.config_file import ConfigError
 from loraplex_service.models.config import HostedModelConfig
@@ -26,7 +28,6 @@ EXTRAS: Final = {
     "postgresql": ("psycopg", "state"),
     "bench": ("matplotlib", "loraplex bench --plot"),
 }
-CGROUP: Final = Path("/sys/fs/cgroup")
 REPORT_SECONDS: Final = 120.0
 WEIGHTS: Final = ("*.safetensors", "*.gguf")
 
@@ -64,15 +65,15 @@ def examine(config: Path | None) -> Iterator[Finding]:
     yield Finding("ok", f"loraplex {version('loraplex-server')}, {python}")
     report = kernel_report()
     yield from of_kernels(report)
-    limit = memory_limit(CGROUP)
-    yield Finding("ok", f"memory: {memory_text(total_bytes(), available_bytes(), limit)}")
+    free = free_bytes()
+    yield Finding("ok", f"memory: {readable(total_bytes())} that may be used here, {readable(free)} free")
     yield from of_extras()
     try:
         settings = load_config(config, os.environ)
     except ConfigError as error:
         yield Finding("FAIL", f"the configuration cannot be used: {error}")
         return
-    yield from of_models(settings, min(available_bytes(), limit or available_bytes()), report)
+    yield from of_models(settings, free, report)
     yield from of_ports(settings)
 
 
@@ -127,10 +128,10 @@ def of_models(settings: ServiceConfig, room: int, report: dict[str, Any]) -> Ite
             yield Finding("note", f"{model.name}: {model.model} is not on this machine yet: its size is not known")
             continue
         if model.device.startswith("cuda") or (model.device == "auto" and report.get("gpus")):
-            yield Finding("note", f"{model.name}: {size(files)} of weights, to go to a GPU")
+            yield Finding("note", f"{model.name}: {readable(files)} of weights, to go to a GPU")
             continue
         need = ENGINE_BYTES + files + (model.kv_cache_bytes or 0)
-        said = f"{model.name}: about {need / GIB:.1f} GiB (weights {size(files)}) of {room / GIB:.1f} GiB left"
+        said = f"{model.name}: about {readable(need)} (weights {readable(files)}) of {readable(room)} left"
         if need > room:
             remedy = "quantise it (quantization:), or lower kv_cache_bytes"
             yield Finding("FAIL", f"{said}: does not fit; {remedy}, or free memory")
@@ -163,36 +164,3 @@ def weight_bytes(model: HostedModelConfig) -> int | None:
         return place.stat().st_size
     sizes = [file.stat().st_size for pattern in WEIGHTS for file in place.glob(pattern)] if place.is_dir() else []
     return sum(sizes) if sizes else None
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def memory_limit(group: Path) -> int | None:
-    """The limit that a container sets, in bytes; None: none."""
-    try:
-        text = (group / "memory.max").read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
-
-
-def size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count >> 20} MiB"
-
-
-def total_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_bytes() -> int:
-    """What the system calls available."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return total_bytes()
-
-
-def memory_text(total: int, available: int, limit: int | None) -> str:
-    said = f"{total / GIB:.1f} GiB, {available / GIB:.1f} available"
-    return said if limit is None else f"{said}; this container may use {limit / GIB:.1f}"

@@ -31,8 +31,9 @@ class Seat(Protocol):
 class Placement:
     """Gives every model its device. For one event loop.
 
-    GPUs are given out once all models that load at the start have said what they need, or have failed. A model keeps
-    its place, whatever becomes of its engine; one that is not loaded at the start has a part set aside.
+    GPUs are given out once all models that load at the start have said what they need, or have failed. A loaded model
+    keeps its place, however often its engine starts again. For one that is not loaded a part is set aside, which gives
+    way to what a loaded one needs.
     """
 
     def __init__(self, models: Sequence[HostedModelConfig]) -> None:
@@ -90,14 +91,25 @@ class Placement:
         return LoadOn(list(part.devices), part.fraction)
 
     def _part_beside_the_others(self, name: str, gpus: Sequence[DeviceMemory]) -> Part:
-        """A part for a model that got none at the start, or needs more than was set aside. Raises NoRoomError."""
+        """A part for a model that got none at the start, or needs more than was set aside. Raises NoRoomError.
+
+        Where there is no room, the parts of models that are not loaded give way: they get what is left.
+        """
         others = {other: part for other, part in self._parts.items() if other != name}
-        taken = [Wish(other, each, part.fraction) for other, part in others.items() for each in part.devices]
-        parts, refused = arrange([*taken, *self._wishes(self._models[name])], gpus)
-        if name in refused:
-            raise NoRoomError(f"model {name!r} does not fit: {refused[name]}")
-        self._parts[name] = parts[name]
-        return parts[name]
+        loaded = {other: part for other, part in others.items() if other in self._needs}
+        idle = [
+            wish
+            for model in self._models.values()
+            if model.name not in self._needs and model.device_memory_fraction is None and not is_on_host(model)
+            for wish in self._wishes(model)
+        ]
+        for kept, rest in ((others, []), (loaded, idle)):
+            taken = [Wish(other, each, part.fraction) for other, part in kept.items() for each in part.devices]
+            parts, refused = arrange([*taken, *rest, *self._wishes(self._models[name])], gpus)
+            if name not in refused:
+                self._parts = parts
+                return parts[name]
+        raise NoRoomError(f"model {name!r} does not fit: {refused[name]}")
 
     def _wishes(self, model: HostedModelConfig) -> list[Wish]:
         needs = self._needs.get(model.name)

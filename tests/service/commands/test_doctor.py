@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from loraplex_service.cli import main
 from loraplex_service.commands import doctor
-from loraplex_service.commands.doctor import kernel_report, memory_limit, of_kernels, of_models, of_ports
+from loraplex_service.commands.doctor import kernel_report, of_kernels, of_models, of_ports
 from loraplex_service.config import ServiceConfig
 from loraplex_service.models.config import HostedModelConfig
 
@@ -76,13 +76,6 @@ def test_a_port_that_is_taken_is_noted(tmp_path: Path) -> None:
         findings = list(of_ports(settings(tmp_path, listen=address, admin_listen="127.0.0.1:0")))
     assert verdicts(findings) == ["note"]
     assert address in findings[0].text
-
-
-@pytest.mark.parametrize(("text", "limit"), [("max\n", None), ("1073741824\n", 1 << 30)])
-def test_the_limit_of_a_container_is_read(tmp_path: Path, text: str, limit: int | None) -> None:
-    (tmp_path / "memory.max").write_text(text)
-    assert memory_limit(tmp_path) == limit
-    assert memory_limit(tmp_path / "nowhere") is None
 
 
 def test_the_exit_status_says_whether_something_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

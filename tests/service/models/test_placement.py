@@ -131,6 +131,37 @@ async def test_a_model_that_is_loaded_later_and_needs_more_than_was_set_aside_is
         await placement.seat("m1").take(sized(60, 80))
 
 
+async def test_a_model_that_was_unloaded_gives_way_to_one_that_needs_its_part() -> None:
+    placement = Placement(models({}, {"load": False}))
+    await placed(placement, [48, None], 80)
+    with pytest.raises(NoRoomError, match="beside 'm0' 50"):
+        await placement.seat("m1").take(sized(38, 80))
+    placement.seat("m0").leave()
+    assert await placement.seat("m1").take(sized(38, 80)) == on("cuda:0", 0.5)
+    with pytest.raises(NoRoomError, match=r"'m0' does not fit: it needs 50\.0 GiB .* beside 'm1' 40"):
+        await placement.seat("m0").take(sized(48, 80))
+    placement.seat("m1").leave()
+    assert await placement.seat("m0").take(sized(48, 80)) == on("cuda:0", 50 / 80)
+
+
+async def test_models_with_fractions_of_their_own_are_exchanged() -> None:
+    fields = models({"device_memory_fraction": 0.7}, {"device_memory_fraction": 0.6, "load": False})
+    placement = Placement(fields)
+    await placed(placement, [1, None], 80)
+    placement.seat("m0").leave()
+    assert await placement.seat("m1").take(sized(1, 80)) == on("cuda:0", 0.6)
+    with pytest.raises(NoRoomError, match=r"beside 'm1' 48"):
+        await placement.seat("m0").take(sized(1, 80))
+
+
+async def test_what_an_engine_holds_does_not_give_way_while_it_starts_again() -> None:
+    placement = Placement(models({}, {"load": False}, {"load": False}))
+    await placed(placement, [48, None, None], 80)
+    found = await asyncio.gather(*(placement.seat(name).take(sized(9, 80)) for name in ("m1", "m2")))
+    assert found == [on("cuda:0", (0.9 - 50 / 80) / 2)] * 2
+    assert await placement.seat("m0").take(sized(48, 80)) == on("cuda:0", 50 / 80)
+
+
 async def test_a_fraction_that_is_less_than_the_model_needs_is_refused() -> None:
     (found,) = await placed(Placement(models({"device_memory_fraction": 0.1})), [20], 80)
     assert isinstance(found, str)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_engine.execution.host_memory import free_bytes, total_bytes
+from loraplex_engine.link.host_memory import free_bytes, total_bytes
 
 MEMINFO = "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 600 kB\n"
 KIB = 1024
@@ -27,6 +27,16 @@ def test_a_containers_limit_counts_and_pages_of_files_that_may_go_are_free(tmp_p
     files = {f"sys/fs/cgroup/{name}": text for name, text in group.items()}
     root = write(tmp_path, files | {"proc/self/cgroup": "0::/\n"})
     assert (total_bytes(root), free_bytes(root)) == (400 * KIB, 300 * KIB)
+
+
+def test_files_that_were_read_twice_do_not_keep_a_model_from_being_loaded_again(tmp_path: Path) -> None:
+    group = {
+        "memory.max": "409600",
+        "memory.current": "307200",
+        "memory.stat": "inactive_file 51200\nactive_file 153600",
+    }
+    files = {f"sys/fs/cgroup/{name}": text for name, text in group.items()}
+    assert free_bytes(write(tmp_path, files | {"proc/self/cgroup": "0::/\n"})) == 300 * KIB
 
 
 def test_the_least_limit_of_all_groups_around_the_process_counts(tmp_path: Path) -> None:

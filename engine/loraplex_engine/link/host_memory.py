@@ -44,21 +44,22 @@ def _limits(root: Path) -> Iterator[tuple[int, int]]:
         if not version_2 and "memory" not in controllers.split(","):
             continue
         base = mount if version_2 else mount / "memory"
-        limit_file, usage_file, files = ("memory.max", "memory.current", "inactive_file") if version_2 else _VERSION_1
+        limit_file, usage_file, prefix = ("memory.max", "memory.current", "") if version_2 else _VERSION_1
         for group in (PurePosixPath(path), *PurePosixPath(path).parents):
             folder = base / str(group).lstrip("/")
             limit = _text(folder / limit_file).strip()
             if limit.isdecimal():
                 used = int(_text(folder / usage_file).strip() or 0)
-                yield int(limit), max(0, used - _statistic(folder, files))
+                yield int(limit), max(0, used - _pages_of_files(folder, prefix))
 
 
-_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
 
 
-def _statistic(group: Path, name: str) -> int:
-    fields = (line.split() for line in _text(group / "memory.stat").splitlines())
-    return next((int(field[1]) for field in fields if field[0] == name), 0)
+def _pages_of_files(group: Path, prefix: str) -> int:
+    """The page cache. What was read twice, such as weights that were loaded again, is active, and may go as well."""
+    fields = dict(line.split(maxsplit=1) for line in _text(group / "memory.stat").splitlines())
+    return sum(int(fields.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
 
 
 def _text(path: Path) -> str:
