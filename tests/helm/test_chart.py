@@ -279,9 +279,26 @@ def test_pods_run_without_privileges_on_a_read_only_root(release: Manifests) -> 
 def test_an_image_is_named_by_its_tag_and_by_its_digest_where_one_is_given(
     chart: Chart, image: dict[str, str], reference: str
 ) -> None:
-    release = chart.render(MODELS | {"image": image})
+    release = chart.render(MODELS | {"image": image, "picker": {"enabled": True}})
     assert pod_of(release)["containers"][0]["image"] == reference
     assert release.get("Pod", "prod-loraplex-health")["spec"]["containers"][0]["image"] == reference
+    picker = release.get("Deployment", "prod-loraplex-picker")["spec"]["template"]["spec"]
+    assert picker["containers"][0]["image"] == reference
+
+
+def test_a_server_ends_before_another_one_takes_its_state(chart: Chart) -> None:
+    def strategy(values: dict[str, Any]) -> Any:
+        return chart.render(MODELS | values).get("Deployment", "prod-loraplex")["spec"]["strategy"]
+
+    assert strategy({"persistence": {"state": {"enabled": True}}}) == {"type": "Recreate"}
+    assert strategy({})["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+
+
+@pytest.mark.parametrize("name", ["Deployment prod-loraplex-picker", "Pod prod-loraplex-health"])
+def test_what_serves_no_model_needs_no_cache_of_kernels(chart: Chart, name: str) -> None:
+    found = chart.render(MODELS | {"picker": {"enabled": True}}).get(*name.split())
+    spec = found["spec"] if found["kind"] == "Pod" else found["spec"]["template"]["spec"]
+    assert [container["command"] for container in spec["containers"]] == [["loraplex"]]
 
 
 def test_helm_test_asks_the_probes_port_whether_requests_are_admitted(release: Manifests) -> None:
@@ -348,6 +365,11 @@ def test_the_administration_is_closed_to_other_pods(chart: Chart) -> None:
         ({"envoy": {"balanceFactor": 50}}, "envoy/balanceFactor"),
         ({"envoy": {"endpoints": [{"host": "a", "port": 1}]}}, "healthPort"),
         ({"replicas": 2, "persistence": {"state": {"enabled": True}}}, "persistence.state"),
+        ({"config": {"state": "postgresql://u:p@database/l"}}, "config.state: use state.secretName"),
+        ({"config": {"object_store": {"aws_secret_access_key": "s"}}}, "config.object_store.aws_secret_access_key"),
+        ({"config": {"otlp": {"endpoint": "http://c:4317", "headers": {"authorization": "s"}}}}, "config.otlp.headers"),
+        ({"ports": {"admin": 50051}}, "ports: admin and data are both 50051"),
+        ({"http": {"enabled": True, "port": 9464}}, "ports: http and metrics are both 9464"),
         ({"adapters": ADAPTERS["adapters"]}, "persistence.adapters.enabled"),
         (
             {

@@ -118,6 +118,19 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and .Values.persistence.state.enabled (or (gt (int .Values.replicas) 1) (ne .Values.autoscaling.kind "none")) -}}
 {{- fail "persistence.state: each replica keeps a state of its own, so it is for replicas: 1 without autoscaling; give several a database (state.secretName), or declare adapters in `adapters`" -}}
 {{- end -}}
+{{- range $key := list "state" "fleet_listen" "fleet_address" -}}
+{{- if hasKey $.Values.config $key -}}{{- fail (printf "config.%s: use state.secretName; the configuration is a ConfigMap, in which an address with a password is no secret" $key) -}}{{- end -}}
+{{- end -}}
+{{- range $key, $_ := (default dict .Values.config.object_store) -}}
+{{- if regexMatch "(?i)secret|token|password" $key -}}{{- fail (printf "config.object_store.%s: the configuration is a ConfigMap, which holds no secrets; set AWS_SECRET_ACCESS_KEY and its like in extraEnv, from a secret" $key) -}}{{- end -}}
+{{- end -}}
+{{- if (default dict .Values.config.otlp).headers -}}{{- fail "config.otlp.headers: the configuration is a ConfigMap, which holds no secrets; set OTEL_EXPORTER_OTLP_HEADERS in extraEnv, from a secret" -}}{{- end -}}
+{{- $taken := dict -}}
+{{- range $name, $port := merge (ternary (dict "http" .Values.http.port) dict .Values.http.enabled) .Values.ports -}}
+{{- $number := printf "%v" $port -}}
+{{- with index $taken $number -}}{{- fail (printf "ports: %s and %s are both %s; give each its own" . $name $number) -}}{{- end -}}
+{{- $_ := set $taken $number $name -}}
+{{- end -}}
 {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.prometheusUrl) -}}{{- fail "autoscaling.prometheusUrl: keda reads the metrics from Prometheus; say where it is" -}}{{- end -}}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) -}}{{- fail "autoscaling.minReplicas must not exceed autoscaling.maxReplicas" -}}{{- end -}}
 {{- range .Values.envoy.endpoints -}}
