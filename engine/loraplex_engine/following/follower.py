@@ -19,13 +19,13 @@ from loraplex_adapters.runtime.store import begin_loader, rejection
 from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_composition
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.device import free_bytes
-from loraplex_engine.execution.host_memory import resident_bytes
 from loraplex_engine.execution.loading import load_share, rank_ops
 from loraplex_engine.execution.orders import Allocate, Compute, Forget, Load, Put, Remove, Report, decode
 from loraplex_engine.execution.rank_runners import FollowingRunner
 from loraplex_engine.following.notes import AdapterNotes
 from loraplex_engine.following.ready import RankReady, loaded_note
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.host_memory import resident_bytes
 from loraplex_engine.ranks.group import Group, Notes
 
 logger = logging.getLogger(__name__)

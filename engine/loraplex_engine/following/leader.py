@@ -19,11 +19,11 @@ from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.runtime.mirror import Total
 from loraplex_engine.checkpoint.shard import Shard
-from loraplex_engine.execution.host_memory import resident_bytes
 from loraplex_engine.execution.orders import Forget, Load, Put, Remove, Report, encode
 from loraplex_engine.following.notes import AdapterNotes
 from loraplex_engine.following.ready import RankReady, loaded_note
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.host_memory import resident_bytes
 from loraplex_engine.link.logs import log_options
 from loraplex_engine.link.messages import RankStats
 from loraplex_engine.ranks.group import Group, Notes, RanksLostError
