@@ -43,6 +43,9 @@ assert client.get_model_config("tiny").config.model_transaction_policy.decoupled
 outputs = [triton.InferRequestedOutput("text_output")]
 assert text_of(client.infer("tiny", inputs(), outputs=outputs, request_id="a")) == "abcabca"
 
+as_texts = {"max_tokens": "4", "temperature": "0", "top_p": "0.95"}  # as in Triton's own example
+assert text_of(client.infer("tiny", inputs(parameters=as_texts), parameters=as_texts)) == "abcabca"
+
 answered = queue.Queue()
 client.async_infer("pirate", inputs(), lambda result, error: answered.put((result, error)))
 result, error = answered.get(timeout=20)
