@@ -1,8 +1,8 @@
 """`python -m loraplex_engine --bus ADDRESS`: one engine process.
 
-The first line of its stdin is its EngineConfig, as JSON. It ends on Shutdown, on SIGTERM, and when its parent is gone:
-the end of its stdin says so. SIGINT and SIGHUP are ignored: a Ctrl-C, or the end of a terminal, reaches all processes
-there, and the service decides what becomes of the requests.
+The first line of its stdin is its EngineConfig, as JSON. It ends on Shutdown, and when its parent is gone: the end of
+its stdin says so. SIGINT, SIGHUP and SIGTERM are ignored: what stops a group reaches all of its processes, and the
+service decides what becomes of the requests.
 """
 
 import argparse

@@ -72,10 +72,10 @@ async def test_a_signal_lets_running_streams_finish_and_refuses_new_ones(
             streams = [client.stream_generate(name, "Once", max_tokens=LONG, ignore_eos=True) for name in MODELS]
             for stream in streams:
                 await anext(stream)
-            server.process.send_signal(number)
-            if number is signal.SIGHUP:  # a terminal that is closed tells all, and perhaps twice
-                for pid in (server.process.pid, *engines):
-                    os.kill(pid, number)
+            for pid in (server.process.pid, *engines):  # who stops a group tells all
+                os.kill(pid, number)
+            if number is signal.SIGHUP:  # a terminal that is closed does so perhaps twice
+                os.kill(server.process.pid, number)
             refused = None
             while refused is None:
                 try:

@@ -14,9 +14,10 @@ PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 def begin_child() -> bytes:
     """Tie this process to its parent → the first line of its stdin.
 
-    SIGINT and SIGHUP are ignored from now on: a Ctrl-C, or the end of a terminal, reaches all processes there.
+    SIGINT, SIGHUP and SIGTERM are ignored from now on: a Ctrl-C, the end of a terminal, or a supervisor that stops a
+    whole group reaches all processes there, and the parent decides what becomes of them.
     """
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     line = sys.stdin.buffer.readline()
