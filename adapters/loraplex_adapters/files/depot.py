@@ -21,6 +21,7 @@ class Depot:
         self._versions = root / "versions"
         self._incoming = root / "incoming"
         self._make_directories()
+        self._of_before = [*self._incoming.iterdir(), *self._versions.iterdir()]  # of an earlier process
 
     def path(self, digest: str) -> Path:
         """The directory for files of this digest, whether it exists or not."""
@@ -60,19 +61,17 @@ class Depot:
         return target
 
     def sweep(self, keep: Collection[str] | None) -> None:
-        """Remove everything but these digests, including the unfinished work of an earlier process. Slow.
+        """Remove what an earlier process left, but for these digests. What has begun since stays. Slow.
 
         `keep`: None: all digests.
         """
-        for directory in self._incoming.iterdir():
-            self.discard(directory)
-        for directory in list(self._versions.iterdir()):
-            if (
-                keep is not None
-                and directory.name not in keep
-                and (withdrawn := self.withdraw(directory.name)) is not None
-            ):
-                self.discard(withdrawn)
+        for directory in self._of_before:
+            if directory.parent == self._incoming:
+                self.discard(directory)
+            elif keep is not None and directory.name not in keep:
+                withdrawn = self.withdraw(directory.name)
+                if withdrawn is not None:
+                    self.discard(withdrawn)
 
     def _make_directories(self) -> None:
         """Make the directories, again if a cleaner has removed them."""
