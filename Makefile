@@ -19,7 +19,7 @@ demo: $(VENV)/.installed  ## stream several adapters and two models side by side
 
 test: $(VENV)/.installed-dev  ## the CPU tests; with PYTHONOPTIMIZE=1 as an optimised build runs
 	@mkdir -p build && rm -f build/coverage.*
-	$(BIN)/python -m slipcover --branch --source $(PACKAGES) --omit 'client/loraplex/v1/*' --json --out build/coverage.json \
+	$(BIN)/python -m slipcover --branch --source $(PACKAGES) --omit 'client/loraplex/v1/*,service/loraplex_service/dialect_stubs/*' --json --out build/coverage.json \
 		-m pytest $(SIDE_BY_SIDE) -m "not gpu and not long" --hypothesis-profile=ci; tests=$$?; \
 	$(BIN)/python -m slipcover --branch --merge build/coverage.json --out build/coverage.merged.json --skip-covered \
 		--missing-width 60 --fail-under $(LEAST_COVERED) > build/coverage.txt; covered=$$?; \

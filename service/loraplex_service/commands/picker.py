@@ -10,7 +10,6 @@ import uvloop
 from loraplex_engine.link.logs import set_up_logging
 from loraplex_service.config_file import ConfigError
 from loraplex_service.picker.config import PickerConfig, load_picker_config
-from loraplex_service.picker.process import picking
 
 
 @click.command()
@@ -29,6 +28,8 @@ def picker(config: Path) -> None:
 
 
 async def _pick(settings: PickerConfig) -> None:
+    from loraplex_service.picker.process import picking  # only where it is needed: other commands start without metrics
+
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -7,8 +7,8 @@ digest and of a short time: who reads it on the way can have what was sent on th
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,9 +98,10 @@ class PeerFiles:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "this replica sends as much as it does at once")
         self._calls += 1
         try:
-            async for message in _messages(directory):
-                async with asyncio.timeout(SILENCE_SECONDS):  # else it would keep its turn for good
-                    await context.write(message)
+            async with aclosing(_messages(directory)) as messages:
+                async for message in messages:
+                    async with asyncio.timeout(SILENCE_SECONDS):  # else it would keep its turn for good
+                        await context.write(message)
         except TimeoutError:
             context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)  # `abort` would wait until it can be sent
             context.set_details("nothing was taken for too long")
@@ -108,12 +109,12 @@ class PeerFiles:
             self._calls -= 1
 
 
-async def _messages(directory: Path) -> AsyncIterator[bytes]:
+async def _messages(directory: Path) -> AsyncGenerator[bytes, None]:
     for name in SENT_FILES:
         file = directory / name
         if not await asyncio.to_thread(file.is_file):
             continue
-        with await asyncio.to_thread(file.open, "rb") as opened:
+        with file.open("rb") as opened:  # not in a thread: whoever is cancelled meanwhile would leave it open
             size = (await asyncio.to_thread(file.stat)).st_size
             yield UploadAdapterRequest(file=UploadFile(name=name, size_bytes=size)).SerializeToString()
             while chunk := await asyncio.to_thread(opened.read, CHUNK_BYTES):

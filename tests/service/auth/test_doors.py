@@ -19,7 +19,7 @@ from loraplex import AsyncAdminClient, AsyncClient, Unauthenticated
 from loraplex.v1 import adapters_pb2, inference_pb2, models_pb2, pooling_pb2, routes_pb2, server_pb2, tokenizer_pb2
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2_grpc import InferenceServiceStub
-from loraplex_service import app
+from loraplex_service import assembly
 from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.app import Addresses, running
 from loraplex_service.auth.access import RULES
@@ -76,7 +76,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "/loraplex.v1.ServerService/WatchUsage": {},
 }
 OF_HEADS = {"/loraplex.v1.PoolingService/Classify", "/loraplex.v1.PoolingService/Rerank"}  # the pirate has none
-READS = {f"/{service}/{method}" for service, methods in app.READS.items() for method in methods}
+READS = {f"/{service}/{method}" for service, methods in assembly.READS.items() for method in methods}
 WATCHED = {"/loraplex.v1.AdapterService/WatchAdapters"}  # may be looked at, on the admin port alone
 # They answer another tenant too, and tell it nothing: of no request but its own, of each item by itself, of what all
 # tenants have in common.
