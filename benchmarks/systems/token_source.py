@@ -102,6 +102,9 @@ class TokenSource:
             adapter_host_bytes=0,
         )
 
+    def beat(self) -> EngineStats:
+        return self.stats()
+
     def close(self) -> None:
         pass
 

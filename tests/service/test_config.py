@@ -11,11 +11,11 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind
 from loraplex_service.config import (
     SECTIONS,
-    ConfigError,
     ServiceConfig,
     load_config,
 )
 from loraplex_service.config_checks import MAY_BE_ZERO
+from loraplex_service.config_file import ConfigError
 
 
 @pytest.fixture
