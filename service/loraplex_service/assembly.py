@@ -57,6 +57,8 @@ from loraplex_service.state import State, StateFile
 from loraplex_service.telemetry.records import Observer
 from loraplex_service.telemetry.setup import Telemetry
 
+VERSION = version("loraplex-server")
+
 # What callers of the data port may look at: they need not reach the admin port to know what they can ask for.
 READS = {
     "loraplex.v1.ModelService": ("GetModel", "ListModels"),
@@ -136,6 +138,52 @@ def assemble(
 
     Raises OSError for an adapter root that does not exist, or a state that cannot be used.
     """
+    host = _model_host(config, bus_directory, launch_for)
+    kept = _kept(config, telemetry)
+    adapters = _adapters(config, bus_directory, host, kept, telemetry)
+    requests = _requests(config, host, kept, adapters, telemetry)
+    servicers = _servicers(config, texts, host, kept, adapters, requests, telemetry)
+    inferring, admin = servicers.inferring(), servicers.admin()
+    backend = Backend(
+        servicers.inference,
+        servicers.pooling,
+        servicers.adapters,
+        servicers.models,
+        servicers.server,
+        host,
+        requests.catalog,
+        kept.tenants,
+        VERSION,
+        secrets.token_hex(8),
+        lambda: health.servicer.is_serving(""),
+    )
+    spoken = dialect_services(config.dialects, backend)
+    health = Health([service.name for service in (*inferring, *spoken)], [service.name for service in admin])
+    return Application(
+        config=config,
+        telemetry=telemetry,
+        host=host,
+        registry=kept.registry,
+        state=kept.state,
+        library=adapters.library,
+        registrar=adapters.registrar,
+        work=adapters.work,
+        tenants=kept.tenants,
+        quota=servicers.quota,
+        admission=requests.admission,
+        entrance=requests.entrance,
+        inference=servicers.inference,
+        server=servicers.server,
+        health=health,
+        probes=Probes(model.name for model in config.models if model.load),
+        data=(*inferring, *(replace(service, methods=READS[service.name]) for service in admin), *spoken),
+        admin=admin,
+        replica=kept.replica,
+    )
+
+
+def _model_host(config: ServiceConfig, bus_directory: BusDirectory, launch_for: LaunchFor) -> ModelHost:
+    placement = Placement(config.models)
 
     def supervise(model: HostedModelConfig, changed: Callable[[], None]) -> EngineSupervisor:
         return EngineSupervisor(
@@ -149,110 +197,37 @@ def assemble(
             config.limits.unread_tokens,
         )
 
-    limits = config.limits
-    placement = Placement(config.models)
-    host = ModelHost(config.models, supervise)
-    state_directory = Path(config.state_directory) if config.state_directory else None
-    local = StateFile(state_directory)
+    return ModelHost(config.models, supervise)
+
+
+def _state_directory(config: ServiceConfig) -> Path | None:
+    return Path(config.state_directory) if config.state_directory else None
+
+
+# ---- what is kept: by this server alone, or by all replicas of a fleet ---------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    replica: "Replica | None"  # None: the server is on its own
+    state: State
+    registry: AdapterRegistry
+    tenants: Tenants
+
+
+def _kept(config: ServiceConfig, telemetry: Telemetry) -> _Kept:
+    directory = _state_directory(config)
+    local = StateFile(directory)
     replica = _replica(config, local)
     registry = AdapterRegistry() if replica is None else replica.registry
     registry.subscribe(partial(_tell_removed, registry, telemetry.observer))
-    state = local if replica is None else replica.state
-    depot = Depot((state_directory or bus_directory.path) / "adapters")
-    remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
-    library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
-    make_bucket = None if replica is None else replica.leases.bucket
     tenants = Tenants(
-        config.tenants, config.other_tenants, cache_key=cache_key(state_directory), make_bucket=make_bucket
+        config.tenants,
+        config.other_tenants,
+        cache_key=cache_key(directory),
+        make_bucket=None if replica is None else replica.leases.bucket,
     )
-    adapter_texts = AdapterTexts(lambda version: str(library.directory(version)))
-    work = BackgroundWork()
-    records = AdapterRecords(registry, state) if replica is None else replica.records(work)
-    deployer = AdapterDeployer(registry, library, host, records, adapter_texts, work, telemetry.metrics.adapter_loads)
-    find_files = None if replica is None else replica.files(library).find
-    registrar = AdapterRegistrar(registry, records, deployer, library, host, tenants, work, find_files)
-    routes = RouteBook(state)
-    catalog = Catalog(host, registry, routes)
-    admission = Admission(
-        AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens),
-        check_records=telemetry.usage.check_room if telemetry.usage is not None else lambda: None,
-    )
-    entrance = Entrance(
-        catalog,
-        admission,
-        tenants,
-        deployer.directory,
-        max_load_wait_seconds=limits.adapter_load_wait_seconds,
-        resume_seconds=config.supervision.resume_seconds,
-        observer=telemetry.observer,
-        adapter_texts=adapter_texts,
-        recorded=telemetry.usage.written if telemetry.usage is not None else keeps_nothing,
-    )
-    forms = Forms(texts, telemetry.metrics.form_checks)
-    inference = InferenceServicer(entrance, texts, forms, telemetry.metrics, limits.answer_bytes)
-    pooling = PoolingServicer(entrance, texts, limits.answer_bytes)
-    tokenizer = TokenizerServicer(catalog, texts, tenants, adapter_texts)
-    number = version("loraplex-server")
-    server = ServerServicer(host, lambda: admission.draining, telemetry, number, limits)
-    inferring = (
-        Service("loraplex.v1.InferenceService", inference, add_InferenceServiceServicer_to_server),
-        Service("loraplex.v1.PoolingService", pooling, add_PoolingServiceServicer_to_server),
-        Service("loraplex.v1.TokenizerService", tokenizer, add_TokenizerServiceServicer_to_server),
-    )
-    quota = AdapterQuota(registry, library, tenants, state)
-    adapters = AdapterServicer(
-        registry, records, registrar, deployer, library, host, tenants, quota, forms, limits.upload_bytes
-    )
-    models = ModelServicer(host, config.drain_grace_seconds)
-    route_servicer = RouteServicer(catalog, routes, state, tenants, forms, deployer.prefetch)
-    admin = (
-        Service("loraplex.v1.ModelService", models, add_ModelServiceServicer_to_server),
-        Service("loraplex.v1.AdapterService", adapters, add_AdapterServiceServicer_to_server),
-        Service(
-            "loraplex.v1.RouteService",
-            route_servicer,
-            add_RouteServiceServicer_to_server,
-        ),
-        Service("loraplex.v1.ServerService", server, add_ServerServiceServicer_to_server),
-    )
-    backend = Backend(
-        inference,
-        pooling,
-        adapters,
-        models,
-        server,
-        host,
-        catalog,
-        tenants,
-        number,
-        secrets.token_hex(8),
-        lambda: health.servicer.is_serving(""),
-    )
-    spoken = dialect_services(config.dialects, backend)
-    data = (*inferring, *(replace(service, methods=READS[service.name]) for service in admin), *spoken)
-    health = Health([service.name for service in (*inferring, *spoken)], [service.name for service in admin])
-    probes = Probes(model.name for model in config.models if model.load)
-    return Application(
-        config,
-        telemetry,
-        host,
-        registry,
-        state,
-        library,
-        registrar,
-        work,
-        tenants,
-        quota,
-        admission,
-        entrance,
-        inference,
-        server,
-        health,
-        probes,
-        data,
-        admin,
-        replica,
-    )
+    return _Kept(replica, local if replica is None else replica.state, registry, tenants)
 
 
 def _replica(config: ServiceConfig, local: StateFile) -> "Replica | None":
@@ -268,3 +243,135 @@ def _tell_removed(registry: AdapterRegistry, observer: Observer, change: Adapter
     """Tell the observer when the last version of an adapter is gone."""
     if change.kind is ChangeKind.REMOVED and registry.record(change.version.key.name) is None:
         observer.adapter_removed(change.version.name)
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapters:
+    library: AdapterLibrary
+    texts: AdapterTexts
+    work: BackgroundWork
+    records: AdapterRecords
+    deployer: AdapterDeployer
+    registrar: AdapterRegistrar
+
+
+def _adapters(
+    config: ServiceConfig, bus_directory: BusDirectory, host: ModelHost, kept: _Kept, telemetry: Telemetry
+) -> _Adapters:
+    """Their files, their records, and what brings both to engines. Raises OSError for a root that does not exist."""
+    depot = Depot((_state_directory(config) or bus_directory.path) / "adapters")
+    remote = RemoteSources(config.adapter_sources, config.object_store, config.limits.upload_bytes)
+    library = AdapterLibrary(AdapterSource([Path(root) for root in config.adapter_roots]), remote, depot)
+    texts = AdapterTexts(lambda version: str(library.directory(version)))
+    work, replica = BackgroundWork(), kept.replica
+    records = AdapterRecords(kept.registry, kept.state) if replica is None else replica.records(work)
+    deployer = AdapterDeployer(kept.registry, library, host, records, texts, work, telemetry.metrics.adapter_loads)
+    find_files = None if replica is None else replica.files(library).find
+    registrar = AdapterRegistrar(kept.registry, records, deployer, library, host, kept.tenants, work, find_files)
+    return _Adapters(library, texts, work, records, deployer, registrar)
+
+
+# ---- requests ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Requests:
+    routes: RouteBook
+    catalog: Catalog
+    admission: Admission
+    entrance: Entrance
+
+
+def _requests(
+    config: ServiceConfig, host: ModelHost, kept: _Kept, adapters: _Adapters, telemetry: Telemetry
+) -> _Requests:
+    """What names mean, and the way in that all requests take."""
+    limits, usage = config.limits, telemetry.usage
+    routes = RouteBook(kept.state)
+    catalog = Catalog(host, kept.registry, routes)
+    admission = Admission(
+        AdmissionLimits(limits.in_flight_sequences, limits.in_flight_cache_tokens, limits.expected_output_tokens),
+        check_records=(lambda: None) if usage is None else usage.check_room,
+    )
+    entrance = Entrance(
+        catalog,
+        admission,
+        kept.tenants,
+        adapters.deployer.directory,
+        max_load_wait_seconds=limits.adapter_load_wait_seconds,
+        resume_seconds=config.supervision.resume_seconds,
+        observer=telemetry.observer,
+        adapter_texts=adapters.texts,
+        recorded=keeps_nothing if usage is None else usage.written,
+    )
+    return _Requests(routes, catalog, admission, entrance)
+
+
+# ---- the services of the contract ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Servicers:
+    inference: InferenceServicer
+    pooling: PoolingServicer
+    tokenizer: TokenizerServicer
+    models: ModelServicer
+    adapters: AdapterServicer
+    routes: RouteServicer
+    server: ServerServicer
+    quota: AdapterQuota  # which `adapters` keeps to
+
+    def inferring(self) -> tuple[Service, ...]:
+        """What the data port has whole."""
+        return (
+            Service("loraplex.v1.InferenceService", self.inference, add_InferenceServiceServicer_to_server),
+            Service("loraplex.v1.PoolingService", self.pooling, add_PoolingServiceServicer_to_server),
+            Service("loraplex.v1.TokenizerService", self.tokenizer, add_TokenizerServiceServicer_to_server),
+        )
+
+    def admin(self) -> tuple[Service, ...]:
+        """What the admin port has. The data port has what `READS` lists of them."""
+        return (
+            Service("loraplex.v1.ModelService", self.models, add_ModelServiceServicer_to_server),
+            Service("loraplex.v1.AdapterService", self.adapters, add_AdapterServiceServicer_to_server),
+            Service("loraplex.v1.RouteService", self.routes, add_RouteServiceServicer_to_server),
+            Service("loraplex.v1.ServerService", self.server, add_ServerServiceServicer_to_server),
+        )
+
+
+def _servicers(
+    config: ServiceConfig,
+    texts: TextWork,
+    host: ModelHost,
+    kept: _Kept,
+    adapters: _Adapters,
+    requests: _Requests,
+    telemetry: Telemetry,
+) -> _Servicers:
+    limits, entrance, tenants = config.limits, requests.entrance, kept.tenants
+    forms = Forms(texts, telemetry.metrics.form_checks)
+    quota = AdapterQuota(kept.registry, adapters.library, tenants, kept.state)
+    return _Servicers(
+        InferenceServicer(entrance, texts, forms, telemetry.metrics, limits.answer_bytes),
+        PoolingServicer(entrance, texts, limits.answer_bytes),
+        TokenizerServicer(requests.catalog, texts, tenants, adapters.texts),
+        ModelServicer(host, config.drain_grace_seconds),
+        AdapterServicer(
+            kept.registry,
+            adapters.records,
+            adapters.registrar,
+            adapters.deployer,
+            adapters.library,
+            host,
+            tenants,
+            quota,
+            forms,
+            limits.upload_bytes,
+        ),
+        RouteServicer(requests.catalog, requests.routes, kept.state, tenants, forms, adapters.deployer.prefetch),
+        ServerServicer(host, lambda: requests.admission.draining, telemetry, VERSION, limits),
+        quota,
+    )
