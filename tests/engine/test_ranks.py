@@ -24,6 +24,7 @@ from loraplex_adapters.residency import Residency
 from loraplex_engine.drafting.costs import StepCosts
 from loraplex_engine.execution.rank_runners import LeadingRunner
 from loraplex_engine.following.leader import Leader
+from loraplex_engine.following.ready import READ
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind, Drafts
 from loraplex_engine.link.grammar import regex_grammar
@@ -252,6 +253,25 @@ def test_the_problem_of_a_rank_that_cannot_load_is_told(folder: Path, opened: Ex
     leader = Leader(config, folder / "base")
     opened.callback(leader.close)
     with pytest.raises(ValueError, match="rank 1: device 'cuda:99' asked for"):
+        leader.join(torch.device("cpu"))
+
+
+def test_a_rank_tells_of_every_tensor_that_it_reads(benches: dict[int, Bench]) -> None:
+    leader = benches[2].core.leader
+    assert leader is not None
+    assert leader._notes.add(READ, 0) > LAYERS * len(MODULES)
+
+
+def test_a_rank_that_stands_still_before_it_is_there_is_given_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, opened: ExitStack
+) -> None:
+    monkeypatch.setattr("loraplex_engine.following.leader.ENDING_SECONDS", 0.0)
+    monkeypatch.setattr("loraplex_engine.following.ready.SILENT_SECONDS", 0.0)
+    leader = Leader(EngineConfig(model=str(folder / "base"), tensor_parallel=2, device="cpu"), folder / "base")
+    opened.callback(leader.close)
+    (process,) = leader.pids
+    os.kill(process, signal.SIGSTOP)
+    with pytest.raises(RanksLostError, match="rank 1 has read nothing of the model"):
         leader.join(torch.device("cpu"))
 
 

@@ -23,7 +23,7 @@ from loraplex_engine.execution.loading import load_share, rank_ops
 from loraplex_engine.execution.orders import Allocate, Compute, Forget, Load, Put, Remove, Report, decode
 from loraplex_engine.execution.rank_runners import FollowingRunner
 from loraplex_engine.following.notes import AdapterNotes
-from loraplex_engine.following.ready import RankReady, loaded_note
+from loraplex_engine.following.ready import READ, RankReady, loaded_note
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.host_memory import resident_bytes
 from loraplex_engine.ranks.group import Group, Notes
@@ -35,10 +35,14 @@ def follow(config: EngineConfig, rank: int, port: int) -> None:
     """Be a rank until the process is ended. Raises whatever goes wrong: no rank goes on without the others."""
     notes = Notes(port, config.world)
     shard = Shard(rank, config.world)
+
+    def progress(bytes_loaded: int, bytes_total: int) -> None:
+        notes.add(READ, 1)
+
     try:
         ops = rank_ops(config, rank)
         group = Group(shard, notes, ops.device)
-        model = load_share(config, Path(config.model), ops, group)
+        model = load_share(config, Path(config.model), ops, group, progress)
     except (ValueError, OSError) as error:
         notes.put(loaded_note(rank), msgspec.json.encode(RankReady(str(error))))
         raise

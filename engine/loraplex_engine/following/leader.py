@@ -21,12 +21,12 @@ from loraplex_adapters.runtime.mirror import Total
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.orders import Forget, Load, Put, Remove, Report, encode
 from loraplex_engine.following.notes import AdapterNotes
-from loraplex_engine.following.ready import RankReady, loaded_note
+from loraplex_engine.following.ready import LoadWatch, RankReady, loaded_note
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.host_memory import resident_bytes
 from loraplex_engine.link.logs import log_options
 from loraplex_engine.link.messages import RankStats
-from loraplex_engine.ranks.group import Group, Notes, RanksLostError
+from loraplex_engine.ranks.group import Group, Notes, RanksLostError, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +54,30 @@ class Leader:
         return [process.pid for process in self._processes.values()]
 
     def join(self, device: torch.device) -> Group:
-        """Wait until all ranks are there."""
-        self._group = Group(self.shard, self._notes, device, self.check)
+        """Wait until all ranks are there. Raises RanksLostError if one ends or stands still."""
+        self._group = Group(self.shard, self._notes, device, self._load_watch())
         return self._group
 
     def wait_loaded(self) -> int:
         """Wait until the others have loaded their shares → the least memory that is free on the device of one.
 
-        Raises ValueError with the problem of one that could not.
+        Raises ValueError with the problem of one that could not, RanksLostError if one ends or stands still.
         """
-        return min(self._ready(rank).free_bytes for rank in self._processes)
+        watch = self._load_watch()
+        return min(self._ready(rank, watch).free_bytes for rank in self._processes)
 
-    def _ready(self, rank: int) -> RankReady:
-        ready = msgspec.json.decode(self._notes.wait(loaded_note(rank), self.check), type=RankReady)
+    def _load_watch(self) -> Watch:
+        """What looks after the other ranks while they load."""
+        load = LoadWatch(self._notes, self._processes)
+
+        def watch() -> None:
+            self.check()
+            load.check()
+
+        return watch
+
+    def _ready(self, rank: int, watch: Watch) -> RankReady:
+        ready = msgspec.json.decode(self._notes.wait(loaded_note(rank), watch), type=RankReady)
         if ready.problem:
             raise ValueError(f"rank {rank}: {ready.problem}")
         return ready
@@ -78,7 +89,7 @@ class Leader:
             if status is None:
                 continue
             if self._notes.has(loaded_note(rank)):
-                self._ready(rank)
+                self._ready(rank, lambda: None)
             raise RanksLostError(f"the process of rank {rank} (pid {process.pid}) has ended with status {status}")
 
     def beat(self) -> None:

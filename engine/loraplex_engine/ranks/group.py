@@ -73,6 +73,10 @@ class Notes:
     def has(self, name: str) -> bool:
         return bool(_joined(lambda: self.store.check([name])))
 
+    def add(self, name: str, number: int) -> int:
+        """Add to a number that all ranks know by this name, 0 at first → what it is then."""
+        return int(_joined(lambda: self.store.add(name, number)))
+
     def remove(self, name: str) -> None:
         _joined(lambda: self.store.delete_key(name))
 
