@@ -47,11 +47,10 @@ class Serving:
     def held(self, stats: EngineStats) -> tuple[list[int], list[tuple[AdapterKey, int]], list[str]]:
         client = self.app.host.get(MODEL).client
         assert client is not None
-        used_blocks = stats.total_blocks - stats.free_blocks - stats.cached_blocks
         requests = [stats.num_running, stats.num_waiting, stats.num_waiting_for_adapter]
         versions = self.app.registry.list_versions(include_versions=True)
         in_use = [version.version_name for version in versions if version.num_requests]
-        return [*requests, used_blocks, client.requests.num_unfinished], stats.adapters, in_use
+        return [*requests, stats.used_blocks, client.requests.num_unfinished], stats.adapters, in_use
 
 
 @asynccontextmanager

@@ -1,10 +1,11 @@
 """A whole service on real gRPC ports, with scripted engines in threads behind it."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,10 +64,11 @@ async def control_plane(
     object_store: dict[str, str] | None = None,
     models: tuple[str, ...] = ("tiny", "other"),
     tenants: dict[str, TenantConfig] | None = None,
-    default_sampling: Any = None,
+    hosted: Mapping[str, Any] = MappingProxyType({}),
     **settings: Any,
 ) -> AsyncIterator[ControlPlane]:
-    """Two models, "tiny" which is loaded and "other" which is not. `settings`: more of the configuration."""
+    """Two models, "tiny" which is loaded and "other" which is not. `hosted`: more of the configuration of each,
+    `settings`: of the server."""
     config = ServiceConfig(
         models=tuple(
             HostedModelConfig(
@@ -74,7 +76,7 @@ async def control_plane(
                 model=str(model_directory),
                 labels={"team": "a"},
                 load=name == "tiny",
-                default_sampling=default_sampling,
+                **hosted,
             )
             for name in models
         ),

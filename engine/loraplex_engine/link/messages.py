@@ -200,6 +200,16 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     num_bad_files: int = 0  # that could not be read, or were not what had been written
     ranks: list[RankStats] = []  # of a model that several compute
 
+    @property
+    def used_blocks(self) -> int:
+        """The blocks that requests hold."""
+        return self.total_blocks - self.free_blocks - self.cached_blocks
+
+    @property
+    def num_not_running(self) -> int:
+        """The sequences that wait, for whatever it is."""
+        return self.num_waiting + self.num_waiting_for_adapter
+
 
 class StepOutput(Message, frozen=True):
     """Everything one step produced: one message per step, whatever the number of requests."""

@@ -208,7 +208,7 @@ _GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] =
         "loraplex_waiting_requests",
         "vllm:num_requests_waiting",
         "Sequences that wait, for their adapter too.",
-        lambda s: s.num_waiting + s.num_waiting_for_adapter,
+        lambda s: s.num_not_running,
     ),
     (
         "loraplex_waiting_for_adapter_requests",
@@ -220,7 +220,7 @@ _GAUGES: Sequence[tuple[str, str | None, str, Callable[[EngineStats], float]]] =
         "loraplex_kv_cache_usage_ratio",
         "vllm:kv_cache_usage_perc",
         "Share of the key-value cache that running sequences hold, 0 to 1.",
-        lambda s: (s.total_blocks - s.free_blocks - s.cached_blocks) / max(s.total_blocks, 1),
+        lambda s: s.used_blocks / max(s.total_blocks, 1),
     ),
     ("loraplex_kv_cache_blocks", None, "Blocks of the key-value cache.", lambda s: s.total_blocks),
     (

@@ -192,4 +192,4 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
         message.memory_bytes = limits.weight_bytes + limits.kv_cache_bytes
         if client.stats is not None:
             message.running_requests = client.stats.num_running
-            message.waiting_requests = client.stats.num_waiting + client.stats.num_waiting_for_adapter
+            message.waiting_requests = client.stats.num_not_running

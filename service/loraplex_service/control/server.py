@@ -117,14 +117,13 @@ def _load(model: HostedModel, metrics: RequestMetrics) -> ModelLoad | None:
 
 def _stats_message(model: HostedModel, stats: EngineStats, residency: Mapping[AdapterKey, Residency]) -> ModelLoad:
     on_device = [key for key, where in residency.items() if where is Residency.DEVICE]
-    used_blocks = stats.total_blocks - stats.free_blocks - stats.cached_blocks
     return ModelLoad(
         model=f"models/{model.name}",
         running_requests=stats.num_running,
-        waiting_requests=stats.num_waiting + stats.num_waiting_for_adapter,
+        waiting_requests=stats.num_not_running,
         waiting_for_adapter_requests=stats.num_waiting_for_adapter,
         cache_tokens_total=stats.total_blocks * stats.block_size,
-        cache_tokens_used=used_blocks * stats.block_size,
+        cache_tokens_used=stats.used_blocks * stats.block_size,
         prefix_lookup_tokens=stats.prefix_cache_queries,
         prefix_hit_tokens=stats.prefix_cache_hits,
         prompt_tokens_total=stats.prompt_tokens,

@@ -21,6 +21,7 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateResponse,
 )
 from loraplex.v1.models_pb2 import Model
+from loraplex_engine.link.messages import EngineLimits
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.call import current_call
 from loraplex_service.control.adapters import AdapterServicer
@@ -125,6 +126,12 @@ class Backend:
             request.page_token = response.next_page_token
             await asyncio.sleep(0)  # others get a turn
 
+    async def active_adapters(self, context: Context) -> AsyncIterator[Adapter]:
+        """Those of them that can be used, by their current versions."""
+        async for adapter in self.list_adapters(context):
+            if adapter.state == Adapter.STATE_ACTIVE:
+                yield adapter
+
     async def register(self, draft: Draft, name: str, source: str, base_model: str, context: Context) -> Adapter:
         """Register an adapter, and return it once it can be used. Raises what says why it cannot."""
         parent, is_full, adapter_id = name.rpartition(_ADAPTERS)
@@ -157,9 +164,31 @@ def fields_of_loads(name: str, source: str) -> list[tuple[str, str]]:
     return [("adapter_id", name), ("parent", name), ("adapter.source", source)]
 
 
-def lora_id(name: str) -> int:
-    """A number above 0 for a name, the same everywhere. Adapters have none of their own, and nothing here takes one."""
-    return 1 + zlib.crc32(name.encode())
+# What several dialects tell by fields of the same names.
+
+
+def lora(adapter: Adapter) -> dict[str, Any]:
+    """An adapter by its full name. It has no number of its own, and nothing here takes the one that it is told by."""
+    number = 1 + zlib.crc32(adapter.name.encode())  # above 0, the same everywhere
+    return {"lora_id": number, "lora_name": adapter.name, "source_path": adapter.source}
+
+
+def parallelism(model: HostedModel) -> dict[str, int]:
+    """How a model is spread."""
+    config = model.config
+    sizes = {"tensor_parallel_size": config.tensor_parallel, "pipeline_parallel_size": config.pipeline_parallel}
+    return sizes | {"data_parallel_size": 1}
+
+
+def capacity(model: HostedModel, limits: EngineLimits) -> dict[str, int]:
+    """What a model's engine holds."""
+    return {
+        "kv_block_size": limits.block_size,
+        "total_kv_blocks": limits.total_blocks,
+        "max_running_requests": limits.max_num_seqs,
+        "max_batched_tokens": model.config.max_num_batched_tokens,
+        "max_loras": model.config.max_resident_adapters,
+    }
 
 
 def tenant_of_names(context: Context) -> str:

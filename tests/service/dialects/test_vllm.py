@@ -119,6 +119,16 @@ async def test_adapters_are_loaded_listed_and_unloaded(byte_tokenizer_directory:
         assert (await stub.GetModelInfo(vllm.GetModelInfoRequest())).served_model_name == "tiny"
 
 
+async def test_a_model_that_several_ranks_compute_is_told_as_such(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    ranks = {"tensor_parallel": 2}
+    plane = control_plane(byte_tokenizer_directory, tmp_path, models=("tiny",), hosted=ranks, dialects=("vllm",))
+    async with plane as control, grpc.aio.insecure_channel(control.addresses.data) as channel:
+        stub: Any = ControlStub(channel)
+        assert (await stub.GetServerInfo(vllm.GetServerInfoRequest())).parallelism.tensor_parallel_size == 2
+
+
 # ---- engines behind gateways -----------------------------------------------------------------------------------------
 
 TO_TINY = (("loraplex-adapter", "tiny"),)

@@ -44,7 +44,7 @@ async def test_a_models_own_defaults_are_shown_and_used(directory: Path, tmp_pat
 
 async def test_request_then_route_then_configuration_then_the_models_own(directory: Path, tmp_path: Path) -> None:
     configured = {"temperature": 0.1, "top_p": 0.2, "top_k": 3}
-    async with control_plane(directory, tmp_path, default_sampling=configured) as control:
+    async with control_plane(directory, tmp_path, hosted={"default_sampling": configured}) as control:
         route = Route(name="tenants/default/routes/r", targets=[RouteTarget(model="tiny", weight=1)])
         route.default_sampling.MergeFrom(Sampling(temperature=0.4, top_p=0.5))
         await control.admin.update_route(route, allow_missing=True)
@@ -53,7 +53,7 @@ async def test_request_then_route_then_configuration_then_the_models_own(directo
 
 
 async def test_the_configuration_turns_the_models_own_off(directory: Path, tmp_path: Path) -> None:
-    async with control_plane(directory, tmp_path, default_sampling="none") as control:
+    async with control_plane(directory, tmp_path, hosted={"default_sampling": "none"}) as control:
         shown = (await control.admin.get_model("tiny")).default_sampling
         sampling = await used(control, "tiny")
     assert shown == Sampling()
@@ -65,7 +65,7 @@ async def test_a_default_that_no_request_could_ask_for_fails_the_model_unless_it
     directory: Path, tmp_path: Path, default_sampling: Any, state: "Model.State"
 ) -> None:
     (directory / "generation_config.json").write_text(json.dumps({"top_p": 7}))
-    async with control_plane(directory, tmp_path, default_sampling=default_sampling) as control:
+    async with control_plane(directory, tmp_path, hosted={"default_sampling": default_sampling}) as control:
         model = await control.admin.get_model("tiny")
     assert model.state == state
     assert ("top_p" in model.error.message) == (state == Model.STATE_FAILED)

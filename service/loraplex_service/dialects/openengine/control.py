@@ -2,7 +2,6 @@
 
 import time
 
-from loraplex.v1.adapters_pb2 import Adapter
 from loraplex_service.dialect_stubs import openengine_pb2_grpc
 from loraplex_service.dialect_stubs.openengine_pb2 import (
     ABORT_STATUS_ABORTED,
@@ -47,9 +46,10 @@ from loraplex_service.dialect_stubs.openengine_pb2 import (
     UnloadLoraRequest,
     UnloadLoraResponse,
 )
-from loraplex_service.dialects.backend import Backend, Context, fields_of_loads, lora_id
+from loraplex_service.dialects.backend import Backend, Context, capacity, fields_of_loads, lora, parallelism
 from loraplex_service.dialects.fields import Draft
 from loraplex_service.errors import FeatureUnsupported, InvalidRequest
+from loraplex_service.models.host import HostedModel
 from loraplex_service.models.supervisor import EngineState
 from loraplex_service.validation.limits import LIMITS, Range
 
@@ -78,29 +78,17 @@ class OpenEngineControlServicer(openengine_pb2_grpc.ControlServicer):
 
     async def GetServerInfo(self, request: GetServerInfoRequest, context: Context) -> ServerInfo:  # noqa: N802
         models = self._backend.list_models()
+        only = self._backend.only_model("model") if len(models) == 1 else None
         return ServerInfo(
             engine_name=NAME,
             engine_version=self._backend.version,
             engine_role=ENGINE_ROLE_AGGREGATED,
             instance_id=self._backend.instance,
             supported_models=[model.name for model in models],
-            parallelism=ParallelismInfo(tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1),
+            parallelism=None if only is None else ParallelismInfo(**parallelism(only)),
             schema_revision=SCHEMA_REVISION,
             minimum_client_revision=SCHEMA_REVISION,
-            capacity=self._capacity() if len(models) == 1 else None,
-        )
-
-    def _capacity(self) -> DeploymentCapacity:
-        model = self._backend.only_model("model")
-        limits = model.supervisor.limits
-        if limits is None:
-            return DeploymentCapacity()
-        return DeploymentCapacity(
-            kv_block_size=limits.block_size,
-            total_kv_blocks=limits.total_blocks,
-            max_running_requests=limits.max_num_seqs,
-            max_batched_tokens=model.config.max_num_batched_tokens,
-            max_loras=model.config.max_resident_adapters,
+            capacity=None if only is None else _capacity(only),
         )
 
     async def GetModelInfo(self, request: GetModelInfoRequest, context: Context) -> ModelInfo:  # noqa: N802
@@ -128,8 +116,8 @@ class OpenEngineControlServicer(openengine_pb2_grpc.ControlServicer):
             instance_id=self._backend.instance,
             timestamp_unix_nanos=time.time_ns(),
             running_requests=sum(each.num_running for each in stats),
-            queued_requests=sum(each.num_waiting + each.num_waiting_for_adapter for each in stats),
-            used_kv_blocks=sum(each.total_blocks - each.free_blocks - each.cached_blocks for each in stats),
+            queued_requests=sum(each.num_not_running for each in stats),
+            used_kv_blocks=sum(each.used_blocks for each in stats),
             total_kv_blocks=sum(each.total_blocks for each in stats),
         )
 
@@ -174,15 +162,16 @@ class OpenEngineControlServicer(openengine_pb2_grpc.ControlServicer):
             raise FeatureUnsupported("adapter.lora_id", "adapters have names; leave it out")
         there = {each.version async for each in self._backend.list_adapters(context, versions=True)}
         adapter = await self._backend.register(draft, asked.lora_name, asked.source_path, "", context)
-        return LoadLoraResponse(adapter=_lora(adapter), already_loaded=adapter.version in there)
+        return LoadLoraResponse(adapter=LoraAdapter(**lora(adapter)), already_loaded=adapter.version in there)
 
     async def UnloadLora(self, request: UnloadLoraRequest, context: Context) -> UnloadLoraResponse:  # noqa: N802
         draft = Draft(names=[("name", "lora_name")])
-        return UnloadLoraResponse(adapter=_lora(await self._backend.delete(draft, request.lora_name, context)))
+        adapter = await self._backend.delete(draft, request.lora_name, context)
+        return UnloadLoraResponse(adapter=LoraAdapter(**lora(adapter)))
 
     async def ListLoras(self, request: ListLorasRequest, context: Context) -> ListLorasResponse:  # noqa: N802
-        found = self._backend.list_adapters(context)
-        return ListLorasResponse(adapters=[_lora(each) async for each in found if each.state == Adapter.STATE_ACTIVE])
+        active = self._backend.active_adapters(context)
+        return ListLorasResponse(adapters=[LoraAdapter(**lora(each)) async for each in active])
 
     async def GetKvEventSources(  # noqa: N802
         self, request: GetKvEventSourcesRequest, context: Context
@@ -190,6 +179,11 @@ class OpenEngineControlServicer(openengine_pb2_grpc.ControlServicer):
         if any(request.data_parallel_ranks):
             raise FeatureUnsupported("data_parallel_ranks", "there is one rank, 0")
         return GetKvEventSourcesResponse()
+
+
+def _capacity(model: HostedModel) -> DeploymentCapacity:
+    limits = model.supervisor.limits
+    return DeploymentCapacity() if limits is None else DeploymentCapacity(**capacity(model, limits))
 
 
 def _state_of(state: EngineState) -> HealthState.ValueType:
@@ -219,8 +213,3 @@ def _most(field: str) -> int:
     limit = LIMITS[field]
     assert isinstance(limit, Range)
     return int(limit.high)
-
-
-def _lora(adapter: Adapter) -> LoraAdapter:
-    """An adapter by its full name."""
-    return LoraAdapter(lora_id=lora_id(adapter.name), lora_name=adapter.name, source_path=adapter.source)

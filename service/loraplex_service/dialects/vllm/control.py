@@ -1,6 +1,5 @@
 """vllm.Control: the server, its model and adapters, by the servicers of the contract."""
 
-from loraplex.v1.adapters_pb2 import Adapter
 from loraplex_service.dialect_stubs import vllm_pb2_grpc
 from loraplex_service.dialect_stubs.vllm_pb2 import (
     AbortRequest,
@@ -20,7 +19,7 @@ from loraplex_service.dialect_stubs.vllm_pb2 import (
     UnloadLoraRequest,
     UnloadLoraResponse,
 )
-from loraplex_service.dialects.backend import Backend, Context, fields_of_loads, lora_id
+from loraplex_service.dialects.backend import Backend, Context, capacity, fields_of_loads, lora, parallelism
 from loraplex_service.dialects.fields import Draft
 
 
@@ -37,13 +36,9 @@ class VllmControlServicer(vllm_pb2_grpc.ControlServicer):
             engine_version=self._backend.version,
             api_version="loraplex.v1",
             instance_id=self._backend.instance,
-            parallelism=ParallelismInfo(tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1),
+            parallelism=ParallelismInfo(**parallelism(model)),
             max_model_len=limits.max_model_len,
-            kv_block_size=limits.block_size,
-            total_kv_blocks=limits.total_blocks,
-            max_running_requests=limits.max_num_seqs,
-            max_batched_tokens=model.config.max_num_batched_tokens,
-            max_loras=model.config.max_resident_adapters,
+            **capacity(model, limits),
         )
 
     async def GetModelInfo(self, request: GetModelInfoRequest, context: Context) -> ModelInfo:  # noqa: N802
@@ -63,22 +58,18 @@ class VllmControlServicer(vllm_pb2_grpc.ControlServicer):
     async def LoadLora(self, request: LoadLoraRequest, context: Context) -> LoadLoraResponse:  # noqa: N802
         draft = Draft(names=fields_of_loads("lora_name", "source_path"))
         adapter = await self._backend.register(draft, request.lora_name, request.source_path, "", context)
-        return LoadLoraResponse(adapter=_lora(adapter))
+        return LoadLoraResponse(adapter=LoraAdapter(**lora(adapter)))
 
     async def UnloadLora(self, request: UnloadLoraRequest, context: Context) -> UnloadLoraResponse:  # noqa: N802
         draft = Draft(names=[("name", "lora_name")])
-        return UnloadLoraResponse(adapter=_lora(await self._backend.delete(draft, request.lora_name, context)))
+        adapter = await self._backend.delete(draft, request.lora_name, context)
+        return UnloadLoraResponse(adapter=LoraAdapter(**lora(adapter)))
 
     async def ListLoras(self, request: ListLorasRequest, context: Context) -> ListLorasResponse:  # noqa: N802
-        found = self._backend.list_adapters(context)
-        return ListLorasResponse(adapters=[_lora(each) async for each in found if each.state == Adapter.STATE_ACTIVE])
+        active = self._backend.active_adapters(context)
+        return ListLorasResponse(adapters=[LoraAdapter(**lora(each)) async for each in active])
 
     async def GetKvEventSources(  # noqa: N802
         self, request: GetKvEventSourcesRequest, context: Context
     ) -> GetKvEventSourcesResponse:
         return GetKvEventSourcesResponse()
-
-
-def _lora(adapter: Adapter) -> LoraAdapter:
-    """An adapter by its full name."""
-    return LoraAdapter(lora_id=lora_id(adapter.name), lora_name=adapter.name, source_path=adapter.source)

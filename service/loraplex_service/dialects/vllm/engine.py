@@ -136,8 +136,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         stats, limits = model.client.stats, model.limits
         if stats is None:
             return SchedulerLoad(max_running_requests=limits.max_num_seqs)
-        waiting = stats.num_waiting + stats.num_waiting_for_adapter
-        used = stats.total_blocks - stats.free_blocks - stats.cached_blocks
+        waiting, used = stats.num_not_running, stats.used_blocks
         looked_up = max(1, stats.prefix_cache_queries)
         return SchedulerLoad(
             num_running_reqs=stats.num_running,
