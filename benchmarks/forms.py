@@ -91,7 +91,7 @@ class Bench:
         return seconds
 
     def until_running(self, count: int) -> None:
-        while len(self.core.scheduler.running) < count or self.core.scheduler.num_set_aside:
+        while len(self.core.scheduler.running) < count or any(map(len, self.core.scheduler.rooms)):
             self.step()
         for _ in range(3):
             self.step()

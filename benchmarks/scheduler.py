@@ -81,7 +81,7 @@ def step(scheduler: Scheduler) -> float:
     plan = scheduler.schedule()
     result = StepResult(tuple((SampledToken(1, None),) if item.samples else () for item in plan.scheduled), {})
     scheduler.update(plan, result)
-    scheduler.num_set_aside  # noqa: B018 - every step's statistics ask for it
+    sum(map(len, scheduler.rooms), len(scheduler.waiting))  # every step's statistics ask for it
     return time.perf_counter() - started
 
 

@@ -16,8 +16,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from loraplex_kernels.draws import Draws, Likelihoods, LogitChanges
 from loraplex_kernels.quantized import QuantizedWeight
-from loraplex_kernels.sampling import Draws, Likelihoods, LogitChanges
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import loraplex_kernels.triton
+from loraplex_kernels.draws import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 from loraplex_kernels.ops import (
     QUANTIZED_KV,
     AttentionMetadata,
@@ -32,7 +33,6 @@ from loraplex_kernels.ops import (
     Xielu,
 )
 from loraplex_kernels.quantized import AffineWeight, Float8Weight, InputRounding, IntegerWeight, TableWeight
-from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_MULTIPROCESSORS = 132

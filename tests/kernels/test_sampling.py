@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex_kernels.draws import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import ReferenceOps
-from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 from loraplex_kernels.selection import select_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from loraplex_kernels.draws import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 from loraplex_kernels.reference import ReferenceOps
-from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 
 triton = pytest.importorskip("triton")
 

@@ -19,8 +19,8 @@ from loraplex_engine.execution.form_masks import TokenMask
 from loraplex_engine.link.messages import TokenLogprobs
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.step import SampledToken
+from loraplex_kernels.draws import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 from loraplex_kernels.ops import Ops
-from loraplex_kernels.sampling import Draws, LogitChanges, Penalties, RowTokens, Watermarks
 from loraplex_kernels.transfers import Reading, to_device
 
 SEED_BITS = (1 << 64) - 1

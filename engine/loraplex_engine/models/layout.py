@@ -15,6 +15,7 @@ from loraplex_adapters.runtime.layer import EMBEDDING_SITE
 from loraplex_adapters.runtime.targets import LoraTarget, Share, TargetKind
 from loraplex_engine.checkpoint.model_config import FusedLinear, LatentAttention, ModelConfig
 from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.quantization import LinearShape
 from loraplex_kernels.ops import HeadShape
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -229,6 +230,24 @@ def _linear_shapes(linear: FusedLinear) -> Iterator[tuple[str, tuple[int, ...]]]
         yield stack.path, (stack.count, *matrix)
         if linear.bias:
             yield stack.bias, (stack.count, out_features)
+
+
+def quantizable_linears(config: ModelConfig) -> Iterator[LinearShape]:
+    """Every linear that a format may have quantised: those of the layers, and the head, be it the embedding."""
+    for layer in range(config.num_layers):
+        for linear in layer_linears(config, layer):
+            yield from _quantizable_parts(f"model.layers.{layer}.", linear)
+    yield LinearShape(head_module(config), config.vocab_size, config.hidden_size, config.head_bias)
+
+
+def _quantizable_parts(prefix: str, linear: FusedLinear) -> Iterator[LinearShape]:
+    stack, columns = linear.stack, linear.in_features
+    if stack is None or not stack.stored:
+        for part, rows in stored_shapes(linear):
+            yield LinearShape(prefix + part, rows, columns, linear.bias)
+    elif stack.index == 0:
+        for _, rows in stored_shapes(linear):
+            yield LinearShape(prefix + stack.path, rows, columns, linear.bias, stack.count, stack.transposed)
 
 
 def head_module(config: ModelConfig) -> str:

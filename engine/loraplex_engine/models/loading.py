@@ -51,9 +51,9 @@ from loraplex_engine.models.layout import (
     layer_linears,
     norm_site,
     norm_tensors,
+    quantizable_linears,
     site_name,
     stored_parts,
-    stored_shapes,
     tensor_shapes,
 )
 from loraplex_engine.models.precision import (
@@ -65,7 +65,6 @@ from loraplex_engine.models.precision import (
 )
 from loraplex_engine.models.registry import read_model_config
 from loraplex_engine.quantization import (
-    LinearShape,
     QuantizedReader,
     base_names,
     cut,
@@ -108,7 +107,7 @@ def load_model(
             expected[HEAD] = expected[EMBEDDING]
         quantised = None
         if spec is not None:
-            quantised = QuantizedReader(checkpoint, spec, _linear_shapes(model_config))
+            quantised = QuantizedReader(checkpoint, spec, quantizable_linears(model_config))
             for name in quantised.replaced:
                 expected.pop(name, None)
             check_head_quantization(config, quantised, head_module(model_config), path)
@@ -132,33 +131,6 @@ def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
         return layout.as_stored(lambda path: f"model.layers.{layer}.{path}" in checkpoint)
 
     return replace(config, feed_forwards=tuple(stored(*each) for each in enumerate(config.feed_forwards)))
-
-
-def _linear_shapes(config: ModelConfig) -> list[LinearShape]:
-    """Every linear that a format may have quantised: those of the layers, and the head, be it the embedding."""
-    shapes = [
-        LinearShape(f"model.layers.{layer}.{part}", out_features, linear.in_features, linear.bias)
-        for layer in range(config.num_layers)
-        for linear in layer_linears(config, layer)
-        if linear.stack is None or not linear.stack.stored
-        for part, out_features in stored_shapes(linear)
-    ]
-    shapes += [
-        LinearShape(
-            f"model.layers.{layer}.{stack.path}",
-            out_features,
-            linear.in_features,
-            linear.bias,
-            stack.count,
-            stack.transposed,
-        )
-        for layer in range(config.num_layers)
-        for linear in layer_linears(config, layer)
-        if (stack := linear.stack) is not None and stack.stored and stack.index == 0
-        for _, out_features in stored_shapes(linear)
-    ]
-    shapes.append(LinearShape(head_module(config), config.vocab_size, config.hidden_size, config.head_bias))
-    return shapes
 
 
 class _Loader:

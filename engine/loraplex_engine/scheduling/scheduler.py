@@ -66,14 +66,6 @@ class Scheduler:
 
     # ---- arrivals and departures -----------------------------------------------------------------------------------
 
-    def has_unfinished(self) -> bool:
-        return bool(self.requests)
-
-    @property
-    def num_set_aside(self) -> int:
-        """The requests that wait for a resource."""
-        return len(self.requests) - len(self.running) - len(self.waiting)
-
     def add(self, request: Request) -> None:
         assert request.request_id not in self.requests
         self.requests[request.request_id] = request

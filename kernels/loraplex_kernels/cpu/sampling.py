@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.cpu.library import Library, succeed
-from loraplex_kernels.sampling import Draws, Likelihoods, Penalties, TorchSampling, Watermarks
+from loraplex_kernels.draws import Draws, Likelihoods, Penalties, Watermarks
+from loraplex_kernels.sampling import TorchSampling
 
 
 class CpuSampling(TorchSampling):

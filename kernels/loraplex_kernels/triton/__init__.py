@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from loraplex_kernels.draws import Draws, LogitChanges
 from loraplex_kernels.ops import (
     QUANTIZED_KV,
     AttentionMetadata,
@@ -34,7 +35,7 @@ from loraplex_kernels.ops import (
 from loraplex_kernels.quantized import IntegerWeight, QuantizedWeight
 from loraplex_kernels.reference import ReferenceLinear, weighted_sums
 from loraplex_kernels.routes import route
-from loraplex_kernels.sampling import Draws, LogitChanges, TorchSampling
+from loraplex_kernels.sampling import TorchSampling
 from loraplex_kernels.triton.activation import activate, activate_and_mul
 from loraplex_kernels.triton.attention import Scoring, paged_attention
 from loraplex_kernels.triton.draw import cut_logits, draw_tokens

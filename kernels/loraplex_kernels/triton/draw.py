@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.sampling import Draws
+from loraplex_kernels.draws import Draws
 from loraplex_kernels.transfers import to_device
 from loraplex_kernels.triton.pivots import (
     ALL,

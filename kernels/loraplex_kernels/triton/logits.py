@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.sampling import LogitChanges, Penalties, RowTokens, Watermarks
+from loraplex_kernels.draws import LogitChanges, Penalties, RowTokens, Watermarks
 from loraplex_kernels.transfers import to_device
 
 BLOCK = 1024

@@ -103,7 +103,7 @@ class Bench:
 
     def finish(self) -> list[StepPlan]:
         plans = []
-        while self.scheduler.has_unfinished():
+        while self.scheduler.requests:
             plans.append(self.step())
         return plans
 
@@ -246,7 +246,7 @@ def test_drafts_keep_to_the_steps_limits_and_publish_no_block_that_was_not_drawn
     bench = Bench(num_blocks, budget, most_drawn)
     bench.source.wrong = wrong
     requests = [bench.add(number, prompt) for number, prompt in enumerate(prompts)]
-    while bench.scheduler.has_unfinished():
+    while bench.scheduler.requests:
         plan = bench.step()
         assert plan.num_tokens <= budget
         assert sum(1 + len(item.draft_token_ids) for item in plan.scheduled if item.samples) <= most_drawn

@@ -16,9 +16,9 @@ from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import SampledToken
 from loraplex_kernels import sampling
+from loraplex_kernels.draws import uniform
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import ReferenceOps
-from loraplex_kernels.sampling import uniform
 from tests.engine.drawn import drawn
 
 V = 50

@@ -153,7 +153,7 @@ class Engine:
 
     def finish(self) -> None:
         for _ in range(1000):
-            if not self.scheduler.has_unfinished():
+            if not self.scheduler.requests:
                 return
             self.disk.go_on()
             self.step()

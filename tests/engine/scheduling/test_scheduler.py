@@ -122,7 +122,7 @@ class Bench:
 
     def finish(self, limit: int = 10_000) -> None:
         for _ in range(limit):
-            if not self.scheduler.has_unfinished():
+            if not self.scheduler.requests:
                 return
             self.step()
         raise AssertionError("requests did not finish")
@@ -245,7 +245,7 @@ def test_abort_frees_everything_in_every_state(adapter):
     for request_id in (1, 2, 3):
         assert bench.scheduler.abort(request_id)
     assert not bench.scheduler.abort(1)
-    assert not bench.scheduler.has_unfinished()
+    assert not bench.scheduler.requests
     assert bench.blocks.num_used == 0
     assert +bench.slots.references == Counter()
     assert not bench.scheduler.adapter_users
@@ -404,7 +404,7 @@ def test_drafts_after_the_token_that_ends_a_request_are_forgotten():
     bench.add(1, [5], max_tokens=20, eos_token_ids=(EOS,))
     update_with_drafts(bench, drafts=(6, EOS, 8), drawn=(6, EOS, 8, 9))
     assert bench.scheduler.generated_tokens == 2
-    assert not bench.scheduler.has_unfinished()
+    assert not bench.scheduler.requests
     assert bench.blocks.num_used == 0
 
 
@@ -451,7 +451,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.bench.step()
 
     @rule(data=st.data())
-    @precondition(lambda self: self.bench.scheduler.has_unfinished())
+    @precondition(lambda self: self.bench.scheduler.requests)
     def abort(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.bench.scheduler.requests)))
         self.bench.scheduler.abort(request_id)
@@ -472,7 +472,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(held) == blocks.num_used
         holders = Counter(r.adapter for r in scheduler.requests.values() if r.adapter_slot is not None)
         assert holders == +self.bench.slots.references
-        assert scheduler.num_set_aside == sum(len(room) for room in scheduler.rooms)
+        set_aside = len(scheduler.requests) - len(scheduler.running) - len(scheduler.waiting)
+        assert set_aside == sum(len(room) for room in scheduler.rooms)
         assert scheduler.running == sorted(scheduler.running, key=lambda request: request.order)
 
     def teardown(self) -> None:
