@@ -69,8 +69,8 @@ async def running(
         shutting_down = Unavailable("DRAINING", "the server is shutting down; try another replica")
         stack.push_async_callback(app.host.close, shutting_down)
         stack.push_async_callback(app.state.close)
+        stack.push_async_callback(app.library.close)  # its threads are needed until the work has ended
         stack.push_async_callback(app.work.close)
-        stack.push_async_callback(app.library.close)
         lag = partial(observe_lag, telemetry.metrics.loop_lag.of(()))
         for keep in (app.keep_health, app.keep_admitting, lag, keep_giving_back):
             stack.push_async_callback(_end, asyncio.create_task(keep(), name="health"))

@@ -50,9 +50,9 @@ class Watched:
         raise AssertionError("no RssAnon")
 
     def call(self, message: Message, method: str) -> tuple[grpc.StatusCode, str]:
-        """What becomes of a call with this message, on a connection of its own."""
-        path = _PATHS[method]
-        on_data = any(service in path for service in ("Inference", "Pooling", "Tokenizer"))
+        """What becomes of a call with this message, on a connection of its own. `method`: of a dialect its path."""
+        path = _PATHS.get(method, method)
+        on_data = path == method or any(service in path for service in ("Inference", "Pooling", "Tokenizer"))
         address = self.data if on_data else self.admin
         with grpc.insecure_channel(address, options=_OPTIONS) as channel:
             call: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)

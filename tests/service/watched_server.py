@@ -13,12 +13,13 @@ from pathlib import Path
 import uvloop
 
 from loraplex_service.cli import SWITCH_SECONDS, _limit_arenas
+from loraplex_service.ports.config import DIALECTS
 from tests.service.control_plane import control_plane
 from tests.service.ports.guarded_server import HeldLoop
 
 
 async def serve(tokenizer: Path, roots: Path) -> None:
-    async with control_plane(tokenizer, roots) as control:
+    async with control_plane(tokenizer, roots, dialects=DIALECTS) as control:
         held = HeldLoop(time.process_time)
         commands = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)

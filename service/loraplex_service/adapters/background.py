@@ -9,12 +9,15 @@ from loraplex_service.errors import LoraplexError
 
 logger = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 5.0  # that cancelled work has to clear up
+
 
 class BackgroundWork:
     """Runs tasks that nobody needs to wait for, and logs those that fail."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     @property
     def is_done(self) -> bool:
@@ -26,13 +29,18 @@ class BackgroundWork:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        if self._is_closed:  # what it needs may be gone
+            task.cancel()
         return task
 
     async def close(self) -> None:
-        """Cancel all work."""
-        for task in self._tasks:
+        """Cancel all work, and what is begun from now on. Waits a while for it to clear up."""
+        self._is_closed = True
+        tasks = [*self._tasks]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
 
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
