@@ -29,6 +29,7 @@ from loraplex_engine.link.messages import (
     Shutdown,
 )
 from loraplex_engine.link.requests import MAX_PENDING_TOKENS
+from loraplex_service.environment import without_secrets
 from loraplex_service.errors import LoraplexError, Unavailable
 from loraplex_service.models.config import SupervisionConfig
 from loraplex_service.models.placement import NoRoomError, Seat
@@ -345,7 +346,7 @@ def launcher(config: EngineConfig, name: str, log_level: str, log_format: str) -
     command = (sys.executable, "-P", "-m", "loraplex_engine", *options, "--bus")
 
     async def launch(address: str) -> EngineProcess:
-        environment = os.environ | {"PYTHONPATH": import_path}
+        environment = without_secrets(os.environ) | {"PYTHONPATH": import_path}
         process = await asyncio.create_subprocess_exec(*command, address, stdin=PIPE, env=environment)
         assert process.stdin is not None
         with suppress(ConnectionError):  # it died at once, which the wait for it reports
