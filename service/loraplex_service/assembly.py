@@ -29,6 +29,7 @@ from loraplex_service.adapters.registrar import AdapterRegistrar
 from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.admission.admission import Admission, AdmissionLimits
 from loraplex_service.admission.cache_key import cache_key
+from loraplex_service.admission.places import UnreadAnswers
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.config import ServiceConfig
 from loraplex_service.control.adapters import AdapterServicer
@@ -156,6 +157,8 @@ def assemble(
         VERSION,
         secrets.token_hex(8),
         lambda: health.servicer.is_serving(""),
+        config.limits.answer_bytes,
+        UnreadAnswers(config.limits.unread_bytes),
     )
     spoken = dialect_services(config.dialects, backend)
     health = Health([service.name for service in (*inferring, *spoken)], [service.name for service in admin])

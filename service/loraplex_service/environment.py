@@ -8,7 +8,9 @@ from collections.abc import Mapping
 
 # The service's own settings, and those of PostgreSQL's client, which the service alone uses.
 _OWN = re.compile(r"LORAPLEX_(?!CPU_KERNELS$)|PG[A-Z]")
-_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASS|PASSWORD|PASSWD|PASSPHRASE|PAT|CREDENTIALS?|APIKEY|KEYS?|DSN)(_|$)", re.I)
+_SECRET = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASS|PASSWORD|PASSWD|PASSPHRASE|PAT|CREDENTIALS?|APIKEY|KEYS?|DSN)(_|$)", re.I
+)
 _WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 # Engines fetch models from the hub, perhaps through a proxy.
 _NEEDED = re.compile(r"(HF|HUGGING_?FACE)_|(https?|all)_proxy$", re.I)

@@ -18,6 +18,10 @@ def descendants(pid: int) -> Iterator[int]:
             yield from descendants(child)
 
 
+def environments(pid: int) -> dict[int, bytes]:
+    return {child: Path(f"/proc/{child}/environ").read_bytes() for child in descendants(pid)}
+
+
 @pytest.mark.slow
 async def test_no_process_of_the_service_has_its_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGPASSWORD", SECRET)
@@ -28,6 +32,6 @@ async def test_no_process_of_the_service_has_its_secrets(tmp_path: Path, monkeyp
         async with AsyncClient(server.data) as client:
             chat = [{"role": "user", "content": "Hello"}]  # whose template a process of its own renders
             await client.generate("storyteller", chat, max_tokens=1)
-        found = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in descendants(server.process.pid)}
+        found = environments(server.process.pid)
     assert len(found) >= 3  # an engine, the HTTP process, one for templates
     assert [pid for pid, environment in found.items() if SECRET.encode() in environment] == []

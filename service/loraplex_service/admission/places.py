@@ -5,6 +5,8 @@ from collections import Counter
 
 from loraplex_service.errors import SlowConsumer, Unavailable
 
+SMALL_ANSWER_BYTES = 16 << 10  # unread, they are bounded by the number of calls
+
 
 class Places:
     """Counts the calls in progress by tenant, so that no tenant takes the places of others. For one event loop."""

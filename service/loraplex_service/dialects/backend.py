@@ -22,13 +22,14 @@ from loraplex.v1.inference_pb2 import (
 )
 from loraplex.v1.models_pb2 import Model
 from loraplex_engine.link.messages import EngineLimits
+from loraplex_service.admission.places import UnreadAnswers
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.call import current_call
 from loraplex_service.control.adapters import AdapterServicer
 from loraplex_service.control.models import ModelServicer, model_message
 from loraplex_service.control.server import ServerServicer
 from loraplex_service.dialects.fields import Draft
-from loraplex_service.errors import FailedPrecondition, InvalidRequest, Unavailable
+from loraplex_service.errors import FailedPrecondition, InvalidRequest, MessageTooLarge, Unavailable
 from loraplex_service.models.host import HostedModel, ModelHost
 from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.target import Target
@@ -57,17 +58,31 @@ class Backend:
     version: str  # of the server
     instance: str  # of this life of the server
     is_serving: Callable[[], bool]  # whether a model serves, and requests are let in
+    answer_bytes: int  # of an answer in one piece
+    unread: UnreadAnswers  # of such answers, those in streams of them
 
     # ---- generations -------------------------------------------------------------------------------------------------
 
-    async def stream(self, draft: Draft, context: Context) -> AsyncGenerator[StreamGenerateResponse, None]:
-        """Generate what the draft asks for. Errors name its fields."""
-        request = StreamGenerateRequest(spec=draft.spec)
+    async def stream(
+        self, draft: Draft, context: Context, collected: bool = False
+    ) -> AsyncGenerator[StreamGenerateResponse, None]:
+        """Generate what the draft asks for. Errors name its fields.
+
+        `collected`: the answer is sent in one piece. Raises MessageTooLarge once it is too large for that.
+        """
+        request, size = StreamGenerateRequest(spec=draft.spec), 0
         with draft.naming():
             await check_message(request)
             async with aclosing(self.inference.StreamGenerate(request, context)) as responses:
                 async for response in responses:
+                    size += response.ByteSize() if collected else 0
+                    self.check_answer(size)
                     yield response
+
+    def check_answer(self, size: int) -> None:
+        """Raise MessageTooLarge for an answer in one piece that has more bytes than such answers may have."""
+        if size > self.answer_bytes:
+            raise MessageTooLarge.answer(size, self.answer_bytes)
 
     async def whole(self, draft: Draft, context: Context) -> GenerateResponse:
         """The same in one piece."""

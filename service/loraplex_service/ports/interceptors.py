@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from loraplex_service.admission.places import Places, Refusals, UnreadAnswers
+from loraplex_service.admission.places import SMALL_ANSWER_BYTES, Places, Refusals, UnreadAnswers
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.auth.access import check_resource, is_public
 from loraplex_service.auth.door import Caller, Door
@@ -38,7 +38,6 @@ from loraplex_service.telemetry.trace_context import trace_id_of
 logger = logging.getLogger(__name__)
 
 MAX_CLIENT_REQUEST_ID = 128  # characters
-SMALL_ANSWER_BYTES = 16 << 10  # unread, they are bounded by the number of calls
 PUBLIC_CALLS_PER_HOST = 256  # of methods that ask for no credentials: health, which may be watched for ever
 
 

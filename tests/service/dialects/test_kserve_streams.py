@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import msgspec
 import pytest
 
 from loraplex.v1.inference_pb2 import FinishReason, GenerateOutput, GenerateResponse, TokenLogprob, TopLogprob
+from loraplex_service.admission.places import UnreadAnswers
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.keys import Key, KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
 from loraplex_service.call import Call, serving
-from loraplex_service.dialect_stubs.kserve_v2_pb2 import ModelInferRequest
+from loraplex_service.dialect_stubs.kserve_v2_pb2 import ModelInferRequest, ModelStreamInferResponse
 from loraplex_service.dialect_stubs.kserve_v2_pb2_grpc import GRPCInferenceServiceStub
+from loraplex_service.dialects.backend import Backend
 from loraplex_service.dialects.fields import Draft
 from loraplex_service.dialects.kserve.servicer import AT_ONCE, SLOT_BYTES, KServeServicer
+from loraplex_service.errors import SlowConsumer
 from loraplex_service.ports.config import DIALECTS
 from tests.service.control_plane import ControlPlane, control_plane
 from tests.service.data_plane import failure
@@ -92,8 +96,15 @@ async def test_a_stream_holds_no_more_bytes_than_one_request_may_have(characters
 class WordyBackend:
     """Answers with many log-probabilities, and counts the turns of the loop from then on."""
 
-    def __init__(self) -> None:
+    def __init__(self, answer_bytes: int = 32 << 20, unread_bytes: int = 256 << 20) -> None:
         self.turns = 0
+        self.tenants = Tenants()
+        self.answer_bytes = answer_bytes
+        self.unread = UnreadAnswers(unread_bytes)
+
+    def check_answer(self, size: int) -> None:
+        backend: Any = self
+        Backend.check_answer(backend, size)
 
     async def whole(self, draft: Draft, context: object) -> GenerateResponse:
         top = [TopLogprob(token_id=token, logprob=-1.0, text="x") for token in range(20)]
@@ -114,3 +125,41 @@ async def test_others_get_their_turns_while_a_long_answer_is_written() -> None:
     await KServeServicer(backend).ModelInfer(infer(return_logprobs=True), context)
     backend.counting.cancel()
     assert backend.turns > 5
+
+
+async def one(request: ModelInferRequest) -> AsyncIterator[ModelInferRequest]:
+    yield request
+
+
+@pytest.fixture
+def wordy() -> Any:
+    return WordyBackend(answer_bytes=100 << 20, unread_bytes=1)
+
+
+@pytest.fixture
+async def responses(wordy: Any) -> AsyncIterator[AsyncIterator[ModelStreamInferResponse]]:
+    """Those to one request of a stream, whose answer is large."""
+    context: Any = None
+    with serving(Call("acme")):
+        requests = one(infer(return_logprobs=True))
+        async with aclosing(KServeServicer(wordy).ModelStreamInfer(requests, context)) as responses:
+            yield responses
+    wordy.counting.cancel()
+
+
+async def test_an_answer_in_a_stream_is_no_larger_than_that_of_a_unary_call(wordy: Any, responses: Any) -> None:
+    wordy.answer_bytes = 100_000
+    assert "[MESSAGE_TOO_LARGE]" in (await anext(responses)).error_message
+
+
+async def test_a_large_answer_of_a_stream_counts_as_unread_until_it_is_written(wordy: Any, responses: Any) -> None:
+    assert not (await anext(responses)).error_message
+    with pytest.raises(SlowConsumer):
+        wordy.unread.send("acme", 1)
+    assert await anext(responses, None) is None
+    wordy.unread.send("acme", 1)
+
+
+async def test_who_does_not_read_large_answers_gets_no_more_of_them(wordy: Any, responses: Any) -> None:
+    wordy.unread.send("acme", 1)
+    assert "[SLOW_CONSUMER]" in (await anext(responses)).error_message

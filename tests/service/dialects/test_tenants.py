@@ -13,13 +13,18 @@ from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.keys import KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
 from loraplex_service.dialect_stubs import openengine_pb2, vllm_engine_pb2, vllm_pb2
-from loraplex_service.dialect_stubs.kserve_v2_pb2 import RepositoryIndexRequest, RepositoryModelLoadRequest
+from loraplex_service.dialect_stubs.kserve_v2_pb2 import (
+    RepositoryIndexRequest,
+    RepositoryModelLoadRequest,
+    RepositoryModelUnloadRequest,
+)
 from loraplex_service.dialect_stubs.kserve_v2_pb2_grpc import GRPCInferenceServiceStub
 from loraplex_service.dialect_stubs.openengine_pb2_grpc import ControlStub as OpenEngineControlStub
 from loraplex_service.dialect_stubs.vllm_engine_pb2_grpc import VllmEngineStub
 from loraplex_service.dialect_stubs.vllm_pb2_grpc import ControlStub as VllmControlStub
 from loraplex_service.ports.config import DIALECTS
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.service.data_plane import failure
 from tests.service.dialects.test_kserve import infer
 
 ROLES = {"acme": Role.INFERENCE, "bolt": Role.INFERENCE, "ops": Role.ADMIN}
@@ -80,3 +85,22 @@ async def test_the_repository_shows_no_tenant_anothers_adapters(
         index = await stub.RepositoryIndex(RepositoryIndexRequest(), metadata=callers[tenant])
         seen[tenant] = {model.name for model in index.models}
     assert seen["acme"] - seen["bolt"] == {"tenants/acme/adapters/poet"}
+
+
+async def test_an_admins_bare_name_is_loaded_and_unloaded_of_the_same_tenant(
+    channel: Any, tmp_path: Path, callers: dict[str, Metadata]
+) -> None:
+    stub: Any = GRPCInferenceServiceStub(channel)
+    load = RepositoryModelLoadRequest(model_name="poet")
+    load.parameters["source"].string_param = str(write_adapter(tmp_path / "poet"))
+    load.parameters["base_model"].string_param = "tiny"
+    own = (*callers["ops"], ("loraplex-tenant", "ops"))
+    await stub.RepositoryModelLoad(load, metadata=own)
+    again, unload = RepositoryModelLoadRequest(model_name="poet"), RepositoryModelUnloadRequest(model_name="poet")
+    for call in (
+        stub.RepositoryModelLoad(again, metadata=callers["ops"]),
+        stub.RepositoryModelUnload(unload, metadata=callers["ops"]),
+    ):
+        assert (await failure(call)).code is grpc.StatusCode.NOT_FOUND  # no adapter of `shared` has this name
+    await stub.RepositoryModelLoad(again, metadata=own)
+    await stub.RepositoryModelUnload(unload, metadata=own)

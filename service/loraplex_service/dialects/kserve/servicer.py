@@ -7,8 +7,10 @@ from functools import partial
 
 from google.protobuf.duration_pb2 import Duration
 
+from loraplex.operations.base import adapter_name
 from loraplex.v1.adapters_pb2 import Adapter, LoadAdapterRequest
 from loraplex.v1.models_pb2 import LoadModelRequest, Model, UnloadModelRequest
+from loraplex_service.admission.places import SMALL_ANSWER_BYTES
 from loraplex_service.call import Call, current_call, serving
 from loraplex_service.call_errors import known_error
 from loraplex_service.dialect_stubs import kserve_v2_pb2_grpc
@@ -43,7 +45,7 @@ from loraplex_service.dialect_stubs.kserve_v2_pb2 import (
     ServerReadyRequest,
     ServerReadyResponse,
 )
-from loraplex_service.dialects.backend import READ_SECONDS, Backend, Context
+from loraplex_service.dialects.backend import READ_SECONDS, Backend, Context, tenant_of_names
 from loraplex_service.dialects.fields import Draft
 from loraplex_service.dialects.kserve.answers import Answers
 from loraplex_service.dialects.kserve.requests import draft_of, named
@@ -160,6 +162,7 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
                 if isinstance(result, Exception):
                     raise result
                 yield result
+                results.task_done()  # it is written
         finally:
             taking.cancel()
             await asyncio.gather(taking, return_exceptions=True)
@@ -198,9 +201,22 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
                     self._backend.tenants.get(call.tenant).count_request()
                 async with aclosing(self._responses(request, context)) as responses:
                     async for response in responses:
-                        await results.put(ModelStreamInferResponse(infer_response=response))
+                        await self._tell(response, call.tenant, results)
             except Exception as error:
                 await results.put(_failed(request, known_error(error, call, "a request of ModelStreamInfer")))
+
+    async def _tell(self, response: ModelInferResponse, tenant: str, results: Results) -> None:
+        """Have a response written in its turn. Large ones count as unread until they are. Raises SlowConsumer."""
+        told, size = ModelStreamInferResponse(infer_response=response), response.ByteSize()
+        if size <= SMALL_ANSWER_BYTES:
+            await results.put(told)
+            return
+        self._backend.unread.send(tenant, size)
+        try:
+            await results.put(told)
+            await results.join()
+        finally:
+            self._backend.unread.sent(tenant, size)
 
     async def _responses(
         self, request: ModelInferRequest, context: Context
@@ -221,7 +237,9 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
     async def _whole(self, draft: Draft, answers: Answers, context: Context) -> ModelInferResponse:
         response = await self._backend.whole(draft, context)
         if response.ByteSize() > SMALL_BYTES:  # in a thread: the loop has others to serve
-            return await asyncio.to_thread(answers.whole, response)
+            answer = await asyncio.to_thread(answers.whole, response)
+            self._backend.check_answer(answer.ByteSize())
+            return answer
         return answers.whole(response)
 
     # ---- the repository ----------------------------------------------------------------------------------------------
@@ -266,7 +284,8 @@ class KServeServicer(kserve_v2_pb2_grpc.GRPCInferenceServiceServicer):
                 problem = f"{model} is not loaded after {READ_SECONDS} s: {loaded.error.message}"
                 raise Unavailable("MODEL_LOADING", problem)
         else:
-            target = self._backend.target(request.model_name, "model_name")
+            name = adapter_name(request.model_name, tenant_of_names(context))
+            target = self._backend.target(name, "model_name")
             if target.adapter is None:
                 raise InvalidRequest.at("model_name", "names no model or adapter; to register one, give source")
             wait = Duration(seconds=READ_SECONDS)

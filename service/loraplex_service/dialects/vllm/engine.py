@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from datetime import UTC, datetime
 
@@ -61,7 +61,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self._backend.choose(draft, _named(context), "", ADAPTER, "")
         draft.spec.output.text, draft.spec.output.token_ids = False, True
         answers = _Answers(request.stream)
-        async with aclosing(self._backend.stream(draft, context)) as events:
+        async with aclosing(self._backend.stream(draft, context, collected=not request.stream)) as events:
             async for event in events:
                 for response in answers.of(getattr(event, event.WhichOneof("event") or "")):
                     yield response
@@ -169,8 +169,9 @@ class _Answers:
         self._outputs: dict[int, GenerateComplete] = {}
         self._ended: list[GenerateComplete] = []
 
-    def of(self, event: object) -> list[GenerateResponse]:
-        """The responses for an event. What ended comes with the whole usage, at the end."""
+    def of(self, event: object) -> Iterable[GenerateResponse]:
+        """The responses for an event. What ended comes with the whole usage, at the end: one after the other is made,
+        each with all that is told of the prompt."""
         match event:
             case Started():
                 self._usage.prompt_tokens = event.prompt_tokens
@@ -183,7 +184,7 @@ class _Answers:
                 self._finish(event)
             case Completed():
                 self._usage.CopyFrom(event.usage)
-                return [GenerateResponse(complete=self._complete(output)) for output in self._ended]
+                return (GenerateResponse(complete=self._complete(output)) for output in self._ended)
         return []
 
     def _delta(self, delta: Delta) -> list[GenerateResponse]:

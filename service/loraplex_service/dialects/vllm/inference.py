@@ -32,7 +32,7 @@ class VllmInferenceServicer(vllm_pb2_grpc.InferenceServicer):
         if request.sampling.num_sequences > 1:
             raise InvalidRequest.at("sampling.num_sequences", "is more than one: GenerateStream has several outputs")
         whole, texts, num_tokens = GenerateResponse(), list[str](), 0
-        async with aclosing(self.GenerateStream(request, context)) as responses:
+        async with aclosing(self._responses(request, context, collected=True)) as responses:
             async for response in responses:
                 texts.append(response.outputs.text)
                 num_tokens += response.outputs.num_tokens
@@ -43,9 +43,16 @@ class VllmInferenceServicer(vllm_pb2_grpc.InferenceServicer):
     async def GenerateStream(  # noqa: N802
         self, request: GenerateRequest, context: Context
     ) -> AsyncGenerator[GenerateResponse, None]:
+        async with aclosing(self._responses(request, context, collected=False)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _responses(
+        self, request: GenerateRequest, context: Context, collected: bool
+    ) -> AsyncGenerator[GenerateResponse, None]:
         draft = self._draft(request)
         parts = _Parts(request, draft.spec.output.logprob_token_ids)
-        async with aclosing(self._backend.stream(draft, context)) as events:
+        async with aclosing(self._backend.stream(draft, context, collected)) as events:
             async for event in events:
                 response = parts.of(getattr(event, event.WhichOneof("event") or ""))
                 if response is not None:
