@@ -217,7 +217,7 @@ async def data_plane(
         servicer = InferenceServicer(entrance, texts, Forms(texts), answer_bytes=answer_bytes)
         name = "loraplex.v1.InferenceService"
         health = Health([name])
-        pooling = PoolingServicer(entrance, servicer._texts, answer_bytes)
+        pooling = PoolingServicer(entrance, texts, answer_bytes)
         services = [
             Service(name, servicer, add_InferenceServiceServicer_to_server),
             Service("loraplex.v1.PoolingService", pooling, add_PoolingServiceServicer_to_server),

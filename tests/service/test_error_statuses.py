@@ -348,7 +348,7 @@ async def test_an_adapter_deleted_while_the_prompt_was_rendered_is_not_found(
         plane.registry.delete(version.name)
         return [1]
 
-    monkeypatch.setattr("loraplex_service.requests.inference.prompt_tokens", render_and_delete)
+    monkeypatch.setattr("loraplex_service.requests.prepared.prompt_tokens", render_and_delete)
     failed = await failure(plane.generate(make_spec(model="pirate")))
     assert (failed.code, failed.reason) == (Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
 
@@ -527,7 +527,7 @@ async def test_a_fault_of_the_service_is_internal_and_shows_no_secret(
     def broken(*_: object) -> None:
         raise RuntimeError("password")
 
-    monkeypatch.setattr("loraplex_service.requests.inference.prompt_tokens", broken)
+    monkeypatch.setattr("loraplex_service.requests.prepared.prompt_tokens", broken)
     failed = await failure(plane.stream(make_spec()))
     assert (failed.code, failed.reason) == (Code.INTERNAL, "ENGINE_ERROR")
     assert failed.detail(RequestInfo()).request_id == failed.metadata["loraplex-request-id"]

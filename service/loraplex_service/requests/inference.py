@@ -1,16 +1,14 @@
 """InferenceService: validate, resolve, tokenise, admit, run."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import grpc.aio
-import msgspec
 
 from loraplex.v1 import inference_pb2_grpc
-from loraplex.v1.generation_pb2 import Constraint, GenerateSpec
+from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import (
     BatchGenerateRequest,
     BatchGenerateResponse,
@@ -31,41 +29,23 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateRequest,
     StreamGenerateResponse,
 )
-from loraplex_engine.link.client import EngineClient
-from loraplex_engine.link.drafts import NO_DRAFTS, Drafts
-from loraplex_engine.link.messages import AddRequest
-from loraplex_engine.link.sampling_params import SamplingParams
-from loraplex_service.admission.tenants import Tenant
 from loraplex_service.call import Call, current_call
 from loraplex_service.call_errors import error_status, known_error
 from loraplex_service.errors import InvalidRequest, MessageTooLarge
-from loraplex_service.names.target import Target, merged_sampling
-from loraplex_service.requests.cold_adapters import Wait
-from loraplex_service.requests.drafts import wanted_drafts
-from loraplex_service.requests.entrance import Entered, Entrance, Size
+from loraplex_service.requests.entrance import Entrance
 from loraplex_service.requests.forms import Forms
 from loraplex_service.requests.heads import check_generates
 from loraplex_service.requests.in_flight import InFlight
-from loraplex_service.requests.messages import Messages
-from loraplex_service.requests.output_form import OutputForm
-from loraplex_service.requests.prompts import TextWork, prompt_tokens
-from loraplex_service.requests.ranking import num_ranked, ranking_params, wanted_beams
-from loraplex_service.requests.run import Event, Job, Run
-from loraplex_service.requests.sampling import derived_seed, sampling_params
-from loraplex_service.requests.scores import (
-    CandidateScores,
-    candidate_tokens,
-    check_size,
-    scoring_sequences,
-    scoring_spec,
-)
+from loraplex_service.requests.prepared import Preparation
+from loraplex_service.requests.prompts import TextWork
+from loraplex_service.requests.run import Event, Run
+from loraplex_service.requests.scores import CandidateScores, scoring_spec
 from loraplex_service.telemetry.metrics import RequestMetrics
-from loraplex_service.validation.checks import check_item, requires_calls
+from loraplex_service.validation.checks import check_item
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 BATCH_CONCURRENCY = 16  # items at once, by default: more would only wait in a shared queue
-SEED_BITS = 53  # bits of a drawn seed: as many as a JavaScript number holds
 
 _FIELD_OF_EVENT: dict[type[Event], str] = {
     Started: "started",
@@ -92,9 +72,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """
         self._entrance = entrance
         self._requests = entrance.requests
-        self._texts = texts
-        self._forms = forms
-        self._messages = Messages(texts)
+        self._preparation = Preparation(texts, forms, answer_bytes)
         self._answer_bytes = answer_bytes
         self._token_gaps = (metrics or RequestMetrics()).token_gaps
 
@@ -225,123 +203,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
         `candidates`: what is scored behind the prompt, instead of outputs.
         """
-        call = known.call
+        call, named = known.call, f"{path}.model"
         tenant = self._entrance.tenants.get(call.tenant)
         call.labels = dict(spec.labels)
         if spec.HasField("client_request_id"):
             call.client_request_id = spec.client_request_id
-        target = await self._entrance.target(call, tenant, spec.model, f"{path}.model")
-        model = target.model
-        prompt = await prompt_tokens(spec.prompt, model, self._texts, tenant, f"{path}.prompt")
-        room = model.limits.max_model_len - len(prompt)
-        scored = await candidate_tokens(candidates, room, model, self._texts, tenant)
-        check_size(scored, spec.output, self._answer_bytes)
-        calls = "" if scored else await self._messages.required_calls(self._forms, spec, model, prompt, tenant, path)
-        constraint, named_by = (Constraint(), "") if calls else _constraint(spec, target)
-        where = f"{path}.model" if named_by else f"{path}.constraint"
-        grammar = calls or await self._forms.grammar(constraint, tenant, where)
-        if grammar and not calls:
-            grammar = await self._messages.behind_reasoning(grammar, spec, model, prompt, tenant, path)
-        sampling = merged_sampling(spec.sampling, target.default_sampling)
-        seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(SEED_BITS)
-        tokenizer = model.tokenizer
-        params = sampling_params(
-            spec, sampling, model.limits, tokenizer.eos_token_ids, tokenizer.num_token_ids, len(prompt), seed, path
-        )
-        drafts = wanted_drafts(spec, model.limits, path)
-        if spec.HasField("beam_search") and grammar:
-            problem = "excludes a form, which the route or the adapter names; set constraint.any_text to have none"
-            raise InvalidRequest.at(f"{path}.beam_search", problem)
-        params, search = ranking_params(params, spec, sampling, model.limits, path), spec.beam_search
-        outputs = len(scored) or (sampling.n or 1 if search.num_beams else max(sampling.best_of, sampling.n, 1))
-        num_read, limit = len(prompt) + sum(map(len, scored)), params.time_limit_seconds
-        size = Size(num_read, search.num_beams or outputs, params.max_tokens)
-        messages = None if scored else await self._messages.of(spec, outputs, tokenizer, prompt, tenant, path)
-        policy, named = spec.adapter_policy, f"{path}.model"
-        async with self._entrance.entered(known, tenant, target, policy, size, limit, named) as entered:
+        target = await self._entrance.target(call, tenant, spec.model, named)
+        prepared = await self._preparation.prepared(spec, target, tenant, path, candidates)
+        size, limit = prepared.size, prepared.params.time_limit_seconds
+        async with self._entrance.entered(known, tenant, target, spec.adapter_policy, size, limit, named) as entered:
             check_generates(target, entered, named)
-            resolved = entered.target
-            resolved.constraint_source = named_by
-            sequences = _sequences(tenant, spec, model.client, prompt, params, entered, outputs, grammar, drafts)
-            if scored:
-                sequences = scoring_sequences(sequences[0], scored, model.client)
-            job = Job(
-                request_id=call.request_id,
-                client_request_id=call.client_request_id,
-                labels=call.labels,
-                operation="score" if scored else "chat" if spec.prompt.HasField("chat") else "text_completion",
-                target=resolved,
-                constraint="tool_calls" if calls else (constraint.WhichOneof("kind") or "") if grammar else "",
-                tokenizer=model.tokenizer,
-                form=OutputForm.of(spec, streaming, params.max_tokens),
-                prompt=prompt,
-                sequences=sequences,
-                arrival=call.arrival,
-                adapter_load_seconds=entered.wait.seconds,
-                num_ranked=None if scored else num_ranked(sampling, search),
-                form_path=_form_path(spec, path),
-                messages=messages,
-            )
-            run = Run(job, model.client, entered.successor, self._token_gaps.of((model.name,)), entered.start)
+            client, gaps = target.model.client, self._token_gaps.of((target.model.name,))
+            job = prepared.job(call, tenant, entered, streaming)
+            run = Run(job, client, entered.successor, gaps, entered.start)
             async with self._entrance.working(known, run):
                 yield run
-
-
-def _constraint(spec: GenerateSpec, target: Target) -> tuple[Constraint, str]:
-    """The constraint of a request, and who names it by default; "": the request itself, or nobody."""
-    return (spec.constraint, "") if spec.HasField("constraint") else target.default_constraint
-
-
-def _form_path(spec: GenerateSpec, path: str) -> str:
-    """Where a request says what form its outputs have; the name of a route or model, if theirs is the default."""
-    if requires_calls(spec.prompt.chat):
-        return f"{path}.prompt.chat.tools"
-    if spec.HasField("constraint"):
-        return f"{path}.constraint"
-    return f"{path}.sampling.bad_words" if spec.sampling.bad_words else f"{path}.model"
-
-
-def _after(params: SamplingParams, wait: Wait) -> SamplingParams:
-    """The parameters of a request that has waited: its time limit is shorter by the wait."""
-    if params.time_limit_seconds is None:
-        return params
-    return msgspec.structs.replace(params, time_limit_seconds=max(params.time_limit_seconds - wait.seconds, 0.0))
-
-
-def _sequences(
-    tenant: Tenant,
-    spec: GenerateSpec,
-    client: EngineClient,
-    prompt: list[int],
-    params: SamplingParams,
-    entered: Entered,
-    outputs: int,
-    grammar: str,
-    drafts: Drafts,
-) -> list[AddRequest]:
-    """One request to the engine for each output. Only the first one asks for the prompt's log-probabilities."""
-    params = _after(params, entered.wait)
-    first = AddRequest(
-        request_id=client.requests.new_id(),
-        prompt=prompt,
-        sampling=params,
-        adapter=entered.adapter,
-        cache_salt=tenant.cache_salt(spec.cache.salt),
-        bypass_prefix_cache=spec.cache.bypass_prefix_cache,
-        priority=-tenant.priority(spec.priority),  # higher is first for callers, lower is first for engines
-        tenant=tenant.name,
-        weight=tenant.config.weight,
-        adapter_wait_seconds=entered.wait.seconds_left,
-        grammar=grammar,
-        drafts=NO_DRAFTS if spec.HasField("beam_search") else drafts,
-        beams=wanted_beams(spec.beam_search),
-    )
-    sequences = [first]
-    for index in range(1, outputs):
-        seed = derived_seed(params.seed, index)
-        sampling = msgspec.structs.replace(params, seed=seed, num_prompt_logprobs=None)
-        sequences.append(msgspec.structs.replace(first, request_id=client.requests.new_id(), sampling=sampling))
-    return sequences
 
 
 def _failed_item(index: int, error: Exception, call: Call) -> BatchGenerateResponse:

@@ -60,7 +60,7 @@ async def test_a_full_queue_is_refused_before_the_prompt_is_tokenised(
     async def never(*arguments: object) -> list[int]:
         raise AssertionError("tokenised")
 
-    monkeypatch.setattr("loraplex_service.requests.inference.prompt_tokens", never)
+    monkeypatch.setattr("loraplex_service.requests.prepared.prompt_tokens", never)
     assert (await failure(plane.generate(make_spec()))).reason == "OVERLOADED"
     plane.engine.allow_steps(1000)
     await asyncio.gather(*tasks, return_exceptions=True)

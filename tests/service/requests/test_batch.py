@@ -63,7 +63,7 @@ async def test_a_fault_of_the_service_in_one_item_is_logged_and_internal(
     def broken(*_: object) -> None:
         raise RuntimeError("password")
 
-    monkeypatch.setattr("loraplex_service.requests.inference.prompt_tokens", broken)
+    monkeypatch.setattr("loraplex_service.requests.prepared.prompt_tokens", broken)
     results = await run(plane, make_spec())
     assert results[0].error.code == grpc.StatusCode.INTERNAL.value[0]
     assert "password" not in results[0].error.message

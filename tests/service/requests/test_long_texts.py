@@ -104,11 +104,11 @@ async def test_long_texts_of_one_tenant_do_not_keep_out_anothers(byte_tokenizer:
     async with data_plane(byte_tokenizer) as plane:
         model = replace(plane.models.models["demo"], tokenizer=Held())  # type: ignore[arg-type]
         plane.models.models["demo"] = model
-        plane.servicer._texts = TextWork(
-            plane.servicer._texts.renderer,
-            plane.servicer._texts.rendering,
+        plane.servicer._preparation._texts = TextWork(
+            plane.servicer._preparation._texts.renderer,
+            plane.servicer._preparation._texts.rendering,
             Turns("texts cannot be tokenised", TurnLimits(at_once=2, size_at_once=1 << 20, size_in_all=40_000)),
-            plane.servicer._texts.tokens,
+            plane.servicer._preparation._texts.tokens,
         )
 
         def spec(letter: str) -> Any:
@@ -129,7 +129,7 @@ async def test_long_texts_of_one_tenant_do_not_keep_out_anothers(byte_tokenizer:
 
 
 async def test_one_list_of_many_tokens_is_worked_on_at_a_time(plane: DataPlane) -> None:
-    texts, tenant, go_on = plane.servicer._texts, Tenants().get("default"), threading.Event()
+    texts, tenant, go_on = plane.servicer._preparation._texts, Tenants().get("default"), threading.Event()
     order: list[str] = []
 
     def first() -> None:
@@ -172,7 +172,7 @@ async def test_places_of_tokens_are_told_for_texts_of_some_length_alone(control:
 
 
 async def test_places_of_tokens_are_told_for_one_text_at_a_time(control: ControlPlane) -> None:
-    texts, go_on = control.app.inference._texts, threading.Event()
+    texts, go_on = control.app.inference._preparation._texts, threading.Event()
     first = asyncio.ensure_future(texts.on_tokens(Tenants().get("default"), MAX_TOKENS, lambda: go_on.wait(10)))
     second = asyncio.ensure_future(control.client.tokenize("tiny", "x" * 9000, include_offsets=True))
     await control.client.tokenize("tiny", "x" * 9000)

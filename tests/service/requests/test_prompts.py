@@ -53,7 +53,7 @@ async def read(plane: DataPlane, prompt: Prompt) -> list[int]:
 
 async def tokenized(plane: DataPlane, prompt: Prompt) -> TokenizeResponse:
     model = plane.models.models["demo"]
-    text = await prompt_text(prompt, model, plane.servicer._texts, Tenants().get("default"), "prompt")
+    text = await prompt_text(prompt, model, plane.servicer._preparation._texts, Tenants().get("default"), "prompt")
     return _tokenized(TokenizeRequest(prompt=prompt, include_offsets=True), model, text)
 
 
