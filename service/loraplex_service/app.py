@@ -17,6 +17,7 @@ from loraplex_service.control.metrics_snapshot import Served
 from loraplex_service.errors import Unavailable
 from loraplex_service.http.process import http_process
 from loraplex_service.http.settings import DoorSettings
+from loraplex_service.keeping import kept
 from loraplex_service.models.supervisor import launcher
 from loraplex_service.ports.interceptors import CallInterceptor, CallLimits
 from loraplex_service.ports.listeners import ConnectionLimits, Service, build_server, drain
@@ -72,13 +73,20 @@ async def running(
         stack.push_async_callback(app.library.close)  # its threads are needed until the work has ended
         stack.push_async_callback(app.work.close)
         lag = partial(observe_lag, telemetry.metrics.loop_lag.of(()))
-        for keep in (app.keep_health, app.keep_admitting, lag, keep_giving_back):
-            stack.push_async_callback(_end, asyncio.create_task(keep(), name="health"))
+        for what, keep in (
+            ("tell health", app.keep_health),
+            ("tell whether requests are let in", app.keep_admitting),
+            ("observe the event loop", lag),
+            ("give memory back", keep_giving_back),
+        ):
+            stack.push_async_callback(_end, asyncio.create_task(kept(what, keep), name=what))
         await app.health.start()
         await app.registrar.reconcile()
         if app.replica is not None:
             await stack.enter_async_context(app.replica.listening(app.library))
-            stack.push_async_callback(_end, asyncio.create_task(app.replica.leases.keep(), name="leases"))
+            stack.push_async_callback(
+                _end, asyncio.create_task(kept("keep leases", app.replica.leases.keep), name="leases")
+            )
         await app.state.start()
         await app.registrar.sweep()
         app.host.start()

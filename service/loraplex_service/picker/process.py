@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Final
 
 import grpc
@@ -13,6 +14,7 @@ from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from loraplex_service.keeping import kept
 from loraplex_service.picker.config import PickerConfig
 from loraplex_service.picker.envoy import METHOD, SERVICE, ProcessingRequest, ProcessingResponse
 from loraplex_service.picker.processor import Picker, Processor
@@ -22,12 +24,16 @@ from loraplex_service.ports.health import NOT_SERVING, SERVING, HealthServicer
 logger = logging.getLogger(__name__)
 
 MAX_STREAMS: Final = 16_384  # requests of Envoy's that are looked at, or followed, at the same time
+MAX_CONNECTIONS: Final = 1024  # Envoy needs few
 HEALTH_SECONDS: Final = 0.1  # between two looks whether anything is known
 STOP_SECONDS: Final = 2.0
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 8 << 20),  # Envoy holds back 1 MiB of a body, unless it is told otherwise
     ("grpc.max_metadata_size", 64 << 10),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.keepalive_time_ms", 60_000),  # finds callers that vanished without a word
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 
@@ -47,7 +53,7 @@ async def picking(config: PickerConfig) -> AsyncIterator[str]:
         port = server.add_insecure_port(config.listen)
         await server.start()
         stack.push_async_callback(server.stop, STOP_SECONDS)
-        telling = asyncio.create_task(_tell_health(health, fleet), name="health")
+        telling = asyncio.create_task(kept("tell health", partial(_tell_health, health, fleet)), name="health")
         stack.callback(telling.cancel)
         yield f"{config.listen.rpartition(':')[0]}:{port}"
 

@@ -1,5 +1,6 @@
 """Envoy's external processing, answered: for each request, the replicas that it should be tried on."""
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from typing import Any, Final
@@ -19,6 +20,7 @@ from loraplex_service.picker.replicas import Fleet, Replica
 NAMESPACE: Final = "envoy.lb"
 SUBSET_NAMESPACE: Final = "envoy.lb.subset_hint"
 SUBSET: Final = "x-gateway-destination-endpoint-subset"
+FIRST_SECONDS: Final = 10.0  # for which a stream may be silent at its beginning
 MAX_ENDPOINTS: Final = 3  # that are named: the first, and what retries are for
 MAX_BODY: Final = 256 << 10  # of a body that is waited for, to find `model` in it
 MAX_PIECES: Final = 64  # in which it may come
@@ -51,13 +53,14 @@ class Picker:
 class Processor:
     """Serves the method Process: one stream for each request that Envoy has."""
 
-    def __init__(self, picker: Picker) -> None:
+    def __init__(self, picker: Picker, first_seconds: float = FIRST_SECONDS) -> None:
         self._picker = picker
+        self._first_seconds = first_seconds
         self._held = 0
 
     async def process(self, messages: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
         """Answer each message of Envoy's. The stream ends, and Envoy goes on alone, once nothing more is to be said."""
-        first = await anext(messages, None)
+        first = await self._first(messages)
         if first is None or first.WhichOneof("kind") != "request_headers":
             return
         mode = first.protocol_config.request_body_mode
@@ -72,6 +75,14 @@ class Processor:
         if mode == FULL_DUPLEX:
             async for message in messages:
                 yield _passed(message)
+
+    async def _first(self, messages: AsyncIterator[Any]) -> Any:
+        """The first message; None: there is none. Envoy sends it with the call: streams without are somebody else's."""
+        try:
+            async with asyncio.timeout(self._first_seconds):
+                return await anext(messages, None)
+        except TimeoutError:
+            return None
 
     async def _from_body(
         self, messages: AsyncIterator[Any], asked: Asked, subset: frozenset[str] | None, is_duplex: bool

@@ -6,6 +6,7 @@ import socket
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
 import grpc
@@ -13,6 +14,7 @@ import grpc.aio
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
+from loraplex_service.keeping import kept
 from loraplex_service.picker.asked import Asked, Wanted
 from loraplex_service.picker.config import PickerConfig, ReplicasConfig
 from loraplex_service.picker.page import Page, fetch_page, read_page
@@ -112,7 +114,7 @@ class Fleet:
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Keep up with the replicas for the length of the block."""
-        finding = asyncio.create_task(self._find(), name="find replicas")
+        finding = asyncio.create_task(kept("find replicas", self._find), name="find replicas")
         try:
             yield
         finally:
@@ -126,7 +128,10 @@ class Fleet:
             for ports in self._config.replicas:
                 try:
                     self._take(ports, await _addresses(ports.host))
-                except OSError as error:  # those that are known stay: their own health says whether they are there
+                except (
+                    OSError,
+                    UnicodeError,
+                ) as error:  # those that are known stay: their own health says whether they are there
                     logger.warning("the addresses of %s are not known now: %s", ports.host, error)
             await asyncio.sleep(self._config.resolve_seconds)
 
@@ -142,8 +147,8 @@ class Fleet:
 
     async def _keep_up(self, replica: Replica) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(_hear_of_health(replica))
-            group.create_task(self._keep_reading(replica))
+            group.create_task(kept("hear of a replica's health", partial(_hear_of_health, replica)))
+            group.create_task(kept("read a replica's page", partial(self._keep_reading, replica)))
 
     async def _keep_reading(self, replica: Replica) -> None:
         while True:

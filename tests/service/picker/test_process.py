@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from loraplex_service.picker import page
 from loraplex_service.picker.config import PickerConfig, ReplicasConfig
 from loraplex_service.picker.envoy import METHOD, SERVICE, ProcessingRequest, ProcessingResponse
 from loraplex_service.picker.policy import Health
@@ -174,3 +175,25 @@ async def test_its_own_metrics_say_what_it_chose(unused_tcp_port: int) -> None:
     assert counts.keys() == {health.value for health in Health}
     assert (counts["serving"], counts["draining"]) == ("0.0", "0.0")
     assert {counts["dead"], counts["unknown"]} == {"0.0", "1.0"}
+
+
+async def test_a_fault_while_a_page_is_read_does_not_end_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = [KeyError("of a fault")]
+
+    async def fetch_page(host: str, port: int) -> str:
+        if faults:
+            raise faults.pop()
+        return await page.fetch_page(host, port)
+
+    monkeypatch.setattr("loraplex_service.picker.replicas.fetch_page", fetch_page)
+    async with fake_replica(1001, "poet") as first:
+        config = PickerConfig(replicas=(first.ports,), listen="127.0.0.1:0", scrape_seconds=0.02)
+        async with picking(config) as address, grpc.aio.insecure_channel(address) as channel:
+            await Fleet([first], address, channel).until(lambda named: len(named) == 1, "poet")
+
+
+async def test_a_host_that_can_be_no_name_does_not_hide_the_others() -> None:
+    async with fake_replica(1001, "poet") as first:
+        config = PickerConfig(replicas=(ReplicasConfig("x" * 64), first.ports), listen="127.0.0.1:0")
+        async with picking(config) as address, grpc.aio.insecure_channel(address) as channel:
+            await Fleet([first], address, channel).until(lambda named: len(named) == 1, "poet")

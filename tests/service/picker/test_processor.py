@@ -205,3 +205,11 @@ async def test_bodies_without_end_do_not_fill_the_memory_together(picker: Picker
     for first in held:
         first.cancel()
     await asyncio.gather(*held, return_exceptions=True)
+
+
+async def test_a_stream_that_says_nothing_ends(picker: Picker) -> None:
+    async def silence() -> AsyncIterator[Any]:
+        await asyncio.Event().wait()
+        yield
+
+    assert [answer async for answer in Processor(picker, first_seconds=0.01).process(silence(), None)] == []
