@@ -1,270 +1,74 @@
 """The command line: `loraplex serve` and `loraplex demo` run a server, everything else is a client of one."""
 
+import errno
 import os
 
 # Engines are started by fork and exec. gRPC would try to survive a bare fork too, cannot, and says so each time.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-import asyncio
-import ctypes
-import dataclasses
-import gc
-import logging
-import shutil
-import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from types import MappingProxyType
+from importlib import import_module
 from typing import Any, Final
 
 import click
-import msgspec
-import uvloop
-from rich.console import Console
 
-from loraplex import enum_name
-from loraplex_engine.link.logs import set_up_logging
-from loraplex_service.app import running
-from loraplex_service.commands.adapters import adapters
-from loraplex_service.commands.bench import bench
-from loraplex_service.commands.completion import completion
-from loraplex_service.commands.demo import next_steps, play_demo
-from loraplex_service.commands.doctor import doctor
-from loraplex_service.commands.generating import chat, generate, score
-from loraplex_service.commands.keys import keys
-from loraplex_service.commands.picker import picker
-from loraplex_service.commands.pooling import classify, embed, rerank
-from loraplex_service.commands.quantize import quantize
-from loraplex_service.commands.routes import routes
-from loraplex_service.commands.serving import serves_model
-from loraplex_service.commands.shared import ServerAccess, call_failures, print_json, print_table, reaches_server
-from loraplex_service.commands.top import watch_load
-from loraplex_service.commands.usage import usage
-from loraplex_service.config import ServiceConfig, load_config, make_config
-from loraplex_service.config_file import ConfigError
-from loraplex_service.descriptors import descriptors_needed, raise_descriptor_limit
-from loraplex_service.telemetry.logs import CallersThatLeft, CallFields
-
-M_ARENA_MAX: Final = -8  # malloc.h of glibc
-MAX_ARENAS: Final = 2
-SWITCH_SECONDS: Final = 0.0005  # after which a thread that works on a long text lets the event loop go on
-
-CONFIG_OPTION = click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    envvar="LORAPLEX_CONFIG",
-    help="YAML file; without it the embedded demo models are served.",
-)
+# The module of `loraplex_service.commands` that has each command.
+MODULES: Final = {
+    "adapters": "adapters",
+    "bench": "bench",
+    "chat": "generating",
+    "classify": "pooling",
+    "completion": "completion",
+    "demo": "servers",
+    "doctor": "doctor",
+    "embed": "pooling",
+    "generate": "generating",
+    "health": "health",
+    "keys": "keys",
+    "models": "models",
+    "picker": "picker",
+    "quantize": "quantize",
+    "rerank": "pooling",
+    "routes": "routes",
+    "score": "generating",
+    "serve": "servers",
+    "top": "top",
+    "usage": "usage",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """Commands that are imported when they are asked for: a client waits for nothing that a server is made of."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in MODULES:
+            return None
+        command: click.Command = getattr(import_module(f"loraplex_service.commands.{MODULES[cmd_name]}"), cmd_name)
+        return command
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command, and say in a line what of files or standard output kept it from its work."""
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            full = " (standard output, or a file that was written)" if error.errno == errno.ENOSPC else ""
+            click.echo(f"Error: {error}{full}", err=True)
+            _drop_unwritten_output()
+            sys.exit(1)
+
+
+def _drop_unwritten_output() -> None:
+    """Have Python not fail once more at its end with what standard output did not take."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="loraplex-server", message="loraplex %(version)s")
 def main() -> None:
     """Serve language models, each with many LoRA adapters, over gRPC."""
-
-
-# ---- servers ---------------------------------------------------------------------------------------------------------
-
-
-main.add_command(completion)
-main.add_command(doctor)
-main.add_command(keys)
-main.add_command(quantize)
-main.add_command(picker)
-
-
-@main.command()
-@click.argument("model", required=False)
-@serves_model
-@CONFIG_OPTION
-@click.option("--insecure", is_flag=True, help="Allow addresses that other machines reach without TLS or credentials.")
-def serve(config: Path | None, insecure: bool, fields: Mapping[str, Any] | None, overrides: Mapping[str, str]) -> None:
-    """Run a server until SIGTERM, SIGINT or SIGHUP; then let running requests finish, and exit.
-
-    It serves MODEL (a directory in Hugging Face layout, a GGUF file, or a repository of the hub) with the adapters
-    given here; or what a configuration file names; or, without either, the demo's models.
-    """
-    settings = _settings(config, fields, {**overrides, **({"LORAPLEX_INSECURE": "true"} if insecure else {})})
-    set_up_logging(settings.log_level, settings.log_format, "service", CallFields(), CallersThatLeft())
-    _limit_arenas()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    raise_descriptor_limit(descriptors_needed(settings))
-    with _start_failures():
-        uvloop.run(_serve(settings))
-
-
-def _limit_arenas() -> None:
-    """Have all threads share a few of glibc's arenas. To be called before there are any.
-
-    Threads free what other threads have allocated, and each arena keeps its freed memory. By default glibc makes up to
-    eight arenas a core. After 5,000 requests, 16 arenas kept 17 MiB more than at the start and 2 arenas none, at the
-    same throughput. Other C libraries have no arenas.
-    """
-    with suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, MAX_ARENAS)
-
-
-async def _serve(settings: ServiceConfig) -> None:
-    stop = _stop_signal()
-    async with running(settings) as (_, addresses):
-        # The objects so far stay: the collector need not scan them again while calls wait. A full collection took
-        # 20 to 50 ms with them, and takes 1 to 10 without.
-        gc.collect()
-        gc.freeze()
-        # The one line on stdout: the program that started the server on port 0 reads its ports here.
-        ports = {name: address for name, address in dataclasses.asdict(addresses).items() if address is not None}
-        print("listening", *(f"{name}={address}" for name, address in ports.items()), flush=True)
-        await stop.wait()
-        logging.getLogger(__name__).info("told to stop: draining for at most %g s", settings.drain_grace_seconds)
-
-
-@main.command()
-@CONFIG_OPTION
-@click.option("--prompt", help="Ask everybody this, instead of each something of its own.")
-@click.option("--max-tokens", default=96, show_default=True, type=click.IntRange(min=1))
-@click.option("--verbose", is_flag=True, help="Show the server's log.")
-def demo(config: Path | None, prompt: str | None, max_tokens: int, verbose: bool) -> None:
-    """Start a server, let every model and adapter answer side by side, and end."""
-    settings = msgspec.structs.replace(_settings(config).with_free_ports(), state_directory="")
-    settings = settings if verbose else msgspec.structs.replace(settings, log_level="ERROR")
-    set_up_logging(settings.log_level, settings.log_format, "service")
-
-    async def run() -> None:
-        async with running(settings) as (_, addresses):
-            await play_demo(addresses, settings, prompt, max_tokens, Console())
-            click.echo(next_steps(_program()))
-
-    with _start_failures(), call_failures():
-        uvloop.run(run())
-
-
-def _program() -> str:
-    """How this program is started from here."""
-    return "loraplex" if shutil.which("loraplex") else min(sys.argv[0], os.path.relpath(sys.argv[0]), key=len)
-
-
-def _settings(
-    config: Path | None,
-    fields: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, str] = MappingProxyType({}),
-) -> ServiceConfig:
-    """Those of a file, or of the fields that one would have."""
-    environment = {**os.environ, **overrides}
-    try:
-        return load_config(config, environment) if fields is None else make_config(fields, environment)
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
-
-
-@contextmanager
-def _start_failures() -> Iterator[None]:
-    """Turn errors that keep a server from starting into messages for people."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
-
-
-def _stop_signal() -> asyncio.Event:
-    """An event that the first SIGTERM, SIGINT or SIGHUP sets. A second one ends the process and its engines at once.
-
-    A second SIGHUP does nothing: a closed terminal may send several. A SIGHUP that is ignored, as under nohup, stays
-    so.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        loop.add_signal_handler(signal.SIGHUP, stop.set)
-    return stop
-
-
-# ---- clients ---------------------------------------------------------------------------------------------------------
-
-main.add_command(adapters)
-main.add_command(bench)
-main.add_command(routes)
-main.add_command(usage)
-main.add_command(generate)
-main.add_command(chat)
-main.add_command(score)
-main.add_command(embed)
-main.add_command(classify)
-main.add_command(rerank)
-
-
-@main.command()
-@click.argument("service", default="")
-@reaches_server
-def health(target: ServerAccess, service: str) -> None:
-    """Say whether the server, one of its services or models/MODEL can be used now. Exit status 1: it cannot."""
-    with target.client() as client:
-        serving = client.is_serving(service)
-    click.echo("SERVING" if serving else "NOT_SERVING")
-    sys.exit(0 if serving else 1)
-
-
-@main.command()
-@click.option("--interval", default=1.0, show_default=True, help="Seconds.")
-@click.option("--count", type=click.IntRange(min=1), help="End after so many.")
-@reaches_server
-def top(target: ServerAccess, interval: float, count: int | None) -> None:
-    """Show the load of every model, as it changes."""
-    with target.admin() as admin, suppress(KeyboardInterrupt):
-        watch_load(admin, interval, count, Console())
-
-
-@main.group()
-def models() -> None:
-    """Base models, in and out of memory."""
-
-
-@models.command("list")
-@reaches_server
-def list_models(target: ServerAccess) -> None:
-    """List all models."""
-    with target.client() as client:
-        found = client.list_models()
-    rows = [
-        (m.name, enum_name(m, "state"), m.architecture, m.dtype, str(m.limits.max_context_tokens or "")) for m in found
-    ]
-    print_table(("model", "state", "architecture", "type", "context"), rows)
-
-
-@models.command("get")
-@click.argument("name")
-@reaches_server
-def get_model(target: ServerAccess, name: str) -> None:
-    """Show one model."""
-    with target.client() as client:
-        print_json(client.get_model(name))
-
-
-@models.command("load")
-@click.argument("name")
-@click.option("--wait", type=float, default=600.0, show_default=True, help="Seconds; 0 returns at once.")
-@reaches_server
-def load_model(target: ServerAccess, name: str, wait: float) -> None:
-    """Load a model into memory."""
-    with target.admin() as admin:
-        print_json(admin.load_model(name, wait=wait))
-
-
-@models.command("unload")
-@click.argument("name")
-@click.option("--grace", type=float, help="Seconds for running requests.")
-@click.option("--wait", type=float, default=600.0, show_default=True, help="Seconds; 0 returns at once.")
-@reaches_server
-def unload_model(target: ServerAccess, name: str, grace: float | None, wait: float) -> None:
-    """Unload a model, once running requests have ended or the grace is over."""
-    with target.admin() as admin:
-        print_json(admin.unload_model(name, grace=grace, wait=wait))

@@ -26,7 +26,11 @@ NO_RETRIES = {"grpc.enable_retries": 0}  # the server asks retrying clients to c
 
 def test_the_service_reaches_no_torch() -> None:
     """Not even by way of what it imports: torch would take memory, seconds at the start, and the GIL."""
-    code = "import sys, loraplex_service.cli; sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    code = (
+        "import sys; from loraplex_service.cli import main; "
+        "main(['--help'], standalone_mode=False); "  # it imports all commands
+        "sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvloop
 
-from loraplex_service.cli import SWITCH_SECONDS, _limit_arenas
+from loraplex_service.commands.servers import SWITCH_SECONDS, _limit_arenas
 from loraplex_service.ports.config import DIALECTS
 from tests.service.control_plane import control_plane
 from tests.service.ports.guarded_server import HeldLoop

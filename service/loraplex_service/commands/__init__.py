@@ -1,1 +1,1 @@
-"""Commands of `loraplex` that are clients of a running server: shared options, and a file for each resource."""
+"""Commands of `loraplex`: shared options, and a file for each resource. `cli` imports the one that is asked for."""

@@ -1,8 +1,10 @@
 """`loraplex top`: the load of every model and tenant, as it changes."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
+import click
 from google.protobuf.duration_pb2 import Duration
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,13 +13,23 @@ from rich.text import Text
 
 from loraplex import AdminClient
 from loraplex.v1.server_pb2 import ModelLoad, TenantLoad, WatchLoadResponse
-from loraplex_service.commands.shared import visible
+from loraplex_service.commands.shared import ServerAccess, reaches_server, visible
 
 # Within 80 columns, for a name of 12 characters; of longer ones the ends of columns are left out.
 MODEL_COLUMNS = ("model", "run", "wait", "cold", "cache", "hits", "tok/s", "first ms", "gap ms", "adapters")
 TENANT_COLUMNS = ("tenant", "requests", "req/s", "prompt tokens", "tokens", "tok/s", "share")
 MAX_NAMES = 12  # of adapters, shown for a model
 MAX_TENANTS = 20  # shown: those that use most now
+
+
+@click.command()
+@click.option("--interval", default=1.0, show_default=True, help="Seconds.")
+@click.option("--count", type=click.IntRange(min=1), help="End after so many.")
+@reaches_server
+def top(target: ServerAccess, interval: float, count: int | None) -> None:
+    """Show the load of every model, as it changes."""
+    with target.admin() as admin, suppress(KeyboardInterrupt):
+        watch_load(admin, interval, count, Console())
 
 
 def watch_load(admin: AdminClient, interval: float, count: int | None, console: Console) -> None:
