@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workload import Work
+from loraplex_service.bench.loops import moments
 from loraplex_service.bench.records import Record
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -21,9 +21,8 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 def at_rate(work: Sequence[Work], rate: float, seed: int) -> list[Work]:
     """The same requests, `rate` a second on average (Poisson)."""
-    rng = random.Random(seed)
-    moments = itertools.accumulate(rng.expovariate(rate) for _ in work)
-    return [replace(item, moment=moment) for item, moment in zip(work, moments, strict=True)]
+    arrivals = moments(random.Random(seed), rate, 1.0, len(work))
+    return [replace(item, moment=moment) for item, moment in zip(work, arrivals, strict=True)]
 
 
 def while_saturated(records: Sequence[Record]) -> tuple[int, float]:

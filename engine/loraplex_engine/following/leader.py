@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.orders import Forget, Load, Put, Remove, Report, encode
 from loraplex_engine.following.notes import AdapterNotes
 from loraplex_engine.following.ready import LoadWatch, RankReady, loaded_note
+from loraplex_engine.link.child import child_command
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.host_memory import resident_bytes
 from loraplex_engine.link.logs import log_options
@@ -139,12 +139,10 @@ class Leader:
 
 
 def _start(config: EngineConfig, rank: int, port: int) -> subprocess.Popen[bytes]:
-    """Start the process of a rank with this interpreter and this process's import path."""
-    import_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    """Start the process of a rank."""
     where = ("--rank", str(rank), "--port", str(port), "--name", Path(config.model).name)
-    # -P: the working directory must not come before it.
-    command = (sys.executable, "-P", "-m", "loraplex_engine.following", *where, *log_options())
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": import_path})
+    command, variables = child_command("loraplex_engine.following", *where, *log_options())
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | variables)
     assert process.stdin is not None
     with suppress(OSError):  # it died at once, which the wait for it reports
         process.stdin.write(msgspec.json.encode(config) + b"\n")

@@ -1,4 +1,4 @@
-"""The beginning of a process that lives no longer than its parent, which writes its configuration to its stdin."""
+"""Processes that live no longer than their parent, which writes their configuration to their stdin."""
 
 import ctypes
 import os
@@ -9,6 +9,13 @@ from collections.abc import MutableMapping
 from typing import Final
 
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+
+
+def child_command(module: str, *options: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The command that runs a module with this interpreter, and what its environment needs for our import path."""
+    import_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    # -P: the working directory must not come before it.
+    return (sys.executable, "-P", "-m", module, *options), {"PYTHONPATH": import_path}
 
 
 def begin_child() -> bytes:

@@ -5,13 +5,13 @@ import importlib.util
 import logging
 import os
 import socket
-import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
+from loraplex_engine.link.child import child_command
 from loraplex_service.http.settings import AnswerCount, DoorSettings
 from loraplex_service.models.config import SupervisionConfig
 from loraplex_service.telemetry.series import Counter
@@ -109,18 +109,16 @@ async def _count(lines: asyncio.StreamReader, answered: Counter) -> None:
 
 
 async def _start(listener: socket.socket, settings: DoorSettings) -> Process:
-    import_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # Of the environment nothing that it does not need: it speaks with strangers, and others' secrets may be there.
     kept = {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name.startswith("GRPC_")}
-    # -P: the working directory must not come before it. A session of its own: Ctrl-C is for the service to act on.
-    command = (sys.executable, "-P", "-m", "loraplex_service.http", str(listener.fileno()))
+    command, variables = child_command("loraplex_service.http", str(listener.fileno()))
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=PIPE,
         stdout=PIPE,
-        env=kept | {"PYTHONPATH": import_path},
+        env=kept | variables,
         pass_fds=(listener.fileno(),),
-        start_new_session=True,
+        start_new_session=True,  # Ctrl-C is for the service to act on
     )
     assert process.stdin is not None
     with suppress(ConnectionError):  # it died at once, which the wait for it reports

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable
@@ -17,6 +16,7 @@ import msgspec
 
 from loraplex_engine.link.bus import FrameLost, ServiceBus, bus_address
 from loraplex_engine.link.bus_directory import BusDirectory
+from loraplex_engine.link.child import child_command
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.messages import (
@@ -340,13 +340,11 @@ def _describe_status(status: int) -> str:
 
 def launcher(config: EngineConfig, name: str, log_level: str, log_format: str) -> Launch:
     """A launcher of `python -m loraplex_engine` with this interpreter and this process's import path."""
-    import_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    # -P: the working directory must not come before it.
     options = ("--name", name, "--log-level", log_level, "--log-format", log_format)
-    command = (sys.executable, "-P", "-m", "loraplex_engine", *options, "--bus")
+    command, variables = child_command("loraplex_engine", *options, "--bus")
 
     async def launch(address: str) -> EngineProcess:
-        environment = without_secrets(os.environ) | {"PYTHONPATH": import_path}
+        environment = without_secrets(os.environ) | variables
         process = await asyncio.create_subprocess_exec(*command, address, stdin=PIPE, env=environment)
         assert process.stdin is not None
         with suppress(ConnectionError):  # it died at once, which the wait for it reports
