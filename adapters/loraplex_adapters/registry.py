@@ -7,14 +7,14 @@ used, the alias stays.
 
 from __future__ import annotations
 
-import enum
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from loraplex_adapters.errors import AdapterConflict
 from loraplex_adapters.grammar import ADAPTER_NAME
 from loraplex_adapters.key import AdapterKey
+from loraplex_adapters.records import AdapterChange, AdapterRecord, ChangeKind, NamedVersions
 from loraplex_adapters.versions import (
     NO_DIGEST,
     VERSION_DIGITS,
@@ -28,37 +28,6 @@ from loraplex_adapters.versions import (
 )
 
 
-class ChangeKind(enum.Enum):
-    ADDED = "added"
-    CHANGED = "changed"
-    MOVED = "moved"  # to another tier: the version itself has not changed
-    REMOVED = "removed"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterChange:
-    kind: ChangeKind
-    version: AdapterVersion
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterRecord:
-    """The versions and the alias of one name, in the form that survives a restart."""
-
-    versions: tuple[AdapterVersion, ...]
-    claims: Mapping[str, int]
-    current: str | None
-
-
-@dataclass(slots=True)
-class _Adapter:
-    """The versions under one name."""
-
-    versions: dict[str, AdapterVersion] = field(default_factory=dict)  # by digest
-    claims: dict[str, int] = field(default_factory=dict)  # by digest: when it was last asked to be the current one
-    current: str | None = None  # digest
-
-
 class AdapterRegistry:
     """All adapters of all tenants. Does no I/O: the code that reads and loads reports the outcome here.
 
@@ -67,7 +36,7 @@ class AdapterRegistry:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._adapters: dict[str, _Adapter] = {}  # by key name: {tenant}/{adapter}
+        self._adapters: dict[str, NamedVersions] = {}  # by key name: {tenant}/{adapter}
         self._subscribers: dict[int, Callable[[AdapterChange], None]] = {}
         self._sequence = 0  # numbers etags, claims and subscriptions
 
@@ -87,7 +56,7 @@ class AdapterRegistry:
         copy._sequence = self._sequence
         adapter = self._adapters.get(key_name)
         if adapter is not None:
-            copy._adapters[key_name] = _Adapter(dict(adapter.versions), dict(adapter.claims), adapter.current)
+            copy._adapters[key_name] = NamedVersions(dict(adapter.versions), dict(adapter.claims), adapter.current)
         change(copy)
         return copy.record(key_name)
 
@@ -102,7 +71,7 @@ class AdapterRegistry:
         if not {*record.claims, record.current or next(iter(versions))} <= versions.keys():
             raise ValueError("its alias names a version that it does not have")
         etags = [int(version.etag) for version in record.versions]
-        self._adapters[name] = _Adapter(versions, dict(record.claims), record.current)
+        self._adapters[name] = NamedVersions(versions, dict(record.claims), record.current)
         self._sequence = max(self._sequence, *etags, *record.claims.values())
 
     def recheck(self, key: AdapterKey) -> AdapterVersion:
@@ -133,7 +102,7 @@ class AdapterRegistry:
         has the same first digits; AdapterNotFound for a malformed id.
         """
         key = checked_key(tenant, adapter_id, digest)
-        adapter = self._adapters.setdefault(key.name, _Adapter())
+        adapter = self._adapters.setdefault(key.name, NamedVersions())
         missing = adapter.versions.pop(NO_DIGEST, None)
         if missing is not None:
             self._publish(AdapterChange(ChangeKind.REMOVED, missing))
@@ -166,7 +135,7 @@ class AdapterRegistry:
         Raises AdapterNotFound for a malformed id.
         """
         key = checked_key(tenant, adapter_id, NO_DIGEST)
-        self._adapters.setdefault(key.name, _Adapter())
+        self._adapters.setdefault(key.name, NamedVersions())
         version = replace(
             AdapterVersion.new(key, spec, self._clock()),
             state=AdapterState.FAILED,
@@ -334,7 +303,7 @@ class AdapterRegistry:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _named(self, name: str) -> tuple[_Adapter, list[AdapterVersion]]:
+    def _named(self, name: str) -> tuple[NamedVersions, list[AdapterVersion]]:
         """The adapter of a resource name, and the versions that the name covers: one, or all that are not DELETING."""
         found = ADAPTER_NAME.fullmatch(name)
         if found is not None:
@@ -354,7 +323,7 @@ class AdapterRegistry:
             raise no_adapter(str(key))
         return version
 
-    def _follow_claims(self, adapter: _Adapter) -> None:
+    def _follow_claims(self, adapter: NamedVersions) -> None:
         """Move the alias to the usable version that claimed it last."""
         claims, before = adapter.claims, adapter.current
         usable = [digest for digest in claims if adapter.versions[digest].state is AdapterState.ACTIVE]

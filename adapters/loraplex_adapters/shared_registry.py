@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterChange, AdapterRecord, AdapterRegistry, ChangeKind, _Adapter
+from loraplex_adapters.records import AdapterChange, AdapterRecord, ChangeKind, NamedVersions
+from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.versions import NO_DIGEST, AdapterState, AdapterVersion, checked_key
 
 MOST_CLAIMS = 10**18 - 1
@@ -39,7 +40,7 @@ class SharedAdapterRegistry(AdapterRegistry):
 
         Versions that are being deleted, and are gone here, are left out.
         """
-        own = self._adapters.get(name, _Adapter())
+        own = self._adapters.get(name, NamedVersions())
         if record is None:
             return None
         versions = tuple(
@@ -81,7 +82,7 @@ class SharedAdapterRegistry(AdapterRegistry):
         self.expect(name, record)
         if name not in self._adapters and not wanted:
             return Adopted()
-        adapter = self._adapters.setdefault(name, _Adapter())
+        adapter = self._adapters.setdefault(name, NamedVersions())
         self._take_away(adapter, wanted)
         new = [self._add(adapter, version) for version in wanted.values() if _is_new(adapter, version)]
         changed = [version for version in wanted.values() if _is_changed(adapter, version)]
@@ -101,7 +102,7 @@ class SharedAdapterRegistry(AdapterRegistry):
     def _etag(self, key: AdapterKey) -> str:
         return self._etags.get(key) or super()._etag(key)
 
-    def _take_away(self, adapter: _Adapter, wanted: Mapping[str, AdapterVersion]) -> None:
+    def _take_away(self, adapter: NamedVersions, wanted: Mapping[str, AdapterVersion]) -> None:
         """Take versions out of service that nobody wants any more."""
         if wanted and (missing := adapter.versions.pop(NO_DIGEST, None)) is not None:
             self._publish(AdapterChange(ChangeKind.REMOVED, missing))
@@ -112,14 +113,14 @@ class SharedAdapterRegistry(AdapterRegistry):
                 adapter.claims.pop(digest, None)
                 self._save(replace(version, state=AdapterState.DELETING))
 
-    def _add(self, adapter: _Adapter, version: AdapterVersion) -> AdapterKey:
+    def _add(self, adapter: NamedVersions, version: AdapterVersion) -> AdapterKey:
         known = version.key.digest in adapter.versions
         new = replace(
             AdapterVersion.new(version.key, version.spec, version.create_time), text_digest=version.text_digest
         )
         return self._save(new, ChangeKind.CHANGED if known else ChangeKind.ADDED).key
 
-    def _take_alias(self, adapter: _Adapter, record: AdapterRecord) -> None:
+    def _take_alias(self, adapter: NamedVersions, record: AdapterRecord) -> None:
         """Have the alias follow the claims of all replicas, as far as this one can use the versions."""
         adapter.claims = {digest: claim for digest, claim in record.claims.items() if digest in adapter.versions}
         self._sequence = max([self._sequence, *record.claims.values()])
@@ -155,12 +156,12 @@ def _with_own_state(shared: AdapterVersion, own: AdapterVersion | None) -> Adapt
     return replace(own, spec=shared.spec, create_time=shared.create_time, etag=shared.etag)
 
 
-def _is_new(adapter: _Adapter, version: AdapterVersion) -> bool:
+def _is_new(adapter: NamedVersions, version: AdapterVersion) -> bool:
     """Whether a version is not here yet, or was registered again after it had failed here."""
     known = adapter.versions.get(version.key.digest)
     return known is None or (known.state is AdapterState.FAILED and known.create_time != version.create_time)
 
 
-def _is_changed(adapter: _Adapter, version: AdapterVersion) -> bool:
+def _is_changed(adapter: NamedVersions, version: AdapterVersion) -> bool:
     known = adapter.versions[version.key.digest]
     return known.state is not AdapterState.DELETING and (known.spec, known.etag) != (version.spec, version.etag)

@@ -19,7 +19,8 @@ from loraplex.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_serve
 from loraplex_adapters.files.depot import Depot
 from loraplex_adapters.files.remote import RemoteSources
 from loraplex_adapters.files.source import AdapterSource
-from loraplex_adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
+from loraplex_adapters.records import AdapterChange, ChangeKind
+from loraplex_adapters.registry import AdapterRegistry
 from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_service.adapters.background import BackgroundWork
 from loraplex_service.adapters.deployer import AdapterDeployer

@@ -7,7 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loraplex_adapters.errors import AdapterConflict, AdapterError, AdapterNotFound
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
+from loraplex_adapters.records import AdapterChange, ChangeKind
+from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.versions import AdapterInfo, AdapterSpec, AdapterState, AdapterVersion
 
 INFO = AdapterInfo(rank=8, size_bytes=1000, target_modules=("q_proj",))

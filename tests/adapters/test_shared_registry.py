@@ -7,7 +7,7 @@ import pytest
 
 from loraplex_adapters.errors import AdapterNotFound
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterRecord
+from loraplex_adapters.records import AdapterRecord
 from loraplex_adapters.shared_registry import SharedAdapterRegistry
 from loraplex_adapters.versions import AdapterInfo, AdapterSpec, AdapterState, AdapterVersion
 

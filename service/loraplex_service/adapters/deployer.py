@@ -14,7 +14,8 @@ from functools import partial
 from loraplex_adapters.errors import COLD, UNREADABLE, AdapterConflict, AdapterNotFound, AdapterRejected
 from loraplex_adapters.files.source import AdapterDescription
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
+from loraplex_adapters.records import AdapterChange, ChangeKind
+from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import AdapterInfo, AdapterState, AdapterVersion, full_name
 from loraplex_engine.link.client import EngineClient

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from loraplex_adapters.errors import AdapterNotFound
-from loraplex_adapters.registry import AdapterChange, AdapterRecord, AdapterRegistry, ChangeKind
+from loraplex_adapters.records import AdapterChange, AdapterRecord, ChangeKind
+from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.versions import AdapterSpec, AdapterVersion
 from loraplex_service.errors import Unavailable, unknown_adapter
 from loraplex_service.state import State

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import msgspec
 
-from loraplex_adapters.registry import AdapterChange, AdapterRecord, AdapterRegistry, ChangeKind
+from loraplex_adapters.records import AdapterChange, AdapterRecord, ChangeKind
+from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.shared_registry import SharedAdapterRegistry
 from loraplex_service.adapters.background import BackgroundWork
 from loraplex_service.adapters.records import CONFIGURED_KIND, STATE_KIND, AdapterRecords, Work

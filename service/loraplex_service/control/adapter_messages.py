@@ -11,7 +11,7 @@ from loraplex.v1.adapters_pb2 import (
 from loraplex.v1.generation_pb2 import Constraint
 from loraplex.v1.watch_pb2 import WATCH_EVENT_TYPE_CHANGED, WATCH_EVENT_TYPE_DELETED
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterChange, ChangeKind
+from loraplex_adapters.records import AdapterChange, ChangeKind
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import (
     VERSION_DIGITS,

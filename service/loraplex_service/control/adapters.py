@@ -33,7 +33,8 @@ from loraplex.v1.watch_pb2 import (
 )
 from loraplex_adapters.errors import AdapterConflict, AdapterNotFound
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.registry import AdapterChange, AdapterRegistry, ChangeKind
+from loraplex_adapters.records import AdapterChange, ChangeKind
+from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import AdapterSpec, AdapterState, AdapterVersion, full_name
 from loraplex_service.adapters.deployer import AdapterDeployer
