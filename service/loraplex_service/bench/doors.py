@@ -15,6 +15,7 @@ EVENT = b"data: "
 DONE = b"[DONE]"
 STATUS, OK = b"HTTP/1.1 ", b"HTTP/1.1 200"
 MOST_OF_AN_ERROR = 200  # characters of a body that are told
+MOST_OF_A_LINE = 1 << 20  # bytes, of an event; and of a whole refusal
 
 
 class GrpcDoor:
@@ -63,9 +64,16 @@ class HttpStreams:
     """Streams of /v1/completions, a connection each. What is not needed of an answer is passed over."""
 
     def __init__(
-        self, host: str, port: int, tls: ssl.SSLContext | None = None, headers: Mapping[str, str] | None = None
+        self,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None = None,
+        headers: Mapping[str, str] | None = None,
+        seconds: float | None = None,
     ) -> None:
+        """`seconds`: that an answer may take; None: as long as it likes."""
         self._host, self._port, self._tls = host, port, tls
+        self._seconds = seconds
         self._headers = dict(headers or {})
         self._decoder = msgspec.json.Decoder(Chunk)
 
@@ -76,7 +84,8 @@ class HttpStreams:
 
         def take(event: bytes) -> None:
             if event == DONE:
-                done.set_result(None)
+                if not done.done():
+                    done.set_result(None)
                 return
             chunk = self._decoder.decode(event)
             if chunk.error is not None:
@@ -87,17 +96,22 @@ class HttpStreams:
                 on_tokens(len(new))
 
         try:
-            transport, _ = await asyncio.get_running_loop().create_connection(
-                lambda: _Events(take, done), self._host, self._port, ssl=self._tls
-            )
+            async with asyncio.timeout(self._seconds):
+                await self._exchange(msgspec.json.encode(body), lambda: _Events(take, done), done)
+        except TimeoutError as error:
+            raise RequestError(f"it takes more than {self._seconds:g} s") from error
         except OSError as error:
             raise RequestError(str(error)) from error
+        return tokens
+
+    async def _exchange(self, body: bytes, events: Callable[[], "_Events"], done: "asyncio.Future[None]") -> None:
+        """Send a request, and wait for the end of its answer. Raises RequestError, OSError."""
+        transport, _ = await asyncio.get_running_loop().create_connection(events, self._host, self._port, ssl=self._tls)
         try:
-            transport.write(self._request(msgspec.json.encode(body)))
+            transport.write(self._request(body))
             await done
         finally:
-            transport.close()
-        return tokens
+            transport.abort()
 
     def _request(self, body: bytes) -> bytes:
         headers = {
@@ -149,7 +163,9 @@ class _Events(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
-            self._refused += data
+            self._refused += data[: MOST_OF_A_LINE - len(self._refused)]
+            if len(self._refused) >= MOST_OF_A_LINE:
+                self._fail(self._why())
             return
         *lines, self._begun = (self._begun + data).split(b"\n")
         for line in lines:
@@ -158,10 +174,17 @@ class _Events(asyncio.Protocol):
             elif line.startswith(STATUS) and not line.startswith(OK):
                 self._refused = data
                 return
+        if len(self._begun) > MOST_OF_A_LINE:
+            self._fail(f"a line of the answer has more than {MOST_OF_A_LINE >> 20} MiB")
 
     def connection_lost(self, error: Exception | None) -> None:
-        why = self._refused.partition(b"\r\n\r\n")[2] or str(error or "the stream ended without [DONE]").encode()
-        self._fail(why.decode(errors="replace")[:MOST_OF_AN_ERROR])
+        self._fail(self._why() or str(error or "the stream ended without [DONE]"))
+
+    def _why(self) -> str:
+        """What a refusal says."""
+        return self._refused.partition(b"\r\n\r\n")[2][: 4 * MOST_OF_AN_ERROR].decode(errors="replace")[
+            :MOST_OF_AN_ERROR
+        ]
 
     def _taken(self, event: bytes) -> None:
         try:

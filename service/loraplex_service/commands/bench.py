@@ -153,7 +153,7 @@ def _door(
         raise click.UsageError(f"--http {http!r}: HOST:PORT is expected, such as 127.0.0.1:8000")
     tls = None if target.tls_ca is None else ssl.create_default_context(cafile=target.tls_ca)
     headers = {} if target.token is None else {"authorization": f"Bearer {target.token}"}
-    return HttpDoor(HttpStreams(host, int(port), tls, headers), *sampling)
+    return HttpDoor(HttpStreams(host, int(port), tls, headers, target.timeout), *sampling)
 
 
 def _check_can_draw() -> None:

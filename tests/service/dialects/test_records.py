@@ -80,14 +80,17 @@ async def test_a_dialects_generation_is_the_callers_of_its_adapter_and_in_its_tr
     write_keys(tmp_path / "keys.yaml", KeyFile(keys=(key,)))
     pirate = AdapterConfig(name="acme/pirate", model="tiny", source=str(write_adapter(tmp_path / "pirate")))
     file = tmp_path / "usage.jsonl"
-    async with control_plane(
-        byte_tokenizer_directory,
-        tmp_path,
-        adapters=(pirate,),
-        dialects=DIALECTS,
-        auth=AuthConfig(keys=str(tmp_path / "keys.yaml")),
-        usage=UsageConfig(file=str(file)),
-    ) as control, grpc.aio.insecure_channel(control.addresses.data) as channel:
+    async with (
+        control_plane(
+            byte_tokenizer_directory,
+            tmp_path,
+            adapters=(pirate,),
+            dialects=DIALECTS,
+            auth=AuthConfig(keys=str(tmp_path / "keys.yaml")),
+            usage=UsageConfig(file=str(file)),
+        ) as control,
+        grpc.aio.insecure_channel(control.addresses.data) as channel,
+    ):
         metadata = (("authorization", f"Bearer {token}"), ("traceparent", TRACEPARENT))
         await ASKED[method](channel, metadata)
     [record] = records(file)
