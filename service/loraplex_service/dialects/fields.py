@@ -107,3 +107,9 @@ def refused(name: str, why: str, *harmless: Any) -> Field:
             raise FeatureUnsupported(name, f"{why}; leave it out")
 
     return Field(name, "", put, f"refused: {why}")
+
+
+def put_prompt_logprobs(draft: Draft, value: bool) -> None:
+    """Have the prompt's log-probabilities told, with the candidates that another field asks for, or none."""
+    if value:
+        draft.spec.output.prompt_logprobs = draft.spec.output.prompt_logprobs

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -19,7 +19,7 @@ from loraplex_service.http import openapi, trainers
 from loraplex_service.http.adapters import LOAD, UNLOAD, load, unload
 from loraplex_service.http.answers import Answers, ChatAnswers, TextAnswers, version_header
 from loraplex_service.http.catalog import listed, page, retrieved
-from loraplex_service.http.exchange import Exchange, Receive, Room, Send
+from loraplex_service.http.exchange import Exchange, Handler, Receive, Room, Send, telling
 from loraplex_service.http.failures import REQUEST_ID, Failure, Refusal, anthropic_error, failed, openai_error, refused
 from loraplex_service.http.generations import echoes, generate
 from loraplex_service.http.hosts import Hosts
@@ -35,7 +35,6 @@ from loraplex_service.http.tinker.futures import Futures
 
 logger = logging.getLogger(__name__)
 
-Handler: TypeAlias = Callable[[Exchange], Awaitable[None]]
 ResultT = TypeVar("ResultT")
 MODEL = "/v1/models/"
 METHODS = {"GET": ("GET", "HEAD"), "POST": ("POST",)}  # uvicorn leaves out the body of an answer to HEAD
@@ -94,7 +93,7 @@ class Door:
             **_reading(UNLOAD, self._unload),
             **{path: Endpoint("POST", _needless(why)) for path, why in trainers.NEEDLESS.items()},
             **{path: Endpoint("POST", _refusing(path, why)) for path, why in trainers.REFUSED.items()},
-            **{path: Endpoint("GET", _telling(content)) for path, content in trainers.TOLD.items()},
+            **{path: Endpoint("GET", telling(content)) for path, content in trainers.TOLD.items()},
             trainers.NO_SETTINGS: Endpoint("GET", _refusing(trainers.NO_SETTINGS, trainers.WHY_NO_SETTINGS)),
             **{path: Endpoint(*each) for path, each in tinker.endpoints.items()},
         }
@@ -290,12 +289,8 @@ class Door:
 # ---- calls with nothing to do ----------------------------------------------------------------------------------------
 
 
-def _telling(content: Mapping[str, object]) -> Handler:
-    return lambda exchange: exchange.answer(content)
-
-
 def _needless(why: str) -> Handler:
-    return _telling({"success": True, "message": why})
+    return telling({"success": True, "message": why})
 
 
 def _refusing(path: str, why: str) -> Handler:

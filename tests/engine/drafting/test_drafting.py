@@ -19,14 +19,10 @@ from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.scheduler import Scheduler
 from loraplex_engine.scheduling.step import SampledToken, StepPlan, StepResult
+from tests.engine.scheduling.test_scheduler import isolated, token_after
 
 P, EOS = 4, 2
 FREE = {1: 1.0, 1000: 1.0}  # seconds by rows
-
-
-def token_after(tokens: Sequence[int]) -> int:
-    """A next token that depends on the whole sequence, so that a lost or doubled token shows."""
-    return 10 + (sum(tokens) * 31 + len(tokens)) % 1000
 
 
 def drawn(known: Sequence[int], drafts: Sequence[int]) -> tuple[SampledToken, ...]:
@@ -111,18 +107,11 @@ class Bench:
         return [token for output in self.outputs[request_id] for token in output.token_ids]
 
 
-def alone(prompt: list[int], max_tokens: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(max_tokens):
-        tokens.append(token_after(tokens))
-    return tokens[len(prompt) :]
-
-
 def test_right_drafts_save_steps() -> None:
     bench = Bench()
     bench.add(1, [5, 6, 7])
     assert len(bench.finish()) < 10
-    assert bench.tokens(1) == alone([5, 6, 7], 30)
+    assert bench.tokens(1) == isolated([5, 6, 7], 30)
 
 
 @pytest.mark.parametrize("is_free", [True, False])
@@ -136,7 +125,7 @@ def test_guesses_that_would_have_been_right_bring_drafts_back(is_free: bool, mon
     bench.source.wrong = 0
     steps = len(bench.finish())
     assert steps < 30 if is_free else steps > 60
-    assert bench.tokens(1) == alone([5, 6, 7], 100)
+    assert bench.tokens(1) == isolated([5, 6, 7], 100)
 
 
 def test_outputs_say_how_many_drafts_were_tried_and_how_many_were_right() -> None:
@@ -163,7 +152,7 @@ def test_no_draft_follows_what_ends_the_output() -> None:
 
 def test_drafts_behind_a_token_that_ends_the_output_are_not_part_of_it() -> None:
     bench = Bench()
-    expected = alone([5, 6, 7], 30)
+    expected = isolated([5, 6, 7], 30)
     request = bench.add(1, [5, 6, 7], stop_token_ids=(expected[9],))
     bench.finish()
     assert bench.tokens(1) == expected[:10]
@@ -255,7 +244,7 @@ def test_drafts_keep_to_the_steps_limits_and_publish_no_block_that_was_not_drawn
             undrawn = request.block_ids[request.num_computed_tokens // P :]
             assert all(bench.blocks._hash_of[block] is None for block in undrawn)
     for number, prompt in enumerate(prompts):
-        assert bench.tokens(number) == alone(prompt, 30)
+        assert bench.tokens(number) == isolated(prompt, 30)
     assert bench.blocks.num_used == 0
 
 

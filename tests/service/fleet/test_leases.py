@@ -1,12 +1,12 @@
 """Quotas over a fleet: together the replicas let through what one bucket would, and a slice for each at most."""
 
 import asyncio
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 from loraplex_service.fleet.database import Database, DatabaseAway
 from loraplex_service.fleet.leases import SLICES, LeasedBucket, Leases
 from tests.service.fleet.conftest import TestDatabase
+from tests.service.fleet.test_replicas import until
 
 RATE, BURST = 1e-3, 40_000.0  # a bucket of 40 that does not fill while a test runs
 CAPACITY = RATE * BURST
@@ -101,9 +101,3 @@ async def test_a_slice_that_runs_low_is_filled_at_once() -> None:
     assert settled[0] == "acme: requests"
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)

@@ -13,7 +13,7 @@ from loraplex_service.fleet.database import Cursor, Database, DatabaseAway
 from loraplex_service.fleet.state import FleetState
 from loraplex_service.state import StateFile
 from tests.service.fleet.conftest import TestDatabase
-from tests.service.fleet.test_leases import until
+from tests.service.fleet.test_replicas import until
 
 KIND = "note"
 NEWER = b"of a newer version"

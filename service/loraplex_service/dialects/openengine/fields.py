@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loraplex_service.dialects.fields import Draft, Field, Fields, copied, refused, taken
+from loraplex_service.dialects.fields import Draft, Field, Fields, copied, put_prompt_logprobs, refused, taken
 from loraplex_service.errors import FeatureUnsupported
 
 
@@ -25,11 +25,6 @@ def _put_candidates(draft: Draft, value: Any) -> None:
             draft.spec.output.top_logprobs = value.top_n
         case "token_ids":
             draft.spec.output.logprob_token_ids.extend(value.token_ids.ids)
-
-
-def _put_prompt_logprobs(draft: Draft, value: bool) -> None:
-    if value:
-        draft.spec.output.prompt_logprobs = draft.spec.output.prompt_logprobs  # 0, unless there are candidates
 
 
 def _put_prompt_candidates(draft: Draft, value: Any) -> None:
@@ -64,7 +59,7 @@ GENERATE = Fields(
         Field("stopping.conditions", "stopping.stop", _put_conditions, "with `stop_token_ids`"),
         copied("stopping.ignore_eos", "stopping.ignore_eos"),
         copied("stopping.include_stop_in_output", "stopping.include_stop"),
-        Field("response.return_prompt_logprobs", "output.prompt_logprobs", _put_prompt_logprobs),
+        Field("response.return_prompt_logprobs", "output.prompt_logprobs", put_prompt_logprobs),
         Field("response.prompt_candidates", "output.prompt_logprobs", _put_prompt_candidates, "`top_n`"),
         copied("response.return_output_logprobs", "output.logprobs"),
         Field("response.output_candidates", "output.top_logprobs", _put_candidates, "`top_n`, `token_ids`"),

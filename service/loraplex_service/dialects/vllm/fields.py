@@ -3,7 +3,7 @@
 from typing import Any
 
 from loraplex_service.call import current_call
-from loraplex_service.dialects.fields import Draft, Field, Fields, copied, refused, taken
+from loraplex_service.dialects.fields import Draft, Field, Fields, copied, put_prompt_logprobs, refused, taken
 from loraplex_service.errors import FeatureUnsupported
 
 _ALL = "all tokens of the vocabulary are not told: ask for the likeliest, or for some by their ids"
@@ -43,11 +43,6 @@ def _put_prompt_candidates(draft: Draft, value: Any) -> None:
     draft.spec.output.prompt_logprobs = value.top_n
 
 
-def _put_prompt_logprobs(draft: Draft, value: bool) -> None:
-    if value:
-        draft.spec.output.prompt_logprobs = draft.spec.output.prompt_logprobs  # 0, unless there are candidates
-
-
 INFERENCE = Fields(
     (
         copied("request_id", "client_request_id"),
@@ -77,7 +72,7 @@ INFERENCE = Fields(
         copied("stopping.include_stop_strings", "stopping.include_stop"),
         copied("stopping.ignore_eos", "stopping.ignore_eos"),
         copied("response.prompt_token_ids", "output.prompt_token_ids"),
-        Field("response.prompt_logprobs", "output.prompt_logprobs", _put_prompt_logprobs),
+        Field("response.prompt_logprobs", "output.prompt_logprobs", put_prompt_logprobs),
         Field("response.prompt_candidates", "output.prompt_logprobs", _put_prompt_candidates, "`top_n`"),
         copied("response.output_text", "output.text"),
         taken("response.output_token_ids", "whether tokens come back"),

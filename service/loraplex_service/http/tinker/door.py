@@ -1,18 +1,17 @@
 """The endpoints of Tinker's REST API."""
 
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol
 
-from loraplex_service.http.exchange import Exchange
+from loraplex_service.http.exchange import Exchange, Handler, telling
 from loraplex_service.http.failures import Refusal
 from loraplex_service.http.parameters import Draft, Table
 from loraplex_service.http.service import Clients, ServiceClient, call_options
 from loraplex_service.http.tinker import api
-from loraplex_service.http.tinker.api import API, Json
+from loraplex_service.http.tinker.api import API
 from loraplex_service.http.tinker.futures import Futures
 from loraplex_service.http.tinker.table import CREATE, SAMPLE
 
-Handler: TypeAlias = Callable[[Exchange], Awaitable[None]]
 SAMPLERS, SESSIONS = f"{API}samplers/", f"{API}sessions/"  # behind which a name follows
 
 
@@ -40,12 +39,12 @@ class TinkerDoor:
             f"{API}get_server_capabilities": ("GET", self._capabilities),
             f"{API}retrieve_future": ("POST", self._fetch),
             f"{API}cancel_future": ("POST", self._cancel),
-            **{f"{API}{path}": (method, _telling(content)) for path, (method, content) in api.TOLD.items()},
+            **{f"{API}{path}": (method, telling(content)) for path, (method, content) in api.TOLD.items()},
             **{f"{API}{path}": ("POST", _refuse) for path in api.REFUSED},
         }
         self.below: Mapping[str, tuple[str, Handler]] = {
             SAMPLERS: ("GET", self._sampler),
-            SESSIONS: ("POST", _telling({})),  # a session is finished
+            SESSIONS: ("POST", telling({})),  # a session is finished
         }
 
     async def _capabilities(self, exchange: Exchange) -> None:
@@ -92,10 +91,6 @@ class TinkerDoor:
 
         api.begin(exchange)
         return await exchange.read(refuse, api.request_id)
-
-
-def _telling(content: Json) -> Handler:
-    return lambda exchange: exchange.answer(content)
 
 
 async def _refuse(exchange: Exchange) -> None:
