@@ -12,7 +12,7 @@ from pathlib import Path
 from mypy.build import build
 from mypy.modulefinder import BuildSource
 from mypy.options import Options
-from mypy.types import CallableType, Instance, Type, TypeVarType, UnionType, get_proper_type
+from mypy.types import CallableType, Instance, Type, TypedDictType, TypeVarType, UnionType, get_proper_type
 
 PACKAGES = ("loraplex.v1.", "loraplex_service.dialect_stubs.")
 # What the types of messages and of their fields need.
@@ -83,7 +83,7 @@ class _Finder(ast.NodeVisitor):
         callee = get_proper_type(self._type(node.func))
         if isinstance(callee, CallableType):
             for message in _messages(callee.ret_type) if callee.is_type_obj() else ():
-                self._uses.given |= {(message, argument.arg) for argument in node.keywords if argument.arg}
+                self._uses.given |= {(message, name) for argument in node.keywords for name in self._names(argument)}
             self._protocols(callee, node)
         if isinstance(node.func, ast.Attribute):
             self._method(node.func, node.args)
@@ -91,6 +91,13 @@ class _Finder(ast.NodeVisitor):
             self.visit(node.func)
         for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
             self.visit(argument)
+
+    def _names(self, argument: ast.keyword) -> Iterator[str]:
+        """The names that a keyword argument gives: its own, or with `**` all those of a TypedDict."""
+        if argument.arg is not None:
+            yield argument.arg
+        elif isinstance(fields := get_proper_type(self._type(argument.value)), TypedDictType):
+            yield from fields.items
 
     def _method(self, method: ast.Attribute, arguments: list[ast.expr]) -> None:
         if method.attr in SETTERS and isinstance(method.value, ast.Attribute):

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
@@ -182,20 +182,48 @@ def fields_of_loads(name: str, source: str) -> list[tuple[str, str]]:
 # What several dialects tell by fields of the same names.
 
 
-def lora(adapter: Adapter) -> dict[str, Any]:
+class LoraFields(TypedDict):
+    """The fields of an adapter that dialects have in common, by the names that they give them."""
+
+    lora_id: int
+    lora_name: str
+    source_path: str
+
+
+class ParallelismFields(TypedDict):
+    """Likewise of how a model is spread."""
+
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    data_parallel_size: int
+
+
+class CapacityFields(TypedDict):
+    """Likewise of what an engine holds: tokens in a block, blocks, requests, tokens in a step, adapters."""
+
+    kv_block_size: int
+    total_kv_blocks: int
+    max_running_requests: int
+    max_batched_tokens: int
+    max_loras: int
+
+
+def lora(adapter: Adapter) -> LoraFields:
     """An adapter by its full name. It has no number of its own, and nothing here takes the one that it is told by."""
     number = 1 + zlib.crc32(adapter.name.encode())  # above 0, the same everywhere
     return {"lora_id": number, "lora_name": adapter.name, "source_path": adapter.source}
 
 
-def parallelism(model: HostedModel) -> dict[str, int]:
+def parallelism(model: HostedModel) -> ParallelismFields:
     """How a model is spread."""
-    config = model.config
-    sizes = {"tensor_parallel_size": config.tensor_parallel, "pipeline_parallel_size": config.pipeline_parallel}
-    return sizes | {"data_parallel_size": 1}
+    return {
+        "tensor_parallel_size": model.config.tensor_parallel,
+        "pipeline_parallel_size": model.config.pipeline_parallel,
+        "data_parallel_size": 1,
+    }
 
 
-def capacity(model: HostedModel, limits: EngineLimits) -> dict[str, int]:
+def capacity(model: HostedModel, limits: EngineLimits) -> CapacityFields:
     """What a model's engine holds."""
     return {
         "kv_block_size": limits.block_size,
