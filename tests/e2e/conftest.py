@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ LORAPLEX = Path(sys.executable).with_name("loraplex")
 SPARE = "spare"  # a model that is not loaded
 MODELS = {"storyteller": ("pirate", "shouting", "formal", "poet"), "quizzer": ("json",)}
 HEADS = {"judge": ("SEQ_CLS", 1), "entities": ("TOKEN_CLS", 3)}  # adapters to be registered: task, labels
+FREE_PORTS = {"LORAPLEX_LISTEN": "127.0.0.1:0", "LORAPLEX_ADMIN_LISTEN": "127.0.0.1:0"}
 START_SECONDS = 120.0  # two engines on a busy machine
 END_SECONDS = 60.0
 
@@ -106,12 +107,18 @@ def write_config(directory: Path, **settings: object) -> Path:
 def running_server(
     directory: Path, command: Sequence[str | Path] = (LORAPLEX,), **settings: object
 ) -> Iterator[Server]:
-    """Started, and ended whatever happens. It chooses its ports and says which on its first line."""
-    config = write_config(directory, **settings)
+    """Started with a configuration, and ended whatever happens."""
+    with listening(directory, [*command, "serve", "--config", write_config(directory, **settings)]) as server:
+        yield server
+
+
+@contextmanager
+def listening(directory: Path, command: Sequence[str | Path], environment: Mapping[str, str] = {}) -> Iterator[Server]:
+    """A server that a command starts, and that is ended whatever happens. It says its ports on its first line."""
     log = directory / "server.log"
     with log.open("w") as log_file:
         process = subprocess.Popen(
-            [*command, "serve", "--config", config], stdout=subprocess.PIPE, stderr=log_file, text=True, env=os.environ
+            command, stdout=subprocess.PIPE, stderr=log_file, text=True, env={**os.environ, **environment}
         )
     watchdog = threading.Timer(START_SECONDS, process.kill)
     watchdog.start()
